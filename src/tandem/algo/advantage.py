@@ -1,0 +1,232 @@
+"""Groups to samples: rewards become advantages, and what carries no gradient is left out and counted.
+
+Only outcome rewards are read: every trained token of a trajectory gets the trajectory's advantage.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tandem.algo.config import AlgoConfig
+from tandem.algo.pack import PromptTotal, count_predictions, merge_totals
+from tandem.types import Group, Sample, Trajectory
+
+STD_FLOOR = 1e-6  # added to every standard deviation that divides
+ROUNDING = 1e-12  # a deviation below this share of the largest value is the mean's rounding, and is 0
+
+GroupedValues = Sequence[Sequence[float]]  # one row a group, one value a trajectory that did not fail
+GroupedCounts = Sequence[Sequence[int]]  # trained tokens of each
+Estimator = Callable[[GroupedValues, GroupedCounts], list[list[float]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Fates:
+    """What became of trajectories, or of their sampled tokens. The fields sum to all there were.
+
+    >>> Fates(trained=90, zero_advantage=30, failed=8).total
+    128
+    """
+
+    trained: int = 0  # reached the learner
+    zero_advantage: int = 0  # no gradient: advantage 0 without a KL term, or a filtered group
+    masked: int = 0  # no sampled token
+    failed: int = 0  # Trajectory.failure is set
+
+    @property
+    def total(self) -> int:
+        return self.trained + self.zero_advantage + self.masked + self.failed
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What a step's groups give the learner.
+
+    >>> Selection((), (), Fates(), Fates()).samples
+    ()
+    """
+
+    samples: tuple[Sample, ...]  # to train, in the groups' order
+    prompts: tuple[PromptTotal, ...]  # of the whole batch, untrained zero-advantage samples included
+    trajectories: Fates
+    tokens: Fates
+
+
+def grpo(rewards: GroupedValues, tokens: GroupedCounts) -> list[list[float]]:
+    """A_i = (r_i - mean(r)) / (std(r) + 1e-6), over the group.
+
+    DeepSeekMath, arXiv 2402.03300, section 4.1.2. The paper does not say which standard deviation; this is the
+    sample one (divisor G - 1), as torch.std gives it in TRL and verl.
+    """
+    return [_divide(_centre(group), _sample_std(group)) for group in rewards]
+
+
+def dr_grpo(rewards: GroupedValues, tokens: GroupedCounts) -> list[list[float]]:
+    """A_i = r_i - mean(r), over the group.
+
+    Dr. GRPO, arXiv 2503.20783. Its other half, a constant in place of the sample's length, is
+    `aggregation="constant_mean"`.
+    """
+    return [_centre(group) for group in rewards]
+
+
+def rloo(rewards: GroupedValues, tokens: GroupedCounts) -> list[list[float]]:
+    """A_i = r_i - mean of the others' rewards = G / (G - 1) (r_i - mean(r)). A lone survivor gets 0.
+
+    RLOO, Ahmadian et al., arXiv 2402.14740.
+    """
+    return [[len(group) / max(len(group) - 1, 1) * value for value in _centre(group)] for group in rewards]
+
+
+def reinforce_pp(rewards: GroupedValues, tokens: GroupedCounts) -> list[list[float]]:
+    """A_i = (r_i - mean(r)) / (std(r) + 1e-6), over all trained tokens of the batch (population std).
+
+    REINFORCE++, arXiv 2501.03262v9, the k >= 1 variant, without its KL reward (a KL term belongs to the loss here).
+    Statistics are of tokens, so a longer trajectory weighs more, as in the authors' OpenRLHF.
+    """
+    return _normalise_tokens(rewards, tokens)
+
+
+def reinforce_pp_baseline(rewards: GroupedValues, tokens: GroupedCounts) -> list[list[float]]:
+    """A'_i = r_i - group mean; A_i = (A'_i - mean(A')) / (std(A') + 1e-6) over all trained tokens of the batch.
+
+    REINFORCE++ with baseline, arXiv 2501.03262v9, the k > 1 variant. The paper pairs it with a k2 KL term.
+    """
+    return _normalise_tokens([_centre(group) for group in rewards], tokens)
+
+
+ADVANTAGES: dict[str, Estimator] = {
+    "grpo": grpo,
+    "dr_grpo": dr_grpo,
+    "rloo": rloo,
+    "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline,
+}
+
+
+def samples_from_groups(config: AlgoConfig, groups: Sequence[Group]) -> Selection:
+    """Advantages over the trajectories that did not fail, and the samples worth running.
+
+    Failed trajectories are in no statistic and no denominator. A zero-advantage sample adds nothing to the policy
+    term, so it is not run, but it counts in the denominators: the gradient is that of the whole batch. With a KL
+    term it has a gradient and is run. `filter_zero_variance` takes groups whose rewards are all equal out of the
+    batch, statistics and denominators included, whatever the terms.
+    """
+    fates: dict[str, list[Trajectory]] = {"trained": [], "zero_advantage": [], "masked": [], "failed": []}
+    survivors: list[list[Trajectory]] = []
+    for group in groups:
+        kept = [trajectory for trajectory in group.trajectories if trajectory.failure is None]
+        fates["failed"].extend(trajectory for trajectory in group.trajectories if trajectory.failure is not None)
+        rewards = [trajectory.reward for trajectory in kept]
+        assert all(map(math.isfinite, rewards)), f"prompt {group.prompt.id}: rewards {rewards} without a failure"
+        if config.filter_zero_variance and len(set(rewards)) <= 1:
+            for trajectory in kept:
+                fates["zero_advantage" if trajectory.num_sampled else "masked"].append(trajectory)
+            continue
+        survivors.append(kept)
+    counts = [[count_predictions(trajectory.loss_mask) for trajectory in kept] for kept in survivors]
+    rewards_by_group = [[trajectory.reward for trajectory in kept] for kept in survivors]
+    advantages = ADVANTAGES[config.advantage](rewards_by_group, counts)
+    samples = []
+    for kept, values in zip(survivors, advantages, strict=True):
+        for trajectory, value in zip(kept, values, strict=True):
+            fate = _fate(config, trajectory, value)
+            fates[fate].append(trajectory)
+            if fate == "trained":
+                samples.append(_sample(trajectory, value))
+    return Selection(
+        samples=tuple(samples),
+        prompts=merge_totals(
+            PromptTotal(trajectory.prompt_id, count, 1)
+            for kept, numbers in zip(survivors, counts, strict=True)
+            for trajectory, count in zip(kept, numbers, strict=True)
+        ),
+        trajectories=Fates(**{fate: len(members) for fate, members in fates.items()}),
+        tokens=Fates(**{fate: sum(t.num_sampled for t in members) for fate, members in fates.items()}),
+    )
+
+
+def _fate(config: AlgoConfig, trajectory: Trajectory, advantage: float) -> str:
+    if trajectory.num_sampled == 0:
+        return "masked"
+    return "trained" if advantage != 0.0 or config.kl != "none" else "zero_advantage"
+
+
+def _sample(trajectory: Trajectory, advantage: float) -> Sample:
+    return Sample(
+        id=trajectory.program_id,
+        prompt_id=trajectory.prompt_id,
+        tokens=trajectory.tokens,
+        loss_mask=trajectory.loss_mask,
+        advantages=tuple(advantage if mask else 0.0 for mask in trajectory.loss_mask),
+        logprobs=trajectory.logprobs,
+        weights=(1.0,) * len(trajectory.tokens),
+    )
+
+
+def _centre(values: Sequence[float]) -> list[float]:
+    """Deviations from the mean, exactly 0 where only rounding is left."""
+    if not values:
+        return []
+    mean = math.fsum(values) / len(values)
+    threshold = ROUNDING * max(map(abs, values))
+    return [0.0 if abs(value - mean) <= threshold else value - mean for value in values]
+
+
+def _sample_std(values: Sequence[float]) -> float:
+    """Square root of the sum of squared deviations over G - 1; 0 for fewer than two values."""
+    if len(values) < 2:
+        return 0.0
+    return math.sqrt(math.fsum(deviation * deviation for deviation in _centre(values)) / (len(values) - 1))
+
+
+def _divide(deviations: Sequence[float], std: float) -> list[float]:
+    return [deviation / (std + STD_FLOOR) for deviation in deviations]
+
+
+def _normalise_tokens(values: GroupedValues, tokens: GroupedCounts) -> list[list[float]]:
+    """Zero mean and unit population variance, each value weighted by its tokens."""
+    total = sum(map(sum, tokens))
+    if total == 0:
+        return [[0.0] * len(group) for group in values]
+    pairs = [
+        (value, count)
+        for group, counts in zip(values, tokens, strict=True)
+        for value, count in zip(group, counts, strict=True)
+    ]
+    mean = math.fsum(value * count for value, count in pairs) / total
+    std = math.sqrt(math.fsum((value - mean) ** 2 * count for value, count in pairs) / total)
+    threshold = ROUNDING * max(abs(value) for value, _ in pairs)
+    return [
+        [0.0 if abs(value - mean) <= threshold else (value - mean) / (std + STD_FLOOR) for value in group]
+        for group in values
+    ]
+
+
+def reference_advantages(name: str, rewards: GroupedValues, tokens: GroupedCounts) -> list[list[float]]:
+    """Slow and obvious: each formula as its paper writes it, in exact rational statistics."""
+    result: list[list[float]] = []
+    everything: list[float] = []
+    for group, counts in zip(rewards, tokens, strict=True):
+        for reward, count in zip(group, counts, strict=True):
+            baseline = statistics.mean(group) if name == "reinforce_pp_baseline" else 0.0
+            everything += [reward - baseline] * count
+    for group in rewards:
+        row = []
+        for i, reward in enumerate(group):
+            others = [other for j, other in enumerate(group) if j != i]
+            if name == "rloo":
+                row.append(reward - statistics.mean(others) if others else 0.0)
+            elif name == "dr_grpo":
+                row.append(reward - statistics.mean(group))
+            elif name == "grpo":
+                std = statistics.stdev(group) if others else 0.0
+                row.append((reward - statistics.mean(group)) / (std + STD_FLOOR))
+            else:
+                baseline = statistics.mean(group) if name == "reinforce_pp_baseline" else 0.0
+                centred = reward - baseline - statistics.mean(everything)
+                row.append(centred / (statistics.pstdev(everything) + STD_FLOOR))
+        result.append(row)
+    return result

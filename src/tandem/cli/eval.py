@@ -1,0 +1,103 @@
+"""`tandem eval`: held-out greedy accuracy of a recipe's model or of a run."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from tandem.program.config import TaskConfig
+    from tandem.run.config import RunConfig
+
+GSM8K_TEMPLATE = "{question}\nThink step by step, then end with the answer as a number."
+GSM8K_NEW_TOKENS = 256  # room for the steps; a recipe for sums has less
+
+
+def evaluate(
+    target: Annotated[
+        str, typer.Argument(metavar="RECIPE|RUN_DIR", help="A recipe (before training) or a run folder.")
+    ],
+    task: Annotated[
+        str | None, typer.Option(help="Another task than the recipe's: gsm8k, jsonl, or a reasoning-gym name.")
+    ] = None,
+    path: Annotated[Path | None, typer.Option(help="The questions and answers (jsonl) of gsm8k or jsonl.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting by its dotted name.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> int:
+    """Measure greedy accuracy on held-out prompts, with a 95 % confidence interval."""
+    from tandem.cli.recipes import parse_settings
+    from tandem.config import override
+
+    config = override(_with_task(_read(target), task, path), parse_settings(settings or []))
+
+    from tandem.report.live import held_out
+    from tandem.run.local import evaluate_model
+
+    result = asdict(evaluate_model(config))
+    if json:
+        print(jsonlib.dumps({"target": target, "model": config.model.source, "task": config.task.label, **result}))
+    else:
+        failed = f", {result['failed']} could not be graded" if result["failed"] else ""
+        print(f"{config.model.source} on {config.task.label}: {held_out(result)}{failed}")
+    return 0
+
+
+def _read(target: str) -> RunConfig:
+    """The config of a run folder, its model the run's newest checkpoint; or a recipe's."""
+    from tandem.cli.recipes import find_recipe
+    from tandem.config import load
+    from tandem.errors import RunFolderError
+    from tandem.run.config import RunConfig
+
+    folder = Path(target).expanduser()
+    if not folder.is_dir():
+        return find_recipe(target)()
+    try:
+        written = jsonlib.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{folder} is no run folder: its config.json cannot be read ({error}).") from error
+    config = load(RunConfig, written)
+    return replace(config, model=replace(config.model, source=str(folder)))
+
+
+def _with_task(config: RunConfig, task: str | None, path: Path | None) -> RunConfig:
+    """`config` evaluated on another task; questions of a file are all held out."""
+    from tandem.errors import ConfigError
+    from tandem.program.config import TaskConfig
+
+    if task is None and path is None:
+        return config
+    prompts = config.evaluation.prompts or 128
+    if task in ("gsm8k", "jsonl", None):
+        if path is None:
+            raise ConfigError(f"--task {task} needs its file: --path FILE.jsonl.")
+        prompts = min(prompts, _num_lines(path))
+        chosen: TaskConfig = replace(
+            TaskConfig("jsonl", heldout_path=str(path), reward="last_number" if task == "gsm8k" else "score"),
+            heldout_size=prompts,
+        )
+        if task == "gsm8k":
+            longer = max(config.rollout.max_new_tokens, GSM8K_NEW_TOKENS)
+            config = replace(config, rollout=replace(config.rollout, max_new_tokens=longer))
+            chosen = replace(chosen, template=GSM8K_TEMPLATE)
+    elif path is not None:
+        raise ConfigError(f"--path is for --task gsm8k and jsonl, not for the reasoning-gym task {task}. Drop one.")
+    else:
+        chosen = TaskConfig("reasoning_gym", name=task, heldout_size=prompts)
+    return replace(config, task=chosen, evaluation=replace(config.evaluation, prompts=prompts))
+
+
+def _num_lines(path: Path) -> int:
+    from tandem.errors import TaskError
+
+    try:
+        with path.open(encoding="utf-8") as lines:
+            return max(1, sum(1 for line in lines if line.strip()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"the task file {path} cannot be read: {error}.") from error

@@ -1,0 +1,97 @@
+"""The command `tandem`: one verb a file, loaded without torch; what goes wrong is printed for the user.
+
+Exit codes: 0 done; 1 something outside tandem failed; 2 what the user gave is wrong; 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any, get_type_hints
+
+import typer
+
+from tandem import env
+from tandem.cli import bench, chat, doctor, eval, generate, report, train
+from tandem.errors import UserError, WorldError, nearest
+
+app = typer.Typer(
+    name="tandem",
+    help="Post-train language models with the engine and the learner on one forward pass.",
+    epilog="tandem VERB --help explains a verb. tandem doctor says what this machine lacks.",
+    add_completion=False,
+    no_args_is_help=True,
+    suggest_commands=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("eval")(eval.evaluate)
+app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
+app.command("report")(report.report)
+app.command("bench")(bench.bench)
+app.command("doctor")(doctor.doctor)
+
+# typer has moved click inside itself: its error class is reached through the one that typer exports.
+UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line (sys.argv where `arguments` is None) and return the exit code."""
+    try:
+        env.check()
+        returned = app(
+            args=list(sys.argv[1:] if arguments is None else arguments), prog_name="tandem", standalone_mode=False
+        )
+        return returned if isinstance(returned, int) else 0
+    except UserError as error:
+        return _fail(str(error), 2)
+    except WorldError as error:
+        return _fail(str(error), 1)
+    except UsageProblem as error:
+        return _usage(error)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("stopped", 130)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"tandem: {message}", file=sys.stderr)
+    return code
+
+
+def _usage(error: Any) -> int:
+    """A wrong verb, flag or argument: one line with the nearest names, and where to read on."""
+    context: Any = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "tandem"
+    message = str(error.format_message())
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(message)
+        return 2
+    if type(error).__name__ == "NoSuchOption":
+        flags = [flag for parameter in context.command.params for flag in parameter.opts if flag.startswith("--")]
+        message = f"{path} has no flag {error.option_name}.{nearest(error.option_name, flags)}"
+    elif context is not None and hasattr(context.command, "commands") and message.startswith("No such command"):
+        verb = message.split("'")[1]
+        message = f"no verb is named {verb}.{nearest(verb, context.command.commands)}"
+    message = message.replace("Value error, ", "")
+    return _fail(f"{message}\nTry: {path} --help", 2)
+
+
+def flags() -> list[str]:
+    """One line for each argument and flag of each verb, as frozen in tests/goldens/flags.txt."""
+    commands: Any = typer.main.get_command(app)
+    lines = []
+    for registered in app.registered_commands:
+        assert registered.name is not None and registered.callback is not None
+        kinds = get_type_hints(registered.callback)
+        for parameter in commands.commands[registered.name].params:
+            if parameter.name in kinds:
+                kind = getattr(kinds[parameter.name], "__name__", str(kinds[parameter.name]))
+                default = "required" if parameter.required else f"default {parameter.default}"
+                lines.append(f"{registered.name} {'/'.join(parameter.opts)} {kind} {default}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""`tandem train`: run a recipe."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or path/to/file.py:function.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder to make; by default runs/NAME-TIME.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with, from its last checkpoint.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting by its dotted name.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON row a step instead of the live table.")] = False,
+) -> int:
+    """Train a model by a recipe; Ctrl-C finishes the step, saves and exits with 130."""
+    from tandem.cli.recipes import find_recipe, parse_settings
+    from tandem.config import diff, override
+    from tandem.errors import ConfigError
+
+    if out is not None and resume is not None:
+        raise ConfigError("--out and --resume were both given: a resumed run goes on in its own folder. Drop --out.")
+    written = find_recipe(recipe)()
+    config = override(written, parse_settings(settings or []))
+
+    from tandem.report.html import write_report
+    from tandem.report.live import LiveTable
+    from tandem.report.metrics import read_metrics
+    from tandem.run.local import train as run
+
+    earlier = read_metrics(resume) if resume is not None and (resume / "metrics.jsonl").is_file() else []
+    display = LiveTable(config.steps, title=config.name, as_json=json, rows=earlier)
+    code, folder = run(config, out=out, resume=resume, display=display)
+    page = write_report(folder, diff(written, config))
+    print(f"run folder {folder}, report {page}", file=sys.stderr if json else sys.stdout)
+    return code

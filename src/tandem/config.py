@@ -1,0 +1,396 @@
+"""Frozen config dataclasses: override by dotted name, dump, load, flatten, diff.
+
+A config is a frozen dataclass whose fields are `bool`, `int`, `float`, `str`, an `Enum`, a `Literal`, `None`, unions of
+those, tuples of them (`tuple[int, ...]`, `tuple[int, str]`, pairs `tuple[tuple[str, int | str], ...]`), or further
+config dataclasses, which may be optional. Each default is written once, in its own class; none is here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
+from functools import cache
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from tandem.errors import ConfigError, nearest
+
+C = TypeVar("C")
+JSON = Any  # what json.loads returns
+
+_TRUE = {"true", "yes", "on", "1"}
+_FALSE = {"false", "no", "off", "0"}
+
+
+class _Mismatch(ValueError):
+    """A value does not fit a field's type; the caller adds the dotted name."""
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """Type of each field, in order."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def _is_config(hint: Any) -> bool:
+    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the type alone."""
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def _config_class(hint: Any) -> type | None:
+    """The config class among the alternatives, or None."""
+    return next((member for member in _members(hint) if _is_config(member)), None)
+
+
+def describe(hint: Any) -> str:
+    """What a field accepts, in words for an error message.
+
+    >>> describe(tuple[int, ...]), describe(Literal["a", "b"]), describe(float | None)
+    ('a,b,c of int', "one of 'a', 'b'", 'float or none')
+    """
+    members = _members(hint)
+    if len(members) > 1:
+        return " or ".join(describe(member) for member in members)
+    if hint is type(None) or hint is None:
+        return "none"
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(repr(value) for value in get_args(hint))
+    if get_origin(hint) is tuple:
+        args = get_args(hint)
+        if len(args) == 2 and args[1] is Ellipsis:
+            pair = _pair(args[0])
+            return f"name=value,... of {describe(pair[1])}" if pair else f"a,b,c of {describe(args[0])}"
+        return "(" + ", ".join(describe(arg) for arg in args) + ")"
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return "one of " + ", ".join(repr(member.value) for member in hint)
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def _pair(hint: Any) -> tuple[Any, Any] | None:
+    """(str, value type) where the hint is tuple[str, X], which is written name=value."""
+    args = get_args(hint)
+    if get_origin(hint) is tuple and len(args) == 2 and args[0] is str and args[1] is not Ellipsis:
+        return args[0], args[1]
+    return None
+
+
+def _unquoted(text: str) -> Iterator[tuple[int, str, int]]:
+    """(index, character, bracket depth after it) of each character outside "double quotes"."""
+    depth, quoted, escaped = 0, False, False
+    for index, char in enumerate(text):
+        if quoted:
+            quoted = escaped or char != '"'
+            escaped = char == "\\" and not escaped
+            continue
+        quoted = char == '"'
+        depth += (char in "([") - (char in ")]")
+        yield index, char, depth
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Split at separators outside "double quotes" and (nested brackets)."""
+    cuts = [index for index, char, depth in _unquoted(text) if char == separator and depth == 0]
+    return [text[start + 1 : end] for start, end in zip([-1, *cuts], [*cuts, len(text)], strict=True)]
+
+
+def _bracketed(text: str) -> bool:
+    """True where the first character opens a bracket that the last one closes."""
+    if text[:1] + text[-1:] not in ("()", "[]"):
+        return False
+    return next(index for index, _, depth in [*_unquoted(text), (-1, "", 0)] if depth == 0) == len(text) - 1
+
+
+def _parse_str(text: str, inside: bool) -> str:
+    """A string: verbatim at the top of a field; in a tuple it may be written as a JSON string."""
+    if inside and text.startswith('"'):
+        try:
+            return str(json.loads(text))
+        except json.JSONDecodeError:
+            raise _Mismatch from None
+    return text
+
+
+def _parse_number(hint: type, text: str) -> int | float:
+    try:
+        number = hint(text)
+    except ValueError:
+        raise _Mismatch from None
+    if math.isnan(number):
+        raise _Mismatch
+    return cast("int | float", number)
+
+
+def _parse_tuple(hint: Any, text: str) -> tuple[Any, ...]:
+    args = get_args(hint)
+    text = text.strip()
+    if _bracketed(text):
+        text = text[1:-1].strip()
+    parts = [part.strip() for part in _split(text, ",")] if text else []
+    if len(parts) > 1 and not parts[-1]:
+        parts.pop()  # (1,)
+    if len(args) == 2 and args[1] is Ellipsis:
+        args = (args[0],) * len(parts)
+    if len(parts) != len(args):
+        raise _Mismatch
+    return tuple(_parse(arg, part, True) for arg, part in zip(args, parts, strict=True))
+
+
+def _parse_named(pair: tuple[Any, Any], text: str) -> tuple[Any, ...]:
+    name, *value = _split(text, "=")
+    if not value or not name.strip():
+        raise _Mismatch
+    return _parse_str(name.strip(), True), _parse(pair[1], "=".join(value).strip(), True)
+
+
+def _order(member: Any) -> int:
+    """Union members are tried from the narrowest spelling to the widest."""
+    for rank, kind in enumerate((type(None), bool, int, float)):
+        if member is kind:
+            return rank
+    return 5 if member is str else 4
+
+
+def _parse(hint: Any, text: str, inside: bool = False) -> Any:
+    """The value of `text` as `hint`; raises _Mismatch. `inside` a tuple, strings may be quoted."""
+    members = _members(hint)
+    if len(members) > 1:
+        if inside and text.startswith('"') and str in members:
+            return _parse_str(text, inside)
+        for member in sorted(members, key=_order):
+            if _is_config(member) or (member is bool and text.strip() in "01" and {int, float} & {*members}):
+                continue
+            try:
+                return _parse(member, text, inside)
+            except _Mismatch:
+                continue
+        raise _Mismatch
+    if hint is str:
+        return _parse_str(text, inside)
+    if get_origin(hint) is tuple:
+        pair = _pair(hint) if inside and not _bracketed(text) else None
+        return _parse_named(pair, text) if pair else _parse_tuple(hint, text)
+    if get_origin(hint) is Literal:
+        return _choose(get_args(hint), text, inside)
+    word = text.strip()
+    if hint is type(None) and word.lower() == "none":
+        return None
+    if hint is bool and word.lower() in _TRUE | _FALSE:
+        return word.lower() in _TRUE
+    if hint is int or hint is float:
+        return _parse_number(hint, word)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return _choose(tuple(hint), text, inside)
+    raise _Mismatch
+
+
+def _choose(values: Sequence[Any], text: str, inside: bool) -> Any:
+    word = _parse_str(text, inside)
+    for value in values:
+        plain = value.value if isinstance(value, Enum) else value
+        if word == plain or word.lower() == str(plain).lower():
+            return value
+    raise _Mismatch
+
+
+def _quote(text: str) -> str:
+    plain = text and text.isprintable() and not any(char in text for char in ' ,="()[]\\')
+    ambiguous = (
+        text.lower() in _TRUE | _FALSE | {"none"} or text[:1].isdigit() or text[:1] in "+-." or text[:1] in "iInN"
+    )
+    return text if plain and not ambiguous else json.dumps(text)
+
+
+def render(value: Any, inside: bool = False) -> str:
+    """The string that `override` reads back as `value`.
+
+    >>> render((1, 2)), render((("min_terms", 2), ("op", "+"))), render(None)
+    ('1,2', 'min_terms=2,op="+"', 'none')
+    """
+    if value is None:
+        return "none"
+    if isinstance(value, Enum):
+        return render(value.value, inside)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return _quote(value) if inside else value
+    if isinstance(value, tuple):
+        pairs = bool(value) and all(isinstance(v, tuple) and len(v) == 2 and isinstance(v[0], str) for v in value)
+        parts = [f"{_quote(v[0])}={render(v[1], True)}" if pairs else render(v, True) for v in value]
+        text = ",".join(parts)
+        return f"({text})" if inside or not text or _bracketed(text) else text
+    return repr(value)
+
+
+def names(config: Any) -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, type, value) of every leaf; an absent optional config is a leaf holding None."""
+    for name, hint in _hints(cast(Any, type(config))).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            for inner, inner_hint, inner_value in names(value):
+                yield f"{name}.{inner}", inner_hint, inner_value
+        else:
+            yield name, hint, value
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Dotted name -> value of every leaf, in the order of the classes."""
+    return {name: value for name, _, value in names(config)}
+
+
+def override(config: C, assignments: Mapping[str, str]) -> C:
+    """`config` with `assignments` (dotted name -> text) made together, so that each class is checked once, after all.
+
+    Tuples are written `a,b,c`, pairs `a=1,b=2`, an absent value `none`, truth `true` or `false`. Raises ConfigError for
+    an unknown name, naming the nearest, and for a value that is not of the field's type.
+    """
+    hints = {name: hint for name, hint, _ in names(config)}
+    changes: dict[str, Any] = {}
+    for name, text in assignments.items():
+        if name not in hints:
+            raise _unknown(config, name, list(hints))
+        try:
+            value = _parse(hints[name], text)
+        except _Mismatch:
+            raise ConfigError(
+                f"{name}={text}: {text!r} is not {describe(hints[name])} (it is {render(flatten(config)[name])} now)."
+            ) from None
+        changes[name] = value
+    return cast(C, _replace(config, changes))
+
+
+def _unknown(config: Any, name: str, known: list[str]) -> ConfigError:
+    if any(other.startswith(name + ".") for other in known):
+        inside = ", ".join(other for other in known if other.startswith(name + "."))
+        return ConfigError(f"{name} is a group of settings. Set one of them: {inside}.")
+    parent = name
+    while "." in parent:
+        parent = parent.rpartition(".")[0]
+        if parent in known:
+            return ConfigError(
+                f"{name}: {parent} is {render(flatten(config)[parent])} here and has no settings inside."
+                " Choose a recipe that has them."
+            )
+    last = name.rpartition(".")[2]
+    same_leaf = [other for other in known if other.rpartition(".")[2] == last]
+    hint = f" Did you mean {', '.join(same_leaf)}?" if same_leaf else nearest(name, known)
+    return ConfigError(f"no setting is named {name}.{hint}")
+
+
+def _replace(config: Any, changes: Mapping[str, Any]) -> Any:
+    """`config` rebuilt from its leaves outward; parts without a change stay the same objects."""
+    if not changes:
+        return config
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        groups.setdefault(head, {})[rest] = value
+    return dataclasses.replace(
+        config,
+        **{head: part[""] if "" in part else _replace(getattr(config, head), part) for head, part in groups.items()},
+    )
+
+
+def dump(config: Any) -> dict[str, JSON]:
+    """Plain JSON values that `load` turns back into an equal config; infinity becomes {"float": "inf"}."""
+    return {name: _dump_value(getattr(config, name)) for name in _hints(cast(Any, type(config)))}
+
+
+def _dump_value(value: Any) -> JSON:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dump(value)
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, tuple):
+        return [_dump_value(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
+    return value
+
+
+def load(cls: type[C], mapping: Mapping[str, JSON]) -> C:
+    """The config that `dump` wrote. Raises ConfigError for unknown or missing keys and for values of another type."""
+    return cast(C, _load_config(cls, mapping, ""))
+
+
+def _load_config(cls: Any, mapping: Any, prefix: str) -> Any:
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.') or 'the config'} is {mapping!r}; wanted an object of {cls.__name__}.")
+    hints = _hints(cls)
+    for key in mapping:
+        if key not in hints:
+            raise ConfigError(f"no setting is named {prefix}{key}.{nearest(str(key), hints)}")
+    missing = [f"{prefix}{name}" for name in hints if name not in mapping]
+    if missing:
+        raise ConfigError(
+            f"{cls.__name__} lacks {', '.join(missing)}: the file was written by another version of tandem, or by hand."
+        )
+    return cls(**{name: _load_value(hint, mapping[name], f"{prefix}{name}") for name, hint in hints.items()})
+
+
+def _load_value(hint: Any, value: JSON, name: str) -> Any:
+    inner = _config_class(hint)
+    if inner is not None and isinstance(value, Mapping):
+        return _load_config(inner, value, f"{name}.")
+    try:
+        return _convert(hint, value)
+    except _Mismatch:
+        raise ConfigError(f"{name} is {json.dumps(value)}; wanted {describe(hint)}.") from None
+
+
+def _convert(hint: Any, value: JSON) -> Any:
+    """A JSON value as `hint`; raises _Mismatch."""
+    members = _members(hint)
+    if len(members) > 1:
+        for member in sorted(members, key=_order):
+            try:
+                return _convert(member, value)
+            except _Mismatch:
+                continue
+        raise _Mismatch
+    if get_origin(hint) is Literal:
+        for allowed in get_args(hint):
+            if type(allowed) is type(value) and allowed == value:
+                return allowed
+        raise _Mismatch
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise _Mismatch
+        args = get_args(hint)
+        if len(args) == 2 and args[1] is Ellipsis:
+            args = (args[0],) * len(value)
+        if len(args) != len(value):
+            raise _Mismatch
+        return tuple(_convert(arg, part) for arg, part in zip(args, value, strict=True))
+    if hint is float and value in ({"float": "inf"}, {"float": "-inf"}):
+        return float(value["float"])
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        for member in hint:
+            if member.value == value:
+                return member
+        raise _Mismatch
+    if isinstance(hint, type) and type(value) is hint:
+        return value
+    raise _Mismatch
+
+
+def diff(before: Any, after: Any) -> list[str]:
+    """Lines `learner.lr: 2e-05 -> 3e-05`, one for each leaf that differs, in the order of the classes."""
+    old, new = flatten(before), flatten(after)
+    lines = []
+    for name in [*old, *(name for name in new if name not in old)]:
+        left = render(old[name]) if name in old else "absent"
+        right = render(new[name]) if name in new else "absent"
+        if left != right or type(old.get(name)) is not type(new.get(name)):
+            lines.append(f"{name}: {left} -> {right}")
+    return lines

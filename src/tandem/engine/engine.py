@@ -1,0 +1,166 @@
+"""Requests in, completions out: a scheduler, a runner and a clock.
+
+engine = Engine(runner, config, num_pages)
+engine.submit(request)
+while engine.has_work:
+    for completion in engine.step():
+        ...
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from tandem.engine.config import EngineConfig
+from tandem.engine.schedule import INITIAL, Batch, Sampled, Scheduler, Stats, stops_by_token
+from tandem.engine.schedule import Sequence as LiveSequence
+from tandem.errors import ConfigError
+from tandem.types import Completion, Request, StopReason, WeightVersion
+
+Decode = Callable[[Sequence[int]], str]
+
+
+class Runner(Protocol):
+    """Runs a batch on a device: writes keys and values to the pages, draws a token for each work that samples."""
+
+    def run(self, batch: Batch) -> Sampled: ...
+
+
+def decoded_tail(decode: Decode, tokens: Sequence[int], first: int, chars: int) -> str:
+    """Text of the last of tokens[first:], at least `chars` characters of it where there are so many.
+
+    Twice as many tokens are taken until the text is long enough, since a token may decode to nothing. A few more than
+    needed keep what decoding does to a first token (a space stripped, half a character) out of the part searched.
+    """
+    count = chars + 4
+    while True:
+        text = decode(tokens[max(first, len(tokens) - count) :])
+        if len(text) >= chars + 4 or count >= len(tokens) - first:
+            return text
+        count *= 2
+
+
+class Engine:
+    """Continuous batching of requests over one runner. Not thread-safe: one caller submits, aborts and steps.
+
+    num_pages: what the runner's page memory holds (admit.count_pages). max_context: positions of the model.
+    decode: token ids -> text; needed only by requests with stop strings.
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        num_pages: int,
+        max_context: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        decode: Decode | None = None,
+        version: WeightVersion = INITIAL,
+    ) -> None:
+        self.runner = runner
+        self.clock = clock
+        self.decode = decode
+        self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version)
+        self._undelivered: list[Completion] = []  # finished during a generate() that did not ask for them
+
+    @property
+    def has_work(self) -> bool:
+        """Whether step() has anything to run or to return."""
+        return bool(self.scheduler.live or self._undelivered)
+
+    @property
+    def version(self) -> WeightVersion:
+        return self.scheduler.version
+
+    @property
+    def stats(self) -> Stats:
+        """A copy of the counts since the start."""
+        return self.scheduler.stats
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; it runs in later steps.
+
+        ConfigError: empty prompt, max_new_tokens < 1, an id in use, stop strings that are empty or cannot be decoded.
+        CapacityError: it could not run even alone.
+        """
+        strings = request.sampling.stop_strings
+        if strings and self.decode is None:
+            raise ConfigError(f"request {request.id!r} has stop strings, but this engine was given no decode function.")
+        if "" in strings:
+            raise ConfigError(f"request {request.id!r} has an empty stop string, which would stop it at once.")
+        self.scheduler.submit(request, self.clock())
+
+    def abort(self, request_id: str) -> Completion | None:
+        """Withdraws a request, waiting or running, and returns what it has so far; step() will not return it again.
+
+        None where no such request is live: it has finished, and step() has returned it or will.
+        """
+        return self.scheduler.abort(request_id, self.clock())
+
+    def receive(self, version: WeightVersion) -> None:
+        """Says that the runner's weights are now `version`. Between steps only.
+
+        Running sequences continue: their later tokens get a new version span, and what they compute from here on is
+        not shared. Cached blocks stay, findable again only under the version that computed them.
+        """
+        self.scheduler.receive(version)
+
+    def step(self) -> list[Completion]:
+        """Runs one batch; returns the requests that ended. If the runner raises, the step may be tried again."""
+        done: list[Completion] = []
+        if self.scheduler.live:
+            batch = self.scheduler.plan(self.clock())
+            assert batch.works, (
+                f"no progress: {len(self.scheduler.running)} running, {len(self.scheduler.waiting)} waiting, "
+                f"{self.scheduler.pool.num_available} of {self.scheduler.pool.num_pages} pages available"
+            )
+            done = self.scheduler.commit(batch, self.runner.run(batch), self.clock())
+            if not self.scheduler.live:
+                self.check_integrity()
+        done, self._undelivered = self._undelivered + done, []
+        return done
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Runs requests to their ends and returns their completions in the order given.
+
+        Others that are live run along; step() returns them. If anything is raised, these requests are aborted.
+        """
+        done: dict[str, Completion] = {}
+        others: list[Completion] = []
+        asked: set[str] = set()
+        try:
+            for request in requests:
+                self.submit(request)
+                asked.add(request.id)
+            others, self._undelivered = self._undelivered, []
+            while len(done) < len(asked):
+                for completion in self.step():
+                    if completion.request_id in asked:
+                        done[completion.request_id] = completion
+                    else:
+                        others.append(completion)
+        finally:
+            self._undelivered = others + self._undelivered
+            for request_id in asked - done.keys():
+                self.abort(request_id)
+        return [done[request.id] for request in requests]
+
+    def check_integrity(self) -> None:
+        """AssertionError unless every page and promise is accounted for; when idle, unless none is held."""
+        self.scheduler.check_integrity()
+        if not self.scheduler.live:
+            pool = self.scheduler.pool
+            assert pool.num_available == pool.num_pages, f"{pool.num_pages - pool.num_available} pages held by nobody"
+
+    def _stops(self, sequence: LiveSequence) -> StopReason | None:
+        """A stop token, else a stop string in the generated text."""
+        reason = stops_by_token(sequence)
+        strings = sequence.request.sampling.stop_strings
+        if reason is None and strings and self.decode is not None:
+            longest = max(len(string.encode()) for string in strings)
+            text = decoded_tail(self.decode, sequence.tokens, len(sequence.request.tokens), longest)
+            if any(string in text for string in strings):
+                return StopReason.STOP_STRING
+        return reason

@@ -1,0 +1,65 @@
+"""The environment variables that tandem reads; no other module looks at os.environ.
+
+TANDEM_CACHE     folder for compiled kernels and converted tokenisers; default $XDG_CACHE_HOME/tandem
+TANDEM_THREADS   threads a process computes with; default OMP_NUM_THREADS, else the cores this process may use
+NO_COLOR         any text: no colours (https://no-color.org)
+XDG_CACHE_HOME   default ~/.cache
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from tandem.errors import ConfigError, nearest
+
+VARIABLES = ("TANDEM_CACHE", "TANDEM_THREADS")
+
+
+def check(environment: Mapping[str, str] | None = None) -> None:
+    """ConfigError for a TANDEM_* variable that tandem does not know: a misspelt one would be ignored in silence."""
+    for name in os.environ if environment is None else environment:
+        if name.startswith("TANDEM_") and name not in VARIABLES:
+            raise ConfigError(f"no environment variable {name} is known.{nearest(name, VARIABLES)} Unset it.")
+
+
+def _read(name: str) -> str:
+    check()
+    return os.environ.get(name, "").strip()
+
+
+def cache_dir() -> Path:
+    """Folder for what can be made again; it need not exist yet."""
+    given = _read("TANDEM_CACHE")
+    if given:
+        return Path(given).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME", "").strip()
+    return (Path(base) if base else Path.home() / ".cache") / "tandem"
+
+
+def num_cores() -> int:
+    """Cores that this process may run on: its affinity, not the machine's size."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def num_threads() -> int:
+    """Threads to compute with. Raises ConfigError where TANDEM_THREADS is not a positive integer."""
+    given = _read("TANDEM_THREADS")
+    if given:
+        if not given.isdigit() or int(given) < 1:
+            raise ConfigError(
+                f"TANDEM_THREADS={given} is not a positive integer. This process has {num_cores()} cores."
+            )
+        return int(given)
+    openmp = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return int(openmp) if openmp.isdigit() and int(openmp) > 0 else num_cores()
+
+
+def no_color() -> bool:
+    return bool(os.environ.get("NO_COLOR"))
+
+
+def child(**extra: str) -> dict[str, str]:
+    """The environment for a child process, with `extra` set."""
+    return {**os.environ, **extra}

@@ -1,0 +1,69 @@
+"""Errors by audience.
+
+User errors say what, the value, what is allowed and what to do; the command line prints them without a traceback.
+World errors are typed at the boundary they crossed. Programmer errors are asserts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class TandemError(Exception):
+    """Base of every error tandem raises on purpose."""
+
+
+class UserError(TandemError):
+    """Something the user gave can be mended by the user."""
+
+
+class ConfigError(UserError, ValueError):
+    """A recipe, a flag, a dotted name or a value is wrong."""
+
+
+class ModelError(UserError):
+    """A model path, file, architecture, tensor or tokeniser is wrong."""
+
+
+class TaskError(UserError):
+    """A task name, file or record is wrong."""
+
+
+class CapacityError(UserError):
+    """A request cannot fit, or memory does not suffice; names the setting to change."""
+
+
+class RunFolderError(UserError):
+    """A run folder is in use, damaged, or belongs to another config."""
+
+
+class WorldError(TandemError):
+    """Something outside failed: an environment, a reward, a disk, a compiler."""
+
+
+class EnvironmentFailure(WorldError):
+    """An environment or a reward raised, hung past its deadline or returned no finite number."""
+
+
+class KernelError(WorldError):
+    """A kernel could not be compiled or failed its self-check."""
+
+
+class NonFiniteError(WorldError):
+    """A loss or gradient is not finite; raised before the optimiser runs."""
+
+
+class CheckpointError(WorldError):
+    """A checkpoint could not be written or read; the last good one is untouched."""
+
+
+class DeliveryError(WorldError):
+    """The engine does not serve what the learner published."""
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """' Did you mean a, b?' for the allowed names closest to `name`, or the whole list where none is close."""
+    names = sorted(allowed)
+    close = get_close_matches(name, names, n=3, cutoff=0.5)
+    return f" Did you mean {', '.join(close)}?" if close else f" Allowed: {', '.join(names)}."

@@ -1,0 +1,201 @@
+"""Causal attention of packed queries over a table of key and value slots.
+
+One operation serves engine and learner. A segment is a run of query rows at consecutive positions; its table names the
+slot of every position from 0 to its last row, a page at a time. The engine's slots are pages of the KV pool; the
+learner's are the rows of the pack itself (pages of one token), so that samples may share the rows of a common prompt.
+
+A query's result depends on its position, its path and nothing else: keys are reduced in blocks of 64 absolute positions
+(attention.cpp). Softmax runs in fp32; probabilities are rounded to the compute dtype before they meet the values.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tandem.kernels.build import kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Paths:
+    """Where queries sit and where their keys lie. All tensors int32, contiguous.
+
+    >>> Paths.build([0, 3], [0], [[0, 1, 2]], page_tokens=1).num_rows
+    3
+    """
+
+    row_start_S: torch.Tensor  # [S + 1] boundaries of the segments in the packed rows
+    first_position_S: torch.Tensor  # [S] absolute position of each segment's first row
+    table_SP: torch.Tensor  # [S, P] page holding positions [p * page_tokens, (p + 1) * page_tokens)
+    page_tokens: int
+    component_start: torch.Tensor | None = None  # runs of segments that share slots; only the backward pass reads it
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.row_start_S[-1])
+
+    @classmethod
+    def build(
+        cls,
+        row_start: list[int] | tuple[int, ...],
+        first_position: list[int],
+        tables: list[list[int]] | tuple[tuple[int, ...], ...],
+        page_tokens: int,
+    ) -> Paths:
+        """From lists. Segments whose tables begin with the same page form a component and must be neighbours."""
+        width = max((len(table) for table in tables), default=0)
+        table_SP = torch.zeros(len(tables), max(width, 1), dtype=torch.int32)
+        for s, table in enumerate(tables):
+            table_SP[s, : len(table)] = torch.tensor(table, dtype=torch.int32)
+        starts = [s for s in range(len(tables)) if s == 0 or tables[s][0] != tables[s - 1][0]]
+        return cls(
+            torch.tensor(row_start, dtype=torch.int32),
+            torch.tensor(first_position, dtype=torch.int32),
+            table_SP,
+            page_tokens,
+            torch.tensor([*starts, len(tables)], dtype=torch.int32),
+        )
+
+
+class _Args(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value")),
+        *((name, ctypes.c_int64) for name in ("query_stride", "key_stride", "value_stride")),
+        *((name, ctypes.c_void_p) for name in ("out", "lse", "row_start", "first_position", "table")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("table_stride", "page_tokens", "segments", "heads", "kv_heads", "head_size", "window")
+        ),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class _Grads(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("dout", "dquery", "dkey", "dvalue")),
+        *((name, ctypes.c_int64) for name in ("dquery_stride", "dkey_stride", "dvalue_stride")),
+        *((name, ctypes.c_void_p) for name in ("dkey_sum", "dvalue_sum", "component_start")),
+        ("components", ctypes.c_int64),
+    ]
+
+
+def _args(
+    query_THD: torch.Tensor,
+    key_CKD: torch.Tensor,
+    value_CKD: torch.Tensor,
+    paths: Paths,
+    window: int | None,
+    out_THD: torch.Tensor,
+    lse_TH: torch.Tensor | None,
+) -> _Args:
+    _, heads, size = query_THD.shape
+    for tensor in (query_THD, key_CKD, value_CKD):
+        assert tensor.stride(2) == 1 and tensor.stride(1) == size, tensor.stride()
+    return _Args(
+        query_THD.data_ptr(),
+        key_CKD.data_ptr(),
+        value_CKD.data_ptr(),
+        query_THD.stride(0),
+        key_CKD.stride(0),
+        value_CKD.stride(0),
+        out_THD.data_ptr(),
+        lse_TH.data_ptr() if lse_TH is not None else None,
+        paths.row_start_S.data_ptr(),
+        paths.first_position_S.data_ptr(),
+        paths.table_SP.data_ptr(),
+        paths.table_SP.stride(0),
+        paths.page_tokens,
+        paths.first_position_S.shape[0],
+        heads,
+        key_CKD.shape[1],
+        size,
+        window or 0,
+        1.0 / math.sqrt(size),
+    )
+
+
+def _slots(paths: Paths, segment: int, length: int) -> torch.Tensor:
+    position = torch.arange(length)
+    pages = paths.table_SP[segment].long()[position // paths.page_tokens]
+    return pages * paths.page_tokens + position % paths.page_tokens
+
+
+def attention_reference(
+    query_THD: torch.Tensor, key_CKD: torch.Tensor, value_CKD: torch.Tensor, paths: Paths, window: int | None = None
+) -> torch.Tensor:
+    """One segment at a time, a full mask, in fp32 (fp64 for fp64 inputs); differentiable."""
+    wide = query_THD.dtype if query_THD.dtype == torch.float64 else torch.float32
+    group = query_THD.shape[1] // key_CKD.shape[1]
+    outs = []
+    for s in range(paths.first_position_S.shape[0]):
+        start, stop = int(paths.row_start_S[s]), int(paths.row_start_S[s + 1])
+        first = int(paths.first_position_S[s])
+        slots = _slots(paths, s, first + stop - start)
+        query = query_THD[start:stop].to(wide)
+        key, value = (x[slots].to(wide).repeat_interleave(group, 1) for x in (key_CKD, value_CKD))
+        scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[2])
+        q_position = torch.arange(first, first + stop - start)[:, None]
+        k_position = torch.arange(len(slots))[None]
+        hidden = k_position > q_position
+        if window:
+            hidden = hidden | (k_position <= q_position - window)
+        probability = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", probability, value))
+    return torch.cat(outs).to(query_THD.dtype)
+
+
+def attention(
+    query_THD: torch.Tensor,
+    key_CKD: torch.Tensor,
+    value_CKD: torch.Tensor,
+    paths: Paths,
+    window: int | None = None,
+    lse_TH: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """[T, H, D]. C slots of keys and values; rows may be strided. Fills `lse_TH` (fp32) where it is given."""
+    run = kernel("attention", "attention", query_THD.dtype, "p")
+    if run is None:
+        return attention_reference(query_THD, key_CKD, value_CKD, paths, window)
+    out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
+    args = _args(query_THD, key_CKD, value_CKD, paths, window, out_THD, lse_TH)
+    run(ctypes.addressof(args))
+    return out_THD
+
+
+def attention_backward(
+    dout_THD: torch.Tensor,
+    out_THD: torch.Tensor,
+    lse_TH: torch.Tensor,
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    paths: Paths,
+    window: int | None = None,
+) -> None:
+    """Write the gradients of query [T, H, D], key and value [T, K, D] into `grads` (rows may be strided).
+
+    The slots must be the rows themselves (pages of one token), and each row must be the key of some query.
+    """
+    query_THD, key_TKD, value_TKD = qkv
+    assert paths.page_tokens == 1 and paths.component_start is not None and dout_THD.is_contiguous()
+    run = kernel("attention", "attention_backward", query_THD.dtype, "pp")
+    assert run is not None
+    args = _args(query_THD, key_TKD, value_TKD, paths, window, out_THD, lse_TH)
+    sums = torch.zeros(2, *key_TKD.shape)
+    dquery, dkey, dvalue = grads
+    grad_args = _Grads(
+        dout_THD.data_ptr(),
+        dquery.data_ptr(),
+        dkey.data_ptr(),
+        dvalue.data_ptr(),
+        dquery.stride(0),
+        dkey.stride(0),
+        dvalue.stride(0),
+        sums[0].data_ptr(),
+        sums[1].data_ptr(),
+        paths.component_start.data_ptr(),
+        paths.component_start.shape[0] - 1,
+    )
+    run(ctypes.addressof(args), ctypes.addressof(grad_args))

@@ -1,0 +1,137 @@
+// What stands between the matrix products of a layer: RMS norm, rotary embedding with the page write, SwiGLU; forward and
+// backward. Contracts in norm.py, rotary.py and swiglu.py. Rows are independent and reduced in a fixed order, in fp32.
+#include "tile.h"
+#include <omp.h>
+#include <vector>
+
+using namespace tandem;
+
+namespace {
+
+constexpr int64_t NORM_BLOCK = 64;  // rows of one partial sum of the norm's weight gradient
+
+// Sum over 16 lanes, then a fixed tree: the order every row is reduced in.
+template <typename F>
+inline float lane_sum(int64_t width, F term) {
+    float lane[LANES] = {};
+    int64_t c = 0;
+    for (; c + LANES <= width; c += LANES)
+        for (int l = 0; l < LANES; l++) lane[l] += term(c + l);
+    for (; c < width; c++) lane[c % LANES] += term(c);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int l = 0; l < half; l++) lane[l] += lane[l + half];
+    return lane[0];
+}
+
+template <typename E>
+void norm(const E* x, int64_t x_stride, const E* weight, E* y, int64_t y_stride, float* rstd, int64_t t, int64_t width, float eps) {
+#pragma omp parallel for schedule(static) if (t * width > 16384)
+    for (int64_t i = 0; i < t; i++) {
+        const E* row = x + i * x_stride;
+        E* out = y + i * y_stride;
+        const float scale = 1.0f / std::sqrt(lane_sum(width, [&](int64_t c) { const float v = to_float(row[c]); return v * v; }) / float(width) + eps);
+        for (int64_t c = 0; c < width; c++) out[c] = from_float<E>(to_float(row[c]) * scale * to_float(weight[c]));
+        if (rstd) rstd[i] = scale;
+    }
+}
+
+// dx = rstd (w dy - xhat mean(w dy xhat)); dweight += sum over rows of dy xhat, in blocks of NORM_BLOCK rows.
+template <typename E>
+void norm_backward(const E* dy, const E* x, const E* weight, const float* rstd, E* dx, float* dweight, int64_t t, int64_t width) {
+    const int64_t blocks = (t + NORM_BLOCK - 1) / NORM_BLOCK;
+    std::vector<float> partial(blocks * width, 0.0f);
+#pragma omp parallel for schedule(static)
+    for (int64_t b = 0; b < blocks; b++) {
+        float* sum = partial.data() + b * width;
+        for (int64_t i = b * NORM_BLOCK; i < std::min(t, (b + 1) * NORM_BLOCK); i++) {
+            const E *dy_row = dy + i * width, *x_row = x + i * width;
+            E* out = dx + i * width;
+            const float r = rstd[i];
+            const float mean = lane_sum(width, [&](int64_t c) { return to_float(dy_row[c]) * to_float(weight[c]) * to_float(x_row[c]); }) * r / float(width);
+            for (int64_t c = 0; c < width; c++) {
+                const float xhat = to_float(x_row[c]) * r, d = to_float(dy_row[c]);
+                sum[c] += d * xhat;
+                out[c] = from_float<E>(r * (d * to_float(weight[c]) - xhat * mean));
+            }
+        }
+    }
+    for (int64_t b = 0; b < blocks; b++)
+        for (int64_t c = 0; c < width; c++) dweight[c] += partial[b * width + c];
+}
+
+// Rotates pairs (i, i + D/2) of each head in place by sign * angle; tables are [positions, D/2].
+template <typename E>
+void rotate(E* x, int64_t stride, const int64_t* positions, const float* cosine, const float* sine, int64_t t, int64_t heads,
+            int64_t head_size, float sign) {
+    const int64_t half = head_size / 2;
+#pragma omp parallel for schedule(static) if (t * heads * head_size > 16384)
+    for (int64_t i = 0; i < t; i++) {
+        const float *c = cosine + positions[i] * half, *s = sine + positions[i] * half;
+        for (int64_t h = 0; h < heads; h++) {
+            E *low = x + i * stride + h * head_size, *high = low + half;
+            for (int64_t d = 0; d < half; d++) {
+                const float a = to_float(low[d]), b = to_float(high[d]), sn = sign * s[d];
+                low[d] = from_float<E>(a * c[d] - b * sn);
+                high[d] = from_float<E>(b * c[d] + a * sn);
+            }
+        }
+    }
+}
+
+template <typename E>
+void store_rows(const E* x, int64_t stride, const int64_t* slots, E* pool, int64_t t, int64_t width) {
+    for (int64_t i = 0; i < t; i++) std::memcpy(pool + slots[i] * width, x + i * stride, width * sizeof(E));
+}
+
+template <typename E>
+void swiglu(const E* gate_up, E* y, int64_t t, int64_t width) {
+#pragma omp parallel for schedule(static) if (t * width > 16384)
+    for (int64_t i = 0; i < t; i++) {
+        const E *gate = gate_up + i * 2 * width, *up = gate + width;
+        E* out = y + i * width;
+        float e[PANEL];
+        for (int64_t c = 0; c < width; c += PANEL) {
+            const int n = int(std::min<int64_t>(PANEL, width - c));
+            for (int j = 0; j < PANEL; j++) e[j] = j < n ? -to_float(gate[c + j]) : 0.0f;
+            exp_panel(e);
+            for (int j = 0; j < n; j++) out[c + j] = from_float<E>(to_float(gate[c + j]) / (1.0f + e[j]) * to_float(up[c + j]));
+        }
+    }
+}
+
+template <typename E>
+void swiglu_backward(const E* dy, const E* gate_up, E* dgate_up, E* y, int64_t t, int64_t width) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < t; i++) {
+        const E *gate = gate_up + i * 2 * width, *up = gate + width, *d = dy + i * width;
+        E *dgate = dgate_up + i * 2 * width, *dup = dgate + width, *out = y + i * width;
+        float e[PANEL];
+        for (int64_t c = 0; c < width; c += PANEL) {
+            const int n = int(std::min<int64_t>(PANEL, width - c));
+            for (int j = 0; j < PANEL; j++) e[j] = j < n ? -to_float(gate[c + j]) : 0.0f;
+            exp_panel(e);
+            for (int j = 0; j < n; j++) {
+                const float g = to_float(gate[c + j]), u = to_float(up[c + j]), dv = to_float(d[c + j]);
+                const float sigmoid = 1.0f / (1.0f + e[j]), silu = g * sigmoid;
+                dgate[c + j] = from_float<E>(dv * u * (sigmoid + silu * (1.0f - sigmoid)));
+                dup[c + j] = from_float<E>(dv * silu);
+                out[c + j] = from_float<E>(g / (1.0f + e[j]) * u);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+#define TANDEM_BOTH(DEFINE) DEFINE(bf16, bf16) DEFINE(fp32, float)
+#define TANDEM_LAYER(NAME, E)                                                                                              \
+    void norm_##NAME(const E* x, int64_t xs, const E* w, E* y, int64_t ys, float* rstd, int64_t t, int64_t m, float eps) { norm(x, xs, w, y, ys, rstd, t, m, eps); } \
+    void norm_backward_##NAME(const E* dy, const E* x, const E* w, const float* rstd, E* dx, float* dw, int64_t t, int64_t m) { norm_backward(dy, x, w, rstd, dx, dw, t, m); } \
+    void rotate_##NAME(E* x, int64_t s, const int64_t* pos, const float* c, const float* sn, int64_t t, int64_t h, int64_t d, float sign) { rotate(x, s, pos, c, sn, t, h, d, sign); } \
+    void store_##NAME(const E* x, int64_t s, const int64_t* slots, E* pool, int64_t t, int64_t w) { store_rows(x, s, slots, pool, t, w); } \
+    void swiglu_##NAME(const E* gu, E* y, int64_t t, int64_t f) { swiglu(gu, y, t, f); }                                     \
+    void swiglu_backward_##NAME(const E* dy, const E* gu, E* dgu, E* y, int64_t t, int64_t f) { swiglu_backward(dy, gu, dgu, y, t, f); }
+
+extern "C" {
+TANDEM_BOTH(TANDEM_LAYER)
+}

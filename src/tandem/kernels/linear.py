@@ -1,0 +1,133 @@
+"""y = x W^T (+ bias) (+ residual), the same bits for a row whatever rows ride along.
+
+The C++ kernel (linear.cpp) reduces over the inner dimension in order, one accumulator an element, in fp32; neither the
+number of rows nor the number of threads enters. The backward products run on the same micro-kernel; the weight's
+gradient is added in fp32 to `Weight.grad`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from tandem.kernels.build import function, kernel
+from tandem.kernels.weight import Weight, panels
+
+_LINEAR = "pipppp" + "iii"
+
+
+def linear_reference(
+    x_TK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None = None,
+    residual_TN: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """fp32 product, rounded once; the residual is added after that rounding."""
+    product = x_TK.float() @ weight_NK.float().T
+    if bias_N is not None:
+        product = product + bias_N.float()
+    if residual_TN is not None:
+        product = product.to(x_TK.dtype).float() + residual_TN.float()
+    return product.to(out_dtype or x_TK.dtype)
+
+
+def product(
+    x_TK: torch.Tensor,
+    packed: torch.Tensor,
+    columns: int,
+    bias_N: torch.Tensor | None = None,
+    residual_TN: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """x [T, K] times the packed columns: [T, columns]. `bias_N` is fp32; rows of x may be strided."""
+    out_dtype = out_dtype or x_TK.dtype
+    if out_dtype == x_TK.dtype:
+        run = kernel("linear", "linear", x_TK.dtype, _LINEAR)
+    else:
+        run = function("linear", "linear_bf16_fp32", _LINEAR)
+    assert run is not None and x_TK.stride(1) == 1, (x_TK.dtype, x_TK.stride())
+    rows, depth = x_TK.shape
+    if depth % 2 and x_TK.dtype == torch.bfloat16:
+        x_TK, depth = torch.nn.functional.pad(x_TK, (0, 1)), depth + 1
+    out = torch.empty(rows, columns, dtype=out_dtype)
+    run(
+        x_TK.data_ptr(),
+        x_TK.stride(0),
+        packed.data_ptr(),
+        bias_N.data_ptr() if bias_N is not None else None,
+        residual_TN.data_ptr() if residual_TN is not None else None,
+        out.data_ptr(),
+        rows,
+        columns,
+        depth,
+    )
+    return out
+
+
+def pack_transposed(x_TN: torch.Tensor) -> torch.Tensor:
+    """Rows become the depth: the packed form of x^T [N, T]."""
+    run = kernel("linear", "pack_transposed", x_TN.dtype, "pipii")
+    assert run is not None and x_TN.stride(1) == 1
+    packed = panels(x_TN.T)
+    run(x_TN.data_ptr(), x_TN.stride(0), packed.data_ptr(), *x_TN.shape)
+    return packed
+
+
+def accumulate(grad_NK: torch.Tensor, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
+    """grad += dy^T x, in fp32."""
+    run = kernel("linear", "accumulate", x_TK.dtype, "pppiii")
+    if run is None:
+        grad_NK += dy_TN.float().T @ x_TK.float()
+        return
+    rows, columns = grad_NK.shape
+    assert grad_NK.is_contiguous() and grad_NK.dtype == torch.float32
+    dy_packed, x_packed = pack_transposed(dy_TN), pack_transposed(x_TK)
+    run(dy_packed.data_ptr(), x_packed.data_ptr(), grad_NK.data_ptr(), x_TK.shape[0], rows, columns)
+
+
+def input_gradient(dy_TN: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """dx = dy W: [T, K]."""
+    if weight.packed is None:
+        return (dy_TN.float() @ weight.value.float()).to(dy_TN.dtype)
+    return product(dy_TN, pack_transposed(weight.value), weight.value.shape[1])
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TK, weight, bias, residual_TN):  # type: ignore[no-untyped-def]
+        ctx.weight, ctx.bias, ctx.has_residual = weight, bias, residual_TN is not None
+        ctx.save_for_backward(x_TK)
+        return _forward(x_TK, weight, bias, residual_TN)
+
+    @staticmethod
+    def backward(ctx, dy_TN):  # type: ignore[no-untyped-def]
+        (x_TK,) = ctx.saved_tensors
+        dy_TN = dy_TN.contiguous()
+        if ctx.weight.grad is not None:
+            accumulate(ctx.weight.grad, dy_TN, x_TK)
+        if ctx.bias is not None and ctx.bias.grad is not None:
+            ctx.bias.grad += dy_TN.float().sum(0)
+        return input_gradient(dy_TN, ctx.weight), None, None, dy_TN if ctx.has_residual else None
+
+
+def _forward(x_TK: torch.Tensor, weight: Weight, bias: Weight | None, residual_TN: torch.Tensor | None) -> torch.Tensor:
+    bias_N = bias.value.float() if bias is not None else None
+    if weight.packed is None:
+        return linear_reference(x_TK, weight.value, bias_N, residual_TN)
+    return product(x_TK, weight.packed, weight.value.shape[0], bias_N, residual_TN)
+
+
+def linear(
+    x_TK: torch.Tensor, weight: Weight, bias: Weight | None = None, residual_TN: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x W^T + bias + residual: [T, N] in x's dtype. Differentiable; the weight's gradient goes to `weight.grad`."""
+    if torch.is_grad_enabled() and x_TK.requires_grad:
+        return _Linear.apply(x_TK, weight, bias, residual_TN)
+    return _forward(x_TK, weight, bias, residual_TN)
+
+
+def logits(x_TM: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """The output head: [T, V] in fp32, rounded nowhere in between."""
+    if weight.packed is None:
+        return linear_reference(x_TM, weight.value, out_dtype=torch.float32)
+    return product(x_TM, weight.packed, weight.value.shape[0], out_dtype=torch.float32)

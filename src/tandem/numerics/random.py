@@ -1,0 +1,93 @@
+"""Noise from a counter: a number depends on where it is used, not on what was drawn before it.
+
+Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011). The key is the
+64-bit request seed (low word, high word); the counter is (token_id // 4, position, stream, 0) and token_id % 4 picks
+the word. So the noise of a token at a position is the same whatever else is in the batch, before and after a
+preemption, and with and without speculation. NumPy only; `kernels/sample.h` has the same in C++.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Words = NDArray[np.uint32]
+
+_MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = np.uint64(0xFFFFFFFF)
+_HALF = np.uint64(32)
+
+# Of a 32-bit word w: u = (w + 1/2) 2^-32 lies in [2^-33, 1 - 2^-33], so -log(-log u) lies between
+# -log(33 log 2) and -log(-log1p(-2^-33)) = 33 log 2 - 2^-34 + ...; both rounded to fp32.
+GUMBEL_MIN = float(np.float32(-math.log(33 * math.log(2))))  # -3.1300
+GUMBEL_MAX = float(np.float32(-math.log(-math.log1p(-(2.0**-33)))))  # 22.8739
+
+
+class Stream(IntEnum):
+    """What a number is used for; uses never share numbers."""
+
+    TARGET = 0  # the token drawn from the model
+    PROPOSAL = 1  # the token drawn from a drafter
+    ACCEPT = 2  # acceptance of a drafted token
+    RESIDUAL = 3  # the token drawn after a rejection
+    ROUNDING = 4  # stochastic rounding
+
+
+def philox4x32(counter: ArrayLike, key: ArrayLike) -> Words:
+    """Ten rounds of Philox4x32.
+
+    `counter` [..., 4] and `key` [..., 2] are unsigned 32-bit words that broadcast; returns words [..., 4].
+    """
+    c0, c1, c2, c3 = np.moveaxis(np.asarray(counter, dtype=np.uint64), -1, 0)
+    k0, k1 = np.moveaxis(np.asarray(key, dtype=np.uint64), -1, 0)
+    for turn in range(10):
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        weyl0, weyl1 = np.uint64(turn * _WEYL[0] & 0xFFFFFFFF), np.uint64(turn * _WEYL[1] & 0xFFFFFFFF)
+        c0 = (product1 >> _HALF) ^ c1 ^ ((k0 + weyl0) & _LOW)
+        c1 = product1 & _LOW
+        c2 = (product0 >> _HALF) ^ c3 ^ ((k1 + weyl1) & _LOW)
+        c3 = product0 & _LOW
+    return np.stack(np.broadcast_arrays(c0, c1, c2, c3), axis=-1).astype(np.uint32)
+
+
+def words(seed: int, position: int, token_ids: ArrayLike, stream: int = Stream.TARGET) -> Words:
+    """The 32-bit words of `token_ids` (any shape) at one position: same shape."""
+    assert 0 <= seed < 2**64 and 0 <= position < 2**32, (seed, position)
+    ids = np.asarray(token_ids, dtype=np.int64)
+    counter = np.zeros((*ids.shape, 4), dtype=np.uint64)
+    counter[..., 0] = ids // 4
+    counter[..., 1] = position
+    counter[..., 2] = int(stream)
+    blocks = philox4x32(counter, [seed & 0xFFFFFFFF, seed >> 32])
+    return np.take_along_axis(blocks, (ids % 4)[..., None], axis=-1)[..., 0]
+
+
+def uniform(word: ArrayLike) -> NDArray[np.float64]:
+    """(w + 1/2) 2^-32, exact in fp64: in [2^-33, 1 - 2^-33], never 0 or 1."""
+    return (np.asarray(word, dtype=np.uint32).astype(np.float64) + 0.5) * 2.0**-32
+
+
+def uniform_fp32(word: ArrayLike) -> NDArray[np.float32]:
+    """`uniform` rounded to fp32, and the 129 largest words (that would round to 1) to 1 - 2^-24."""
+    return np.minimum(uniform(word).astype(np.float32), np.float32(1 - 2.0**-24))
+
+
+def gumbel(word: ArrayLike) -> NDArray[np.float32]:
+    """Standard Gumbel noise -log(-log u), evaluated in fp64 and rounded to fp32: in [GUMBEL_MIN, GUMBEL_MAX]."""
+    return (-np.log(-np.log(uniform(word)))).astype(np.float32)
+
+
+def derive_seed(run_seed: int, step: int, prompt_id: str, sibling: int) -> int:
+    """The 64-bit seed of one rollout: siblings of a group, steps and prompts get unrelated noise.
+
+    >>> derive_seed(0, 1, "sum-0", 0) == derive_seed(0, 1, "sum-0", 1)
+    False
+    """
+    # The integers hold no "/", so the text determines the four values whatever the prompt id holds.
+    text = f"{int(run_seed)}/{int(step)}/{prompt_id}/{int(sibling)}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=b"tandem seed").digest(), "little")

@@ -1,0 +1,78 @@
+"""What a run asks of the model: the task, its prompts and its reward."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from tandem.errors import ConfigError, nearest
+
+REWARD_NAMES = ("score", "last_number", "exact", "math_verify")
+
+Scalar = int | float | str | bool
+
+
+@dataclass(frozen=True, slots=True)
+class TaskConfig:
+    """A task by name, or a user's own class.
+
+    `environment` is "reasoning_gym" (any data set of that package, by `name`), "jsonl" (a file of questions and
+    answers) or a user's own "path/to/file.py:Class" or "package.module:Class".
+
+    >>> TaskConfig(parameters=(("min_terms", 2), ("max_terms", 2))).name
+    'chain_sum'
+    """
+
+    environment: str = "reasoning_gym"
+    name: str = "chain_sum"  # the reasoning-gym data set; unused elsewhere
+    parameters: tuple[tuple[str, Scalar], ...] = ()  # keyword arguments of the data set or of the user's class
+    path: str = ""  # jsonl: training questions, one JSON object a line
+    heldout_path: str = ""  # jsonl: held-out questions; empty splits them off `path`
+    question_field: str = "question"
+    answer_field: str = "answer"  # text or a number; of "reasoning #### 42" the 42 is the answer
+    system: str = ""  # system message put first where a prompt has none; empty leaves the template's own
+    template: str = "{question}"  # what the user message says; reasoning_gym and jsonl only
+    reward: str = "score"  # the environment's own score, or one of tandem.program.reward.REWARDS
+    train_size: int = 0  # training prompts before they repeat; 0: the whole file, or without end
+    heldout_size: int = 128  # distinct questions kept for evaluation, never trained on
+    seed: int = 0  # of the prompts, apart from the run's seed: runs with other seeds see the same task
+    reward_deadline_s: float = 10.0  # seconds for one call of a reward or an environment
+
+    def __post_init__(self) -> None:
+        if self.environment not in ("reasoning_gym", "jsonl") and not _is_reference(self.environment):
+            raise ConfigError(
+                f"task.environment is {self.environment!r}. Allowed: reasoning_gym, jsonl, path/to/file.py:Class or "
+                "package.module:Class."
+            )
+        if self.reward not in REWARD_NAMES:
+            raise ConfigError(f"task.reward is {self.reward!r}.{nearest(self.reward, REWARD_NAMES)}")
+        if self.environment == "jsonl" and not (self.path or self.heldout_path):
+            raise ConfigError("task.path is empty. Give the file: --set task.path=train.jsonl")
+        if "{question}" not in self.template:
+            raise ConfigError(f"task.template is {self.template!r}. It must hold {{question}}.")
+        if self.is_user and self.template != "{question}":
+            raise ConfigError("task.template is for reasoning_gym and jsonl; your environment writes its own prompts.")
+        for name, value in (("train_size", self.train_size), ("heldout_size", self.heldout_size)):
+            if value < 0:
+                raise ConfigError(f"task.{name} is {value}. Allowed: 0 or more.")
+        if not (math.isfinite(self.reward_deadline_s) and self.reward_deadline_s > 0):
+            raise ConfigError(f"task.reward_deadline_s is {self.reward_deadline_s}. Allowed: seconds above 0.")
+
+    @property
+    def label(self) -> str:
+        """What prompt ids and messages call the task."""
+        if self.environment == "reasoning_gym":
+            return self.name
+        if self.environment == "jsonl":
+            return Path(self.path or self.heldout_path).stem
+        return self.environment.rsplit(":", 1)[1]
+
+    @property
+    def is_user(self) -> bool:
+        return self.environment not in ("reasoning_gym", "jsonl")
+
+
+def _is_reference(text: str) -> bool:
+    module, separator, attribute = text.rpartition(":")
+    return bool(module and separator and attribute.isidentifier())

@@ -1,0 +1,34 @@
+"""What a user writes to give tandem a task: a prompt, a reward and, for agents, what they see next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tandem.types import Message, Prompt
+
+
+class Environment:
+    """A task. Only `prompt` and `reward` must be written.
+
+    It lives in a process of its own, which is killed and started again when a call overruns
+    `task.reward_deadline_s`, so nothing may depend on what an earlier call left behind. What a reward needs goes
+    into `Prompt.record`. `task.parameters` become the keyword arguments of the class, and `seed` (task.seed) too
+    where its constructor takes one.
+    """
+
+    def prompt(self, split: str, index: int) -> Prompt:
+        """Prompt `index` (0, 1, ... without end) of "train" or "heldout"; the same arguments give the same prompt."""
+        raise NotImplementedError(f"{type(self).__name__} must define prompt(self, split, index)")
+
+    def reward(self, prompt: Prompt, text: str) -> float:
+        """A finite number for the text that the model wrote, without its stop token."""
+        raise NotImplementedError(f"{type(self).__name__} must define reward(self, prompt, text)")
+
+    def score(self, prompt: Prompt, turns: tuple[Message, ...]) -> float:
+        """The reward of a whole conversation after the prompt; unless written, that of the last thing it said."""
+        said = [message.content for message in turns if message.role == "assistant"]
+        return self.reward(prompt, said[-1])
+
+    def observe(self, prompt: Prompt, turns: tuple[Message, ...]) -> Sequence[Message] | None:
+        """The messages that follow `turns` (what was said since the prompt), or None where the program ends."""
+        return None

@@ -1,0 +1,90 @@
+"""Messages to tokens by the model's own chat template; later turns append to the tokens that are there.
+
+Re-rendering a conversation does not give back what was sampled: templates trim, drop reasoning, or tokenise a text
+in other pieces than the model wrote it. So a turn is never rendered again. What follows it is found by rendering two
+made-up conversations that differ only in what the assistant said: the tokens that both end in are what the template
+puts after any assistant turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from tandem.errors import ModelError
+from tandem.types import Message
+
+# Answers that end in other tokens, hold nothing a template trims, and begin and end no longer token with what follows.
+_ANSWERS = ("yes", "42")
+
+
+class ChatTokenizer(Protocol):
+    """What rendering needs of models/tokenizer.py."""
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]: ...
+
+    def decode(self, tokens: Sequence[int], /) -> str: ...
+
+    def render_messages(self, messages: Sequence[Message], add_generation_prompt: bool, /) -> list[int]: ...
+
+
+class Renderer:
+    """Tokens of prompts and of what follows a turn, and the text of what was sampled."""
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.stop_token_ids = tuple(tokenizer.stop_token_ids)
+
+    def prompt_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The messages as the model expects them, up to where it is to answer."""
+        return tuple(self.tokenizer.render_messages(messages, True))
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What sampled tokens say, without the stop token that ended them."""
+        ended = len(tokens) > 0 and tokens[-1] in self.stop_token_ids
+        return self.tokenizer.decode(tokens[:-1] if ended else tokens)
+
+    def observation_tokens(self, completion: Sequence[int], messages: Sequence[Message]) -> tuple[int, ...]:
+        """What to append after the sampled tokens `completion` so that `messages` follow and the model answers next.
+
+        Where the completion ends in a stop token, the template's own end of turn is left out up to and including its
+        stop token; where it does not (length, stop string), the end of turn comes first. None of it is trained on.
+        ModelError where the template renders nothing of what the assistant said.
+        """
+        following = self._after_answer(messages, True)
+        ended = len(completion) > 0 and completion[-1] in self.stop_token_ids
+        if not ended:
+            return following
+        closing = self._after_answer((), False)
+        for place, (token, closing_token) in enumerate(zip(following, closing, strict=False)):
+            if token != closing_token:
+                break
+            if token in self.stop_token_ids:
+                return following[place + 1 :]
+        return following
+
+    def _after_answer(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[int, ...]:
+        """The tokens that the template puts after the content of an assistant's turn."""
+        renderings = [
+            self.tokenizer.render_messages(
+                (Message("user", "?"), Message("assistant", answer), *messages), add_generation_prompt
+            )
+            for answer in _ANSWERS
+        ]
+        length = _common_suffix(*renderings)
+        if length == min(len(rendering) for rendering in renderings):
+            raise ModelError(
+                "the model's chat template leaves out what the assistant said, so a later turn cannot keep its tokens. "
+                "Set rollout.max_turns=1 or use another chat template."
+            )
+        return tuple(renderings[0][len(renderings[0]) - length :])
+
+
+def _common_suffix(left: Sequence[int], right: Sequence[int]) -> int:
+    length = 0
+    for a, b in zip(reversed(left), reversed(right), strict=False):
+        if a != b:
+            break
+        length += 1
+    return length

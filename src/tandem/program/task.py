@@ -1,0 +1,93 @@
+"""The task as a run sees it: prompts by index, held-out prompts, grades and observations, each with a deadline."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from tandem.errors import EnvironmentFailure
+from tandem.program import tasks
+from tandem.program.config import TaskConfig
+from tandem.program.guard import Guard, inline_reward
+from tandem.program.reward import INLINE, REWARDS
+from tandem.types import Failure, Message, Prompt
+
+Conversation = tuple[Prompt, tuple[Message, ...]]  # a prompt and what was said since, the model's last text at the end
+
+
+def make_environment(config: TaskConfig) -> Task:
+    """The task of `config`. A jsonl file is read here; what needs a child process starts it and returns at once.
+
+    TaskError where the task is wrong: here, or from `ready()` and the first use where a child process builds it.
+    """
+    return Task(config)
+
+
+class Task:
+    """Prompts and rewards of a run. Code that tandem does not vouch for runs in a child process, see guard.py."""
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.config = config
+        # Reading a file is quick and needs no child; its math-verify rewards do, and start one when first asked.
+        self._local = tasks.make_source(config) if config.environment == "jsonl" else None
+        self._guard = None if self._local is not None else Guard(config)
+
+    def ready(self) -> None:
+        """Wait until the task is built, so that a wrong one stops the run before the model is loaded."""
+        if self._guard is not None:
+            self._guard.ready()
+
+    @functools.cached_property
+    def heldout(self) -> tuple[Prompt, ...]:
+        """`task.heldout_size` prompts with distinct questions, none of which is a training prompt's."""
+        if self._local is not None:
+            return self._local.heldout
+        (heldout,) = self._asked("heldout", [()])
+        return tuple(heldout)
+
+    def prompt(self, index: int) -> Prompt:
+        """Training prompt `index`, counted from 0 over the whole run: the data cursor. Its id is unique."""
+        return self.batch(index, 1)[0]
+
+    def batch(self, start: int, count: int) -> list[Prompt]:
+        """Training prompts [start, start + count), a function of (config, start, count)."""
+        indices = range(start, start + count)
+        if self._local is not None:
+            return [self._local.train(index) for index in indices]
+        return self._asked("train", [(index,) for index in indices])
+
+    def grade(self, conversations: Sequence[Conversation], until_s: float = math.inf) -> list[float | Failure]:
+        """A finite reward or a Failure for each; nothing runs past `until_s` on time.monotonic's clock."""
+        if self.config.reward in INLINE:
+            reward = REWARDS[self.config.reward]
+            return [inline_reward(reward, prompt, tasks.last_text(turns)) for prompt, turns in conversations]
+        return self._child().call("reward", "reward", conversations, until_s)
+
+    def observe(
+        self, conversations: Sequence[Conversation], until_s: float = math.inf
+    ) -> list[tuple[Message, ...] | None | Failure]:
+        """What the environment says next in each conversation, None where it ends, or a Failure."""
+        if self._local is not None:
+            return [None] * len(conversations)
+        return self._child().call("observe", "environment", conversations, until_s)
+
+    def close(self) -> None:
+        """End the child process, if there is one."""
+        if self._guard is not None:
+            self._guard.close()
+
+    def _child(self) -> Guard:
+        if self._guard is None:
+            self._guard = Guard(self.config)
+        return self._guard
+
+    def _asked(self, method: str, arguments: Sequence[tuple[int, ...]]) -> list[Any]:
+        """Prompts from the child; a prompt that cannot be had stops the run, for there is nothing to train on."""
+        answers = self._child().call(method, "environment", arguments)
+        for values, answer in zip(arguments, answers, strict=True):
+            if isinstance(answer, Failure):
+                name = f"training prompt {values[0]}" if values else "held-out prompts"
+                raise EnvironmentFailure(f"task {self.config.label}, {name}: {answer.reason}")
+        return answers

@@ -1,0 +1,335 @@
+"""Where prompts come from: reasoning-gym, a jsonl file, or a user's class; and which of them are held out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import json
+import random
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
+
+from tandem.errors import TaskError, nearest
+from tandem.program.config import TaskConfig
+from tandem.program.environment import Environment
+from tandem.program.reward import REWARDS, extract_answer, last_number_in, math_verify
+from tandem.types import Message, Prompt
+
+CHUNK_DRAWS = 4096  # draws of one reasoning-gym data set before its seed changes; some limit their size, to 20,000
+ATTEMPTS = 256  # draws for one training prompt; where a fifth of the draws is not held out, all fail once in 1e25
+STRIDE = 4099  # draws from one attempt to the next: prime, so that it visits all of a list that a user wraps around
+
+
+class Source(Protocol):
+    """An environment with a bounded, disjoint held-out split."""
+
+    environment: Environment
+    heldout: tuple[Prompt, ...]
+
+    def train(self, index: int) -> Prompt: ...
+
+
+def make_source(config: TaskConfig) -> Source:
+    """The task of `config`, ready to be asked; TaskError where its name, file, parameters or split are wrong."""
+    if config.environment == "jsonl":
+        return FileSource(config)
+    if config.environment == "reasoning_gym":
+        return DrawSource(config, ReasoningGym(config))
+    return DrawSource(config, load_user(config))
+
+
+def question_key(prompt: Prompt) -> str:
+    """What makes two prompts the same question: all that is said, whatever the white space."""
+    return "\n".join(" ".join(message.content.split()) for message in prompt.messages)
+
+
+class DrawSource:
+    """Prompts drawn without end from an environment. Held-out questions are distinct and are never trained on."""
+
+    def __init__(self, config: TaskConfig, environment: Environment) -> None:
+        self.config = config
+        self.environment = environment
+        self.heldout = self._heldout()
+        self._heldout_keys = {question_key(prompt) for prompt in self.heldout}
+        if self.heldout:
+            self.train(0)  # a space that the held-out questions exhaust shows here, before any training
+
+    def train(self, index: int) -> Prompt:
+        """Training prompt `index`, a function of (config, index); repeats after `task.train_size` prompts."""
+        position = index % self.config.train_size if self.config.train_size else index
+        for attempt in range(ATTEMPTS):
+            prompt = self._drawn("train", position + attempt * STRIDE)
+            if question_key(prompt) not in self._heldout_keys:
+                return dataclasses.replace(prompt, id=f"{self.config.label}/train/{index}")
+        raise TaskError(
+            f"task {self.config.label}: {ATTEMPTS} draws in a row are held out, so nothing is left to train on. "
+            + self._advice()
+        )
+
+    def _heldout(self) -> tuple[Prompt, ...]:
+        wanted = self.config.heldout_size
+        chosen: dict[str, Prompt] = {}
+        # n distinct questions within 2n draws leave at least a fifth of an even space: 1 - exp(-2n/K) = n/K at 0.80.
+        for draw in range(2 * wanted):
+            prompt = self._drawn("heldout", draw)
+            name = f"{self.config.label}/heldout/{len(chosen)}"
+            chosen.setdefault(question_key(prompt), dataclasses.replace(prompt, id=name))
+            if len(chosen) == wanted:
+                break
+        if len(chosen) < wanted:
+            raise TaskError(
+                f"task {self.config.label}: {2 * wanted} draws hold only {len(chosen)} distinct questions, too few to "
+                f"hold {wanted} out and train on others. " + self._advice()
+            )
+        return tuple(chosen.values())
+
+    def _drawn(self, split: str, index: int) -> Prompt:
+        prompt = self.environment.prompt(split, index)
+        if not isinstance(prompt, Prompt) or not prompt.messages:
+            raise TaskError(
+                f"{type(self.environment).__name__}.prompt({split!r}, {index}) returned {_short(prompt)}; "
+                "it must return a tandem.types.Prompt with at least one message"
+            )
+        return _with_system(prompt, self.config.system)
+
+    def _advice(self) -> str:
+        return "Lower task.heldout_size or widen task.parameters."
+
+
+class ReasoningGym(Environment):
+    """Any procedural data set of the package reasoning-gym, by name."""
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.config = config
+        self.entry = functools.lru_cache(maxsize=4096)(self._entry)
+        self.chunk = functools.lru_cache(maxsize=8)(self._chunk)
+        self.chunk("train", 0)
+
+    def prompt(self, split: str, index: int) -> Prompt:
+        entry = self.entry(split, index)
+        content = self.config.template.replace("{question}", str(entry["question"]))
+        record = {"question": entry["question"], "answer": str(entry["answer"]), "split": split, "draw": index}
+        return Prompt(f"{self.config.label}/{split}/{index}", (Message("user", content),), record)
+
+    def reward(self, prompt: Prompt, text: str) -> float:
+        """The data set's own score_answer of the marked answer; of the last number where none is marked and the gold
+        answer is a number."""
+        entry = self.entry(prompt.record["split"], prompt.record["draw"])
+        answer = extract_answer(text)
+        if answer == text.strip() and _is_number(str(entry["answer"])):
+            number = last_number_in(text)
+            answer = answer if number is None else str(number)
+        return self.chunk(prompt.record["split"], 0).score_answer(answer, entry)
+
+    def _entry(self, split: str, index: int) -> dict[str, Any]:
+        return self.chunk(split, index // CHUNK_DRAWS)[index % CHUNK_DRAWS]
+
+    def _chunk(self, split: str, number: int) -> Any:
+        try:
+            from reasoning_gym.factory import DATASETS, create_dataset
+        except ImportError as error:
+            raise TaskError(f"the task needs reasoning-gym ({error}): pip install 'tandem-rl[tasks]'") from error
+        import reasoning_gym  # noqa: F401 - fills DATASETS
+
+        name, parameters = self.config.name, dict(self.config.parameters)
+        if name not in DATASETS:
+            raise TaskError(f"task.name is {name!r}, which reasoning-gym does not have.{nearest(name, DATASETS)}")
+        allowed = {field.name for field in dataclasses.fields(DATASETS[name][1])} - {"seed", "size"}
+        for parameter in parameters:
+            if parameter not in allowed:
+                raise TaskError(f"task.parameters: {name} takes no {parameter!r}.{nearest(parameter, allowed)}")
+        # 31 bits: some data sets hand the seed to numpy, which takes 32.
+        text = f"{self.config.seed}/{split}/{number}".encode()
+        seed = int.from_bytes(hashlib.blake2b(text, digest_size=4).digest()) >> 1
+        try:
+            return create_dataset(name, seed=seed, size=CHUNK_DRAWS, **parameters)
+        except (AssertionError, TypeError, ValueError) as error:
+            raise TaskError(f"task.parameters {parameters} do not suit {name}: {error}") from error
+
+
+class QuestionFile(Environment):
+    """Questions and answers read from a file; scored by math-verify."""
+
+    def reward(self, prompt: Prompt, text: str) -> float:
+        return math_verify(prompt, text)
+
+
+class FileSource:
+    """The lines of a jsonl file in an order shuffled anew each epoch, and a held-out part with other questions."""
+
+    def __init__(self, config: TaskConfig) -> None:
+        self.config = config
+        self.environment: Environment = QuestionFile()
+        rows = read_questions(config, config.path) if config.path else []
+        heldout_rows = read_questions(config, config.heldout_path) if config.heldout_path else rows
+        by_question: dict[str, Prompt] = {}
+        for prompt in heldout_rows:
+            by_question.setdefault(question_key(prompt), prompt)
+        distinct = list(by_question.values())
+        if config.heldout_size > len(distinct):
+            name = "heldout_path" if config.heldout_path else "path"
+            raise TaskError(
+                f"task.heldout_size is {config.heldout_size}, but {config.heldout_path or config.path} has "
+                f"{len(distinct)} distinct questions. Lower task.heldout_size or give a larger task.{name}."
+            )
+        order = random.Random(f"heldout {config.seed}").sample(range(len(distinct)), len(distinct))
+        chosen = [distinct[position] for position in order[: config.heldout_size]]
+        self.heldout = tuple(
+            dataclasses.replace(prompt, id=f"{config.label}/heldout/{number}") for number, prompt in enumerate(chosen)
+        )
+        keys = {question_key(prompt) for prompt in self.heldout}
+        left = [prompt for prompt in rows if question_key(prompt) not in keys]
+        if config.train_size > len(left):
+            raise TaskError(
+                f"task.train_size is {config.train_size}, but {config.path or 'no task.path'} leaves {len(left)} lines "
+                "to train on. Lower task.train_size or task.heldout_size."
+            )
+        self._rows = self._shuffled(left, "train")[: config.train_size or None]
+        if config.path and not self._rows:
+            raise TaskError(f"{config.path} has no line left to train on. Lower task.heldout_size.")
+        self._epochs: dict[int, list[Prompt]] = {}
+
+    def train(self, index: int) -> Prompt:
+        if not self._rows:
+            raise TaskError("task.path is empty: nothing to train on. Give the file: --set task.path=train.jsonl")
+        epoch, position = divmod(index, len(self._rows))
+        if epoch not in self._epochs:
+            self._epochs = {epoch: self._shuffled(self._rows, f"epoch {epoch}")}
+        return dataclasses.replace(self._epochs[epoch][position], id=f"{self.config.label}/train/{index}")
+
+    def _shuffled(self, rows: list[Prompt], purpose: str) -> list[Prompt]:
+        shuffled = list(rows)
+        random.Random(f"{purpose} {self.config.seed}").shuffle(shuffled)
+        return shuffled
+
+
+def read_questions(config: TaskConfig, path: str) -> list[Prompt]:
+    """The prompts of a jsonl file, blank lines left out; TaskError names the line that cannot be used."""
+    try:
+        content = Path(path).expanduser().read_bytes()
+    except OSError as error:
+        raise TaskError(f"task file {path} cannot be read: {error.strerror}. Check the path.") from error
+    prompts = []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            prompts.append(_question(config, f"{path} line {number}", line, number))
+    if not prompts:
+        raise TaskError(f"task file {path} holds no line.")
+    return prompts
+
+
+def _question(config: TaskConfig, place: str, line: bytes, number: int) -> Prompt:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
+        raise TaskError(f"{place}: not JSON ({error}). Mend or remove the line.") from error
+    if not isinstance(row, dict):
+        raise TaskError(f"{place}: {_short(row)} is not a JSON object with {config.question_field!r}.")
+    question = _field(row, "question_field", config.question_field, place)
+    solution = _field(row, "answer_field", config.answer_field, place)
+    answer = solution.rsplit("####", 1)[-1].strip()
+    if not answer:
+        raise TaskError(f"{place}: nothing follows the '####' of {config.answer_field!r}.")
+    record = {"question": question, "answer": answer, "solution": solution, "line": number}
+    content = config.template.replace("{question}", question)
+    return _with_system(Prompt(f"{config.label}/{number}", (Message("user", content),), record), config.system)
+
+
+def _field(row: Mapping[str, Any], setting: str, name: str, place: str) -> str:
+    if name not in row:
+        there = nearest(name, row) if row else " The object is empty."
+        raise TaskError(f"{place}: no field {name!r} (task.{setting}).{there}")
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise TaskError(f"{place}: field {name!r} is {_short(value)}; text or a number is needed.")
+    return str(value).strip()
+
+
+def load_user(config: TaskConfig) -> Environment:
+    """The user's environment; TaskError where it cannot be found or built."""
+    where, attribute = config.environment.rsplit(":", 1)
+    try:
+        module = _file_module(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
+    except Exception as error:  # recorded boundary: importing runs the user's code
+        raise TaskError(f"task.environment {config.environment}: {_reason(error)}") from error
+    build: Callable[..., Any] | None = getattr(module, attribute, None)
+    if not callable(build):
+        names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
+        raise TaskError(f"task.environment: {where} has no {attribute!r}.{nearest(attribute, names)}")
+    arguments: dict[str, Any] = dict(config.parameters)
+    try:
+        if "seed" in inspect.signature(build).parameters:
+            arguments.setdefault("seed", config.seed)
+        environment = build(**arguments)
+    except Exception as error:  # recorded boundary: the constructor is the user's code
+        raise TaskError(f"task.environment {config.environment}({arguments}): {_reason(error)}") from error
+    missing = [name for name in ("prompt", "reward") if not callable(getattr(environment, name, None))]
+    if missing:
+        raise TaskError(f"task.environment {config.environment} lacks {' and '.join(missing)}; see docs/add_a_task.md.")
+    return environment
+
+
+def score(source: Source, config: TaskConfig, prompt: Prompt, turns: tuple[Message, ...]) -> float:
+    """The reward of a conversation: the named function of the last text, or the environment's own score."""
+    if config.reward == "score":
+        own = getattr(source.environment, "score", None)
+        if own is not None:
+            return own(prompt, turns)
+        return source.environment.reward(prompt, last_text(turns))
+    return REWARDS[config.reward](prompt, last_text(turns))
+
+
+def observe(source: Source, prompt: Prompt, turns: tuple[Message, ...]) -> tuple[Message, ...] | None:
+    """The environment's messages after `turns`, or None; TypeError where they are something else."""
+    own = getattr(source.environment, "observe", None)
+    messages = own(prompt, turns) if own is not None else None
+    if messages is None:
+        return None
+    if isinstance(messages, Message) or not all(isinstance(message, Message) for message in messages):
+        raise TypeError(f"observe returned {_short(messages)}; a list of tandem.types.Message or None is needed")
+    return tuple(messages) or None
+
+
+def last_text(turns: Sequence[Message]) -> str:
+    """What the model said last."""
+    return next(message.content for message in reversed(turns) if message.role == "assistant")
+
+
+def _file_module(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+    name = f"tandem_task_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(path.resolve().parent))  # what lies beside it can be imported, as when it is run
+    sys.modules[name] = module  # dataclasses and pickle look classes up by module name
+    spec.loader.exec_module(module)
+    return module
+
+
+def _with_system(prompt: Prompt, system: str) -> Prompt:
+    if not system or prompt.messages[0].role == "system":
+        return prompt
+    return dataclasses.replace(prompt, messages=(Message("system", system), *prompt.messages))
+
+
+def _is_number(text: str) -> bool:
+    number = last_number_in(text)
+    return number is not None and text.strip().replace(",", "").lstrip("+") == str(number)
+
+
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,78 @@
+"""The child process of program/guard.py: holds a task and answers calls until its pipe closes."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tandem.errors import TaskError
+from tandem.program import tasks
+from tandem.program.config import TaskConfig
+from tandem.program.guard import Answer, checked_reward, one_line
+from tandem.types import Failure, Message, Prompt
+
+PARENT_CHECK_S = 1.0
+
+
+class Calls:
+    """What the parent may ask for, by name. Each value can be pickled whatever the user's code returned."""
+
+    def __init__(self, source: tasks.Source, config: TaskConfig) -> None:
+        self.source = source
+        self.config = config
+
+    def heldout(self) -> tuple[Prompt, ...]:
+        return self.source.heldout
+
+    def train(self, index: int) -> Prompt:
+        return self.source.train(index)
+
+    def reward(self, prompt: Prompt, turns: tuple[Message, ...]) -> float | Failure:
+        return checked_reward(tasks.score(self.source, self.config, prompt, turns))
+
+    def observe(self, prompt: Prompt, turns: tuple[Message, ...]) -> tuple[Message, ...] | None:
+        return tasks.observe(self.source, prompt, turns)
+
+
+def main(fileno: int, parent: int) -> None:
+    """Serve the pipe `fileno`: a TaskConfig first, then (method, list of arguments), one answer for each."""
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    connection = Connection(fileno)
+    config: TaskConfig = connection.recv()
+    os.dup2(2, 1)  # what a user's environment prints must not land between the parent's --json lines
+    calls: list[Calls] = []
+    connection.send(_answer(lambda: calls.append(Calls(tasks.make_source(config), config))))
+    if not calls:
+        return
+    while True:
+        try:
+            method, arguments = connection.recv()
+        except EOFError:
+            return
+        for values in arguments:
+            answer = _answer(getattr(calls[0], method), *values)
+            try:
+                connection.send(answer)
+            except (BrokenPipeError, ConnectionResetError):
+                return
+            except Exception as error:  # noqa: BLE001 - recorded boundary: the user's record cannot be pickled
+                connection.send(("raised", one_line(error)))
+
+
+def _answer(function: Any, *values: Any) -> Answer:
+    try:
+        return ("value", function(*values))
+    except TaskError as error:
+        return ("task_error", str(error))
+    except BaseException as error:  # noqa: BLE001 - recorded boundary: sys.exit is no Exception
+        return ("raised", one_line(error))
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when its parent has gone without closing the pipe's reader, as when it is killed."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os._exit(1)

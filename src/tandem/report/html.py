@@ -1,0 +1,201 @@
+"""A run folder -> report.html: one file, no script, no network, light and dark."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from tandem.report import metrics, plots, units
+from tandem.report.live import held_out
+from tandem.report.metrics import Row
+
+_LAST_STEPS = 12
+_SHOWN_TRAJECTORIES = 3  # of the best, and of the worst
+_TEXT_LIMIT = 2_000  # characters of a prompt or an answer shown
+_ALTERNATIVES = {
+    "reward": "Mean reward of each step and held-out accuracy",
+    "lengths": "Mean and longest response by step",
+    "entropy": "Entropy of the policy by step",
+    "time": "Seconds of each step by phase",
+}
+
+
+def write_report(folder: Path | str, config_diff: Sequence[str] = ()) -> Path:
+    """Write the PNGs and report.html of the run in `folder`; returns the path of report.html.
+
+    `config_diff`: lines of tandem.config.diff(recipe, config), shown as what this run changed. Raises RunFolderError
+    where the folder holds no metrics. Needs no lock: a running run can be reported on.
+    """
+    folder = Path(folder)
+    rows = metrics.read_metrics(folder)
+    pictures = []
+    if metrics.training(rows):
+        light = plots.save_plots(rows, folder)
+        pictures = [(name, path.read_bytes(), _dark(name, rows)) for name, path in light.items()]
+    path = folder / "report.html"
+    path.write_text(render_report(folder, rows, pictures, config_diff))
+    return path
+
+
+def _dark(name: str, rows: Sequence[Row]) -> bytes:
+    return plots.png(partial(plots.FIGURES[name], rows), dark=True)
+
+
+def render_report(
+    folder: Path,
+    rows: Sequence[Row],
+    pictures: Sequence[tuple[str, bytes, bytes]] = (),
+    config_diff: Sequence[str] = (),
+) -> str:
+    """The page as text with `pictures` (name, light PNG, dark PNG). The template escapes all that the model wrote."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        duration=units.duration, gigabytes=units.gigabytes, percent=units.percent, count=units.count,
+        decimal=units.decimal, held_out=held_out,
+    )  # fmt: skip
+    template = environment.from_string(resources.files("tandem.report").joinpath("report.html.jinja").read_text())
+    config = _json(folder / "config.json")
+    sampled_step, best, worst = _sampled(folder)
+    return template.render(
+        name=config.get("name") or folder.resolve().name,
+        folder=folder.resolve().name,
+        finished=_finished(folder),
+        planned=config.get("steps"),
+        summary=metrics.summary(rows),
+        tiles=tiles(metrics.summary(rows)),
+        agreement=agreement(rows),
+        alarms=metrics.alarms(rows),
+        figures=[_inlined(*picture) for picture in pictures],
+        last=metrics.training(rows)[-_LAST_STEPS:][::-1],
+        step_s=metrics.step_s,
+        failures=failures(folder),
+        sampled_step=sampled_step,
+        best=best,
+        worst=worst,
+        ledger=_json(folder / "ledger.json"),
+        config=flattened(config),
+        config_diff=list(config_diff),
+    )
+
+
+def tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(label, figure, what it means) of each headline."""
+    before, after = summary["evaluation_before"], summary["evaluation_after"]
+    first, rate = units.decimal(summary["reward_first"]), units.count(summary["tokens_per_s"])
+    shown = [("Reward", units.decimal(summary["reward_last"]), f"mean of the last 5 steps; first 5: {first}")]
+    if before:
+        latest = after or before
+        interval = "" if latest.get("low") is None else f"95 %: {100 * latest['low']:.1f} to {100 * latest['high']:.1f}"
+        was = f"; before: {held_out(before)}" if after else "; not evaluated again"
+        shown.append(("Held-out accuracy", units.percent(latest["accuracy"], 1), f"{interval}{was}"))
+    shown += [
+        ("Steps", units.count(summary["steps"]), f"in {units.duration(summary['wall_s'])}"),
+        ("Sampled tokens", units.count(summary["tokens"]), f"{rate} a second of rollout"),
+        ("Peak memory", units.gigabytes(summary["peak_memory_bytes"]), "of the run's process"),
+        ("Failed trajectories", units.count(summary["failed"]), f"{summary['trained_samples']:,} samples trained"),
+    ]
+    return shown
+
+
+def agreement(rows: Sequence[Row]) -> str | None:
+    """Whether the policy that sampled is the one that was trained, in a sentence; None where it was not measured."""
+    steps, apart = metrics.series(rows, "mismatch")
+    if not steps:
+        return None
+    if max(apart) == 0.0:
+        return f"Engine and learner log-probs were equal to the last bit for every trained token of {len(steps)} steps."
+    worst = max(range(len(steps)), key=apart.__getitem__)
+    differing = sum(value > 0 for value in apart)
+    return (
+        f"Engine and learner log-probs differ by at most {apart[worst]:.3g} nats (step {steps[worst]}), "
+        f"in {differing} of {len(steps)} steps."
+    )
+
+
+def failures(folder: Path) -> list[tuple[str, str, int]]:
+    """(where, reason, how many) over all steps, most frequent first."""
+    counted: Counter[tuple[str, str]] = Counter()
+    for path in sorted((folder / "trajectories").glob("step-*.jsonl")):
+        for row in _trajectories(path):
+            if failure := row.get("failure"):
+                counted[failure["where"], failure["reason"]] += 1
+    return [(where, reason, number) for (where, reason), number in counted.most_common()]
+
+
+def flattened(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """
+    >>> flattened({"seed": 1, "learner": {"lr": 2e-05}})
+    [('seed', '1'), ('learner.lr', '2e-05')]
+    """
+    lines = []
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            lines += flattened(value, f"{prefix}{name}.")
+        else:
+            lines.append((prefix + name, value if isinstance(value, str) else json.dumps(value)))
+    return lines
+
+
+def _sampled(folder: Path) -> tuple[int | None, list[dict[str, Any]], list[dict[str, Any]]]:
+    """(step, best, worst) trajectories of the last step that kept any; none is in both lists."""
+    paths = {int(path.stem.removeprefix("step-")): path for path in (folder / "trajectories").glob("step-*.jsonl")}
+    if not paths:
+        return None, [], []
+    step = max(paths)
+    scored = [row for row in _trajectories(paths[step]) if row.get("reward") is not None]
+    scored.sort(key=lambda row: (-row["reward"], row["program_id"]))
+    best = _spread(scored, _SHOWN_TRAJECTORIES)
+    chosen = {row["program_id"] for row in best}
+    worst = _spread([row for row in reversed(scored) if row["program_id"] not in chosen], _SHOWN_TRAJECTORIES)
+    return step, [_shown(row) for row in best], [_shown(row) for row in worst]
+
+
+def _spread(rows: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """The first rows in order, of prompts not shown yet where the reward is the same."""
+    chosen: list[dict[str, Any]] = []
+    rest = list(rows)
+    while rest and len(chosen) < number:
+        seen = {row["prompt_id"] for row in chosen}
+        fresh = (row for row in rest if row["reward"] == rest[0]["reward"] and row["prompt_id"] not in seen)
+        chosen.append(next(fresh, rest[0]))
+        rest.remove(chosen[-1])
+    return chosen
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    messages = row.get("prompt") or []
+    prompt = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+    return {**row, "prompt": _shortened(prompt), "text": _shortened(row["text"])}
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _TEXT_LIMIT else f"{text[:_TEXT_LIMIT]} … ({len(text) - _TEXT_LIMIT:,} more characters)"
+
+
+def _trajectories(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(errors="replace") as file:
+        for line in file:
+            yield json.loads(line)
+
+
+def _inlined(name: str, light: bytes, dark: bytes) -> dict[str, str]:
+    text = {"light": base64.b64encode(light).decode(), "dark": base64.b64encode(dark).decode()}
+    return {"name": name, "alternative": _ALTERNATIVES[name], **text}
+
+
+def _finished(folder: Path) -> str:
+    changed = (folder / "metrics.jsonl").stat().st_mtime
+    return datetime.fromtimestamp(changed).strftime("%Y-%m-%d %H:%M")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}

@@ -1,0 +1,229 @@
+"""What a run shows while it goes: a live table on a terminal, a line a step in a log, JSON on request."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, TextIO
+
+from rich.bar import Bar
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from tandem.report.metrics import evaluations, seconds_by_phase, series, step_s, time_left_s, training
+from tandem.report.units import count, decimal, duration, gigabytes, percent
+
+Row = Mapping[str, Any]
+
+SPARKS = "▁▂▃▄▅▆▇█"
+PHASE_COLOURS = ("blue", "dark_orange", "green", "magenta", "cyan")
+_ROWS_SHOWN = 10
+_LINES_AROUND = 12  # title, table frame, curves, time, progress, notes
+
+
+def sparkline(values: Sequence[float], width: int, low: float | None = None, high: float | None = None) -> str:
+    """One character a value; more values than `width` are averaged in equal bins. The scale is [low, high].
+
+    >>> sparkline([0.0, 0.5, 1.0], 8)
+    '▁▅█'
+    """
+    if not values:
+        return ""
+    if len(values) > width:
+        edges = [round(i * len(values) / width) for i in range(width + 1)]
+        values = [sum(values[a:b]) / (b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    low = min(values) if low is None else low
+    high = max(values) if high is None else high
+    span = high - low
+    top = len(SPARKS) - 1
+    # Half up, not to even: 0.5 of the scale must not depend on the parity of its level.
+    levels = [int(top * (value - low) / span + 0.5) if span > 0 else 0 for value in values]
+    return "".join(SPARKS[min(top, max(0, level))] for level in levels)
+
+
+def step_line(row: Row, total_steps: int, left_s: float | None) -> str:
+    """A step in one plain line, for logs."""
+    width = len(str(total_steps))
+    parts = [f"step {row['step']:>{width}}/{total_steps}"]
+    if "reward" in row:
+        parts.append(f"reward {decimal(row.get('reward'))}")
+        parts.append(f"length {decimal(row.get('length'), 1)} (max {count(row.get('length_max'))})")
+        parts.append(f"entropy {decimal(row.get('entropy'))}")
+        parts.append(f"{count(row.get('tokens_per_s'))} tok/s")
+    if row.get("failed"):
+        parts.append(f"failed {row['failed']}")
+    if evaluation := row.get("evaluation"):
+        parts.append("held-out " + held_out(evaluation))
+    if seconds := step_s(row):
+        shares = [f"{phase} {percent(value / seconds)}" for phase, value in seconds_by_phase([row]).items()]
+        parts.append(f"{duration(seconds)} ({', '.join(s for s in shares if not s.endswith(' 0 %'))})")
+    if left_s is not None:
+        parts.append(f"about {duration(left_s)} left")
+    return "  ".join(parts)
+
+
+def held_out(evaluation: Row) -> str:
+    """
+    >>> held_out({"accuracy": 0.62, "low": 0.55, "high": 0.685, "prompts": 200})
+    '62.0 % [55.0, 68.5] of 200'
+    """
+    text = percent(evaluation["accuracy"], 1)
+    if evaluation.get("low") is not None:
+        text += f" [{100 * evaluation['low']:.1f}, {100 * evaluation['high']:.1f}]"
+    return f"{text} of {evaluation['prompts']}" if evaluation.get("prompts") else text
+
+
+class LiveTable:
+    """Shows a run's rows as they come; a context manager.
+
+    On a terminal: a table redrawn in place. Elsewhere: a line a step. as_json: a JSON row a step, notes on stderr.
+    `rows` are those of earlier sittings of a resumed run: they count in the curves and are not shown again.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        stream: TextIO | None = None,
+        title: str = "tandem",
+        as_json: bool = False,
+        rows: Sequence[Row] = (),
+    ) -> None:
+        self._total = total_steps
+        self._stream = sys.stdout if stream is None else stream
+        self._title = title
+        self._as_json = as_json
+        self._rows: list[Row] = list(rows)
+        self._note = ""
+        self._started_s = time.monotonic()
+        self._console = Console(file=self._stream)
+        encoding = (getattr(self._stream, "encoding", None) or "utf-8").lower()
+        drawable = encoding.startswith("utf") and not self._console.is_dumb_terminal
+        self._live: Live | None = None
+        if not as_json and self._console.is_terminal and drawable:
+            # Four redraws a second keep the clock going; the cursor moves home and overwrites, nothing is cleared.
+            self._live = Live(get_renderable=self._render, console=self._console, refresh_per_second=4)
+
+    def __enter__(self) -> LiveTable:
+        self._started_s = time.monotonic()
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._live:
+            self._live.stop()
+
+    def update(self, row: Row) -> None:
+        """Show a step's row (see metrics.jsonl)."""
+        self._rows.append(row)
+        self._note = ""
+        if self._live:
+            self._live.refresh()
+        elif self._as_json:
+            self._print(json.dumps(row, default=str))
+        else:
+            left = time_left_s(self._rows, self._total)
+            self._print(step_line(row, self._total, left))
+
+    def note(self, text: str) -> None:
+        """Show a line about what goes on. On a terminal it stays until the next row; safe in a signal handler."""
+        self._note = text
+        if self._as_json:
+            print(text, file=sys.stderr, flush=True)
+        elif not self._live:
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        encoding = getattr(self._stream, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "replace").decode(encoding), file=self._stream, flush=True)
+
+    def _render(self) -> Group:
+        parts: list[Any] = [Text(self._title, style="bold")]
+        if training(self._rows):
+            parts += [self._table(), *self._curves()]
+        parts.append(self._progress())
+        if self._note:
+            parts.append(Text(self._note, style="italic"))
+        for part in parts:
+            if isinstance(part, Text):
+                part.no_wrap, part.overflow = True, "ellipsis"
+        return Group(*parts)
+
+    def _table(self) -> Table:
+        width = self._console.width
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+        columns = ["step", "reward", "length", "max", "entropy", "tok/s", "time"]
+        if width >= 90:
+            columns += ["equal groups", "failed", "gradient", "held-out"]
+        for name in columns:
+            table.add_column(name, justify="right", no_wrap=True)
+        shown = max(1, min(_ROWS_SHOWN, self._console.height - _LINES_AROUND))
+        for row in self._rows[-shown:]:
+            cells = {
+                "step": str(row["step"]),
+                "reward": decimal(row.get("reward")),
+                "length": decimal(row.get("length"), 1),
+                "max": count(row.get("length_max")),
+                "entropy": decimal(row.get("entropy")),
+                "tok/s": count(row.get("tokens_per_s")),
+                "time": duration(step_s(row)),
+                "equal groups": percent(row.get("zero_variance")),
+                "failed": count(row.get("failed")),
+                "gradient": decimal(row.get("grad_norm"), 2),
+                "held-out": percent(row["evaluation"]["accuracy"], 1) if row.get("evaluation") else "",
+            }
+            table.add_row(*(cells[name] for name in columns), style="red" if row.get("failed") else "")
+        return table
+
+    def _curves(self) -> list[Any]:
+        lines: list[Any] = [Text("")]
+        width = max(10, min(60, self._console.width - 34))
+        rewards = series(self._rows, "reward")[1]
+        if rewards:
+            line = Text.assemble(("reward    ", "dim"), (sparkline(rewards, width), "blue"))
+            lines.append(line.append(f"  {rewards[0]:.3f} to {rewards[-1]:.3f}"))
+        evaluated = evaluations(self._rows)
+        if evaluated:
+            text = " to ".join(held_out(e) for e in (evaluated[:1] + evaluated[-1:])[-min(2, len(evaluated)) :])
+            lines.append(Text.assemble(("held-out  ", "dim"), text))
+        seconds = seconds_by_phase(self._rows)
+        spent = sum(seconds.values())
+        if spent:
+            line = Text.assemble(("time      ", "dim"))
+            largest = [(phase, value / spent) for phase, value in seconds.items() if phase != "other"]
+            largest = largest[: len(PHASE_COLOURS) if self._console.width >= 100 else 3]
+            rest = 1.0 - sum(share for _, share in largest)
+            for colour, (phase, share) in zip(PHASE_COLOURS, largest, strict=False):
+                line.append("█ ", colour).append(f"{phase} {percent(share)}  ")
+            line.append("█ ", "bright_black").append(f"other {percent(rest)}")
+            lines.append(line)
+        return lines
+
+    def _progress(self) -> Table:
+        trained = training(self._rows)
+        done = int(trained[-1]["step"]) if trained else 0
+        facts = [f"step {done} of {self._total}", duration(time.monotonic() - self._started_s)]
+        left = time_left_s(self._rows, self._total)
+        if left is not None:
+            facts.append(f"about {duration(left)} left" if done < self._total else "done")
+        elif not self._note:
+            facts.append("first rollout under way")
+        peak = max(series(self._rows, "peak_memory_bytes")[1], default=None)
+        if peak is not None:
+            facts.append(f"peak {gigabytes(peak)}")
+        line = Table.grid(padding=(0, 2, 0, 0))
+        bar = Bar(
+            max(1, self._total),
+            0,
+            done,
+            width=max(8, min(30, self._console.width - 60)),
+            color="green",
+            bgcolor="grey23",
+        )
+        line.add_row(bar, Text("   ".join(facts), no_wrap=True, overflow="ellipsis"))
+        return line

@@ -1,0 +1,190 @@
+"""metrics.jsonl -> rows -> the figures that head a report."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import RunFolderError
+
+Row = Mapping[str, Any]
+
+FAILED_SHARE_ALARM = 0.10  # of a step's trajectories
+ZERO_VARIANCE_ALARM = 0.90  # of a step's groups: nearly nothing to learn from
+MISMATCH_ALARM = 0.05  # nats; a bf16 forward in another order differs by about this much
+REWARD_DROP_ALARM = 0.15  # last five steps below the best five in a row
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+    """Rows of a run folder or of a metrics.jsonl, by step; rows of one step are merged, the later value winning.
+
+    A torn last line (a run that was killed, or one that is writing now) is left out. Raises RunFolderError where
+    the file is absent or a line before the last is not JSON.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    if not path.exists():
+        raise RunFolderError(
+            f"{path} does not exist: no step was finished there. Give a folder made by `tandem train`."
+        )
+    lines = path.read_text(errors="replace").split("\n")
+    rows: dict[int, dict[str, Any]] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # no newline after it: torn
+                break
+            raise RunFolderError(f"{path} is damaged: line {number} is not JSON. Remove that line to go on.") from error
+        rows.setdefault(row["step"], {}).update(row)
+    return [rows[step] for step in sorted(rows)]
+
+
+def series(rows: Iterable[Row], name: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the rows where `name` is a finite number."""
+    steps, values = [], []
+    for row in rows:
+        value = row.get(name)
+        if isinstance(value, int | float) and math.isfinite(value):
+            steps.append(int(row["step"]))
+            values.append(float(value))
+    return steps, values
+
+
+def evaluations(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Held-out accuracies {"step", "accuracy", "low", "high", "prompts"} in order of step."""
+    return [{"step": row["step"], **row["evaluation"]} for row in rows if row.get("evaluation")]
+
+
+def training(rows: Iterable[Row]) -> list[Row]:
+    """Rows of steps that sampled, without those that hold only an evaluation."""
+    return [row for row in rows if "reward" in row]
+
+
+def seconds_by_phase(rows: Iterable[Row]) -> dict[str, float]:
+    """Seconds by phase over all rows, largest first, "other" last."""
+    totals: dict[str, float] = {}
+    for row in rows:
+        for phase, seconds in (row.get("seconds") or {}).items():
+            totals[phase] = totals.get(phase, 0.0) + float(seconds)
+    return dict(sorted(totals.items(), key=lambda entry: (entry[0] == "other", -entry[1])))
+
+
+def wall_s(rows: Iterable[Row]) -> float:
+    """Seconds of all sittings: `time_s` starts again where a run was resumed by a clock that starts again."""
+    total = sitting = 0.0
+    for _, time_s in zip(*series(rows, "time_s"), strict=True):
+        if time_s < sitting:
+            total += sitting
+        sitting = time_s
+    return total + sitting
+
+
+def step_s(row: Row) -> float | None:
+    """Seconds of a step: the sum of its phases."""
+    seconds = row.get("seconds")
+    return sum(seconds.values()) if seconds else None
+
+
+def time_left_s(rows: Sequence[Row], total_steps: int) -> float | None:
+    """Median seconds of the last ten steps times the steps left, or None where no step has been timed."""
+    trained = training(rows)
+    timed = [seconds for row in trained[-10:] if (seconds := step_s(row)) is not None]
+    if not timed:
+        return None
+    return statistics.median(timed) * max(0, total_steps - int(trained[-1]["step"]))
+
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """The headline figures of a run; None where the rows do not hold one.
+
+    steps, last_step; reward_first, reward_last: means over the first and last five steps that have a reward;
+    evaluation_before, evaluation_after: first and last held-out result (after is None with only one);
+    tokens, tokens_per_s (all sampled tokens over all rollout seconds), trained_samples, failed;
+    wall_s, seconds and shares by phase; peak_memory_bytes; kl_max, mismatch_max, ratio_max; weights (last digest).
+    """
+    trained = training(rows)
+    rewards = series(trained, "reward")[1]
+    evaluated = evaluations(rows)
+    seconds = seconds_by_phase(rows)
+    spent = sum(seconds.values())
+    tokens = sum(series(rows, "tokens")[1])
+    rollout_s = seconds.get("rollout", 0.0)
+    return {
+        "steps": len(trained),
+        "last_step": trained[-1]["step"] if trained else None,
+        "reward_first": statistics.fmean(rewards[:5]) if rewards else None,
+        "reward_last": statistics.fmean(rewards[-5:]) if rewards else None,
+        "evaluation_before": evaluated[0] if evaluated else None,
+        "evaluation_after": evaluated[-1] if len(evaluated) > 1 else None,
+        "tokens": int(tokens),
+        "tokens_per_s": tokens / rollout_s if rollout_s else None,
+        "trained_samples": int(sum(series(rows, "trained_samples")[1])),
+        "failed": int(sum(series(rows, "failed")[1])),
+        "wall_s": wall_s(rows),
+        "seconds": seconds,
+        "shares": {phase: value / spent for phase, value in seconds.items()} if spent else {},
+        "peak_memory_bytes": _largest(rows, "peak_memory_bytes"),
+        "kl_max": _largest(rows, "kl"),
+        "mismatch_max": _largest(rows, "mismatch"),
+        "ratio_max": _largest(rows, "ratio_max"),
+        "weights": next((row["weights"] for row in reversed(trained) if row.get("weights")), None),
+    }
+
+
+def _largest(rows: Iterable[Row], name: str) -> float | None:
+    return max(series(rows, name)[1], default=None)
+
+
+def alarms(rows: Sequence[Row]) -> list[str]:
+    """What a careful reader would stop at, one line each, with the metric, its value, its threshold and the step.
+
+    Rows may bring their own lines under "alarms".
+    """
+    trained = training(rows)
+    lines = [f"step {row['step']}: {alarm}" for row in rows for alarm in row.get("alarms") or ()]
+    for row in trained:
+        if row.get("reward") is None:
+            lines.append(f"step {row['step']}: reward is not a number; every trajectory of the step failed")
+    worst = max(trained, key=_failed_share, default=None)
+    if worst is not None and _failed_share(worst) > FAILED_SHARE_ALARM:
+        lines.append(
+            f"step {worst['step']}: failed trajectories {_failed_share(worst):.0%} > {FAILED_SHARE_ALARM:.0%}; "
+            "their reasons are listed under Failures"
+        )
+    apart = [row for row in trained if (row.get("mismatch") or 0) > MISMATCH_ALARM]
+    if apart:
+        worst = max(apart, key=lambda row: row["mismatch"])
+        lines.append(
+            f"step {worst['step']}: largest |engine - learner log-prob| {worst['mismatch']:.3g} > {MISMATCH_ALARM} "
+            f"in {len(apart)} of {len(trained)} steps; the policy that sampled is not the one that was trained"
+        )
+    flat = [row for row in trained if (row.get("zero_variance") or 0) > ZERO_VARIANCE_ALARM]
+    if flat:
+        lines.append(
+            f"step {flat[0]['step']}: groups without variance {flat[0]['zero_variance']:.0%} > "
+            f"{ZERO_VARIANCE_ALARM:.0%} in {len(flat)} of {len(trained)} steps; little is left to learn from"
+        )
+    steps, rewards = series(trained, "reward")
+    if len(rewards) >= 10:
+        means = [statistics.fmean(rewards[i : i + 5]) for i in range(len(rewards) - 4)]
+        best = max(range(len(means)), key=means.__getitem__)
+        if means[best] - means[-1] > REWARD_DROP_ALARM:
+            lines.append(
+                f"step {steps[-1]}: reward over the last five steps {means[-1]:.3f} is more than {REWARD_DROP_ALARM} "
+                f"below its best, {means[best]:.3f} at steps {steps[best]}-{steps[best + 4]}"
+            )
+    return lines
+
+
+def _failed_share(row: Row) -> float:
+    """Failed over all; 0 where the row does not say how many "trajectories" it had."""
+    total = row.get("trajectories") or 0
+    return (row.get("failed") or 0) / total if total else 0.0

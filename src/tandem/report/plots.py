@@ -1,0 +1,248 @@
+"""PNGs of a run. Each `*_figure` returns a matplotlib Figure; `png` renders it. No global state, no display.
+
+Widths are 6 inches at 200 dpi: shown at 600 px the smallest text is 11 px high. Colours are Okabe and Ito's,
+told apart by colour-blind readers ("Color Universal Design", 2008); line styles and labels repeat what they say.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from tandem.report.metrics import Row, evaluations, seconds_by_phase, series, training
+
+# Places in the colour cycle of the style, so that the dark style can brighten them.
+BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, YELLOW = "C0", "C1", "C2", "C3", "C4", "C5", "C6"
+SERIES = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY)
+PHASES = {
+    "rollout": BLUE,
+    "learner": ORANGE,
+    "update": VERMILLION,
+    "reward": GREEN,
+    "evaluate": SKY,
+    "publish": PURPLE,
+    "checkpoint": YELLOW,
+}
+GREY = "#9AA0A6"
+
+STYLE: dict[Any, Any] = {
+    "figure.figsize": (6.0, 3.4),
+    "figure.dpi": 200,
+    "figure.facecolor": "#FFFFFF",
+    "savefig.facecolor": "#FFFFFF",
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.08,
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": "#1F2328",
+    "axes.prop_cycle": cycler(color=["#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#56B4E9", "#F0E442"]),
+    "axes.facecolor": "#FFFFFF",
+    "axes.edgecolor": "#8B949E",
+    "axes.labelcolor": "#1F2328",
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.xmargin": 0.02,
+    "grid.color": "#D0D7DE",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 2.0,
+    "lines.solid_capstyle": "round",
+    "xtick.color": "#57606A",
+    "ytick.color": "#57606A",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "legend.handlelength": 1.6,
+}
+DARK: dict[Any, Any] = {
+    "figure.facecolor": "#161B22",
+    "savefig.facecolor": "#161B22",
+    "text.color": "#E6EDF3",
+    "axes.prop_cycle": cycler(color=["#4C9FE6", "#EC7A2C", "#1FBF92", "#E69F00", "#DB93BA", "#A8DAF8", "#F0E442"]),
+    "axes.facecolor": "#161B22",
+    "axes.edgecolor": "#6E7681",
+    "axes.labelcolor": "#E6EDF3",
+    "grid.color": "#30363D",
+    "xtick.color": "#9DA7B3",
+    "ytick.color": "#9DA7B3",
+}
+
+_SMOOTHING = 5  # steps averaged in the bold reward line, the step and those before it
+
+
+def smoothed(values: Sequence[float], window: int = _SMOOTHING) -> list[float]:
+    """Mean of each value and up to window - 1 before it.
+
+    >>> smoothed([0.0, 1.0, 2.0], window=2)
+    [0.0, 0.5, 1.5]
+    """
+    return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - window + 1) : i + 1])]
+
+
+def _axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
+    figure = Figure()
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.set_title(title)
+    axes.set_xlabel("step (optimiser updates)")
+    axes.set_ylabel(ylabel)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9, steps=[1, 2, 5, 10]))
+    return figure, axes
+
+
+def _legend(axes: Axes, columns: int = 4, reverse: bool = False) -> None:
+    """Above the plot, where no curve can be hidden by it."""
+    handles, labels = axes.get_legend_handles_labels()
+    if reverse:
+        handles, labels = handles[::-1], labels[::-1]
+    axes.legend(handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns, columnspacing=1.2)
+    axes.set_title(axes.get_title(loc="left"), loc="left", pad=10 + 14 * (1 + (len(labels) - 1) // columns))
+
+
+def reward_figure(rows: Sequence[Row]) -> Figure:
+    """Mean reward of each step, its mean over five steps, and held-out accuracy with its 95 % interval."""
+    figure, axes = _axes("Reward and held-out accuracy", "mean reward, accuracy")
+    steps, rewards = series(training(rows), "reward")
+    if steps:
+        axes.plot(
+            steps, rewards, color=BLUE, linewidth=1.0, alpha=0.5, marker="o", markersize=2.2, label="reward, each step"
+        )
+        axes.plot(steps, smoothed(rewards), color=BLUE, label=f"mean of {_SMOOTHING} steps")
+    held_out = evaluations(rows)
+    if held_out:
+        at = [entry["step"] for entry in held_out]
+        accuracy = [entry["accuracy"] for entry in held_out]
+        low = [entry.get("low", entry["accuracy"]) for entry in held_out]
+        high = [entry.get("high", entry["accuracy"]) for entry in held_out]
+        axes.fill_between(at, low, high, color=VERMILLION, alpha=0.16, linewidth=0)
+        errors = [
+            [a - b for a, b in zip(accuracy, low, strict=True)],
+            [b - a for a, b in zip(accuracy, high, strict=True)],
+        ]
+        axes.errorbar(
+            at, accuracy, yerr=errors, color=VERMILLION, marker="D", markersize=4.5, linewidth=1.4, linestyle="--",
+            elinewidth=1.4, capsize=3, label="held-out accuracy, 95 %",
+        )  # fmt: skip
+    values = rewards + [entry["accuracy"] for entry in held_out]
+    if values and 0.0 <= min(values) and max(values) <= 1.0:
+        axes.set_ylim(0.0, 1.0)
+    _legend(axes, columns=3)
+    return figure
+
+
+def lengths_figure(rows: Sequence[Row]) -> Figure:
+    """Mean and largest number of sampled tokens a trajectory."""
+    figure, axes = _axes("Response length", "sampled tokens")
+    for name, label, colour, line in (("length_max", "longest", VERMILLION, "--"), ("length", "mean", BLUE, "-")):
+        steps, values = series(rows, name)
+        axes.plot(steps, values, color=colour, linestyle=line, label=label)
+    axes.set_ylim(bottom=0)
+    _legend(axes)
+    return figure
+
+
+def entropy_figure(rows: Sequence[Row]) -> Figure:
+    """Mean entropy of the policy at the tokens it sampled."""
+    figure, axes = _axes("Entropy of the policy", "nats per token")
+    axes.plot(*series(rows, "entropy"), color=BLUE)
+    axes.set_ylim(bottom=0)
+    return figure
+
+
+def time_figure(rows: Sequence[Row]) -> Figure:
+    """Seconds of each step by phase, stacked; the legend gives each phase's share of the whole run."""
+    figure, axes = _axes("Where the time went", "seconds per step")
+    timed = [row for row in rows if row.get("seconds")]
+    steps = [row["step"] for row in timed]
+    totals = seconds_by_phase(timed)
+    spent = sum(totals.values())
+    floor = [0.0] * len(timed)
+    spare = iter(colour for colour in SERIES if colour not in PHASES.values())
+    for phase, total in totals.items():
+        heights = [float(row["seconds"].get(phase, 0.0)) for row in timed]
+        colour = PHASES.get(phase) or (GREY if phase == "other" else next(spare, GREY))
+        share = f"{100 * total / spent:.0f} %" if spent else ""
+        axes.bar(steps, heights, bottom=floor, width=0.86, color=colour, linewidth=0, label=f"{phase} {share}")
+        floor = [below + height for below, height in zip(floor, heights, strict=True)]
+    _legend(axes, columns=4)
+    return figure
+
+
+def reward_curves_figure(curves: Sequence[tuple[str, Sequence[Row]]], title: str = "Reward of each seed") -> Figure:
+    """Smoothed reward of several runs, each step's reward faint behind it, held-out accuracy as marks."""
+    figure, axes = _axes(title, "mean reward")
+    inside = True
+    for place, (label, rows) in enumerate(curves):
+        colour = SERIES[place % len(SERIES)]
+        line = ("-", "--", "-.", ":")[place % 4]
+        steps, rewards = series(training(rows), "reward")
+        axes.plot(steps, rewards, color=colour, linewidth=0.8, alpha=0.3)
+        axes.plot(steps, smoothed(rewards), color=colour, linestyle=line, label=label)
+        held_out = evaluations(rows)
+        if held_out:
+            at, accuracy = [entry["step"] for entry in held_out], [entry["accuracy"] for entry in held_out]
+            axes.plot(at, accuracy, color=colour, linestyle="none", marker="D", markersize=5, markeredgecolor="white")
+            inside = inside and 0.0 <= min(accuracy) and max(accuracy) <= 1.0
+        inside = inside and all(0.0 <= reward <= 1.0 for reward in rewards)
+    if inside:
+        axes.set_ylim(0.0, 1.0)
+    if any(evaluations(rows) for _, rows in curves):
+        axes.plot([], [], color=GREY, linestyle="none", marker="D", markersize=5, label="held-out accuracy")
+    _legend(axes)
+    return figure
+
+
+FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
+    "reward": reward_figure,
+    "lengths": lengths_figure,
+    "entropy": entropy_figure,
+    "time": time_figure,
+}
+
+
+def png(draw: Callable[[], Figure], dark: bool = False) -> bytes:
+    """Draw in the house style and render.
+
+    >>> png(lambda: entropy_figure([{"step": 1, "entropy": 0.5}]))[:4]
+    b'\\x89PNG'
+    """
+    with mpl.rc_context({**STYLE, **(DARK if dark else {})}):
+        buffer = io.BytesIO()
+        # No date in the file: the same rows give the same bytes.
+        draw().savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def save_plots(rows: Sequence[Row], folder: Path | str) -> dict[str, Path]:
+    """Write reward.png, lengths.png, entropy.png and time.png into `folder`; name -> path."""
+    folder = Path(folder)
+    paths = {}
+    for name, figure in FIGURES.items():
+        paths[name] = folder / f"{name}.png"
+        paths[name].write_bytes(png(partial(figure, rows)))
+    return paths
+
+
+def reward_curves(
+    curves: Sequence[tuple[str, Sequence[Row]]], path: Path | str, title: str = "Reward of each seed"
+) -> Path:
+    """Write the picture of several runs (label, rows), as in the README, to `path`."""
+    path = Path(path)
+    path.write_bytes(png(lambda: reward_curves_figure(curves, title)))
+    return path

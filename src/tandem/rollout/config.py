@@ -1,0 +1,59 @@
+"""How many rollouts a step takes and how their tokens are drawn."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from tandem.errors import ConfigError
+from tandem.types import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutConfig:
+    """A step's rollouts: prompts_per_step x samples_per_prompt programs.
+
+    >>> RolloutConfig(max_new_tokens=8).sampling((2,)).stop_token_ids
+    (2,)
+    """
+
+    prompts_per_step: int = 16
+    samples_per_prompt: int = 8
+    temperature: float = 1.0  # 0 takes the most likely token
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    max_new_tokens: int = 64  # a turn
+    stop_strings: tuple[str, ...] = ()
+    max_turns: int = 1  # completions a program may make; 1 never asks the environment to observe
+    deadline_s: float = 600.0  # seconds for a step's rollouts and rewards; what is left then fails with a reason
+
+    def __post_init__(self) -> None:
+        for name in ("prompts_per_step", "samples_per_prompt", "max_new_tokens", "max_turns"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"rollout.{name} is {value}. Allowed: 1 or more.")
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ConfigError(f"rollout.temperature is {self.temperature}. Allowed: 0 (greedy) or more.")
+        if self.top_k < 0:
+            raise ConfigError(f"rollout.top_k is {self.top_k}. Allowed: 0 (all tokens) or more.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"rollout.top_p is {self.top_p}. Allowed: above 0, at most 1 (all tokens).")
+        if not 0 <= self.min_p < 1:
+            raise ConfigError(f"rollout.min_p is {self.min_p}. Allowed: 0 (all tokens) to below 1.")
+        if "" in self.stop_strings:
+            raise ConfigError("rollout.stop_strings holds an empty string, which would stop at once. Take it out.")
+        if not self.deadline_s > 0:
+            raise ConfigError(f"rollout.deadline_s is {self.deadline_s}. Allowed: seconds above 0.")
+
+    def sampling(self, stop_token_ids: tuple[int, ...]) -> Sampling:
+        """What a request of this config asks for, with the tokeniser's stop tokens."""
+        return Sampling(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            max_new_tokens=self.max_new_tokens,
+            stop_token_ids=stop_token_ids,
+            stop_strings=self.stop_strings,
+        )

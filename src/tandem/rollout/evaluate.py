@@ -1,0 +1,76 @@
+"""Greedy accuracy on held-out prompts, with the interval that its sample size allows."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tandem.program.render import Renderer
+from tandem.rollout.config import RolloutConfig
+from tandem.rollout.group import summarise
+from tandem.rollout.rollout import GenerationEngine, Grader, Rollouts
+from tandem.trace import Trace
+from tandem.types import Group, Prompt
+
+Z_95 = 1.959963984540054  # normal quantile at 0.975
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Accuracy with its Wilson 95 % interval.
+
+    >>> Evaluation(0.5, 0.3, 0.7, 20, 0, 0.5, 8.0).accuracy
+    0.5
+    """
+
+    accuracy: float  # share of the graded prompts with a reward of 1 or more; 0.0 where none could be graded
+    low: float
+    high: float
+    prompts: int  # graded
+    failed: int  # not graded, and not in the accuracy
+    reward: float | None  # mean over the graded
+    length: float | None  # mean sampled tokens
+
+
+def evaluate(
+    engine: GenerationEngine,
+    renderer: Renderer,
+    environment: Grader,
+    prompts: Sequence[Prompt],
+    config: RolloutConfig,
+    step: int = 0,
+    trace: Trace | None = None,
+) -> tuple[Evaluation, list[Group]]:
+    """The accuracy of the most likely answer to each prompt, and the groups of one that it comes from.
+
+    Turns, lengths, stop strings and deadline are `config`'s; its sampling is not used.
+    """
+    greedy = dataclasses.replace(config, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, samples_per_prompt=1)
+    groups = Rollouts(engine, renderer, environment, greedy, run_seed=0, trace=trace).run(step, prompts)
+    summary = summarise(groups)
+    graded = summary.trajectories - summary.failed
+    right = sum(t.reward >= 1 for group in groups for t in group.trajectories if t.failure is None)
+    low, high = wilson_interval(right, graded)
+    accuracy = right / graded if graded else 0.0
+    return Evaluation(accuracy, low, high, graded, summary.failed, summary.reward, summary.length), groups
+
+
+def wilson_interval(right: int, trials: int, z: float = Z_95) -> tuple[float, float]:
+    """The score interval of a proportion: where |p - right/trials| = z sqrt(p (1 - p) / trials).
+
+    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
+    (0, 1) for no trials.
+
+    >>> [round(bound, 3) for bound in wilson_interval(5, 10)]
+    [0.237, 0.763]
+    """
+    assert 0 <= right <= trials, (right, trials)
+    if trials == 0:
+        return 0.0, 1.0
+    share, spread = right / trials, z * z / trials
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
+    # At 0 and all right the bound is exactly 0 or 1; rounding must not leave it a hair inside or outside.
+    return (0.0 if right == 0 else centre - half), (1.0 if right == trials else centre + half)

@@ -1,0 +1,57 @@
+"""What a step's groups amount to."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tandem.types import Group, StopReason
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutSummary:
+    """Figures of a step's groups. Means are None where there is nothing to average.
+
+    >>> summarise([]).trajectories
+    0
+    """
+
+    trajectories: int
+    failed: int
+    reward: float | None  # mean of the trajectories that did not fail
+    reward_std: float | None  # of the same, population form
+    length: float | None  # mean sampled tokens, all trajectories
+    length_max: int
+    tokens: int  # sampled, all trajectories
+    truncated: float | None  # share of all trajectories cut at rollout.max_new_tokens
+    zero_variance: float | None  # share of the groups with a graded trajectory whose rewards are all equal
+    failures: tuple[tuple[str, int], ...]  # ("where: reason", count), most frequent first
+
+
+def summarise(groups: Sequence[Group]) -> RolloutSummary:
+    """Figures of `groups`; failed trajectories count as failed, never as a reward of zero."""
+    everything = [trajectory for group in groups for trajectory in group.trajectories]
+    rewards = [trajectory.reward for trajectory in everything if trajectory.failure is None]
+    lengths = [trajectory.num_sampled for trajectory in everything]
+    reward = _mean(rewards)
+    graded = [{t.reward for t in group.trajectories if t.failure is None} for group in groups]
+    spreads = [float(len(distinct) == 1) for distinct in graded if distinct]
+    reasons = Counter(f"{t.failure.where}: {t.failure.reason}" for t in everything if t.failure is not None)
+    return RolloutSummary(
+        trajectories=len(everything),
+        failed=len(everything) - len(rewards),
+        reward=reward,
+        reward_std=None if reward is None else math.sqrt(math.fsum((r - reward) ** 2 for r in rewards) / len(rewards)),
+        length=_mean(lengths),
+        length_max=max(lengths, default=0),
+        tokens=sum(lengths),
+        truncated=_mean([float(t.stop_reason is StopReason.LENGTH) for t in everything]),
+        zero_variance=_mean(spreads),
+        failures=tuple(reasons.most_common()),
+    )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None

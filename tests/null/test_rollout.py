@@ -1,0 +1,308 @@
+"""Rollouts that lose a program, mix two up, never end, or depend on what runs beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.errors import CapacityError, ConfigError
+from tandem.program.config import TaskConfig
+from tandem.program.render import Renderer
+from tandem.program.task import make_environment
+from tandem.rollout.config import RolloutConfig
+from tandem.rollout.evaluate import evaluate
+from tandem.rollout.rollout import Rollouts
+from tandem.trace import Totals, Trace
+from tandem.types import Completion, Failure, Message, Prompt, Request, StopReason, VersionSpan
+
+STOP, USER, ANSWER, END = 0, 1, 2, 3  # what the chat template of Letters writes around contents
+NAMES = {STOP: "", USER: "<u>", ANSWER: "<a>", END: "\n"}
+DOCS = Path(__file__).parents[2] / "docs" / "add_a_task.md"
+
+
+class Letters:
+    """One token a letter. <u>content\\n for who asks, <a>content STOP\\n for who answers."""
+
+    stop_token_ids = (STOP,)
+
+    def decode(self, tokens: Sequence[int], /) -> str:
+        return "".join(NAMES.get(token) or chr(token) for token in tokens)
+
+    def render_messages(self, messages: Sequence[Message], add_generation_prompt: bool, /) -> list[int]:
+        tokens: list[int] = []
+        for message in messages:
+            said = message.role == "assistant"
+            tokens += [ANSWER if said else USER, *map(ord, message.content), *([STOP] if said else []), END]
+        return [*tokens, ANSWER] if add_generation_prompt else tokens
+
+
+class FakeEngine:
+    """Answers by `speak(request) -> tokens`, `ticks(request)` steps after its submission."""
+
+    def __init__(
+        self,
+        speak: Callable[[Request], list[int]],
+        ticks: Callable[[Request], int] = lambda request: 1,
+        capacity: int = 10_000,
+    ) -> None:
+        self.speak, self.ticks, self.capacity = speak, ticks, capacity
+        self.live: dict[str, tuple[Request, int]] = {}
+        self.seen: list[Request] = []
+        self.now = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.live)
+
+    def submit(self, request: Request, /) -> None:
+        assert request.id not in self.live
+        if len(request.tokens) > self.capacity:
+            raise CapacityError(
+                f"request {request.id} needs {len(request.tokens)} tokens; raise engine.kv_memory_bytes"
+            )
+        self.live[request.id] = (request, self.now + self.ticks(request))
+        self.seen.append(request)
+
+    def abort(self, request_id: str, /) -> Completion | None:
+        if request_id not in self.live:
+            return None
+        request, _ = self.live.pop(request_id)
+        return self.completion(request, self.speak(request)[:1], StopReason.ABORTED)
+
+    def step(self) -> list[Completion]:
+        self.now += 1
+        done = [request for request, due in self.live.values() if due <= self.now]
+        for request in done:
+            del self.live[request.id]
+        return [self.completion(request, self.speak(request)) for request in done]
+
+    def completion(self, request: Request, tokens: list[int], reason: StopReason | None = None) -> Completion:
+        ended = StopReason.STOP_TOKEN if tokens[-1:] == [STOP] else StopReason.LENGTH
+        spans = (VersionSpan(5, 0, len(tokens)),)
+        return Completion(request.id, tuple(tokens), (-0.5,) * len(tokens), spans, reason or ended)
+
+
+class Counting:
+    """Pays the length of the last answer; asks `more` times for more."""
+
+    def __init__(self, more: int = 0) -> None:
+        self.more = more
+
+    def grade(self, conversations, until_s, /):
+        return [
+            Failure("reward", "returned nan") if "x" in turns[-1].content else float(len(turns[-1].content))
+            for _, turns in conversations
+        ]
+
+    def observe(self, conversations, until_s, /):
+        return [
+            Failure("environment", "raised") if "y" in turns[-1].content
+            else (Message("user", "go"),) if len(turns) < 2 * self.more
+            else None
+            for _, turns in conversations
+        ]  # fmt: skip
+
+
+def spell(text: str) -> list[int]:
+    return [*map(ord, text), STOP]
+
+
+def noise(request: Request) -> int:
+    text = f"{request.seed} {request.tokens}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest())
+
+
+def babble(request: Request) -> list[int]:
+    """An answer that depends on the seed and the whole context, as sampling does."""
+    number = noise(request)
+    return spell("abcxy"[number % 5] * (number % 4 + 1))[: 4 if number % 3 else 9]
+
+
+def prompts(count: int) -> list[Prompt]:
+    return [Prompt(f"p{n}", (Message("user", f"q{n}"),), {"answer": str(n)}) for n in range(count)]
+
+
+CONFIG = RolloutConfig(samples_per_prompt=3, max_new_tokens=8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 5), samples=st.integers(1, 4), turns=st.integers(1, 3), slowness=st.integers(1, 6))
+def test_rollouts_equal_each_alone(count: int, samples: int, turns: int, slowness: int) -> None:
+    """A program gets another's tokens, or its result depends on the order in which the engine finishes."""
+    config = RolloutConfig(samples_per_prompt=samples, max_turns=turns, max_new_tokens=8)
+    engine = FakeEngine(babble, lambda request: noise(request) % slowness + 1)
+    groups = Rollouts(engine, Renderer(Letters()), Counting(2), config, run_seed=1).run(7, prompts(count))
+    assert [group.prompt.id for group in groups] == [f"p{n}" for n in range(count)]
+    for prompt, group in zip(prompts(count), groups, strict=True):
+        alone = Rollouts(FakeEngine(babble), Renderer(Letters()), Counting(2), config, run_seed=1).run(7, [prompt])
+        assert alone == [group]
+        assert len({t.program_id for t in group.trajectories}) == samples
+        for trajectory in group.trajectories:
+            sampled = sum(trajectory.loss_mask)
+            assert trajectory.logprobs.count(-0.5) == trajectory.versions.count(5) == sampled > 0
+    assert not engine.live
+
+
+def test_single_turn_by_hand() -> None:
+    """Prompt, answer, mask, reward or ids of the simplest case are wrong."""
+    engine = FakeEngine(lambda request: spell("abc"))
+    (group,) = Rollouts(engine, Renderer(Letters()), Counting(), CONFIG, run_seed=1).run(2, prompts(1))
+    first = group.trajectories[0]
+    assert first.tokens == (USER, ord("q"), ord("0"), END, ANSWER, *spell("abc"))
+    assert first.loss_mask == (False,) * 5 + (True,) * 4
+    assert (first.reward, first.failure, first.stop_reason) == (3.0, None, StopReason.STOP_TOKEN)
+    assert [request.id for request in engine.seen] == ["p0/2/0/0", "p0/2/1/0", "p0/2/2/0"]
+    assert len({request.seed for request in engine.seen}) == 3
+    assert engine.seen[0].prefix_length == 0 and engine.seen[0].sampling.stop_token_ids == (STOP,)
+
+
+def test_turns_keep_tokens() -> None:
+    """A second turn's request does not begin with what the first one saw and said, or observations are trained on."""
+    engine = FakeEngine(lambda request: spell("ab") if request.id.endswith("/0") else [ord("c")])
+    config = replace(CONFIG, samples_per_prompt=1, max_turns=3)
+    (group,) = Rollouts(engine, Renderer(Letters()), Counting(5), config, run_seed=1).run(2, prompts(1))
+    (trajectory,) = group.trajectories
+    first, second, third = engine.seen
+    go = (END, USER, ord("g"), ord("o"), END, ANSWER)
+    assert second.tokens == (*first.tokens, *spell("ab"), *go) and second.prefix_length == len(second.tokens)
+    assert third.tokens == (*second.tokens, ord("c"), STOP, *go)
+    assert first.seed == second.seed == third.seed and third.program_id == "p0/2/0"
+    assert trajectory.tokens == (*third.tokens, ord("c"))
+    sampled = [token for token, mask in zip(trajectory.tokens, trajectory.loss_mask, strict=True) if mask]
+    assert sampled == [*spell("ab"), ord("c"), ord("c")]
+    assert trajectory.reward == 1.0
+
+
+def test_failures_stay_with_their_program() -> None:
+    """A bad reward or observation fails its siblings, or its own tokens are lost."""
+    words = {0: "ab", 1: "xx", 2: "yy"}
+    engine = FakeEngine(lambda request: spell(words[int(request.id.split("/")[2])]))
+    config = replace(CONFIG, max_turns=2)
+    (group,) = Rollouts(engine, Renderer(Letters()), Counting(0), config, run_seed=1).run(0, prompts(1))
+    good, bad_reward, bad_observation = group.trajectories
+    assert good.failure is None and good.reward == 2.0
+    assert bad_reward.failure == Failure("reward", "returned nan") and bad_reward.num_sampled == 3
+    assert bad_observation.failure == Failure("environment", "raised") and bad_observation.num_sampled == 3
+
+
+def test_deadline_withdraws_the_rest() -> None:
+    """A request that never ends holds the step for ever, or stays in the engine after it."""
+    engine = FakeEngine(lambda request: spell("ab"), lambda request: 1 if request.id.startswith("p0") else 10**9)
+    config = replace(CONFIG, deadline_s=50.0)
+    clock = iter(range(10**6))
+    rollouts = Rollouts(engine, Renderer(Letters()), Counting(), config, run_seed=1, clock=lambda: float(next(clock)))
+    first, second = rollouts.run(0, prompts(2))
+    assert [t.reward for t in first.trajectories] == [2.0] * 3
+    for trajectory in second.trajectories:
+        assert trajectory.failure == Failure("deadline", "generation took longer than 50 s (rollout.deadline_s)")
+        assert trajectory.num_sampled == 1 and trajectory.stop_reason is StopReason.ABORTED
+    assert not engine.live
+
+
+def test_capacity() -> None:
+    """A prompt that does not fit leaves its siblings in the engine; a conversation that outgrows it stops the run."""
+    engine = FakeEngine(lambda request: spell("ab"), capacity=5)
+    long = Prompt("long", (Message("user", "much too long"),))
+    with pytest.raises(CapacityError, match="engine.kv_memory_bytes"):
+        Rollouts(engine, Renderer(Letters()), Counting(), CONFIG, run_seed=1).run(0, [*prompts(1), long])
+    assert not engine.live
+    config = replace(CONFIG, max_turns=2)
+    (group,) = Rollouts(engine, Renderer(Letters()), Counting(9), config, run_seed=1).run(0, prompts(1))
+    failure = group.trajectories[0].failure
+    assert failure is not None and failure.where == "engine" and failure.reason.startswith("turn 2 does not fit")
+    assert group.trajectories[0].loss_mask[5:8] == (True, True, True)
+
+
+def test_lost_request_is_noticed() -> None:
+    """An engine that loses a request makes the step wait for nothing."""
+    engine = FakeEngine(lambda request: spell("a"))
+    engine.step = lambda: engine.live.clear() or []  # type: ignore[method-assign, func-returns-value]
+    with pytest.raises(AssertionError, match="no work, but 3 requests have not come back"):
+        Rollouts(engine, Renderer(Letters()), Counting(), CONFIG, run_seed=1).run(0, prompts(1))
+
+
+def test_seconds_are_told_apart() -> None:
+    """Time in rewards is counted as generation."""
+    totals = Totals()
+    ticks = iter(range(10**6))
+    trace = Trace([totals], clock=lambda: float(next(ticks)))
+    engine = FakeEngine(lambda request: spell("a"))
+    config = replace(CONFIG, max_turns=2)
+    Rollouts(engine, Renderer(Letters()), Counting(1), config, run_seed=1, trace=trace).run(0, prompts(1))
+    assert totals.seconds == {"environment": 1.0, "reward": 1.0, "rollout": 3.0}
+
+
+def test_evaluation_by_hand() -> None:
+    """Evaluation samples, counts failures as wrong or as right, or takes several samples a prompt."""
+    words = {"p0": "a", "p1": "", "p2": "ab", "p3": "x"}
+    engine = FakeEngine(lambda request: spell(words[request.program_id.split("/")[0]]))
+    config = RolloutConfig(temperature=0.7, top_p=0.9, samples_per_prompt=8)
+    result, groups = evaluate(engine, Renderer(Letters()), Counting(), prompts(4), config, step=3)
+    assert (result.prompts, result.failed, result.accuracy) == (3, 1, pytest.approx(2 / 3))
+    assert (result.reward, result.length) == (1.0, 2.0) and len(groups) == 4
+    assert 0.2 < result.low < 2 / 3 < result.high < 0.95
+    assert all(request.sampling.greedy and request.sampling.top_p == 1.0 for request in engine.seen)
+    failing = FakeEngine(lambda request: spell("x"))
+    nothing, _ = evaluate(failing, Renderer(Letters()), Counting(), prompts(2), config)
+    assert (nothing.prompts, nothing.failed, nothing.low, nothing.high) == (0, 2, 0.0, 1.0)
+
+
+def test_documented_environment(tmp_path: Path) -> None:
+    """The example that users copy from docs/add_a_task.md does not run, or is longer than 20 lines."""
+    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+    (tmp_path / "reverse.py").write_text(code)
+    task = make_environment(TaskConfig(f"{tmp_path}/reverse.py:Reverse", parameters=(("length", 3),), heldout_size=4))
+
+    def speak(request: Request) -> list[int]:
+        """Wrong at first; after the hint right where the seed is even."""
+        word = re.findall(r"Write (\w+) backwards", Letters().decode(request.tokens))[0]
+        return spell(word[::-1] if request.id.endswith("/1") and request.seed % 2 == 0 else "no")
+
+    config = RolloutConfig(samples_per_prompt=6, max_turns=2)
+    engine = FakeEngine(speak)
+    groups = Rollouts(engine, Renderer(Letters()), task, config, run_seed=0).run(0, task.batch(0, 2))
+    outcomes = {t.program_id: (t.reward, t.failure) for group in groups for t in group.trajectories}
+    assert outcomes == {r.program_id: (float(r.seed % 2 == 0), None) for r in engine.seen}
+    assert len(engine.seen) == 24 and len(set(outcomes.values())) == 2
+    result, _ = evaluate(engine, Renderer(Letters()), task, task.heldout, replace(config, max_turns=1))
+    assert (result.prompts, result.accuracy) == (4, 0.0)
+    task.close()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompts_per_step": 0},
+        {"samples_per_prompt": 0},
+        {"max_new_tokens": 0},
+        {"max_turns": 0},
+        {"temperature": -0.1},
+        {"temperature": float("inf")},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"min_p": 1.0},
+        {"stop_strings": ("a", "")},
+        {"deadline_s": 0.0},
+    ],
+)
+def test_config_refuses(fields: dict[str, object]) -> None:
+    """A setting that cannot work is found only in the middle of a run."""
+    with pytest.raises(ConfigError, match=f"rollout.{next(iter(fields))}"):
+        RolloutConfig(**fields)  # type: ignore[arg-type]
+
+
+def test_no_torch() -> None:
+    """Tasks and rollouts come to load torch, and every worker process with them."""
+    code = "import sys, tandem.program.worker, tandem.rollout.evaluate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; {code}"]).returncode == 0

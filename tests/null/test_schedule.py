@@ -1,0 +1,266 @@
+"""The scheduler's rules, one at a time, on cases worked by hand. Pages hold 4 tokens unless said otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tandem.engine.admit import admits, count_pages
+from tandem.engine.config import EngineConfig
+from tandem.engine.schedule import Batch, Sampled, Scheduler
+from tandem.errors import CapacityError, ConfigError
+from tandem.types import Completion, Request, Sampling, StopReason, WeightVersion
+
+
+def scheduler(num_pages: int = 100, max_context: int | None = None, **settings: Any) -> Scheduler:
+    config = EngineConfig(
+        **{"page_tokens": 4, "batch_tokens": 16, "max_sequences": 8, "lookahead_tokens": 0} | settings
+    )
+    return Scheduler(config, num_pages, max_context)
+
+
+def request(name: str, tokens: range | list[int], max_new_tokens: int = 4, stop: tuple[int, ...] = ()) -> Request:
+    return Request(name, name, tuple(tokens), Sampling(max_new_tokens=max_new_tokens, stop_token_ids=stop), seed=0)
+
+
+def commit(s: Scheduler, batch: Batch, token: int = 99) -> list[Completion]:
+    finished = s.commit(batch, Sampled([token] * batch.num_samples, [-1.0] * batch.num_samples), now=1.0)
+    s.check_integrity()
+    return finished
+
+
+def shape(batch: Batch) -> list[tuple[str, int, int, bool]]:
+    """(request, first position, tokens, samples) of each work."""
+    return [(work.request.id, work.start, len(work.tokens), work.samples) for work in batch.works]
+
+
+def step(s: Scheduler) -> list[tuple[str, int, int, bool]]:
+    batch = s.plan(now=0.0)
+    commit(s, batch)
+    return shape(batch)
+
+
+def test_decodes_come_first_and_chunks_fill_the_budget() -> None:
+    """A long prompt that stalls the decodes, a step over its budget, or a chunk that samples too early."""
+    s = scheduler(batch_tokens=8)
+    s.submit(request("a", range(3)), 0.0)
+    assert step(s) == [("a", 0, 3, True)]
+    s.submit(request("b", range(100, 118)), 0.0)
+    s.submit(request("c", range(200, 202)), 0.0)
+    assert step(s) == [("a", 3, 1, True), ("b", 0, 7, False)]
+    assert step(s) == [("a", 4, 1, True), ("b", 7, 7, False)]
+    batch = s.plan(0.0)
+    assert shape(batch) == [("a", 5, 1, True), ("b", 14, 4, True), ("c", 0, 2, True)]
+    assert (batch.num_decodes, batch.num_tokens, batch.num_samples) == (1, 7, 3)
+    assert batch.works[1].tokens == [114, 115, 116, 117]
+    (done,) = commit(s, batch)
+    assert (done.request_id, done.tokens, done.stop_reason) == ("a", (99,) * 4, StopReason.LENGTH)
+
+
+def test_siblings_wait_for_the_shared_blocks_and_run_only_the_rest() -> None:
+    """A group's prompt prefilled once a sibling."""
+    s = scheduler(batch_tokens=8)
+    for name in ("a", "b", "c"):
+        s.submit(request(name, range(10)), 0.0)
+    assert step(s) == [("a", 0, 8, False)]
+    assert step(s) == [("a", 8, 2, True), ("b", 8, 2, True), ("c", 8, 2, True)]
+    assert s.running[0].pages[:2] == s.running[1].pages[:2] == s.running[2].pages[:2]
+    assert len({sequence.pages[2] for sequence in s.running}) == 3
+    assert s.stats.cached_tokens == 16 and s.stats.run_tokens == 14
+
+
+def test_the_last_token_of_an_aligned_prompt_is_run() -> None:
+    """A prompt found whole in the index leaves nothing to run, so no logits and no first token."""
+    s = scheduler()
+    s.submit(request("a", range(8)), 0.0)
+    step(s)
+    s.submit(request("b", range(8)), 0.0)
+    assert step(s)[-1] == ("b", 4, 4, True)
+
+
+def test_a_waiting_sibling_does_not_hold_up_others() -> None:
+    """Head-of-line blocking: everything queued behind a group waits for the group's prompt."""
+    s = scheduler(batch_tokens=12)
+    for name, tokens in (("a", range(8)), ("b", range(8)), ("c", range(50, 54))):
+        s.submit(request(name, tokens), 0.0)
+    assert step(s) == [("a", 0, 8, True), ("c", 0, 4, True)]
+    assert [sequence.request.id for sequence in s.waiting] == ["b"]
+    assert step(s)[-1] == ("b", 4, 4, True)
+    assert [sequence.request.id for sequence in s.running] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("how", ["abort", "receive"])
+def test_a_promise_ends_with_its_maker(how: str) -> None:
+    """A sibling waits for ever for a block whose maker was aborted, or will now make it of other weights."""
+    s = scheduler(batch_tokens=8)
+    s.submit(request("a", range(20)), 0.0)
+    s.submit(request("b", range(20)), 0.0)
+    assert step(s) == [("a", 0, 8, False)]
+    if how == "abort":
+        aborted = s.abort("a", 5.0)
+        assert aborted is not None and aborted.tokens == () and aborted.stop_reason is StopReason.ABORTED
+        assert step(s) == [("b", 8, 8, False)]  # what a had finished is still there
+    else:
+        s.receive(WeightVersion(1, "new"))
+        assert step(s) == [("a", 8, 8, False)]
+        assert step(s) == [("a", 16, 4, True), ("b", 0, 4, False)]
+
+
+def test_the_latest_arrival_is_preempted_keeps_its_tokens_and_resumes() -> None:
+    """Preemption of an early sequence, lost generated tokens, or a victim readmitted in the step that evicted it."""
+    s = scheduler(num_pages=4)
+    s.submit(request("a", range(7), max_new_tokens=6), 0.0)
+    s.submit(request("b", range(50, 57), max_new_tokens=6), 0.0)
+    step(s)
+    step(s)  # both now need a third page, and there is none
+    assert step(s) == [("a", 8, 1, True)]
+    assert [sequence.request.id for sequence in s.waiting] == ["b"] and s.stats.preemptions == 1
+    assert s.live["b"].tokens[7:] == [99, 99] and s.live["b"].pages == []
+    while "a" in s.live:
+        assert all(work[0] == "a" for work in step(s))
+    assert step(s)[0][0] == "b"
+    while s.live:
+        batch = s.plan(0.0)
+        finished = commit(s, batch)
+    assert finished[0].tokens == (99,) * 6 and finished[0].versions[0].end == 6
+    assert finished[0].recomputed_tokens == s.stats.recomputed_tokens
+    assert s.stats.run_tokens == 7 + 7 + 2 * 5 + s.stats.recomputed_tokens
+    assert s.pool.num_available == 4
+
+
+def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
+    """Preemption that throws away finished blocks nobody else wants: recompute costs the whole context."""
+    s = scheduler(num_pages=5, batch_tokens=32)
+    s.submit(request("a", range(7), max_new_tokens=3), 0.0)
+    s.submit(request("b", range(50, 61), max_new_tokens=3), 0.0)
+    step(s)
+    step(s)
+    assert step(s) == [("a", 8, 1, True)]  # takes b's last block; a ends
+    assert step(s) == [("b", 8, 5, True)]
+    assert s.live == {} and s.stats.recomputed_tokens == 4
+
+
+def test_a_request_that_can_never_fit_is_refused_at_submit() -> None:
+    """A request that is preempted by itself for ever, or one that would just fit refused."""
+    s = scheduler(num_pages=3, kv_memory_bytes=3000)
+    s.submit(request("fits", range(9), max_new_tokens=4), 0.0)  # 12 slots: the 13th token is never run
+    with pytest.raises(
+        CapacityError, match=r"prompt of 9 tokens.*13 tokens.*engine.kv_memory_bytes 3000 holds 12.*4000"
+    ):
+        s.submit(request("b", range(9), max_new_tokens=5), 0.0)
+    assert list(s.live) == ["fits"]
+    while s.live:
+        step(s)
+
+
+def test_the_models_positions_bound_a_context() -> None:
+    """A token run at a position that the model does not have."""
+    s = scheduler(max_context=10)
+    with pytest.raises(CapacityError, match="10 positions"):
+        s.submit(request("a", range(10)), 0.0)
+    s.submit(request("b", range(8), max_new_tokens=100), 0.0)
+    assert step(s) == [("b", 0, 8, True)]
+    (done,) = commit(s, s.plan(0.0))
+    assert len(done.tokens) == 2 and done.stop_reason is StopReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [(request("a", []), "empty prompt"), (request("a", [1], 0), "max_new_tokens 0"), (request("live", [1]), "in use")],
+)
+def test_malformed_requests_are_refused(bad: Request, match: str) -> None:
+    """An empty prompt, a request for nothing or a second owner of an id corrupts the queues."""
+    s = scheduler()
+    s.submit(request("live", [1]), 0.0)
+    with pytest.raises(ConfigError, match=match):
+        s.submit(bad, 0.0)
+    assert list(s.live) == ["live"]
+    s.check_integrity()
+
+
+def test_stop_token_is_kept_and_beats_length() -> None:
+    """A stop token dropped from the completion, or reported as LENGTH when it is also the last one allowed."""
+    s = scheduler()
+    s.submit(request("a", range(3), max_new_tokens=1, stop=(99,)), 0.0)
+    (done,) = commit(s, s.plan(0.0))
+    assert done.tokens == (99,) and done.stop_reason is StopReason.STOP_TOKEN
+
+
+def test_blocks_of_two_versions_never_enter_the_index() -> None:
+    """Keys and values computed over another version's served to a request of the new weights."""
+    old, new = WeightVersion(0, ""), WeightVersion(1, "new")
+    s = scheduler(batch_tokens=8)
+    s.submit(request("a", range(19), max_new_tokens=9), 0.0)
+    step(s)
+    s.receive(new)
+    while s.live:
+        finished = commit(s, s.plan(0.0))
+    assert len(s.index) == 2 and [span.step for span in finished[0].versions] == [1]
+    s.submit(request("b", range(19), max_new_tokens=1), 0.0)
+    assert step(s)[0] == ("b", 0, 8, False)
+    s.abort("b", 0.0)
+    s.receive(old)  # the blocks of the old weights were not flushed
+    s.submit(request("c", range(19), max_new_tokens=1), 0.0)
+    assert step(s)[0] == ("c", 8, 8, False)
+
+
+def test_version_spans_cover_a_completion() -> None:
+    """A token attributed to weights that did not sample it."""
+    s = scheduler()
+    s.submit(request("a", range(3), max_new_tokens=5), 0.0)
+    for version in (0, 0, 2, 3):
+        s.receive(WeightVersion(version, "" if version == 0 else "x"))
+        step(s)
+    (done,) = commit(s, s.plan(0.0))
+    assert [(span.step, span.start, span.end) for span in done.versions] == [(0, 0, 2), (2, 2, 3), (3, 3, 5)]
+
+
+def test_a_plan_that_was_not_run_is_planned_again_or_withdrawn() -> None:
+    """A runner that fails once loses a token, or a batch is committed to a sequence that was aborted under it."""
+    s = scheduler()
+    s.submit(request("a", range(6)), 0.0)
+    s.submit(request("b", range(50, 56)), 0.0)
+    first = s.plan(0.0)
+    second = s.plan(0.0)
+    assert shape(first) == shape(second) == [("a", 0, 6, True), ("b", 0, 6, True)]
+    s.check_integrity()
+    s.abort("b", 0.0)
+    with pytest.raises(AssertionError):
+        commit(s, second)
+    assert step(s) == [("a", 0, 6, True)]
+
+
+def test_admission_leaves_room_to_grow_and_keeps_order() -> None:
+    """Requests admitted only to be preempted at once, or a large request starved by small ones behind it."""
+    s = scheduler(num_pages=6, lookahead_tokens=8)
+    s.submit(request("a", range(4), max_new_tokens=9), 0.0)  # 1 page, 2 more ahead
+    s.submit(request("b", range(50, 58), max_new_tokens=9), 0.0)  # 2 pages, 2 more ahead: one too many
+    s.submit(request("c", range(90, 92), max_new_tokens=1), 0.0)  # would fit, but b is first
+    assert step(s) == [("a", 0, 4, True)]
+    while "a" in s.live:
+        assert [work[0] for work in step(s)] == ["a"]
+    assert [work[0] for work in step(s)] == ["b", "c"]
+    assert s.stats.preemptions == 0
+    assert admits(need=9, ahead=9, available=9, num_running=0)
+    assert not admits(need=5, ahead=5, available=9, num_running=1)
+
+
+def test_sharing_switched_off_computes_every_prompt() -> None:
+    """A parity study that compares a prefix hit with a prefix hit."""
+    s = scheduler(share_prefixes=False, batch_tokens=64)
+    for name in ("a", "b"):
+        s.submit(request(name, range(10)), 0.0)
+    assert step(s) == [("a", 0, 10, True), ("b", 0, 10, True)]
+    assert len(s.index) == 0
+
+
+def test_config_refuses_what_cannot_run() -> None:
+    """A budget under which prompts starve, or a page of no tokens, accepted at start."""
+    with pytest.raises(ConfigError, match="engine.batch_tokens is 4, less than engine.max_sequences 8"):
+        EngineConfig(batch_tokens=4, max_sequences=8)
+    with pytest.raises(ConfigError, match="engine.page_tokens is 0; it must be at least 1"):
+        EngineConfig(page_tokens=0)
+    assert count_pages(1000, token_bytes=10, page_tokens=16) == 6
+    with pytest.raises(CapacityError, match="engine.kv_memory_bytes is 100, but one page of 16 tokens takes 160 bytes"):
+        count_pages(100, token_bytes=10, page_tokens=16)

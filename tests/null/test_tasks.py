@@ -1,0 +1,240 @@
+"""Training on held-out questions, prompts that change between runs, and files or names that fail without saying why."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.errors import ConfigError, TaskError
+from tandem.program.config import TaskConfig
+from tandem.program.environment import Environment
+from tandem.program.tasks import DrawSource, FileSource, make_source, question_key, score
+from tandem.types import Message, Prompt
+
+GSM8K = Path("/work/shared/data/gsm8k")
+ADDITION = (("min_terms", 2), ("max_terms", 2), ("min_digits", 1), ("max_digits", 2))
+
+
+class Numbers(Environment):
+    """`space` questions, drawn in turn, the same in both splits."""
+
+    def __init__(self, space: int) -> None:
+        self.space = space
+
+    def prompt(self, split: str, index: int) -> Prompt:
+        number = index % self.space
+        return Prompt(f"{index}", (Message("user", f"Say {number}."),), {"answer": str(number)})
+
+    def reward(self, prompt: Prompt, text: str) -> float:
+        return float(text == prompt.record["answer"])
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def questions(count: int) -> list[dict[str, object]]:
+    return [{"question": f"What is {n} + {n}?", "answer": str(2 * n)} for n in range(count)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(space=st.integers(1, 300), heldout=st.integers(0, 200), train_size=st.integers(0, 20), seed=st.integers(0, 5))
+def test_drawn_splits_are_disjoint(space: int, heldout: int, train_size: int, seed: int) -> None:
+    """A held-out question is asked in training, or a space too small for both goes unnoticed."""
+    config = TaskConfig("x:Y", heldout_size=heldout, train_size=train_size, seed=seed)
+    if heldout >= space:
+        with pytest.raises(TaskError, match="heldout_size"):
+            DrawSource(config, Numbers(space))
+        return
+    source = DrawSource(config, Numbers(space))
+    keys = {question_key(prompt) for prompt in source.heldout}
+    prompts = [source.train(index) for index in range(40)]
+    assert len(keys) == heldout
+    assert not keys & {question_key(prompt) for prompt in prompts}
+    assert len({prompt.id for prompt in prompts} | {prompt.id for prompt in source.heldout}) == 40 + heldout
+    assert prompts[33] == DrawSource(config, Numbers(space)).train(33)
+    if train_size:
+        assert prompts[33].messages == prompts[33 % train_size].messages
+
+
+@settings(max_examples=50, deadline=None)
+@given(rows=st.lists(st.integers(0, 12), min_size=1, max_size=30), heldout=st.integers(0, 12), seed=st.integers(0, 5))
+def test_file_splits_are_disjoint(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[int], heldout: int, seed: int
+) -> None:
+    """A question that stands in the file twice is held out and trained on; a question is lost or invented."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    write(path, [{"question": f"Say  {n}." if place % 2 else f"Say {n}.", "answer": n} for place, n in enumerate(rows)])
+    config = TaskConfig("jsonl", path=str(path), heldout_size=heldout, seed=seed)
+    distinct = len(set(rows))
+    if heldout >= distinct:
+        with pytest.raises(TaskError, match="Lower task.heldout_size"):
+            FileSource(config)
+        return
+    source = FileSource(config)
+    keys = {question_key(prompt) for prompt in source.heldout}
+    left = sum(f"Say {n}." not in keys for n in rows)
+    epochs = [[source.train(epoch * left + place) for place in range(left)] for epoch in range(3)]
+    assert len(keys) == heldout
+    for epoch in epochs:
+        assert not keys & {question_key(prompt) for prompt in epoch}
+        assert sorted(p.record["line"] for p in epoch) == sorted(p.record["line"] for p in epochs[0])
+    assert [source.train(place) for place in range(left)] == epochs[0]
+    assert len({prompt.id for epoch in epochs for prompt in epoch}) == 3 * left
+
+
+def test_file_order_changes_by_epoch_and_seed(tmp_path: Path) -> None:
+    """Each epoch walks the file in the same order, or the seed does not matter."""
+    path = write(tmp_path / "a.jsonl", questions(40))
+
+    def lines(seed: int, epoch: int) -> list[int]:
+        source = make_source(TaskConfig("jsonl", path=path, heldout_size=10, seed=seed))
+        return [source.train(epoch * 30 + place).record["line"] for place in range(30)]
+
+    assert lines(0, 0) != lines(0, 1) and lines(0, 0) != lines(1, 0)
+    assert sorted(lines(0, 0)) == sorted(lines(0, 1))
+
+
+def test_heldout_file(tmp_path: Path) -> None:
+    """A training line with a question of the held-out file is trained on; an evaluation needs a training file."""
+    train, test = write(tmp_path / "a.jsonl", questions(20)), write(tmp_path / "b.jsonl", questions(8))
+    source = make_source(TaskConfig("jsonl", path=train, heldout_path=test, heldout_size=8))
+    assert {p.record["question"] for p in source.heldout} == {q["question"] for q in questions(8)}
+    assert {source.train(n).record["question"] for n in range(24)} == {q["question"] for q in questions(20)[8:]}
+    only = make_source(TaskConfig("jsonl", heldout_path=test, heldout_size=5))
+    assert len(only.heldout) == 5
+    with pytest.raises(TaskError, match="nothing to train on"):
+        only.train(0)
+    with pytest.raises(TaskError, match="has 8 distinct questions. Lower task.heldout_size"):
+        make_source(TaskConfig("jsonl", heldout_path=test))
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"question": "a", "answer": "b"', "line 3: not JSON"),
+        (b'{"question": "a\xff", "answer": "b"}', "line 3: not JSON"),
+        (b"[1]", "line 3: .* is not a JSON object"),
+        (b'{"questions": "a", "answer": "b"}', "line 3: no field 'question' .* Did you mean questions"),
+        (b"{}", "line 3: no field 'question'"),
+        (b'{"question": "a"}', "line 3: no field 'answer'"),
+        (b'{"question": "a", "answer": null}', "line 3: field 'answer' is None"),
+        (b'{"question": " ", "answer": "b"}', "line 3: field 'question' is ' '"),
+        (b'{"question": "a", "answer": true}', "line 3: field 'answer' is True"),
+        (b'{"question": "a", "answer": "b ####"}', "line 3: nothing follows"),
+    ],
+)
+def test_broken_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
+    """A broken line is skipped, crashes without its number, or blank lines shift the count."""
+    path = tmp_path / "broken.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"question": "x", "answer": 1.5}\r\n\n' + line + b"\n")
+    with pytest.raises(TaskError, match=reason):
+        make_source(TaskConfig("jsonl", path=str(path), heldout_size=0))
+
+
+def test_missing_or_empty_file(tmp_path: Path) -> None:
+    """A file that is not there gives a traceback; an empty one gives a run without prompts."""
+    with pytest.raises(TaskError, match="cannot be read: No such file"):
+        make_source(TaskConfig("jsonl", path=str(tmp_path / "none.jsonl")))
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(TaskError, match="holds no line"):
+        make_source(TaskConfig("jsonl", path=str(tmp_path / "empty.jsonl")))
+    with pytest.raises(TaskError, match="task.train_size is 9, but .* leaves 6 lines"):
+        make_source(TaskConfig("jsonl", path=write(tmp_path / "a.jsonl", questions(8)), heldout_size=2, train_size=9))
+
+
+def test_template_and_system(tmp_path: Path) -> None:
+    """Braces of a question or template are taken for fields; the system message is lost or put twice."""
+    path = write(tmp_path / "a.jsonl", [{"q": "What is {x} in \\frac{1}{2}?", "a": 3}])
+    config = TaskConfig(
+        "jsonl", path=path, question_field="q", answer_field="a", heldout_size=0, system="Be brief.",
+        template="{question} Answer in \\boxed{}.",
+    )  # fmt: skip
+    prompt = make_source(config).train(0)
+    assert prompt.messages == (
+        Message("system", "Be brief."),
+        Message("user", "What is {x} in \\frac{1}{2}? Answer in \\boxed{}."),
+    )
+    assert prompt.record["answer"] == "3"
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"{GSM8K} is not on this machine")
+def test_gsm8k() -> None:
+    """GSM8K's files as published no longer load, or the gold answer is not what follows '####'."""
+    source = make_source(
+        TaskConfig("jsonl", path=str(GSM8K / "train.jsonl"), heldout_path=str(GSM8K / "test.jsonl"), heldout_size=1319)
+    )
+    answers = {prompt.record["line"]: prompt.record["answer"] for prompt in source.heldout}
+    assert len(answers) == 1319 and answers[1] == "18"
+    assert all(re.fullmatch(r"-?[\d,.]+", answer) for answer in answers.values())
+    assert len({source.train(index).record["line"] for index in range(7473)}) >= 7470
+
+
+@pytest.mark.parametrize("name", ["chain_sum", "basic_arithmetic", "spell_backward", "gsm_symbolic"])
+def test_reasoning_gym_by_name(name: str) -> None:
+    """A data set of reasoning-gym cannot be named, its own answer scores below 1, or its splits overlap."""
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
+    config = TaskConfig(name=name, heldout_size=16, seed=3)
+    source = make_source(config)
+    prompts = [*source.heldout, *(source.train(index) for index in (0, 1, 4095, 4096, 10_000))]
+    for prompt in prompts:
+        said = Message("assistant", f"<answer>{prompt.record['answer']}</answer>")
+        assert score(source, config, prompt, (said,)) == 1.0, prompt
+        assert score(source, config, prompt, (Message("assistant", "<answer>nonsense</answer>"),)) < 0.5, prompt
+    assert source.train(4096) == make_source(config).train(4096)
+    assert source.train(4096).messages != source.train(0).messages
+    assert question_key(source.train(0)) != question_key(make_source(TaskConfig(name=name, seed=4)).train(0))
+    json.dumps([dict(prompt.record) for prompt in prompts])
+
+
+def test_reasoning_gym_scores_unmarked_numbers() -> None:
+    """A right number inside a sentence scores as wrong because the data set compares the whole sentence."""
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
+    config = TaskConfig(parameters=ADDITION, heldout_size=4)
+    source = make_source(config)
+    prompt = source.train(0)
+    gold = int(prompt.record["answer"])
+    assert score(source, config, prompt, (Message("assistant", f"The sum is {gold}."),)) == 1.0
+    assert score(source, config, prompt, (Message("assistant", f"The sum is {gold + 1}."),)) < 0.5
+    assert re.fullmatch(r"State .*: \d\d? [+-] \d\d? =", prompt.messages[0].content)
+
+
+def test_reasoning_gym_errors() -> None:
+    """A wrong name or parameter ends in a traceback of the package instead of the nearest right one."""
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
+    with pytest.raises(TaskError, match="Did you mean .*chain_sum"):
+        make_source(TaskConfig(name="chain_sums"))
+    with pytest.raises(TaskError, match="takes no 'min_term'. Did you mean min_terms"):
+        make_source(TaskConfig(parameters=(("min_term", 2),)))
+    with pytest.raises(TaskError, match="do not suit chain_sum: max_terms must be"):
+        make_source(TaskConfig(parameters=(("min_terms", 3), ("max_terms", 2))))
+    small = (("min_terms", 2), ("max_terms", 2), ("min_digits", 1), ("max_digits", 1))
+    with pytest.raises(TaskError, match="distinct questions.*Lower task.heldout_size or widen task.parameters"):
+        make_source(TaskConfig(parameters=small, heldout_size=190))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"environment": "gym"},
+        {"environment": "a.py:"},
+        {"environment": "jsonl"},
+        {"reward": "math"},
+        {"template": "Say it."},
+        {"environment": "a.py:A", "template": "{question}!"},
+        {"heldout_size": -1},
+        {"train_size": -1},
+        {"reward_deadline_s": 0.0},
+        {"reward_deadline_s": float("nan")},
+    ],
+)
+def test_config_refuses(fields: dict[str, object]) -> None:
+    """A value that cannot work is found only in the middle of a run."""
+    with pytest.raises(ConfigError, match="task\\."):
+        TaskConfig(**fields)  # type: ignore[arg-type]
