@@ -31,6 +31,7 @@ def test_digest_ignores_order_strides_storage_and_threads(monkeypatch):
     named = weights()
     expected = tensor_digest(named)
     transposed = {name: t.t().contiguous().t() if t.ndim == 2 else t for name, t in named.items()}
+    transposed["norm"] = torch.stack((named["norm"], named["norm"]), dim=1)[:, 1]
     assert tensor_digest(dict(reversed(named.items()))) == expected
     assert tensor_digest(iter(named.items()), threads=1) == tensor_digest(named, threads=3) == expected
     assert tensor_digest(transposed) == expected
@@ -124,6 +125,7 @@ def test_difference_by_hand():
     assert not found.same_bits and "3 of 4" in str(found)
     assert difference(a, a).same_bits and same_bits(a, a.clone())
     assert not same_bits(a, b) and not same_bits(a, a.double()) and not same_bits(a, a.reshape(4))
+    assert not same_bits(torch.zeros(2, dtype=torch.bfloat16), torch.zeros(2, dtype=torch.float16))
     broken = difference(torch.tensor([1.0, math.nan]), torch.tensor([1.0, 2.0]))
     assert broken.max_abs == math.inf and broken.max_ulp == -1 and broken.worst == (1,)
     assert difference(torch.tensor([math.inf]), torch.tensor([-math.inf])).max_abs == math.inf

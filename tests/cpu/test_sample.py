@@ -62,7 +62,7 @@ def matches_reference(logits_SV: torch.Tensor, batch: SamplingBatch) -> None:
     expected_S, expected_logprobs_S = sampler.sample_reference(logits_SV, batch)
     assert tokens_S.tolist() == expected_S.tolist()
     x_SV = sampler.processed_logits(logits_SV, batch)
-    expected_SV = np.stack([sampler._process(logits_SV, batch, s) for s in range(len(batch))])
+    expected_SV = np.stack([sampler._filtered_row(logits_SV, batch, s) for s in range(len(batch))])
     assert same_bits(x_SV, torch.from_numpy(expected_SV))
     gap_S = (logprobs_S.double() - expected_logprobs_S.double()).abs()
     lse_S = torch.logsumexp(x_SV.double(), dim=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -116,7 +117,7 @@ class PagedMemory:
         return sampled
 
 
-def make(num_pages: int = 64, decode: object = None, **settings: int) -> tuple[Engine, PagedMemory]:
+def make(num_pages: int = 64, decode: object = None, **settings: Any) -> tuple[Engine, PagedMemory]:
     config = EngineConfig(
         **{"page_tokens": 4, "batch_tokens": 16, "max_sequences": 8, "lookahead_tokens": 4} | settings
     )
@@ -372,7 +373,7 @@ def decode(tokens: list[int]) -> str:
 @given(
     strings=st.lists(st.text("ab é", min_size=1, max_size=5), min_size=1, max_size=3),
     seed=st.integers(0, 10_000),
-    empty=st.integers(0, 3),
+    empty=st.integers(0, 6),
 )
 @settings(max_examples=150, deadline=None)
 def test_stop_strings_end_where_the_whole_text_first_holds_one(strings: list[str], seed: int, empty: int) -> None:
@@ -399,6 +400,25 @@ def test_stop_strings_need_a_decoder_and_a_text() -> None:
     with pytest.raises(ConfigError, match="empty stop string"):
         engine.submit(Request("r", "r", (1,), Sampling(stop_strings=("x", "")), 0))
     assert not engine.has_work
+
+
+def test_a_long_stop_string_and_one_spread_over_empty_tokens_are_found() -> None:
+    """A tail cut to the shortest of several stop strings, or to as many tokens as characters."""
+    for decode_as, string in ((lambda token: "x", "x" * 12), (lambda token: "x" * (token == 6), "xxx")):
+        engine, _ = make(decode=lambda tokens, f=decode_as: "".join(map(f, tokens)))
+        sampling = Sampling(max_new_tokens=60, stop_strings=("y", string))
+        (completion,) = engine.generate([Request("r", "r", (1,), sampling, 0)])
+        text = "".join(map(decode_as, completion.tokens))
+        assert completion.stop_reason is StopReason.STOP_STRING and text == string
+        assert len(completion.tokens) >= 12
+
+
+def test_a_stop_token_beats_a_stop_string() -> None:
+    """The reason depends on the order of two checks: a program that waits for its stop token sees a stop string."""
+    engine, _ = make(decode=lambda tokens: "x" * len(tokens))
+    sampling = Sampling(stop_token_ids=tuple(range(VOCAB)), stop_strings=("x",))
+    (completion,) = engine.generate([Request("r", "r", (1,), sampling, 0)])
+    assert completion.stop_reason is StopReason.STOP_TOKEN
 
 
 def test_the_decoder_sees_only_a_tail() -> None:

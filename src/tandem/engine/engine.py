@@ -159,7 +159,7 @@ class Engine:
         reason = stops_by_token(sequence)
         strings = sequence.request.sampling.stop_strings
         if reason is None and strings and self.decode is not None:
-            longest = max(len(string.encode()) for string in strings)
+            longest = max(map(len, strings))
             text = decoded_tail(self.decode, sequence.tokens, len(sequence.request.tokens), longest)
             if any(string in text for string in strings):
                 return StopReason.STOP_STRING

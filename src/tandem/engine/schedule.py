@@ -76,7 +76,7 @@ class Sampled:
 
 @dataclass(slots=True)
 class Stats:
-    """Counts since the start. run = prompt + decode tokens + recomputed, whatever was preempted or aborted."""
+    """Counts since the start. run_tokens - recomputed_tokens were run for the first time."""
 
     batches: int = 0
     run_tokens: int = 0  # rows of all forward passes
@@ -211,7 +211,6 @@ class Scheduler:
 
     def plan(self, now: float) -> Batch:
         """The next batch; empty only where nothing is live. A batch never committed is simply planned again."""
-        preemptions = self._stats.preemptions
         works, prefills = self._decodes()
         num_decodes = len(works)
         budget = self.config.batch_tokens - num_decodes
@@ -219,7 +218,7 @@ class Scheduler:
             if budget == 0:
                 break
             budget -= self._chunk(works, sequence, budget)
-        if self._stats.preemptions == preemptions and self.waiting:
+        if self.waiting:
             budget = self._admit(works, budget, now)
         self.planned = Batch(works, self.version, num_decodes, self.config.batch_tokens - budget)
         return self.planned
