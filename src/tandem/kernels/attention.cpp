@@ -45,15 +45,23 @@ template <typename E>
 struct View {  // addresses of one segment's queries, keys and values
     const AttentionArgs& a;
     int64_t s, kv_head;
-    int64_t group() const { return a.heads / a.kv_heads; }
+    int64_t group = a.heads / a.kv_heads;
     int64_t row(int64_t token) const { return a.row_start[s] + token; }
     int64_t position(int64_t token) const { return a.first_position[s] + token; }
     int64_t slot(int64_t position) const { return int64_t(a.table[s * a.table_stride + position / a.page_tokens]) * a.page_tokens + position % a.page_tokens; }
     const E* query(int64_t i, const void* base, int64_t stride) const {  // i counts token-major over (token, head of group)
-        return (const E*)base + row(i / group()) * stride + (kv_head * group() + i % group()) * a.head_size;
+        return (const E*)base + row(i / group) * stride + (kv_head * group + i % group) * a.head_size;
     }
-    const E* key(int64_t position) const { return (const E*)a.key + slot(position) * a.key_stride + kv_head * a.head_size; }
-    const E* value(int64_t position) const { return (const E*)a.value + slot(position) * a.value_stride + kv_head * a.head_size; }
+    // Addresses of the keys and values of `count` positions from `first`; one division a page, not one a position.
+    void rows(int64_t first, int64_t count, const E** keys, const E** values) const {
+        const int32_t* page = a.table + s * a.table_stride + first / a.page_tokens;
+        int64_t offset = first % a.page_tokens;
+        for (int64_t j = 0; j < count; page++, offset = 0)
+            for (int64_t at = int64_t(*page) * a.page_tokens + offset; offset < a.page_tokens && j < count; at++, offset++, j++) {
+                keys[j] = (const E*)a.key + at * a.key_stride + kv_head * a.head_size;
+                values[j] = (const E*)a.value + at * a.value_stride + kv_head * a.head_size;
+            }
+    }
 };
 
 // Keys of a block that a query at `position` sees: [low, high) within the block.
@@ -97,7 +105,7 @@ inline float soften(float* scores, int low, int high, float scale, float& top, f
 template <typename E>
 void forward_span(const AttentionArgs& a, const Span& span) {
     const View<E> v{a, span.segment, span.kv_head};
-    const int64_t group = v.group(), n = span.tokens * group, d_size = a.head_size, panels = (d_size + PANEL - 1) / PANEL;
+    const int64_t group = v.group, n = span.tokens * group, d_size = a.head_size, panels = (d_size + PANEL - 1) / PANEL;
     const int64_t depth = padded_depth<E>(d_size), wide = panels * PANEL, base = span.first_token * group;
     thread_local std::vector<E> key_panel, value_panel, probability;
     thread_local std::vector<float> scores, out, top, total;
@@ -108,7 +116,7 @@ void forward_span(const AttentionArgs& a, const Span& span) {
     for (int64_t b = first_block(v.position(span.first_token), a.window); b <= last / BLOCK; b++) {
         const int64_t count = std::min<int64_t>(BLOCK, last + 1 - b * BLOCK);
         const E *keys[BLOCK], *values[BLOCK], *part[BLOCK];
-        for (int64_t j = 0; j < count; j++) keys[j] = v.key(b * BLOCK + j), values[j] = v.value(b * BLOCK + j);
+        v.rows(b * BLOCK, count, keys, values);
         pack_columns<E>(keys, count, d_size, key_panel.data());
         for (int64_t p = 0; p < panels; p++) {
             for (int64_t j = 0; j < count; j++) part[j] = values[j] + p * PANEL;
@@ -136,7 +144,7 @@ void forward_span(const AttentionArgs& a, const Span& span) {
                 const float factor = soften(s, low, high, a.scale, top[i + r], total[i + r]);
                 float* o = out.data() + (i + r) * wide;
                 for (int64_t c = 0; c < wide; c++) o[c] *= factor;
-                for (int c = 0; c < BLOCK; c++) target[c] = from_float<E>(s[c]);
+                narrow_panel<E>(s, target);
             }
             for (int64_t c = 0; c < panels; c++)
                 tile<E>(rows, p, pair_of<E>(), value_panel.data() + c * BLOCK * PANEL, BLOCK, out.data() + i * wide + c * PANEL, wide, true);
@@ -145,7 +153,14 @@ void forward_span(const AttentionArgs& a, const Span& span) {
     for (int64_t i = 0; i < n; i++) {
         const int64_t token = (base + i) / group, head = span.kv_head * group + i % group;
         E* target = (E*)a.out + (v.row(token) * a.heads + head) * d_size;
-        for (int64_t c = 0; c < d_size; c++) target[c] = from_float<E>(out[i * wide + c] / total[i]);
+        float* o = out.data() + i * wide;
+        const float inverse = 1.0f / total[i];
+        for (int64_t c = 0; c < wide; c++) o[c] *= inverse;
+        for (int64_t c = 0; c < d_size; c += PANEL) {
+            if (c + PANEL <= d_size) narrow_panel<E>(o + c, target + c);
+            else
+                for (int64_t j = c; j < d_size; j++) target[j] = from_float<E>(o[j]);
+        }
         if (a.lse) a.lse[v.row(token) * a.heads + head] = top[i] + std::log(total[i]);
     }
 }
@@ -165,7 +180,7 @@ template <typename E>
 void backward_segment(const AttentionArgs& a, const AttentionGrads& g, int64_t s, int64_t kv_head) {
     constexpr int TILE = 64;  // query rows at a time
     const View<E> v{a, s, kv_head};
-    const int64_t group = v.group(), tokens = a.row_start[s + 1] - a.row_start[s], n = tokens * group, d_size = a.head_size;
+    const int64_t group = v.group, tokens = a.row_start[s + 1] - a.row_start[s], n = tokens * group, d_size = a.head_size;
     const int64_t panels = (d_size + PANEL - 1) / PANEL, depth = padded_depth<E>(d_size), wide = panels * PANEL;
     thread_local std::vector<E> key_columns, value_columns, key_depth, query_depth, dout_depth, p_rows, ds_rows, p_depth, ds_depth;
     thread_local std::vector<float> scores, dp, dq, dk, dv, delta, lse;
@@ -186,7 +201,7 @@ void backward_segment(const AttentionArgs& a, const AttentionGrads& g, int64_t s
     for (int64_t b = first_block(v.position(0), a.window); b <= last / BLOCK; b++) {
         const int64_t count = std::min<int64_t>(BLOCK, last + 1 - b * BLOCK);
         const E *keys[BLOCK], *values[BLOCK], *part[BLOCK];
-        for (int64_t j = 0; j < count; j++) keys[j] = v.key(b * BLOCK + j), values[j] = v.value(b * BLOCK + j);
+        v.rows(b * BLOCK, count, keys, values);
         pack_columns<E>(keys, count, d_size, key_columns.data());
         pack_columns<E>(values, count, d_size, value_columns.data());
         for (int64_t p = 0; p < panels; p++) {
@@ -217,10 +232,11 @@ void backward_segment(const AttentionArgs& a, const AttentionGrads& g, int64_t s
                 for (int c = 0; c < BLOCK; c++) s_row[c] = s_row[c] * a.scale - lse[t + r];
                 exp_panel(s_row);
                 for (int c = 0; c < BLOCK; c++) {
-                    const float prob = (c >= low && c < high) ? s_row[c] : 0.0f;
-                    p_rows[r * BLOCK + c] = from_float<E>(prob);
-                    ds_rows[r * BLOCK + c] = from_float<E>(prob == 0.0f ? 0.0f : prob * (dp_row[c] - delta[t + r]) * a.scale);
+                    s_row[c] = (c >= low && c < high) ? s_row[c] : 0.0f;
+                    dp_row[c] = s_row[c] == 0.0f ? 0.0f : s_row[c] * (dp_row[c] - delta[t + r]) * a.scale;
                 }
+                narrow_panel<E>(s_row, p_rows.data() + r * BLOCK);
+                narrow_panel<E>(dp_row, ds_rows.data() + r * BLOCK);
             }
             for (int64_t i = 0; i < rows; i += ROWS)
                 for (int64_t c = 0; c < panels; c++)

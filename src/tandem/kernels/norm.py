@@ -14,6 +14,17 @@ def rms_norm_reference(x_TM: torch.Tensor, weight_M: torch.Tensor, eps: float) -
     return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight_M.to(wide)).to(x_TM.dtype)
 
 
+def rms_norm_backward_reference(
+    dy_TM: torch.Tensor, x_TM: torch.Tensor, weight_M: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the rows [T, M] and of the weight [M], the latter in fp32, by autograd."""
+    with torch.enable_grad():
+        x = x_TM.detach().float().requires_grad_()
+        weight = weight_M.detach().float().requires_grad_()
+        dx, dweight = torch.autograd.grad(rms_norm_reference(x, weight, eps), (x, weight), dy_TM.float())
+    return dx.to(x_TM.dtype), dweight
+
+
 def _forward(x_TM: torch.Tensor, weight: Weight, eps: float, rstd_T: torch.Tensor | None) -> torch.Tensor:
     run = kernel("layer", "norm", x_TM.dtype, "pippipiif")
     if run is None:
@@ -30,7 +41,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx, x_TM, weight, eps):  # type: ignore[no-untyped-def]
         x_TM = x_TM.contiguous()
         rstd_T = torch.empty(x_TM.shape[0])
-        ctx.weight = weight
+        ctx.weight, ctx.eps = weight, eps
         out = _forward(x_TM, weight, eps, rstd_T)
         ctx.save_for_backward(x_TM, rstd_T)
         return out
@@ -43,9 +54,11 @@ class _Norm(torch.autograd.Function):
         dx_TM = torch.empty_like(x_TM)
         dweight_M = torch.zeros(width)
         run = kernel("layer", "norm_backward", x_TM.dtype, "ppppppii")
-        assert run is not None
-        pointers = (t.data_ptr() for t in (dy_TM, x_TM, ctx.weight.value, rstd_T, dx_TM, dweight_M))
-        run(*pointers, rows, width)
+        if run is None:
+            dx_TM, dweight_M = rms_norm_backward_reference(dy_TM, x_TM, ctx.weight.value, ctx.eps)
+        else:
+            pointers = (t.data_ptr() for t in (dy_TM, x_TM, ctx.weight.value, rstd_T, dx_TM, dweight_M))
+            run(*pointers, rows, width)
         if ctx.weight.grad is not None:
             ctx.weight.grad += dweight_M
         return dx_TM, None, None

@@ -27,6 +27,24 @@ def swiglu(gate_up_TF: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def swiglu_backward_reference(dy_TF: torch.Tensor, gate_up_TF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient [T, 2F] by autograd, and the output [T, F] again."""
+    with torch.enable_grad():
+        gate_up = gate_up_TF.detach().float().requires_grad_()
+        (dgate_up_TF,) = torch.autograd.grad(swiglu_reference(gate_up), gate_up, dy_TF.float())
+    return dgate_up_TF.to(gate_up_TF.dtype), swiglu_reference(gate_up_TF)
+
+
+def _backward(dy_TF: torch.Tensor, gate_up_TF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    run = kernel("layer", "swiglu_backward", gate_up_TF.dtype, "ppppii")
+    if run is None:
+        return swiglu_backward_reference(dy_TF, gate_up_TF)
+    dgate_up_TF, act_TF = torch.empty_like(gate_up_TF), torch.empty_like(dy_TF)
+    pointers = (t.data_ptr() for t in (dy_TF, gate_up_TF, dgate_up_TF, act_TF))
+    run(*pointers, *act_TF.shape)
+    return dgate_up_TF, act_TF
+
+
 class _Down(torch.autograd.Function):
     """down(swiglu(gate_up)) + residual; keeps gate_up alone and computes the product of gate and up again."""
 
@@ -41,11 +59,7 @@ class _Down(torch.autograd.Function):
         (gate_up_TF,) = ctx.saved_tensors
         dy_TM = dy_TM.contiguous()
         dact_TF = input_gradient(dy_TM, ctx.weight)
-        dgate_up_TF, act_TF = torch.empty_like(gate_up_TF), torch.empty_like(dact_TF)
-        run = kernel("layer", "swiglu_backward", gate_up_TF.dtype, "ppppii")
-        assert run is not None
-        pointers = (t.data_ptr() for t in (dact_TF, gate_up_TF, dgate_up_TF, act_TF))
-        run(*pointers, *act_TF.shape)
+        dgate_up_TF, act_TF = _backward(dact_TF, gate_up_TF)
         if ctx.weight.grad is not None:
             accumulate(ctx.weight.grad, dy_TM, act_TF)
         return dgate_up_TF, None, dy_TM

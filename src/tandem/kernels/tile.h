@@ -38,6 +38,12 @@ template <> inline bf16 from_float<bf16>(float v) {  // round to nearest even; N
     return bf16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
+// Memory to bring into the cache while a tile computes: one line every `every` steps of the reduction.
+struct Ahead {
+    const char* next = nullptr;
+    int64_t every = 1;
+};
+
 template <typename E> constexpr int pair_of() { return sizeof(E) == 2 ? 2 : 1; }
 template <typename E> constexpr int64_t padded_depth(int64_t depth) { return (depth + pair_of<E>() - 1) / pair_of<E>() * pair_of<E>(); }
 
@@ -49,12 +55,14 @@ inline void narrow(bf16* p, __m512 v) { _mm256_storeu_si256((__m256i*)p, (__m256
 inline void narrow(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
 
 template <int R>
-inline void tile_rows(const bf16* const* rows, int64_t step, const bf16* panel, int64_t depth, float* out, int64_t stride, bool add) {
+inline void tile_rows(const bf16* const* rows, int64_t step, const bf16* panel, int64_t depth, float* out, int64_t stride, bool add, Ahead ahead) {
     __m512 acc[R][4];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < 4; c++) acc[r][c] = add ? _mm512_loadu_ps(out + r * stride + 16 * c) : _mm512_setzero_ps();
     const int64_t pairs = depth / 2;
+    int64_t wait = ahead.next ? 1 : -1;
     for (int64_t k = 0; k < pairs; k++, panel += 2 * PANEL) {
+        if (--wait == 0) _mm_prefetch(ahead.next, _MM_HINT_T1), ahead.next += 64, wait = ahead.every;
         __m512bh b[4];
         for (int c = 0; c < 4; c++) b[c] = (__m512bh)_mm512_loadu_si512(panel + 32 * c);
         for (int r = 0; r < R; r++) {
@@ -69,11 +77,13 @@ inline void tile_rows(const bf16* const* rows, int64_t step, const bf16* panel, 
 }
 
 template <int R>
-inline void tile_rows(const float* const* rows, int64_t step, const float* panel, int64_t depth, float* out, int64_t stride, bool add) {
+inline void tile_rows(const float* const* rows, int64_t step, const float* panel, int64_t depth, float* out, int64_t stride, bool add, Ahead ahead) {
     __m512 acc[R][4];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < 4; c++) acc[r][c] = add ? _mm512_loadu_ps(out + r * stride + 16 * c) : _mm512_setzero_ps();
+    int64_t wait = ahead.next ? 1 : -1;
     for (int64_t k = 0; k < depth; k++, panel += PANEL) {
+        if (--wait == 0) _mm_prefetch(ahead.next, _MM_HINT_T1), ahead.next += 64, wait = ahead.every;
         __m512 b[4];
         for (int c = 0; c < 4; c++) b[c] = _mm512_loadu_ps(panel + 16 * c);
         for (int r = 0; r < R; r++) {
@@ -88,7 +98,7 @@ inline void tile_rows(const float* const* rows, int64_t step, const float* panel
 #else
 
 template <int R, typename E>
-inline void tile_rows(const E* const* rows, int64_t step, const E* panel, int64_t depth, float* out, int64_t stride, bool add) {
+inline void tile_rows(const E* const* rows, int64_t step, const E* panel, int64_t depth, float* out, int64_t stride, bool add, Ahead) {
     constexpr int pair = pair_of<E>();
     float acc[R][PANEL];
     for (int r = 0; r < R; r++)
@@ -108,14 +118,14 @@ inline void tile_rows(const E* const* rows, int64_t step, const E* panel, int64_
 // out[r][0..63] (+)= sum over k of rows[r][k] * panel[k][.], for `count` <= ROWS rows; depth a multiple of PAIR.
 // Consecutive pairs of a row lie `step` elements apart: PAIR for a plain row, PAIR * 64 for a column of a panel.
 template <typename E>
-inline void tile(int count, const E* const* rows, int64_t step, const E* panel, int64_t depth, float* out, int64_t stride, bool add) {
+inline void tile(int count, const E* const* rows, int64_t step, const E* panel, int64_t depth, float* out, int64_t stride, bool add, Ahead ahead = {}) {
     switch (count) {
-        case 1: return tile_rows<1>(rows, step, panel, depth, out, stride, add);
-        case 2: return tile_rows<2>(rows, step, panel, depth, out, stride, add);
-        case 3: return tile_rows<3>(rows, step, panel, depth, out, stride, add);
-        case 4: return tile_rows<4>(rows, step, panel, depth, out, stride, add);
-        case 5: return tile_rows<5>(rows, step, panel, depth, out, stride, add);
-        default: return tile_rows<6>(rows, step, panel, depth, out, stride, add);
+        case 1: return tile_rows<1>(rows, step, panel, depth, out, stride, add, ahead);
+        case 2: return tile_rows<2>(rows, step, panel, depth, out, stride, add, ahead);
+        case 3: return tile_rows<3>(rows, step, panel, depth, out, stride, add, ahead);
+        case 4: return tile_rows<4>(rows, step, panel, depth, out, stride, add, ahead);
+        case 5: return tile_rows<5>(rows, step, panel, depth, out, stride, add, ahead);
+        default: return tile_rows<6>(rows, step, panel, depth, out, stride, add, ahead);
     }
 }
 
@@ -196,6 +206,16 @@ inline void pack_depth(const E* const* rows, int64_t count, int64_t width, E* pa
         for (int c = 0; c < PANEL; c++)
             for (int j = 0; j < pair; j++)
                 panel[i * PANEL + c * pair + j] = (c < width && i + j < count) ? rows[i + j][c] : E(0);
+}
+
+// 64 values rounded to E.
+template <typename E>
+inline void narrow_panel(const float* source, E* target) {
+#ifdef TANDEM_AVX512
+    for (int c = 0; c < PANEL; c += 16) narrow(target + c, _mm512_loadu_ps(source + c));
+#else
+    for (int c = 0; c < PANEL; c++) target[c] = from_float<E>(source[c]);
+#endif
 }
 
 // In place: e^x of one value, or of 64.

@@ -20,7 +20,7 @@ from tandem.models.rope import rope_tables
 from tandem.models.spec import ModelSpec
 from tandem.models.view import Heads, View
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
 class _Embed(torch.autograd.Function):

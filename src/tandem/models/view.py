@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference
-from tandem.kernels.build import library
+from tandem.kernels.build import kernel
 from tandem.kernels.rotary import rotate_, rotate_reference, store_
 
 
@@ -96,7 +96,7 @@ class PackView:
     def attend(
         self, layer: int, qkv_TW: torch.Tensor, heads: Heads, tables: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        if library("attention") is not None:
+        if kernel("attention", "attention_backward", qkv_TW.dtype, "pp") is not None:
             return _PackAttention.apply(qkv_TW, self, heads, tables)
         query, key, value = heads.cut(qkv_TW)
         query, key = (rotate_reference(x, self.positions_T, tables[0], tables[1]) for x in (query, key))

@@ -1,0 +1,167 @@
+"""The engine on a real decoder: what a request generates does not depend on the others, and the learner scores it with its bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.algo.pack import count_prompts, pack
+from tandem.engine.admit import pages_for
+from tandem.engine.config import EngineConfig
+from tandem.engine.engine import Engine
+from tandem.engine.runner import DecoderRunner, token_bytes
+from tandem.models.decoder import Decoder
+from tandem.train.step import score
+from tandem.types import Completion, Request, Sample, Sampling, StopReason, WeightVersion
+
+DTYPES = ["float32", "bfloat16"]
+STOP = 5
+
+
+def engine_of(decoder: Decoder, num_pages: int = 64, **settings: Any) -> Engine:
+    config = EngineConfig(**{"page_tokens": 4, "batch_tokens": 64, "max_sequences": 16, "lookahead_tokens": 4, **settings})
+    return Engine(DecoderRunner(decoder, num_pages, config.page_tokens), config, num_pages, decoder.spec.max_position)
+
+
+@pytest.fixture(params=DTYPES)
+def decoder(request: pytest.FixtureRequest, make_decoder: Callable[..., Decoder], kernel_path: str) -> Decoder:
+    return make_decoder(request.param)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> list[Request]:
+    """Prompts that often begin alike, of one page or several; every filter of the sampler."""
+    stem = tuple((7 * i * i + 3) % 97 for i in range(20))
+    made = []
+    for number in range(draw(st.integers(1, 8))):
+        shared = draw(st.integers(0, 20))
+        own = draw(st.lists(st.integers(0, 96), min_size=int(shared == 0), max_size=9))
+        sampling = Sampling(
+            temperature=draw(st.sampled_from([1.0, 0.0, 0.6])),
+            top_k=draw(st.sampled_from([0, 0, 3])),
+            top_p=draw(st.sampled_from([1.0, 1.0, 0.9])),
+            max_new_tokens=draw(st.integers(1, 24)),
+            stop_token_ids=draw(st.sampled_from([(), (STOP,)])),
+        )
+        made.append(Request(f"r{number}", f"r{number}", (*stem[:shared], *own), sampling, seed=number * 1000))
+    return made
+
+
+def same(got: Completion, wanted: Completion, count: int | None = None) -> None:
+    """Token for token and, for the log-probs, bit for bit."""
+    assert got.tokens == wanted.tokens[:count]
+    assert [p.hex() for p in got.logprobs] == [p.hex() for p in wanted.logprobs[:count]]
+
+
+@settings(max_examples=25)
+@given(
+    asked=requests(),
+    page_tokens=st.sampled_from([1, 4, 16]),
+    spare=st.integers(0, 12),
+    batch_tokens=st.integers(4, 40),
+    max_sequences=st.integers(1, 4),
+    arrivals=st.lists(st.integers(0, 6), min_size=8, max_size=8),
+    aborts=st.dictionaries(st.integers(0, 7), st.integers(0, 30), max_size=2),
+    share=st.booleans(),
+)
+def test_any_company_gives_what_is_generated_alone(
+    decoder, asked, page_tokens, spare, batch_tokens, max_sequences, arrivals, aborts, share
+):
+    """Batching, chunking, prefix hits, preemption or a neighbour's abort changes a request's tokens or log-probs."""
+    alone = {request.id: engine_of(decoder).generate([request])[0] for request in asked}
+    longest = max(len(request.tokens) + request.sampling.max_new_tokens for request in asked)
+    engine = engine_of(
+        decoder,
+        pages_for(longest, page_tokens) + spare,
+        page_tokens=page_tokens,
+        batch_tokens=batch_tokens,
+        max_sequences=max_sequences,
+        share_prefixes=share,
+    )
+    done: dict[str, Completion] = {}
+    step = 0
+    while engine.has_work or step <= 6:
+        for number, request in enumerate(asked):
+            if arrivals[number] == step:
+                engine.submit(request)
+        for number, when in aborts.items():
+            if when == step and number < len(asked) and (withdrawn := engine.abort(f"r{number}")):
+                assert withdrawn.stop_reason == StopReason.ABORTED
+                done[withdrawn.request_id] = withdrawn
+        done |= {completion.request_id: completion for completion in engine.step()}
+        engine.check_integrity()
+        step += 1
+        assert step < 2000
+    assert done.keys() == alone.keys()
+    for name, completion in done.items():
+        aborted = completion.stop_reason == StopReason.ABORTED
+        same(completion, alone[name], len(completion.tokens) if aborted else None)
+
+
+def rollouts(decoder: Decoder, temperature: float, version: int = 0) -> list[Sample]:
+    """Three prompts, four siblings each, as the engine samples them in company."""
+    asked = []
+    for prompt in range(3):
+        tokens = tuple((11 * prompt + 5 * i * i) % 97 for i in range(6 + 9 * prompt))
+        for sibling in range(4):
+            sampling = Sampling(temperature=temperature, max_new_tokens=5 + 8 * sibling)
+            asked.append(Request(f"p{prompt}/{sibling}", f"p{prompt}", tokens, sampling, seed=100 * prompt + sibling))
+    engine = engine_of(decoder, 40, batch_tokens=24, max_sequences=6)
+    if version:
+        engine.receive(WeightVersion(version, "other"))
+    samples = []
+    for request, completion in zip(asked, engine.generate(asked), strict=True):
+        prompt, count = len(request.tokens), len(completion.tokens)
+        samples.append(
+            Sample(
+                request.id,
+                request.program_id,
+                request.tokens + completion.tokens,
+                (False,) * prompt + (True,) * count,
+                (0.0,) * prompt + (1.0,) * count,
+                (0.0,) * prompt + completion.logprobs,
+                (1.0,) * (prompt + count),
+            )
+        )
+    assert engine.stats.preemptions or engine.stats.cached_tokens
+    return samples
+
+
+@pytest.mark.parametrize("share_prefix", [True, False])
+@pytest.mark.parametrize("budget", [60, 2000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_learner_scores_with_the_engines_bits(decoder, temperature, budget, share_prefix):
+    """The policy that is trained is not the one that sampled: log-probs of engine and learner differ in some bit."""
+    samples = rollouts(decoder, temperature)
+    for microbatch in pack(samples, count_prompts(samples), budget, share_prefix):
+        scored = score(decoder, microbatch, temperature).tolist()
+        assert [p.hex() for p in scored] == [p.hex() for p in microbatch.logprobs_N]
+
+
+@pytest.mark.parametrize("changes", [{"sliding_window": 9}, {"qk_norm": True}, {"attention_bias": True}, {"head_size": 24}])
+def test_every_kind_of_layer_keeps_the_bits(kernel_path, make_decoder, changes):
+    """A window, q/k norms or biases are computed apart from the other path, or in another order."""
+    decoder = make_decoder("bfloat16", **changes)
+    samples = rollouts(decoder, 1.0)
+    for microbatch in pack(samples, count_prompts(samples), 300):
+        scored = score(decoder, microbatch, 1.0).tolist()
+        assert [p.hex() for p in scored] == [p.hex() for p in microbatch.logprobs_N]
+
+
+def test_page_memory_of_the_runner(make_decoder):
+    """Capacity is worked out from another size than the pages really take."""
+    decoder = make_decoder("bfloat16")
+    runner = DecoderRunner(decoder, 10, 4)
+    taken = sum(pool.nbytes for pair in runner.pools for pool in pair)
+    assert taken == 10 * 4 * token_bytes(decoder.spec, decoder.dtype)
+
+
+def test_runs_without_a_compiler(any_path, make_decoder):
+    """The reference path fails in the engine, or draws other tokens than the kernels."""
+    request = Request("r", "r", (1, 2, 3), Sampling(max_new_tokens=12), seed=3)
+    completion = engine_of(make_decoder()).generate([request])[0]
+    assert completion.tokens[:6] == (4, 25, 39, 84, 93, 33) and len(completion.tokens) == 12
