@@ -30,7 +30,7 @@ E = 2.0**-24
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_against_torch(any_path, dtype, size, betas, decay, clip, seed):
-    """A bias correction left out or off by a step, eps inside the root, decay of the gradient, clipping after moments."""
+    """A bias correction left out or off by a step, eps inside the root, decay of the gradient, clipping too late."""
     generator = torch.Generator().manual_seed(seed)
     master = torch.randn(size, generator=generator)
     first, second, value = torch.zeros(size), torch.zeros(size), torch.empty(size, dtype=dtype)

@@ -182,7 +182,7 @@ def packs(draw) -> tuple[Paths, int]:
 @given(shape=shapes, pack=packs(), seed=st.integers(0, 99))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_packs_and_gradients(any_path, dtype, shape, pack, seed):
-    """Rows that several samples share lose a sample's gradient, or a tile's tail, a head of a group, a panel's padding."""
+    """A gradient lost: of a sample through shared rows, of a tile's tail, of a head of a group."""
     paths, rows = pack
     query, key, value = rows_of(rows, shape, dtype, seed)
     dout = torch.randn(query.shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)

@@ -1,7 +1,7 @@
 """Norm, rotation, page writes and SwiGLU against fp64 and autograd.
 
-Tolerances: E = 2^-24 a rounding in fp32, U one to the compute dtype (2^-24 or, for bf16, 2^-8). A mean of M squares has a
-relative error of at most (M + 2) E, its root half of it; products add an E each. Gradients are bounded by the same
+Tolerances: E = 2^-24 a rounding in fp32, U one to the compute dtype (2^-24 or, for bf16, 2^-8). A mean of M squares
+has a relative error of at most (M + 2) E, its root half of it; products add an E each. Gradients are bounded by the same
 counts times the sum of the magnitudes of their terms. exp errs by 1.02 x 2^-23 (vector.h).
 """
 
@@ -75,7 +75,10 @@ def test_norm_rows_do_not_depend_on_others(kernel_path, dtype):
 
 @settings(max_examples=40)
 @given(
-    rows=st.integers(1, 30), heads=st.integers(1, 5), half=st.sampled_from([1, 3, 8, 16, 32, 64]), seed=st.integers(0, 99)
+    rows=st.integers(1, 30),
+    heads=st.integers(1, 5),
+    half=st.sampled_from([1, 3, 8, 16, 32, 64]),
+    seed=st.integers(0, 99),
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rotation(any_path, dtype, rows, heads, half, seed):

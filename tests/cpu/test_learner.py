@@ -170,7 +170,11 @@ def test_step_moves_the_policy_towards_the_advantage(make_decoder: MakeDecoder):
     before = score(decoder, microbatch, 1.0)
     rescored = []
     for sample in samples:
-        own = [p for p, index in zip(before.tolist(), microbatch.sample_N, strict=True) if sample.id == microbatch.sample_ids[index]]
+        own = [
+            p
+            for p, index in zip(before.tolist(), microbatch.sample_N, strict=True)
+            if sample.id == microbatch.sample_ids[index]
+        ]
         rescored.append(dataclasses.replace(sample, logprobs=(*sample.logprobs[: -len(own)], *own)))
     report = learner_of(decoder, lr=1e-4).step(rescored, count_prompts(rescored))
     moved = (score(decoder, microbatch, 1.0) - before) * torch.tensor(microbatch.advantages_N)
@@ -197,9 +201,7 @@ def test_rates_by_hand():
     linear = LearnerConfig(lr=1.0, warmup_steps=2, schedule="linear", final_share=0.2)
     assert [linear.rate(u, 12) for u in (2, 7, 12, 99)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
     cosine = LearnerConfig(lr=1.0, schedule="cosine", final_share=0.5)
-    assert [cosine.rate(u, 8) for u in (0, 2, 4, 8)] == pytest.approx(
-        [1.0, 0.5 + 0.25 * (1 + 0.5**0.5), 0.75, 0.5]
-    )
+    assert [cosine.rate(u, 8) for u in (0, 2, 4, 8)] == pytest.approx([1.0, 0.5 + 0.25 * (1 + 0.5**0.5), 0.75, 0.5])
 
 
 def test_steps_use_the_schedule_and_the_clip(make_decoder: MakeDecoder):
@@ -211,7 +213,9 @@ def test_steps_use_the_schedule_and_the_clip(make_decoder: MakeDecoder):
     assert learner.optimiser.updates == 4
 
 
-@pytest.mark.parametrize("fields", [{"lr": -1.0}, {"lr": math.nan}, {"schedule": "cosin"}, {"grad_clip": 0.0}, {"beta2": 1.0}])
+@pytest.mark.parametrize(
+    "fields", [{"lr": -1.0}, {"lr": math.nan}, {"schedule": "cosin"}, {"grad_clip": 0.0}, {"beta2": 1.0}]
+)
 def test_settings_that_are_wrong(fields):
     """A learner starts with a setting that ruins the run hours later."""
     (name,) = fields

@@ -1,8 +1,8 @@
 """Matrix products against fp64, and the same bits for a row whatever rows ride along.
 
 Tolerances: a sum of K products in fp32, in any order, errs by at most K 2^-24 sum |x||w| (Higham, Accuracy and
-Stability, 3.1; products of bf16 are exact). A few more roundings: bias, residual, fp32 store. Rounding to bf16 adds 2^-8 of
-the result, once for the product and once for the sum where there is a residual.
+Stability, 3.1; products of bf16 are exact). A few more roundings: bias, residual, fp32 store. Rounding to bf16
+adds 2^-8 of the result, once for the product and once for the sum where there is a residual.
 """
 
 from __future__ import annotations

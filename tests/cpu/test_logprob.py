@@ -1,9 +1,9 @@
 """Log-probs, entropies and their gradients against log_softmax in fp64, without ever a logit of every row and token.
 
-Tolerances (E = 2^-24): a logit errs by (M + 2) E sum |h||w| =: e; so do, at most, the log-sum-exp and the log-prob (2e), which
-add the roundings of logits, temperature and sums: (V / 16 + 40) E is above the sampler's own bound for V here, plus
-E |value|. A gradient p - 1 has the error of its probability, 2e + the same; it is rounded to the compute dtype (U = E or 2^-8)
-before the two products, which sum V and N terms.
+Tolerances (E = 2^-24): a logit errs by (M + 2) E sum |h||w| =: e; so do, at most, the log-sum-exp and the log-prob
+(2e), which add the roundings of logits, temperature and sums: (V / 16 + 40) E is above the sampler's own bound for V here, plus
+E |value|. A gradient p - 1 has the error of its probability, 2e + the same; it is rounded to the compute dtype (U = E
+or 2^-8) before the two products, which sum V and N terms.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def compare(rows: int, vocab: int, width: int, dtype: torch.dtype, temperature: 
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_values_and_gradients(any_path, dtype, rows, vocab, width, temperature, seed):
-    """A temperature forgotten in the gradient or applied twice, a target's column misplaced, entropy of other logits."""
+    """A temperature forgotten in the gradient or applied twice, a target misplaced, entropy of other logits."""
     compare(rows, vocab, width, dtype, temperature, seed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_chunks_of_rows_and_columns(any_path, dtype):
-    """The seam between two chunks: a row, a block of the vocabulary or a target on the border is lost or counted twice."""
+    """At the seam of two chunks a row, a block of the vocabulary or a target is lost or counted twice."""
     compare(ROWS + 3, COLUMNS + 70, 8, dtype, 0.8, 0)
 
 
@@ -126,11 +126,11 @@ class Largest(TorchDispatchMode):
 
 def test_never_all_logits(any_path):
     """Rows x vocabulary of logits held at once: memory grows with the product of batch and vocabulary."""
-    rows, vocab, width = 4 * ROWS, 2 * COLUMNS, 4
+    rows, vocab, width = 512, 8192, 4
     hidden, weight, targets = problem(rows, vocab, width, torch.float32, 4)
     with Largest() as largest:
         token_logprobs(hidden, weight, targets, 1.0)[0].sum().backward()
-    assert ROWS * vocab <= largest.numel <= max(ROWS * vocab, rows * COLUMNS) < rows * vocab
+    assert 64 * vocab <= largest.numel <= rows * vocab // 2
 
 
 def test_reference_in_fp64():

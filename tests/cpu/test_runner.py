@@ -1,4 +1,4 @@
-"""The engine on a real decoder: what a request generates does not depend on the others, and the learner scores it with its bits."""
+"""The engine on a real decoder: a request generates what it does alone, and the learner scores it with the same bits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ STOP = 5
 
 
 def engine_of(decoder: Decoder, num_pages: int = 64, **settings: Any) -> Engine:
-    config = EngineConfig(**{"page_tokens": 4, "batch_tokens": 64, "max_sequences": 16, "lookahead_tokens": 4, **settings})
+    config = EngineConfig(
+        **{"page_tokens": 4, "batch_tokens": 64, "max_sequences": 16, "lookahead_tokens": 4, **settings}
+    )
     return Engine(DecoderRunner(decoder, num_pages, config.page_tokens), config, num_pages, decoder.spec.max_position)
 
 
@@ -60,28 +62,23 @@ def same(got: Completion, wanted: Completion, count: int | None = None) -> None:
 @settings(max_examples=25)
 @given(
     asked=requests(),
-    page_tokens=st.sampled_from([1, 4, 16]),
+    limits=st.fixed_dictionaries(
+        {
+            "page_tokens": st.sampled_from([1, 4, 16]),
+            "batch_tokens": st.integers(4, 40),
+            "max_sequences": st.integers(1, 4),
+            "share_prefixes": st.booleans(),
+        }
+    ),
     spare=st.integers(0, 12),
-    batch_tokens=st.integers(4, 40),
-    max_sequences=st.integers(1, 4),
     arrivals=st.lists(st.integers(0, 6), min_size=8, max_size=8),
     aborts=st.dictionaries(st.integers(0, 7), st.integers(0, 30), max_size=2),
-    share=st.booleans(),
 )
-def test_any_company_gives_what_is_generated_alone(
-    decoder, asked, page_tokens, spare, batch_tokens, max_sequences, arrivals, aborts, share
-):
+def test_any_company_gives_what_is_generated_alone(decoder, asked, limits, spare, arrivals, aborts):
     """Batching, chunking, prefix hits, preemption or a neighbour's abort changes a request's tokens or log-probs."""
     alone = {request.id: engine_of(decoder).generate([request])[0] for request in asked}
     longest = max(len(request.tokens) + request.sampling.max_new_tokens for request in asked)
-    engine = engine_of(
-        decoder,
-        pages_for(longest, page_tokens) + spare,
-        page_tokens=page_tokens,
-        batch_tokens=batch_tokens,
-        max_sequences=max_sequences,
-        share_prefixes=share,
-    )
+    engine = engine_of(decoder, pages_for(longest, limits["page_tokens"]) + spare, **limits)
     done: dict[str, Completion] = {}
     step = 0
     while engine.has_work or step <= 6:
@@ -142,7 +139,9 @@ def test_the_learner_scores_with_the_engines_bits(decoder, temperature, budget, 
         assert [p.hex() for p in scored] == [p.hex() for p in microbatch.logprobs_N]
 
 
-@pytest.mark.parametrize("changes", [{"sliding_window": 9}, {"qk_norm": True}, {"attention_bias": True}, {"head_size": 24}])
+@pytest.mark.parametrize(
+    "changes", [{"sliding_window": 9}, {"qk_norm": True}, {"attention_bias": True}, {"head_size": 24}]
+)
 def test_every_kind_of_layer_keeps_the_bits(kernel_path, make_decoder, changes):
     """A window, q/k norms or biases are computed apart from the other path, or in another order."""
     decoder = make_decoder("bfloat16", **changes)

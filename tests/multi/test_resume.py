@@ -1,4 +1,4 @@
-"""`tandem train` as a user runs it: killed, interrupted, out of disk, and resumed to the weights of a run never stopped."""
+"""`tandem train` killed, interrupted, out of disk, and resumed to the weights of a run never stopped."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import pytest
 STEPS = 16
 WAIT_S = 120.0
 SOURCES = Path(__file__).parents[2] / "src"
-RECIPE = '''
+RECIPE = """
 from pathlib import Path
 
 from tandem.algo.config import AlgoConfig
@@ -48,7 +48,7 @@ def tiny_sums() -> RunConfig:
         evaluation=EvaluationConfig(prompts=4),
         checkpoint=CheckpointConfig(every=3),
     )
-'''
+"""
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -16,7 +16,7 @@ from tandem.program.environment import Environment
 from tandem.program.tasks import DrawSource, FileSource, make_source, question_key, score
 from tandem.types import Message, Prompt
 
-GSM8K = Path("/work/shared/data/gsm8k")
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 ADDITION = (("min_terms", 2), ("max_terms", 2), ("min_digits", 1), ("max_digits", 2))
 
 

