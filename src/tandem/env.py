@@ -16,6 +16,8 @@ from pathlib import Path
 from tandem.errors import ConfigError, nearest
 
 VARIABLES = ("TANDEM_CACHE", "TANDEM_THREADS")
+SPIN_COUNT = "2000"
+_OURS: set[str] = set()  # variables that limit_spinning set
 
 
 def check(environment: Mapping[str, str] | None = None) -> None:
@@ -64,7 +66,13 @@ def limit_spinning() -> None:
     each burns the time slice that its partner needs: measured on two cores beside one busy process, decoding at 142
     tok/s by default, at 1,390 with this limit, and at 1,390 to 1,500 on an idle machine either way.
     """
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    if os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT) == SPIN_COUNT:
+        _OURS.add("GOMP_SPINCOUNT")
+
+
+def foreign() -> dict[str, str]:
+    """The environment for a program that is not tandem's: without what tandem set for itself."""
+    return {name: value for name, value in os.environ.items() if name not in _OURS}
 
 
 def no_color() -> bool:

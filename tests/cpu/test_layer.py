@@ -1,8 +1,8 @@
 """Norm, rotation, page writes and SwiGLU against fp64 and autograd.
 
 Tolerances: E = 2^-24 a rounding in fp32, U one to the compute dtype (2^-24 or, for bf16, 2^-8). A mean of M squares
-has a relative error of at most (M + 2) E, its root half of it; products add an E each. Gradients are bounded by the same
-counts times the sum of the magnitudes of their terms. exp errs by 1.02 x 2^-23 (vector.h).
+has a relative error of at most (M + 2) E, its root half of it; products add an E each. Gradients are bounded by the
+same counts times the sum of the magnitudes of their terms. exp errs by 1.02 x 2^-23 (vector.h).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Log-probs, entropies and their gradients against log_softmax in fp64, without ever a logit of every row and token.
 
 Tolerances (E = 2^-24): a logit errs by (M + 2) E sum |h||w| =: e; so do, at most, the log-sum-exp and the log-prob
-(2e), which add the roundings of logits, temperature and sums: (V / 16 + 40) E is above the sampler's own bound for V here, plus
-E |value|. A gradient p - 1 has the error of its probability, 2e + the same; it is rounded to the compute dtype (U = E
-or 2^-8) before the two products, which sum V and N terms.
+(2e), which add the roundings of logits, temperature and sums: (V / 16 + 40) E is above the sampler's own bound
+for V here, plus E |value|. A gradient p - 1 has the error of its probability, 2e + the same; it is rounded to the
+compute dtype (U = E or 2^-8) before the two products, which sum V and N terms.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The engine on a real decoder: a request generates what it does alone, and the learner scores it with the same bits."""
+"""The engine on a real decoder: a request generates what it does alone, and the learner scores it with its bits."""
 
 from __future__ import annotations
 

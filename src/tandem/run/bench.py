@@ -191,7 +191,9 @@ WORKS = {"engine": _engine, "learner": _learner, "step": _step}
 def _run(command: Sequence[str]) -> list[Figure]:
     """The figures that a command prints; other lines are passed over."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PEER_DEADLINE_S, check=False)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=PEER_DEADLINE_S, check=False, env=env.foreign()
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise WorldError(f"the peer `{shlex.join(command)}` did not run: {error}.") from error
     figures = []

@@ -124,7 +124,7 @@ class Session:
     def record(
         self, step: int, groups: Sequence[Group], batch: Selection, report: LearnerReport | None, version: WeightVersion
     ) -> None:
-        """Evaluate and save where it is due, then write and show the step's row."""
+        """Evaluate where it is due, write and show the step's row, save where it is due. The end saves in any case."""
         row: dict[str, Any] = {"step": step, **_figures(groups, report), "weights": version.digest}
         row["trained_samples"] = len(batch.samples)
         self.ledger.record(groups, batch.samples)
@@ -132,7 +132,7 @@ class Session:
         if config.evaluation.prompts and (last or (config.evaluation.every and step % config.evaluation.every == 0)):
             row["evaluation"] = self.evaluate(step)
         self.write(row)
-        if last or self.stopping.requested or (config.checkpoint.every and step % config.checkpoint.every == 0):
+        if config.checkpoint.every and step % config.checkpoint.every == 0:
             self.save(step, version)
 
     def write(self, row: dict[str, Any]) -> None:
@@ -238,6 +238,9 @@ def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display
         if done == 0 and config.evaluation.prompts:
             session.write({"step": 0, "evaluation": session.evaluate(0), "weights": parts.engine.version.digest})
         last = run_loop(session.stages(), done + 1, config.steps)
+        saved = folder.latest_checkpoint()
+        if saved is None or saved.step < last:
+            session.save(last, parts.engine.version)
         session.finish()
     return EXIT_INTERRUPTED if session.stopping.requested and last < config.steps else 0
 
