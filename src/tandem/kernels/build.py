@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -120,3 +121,10 @@ def kernel(library_name: str, name: str, dtype: torch.dtype, signature: str) -> 
     """`function` for a tensor dtype; None where that dtype has no compiled kernel."""
     suffix = SUFFIX.get(str(dtype))
     return function(library_name, f"{name}_{suffix}", signature) if suffix else None
+
+
+def build_all() -> None:
+    """Compile every kernel now, side by side, so that the first run does not wait for them."""
+    names = sorted(path.stem for path in SOURCES.glob("*.cpp"))
+    with ThreadPoolExecutor(env.num_cores()) as pool:
+        list(pool.map(library, names))
