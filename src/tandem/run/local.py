@@ -6,6 +6,7 @@ import dataclasses
 import resource
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -213,22 +214,17 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
     """Run a config, new in `out` or on from `resume`; returns the exit code and the run folder."""
     check_training(config)
     keep = config.checkpoint.keep
-    folder = (
-        RunFolder.open(resume, config, keep=keep)
-        if resume is not None
-        else RunFolder.create(
-            out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}", config, keep=keep
-        )
-    )
-    task = make_environment(config.task)
-    try:
-        with folder:
-            parts = build_parts(config.model, config.engine)
-            task.ready()
-            folder.write_plan(parts.plan)
-            return _sit(config, folder, task, parts, display), folder.path
-    finally:
-        task.close()
+    with ExitStack() as closing:
+        task = make_environment(config.task)
+        closing.callback(task.close)
+        folder = closing.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
+        parts = build_parts(config.model, config.engine)
+        task.ready()
+        if folder is None:  # only now, so that a wrong model or task leaves no folder behind
+            path = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+            folder = closing.enter_context(RunFolder.create(path, config, keep=keep))
+        folder.write_plan(parts.plan)
+        return _sit(config, folder, task, parts, display), folder.path
 
 
 def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display: Display) -> int:
