@@ -83,6 +83,13 @@ void store_rows(const E* x, int64_t stride, const int64_t* slots, E* pool, int64
     for (int64_t i = 0; i < t; i++) std::memcpy(pool + slots[i] * width, x + i * stride, width * sizeof(E));
 }
 
+// The first n of 64 values, rounded.
+template <typename E>
+inline void store_panel(const float* source, E* target, int n) {
+    if (n == PANEL) return narrow_panel<E>(source, target);
+    for (int j = 0; j < n; j++) target[j] = from_float<E>(source[j]);
+}
+
 template <typename E>
 void swiglu(const E* gate_up, E* y, int64_t t, int64_t width) {
 #pragma omp parallel for schedule(static) if (t * width > 16384)
@@ -110,13 +117,17 @@ void swiglu_backward(const E* dy, const E* gate_up, E* dgate_up, E* y, int64_t t
             const int n = int(std::min<int64_t>(PANEL, width - c));
             for (int j = 0; j < PANEL; j++) e[j] = j < n ? -to_float(gate[c + j]) : 0.0f;
             exp_panel(e);
+            float gates[PANEL], ups[PANEL], acts[PANEL];
             for (int j = 0; j < n; j++) {
                 const float g = to_float(gate[c + j]), u = to_float(up[c + j]), dv = to_float(d[c + j]);
                 const float sigmoid = 1.0f / (1.0f + e[j]), silu = g * sigmoid;
-                dgate[c + j] = from_float<E>(dv * u * (sigmoid + silu * (1.0f - sigmoid)));
-                dup[c + j] = from_float<E>(dv * silu);
-                out[c + j] = from_float<E>(g / (1.0f + e[j]) * u);
+                gates[j] = dv * u * (sigmoid + silu * (1.0f - sigmoid));
+                ups[j] = dv * silu;
+                acts[j] = g / (1.0f + e[j]) * u;
             }
+            store_panel<E>(gates, dgate + c, n);
+            store_panel<E>(ups, dup + c, n);
+            store_panel<E>(acts, out + c, n);
         }
     }
 }
