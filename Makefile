@@ -35,7 +35,7 @@ demo: $(STAMP)
 	$(BIN)/tandem train smollm2_arithmetic_cpu $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --doctest-modules src/tandem tests --ignore=tests/gpu $(ARGS)
+	$(BIN)/python -m pytest --doctest-modules src/tandem tests $(ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -45,7 +45,11 @@ FILE_LINES, KERNEL_FILE_LINES, FUNCTION_LINES, PARAMETERS, SOURCE_LINES = 500, 8
 LOOP_LINES = 60  # run/loop.py is the table of contents
 
 # path, or path:function -> (what it may have, why). Lines for a file, and lines or parameters for a function.
-RAISED: dict[str, tuple[int, str]] = {}
+RAISED: dict[str, tuple[int, str]] = {
+    "src/tandem/kernels/gpu/attention.py:attention_kernel": (25, "pointers, strides and shapes of one launch"),
+    "src/tandem/kernels/gpu/linear.py:linear_kernel": (13, "pointers and shapes of one launch"),
+    "src/tandem/kernels/gpu/rotary.py:rotate_kernel": (12, "pointers and shapes of one launch"),
+}
 
 # path -> why it may hold an absolute path.
 PATHS_ALLOWED: dict[str, str] = {}
@@ -131,7 +135,7 @@ def check_imports(root: Path, trees: Tree) -> Iterator[str]:
         if module[0] not in ROW_OF:
             yield f"{path}: the folder {module[0]} is in no row of the import order (.ci/check.py ROWS)"
             continue
-        torch_free = "/".join(module) in TORCH_FREE or module[-1] == "config" or module[0] == "recipes"
+        torch_free = "/".join(module) in TORCH_FREE or module[-1] == "config" or module[0] in ("recipes", "studies")
         for line, name in imports(tree, module, path.name == "__init__.py"):
             top, *rest = name.split(".")
             if top == "torch" and torch_free:
@@ -173,7 +177,7 @@ def check_budgets(root: Path, trees: Tree) -> Iterator[str]:
     for path, tree in trees.items():
         name, lines = path.as_posix(), len((root / path).read_text(encoding="utf-8").splitlines())
         kernel = name.startswith("src/tandem/kernels/")
-        total += lines if path.parts[0] in ("src", "recipes") else 0
+        total += lines if path.parts[0] in ("src", "recipes", "studies") else 0
         limit = RAISED.get(name, (KERNEL_FILE_LINES if kernel else FILE_LINES, ""))[0]
         if lines > limit:
             yield f"{path}: {lines} lines; {limit} at most"

@@ -1,6 +1,7 @@
 """The environment variables that tandem reads; no other module looks at os.environ.
 
 TANDEM_CACHE     folder for compiled kernels and converted tokenisers; default $XDG_CACHE_HOME/tandem
+TANDEM_KERNELS   triton: run Triton's kernels on the CPU too, under its interpreter (TRITON_INTERPRET=1); very slow
 TANDEM_THREADS   threads a process computes with; default OMP_NUM_THREADS, else the cores this process may use
 GOMP_SPINCOUNT   how long OpenMP spins; set to 2000 where it is not given
 NO_COLOR         any text: no colours (https://no-color.org)
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from tandem.errors import ConfigError, nearest
 
-VARIABLES = ("TANDEM_CACHE", "TANDEM_THREADS")
+VARIABLES = ("TANDEM_CACHE", "TANDEM_KERNELS", "TANDEM_THREADS")
 SPIN_COUNT = "2000"
 _OURS: set[str] = set()  # variables that limit_spinning set
 
@@ -39,6 +40,14 @@ def cache_dir() -> Path:
         return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME", "").strip()
     return (Path(base) if base else Path.home() / ".cache") / "tandem"
+
+
+def kernels() -> str:
+    """Which kernels are asked for: "triton", on the CPU too, or "". ConfigError for any other name."""
+    given = _read("TANDEM_KERNELS")
+    if given not in ("", "triton"):
+        raise ConfigError(f"TANDEM_KERNELS={given} is not known; allowed: triton. Unset it for the C++ kernels.")
+    return given
 
 
 def num_cores() -> int:

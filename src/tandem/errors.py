@@ -54,6 +54,15 @@ class NonFiniteError(WorldError):
     """A loss or gradient is not finite; raised before the optimiser runs."""
 
 
+class ParityError(WorldError):
+    """The learner's log-probs are not the engine's to the bit, and nothing declares a difference; raised before the
+    optimiser runs."""
+
+
+class AlarmError(WorldError):
+    """A drift metric is beyond its threshold under alarms.action stop; raised before the optimiser runs."""
+
+
 class CheckpointError(WorldError):
     """A checkpoint could not be written or read; the last good one is untouched."""
 

@@ -139,6 +139,18 @@ class Completion:
     finished_s: float = 0.0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     recomputed_tokens: int = 0  # tokens run again after a preemption
+    kept: tuple[bytes, ...] = ()  # N where top-k, top-p or min-p is on: the ids drawn from, see `kept_ids`; else empty
+    unfiltered_logprobs: tuple[float, ...] = ()  # N with `kept`: nats, before top-k, top-p and min-p
+
+
+def kept_ids(kept: bytes) -> memoryview:
+    """The token ids that a sampler chose among: unsigned 32-bit, ascending, in the machine's byte order.
+
+    >>> from array import array
+    >>> list(kept_ids(array("I", [3, 5, 80]).tobytes()))
+    [3, 5, 80]
+    """
+    return memoryview(kept).cast("I")
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +211,10 @@ class Trajectory:
     step_rewards: tuple[float, ...] = ()  # one a turn, where the environment gives them
     stop_reason: StopReason | None = None  # of the last turn
     failure: Failure | None = None
+    kept: tuple[bytes, ...] = ()  # T, b"" where loss_mask is False; empty where nothing was filtered
+    unfiltered_logprobs: tuple[float, ...] = ()  # T with `kept`, 0.0 where loss_mask is False; else empty
+    seconds: float = 0.0  # from the submission of each turn's request to its end, summed over the turns
+    tool_calls: int = 0  # observations that followed a turn
 
     @property
     def num_sampled(self) -> int:
@@ -234,6 +250,11 @@ class Sample:
     logprobs: tuple[float, ...]  # T: behaviour log-probs, nats
     weights: tuple[float, ...]  # T: correction weight, 1.0 where behaviour and learner agree
     reference_logprobs: tuple[float, ...] | None = None  # T: of the reference policy, where a KL term asks for them
+    proximal_logprobs: tuple[float, ...] | None = None  # T: the learner's own, before the step's first update
+    source_logprobs: tuple[float, ...] | None = None  # T: the learner's forward under the weights that sampled
+    versions: tuple[int, ...] = ()  # T: weight step that sampled the token; -1 where not sampled
+    kept: tuple[bytes, ...] = ()  # T or empty, as in Trajectory
+    unfiltered_logprobs: tuple[float, ...] = ()  # T or empty, as in Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +288,10 @@ class Microbatch:
     sample_tokens: tuple[int, ...]  # predictions of each sample, in sample_ids order
     prompt_tokens: tuple[int, ...]  # of each sample: predictions of its prompt's samples in the whole batch
     prompt_samples: tuple[int, ...]  # of each sample: samples of its prompt in the whole batch
+    proximal_logprobs_N: tuple[float, ...] | None = None
+    source_logprobs_N: tuple[float, ...] | None = None
+    unfiltered_logprobs_N: tuple[float, ...] | None = None
+    kept_N: tuple[bytes, ...] | None = None  # the set that each target was drawn from; None where nothing was filtered
 
 
 @dataclass(frozen=True, slots=True)

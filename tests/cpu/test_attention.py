@@ -37,6 +37,7 @@ class Shape:
     kv_heads: int
     size: int
     window: int | None
+    sinks: int = 0
 
 
 @dataclass
@@ -83,7 +84,7 @@ def expected(qkv: tuple[Tensor, Tensor, Tensor], dout: Tensor, paths: Paths, sha
         start, stop = paths.row_start_S[s : s + 2].tolist()
         slots = torch.tensor(slots_of(paths, s, first + stop - start))
         back = torch.arange(first, first + stop - start)[:, None] - torch.arange(len(slots))
-        seen = (back >= 0) & (back < (shape.window or len(slots)))
+        seen = (back >= 0) & ((back < (shape.window or len(slots))) | (torch.arange(len(slots)) < shape.sinks))
         q, k, v = query[start:stop].transpose(0, 1), *(x[slots].transpose(0, 1) for x in (key, value))
         k, v = (x.repeat_interleave(group, 0) for x in (k, v))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
@@ -285,3 +286,72 @@ def test_shared_prefix_equals_plain_pack(kernel_path, dtype, shape, prefix, tail
     for (start, stop), alone in zip(itertools.pairwise(row_start[1:]), plain, strict=True):
         assert same_bits(out[:prefix], alone[:prefix])
         assert same_bits(out[start:stop], alone[prefix:])
+
+
+WINDOWS, SINKS = (1, 15, 16, 17, 63, 64, 65, 128), (0, 1, 4, 64, 65)
+
+
+@pytest.mark.parametrize("sinks", SINKS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_window_with_sinks(any_path, dtype, sinks):
+    """A sink behind the window is lost, one too many is seen, or a key that is sink and in the window counts twice."""
+    length, tables = 203, {page: random.Random(page).sample(range(60), -(-203 // page)) for page in (4, 16)}
+    for window in WINDOWS:
+        shape = Shape(2, 1, 32, window, sinks)
+        query, key, value = rows_of(length, shape, dtype, window)
+        whole = Paths.build([0, length], [0], [list(range(length))], 1)
+        out = attention(query, key, value, whole, window, sinks=sinks)
+        wanted = expected((query, key, value), torch.zeros(query.shape, dtype=dtype), whole, shape)
+        within(out, wanted.out, wanted.bounds["out"])
+        if any_path == "reference":
+            continue
+        # Whole, one by one and in chunks, from pages: bit for bit the same rows.
+        cuts = sorted(random.Random(window * 100 + sinks).sample(range(1, length), 5))
+        for (page, table), starts in itertools.product(tables.items(), ([0], range(length), [0, *cuts])):
+            slots = [table[p // page] * page + p % page for p in range(length)]
+            pools = shuffled_pool([slots], [(key, value)], 60, page, nan=True)
+            chunks = Paths.build([*starts, length], list(starts), [table] * len(starts), page)
+            assert same_bits(attention(query, *pools, chunks, window, sinks=sinks), out), (window, page, len(starts))
+
+
+def test_sinks_that_change_nothing(kernel_path):
+    """Sinks count without a window, or where all positions are seen the path with sinks reduces in another order."""
+    query, key, value = rows_of(150, Shape(6, 2, 64, None), torch.bfloat16, 3)
+    paths = Paths.build([0, 150], [0], [list(range(150))], 1)
+    plain = attention(query, key, value, paths)
+    for window, sinks in ((None, 5), (70, 200), (70, 80), (150, 5)):
+        assert same_bits(attention(query, key, value, paths, window, sinks=sinks), plain), (window, sinks)
+
+
+@pytest.mark.parametrize(
+    ("sinks", "read"), [(0, (3,)), (4, (0, 3)), (64, (0, 3)), (65, (0, 1, 3)), (250, (0, 1, 2, 3))]
+)
+def test_blocks_that_no_query_sees_are_not_read(kernel_path, sinks, read):
+    """Decoding under a window costs what it costs without one."""
+    query, key, value = rows_of(256, Shape(2, 1, 64, 16), torch.float32, 0)
+    paths = Paths.build([0, 1], [255], [list(range(256))], 1)
+    for block in range(4):
+        broken = value.clone()
+        broken[64 * block : 64 * block + 64] = math.nan
+        out = attention(query[255:], key.contiguous(), broken, paths, 16, sinks=sinks)
+        assert bool(out.isnan().any()) == (block in read), block
+
+
+@pytest.mark.parametrize("size", [16, 48, 64, 80, 128])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_and_values_in_e4m3(any_path, dtype, size):
+    """A code is read as another number, or keys in 8 bits are reduced in another order than the same keys in 16."""
+    generator = torch.Generator().manual_seed(size)
+    finite = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
+    shape = Shape(6, 2, size, None)
+    query = rows_of(150, shape, dtype, 0)[0]
+    codes = finite[torch.randint(len(finite), (2, 160, 2, size), generator=generator)].view(torch.float8_e4m3fn)
+    order = random.Random(size).sample(range(40), 38)
+    paths = Paths.build([0, 100, 101, 150], [0, 149, 50], [order] * 3, 4)
+    for window, sinks in ((None, 0), (40, 0), (40, 3)):
+        got = attention(query, *codes, paths, window, sinks=sinks)
+        assert same_bits(got, attention(query, *codes.to(dtype), paths, window, sinks=sinks))
+    nan = codes.view(torch.uint8).clone()
+    nan[1, 4 * order[2]] = 0xFF  # the value of position 8
+    out = attention(query, *nan.view(torch.float8_e4m3fn), paths)
+    assert bool(out[8:].isnan().all())

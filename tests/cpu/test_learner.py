@@ -12,13 +12,13 @@ import torch
 
 from tandem.algo.config import AlgoConfig
 from tandem.algo.loss import summarise
-from tandem.algo.pack import count_prompts, pack
+from tandem.algo.pack import SCORED, count_prompts, pack
 from tandem.errors import ConfigError, NonFiniteError
 from tandem.models.decoder import Decoder
 from tandem.numerics.compare import same_bits
 from tandem.numerics.digest import tensor_digest
 from tandem.train.config import LearnerConfig
-from tandem.train.reference import with_reference
+from tandem.train.reference import with_logprobs
 from tandem.train.step import Learner, score
 from tandem.types import Sample
 
@@ -134,7 +134,7 @@ def spoilt(samples: list[Sample], **fields: float) -> list[Sample]:
     return [*samples[:2], dataclasses.replace(sample, **changed), *samples[3:]]
 
 
-@pytest.mark.parametrize("fields", [{"advantages": math.nan}, {"logprobs": math.nan}, {"advantages": math.inf}])
+@pytest.mark.parametrize("fields", [{"advantages": math.nan}, {"advantages": math.inf}])
 def test_loss_that_is_not_finite(make_decoder: MakeDecoder, fields):
     """A NaN or infinite loss reaches the optimiser, or the message does not name the samples."""
     refuses(make_decoder(), spoilt(random_samples(), **fields), "the loss of a microbatch is", "p1/0")
@@ -181,16 +181,17 @@ def test_step_moves_the_policy_towards_the_advantage(make_decoder: MakeDecoder):
     assert report is not None and float(moved.sum()) > 0 and report.metrics["ratio_max"] == pytest.approx(1.0, abs=1e-6)
 
 
-def test_with_reference(kernel_path, make_decoder: MakeDecoder):
-    """Reference log-probs of another model, another sample, or put on another token."""
+@pytest.mark.parametrize("name", SCORED)
+def test_with_logprobs(kernel_path, make_decoder: MakeDecoder, name):
+    """Log-probs of another model, another sample, put on another token, or in another field."""
     reference, samples = make_decoder(seed=1), random_samples()
     holed = [dataclasses.replace(s, loss_mask=(*s.loss_mask[:-3], False, *s.loss_mask[-2:])) for s in samples]
-    scored = with_reference(reference, holed, count_prompts(holed), 40, 0.7)
+    scored = with_logprobs(name, reference, holed, count_prompts(holed), 40, 0.7)
     assert [s.id for s in scored] == [s.id for s in holed]
     for sample in scored:
         (alone,) = pack([sample], count_prompts([sample]), 10_000)
         values = iter(score(reference, alone, 0.7).tolist())
-        assert sample.reference_logprobs == tuple(next(values) if trained else 0.0 for trained in sample.loss_mask)
+        assert getattr(sample, name) == tuple(next(values) if trained else 0.0 for trained in sample.loss_mask)
         assert next(values, None) is None
 
 

@@ -319,7 +319,7 @@ def test_identity_at_ratio_one() -> None:
         gradients.append(leaf.grad)
         metrics = summarise([result])
         assert metrics["ratio"] == metrics["ratio_max"] == 1.0
-        assert metrics["kl"] == metrics["kl_k1"] == metrics["mismatch"] == metrics["ratio_error"] == 0.0
+        assert metrics["kl"] == metrics["mismatch"] == metrics["ratio_error"] == 0.0
         assert metrics["clip_fraction"] == 0.0 and metrics["entropy"] == 2.0 and metrics["tokens"] == 5.0
     assert gradients[0].dtype == torch.float32
     for grad in gradients:
@@ -335,7 +335,6 @@ def test_metrics_by_hand() -> None:
         "loss": -(1.28 - 0.8) / 2,
         "tokens": 2.0,
         "ratio": 1.125,
-        "kl_k1": math.log(2.0) / 2,
         "kl": (1.0 - math.log(2.0) - 0.75 + math.log(4.0)) / 2,
         "clip_fraction": 1.0,
         "ratio_max": 2.0,

@@ -49,49 +49,10 @@ def tiny_sums() -> RunConfig:
         checkpoint=CheckpointConfig(every=3),
     )
 """
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def write_model(folder: Path) -> None:
-    """A random model over single characters, in bf16 when it is run."""
-    import torch
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    special = ["<unk>", "<|im_start|>", "<|im_end|>"]
-    characters = ["Ġ", "Ċ", *(chr(code) for code in range(33, 127))]
-    backend = Tokenizer(models.BPE({text: i for i, text in enumerate([*special, *characters])}, [], unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        unk_token="<unk>",
-        eos_token="<|im_end|>",
-        additional_special_tokens=special[1:],
-        chat_template=TEMPLATE,
-    )
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(special) + len(characters),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=None,
-        eos_token_id=2,
-        tie_word_embeddings=True,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recipe(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., None]) -> Path:
     """A recipe file beside its model and its task."""
     folder = tmp_path_factory.mktemp("recipe")
     write_model(folder / "model")

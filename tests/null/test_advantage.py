@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -182,6 +183,20 @@ def test_sample_copies_the_trajectory() -> None:
     assert sample.logprobs == (0.0, 0.0, 0.0, -0.5, -0.5)
     assert sample.weights == (1.0,) * 5
     assert sample.tokens == (0, 1, 2, 3, 4)
+
+
+def test_what_the_sampler_kept_reaches_the_sample() -> None:
+    """Kept sets, unfiltered log-probs or versions are lost, so the learner scores another distribution."""
+    (first, *others) = group("p", [1.0, 0.0]).trajectories
+    fields = {
+        "versions": (-1, -1, -1, 4, 5),
+        "kept": (b"", b"", b"", b"abcd", b"efgh"),
+        "unfiltered_logprobs": (0.0, 0.0, 0.0, -1.0, -2.0),
+    }
+    chosen = replace(group("p", [1.0, 0.0]), trajectories=(replace(first, **fields), *others))
+    sample = samples_from_groups(AlgoConfig(), [chosen]).samples[0]
+    for name, value in fields.items():
+        assert getattr(sample, name) == value, name
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"])

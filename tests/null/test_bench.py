@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tandem.errors import WorldError
+from tandem.run import bench as benches
 from tandem.run.bench import Figure, _run, compare, limit
 
 
@@ -40,6 +41,58 @@ def test_a_rate_counts_at_its_best_and_a_step_at_its_median():
     figures += [Figure("tandem", "step", None, x) for x in (30.0, 4.0, 5.0)]
     train, step = compare([figures])
     assert train["tandem"] == 9.0 and step["tandem"] == 5.0
+
+
+def test_price_is_exact_time_over_library_time():
+    """A price upside down, or one put beside a peer that is another system."""
+    rounds = [
+        [
+            Figure("tandem", "decode 64x128", exact, None),
+            Figure("tandem", "grpo step", None, 3.3),
+            Figure("library", "decode 64x128", fast, None),
+            Figure("library", "grpo step", None, 3.0),
+            Figure("hf", "grpo step", None, 9.0),
+        ]
+        for exact, fast in ((100.0, 125.0), (50.0, 60.0), (90.0, 99.0))
+    ]
+    decode, step = compare(rounds)
+    assert decode["price"] == pytest.approx(1.2) and step["price"] == pytest.approx(1.1)
+    assert "price" not in compare([[Figure("tandem", "w", 1.0, None), Figure("hf", "w", 2.0, None)]])[0]
+
+
+def test_parity_takes_exact_and_library_in_turn(monkeypatch):
+    """One side measured in all its rounds before the other, while the machine warms up or slows down."""
+    asked = []
+
+    def run(command):
+        asked.append(command[-1])
+        peer = {"parity/library": "library", "other": "other"}.get(command[-1], "tandem")
+        return [Figure(peer, "w", float(len(asked)), None)]
+
+    monkeypatch.setattr(benches, "_run", run)
+    result = benches.bench("parity", ["other"], 2)
+    assert asked == ["parity", "parity/library", "other"] * 2
+    assert result["rows"][0]["price"] == pytest.approx(2 / (1 / 2 + 4 / 5))
+    asked.clear()
+    benches.bench("engine", [], 1)
+    assert asked == ["engine"]
+
+
+def test_both_sides_of_parity_do_the_same_work(monkeypatch):
+    """A price of other prompts, or of the exact kernels twice; the start is no work of either."""
+    kernels = []
+
+    def engine(decodes, chosen):
+        kernels.append(chosen)
+        return [Figure("tandem", "start", None, 1.0), *(Figure("tandem", f"decode {n}", 1.0, None) for n, _ in decodes)]
+
+    monkeypatch.setattr(benches, "_engine", engine)
+    monkeypatch.setattr(benches, "_demo", lambda chosen: kernels.append(chosen))
+    monkeypatch.setattr(benches, "_steps", lambda _, work: [Figure("tandem", work, None, 2.0)])
+    exact, fast = list(benches.WORKS["parity"]()), list(benches.WORKS["parity/library"]())
+    assert kernels == ["exact", "exact", "library", "library"]
+    assert [f.work for f in exact] == [f.work for f in fast] == ["decode 64", "decode 1", "grpo step 16x8x24"]
+    assert {f.peer for f in exact} == {"tandem"} and {f.peer for f in fast} == {"library"}
 
 
 def test_limit_is_the_roofline_by_hand():

@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.algo.pack import PromptTotal, count_prompts, denominators, merge_totals, pack, split_updates
+from tandem.algo.pack import (
+    SCORED,
+    PromptTotal,
+    canonical,
+    count_prompts,
+    denominators,
+    merge_totals,
+    natural_key,
+    pack,
+    split_updates,
+)
 from tandem.types import Denominators, Microbatch, Sample
 
 
@@ -186,6 +196,66 @@ def test_reference_logprobs_follow_their_tokens() -> None:
     sample = replace(plain, reference_logprobs=(9, -1, 9, -3))
     (m,) = pack([sample], count_prompts([sample]), 8)
     assert m.reference_logprobs_N == (-1, -3)
+
+
+def filled(sample: Sample) -> Sample:
+    """Every optional field, with values that name their field and place."""
+    count = len(sample.tokens)
+    scored = {name: tuple(100.0 * k + p for p in range(count)) for k, name in enumerate(SCORED)}
+    kept = tuple(bytes([p]) for p in range(count))
+    return replace(sample, **scored, kept=kept, unfiltered_logprobs=tuple(900.0 + p for p in range(count)))
+
+
+@settings(max_examples=50, deadline=None)
+@given(samples=batches(), budget=st.integers(1, 60), share=st.booleans())
+def test_optional_fields_follow_their_prediction(samples: list[Sample], budget: int, share: bool) -> None:
+    """A proximal, source or unfiltered log-prob, or a kept set, is that of another token, sample or field."""
+    for m in pack([filled(sample) for sample in samples], count_prompts(samples), budget, share):
+        by_id = {sample.id: sample for sample in samples}
+        positions = [p for name in m.sample_ids for p, mask in enumerate(by_id[name].loss_mask) if mask]
+        for k, name in enumerate(SCORED):
+            assert getattr(m, f"{name}_N") == tuple(100.0 * k + p for p in positions)
+        assert m.kept_N == tuple(bytes([p]) for p in positions)
+        assert m.unfiltered_logprobs_N == tuple(900.0 + p for p in positions)
+
+
+def test_a_batch_that_is_partly_filtered() -> None:
+    """A sample without kept sets shifts those of its neighbours, or has no unfiltered log-probs."""
+    plain = make_sample("p/0", "p", (1, 2, 3), (False, True, True))
+    (m,) = pack([plain], count_prompts([plain]), 8)
+    assert m.kept_N is None and m.unfiltered_logprobs_N is None and m.proximal_logprobs_N is None
+    other = filled(make_sample("q/0", "q", (4, 5, 6), (False, False, True)))
+    other = replace(other, **dict.fromkeys(SCORED))
+    (m,) = pack([plain, other], count_prompts([plain, other]), 8)
+    assert m.kept_N == (b"", b"", bytes([2]))
+    assert m.unfiltered_logprobs_N == (plain.logprobs[1], plain.logprobs[2], 902.0)
+
+
+def test_partly_scored_batches_are_programmer_errors() -> None:
+    """A sample without proximal log-probs takes its neighbour's."""
+    samples = [make_sample(f"p/{g}", "p", (1, 2, 3), (False, True, True)) for g in range(2)]
+    samples[1] = replace(samples[1], proximal_logprobs=(0.0, -1.0, -1.0))
+    with pytest.raises(AssertionError, match="lack proximal_logprobs"):
+        pack(samples, count_prompts(samples), 8)
+
+
+@settings(max_examples=50, deadline=None)
+@given(samples=batches(), seed=st.randoms(use_true_random=False))
+def test_canonical_order_does_not_depend_on_arrival(samples: list[Sample], seed) -> None:
+    """Two orders of the same groups are packed, and so rounded, in two ways."""
+    mixed = seed.sample(samples, len(samples))
+    assert canonical(mixed, count_prompts(mixed)) == canonical(samples, count_prompts(samples))
+
+
+def test_natural_order_by_hand() -> None:
+    """p/3/10 comes before p/3/9, or ids that begin with a number cannot be compared with others."""
+    ordered = ["2", "10", "a", "p/3/9", "p/3/10", "p/20/1", "q"]
+    assert sorted(["p/20/1", "q", "p/3/10", "10", "p/3/9", "a", "2"], key=natural_key) == ordered
+    assert sorted(["p/01", "p/1"], key=natural_key) == sorted(["p/1", "p/01"], key=natural_key)
+    samples = [make_sample(f"q/{g}", "q", (1, 2), (False, True)) for g in (10, 9)]
+    samples.append(make_sample("p/0", "p", (1, 2), (False, True)))
+    members, totals = canonical(samples, count_prompts(samples))
+    assert [s.id for s in members] == ["p/0", "q/9", "q/10"] and [t.prompt_id for t in totals] == ["p", "q"]
 
 
 def test_totals_of_untrained_samples_reach_the_microbatch() -> None:

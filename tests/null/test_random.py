@@ -84,6 +84,46 @@ def test_gumbel_is_gumbel():
     assert len(np.unique(noise[noise > 6])) == (noise > 6).sum()
 
 
+def test_rows_of_words_are_the_words():
+    """The noise of a row depends on the rows beside it, or a seed's high word is lost in the array of all seeds."""
+    seeds, positions = [0, 2**64 - 1, 2**32 + 7, 7], [0, 2**32 - 1, 12, 12]
+    for count in (1, 4, 575, 576):
+        rows = random.word_rows(np.array(seeds, np.uint64), np.array(positions, np.uint32), count, Stream.NOISE)
+        for row, seed, position in zip(rows, seeds, positions, strict=True):
+            assert (row == random.words(seed, position, np.arange(count), Stream.NOISE)).all()
+
+
+def test_normal_is_normal():
+    """Noise with another location, scale or shape; a cosine and a sine that are not of one radius and angle."""
+    stats = pytest.importorskip("scipy.stats")
+    noise = random.normal(random.words(1, 2, np.arange(400_000), Stream.NOISE))
+    assert stats.kstest(noise, stats.norm.cdf).pvalue > 1e-3
+    n = len(noise)
+    # Standard errors of the first four moments: 1, sqrt 2, sqrt 15 and sqrt 96 over sqrt n.
+    for power, (moment, deviation) in enumerate([(0, 1), (1, 2**0.5), (0, 15**0.5), (3, 96**0.5)], start=1):
+        assert abs((noise**power).mean() - moment) < 4 * deviation / n**0.5
+    # Neighbours, a pair of one radius among them, and their squares: of a pair with one angle these would correlate.
+    for function in (np.asarray, np.square):
+        first, second = function(noise[::2]), function(noise[1::2])
+        assert abs(np.corrcoef(first, second)[0, 1]) < 5 / n**0.5
+        assert abs(np.corrcoef(first[1:], second[:-1])[0, 1]) < 5 / n**0.5
+    # Far out: 400,000 draws have 400,000 x 6.3e-5 = 25 beyond 4.
+    assert 8 < (np.abs(noise) > 4).sum() < 50
+
+
+def test_normal_by_hand():
+    """A pair made of other words than its own, degrees for turns, or a result that depends on the shape."""
+    words = np.array([0, 2**32 - 1, 1 << 30, 3 << 30, 5, 1 << 29, 77, 12345], np.uint32)
+    wanted = []
+    for first, second in words.reshape(-1, 2).tolist():
+        radius = math.sqrt(-2 * math.log((first + 0.5) / 2**32))
+        turn = 2 * math.pi * (second + 0.5) / 2**32
+        wanted += [radius * math.cos(turn), radius * math.sin(turn)]
+    assert random.normal(words) == pytest.approx(wanted, rel=1e-12, abs=1e-14)
+    assert (random.normal(words.reshape(2, 4)) == random.normal(words).reshape(2, 4)).all()
+    assert np.abs(random.normal(np.zeros(2, np.uint32))).max() < 6.77
+
+
 def test_seeds_positions_and_streams_are_unrelated():
     """Neighbouring seeds (siblings), positions or streams sharing or correlating their noise."""
     tokens = np.arange(50_000)

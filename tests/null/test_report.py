@@ -115,13 +115,14 @@ def test_alarms_name_metric_value_threshold_and_step():
     rows = run_rows()
     assert alarms(rows) == []
     rows[3]["failed"] = 64
-    rows[4]["mismatch"] = 0.5
+    for number in (4, 6, 9):
+        rows[number]["alarms"] = [f"k3 0.{number} > 0.01; most of it in p/3"]
     rows[5]["zero_variance"] = 0.95
     rows[7]["alarms"] = ["ESS 0.2 < 0.5"]
     rows += [row(step, 0.1) for step in range(13, 18)] + [row(18, None)]
     text = "\n".join(alarms(rows))
     assert "step 3: failed trajectories 50% > 10%" in text
-    assert "step 4: largest |engine - learner log-prob| 0.5 > 0.05 in 1 of 18 steps" in text
+    assert "step 4: k3 0.4 > 0.01; most of it in p/3 (and in 2 later steps)" in text and "k3 0.6" not in text
     assert "step 5: groups without variance 95% > 90%" in text
     assert "step 7: ESS 0.2 < 0.5" in text
     assert "reward over the last five steps 0.100" in text and "below its best, 0.500 at steps 8-12" in text
@@ -148,15 +149,15 @@ def test_sparkline_width(values, width):
 def test_a_log_gets_one_plain_line_a_step():
     """Escape sequences or a redrawn table in a CI log."""
     stream = io.StringIO()
-    with LiveTable(12, stream) as live:
+    with LiveTable(12, stream, title="sums  exact") as live:
         for entry in run_rows():
             live.update(entry)
         live.note("saved")
-    printed = stream.getvalue().splitlines()
-    assert len(printed) == 14 and printed[-1] == "saved"
+    first, *printed = stream.getvalue().splitlines()
+    assert first == "sums  exact" and len(printed) == 14 and printed[-1] == "saved"
     assert "\x1b" not in stream.getvalue()
     assert printed[1] == (
-        "step  1/12  reward 0.050  length 11.0 (max 64)  entropy 0.500  800 tok/s  "
+        "step  1/12  reward 0.050  length 11.0 (max 64)  entropy 0.500  KL 0  800 tok/s  "
         "4.0 s (rollout 50 %, learner 38 %, update 6 %, other 6 %)  about 44 s left"
     )
     assert "held-out 62.0 % [55.1, 68.5] of 200" in printed[12]
@@ -179,7 +180,7 @@ def test_json_mode_prints_a_row_a_step(capsys):
             live.update(entry)
     out, err = capsys.readouterr()
     assert [json.loads(line) for line in out.splitlines()] == run_rows()
-    assert err == "loading the model\n"
+    assert err == "tandem\nloading the model\n"
 
 
 class Terminal(io.StringIO):
@@ -200,7 +201,7 @@ def test_live_table_fits_the_terminal(width, height, monkeypatch):
     lines = live._console.file.getvalue().splitlines()
     text = "\n".join(lines)
     assert len(lines) < height and max(map(len, lines)) <= width
-    assert re.search(r"^ +12 +0\.600 +22\.0 +64 +0\.500 +800 +4\.0 s", text, re.M)
+    assert re.search(r"^ +12 +0\.600 +22\.0 +64 +0\.500 +0 +800 +4\.0 s", text, re.M)
     assert ("equal groups" in text) == (width >= 90)
     for wanted in ("tandem train tiny", "8.0 % [5.0", "rollout 49 %", "step 12 of 20", "▁", "saving"):
         assert wanted in text, wanted
@@ -376,6 +377,30 @@ def test_report_holds_the_run_and_escapes_the_model(tmp_path):
     assert "Look at these" not in text
     for name in ("reward", "lengths", "entropy", "time"):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_shows_declared_drift(tmp_path):
+    """A run in int4 whose report says only that it differed: not by how much, where, or past which threshold."""
+    folder = run_folder(tmp_path / "run")
+    rows = run_rows()
+    for number, entry in enumerate(rows[1:], start=1):
+        drift = {"k3": 0.001 * number, "ess": 1.0 - 0.01 * number, "mismatch": 0.1 * number}
+        budget = {"staleness": 0.0, "mismatch": 0.01, "sampling": 0.0, "masking": 0.0}
+        decile = {"samples": 13, "length": 8.0, "k3": 0.0042}
+        entry |= {**drift, "error_budget": budget, "by_length": [decile], "alarms": ["ess 0.4 < 0.5"]}
+    write_rows(folder, rows)
+    (folder / "plan.json").write_text(json.dumps({"numerics": "departs from exact: int4 <weights>"}))
+    (folder / "config.json").write_text(json.dumps({"name": "tiny", "alarms": {"k3": 0.01, "ess": None}}))
+    page = Page(write_report(folder).read_text())
+    text = re.sub(r"\s+", " ", " ".join(page.words))
+    for wanted in (
+        "Declared: departs from exact: int4 <weights>.", "differ by at most 1.2 nats (step 12), in 12 of 12 steps",
+        "k3 KL of behaviour to learner, nats a token 0.012 0.012 12 > 0.01",
+        "ess effective share of the tokens, unclamped 0.880 0.880 12 off", "0.004", "samples length k3",
+        "step 1: ess 0.4 < 0.5 (and in 11 later steps)",
+    ):  # fmt: skip
+        assert wanted in text, wanted
+    assert (folder / "budget.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_shows_best_and_worst_of_different_prompts(tmp_path):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tandem.algo.config import AlgoConfig
 from tandem.algo.pack import PromptTotal, count_predictions, merge_totals
+from tandem.algo.price import charged_reward
 from tandem.types import Group, Sample, Trajectory
 
 STD_FLOOR = 1e-6  # added to every standard deviation that divides
@@ -106,9 +107,11 @@ ADVANTAGES: dict[str, Estimator] = {
 }
 
 
-def samples_from_groups(config: AlgoConfig, groups: Sequence[Group]) -> Selection:
+def samples_from_groups(config: AlgoConfig, groups: Sequence[Group], price: float = 0.0) -> Selection:
     """Advantages over the trajectories that did not fail, and the samples worth running.
 
+    Rewards are charged `price` (the multiplier of algo/price.py) for what a trajectory cost before anything else, so
+    equal rewards at unequal costs are not equal.
     Failed trajectories are in no statistic and no denominator. A zero-advantage sample adds nothing to the policy
     term, so it is not run, but it counts in the denominators: the gradient is that of the whole batch. With a KL
     term it has a gradient and is run. `filter_zero_variance` takes groups whose rewards are all equal out of the
@@ -116,18 +119,19 @@ def samples_from_groups(config: AlgoConfig, groups: Sequence[Group]) -> Selectio
     """
     fates: dict[str, list[Trajectory]] = {"trained": [], "zero_advantage": [], "masked": [], "failed": []}
     survivors: list[list[Trajectory]] = []
+    rewards_by_group: list[list[float]] = []
     for group in groups:
         kept = [trajectory for trajectory in group.trajectories if trajectory.failure is None]
         fates["failed"].extend(trajectory for trajectory in group.trajectories if trajectory.failure is not None)
-        rewards = [trajectory.reward for trajectory in kept]
+        rewards = [charged_reward(config.price, trajectory, price) for trajectory in kept]
         assert all(map(math.isfinite, rewards)), f"prompt {group.prompt.id}: rewards {rewards} without a failure"
         if config.filter_zero_variance and len(set(rewards)) <= 1:
             for trajectory in kept:
                 fates["zero_advantage" if trajectory.num_sampled else "masked"].append(trajectory)
             continue
         survivors.append(kept)
+        rewards_by_group.append(rewards)
     counts = [[count_predictions(trajectory.loss_mask) for trajectory in kept] for kept in survivors]
-    rewards_by_group = [[trajectory.reward for trajectory in kept] for kept in survivors]
     advantages = ADVANTAGES[config.advantage](rewards_by_group, counts)
     samples = []
     for kept, values in zip(survivors, advantages, strict=True):
@@ -163,6 +167,9 @@ def _sample(trajectory: Trajectory, advantage: float) -> Sample:
         advantages=tuple(advantage if mask else 0.0 for mask in trajectory.loss_mask),
         logprobs=trajectory.logprobs,
         weights=(1.0,) * len(trajectory.tokens),
+        versions=trajectory.versions,
+        kept=trajectory.kept,
+        unfiltered_logprobs=trajectory.unfiltered_logprobs,
     )
 
 

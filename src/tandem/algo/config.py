@@ -1,17 +1,21 @@
-"""What the algorithm is: advantage, loss, KL term, aggregation. Formulas and sources: docs/algorithms.md."""
+"""What the algorithm is: advantage, loss, KL term, aggregation, correction, price. Formulas: docs/algorithms.md."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from tandem.algo.price import PriceConfig
 from tandem.errors import ConfigError, nearest
 
 Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 Loss = Literal["ppo", "gspo", "cispo"]
 Kl = Literal["none", "k1", "k2", "k3"]
 Aggregation = Literal["token_mean", "sequence_mean", "prompt_mean", "constant_mean"]
+Form = Literal["bypass", "decoupled"]
+CorrectionWeight = Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mis"]
+Reject = Literal["geometric", "k3", "veto", "probability"]
 
 CLIP_RANGES: dict[Loss, tuple[float, float]] = {
     "ppo": (0.2, 0.28),  # DAPO's clip-higher, arXiv 2503.14476, section 4.1; PPO's own is (0.2, 0.2)
@@ -19,6 +23,96 @@ CLIP_RANGES: dict[Loss, tuple[float, float]] = {
     "cispo": (1.0, 4.0),  # weight in [0, 5]: no lower bound, arXiv 2506.13585; it gives no upper one, 5 is ours
 }
 GROUP_ADVANTAGES: frozenset[Advantage] = frozenset({"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"})
+WEIGHT_RANGES: dict[CorrectionWeight, tuple[float, float]] = {
+    "none": (0.0, math.inf),
+    "token_tis": (0.0, 2.0),
+    "sequence_tis": (0.0, 5.0),
+    "icepop": (0.5, 5.0),
+    "sequence_mis": (0.0, 5.0),
+}
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"algo.{name} is {value!r}.{nearest(str(value), allowed)} Allowed: {', '.join(allowed)}.")
+
+
+def _range(name: str, value: float | None, low: float, high: float) -> None:
+    if value is not None and not (math.isfinite(value) and low <= value <= high):
+        raise ConfigError(f"algo.{name} is {value}; it must be a finite number in [{low}, {high}].")
+
+
+@dataclass(frozen=True, slots=True)
+class CorrectionConfig:
+    """How the loss answers a behaviour policy that is not the learner's. rho = proximal / behaviour, a token.
+
+    Without a difference every choice is the identity, to the bit.
+
+    >>> CorrectionConfig(form="decoupled", weight="icepop", weight_low=0.0).weight_range
+    (0.0, 5.0)
+    """
+
+    form: Form = "bypass"  # bypass: the clip's ratio is theta / behaviour; decoupled: theta / proximal, weighed by rho
+    weight: CorrectionWeight = "none"  # of the decoupled form; its none is the naive practice, which ignores the gap
+    weight_low: float | None = None  # icepop's lower bound; None takes WEIGHT_RANGES, 0 leaves rho <= weight_high
+    weight_high: float | None = None  # upper bound of rho, or of its product over a sample; None takes WEIGHT_RANGES
+    reject: tuple[Reject, ...] = ()  # masks, in both forms
+    geometric_width: float = 1e-3  # "geometric" keeps a sample with |exp(mean log rho) - 1| within this
+    k3_limit: float = 1e-2  # "k3" keeps a sample with mean(rho - 1 - log rho) within this, nats
+    veto_ratio: float = 1e-4  # "veto" drops a sample that has a token with rho below this
+    probability_limit: float = 0.3  # "probability" masks a token with |p_learner - p_behaviour| above this
+
+    def __post_init__(self) -> None:
+        _one_of("correction.form", self.form, get_args(Form))
+        _one_of("correction.weight", self.weight, get_args(CorrectionWeight))
+        for name in self.reject:
+            _one_of("correction.reject", name, get_args(Reject))
+        if len(set(self.reject)) < len(self.reject):
+            raise ConfigError(f"algo.correction.reject is {','.join(self.reject)}; name each at most once.")
+        _range("correction.weight_low", self.weight_low, 0.0, 1.0)
+        _range("correction.weight_high", self.weight_high, 1.0, math.inf)
+        _range("correction.geometric_width", self.geometric_width, 0.0, math.inf)
+        _range("correction.k3_limit", self.k3_limit, 0.0, math.inf)
+        _range("correction.veto_ratio", self.veto_ratio, 0.0, 1.0)
+        _range("correction.probability_limit", self.probability_limit, 0.0, 1.0)
+        if self.form == "bypass" and self.weight != "none":
+            raise ConfigError(
+                f"algo.correction.weight is {self.weight!r} with form 'bypass': its ratio is theta / behaviour and "
+                "already holds proximal / behaviour, so the weight would count the mismatch twice. "
+                "Set algo.correction.form to decoupled, or algo.correction.weight to none."
+            )
+        if self.weight_low is not None and self.weight != "icepop":
+            raise ConfigError(
+                f"algo.correction.weight_low is {self.weight_low} but only icepop has a lower bound, and "
+                f"algo.correction.weight is {self.weight!r}. Leave weight_low at none."
+            )
+        if self.weight_high is not None and self.weight == "none":
+            raise ConfigError(
+                f"algo.correction.weight_high is {self.weight_high} but algo.correction.weight is 'none'. "
+                "Set algo.correction.weight, or leave weight_high at none."
+            )
+
+    @property
+    def weight_range(self) -> tuple[float, float]:
+        """(low, high) of the weight."""
+        low, high = WEIGHT_RANGES[self.weight]
+        return (
+            low if self.weight_low is None else self.weight_low,
+            high if self.weight_high is None else self.weight_high,
+        )
+
+    @property
+    def naive(self) -> bool:
+        """Whether it ignores the mismatch."""
+        return self.form == "decoupled" and self.weight == "none" and not self.reject
+
+    @property
+    def needs_proximal(self) -> bool:
+        """Whether rho enters the loss, so that it must be of the weights before a step's first update."""
+        return self.form == "decoupled" or bool(self.reject)
+
+
+NAIVE = CorrectionConfig(form="decoupled")  # the practice that ignores the mismatch
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +133,9 @@ class AlgoConfig:
     constant_tokens: int | None = None  # divisor of a sample's token sum under constant_mean (Dr. GRPO)
     filter_zero_variance: bool = False  # groups of equal rewards leave the batch, denominators included
     updates_per_step: int = 1  # optimiser updates a step; the step's prompts are dealt out among them
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    rare_weight: float = 0.0  # a: advantages of a token are scaled by 1 - a + a * pi(token); 0 scales none
+    price: PriceConfig = field(default_factory=PriceConfig)
 
     def __post_init__(self) -> None:
         for name, kind in (("advantage", Advantage), ("loss", Loss), ("kl", Kl), ("aggregation", Aggregation)):
@@ -46,6 +143,7 @@ class AlgoConfig:
         _range("clip_low", self.clip_low, 0.0, 1.0)
         _range("clip_high", self.clip_high, 0.0, math.inf)
         _range("kl_weight", self.kl_weight, 0.0, math.inf)
+        _range("rare_weight", self.rare_weight, 0.0, 1.0)
         if self.updates_per_step < 1:
             raise ConfigError(f"algo.updates_per_step is {self.updates_per_step}; it must be at least 1.")
         if self.kl == "none" and self.kl_weight != 0.0:
@@ -98,13 +196,3 @@ def check_group_size(config: AlgoConfig, samples_per_prompt: int) -> None:
             "algo.filter_zero_variance drops groups whose rewards are equal, and rollout.samples_per_prompt is 1: "
             "every group would be dropped. Set algo.filter_zero_variance to false."
         )
-
-
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"algo.{name} is {value!r}.{nearest(str(value), allowed)} Allowed: {', '.join(allowed)}.")
-
-
-def _range(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not (math.isfinite(value) and low <= value <= high):
-        raise ConfigError(f"algo.{name} is {value}; it must be a finite number in [{low}, {high}].")

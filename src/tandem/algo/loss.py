@@ -2,10 +2,11 @@
 
     loss = sum over predictions n of  coefficient_n * weight_n * (policy_n + kl_weight * kl_n)
 
-`coefficient_n` is the aggregation's, from the batch's global denominators. `weight_n` (Sample.weights, no gradient)
-turns an expectation under the behaviour policy into one under the learner, so it multiplies both terms. The ratio is
-learner over behaviour: pi_theta(a_n) / pi_behaviour(a_n). Everything is fp64, so the split into microbatches meets
-rounding only where the gradient is cast back to the log-probs' dtype.
+`coefficient_n` is the aggregation's, from the batch's global denominators, which masks leave as they are. `weight_n`
+(Sample.weights and the correction's, no gradient) turns an expectation under the behaviour policy into one under the
+learner, so it multiplies both terms. The ratio is learner over `old_N`: behaviour in the bypass form of the
+correction, proximal in the decoupled form. Everything is fp64, so the split into microbatches meets rounding only where
+the gradient is cast back to the log-probs' dtype.
 """
 
 from __future__ import annotations
@@ -16,10 +17,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tandem.algo.config import Aggregation, AlgoConfig
+from tandem.algo.config import Aggregation, AlgoConfig, CorrectionConfig
+from tandem.algo.correct import LOG_RATIO_LIMIT, Correction, correct, rare_factor, ratio, sample_sum
 from tandem.algo.tensors import MicrobatchTensors
 
-LOG_RATIO_LIMIT = 20.0  # |log ratio| is clamped here before exp in the losses, never in the metrics
+
+class Old(NamedTuple):
+    """What a policy loss compares the learner with."""
+
+    logprobs_N: Tensor  # fp64: the ratio's denominator
+    advantages_N: Tensor
+    sample_N: Tensor
+    sample_tokens: Tensor
 
 
 class Terms(NamedTuple):
@@ -35,42 +44,42 @@ class LossResult(NamedTuple):
     loss: Tensor  # scalar, differentiable; sums over microbatches to the batch's loss
     sums: dict[str, Tensor]  # detached scalars that add over microbatches; "tokens" counts the predictions
     maxima: dict[str, Tensor]  # detached scalars whose maximum over microbatches is the batch's
+    correction: Correction  # of its predictions
 
 
-def ppo(logprobs_N: Tensor, batch: MicrobatchTensors, low: float, high: float) -> Terms:
+def ppo(logprobs_N: Tensor, old: Old, low: float, high: float) -> Terms:
     """loss_n = -min(r_n A_n, clip(r_n, 1 - low, 1 + high) A_n).
 
     PPO, arXiv 1707.06347, equation 7; low != high is DAPO's clip-higher, arXiv 2503.14476, section 3.1.
     """
-    ratio_N = (logprobs_N - batch.logprobs_N).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
-    return _clipped_surrogate(ratio_N, batch.advantages_N, low, high)
+    ratio_N = ratio(logprobs_N - old.logprobs_N)
+    return _clipped_surrogate(ratio_N, old.advantages_N, low, high)
 
 
-def gspo(logprobs_N: Tensor, batch: MicrobatchTensors, low: float, high: float) -> Terms:
+def gspo(logprobs_N: Tensor, old: Old, low: float, high: float) -> Terms:
     """loss_n = -min(s_n A_n, clip(s_n, 1 - low, 1 + high) A_n), s_n = sg(s_i) r_n / sg(r_n),
     s_i = exp(mean over the sample's predictions of log r).
 
     The GSPO-token form of GSPO, arXiv 2507.18071. With one advantage a sample and `sequence_mean`, value and
     gradient are those of GSPO itself (equation 5).
     """
-    log_ratio_N = logprobs_N - batch.logprobs_N
-    sums = torch.segment_reduce(log_ratio_N.detach(), "sum", lengths=batch.sample_tokens)
-    mean = (sums / batch.sample_tokens).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio_N = mean.exp()[batch.sample_N] * (logprobs_N - logprobs_N.detach()).exp()
-    return _clipped_surrogate(ratio_N, batch.advantages_N, low, high)
+    log_ratio_N = logprobs_N - old.logprobs_N
+    mean = sample_sum(log_ratio_N.detach(), old.sample_tokens) / old.sample_tokens
+    ratio_N = ratio(mean)[old.sample_N] * (logprobs_N - logprobs_N.detach()).exp()
+    return _clipped_surrogate(ratio_N, old.advantages_N, low, high)
 
 
-def cispo(logprobs_N: Tensor, batch: MicrobatchTensors, low: float, high: float) -> Terms:
+def cispo(logprobs_N: Tensor, old: Old, low: float, high: float) -> Terms:
     """loss_n = -sg(clip(r_n, 1 - low, 1 + high)) A_n log pi_theta(a_n).
 
     CISPO, MiniMax-M1, arXiv 2506.13585, equations 4 and 5: every token keeps a gradient.
     """
-    ratio_N = (logprobs_N - batch.logprobs_N).detach().clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    ratio_N = ratio((logprobs_N - old.logprobs_N).detach())
     weight_N = ratio_N.clamp(1.0 - low, 1.0 + high)
-    return Terms(-weight_N * batch.advantages_N * logprobs_N, weight_N != ratio_N)
+    return Terms(-weight_N * old.advantages_N * logprobs_N, weight_N != ratio_N)
 
 
-LOSSES: dict[str, Callable[[Tensor, MicrobatchTensors, float, float], Terms]] = {
+LOSSES: dict[str, Callable[[Tensor, Old, float, float], Terms]] = {
     "ppo": ppo,
     "gspo": gspo,
     "cispo": cispo,
@@ -134,18 +143,32 @@ def coefficients(aggregation: Aggregation, batch: MicrobatchTensors, constant_to
 
 
 def policy_loss(
-    config: AlgoConfig, logprobs_N: Tensor, batch: MicrobatchTensors, entropy_N: Tensor | None = None
+    config: AlgoConfig,
+    logprobs_N: Tensor,
+    batch: MicrobatchTensors,
+    entropy_N: Tensor | None = None,
+    correction: CorrectionConfig | None = None,
 ) -> LossResult:
     """A microbatch's share of the batch's loss, and its metrics.
 
-    `logprobs_N` are the learner's, nats, floating, any device that `batch` is on; `entropy_N` is measured, not trained.
+    `logprobs_N` are the learner's, nats, floating, finite, any device that `batch` is on; they stand in for the
+    proximal ones where `batch` has none. `entropy_N` is measured, not trained. `correction`: config's own where None.
     """
     assert logprobs_N.shape == batch.logprobs_N.shape, f"{tuple(logprobs_N.shape)} != {tuple(batch.logprobs_N.shape)}"
+    chosen = config.correction if correction is None else correction
     learner_N = logprobs_N.double()
+    proximal_N = learner_N.detach() if batch.proximal_logprobs_N is None else batch.proximal_logprobs_N
+    corrected = correct(chosen, proximal_N, batch.logprobs_N, batch.sample_tokens)
+    behaviour_N = torch.where(corrected.finite_N, batch.logprobs_N, learner_N.detach())
+    old_N = behaviour_N if chosen.form == "bypass" else proximal_N
+    advantages_N = batch.advantages_N
+    if config.rare_weight:
+        advantages_N = advantages_N * rare_factor(learner_N, config.rare_weight)
     coefficients_N = coefficients(config.aggregation, batch, config.constant_tokens) * batch.weights_N
-    terms = LOSSES[config.loss](learner_N, batch, *config.clip_range)
+    old = Old(old_N, advantages_N, batch.sample_N, batch.sample_tokens)
+    terms = LOSSES[config.loss](learner_N, old, *config.clip_range)
     per_token_N = terms.loss_N
-    sums: dict[str, Tensor] = {"clipped": terms.clipped_N.sum()}
+    sums: dict[str, Tensor] = {"clipped": (terms.clipped_N & corrected.kept_N).sum()}
     if config.kl != "none":
         assert batch.reference_logprobs_N is not None, f"kl {config.kl} needs samples with reference_logprobs"
         kl_N = KL_ESTIMATORS[config.kl](learner_N, batch.reference_logprobs_N)
@@ -153,32 +176,24 @@ def policy_loss(
         sums["kl_reference"] = kl_N.detach().sum()
     if entropy_N is not None:
         sums["entropy"] = entropy_N.detach().double().sum()
-    loss = (coefficients_N * per_token_N).sum()
-    drift_sums, maxima = _drift(learner_N.detach() - batch.logprobs_N)
-    return LossResult(loss, {"loss": loss.detach(), **sums, **drift_sums}, maxima)
-
-
-def _drift(log_ratio_N: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Distance of learner and behaviour, unclamped. k1 and k3 estimate KL(behaviour || learner), nats."""
+    loss = (coefficients_N * corrected.weight_N * per_token_N).sum()
+    log_ratio_N, drift_N = learner_N.detach() - old_N, learner_N.detach() - behaviour_N
     ratio_N = log_ratio_N.exp()
-    sums = {
-        "tokens": torch.ones_like(ratio_N).sum(),
-        "ratio": ratio_N.sum(),
-        "kl_k1": -log_ratio_N.sum(),
-        "kl_k3": (ratio_N - 1.0 - log_ratio_N).sum(),
-    }
+    sums |= {"tokens": torch.ones_like(ratio_N).sum(), "ratio": ratio_N.sum()}
+    sums["kl_k3"] = (torch.expm1(drift_N) - drift_N).sum()
     maxima = {
         "ratio_max": ratio_N.amax(),
         "ratio_error": (ratio_N - 1.0).abs().amax(),
-        "mismatch": log_ratio_N.abs().amax(),
+        "mismatch": drift_N.abs().amax(),
     }
-    return sums, maxima
+    return LossResult(loss, {"loss": loss.detach(), **sums}, maxima, corrected)
 
 
 def summarise(results: Iterable[LossResult]) -> dict[str, float]:
     """The batch's metrics from its microbatches' results: means over the trained predictions, and maxima.
 
-    "loss" is the batch's loss. "kl" is k3 of learner against behaviour; "kl_reference" and "entropy" where measured.
+    "loss" is the batch's loss, "ratio*" the ratio that is clipped. "kl" (k3) and "mismatch" (largest |log ratio|) are
+    of learner against behaviour, unclamped; "kl_reference" and "entropy" where measured.
     """
     sums: dict[str, float] = {}
     maxima: dict[str, float] = {}

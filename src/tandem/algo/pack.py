@@ -6,12 +6,16 @@ to it, so a sample's rows are the positions before its last trained token.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from tandem.types import Denominators, Microbatch, Sample
+
+# Fields of Sample that a forward pass fills in: all samples of a batch have one, or none has.
+SCORED = ("reference_logprobs", "proximal_logprobs", "source_logprobs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,27 @@ def merge_totals(totals: Iterable[PromptTotal]) -> tuple[PromptTotal, ...]:
             total.prompt_id, before.tokens + total.tokens, before.samples + total.samples
         )
     return tuple(merged.values())
+
+
+def natural_key(name: str) -> tuple[tuple[str | int, ...], str]:
+    """Sorts ids as people count: runs of digits by their number.
+
+    >>> sorted(["p/3/10", "p/3/9", "p/20/0"], key=natural_key)
+    ['p/3/9', 'p/3/10', 'p/20/0']
+    """
+    # re.split puts texts at even and digits at odd places, so two keys never compare a text with a number.
+    parts = re.split("([0-9]+)", name)
+    return tuple(int(part) if index % 2 else part for index, part in enumerate(parts)), name
+
+
+def canonical(
+    samples: Iterable[Sample], prompts: Iterable[PromptTotal]
+) -> tuple[tuple[Sample, ...], tuple[PromptTotal, ...]]:
+    """A batch in the order of its ids, so that nothing depends on the order in which groups came."""
+    return (
+        tuple(sorted(samples, key=lambda sample: (natural_key(sample.prompt_id), natural_key(sample.id)))),
+        tuple(sorted(prompts, key=lambda total: natural_key(total.prompt_id))),
+    )
 
 
 def denominators(prompts: Sequence[PromptTotal]) -> Denominators:
@@ -107,6 +132,8 @@ def _num_rows(sample: Sample) -> int:
     """Positions 0 .. (last trained position - 1)."""
     length = len(sample.tokens)
     lengths = {len(sample.loss_mask), len(sample.advantages), len(sample.logprobs), len(sample.weights)}
+    optional = (*(getattr(sample, name) for name in SCORED), sample.kept, sample.unfiltered_logprobs)
+    lengths |= {len(values) for values in optional if values}
     assert lengths == {length}, f"sample {sample.id}: {length} tokens but fields of {sorted(lengths)}"
     assert count_predictions(sample.loss_mask), f"sample {sample.id} has no token to train on"
     return length - 1 - sample.loss_mask[::-1].index(True)
@@ -164,7 +191,9 @@ class _Layout:
         self.segments: list[int] = [0]
         self.paths: list[tuple[int, ...]] = []
         self.predictions: list[tuple[int, int, int, int, float, float, float]] = []
-        self.references: list[float] = []
+        self.scored: dict[str, list[float]] = {name: [] for name in SCORED}
+        self.kept: list[bytes] = []  # of a filtered batch; b"" where a sample of it was not filtered
+        self.unfiltered: list[float] = []
         self.samples: list[Sample] = []
 
     def add(self, members: Sequence[Sample]) -> None:
@@ -195,13 +224,18 @@ class _Layout:
             (path[p - 1], sample.tokens[p], index, prompt, sample.advantages[p], sample.logprobs[p], sample.weights[p])
             for p in trained
         )
-        if sample.reference_logprobs is not None:
-            self.references.extend(sample.reference_logprobs[p] for p in trained)
+        for name, values in self.scored.items():
+            logprobs = getattr(sample, name)
+            if logprobs is not None:
+                values.extend(logprobs[p] for p in trained)
+        self.kept.extend(sample.kept[p] if sample.kept else b"" for p in trained)
+        self.unfiltered.extend((sample.unfiltered_logprobs or sample.logprobs)[p] for p in trained)
         self.samples.append(sample)
 
     def finish(self, totals: Denominators) -> Microbatch:
         rows, targets, sample, prompt, advantages, logprobs, weights = zip(*self.predictions, strict=True)
-        assert len(self.references) in (0, len(rows)), "some samples of the batch lack reference_logprobs"
+        for name, values in self.scored.items():
+            assert len(values) in (0, len(rows)), f"some samples of the batch lack {name}"
         of_sample = [self.prompts[self.prompt_index[sample.prompt_id]] for sample in self.samples]
         return Microbatch(
             tokens_T=tuple(self.tokens),
@@ -215,10 +249,17 @@ class _Layout:
             advantages_N=advantages,
             logprobs_N=logprobs,
             weights_N=weights,
-            reference_logprobs_N=tuple(self.references) or None,
+            reference_logprobs_N=tuple(self.scored["reference_logprobs"]) or None,
             sample_ids=tuple(sample.id for sample in self.samples),
             denominators=totals,
             sample_tokens=tuple(sum(sample.loss_mask) for sample in self.samples),
             prompt_tokens=tuple(total.tokens for total in of_sample),
             prompt_samples=tuple(total.samples for total in of_sample),
+            proximal_logprobs_N=tuple(self.scored["proximal_logprobs"]) or None,
+            source_logprobs_N=tuple(self.scored["source_logprobs"]) or None,
+            unfiltered_logprobs_N=tuple(self.unfiltered) if self._any("unfiltered_logprobs") else None,
+            kept_N=tuple(self.kept) if self._any("kept") else None,
         )
+
+    def _any(self, name: str) -> bool:
+        return any(getattr(sample, name) for sample in self.samples)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tandem.algo.config import AlgoConfig
+from tandem.algo.config import AlgoConfig, CorrectionConfig
 from tandem.types import Sample
 
 
@@ -41,16 +41,64 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
 
 def _token_losses(config: AlgoConfig, sample: Sample, learner: Tensor) -> list[Tensor]:
     positions = [position for position, mask in enumerate(sample.loss_mask) if mask]
-    log_ratios = [learner[p] - sample.logprobs[p] for p in positions]
+    weights = reference_weights(config.correction, *_rho_pairs(sample, learner))
+    broken = not all(math.isfinite(sample.logprobs[p]) for p in positions)
+    old = [sample.logprobs[p] for p in positions]
+    if config.correction.form == "decoupled":
+        old, _ = _rho_pairs(sample, learner)
+    if broken:  # every weight is 0: anything finite serves
+        old = [float(learner[p].detach()) for p in positions]
+    log_ratios = [learner[p] - before for p, before in zip(positions, old, strict=True)]
     sequence_ratio = torch.exp(_mean(log_ratios))
     losses = []
-    for position, log_ratio in zip(positions, log_ratios, strict=True):
-        loss = _policy(config, log_ratio, sequence_ratio, sample.advantages[position], learner[position])
+    for position, log_ratio, weight in zip(positions, log_ratios, weights, strict=True):
+        advantage = sample.advantages[position]
+        if config.rare_weight:
+            advantage *= 1.0 - config.rare_weight + config.rare_weight * math.exp(float(learner[position].detach()))
+        loss = _policy(config, log_ratio, sequence_ratio, advantage, learner[position])
         if config.kl != "none":
             assert sample.reference_logprobs is not None
             loss = loss + config.kl_weight * _kl(config.kl, learner[position], sample.reference_logprobs[position])
-        losses.append(sample.weights[position] * loss)
+        losses.append(sample.weights[position] * weight * loss)
     return losses
+
+
+def _rho_pairs(sample: Sample, learner: Tensor) -> tuple[list[float], list[float]]:
+    """Proximal and behaviour log-probs of the trained tokens."""
+    positions = [position for position, mask in enumerate(sample.loss_mask) if mask]
+    proximal = sample.proximal_logprobs or learner.detach().tolist()
+    return [proximal[p] for p in positions], [sample.logprobs[p] for p in positions]
+
+
+def reference_weights(config: CorrectionConfig, proximal: Sequence[float], behaviour: Sequence[float]) -> list[float]:
+    """The correction's weight of each token of one sample; 0 where it is masked."""
+    if not all(math.isfinite(value) for value in behaviour):
+        return [0.0] * len(behaviour)
+    rhos = [math.exp(new - old) for new, old in zip(proximal, behaviour, strict=True)]
+    low, high = config.weight_range
+    product = math.prod(rhos)
+    by_weight = {
+        "none": [1.0 for _ in rhos],
+        "token_tis": [min(rho, high) for rho in rhos],
+        "sequence_tis": [min(product, high) for _ in rhos],
+        "icepop": [rho if low <= rho <= high else 0.0 for rho in rhos],
+        "sequence_mis": [product if product <= high else 0.0 for _ in rhos],
+    }
+    weights = by_weight[config.weight]
+    geometric_mean = product ** (1.0 / len(rhos))
+    k3 = math.fsum(rho - 1.0 - math.log(rho) for rho in rhos) / len(rhos)
+    dropped = {
+        "geometric": abs(geometric_mean - 1.0) > config.geometric_width,
+        "k3": k3 > config.k3_limit,
+        "veto": min(rhos) < config.veto_ratio,
+    }
+    if any(dropped.get(name, False) for name in config.reject):
+        return [0.0] * len(rhos)
+    if "probability" in config.reject:
+        for index, (new, old) in enumerate(zip(proximal, behaviour, strict=True)):
+            if abs(math.exp(new) - math.exp(old)) > config.probability_limit:
+                weights[index] = 0.0
+    return weights
 
 
 def _policy(config: AlgoConfig, log_ratio: Tensor, sequence_ratio: Tensor, advantage: float, learner: Tensor) -> Tensor:

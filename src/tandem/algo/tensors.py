@@ -31,6 +31,9 @@ class MicrobatchTensors:
     sample_tokens: Tensor  # int64, one a sample: its predictions
     prompt_tokens: Tensor  # int64, one a sample: predictions of its prompt in the whole batch
     denominators: Denominators
+    proximal_logprobs_N: Tensor | None = None  # the learner's before the step's first update, where they were scored
+    source_logprobs_N: Tensor | None = None  # the learner's under the weights that sampled, where these are older
+    unfiltered_logprobs_N: Tensor | None = None  # behaviour before top-k, top-p and min-p, where one of them was on
 
 
 def to_tensors(microbatch: Microbatch, device: torch.device | str = "cpu") -> MicrobatchTensors:
@@ -42,9 +45,11 @@ def to_tensors(microbatch: Microbatch, device: torch.device | str = "cpu") -> Mi
     def floats(values: tuple[float, ...]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=device)
 
+    def optional(values: tuple[float, ...] | None) -> Tensor | None:
+        return None if values is None else floats(values)
+
     expected = tuple(index for index, count in enumerate(microbatch.sample_tokens) for _ in range(count))
     assert microbatch.sample_N == expected, "the predictions of a sample must be whole and contiguous"
-    reference = microbatch.reference_logprobs_N
     return MicrobatchTensors(
         tokens_T=integers(microbatch.tokens_T),
         positions_T=integers(microbatch.positions_T),
@@ -56,8 +61,11 @@ def to_tensors(microbatch: Microbatch, device: torch.device | str = "cpu") -> Mi
         advantages_N=floats(microbatch.advantages_N),
         logprobs_N=floats(microbatch.logprobs_N),
         weights_N=floats(microbatch.weights_N),
-        reference_logprobs_N=None if reference is None else floats(reference),
+        reference_logprobs_N=optional(microbatch.reference_logprobs_N),
         sample_tokens=integers(microbatch.sample_tokens),
         prompt_tokens=integers(microbatch.prompt_tokens),
         denominators=microbatch.denominators,
+        proximal_logprobs_N=optional(microbatch.proximal_logprobs_N),
+        source_logprobs_N=optional(microbatch.source_logprobs_N),
+        unfiltered_logprobs_N=optional(microbatch.unfiltered_logprobs_N),
     )

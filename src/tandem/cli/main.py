@@ -12,7 +12,7 @@ from typing import Any, get_type_hints
 import typer
 
 from tandem import env
-from tandem.cli import bench, chat, doctor, eval, generate, report, train
+from tandem.cli import bench, chat, doctor, eval, generate, report, study, train
 from tandem.errors import UserError, WorldError, nearest
 
 app = typer.Typer(
@@ -31,6 +31,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("report")(report.report)
 app.command("bench")(bench.bench)
+app.command("study")(study.study)
 app.command("doctor")(doctor.doctor)
 
 # typer has moved click inside itself: its error class is reached through the one that typer exports.

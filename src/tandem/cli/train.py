@@ -31,10 +31,12 @@ def train(
     from tandem.report.html import write_report
     from tandem.report.live import LiveTable
     from tandem.report.metrics import read_metrics
+    from tandem.run.departures import declaration
     from tandem.run.local import train as run
 
     earlier = read_metrics(resume) if resume is not None and (resume / "metrics.jsonl").is_file() else []
-    display = LiveTable(config.steps, title=config.name, as_json=json, rows=earlier)
+    title = f"{config.name}  {declaration(config)}"
+    display = LiveTable(config.steps, title=title, as_json=json, rows=earlier)
     code, folder = run(config, out=out, resume=resume, display=display)
     page = write_report(folder, diff(written, config))
     print(f"run folder {folder}, report {page}", file=sys.stderr if json else sys.stdout)

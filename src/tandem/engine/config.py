@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, nearest
+
+Dtype = Literal["same", "bfloat16", "float32", "float16"]
+Weights = Literal["same", "int8", "int4"]
+KvDtype = Literal["same", "float8_e4m3"]
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Limits of one engine. Everything else about scheduling follows from these and the requests.
+    """Limits of one engine, and what its policy departs in from the learner's. Scheduling follows from these and the
+    requests.
 
     >>> EngineConfig(page_tokens=8).page_tokens
     8
@@ -21,6 +27,14 @@ class EngineConfig:
     kv_memory_bytes: int = 1 << 30  # memory for pages
     lookahead_tokens: int = 64  # admission leaves room for every running sequence to grow by this much
     share_prefixes: bool = True  # off: every prompt is computed from its first token
+    # Departures: each makes the policy that samples another one than the learner's. Default: none.
+    dtype: Dtype = "same"  # compute in another dtype than model.dtype
+    weights: Weights = "same"  # int8 or int4: matrices rounded to that many bits in groups along their input
+    weight_group: int = 64  # inputs that share a scale under int8 and int4
+    kv_dtype: KvDtype = "same"  # float8_e4m3: keys and values in 8 bits
+    kv_window: int = 0  # a query sees only this many latest positions and the sinks; 0 sees all
+    kv_sinks: int = 4  # leading positions that a kv_window always sees
+    noise: float = 0.0  # for studies: normal noise on the final hidden state, relative to its root mean square
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -29,9 +43,20 @@ class EngineConfig:
             ("max_sequences", 1),
             ("kv_memory_bytes", 1),
             ("lookahead_tokens", 0),
+            ("weight_group", 2),
+            ("kv_window", 0),
+            ("kv_sinks", 0),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"engine.{name} is {getattr(self, name)}; it must be at least {least}.")
+        for name, kind in (("dtype", Dtype), ("weights", Weights), ("kv_dtype", KvDtype)):
+            value, allowed = getattr(self, name), get_args(kind)
+            if value not in allowed:
+                raise ConfigError(
+                    f"engine.{name} is {value!r}.{nearest(str(value), allowed)} Allowed: {', '.join(allowed)}."
+                )
+        if not 0 <= self.noise < float("inf"):
+            raise ConfigError(f"engine.noise is {self.noise}; it must be a finite number, 0 or more.")
         if self.batch_tokens < self.max_sequences:
             raise ConfigError(
                 f"engine.batch_tokens is {self.batch_tokens}, less than engine.max_sequences {self.max_sequences}: "

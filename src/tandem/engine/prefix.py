@@ -74,13 +74,15 @@ class PrefixIndex:
             pages.append(page)
         return pages
 
-    def insert(self, key: bytes, page: int) -> None:
-        """Names a held page whose every slot is written and final. A name already taken keeps its first page."""
+    def insert(self, key: bytes, page: int) -> bool:
+        """Names a held page whose every slot is written and final. False: the name keeps the page it has."""
         assert self.pool.refs[page] > 0, f"page {page} is indexed but not held"
-        if key not in self._page:
-            assert page not in self._key, f"page {page} would have two names"
-            self._page[key] = page
-            self._key[page] = key
+        if key in self._page:
+            return False
+        assert page not in self._key, f"page {page} would have two names"
+        self._page[key] = page
+        self._key[page] = key
+        return True
 
     def take(self) -> int | None:
         """A page to write on, held once: a free one, else the one evicted; None where all are held."""

@@ -60,6 +60,8 @@ class Batch:
     version: WeightVersion  # the weights it is to be run with
     num_decodes: int  # works[:num_decodes] have one token each (a chunk may have one too)
     num_tokens: int
+    named: list[int] = field(default_factory=list)  # pages that entered the prefix index since the last commit's batch
+    shared: list[int] = field(default_factory=list)  # pages taken from the index since then, by sequences that start
 
     @property
     def num_samples(self) -> int:
@@ -72,6 +74,8 @@ class Sampled:
 
     tokens: list[int]
     logprobs: list[float]  # nats, of the distribution really sampled from
+    kept: list[bytes] = field(default_factory=list)  # see `types.kept_ids`; b"" without filters; empty: none filters
+    unfiltered_logprobs: list[float] = field(default_factory=list)  # with `kept`: nats, before the filters
 
 
 @dataclass(slots=True)
@@ -106,6 +110,8 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)  # names of leading full blocks, under `root`
     awaits: bytes | None = None  # the promised block it was last found waiting for
     logprobs: list[float] = field(default_factory=list)
+    kept: list[bytes] = field(default_factory=list)  # one a generated token where the request filters; else empty
+    unfiltered_logprobs: list[float] = field(default_factory=list)  # with `kept`
     spans: list[tuple[int, int]] = field(default_factory=list)  # (weight step, first generated token it sampled)
     cached_tokens: int = 0
     recomputed_tokens: int = 0
@@ -125,6 +131,8 @@ class Sequence:
             finished_s=now,
             cached_tokens=self.cached_tokens,
             recomputed_tokens=self.recomputed_tokens,
+            kept=tuple(self.kept),
+            unfiltered_logprobs=tuple(self.unfiltered_logprobs),
         )
 
 
@@ -165,6 +173,8 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by arrival
         self.promised: dict[bytes, Sequence] = {}  # name of a block -> the running sequence that will compute it
         self.planned: Batch | None = None
+        self._named: list[int] = []  # for the next batch; a batch that is planned again keeps them
+        self._shared: list[int] = []
         self._stats = Stats()
         self._arrivals = 0
 
@@ -220,7 +230,8 @@ class Scheduler:
             budget -= self._chunk(works, sequence, budget)
         if self.waiting:
             budget = self._admit(works, budget, now)
-        self.planned = Batch(works, self.version, num_decodes, self.config.batch_tokens - budget)
+        num_tokens = self.config.batch_tokens - budget
+        self.planned = Batch(works, self.version, num_decodes, num_tokens, self._named, self._shared)
         return self.planned
 
     def _decodes(self) -> tuple[list[Work], list[Sequence]]:
@@ -318,6 +329,7 @@ class Scheduler:
         """Moves a waiting sequence to running, with `hits` shared and `need` pages of its own; promises its blocks."""
         for page in hits:
             self.pool.share(page)  # all before the first take, which may evict
+        self._shared += hits
         fresh = [self.index.take() for _ in range(need)]
         sequence.pages = hits + [page for page in fresh if page is not None]
         assert len(sequence.pages) == len(hits) + need, f"{need} pages were promised to sequence {sequence.arrival}"
@@ -337,10 +349,15 @@ class Scheduler:
             f"the runner gave {len(sampled.tokens)} tokens and {len(sampled.logprobs)} logprobs "
             f"for {batch.num_samples} samples"
         )
+        assert len(sampled.kept) == len(sampled.unfiltered_logprobs) and len(sampled.kept) in (0, batch.num_samples), (
+            f"{len(sampled.kept)} kept sets, {len(sampled.unfiltered_logprobs)} unfiltered logprobs "
+            f"for {batch.num_samples} samples"
+        )
         self.planned = None
+        self._named, self._shared = [], []
         live, page_tokens, step, stats = self.live, self.config.page_tokens, batch.version.step, self._stats
         finished: list[Completion] = []
-        draws = zip(sampled.tokens, sampled.logprobs, strict=True)
+        draws = enumerate(zip(sampled.tokens, sampled.logprobs, strict=True))
         for work in batch.works:
             sequence = live[work.request.id]
             start = sequence.computed
@@ -352,11 +369,14 @@ class Scheduler:
             if start // page_tokens != end // page_tokens and sequence.root != MIXED:
                 self._index_blocks(sequence, start // page_tokens)
             if work.samples:
-                token, logprob = next(draws)
+                draw, (token, logprob) = next(draws)
                 if not sequence.spans or sequence.spans[-1][0] != step:
                     sequence.spans.append((step, len(sequence.logprobs)))
                 sequence.tokens.append(token)
                 sequence.logprobs.append(logprob)
+                if sampled.kept and sampled.kept[draw]:
+                    sequence.kept.append(sampled.kept[draw])
+                    sequence.unfiltered_logprobs.append(sampled.unfiltered_logprobs[draw])
                 reason = self.stops(sequence)
                 if reason is None and len(sequence.tokens) >= sequence.limit:
                     reason = StopReason.LENGTH
@@ -378,7 +398,8 @@ class Scheduler:
         if len(sequence.keys) * page_tokens < sequence.computed:
             extend_keys(sequence.keys, sequence.root, sequence.tokens, page_tokens)
         for block in range(first, sequence.computed // page_tokens):
-            self.index.insert(sequence.keys[block], sequence.pages[block])
+            if self.index.insert(sequence.keys[block], sequence.pages[block]):
+                self._named.append(sequence.pages[block])
             self.promised.pop(sequence.keys[block], None)
 
     def _give_up_pages(self, sequence: Sequence) -> None:

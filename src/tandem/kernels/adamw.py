@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels.build import function, kernel
+from tandem.kernels.choice import backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ def adamw_reference(master: Tensor, first: Tensor, second: Tensor, grad: Tensor,
 def adamw(master: Tensor, first: Tensor, second: Tensor, grad: Tensor, value: Tensor, hyper: Hyper) -> None:
     """Update master (fp32) and moments in place and round the result into `value` (compute dtype)."""
     run = kernel("adamw", "adamw", value.dtype, "pppppiffffffff")
-    if run is None:
+    if run is None or backend(value) == "triton":
         adamw_reference(master, first, second, grad, hyper)
         value.copy_(master)
         return
@@ -59,6 +60,9 @@ def adamw(master: Tensor, first: Tensor, second: Tensor, grad: Tensor, value: Te
 
 def grad_norm(grads: list[Tensor]) -> float:
     """Euclidean norm over all gradients, summed in fp64 in a fixed order. NaN or infinity where one is not finite."""
+    if grads and backend(grads[0]) == "triton":
+        norms = [torch.linalg.vector_norm(grad, dtype=torch.float64) for grad in grads]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
     run = function("adamw", "squared_norm_fp32", "pip")
     total = 0.0
     for grad in grads:

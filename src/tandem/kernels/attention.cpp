@@ -2,8 +2,12 @@
 //
 // Keys are reduced in blocks of 64 absolute positions with an online softmax, whatever the number of queries that ride
 // along, the chunk they came in or the page size: a query's result is a function of its position and its path.
+//
+// E is the compute dtype, S what keys and values are stored in: E itself, or e4m3, widened to E as a block is gathered.
+#include "float8.h"
 #include "tile.h"
 #include <omp.h>
+#include <type_traits>
 #include <vector>
 
 using namespace tandem;
@@ -22,7 +26,7 @@ extern "C" struct AttentionArgs {
     void* out;    // [T, H, D]
     float* lse;   // [T, H] or null
     const int32_t *row_start, *first_position, *table;  // [S + 1], [S], [S, table_stride]
-    int64_t table_stride, page_tokens, segments, heads, kv_heads, head_size, window;
+    int64_t table_stride, page_tokens, segments, heads, kv_heads, head_size, window, sinks;
     float scale;
 };
 
@@ -41,7 +45,7 @@ struct Span {
     int64_t segment, kv_head, first_token, tokens;  // tokens counted within the segment
 };
 
-template <typename E>
+template <typename E, typename S = E>
 struct View {  // addresses of one segment's queries, keys and values
     const AttentionArgs& a;
     int64_t s, kv_head;
@@ -53,16 +57,34 @@ struct View {  // addresses of one segment's queries, keys and values
         return (const E*)base + row(i / group) * stride + (kv_head * group + i % group) * a.head_size;
     }
     // Addresses of the keys and values of `count` positions from `first`; one division a page, not one a position.
-    void rows(int64_t first, int64_t count, const E** keys, const E** values) const {
+    void rows(int64_t first, int64_t count, const S** keys, const S** values) const {
         const int32_t* page = a.table + s * a.table_stride + first / a.page_tokens;
         int64_t offset = first % a.page_tokens;
         for (int64_t j = 0; j < count; page++, offset = 0)
             for (int64_t at = int64_t(*page) * a.page_tokens + offset; offset < a.page_tokens && j < count; at++, offset++, j++) {
-                keys[j] = (const E*)a.key + at * a.key_stride + kv_head * a.head_size;
-                values[j] = (const E*)a.value + at * a.value_stride + kv_head * a.head_size;
+                keys[j] = (const S*)a.key + at * a.key_stride + kv_head * a.head_size;
+                values[j] = (const S*)a.value + at * a.value_stride + kv_head * a.head_size;
             }
     }
 };
+
+// `rows` in the compute dtype: the stored rows themselves, or copies in `key_rows` and `value_rows` [BLOCK, D].
+template <typename E, typename S>
+inline void gather(const View<E, S>& v, int64_t first, int64_t count, std::vector<E>& key_rows, std::vector<E>& value_rows,
+                   const E** keys, const E** values) {
+    if constexpr (std::is_same_v<E, S>) v.rows(first, count, keys, values);
+    else {
+        const int64_t size = v.a.head_size;
+        key_rows.resize(BLOCK * size), value_rows.resize(BLOCK * size);
+        const S *stored_keys[BLOCK], *stored_values[BLOCK];
+        v.rows(first, count, stored_keys, stored_values);
+        for (int64_t j = 0; j < count; j++) {
+            E *key = key_rows.data() + j * size, *value = value_rows.data() + j * size;
+            widen_codes(stored_keys[j], size, key), widen_codes(stored_values[j], size, value);
+            keys[j] = key, values[j] = value;
+        }
+    }
+}
 
 // Keys of a block that a query at `position` sees: [low, high) within the block.
 inline void visible(int64_t position, int64_t block_first, int64_t window, int& low, int& high) {
@@ -72,8 +94,17 @@ inline void visible(int64_t position, int64_t block_first, int64_t window, int& 
 
 inline int64_t first_block(int64_t position, int64_t window) { return window > 0 ? std::max<int64_t>(0, position - window + 1) / BLOCK : 0; }
 
-// scores[0..63] -> probabilities relative to the running maximum; returns the factor for what came before.
-inline float soften(float* scores, int low, int high, float scale, float& top, float& total) {
+// Keys of a block that a query at `position` sees as sinks: [0, lead). Where they reach its window, one run from 0 is left.
+inline int sinks_seen(int64_t block_first, int64_t sinks, int& low, int high) {
+    const int lead = int(std::max<int64_t>(0, std::min<int64_t>(high, sinks - block_first)));
+    if (lead >= low) low = 0;
+    return low == 0 ? 0 : lead;
+}
+
+// scores[0..63] -> probabilities relative to the running maximum; returns the factor for what came before. Seen are
+// [low, high) and, with SINKS, [0, lead).
+template <bool SINKS>
+inline float soften(float* scores, int lead, int low, int high, float scale, float& top, float& total) {
     float best = top;
 #ifdef TANDEM_AVX512
     __m512 s[4];
@@ -82,6 +113,7 @@ inline float soften(float* scores, int low, int high, float scale, float& top, f
     for (int c = 0; c < 4; c++) {
         const int l = std::max(0, std::min(16, low - 16 * c)), h = std::max(0, std::min(16, high - 16 * c));
         seen[c] = __mmask16(((1u << h) - 1u) & ~((1u << l) - 1u));
+        if constexpr (SINKS) seen[c] = __mmask16(seen[c] | ((1u << std::max(0, std::min(16, lead - 16 * c))) - 1u));
         s[c] = _mm512_mul_ps(_mm512_loadu_ps(scores + 16 * c), _mm512_set1_ps(scale));
         m = _mm512_mask_max_ps(m, seen[c], m, s[c]);
     }
@@ -92,9 +124,11 @@ inline float soften(float* scores, int low, int high, float scale, float& top, f
     }
     const float sum = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3])));
 #else
-    for (int c = low; c < high; c++) best = std::max(best, scores[c] *= scale);
+    const auto seen = [&](int c) { return (c >= low && c < high) || (SINKS && c < lead); };
+    for (int c = 0; c < high; c++)
+        if (seen(c)) best = std::max(best, scores[c] *= scale);
     float sum = 0;
-    for (int c = 0; c < BLOCK; c++) sum += scores[c] = (c >= low && c < high) ? exp_one(scores[c] - best) : 0.0f;
+    for (int c = 0; c < BLOCK; c++) sum += scores[c] = seen(c) ? exp_one(scores[c] - best) : 0.0f;
 #endif
     const float factor = exp_one(top - best);
     total = total * factor + sum;
@@ -102,21 +136,25 @@ inline float soften(float* scores, int low, int high, float scale, float& top, f
     return factor;
 }
 
-template <typename E>
-void forward_span(const AttentionArgs& a, const Span& span) {
-    const View<E> v{a, span.segment, span.kv_head};
+// Flattened: with four instances g++ no longer inlines the tiles by itself, and a decode over 64 keys takes a third longer.
+template <typename E, typename S, bool SINKS>
+__attribute__((flatten)) void forward_span(const AttentionArgs& a, const Span& span) {
+    const View<E, S> v{a, span.segment, span.kv_head};
     const int64_t group = v.group, n = span.tokens * group, d_size = a.head_size, panels = (d_size + PANEL - 1) / PANEL;
     const int64_t depth = padded_depth<E>(d_size), wide = panels * PANEL, base = span.first_token * group;
-    thread_local std::vector<E> key_panel, value_panel, probability;
+    thread_local std::vector<E> key_panel, value_panel, probability, key_rows, value_rows;
     thread_local std::vector<float> scores, out, top, total;
     key_panel.resize(depth * PANEL), value_panel.resize(wide * BLOCK), probability.resize(n * BLOCK);
     scores.resize(n * BLOCK), out.assign(n * wide, 0.0f), top.assign(n, -INFINITY), total.assign(n, 0.0f);
 
     const int64_t last = v.position(span.first_token + span.tokens - 1);
-    for (int64_t b = first_block(v.position(span.first_token), a.window); b <= last / BLOCK; b++) {
+    const int64_t begin = first_block(v.position(span.first_token), a.window);
+    const int64_t sink_blocks = SINKS ? std::min(begin, (a.sinks + BLOCK - 1) / BLOCK) : 0;
+    for (int64_t turn = SINKS ? -sink_blocks : 0; turn <= last / BLOCK - begin; turn++) {
+        const int64_t b = turn < 0 ? turn + sink_blocks : turn + begin;
         const int64_t count = std::min<int64_t>(BLOCK, last + 1 - b * BLOCK);
         const E *keys[BLOCK], *values[BLOCK], *part[BLOCK];
-        v.rows(b * BLOCK, count, keys, values);
+        gather<E, S>(v, b * BLOCK, count, key_rows, value_rows, keys, values);
         pack_columns<E>(keys, count, d_size, key_panel.data());
         for (int64_t p = 0; p < panels; p++) {
             for (int64_t j = 0; j < count; j++) part[j] = values[j] + p * PANEL;
@@ -132,16 +170,17 @@ void forward_span(const AttentionArgs& a, const Span& span) {
             tile<E>(rows, q, pair_of<E>(), key_panel.data(), depth, scores.data() + i * BLOCK, BLOCK, false);
             const E* p[ROWS];
             for (int r = 0; r < rows; r++) {
-                int low, high;
+                int low, high, lead = 0;
                 visible(v.position((base + i + r) / group), b * BLOCK, a.window, low, high);
+                if constexpr (SINKS) lead = sinks_seen(b * BLOCK, a.sinks, low, high);
                 float* s = scores.data() + (i + r) * BLOCK;
                 E* target = probability.data() + (i + r) * BLOCK;
                 p[r] = target;
-                if (low >= high) {
+                if (low >= high && lead == 0) {
                     std::memset((void*)target, 0, BLOCK * sizeof(E));
                     continue;
                 }
-                const float factor = soften(s, low, high, a.scale, top[i + r], total[i + r]);
+                const float factor = soften<SINKS>(s, lead, low, high, a.scale, top[i + r], total[i + r]);
                 float* o = out.data() + (i + r) * wide;
                 for (int64_t c = 0; c < wide; c++) o[c] *= factor;
                 narrow_panel<E>(s, target);
@@ -165,14 +204,16 @@ void forward_span(const AttentionArgs& a, const Span& span) {
     }
 }
 
-template <typename E>
+template <typename E, typename S = E>
 void forward(const AttentionArgs& a) {
     std::vector<Span> spans;
     for (int64_t s = 0; s < a.segments; s++)
         for (int64_t first = 0, tokens = a.row_start[s + 1] - a.row_start[s]; first < tokens; first += QUERY_CHUNK)
             for (int64_t k = 0; k < a.kv_heads; k++) spans.push_back({s, k, first, std::min<int64_t>(QUERY_CHUNK, tokens - first)});
 #pragma omp parallel for schedule(dynamic, 1)
-    for (size_t i = 0; i < spans.size(); i++) forward_span<E>(a, spans[i]);
+    for (size_t i = 0; i < spans.size(); i++)
+        if (a.window > 0 && a.sinks > 0) forward_span<E, S, true>(a, spans[i]);
+        else forward_span<E, S, false>(a, spans[i]);
 }
 
 // Gradients of one segment and key head, added to dquery and to the sums of dkey and dvalue.
@@ -293,6 +334,8 @@ void backward(const AttentionArgs& a, const AttentionGrads& g) {
 extern "C" {
 void attention_bf16(const AttentionArgs* a) { forward<bf16>(*a); }
 void attention_fp32(const AttentionArgs* a) { forward<float>(*a); }
+void attention_e4m3_bf16(const AttentionArgs* a) { forward<bf16, e4m3>(*a); }
+void attention_e4m3_fp32(const AttentionArgs* a) { forward<float, e4m3>(*a); }
 void attention_backward_bf16(const AttentionArgs* a, const AttentionGrads* g) { backward<bf16>(*a, *g); }
 void attention_backward_fp32(const AttentionArgs* a, const AttentionGrads* g) { backward<float>(*a, *g); }
 }

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from tandem.kernels.build import kernel
+from tandem.kernels.choice import backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,14 @@ class Paths:
     @property
     def num_rows(self) -> int:
         return int(self.row_start_S[-1])
+
+    def to(self, device: torch.device) -> Paths:
+        """A copy whose tensors lie on `device`; itself where they do."""
+        if self.table_SP.device == device:
+            return self
+        component = None if self.component_start is None else self.component_start.to(device)
+        row_start_S, first_S = self.row_start_S.to(device), self.first_position_S.to(device)
+        return Paths(row_start_S, first_S, self.table_SP.to(device), self.page_tokens, component)
 
     @classmethod
     def build(
@@ -67,7 +76,7 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("out", "lse", "row_start", "first_position", "table")),
         *(
             (name, ctypes.c_int64)
-            for name in ("table_stride", "page_tokens", "segments", "heads", "kv_heads", "head_size", "window")
+            for name in ("table_stride", "page_tokens", "segments", "heads", "kv_heads", "head_size", "window", "sinks")
         ),
         ("scale", ctypes.c_float),
     ]
@@ -90,6 +99,7 @@ def _args(
     window: int | None,
     out_THD: torch.Tensor,
     lse_TH: torch.Tensor | None,
+    sinks: int = 0,
 ) -> _Args:
     _, heads, size = query_THD.shape
     for tensor in (query_THD, key_CKD, value_CKD):
@@ -113,6 +123,7 @@ def _args(
         key_CKD.shape[1],
         size,
         window or 0,
+        sinks,
         1.0 / math.sqrt(size),
     )
 
@@ -124,9 +135,14 @@ def _slots(paths: Paths, segment: int, length: int) -> torch.Tensor:
 
 
 def attention_reference(
-    query_THD: torch.Tensor, key_CKD: torch.Tensor, value_CKD: torch.Tensor, paths: Paths, window: int | None = None
+    query_THD: torch.Tensor,
+    key_CKD: torch.Tensor,
+    value_CKD: torch.Tensor,
+    paths: Paths,
+    window: int | None = None,
+    sinks: int = 0,
 ) -> torch.Tensor:
-    """One segment at a time, a full mask, in fp32 (fp64 for fp64 inputs); differentiable."""
+    """`attention`, one segment at a time, a full mask, in fp32 (fp64 for fp64 inputs); differentiable."""
     wide = query_THD.dtype if query_THD.dtype == torch.float64 else torch.float32
     group = query_THD.shape[1] // key_CKD.shape[1]
     outs = []
@@ -141,7 +157,7 @@ def attention_reference(
         k_position = torch.arange(len(slots))[None]
         hidden = k_position > q_position
         if window:
-            hidden = hidden | (k_position <= q_position - window)
+            hidden = hidden | ((k_position <= q_position - window) & (k_position >= sinks))
         probability = scores.masked_fill(hidden, -math.inf).softmax(-1)
         outs.append(torch.einsum("hqk,khd->qhd", probability, value))
     return torch.cat(outs).to(query_THD.dtype)
@@ -154,13 +170,24 @@ def attention(
     paths: Paths,
     window: int | None = None,
     lse_TH: torch.Tensor | None = None,
+    sinks: int = 0,
 ) -> torch.Tensor:
-    """[T, H, D]. C slots of keys and values; rows may be strided. Fills `lse_TH` (fp32) where it is given."""
-    run = kernel("attention", "attention", query_THD.dtype, "p")
+    """[T, H, D]. C slots of keys and values; rows may be strided. Fills `lse_TH` (fp32) where it is given.
+
+    A query at position q sees the keys at k <= q, under a `window` only those with k > q - window or k < `sinks`.
+    Keys and values may be stored as float8_e4m3fn: they are widened, exactly, to the dtype of the query.
+    """
+    if backend(query_THD) == "triton":
+        from tandem.kernels.gpu import attention as gpu
+
+        return gpu.attention(query_THD, key_CKD, value_CKD, paths, window, lse_TH, sinks)
+    assert key_CKD.dtype == value_CKD.dtype, (key_CKD.dtype, value_CKD.dtype)
+    name = "attention_e4m3" if key_CKD.dtype == torch.float8_e4m3fn else "attention"
+    run = kernel("attention", name, query_THD.dtype, "p")
     if run is None:
-        return attention_reference(query_THD, key_CKD, value_CKD, paths, window)
+        return attention_reference(query_THD, key_CKD, value_CKD, paths, window, sinks)
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
-    args = _args(query_THD, key_CKD, value_CKD, paths, window, out_THD, lse_TH)
+    args = _args(query_THD, key_CKD, value_CKD, paths, window, out_THD, lse_TH, sinks)
     run(ctypes.addressof(args))
     return out_THD
 
@@ -179,6 +206,10 @@ def attention_backward(
     The slots must be the rows themselves (pages of one token), and each row must be the key of some query.
     """
     query_THD, key_TKD, value_TKD = qkv
+    if backend(query_THD) == "triton":
+        from tandem.kernels.gpu import attention as gpu
+
+        return gpu.attention_backward(dout_THD, out_THD, lse_TH, qkv, grads, paths, window)
     assert paths.page_tokens == 1 and paths.component_start is not None and dout_THD.is_contiguous()
     run = kernel("attention", "attention_backward", query_THD.dtype, "pp")
     assert run is not None

@@ -1,5 +1,6 @@
 // What stands between the matrix products of a layer: RMS norm, rotary embedding with the page write, SwiGLU; forward and
 // backward. Contracts in norm.py, rotary.py and swiglu.py. Rows are independent and reduced in a fixed order, in fp32.
+#include "float8.h"
 #include "tile.h"
 #include <omp.h>
 #include <vector>
@@ -83,6 +84,15 @@ void store_rows(const E* x, int64_t stride, const int64_t* slots, E* pool, int64
     for (int64_t i = 0; i < t; i++) std::memcpy(pool + slots[i] * width, x + i * stride, width * sizeof(E));
 }
 
+template <typename E>
+void store_codes(const E* x, int64_t stride, const int64_t* slots, e4m3* pool, int64_t t, int64_t width) {
+    for (int64_t i = 0; i < t; i++) {
+        const E* row = x + i * stride;
+        e4m3* target = pool + slots[i] * width;
+        for (int64_t c = 0; c < width; c++) target[c] = to_e4m3(to_float(row[c]));
+    }
+}
+
 // The first n of 64 values, rounded.
 template <typename E>
 inline void store_panel(const float* source, E* target, int n) {
@@ -140,6 +150,7 @@ void swiglu_backward(const E* dy, const E* gate_up, E* dgate_up, E* y, int64_t t
     void norm_backward_##NAME(const E* dy, const E* x, const E* w, const float* rstd, E* dx, float* dw, int64_t t, int64_t m) { norm_backward(dy, x, w, rstd, dx, dw, t, m); } \
     void rotate_##NAME(E* x, int64_t s, const int64_t* pos, const float* c, const float* sn, int64_t t, int64_t h, int64_t d, float sign) { rotate(x, s, pos, c, sn, t, h, d, sign); } \
     void store_##NAME(const E* x, int64_t s, const int64_t* slots, E* pool, int64_t t, int64_t w) { store_rows(x, s, slots, pool, t, w); } \
+    void store_e4m3_##NAME(const E* x, int64_t s, const int64_t* slots, e4m3* pool, int64_t t, int64_t w) { store_codes(x, s, slots, pool, t, w); } \
     void swiglu_##NAME(const E* gu, E* y, int64_t t, int64_t f) { swiglu(gu, y, t, f); }                                     \
     void swiglu_backward_##NAME(const E* dy, const E* gu, E* dgu, E* y, int64_t t, int64_t f) { swiglu_backward(dy, gu, dgu, y, t, f); }
 

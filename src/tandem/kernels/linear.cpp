@@ -20,6 +20,21 @@ void pack_weight(const E* weight, E* packed, int64_t n, int64_t k) {
     }
 }
 
+// What pack_weight made, back as weight[N, K].
+template <typename E>
+void unpack_weight(const E* packed, E* weight, int64_t n, int64_t k) {
+    constexpr int64_t pair = pair_of<E>();
+    const int64_t depth = padded_depth<E>(k);
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < n; row++) {
+        const E* panel = packed + row / PANEL * depth * PANEL + row % PANEL * pair;
+        E* target = weight + row * k;
+        int64_t i = 0;
+        for (; i + pair <= k; i += pair) std::memcpy((void*)(target + i), (const void*)(panel + i * PANEL), pair * sizeof(E));
+        if (i < k) target[i] = panel[i * PANEL];
+    }
+}
+
 // Rows of X[T, N] become the depth: panels [ceil(N/64)][padded T/PAIR][64][PAIR].
 template <typename E>
 void pack_transposed(const E* x, int64_t stride, E* packed, int64_t t, int64_t n) {
@@ -101,6 +116,8 @@ extern "C" {
 
 void pack_weight_bf16(const bf16* weight, bf16* packed, int64_t n, int64_t k) { pack_weight(weight, packed, n, k); }
 void pack_weight_fp32(const float* weight, float* packed, int64_t n, int64_t k) { pack_weight(weight, packed, n, k); }
+void unpack_weight_bf16(const bf16* packed, bf16* weight, int64_t n, int64_t k) { unpack_weight(packed, weight, n, k); }
+void unpack_weight_fp32(const float* packed, float* weight, int64_t n, int64_t k) { unpack_weight(packed, weight, n, k); }
 void pack_transposed_bf16(const bf16* x, int64_t stride, bf16* packed, int64_t t, int64_t n) { pack_transposed(x, stride, packed, t, n); }
 void pack_transposed_fp32(const float* x, int64_t stride, float* packed, int64_t t, int64_t n) { pack_transposed(x, stride, packed, t, n); }
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from tandem.kernels import library
 from tandem.kernels.build import function, kernel
+from tandem.kernels.choice import backend
 from tandem.kernels.weight import Weight, panels
 
 _LINEAR = "pipppp" + "iii"
@@ -73,8 +75,13 @@ def pack_transposed(x_TN: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def accumulate(grad_NK: torch.Tensor, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
-    """grad += dy^T x, in fp32."""
+def accumulate(grad_NK: torch.Tensor, dy_TN: torch.Tensor, x_TK: torch.Tensor, by_library: bool = False) -> None:
+    """grad += dy^T x, in fp32; by the library the product is rounded to x's dtype before it is added."""
+    if by_library:
+        ways = (lambda grad: accumulate(grad, dy_TN, x_TK), lambda grad: grad.add_(dy_TN.T @ x_TK))
+        trial = torch.empty_like(grad_NK)
+        library.fastest("weight gradient", grad_NK, dy_TN.shape[0], ways, trial)(grad_NK)
+        return
     run = kernel("linear", "accumulate", x_TK.dtype, "pppiii")
     if run is None:
         grad_NK += dy_TN.float().T @ x_TK.float()
@@ -87,6 +94,14 @@ def accumulate(grad_NK: torch.Tensor, dy_TN: torch.Tensor, x_TK: torch.Tensor) -
 
 def input_gradient(dy_TN: torch.Tensor, weight: Weight) -> torch.Tensor:
     """dx = dy W: [T, K]."""
+    value = weight.value
+    if weight.library:
+        ways = (lambda dy: _input_gradient(dy, weight), lambda dy: dy @ value)
+        return library.fastest("input gradient", value, dy_TN.shape[0], ways, dy_TN)(dy_TN)
+    return _input_gradient(dy_TN, weight)
+
+
+def _input_gradient(dy_TN: torch.Tensor, weight: Weight) -> torch.Tensor:
     if weight.packed is None:
         return (dy_TN.float() @ weight.value.float()).to(dy_TN.dtype)
     return product(dy_TN, pack_transposed(weight.value), weight.value.shape[1])
@@ -104,13 +119,25 @@ class _Linear(torch.autograd.Function):
         (x_TK,) = ctx.saved_tensors
         dy_TN = dy_TN.contiguous()
         if ctx.weight.grad is not None:
-            accumulate(ctx.weight.grad, dy_TN, x_TK)
+            accumulate(ctx.weight.grad, dy_TN, x_TK, ctx.weight.library)
         if ctx.bias is not None and ctx.bias.grad is not None:
             ctx.bias.grad += dy_TN.float().sum(0)
         return input_gradient(dy_TN, ctx.weight), None, None, dy_TN if ctx.has_residual else None
 
 
 def _forward(x_TK: torch.Tensor, weight: Weight, bias: Weight | None, residual_TN: torch.Tensor | None) -> torch.Tensor:
+    if weight.library:
+        ways = (
+            lambda x: _own_forward(x, weight, bias, residual_TN),
+            lambda x: library.product(x, weight.value, bias.value if bias is not None else None, residual_TN),
+        )
+        return library.fastest("forward", weight.value, x_TK.shape[0], ways, x_TK)(x_TK)
+    return _own_forward(x_TK, weight, bias, residual_TN)
+
+
+def _own_forward(
+    x_TK: torch.Tensor, weight: Weight, bias: Weight | None, residual_TN: torch.Tensor | None
+) -> torch.Tensor:
     bias_N = bias.value.float() if bias is not None else None
     if weight.packed is None:
         return linear_reference(x_TK, weight.value, bias_N, residual_TN)
@@ -121,6 +148,10 @@ def linear(
     x_TK: torch.Tensor, weight: Weight, bias: Weight | None = None, residual_TN: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x W^T + bias + residual: [T, N] in x's dtype. Differentiable; the weight's gradient goes to `weight.grad`."""
+    if backend(x_TK) == "triton":
+        from tandem.kernels.gpu import linear as gpu
+
+        return gpu.linear(x_TK, weight, bias, residual_TN)
     if torch.is_grad_enabled() and x_TK.requires_grad:
         return _Linear.apply(x_TK, weight, bias, residual_TN)
     return _forward(x_TK, weight, bias, residual_TN)
@@ -128,6 +159,10 @@ def linear(
 
 def logits(x_TM: torch.Tensor, weight: Weight) -> torch.Tensor:
     """The output head: [T, V] in fp32, rounded nowhere in between."""
+    if backend(x_TM) == "triton":
+        from tandem.kernels.gpu import linear as gpu
+
+        return gpu.logits(x_TM, weight)
     if weight.packed is None:
         return linear_reference(x_TM, weight.value, out_dtype=torch.float32)
     return product(x_TM, weight.packed, weight.value.shape[0], out_dtype=torch.float32)

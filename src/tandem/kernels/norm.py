@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tandem.kernels.build import kernel
+from tandem.kernels.choice import backend
 from tandem.kernels.weight import Weight
 
 
@@ -66,6 +67,10 @@ class _Norm(torch.autograd.Function):
 
 def rms_norm(x_TM: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
     """[T, M] -> [T, M]; differentiable, the weight's gradient goes to `weight.grad`."""
+    if backend(x_TM) == "triton":
+        from tandem.kernels.gpu import norm as gpu
+
+        return gpu.rms_norm(x_TM, weight, eps)
     if torch.is_grad_enabled() and x_TM.requires_grad:
         return _Norm.apply(x_TM, weight, eps)
     return _forward(x_TM, weight, eps, None)

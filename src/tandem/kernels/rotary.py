@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from tandem.kernels.build import kernel
+from tandem.kernels.choice import backend
+from tandem.numerics.quantise import E4M3_MAX, to_e4m3
 
 
 def rotate_reference(
@@ -21,6 +23,10 @@ def rotate_(
     x_THD: torch.Tensor, positions_T: torch.Tensor, cos_PD: torch.Tensor, sin_PD: torch.Tensor, sign: float = 1.0
 ) -> None:
     """Rotate in place; sign -1 undoes it. Rows may be strided; positions are int64."""
+    if backend(x_THD) == "triton":
+        from tandem.kernels.gpu import rotary as gpu
+
+        return gpu.rotate_(x_THD, positions_T, cos_PD, sin_PD, sign)
     run = kernel("layer", "rotate", x_THD.dtype, "pipppiiif")
     if run is None:
         x_THD.copy_(rotate_reference(x_THD, positions_T, cos_PD, sin_PD, sign))
@@ -32,10 +38,19 @@ def rotate_(
 
 
 def store_(x_THD: torch.Tensor, slots_T: torch.Tensor, pool_CHD: torch.Tensor) -> None:
-    """pool[slots[t]] = x[t]: write keys or values into their pages. Slots are int64."""
-    run = kernel("layer", "store", x_THD.dtype, "pippii")
+    """pool[slots[t]] = x[t]: write keys or values into their pages. Slots are int64.
+
+    The pool has the dtype of x, or float8_e4m3fn: then rounded as `numerics.quantise.to_e4m3`.
+    """
+    narrow = pool_CHD.dtype == torch.float8_e4m3fn
+    assert narrow or pool_CHD.dtype == x_THD.dtype, (pool_CHD.dtype, x_THD.dtype)
+    if backend(x_THD) == "triton":
+        from tandem.kernels.gpu import rotary as gpu
+
+        return gpu.store_(x_THD.clamp(-E4M3_MAX, E4M3_MAX) if narrow else x_THD, slots_T, pool_CHD)
+    run = kernel("layer", "store_e4m3" if narrow else "store", x_THD.dtype, "pippii")
     if run is None:
-        pool_CHD[slots_T] = x_THD
+        pool_CHD[slots_T] = to_e4m3(x_THD) if narrow else x_THD
         return
     rows, heads, size = x_THD.shape
     assert pool_CHD.is_contiguous() and x_THD.stride(1) == size and slots_T.dtype == torch.int64

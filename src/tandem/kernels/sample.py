@@ -32,6 +32,7 @@ from torch import Tensor
 
 from tandem.errors import NonFiniteError
 from tandem.kernels.build import library
+from tandem.kernels.choice import backend
 from tandem.numerics import random
 from tandem.numerics.random import Stream
 
@@ -66,6 +67,15 @@ class SamplingBatch:
     def __len__(self) -> int:
         return len(self.temperature_S)
 
+    @property
+    def filters_S(self) -> NDArray[np.bool_]:
+        """Rows that choose among fewer tokens by top-k, top-p or min-p; a greedy row chooses among one and does not."""
+        return (self.temperature_S > 0) & ((self.top_k_S > 0) | (self.top_p_S < 1) | (self.min_p_S > 0))
+
+    def rows(self, rows_N: NDArray[np.int64]) -> SamplingBatch:
+        """The rows of these numbers, in their order."""
+        return SamplingBatch(*(getattr(self, name)[rows_N] for name in self.__slots__))
+
     @classmethod
     def stack(cls, samplings: Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int]) -> SamplingBatch:
         """One row for each of `samplings`; seeds are unsigned 64-bit, positions below 2^32."""
@@ -84,6 +94,10 @@ def sample(logits_SV: Tensor, batch: SamplingBatch, stream: int = Stream.TARGET)
 
     NonFiniteError names the first row with a NaN, +infinity (also after the division) or nothing but -infinity.
     """
+    if backend(logits_SV) == "triton":
+        from tandem.kernels.gpu import sample as gpu
+
+        return gpu.sample(logits_SV, batch, stream)
     _check(logits_SV, len(batch))
     compiled = _compiled()
     if compiled is None:
@@ -109,6 +123,10 @@ def processed_logits(logits_SV: Tensor, batch: SamplingBatch) -> Tensor:
 
     Raises as `sample`. The learner uses it to score under a truncated distribution.
     """
+    if backend(logits_SV) == "triton":
+        from tandem.kernels.gpu import sample as gpu
+
+        return gpu.processed_logits(logits_SV, batch)
     _check(logits_SV, len(batch))
     compiled = _compiled()
     if compiled is None:
@@ -121,13 +139,43 @@ def processed_logits(logits_SV: Tensor, batch: SamplingBatch) -> Tensor:
     return out_SV
 
 
+def kept_sets(logits_SV: Tensor, tokens_S: Tensor, batch: SamplingBatch) -> tuple[list[bytes], list[float]]:
+    """What `sample` chose among where a row filters, and the log-prob of its token before the filters.
+
+    Kept sets [S]: ids as unsigned 32-bit in ascending order (`types.kept_ids`), the drawn token among them; b"" for a
+    row without filters. Unfiltered log-probs [S], nats: log softmax(logits / temperature)[token]; 0.0 for a row without
+    filters. `tokens_S` is what `sample` drew from the same logits and batch.
+    """
+    kept, unfiltered = [b""] * len(batch), [0.0] * len(batch)
+    rows_N = np.flatnonzero(batch.filters_S)
+    if not len(rows_N):
+        return kept, unfiltered
+    picked = torch.from_numpy(rows_N).to(logits_SV.device)
+    logits_NV, tokens_N, filtering = logits_SV[picked], tokens_S[picked], batch.rows(rows_N)
+    kept_NV = (processed_logits(logits_NV, filtering) > -torch.inf).cpu().numpy()
+    temperature_N = torch.from_numpy(filtering.temperature_S).to(logits_SV.device)
+    logprobs = token_logprobs(logits_NV, tokens_N, temperature_N).tolist()
+    for row, token, kept_V, logprob in zip(rows_N.tolist(), tokens_N.tolist(), kept_NV, logprobs, strict=True):
+        assert kept_V[token], f"row {row} drew token {token}, which its filters drop"
+        kept[row], unfiltered[row] = np.flatnonzero(kept_V).astype(np.uint32).tobytes(), logprob
+    return kept, unfiltered
+
+
 def log_sum_exp(logits_SV: Tensor, temperature_S: Tensor | None = None) -> Tensor:
     """log sum exp(logits / temperature) [S] in fp32, reduced in the order of `sample`; NaN if a row is not finite."""
+    if backend(logits_SV) == "triton":
+        from tandem.kernels.gpu import sample as gpu
+
+        return gpu.log_sum_exp(logits_SV, temperature_S)
     return _reduce("tandem_log_sum_exp", _log_sum_exp_row, logits_SV, temperature_S)
 
 
 def entropy(logits_SV: Tensor, temperature_S: Tensor | None = None) -> Tensor:
     """Entropy [S] (fp32, nats) of softmax(logits / temperature). NaN where a row is not finite."""
+    if backend(logits_SV) == "triton":
+        from tandem.kernels.gpu import sample as gpu
+
+        return gpu.entropy(logits_SV, temperature_S)
     return _reduce("tandem_entropy", _entropy_row, logits_SV, temperature_S)
 
 
@@ -136,6 +184,10 @@ def token_logprobs(logits_SV: Tensor, tokens_S: Tensor, temperature_S: Tensor | 
 
     Without a temperature it is the raw log-prob; on `processed_logits` the log-prob of any filtered distribution.
     """
+    if backend(logits_SV) == "triton":
+        from tandem.kernels.gpu import sample as gpu
+
+        return gpu.token_logprobs(logits_SV, tokens_S, temperature_S)
     x_S = logits_SV.gather(1, tokens_S[:, None].to(torch.int64))[:, 0]
     if temperature_S is not None:
         x_S = x_S / temperature_S

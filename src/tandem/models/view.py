@@ -13,6 +13,7 @@ import torch
 
 from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference
 from tandem.kernels.build import kernel
+from tandem.kernels.choice import backend
 from tandem.kernels.rotary import rotate_, rotate_reference, store_
 
 
@@ -62,7 +63,7 @@ class _PackAttention(torch.autograd.Function):
         query, key, value = heads.cut(qkv_TW)
         for rotated in (query, key):
             rotate_(rotated, view.positions_T, tables[0], tables[1])
-        lse_TH = torch.empty(query.shape[:2])
+        lse_TH = torch.empty(query.shape[:2], device=query.device)
         out = attention(query, key, value, view.paths, heads.window, lse_TH)
         ctx.save_for_backward(qkv_TW, out, lse_TH)
         ctx.view, ctx.heads, ctx.tables = view, heads, tables
@@ -88,15 +89,18 @@ class PackView:
         positions: Sequence[int],
         segments: Sequence[int],
         paths: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
     ) -> None:
-        self.positions_T = torch.tensor(positions, dtype=torch.int64)
+        self.positions_T = torch.tensor(positions, dtype=torch.int64, device=device)
         first = [positions[start] for start in segments[:-1]]
         self.paths = Paths.build(list(segments), first, [list(path) for path in paths], page_tokens=1)
+        self.paths = self.paths.to(self.positions_T.device)
 
     def attend(
         self, layer: int, qkv_TW: torch.Tensor, heads: Heads, tables: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        if kernel("attention", "attention_backward", qkv_TW.dtype, "pp") is not None:
+        triton = backend(qkv_TW) == "triton"
+        if triton or kernel("attention", "attention_backward", qkv_TW.dtype, "pp") is not None:
             return _PackAttention.apply(qkv_TW, self, heads, tables)
         query, key, value = heads.cut(qkv_TW)
         query, key = (rotate_reference(x, self.positions_T, tables[0], tables[1]) for x in (query, key))
@@ -104,7 +108,11 @@ class PackView:
 
 
 class PagedView:
-    """The engine's: slots are tokens of the KV pages of a layer. One view serves one step."""
+    """The engine's: slots are tokens of the KV pages of a layer. One view serves one step.
+
+    What is attended to is what the pages hold, the rows of this step included: where pages are of a narrower dtype, a
+    row's result does not depend on which keys came in its own step.
+    """
 
     def __init__(
         self,
@@ -112,11 +120,15 @@ class PagedView:
         slots_T: torch.Tensor,
         paths: Paths,
         pools: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        window: int = 0,
+        sinks: int = 0,
     ) -> None:
         self.positions_T = positions_T
         self.slots_T = slots_T  # int64: where each row's key and value go
         self.paths = paths
         self.pools = pools  # of each layer: keys and values [slots, K, D]
+        self.window = window  # 0: the model's own; else latest positions that a query sees, and the leading `sinks`
+        self.sinks = sinks
 
     def attend(
         self, layer: int, qkv_TW: torch.Tensor, heads: Heads, tables: tuple[torch.Tensor, torch.Tensor]
@@ -127,4 +139,6 @@ class PagedView:
         keys, values = self.pools[layer]
         store_(key, self.slots_T, keys)
         store_(value, self.slots_T, values)
+        if self.window:
+            return attention(query, keys, values, self.paths, self.window, sinks=self.sinks).flatten(1)
         return attention(query, keys, values, self.paths, heads.window).flatten(1)

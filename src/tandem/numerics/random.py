@@ -36,6 +36,7 @@ class Stream(IntEnum):
     ACCEPT = 2  # acceptance of a drafted token
     RESIDUAL = 3  # the token drawn after a rejection
     ROUNDING = 4  # stochastic rounding
+    NOISE = 5  # engine.noise; a channel of the final hidden state stands in the place of the token id
 
 
 def philox4x32(counter: ArrayLike, key: ArrayLike) -> Words:
@@ -67,6 +68,17 @@ def words(seed: int, position: int, token_ids: ArrayLike, stream: int = Stream.T
     return np.take_along_axis(blocks, (ids % 4)[..., None], axis=-1)[..., 0]
 
 
+def word_rows(seeds_S: ArrayLike, positions_S: ArrayLike, count: int, stream: int) -> Words:
+    """[S, count]: the words of ids 0 to count - 1 for each pair of a seed (uint64) and a position, as in `words`."""
+    seeds = np.asarray(seeds_S, dtype=np.uint64)
+    counter = np.zeros((len(seeds), -(-count // 4), 4), dtype=np.uint64)
+    counter[..., 0] = np.arange(counter.shape[1])
+    counter[..., 1] = np.asarray(positions_S, dtype=np.uint64)[:, None]
+    counter[..., 2] = int(stream)
+    key = np.stack((seeds & _LOW, seeds >> _HALF), -1)[:, None]
+    return philox4x32(counter, key).reshape(len(seeds), -1)[:, :count]
+
+
 def uniform(word: ArrayLike) -> NDArray[np.float64]:
     """(w + 1/2) 2^-32, exact in fp64: in [2^-33, 1 - 2^-33], never 0 or 1."""
     return (np.asarray(word, dtype=np.uint32).astype(np.float64) + 0.5) * 2.0**-32
@@ -80,6 +92,17 @@ def uniform_fp32(word: ArrayLike) -> NDArray[np.float32]:
 def gumbel(word: ArrayLike) -> NDArray[np.float32]:
     """Standard Gumbel noise -log(-log u), evaluated in fp64 and rounded to fp32: in [GUMBEL_MIN, GUMBEL_MAX]."""
     return (-np.log(-np.log(uniform(word)))).astype(np.float32)
+
+
+def normal(word: ArrayLike) -> NDArray[np.float64]:
+    """Standard normal numbers of words [..., 2 n], two of a pair of neighbours: in [-6.77, 6.77], same shape.
+
+    sqrt(-2 log u) times the cosine and the sine of 2 pi v, in fp64 (Box and Muller, "A note on the generation of random
+    normal deviates", 1958).
+    """
+    u, v = uniform(word).reshape(-1, 2).T.copy()  # contiguous: one code path of NumPy's for any number of rows
+    radius, angle = np.sqrt(-2 * np.log(u)), 2 * np.pi * v
+    return np.stack((radius * np.cos(angle), radius * np.sin(angle)), -1).reshape(np.shape(word))
 
 
 def derive_seed(run_seed: int, step: int, prompt_id: str, sibling: int) -> int:

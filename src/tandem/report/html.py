@@ -14,7 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from tandem.report import metrics, plots, units
+from tandem.report import drift, metrics, plots, units
 from tandem.report.live import held_out
 from tandem.report.metrics import Row
 
@@ -26,6 +26,7 @@ _ALTERNATIVES = {
     "lengths": "Mean and longest response by step",
     "entropy": "Entropy of the policy by step",
     "time": "Seconds of each step by phase",
+    "budget": "Error budget by step: staleness, mismatch and sampling",
 }
 
 
@@ -72,7 +73,10 @@ def render_report(
         planned=config.get("steps"),
         summary=metrics.summary(rows),
         tiles=tiles(metrics.summary(rows)),
+        declared=_json(folder / "plan.json").get("numerics"),
         agreement=agreement(rows),
+        drift=drift.drift_table(rows, config.get("alarms") or {}),
+        by_length=drift.by_length(rows),
         alarms=metrics.alarms(rows),
         figures=[_inlined(*picture) for picture in pictures],
         last=metrics.training(rows)[-_LAST_STEPS:][::-1],

@@ -54,9 +54,12 @@ def step_line(row: Row, total_steps: int, left_s: float | None) -> str:
         parts.append(f"reward {decimal(row.get('reward'))}")
         parts.append(f"length {decimal(row.get('length'), 1)} (max {count(row.get('length_max'))})")
         parts.append(f"entropy {decimal(row.get('entropy'))}")
+        parts.append(f"KL {divergence(row.get('kl'))}")
         parts.append(f"{count(row.get('tokens_per_s'))} tok/s")
     if row.get("failed"):
         parts.append(f"failed {row['failed']}")
+    if alarms := row.get("alarms"):
+        parts.append("alarms: " + ", ".join(alarm.split(maxsplit=1)[0] for alarm in alarms))
     if evaluation := row.get("evaluation"):
         parts.append("held-out " + held_out(evaluation))
     if seconds := step_s(row):
@@ -65,6 +68,15 @@ def step_line(row: Row, total_steps: int, left_s: float | None) -> str:
     if left_s is not None:
         parts.append(f"about {duration(left_s)} left")
     return "  ".join(parts)
+
+
+def divergence(kl: float | None) -> str:
+    """0 only where it is exactly 0.
+
+    >>> divergence(0.0), divergence(2.5e-7)
+    ('0', '2.5e-07')
+    """
+    return "–" if kl is None else f"{kl:.2g}"
 
 
 def held_out(evaluation: Row) -> str:
@@ -112,6 +124,8 @@ class LiveTable:
         self._started_s = time.monotonic()
         if self._live:
             self._live.start()
+        else:
+            self.note(self._title)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
@@ -157,7 +171,7 @@ class LiveTable:
     def _table(self) -> Table:
         width = self._console.width
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-        columns = ["step", "reward", "length", "max", "entropy", "tok/s", "time"]
+        columns = ["step", "reward", "length", "max", "entropy", "KL", "tok/s", "time"]
         if width >= 90:
             columns += ["equal groups", "failed", "gradient", "held-out"]
         for name in columns:
@@ -170,6 +184,7 @@ class LiveTable:
                 "length": decimal(row.get("length"), 1),
                 "max": count(row.get("length_max")),
                 "entropy": decimal(row.get("entropy")),
+                "KL": divergence(row.get("kl")),
                 "tok/s": count(row.get("tokens_per_s")),
                 "time": duration(step_s(row)),
                 "equal groups": percent(row.get("zero_variance")),

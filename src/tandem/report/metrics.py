@@ -15,7 +15,6 @@ Row = Mapping[str, Any]
 
 FAILED_SHARE_ALARM = 0.10  # of a step's trajectories
 ZERO_VARIANCE_ALARM = 0.90  # of a step's groups: nearly nothing to learn from
-MISMATCH_ALARM = 0.05  # nats; a bf16 forward in another order differs by about this much
 REWARD_DROP_ALARM = 0.15  # last five steps below the best five in a row
 
 
@@ -149,7 +148,7 @@ def alarms(rows: Sequence[Row]) -> list[str]:
     Rows may bring their own lines under "alarms".
     """
     trained = training(rows)
-    lines = [f"step {row['step']}: {alarm}" for row in rows for alarm in row.get("alarms") or ()]
+    lines = _brought(rows)
     for row in trained:
         if row.get("reward") is None:
             lines.append(f"step {row['step']}: reward is not a number; every trajectory of the step failed")
@@ -158,13 +157,6 @@ def alarms(rows: Sequence[Row]) -> list[str]:
         lines.append(
             f"step {worst['step']}: failed trajectories {_failed_share(worst):.0%} > {FAILED_SHARE_ALARM:.0%}; "
             "their reasons are listed under Failures"
-        )
-    apart = [row for row in trained if (row.get("mismatch") or 0) > MISMATCH_ALARM]
-    if apart:
-        worst = max(apart, key=lambda row: row["mismatch"])
-        lines.append(
-            f"step {worst['step']}: largest |engine - learner log-prob| {worst['mismatch']:.3g} > {MISMATCH_ALARM} "
-            f"in {len(apart)} of {len(trained)} steps; the policy that sampled is not the one that was trained"
         )
     flat = [row for row in trained if (row.get("zero_variance") or 0) > ZERO_VARIANCE_ALARM]
     if flat:
@@ -182,6 +174,15 @@ def alarms(rows: Sequence[Row]) -> list[str]:
                 f"below its best, {means[best]:.3f} at steps {steps[best]}-{steps[best + 4]}"
             )
     return lines
+
+
+def _brought(rows: Iterable[Row]) -> list[str]:
+    """The rows' own alarms: of each metric (the first word) the first, and in how many more steps it fired."""
+    fired: dict[str, list[str]] = {}
+    for row in rows:
+        for alarm in row.get("alarms") or ():
+            fired.setdefault(alarm.split(maxsplit=1)[0], []).append(f"step {row['step']}: {alarm}")
+    return [same[0] + (f" (and in {len(same) - 1} later steps)" if len(same) > 1 else "") for same in fired.values()]
 
 
 def _failed_share(row: Row) -> float:

@@ -95,7 +95,8 @@ def smoothed(values: Sequence[float], window: int = _SMOOTHING) -> list[float]:
     return [sum(part) / len(part) for i in range(len(values)) if (part := values[max(0, i - window + 1) : i + 1])]
 
 
-def _axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
+def draw_axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
+    """A figure with one plot whose x axis counts steps."""
     figure = Figure()
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -106,7 +107,7 @@ def _axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes, columns: int = 4, reverse: bool = False) -> None:
+def draw_legend(axes: Axes, columns: int = 4, reverse: bool = False) -> None:
     """Above the plot, where no curve can be hidden by it."""
     handles, labels = axes.get_legend_handles_labels()
     if reverse:
@@ -117,7 +118,7 @@ def _legend(axes: Axes, columns: int = 4, reverse: bool = False) -> None:
 
 def reward_figure(rows: Sequence[Row]) -> Figure:
     """Mean reward of each step, its mean over five steps, and held-out accuracy with its 95 % interval."""
-    figure, axes = _axes("Reward and held-out accuracy", "mean reward, accuracy")
+    figure, axes = draw_axes("Reward and held-out accuracy", "mean reward, accuracy")
     steps, rewards = series(training(rows), "reward")
     if steps:
         axes.plot(
@@ -142,24 +143,24 @@ def reward_figure(rows: Sequence[Row]) -> Figure:
     values = rewards + [entry["accuracy"] for entry in held_out]
     if values and 0.0 <= min(values) and max(values) <= 1.0:
         axes.set_ylim(0.0, 1.0)
-    _legend(axes, columns=3)
+    draw_legend(axes, columns=3)
     return figure
 
 
 def lengths_figure(rows: Sequence[Row]) -> Figure:
     """Mean and largest number of sampled tokens a trajectory."""
-    figure, axes = _axes("Response length", "sampled tokens")
+    figure, axes = draw_axes("Response length", "sampled tokens")
     for name, label, colour, line in (("length_max", "longest", VERMILLION, "--"), ("length", "mean", BLUE, "-")):
         steps, values = series(rows, name)
         axes.plot(steps, values, color=colour, linestyle=line, label=label)
     axes.set_ylim(bottom=0)
-    _legend(axes)
+    draw_legend(axes)
     return figure
 
 
 def entropy_figure(rows: Sequence[Row]) -> Figure:
     """Mean entropy of the policy at the tokens it sampled."""
-    figure, axes = _axes("Entropy of the policy", "nats per token")
+    figure, axes = draw_axes("Entropy of the policy", "nats per token")
     axes.plot(*series(rows, "entropy"), color=BLUE)
     axes.set_ylim(bottom=0)
     return figure
@@ -167,7 +168,7 @@ def entropy_figure(rows: Sequence[Row]) -> Figure:
 
 def time_figure(rows: Sequence[Row]) -> Figure:
     """Seconds of each step by phase, stacked; the legend gives each phase's share of the whole run."""
-    figure, axes = _axes("Where the time went", "seconds per step")
+    figure, axes = draw_axes("Where the time went", "seconds per step")
     timed = [row for row in rows if row.get("seconds")]
     steps = [row["step"] for row in timed]
     totals = seconds_by_phase(timed)
@@ -180,13 +181,13 @@ def time_figure(rows: Sequence[Row]) -> Figure:
         share = f"{100 * total / spent:.0f} %" if spent else ""
         axes.bar(steps, heights, bottom=floor, width=0.86, color=colour, linewidth=0, label=f"{phase} {share}")
         floor = [below + height for below, height in zip(floor, heights, strict=True)]
-    _legend(axes, columns=4)
+    draw_legend(axes, columns=4)
     return figure
 
 
 def reward_curves_figure(curves: Sequence[tuple[str, Sequence[Row]]], title: str = "Reward of each seed") -> Figure:
     """Smoothed reward of several runs, each step's reward faint behind it, held-out accuracy as marks."""
-    figure, axes = _axes(title, "mean reward")
+    figure, axes = draw_axes(title, "mean reward")
     inside = True
     for place, (label, rows) in enumerate(curves):
         colour = SERIES[place % len(SERIES)]
@@ -204,7 +205,18 @@ def reward_curves_figure(curves: Sequence[tuple[str, Sequence[Row]]], title: str
         axes.set_ylim(0.0, 1.0)
     if any(evaluations(rows) for _, rows in curves):
         axes.plot([], [], color=GREY, linestyle="none", marker="D", markersize=5, label="held-out accuracy")
-    _legend(axes)
+    draw_legend(axes)
+    return figure
+
+
+def budget_figure(rows: Sequence[Row]) -> Figure:
+    """The lines of the error budget that are nats a token, by step."""
+    figure, axes = draw_axes("Error budget", "mean |Δ log p|, nats per token")
+    lines = [{"step": row["step"], **row["error_budget"]} for row in training(rows) if row.get("error_budget")]
+    for name, colour, style in (("staleness", BLUE, "-"), ("mismatch", VERMILLION, "--"), ("sampling", GREEN, "-.")):
+        axes.plot(*series(lines, name), color=colour, linestyle=style, label=name)
+    axes.set_ylim(bottom=0)
+    draw_legend(axes)
     return figure
 
 
@@ -213,6 +225,7 @@ FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "lengths": lengths_figure,
     "entropy": entropy_figure,
     "time": time_figure,
+    "budget": budget_figure,
 }
 
 
@@ -230,10 +243,16 @@ def png(draw: Callable[[], Figure], dark: bool = False) -> bytes:
 
 
 def save_plots(rows: Sequence[Row], folder: Path | str) -> dict[str, Path]:
-    """Write reward.png, lengths.png, entropy.png and time.png into `folder`; name -> path."""
+    """Write reward.png, lengths.png, entropy.png and time.png into `folder`; name -> path.
+
+    budget.png too, where engine and learner ever differed.
+    """
     folder = Path(folder)
     paths = {}
+    drifted = any(any((row.get("error_budget") or {}).values()) for row in rows)
     for name, figure in FIGURES.items():
+        if name == "budget" and not drifted:
+            continue
         paths[name] = folder / f"{name}.png"
         paths[name].write_bytes(png(partial(figure, rows)))
     return paths

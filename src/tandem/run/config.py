@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from tandem.algo.alarm import AlarmConfig, check_correctable
 from tandem.algo.config import AlgoConfig, check_group_size
 from tandem.engine.config import EngineConfig
 from tandem.errors import ConfigError
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.rollout.config import RolloutConfig
+from tandem.sync.config import SyncConfig
 from tandem.train.config import LearnerConfig
 
 
@@ -66,6 +68,8 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
+    alarms: AlarmConfig = field(default_factory=AlarmConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
@@ -84,14 +88,9 @@ class RunConfig:
 def check_training(config: RunConfig) -> None:
     """Refuse, before any weight is loaded, what cannot be trained. Raises ConfigError."""
     check_group_size(config.algo, config.rollout.samples_per_prompt)
+    check_correctable(config.alarms, config.algo.correction)
     rollout = config.rollout
     if rollout.temperature == 0:
         raise ConfigError(
             "rollout.temperature is 0: greedy samples of a prompt are all alike and teach nothing. Set it above 0."
-        )
-    if rollout.top_k or rollout.top_p < 1 or rollout.min_p > 0:
-        raise ConfigError(
-            f"rollout.top_k {rollout.top_k}, top_p {rollout.top_p}, min_p {rollout.min_p}: training needs the whole "
-            "distribution, because the learner does not replay the set that the sampler kept. "
-            "Set top_k=0, top_p=1 and min_p=0."
         )

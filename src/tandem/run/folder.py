@@ -95,7 +95,7 @@ class RunFolder:
         cls,
         path: Path | str,
         config: Any = None,
-        may_differ: Iterable[str] = ("steps",),
+        may_differ: Iterable[str] = ("steps", "alarms"),
         keep: int | None = 2,
     ) -> RunFolder:
         """Continue the run in `path`: cleans what a crash left, checks `config` where one is given.

@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from tandem.algo.advantage import Selection, samples_from_groups
-from tandem.errors import NonFiniteError, RunFolderError
+from tandem.algo.price import Lagrangian
+from tandem.errors import AlarmError, NonFiniteError, ParityError, RunFolderError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.program.task import Task, make_environment
@@ -20,16 +21,16 @@ from tandem.rollout.evaluate import Evaluation, evaluate
 from tandem.rollout.group import summarise
 from tandem.rollout.rollout import Rollouts
 from tandem.run.config import RunConfig, check_training
+from tandem.run.departures import declaration, is_exact
 from tandem.run.folder import RunFolder, trajectory_rows
 from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages, run_loop
 from tandem.run.parts import Parts, build_parts, resolve_source
 from tandem.run.stop import EXIT_INTERRUPTED, StopSignal
-from tandem.sync.publish import publish
 from tandem.trace import Totals, Trace
 from tandem.train import checkpoint as saved_state
 from tandem.train.checkpoint import RunState
-from tandem.train.reference import with_reference
+from tandem.train.reference import with_logprobs
 from tandem.train.step import Learner, LearnerReport
 from tandem.types import Group, Prompt, WeightVersion
 
@@ -68,24 +69,33 @@ class Session:
         self.totals = Totals()
         self.trace = Trace([self.totals])
         self.ledger = Ledger()
+        self.alarmed: set[str] = set()  # metrics whose alarm has been shown
         self.elapsed_s = 0.0  # of earlier sittings
         self.started_s = self.row_started_s = time.perf_counter()
         updates = config.steps * config.algo.updates_per_step
         self.learner = Learner(
-            parts.decoder, config.learner, config.algo, config.rollout.temperature, updates, self.trace
+            parts.decoder,
+            config.learner,
+            config.algo,
+            config.rollout.temperature,
+            updates,
+            self.trace,
+            alarms=config.alarms,
+            exact=is_exact(config),
         )
+        self.price = Lagrangian(config.algo.price)
         self.rollouts = Rollouts(parts.engine, parts.renderer, task, config.rollout, config.seed, self.trace)
         self.reference = self._reference() if config.algo.needs_reference else None
 
     def _reference(self) -> Decoder:
         source = open_checkpoint(resolve_source(self.config.model.source))
-        return Decoder(source.spec, self.config.model.dtype).load(source.tensors())
+        return Decoder(source.spec, self.config.model.dtype, self.config.model.device).load(source.tensors())
 
     def stages(self) -> Stages:
         return Stages(
             prompts=self.prompts,
             rollout=self.rollouts.run,
-            credit=lambda groups: samples_from_groups(self.config.algo, groups),
+            credit=lambda groups: samples_from_groups(self.config.algo, groups, self.price.price),
             learn=self.learn,
             publish=self.publish,
             record=self.record,
@@ -101,24 +111,26 @@ class Session:
         kept = self.folder.write_trajectories(step, trajectory_rows(groups, self.parts.tokenizer.decode))
         samples = batch.samples
         with self.trace.span("learner"):
-            if self.reference is not None:
-                budget, temperature = self.config.learner.microbatch_tokens, self.config.rollout.temperature
-                samples = with_reference(self.reference, samples, batch.prompts, budget, temperature)
+            scorers = {"reference_logprobs": self.reference, "source_logprobs": self.parts.publisher.source}
+            for name, decoder in scorers.items():
+                if decoder is not None:
+                    budget, temperature = self.config.learner.microbatch_tokens, self.config.rollout.temperature
+                    samples = with_logprobs(name, decoder, samples, batch.prompts, budget, temperature)
             try:
                 return self.learner.step(samples, batch.prompts)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"step {step}: {error} The step's trajectories are kept in {kept}.") from error
+            except (NonFiniteError, AlarmError, ParityError) as error:
+                raise type(error)(f"step {step}: {error} The step's trajectories are kept in {kept}.") from error
 
     def publish(self, step: int) -> WeightVersion:
         with self.trace.span("publish"):
-            return publish(self.parts.decoder, step, self.parts.engine)
+            return self.parts.publisher.publish(step)
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """Held-out greedy accuracy."""
         with self.trace.span("evaluate"):
             prompts = self.task.heldout[: self.config.evaluation.prompts]
             result, _ = evaluate(
-                self.parts.engine, self.parts.renderer, self.task, prompts, self.config.rollout, step=step
+                self.parts.exact_engine, self.parts.renderer, self.task, prompts, self.config.rollout, step=step
             )
         return dataclasses.asdict(result)
 
@@ -127,14 +139,25 @@ class Session:
     ) -> None:
         """Evaluate where it is due, write and show the step's row, save where it is due. The end saves in any case."""
         row: dict[str, Any] = {"step": step, **_figures(groups, report), "weights": version.digest}
+        cost = self.price.update(groups)
+        if self.config.algo.price.budget is not None:
+            row |= {"cost": cost, "price": self.price.price}
         row["trained_samples"] = len(batch.samples)
         self.ledger.record(groups, batch.samples)
         config, last = self.config, step == self.config.steps
         if config.evaluation.prompts and (last or (config.evaluation.every and step % config.evaluation.every == 0)):
             row["evaluation"] = self.evaluate(step)
         self.write(row)
+        self.announce(step, report)
         if config.checkpoint.every and step % config.checkpoint.every == 0:
             self.save(step, version)
+
+    def announce(self, step: int, report: LearnerReport | None) -> None:
+        """The first time that a metric's alarm fires, in full; the rows have all of them."""
+        for alarm in report.alarms if report is not None else ():
+            if alarm.metric not in self.alarmed:
+                self.alarmed.add(alarm.metric)
+                self.display.note(f"alarm, step {step}: {alarm.text()}")
 
     def write(self, row: dict[str, Any]) -> None:
         """Complete a row with times and memory, and hand it to folder, ledger and display."""
@@ -157,9 +180,16 @@ class Session:
         cursor = step * self.config.rollout.prompts_per_step
         with self.trace.span("checkpoint"), self.folder.checkpoint(step) as directory:
             wall_s = self.elapsed_s + time.perf_counter() - self.started_s
-            ledger = {"ledger": self.ledger.state(), "wall_s": wall_s}
+            ledger = {"ledger": self.ledger.state(), "wall_s": wall_s, **self.price.state()}
             state = RunState(step, cursor, self.config.seed, self.learner.optimiser.updates, version.digest, ledger)
             saved_state.save(directory, self.learner.optimiser, self.parts.tokenizer, state)
+            self.parts.publisher.save(directory)
+
+    def save_newest(self, version: WeightVersion) -> None:
+        """A checkpoint of the last finished step, unless there is one."""
+        saved = self.folder.latest_checkpoint()
+        if version.step and (saved is None or saved.step < version.step):
+            self.save(version.step, version)
 
     def restore(self) -> int:
         """Go back to the newest checkpoint; returns its step, 0 where there is none."""
@@ -168,7 +198,8 @@ class Session:
             self.ledger.discard(self.folder.rewind(-1))
             return 0
         state = saved_state.load(saved.path, self.learner.optimiser)
-        version = publish(self.parts.decoder, state.step, self.parts.engine)
+        self.parts.publisher.load(saved.path)
+        version = self.parts.publisher.publish(state.step)
         if version.digest != state.weights:
             raise RunFolderError(
                 f"the weights of {saved.path} hash to {version.digest[:12]}, not to the {state.weights[:12]} that were "
@@ -177,6 +208,7 @@ class Session:
         if state.ledger:
             self.ledger = Ledger.restore(state.ledger["ledger"])
             self.elapsed_s = state.ledger["wall_s"]
+            self.price.restore(state.ledger)
         self.ledger.discard(self.folder.rewind(state.step))
         return state.step
 
@@ -207,6 +239,7 @@ def _figures(groups: Sequence[Group], report: LearnerReport | None) -> dict[str,
         row |= {name: value for name, value in report.metrics.items() if name != "tokens"}
         row |= {"trained_tokens": int(report.metrics["tokens"]), "learner_rows": report.rows}
         row |= {"grad_norm": report.grad_norm, "lr": report.lr, "microbatches": report.microbatches}
+        row |= {"error_budget": report.error_budget, "by_length": report.by_length, "alarms": report.alarm_texts}
     return row
 
 
@@ -218,12 +251,12 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
         task = make_environment(config.task)
         closing.callback(task.close)
         folder = closing.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
-        parts = build_parts(config.model, config.engine)
+        parts = build_parts(config.model, config.engine, config.sync.lag)
         task.ready()
         if folder is None:  # only now, so that a wrong model or task leaves no folder behind
             path = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
             folder = closing.enter_context(RunFolder.create(path, config, keep=keep))
-        folder.write_plan(parts.plan)
+        folder.write_plan(parts.plan | {"numerics": declaration(config)})
         return _sit(config, folder, task, parts, display), folder.path
 
 
@@ -232,11 +265,13 @@ def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display
     with display, session.stopping:
         done = session.restore()
         if done == 0 and config.evaluation.prompts:
-            session.write({"step": 0, "evaluation": session.evaluate(0), "weights": parts.engine.version.digest})
-        last = run_loop(session.stages(), done + 1, config.steps)
-        saved = folder.latest_checkpoint()
-        if saved is None or saved.step < last:
-            session.save(last, parts.engine.version)
+            session.write({"step": 0, "evaluation": session.evaluate(0), "weights": parts.exact_engine.version.digest})
+        try:
+            last = run_loop(session.stages(), done + 1, config.steps)
+        except (AlarmError, ParityError):  # raised before the step's first update
+            session.save_newest(parts.exact_engine.version)
+            raise
+        session.save_newest(parts.exact_engine.version)
         session.finish()
     return EXIT_INTERRUPTED if session.stopping.requested and last < config.steps else 0
 

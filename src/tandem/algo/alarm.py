@@ -1,0 +1,108 @@
+"""Alarms on the drift between the policy that sampled and the policy that is trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from tandem.algo.config import CorrectionConfig
+from tandem.errors import ConfigError, nearest
+
+Action = Literal["warn", "stop", "correct"]
+Contributions = Mapping[str, Mapping[str, float]]  # metric -> sample id -> how much of the metric is that sample's
+
+NAMED_TRAJECTORIES = 3  # at most, in an alarm
+
+
+@dataclass(frozen=True, slots=True)
+class AlarmConfig:
+    """What to do about drift, and one threshold a metric of `algo/drift.py`; None switches a metric's alarm off.
+
+    >>> AlarmConfig(action="stop").thresholds["k3"]
+    0.01
+    """
+
+    action: Action = "warn"  # warn: report; stop: raise before the update; correct: turn algo.correction on
+    mult_prob_error: float | None = 1.05  # mean exp |d log p|; NeMo-RL's threshold
+    k1: float | None = 0.05  # |mean d log p|, nats; ours
+    k3: float | None = 1e-2  # nats; the literature's for mixture-of-experts models, 1e-3 for dense bf16
+    chi_square: float | None = 0.1  # mean rho^2 - 1; the literature's
+    ess: float | None = 0.5  # effective share of the tokens, alarms below; the literature's
+    ppl_gap: float | None = 0.05  # |ratio of perplexities - 1|; ours
+    abs_max: float | None = 1.0  # largest |d log p|, nats; ours
+    abs_p999: float | None = 0.5  # 99.9th percentile of |d log p|, nats; ours
+    prob_max: float | None = 0.3  # largest |d p|; prime-rl masks a token beyond it
+    prob_p999: float | None = 0.2  # 99.9th percentile of |d p|; ours
+    rare_share: float | None = 0.5  # of the gradient, from tokens with p < 1e-3; ours
+    masked: float | None = 0.05  # share of trained tokens that a mask or rejection took out; the literature's
+    weight_clipped: float | None = 0.05  # share of trained tokens whose weight was truncated; the literature's
+
+    def __post_init__(self) -> None:
+        if self.action not in get_args(Action):
+            advice = nearest(str(self.action), get_args(Action))
+            raise ConfigError(f"alarms.action is {self.action!r}.{advice} Allowed: {', '.join(get_args(Action))}.")
+        for name, threshold in self.thresholds.items():
+            if not (math.isfinite(threshold) and threshold >= 0.0):
+                raise ConfigError(f"alarms.{name} is {threshold}; it must be a finite number, 0 or more, or none.")
+
+    @property
+    def thresholds(self) -> dict[str, float]:
+        """Those that are on, by metric."""
+        named = {name: getattr(self, name) for name in METRICS}
+        return {name: value for name, value in named.items() if value is not None}
+
+
+METRICS = tuple(name for name in AlarmConfig.__dataclass_fields__ if name != "action")
+BELOW = frozenset({"ess"})  # alarms below its threshold; all others above
+EITHER_SIDE = frozenset({"k1", "ppl_gap"})  # |value| is compared
+
+
+@dataclass(frozen=True, slots=True)
+class Alarm:
+    """A metric beyond its threshold.
+
+    >>> Alarm("k3", 0.25, 0.01, ("p/0", "q/3")).text()
+    'k3 0.25 > 0.01; most of it in p/0, q/3'
+    """
+
+    metric: str
+    value: float  # may be inf or nan
+    threshold: float
+    trajectories: tuple[str, ...]  # ids of the samples that contribute most, the first the most; at most three
+    step: int | None = None  # the caller's
+
+    def text(self) -> str:
+        """One line: metric, value, threshold, trajectories."""
+        sign = "<" if self.metric in BELOW else ">"
+        named = f"; most of it in {', '.join(self.trajectories)}" if self.trajectories else ""
+        return f"{self.metric} {self.value:.3g} {sign} {self.threshold:g}{named}"
+
+
+def check(alarms: AlarmConfig, metrics: Mapping[str, float], per_sample: Contributions) -> list[Alarm]:
+    """The alarms of a step's metrics, in the order of the config's fields. inf and nan are beyond every threshold."""
+    found = []
+    for name, threshold in alarms.thresholds.items():
+        if name not in metrics:
+            continue
+        value = abs(metrics[name]) if name in EITHER_SIDE else metrics[name]
+        within = value >= threshold if name in BELOW else value <= threshold
+        if within:
+            continue
+        shares = per_sample.get(name, {})
+        ranked = sorted(
+            (sample for sample, share in shares.items() if not share <= 0.0),
+            key=lambda sample: (-shares[sample] if not math.isnan(shares[sample]) else -math.inf, sample),
+        )
+        found.append(Alarm(name, metrics[name], threshold, tuple(ranked[:NAMED_TRAJECTORIES])))
+    return found
+
+
+def check_correctable(alarms: AlarmConfig, correction: CorrectionConfig) -> None:
+    """Refuse an action that has nothing to turn on. Raises ConfigError."""
+    if alarms.action == "correct" and correction.naive:
+        raise ConfigError(
+            "alarms.action is 'correct' but algo.correction is decoupled without weight or reject: an alarm would turn "
+            "nothing on. Set algo.correction.weight or algo.correction.reject, or alarms.action to warn or stop."
+        )

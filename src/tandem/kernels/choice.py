@@ -1,0 +1,25 @@
+"""Which kernel computes: the one place where reference, C++ and Triton are chosen between."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+import torch
+
+from tandem import env
+from tandem.kernels.build import SUFFIX, library
+
+Backend = Literal["cpp", "triton", "reference"]
+
+
+@functools.cache
+def _asked() -> str:
+    return env.kernels()
+
+
+def backend(tensor: torch.Tensor) -> Backend:
+    """What computes on `tensor`: Triton on a GPU, or where TANDEM_KERNELS asks; else C++; else PyTorch's reference."""
+    if tensor.is_cuda or _asked() == "triton":
+        return "triton"
+    return "cpp" if str(tensor.dtype) in SUFFIX and library("linear") is not None else "reference"

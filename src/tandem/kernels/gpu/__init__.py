@@ -1,0 +1,17 @@
+"""The forward pass in Triton, one operation a file, named and shaped as the CPU's beside this folder.
+
+A row keeps its bits whatever rows ride along. One tile serves every number of rows; a kernel is compiled for the shapes
+of the model alone: what depends on the batch (counts of rows, strides, sizes of pages) is never specialised on, so
+engine and learner run one binary. Sums have one accumulator an element and run in order: no split of the depth, no
+atomics, no tuning by the number of rows. Backward passes are torch operations: equality of bits is a matter of the
+forward pass alone.
+"""
+
+from __future__ import annotations
+
+import triton
+
+if triton.knobs.runtime.interpret:
+    from tandem.kernels.gpu.interpret import mend
+
+    mend()

@@ -1,0 +1,85 @@
+"""Fewer bits a number: integers in groups that share a scale, and e4m3. Pure functions, on any device.
+
+`kernels/quantise.py` has the integers in C++, with the same bits.
+
+Integers are symmetric: of a group of inputs, scale = amax / L in fp32 with L = 127 (8 bits) or 7 (4 bits), and
+code = w / scale in fp32, rounded to nearest even and clamped to [-L, L]. A value is code * scale, evaluated in fp32 and
+rounded to the dtype asked for. Scales are kept in fp32, so 8 bits in groups of g cost 8 + 32 / g bits a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tandem.errors import NonFiniteError
+
+LARGEST = {8: 127, 4: 7}  # bits -> largest code
+E4M3_MAX = 448.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Quantised:
+    """A matrix as integers. The last group of a row may hold fewer than `group` inputs.
+
+    >>> quantise(torch.tensor([[7.0, -3.5, 0.4]]), 4, 2).codes_NK.tolist()
+    [[7, -4, 7]]
+    """
+
+    codes_NK: Tensor  # int8, within [-127, 127] or [-7, 7]
+    scales_NG: Tensor  # fp32, of inputs [g * group, (g + 1) * group); 0 where they are all zero
+    bits: int
+    group: int
+
+
+def quantise(weight_NK: Tensor, bits: int, group: int) -> Quantised:
+    """Round a matrix (bf16, fp16 or fp32) in groups of `group` inputs, along its last axis. Bits: 8 or 4.
+
+    A group whose scale underflows fp32 counts as zero. NonFiniteError where a weight is NaN or infinite.
+    """
+    assert weight_NK.ndim == 2 and bits in LARGEST and group > 0, (weight_NK.shape, bits, group)
+    rows, inputs = weight_NK.shape
+    groups = -(-inputs // group)
+    grouped = functional.pad(weight_NK.float(), (0, groups * group - inputs)).view(rows, groups, group)
+    scales_NG = torch.linalg.vector_norm(grouped, torch.inf, -1).div_(LARGEST[bits])
+    check_scales(scales_NG, weight_NK)
+    divisors = scales_NG.where(scales_NG > 0, torch.inf)[..., None]
+    # The clamp matters where a scale is subnormal, and so far below amax / L that the largest code would exceed L.
+    codes = (grouped / divisors).round_().clamp_(-LARGEST[bits], LARGEST[bits]).to(torch.int8)
+    return Quantised(codes.view(rows, -1)[:, :inputs].contiguous(), scales_NG, bits, group)
+
+
+def check_scales(scales_NG: Tensor, weight_NK: Tensor) -> None:
+    """NonFiniteError unless all scales are finite, which they are where all weights are."""
+    if not bool(scales_NG.isfinite().all()):
+        raise NonFiniteError(f"{int((~weight_NK.isfinite()).sum())} of {weight_NK.numel()} weights are not finite.")
+
+
+def dequantise(quantised: Quantised, dtype: torch.dtype) -> Tensor:
+    """The matrix [N, K] that the codes stand for, in `dtype`."""
+    codes_NK, scales_NG, group = quantised.codes_NK, quantised.scales_NG, quantised.group
+    rows, inputs = codes_NK.shape
+    padding = scales_NG.shape[1] * group - inputs
+    grouped = functional.pad(codes_NK, (0, padding)).view(rows, -1, group) * scales_NG[..., None]
+    return grouped.to(dtype).view(rows, -1)[:, :inputs].contiguous()
+
+
+def to_e4m3(x: Tensor) -> Tensor:
+    """float8_e4m3fn of x (bf16, fp16 or fp32; any shape): nearest, ties to even; beyond 448 it saturates; NaN stays.
+
+    Clamped here, since what torch's own cast makes of values beyond 448 changed between its versions.
+
+    >>> to_e4m3(torch.tensor([1.0, -500.0, 0.0625])).float().tolist()
+    [1.0, -448.0, 0.0625]
+    """
+    assert x.dtype in (torch.bfloat16, torch.float16, torch.float32), x.dtype  # fp64 would be rounded twice
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def from_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values of float8_e4m3fn numbers; exact in bf16, fp16 and fp32."""
+    assert codes.dtype == torch.float8_e4m3fn, codes.dtype
+    return codes.to(dtype)

