@@ -127,7 +127,9 @@ def weights(folder: Path) -> list[str]:
 
 def test_an_alarm_stops_before_the_update_and_the_run_goes_on(config, tmp_path):
     """A stop that loses the steps before it, moves the weights first, or cannot be resumed with another threshold."""
-    with pytest.raises(AlarmError, match=r"^step 2: .*k3 \S+ > 0; most of it in sums/train/.*trajectories are kept in "):
+    with pytest.raises(
+        AlarmError, match=r"^step 2: .*k3 \S+ > 0; most of it in sums/train/.*trajectories are kept in "
+    ):
         last_row(override(config, {**LAGGING, "alarms.action": "stop"}), tmp_path / "stopped")
     assert (tmp_path / "stopped" / "trajectories" / "step-2.jsonl").is_file()
     row = last_row(override(config, LAGGING), tmp_path / "warned")
