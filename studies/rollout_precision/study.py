@@ -20,7 +20,7 @@ CORRECTIONS = {
 DEPARTURES = {  # every correction where the gap is that of a real format and large; a few beside it
     "int8": ("int8 rollouts", {"engine.weights": "int8"}, ("naive", "token_tis")),
     "int4": ("int4 rollouts", {"engine.weights": "int4"}, tuple(CORRECTIONS)),
-    "noise": ("noise 0.5", {"engine.noise": "0.5"}, ("naive", "bypass", "token_tis")),
+    "noise": ("noise 0.5", {"engine.noise": "0.5"}, ("naive", "token_tis")),
 }
 
 
