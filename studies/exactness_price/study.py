@@ -37,4 +37,12 @@ def study() -> Study:
         shows_not="The library's product runs only where it was timed faster than the exact one. On a processor where "
         "that is seldom, both kinds of run may agree to the bit (k3 is then 0), and that is all it shows. One "
         "dense model of 135 million parameters in bf16, short answers, one processor, one version of the library.",
+        reading="Exactness costs nothing measurable on this processor and bought nothing measurable on this task. The "
+        "exact kernels are the fastest that were found for nearly every forward product, so the library mode "
+        "chose them too, and where it did call the library's bf16 product that gave the same bits: k3 is 0 in all "
+        "its steps. Its runs differ from the exact ones by the weight gradients alone. Noise of the size that two "
+        "programs in bf16 usually have (k3 2e-4) changed reward in neither direction; the one interval that "
+        "leaves 0 out is a noisy arm above the exact one, of six intervals of which 0.3 would by chance. What "
+        "exactness buys here is not reward: it is that a difference is known to be a fault. The price by "
+        "operation and by step: docs/performance.md.",
     )

@@ -42,4 +42,10 @@ def study() -> Study:
         shows_not="A lag here gains no time: one process samples and learns in turn, so what overlapping them would "
         "save is not measured. One small model, one easy task, one learning rate: how far the weights move in an "
         "update decides what a lag of so many updates means, and it was not varied.",
+        reading="With weights one or two updates old nothing can be told from lag 0 with three seeds. From lag 4 on "
+        "reward falls: 0.42 to 0.43 against 0.49. At lag 8 the naive loss still rises, but later and unevenly "
+        "(last steps 0.17 to 0.42, held-out 40 % against 59 %), and token TIS keeps most of it (0.42, held-out 56 "
+        "%). That difference has the same sign in every seed and its interval holds 0 all the same. k3 grows with "
+        "the lag's square at first (0.005, 0.017, 0.084, 0.24): the drift is that of the learner's own steps, and "
+        "in every step of every run the error budget put all of it on staleness and exactly 0 on mismatch.",
     )
