@@ -282,6 +282,6 @@ def evaluate_model(config: RunConfig) -> Evaluation:
     try:
         parts = build_parts(config.model, config.engine)
         prompts = task.heldout[: config.evaluation.prompts]
-        return evaluate(parts.engine, parts.renderer, task, prompts, config.rollout)[0]
+        return evaluate(parts.exact_engine, parts.renderer, task, prompts, config.rollout)[0]
     finally:
         task.close()
