@@ -60,4 +60,17 @@ def study() -> Study:
         "tokens and 40 steps: long answers, long runs and mixtures of experts, where mismatch adds up, are not here. "
         "Thresholds of the rejections are the literature's defaults and were not tuned. Speed is no subject: the "
         "rounded weights are computed in bf16, so fewer bits save no time here.",
+        reading="Of int8 rollouts nothing can be told: k3 is 0.003, reward and held-out accuracy are those of the "
+        "exact engine with and without correction. Int4 (k3 near 0.5, ess below 0.6) breaks the naive "
+        "practice in part: the learner's own policy ends at 37 to 42 % held-out against 56 to 61 %, and "
+        "tokens with p below 0.001 carry 19 to 32 % of the gradient against 3 to 6 %. That is the mechanism "
+        "the literature names, and the weights mend it: under token and sequence TIS the share is 2 to 8 %. "
+        "Reward under int4 is that of the rounded policy, so held-out accuracy, which the exact engine "
+        "measures, is the figure to compare. On it sequence MIS, the veto and sequence TIS lie 6 to 7 points "
+        "above naive and token TIS does not; none comes back to exact, and with three seeds no interval shows "
+        "a correction above naive. Bypass collapses in every seed: its ratio holds mismatch and step "
+        "together, so the clip cuts what the mismatch alone put outside; entropy rises to 1.7 and more and "
+        "reward goes to 0.01 to 0.07. The geometric and k3 rejections at the literature's bounds drop every "
+        "sample, so nothing is learned: such bounds are for gaps a hundred times smaller. Noise of 0.5 (k3 "
+        "above 1.4) is worse than int4; naive rises in one seed of three, token TIS in all.",
     )
