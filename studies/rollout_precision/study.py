@@ -72,5 +72,5 @@ def study() -> Study:
         "together, so the clip cuts what the mismatch alone put outside; entropy rises to 1.7 and more and "
         "reward goes to 0.01 to 0.07. The geometric and k3 rejections at the literature's bounds drop every "
         "sample, so nothing is learned: such bounds are for gaps a hundred times smaller. Noise of 0.5 (k3 "
-        "above 1.4) is worse than int4; naive rises in one seed of three, token TIS in all.",
+        "above 1.4) lowers reward further; naive rises in one seed of three, token TIS in all.",
     )
