@@ -33,6 +33,24 @@ class ProgramState(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Reach:
+    """Which positions up to its own a layer's query sees. At most one of window and chunk; neither: all of them.
+
+    >>> Reach(window=4).first_seen(9), Reach(chunk=4).first_seen(9), Reach().first_seen(9)
+    (6, 8, 0)
+    """
+
+    window: int | None = None  # tokens: itself and the window - 1 before it
+    chunk: int | None = None  # tokens: those of its own run of `chunk` positions, counted from position 0
+
+    def first_seen(self, position: int) -> int:
+        """The first position that a query at `position` sees. Never decreases with `position`."""
+        if self.window is not None:
+            return max(0, position - self.window + 1)
+        return 0 if self.chunk is None else position // self.chunk * self.chunk
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One chat message.
 
