@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tandem.errors import ModelError
+from tandem.types import Reach
 
 ARCHITECTURES: dict[str, str] = {  # Hugging Face model_type -> class name
     "llama": "LlamaForCausalLM",
@@ -111,6 +112,11 @@ class ModelSpec:
             raise ModelError(f"head size {self.head_size} is odd; rotary embedding needs an even one.")
         if self.sliding_window is not None and self.sliding_window <= 0:
             raise ModelError(f"sliding_window is {self.sliding_window}; it must be positive, or null for none.")
+
+    @property
+    def reaches(self) -> tuple[Reach, ...]:
+        """What the queries of each layer see."""
+        return (Reach(window=self.sliding_window),) * self.layers
 
 
 _YARN_DEFAULTS = {field.name: field.default for field in fields(RopeScaling)}
