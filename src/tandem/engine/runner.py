@@ -9,6 +9,7 @@ from tandem.engine.config import EngineConfig, KvDtype
 from tandem.engine.schedule import Batch, Sampled, Work
 from tandem.errors import DeliveryError
 from tandem.kernels.attention import Paths
+from tandem.kernels.head import draw
 from tandem.kernels.page_sum import page_sums
 from tandem.kernels.sample import SamplingBatch, kept_sets, sample
 from tandem.models.decoder import Decoder
@@ -132,9 +133,9 @@ class DecoderRunner:
         )
         if self.config.noise:
             hidden_SM = with_noise(hidden_SM, sampling, self.config.noise)
+        if not sampling.filters_S.any():
+            tokens_S, logprobs_S = draw(hidden_SM, self.decoder.head, sampling)
+            return Sampled(tokens_S.tolist(), logprobs_S.tolist())
         logits_SV = self.decoder.logits(hidden_SM)
         tokens_S, logprobs_S = sample(logits_SV, sampling)
-        sampled = Sampled(tokens_S.tolist(), logprobs_S.tolist())
-        if sampling.filters_S.any():
-            sampled.kept, sampled.unfiltered_logprobs = kept_sets(logits_SV, tokens_S, sampling)
-        return sampled
+        return Sampled(tokens_S.tolist(), logprobs_S.tolist(), *kept_sets(logits_SV, tokens_S, sampling))

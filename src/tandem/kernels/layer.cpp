@@ -1,7 +1,7 @@
 // What stands between the matrix products of a layer: RMS norm, rotary embedding with the page write, SwiGLU; forward and
 // backward. Contracts in norm.py, rotary.py and swiglu.py. Rows are independent and reduced in a fixed order, in fp32.
 #include "float8.h"
-#include "tile.h"
+#include "layer.h"
 #include <omp.h>
 #include <vector>
 
@@ -11,27 +11,11 @@ namespace {
 
 constexpr int64_t NORM_BLOCK = 64;  // rows of one partial sum of the norm's weight gradient
 
-// Sum over 16 lanes, then a fixed tree: the order every row is reduced in.
-template <typename F>
-inline float lane_sum(int64_t width, F term) {
-    float lane[LANES] = {};
-    int64_t c = 0;
-    for (; c + LANES <= width; c += LANES)
-        for (int l = 0; l < LANES; l++) lane[l] += term(c + l);
-    for (; c < width; c++) lane[c % LANES] += term(c);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int l = 0; l < half; l++) lane[l] += lane[l + half];
-    return lane[0];
-}
-
 template <typename E>
 void norm(const E* x, int64_t x_stride, const E* weight, E* y, int64_t y_stride, float* rstd, int64_t t, int64_t width, float eps) {
 #pragma omp parallel for schedule(static) if (t * width > 16384)
     for (int64_t i = 0; i < t; i++) {
-        const E* row = x + i * x_stride;
-        E* out = y + i * y_stride;
-        const float scale = 1.0f / std::sqrt(lane_sum(width, [&](int64_t c) { const float v = to_float(row[c]); return v * v; }) / float(width) + eps);
-        for (int64_t c = 0; c < width; c++) out[c] = from_float<E>(to_float(row[c]) * scale * to_float(weight[c]));
+        const float scale = norm_row(x + i * x_stride, weight, y + i * y_stride, width, eps);
         if (rstd) rstd[i] = scale;
     }
 }
@@ -48,7 +32,9 @@ void norm_backward(const E* dy, const E* x, const E* weight, const float* rstd, 
             const E *dy_row = dy + i * width, *x_row = x + i * width;
             E* out = dx + i * width;
             const float r = rstd[i];
-            const float mean = lane_sum(width, [&](int64_t c) { return to_float(dy_row[c]) * to_float(weight[c]) * to_float(x_row[c]); }) * r / float(width);
+            const auto terms = [&](int64_t c) { return load_wide(dy_row + c) * load_wide(weight + c) * load_wide(x_row + c); };
+            const auto term = [&](int64_t c) { return to_float(dy_row[c]) * to_float(weight[c]) * to_float(x_row[c]); };
+            const float mean = lane_sum(width, terms, term) * r / float(width);
             for (int64_t c = 0; c < width; c++) {
                 const float xhat = to_float(x_row[c]) * r, d = to_float(dy_row[c]);
                 sum[c] += d * xhat;
@@ -103,17 +89,11 @@ inline void store_panel(const float* source, E* target, int n) {
 template <typename E>
 void swiglu(const E* gate_up, E* y, int64_t t, int64_t width) {
 #pragma omp parallel for schedule(static) if (t * width > 16384)
-    for (int64_t i = 0; i < t; i++) {
-        const E *gate = gate_up + i * 2 * width, *up = gate + width;
-        E* out = y + i * width;
-        float e[PANEL];
+    for (int64_t i = 0; i < t; i++)
         for (int64_t c = 0; c < width; c += PANEL) {
-            const int n = int(std::min<int64_t>(PANEL, width - c));
-            for (int j = 0; j < PANEL; j++) e[j] = j < n ? -to_float(gate[c + j]) : 0.0f;
-            exp_panel(e);
-            for (int j = 0; j < n; j++) out[c + j] = from_float<E>(to_float(gate[c + j]) / (1.0f + e[j]) * to_float(up[c + j]));
+            const E* gate = gate_up + i * 2 * width + c;
+            swiglu_panel(gate, gate + width, y + i * width + c, int(std::min<int64_t>(PANEL, width - c)));
         }
-    }
 }
 
 template <typename E>

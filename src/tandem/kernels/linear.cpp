@@ -1,5 +1,5 @@
 // Matrix products with a fixed order of reduction. See linear.py for the contract and tile.h for the micro-kernel.
-#include "tile.h"
+#include "linear.h"
 #include <omp.h>
 #include <vector>
 
@@ -63,34 +63,10 @@ void over_tiles(int64_t panels, int64_t tiles, Body body) {
 }
 
 template <typename E, typename O>
-void store_row(float* source, O* target, const float* bias, const E* residual, int width) {
-    if (bias)
-        for (int c = 0; c < width; c++) source[c] += bias[c];
-    if (residual)  // the product is rounded first, as if stored, then added
-        for (int c = 0; c < width; c++) source[c] = to_float(from_float<E>(source[c])) + to_float(residual[c]);
-    if (width == PANEL) return narrow_panel<O>(source, target);
-    for (int c = 0; c < width; c++) target[c] = from_float<O>(source[c]);
-}
-
-template <typename E, typename O>
 void linear(const E* x, int64_t x_stride, const E* packed, const float* bias, const E* residual, O* y, int64_t m_rows,
             int64_t n_cols, int64_t depth) {
-    const int64_t panels = (n_cols + PANEL - 1) / PANEL, tiles = (m_rows + ROWS - 1) / ROWS;
-    over_tiles(panels, tiles, [&](int64_t p, int64_t tile_index) {
-        const int64_t m = tile_index * ROWS, first = p * PANEL;
-        const int count = int(std::min<int64_t>(ROWS, m_rows - m)), width = int(std::min<int64_t>(PANEL, n_cols - first));
-        const E* rows[ROWS];
-        float out[ROWS * PANEL];
-        for (int r = 0; r < count; r++) rows[r] = x + (m + r) * x_stride;
-        // The next panel comes from memory while this one is used: its lines are dealt out over this panel's tiles.
-        const int64_t lines = depth * PANEL * sizeof(E) / 64, first_line = lines * tile_index / tiles;
-        const Ahead ahead{(const char*)(packed + (p + 1) * depth * PANEL) + first_line * 64, std::max<int64_t>(1, tiles / 4)};
-        tile<E>(count, rows, pair_of<E>(), packed + p * depth * PANEL, depth, out, PANEL, false, p + 1 < panels ? ahead : Ahead{});
-        for (int r = 0; r < count; r++) {
-            const int64_t at = (m + r) * n_cols + first;
-            store_row<E, O>(out + r * PANEL, y + at, bias ? bias + first : nullptr, residual ? residual + at : nullptr, width);
-        }
-    });
+    const Product<E> product{x, x_stride, packed, m_rows, n_cols, depth, bias, residual};
+    with_team([&](const Team& team) { linear_share<E, O>(product, y, team); });
 }
 
 // grad[N, K] += dy[T, N]^T x[T, K], both packed by pack_transposed.

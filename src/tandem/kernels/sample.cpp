@@ -15,17 +15,6 @@ struct Filter {
     bool any() const { return top_k > 0 || top_p < 1.0 || min_p > 0.0; }
 };
 
-// x = logits / temperature for `count` tokens, then -infinity up to BLOCK_TOKENS. Returns x, or the logits where they are x.
-inline const float* block_of(const float* logits, int64_t count, float temperature, float* x) {
-    if (temperature == 1.0f && count == BLOCK_TOKENS) return logits;
-    const Lanes divisor = splat(temperature);
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) store(x + i, load(logits + i) / divisor);
-    for (; i < count; i++) x[i] = logits[i] / temperature;
-    for (; i < BLOCK_TOKENS; i++) x[i] = -INF;
-    return x;
-}
-
 struct Scratch {
     std::vector<float> maxima, sums, row, tops;
     std::vector<uint64_t> keys;

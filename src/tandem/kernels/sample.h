@@ -66,6 +66,17 @@ inline void offer(Best& best, float x, int64_t token, uint32_t word) {
     if (score > best.score || (score == best.score && token < best.token)) best = {score, token, x};
 }
 
+// x = logits / temperature for `count` tokens, then -infinity up to BLOCK_TOKENS. Returns x, or the logits where they are x.
+inline const float* block_of(const float* logits, int64_t count, float temperature, float* x) {
+    if (temperature == 1.0f && count == BLOCK_TOKENS) return logits;
+    const Lanes divisor = splat(temperature);
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store(x + i, load(logits + i) / divisor);
+    for (; i < count; i++) x[i] = logits[i] / temperature;
+    for (; i < BLOCK_TOKENS; i++) x[i] = -INF;
+    return x;
+}
+
 // Maximum and sum of exponentials of x[0, BLOCK_TOKENS); exp(x - max) is left in `terms`.
 inline BlockStats block_stats(const float* x, float* terms) {
     Lanes top = load(x);

@@ -114,7 +114,7 @@ def sample(logits_SV: Tensor, batch: SamplingBatch, stream: int = Stream.TARGET)
         logprobs_S.data_ptr(),
         torch.get_num_threads(),
     )
-    _raise_if_bad(logits_SV, bad)
+    raise_if_bad(logits_SV, bad)
     return tokens_S, logprobs_S
 
 
@@ -135,7 +135,7 @@ def processed_logits(logits_SV: Tensor, batch: SamplingBatch) -> Tensor:
     bad = compiled.tandem_processed_logits(
         *_rows(logits_SV), *_filters(batch), out_SV.data_ptr(), torch.get_num_threads()
     )
-    _raise_if_bad(logits_SV, bad)
+    raise_if_bad(logits_SV, bad)
     return out_SV
 
 
@@ -215,7 +215,7 @@ def _filtered_row(logits_SV: Tensor, batch: SamplingBatch, row: int) -> NDArray[
     with np.errstate(over="ignore"):
         x_V = logits_V if temperature == 0 else logits_V / temperature
     if np.isnan(x_V).any() or not np.isfinite(x_V.max()):
-        _raise_if_bad(logits_SV, row)
+        raise_if_bad(logits_SV, row)
     if temperature == 0:
         one_hot_V = np.full_like(x_V, -np.inf)
         one_hot_V[np.argmax(x_V)] = 0.0
@@ -279,7 +279,8 @@ def _filters(batch: SamplingBatch) -> tuple[int, int, int, int]:
     return tuple(array.ctypes.data for array in arrays)  # type: ignore[return-value]
 
 
-def _raise_if_bad(logits_SV: Tensor, row: int) -> None:
+def raise_if_bad(logits_SV: Tensor, row: int) -> None:
+    """NonFiniteError for a row that cannot be drawn from; nothing where `row` is negative."""
     if row < 0:
         return
     logits_V = logits_SV[row]

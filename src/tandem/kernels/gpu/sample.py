@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tandem.kernels.sample import SamplingBatch
-from tandem.kernels.sample import _raise_if_bad as raise_if_bad
+from tandem.kernels.sample import raise_if_bad
 from tandem.numerics.random import Stream
 
 BLOCK = 1024  # of the vocabulary; a multiple of 4, the words of one counter

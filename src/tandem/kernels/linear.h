@@ -1,0 +1,70 @@
+// y = x W^T (+ bias) (+ residual) over packed columns, a team's share of it. Contract in linear.py.
+#pragma once
+#include "team.h"
+#include "tile.h"
+
+namespace tandem {
+
+// One row of a tile, rounded to O; the product is rounded to E first, as if stored, where a residual is added.
+template <typename E, typename O>
+inline void store_row(float* source, O* target, const float* bias, const E* residual, int width) {
+    if (bias)
+        for (int c = 0; c < width; c++) source[c] += bias[c];
+    if (residual)
+        for (int c = 0; c < width; c++) source[c] = to_float(from_float<E>(source[c])) + to_float(residual[c]);
+    if (width == PANEL) return narrow_panel<O>(source, target);
+    for (int c = 0; c < width; c++) target[c] = from_float<O>(source[c]);
+}
+
+template <typename E>
+struct Product {
+    const E* x;  // [rows, depth], `stride` elements between rows
+    int64_t stride;
+    const E* packed;  // [ceil(columns / 64)][depth / PAIR][64][PAIR]
+    int64_t rows, columns, depth;
+    const float* bias = nullptr;   // [columns]
+    const E* residual = nullptr;  // [rows, columns]
+};
+
+// The tile of rows [tile * ROWS, ...) and columns of panel p: out[r * out_stride + (0..63)]. What lies at `next` (a panel's worth) comes
+// from memory meanwhile: its lines are dealt out over this panel's tiles.
+template <typename E>
+inline int product_tile(const Product<E>& a, int64_t p, int64_t tile_index, int64_t tiles, const E* next, float* out, int64_t out_stride = PANEL) {
+    const int64_t m = tile_index * ROWS;
+    const int count = int(std::min<int64_t>(ROWS, a.rows - m));
+    const E* rows[ROWS];
+    for (int r = 0; r < count; r++) rows[r] = a.x + (m + r) * a.stride;
+    const int64_t lines = a.depth * PANEL * sizeof(E) / 64, first_line = lines * tile_index / tiles;
+    const Ahead ahead{next ? (const char*)next + first_line * 64 : nullptr, std::max<int64_t>(1, tiles / 4)};
+    tile<E>(count, rows, pair_of<E>(), a.packed + p * a.depth * PANEL, a.depth, out, out_stride, false, ahead);
+    return count;
+}
+
+// The grid of panels x row tiles, cut into equal runs: a panel stays in its thread's cache. `after`: what this thread reads next.
+template <typename E, typename O>
+void linear_share(const Product<E>& a, O* y, const Team& team, const E* after = nullptr) {
+    const int64_t panels = (a.columns + PANEL - 1) / PANEL, tiles = (a.rows + ROWS - 1) / ROWS;
+    int64_t t, last;
+    team.share(panels * tiles, t, last);
+    for (; t < last; t++) {
+        const int64_t p = t / tiles, first = p * PANEL;
+        const E* next = (p + 1) * tiles < last ? a.packed + (p + 1) * a.depth * PANEL : after;
+        float out[ROWS * PANEL];
+        const int count = product_tile(a, p, t % tiles, tiles, next, out), width = int(std::min<int64_t>(PANEL, a.columns - first));
+        for (int r = 0; r < count; r++) {
+            const int64_t at = (t % tiles * ROWS + r) * a.columns + first;
+            store_row<E, O>(out + r * PANEL, y + at, a.bias ? a.bias + first : nullptr, a.residual ? a.residual + at : nullptr, width);
+        }
+    }
+}
+
+// Where this thread's share of a product begins: what to bring into the cache before it.
+template <typename E>
+const E* first_panel(const E* packed, int64_t rows, int64_t columns, int64_t depth, const Team& team) {
+    const int64_t panels = (columns + PANEL - 1) / PANEL, tiles = (rows + ROWS - 1) / ROWS;
+    int64_t t, last;
+    team.share(panels * tiles, t, last);
+    return packed + t / tiles * depth * PANEL;
+}
+
+}  // namespace tandem
