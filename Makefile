@@ -2,7 +2,7 @@
 #   make demo      install, then train SmolLM2 on arithmetic (tandem train smollm2_arithmetic_cpu)
 #   make test      install, then the whole CPU test suite
 #   make check     ruff, mypy, the shape of the house
-#   make bench     speed; PEER_ENGINE, PEER_LEARNER and PEER_STEP are commands to run beside
+#   make bench     speed; PEER_ENGINE, PEER_LEARNER and PEER_STEP are commands to run beside; then where the time goes
 # ARGS='...' goes to the command that a target runs.
 
 SHELL := /bin/bash
@@ -47,6 +47,8 @@ bench: $(STAMP)
 	$(BIN)/tandem bench engine $(if $(PEER_ENGINE),--peer '$(PEER_ENGINE)') $(ARGS)
 	$(BIN)/tandem bench learner $(if $(PEER_LEARNER),--peer '$(PEER_LEARNER)') $(ARGS)
 	$(BIN)/tandem bench step $(if $(PEER_STEP),--peer '$(PEER_STEP)') $(ARGS)
+	$(BIN)/tandem bench profile
+	$(BIN)/tandem bench sweep
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -2,6 +2,7 @@
 
 TANDEM_CACHE     folder for compiled kernels and converted tokenisers; default $XDG_CACHE_HOME/tandem
 TANDEM_KERNELS   triton: run Triton's kernels on the CPU too, under its interpreter (TRITON_INTERPRET=1); very slow
+                 reference: PyTorch in place of the C++ kernels; slow, and a row's bits depend on its batch
 TANDEM_THREADS   threads a process computes with; default OMP_NUM_THREADS, else the cores this process may use
 GOMP_SPINCOUNT   how long OpenMP spins; set to 2000 where it is not given
 NO_COLOR         any text: no colours (https://no-color.org)
@@ -11,7 +12,7 @@ XDG_CACHE_HOME   default ~/.cache
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tandem.errors import ConfigError, nearest
@@ -43,16 +44,62 @@ def cache_dir() -> Path:
 
 
 def kernels() -> str:
-    """Which kernels are asked for: "triton", on the CPU too, or "". ConfigError for any other name."""
+    """Which kernels are asked for: "triton", on the CPU too, "reference" or "". ConfigError for any other name."""
     given = _read("TANDEM_KERNELS")
-    if given not in ("", "triton"):
-        raise ConfigError(f"TANDEM_KERNELS={given} is not known; allowed: triton. Unset it for the C++ kernels.")
+    if given not in ("", "triton", "reference"):
+        allowed = "allowed: triton, reference"
+        raise ConfigError(f"TANDEM_KERNELS={given} is not known; {allowed}. Unset it for the C++ kernels.")
     return given
 
 
 def num_cores() -> int:
     """Cores that this process may run on: its affinity, not the machine's size."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
+    """(total, available) memory of this process: the machine's, or that of a control group around it where it is less.
+
+    What a group has read from files and no longer needs counts as available, as in the machine's own figure.
+    """
+    kilobytes = _figures(root / "proc/meminfo")
+    if "MemTotal" in kilobytes:
+        total, available = kilobytes["MemTotal"] * 1024, kilobytes.get("MemAvailable", 0) * 1024
+    else:  # no Linux: what others use is not known
+        total = available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for limit, used, files in _groups(root):
+        total, available = min(total, limit), min(available, max(0, limit - used + files))
+    return total, available
+
+
+def _groups(root: Path) -> Iterator[tuple[int, int, int]]:
+    """(limit, used, of that files it can drop) of the control groups around this process that limit memory."""
+    try:
+        lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        lines = []
+    own = {kind: name.lstrip("/") for _, kind, name in lines}
+    for base, kind, *names in (
+        ("sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
+        ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        group = Path(own.get(kind, ""))
+        for folder in (group, *group.parents) if group != Path() else (group,):
+            place = root / base / folder
+            try:
+                limit, used = int((place / names[0]).read_text()), int((place / names[1]).read_text())
+            except (OSError, ValueError):  # no such group seen from here, or "max": no limit
+                continue
+            yield limit, used, _figures(place / "memory.stat").get(names[2], 0)
+
+
+def _figures(path: Path) -> dict[str, int]:
+    """Names and numbers of a file of the kernel's; empty where there is none."""
+    try:
+        rows = [line.replace(":", " ").split() for line in path.read_text().splitlines()]
+    except OSError:
+        return {}
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def num_threads() -> int:

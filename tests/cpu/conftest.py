@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -16,6 +17,7 @@ from hypothesis import HealthCheck, settings
 from tandem.algo.pack import count_prompts, pack
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
+from tandem.engine.rows import StepRows
 from tandem.engine.runner import DecoderRunner
 from tandem.engine.schedule import Work
 from tandem.kernels import build
@@ -165,7 +167,7 @@ class Parity:
         """Every request has in company the tokens and log-probs that it has alone; returns those of the company."""
         done = engine.generate(asked)
         for request, completion in zip(asked, done, strict=True):
-            alone = Parity.engine(decoder, **limits).generate([request])[0]
+            alone = Parity.engine(decoder, 64 * decoder.spec.layers, **limits).generate([request])[0]
             Parity.same(completion, alone, "in company")
         return done
 
@@ -199,18 +201,25 @@ class Parity:
         tables: Sequence[list[int]],
         batches: Sequence[Sequence[tuple[int, int, int]]],
     ) -> dict[tuple[int, int], torch.Tensor]:
-        """Run batches of (context, start, stop) through the engine's pages: (context, position) -> hidden state."""
+        """Run batches of (context, start, stop) through the engine's pages: (context, position) -> hidden state.
+
+        Pages of `tables` for the first group of layers; those of another group are as many further on.
+        """
         rows: dict[tuple[int, int], torch.Tensor] = {}
+        every = 1 + max(page for table in tables for page in table)
+        starts = [group * every for group in range(len(runner.layout.groups))]
+        places = [tuple(array("i", [start + page for page in table]) for start in starts) for table in tables]
         for batch in batches:
             works = [
-                Work(i, start, list(contexts[i][start:stop]), tables[i], False, Request("", "", (), Sampling(), 0))
+                Work(i, start, list(contexts[i][start:stop]), places[i], False, Request("", "", (), Sampling(), 0))
                 for i, start, stop in batch
             ]
             tokens_T = torch.tensor([token for work in works for token in work.tokens])
             with torch.inference_mode():
-                hidden_TM = runner.decoder.forward(tokens_T, runner._view(works, len(tokens_T)))
-            places = [(i, position) for i, start, stop in batch for position in range(start, stop)]
-            rows |= dict(zip(places, hidden_TM.clone(), strict=True))
+                view = runner._view(StepRows.of(works, runner.page_tokens))
+                hidden_TM = runner.forward(tokens_T, view, torch.arange(len(tokens_T)))
+            named = [(i, position) for i, start, stop in batch for position in range(start, stop)]
+            rows |= dict(zip(named, hidden_TM.clone(), strict=True))
         return rows
 
     @staticmethod
@@ -242,7 +251,7 @@ class Parity:
         hits, skipped = Parity._hits(contexts, tables, page_tokens)
         ways["hit"] = (hits, [[(0, 0, lengths[0])], [(i, skipped[i], lengths[i]) for i in everyone if i]])
         for way, (pages, batches) in ways.items():
-            runner = DecoderRunner(decoder, sum(counts), page_tokens)
+            runner = DecoderRunner(decoder, sum(counts) * decoder.spec.layers, page_tokens)
             filled = [batch for batch in batches if batch]
             for (i, position), row in Parity.in_pages(runner, contexts, pages, filled).items():
                 Parity.same_rows(row, wanted[i][position], f"{way}: context {i}, position {position}")

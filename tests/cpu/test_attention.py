@@ -21,8 +21,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference
+from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference, paged_attention
+from tandem.kernels.page_pool import KvPool, rotate_store_
+from tandem.kernels.rotary import rotate_
 from tandem.numerics.compare import same_bits
+from tandem.numerics.quantise import to_e4m3
+from tandem.types import Reach
 
 E = 2.0**-24
 STORE = {torch.float32: E, torch.bfloat16: 2.0**-8}
@@ -36,8 +40,15 @@ class Shape:
     heads: int
     kv_heads: int
     size: int
-    window: int | None
+    reach: Reach = Reach()
     sinks: int = 0
+
+    def seen(self, query: Tensor, key: Tensor) -> Tensor:
+        """Whether the positions `query` see the positions `key`, by the definition."""
+        seen = key <= query
+        if self.reach.window:
+            return seen & ((key > query - self.reach.window) | (key < self.sinks))
+        return seen & (key // self.reach.chunk == query // self.reach.chunk) if self.reach.chunk else seen
 
 
 @dataclass
@@ -51,12 +62,14 @@ class Expected:
     bounds: dict[str, Tensor]
 
 
+REACHES = [Reach(), Reach(), *(Reach(window=w) for w in (1, 5, 64, 70)), *(Reach(chunk=c) for c in (1, 16, 50, 64))]
+PAGES = [2, 4, 8, 16, 32, 64, 128]
 shapes = st.builds(
-    lambda kv, group, size, window: Shape(kv * group, kv, size, window),
+    lambda kv, group, size, reach: Shape(kv * group, kv, size, reach),
     st.integers(1, 3),
     st.integers(1, 4),
-    st.sampled_from([16, 32, 48, 64, 80, 96, 128]),
-    st.sampled_from([None, None, 1, 5, 64, 70]),
+    st.sampled_from([16, 24, 32, 48, 64, 80, 96, 128]),
+    st.sampled_from(REACHES),
 )
 
 
@@ -83,8 +96,7 @@ def expected(qkv: tuple[Tensor, Tensor, Tensor], dout: Tensor, paths: Paths, sha
     for s, first in enumerate(paths.first_position_S.tolist()):
         start, stop = paths.row_start_S[s : s + 2].tolist()
         slots = torch.tensor(slots_of(paths, s, first + stop - start))
-        back = torch.arange(first, first + stop - start)[:, None] - torch.arange(len(slots))
-        seen = (back >= 0) & ((back < (shape.window or len(slots))) | (torch.arange(len(slots)) < shape.sinks))
+        seen = shape.seen(torch.arange(first, first + stop - start)[:, None], torch.arange(len(slots)))
         q, k, v = query[start:stop].transpose(0, 1), *(x[slots].transpose(0, 1) for x in (key, value))
         k, v = (x.repeat_interleave(group, 0) for x in (k, v))
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
@@ -123,42 +135,63 @@ def within(got: Tensor, wanted: Tensor, bound: Tensor) -> None:
     assert bool((excess <= 0).all()), (excess.max().item(), bound.max().item(), wanted.abs().max().item())
 
 
-def shuffled_pool(paths_slots: list[list[int]], rows: list[tuple[Tensor, Tensor]], pages: int, page: int, nan: bool):
-    """Key and value slots filled from each segment's rows; what no segment owns is NaN."""
-    key, value = rows[0]
-    pools = [torch.full((pages * page, *x.shape[1:]), math.nan if nan else 0.0, dtype=x.dtype) for x in (key, value)]
-    for slots, pair in zip(paths_slots, rows, strict=True):
-        for pool, x in zip(pools, pair, strict=True):
-            pool[slots] = x
-    return pools
+class Paged:
+    """Sequences in pages of one pool. What nobody wrote is NaN, and so is a page that no sequence has."""
+
+    def __init__(self, lengths: list[int], shape: Shape, page: int, dtype: torch.dtype, seed: int, stored=None) -> None:
+        self.rng, self.page, self.shape = random.Random(seed), page, shape
+        counts = [-(-length // page) for length in lengths]
+        self.pages = sum(counts) + 3
+        order = self.rng.sample(range(self.pages), self.pages)
+        self.tables = [[order.pop() for _ in range(count)] for count in counts]
+        self.pool = KvPool(self.pages, page, shape.kv_heads, shape.size, dtype, stored)
+        for memory in self.pool.tensors():
+            memory.view(torch.uint8).fill_(0xFF)  # NaN in fp32, bf16 and e4m3
+
+    def slots(self, sequence: int, positions: range) -> Tensor:
+        table = self.tables[sequence]
+        return torch.tensor([table[p // self.page] * self.page + p % self.page for p in positions])
+
+    def write(self, sequence: int, first: int, key: Tensor, value: Tensor) -> None:
+        self.pool.store_(key, value, self.slots(sequence, range(first, first + len(key))))
+
+    def paths(self, segments: list[tuple[int, int, int]]) -> Paths:
+        """Of (sequence, first position, rows). What no query of a segment sees is no page, or one of NaN."""
+        tables, sinks = [], self.shape.sinks if self.shape.reach.window else 0
+        for sequence, first, _ in segments:
+            begin, table = self.shape.reach.first_seen(first) // self.page, self.tables[sequence].copy()
+            for place in range(-(-sinks // self.page), begin):
+                table[place] = self.rng.choice([-1, 1 << 30])
+            tables.append(table)
+        row_start = itertools.accumulate((rows for *_, rows in segments), initial=0)
+        return Paths.build(list(row_start), [first for _, first, _ in segments], tables, self.page)
 
 
 @settings(max_examples=40)
 @given(
     shape=shapes,
     lengths=st.lists(st.tuples(st.integers(0, 150), st.integers(1, 75)), min_size=1, max_size=4),
-    page=st.sampled_from([1, 4, 16]),
+    page=st.sampled_from(PAGES),
     seed=st.integers(0, 99),
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_pages(any_path, dtype, shape, lengths, page, seed):
-    """A key of another page, of the future or from before the window is seen; a tail of a block or head is lost."""
-    rng = random.Random(seed)
-    counts = [-(-(past + own) // page) for past, own in lengths]
-    order = list(range(sum(counts) + 3))
-    rng.shuffle(order)
-    ends = list(itertools.accumulate(counts, initial=0))
-    tables = [order[a:b] for a, b in itertools.pairwise(ends)]
+    """A key of another page, of the future or out of reach is seen; a tail of a block or head is lost."""
+    paged = Paged([past + own for past, own in lengths], shape, page, dtype, seed)
     row_start = list(itertools.accumulate((own for _, own in lengths), initial=0))
-    paths = Paths.build(row_start, [past for past, _ in lengths], tables, page)
+    rows = [rows_of(past + own, shape, dtype, seed + 1 + s)[1:] for s, (past, own) in enumerate(lengths)]
+    for s, (key, value) in enumerate(rows):
+        paged.write(s, 0, key, value)
+    paths = paged.paths([(s, past, own) for s, (past, own) in enumerate(lengths)])
     assert paths.num_rows == row_start[-1]
     query, _, _ = rows_of(row_start[-1], shape, dtype, seed)
-    rows = [rows_of(past + own, shape, dtype, seed + 1 + s)[1:] for s, (past, own) in enumerate(lengths)]
-    slots = [slots_of(paths, s, past + own) for s, (past, own) in enumerate(lengths)]
-    key, value = shuffled_pool(slots, rows, len(order), page, nan=any_path != "reference")
-    out = attention(query, key, value, paths, shape.window)
-    clean = tuple(torch.nan_to_num(x) for x in (key, value))
-    wanted = expected((query, *clean), torch.zeros(query.shape, dtype=dtype), paths, shape)
+    out = paged_attention(query, paged.pool, paths, shape.reach)
+    ends = list(itertools.accumulate((past + own for past, own in lengths), initial=0))
+    alike = Paths.build(
+        row_start, [past for past, _ in lengths], [list(range(*ab)) for ab in itertools.pairwise(ends)], 1
+    )
+    key, value = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    wanted = expected((query, key, value), torch.zeros(query.shape, dtype=dtype), alike, shape)
     within(out, wanted.out, wanted.bounds["out"])
 
 
@@ -190,17 +223,17 @@ def test_packs_and_gradients(any_path, dtype, shape, pack, seed):
     wanted = expected((query, key, value), dout, paths, shape)
     if any_path == "reference":
         inputs = [x.detach().requires_grad_() for x in (query, key, value)]
-        out = attention_reference(*inputs, paths, shape.window)
+        out = attention_reference(*inputs, paths, shape.reach)
         within(out.detach(), wanted.out, wanted.bounds["out"])
         assert all(x is not None for x in torch.autograd.grad(out, inputs, dout))
         return
     lse = torch.empty(query.shape[:2])
-    out = attention(query, key, value, paths, shape.window, lse)
+    out = attention(query, key, value, paths, shape.reach, lse)
     within(out, wanted.out, wanted.bounds["out"])
     fused = torch.full((rows, shape.heads + 2 * shape.kv_heads, shape.size), math.nan, dtype=dtype)
     ends = (shape.heads, shape.heads + shape.kv_heads)
     grads = (fused[:, : ends[0]], fused[:, ends[0] : ends[1]], fused[:, ends[1] :])
-    attention_backward(dout, out, lse, (query, key, value), grads, paths, shape.window)
+    attention_backward(dout, out, lse, (query, key, value), grads, paths, shape.reach)
     pairs = zip(("query", "key", "value"), grads, (wanted.dquery, wanted.dkey, wanted.dvalue), strict=True)
     for name, grad, gradient in pairs:
         within(grad, gradient, wanted.bounds[name])
@@ -208,12 +241,12 @@ def test_packs_and_gradients(any_path, dtype, shape, pack, seed):
 
 def test_reference_in_fp64_equals_pytorch():
     """The reference that the kernels stand in for computes something else."""
-    shape = Shape(6, 2, 16, 9)
+    shape = Shape(6, 2, 16, Reach(window=9))
     paths = Paths.build([0, 20, 31], [0, 20], [list(range(20)), list(range(31))], 1)
     qkv = tuple(x.double() for x in rows_of(31, shape, torch.float32, 0))
     dout = torch.randn(31, 6, 16, dtype=torch.float64)
     inputs = [x.clone().requires_grad_() for x in qkv]
-    out = attention_reference(*inputs, paths, shape.window)
+    out = attention_reference(*inputs, paths, shape.reach)
     wanted = expected(tuple(x.float() for x in qkv), dout, paths, shape)  # exact: drawn in fp32
     torch.testing.assert_close(out, wanted.out, atol=1e-13, rtol=1e-12)
     grads = torch.autograd.grad(out, inputs, dout)
@@ -226,7 +259,7 @@ def test_reference_in_fp64_equals_pytorch():
     shape=shapes,
     length=st.integers(1, 210),
     cuts=st.sets(st.integers(1, 209), max_size=6),
-    page=st.sampled_from([1, 4, 16]),
+    page=st.sampled_from(PAGES),
     others=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), max_size=3),
     seed=st.integers(0, 99),
 )
@@ -234,36 +267,22 @@ def test_reference_in_fp64_equals_pytorch():
 def test_same_bits_however_it_is_run(kernel_path, dtype, shape, length, cuts, page, others, seed):
     """A position's bits depend on the chunk it came in, the page size or order, or on the sequences beside it."""
     query, key, value = rows_of(length, shape, dtype, seed)
-    whole = attention(query, key, value, Paths.build([0, length], [0], [list(range(length))], 1), shape.window)
+    whole = attention(query, key, value, Paths.build([0, length], [0], [list(range(length))], 1), shape.reach)
 
-    rng = random.Random(seed)
     ends = [0, *sorted(cut for cut in cuts if cut < length), length]
-    all_lengths = [length, *(past + own for past, own in others)]
-    order = list(range(sum(-(-count // page) for count in all_lengths) + 2))
-    rng.shuffle(order)
-    tables = []
-    for count in all_lengths:
-        tables.append(order[: -(-count // page)])
-        del order[: -(-count // page)]
-    lone = [Paths.build([0, count], [0], [table], page) for count, table in zip(all_lengths, tables, strict=True)]
-    slots = [slots_of(path, 0, count) for path, count in zip(lone, all_lengths, strict=True)]
+    paged = Paged([length, *(past + own for past, own in others)], shape, page, dtype, seed)
     beside = [rows_of(past + own, shape, dtype, seed + 1 + i) for i, (past, own) in enumerate(others)]
-    rows = [(key, value), *((k, v) for _, k, v in beside)]
-    pools = shuffled_pool(slots, rows, sum(map(len, tables)) + len(order), page, nan=True)
+    for i, (_, *rows) in enumerate(beside):
+        paged.write(i + 1, 0, *rows)
     for first, last in itertools.pairwise(ends):
+        paged.write(0, first, key[first:last], value[first:last])
         segments = [(0, first, query[first:last])]
         segments += [(i + 1, past, beside[i][0][past:]) for i, (past, _) in enumerate(others)]
-        rng.shuffle(segments)
-        counts = [len(part) for _, _, part in segments]
-        paths = Paths.build(
-            list(itertools.accumulate(counts, initial=0)),
-            [start for _, start, _ in segments],
-            [tables[which] for which, _, _ in segments],
-            page,
-        )
-        out = attention(torch.cat([part for _, _, part in segments]), *pools, paths, shape.window)
+        paged.rng.shuffle(segments)
+        paths = paged.paths([(which, start, len(part)) for which, start, part in segments])
+        out = paged_attention(torch.cat([part for _, _, part in segments]), paged.pool, paths, shape.reach)
         at = next(i for i, (which, _, _) in enumerate(segments) if which == 0)
-        assert same_bits(out[sum(counts[:at]) :][: last - first], whole[first:last])
+        assert same_bits(out[sum(len(part) for _, _, part in segments[:at]) :][: last - first], whole[first:last])
 
 
 @settings(max_examples=15)
@@ -277,12 +296,12 @@ def test_shared_prefix_equals_plain_pack(kernel_path, dtype, shape, prefix, tail
     for tail in own:
         rows = [torch.cat(pair) for pair in zip(shared, tail, strict=True)]
         count = len(rows[0])
-        plain.append(attention(*rows, Paths.build([0, count], [0], [list(range(count))], 1), shape.window))
+        plain.append(attention(*rows, Paths.build([0, count], [0], [list(range(count))], 1), shape.reach))
     row_start = list(itertools.accumulate([prefix, *tails], initial=0))
     tables = [list(range(prefix))]
     tables += [[*range(prefix), *range(a, b)] for a, b in itertools.pairwise(row_start[1:])]
     packed = [torch.cat(parts) for parts in zip(shared, *own, strict=True)]
-    out = attention(*packed, Paths.build(row_start, [0, *[prefix] * len(tails)], tables, 1), shape.window)
+    out = attention(*packed, Paths.build(row_start, [0, *[prefix] * len(tails)], tables, 1), shape.reach)
     for (start, stop), alone in zip(itertools.pairwise(row_start[1:]), plain, strict=True):
         assert same_bits(out[:prefix], alone[:prefix])
         assert same_bits(out[start:stop], alone[prefix:])
@@ -291,36 +310,61 @@ def test_shared_prefix_equals_plain_pack(kernel_path, dtype, shape, prefix, tail
 WINDOWS, SINKS = (1, 15, 16, 17, 63, 64, 65, 128), (0, 1, 4, 64, 65)
 
 
+def agree(shape: Shape, dtype: torch.dtype, length: int, pages: list[int], seed: int, path: str) -> None:
+    """From rows: what fp64 gives. From pages, whole, in chunks and one by one: bit for bit the same."""
+    query, key, value = rows_of(length, shape, dtype, seed)
+    whole = Paths.build([0, length], [0], [list(range(length))], 1)
+    out = attention(query, key, value, whole, shape.reach, sinks=shape.sinks)
+    wanted = expected((query, key, value), torch.zeros(query.shape, dtype=dtype), whole, shape)
+    within(out, wanted.out, wanted.bounds["out"])
+    cuts = sorted(random.Random(seed).sample(range(1, length), min(5, length - 1)))
+    for page, starts in itertools.product(pages, ([0], range(length), [0, *cuts])):
+        if path == "reference":
+            continue
+        paged = Paged([length], shape, page, dtype, seed)
+        paged.write(0, 0, key, value)
+        paths = paged.paths([(0, a, b - a) for a, b in itertools.pairwise([*starts, length])])
+        got = paged_attention(query, paged.pool, paths, shape.reach, shape.sinks)
+        assert same_bits(got, out), (page, len(starts), length)
+
+
 @pytest.mark.parametrize("sinks", SINKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_window_with_sinks(any_path, dtype, sinks):
     """A sink behind the window is lost, one too many is seen, or a key that is sink and in the window counts twice."""
-    length, tables = 203, {page: random.Random(page).sample(range(60), -(-203 // page)) for page in (4, 16)}
     for window in WINDOWS:
-        shape = Shape(2, 1, 32, window, sinks)
-        query, key, value = rows_of(length, shape, dtype, window)
-        whole = Paths.build([0, length], [0], [list(range(length))], 1)
-        out = attention(query, key, value, whole, window, sinks=sinks)
-        wanted = expected((query, key, value), torch.zeros(query.shape, dtype=dtype), whole, shape)
-        within(out, wanted.out, wanted.bounds["out"])
-        if any_path == "reference":
-            continue
-        # Whole, one by one and in chunks, from pages: bit for bit the same rows.
-        cuts = sorted(random.Random(window * 100 + sinks).sample(range(1, length), 5))
-        for (page, table), starts in itertools.product(tables.items(), ([0], range(length), [0, *cuts])):
-            slots = [table[p // page] * page + p % page for p in range(length)]
-            pools = shuffled_pool([slots], [(key, value)], 60, page, nan=True)
-            chunks = Paths.build([*starts, length], list(starts), [table] * len(starts), page)
-            assert same_bits(attention(query, *pools, chunks, window, sinks=sinks), out), (window, page, len(starts))
+        agree(Shape(2, 1, 32, Reach(window=window), sinks), dtype, 203, [4, 16], window * 100 + sinks, any_path)
+
+
+@pytest.mark.parametrize("chunk", [4, 16, 40, 64, 100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunks(any_path, dtype, chunk):
+    """A query sees the last key of the chunk before its own, or not the first of its own; a page of an earlier chunk is
+    read, which by then is another sequence's."""
+    for length in (chunk - 1, chunk, chunk + 1, 2 * chunk + 3):
+        agree(Shape(3, 1, 32, Reach(chunk=chunk)), dtype, length, [4, 64], chunk + length, any_path)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_zeros_have_one_sign(kernel_path, dtype):
+    """A sum that cancelled to -0 becomes 0 as it is multiplied by a later query's keys: chunks differ in a sign bit."""
+    query, key, value = torch.ones(80, 1, 16), torch.zeros(80, 1, 16), torch.ones(80, 1, 16)
+    key[64] = 200.0  # so that what came before is multiplied by 0
+    value[:64], value[64] = -1.0, -0.0
+    qkv = [x.to(dtype) for x in (query, key, value)]
+    out = attention(*qkv, Paths.build([0, 80], [0], [list(range(80))], 1))
+    assert bool((out[64] == 0).all()) and not bool(out[64].signbit().any())
+    alone = attention(qkv[0][64:65], *qkv[1:], Paths.build([0, 1], [64], [list(range(80))], 1))
+    assert same_bits(out[64:65], alone)
 
 
 def test_sinks_that_change_nothing(kernel_path):
     """Sinks count without a window, or where all positions are seen the path with sinks reduces in another order."""
-    query, key, value = rows_of(150, Shape(6, 2, 64, None), torch.bfloat16, 3)
+    query, key, value = rows_of(150, Shape(6, 2, 64), torch.bfloat16, 3)
     paths = Paths.build([0, 150], [0], [list(range(150))], 1)
     plain = attention(query, key, value, paths)
     for window, sinks in ((None, 5), (70, 200), (70, 80), (150, 5)):
-        assert same_bits(attention(query, key, value, paths, window, sinks=sinks), plain), (window, sinks)
+        assert same_bits(attention(query, key, value, paths, Reach(window=window), sinks=sinks), plain), (window, sinks)
 
 
 @pytest.mark.parametrize(
@@ -328,30 +372,67 @@ def test_sinks_that_change_nothing(kernel_path):
 )
 def test_blocks_that_no_query_sees_are_not_read(kernel_path, sinks, read):
     """Decoding under a window costs what it costs without one."""
-    query, key, value = rows_of(256, Shape(2, 1, 64, 16), torch.float32, 0)
+    query, key, value = rows_of(256, Shape(2, 1, 64), torch.float32, 0)
     paths = Paths.build([0, 1], [255], [list(range(256))], 1)
     for block in range(4):
         broken = value.clone()
         broken[64 * block : 64 * block + 64] = math.nan
-        out = attention(query[255:], key.contiguous(), broken, paths, 16, sinks=sinks)
+        out = attention(query[255:], key.contiguous(), broken, paths, Reach(window=16), sinks=sinks)
         assert bool(out.isnan().any()) == (block in read), block
 
 
 @pytest.mark.parametrize("size", [16, 48, 64, 80, 128])
+@pytest.mark.parametrize("page", [4, 16, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_keys_and_values_in_e4m3(any_path, dtype, size):
+def test_keys_and_values_in_e4m3(any_path, dtype, page, size):
     """A code is read as another number, or keys in 8 bits are reduced in another order than the same keys in 16."""
     generator = torch.Generator().manual_seed(size)
     finite = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
-    shape = Shape(6, 2, size, None)
+    shape = Shape(6, 2, size)
     query = rows_of(150, shape, dtype, 0)[0]
-    codes = finite[torch.randint(len(finite), (2, 160, 2, size), generator=generator)].view(torch.float8_e4m3fn)
-    order = random.Random(size).sample(range(40), 38)
-    paths = Paths.build([0, 100, 101, 150], [0, 149, 50], [order] * 3, 4)
-    for window, sinks in ((None, 0), (40, 0), (40, 3)):
-        got = attention(query, *codes, paths, window, sinks=sinks)
-        assert same_bits(got, attention(query, *codes.to(dtype), paths, window, sinks=sinks))
-    nan = codes.view(torch.uint8).clone()
-    nan[1, 4 * order[2]] = 0xFF  # the value of position 8
-    out = attention(query, *nan.view(torch.float8_e4m3fn), paths)
+    codes = finite[torch.randint(len(finite), (2, 150, 2, size), generator=generator)].view(torch.float8_e4m3fn)
+    narrow, wide = (Paged([150], shape, page, dtype, size, stored) for stored in (torch.float8_e4m3fn, None))
+    for paged in (narrow, wide):
+        paged.write(0, 0, *codes.to(dtype))
+        assert torch.equal(torch.stack(paged.pool.rows(paged.slots(0, range(150)))).to(dtype), codes.to(dtype))
+    for reach, sinks in ((Reach(), 0), (Reach(window=40), 0), (Reach(window=40), 3), (Reach(chunk=48), 0)):
+        segments = [(0, 0, 100), (0, 149, 1), (0, 50, 49)]
+        got, wanted = (paged_attention(query, p.pool, p.paths(segments), reach, sinks) for p in (narrow, wide))
+        assert same_bits(got, wanted)
+    memory = narrow.pool.rows(narrow.slots(0, range(8, 9)))
+    narrow.write(0, 8, memory[0].to(dtype), torch.full_like(memory[1].to(dtype), math.nan))
+    out = paged_attention(query, narrow.pool, narrow.paths([(0, 0, 150)]))
     assert bool(out[8:].isnan().all())
+
+
+@pytest.mark.parametrize("stored", [None, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("rotary", [True, False])
+@pytest.mark.parametrize(("size", "page"), [(8, 2), (24, 4), (64, 16), (48, 64)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rotate_and_store(any_path, dtype, size, page, rotary, stored):
+    """What is stored is not what would be rotated and stored apart, or lies elsewhere than the layout says."""
+    generator = torch.Generator().manual_seed(size)
+    shape, slots = Shape(6, 2, size), torch.randperm(12 * page, generator=generator)[: 9 * page]
+    rows = len(slots)
+    angles = 6 * torch.rand(50, size // 2, generator=generator)
+    positions, tables = torch.randint(50, (rows,), generator=generator), (angles.cos(), angles.sin())
+    query, key, value = rows_of(rows, shape, dtype, size)
+    apart = [x.clone() for x in (query, key)]
+    if rotary:
+        for x in apart:
+            rotate_(x, positions, *tables)
+    paged, wanted = (Paged([12 * page], shape, page, dtype, 0, stored) for _ in range(2))
+    wanted.pool.store_(apart[1], value, slots)
+    rotate_store_((query, key, value), positions, tables if rotary else None, slots, paged.pool)
+    assert same_bits(query.contiguous(), apart[0]) and same_bits(key.contiguous(), apart[1])
+    for got, memory in zip(paged.pool.tensors(), wanted.pool.tensors(), strict=True):
+        assert torch.equal(got.view(torch.uint8), memory.view(torch.uint8))
+    kept = [to_e4m3(x) if stored else x for x in (apart[1], value)]
+    for got, x in zip(paged.pool.rows(slots), kept, strict=True):
+        assert torch.equal(got.view(torch.uint8), x.contiguous().view(torch.uint8))
+    pair = 2 if dtype == torch.bfloat16 else 1
+    for t, h, d in ((0, 0, 0), (5, 1, size - 1), (rows - 1, 1, size // 2)) if paged.pool.packed else ():
+        place, offset = divmod(int(slots[t]), page)
+        keys, values = (memory[place].view(2, -1) for memory in paged.pool.tensors())
+        assert keys[h, (d // pair * page + offset) * pair + d % pair].float() == kept[0][t, h, d].float()
+        assert values[h, (offset // pair * size + d) * pair + offset % pair].float() == kept[1][t, h, d].float()

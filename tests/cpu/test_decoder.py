@@ -17,6 +17,7 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
 from tandem.kernels.logprob import token_logprobs
+from tandem.models import llama4
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.models.tokenizer import Tokenizer
@@ -45,6 +46,16 @@ LLAMA3 = {  # wavelengths 6 to 353: kept, interpolated and divided ones
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}
+MIXED = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
+LLAMA4 = {  # the layer in the middle without rotation and over all positions, its queries hotter by 10 positions
+    "intermediate_size_mlp": 72,
+    "moe_layers": [],
+    "no_rope_layer_interval": 2,
+    "attention_chunk_size": 16,
+    "attn_scale": 0.5,
+    "floor_scale": 10,
+    "rope_parameters": LLAMA3,
+}
 # Llama and Mistral: head_dim apart from hidden_size / heads.
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**SMALL, rms_norm_eps=1e-5, tie_word_embeddings=True),
@@ -57,6 +68,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: transformers.Qwen2Config(**SMALL, tie_word_embeddings=True),
     "qwen2-yarn": lambda: transformers.Qwen2Config(**SMALL, rope_parameters=YARN),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=32),
+    "qwen3-mixed": lambda: transformers.Qwen3Config(**SMALL, head_dim=16, **MIXED),
+    "llama4": lambda: transformers.Llama4TextConfig(**SMALL, head_dim=16, **LLAMA4),
 }
 PROMPTS = (
     "What is 17 + 25? Answer with just the number.",
@@ -169,6 +182,8 @@ def named_gradients(decoder: Decoder) -> dict[str, Tensor]:
         assert weight.grad is not None
         weight.value = weight.grad
     named = {name: tensor.clone() for name, tensor in decoder.export()}
+    if decoder.spec.architecture == "llama4_text":
+        named = {llama4.checkpoint_name(name): llama4.to_pairs(decoder.spec, name, g) for name, g in named.items()}
     for weight, value in zip(weights, values, strict=True):
         weight.value = value
         weight.grad = None

@@ -19,6 +19,8 @@ from tandem.errors import ModelError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.gguf import FORMATS, read_header, spec_from_gguf
 from tandem.models.spec import RopeScaling, llama3_frequency_factors
+from tandem.numerics import quantise
+from tandem.numerics.compare import same_bits
 
 QUANTISABLE = [Kind.F16, Kind.BF16, Kind.Q8_0, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q5_1]
 SUPERBLOCKS = [Kind.Q4_K, Kind.Q5_K, Kind.Q6_K]
@@ -224,6 +226,19 @@ def test_each_format_against_its_bits(kind: Kind, tmp_path: Path) -> None:
         # A row keeps its blocks when rows are permuted, so quantising before or after the permutation is the same.
         # float32 rounds scale * code and the offset added: within 2 ulp of each.
         np.testing.assert_allclose(tensors[name].numpy(), exact, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", [Kind.Q4_0, Kind.Q4_1, Kind.Q8_0, Kind.Q5_1, Kind.F16], ids=lambda kind: kind.name)
+def test_codes_stand_for_the_values(kind: Kind, tmp_path: Path) -> None:
+    """Codes, scales and minima of a block that give other values than gguf's own dequantiser, or rows left permuted."""
+    opened = open_checkpoint(str(write(tmp_path / "m.gguf", make_model(), kind)))
+    for name, tensor in opened.tensors():
+        found = opened.codes(name)
+        if tensor.dim() == 1 or kind in (Kind.Q5_1, Kind.F16):
+            assert found is None
+        else:
+            assert found is not None and found.bits == (8 if kind == Kind.Q8_0 else 4) and found.group == 32
+            assert same_bits(quantise.dequantise(found, torch.float32), tensor), name
 
 
 @pytest.mark.parametrize("kind", SUPERBLOCKS, ids=lambda kind: kind.name)

@@ -15,12 +15,13 @@ from tandem.algo.loss import summarise
 from tandem.algo.pack import SCORED, count_prompts, pack
 from tandem.errors import ConfigError, NonFiniteError
 from tandem.models.decoder import Decoder
+from tandem.models.spec import LayerAttention
 from tandem.numerics.compare import same_bits
 from tandem.numerics.digest import tensor_digest
 from tandem.train.config import LearnerConfig
 from tandem.train.reference import with_logprobs
 from tandem.train.step import Learner, score
-from tandem.types import Sample
+from tandem.types import Reach, Sample
 
 MakeDecoder = Callable[..., Decoder]
 
@@ -98,7 +99,7 @@ def test_shared_prefix(any_path, make_decoder: MakeDecoder):
 
 def test_paths_have_the_same_gradient(any_path, make_decoder: MakeDecoder):
     """A kernel, or the fall-back without a compiler, trains another model: q/k norms, biases and window included."""
-    changes = {"qk_norm": True, "attention_bias": True, "sliding_window": 7}
+    changes = {"qk_norm": True, "attention_bias": True, "attention": (LayerAttention(Reach(window=7)),)}
     grads, _, _ = gradients(make_decoder(**changes), random_samples(), 10_000, True, AlgoConfig())
     norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads.values()))
     assert norm == pytest.approx(2.135101, rel=1e-5)
@@ -109,7 +110,7 @@ def test_activation_checkpointing(make_decoder: MakeDecoder, dtype):
     """Layers run again in the backward pass give another gradient than layers kept."""
     samples, algo = random_samples(), AlgoConfig()
     kept, _, _ = gradients(make_decoder(dtype), samples, 10_000, True, algo)
-    again, _, _ = gradients(make_decoder(dtype), samples, 10_000, True, algo, activation_checkpointing=True)
+    again, _, _ = gradients(make_decoder(dtype), samples, 10_000, True, algo, activation_checkpointing="on")
     for name, grad in again.items():
         assert same_bits(grad, kept[name]), name
 

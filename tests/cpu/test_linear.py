@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tandem.kernels import build
-from tandem.kernels.linear import linear, logits, pack_transposed, product
+from tandem.kernels.linear import linear, logits
 from tandem.kernels.weight import Weight
 from tandem.numerics.compare import same_bits
 
@@ -108,15 +108,6 @@ def test_row_alone_equals_row_among_many(kernel_path, dtype, rows, columns, dept
     whole = linear(x, weight, None, residual)
     assert same_bits(whole[chosen], linear(x[chosen].contiguous(), weight, None, residual[chosen].contiguous()))
     assert same_bits(logits(x, weight)[chosen], logits(x[chosen].clone(), weight))
-
-
-def test_transposed_pack_equals_pack_of_transpose(kernel_path):
-    """The two ways into panels disagree, so that a gradient multiplies another matrix."""
-    for dtype in DTYPES:
-        matrix = normal(77, 130, dtype=dtype, seed=3)
-        x = normal(5, 77, dtype=dtype, seed=4)
-        direct = product(x, pack_transposed(matrix), 130)
-        assert same_bits(direct, linear(x, Weight(matrix.T, matrix=True)))
 
 
 def test_repack_follows_the_value(any_path):

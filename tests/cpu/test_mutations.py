@@ -2,7 +2,9 @@
 
 A mutation replaces a function by a version that other systems have and that is not invariant. The check that is to
 catch it passes without it. Controls replace the same functions by other versions that are invariant: they must pass,
-so what is caught is the loss of invariance and not the replacement. docs/parity.md has the table.
+so what is caught is the loss of invariance and not the replacement. docs/parity.md has the table. The engine runs an
+operation at a time here, since its one-call pass has no functions to replace; test_fused.py holds that the bits are the
+same.
 """
 
 from __future__ import annotations
@@ -18,10 +20,11 @@ from torch.nn import functional
 
 from tandem.algo.config import AlgoConfig
 from tandem.algo.pack import count_prompts
-from tandem.engine import schedule
+from tandem.engine import runner, schedule
 from tandem.engine.schedule import Scheduler
 from tandem.kernels.build import compiler
-from tandem.kernels.sample import SamplingBatch
+from tandem.kernels.linear import logits
+from tandem.kernels.sample import SamplingBatch, log_sum_exp
 from tandem.models.decoder import Decoder
 from tandem.models.view import PackView, PagedView
 from tandem.numerics import random as noise
@@ -247,10 +250,10 @@ def library_vectors(_true, x_TK, weight, *given) -> Tensor:
     return out_TN if residual_TN is None else out_TN + residual_TN
 
 
-def blocked_attention(cuts: Callable[[int, int, int], list[int]]) -> Callable[..., Tensor]:
+def blocked_attention(cuts: Callable[[int, int, int], list[int]]) -> Callable[[Patch], None]:
     """Query by query; keys are reduced in blocks that begin at cuts(first position, end of the segment, page size)."""
 
-    def broken(_true, query_THD, key_CKD, value_CKD, paths, window=None, lse_TH=None) -> Tensor:
+    def broken(query_THD, key_CKD, value_CKD, paths, *_given) -> Tensor:
         outs = []
         for s in range(len(paths.first_position_S)):
             start, stop = int(paths.row_start_S[s]), int(paths.row_start_S[s + 1])
@@ -266,7 +269,14 @@ def blocked_attention(cuts: Callable[[int, int, int], list[int]]) -> Callable[..
                 outs.append(one_query(query_THD[start + t - first], key_CKD, value_CKD, rows))
         return torch.stack(outs)
 
-    return broken
+    def apply(patch: Patch) -> None:
+        def in_pages(query_THD, pool, *given) -> Tensor:
+            return broken(query_THD, *pool.rows(torch.arange(pool.num_slots)), *given)
+
+        patch.setattr("tandem.models.view.attention", broken)
+        patch.setattr("tandem.models.view.paged_attention", in_pages)
+
+    return apply
 
 
 def one_query(query_HD: Tensor, key_CKD: Tensor, value_CKD: Tensor, blocks: Sequence[Tensor]) -> Tensor:
@@ -405,14 +415,27 @@ def no_repack(patch: Patch) -> None:
     patch.setattr(Optimiser, "step", broken)
 
 
+def scores_of(change: Callable[[Tensor], Tensor], lse: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    """The learner's log-probs of changed logits, by another log-sum-exp."""
+
+    def broken(true, hidden_NM, weight, targets_N, temperature, *given):
+        by_N, x_NV = torch.full((len(hidden_NM),), temperature), change(logits(hidden_NM, weight))
+        lse_N = lse(x_NV, by_N)
+        logprobs_N = x_NV.gather(1, targets_N[:, None])[:, 0] / by_N - lse_N
+        scores = true(hidden_NM, weight, targets_N, temperature, *given)
+        return scores._replace(logprobs_N=logprobs_N, lse_N=lse_N)
+
+    return broken
+
+
 def as_they_came(patch: Patch) -> None:
     """The samples of a batch in the order in which they happened to finish."""
     patch.setattr(learner, "canonical", lambda samples, prompts: (samples, prompts))
 
 
 LINEAR, NORM = "tandem.models.decoder.linear", "tandem.models.decoder.rms_norm"
-ATTENTION, SCORES = "tandem.models.view.attention", "tandem.train.reference.token_logprobs"
-LOGITS, LSE = "tandem.kernels.logprob.logits", "tandem.kernels.logprob.log_sum_exp"
+STORE, SCORES = "tandem.models.view.rotate_store_", "tandem.train.reference.token_logprobs"
+HEAD = "tandem.kernels.logprob._score"
 
 MUTATIONS: dict[str, Mutation] = {
     "product: depth split below 16 rows": (
@@ -425,15 +448,12 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "product: the library's": (chain(), everywhere(LINEAR, library_product)),
     "product: the library's in the learner": (scored(), on_learner(LINEAR, library_vectors)),
-    "attention: key blocks begin where the chunk does": (
-        chain(),
-        everywhere(ATTENTION, blocked_attention(CUTS["chunk"])),
-    ),
-    "attention: four splits of any length": (chain(), everywhere(ATTENTION, blocked_attention(CUTS["four"]))),
-    "attention: a key block is a page": (scored(), everywhere(ATTENTION, blocked_attention(CUTS["page"]))),
+    "attention: key blocks begin where the chunk does": (chain(), blocked_attention(CUTS["chunk"])),
+    "attention: four splits of any length": (chain(), blocked_attention(CUTS["four"])),
+    "attention: a key block is a page": (scored(), blocked_attention(CUTS["page"])),
     "pages: narrower than the compute dtype": (
         scored(),
-        everywhere("tandem.models.view.store_", lambda true, x, *given: true(x.bfloat16().to(x.dtype), *given)),
+        everywhere(STORE, lambda true, qkv, *given: (qkv[2].copy_(qkv[2].bfloat16()), true(qkv, *given))),
     ),
     "rotary: positions of the chunk": (chain(), positions_of_the_chunk),
     "rotary: tables in bf16": (scored(), narrow_tables),
@@ -441,11 +461,11 @@ MUTATIONS: dict[str, Mutation] = {
     "norm: order depends on the rows": (chain(), everywhere(NORM, norm_summed(lambda rows: rows < 4))),
     "head: in bf16": (
         scored("bfloat16"),
-        everywhere(LOGITS, lambda true, *given: true(*given).bfloat16().float()),
+        everywhere(HEAD, scores_of(lambda logits_NV: logits_NV.bfloat16().float(), log_sum_exp)),
     ),
     "log-sum-exp: another order": (
         scored(),
-        everywhere(LSE, lambda _true, logits_SV, by_S: torch.logsumexp(logits_SV / by_S[:, None], -1)),
+        everywhere(HEAD, scores_of(lambda x: x, lambda x_NV, by_N: torch.logsumexp(x_NV / by_N[:, None], -1))),
     ),
     "learner: no temperature": (
         scored(temperature=0.7),
@@ -474,10 +494,16 @@ MUTATIONS: dict[str, Mutation] = {
 CONTROLS: dict[str, Mutation] = {
     "product: depth always split": (chain(), everywhere(LINEAR, product_in_parts(lambda rows: 2))),
     "product: depth always split, threads": (threads, everywhere(LINEAR, product_in_parts(lambda rows: 2))),
-    "attention: blocks of 8 positions": (chain(), everywhere(ATTENTION, blocked_attention(CUTS["absolute"]))),
-    "attention: blocks of 8 positions, learner": (scored(), everywhere(ATTENTION, blocked_attention(CUTS["absolute"]))),
+    "attention: blocks of 8 positions": (chain(), blocked_attention(CUTS["absolute"])),
+    "attention: blocks of 8 positions, learner": (scored(), blocked_attention(CUTS["absolute"])),
     "norm: always from the front": (chain(), everywhere(NORM, norm_summed(lambda rows: False))),
 }
+
+
+@pytest.fixture(autouse=True)
+def an_operation_at_a_time(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(runner, "fits", lambda decoder, pools: False)
+    monkeypatch.setattr(runner, "draw", lambda hidden, weight, batch: runner.sample(logits(hidden, weight), batch))
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

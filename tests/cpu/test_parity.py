@@ -17,39 +17,48 @@ from hypothesis import strategies as st
 
 from tandem.algo.config import AlgoConfig
 from tandem.algo.pack import count_prompts
-from tandem.engine.admit import pages_for
 from tandem.engine.engine import Engine
+from tandem.engine.layout import KvLayout, pages_for
 from tandem.engine.runner import DecoderRunner
 from tandem.engine.schedule import Batch, Sampled
 from tandem.kernels.build import compiler
 from tandem.kernels.logprob import token_logprobs
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
+from tandem.models.spec import LayerAttention, QueryTemperature
 from tandem.train.config import LearnerConfig
 from tandem.train.step import Learner
-from tandem.types import Request, Sampling, StopReason, WeightVersion
+from tandem.types import Reach, Request, Sampling, StopReason, WeightVersion
 
 MakeDecoder = Callable[..., Decoder]
 VOCAB = 97
 DTYPES = ["float32", "bfloat16"]
+KINDS = [LayerAttention()] * 3 + [
+    LayerAttention(reach, rotary)
+    for reach in (Reach(), Reach(window=5), Reach(window=70), Reach(chunk=1), Reach(chunk=16), Reach(chunk=65))
+    for rotary in (True, False)
+]
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
 
 
 @st.composite
 def shapes(draw: st.DrawFn) -> dict[str, Any]:
-    """Layers of every kind: groups of heads, head sizes that fill no panel, odd widths, biases, norms, windows."""
+    """Layers of every kind: groups of heads, head sizes that fill no panel, odd widths, biases, norms, reaches."""
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    layers = draw(st.integers(1, 3))
     return {
         "vocab_size": VOCAB,
         "width": draw(st.sampled_from([17, 32, 33, 64, 100])),
         "ff_width": draw(st.sampled_from([15, 48, 65])),
-        "layers": draw(st.integers(1, 3)),
+        "layers": layers,
         "heads": kv_heads * group,
         "kv_heads": kv_heads,
         "head_size": draw(st.sampled_from([16, 24, 32, 40, 64, 80, 96, 128])),
         "attention_bias": draw(st.booleans()),
         "qk_norm": draw(st.booleans()),
-        "sliding_window": draw(st.sampled_from([None, None, 1, 5, 64, 70])),
+        "attention": draw(st.lists(st.sampled_from(KINDS), min_size=1, max_size=layers).map(tuple)),
+        "query_temperature": draw(st.sampled_from([None, QueryTemperature(0.5, 10)])),
+        "rotated_norm": draw(st.booleans()),
         "tied_embeddings": draw(st.booleans()),
     }
 
@@ -72,7 +81,7 @@ def contexts(draw: st.DrawFn, most: int, longest: int) -> list[list[int]]:
     shape=shapes(),
     dtype=st.sampled_from(DTYPES),
     texts=contexts(5, 140),
-    page_tokens=st.sampled_from([1, 4, 7, 16, 64]),
+    page_tokens=st.sampled_from([2, 4, 8, 16, 64]),
     seed=st.integers(0, 999),
 )
 def test_every_link_of_the_chain(
@@ -87,7 +96,7 @@ def test_every_link_of_the_chain(
 def engines(draw: st.DrawFn) -> dict[str, Any]:
     """Limits of an engine; `room` in its pool for more than its longest request decides whether it preempts."""
     return {
-        "page_tokens": draw(st.sampled_from([1, 4, 7, 16])),
+        "page_tokens": draw(st.sampled_from([2, 4, 8, 16])),
         "batch_tokens": draw(st.integers(8, 200)),
         "max_sequences": draw(st.integers(1, 8)),
         "lookahead_tokens": draw(st.sampled_from([0, 0, 4])),
@@ -100,7 +109,8 @@ def engine_for(parity: Any, decoder: Decoder, asked: Sequence[Request], limits: 
     """With pages for the longest request alone (room 0), for all of them (room 1) or for something in between."""
     limits = dict(limits)
     room, page_tokens = limits.pop("room"), limits["page_tokens"]
-    needs = [pages_for(len(r.tokens) + r.sampling.max_new_tokens, page_tokens) for r in asked]
+    layout = KvLayout.of(decoder.spec.reaches)
+    needs = [layout.most_pages(len(r.tokens) + r.sampling.max_new_tokens, 1, page_tokens) for r in asked]
     return parity.engine(decoder, max(needs) + int(room * (sum(needs) - max(needs))), **limits)
 
 
@@ -165,7 +175,9 @@ def test_the_first_update_has_ratio_one(kernel_path, make_decoder: MakeDecoder, 
     prompts = [[(5 * i * i + p) % VOCAB for i in range(9 + 60 * p)] for p in range(2)]
     asked = parity.groups(prompts, 4, 0.7, 10)
     samples = parity.samples(asked, parity.engine(decoder, batch_tokens=24).generate(asked))
-    settings = LearnerConfig(activation_checkpointing=checkpointing, share_prefix=share, microbatch_tokens=80)
+    settings = LearnerConfig(
+        activation_checkpointing="on" if checkpointing else "off", share_prefix=share, microbatch_tokens=80
+    )
     learner = Learner(decoder, settings, AlgoConfig(), 0.7, total_updates=1)
     report = learner.step(samples, count_prompts(samples))
     assert report is not None and report.microbatches > 1
@@ -197,16 +209,16 @@ class Recording:
 
     def __init__(self, runner: DecoderRunner) -> None:
         self.runner = runner
-        self.residences: dict[str, list[tuple[list[int], list[int], list[tuple[int, int, float]]]]] = {}
+        self.residences: dict[str, list[tuple[Any, list[int], list[tuple[int, int, float]]]]] = {}
 
     def run(self, batch: Batch) -> Sampled:
         sampled = self.runner.run(batch)
         draws = zip(sampled.tokens, sampled.logprobs, strict=True)
         for work in batch.works:
             stays = self.residences.setdefault(work.request.id, [])
-            if not stays or stays[-1][0] is not work.pages:
+            if not stays or stays[-1][0] is not work.tables:
                 # Found in the index: only blocks that the present weights computed may be there.
-                stays.append((work.pages, [batch.version.step] * work.start, []))
+                stays.append((work.tables, [batch.version.step] * work.start, []))
             versions = stays[-1][1]
             assert len(versions) == work.start
             versions += [batch.version.step] * len(work.tokens)
@@ -217,13 +229,13 @@ class Recording:
 
 def replay(decoders: Sequence[Decoder], parity: Any, tokens: Sequence[int], versions: Sequence[int]) -> torch.Tensor:
     """Final hidden states of a context whose position t was computed by the weights versions[t], on fresh pages."""
-    runner = DecoderRunner(decoders[0], len(versions), 1)
-    table, rows, start = list(range(len(versions))), [], 0
+    table, rows, start = list(range(pages_for(len(versions), 2))), [], 0
+    runner = DecoderRunner(decoders[0], len(table), 2)
     while start < len(versions):
         stop = start
         while stop < len(versions) and versions[stop] == versions[start]:
             stop += 1
-        runner.decoder = decoders[versions[start]]
+        runner.forward = decoders[versions[start]].forward
         found = parity.in_pages(runner, [tokens], [table], [[(0, start, stop)]])
         rows += [found[0, position] for position in range(start, stop)]
         start = stop

@@ -13,7 +13,7 @@ import torch
 
 from tandem.errors import NonFiniteError
 from tandem.kernels import quantise as kernels
-from tandem.kernels.rotary import store_
+from tandem.kernels.page_pool import KvPool, rotate_store_
 from tandem.numerics import quantise as numerics
 from tandem.numerics.compare import same_bits
 from tandem.numerics.quantise import LARGEST, from_e4m3, to_e4m3
@@ -112,10 +112,13 @@ def test_signal_to_noise(bits, group, decibel):
 
 def stored(x: torch.Tensor) -> torch.Tensor:
     """By the kernel that writes keys and values into pages."""
-    rows = x.reshape(-1, 1, 16)
-    pool = torch.empty(rows.shape, dtype=torch.float8_e4m3fn)
-    store_(rows, torch.arange(len(rows)), pool)
-    return pool.view(x.shape)
+    rows, slots = x.reshape(-1, 1, 16), torch.arange(x.numel() // 16)
+    pool = KvPool(-(-len(rows) // 16), 16, 1, 16, x.dtype, torch.float8_e4m3fn)
+    fused = rows.repeat(1, 3, 1)
+    rotate_store_((fused[:, :1], fused[:, 1:2], fused[:, 2:]), slots, None, slots, pool)
+    keys, values = pool.rows(slots)
+    assert torch.equal(keys.view(torch.uint8), values.view(torch.uint8))
+    return keys.view(x.shape)
 
 
 def nearest_e4m3(x: torch.Tensor) -> np.ndarray:

@@ -10,13 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.algo.pack import count_prompts, pack
-from tandem.engine.admit import pages_for
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
+from tandem.engine.layout import KvGroup, KvLayout, pages_for
 from tandem.engine.runner import DecoderRunner, token_bytes
 from tandem.models.decoder import Decoder
+from tandem.models.spec import LayerAttention
 from tandem.train.step import score
-from tandem.types import Completion, Request, Sample, Sampling, StopReason, WeightVersion
+from tandem.types import Completion, Reach, Request, Sample, Sampling, StopReason, WeightVersion
 
 DTYPES = ["float32", "bfloat16"]
 STOP = 5
@@ -64,7 +65,7 @@ def same(got: Completion, wanted: Completion, count: int | None = None) -> None:
     asked=requests(),
     limits=st.fixed_dictionaries(
         {
-            "page_tokens": st.sampled_from([1, 4, 16]),
+            "page_tokens": st.sampled_from([2, 4, 16]),
             "batch_tokens": st.integers(4, 40),
             "max_sequences": st.integers(1, 4),
             "share_prefixes": st.booleans(),
@@ -140,7 +141,13 @@ def test_the_learner_scores_with_the_engines_bits(decoder, temperature, budget, 
 
 
 @pytest.mark.parametrize(
-    "changes", [{"sliding_window": 9}, {"qk_norm": True}, {"attention_bias": True}, {"head_size": 24}]
+    "changes",
+    [
+        {"attention": (LayerAttention(Reach(window=9)),)},
+        {"qk_norm": True},
+        {"attention_bias": True},
+        {"head_size": 24},
+    ],
 )
 def test_every_kind_of_layer_keeps_the_bits(kernel_path, make_decoder, changes):
     """A window, q/k norms or biases are computed apart from the other path, or in another order."""
@@ -151,11 +158,68 @@ def test_every_kind_of_layer_keeps_the_bits(kernel_path, make_decoder, changes):
         assert [p.hex() for p in scored] == [p.hex() for p in microbatch.logprobs_N]
 
 
+WINDOW, CHUNK = LayerAttention(Reach(window=9)), LayerAttention(Reach(chunk=16))
+HYBRIDS = {
+    "window": (WINDOW,),
+    "window and all": (WINDOW, WINDOW, LayerAttention()),
+    "chunks and all": (CHUNK, CHUNK, CHUNK, LayerAttention(rotary=False)),
+    "window and chunk": (WINDOW, CHUNK),
+}
+
+
+def without_freeing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every group holds the pages of its whole context."""
+    of = KvLayout.of
+
+    def holding(reaches_L: tuple[Reach, ...], config: EngineConfig) -> KvLayout:
+        layout = of(reaches_L)
+        return KvLayout((KvGroup(Reach()),) * len(layout.groups), layout.place_L, layout.depth)
+
+    monkeypatch.setattr(KvLayout, "for_engine", holding)
+
+
+@pytest.mark.parametrize("layers", HYBRIDS)
+def test_pages_that_no_query_sees_are_missed_by_nobody(kernel_path, make_decoder, monkeypatch, layers):
+    """A page let go while some query still sees it, a NULL page read, a hit on a block that lacks a group's page, or
+    a chunk, a preemption or a prefix hit that a layer with a window computes otherwise. Free pages hold NaN."""
+    decoder = make_decoder("bfloat16", layers=4, attention=HYBRIDS[layers])
+    stem = [(7 * i * i + 3) % 97 for i in range(120)]
+    asked = []
+    for number, length in enumerate((15, 16, 17, 35, 35, 90, 16, 36, 90)):
+        sampling = Sampling(max_new_tokens=(20, 3, 33)[number % 3])
+        asked.append(Request(f"r{number}", f"r{number}", tuple(stem[:length]), sampling, seed=number))
+    with monkeypatch.context() as patch:
+        without_freeing(patch)
+        alone = [engine_of(decoder, 128, share_prefixes=False).generate([request])[0] for request in asked]
+    layout = KvLayout.for_engine(decoder.spec.reaches, EngineConfig())
+    num_pages = layout.most_pages(122, 1, 4) + 6
+    found = 0
+    for share, batch_tokens in ((True, 20), (False, 20), (True, 100)):
+        engine = engine_of(
+            decoder, num_pages, share_prefixes=share, batch_tokens=batch_tokens, max_sequences=4, lookahead_tokens=0
+        )
+        runner, pool = engine.runner, engine.scheduler.pool
+        assert isinstance(runner, DecoderRunner)
+        for request in asked:
+            engine.submit(request)
+        done = {}
+        while engine.has_work:
+            free = sorted(set(range(num_pages)) - set(pool.cached) - {p for p, refs in enumerate(pool.refs) if refs})
+            for tensor in (tensor for kv in runner.pools for tensor in kv.tensors()):
+                tensor[free] = float("nan")
+            done |= {completion.request_id: completion for completion in engine.step()}
+            engine.check_integrity()
+        for wanted in alone:
+            same(done[wanted.request_id], wanted)
+        found += engine.stats.cached_tokens
+    assert found
+
+
 def test_page_memory_of_the_runner(make_decoder):
     """Capacity is worked out from another size than the pages really take."""
     decoder = make_decoder("bfloat16")
     runner = DecoderRunner(decoder, 10, 4)
-    taken = sum(pool.nbytes for pair in runner.pools for pool in pair)
+    taken = sum(pool.nbytes for pool in runner.pools)
     assert taken == 10 * 4 * token_bytes(decoder.spec, decoder.dtype)
 
 
@@ -164,3 +228,17 @@ def test_runs_without_a_compiler(any_path, make_decoder):
     request = Request("r", "r", (1, 2, 3), Sampling(max_new_tokens=12), seed=3)
     completion = engine_of(make_decoder()).generate([request])[0]
     assert completion.tokens[:6] == (4, 25, 39, 84, 93, 33) and len(completion.tokens) == 12
+
+
+@pytest.mark.parametrize("attention", [(), (LayerAttention(Reach(window=5)), LayerAttention())], ids=["full", "window"])
+@pytest.mark.parametrize("length", [1, 2, 6, 9, 16])
+def test_siblings_copy_the_end_of_their_prompt(length, attention, make_decoder, kernel_path) -> None:
+    """A sibling on a copy made too late, of another page, or of what its owner went on to write."""
+    decoder = make_decoder("bfloat16", **({"attention": attention} if attention else {}))
+    prompt = tuple((5 * i + 3) % 97 for i in range(length))
+    asked = [Request(f"g/{i}", "g", prompt, Sampling(max_new_tokens=3 + 4 * i % 9), seed=i) for i in range(6)]
+    engine = engine_of(decoder, max_sequences=4)
+    got = engine.generate(asked)
+    for completion, request in zip(got, asked, strict=True):
+        same(completion, engine_of(decoder).generate([request])[0])
+    assert engine.stats.cached_tokens >= 3 * (length - 1)

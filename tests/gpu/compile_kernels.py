@@ -13,7 +13,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tandem.kernels.gpu import attention, linear, norm, rotary, sample, swiglu
+from tandem.kernels.gpu import attention, attention_backward, linear, norm, page_sum, rotary, sample, swiglu
+from tandem.kernels.gpu.tiles import HOPPER, PLAIN, Tile
+from tandem.kernels.page_sum import GOLDEN
 
 TARGET = GPUTarget("cuda", 90, 32)
 POINTERS = {
@@ -28,32 +30,70 @@ POINTERS = {
     "table": "*i32",
     "tile_segment": "*i32",
     "tile_row": "*i32",
+    "block_segment": "*i32",
+    "block_at": "*i32",
+    "block_part": "*i32",
+    "delta": "*fp32",
+    "dkey": "*fp32",
+    "dvalue": "*fp32",
     "logits": "*fp32",
     "temperature": "*fp32",
     "entropy": "*fp32",
     "best": "*fp64",
     "best_id": "*i64",
+    "tokens": "*i64",
+    "logprobs": "*fp32",
+    "parts": "*fp32",
+    "sums": "*fp32",
+    "accumulators": "*fp32",
+    "found": "*i64",
+    "addresses": "*i64",
+    "pages": "*i64",
 }
 NUMBERS = {"eps": "fp32", "sign": "fp32", "scale": "fp32"}
-INTEGERS = {"rows", "stride", "stream", "query_stride", "key_stride", "value_stride", "table_stride", "page_tokens"}
+INTEGERS = {"rows", "stride", "stream", "spans", "query_stride", "key_stride", "value_stride", "table_stride"}
+INTEGERS |= {"page_tokens", "apart", "grad_stride"}
 
-HEADS = {"heads": 9, "kv_heads": 3, "size": 64, "group_block": 4, "size_block": 64, "tile": 64, "block": 64}
-PRODUCT = {"columns": 960, "depth": 576, "block_t": 64, "block_n": 64, "block_k": 64}
+HEADS = {
+    "heads": 9,
+    "kv_heads": 3,
+    "size": 64,
+    "group_block": 4,
+    "size_block": 64,
+    "tile": 64,
+    "block": 64,
+    "span": 512,
+}
+BACKWARD = {name: size for name, size in HEADS.items() if name != "span"}
+PRODUCT = {"columns": 960, "depth": 576, "super_t": 8}
+
 CASES: list[tuple[Any, dict[str, Any]]] = [
-    (linear.linear_kernel, {**PRODUCT, "has_bias": True, "has_residual": True}),
+    (attention.attention_kernel, {**HEADS, "window": 0, "chunk": 0, "sinks": 0}),
+    (attention.attention_kernel, {**HEADS, "window": 100, "chunk": 0, "sinks": 4}),
+    (attention.attention_kernel, {**HEADS, "window": 0, "chunk": 64, "sinks": 0}),
+    (attention.fold_kernel, {"heads": 9, "size": 64, "size_block": 64}),
+    (attention_backward.query_kernel, {**BACKWARD, "window": 100, "chunk": 0}),
+    (attention_backward.key_kernel, {**BACKWARD, "window": 0, "chunk": 64}),
     (norm.norm_kernel, {"width": 576, "block_m": 1024, "block_t": 2}),
+    (page_sum.page_sum_kernel, {"pools": 60, "words": 768, "block": 1024, "golden": GOLDEN}),
     (rotary.rotate_kernel, {"heads": 9, "half": 32, "block_t": 4, "block_h": 16, "block_d": 32}),
     (rotary.store_kernel, {"width": 192, "head": 64, "block": 1024}),
     (swiglu.swiglu_kernel, {"width": 1536, "block": 1024}),
-    (attention.attention_kernel, {**HEADS, "window": 0, "sinks": 0}),
-    (attention.attention_kernel, {**HEADS, "window": 100, "sinks": 4}),
-    (sample.statistics_kernel, {"vocab": 49152, "block": 1024}),
-    (sample.draw_kernel, {"vocab": 49152, "block": 1024}),
+    (sample.blocks_kernel, {"vocab": 49152, "block": 2048}),
+    (sample.statistics_kernel, {"blocks": 24, "block_b": 32}),
+    (sample.draw_kernel, {"vocab": 49152, "block": 2048}),
+    (sample.finish_kernel, {"vocab": 49152, "blocks": 24, "block_b": 32}),
     (sample.words_kernel, {"block": 64}),
 ]
+SHARED_BYTES = 227 << 10  # that a program may use on this target
 
 
-def complaints(kernel: Any, constants: dict[str, Any], dtype: str) -> list[str]:
+def product_case(tile: Tile) -> tuple[Any, dict[str, Any]]:
+    sizes = {"block_t": tile.rows, "block_n": tile.columns, "block_k": tile.depth}
+    return linear.linear_kernel, {**PRODUCT, **sizes, "has_bias": True, "has_residual": True}
+
+
+def complaints(kernel: Any, constants: dict[str, Any], dtype: str, **options: int) -> list[str]:
     signature: dict[str, str] = {}
     found = []
     for parameter in kernel.params:
@@ -70,21 +110,24 @@ def complaints(kernel: Any, constants: dict[str, Any], dtype: str) -> list[str]:
     aligned = {
         (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
     }
-    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=TARGET)
+    compiled = triton.compile(ASTSource(kernel, signature, constants, aligned), target=TARGET, options=options)
     if re.search(r"\b(atom|red)\.", compiled.asm["ptx"]):
         found.append(f"{kernel.__name__} adds with atomics")
     if "tf32" in compiled.asm["ptx"]:
         found.append(f"{kernel.__name__} multiplies fp32 in TF32")
+    if compiled.metadata.shared > SHARED_BYTES:
+        found.append(f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory, {constants}")
+    products = set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)[\w.:]*\.m\d+n\d+(k\d+)", compiled.asm["ptx"]))
+    if kernel is linear.linear_kernel and dtype == "bf16" and products != {("wgmma.mma_async", "k16")}:
+        found.append(f"{kernel.__name__} multiplies by {products}, {constants}")
     return found
 
 
 if __name__ == "__main__":
-    for kernel, constants in CASES:
-        for line in complaints(kernel, constants, "bf16"):
-            print(line)
+    lines = [line for case in CASES for line in complaints(*case, "bf16")]
+    for tile in (*PLAIN, *HOPPER):
+        lines += complaints(*product_case(tile), "bf16", num_warps=tile.warps, num_stages=tile.stages)
+    lines += complaints(*product_case(PLAIN[0]), "fp32", num_warps=PLAIN[0].warps, num_stages=PLAIN[0].stages)
     POINTERS |= {"key": "*fp8e4nv", "value": "*fp8e4nv", "pool": "*fp8e4nv"}
-    for kernel, constants in (CASES[3], CASES[6]):
-        for line in complaints(kernel, constants, "bf16"):
-            print(line)
-    for line in complaints(*CASES[0], "fp32"):
-        print(line)
+    lines += [line for case in (CASES[1], CASES[9]) for line in complaints(*case, "bf16")]
+    print(*lines, sep="\n", end="")

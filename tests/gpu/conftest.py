@@ -19,7 +19,17 @@ from tandem.models.decoder import Decoder
 from tandem.models.spec import ModelSpec, expected_shapes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-OPERATIONS = ("attention", "linear", "logprob", "norm", "rotary", "sample", "swiglu")
+OPERATIONS = (
+    "attention",
+    "attention_backward",
+    "linear",
+    "logprob",
+    "norm",
+    "page_sum",
+    "rotary",
+    "sample",
+    "swiglu",
+)
 
 if find_spec("triton") is not None:
     with pytest.MonkeyPatch.context() as patch:

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.kernels.attention import Paths, attention, attention_reference
+from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference
 from tandem.kernels.choice import backend
 from tandem.kernels.linear import linear, logits
 from tandem.kernels.norm import rms_norm
 from tandem.kernels.rotary import rotate_, rotate_reference, store_
 from tandem.kernels.swiglu import swiglu_down
 from tandem.kernels.weight import Weight
+from tandem.types import Reach
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 ROUNDING = {dtype: torch.finfo(dtype).eps / 2 for dtype in DTYPES}  # relative error of one rounding
@@ -129,16 +130,16 @@ def on(paths: Paths, device: str) -> Paths:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 5, 70])
+@pytest.mark.parametrize("reach", [Reach(), Reach(window=5), Reach(window=70), Reach(chunk=16)], ids=str)
 @pytest.mark.parametrize("shape", [(4, 2, 8), (3, 1, 24), (2, 2, 64)])
-def test_attention_values(device, dtype, window, shape):
+def test_attention_values(device, dtype, reach, shape):
     """A query sees a later key, misses one of its own, leaves its window, or reads another head or sample."""
     query, key, value = heads_of(100, shape, dtype, device)
     shared, own = list(range(10)), list(range(70, 100))  # the second segment runs on from rows of the first
     paths = on(Paths.build([0, 70, 100], [0, 10], [list(range(70)), shared + own], page_tokens=1), device)
-    got = attention(query, key, value, paths, window)
+    got = attention(query, key, value, paths, reach)
     wide = [x.double().cpu() for x in (query, key, value)]
-    exact = attention_reference(*wide, paths.to(torch.device("cpu")), window)
+    exact = attention_reference(*wide, paths.to(torch.device("cpu")), reach)
     # A score of size s is off by 2 D roundings of it; a weight by that, its own rounding and the sum's over the keys.
     largest = float(wide[0].abs().amax() * wide[1].abs().amax()) * shape[2] ** 0.5
     relative = ROUNDING[dtype] + (2 * shape[2] * largest + 70 + 16) * FP32
@@ -146,12 +147,13 @@ def test_attention_values(device, dtype, window, shape):
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])
-@pytest.mark.parametrize("window", [None, 9])
-def test_attention_of_a_query_is_its_own(device, dtype, window):
+@pytest.mark.parametrize("reach", [Reach(), Reach(window=9), Reach(chunk=24)], ids=str)
+def test_attention_of_a_query_is_its_own(device, dtype, reach):
     """A query's attention depends on its chunk, on the page size or placement, on its batch, or on pack or pages."""
     query, key, value = heads_of(140, (4, 2, 8), dtype, device)
     count = 140
-    whole = attention(query, key, value, on(Paths.build([0, count], [0], [list(range(count))], 1), device), window)
+    rows_alone = on(Paths.build([0, count], [0], [list(range(count))], 1), device)
+    whole = attention(query, key, value, rows_alone, reach)
     order = np.random.default_rng(0)
     for page_tokens, cuts in ((1, [0, 1, 2, 63, 140]), (4, [0, 100, 140]), (16, [0, 17, 64, 65, 139, 140])):
         num_pages = -(-count // page_tokens)
@@ -162,11 +164,100 @@ def test_attention_of_a_query_is_its_own(device, dtype, window):
         store_(value, slots.to(device), pools[1])
         for start, stop in zip(cuts, cuts[1:], strict=False):
             paths = on(Paths.build([0, stop - start], [start], [table[: -(-stop // page_tokens)]], page_tokens), device)
-            assert torch.equal(attention(query[start:stop], *pools, paths, window), whole[start:stop])
+            assert torch.equal(attention(query[start:stop], *pools, paths, reach), whole[start:stop])
         # A decode of position 139, a prefill of 20..29 and a decode of 64 in one batch.
         rows = [139, *range(20, 30), 64]
         paths = on(Paths.build([0, 1, 11, 12], [139, 20, 64], [table] * 3, page_tokens), device)
-        assert torch.equal(attention(query[rows], *pools, paths, window), whole[rows])
+        assert torch.equal(attention(query[rows], *pools, paths, reach), whole[rows])
+
+
+@pytest.mark.parametrize(
+    ("reach", "sinks"), [(Reach(), 0), (Reach(window=600), 0), (Reach(window=530), 70), (Reach(chunk=700), 0)]
+)
+def test_spans_apart_are_spans_together(device, monkeypatch, reach, sinks):
+    """A decode in a program a span has other bits than a prefill, drops a span, or adds one it cannot see."""
+    from tandem.kernels.gpu import attention as gpu
+
+    count = 1034
+    query, key, value = heads_of(count, (2, 1, 8), torch.bfloat16, device)
+    table = list(range(count))
+    chunks, chosen = [*range(505, 515), *range(1024, 1034)], [6, 7, 10, 19]
+    whole = on(Paths.build([0, 10, 20], [505, 1024], [table] * 2, 1), device)
+    rows = [chunks[place] for place in chosen]
+    each = on(Paths.build(list(range(len(rows) + 1)), rows, [table] * len(rows), 1), device)
+    spans = []
+    monkeypatch.setattr(gpu, "multiprocessors", lambda place: 0)
+    together = gpu.attention(query[chunks], key, value, whole, reach, sinks=sinks)[chosen]
+    assert torch.equal(gpu.attention(query[rows], key, value, each, reach, sinks=sinks), together)
+    monkeypatch.setattr(gpu, "multiprocessors", lambda place: 132)
+    monkeypatch.setattr(gpu, "fold_kernel", counted(gpu.fold_kernel, spans))
+    assert torch.equal(gpu.attention(query[rows], key, value, each, reach, sinks=sinks), together)
+    assert spans == [(len(rows), 2)]
+
+
+def counted(kernel, grids):
+    """The kernel, its grids noted."""
+
+    class Counted:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return kernel[grid]
+
+    return Counted()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("reach", [Reach(), Reach(window=70), Reach(chunk=48)])
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_gradients(device, dtype, reach, shared):
+    """A gradient misses a block, a tile, a head or one of the samples that share a row, or leaves a query's sight."""
+    tables = [list(range(90)), [*range(40), *range(90, 160)] if shared else list(range(90, 160))]
+    paths = on(Paths.build([0, 90, 160], [0, 40 if shared else 0], tables, page_tokens=1), device)
+    query, key, value = heads_of(160, (6, 2, 8), dtype, device)
+    lse = torch.empty(160, 6, device=device)
+    out = attention(query, key, value, paths, reach, lse)
+    dout = draw(1, 160, 6, 8, dtype=dtype, device=device)
+    grads = heads_of(160, (6, 2, 8), dtype, device)
+    attention_backward(dout, out, lse, (query, key, value), grads, paths, reach)
+    wide = [x.double().cpu().requires_grad_() for x in (query, key, value)]
+    attention_reference(*wide, paths.to(torch.device("cpu")), reach).backward(dout.double().cpu())
+    for got, exact in zip(grads, wide, strict=True):
+        # Weights, their gradients, the output and the result are each rounded; a key's sum is over 70 rows and more.
+        assert exact.grad is not None
+        assert (got.double().cpu() - exact.grad).abs().max() <= 8 * ROUNDING[dtype] * exact.grad.abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 64, 200, 600])
+def test_tiles_agree(device, rows):
+    """A tile leaves a block of rows or columns out, takes one twice, or has other bits than another tile."""
+    from tandem.kernels.gpu.linear import disagreeing, tiled_product
+    from tandem.kernels.gpu.tiles import HOPPER, PLAIN
+
+    x, weight = (draw(seed, size, 72, dtype=torch.bfloat16, device=device) for seed, size in ((0, rows), (1, 130)))
+    last = None
+    for tile in (*PLAIN, *HOPPER[2:]) if device == "cpu" else HOPPER:
+        out = torch.full((rows, 130), torch.nan, device=device)
+        got = tiled_product(x, weight, None, None, out, tile)
+        assert last is None or torch.equal(got, last)
+        last = got
+    near(last, x.double() @ weight.double().T, 74 * FP32 * (x.double().abs() @ weight.double().abs().T))
+    assert device == "cpu" or not disagreeing(HOPPER, torch.device(device), torch.bfloat16)
+
+
+def test_a_tile_of_other_bits_is_not_taken(device, monkeypatch):
+    """Rows of a decode and of a prefill take tiles that do not agree on this device."""
+    from tandem.kernels.gpu import linear as gpu
+    from tandem.kernels.gpu.tiles import Tile
+
+    tiles = (Tile(64, 128, 64, 4, 2), Tile(64, 64, 64, 4, 2))
+    monkeypatch.setattr(gpu, "tiles_of", lambda place, dtype: tiles)
+    asked, tiled = torch.device(device), gpu.tiled_product
+    assert gpu.agreed.__wrapped__(asked, torch.bfloat16) == tiles
+    monkeypatch.setattr(
+        gpu, "tiled_product", lambda x, w, b, r, out, tile: tiled(x, w, b, r, out, tile).add_(tile.columns == 128)
+    )
+    with pytest.warns(UserWarning, match="other bits"):
+        assert gpu.agreed.__wrapped__(asked, torch.bfloat16) == tiles[1:]
 
 
 def test_sinks_stay_in_sight(device):
@@ -175,7 +266,7 @@ def test_sinks_stay_in_sight(device):
 
     query, key, value = heads_of(150, (2, 1, 8), torch.float32, device)
     paths = on(Paths.build([0, 150], [0], [list(range(150))], 1), device)
-    got = gpu.attention(query, key, value, paths, window=20, sinks=3)
+    got = gpu.attention(query, key, value, paths, Reach(window=20), sinks=3)
     scores = torch.einsum("qhd,nd->hqn", query.double(), key[:, 0].double()) / 8**0.5
     q, n = torch.arange(150, device=device)[:, None], torch.arange(150, device=device)
     seen = (n <= q) & ((n > q - 20) | (n < 3))
@@ -183,7 +274,7 @@ def test_sinks_stay_in_sight(device):
     assert (got.double() - exact).abs().max() < 400 * FP32 * float(value.abs().amax())  # as test_attention_values
     start = 100
     chunk = on(Paths.build([0, 50], [start], [list(range(150))], 1), device)
-    assert torch.equal(gpu.attention(query[start:], key, value, chunk, window=20, sinks=3), got[start:])
+    assert torch.equal(gpu.attention(query[start:], key, value, chunk, Reach(window=20), sinks=3), got[start:])
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2])

@@ -132,10 +132,10 @@ def test_two_threads(config: RunConfig, plain: Finished, tmp_path: Path) -> None
 
 
 ENGINES: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
-    "batch_tokens": ({"batch_tokens": 40, "max_sequences": 40}, lambda stats: stats.batches > 30 * STEPS),
+    "batch_tokens": ({"batch_tokens": 12, "max_sequences": 12}, lambda stats: stats.batches > 30 * STEPS),
     "max_sequences": ({"max_sequences": 3}, lambda stats: stats.most_running == 3),
     "share_prefixes": ({"share_prefixes": False}, lambda stats: stats.cached_tokens == 0),
-    "page_tokens": ({"page_tokens": 5}, lambda stats: True),
+    "page_tokens": ({"page_tokens": 4}, lambda stats: True),
     # 128 bytes a token and 16 tokens a page: 14 pages, where a context takes up to 6.
     "preemption": ({"kv_memory_bytes": 14 * 16 * 128, "lookahead_tokens": 0}, lambda stats: stats.preemptions > 0),
 }

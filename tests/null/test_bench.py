@@ -7,7 +7,9 @@ import sys
 
 import pytest
 
+from tandem.cli.main import main
 from tandem.errors import WorldError
+from tandem.report.throughput import throughput_figure, throughput_png
 from tandem.run import bench as benches
 from tandem.run.bench import Figure, _run, compare, limit
 
@@ -95,21 +97,107 @@ def test_both_sides_of_parity_do_the_same_work(monkeypatch):
     assert {f.peer for f in exact} == {"tandem"} and {f.peer for f in fast} == {"library"}
 
 
-def test_limit_is_the_roofline_by_hand():
-    """A share of the limit above what the machine can do."""
-    flop, parameters = 269e6, 134.5e6
-    assert limit("decode 1x128", 1e12, 25e9) == pytest.approx(25e9 / (2 * parameters))  # reads the weights
-    assert limit("decode 64x128", 1e12, 1e15) == pytest.approx(1e12 / flop)  # multiplies
-    assert limit("train 16x256", 3 * flop * 100, 1.0) == pytest.approx(100.0)
-    assert limit("start", 1.0, 1.0) is None
+# SmolLM2: elements of the layers and the head, bytes of keys and values of a token, flop of a query and a key.
+BODY, HEAD, KV, MET = 106_168_320, 49152 * 576, 23_040, 69_120
+FILL, LAST = BODY * 29 / 30 + 576 * 384, BODY / 30 - 576 * 384  # what each token of a prompt needs; only the last one
+
+
+@pytest.mark.parametrize(
+    ("work", "flop", "moved", "tokens"),
+    [
+        ("decode 1x128", 2 * (BODY + HEAD) + 112 * MET, 2 * (BODY + HEAD) + 112 * KV, 1),
+        ("decode 64x128", 64 * (2 * (BODY + HEAD) + 112 * MET), 2 * (BODY + HEAD) + 64 * 112 * KV, 64),
+        ("decode step 256", 256 * (2 * (BODY + HEAD) + 80 * MET), 2 * (BODY + HEAD) + 256 * 80 * KV, 256),
+        ("decode 1x128 q4", 2 * (BODY + HEAD) + 112 * MET, BODY * 5 / 8 + HEAD * 17 / 16 + 112 * KV, 1),
+        (
+            "prefill 16x1024",
+            16 * (1024 * (2 * FILL + 1025 / 2 * MET * 29 / 30 + MET / 30) + 2 * (LAST + HEAD)),
+            2 * (BODY + HEAD) + 16 * 1024 * KV,
+            16 * 1024,
+        ),
+        (
+            "train 16x256",
+            3 * 16 * (512 * (BODY + HEAD) + 256 * 257 / 2 * MET),
+            (BODY + HEAD) * (4 + 8 + 24 + 2),
+            16 * 256,
+        ),
+    ],
+)
+def test_limit_is_the_roofline_by_hand(work, flop, moved, tokens):
+    """A share of the limit above what the machine can do: without the output head, or the keys and values."""
+    assert limit(work, 1e12, 1e18) == pytest.approx(tokens * 1e12 / flop)
+    assert limit(work, 1e18, 25e9) == pytest.approx(tokens * 25e9 / moved)
+
+
+def test_limit_of_groups_reads_a_shared_prompt_once():
+    """A roofline that tandem passes by sharing, since it reads a group's prompt once a sample; a time as a rate."""
+    flop = 8 * (512 * (2 * FILL + 513 / 2 * MET * 29 / 30 + MET / 30) + 2 * (LAST + HEAD)) + 31 * 128 * (
+        2 * (BODY + HEAD) + 529 * MET
+    )
+    moved = 2 * (BODY + HEAD) + 8 * 512 * KV + 31 * (2 * (BODY + HEAD) + 8 * 512 * KV + 128 * 17 * KV)
+    assert limit("groups 8x512x16x32", 1e12, 1e18) == pytest.approx(flop / 1e12)
+    assert limit("groups 8x512x16x32", 1e18, 25e9) == pytest.approx(moved / 25e9)
+    assert limit("start", 1.0, 1.0) is None and limit("grpo step 16x8x64", 1.0, 1.0) is None
+
+
+def test_share_of_a_time_is_the_limit_over_it():
+    """Twice the least time read as 200 % of the limit."""
+    figures = [
+        Figure("limit", "matrix FLOP/s", 1e12, None),
+        Figure("limit", "memory bytes/s", 25e9, None),
+        Figure("tandem", "groups 8x512x16x32", None, 2 * limit("groups 8x512x16x32", 1e12, 25e9)),
+    ]
+    assert compare([figures])[0]["share_of_limit"] == pytest.approx(0.5)
+
+
+def test_a_large_batch_stands_beside_the_rate_of_a_smaller_one():
+    """A ratio of medians over rounds in which the machine slowed down, or one where the other work was not run."""
+    rounds = [
+        [Figure("tandem", "decode 64x128", small, None), Figure("tandem", "decode 256x64", large, None)]
+        for small, large in ((100.0, 130.0), (50.0, 60.0), (90.0, 126.0))
+    ]
+    small, large = compare(rounds)
+    assert "own" not in small and large["own"] == {"work": "decode 64x128", "ratio": pytest.approx(1.3)}
+    assert "own" not in compare([[Figure("tandem", "decode 256x64", 1.0, None)]])[0]
+
+
+def sweep_rows() -> list[dict]:
+    places = [("sequences", n, 128) for n in (1, 16, 256)] + [("context", 16, c) for c in (128, 1024, 8160)]
+    return [
+        {"axis": axis, "sequences": n, "context": c, "tok_s": 40.0 * n, "limit_tok_s": 80.0 * n, "share_of_limit": 0.5}
+        for axis, n, c in places
+    ]
+
+
+def test_picture_of_a_sweep():
+    """A curve over the wrong axis, or tandem's under the name of the limit."""
+    figure = throughput_figure(sweep_rows())
+    left, right = figure.axes
+    for axes, at, rates in ((left, [1, 16, 256], [40, 640, 10240]), (right, [128, 1024, 8160], [640] * 3)):
+        lines = {line.get_label().split(",")[0]: line for line in axes.lines}
+        assert list(lines["tandem"].get_xdata()) == at and list(lines["tandem"].get_ydata()) == rates
+        assert list(lines["limit of the machine"].get_ydata()) == [2 * rate for rate in rates]
+        assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert throughput_png(sweep_rows())[:4] == b"\x89PNG"
+
+
+def test_sweep_is_printed_and_drawn(monkeypatch, capsys, tmp_path):
+    """A picture of another sweep than the table's; a flag that is taken and ignored."""
+    result = {"bench": "sweep", "limits": {"matrix FLOP/s": 9e11, "memory bytes/s": 4.5e10}, "rows": sweep_rows()}
+    monkeypatch.setattr("tandem.run.sweep.sweep", lambda: result)
+    picture = tmp_path / "sweep.png"
+    assert main(["bench", "sweep", "--json", "--out", str(picture)]) == 0
+    assert json.loads(capsys.readouterr().out) == result and picture.read_bytes() == throughput_png(sweep_rows())
+    assert main(["bench", "engine", "--out", str(picture)]) == 2 and "--out" in capsys.readouterr().err
+    assert main(["bench", "sweep", "--peer", "x"]) == 2 and "--peer" in capsys.readouterr().err
 
 
 def test_limits_come_from_the_machine():
     """The limit of one run beside the speed of another."""
     figures = [
-        Figure("limit", "matrix FLOP/s", 3 * 269e6 * 100, None),
-        Figure("limit", "memory bytes/s", 1.0, None),
-        Figure("tandem", "train 16x256", 50.0, None),
+        Figure("limit", "matrix FLOP/s", 1e12, None),
+        Figure("limit", "memory bytes/s", 25e9, None),
+        Figure("tandem", "train 16x256", limit("train 16x256", 1e12, 25e9) / 2, None),
     ]
     assert compare([figures])[0]["share_of_limit"] == pytest.approx(0.5)
 

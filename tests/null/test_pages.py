@@ -7,17 +7,19 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from tandem.engine.pages import PagePool
+from tandem.engine.pages import MOST_WORTH, PagePool
 
 
 class PoolAgainstModel(RuleBasedStateMachine):
-    """A page handed out while somebody holds it, lost, or evicted out of order."""
+    """A page handed out while somebody holds it, lost, or evicted before one that was due before."""
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = PagePool(num_pages=5, page_tokens=4)
         self.tables: list[list[int]] = [[], [], []]  # three holders
-        self.cached: list[int] = []  # in order of release
+        self.cached: dict[int, tuple[int, int]] = {}  # page -> (due, number of its release)
+        self.clock = 0
+        self.releases = 0
 
     def held(self) -> set[int]:
         return {page for table in self.tables for page in table}
@@ -38,32 +40,44 @@ class PoolAgainstModel(RuleBasedStateMachine):
             page = known[which % len(known)]
             self.pool.share(page)
             self.tables[holder].append(page)
-            if page in self.cached:
-                self.cached.remove(page)
+            self.cached.pop(page, None)
 
     @precondition(lambda self: any(self.tables))
-    @rule(holder=st.integers(0, 2), keep=st.booleans())
-    def release(self, holder: int, keep: bool) -> None:
+    @rule(holder=st.integers(0, 2), worth=st.sampled_from([None, 1, 1, 2, 3, MOST_WORTH]))
+    def release(self, holder: int, worth: int | None) -> None:
         if self.tables[holder]:
             page = self.tables[holder].pop()
-            self.pool.release(page, keep)
-            if page not in self.held() and keep:
-                self.cached.append(page)
+            self.pool.release(page, worth)
+            self.releases += 1
+            if page not in self.held() and worth is not None:
+                self.cached[page] = (self.clock + worth, self.releases)
 
     @rule()
     def evict(self) -> None:
-        assert self.pool.evict() == (self.cached.pop(0) if self.cached else None)
+        first = min(self.cached, key=lambda page: self.cached[page], default=None)
+        assert self.pool.evict() == first
+        if first is not None:
+            self.clock, _ = self.cached.pop(first)
+
+    @rule()
+    def devalue(self) -> None:
+        self.pool.devalue()
+        order = self.in_order()
+        self.cached = {page: (self.clock, number - len(order)) for number, page in enumerate(order)}
+
+    def in_order(self) -> list[int]:
+        return sorted(self.cached, key=lambda page: self.cached[page])
 
     @invariant()
     def whole(self) -> None:
         self.pool.check_integrity(self.tables)
-        assert list(self.pool.cached) == self.cached
+        assert self.pool.cached == self.in_order()
         assert self.pool.num_free == 5 - len(self.held()) - len(self.cached)
         assert self.pool.num_available == 5 - len(self.held())
 
 
 TestPoolAgainstModel = PoolAgainstModel.TestCase
-TestPoolAgainstModel.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestPoolAgainstModel.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 
 
 def test_sharing_a_free_page_is_refused() -> None:
@@ -71,11 +85,11 @@ def test_sharing_a_free_page_is_refused() -> None:
     pool = PagePool(2, 4)
     page = pool.take()
     assert page is not None
-    pool.release(page, keep=False)
+    pool.release(page, worth=None)
     with pytest.raises(KeyError):
         pool.share(page)
     with pytest.raises(AssertionError):
-        pool.release(page, keep=False)
+        pool.release(page, worth=None)
 
 
 def test_integrity_finds_a_leak_and_a_double_entry() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.engine.layout import WHOLE
 from tandem.engine.pages import PagePool
 from tandem.engine.prefix import PrefixIndex, block_key, extend_keys, root_key
 from tandem.types import WeightVersion
@@ -35,15 +36,15 @@ def test_match_is_the_longest_block_prefix_of_the_same_weights(
 ) -> None:
     """A block found under other weights, under another adapter, after other tokens, or not found at all."""
     pool = PagePool(64, PAGE)
-    index = PrefixIndex(pool)
+    index = PrefixIndex(pool, WHOLE)
     contents: dict[int, tuple[tuple[int, ...], WeightVersion]] = {}
     for tokens, under in indexed:
         for block, key in enumerate(keys_of(tokens, under)):
             page = index.take()
             assert page is not None
             contents[page] = (tuple(tokens[: (block + 1) * PAGE]), under)
-            index.insert(key, page)
-    pages = index.match(keys_of(asked, version), most)
+            index.insert(key, 0, page, prompt=True)
+    (pages,) = index.match(keys_of(asked, version), most)
     known = set(contents.values())
     wanted = 0
     while wanted < min(most, len(asked) // PAGE) and (tuple(asked[: (wanted + 1) * PAGE]), version) in known:
@@ -74,18 +75,20 @@ def test_keys_extended_in_pieces_equal_keys_at_once() -> None:
 def test_eviction_takes_the_oldest_chain_from_its_far_end() -> None:
     """The beginning of a chain evicted first, which leaves its rest cached but unreachable."""
     pool = PagePool(4, PAGE)
-    index = PrefixIndex(pool)
+    index = PrefixIndex(pool, WHOLE)
     old, new = keys_of([1, 1, 2, 2], VERSIONS[0]), keys_of([3, 3, 4, 4], VERSIONS[0])
     for keys in (old, new):
         pages = [index.take(), index.take()]
         for key, page in zip(keys, pages, strict=True):
             assert page is not None
-            index.insert(key, page)
-        index.release([page for page in pages if page is not None])
+            index.insert(key, 0, page, prompt=True)
+        for page in reversed(pages):
+            assert page is not None
+            index.release(page)
     lengths = []
     for taken in range(4):
         assert index.take() is not None and index.num_evicted == taken + 1
-        lengths.append((len(index.match(old, 2)), len(index.match(new, 2))))
+        lengths.append((len(index.match(old, 2)[0]), len(index.match(new, 2)[0])))
     assert lengths == [(1, 2), (0, 2), (0, 1), (0, 0)]
     assert index.take() is None and len(index) == 0
 
@@ -93,27 +96,46 @@ def test_eviction_takes_the_oldest_chain_from_its_far_end() -> None:
 def test_a_hit_keeps_a_chain_from_eviction() -> None:
     """Eviction by first use instead of by last: the prompt every request shares is the first to go."""
     pool = PagePool(2, PAGE)
-    index = PrefixIndex(pool)
+    index = PrefixIndex(pool, WHOLE)
     pages = []
     for token in (1, 2):
         page = index.take()
         assert page is not None
-        index.insert(keys_of([token, token], VERSIONS[0])[0], page)
+        index.insert(keys_of([token, token], VERSIONS[0])[0], 0, page, prompt=True)
         pages.append(page)
     for page in pages:
-        index.release([page])
-    pool.share(pages[0])
-    index.release([pages[0]])
+        index.release(page)
+    index.hit([pages[0]])
+    index.release(pages[0])
     assert index.take() == pages[1]
-    assert index.match(keys_of([1, 1], VERSIONS[0]), 1) == [pages[0]]
+    assert index.match(keys_of([1, 1], VERSIONS[0]), 1) == [[pages[0]]]
+
+
+def test_blocks_of_earlier_weights_go_first_however_often_they_were_hit() -> None:
+    """After an update the pool stays full of pages that no request can find, and what is new is evicted instead."""
+    index = PrefixIndex(PagePool(2, PAGE), WHOLE)
+    pages = []
+    for token in (1, 2):
+        page = index.take()
+        assert page is not None
+        index.insert(keys_of([token, token], VERSIONS[token - 1])[0], 0, page, prompt=token == 1)
+        pages.append(page)
+        if token == 1:
+            for _ in range(5):
+                index.hit([page])
+                index.release(page)
+            index.release(page)
+            index.retire()
+    index.release(pages[1])
+    assert index.take() == pages[0]
 
 
 def test_integrity_finds_a_cached_page_without_a_name() -> None:
     """A page kept for contents that no request can ever find: memory lost for good."""
     pool = PagePool(2, PAGE)
-    index = PrefixIndex(pool)
+    index = PrefixIndex(pool, WHOLE)
     page = pool.take()
     assert page is not None
-    pool.release(page, keep=True)
+    pool.release(page, worth=1)
     with pytest.raises(AssertionError):
         index.check_integrity([])

@@ -389,7 +389,9 @@ def test_report_shows_declared_drift(tmp_path):
         decile = {"samples": 13, "length": 8.0, "k3": 0.0042}
         entry |= {**drift, "error_budget": budget, "by_length": [decile], "alarms": ["ess 0.4 < 0.5"]}
     write_rows(folder, rows)
-    (folder / "plan.json").write_text(json.dumps({"numerics": "departs from exact: int4 <weights>"}))
+    (folder / "plan.json").write_text(
+        json.dumps({"numerics": "departs from exact: int4 <weights>", "memory": {"peak_bytes": 3_800_000_000}})
+    )
     (folder / "config.json").write_text(json.dumps({"name": "tiny", "alarms": {"k3": 0.01, "ess": None}}))
     page = Page(write_report(folder).read_text())
     text = re.sub(r"\s+", " ", " ".join(page.words))
@@ -397,7 +399,7 @@ def test_report_shows_declared_drift(tmp_path):
         "Declared: departs from exact: int4 <weights>.", "differ by at most 1.2 nats (step 12), in 12 of 12 steps",
         "k3 KL of behaviour to learner, nats a token 0.012 0.012 12 > 0.01",
         "ess effective share of the tokens, unclamped 0.880 0.880 12 off", "0.004", "samples length k3",
-        "step 1: ess 0.4 < 0.5 (and in 11 later steps)",
+        "step 1: ess 0.4 < 0.5 (and in 11 later steps)", "of the run's process; planned: 3.80 GB",
     ):  # fmt: skip
         assert wanted in text, wanted
     assert (folder / "budget.png").read_bytes().startswith(b"\x89PNG")

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from tandem.engine.admit import admits, count_pages
+from tandem.engine.admit import Lengths, count_pages
 from tandem.engine.config import EngineConfig
-from tandem.engine.schedule import Batch, Sampled, Scheduler
+from tandem.engine.schedule import Batch, Sampled, Scheduler, Sequence
 from tandem.errors import CapacityError, ConfigError
 from tandem.types import Completion, Request, Sampling, StopReason, WeightVersion
 
@@ -28,6 +28,11 @@ def commit(s: Scheduler, batch: Batch, token: int = 99) -> list[Completion]:
     finished = s.commit(batch, Sampled([token] * batch.num_samples, [-1.0] * batch.num_samples), now=1.0)
     s.check_integrity()
     return finished
+
+
+def table_of(sequence: Sequence) -> list[int]:
+    assert sequence.pages is not None
+    return list(sequence.pages.tables[0])
 
 
 def shape(batch: Batch) -> list[tuple[str, int, int, bool]]:
@@ -64,10 +69,14 @@ def test_siblings_wait_for_the_shared_blocks_and_run_only_the_rest() -> None:
     for name in ("a", "b", "c"):
         s.submit(request(name, range(10)), 0.0)
     assert step(s) == [("a", 0, 8, False)]
-    assert step(s) == [("a", 8, 2, True), ("b", 8, 2, True), ("c", 8, 2, True)]
-    assert s.running[0].pages[:2] == s.running[1].pages[:2] == s.running[2].pages[:2]
-    assert len({sequence.pages[2] for sequence in s.running}) == 3
-    assert s.stats.cached_tokens == 16 and s.stats.run_tokens == 14
+    assert step(s) == [("a", 8, 2, True)]
+    batch = s.plan(0.0)
+    assert shape(batch) == [("a", 10, 1, True), ("b", 9, 1, True), ("c", 9, 1, True)]
+    tables = [table_of(sequence) for sequence in s.running]
+    assert tables[0][:2] == tables[1][:2] == tables[2][:2] and len({table[2] for table in tables}) == 3
+    assert batch.copies == {tables[1][2]: tables[0][2], tables[2][2]: tables[0][2]}
+    commit(s, batch)
+    assert s.stats.cached_tokens == 18 and s.stats.run_tokens == 13 and s.plan(0.0).copies == {}
 
 
 def test_the_last_token_of_an_aligned_prompt_is_run() -> None:
@@ -75,6 +84,7 @@ def test_the_last_token_of_an_aligned_prompt_is_run() -> None:
     s = scheduler()
     s.submit(request("a", range(8)), 0.0)
     step(s)
+    s.abort("a", 0.0)  # nobody is left to copy the last block from
     s.submit(request("b", range(8)), 0.0)
     assert step(s)[-1] == ("b", 4, 4, True)
 
@@ -86,7 +96,7 @@ def test_a_waiting_sibling_does_not_hold_up_others() -> None:
         s.submit(request(name, tokens), 0.0)
     assert step(s) == [("a", 0, 8, True), ("c", 0, 4, True)]
     assert [sequence.request.id for sequence in s.waiting] == ["b"]
-    assert step(s)[-1] == ("b", 4, 4, True)
+    assert step(s)[-1] == ("b", 7, 1, True)
     assert [sequence.request.id for sequence in s.running] == ["a", "b", "c"]
 
 
@@ -116,7 +126,7 @@ def test_the_latest_arrival_is_preempted_keeps_its_tokens_and_resumes() -> None:
     step(s)  # both now need a third page, and there is none
     assert step(s) == [("a", 8, 1, True)]
     assert [sequence.request.id for sequence in s.waiting] == ["b"] and s.stats.preemptions == 1
-    assert s.live["b"].tokens[7:] == [99, 99] and s.live["b"].pages == []
+    assert s.live["b"].tokens[7:] == [99, 99] and s.live["b"].pages is None
     while "a" in s.live:
         assert all(work[0] == "a" for work in step(s))
     assert step(s)[0][0] == "b"
@@ -226,7 +236,7 @@ def test_a_plan_that_was_not_run_is_planned_again_or_withdrawn() -> None:
     assert shape(first) == shape(second) == [("a", 0, 6, True), ("b", 0, 6, True)]
     s.check_integrity()
     s.abort("b", 0.0)
-    assert [len(work.pages) for work in second.works] == [2, 2]  # a runner may still be reading
+    assert [len(work.tables[0]) for work in second.works] == [2, 2]  # a runner may still be reading
     with pytest.raises(AssertionError):
         commit(s, second)
     assert step(s) == [("a", 0, 6, True)]
@@ -243,8 +253,122 @@ def test_admission_leaves_room_to_grow_and_keeps_order() -> None:
         assert [work[0] for work in step(s)] == ["a"]
     assert [work[0] for work in step(s)] == ["b", "c"]
     assert s.stats.preemptions == 0
-    assert admits(need=9, ahead=9, available=9, num_running=0)
-    assert not admits(need=5, ahead=5, available=9, num_running=1)
+
+
+def test_the_cheapest_to_compute_again_is_preempted() -> None:
+    """The latest arrival is preempted whatever it cost, or one that frees nothing."""
+    s = scheduler(num_pages=10, batch_tokens=64)
+    for name, tokens in (("a", range(8)), ("b", range(20, 29)), ("c", range(40, 56))):
+        s.submit(request(name, tokens, max_new_tokens=6), 0.0)
+    step(s)  # 2, 3 and 4 pages; a and c take the tenth page and one more, so b, of 9 tokens in 3 pages, makes room
+    s.submit(request("d", range(90, 94)), 0.0)
+    assert [work[0] for work in step(s)] == ["a", "c"]
+    assert s.stats.preemptions == 1 and [sequence.request.id for sequence in s.waiting] == ["b", "d"]
+
+
+def test_the_oldest_running_is_not_preempted_and_moves_in_every_step() -> None:
+    """The cheapest victim is the one whose progress keeps the rest from going round for ever, or it waits for pages."""
+    s = scheduler(num_pages=5, batch_tokens=64)
+    s.submit(request("a", range(5), max_new_tokens=8), 0.0)  # 2 pages for 5 tokens: the cheapest
+    s.submit(request("b", range(20, 32), max_new_tokens=4), 0.0)
+    step(s)
+    assert [work[0] for work in step(s)] == ["a"]
+    preempted = 0
+    for length in range(1, 9):
+        s = scheduler(num_pages=8, batch_tokens=3, max_sequences=2, order="longest")
+        s.submit(request("a", range(24), max_new_tokens=1), 0.0)
+        s.submit(request("b", range(50, 50 + length), max_new_tokens=24), 0.0)
+        while "a" not in [sequence.request.id for sequence in s.running]:
+            step(s)
+        while "a" in s.live:
+            assert "a" in [work[0] for work in step(s)]
+        preempted += s.stats.preemptions
+    assert preempted
+
+
+def test_pages_that_siblings_hold_are_not_worth_a_preemption() -> None:
+    """A sequence whose blocks others keep alive is priced as if they were lost, or one that frees nothing is taken."""
+    s = scheduler(num_pages=8, batch_tokens=64)
+    for name in ("a", "b"):
+        s.submit(request(name, range(17), max_new_tokens=8), 0.0)
+    step(s)
+    step(s)
+    a, b = s.running
+    assert a.pages is not None and b.pages is not None
+    assert (a.pages.num_held, b.pages.num_held) == (5, 5) and a.pages.shared() == (4, 1)
+    assert s._price(b) == (18 - 16 if b.computed == 18 else b.computed - 16, -1)
+
+
+def play(s: Scheduler, most: int = 10_000) -> list[str]:
+    """Request ids in the order in which they start."""
+    started: list[str] = []
+    for _ in range(most):
+        if not s.live:
+            break
+        batch = s.plan(0.0)
+        started += [work.request.id for work in batch.works if work.request.id not in started]
+        commit(s, batch)
+    return started
+
+
+def test_longest_first_by_limit_and_by_siblings_that_ended() -> None:
+    """The longest rollout of a step starts last, or siblings' lengths are not learnt."""
+    s = scheduler(max_sequences=1, order="longest")
+    for name, asked in (("x/0", 3), ("y/0", 9), ("z/0", 6)):
+        s.submit(request(name, [1, 2], asked), 0.0)
+    assert play(s) == ["y/0", "z/0", "x/0"]
+    for name in ("x/1", "y/1", "new/0"):  # all may have 20; y's had 9, x's had 3
+        s.submit(request(name, [1, 2], 20), 0.0)
+    assert play(s) == ["new/0", "y/1", "x/1"]
+
+
+def test_fair_order_starts_the_program_that_had_least() -> None:
+    """One program's flood of requests holds up another's single one."""
+    s = scheduler(max_sequences=1, order="fair", share_prefixes=False)
+    for number in range(4):
+        s.submit(Request(f"flood{number}", "flood", (1, 2, 3), Sampling(max_new_tokens=4), 0), 0.0)
+    s.submit(Request("one", "other", (1, 2, 3), Sampling(max_new_tokens=4), 0), 0.0)
+    s.submit(Request("two", "other", (1, 2, 3), Sampling(max_new_tokens=1), 0), 0.0)
+    assert play(s) == ["flood0", "one", "flood1", "two", "flood2", "flood3"]
+
+
+@pytest.mark.parametrize("order", ["longest", "fair"])
+def test_nobody_starves(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short request, or one of a program that had much, waits as long as others keep coming."""
+    monkeypatch.setattr("tandem.engine.order.PATIENCE", 20)
+    s = scheduler(max_sequences=1, order=order)
+    s.submit(Request("had", "had", tuple(range(12)), Sampling(max_new_tokens=4), 0), 0.0)
+    assert play(s) == ["had"]
+    s.submit(Request("short", "had", (1, 2), Sampling(max_new_tokens=1), 0), 0.0)
+    for number in range(40):
+        s.submit(request(f"long{number}", [5, number], 6), 0.0)
+        for _ in range(6):
+            step(s)
+        if "short" not in s.live:
+            break
+    assert 2 <= number <= 5
+
+
+def test_admission_expects_what_others_took() -> None:
+    """Room is left for a constant growth where all requests are known to end at once, or to go on for long."""
+
+    def running(tokens_each: int) -> int:
+        s = scheduler(num_pages=24, lookahead_tokens=8, batch_tokens=64)
+        for _ in range(Lengths.ENOUGH):
+            s.admission.lengths.record(tokens_each)
+        for number in range(8):
+            s.submit(request(f"r{number}", [number, 1, 2, 3], max_new_tokens=80), 0.0)
+        step(s)
+        return len(s.running)
+
+    # beside the page of the prompt, none, 1 or 3 each; the first token is drawn in the same step
+    assert [running(1), running(32), running(96)] == [8, 8, 6]
+    lengths = Lengths()
+    for tokens in range(Lengths.KEPT + 40):
+        assert (lengths.remaining(0) is None) == (tokens < Lengths.ENOUGH)
+        lengths.record(tokens)
+    assert lengths.remaining(Lengths.KEPT + 37) == 2 and lengths.remaining(Lengths.KEPT + 39) is None
+    assert lengths.remaining(0) == 40 + (Lengths.KEPT - 1) // 2 + 1
 
 
 def test_sharing_switched_off_computes_every_prompt() -> None:
@@ -260,8 +384,9 @@ def test_config_refuses_what_cannot_run() -> None:
     """A budget under which prompts starve, or a page of no tokens, accepted at start."""
     with pytest.raises(ConfigError, match="engine.batch_tokens is 4, less than engine.max_sequences 8"):
         EngineConfig(batch_tokens=4, max_sequences=8)
-    with pytest.raises(ConfigError, match="engine.page_tokens is 0; it must be at least 1"):
-        EngineConfig(page_tokens=0)
+    for page_tokens in (0, 1, 12):
+        with pytest.raises(ConfigError, match=f"engine.page_tokens is {page_tokens}; it must be a power of two"):
+            EngineConfig(page_tokens=page_tokens)
     assert count_pages(1000, token_bytes=10, page_tokens=16) == 6
     with pytest.raises(CapacityError, match="engine.kv_memory_bytes is 100, but one page of 16 tokens takes 160 bytes"):
         count_pages(100, token_bytes=10, page_tokens=16)

@@ -15,13 +15,16 @@ from hypothesis import strategies as st
 from tandem.errors import ConfigError, ModelError
 from tandem.models.config import ModelConfig
 from tandem.models.spec import (
+    LayerAttention,
     ModelSpec,
+    QueryTemperature,
     RopeScaling,
     expected_shapes,
     from_hf_config,
     llama3_frequency_factors,
     to_hf_config,
 )
+from tandem.types import Reach
 
 # The architecture's part of the config.json that each model's authors published.
 SMOLLM2_135M = """{"architectures": ["LlamaForCausalLM"], "attention_bias": false, "bos_token_id": 1, "eos_token_id": 2,
@@ -58,7 +61,8 @@ QWEN3_06B = """{"architectures": ["Qwen3ForCausalLM"], "attention_bias": false, 
 PUBLISHED = {
     "smollm2": (
         SMOLLM2_135M,
-        ModelSpec("llama", 49152, 576, 1536, 30, 9, 3, 64, 1e5, None, 1e-5, True, False, False, 8192, None, 1, (2,), 2),
+        ModelSpec("llama", 49152, 576, 1536, 30, 9, 3, 64, 1e5, None, 1e-5, True, max_position=8192, bos_token_id=1,
+                  eos_token_ids=(2,), pad_token_id=2),
     ),
     "llama2": (
         LLAMA2_7B,
@@ -73,7 +77,7 @@ PUBLISHED = {
     "mistral": (
         MISTRAL_7B,
         ModelSpec("mistral", 32000, 4096, 14336, 32, 32, 8, 128, norm_eps=1e-5, max_position=32768,
-                  sliding_window=4096, bos_token_id=1, eos_token_ids=(2,)),
+                  attention=(LayerAttention(Reach(window=4096)),), bos_token_id=1, eos_token_ids=(2,)),
     ),
     "qwen2.5": (
         QWEN25_05B,
@@ -186,26 +190,40 @@ def test_absent_keys_take_transformers_defaults() -> None:
     assert (llama.kv_heads, llama.head_size, llama.max_position) == (8, 8, 2048)
     assert (llama.bos_token_id, llama.eos_token_ids, llama.norm_eps, llama.tied_embeddings) == (1, (2,), 1e-6, False)
     mistral = from_hf_config({**minimal, "model_type": "mistral", "vocab_size": 99})
-    assert (mistral.kv_heads, mistral.sliding_window, mistral.max_position) == (8, 4096, 131072)
+    assert (mistral.kv_heads, mistral.reaches, mistral.max_position) == (8, (Reach(window=4096),) * 2, 131072)
     qwen3 = from_hf_config({**minimal, "model_type": "qwen3", "vocab_size": 99, "num_key_value_heads": 4})
-    assert (qwen3.head_size, qwen3.sliding_window, qwen3.bos_token_id, qwen3.eos_token_ids) == (128, None, None, ())
+    assert (qwen3.head_size, qwen3.bos_token_id, qwen3.eos_token_ids) == (128, None, ())
+    assert qwen3.attention == (LayerAttention(),)
 
 
 def test_explicit_null_is_not_a_default() -> None:
     """A null sliding_window (Mistral v0.2 and later) or eos read as the class default."""
     spec = from_hf_config(published("mistral", sliding_window=None, eos_token_id=None, head_dim=None))
-    assert (spec.sliding_window, spec.eos_token_ids, spec.head_size) == (None, (), 128)
+    assert (spec.attention, spec.eos_token_ids, spec.head_size) == ((LayerAttention(),), (), 128)
 
 
 def test_sliding_window_of_qwen() -> None:
-    """Qwen's window applied where use_sliding_window is false, or dropped where every layer has it."""
-    assert from_hf_config(published("qwen2.5", sliding_window=128)).sliding_window is None
+    """Qwen's window applied where use_sliding_window is false, or to other layers than those that have it."""
+    full, window = LayerAttention(), LayerAttention(Reach(window=128))
+    assert from_hf_config(published("qwen2.5", sliding_window=128)).attention == (full,)
     every = published("qwen2.5", use_sliding_window=True, sliding_window=128, max_window_layers=0)
-    spec = from_hf_config(every)
-    assert spec.sliding_window == 128
-    assert from_hf_config(to_hf_config(spec, "float32")) == spec
-    with pytest.raises(ModelError, match="mixes sliding and full attention.*use_sliding_window"):
-        from_hf_config({**every, "max_window_layers": 21})
+    kinds = ["sliding_attention" if index % 3 else "full_attention" for index in range(24)]
+    layouts = {
+        (window,): {},
+        (full,): {"max_window_layers": 24},
+        (full,) * 21 + (window,) * 3: {"max_window_layers": 21},
+        (full, window, window): {"layer_types": kinds},
+    }
+    for wanted, changes in layouts.items():
+        spec = from_hf_config({**every, **changes})
+        assert spec.attention == wanted
+        assert spec.layer_attention == tuple(wanted[index % len(wanted)] for index in range(24))
+        written = to_hf_config(spec, "float32")
+        assert from_hf_config(written) == spec
+        without = {
+            name: value for name, value in written.items() if name != "layer_types"
+        }  # as Transformers 4 reads it
+        assert from_hf_config(without) == spec or "layer_types" in changes
 
 
 @pytest.mark.parametrize(
@@ -260,35 +278,144 @@ def test_llama3_factors_have_three_bands() -> None:
     assert factors == sorted(factors)
 
 
+@st.composite
+def layouts(draw: st.DrawFn, architecture: str, layers: int) -> dict[str, Any]:
+    """What the layers of an architecture may differ in."""
+    full, size = LayerAttention(), draw(st.integers(1, 4096))
+    if architecture == "llama":
+        return {}
+    if architecture == "mistral":
+        return {"attention": (draw(st.sampled_from([full, LayerAttention(Reach(window=size))])),)}
+    if architecture == "llama4_text":
+        reaches = [LayerAttention(reach, turned) for reach in (Reach(), Reach(chunk=size)) for turned in (True, False)]
+        return {
+            "attention": tuple(draw(st.sampled_from(reaches)) for _ in range(layers)),
+            "query_temperature": draw(st.sampled_from([None, QueryTemperature(), QueryTemperature(0.3, 16)])),
+            "rotated_norm": draw(st.booleans()),
+        }
+    kinds = st.sampled_from([full, LayerAttention(Reach(window=size))])
+    return {"attention": tuple(draw(kinds) for _ in range(layers))}
+
+
 @given(
-    architecture=st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]),
+    architecture=st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "llama4_text"]),
     groups=st.integers(1, 8),
     kv_heads=st.integers(1, 8),
     half=st.integers(1, 64),
     tied=st.booleans(),
     eos=st.lists(st.integers(0, 99), max_size=3, unique=True),
-    window=st.none() | st.integers(1, 4096),
+    drawn=st.data(),
 )
 def test_any_spec_survives_a_round_trip(
-    architecture: str, groups: int, kv_heads: int, half: int, tied: bool, eos: list[int], window: int | None
+    architecture: str, groups: int, kv_heads: int, half: int, tied: bool, eos: list[int], drawn: st.DataObject
 ) -> None:
     """A combination of fields that config.json cannot hold."""
+    layers = drawn.draw(st.integers(1, 6))
     spec = ModelSpec(
         architecture,
         vocab_size=100,
         width=48,
         ff_width=64,
-        layers=2,
+        layers=layers,
         heads=groups * kv_heads,
         kv_heads=kv_heads,
         head_size=2 * half,
         tied_embeddings=tied,
         attention_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
-        sliding_window=None if architecture == "llama" else window,
         eos_token_ids=tuple(eos),
+        **drawn.draw(layouts(architecture, layers)),
     )
     assert from_hf_config(json.loads(json.dumps(to_hf_config(spec, "float32")))) == spec
+
+
+# The text part of Llama 4 Scout's config.json, and its image part's first key.
+SCOUT = """{"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4", "tie_word_embeddings": false,
+ "vision_config": {"model_type": "llama4_vision_model"},
+ "text_config": {"attention_bias": false, "attention_chunk_size": 8192, "bos_token_id": 200000,
+ "eos_token_id": [200001, 200007, 200008], "head_dim": 128, "hidden_act": "silu", "hidden_size": 5120,
+ "interleave_moe_layer_step": 1, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+ "max_position_embeddings": 10485760, "model_type": "llama4_text", "no_rope_layers": [], "num_attention_heads": 40,
+ "num_experts_per_tok": 1, "num_hidden_layers": 48, "num_key_value_heads": 8, "num_local_experts": 16,
+ "pad_token_id": 200018, "rms_norm_eps": 1e-05, "rope_scaling": {"factor": 8.0, "high_freq_factor": 4.0,
+ "low_freq_factor": 1.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"}, "rope_theta": 500000.0,
+ "use_qk_norm": true, "vocab_size": 202048}}"""
+
+
+def test_llama4() -> None:
+    """Experts read as a dense layer; or a dense Llama 4's chunks, layers without rotation or temperature are lost."""
+    with pytest.raises(ModelError, match=r"mixture-of-experts layers \(48 of 48, layer 0 first\).*all dense"):
+        from_hf_config(json.loads(SCOUT))
+    config = json.loads(SCOUT)
+    config["text_config"] |= {"interleave_moe_layer_step": 2}
+    with pytest.raises(ModelError, match=r"\(24 of 48, layer 1 first\)"):
+        from_hf_config(config)
+    config["text_config"]["moe_layers"] = []
+    spec = from_hf_config(config)
+    chunked, everywhere = LayerAttention(Reach(chunk=8192)), LayerAttention(Reach(), rotary=False)
+    assert spec.attention == (chunked, chunked, chunked, everywhere)
+    assert (spec.ff_width, spec.rotated_norm, spec.query_temperature) == (16384, True, QueryTemperature(0.1, 8192))
+    assert (spec.architecture, spec.qk_norm, spec.attention_bias) == ("llama4_text", False, False)
+    assert spec.rope_theta == 5e5 and spec.eos_token_ids == (200001, 200007, 200008)
+    changes = {"attn_temperature_tuning": False, "use_qk_norm": False, "no_rope_layers": [1] * 48}
+    plain = from_hf_config({**config["text_config"], **changes})
+    assert plain.attention == (chunked,) and plain.query_temperature is None
+    for one in (spec, plain):
+        assert from_hf_config(to_hf_config(one, "bfloat16")) == one
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"attention": (LayerAttention(Reach(window=4)),)}, "Transformers' llama has no variant with these layers"),
+        ({"attention": (LayerAttention(rotary=False),)}, "no variant with these layers"),
+        ({"rotated_norm": True}, "rotated_norm=True"),
+        ({"query_temperature": QueryTemperature()}, "QueryTemperature"),
+        ({"architecture": "mistral", "attention": (LayerAttention(), LayerAttention(Reach(window=4)))}, "one window"),
+        (
+            {
+                "architecture": "mistral",
+                "attention": (LayerAttention(Reach(window=4)), LayerAttention(Reach(window=5))),
+            },
+            "one window",
+        ),
+        ({"architecture": "llama4_text", "attention": (LayerAttention(Reach(window=4)),)}, "one chunk size"),
+    ],
+)
+def test_attention_that_transformers_has_no_class_for(changes: dict[str, Any], message: str) -> None:
+    """A model saved as a config.json that Transformers computes otherwise."""
+    spec = ModelSpec(**{"architecture": "llama", "vocab_size": 32, "width": 8, "ff_width": 16, "layers": 2, "heads": 2,
+                        "kv_heads": 1, "head_size": 4, **changes})  # fmt: skip
+    with pytest.raises(ModelError, match=message):
+        to_hf_config(spec, "float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["sliding_attention"] * 3}, "3 layer_types and 24 no_rope_layers for 24 layers"),
+        ({"layer_types": ["chunked_attention"] * 24}, "one of them 'chunked_attention'"),
+        ({"sliding_window": 0}, "the attention window is 0"),
+    ],
+)
+def test_layer_types_that_the_decoder_lacks(changes: dict[str, Any], message: str) -> None:
+    """A layer is given another layer's attention, or none."""
+    with pytest.raises(ModelError, match=message):
+        from_hf_config(published("qwen2.5", **{"use_sliding_window": True, "max_window_layers": 0, **changes}))
+
+
+def test_attention_repeats_over_the_layers() -> None:
+    """A pattern starts anew in each layer, or two spellings of one layout are two specs."""
+    a, b = LayerAttention(Reach(window=3)), LayerAttention(Reach(chunk=8), rotary=False)
+    shape = {"vocab_size": 8, "width": 8, "ff_width": 8, "heads": 1, "kv_heads": 1, "head_size": 4}
+    spec = ModelSpec("llama", layers=5, attention=(a, b), **shape)
+    assert spec.layer_attention == (a, b, a, b, a)
+    assert spec.reaches == (a.reach, b.reach, a.reach, b.reach, a.reach)
+    assert spec == ModelSpec("llama", layers=5, attention=(a, b, a, b, a), **shape)
+    assert spec != ModelSpec("llama", layers=5, attention=(a, b, a, b, b), **shape)
+    for attention in ((), (a,) * 6):
+        with pytest.raises(ModelError, match=f"attention of {len(attention)} layers is given for 5"):
+            ModelSpec("llama", layers=5, attention=attention, **shape)
 
 
 def test_model_config() -> None:

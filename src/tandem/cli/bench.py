@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 from enum import Enum
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,29 +15,63 @@ class Work(str, Enum):
     LEARNER = "learner"
     STEP = "step"
     PARITY = "parity"
+    PROFILE = "profile"
+    SWEEP = "sweep"
+    GPU = "gpu"
+
+
+ALONE = (Work.PROFILE, Work.SWEEP)  # have neither peers nor rounds
+WORKS_HELP = (
+    "What to measure; parity: the price of exactness; profile: where the time goes, by operation; "
+    "sweep: decoding over the number of sequences and over the context; "
+    "gpu: random Llamas on a CUDA device."
+)
 
 
 def bench(
-    work: Annotated[
-        Work,
-        typer.Argument(metavar="{engine|learner|step|parity}", help="What to measure; parity: the price of exactness."),
-    ],
+    work: Annotated[Work, typer.Argument(metavar=f"{{{'|'.join(work.value for work in Work)}}}", help=WORKS_HELP)],
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     peer: Annotated[
         list[str] | None,
         typer.Option(metavar="CMD", help="A command that does the same work and prints its figures as JSON lines."),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of tandem and every peer; medians count.")] = 3,
+    out: Annotated[Path | None, typer.Option(metavar="PNG", help="Where a sweep's picture is written.")] = None,
 ) -> int:
-    """Measure the engine, the learner, a whole step or the price of exactness beside its peers, in one sitting."""
-    from tandem.run.bench import bench as run
+    """Measure the engine, the learner or a whole step beside its peers, or see what the time is spent on."""
+    from tandem.errors import ConfigError
 
-    result = run(work.value, peer or [], rounds)
+    if peer and work in ALONE:
+        raise ConfigError(f"--peer is given to `bench {work.value}`, which has no peers. Use engine, learner or step.")
+    if out is not None and work is not Work.SWEEP:
+        raise ConfigError(f"--out is given to `bench {work.value}`, which draws no picture. Use sweep.")
+    result = _run(work, peer or [], rounds)
+    if out is not None:
+        from tandem.report.throughput import throughput_png
+
+        out.write_bytes(throughput_png(result["rows"]))
     if json:
         print(jsonlib.dumps(result, indent=1))
     else:
-        _show(result)
+        {Work.PROFILE: _show_profile, Work.SWEEP: _show_sweep}.get(work, _show)(result)
+        limits = result["limits"]
+        rates = limits["matrix FLOP/s"] / 1e12, limits["memory bytes/s"] / 1e9
+        print(f"limits: {rates[0]:.2f} TFLOP/s bf16, {rates[1]:.1f} GB/s read")
     return 0
+
+
+def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:
+    if work is Work.PROFILE:
+        from tandem.run.profile import profile
+
+        return profile()
+    if work is Work.SWEEP:
+        from tandem.run.sweep import sweep
+
+        return sweep()
+    from tandem.run.bench import bench as beside
+
+    return beside(work.value, peers, rounds)
 
 
 def _show(result: dict[str, Any]) -> None:
@@ -55,11 +90,51 @@ def _show(result: dict[str, Any]) -> None:
         for name in names:
             other = row["peers"].get(name)
             cells.append(f"{other[unit]:,.1f} {unit} ({other['ratio']:.2f} x)" if other else "")
-        share = row["share_of_limit"]
         price = [f"{row['price']:.3f}" if "price" in row else ""] if priced else []
-        table.add_row(row["work"], *cells, f"{share:.0%}" if share is not None else "", *price)
+        table.add_row(row["work"], *cells, _share(row), *price)
     Console().print(table)
-    limits = result["limits"]
+    for row in result["rows"]:
+        if "own" in row:
+            print(f"{row['work']}: {row['own']['ratio']:.2f} x the rate of {row['own']['work']}")
     if priced:
         print("price: time of the exact kernels over the library's; 1.05 is 5% for the same bits")
-    print(f"limits: {limits['matrix FLOP/s'] / 1e12:.2f} TFLOP/s bf16, {limits['memory bytes/s'] / 1e9:.1f} GB/s read")
+
+
+def _share(row: dict[str, Any]) -> str:
+    share = row["share_of_limit"]
+    return f"{share:.0%}" if share is not None else ""
+
+
+def _show_profile(result: dict[str, Any]) -> None:
+    """A table a work; milliseconds and calls are of one step."""
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    for work in result["works"]:
+        head = (
+            f"{work['work']}: {1e3 * work['seconds']:,.2f} ms, {work['tok_s']:,.0f} tok/s, {_share(work)} of the limit"
+        )
+        stopped = f"with stopwatches {1e3 * work['wall_s']:,.2f} ms, of which host {1e3 * work['host_s']:,.2f} ms"
+        table = Table(title=f"{head}\n{stopped}", box=SIMPLE)
+        for column in ("operation", "ms", "of all", "calls", "GFLOP/s", "GB/s", "limit"):
+            table.add_column(column, justify="left" if column == "operation" else "right", no_wrap=True)
+        for row in work["rows"]:
+            rates = [f"{row[name] / 1e9:,.1f}" if row[name] else "" for name in ("flop_s", "bytes_s")]
+            share = f"{row['seconds'] / work['wall_s']:.1%}"
+            cells = (f"{1e3 * row['seconds']:,.3f}", share, f"{row['calls']:,.0f}", *rates, _share(row))
+            table.add_row(row["operation"], *cells, style="dim" if row["kind"] == "host" else None)
+        Console().print(table)
+
+
+def _show_sweep(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="tandem bench sweep: decode steps")
+    for column in ("sequences", "context", "ms a step", "tok/s", "limit", "share of the limit"):
+        table.add_column(column, justify="right")
+    for row in result["rows"]:
+        rates = (f"{row['tok_s']:,.0f}", f"{row['limit_tok_s']:,.0f}", _share(row))
+        table.add_row(f"{row['sequences']}", f"{row['context']:,}", f"{1e3 * row['step_s']:,.2f}", *rates)
+    Console().print(table)

@@ -22,7 +22,7 @@ def chat(
     from tandem.run.parts import build_parts
     from tandem.types import Message, Request, Sampling
 
-    parts = build_parts(ModelConfig(model), EngineConfig())
+    parts = build_parts(ModelConfig(model), EngineConfig(), learns=False)
     engine, tokenizer = parts.engine, parts.tokenizer
     stops = tokenizer.stop_token_ids
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=stops)
@@ -40,7 +40,9 @@ def chat(
         turn = str(len(messages))
         engine.submit(Request(f"chat/{turn}", "chat", tokens, sampling, seed=seed + len(messages)))
         while engine.has_work:
-            for completion in engine.step():
+            with parts.memory.foreseen():
+                done = engine.step()
+            for completion in done:
                 text = tokenizer.decode([token for token in completion.tokens if token not in stops])
                 messages.append(Message("assistant", text))
                 print(text)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,34 +144,13 @@ def _check_gpu() -> Iterator[Finding]:
 
 def check_machine() -> Iterator[Finding]:
     yield Finding("cores", "ok", f"{env.num_cores()} of {os.cpu_count()} usable, {env.num_threads()} threads")
-    total, available = memory_bytes()
+    total, available = env.memory_bytes()
     short = available < DEMO_MEMORY_BYTES
     advice = "the demo takes up to 4 GB: free some, or lower engine.kv_memory_bytes" if short else ""
     yield Finding("memory", "slow" if short else "ok", f"{available / 1e9:.1f} of {total / 1e9:.1f} GB free", advice)
     model, flags = processor()
     present = [name for name in INSTRUCTIONS if name in flags]
-    advice = (
-        "" if "avx512_bf16" in flags or "amx_bf16" in flags else "bf16 is emulated: use model.dtype=float32 for speed"
-    )
-    yield Finding(
-        "processor", "slow" if advice else "ok", f"{model}: {' '.join(present) or platform.machine()}", advice
-    )
-
-
-def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
-    """(total, available) memory of this process: the machine's, or its control group's where that is less."""
-    lines = (root / "proc/meminfo").read_text().splitlines() if (root / "proc/meminfo").exists() else []
-    kilobytes = {
-        name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if rest.split()
-    }
-    total, available = kilobytes.get("MemTotal", 0) * 1024, kilobytes.get("MemAvailable", 0) * 1024
-    group = root / "sys/fs/cgroup"
-    try:
-        limit = int((group / "memory.max").read_text())
-        used = int((group / "memory.current").read_text())
-    except (OSError, ValueError):
-        return total, available
-    return min(total, limit), min(available, limit - used)
+    yield Finding("processor", "ok", f"{model}: {' '.join(present) or platform.machine()}")
 
 
 def processor(root: Path = Path("/")) -> tuple[str, frozenset[str]]:
@@ -204,6 +184,41 @@ def check_compiler() -> Iterator[Finding]:
         return
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
     yield Finding("compiler", "ok", (version.splitlines() or [path])[0])
+
+
+def check_kernels() -> Iterator[Finding]:
+    """What multiplies matrices; the self-check of every compiled library, run now where it has not passed yet."""
+    if _version("torch") is None:
+        return
+    from tandem.errors import KernelError
+    from tandem.kernels import build
+
+    if env.kernels() == "reference":
+        yield Finding(
+            "matrix unit", "slow", "PyTorch's reference kernels, as TANDEM_KERNELS asks", "unset TANDEM_KERNELS"
+        )
+        return
+    if build.compiler() is None:
+        return
+    passed, later = [], []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the line says it
+            unit = build.matrix_unit()
+        cost = build.cost(unit)
+        advice = "use a processor with AVX-512 BF16 or AMX, or model.dtype=float32" if cost else ""
+        yield Finding("matrix unit", "slow" if cost else "ok", f"{unit}; {cost}" if cost else unit, advice)
+        for name in build.names():
+            if build.is_compiled(name):
+                build.library(name)
+                passed.append(name)
+            else:
+                later.append(name)
+    except KernelError as error:
+        yield Finding("kernels", "missing", str(error), "TANDEM_KERNELS=reference runs the slow PyTorch kernels")
+        return
+    found = f"self-check passed: {', '.join(passed) or 'none yet'}"
+    yield Finding("kernels", "ok", found + (f"; compiled at first use: {', '.join(later)}" if later else ""))
 
 
 def requirements() -> dict[str, list[str]]:
@@ -270,6 +285,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_torch,
     check_machine,
     check_compiler,
+    check_kernels,
     check_packages,
     check_demo_model,
     check_cache,

@@ -27,14 +27,16 @@ def generate(
     from tandem.run.parts import build_parts
     from tandem.types import Message, Request, Sampling
 
-    parts = build_parts(ModelConfig(model), EngineConfig())
+    parts = build_parts(ModelConfig(model), EngineConfig(), learns=False)
     engine, tokenizer = parts.engine, parts.tokenizer
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=tokenizer.stop_token_ids)
     requests = []
     for index, prompt in enumerate(prompts):
         tokens = tuple(tokenizer.render_messages([Message("user", prompt)], add_generation_prompt=True))
         requests.append(Request(f"{index}/0", str(index), tokens, sampling, seed=seed + index))
-    for prompt, request, completion in zip(prompts, requests, engine.generate(requests), strict=True):
+    with parts.memory.foreseen():
+        done = engine.generate(requests)
+    for prompt, request, completion in zip(prompts, requests, done, strict=True):
         kept = [token for token in completion.tokens if token not in sampling.stop_token_ids]
         text = tokenizer.decode(kept)
         if json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsonlib
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,9 @@ def train(
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting by its dotted name.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON row a step instead of the live table.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Print the memory that it would take, and load nothing.")
+    ] = False,
 ) -> int:
     """Train a model by a recipe; Ctrl-C finishes the step, saves and exits with 130."""
     from tandem.cli.recipes import find_recipe, parse_settings
@@ -27,6 +31,13 @@ def train(
         raise ConfigError("--out and --resume were both given: a resumed run goes on in its own folder. Drop --out.")
     written = find_recipe(recipe)()
     config = override(written, parse_settings(settings or []))
+    if plan:
+        from tandem.run.local import plan as plan_run
+
+        memory = plan_run(config)
+        print(jsonlib.dumps(memory.record(), indent=1) if json else memory.table())
+        memory.check()
+        return 0
 
     from tandem.report.html import write_report
     from tandem.report.live import LiveTable

@@ -1,22 +1,27 @@
-"""How many pages there are, who can ever fit, and who may start now. Functions of plain values."""
+"""How many pages there are, who can ever fit, and who may start now. Values and arithmetic."""
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
+from collections import deque
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from tandem.engine.config import EngineConfig
+from tandem.engine.layout import KvLayout, pages_for
+from tandem.engine.pages import PagePool
+from tandem.engine.prefix import NULL
 from tandem.errors import CapacityError, ConfigError
 from tandem.types import Request
 
-
-def pages_for(tokens: int, page_tokens: int) -> int:
-    """Pages that hold `tokens` tokens.
-
-    >>> pages_for(0, 16), pages_for(16, 16), pages_for(17, 16)
-    (0, 1, 2)
-    """
-    return -(-tokens // page_tokens)
+if TYPE_CHECKING:
+    from tandem.engine.schedule import Sequence as LiveSequence
 
 
 def count_pages(kv_memory_bytes: int, token_bytes: int, page_tokens: int) -> int:
-    """Pages that fit in `kv_memory_bytes`; `token_bytes` = 2 (key, value) x layers x kv heads x head size x value size.
+    """Pages that fit in `kv_memory_bytes`; `token_bytes` = 2 (key, value) x layers x kv heads x head size x value size,
+    with the layers of one group (KvLayout.depth).
 
     CapacityError where not even one fits.
 
@@ -33,7 +38,12 @@ def count_pages(kv_memory_bytes: int, token_bytes: int, page_tokens: int) -> int
 
 
 def length_limit(
-    request: Request, num_pages: int, page_tokens: int, kv_memory_bytes: int, max_context: int | None
+    request: Request,
+    layout: KvLayout,
+    num_pages: int,
+    page_tokens: int,
+    kv_memory_bytes: int,
+    max_context: int | None,
 ) -> int:
     """Context length, prompt included, at which the request ends by LENGTH. Refuses a request that can never run.
 
@@ -53,30 +63,97 @@ def length_limit(
                 "of this model: shorten the prompt."
             )
         limit = min(limit, max_context)
-    if pages_for(limit - 1, page_tokens) > num_pages:
-        capacity = num_pages * page_tokens
-        wanted = -(-kv_memory_bytes * pages_for(limit - 1, page_tokens) // num_pages)
+    needed = layout.most_pages(limit - 1, 1, page_tokens)
+    if needed > num_pages:
         raise CapacityError(
             f"request {request.id!r}: its prompt of {prompt} tokens and max_new_tokens {asked} need {limit - 1} tokens "
-            f"of keys and values, but engine.kv_memory_bytes {kv_memory_bytes} holds {capacity}: raise "
-            f"engine.kv_memory_bytes to about {wanted}, shorten the prompt or lower max_new_tokens."
+            f"of keys and values, {needed} pages at once, but engine.kv_memory_bytes {kv_memory_bytes} holds "
+            f"{num_pages * page_tokens // len(layout.groups)}, in {num_pages} pages: raise "
+            f"engine.kv_memory_bytes to about {-(-kv_memory_bytes * needed // num_pages)}, shorten the prompt or lower "
+            "max_new_tokens."
         )
     return limit
 
 
-def growth(context: int, limit: int, lookahead: int, page_tokens: int) -> int:
-    """Pages beyond those of `context` tokens that a sequence takes in its next `lookahead` tokens.
+class Lengths:
+    """How long generations are, from the last of them that ended.
 
-    >>> growth(context=30, limit=100, lookahead=8, page_tokens=16), growth(30, 33, 8, 16)
-    (1, 0)
+    >>> lengths = Lengths()
+    >>> for tokens in [10] * 8 + [30] * 8:
+    ...     lengths.record(tokens)
+    >>> lengths.remaining(0), lengths.remaining(12), lengths.remaining(30)
+    (20, 18, None)
     """
-    return pages_for(min(context + lookahead, limit - 1), page_tokens) - pages_for(context, page_tokens)
+
+    KEPT, ENOUGH = 512, 16
+
+    def __init__(self) -> None:
+        self._last: deque[int] = deque()
+        self._sorted: list[int] = []
+        self._tail: list[int] = []  # sums of _sorted[i:]; empty where it is to be made
+
+    def record(self, generated: int) -> None:
+        """A request ended by itself after so many tokens."""
+        self._last.append(generated)
+        insort(self._sorted, generated)
+        if len(self._last) > self.KEPT:
+            del self._sorted[bisect_left(self._sorted, self._last.popleft())]
+        self._tail = []
+
+    def remaining(self, generated: int) -> int | None:
+        """Mean of what those that went on beyond `generated` tokens had left there; None where too few are known."""
+        lengths = self._sorted
+        first = bisect_right(lengths, generated)
+        if len(lengths) < self.ENOUGH or first == len(lengths):
+            return None
+        if not self._tail:
+            self._tail = list(accumulate(reversed(lengths)))[::-1]
+        more = len(lengths) - first
+        return -(-self._tail[first] // more) - generated
 
 
-def admits(need: int, ahead: int, available: int, num_running: int) -> bool:
-    """Whether a sequence that takes `need` pages at once may start among `num_running` others.
+class Admission:
+    """Whether a request may start beside those that run. A round ends with the first that may not.
 
-    `ahead` pages are what all of them, the new one included, are predicted to take soon. Alone, a sequence always
-    starts: it was refused at submit if the pool could not hold it whole.
+    Each is expected to take the pages of its context and of a part of the tokens that it is expected to generate yet,
+    one in PORTION; of `lookahead_tokens` until enough requests have ended to tell. All would be too much, since others
+    end meanwhile, and preempting is cheap, since most of what it gives up is found again: on a trace of 1,024
+    generations of 224 tokens on average in a pool of 11,200 tokens, 1/8 takes 13 % fewer batches than 64 tokens each
+    and runs 2.3 % of the tokens again. Room for the peak, with what is given back on the way, was no better.
     """
-    return num_running == 0 or need + ahead <= available
+
+    PORTION = 8  # one of so many
+
+    def __init__(self, config: EngineConfig, layout: KvLayout, pool: PagePool) -> None:
+        self.lengths = Lengths()
+        self._config = config
+        self._pool = pool
+        self._limited = [group for group in layout.groups if group.limited]
+        self._whole_groups = len(layout.groups) - len(self._limited)
+        self._promised = 0  # pages that those of this round hold or are expected to take
+
+    def ahead(self, sequence: LiveSequence, hit_blocks: int = 0, hit_pages: int = 0) -> int:
+        """Pages that a running sequence is expected to take, or a waiting one that starts with these hits."""
+        size, pages, length = self._config.page_tokens, sequence.pages, len(sequence.tokens)
+        likely = self.lengths.remaining(len(sequence.logprobs))
+        more = self._config.lookahead_tokens if likely is None else likely // self.PORTION
+        context = min(length + more, sequence.limit - 1)
+        blocks = hit_blocks if pages is None else pages.blocks
+        taking = self._whole_groups * max(0, pages_for(context, size) - blocks)
+        if self._limited:
+            held = (hit_pages if pages is None else pages.num_held) - self._whole_groups * blocks
+            batch = 1 if length - sequence.computed == 1 else self._config.batch_tokens
+            taking += max(0, sum([group.most_pages(context, batch, size) for group in self._limited]) - held)
+        return taking
+
+    def begin(self, running: Sequence[LiveSequence]) -> None:
+        """A round of admissions beside those that run; what `admits` lets in counts from then on."""
+        held = self._pool.num_pages - self._pool.num_available
+        self._promised = held + sum(map(self.ahead, running))
+
+    def admits(self, sequence: LiveSequence, hits: list[list[int]]) -> bool:
+        """Whether a waiting sequence may start on `hits` now."""
+        pages = [page for table in hits for page in table if page != NULL]
+        cached = sum([self._pool.refs[page] == 0 for page in pages])
+        self._promised += cached + self.ahead(sequence, len(hits[0]), len(pages))
+        return self._promised <= self._pool.num_pages

@@ -10,6 +10,7 @@ from tandem.errors import ConfigError, nearest
 Dtype = Literal["same", "bfloat16", "float32", "float16"]
 Weights = Literal["same", "int8", "int4"]
 KvDtype = Literal["same", "float8_e4m3"]
+Rule = Literal["arrival", "longest", "fair"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +25,9 @@ class EngineConfig:
     page_tokens: int = 16  # tokens a page of keys and values holds; also the unit of prefix sharing
     batch_tokens: int = 2048  # most tokens one forward pass runs, decodes and prefill chunks together
     max_sequences: int = 256  # most sequences running at once
-    kv_memory_bytes: int = 1 << 30  # memory for pages
-    lookahead_tokens: int = 64  # admission leaves room for every running sequence to grow by this much
+    kv_memory_bytes: int = 0  # memory for pages; 0: of what the rest leaves, see run/memory.py
+    lookahead_tokens: int = 64  # what admission expects a sequence to grow by, until requests have ended to tell
+    order: Rule = "arrival"  # who starts first: who came first, has most to generate, or whose program had least
     share_prefixes: bool = True  # off: every prompt is computed from its first token
     # Departures: each makes the policy that samples another one than the learner's. Default: none.
     dtype: Dtype = "same"  # compute in another dtype than model.dtype
@@ -38,10 +40,9 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("page_tokens", 1),
             ("batch_tokens", 1),
             ("max_sequences", 1),
-            ("kv_memory_bytes", 1),
+            ("kv_memory_bytes", 0),
             ("lookahead_tokens", 0),
             ("weight_group", 2),
             ("kv_window", 0),
@@ -49,7 +50,13 @@ class EngineConfig:
         ):
             if getattr(self, name) < least:
                 raise ConfigError(f"engine.{name} is {getattr(self, name)}; it must be at least {least}.")
-        for name, kind in (("dtype", Dtype), ("weights", Weights), ("kv_dtype", KvDtype)):
+        if self.page_tokens < 2 or self.page_tokens & (self.page_tokens - 1):
+            raise ConfigError(
+                f"engine.page_tokens is {self.page_tokens}; it must be a power of two, 2 or more. "
+                f"Set it to {1 << max(1, self.page_tokens.bit_length() - 1)}; 16 and more are read as they lie."
+            )
+        kinds = (("dtype", Dtype), ("weights", Weights), ("kv_dtype", KvDtype), ("order", Rule))
+        for name, kind in kinds:
             value, allowed = getattr(self, name), get_args(kind)
             if value not in allowed:
                 raise ConfigError(

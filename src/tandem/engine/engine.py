@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from tandem.engine.config import EngineConfig
+from tandem.engine.layout import KvLayout
 from tandem.engine.schedule import INITIAL, Batch, Sampled, Scheduler, Stats, stops_by_token
 from tandem.engine.schedule import Sequence as LiveSequence
 from tandem.errors import ConfigError
@@ -24,6 +25,11 @@ Decode = Callable[[Sequence[int]], str]
 
 class Runner(Protocol):
     """Runs a batch on a device: writes keys and values to the pages, draws a token for each work that samples."""
+
+    @property
+    def layout(self) -> KvLayout:
+        """The groups of layers that pages are of."""
+        ...
 
     def run(self, batch: Batch) -> Sampled: ...
 
@@ -62,7 +68,7 @@ class Engine:
         self.runner = runner
         self.clock = clock
         self.decode = decode
-        self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version)
+        self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version, runner.layout)
         self._undelivered: list[Completion] = []  # finished during a generate() that did not ask for them
 
     @property

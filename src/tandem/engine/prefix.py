@@ -5,6 +5,9 @@ hash(name of the block before, its own tokens), starting from a root that names 
 the same keys and values. An update of the weights changes the root: nothing is flushed, and a block of other weights
 cannot be found. (Zheng et al., SGLang, arXiv 2312.07104, share by radix tree; a hash chain, as in vLLM, needs no tree.)
 
+A block has a page in each group of layers (engine/layout.py), and each is found apart: where a group's queries see a
+block no longer, its page is let go, and may be evicted before those of other groups.
+
 The names are 128-bit BLAKE2b digests, so a false hit is not a matter of luck or of an adversary's patience, and a name
 is the same in every process.
 """
@@ -12,11 +15,14 @@ is the same in every process.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 
-from tandem.engine.pages import PagePool
+from tandem.engine.layout import KvLayout, pages_for
+from tandem.engine.pages import MOST_WORTH, PagePool
 from tandem.types import WeightVersion
+
+NULL = -1  # in a page table: no page, since no query sees the block; never named, shared or read
 
 
 def root_key(version: WeightVersion) -> bytes:
@@ -48,40 +54,62 @@ def extend_keys(keys: list[bytes], root: bytes, tokens: Sequence[int], page_toke
 
 
 class PrefixIndex:
-    """Block name -> page, over a pool; decides what the pool forgets when it runs out.
+    """(group, block name) -> page, over a pool; decides what the pool forgets when it runs out.
 
-    Eviction takes the page released longest ago. A sequence releases its last block first, so of a chain the far
-    end goes before its beginning.
+    Worth of a page: what it saved lately tells what it will save. 1 for a block with generated tokens, 2 for one of a
+    prompt, one more for every hit, up to MOST_WORTH. A sequence releases its last block first, and who hits a block
+    of a group without limits hits its parents, so of a chain the far end goes before its beginning.
     """
 
-    def __init__(self, pool: PagePool) -> None:
+    def __init__(self, pool: PagePool, layout: KvLayout) -> None:
         self.pool = pool
+        self.layout = layout
         self.num_evicted = 0
-        self._page: dict[bytes, int] = {}
-        self._key: dict[int, bytes] = {}
+        self._page: list[dict[bytes, int]] = [{} for _ in layout.groups]
+        self._name: dict[int, tuple[int, bytes]] = {}
+        self._worth = [1] * pool.num_pages
 
     def __len__(self) -> int:
-        return len(self._page)
+        return len(self._name)
 
-    def match(self, keys: Sequence[bytes], most: int) -> list[int]:
-        """Pages of the longest indexed run of keys[0], keys[1], ..., at most `most` of them. Takes no reference."""
-        pages: list[int] = []
-        page_of = self._page
-        for key in keys[:most]:
-            page = page_of.get(key)
-            if page is None:
-                break
-            pages.append(page)
-        return pages
+    def match(self, keys: Sequence[bytes], most: int) -> list[list[int]]:
+        """Page tables, one a group, of the longest hit on keys[0], keys[1], ..., at most `most` blocks of them.
 
-    def insert(self, key: bytes, page: int) -> bool:
+        All are of the hit's length; NULL where the group's queries see nothing from there on. Takes no reference.
+        """
+        groups, page_of, size = self.layout.groups, self._page, self.pool.page_tokens
+        most = min(most, len(keys))
+        if len(groups) == 1 and not groups[0].limited:
+            pages: list[int] = []
+            for key in keys[:most]:
+                page = page_of[0].get(key)
+                if page is None:
+                    break
+                pages.append(page)
+            return [pages]
+        hit = self.layout.longest_hit(most, size, lambda group, block: keys[block] in page_of[group])
+        tables = []
+        for group, named in zip(groups, page_of, strict=True):
+            first, sinks = group.first_block(hit * size, size), pages_for(group.sinks, size)
+            tables.append([named[keys[b]] if b >= first or b < sinks else NULL for b in range(hit)])
+        return tables
+
+    def hit(self, pages: Iterable[int]) -> None:
+        """One more holder of pages that `match` gave, each the more worth for it."""
+        worth = self._worth
+        for page in pages:
+            self.pool.share(page)
+            worth[page] = min(worth[page] + 1, MOST_WORTH)
+
+    def insert(self, key: bytes, group: int, page: int, prompt: bool) -> bool:
         """Names a held page whose every slot is written and final. False: the name keeps the page it has."""
         assert self.pool.refs[page] > 0, f"page {page} is indexed but not held"
-        if key in self._page:
+        if key in self._page[group]:
             return False
-        assert page not in self._key, f"page {page} would have two names"
-        self._page[key] = page
-        self._key[page] = key
+        assert page not in self._name, f"page {page} would have two names"
+        self._page[group][key] = page
+        self._name[page] = (group, key)
+        self._worth[page] = 1 + prompt
         return True
 
     def take(self) -> int | None:
@@ -90,19 +118,28 @@ class PrefixIndex:
         if page is None:
             evicted = self.pool.evict()
             if evicted is not None:
-                del self._page[self._key.pop(evicted)]
+                group, key = self._name.pop(evicted)
+                del self._page[group][key]
                 self.num_evicted += 1
                 page = self.pool.take()
         return page
 
-    def release(self, pages: Sequence[int]) -> None:
-        """A sequence lets go of its page table."""
-        for page in reversed(pages):
-            self.pool.release(page, keep=page in self._key)
+    def release(self, page: int) -> None:
+        """A sequence lets go of a page."""
+        self.pool.release(page, self._worth[page] if page in self._name else None)
+
+    def retire(self) -> None:
+        """Other weights serve from now on: what has a name stays findable, and is the first to be forgotten."""
+        self.pool.devalue()
+        self._worth = [1] * self.pool.num_pages
 
     def check_integrity(self, tables: Sequence[Sequence[int]]) -> None:
-        """AssertionError unless names and pages are one to one, and named pages nobody holds are the cached ones."""
+        """AssertionError unless names and pages are one to one, and named pages nobody holds are the cached ones.
+
+        tables: of each sequence, the pages of all its groups.
+        """
         self.pool.check_integrity(tables)
-        assert {page: key for key, page in self._page.items()} == self._key, (len(self._page), len(self._key))
-        unheld = {page for page in self._key if self.pool.refs[page] == 0}
+        named = {page: (group, key) for group, pages in enumerate(self._page) for key, page in pages.items()}
+        assert named == self._name, (len(named), len(self._name))
+        unheld = {page for page in self._name if self.pool.refs[page] == 0}
         assert unheld == set(self.pool.cached), (sorted(unheld ^ set(self.pool.cached))[:8], "named xor cached")

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 
 from tandem.engine.config import EngineConfig, KvDtype
-from tandem.engine.schedule import Batch, Sampled, Work
+from tandem.engine.layout import KvLayout
+from tandem.engine.rows import StepRows
+from tandem.engine.schedule import Batch, Sampled
 from tandem.errors import DeliveryError
 from tandem.kernels.attention import Paths
+from tandem.kernels.choice import backend
 from tandem.kernels.head import draw
+from tandem.kernels.page_pool import KvPool
 from tandem.kernels.page_sum import page_sums
 from tandem.kernels.sample import SamplingBatch, kept_sets, sample
 from tandem.models.decoder import Decoder
+from tandem.models.fused import FusedForward, fits
 from tandem.models.spec import ModelSpec
 from tandem.models.view import PagedView
 from tandem.numerics import random
 from tandem.numerics.random import Stream
+from tandem.types import Reach
+
+if TYPE_CHECKING:
+    from tandem.engine.graph import DeviceSteps
 
 
 def pool_dtype(dtype: torch.dtype, kv_dtype: KvDtype) -> torch.dtype:
@@ -47,8 +58,29 @@ def with_noise(hidden_SM: torch.Tensor, sampling: SamplingBatch, sigma: float) -
     return torch.from_numpy(noisy_SM).to(hidden_SM)
 
 
+def sampling_of(batch: Batch) -> SamplingBatch:
+    """Of the works that draw a token."""
+    chosen = [work for work in batch.works if work.samples]
+    return SamplingBatch.stack(
+        [work.request.sampling for work in chosen],
+        [work.request.seed for work in chosen],
+        [work.start + len(work.tokens) for work in chosen],
+    )
+
+
+def changed(pages: list[int]) -> DeliveryError:
+    """What to raise where these shared pages are not what was named."""
+    return DeliveryError(
+        f"{len(pages)} shared pages of keys and values changed after they were computed, page {pages[0]} "
+        "first; nothing was sampled from them. Resume from the last checkpoint; if it happens again, set "
+        "engine.share_prefixes=false and test this machine's memory."
+    )
+
+
 class DecoderRunner:
     """Owns the keys and values of all pages. Memory is committed by the system as pages are first written.
+
+    A page holds page_tokens tokens of the layers of one group of `layout`: pools[i] is that of the i-th of them.
 
     `config` declares in what it departs from the learner's forward: kv_dtype, kv_window with kv_sinks, and noise; None
     declares nothing. Its weights and dtype are those of `decoder`.
@@ -60,77 +92,58 @@ class DecoderRunner:
         assert self.config.page_tokens == page_tokens, (self.config.page_tokens, page_tokens)
         self.page_tokens = page_tokens
         spec = decoder.spec
-        shape = (2, num_pages * page_tokens, spec.kv_heads, spec.head_size)
-        assert not (self.config.kv_window and spec.sliding_window), (self.config.kv_window, spec.sliding_window)
-        dtype = pool_dtype(decoder.dtype, self.config.kv_dtype)
-        pools = [torch.empty(shape, dtype=dtype, device=decoder.device) for _ in range(spec.layers)]
-        self.pools = [(pool[0], pool[1]) for pool in pools]
+        assert not self.config.kv_window or set(spec.reaches) == {Reach()}, (self.config.kv_window, spec.reaches)
+        self.layout = KvLayout.for_engine(spec.reaches, self.config)
+        stored = pool_dtype(decoder.dtype, self.config.kv_dtype)
+        shape = (num_pages, page_tokens, spec.kv_heads, spec.head_size)
+        self.pools = [KvPool(*shape, decoder.dtype, stored, decoder.device) for _ in range(self.layout.depth)]
+        self.pools_L = [self.pools[pool] for _, pool in self.layout.place_L]
+        self.group_L = [group for group, _ in self.layout.place_L]
+        self.forward = FusedForward(decoder, self.pools_L) if fits(decoder, self.pools_L) else decoder.forward
         self._sums: dict[int, int] = {}  # of the pages in the prefix index, as they were when they got their name
+        self.device_steps: DeviceSteps | None = None
+        if backend(decoder.embed.value) == "triton":
+            from tandem.engine.graph import DeviceSteps
+
+            self.device_steps = DeviceSteps(self)
 
     def _check_pages(self, batch: Batch) -> None:
         """Sum the pages that got a name; DeliveryError where a page that is shared again is not what was named."""
-        pools = [pool for pair in self.pools for pool in pair]
+        pools = [tensor for pool in self.pools for tensor in pool.tensors()]
         if batch.named:
-            self._sums.update(zip(batch.named, page_sums(pools, self.page_tokens, batch.named), strict=True))
+            self._sums.update(zip(batch.named, page_sums(pools, batch.named), strict=True))
         if batch.shared:
-            found = page_sums(pools, self.page_tokens, batch.shared)
+            found = page_sums(pools, batch.shared)
             wrong = [p for p, total in zip(batch.shared, found, strict=True) if self._sums[p] != total]
             if wrong:
-                raise DeliveryError(
-                    f"{len(wrong)} shared pages of keys and values changed after they were computed, page {wrong[0]} "
-                    "first; nothing was sampled from them. Resume from the last checkpoint; if it happens again, set "
-                    "engine.share_prefixes=false and test this machine's memory."
-                )
+                raise changed(wrong)
 
-    def _view(self, works: list[Work], num_tokens: int) -> PagedView:
-        """Positions, slots and page tables of the batch's rows, filled work by work."""
-        positions_T = np.empty(num_tokens, dtype=np.int64)
-        slots_T = np.empty(num_tokens, dtype=np.int64)
-        row_start_S = np.zeros(len(works) + 1, dtype=np.int32)
-        first_S = np.empty(len(works), dtype=np.int32)
-        table_SP = np.zeros((len(works), max(len(work.pages) for work in works)), dtype=np.int32)
-        size, row = self.page_tokens, 0
-        for index, work in enumerate(works):
-            count, start, pages = len(work.tokens), work.start, work.pages
-            table_SP[index, : len(pages)] = pages
-            first_S[index] = start
-            if count == 1:
-                positions_T[row] = start
-                slots_T[row] = pages[start // size] * size + start % size
-            else:
-                positions = np.arange(start, start + count)
-                positions_T[row : row + count] = positions
-                slots_T[row : row + count] = (
-                    table_SP[index, positions // size].astype(np.int64) * size + positions % size
-                )
-            row += count
-            row_start_S[index + 1] = row
-        paths = Paths(torch.from_numpy(row_start_S), torch.from_numpy(first_S), torch.from_numpy(table_SP), size)
-        device = self.decoder.device
-        slots = torch.from_numpy(slots_T).to(device)
-        config = self.config
-        places = (torch.from_numpy(positions_T).to(device), slots, paths.to(device))
-        return PagedView(*places, self.pools, config.kv_window, config.kv_sinks)
+    def _view(self, rows: StepRows) -> PagedView:
+        starts, firsts = torch.from_numpy(rows.row_start_S), torch.from_numpy(rows.first_S)
+        paths_G = [Paths(starts, firsts, torch.from_numpy(table), self.page_tokens) for table in rows.table_GSP]
+        slots_G = [torch.from_numpy(slots_T) for slots_T in rows.slots_GT]
+        places = (torch.from_numpy(rows.positions_T), slots_G, paths_G)
+        return PagedView(*places, self.group_L, self.pools_L, self.config.kv_window, self.config.kv_sinks)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Sampled:
         """Write the keys and values of the batch's tokens and draw a token for each work that samples."""
+        if self.device_steps is not None:
+            return self.device_steps.run(batch)
         works = batch.works
         self._check_pages(batch)
-        tokens_T = torch.tensor([token for work in works for token in work.tokens], dtype=torch.int64)
-        tokens_T = tokens_T.to(self.decoder.device)
-        view = self._view(works, batch.num_tokens)
+        if batch.copies:
+            for pool in self.pools:
+                pool.copy_(list(batch.copies.values()), list(batch.copies))
+            batch.copies.clear()
+        rows = StepRows.of(works, self.page_tokens)
         drawing = [index for index, work in enumerate(works) if work.samples]
-        last_rows = view.paths.row_start_S[1:].to(torch.int64) - 1
-        hidden_SM = self.decoder.forward(tokens_T, view, last_rows[drawing])
-        if not drawing:
-            return Sampled([], [])
-        chosen = [works[index] for index in drawing]
-        sampling = SamplingBatch.stack(
-            [work.request.sampling for work in chosen],
-            [work.request.seed for work in chosen],
-            [work.start + len(work.tokens) for work in chosen],
-        )
+        last_rows = torch.from_numpy(rows.row_start_S[1:]).to(torch.int64) - 1
+        hidden_SM = self.forward(torch.from_numpy(rows.tokens_T), self._view(rows), last_rows[drawing])
+        return self.drawn(hidden_SM, sampling_of(batch)) if drawing else Sampled([], [])
+
+    def drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
+        """A token for each row of the final hidden states."""
         if self.config.noise:
             hidden_SM = with_noise(hidden_SM, sampling, self.config.noise)
         if not sampling.filters_S.any():

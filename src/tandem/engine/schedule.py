@@ -7,28 +7,41 @@ The rules, all of them:
 
 * A step holds at most `batch_tokens` tokens: first one for each decoding sequence, then chunks of prompts, then the
   first chunks of requests admitted now.
-* A sequence holds pages for its whole context from admission on, so only decoding can run out of pages.
-* `running` is in order of arrival. When pages run out, its last sequence is preempted: it gives up its pages, keeps its
-  tokens, and waits in its place by arrival to be run again. The first in `running` is never preempted and moves in
-  every step, so everything finishes.
-* A prompt's full blocks are taken from the prefix index where it has them. A block that a running sequence is about
-  to compute is *promised*; a waiting request whose next block is promised waits for it. A promise ends when the block
-  is indexed, or when its maker stops or is preempted, or when the weights change; it cannot outlive its maker.
-* The last token of a context is always run, for its logits. So siblings share floor((prompt - 1) / page_tokens) blocks
-  and run the rest, at most page_tokens tokens, each on its own page; nothing is copied on write.
+* Layers come in groups by what their queries see (engine/layout.py); a sequence has a page table a group, all of the
+  same number of blocks. A block's pages are taken when its first token is about to run, and a group's page of a block
+  that no later query sees is let go when the token before has run (engine/tables.py).
+* `running` is in order of arrival; its first sequence is never preempted and moves in every step, so everything
+  finishes: submit refuses what the whole pool could not carry one token at a time.
+* When the decodes, or the first of `running`, cannot take their next pages, the sequence that is cheapest to compute
+  again is preempted, by tokens for each page that this frees, the latest of several: it gives up its pages, keeps its
+  tokens, and waits in its place by arrival. Room is made before works are, so none is of a sequence without pages.
+* A chunk runs as far as there are pages, and not at all where there is none: nobody is preempted for it.
+* A waiting request starts, in the order of engine/order.py, if there are pages for what it and all that run are
+  expected to take soon (engine/admit.py). Alone it always starts.
+* A prompt's full blocks are taken from the prefix index as far as all groups have what the rest sees. A block that a
+  running sequence is about to compute is *promised*; a waiting request whose next block is promised waits for it. A
+  promise ends when the block is indexed, or when its maker stops or is preempted, or when the weights change; it cannot
+  outlive its maker.
+* The last token of a context is always run, for its logits. So siblings share floor((prompt - 1) / page_tokens) blocks;
+  what lies between is promised like a block, and copied from a sibling that ran it and still runs (engine/tails.py).
 * A sequence is *pure* while all its keys and values come from the current weights. Only pure sequences index blocks.
 """
 
 from __future__ import annotations
 
+from array import array
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from tandem.engine.admit import admits, growth, length_limit, pages_for
+from tandem.engine.admit import Admission, length_limit
 from tandem.engine.config import EngineConfig
+from tandem.engine.layout import WHOLE, KvLayout, pages_for
+from tandem.engine.order import Order
 from tandem.engine.pages import PagePool
-from tandem.engine.prefix import PrefixIndex, extend_keys, root_key
+from tandem.engine.prefix import NULL, PrefixIndex, extend_keys, root_key
+from tandem.engine.tables import PageTables
+from tandem.engine.tails import Tails, tail_key
 from tandem.errors import ConfigError
 from tandem.types import Completion, Request, StopReason, VersionSpan, WeightVersion
 
@@ -40,14 +53,15 @@ MIXED = b""  # root of a sequence whose keys and values have no name: of several
 class Work:
     """Tokens of one sequence to run at absolute positions [start, start + len(tokens)).
 
-    Slot of position p: pages[p // page_tokens] * page_tokens + p % page_tokens. `pages` is the scheduler's own list,
-    covers at least start + len(tokens) positions, and only grows; read it, never keep or change it.
+    Slot of position p in group g: tables[g][p // page_tokens] * page_tokens + p % page_tokens. The tables are the
+    scheduler's own, cover at least start + len(tokens) positions, and are NULL (-1) for blocks that no query from
+    `start` on sees in that group. They change after the step; read them, never keep or change them.
     """
 
     sequence: int  # number of the sequence: one a submit, in order, never used again
     start: int
     tokens: list[int]
-    pages: list[int]
+    tables: tuple[array[int], ...]  # a page table (int32) for each group of layers
     samples: bool  # draw the token of position start + len(tokens) from the last row's logits
     request: Request  # sampling parameters and seed
 
@@ -62,6 +76,7 @@ class Batch:
     num_tokens: int
     named: list[int] = field(default_factory=list)  # pages that entered the prefix index since the last commit's batch
     shared: list[int] = field(default_factory=list)  # pages taken from the index since then, by sequences that start
+    copies: dict[int, int] = field(default_factory=dict)  # page -> page to copy it from first; emptied by the runner
 
     @property
     def num_samples(self) -> int:
@@ -96,7 +111,7 @@ class Stats:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A live request. `tokens` and `pages` only grow; what has been run is tokens[:computed]."""
+    """A live request. `tokens` only grow; what has been run is tokens[:computed]."""
 
     request: Request
     arrival: int  # its place in every queue, and its number
@@ -104,10 +119,11 @@ class Sequence:
     submitted_s: float
     tokens: list[int]  # prompt and generated
     started_s: float | None = None
-    computed: int = 0  # leading tokens whose keys and values lie in `pages`
-    pages: list[int] = field(default_factory=list)
+    computed: int = 0  # leading tokens whose keys and values were written, and lie in `pages` where they are still seen
+    pages: PageTables | None = None  # while it runs
     root: bytes = MIXED  # weights of all computed tokens; MIXED where there is no single one
     keys: list[bytes] = field(default_factory=list)  # names of leading full blocks, under `root`
+    tail: bytes | None = None  # name of what the prompt ends in (engine/tails.py), under `root`
     awaits: bytes | None = None  # the promised block it was last found waiting for
     logprobs: list[float] = field(default_factory=list)
     kept: list[bytes] = field(default_factory=list)  # one a generated token where the request filters; else empty
@@ -116,6 +132,8 @@ class Sequence:
     cached_tokens: int = 0
     recomputed_tokens: int = 0
     reached: int = 0  # most tokens ever computed before a preemption
+    submitted_batch: int = 0  # batches run before it was submitted
+    charged: int = 0  # tokens that were charged to its program, see engine/order.py
 
     def completion(self, reason: StopReason, now: float) -> Completion:
         """What the caller gets. A request that never ran counts its whole life as waiting."""
@@ -148,9 +166,9 @@ def _arrival(sequence: Sequence) -> int:
 class Scheduler:
     """Queues, pages and prefix index of one engine.
 
-    max_context: positions the model has, or None. stops: asked after every sampled token whether it was the last; the
-    engine adds stop strings, a simulator its own lengths; LENGTH is decided here. At most one batch is out: an abort or
-    a new version withdraws it.
+    layout: the groups of layers that the runner's pages are of. max_context: positions the model has, or None. stops:
+    asked after every sampled token whether it was the last; the engine adds stop strings, a simulator its own lengths;
+    LENGTH is decided here. At most one batch is out: an abort or a new version withdraws it.
     """
 
     def __init__(
@@ -160,12 +178,14 @@ class Scheduler:
         max_context: int | None = None,
         stops: Callable[[Sequence], StopReason | None] = stops_by_token,
         version: WeightVersion = INITIAL,
+        layout: KvLayout = WHOLE,
     ) -> None:
         self.config = config
         self.max_context = max_context
         self.stops = stops
+        self.layout = layout
         self.pool = PagePool(num_pages, config.page_tokens)
-        self.index = PrefixIndex(self.pool)
+        self.index = PrefixIndex(self.pool, layout)
         self.version = version
         self.root = root_key(version) if config.share_prefixes else MIXED
         self.live: dict[str, Sequence] = {}  # by request id
@@ -173,8 +193,12 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by arrival
         self.promised: dict[bytes, Sequence] = {}  # name of a block -> the running sequence that will compute it
         self.planned: Batch | None = None
+        self.order = Order(config)
+        self.admission = Admission(config, layout, self.pool)
         self._named: list[int] = []  # for the next batch; a batch that is planned again keeps them
         self._shared: list[int] = []
+        self._copies: dict[int, int] = {}
+        self._tails = Tails()
         self._stats = Stats()
         self._arrivals = 0
 
@@ -186,9 +210,10 @@ class Scheduler:
         """Queues a request. ConfigError: empty prompt, no token asked, id in use. CapacityError: it can never fit."""
         if request.id in self.live:
             raise ConfigError(f"request id {request.id!r} is in use by a live request; ids must be unique.")
-        config = self.config
-        limit = length_limit(request, self.pool.num_pages, config.page_tokens, config.kv_memory_bytes, self.max_context)
+        config, pages = self.config, self.pool.num_pages
+        limit = length_limit(request, self.layout, pages, config.page_tokens, config.kv_memory_bytes, self.max_context)
         sequence = Sequence(request, self._arrivals, limit, now, list(request.tokens))
+        sequence.submitted_batch = self._stats.batches
         self._arrivals += 1
         self.live[request.id] = sequence
         self.waiting.append(sequence)
@@ -199,7 +224,7 @@ class Scheduler:
         if sequence is None:
             return None
         self.planned = None
-        if sequence.pages:
+        if sequence.pages is not None:
             self.running.remove(sequence)
             self._give_up_pages(sequence)
         else:
@@ -215,130 +240,152 @@ class Scheduler:
         self.version = version
         if self.config.share_prefixes:
             self.root = root_key(version)
+        self.index.retire()
         self.promised.clear()
         for sequence in self.running:
-            sequence.root, sequence.keys = MIXED, []
+            sequence.root, sequence.keys, sequence.tail = MIXED, [], None
+        self._tails.clear()
 
     def plan(self, now: float) -> Batch:
         """The next batch; empty only where nothing is live. A batch never committed is simply planned again."""
+        self._make_room()
         works, prefills = self._decodes()
         num_decodes = len(works)
         budget = self.config.batch_tokens - num_decodes
-        for sequence in prefills:
-            if budget == 0:
-                break
-            budget -= self._chunk(works, sequence, budget)
+        if prefills:
+            for sequence in self.order.chunks(prefills, self.running[0], self._stats.batches):
+                budget -= self._chunk(works, sequence, budget)
         if self.waiting:
             budget = self._admit(works, budget, now)
         num_tokens = self.config.batch_tokens - budget
-        self.planned = Batch(works, self.version, num_decodes, num_tokens, self._named, self._shared)
+        self.planned = Batch(works, self.version, num_decodes, num_tokens, self._named, self._shared, self._copies)
         return self.planned
+
+    def _make_room(self) -> None:
+        """Preempts until each decode, and the first running sequence, can take the pages that its next token needs."""
+        pool, running, num_groups, size = self.pool, self.running, len(self.layout.groups), self.config.page_tokens
+        if pool.num_available >= len(running) * num_groups:
+            return
+        needy = {
+            sequence.arrival
+            for sequence in running
+            if sequence.pages is not None
+            and sequence.computed == sequence.pages.blocks * size
+            and (len(sequence.tokens) - sequence.computed == 1 or sequence is running[0])
+        }
+        while len(needy) * num_groups > pool.num_available:
+            assert len(running) > 1, f"sequence {running[0].arrival} outgrew a pool of {pool.num_pages} pages alone"
+            victim = min(running[1:], key=self._price)
+            needy.discard(victim.arrival)
+            running.remove(victim)
+            victim.reached = max(victim.reached, victim.computed)
+            self._give_up_pages(victim)
+            insort(self.waiting, victim, key=_arrival)
+            self._stats.preemptions += 1
+
+    def _price(self, sequence: Sequence) -> tuple[float, int]:
+        """Tokens to compute again for each page that preempting it frees; then the latest arrival."""
+        assert sequence.pages is not None
+        kept, freed = sequence.pages.shared()
+        again = max(0, sequence.computed - kept * self.config.page_tokens)
+        return again / freed if freed else float("inf"), -sequence.arrival
 
     def _decodes(self) -> tuple[list[Work], list[Sequence]]:
         """A work for each running sequence that has one token to run, and the sequences that have more."""
         works: list[Work] = []
         prefills: list[Sequence] = []
         page_tokens = self.config.page_tokens
-        for sequence in self.running:  # preemption pops from the end, which this walk has not reached
+        for sequence in self.running:
             start, tokens, pages = sequence.computed, sequence.tokens, sequence.pages
+            assert pages is not None
             if len(tokens) - start > 1:
                 prefills.append(sequence)
                 continue
-            if start == len(pages) * page_tokens:
-                page = self._page_for(sequence)
-                if page is None:
-                    break
-                pages.append(page)
-            works.append(Work(sequence.arrival, start, [tokens[-1]], pages, True, sequence.request))
+            if start == pages.blocks * page_tokens:
+                pages.extend(1)
+            works.append(Work(sequence.arrival, start, [tokens[-1]], pages.tables, True, sequence.request))
         return works, prefills
 
-    def _page_for(self, sequence: Sequence) -> int | None:
-        """One more page for a running sequence, at the cost of the latest; None where that is itself."""
-        while (page := self.index.take()) is None:
-            victim = self.running.pop()
-            victim.reached = max(victim.reached, victim.computed)
-            self._give_up_pages(victim)
-            insort(self.waiting, victim, key=_arrival)
-            self._stats.preemptions += 1
-            if victim is sequence:
-                return None
-        return page
-
     def _chunk(self, works: list[Work], sequence: Sequence, budget: int) -> int:
-        """Adds a work of at most `budget` tokens of a running sequence; returns how many."""
-        start, tokens = sequence.computed, sequence.tokens
-        end = min(len(tokens), start + budget)
+        """Adds a work of as many tokens of a running sequence as `budget` and pages allow; returns how many."""
+        start, tokens, pages, size = sequence.computed, sequence.tokens, sequence.pages, self.config.page_tokens
+        assert pages is not None
+        room = (pages.blocks + self.pool.num_available // len(self.layout.groups)) * size
+        end = min(len(tokens), start + budget, room)
+        if end <= start:
+            return 0
+        pages.extend(max(0, pages_for(end, size) - pages.blocks))
         works.append(
-            Work(sequence.arrival, start, tokens[start:end], sequence.pages, end == len(tokens), sequence.request)
+            Work(sequence.arrival, start, tokens[start:end], pages.tables, end == len(tokens), sequence.request)
         )
         return end - start
 
     def _admit(self, works: list[Work], budget: int, now: float) -> int:
-        """Starts waiting requests in order of arrival until tokens, places or pages run out; returns the tokens left.
+        """Starts waiting requests in their order until tokens, places or pages run out; returns the tokens left.
 
         Only those that wait for a promised block are passed over.
         """
-        config, waiting, running = self.config, self.waiting, self.running
-        ahead = -1  # pages the running sequences will take soon; counted when first needed
-        passed: list[Sequence] = []
-        seen = 0
-        for sequence in waiting:
-            if budget == 0 or len(running) >= config.max_sequences:
+        running, num_running = self.running, len(self.running)
+        begun = False
+        for sequence in self.order.queue(self.waiting, self._stats.batches):
+            if budget == 0 or len(running) >= self.config.max_sequences:
                 break
             hits = self._hits(sequence)
             if hits is None:
-                passed.append(sequence)
-                seen += 1
                 continue
-            if ahead < 0:
-                ahead = sum(self._growth(other) for other in running)
-            ahead += self._growth(sequence)
-            need = pages_for(len(sequence.tokens), config.page_tokens) - len(hits)
-            available = self.pool.num_available - sum(self.pool.refs[page] == 0 for page in hits)
-            if not admits(need, ahead, available, len(running)):
+            if not begun:
+                begun = True
+                self.admission.begin(running)
+            if not self.admission.admits(sequence, hits) and running:
                 break
-            seen += 1
-            self._start(sequence, hits, need, now)
+            self._start(sequence, hits, now)
             budget -= self._chunk(works, sequence, budget)
-        waiting[:seen] = passed
-        self._stats.most_running = max(self._stats.most_running, len(running))
+        if len(running) > num_running:
+            self.waiting = [sequence for sequence in self.waiting if sequence.pages is None]
+            self._stats.most_running = max(self._stats.most_running, len(running))
         return budget
 
-    def _hits(self, sequence: Sequence) -> list[int] | None:
-        """Indexed pages of the leading blocks of a waiting sequence; None where it had better wait for the next one."""
+    def _hits(self, sequence: Sequence) -> list[list[int]] | None:
+        """Tables of the indexed leading blocks of a waiting sequence; None where it had better wait for the next."""
         if sequence.awaits in self.promised:
             return None
         if sequence.root != self.root:
-            sequence.root, sequence.keys = self.root, []
+            sequence.root, sequence.keys, sequence.tail = self.root, [], None
         if self.root == MIXED:
-            return []
+            return [[] for _ in self.layout.groups]
         page_tokens = self.config.page_tokens
         extend_keys(sequence.keys, self.root, sequence.tokens, page_tokens)
         most = (len(sequence.tokens) - 1) // page_tokens  # the last token is always run
         hits = self.index.match(sequence.keys, most)
-        if len(hits) < most and sequence.keys[len(hits)] in self.promised:
-            sequence.awaits = sequence.keys[len(hits)]
+        blocks = len(hits[0])
+        if blocks < most and sequence.keys[blocks] in self.promised:
+            sequence.awaits = sequence.keys[blocks]
+            return None
+        sequence.tail = tail_key(sequence, page_tokens)
+        if blocks == most and sequence.tail in self.promised:
+            sequence.awaits = sequence.tail
             return None
         return hits
 
-    def _growth(self, sequence: Sequence) -> int:
-        config = self.config
-        return growth(len(sequence.tokens), sequence.limit, config.lookahead_tokens, config.page_tokens)
-
-    def _start(self, sequence: Sequence, hits: list[int], need: int, now: float) -> None:
-        """Moves a waiting sequence to running, with `hits` shared and `need` pages of its own; promises its blocks."""
-        for page in hits:
-            self.pool.share(page)  # all before the first take, which may evict
-        self._shared += hits
-        fresh = [self.index.take() for _ in range(need)]
-        sequence.pages = hits + [page for page in fresh if page is not None]
-        assert len(sequence.pages) == len(hits) + need, f"{need} pages were promised to sequence {sequence.arrival}"
-        sequence.computed = len(hits) * self.config.page_tokens
+    def _start(self, sequence: Sequence, hits: list[list[int]], now: float) -> None:
+        """Moves a waiting sequence to running on the blocks it hits; promises those it will compute."""
+        self._shared += [page for table in hits for page in table if page != NULL]
+        sequence.pages = PageTables(self.index, hits)
+        sequence.computed = sequence.pages.blocks * self.config.page_tokens
+        most = (len(sequence.tokens) - 1) // self.config.page_tokens
+        source = self._tails.pages(sequence.tail, most) if sequence.pages.blocks == most else []
+        if source and self.pool.num_available >= len(source):
+            sequence.pages.extend(1)
+            self._copies.update(zip((table[most] for table in sequence.pages.tables), source, strict=True))
+            sequence.computed = len(sequence.tokens) - 1
+        elif sequence.tail is not None:
+            self.promised.setdefault(sequence.tail, sequence)
+        self.order.charge(sequence, sequence.computed)
         if sequence.started_s is None:
             sequence.started_s = now
             sequence.cached_tokens = sequence.computed
             self._stats.cached_tokens += sequence.computed
-        for key in sequence.keys[len(hits) :]:
+        for key in sequence.keys[sequence.pages.blocks :]:
             self.promised.setdefault(key, sequence)
         insort(self.running, sequence, key=_arrival)
 
@@ -354,13 +401,14 @@ class Scheduler:
             f"for {batch.num_samples} samples"
         )
         self.planned = None
-        self._named, self._shared = [], []
+        self._named, self._shared, self._copies = [], [], {}
         live, page_tokens, step, stats = self.live, self.config.page_tokens, batch.version.step, self._stats
         finished: list[Completion] = []
         draws = enumerate(zip(sampled.tokens, sampled.logprobs, strict=True))
         for work in batch.works:
             sequence = live[work.request.id]
-            start = sequence.computed
+            pages, start = sequence.pages, sequence.computed
+            assert pages is not None
             sequence.computed = end = start + len(work.tokens)
             if start < sequence.reached:
                 again = min(end, sequence.reached) - start
@@ -368,6 +416,10 @@ class Scheduler:
                 stats.recomputed_tokens += again
             if start // page_tokens != end // page_tokens and sequence.root != MIXED:
                 self._index_blocks(sequence, start // page_tokens)
+            if sequence.tail is not None and start < len(sequence.request.tokens) <= end:
+                self._offer_tail(sequence)
+            if end >= pages.frees_at:
+                pages.free_unseen(end)
             if work.samples:
                 draw, (token, logprob) = next(draws)
                 if not sequence.spans or sequence.spans[-1][0] != step:
@@ -383,9 +435,11 @@ class Scheduler:
                 if reason is not None:
                     finished.append(sequence.completion(reason, now))
                     self._give_up_pages(sequence)
+                    self.admission.lengths.record(len(sequence.logprobs))
+                    self.order.ended(sequence)
                     del live[work.request.id]
         if finished:
-            self.running = [sequence for sequence in self.running if sequence.pages]
+            self.running = [sequence for sequence in self.running if sequence.pages is not None]
         stats.batches += 1
         stats.run_tokens += batch.num_tokens
         stats.sampled_tokens += len(sampled.tokens)
@@ -394,37 +448,53 @@ class Scheduler:
 
     def _index_blocks(self, sequence: Sequence, first: int) -> None:
         """Names the blocks from `first` on that have just been filled, and keeps the promises for them."""
-        page_tokens = self.config.page_tokens
+        assert sequence.pages is not None
+        page_tokens, tables = self.config.page_tokens, sequence.pages.tables
         if len(sequence.keys) * page_tokens < sequence.computed:
             extend_keys(sequence.keys, sequence.root, sequence.tokens, page_tokens)
         for block in range(first, sequence.computed // page_tokens):
-            if self.index.insert(sequence.keys[block], sequence.pages[block]):
-                self._named.append(sequence.pages[block])
-            self.promised.pop(sequence.keys[block], None)
+            key, prompt = sequence.keys[block], (block + 1) * page_tokens <= len(sequence.request.tokens)
+            for group, table in enumerate(tables):
+                if self.index.insert(key, group, table[block], prompt):
+                    self._named.append(table[block])
+            self.promised.pop(key, None)
+
+    def _offer_tail(self, sequence: Sequence) -> None:
+        """A sequence has run its prompt: siblings may copy its end."""
+        assert sequence.tail is not None
+        if self.promised.get(sequence.tail) is sequence:
+            del self.promised[sequence.tail]
+        self._tails.offer(sequence)
 
     def _give_up_pages(self, sequence: Sequence) -> None:
         """A sequence stops running: its unkept promises are withdrawn, its pages released. It keeps its tokens."""
-        for key in sequence.keys[sequence.computed // self.config.page_tokens :]:
-            if self.promised.get(key) is sequence:
+        assert sequence.pages is not None
+        for key in (*sequence.keys[sequence.computed // self.config.page_tokens :], sequence.tail):
+            if key is not None and self.promised.get(key) is sequence:
                 del self.promised[key]
-        self.index.release(sequence.pages)
-        sequence.pages = []  # a new list: a batch still out may hold the old one
+        self._tails.withdraw(sequence)
+        self.order.charge(sequence, 0)
+        sequence.pages.release()
+        sequence.pages = None
         sequence.computed = 0
 
     def check_integrity(self) -> None:
         """AssertionError unless pages, names, queues and promises agree. O(pages + live tokens / page_tokens)."""
         page_tokens = self.config.page_tokens
-        self.index.check_integrity([sequence.pages for sequence in self.running])
+        self.index.check_integrity([list(s.pages.pages()) for s in self.running if s.pages is not None])
         assert {id(s) for s in self.running} | {id(s) for s in self.waiting} == {id(s) for s in self.live.values()}
         assert len(self.running) + len(self.waiting) == len(self.live), "a sequence is queued twice"
         assert len(self.running) <= self.config.max_sequences, len(self.running)
         for queue in (self.running, self.waiting):
             assert all(a.arrival < b.arrival for a, b in zip(queue, queue[1:], strict=False)), "a queue lost its order"
         for sequence in self.waiting:
-            assert not sequence.pages and sequence.computed == 0, f"waiting sequence {sequence.arrival} holds pages"
+            assert sequence.pages is None and sequence.computed == 0, f"waiting sequence {sequence.arrival} holds pages"
         for sequence in self.running:
-            assert pages_for(len(sequence.tokens) - 1, page_tokens) <= len(sequence.pages), sequence.arrival
+            assert sequence.pages is not None, f"running sequence {sequence.arrival} has no page tables"
+            sequence.pages.check_integrity(sequence.computed)
             assert sequence.computed < len(sequence.tokens) < sequence.limit, (sequence.computed, sequence.limit)
             assert sequence.root in (MIXED, self.root), f"sequence {sequence.arrival} is pure under other weights"
         for key, maker in self.promised.items():
-            assert maker.pages and key in maker.keys[maker.computed // page_tokens :], "a promise nobody will keep"
+            unkept = (*maker.keys[maker.computed // page_tokens :], maker.tail)
+            assert maker.pages and key in unkept, "a promise nobody will keep"
+        self._tails.check_integrity(self.running)

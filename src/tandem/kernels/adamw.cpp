@@ -45,7 +45,10 @@ void squared_norm_fp32(const float* g, int64_t n, double* out) {
     for (int64_t c = 0; c < chunks; c++) {
         double lane[8] = {};
         const int64_t end = std::min(n, (c + 1) * CHUNK);
-        for (int64_t i = c * CHUNK; i < end; i++) lane[i & 7] += double(g[i]) * double(g[i]);
+        int64_t i = c * CHUNK;
+        for (; i + 8 <= end; i += 8)
+            for (int j = 0; j < 8; j++) lane[j] += double(g[i + j]) * double(g[i + j]);
+        for (; i < end; i++) lane[i & 7] += double(g[i]) * double(g[i]);
         partial[c] = ((lane[0] + lane[1]) + (lane[2] + lane[3])) + ((lane[4] + lane[5]) + (lane[6] + lane[7]));
     }
     double sum = 0;

@@ -1,34 +1,8 @@
-// Attention of packed queries over a table of key and value slots, forward and backward. Contract in attention.py.
-//
-// Keys are reduced in blocks of 64 absolute positions with an online softmax, whatever the number of queries that ride
-// along, the chunk they came in or the page size: a query's result is a function of its position and its path.
-//
-// E is the compute dtype, S what keys and values are stored in: E itself, or e4m3, widened to E as a block is gathered.
-#include "float8.h"
-#include "tile.h"
+// Attention, forward (attention.h) and backward, for one layer. Contract in attention.py.
+#include "attention.h"
 #include <omp.h>
-#include <type_traits>
-#include <vector>
 
 using namespace tandem;
-
-namespace {
-
-constexpr int BLOCK = 64;        // keys reduced at a time; equals PANEL
-constexpr int QUERY_CHUNK = 32;  // query tokens of one forward task
-static_assert(BLOCK == PANEL, "scores of a block fill one panel");
-
-}  // namespace
-
-extern "C" struct AttentionArgs {
-    const void *query, *key, *value;  // [T, H, D] and slots of [K, D], each with a stride between tokens
-    int64_t query_stride, key_stride, value_stride;
-    void* out;    // [T, H, D]
-    float* lse;   // [T, H] or null
-    const int32_t *row_start, *first_position, *table;  // [S + 1], [S], [S, table_stride]
-    int64_t table_stride, page_tokens, segments, heads, kv_heads, head_size, window, sinks;
-    float scale;
-};
 
 extern "C" struct AttentionGrads {
     const void* dout;  // [T, H, D]
@@ -41,180 +15,35 @@ extern "C" struct AttentionGrads {
 
 namespace {
 
-struct Span {
-    int64_t segment, kv_head, first_token, tokens;  // tokens counted within the segment
-};
+constexpr int64_t ALONE = 48;  // queries times blocks of keys below which one thread is done before another has woken
 
 template <typename E, typename S = E>
-struct View {  // addresses of one segment's queries, keys and values
+void forward(const AttentionArgs& a) {
+    const std::vector<Span> spans = make_spans(a);
+    int64_t blocks = 0;
+    for (const Span& span : spans) blocks += span.tokens * (1 + (a.first_position[span.segment] + span.first_token) / BLOCK);
+    std::atomic<int64_t> next{0};
+    with_team([&](const Team& team) { run_spans<E, S>(a, spans, next, team.threads); }, blocks < ALONE ? 1 : 0);
+}
+
+template <typename E>
+struct View {  // addresses of one segment's queries, keys and values; slots are rows
     const AttentionArgs& a;
     int64_t s, kv_head;
     int64_t group = a.heads / a.kv_heads;
     int64_t row(int64_t token) const { return a.row_start[s] + token; }
     int64_t position(int64_t token) const { return a.first_position[s] + token; }
-    int64_t slot(int64_t position) const { return int64_t(a.table[s * a.table_stride + position / a.page_tokens]) * a.page_tokens + position % a.page_tokens; }
+    int64_t slot(int64_t position) const { return a.table[s * a.table_stride + position]; }
     const E* query(int64_t i, const void* base, int64_t stride) const {  // i counts token-major over (token, head of group)
         return (const E*)base + row(i / group) * stride + (kv_head * group + i % group) * a.head_size;
     }
-    // Addresses of the keys and values of `count` positions from `first`; one division a page, not one a position.
-    void rows(int64_t first, int64_t count, const S** keys, const S** values) const {
-        const int32_t* page = a.table + s * a.table_stride + first / a.page_tokens;
-        int64_t offset = first % a.page_tokens;
-        for (int64_t j = 0; j < count; page++, offset = 0)
-            for (int64_t at = int64_t(*page) * a.page_tokens + offset; offset < a.page_tokens && j < count; at++, offset++, j++) {
-                keys[j] = (const S*)a.key + at * a.key_stride + kv_head * a.head_size;
-                values[j] = (const S*)a.value + at * a.value_stride + kv_head * a.head_size;
-            }
+    void rows(int64_t first, int64_t count, const E** keys, const E** values) const {
+        for (int64_t j = 0; j < count; j++) {
+            keys[j] = (const E*)a.key + slot(first + j) * a.key_stride + kv_head * a.head_size;
+            values[j] = (const E*)a.value + slot(first + j) * a.value_stride + kv_head * a.head_size;
+        }
     }
 };
-
-// `rows` in the compute dtype: the stored rows themselves, or copies in `key_rows` and `value_rows` [BLOCK, D].
-template <typename E, typename S>
-inline void gather(const View<E, S>& v, int64_t first, int64_t count, std::vector<E>& key_rows, std::vector<E>& value_rows,
-                   const E** keys, const E** values) {
-    if constexpr (std::is_same_v<E, S>) v.rows(first, count, keys, values);
-    else {
-        const int64_t size = v.a.head_size;
-        key_rows.resize(BLOCK * size), value_rows.resize(BLOCK * size);
-        const S *stored_keys[BLOCK], *stored_values[BLOCK];
-        v.rows(first, count, stored_keys, stored_values);
-        for (int64_t j = 0; j < count; j++) {
-            E *key = key_rows.data() + j * size, *value = value_rows.data() + j * size;
-            widen_codes(stored_keys[j], size, key), widen_codes(stored_values[j], size, value);
-            keys[j] = key, values[j] = value;
-        }
-    }
-}
-
-// Keys of a block that a query at `position` sees: [low, high) within the block.
-inline void visible(int64_t position, int64_t block_first, int64_t window, int& low, int& high) {
-    high = int(std::max<int64_t>(0, std::min<int64_t>(BLOCK, position + 1 - block_first)));
-    low = window > 0 ? int(std::max<int64_t>(0, std::min<int64_t>(high, position - window + 1 - block_first))) : 0;
-}
-
-inline int64_t first_block(int64_t position, int64_t window) { return window > 0 ? std::max<int64_t>(0, position - window + 1) / BLOCK : 0; }
-
-// Keys of a block that a query at `position` sees as sinks: [0, lead). Where they reach its window, one run from 0 is left.
-inline int sinks_seen(int64_t block_first, int64_t sinks, int& low, int high) {
-    const int lead = int(std::max<int64_t>(0, std::min<int64_t>(high, sinks - block_first)));
-    if (lead >= low) low = 0;
-    return low == 0 ? 0 : lead;
-}
-
-// scores[0..63] -> probabilities relative to the running maximum; returns the factor for what came before. Seen are
-// [low, high) and, with SINKS, [0, lead).
-template <bool SINKS>
-inline float soften(float* scores, int lead, int low, int high, float scale, float& top, float& total) {
-    float best = top;
-#ifdef TANDEM_AVX512
-    __m512 s[4];
-    __mmask16 seen[4];
-    __m512 m = _mm512_set1_ps(-INFINITY);
-    for (int c = 0; c < 4; c++) {
-        const int l = std::max(0, std::min(16, low - 16 * c)), h = std::max(0, std::min(16, high - 16 * c));
-        seen[c] = __mmask16(((1u << h) - 1u) & ~((1u << l) - 1u));
-        if constexpr (SINKS) seen[c] = __mmask16(seen[c] | ((1u << std::max(0, std::min(16, lead - 16 * c))) - 1u));
-        s[c] = _mm512_mul_ps(_mm512_loadu_ps(scores + 16 * c), _mm512_set1_ps(scale));
-        m = _mm512_mask_max_ps(m, seen[c], m, s[c]);
-    }
-    best = std::max(best, _mm512_reduce_max_ps(m));
-    for (int c = 0; c < 4; c++) {
-        s[c] = _mm512_maskz_mov_ps(seen[c], exp(Lanes{_mm512_sub_ps(s[c], _mm512_set1_ps(best))}).v);
-        _mm512_storeu_ps(scores + 16 * c, s[c]);
-    }
-    const float sum = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3])));
-#else
-    const auto seen = [&](int c) { return (c >= low && c < high) || (SINKS && c < lead); };
-    for (int c = 0; c < high; c++)
-        if (seen(c)) best = std::max(best, scores[c] *= scale);
-    float sum = 0;
-    for (int c = 0; c < BLOCK; c++) sum += scores[c] = seen(c) ? exp_one(scores[c] - best) : 0.0f;
-#endif
-    const float factor = exp_one(top - best);
-    total = total * factor + sum;
-    top = best;
-    return factor;
-}
-
-// Flattened: with four instances g++ no longer inlines the tiles by itself, and a decode over 64 keys takes a third longer.
-template <typename E, typename S, bool SINKS>
-__attribute__((flatten)) void forward_span(const AttentionArgs& a, const Span& span) {
-    const View<E, S> v{a, span.segment, span.kv_head};
-    const int64_t group = v.group, n = span.tokens * group, d_size = a.head_size, panels = (d_size + PANEL - 1) / PANEL;
-    const int64_t depth = padded_depth<E>(d_size), wide = panels * PANEL, base = span.first_token * group;
-    thread_local std::vector<E> key_panel, value_panel, probability, key_rows, value_rows;
-    thread_local std::vector<float> scores, out, top, total;
-    key_panel.resize(depth * PANEL), value_panel.resize(wide * BLOCK), probability.resize(n * BLOCK);
-    scores.resize(n * BLOCK), out.assign(n * wide, 0.0f), top.assign(n, -INFINITY), total.assign(n, 0.0f);
-
-    const int64_t last = v.position(span.first_token + span.tokens - 1);
-    const int64_t begin = first_block(v.position(span.first_token), a.window);
-    const int64_t sink_blocks = SINKS ? std::min(begin, (a.sinks + BLOCK - 1) / BLOCK) : 0;
-    for (int64_t turn = SINKS ? -sink_blocks : 0; turn <= last / BLOCK - begin; turn++) {
-        const int64_t b = turn < 0 ? turn + sink_blocks : turn + begin;
-        const int64_t count = std::min<int64_t>(BLOCK, last + 1 - b * BLOCK);
-        const E *keys[BLOCK], *values[BLOCK], *part[BLOCK];
-        gather<E, S>(v, b * BLOCK, count, key_rows, value_rows, keys, values);
-        pack_columns<E>(keys, count, d_size, key_panel.data());
-        for (int64_t p = 0; p < panels; p++) {
-            for (int64_t j = 0; j < count; j++) part[j] = values[j] + p * PANEL;
-            E* panel = value_panel.data() + p * BLOCK * PANEL;
-            pack_depth<E>(part, count, std::min<int64_t>(PANEL, d_size - p * PANEL), panel);
-            const int64_t filled = padded_depth<E>(count);
-            std::memset((void*)(panel + filled * PANEL), 0, (BLOCK - filled) * PANEL * sizeof(E));
-        }
-        for (int64_t i = 0; i < n; i += ROWS) {
-            const int rows = int(std::min<int64_t>(ROWS, n - i));
-            const E* q[ROWS];
-            for (int r = 0; r < rows; r++) q[r] = v.query(base + i + r, a.query, a.query_stride);
-            tile<E>(rows, q, pair_of<E>(), key_panel.data(), depth, scores.data() + i * BLOCK, BLOCK, false);
-            const E* p[ROWS];
-            for (int r = 0; r < rows; r++) {
-                int low, high, lead = 0;
-                visible(v.position((base + i + r) / group), b * BLOCK, a.window, low, high);
-                if constexpr (SINKS) lead = sinks_seen(b * BLOCK, a.sinks, low, high);
-                float* s = scores.data() + (i + r) * BLOCK;
-                E* target = probability.data() + (i + r) * BLOCK;
-                p[r] = target;
-                if (low >= high && lead == 0) {
-                    std::memset((void*)target, 0, BLOCK * sizeof(E));
-                    continue;
-                }
-                const float factor = soften<SINKS>(s, lead, low, high, a.scale, top[i + r], total[i + r]);
-                float* o = out.data() + (i + r) * wide;
-                for (int64_t c = 0; c < wide; c++) o[c] *= factor;
-                narrow_panel<E>(s, target);
-            }
-            for (int64_t c = 0; c < panels; c++)
-                tile<E>(rows, p, pair_of<E>(), value_panel.data() + c * BLOCK * PANEL, BLOCK, out.data() + i * wide + c * PANEL, wide, true);
-        }
-    }
-    for (int64_t i = 0; i < n; i++) {
-        const int64_t token = (base + i) / group, head = span.kv_head * group + i % group;
-        E* target = (E*)a.out + (v.row(token) * a.heads + head) * d_size;
-        float* o = out.data() + i * wide;
-        const float inverse = 1.0f / total[i];
-        for (int64_t c = 0; c < wide; c++) o[c] *= inverse;
-        for (int64_t c = 0; c < d_size; c += PANEL) {
-            if (c + PANEL <= d_size) narrow_panel<E>(o + c, target + c);
-            else
-                for (int64_t j = c; j < d_size; j++) target[j] = from_float<E>(o[j]);
-        }
-        if (a.lse) a.lse[v.row(token) * a.heads + head] = top[i] + std::log(total[i]);
-    }
-}
-
-template <typename E, typename S = E>
-void forward(const AttentionArgs& a) {
-    std::vector<Span> spans;
-    for (int64_t s = 0; s < a.segments; s++)
-        for (int64_t first = 0, tokens = a.row_start[s + 1] - a.row_start[s]; first < tokens; first += QUERY_CHUNK)
-            for (int64_t k = 0; k < a.kv_heads; k++) spans.push_back({s, k, first, std::min<int64_t>(QUERY_CHUNK, tokens - first)});
-#pragma omp parallel for schedule(dynamic, 1)
-    for (size_t i = 0; i < spans.size(); i++)
-        if (a.window > 0 && a.sinks > 0) forward_span<E, S, true>(a, spans[i]);
-        else forward_span<E, S, false>(a, spans[i]);
-}
 
 // Gradients of one segment and key head, added to dquery and to the sums of dkey and dvalue.
 template <typename E>
@@ -239,7 +68,8 @@ void backward_segment(const AttentionArgs& a, const AttentionGrads& g, int64_t s
         lse[i] = a.lse[v.row(i / group) * a.heads + kv_head * group + i % group];
     }
     const int64_t last = v.position(tokens - 1);
-    for (int64_t b = first_block(v.position(0), a.window); b <= last / BLOCK; b++) {
+    const Tiles configured;
+    for (int64_t b = first_seen(a, v.position(0)) / BLOCK; b <= last / BLOCK; b++) {
         const int64_t count = std::min<int64_t>(BLOCK, last + 1 - b * BLOCK);
         const E *keys[BLOCK], *values[BLOCK], *part[BLOCK];
         v.rows(b * BLOCK, count, keys, values);
@@ -255,7 +85,7 @@ void backward_segment(const AttentionArgs& a, const AttentionGrads& g, int64_t s
         dk.assign(BLOCK * wide, 0.0f), dv.assign(BLOCK * wide, 0.0f);
         for (int64_t t = 0; t < n; t += TILE) {
             const int64_t rows = std::min<int64_t>(TILE, n - t);
-            if (v.position((t + rows - 1) / group) < b * BLOCK) continue;
+            if (v.position((t + rows - 1) / group) < b * BLOCK || first_seen(a, v.position(t / group)) >= (b + 1) * BLOCK) continue;
             const E *q[TILE], *d[TILE], *p[TILE], *ds[TILE];
             for (int64_t r = 0; r < rows; r++) {
                 q[r] = v.query(t + r, a.query, a.query_stride), d[r] = v.query(t + r, g.dout, a.heads * d_size);
@@ -268,7 +98,7 @@ void backward_segment(const AttentionArgs& a, const AttentionGrads& g, int64_t s
             }
             for (int64_t r = 0; r < rows; r++) {
                 int low, high;
-                visible(v.position((t + r) / group), b * BLOCK, a.window, low, high);
+                visible(v.position((t + r) / group), first_seen(a, v.position((t + r) / group)), b * BLOCK, low, high);
                 float *s_row = scores.data() + r * BLOCK, *dp_row = dp.data() + r * BLOCK;
                 for (int c = 0; c < BLOCK; c++) s_row[c] = s_row[c] * a.scale - lse[t + r];
                 exp_panel(s_row);

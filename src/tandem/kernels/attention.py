@@ -13,11 +13,18 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
+from tandem.types import Reach
+
+if TYPE_CHECKING:
+    from tandem.kernels.page_pool import KvPool
+
+EVERYTHING = Reach()
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +83,9 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("out", "lse", "row_start", "first_position", "table")),
         *(
             (name, ctypes.c_int64)
-            for name in ("table_stride", "page_tokens", "segments", "heads", "kv_heads", "head_size", "window", "sinks")
+            for name in ("table_stride", "page_tokens", "segments", "heads", "kv_heads", "head_size")
         ),
+        *((name, ctypes.c_int64) for name in ("window", "chunk", "sinks")),
         ("scale", ctypes.c_float),
     ]
 
@@ -96,7 +104,7 @@ def _args(
     key_CKD: torch.Tensor,
     value_CKD: torch.Tensor,
     paths: Paths,
-    window: int | None,
+    reach: Reach,
     out_THD: torch.Tensor,
     lse_TH: torch.Tensor | None,
     sinks: int = 0,
@@ -122,16 +130,11 @@ def _args(
         heads,
         key_CKD.shape[1],
         size,
-        window or 0,
+        reach.window or 0,
+        reach.chunk or 0,
         sinks,
         1.0 / math.sqrt(size),
     )
-
-
-def _slots(paths: Paths, segment: int, length: int) -> torch.Tensor:
-    position = torch.arange(length)
-    pages = paths.table_SP[segment].long()[position // paths.page_tokens]
-    return pages * paths.page_tokens + position % paths.page_tokens
 
 
 def attention_reference(
@@ -139,25 +142,28 @@ def attention_reference(
     key_CKD: torch.Tensor,
     value_CKD: torch.Tensor,
     paths: Paths,
-    window: int | None = None,
+    reach: Reach = EVERYTHING,
     sinks: int = 0,
 ) -> torch.Tensor:
     """`attention`, one segment at a time, a full mask, in fp32 (fp64 for fp64 inputs); differentiable."""
     wide = query_THD.dtype if query_THD.dtype == torch.float64 else torch.float32
     group = query_THD.shape[1] // key_CKD.shape[1]
     outs = []
+    leading = sinks if reach.window else 0
     for s in range(paths.first_position_S.shape[0]):
         start, stop = int(paths.row_start_S[s]), int(paths.row_start_S[s + 1])
         first = int(paths.first_position_S[s])
-        slots = _slots(paths, s, first + stop - start)
+        own = range(first, first + stop - start)
+        # Before what the first query sees, the table may name any page.
+        seen = [position for position in range(own.stop) if position >= reach.first_seen(first) or position < leading]
+        k_position, q_position = torch.tensor(seen), torch.tensor(own)[:, None]
+        pages = paths.table_SP[s].long()[k_position // paths.page_tokens]
+        slots = pages * paths.page_tokens + k_position % paths.page_tokens
         query = query_THD[start:stop].to(wide)
         key, value = (x[slots].to(wide).repeat_interleave(group, 1) for x in (key_CKD, value_CKD))
         scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[2])
-        q_position = torch.arange(first, first + stop - start)[:, None]
-        k_position = torch.arange(len(slots))[None]
-        hidden = k_position > q_position
-        if window:
-            hidden = hidden | ((k_position <= q_position - window) & (k_position >= sinks))
+        seen_from = torch.tensor([reach.first_seen(position) for position in own])[:, None]
+        hidden = (k_position > q_position) | ((k_position < seen_from) & (k_position >= leading))
         probability = scores.masked_fill(hidden, -math.inf).softmax(-1)
         outs.append(torch.einsum("hqk,khd->qhd", probability, value))
     return torch.cat(outs).to(query_THD.dtype)
@@ -168,26 +174,45 @@ def attention(
     key_CKD: torch.Tensor,
     value_CKD: torch.Tensor,
     paths: Paths,
-    window: int | None = None,
+    reach: Reach = EVERYTHING,
     lse_TH: torch.Tensor | None = None,
     sinks: int = 0,
 ) -> torch.Tensor:
     """[T, H, D]. C slots of keys and values; rows may be strided. Fills `lse_TH` (fp32) where it is given.
 
-    A query at position q sees the keys at k <= q, under a `window` only those with k > q - window or k < `sinks`.
+    A query at position q sees the keys at `reach.first_seen(q)` <= k <= q and, under a window, those at k < `sinks`.
     Keys and values may be stored as float8_e4m3fn: they are widened, exactly, to the dtype of the query.
     """
     if backend(query_THD) == "triton":
         from tandem.kernels.gpu import attention as gpu
 
-        return gpu.attention(query_THD, key_CKD, value_CKD, paths, window, lse_TH, sinks)
-    assert key_CKD.dtype == value_CKD.dtype, (key_CKD.dtype, value_CKD.dtype)
-    name = "attention_e4m3" if key_CKD.dtype == torch.float8_e4m3fn else "attention"
-    run = kernel("attention", name, query_THD.dtype, "p")
+        return gpu.attention(query_THD, key_CKD, value_CKD, paths, reach, lse_TH, sinks)
+    run = kernel("attention", "attention", query_THD.dtype, "p")
     if run is None:
-        return attention_reference(query_THD, key_CKD, value_CKD, paths, window, sinks)
+        return attention_reference(query_THD, key_CKD, value_CKD, paths, reach, sinks)
+    assert paths.page_tokens == 1, "the C++ kernels read larger pages from a KvPool"
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
-    args = _args(query_THD, key_CKD, value_CKD, paths, window, out_THD, lse_TH, sinks)
+    args = _args(query_THD, key_CKD, value_CKD, paths, reach, out_THD, lse_TH, sinks)
+    run(ctypes.addressof(args))
+    return out_THD
+
+
+def paged_attention(
+    query_THD: torch.Tensor, pool: KvPool, paths: Paths, reach: Reach = EVERYTHING, sinks: int = 0
+) -> torch.Tensor:
+    """`attention` over the pages of a pool, with the bits that the same keys and values give as rows.
+
+    Whatever lies in slots that no query sees, and in the table for pages that none sees, does not matter.
+    """
+    assert paths.page_tokens == pool.page_tokens, (paths.page_tokens, pool.page_tokens)
+    if not pool.packed:
+        return attention(query_THD, pool.keys, pool.values, paths, reach, sinks=sinks)
+    name = "attention_e4m3" if pool.keys.dtype == torch.float8_e4m3fn else "attention"
+    run = kernel("attention", name, query_THD.dtype, "p")
+    assert run is not None
+    out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
+    key_CKD, value_CKD = (x.view(-1, pool.kv_heads, pool.head_size) for x in (pool.keys, pool.values))  # for its shape
+    args = _args(query_THD, key_CKD, value_CKD, paths, reach, out_THD, None, sinks)
     run(ctypes.addressof(args))
     return out_THD
 
@@ -199,7 +224,7 @@ def attention_backward(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     paths: Paths,
-    window: int | None = None,
+    reach: Reach = EVERYTHING,
 ) -> None:
     """Write the gradients of query [T, H, D], key and value [T, K, D] into `grads` (rows may be strided).
 
@@ -207,13 +232,13 @@ def attention_backward(
     """
     query_THD, key_TKD, value_TKD = qkv
     if backend(query_THD) == "triton":
-        from tandem.kernels.gpu import attention as gpu
+        from tandem.kernels.gpu import attention_backward as gpu
 
-        return gpu.attention_backward(dout_THD, out_THD, lse_TH, qkv, grads, paths, window)
+        return gpu.attention_backward(dout_THD, out_THD, lse_TH, qkv, grads, paths, reach)
     assert paths.page_tokens == 1 and paths.component_start is not None and dout_THD.is_contiguous()
     run = kernel("attention", "attention_backward", query_THD.dtype, "pp")
     assert run is not None
-    args = _args(query_THD, key_TKD, value_TKD, paths, window, out_THD, lse_TH)
+    args = _args(query_THD, key_TKD, value_TKD, paths, reach, out_THD, lse_TH)
     sums = torch.zeros(2, *key_TKD.shape)
     dquery, dkey, dvalue = grads
     grad_args = _Grads(

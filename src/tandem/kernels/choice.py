@@ -19,7 +19,10 @@ def _asked() -> str:
 
 
 def backend(tensor: torch.Tensor) -> Backend:
-    """What computes on `tensor`: Triton on a GPU, or where TANDEM_KERNELS asks; else C++; else PyTorch's reference."""
+    """What computes on `tensor`: Triton on a GPU, or where TANDEM_KERNELS asks; else C++; else PyTorch's reference.
+
+    On the CPU TANDEM_KERNELS=reference rules the C++ out.
+    """
     if tensor.is_cuda or _asked() == "triton":
         return "triton"
     return "cpp" if str(tensor.dtype) in SUFFIX and library("linear") is not None else "reference"

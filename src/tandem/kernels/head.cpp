@@ -8,7 +8,7 @@ namespace {
 
 // `bad`: the first row whose logits are not finite, or -1.
 template <typename E>
-void draw(const Product<E>& head, const float* temperature, const uint64_t* seeds, const uint32_t* positions, uint32_t stream,
+void draw(const Product<E>& head, const Codes* codes, const float* temperature, const uint64_t* seeds, const uint32_t* positions, uint32_t stream,
              int64_t* tokens, float* logprobs, int64_t* bad) {
     const int64_t blocks = num_blocks(head.columns);
     std::vector<float> maxima(head.rows * blocks), sums(head.rows * blocks);
@@ -17,7 +17,7 @@ void draw(const Product<E>& head, const float* temperature, const uint64_t* seed
     with_team([&](const Team& team) {
         if (team.me == 0) threads = team.threads;
         Best* mine = best.data() + team.me * head.rows;
-        each_block(head, temperature, team, [&](int64_t row, const float* x, const float* terms, BlockStats stats, int64_t first) {
+        each_block(head, codes, temperature, team, [&](int64_t row, const float* x, const float* terms, BlockStats stats, int64_t first) {
             maxima[row * blocks + first / BLOCK_TOKENS] = stats.max;
             sums[row * blocks + first / BLOCK_TOKENS] = stats.sum;
             if (temperature[row] == 0.0f) {  // greedy: blocks of a thread come in order, so the lowest id stays
@@ -44,9 +44,9 @@ void draw(const Product<E>& head, const float* temperature, const uint64_t* seed
 }  // namespace
 
 #define TANDEM_DRAW(NAME, E)                                                                                                        \
-    void draw_##NAME(const E* hidden, int64_t stride, const E* packed, int64_t rows, int64_t vocab, int64_t depth, const float* temperature, \
+    void draw_##NAME(const E* hidden, int64_t stride, const E* packed, const Codes* codes, int64_t rows, int64_t vocab, int64_t depth, const float* temperature, \
                      const uint64_t* seeds, const uint32_t* positions, int64_t stream, int64_t* tokens, float* logprobs, int64_t* bad) { \
-        draw(Product<E>{hidden, stride, packed, rows, vocab, depth}, temperature, seeds, positions, uint32_t(stream), tokens, logprobs, bad); \
+        draw(Product<E>{hidden, stride, packed, rows, vocab, depth}, codes, temperature, seeds, positions, uint32_t(stream), tokens, logprobs, bad); \
     }
 
 extern "C" {

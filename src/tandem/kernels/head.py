@@ -27,8 +27,9 @@ def draw(hidden_SM: Tensor, weight: Weight, batch: SamplingBatch, stream: int = 
     """
     if backend(hidden_SM) == "triton":
         return sample(logits(hidden_SM, weight), batch, stream)
-    run = kernel("head", "draw", hidden_SM.dtype, "pipiiipppippp")
-    if run is None or weight.packed is None or hidden_SM.shape[1] % 2 or batch.filters_S.any():
+    run = kernel("head", "draw", hidden_SM.dtype, "pippiiipppippp")
+    ready = weight.packed is not None or weight.codes is not None
+    if run is None or not ready or hidden_SM.shape[1] % 2 or batch.filters_S.any():
         return sample(logits(hidden_SM, weight), batch, stream)
     assert hidden_SM.stride(1) == 1 and hidden_SM.shape[0] == len(batch), (hidden_SM.shape, len(batch))
     (rows, depth), vocab = hidden_SM.shape, weight.value.shape[0]
@@ -36,7 +37,9 @@ def draw(hidden_SM: Tensor, weight: Weight, batch: SamplingBatch, stream: int = 
     bad = torch.empty(1, dtype=torch.int64)
     keys = (batch.temperature_S.ctypes.data, batch.seeds_S.ctypes.data, batch.positions_S.ctypes.data, int(stream))
     out = (tokens_S.data_ptr(), logprobs_S.data_ptr(), bad.data_ptr())
-    run(hidden_SM.data_ptr(), hidden_SM.stride(0), weight.packed.data_ptr(), rows, vocab, depth, *keys, *out)
+    packed = weight.packed.data_ptr() if weight.packed is not None else None
+    codes = weight.codes.words.data_ptr() if weight.codes is not None else None
+    run(hidden_SM.data_ptr(), hidden_SM.stride(0), packed, codes, rows, vocab, depth, *keys, *out)
     if int(bad) >= 0:
         raise_if_bad(logits(hidden_SM, weight), int(bad))
     return tokens_S, logprobs_S

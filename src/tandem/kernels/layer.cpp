@@ -1,7 +1,6 @@
-// What stands between the matrix products of a layer: RMS norm, rotary embedding with the page write, SwiGLU; forward and
+// What stands between the matrix products of a layer: RMS norm, rotary embedding, SwiGLU; forward and
 // backward. Contracts in norm.py, rotary.py and swiglu.py. Rows are independent and reduced in a fixed order, in fp32.
-#include "float8.h"
-#include "layer.h"
+#include "rotary.h"
 #include <omp.h>
 #include <vector>
 
@@ -54,28 +53,7 @@ void rotate(E* x, int64_t stride, const int64_t* positions, const float* cosine,
 #pragma omp parallel for schedule(static) if (t * heads * head_size > 16384)
     for (int64_t i = 0; i < t; i++) {
         const float *c = cosine + positions[i] * half, *s = sine + positions[i] * half;
-        for (int64_t h = 0; h < heads; h++) {
-            E *low = x + i * stride + h * head_size, *high = low + half;
-            for (int64_t d = 0; d < half; d++) {
-                const float a = to_float(low[d]), b = to_float(high[d]), sn = sign * s[d];
-                low[d] = from_float<E>(a * c[d] - b * sn);
-                high[d] = from_float<E>(b * c[d] + a * sn);
-            }
-        }
-    }
-}
-
-template <typename E>
-void store_rows(const E* x, int64_t stride, const int64_t* slots, E* pool, int64_t t, int64_t width) {
-    for (int64_t i = 0; i < t; i++) std::memcpy(pool + slots[i] * width, x + i * stride, width * sizeof(E));
-}
-
-template <typename E>
-void store_codes(const E* x, int64_t stride, const int64_t* slots, e4m3* pool, int64_t t, int64_t width) {
-    for (int64_t i = 0; i < t; i++) {
-        const E* row = x + i * stride;
-        e4m3* target = pool + slots[i] * width;
-        for (int64_t c = 0; c < width; c++) target[c] = to_e4m3(to_float(row[c]));
+        for (int64_t h = 0; h < heads; h++) rotate_head(x + i * stride + h * head_size, c, s, half, sign);
     }
 }
 
@@ -129,8 +107,6 @@ void swiglu_backward(const E* dy, const E* gate_up, E* dgate_up, E* y, int64_t t
     void norm_##NAME(const E* x, int64_t xs, const E* w, E* y, int64_t ys, float* rstd, int64_t t, int64_t m, float eps) { norm(x, xs, w, y, ys, rstd, t, m, eps); } \
     void norm_backward_##NAME(const E* dy, const E* x, const E* w, const float* rstd, E* dx, float* dw, int64_t t, int64_t m) { norm_backward(dy, x, w, rstd, dx, dw, t, m); } \
     void rotate_##NAME(E* x, int64_t s, const int64_t* pos, const float* c, const float* sn, int64_t t, int64_t h, int64_t d, float sign) { rotate(x, s, pos, c, sn, t, h, d, sign); } \
-    void store_##NAME(const E* x, int64_t s, const int64_t* slots, E* pool, int64_t t, int64_t w) { store_rows(x, s, slots, pool, t, w); } \
-    void store_e4m3_##NAME(const E* x, int64_t s, const int64_t* slots, e4m3* pool, int64_t t, int64_t w) { store_codes(x, s, slots, pool, t, w); } \
     void swiglu_##NAME(const E* gu, E* y, int64_t t, int64_t f) { swiglu(gu, y, t, f); }                                     \
     void swiglu_backward_##NAME(const E* dy, const E* gu, E* dgu, E* y, int64_t t, int64_t f) { swiglu_backward(dy, gu, dgu, y, t, f); }
 

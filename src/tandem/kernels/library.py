@@ -2,19 +2,19 @@
 
 The library picks its algorithm by the shape, so the bits of a row depend on the rows that ride along: this is what
 exactness is priced against (`tandem bench parity`). Each product of a layer (forward, input gradient, weight gradient)
-and the weight gradient of the output head runs by the faster of the library and ours, timed when its shape is first
-met; two runs may choose, and round, differently.
+runs by the faster of the library and ours, timed when its shape is first met; two runs may choose, and round,
+differently.
 
 Microseconds of one thread of an AMD EPYC (AVX-512 BF16, no AMX), torch 2.13, bf16, ours / library:
 
     forward 576 -> 3072     1 row 39 / 109     64 rows 455 / 519     1024 rows 7,360 / 7,625
     forward 576 -> 49,152   1 row 1,250 / 3,460     16 rows 2,820 / 5,040     64 rows 7,970 / 11,120
     input gradient          1024 rows 7,200 / 7,630     4096 rows 31,700 / 31,700
-    weight gradient         1024 rows 10,200 / 9,050     4096 rows 53,500 / 36,800
+    weight gradient         1024 rows 8,370 / 9,050     4096 rows 32,400 / 36,800
     attention, forward      16 x 256 rows 8,400 / 31,500     4 x 1024 rows 22,500 / 85,200
     attention, both passes  16 x 256 rows 31,100 / 100,300     4 x 1024 rows 79,300 / 215,800
 
-So attention (scaled_dot_product_attention) and the forward of the output head stay ours: the library rounds the head's
+So attention (scaled_dot_product_attention) and the output head stay ours: the library rounds the head's
 logits to bf16 besides. Weights laid out beforehand (`mkldnn._reorder_linear_weight`, private to torch) take 53, 458
 and 7,550 for the first line, 9,500 for 64 rows of the second: still not faster than ours.
 """

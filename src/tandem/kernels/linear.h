@@ -46,6 +46,7 @@ void linear_share(const Product<E>& a, O* y, const Team& team, const E* after = 
     const int64_t panels = (a.columns + PANEL - 1) / PANEL, tiles = (a.rows + ROWS - 1) / ROWS;
     int64_t t, last;
     team.share(panels * tiles, t, last);
+    const Tiles configured;
     for (; t < last; t++) {
         const int64_t p = t / tiles, first = p * PANEL;
         const E* next = (p + 1) * tiles < last ? a.packed + (p + 1) * a.depth * PANEL : after;
@@ -61,7 +62,7 @@ void linear_share(const Product<E>& a, O* y, const Team& team, const E* after = 
 // Where this thread's share of a product begins: what to bring into the cache before it.
 template <typename E>
 const E* first_panel(const E* packed, int64_t rows, int64_t columns, int64_t depth, const Team& team) {
-    const int64_t panels = (columns + PANEL - 1) / PANEL, tiles = (rows + ROWS - 1) / ROWS;
+    const int64_t panels = (columns + PANEL - 1) / PANEL, tiles = std::max<int64_t>(1, (rows + ROWS - 1) / ROWS);
     int64_t t, last;
     team.share(panels * tiles, t, last);
     return packed + t / tiles * depth * PANEL;

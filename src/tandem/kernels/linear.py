@@ -1,18 +1,19 @@
 """y = x W^T (+ bias) (+ residual), the same bits for a row whatever rows ride along.
 
 The C++ kernel (linear.cpp) reduces over the inner dimension in order, one accumulator an element, in fp32; neither the
-number of rows nor the number of threads enters. The backward products run on the same micro-kernel; the weight's
-gradient is added in fp32 to `Weight.grad`.
+number of rows nor the number of threads enters. The backward products are gradient.py's; the weight's gradient is added
+in fp32 to `Weight.grad`.
 """
 
 from __future__ import annotations
 
 import torch
 
-from tandem.kernels import library
+from tandem.kernels import codes, library
 from tandem.kernels.build import function, kernel
 from tandem.kernels.choice import backend
-from tandem.kernels.weight import Weight, panels
+from tandem.kernels.gradient import accumulate, input_gradient
+from tandem.kernels.weight import Weight
 
 _LINEAR = "pipppp" + "iii"
 
@@ -66,50 +67,10 @@ def product(
     return out
 
 
-def pack_transposed(x_TN: torch.Tensor) -> torch.Tensor:
-    """Rows become the depth: the packed form of x^T [N, T]."""
-    run = kernel("linear", "pack_transposed", x_TN.dtype, "pipii")
-    assert run is not None and x_TN.stride(1) == 1
-    packed = panels(x_TN.T)
-    run(x_TN.data_ptr(), x_TN.stride(0), packed.data_ptr(), *x_TN.shape)
-    return packed
-
-
-def accumulate(grad_NK: torch.Tensor, dy_TN: torch.Tensor, x_TK: torch.Tensor, by_library: bool = False) -> None:
-    """grad += dy^T x, in fp32; by the library the product is rounded to x's dtype before it is added."""
-    if by_library:
-        ways = (lambda grad: accumulate(grad, dy_TN, x_TK), lambda grad: grad.add_(dy_TN.T @ x_TK))
-        trial = torch.empty_like(grad_NK)
-        library.fastest("weight gradient", grad_NK, dy_TN.shape[0], ways, trial)(grad_NK)
-        return
-    run = kernel("linear", "accumulate", x_TK.dtype, "pppiii")
-    if run is None:
-        grad_NK += dy_TN.float().T @ x_TK.float()
-        return
-    rows, columns = grad_NK.shape
-    assert grad_NK.is_contiguous() and grad_NK.dtype == torch.float32
-    dy_packed, x_packed = pack_transposed(dy_TN), pack_transposed(x_TK)
-    run(dy_packed.data_ptr(), x_packed.data_ptr(), grad_NK.data_ptr(), x_TK.shape[0], rows, columns)
-
-
-def input_gradient(dy_TN: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """dx = dy W: [T, K]."""
-    value = weight.value
-    if weight.library:
-        ways = (lambda dy: _input_gradient(dy, weight), lambda dy: dy @ value)
-        return library.fastest("input gradient", value, dy_TN.shape[0], ways, dy_TN)(dy_TN)
-    return _input_gradient(dy_TN, weight)
-
-
-def _input_gradient(dy_TN: torch.Tensor, weight: Weight) -> torch.Tensor:
-    if weight.packed is None:
-        return (dy_TN.float() @ weight.value.float()).to(dy_TN.dtype)
-    return product(dy_TN, pack_transposed(weight.value), weight.value.shape[1])
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TK, weight, bias, residual_TN):  # type: ignore[no-untyped-def]
+        assert weight.codes is None, "codes are served and never trained"
         ctx.weight, ctx.bias, ctx.has_residual = weight, bias, residual_TN is not None
         ctx.save_for_backward(x_TK)
         return _forward(x_TK, weight, bias, residual_TN)
@@ -139,6 +100,8 @@ def _own_forward(
     x_TK: torch.Tensor, weight: Weight, bias: Weight | None, residual_TN: torch.Tensor | None
 ) -> torch.Tensor:
     bias_N = bias.value.float() if bias is not None else None
+    if weight.codes is not None:
+        return codes.product(x_TK, weight.codes, bias_N, residual_TN)
     if weight.packed is None:
         return linear_reference(x_TK, weight.value, bias_N, residual_TN)
     return product(x_TK, weight.packed, weight.value.shape[0], bias_N, residual_TN)
@@ -163,6 +126,8 @@ def logits(x_TM: torch.Tensor, weight: Weight) -> torch.Tensor:
         from tandem.kernels.gpu import linear as gpu
 
         return gpu.logits(x_TM, weight)
+    if weight.codes is not None:
+        return codes.product(x_TM, weight.codes, out_dtype=torch.float32)
     if weight.packed is None:
         return linear_reference(x_TM, weight.value, out_dtype=torch.float32)
     return product(x_TM, weight.packed, weight.value.shape[0], out_dtype=torch.float32)

@@ -1,41 +1,145 @@
-// Gradient of log-probs at the logits, a block of the vocabulary at a time. Contract in logprob.py.
-#include "tile.h"
-#include <omp.h>
+// Log-probs, entropies and their gradients, a block of the vocabulary at a time. Contract in logprob.py; order of reduction in sample.h.
+#include "gradient.h"
+#include "head.h"
+#include "layer.h"
 
 using namespace tandem;
 
 namespace {
 
-// dlogits[n][v] = grad[n] / T * (1 where v is the target, minus exp(logits / T - lse)), rounded to E.
+// What the backward pass needs of the forward's: e^(x - m) of every row and token, m the block's maximum, rounded to E.
+// [blocks][rows][BLOCK_TOKENS] and [blocks][rows].
 template <typename E>
-void backward(const float* logits, const float* lse, const float* grad, const int64_t* targets, E* out, int64_t n, int64_t width,
-              int64_t first, float temperature) {
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n; i++) {
-        const float *row = logits + i * width, scale = grad[i] / temperature;
-        E* target_row = out + i * width;
-        for (int64_t c = 0; c < width; c += LANES) {
-            const int count = int(std::min<int64_t>(LANES, width - c));
-            float x[LANES];
-            for (int j = 0; j < LANES; j++) x[j] = j < count ? row[c + j] : 0.0f;
-            store(x, exp(load(x) / splat(temperature) - splat(lse[i])) * splat(-scale));
-            for (int j = 0; j < count; j++) target_row[c + j] = from_float<E>(x[j]);
+struct Terms {
+    E* terms;  // null: not kept
+    float* maxima;
+};
+
+// The ids that a row keeps: ids[starts[row] .. starts[row + 1]), ascending; none: all.
+struct Kept {
+    const int64_t* starts;  // null: every row keeps all
+    const int32_t* ids;
+    // -infinity outside the row's ids. x begins at token `first`; x itself where the row keeps all.
+    const float* restrict_block(const float* x, int64_t row, int64_t first, float* out) const {
+        if (!starts || starts[row] == starts[row + 1]) return x;
+        for (int64_t i = 0; i < BLOCK_TOKENS; i++) out[i] = -INF;
+        const int32_t* end = ids + starts[row + 1];
+        for (const int32_t* id = std::lower_bound(ids + starts[row], end, int32_t(first)); id < end && *id < first + BLOCK_TOKENS; id++) out[*id - first] = x[*id - first];
+        return out;
+    }
+};
+
+template <typename E>
+void forward(const Product<E>& head, const Codes* codes, const float* temperature, const int64_t* targets, Kept kept, Terms<E> out, float* logprobs, float* entropies, float* lse) {
+    const int64_t blocks = num_blocks(head.columns), n = head.rows;
+    std::vector<float> sums(blocks * n), weighted(blocks * n), hit(n);
+    with_team([&](const Team& team) {
+        each_block(head, codes, temperature, team, [&](int64_t row, const float* x, float* terms, BlockStats stats, int64_t first) {
+            alignas(64) float restricted[BLOCK_TOKENS];
+            const float* chosen = kept.restrict_block(x, row, first, restricted);
+            if (chosen != x) stats = block_stats(chosen, terms);
+            const int64_t at = first / BLOCK_TOKENS * n + row, target = targets[row] - first;
+            out.maxima[at] = stats.max, sums[at] = stats.sum, weighted[at] = block_weighted(chosen, terms, stats.max);
+            if (target >= 0 && target < BLOCK_TOKENS) hit[row] = chosen[target];
+            if (out.terms)
+                for (int64_t c = 0; c < BLOCK_TOKENS; c += PANEL) narrow_panel<E>(terms + c, out.terms + at * BLOCK_TOKENS + c);
+        });
+        team.wait();
+        int64_t row, last;
+        team.share(n, row, last);
+        std::vector<float> m(blocks), s(blocks), w(blocks);
+        for (; row < last; row++) {
+            for (int64_t b = 0; b < blocks; b++) m[b] = out.maxima[b * n + row], s[b] = sums[b * n + row], w[b] = weighted[b * n + row];
+            const RowStats stats = finish(m.data(), s.data(), blocks);
+            lse[row] = log_sum_exp(stats);
+            logprobs[row] = hit[row] - lse[row];
+            entropies[row] = entropy(stats, m.data(), s.data(), w.data(), blocks);
         }
-        const int64_t at = targets[i] - first;
-        if (at >= 0 && at < width) {
-            const float p = exp_one(row[at] / temperature - lse[i]);
-            target_row[at] = from_float<E>(scale * (1.0f - p));
+    });
+}
+
+struct Chosen {
+    const int64_t* targets;
+    const float *logprobs, *lse, *grad;  // grad: of the log-probs
+    float temperature;
+};
+
+// dlogits[n][v] = grad[n] / temperature * (1 where v is the target, minus the probability), rounded to E.
+template <typename E>
+class LogitGradient {
+public:
+    LogitGradient(const Terms<E>& kept, const Chosen& chosen, int64_t rows, int64_t vocab) : kept_(kept), chosen_(chosen), rows_(rows), factors_(num_blocks(vocab) * rows) {}
+    void prepare(const Team& team) {
+        int64_t i, last;
+        team.share(int64_t(factors_.size()), i, last);
+        for (; i < last; i++) {
+            const int64_t row = i % rows_;
+            factors_[i] = -chosen_.grad[row] / chosen_.temperature * exp_one(kept_.maxima[i] - chosen_.lse[row]);
         }
     }
+    // Tokens [first, first + count) of a row, within one block.
+    void write(int64_t row, int64_t first, int64_t count, E* out) const {
+        const int64_t at = first / BLOCK_TOKENS * rows_ + row, target = chosen_.targets[row] - first;
+        const E* terms = kept_.terms + at * BLOCK_TOKENS + first % BLOCK_TOKENS;
+        const Lanes factor = splat(factors_[at]);
+        for (int64_t c = 0; c < count; c += LANES) store_narrow(out + c, load_wide(terms + c) * factor);
+        if (target >= 0 && target < count)
+            out[target] = from_float<E>(chosen_.grad[row] / chosen_.temperature * (1.0f - exp_one(chosen_.logprobs[row])));
+    }
+
+private:
+    const Terms<E> kept_;
+    const Chosen chosen_;
+    const int64_t rows_;
+    std::vector<float> factors_;
+};
+
+// dhidden[N, M] += dlogits W and, where dweight is given, dweight[V, M] += dlogits^T hidden. Blocks are whole in `kept`, with zeros beyond V.
+template <typename E>
+void backward(const Terms<E>& kept, const Chosen& chosen, const E* hidden, const E* weight, float* dhidden, float* dweight, int64_t n, int64_t vocab, int64_t width) {
+    const int64_t depth = padded_depth<E>(n), panels = (width + PANEL - 1) / PANEL;
+    const auto hidden_panels = scratch<E>(dweight ? panels * PANEL * depth : 0), weight_panels = scratch<E>(panels * PANEL * DEPTH_CHUNK);
+    LogitGradient<E> dlogits(kept, chosen, n, vocab);
+    with_team([&](const Team& team) {
+        dlogits.prepare(team);
+        if (dweight) depth_panels_share(hidden, width, hidden_panels.get(), n, width, team);
+        for (int64_t first = 0; first < vocab; first += DEPTH_CHUNK) {
+            const int64_t tokens = std::min(DEPTH_CHUNK, vocab - first);
+            depth_panels_share(weight + first * width, width, weight_panels.get(), tokens, width, team);
+            team.wait();
+            add_share(weight_panels.get(), padded_depth<E>(tokens), dhidden, n, width, team, [&](int64_t row, int64_t count, int64_t, int64_t some, E* out) {
+                for (int64_t r = 0; r < count; r++)
+                    for (int64_t v = 0; v < some; v += BLOCK_TOKENS) dlogits.write(row + r, first + v, BLOCK_TOKENS, out + r * GROUP_STRIDE + v);
+            });
+            team.wait();
+        }
+        if (!dweight) return;
+        add_share(hidden_panels.get(), depth, dweight, vocab, width, team, [&](int64_t token, int64_t count, int64_t begin, int64_t some, E* out) {
+            E strip[STRIP * STRIP];
+            for (int64_t i = 0; i < some; i += STRIP)
+                for (int64_t v = 0; v < count; v += STRIP) {
+                    const int64_t rows = std::min(STRIP, n - begin - i);
+                    for (int64_t r = 0; r < rows; r++) dlogits.write(begin + i + r, token + v, STRIP, strip + r * STRIP);
+                    turn_strip<E>(strip, STRIP, rows, STRIP, out + v * GROUP_STRIDE + i);
+                }
+        });
+    });
 }
 
 }  // namespace
 
+#define TANDEM_LOGPROB(NAME, E)                                                                                                                      \
+    void logprob_##NAME(const E* hidden, int64_t stride, const E* packed, const Codes* codes, int64_t n, int64_t vocab, int64_t depth, const float* temperature, \
+                        const int64_t* targets, const int64_t* kept_starts, const int32_t* kept_ids, E* terms, float* maxima, float* logprobs, float* entropies, \
+                        float* lse) {                                                                                                                \
+        forward(Product<E>{hidden, stride, packed, n, vocab, depth}, codes, temperature, targets, {kept_starts, kept_ids}, Terms<E>{terms, maxima}, logprobs, entropies, lse); \
+    }                                                                                                                                                \
+    void logprob_backward_##NAME(E* terms, float* maxima, const int64_t* targets, const float* logprobs, const float* lse, const float* grad, const E* hidden,   \
+                                 const E* weight, float* dhidden, float* dweight, int64_t n, int64_t vocab, int64_t width, float temperature) {      \
+        backward(Terms<E>{terms, maxima}, {targets, logprobs, lse, grad, temperature}, hidden, weight, dhidden, dweight, n, vocab, width);           \
+    }
+
 extern "C" {
-void logprob_backward_bf16(const float* l, const float* lse, const float* g, const int64_t* t, bf16* out, int64_t n, int64_t w, int64_t first, float temperature) {
-    backward(l, lse, g, t, out, n, w, first, temperature);
-}
-void logprob_backward_fp32(const float* l, const float* lse, const float* g, const int64_t* t, float* out, int64_t n, int64_t w, int64_t first, float temperature) {
-    backward(l, lse, g, t, out, n, w, first, temperature);
-}
+TANDEM_LOGPROB(bf16, bf16)
+TANDEM_LOGPROB(fp32, float)
 }

@@ -1,8 +1,9 @@
-"""Log-probs and entropies of given tokens from hidden states, never holding all rows x vocabulary of logits.
+"""Log-probs and entropies of given tokens from hidden states, never holding fp32 logits of all rows x vocabulary.
 
-Forward: ROWS rows at a time against the whole vocabulary, with the reduction that the sampler uses, so that the
-learner's log-prob of a sampled token has the engine's bits. Backward: the logits again, COLUMNS of the
-vocabulary at a time.
+Forward: a block of 256 logits lives in the cache (head.h), with the reduction that the sampler uses, so that the
+learner's log-prob of a sampled token has the engine's bits. Backward: from e^(x - m) of every row and token, m the
+maximum of its block, which the forward keeps, rounded to the compute dtype: the logits are computed once. Where that
+would take more than KEPT_BYTES it is computed again, SLAB rows at a time.
 
 Where the sampler chose among a kept set (top-k, top-p, min-p), so does the distribution scored here: the logits outside
 the set become -infinity before any reduction, as in the sampler, and their gradient is 0.
@@ -10,7 +11,9 @@ the set become -infinity before any reduction, as in the sampler, and their grad
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,13 +21,17 @@ from torch import Tensor
 
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
-from tandem.kernels.linear import accumulate, linear_reference, logits, pack_transposed, product
+from tandem.kernels.large import large
+from tandem.kernels.linear import linear_reference
 from tandem.kernels.sample import entropy, log_sum_exp
-from tandem.kernels.weight import PANEL, Weight, padded
+from tandem.kernels.weight import Weight
 from tandem.types import kept_ids
 
-ROWS = 128  # x 49,152 fp32 logits = 25 MB
-COLUMNS = 4096  # of the vocabulary; a multiple of PANEL
+BLOCK = 256  # tokens, as in sample.h
+KEPT_BYTES = 384 << 20  # most that the forward pass keeps for the backward pass: 4,000 rows of 49,152 tokens in bf16
+SLAB = 512  # rows
+ROWS, COLUMNS = 128, 4096  # of the logits at once where no kernel is compiled
+_SCORE = "pippiii" + "ppppppppp"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,6 +79,13 @@ class KeptSets:
         logits_SV[rows_E, ids_E] = kept_E
         return logits_SV
 
+    def rows(self, chosen: slice) -> KeptSets:
+        """The sets of a run of rows."""
+        starts_N = self.starts_N[chosen.start : chosen.stop + 1]
+        first, last = starts_N[0], starts_N[-1]
+        rows_E, ids_E = self.rows_E[first:last] - chosen.start, self.ids_E[first:last]
+        return KeptSets(self.filters_N[chosen], tuple(start - first for start in starts_N), rows_E, ids_E)
+
 
 def logprob_reference(
     hidden_NM: Tensor,
@@ -93,78 +107,141 @@ def logprob_reference(
     return logprobs_NV.gather(1, targets_N[:, None])[:, 0], entropy_N
 
 
-def _forward(
+class Scores(NamedTuple):
+    """Of N rows, in fp32; NaN where a row is not finite."""
+
+    logprobs_N: Tensor
+    entropy_N: Tensor
+    lse_N: Tensor
+
+
+class Terms(NamedTuple):
+    """e^(x - m) of every row and token, x the logit over the temperature and m the largest of its block of tokens."""
+
+    terms_CNB: Tensor  # C blocks of B tokens, the last one filled up with zeros; in the compute dtype
+    maxima_CN: Tensor  # fp32
+
+    @classmethod
+    def room(cls, rows: int, weight: Weight) -> Terms:
+        blocks, dtype = -(-weight.value.shape[0] // BLOCK), weight.value.dtype
+        return cls(large(blocks * rows * BLOCK, dtype=dtype).view(blocks, rows, BLOCK), torch.empty(blocks, rows))
+
+
+def kept_rows(rows: int, vocab: int, itemsize: int) -> int:
+    """Rows whose terms are in memory at once in the backward pass: all, or SLAB where they would exceed KEPT_BYTES."""
+    return rows if rows * vocab * itemsize <= KEPT_BYTES else min(rows, SLAB)
+
+
+def _compiled(weight: Weight) -> bool:
+    ready = weight.packed is not None or weight.codes is not None
+    return ready and kernel("logprob", "logprob", weight.value.dtype, _SCORE) is not None
+
+
+def _score(
+    hidden_NM: Tensor, weight: Weight, targets_N: Tensor, temperature: float, kept: KeptSets | None, terms: Terms | None
+) -> Scores:
+    """Fills `terms` where it is given."""
+    if not _compiled(weight):
+        return _reference_scores(hidden_NM, weight, targets_N, temperature, kept)
+    run = kernel("logprob", "logprob", hidden_NM.dtype, _SCORE)
+    assert run is not None
+    if hidden_NM.shape[1] % 2 and hidden_NM.dtype == torch.bfloat16:
+        hidden_NM = torch.nn.functional.pad(hidden_NM, (0, 1))
+    (rows, depth), vocab = hidden_NM.shape, weight.value.shape[0]
+    scores = Scores(*(torch.empty(rows) for _ in Scores._fields))
+    maxima_CN = terms.maxima_CN if terms is not None else torch.empty(-(-vocab // BLOCK), rows)
+    matrix = weight.packed if weight.codes is None else weight.codes.words
+    ids = (None, None) if kept is None else (torch.tensor(kept.starts_N), kept.ids_E)
+    tensors = (torch.full((rows,), temperature), targets_N, *ids, terms and terms.terms_CNB, maxima_CN, *scores)
+    assert matrix is not None and targets_N.dtype == torch.int64 and targets_N.is_contiguous()
+    matrices = (matrix.data_ptr(), None) if weight.codes is None else (None, matrix.data_ptr())
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    run(hidden_NM.data_ptr(), hidden_NM.stride(0), *matrices, rows, vocab, depth, *pointers)
+    return scores
+
+
+def _reference_scores(
     hidden_NM: Tensor, weight: Weight, targets_N: Tensor, temperature: float, kept: KeptSets | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Scores:
     parts = []
     for start in range(0, hidden_NM.shape[0], ROWS):
         rows = slice(start, start + ROWS)
-        logits_SV = logits(hidden_NM[rows], weight)
+        logits_SV = linear_reference(hidden_NM[rows], weight.value, out_dtype=torch.float32)
         if kept is not None:
             logits_SV = kept.restrict(logits_SV, start, 0)
         temperature_S = torch.full((logits_SV.shape[0],), temperature)
         lse_S = log_sum_exp(logits_SV, temperature_S)
         target_S = logits_SV.gather(1, targets_N[rows, None])[:, 0] / temperature_S
         parts.append((target_S - lse_S, entropy(logits_SV, temperature_S), lse_S))
-    logprobs, entropies, lse = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return logprobs, entropies, lse
+    return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NM, weight, targets_N, temperature, kept):  # type: ignore[no-untyped-def]
-        logprobs_N, entropy_N, lse_N = _forward(hidden_NM, weight, targets_N, temperature, kept)
-        ctx.save_for_backward(hidden_NM, targets_N, lse_N)
+        (rows, _), (vocab, _) = hidden_NM.shape, weight.value.shape
+        whole = _compiled(weight) and kept_rows(rows, vocab, hidden_NM.element_size()) == rows
+        terms = Terms.room(rows, weight) if whole else None
+        scores = _score(hidden_NM, weight, targets_N, temperature, kept, terms)
+        ctx.save_for_backward(hidden_NM, targets_N, scores.logprobs_N, scores.lse_N, *(terms or ()))
         ctx.weight, ctx.temperature, ctx.kept = weight, temperature, kept
-        ctx.mark_non_differentiable(entropy_N)
-        return logprobs_N, entropy_N
+        ctx.mark_non_differentiable(scores.entropy_N)
+        return scores.logprobs_N, scores.entropy_N
 
     @staticmethod
     def backward(ctx, grad_N, _entropy):  # type: ignore[no-untyped-def]
-        hidden_NM, targets_N, lse_N = ctx.saved_tensors
-        weight, dhidden_NM = ctx.weight, torch.zeros(hidden_NM.shape)
-        grad_N = grad_N.float().contiguous()
-        for first in range(0, weight.value.shape[0], COLUMNS):
-            block_VM = weight.value[first : first + COLUMNS]
-            dlogits_NV = _dlogits(hidden_NM, weight, first, (targets_N, lse_N, grad_N), ctx.temperature, ctx.kept)
-            if weight.packed is None:
-                dhidden_NM += dlogits_NV.float() @ block_VM.float()
-            else:
-                width = hidden_NM.shape[1]
-                dhidden_NM += product(dlogits_NV, pack_transposed(block_VM), width, out_dtype=torch.float32)
-            if weight.grad is not None:
-                accumulate(weight.grad[first : first + COLUMNS], dlogits_NV, hidden_NM, weight.library)
+        hidden_NM, targets_N, logprobs_N, lse_N, *terms = ctx.saved_tensors
+        weight, temperature, dhidden_NM = ctx.weight, ctx.temperature, torch.zeros(hidden_NM.shape)
+        rows_N = (targets_N, logprobs_N.detach(), lse_N, grad_N.float().contiguous())
+        if not _compiled(weight):
+            _reference_backward(dhidden_NM, hidden_NM, weight, rows_N, temperature, ctx.kept)
+        elif terms:
+            _backward(dhidden_NM, hidden_NM, weight, Terms(*terms), rows_N, temperature)
+        else:
+            for start in range(0, len(hidden_NM), SLAB):
+                slab = slice(start, start + SLAB)
+                hidden, kept = hidden_NM[slab], ctx.kept and ctx.kept.rows(slab)
+                again = Terms.room(len(hidden), weight)
+                _score(hidden, weight, targets_N[slab], temperature, kept, again)
+                _backward(dhidden_NM[slab], hidden, weight, again, [x[slab] for x in rows_N], temperature)
         return dhidden_NM.to(hidden_NM.dtype), None, None, None, None
 
 
-def _dlogits(
+def _backward(
+    dhidden_NM: Tensor, hidden_NM: Tensor, weight: Weight, terms: Terms, rows_N: Sequence[Tensor], temperature: float
+) -> None:
+    """Add the gradient of the hidden states, and of the weight to `weight.grad`.
+
+    `rows_N`: targets, log-probs, log-sum-exps and the gradient of the log-probs.
+    """
+    run = kernel("logprob", "logprob_backward", hidden_NM.dtype, "pppppppppp" + "iiif")
+    assert run is not None and weight.value.is_contiguous() and hidden_NM.is_contiguous()
+    tensors = (*terms, *rows_N, hidden_NM, weight.value, dhidden_NM, weight.grad)
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    run(*pointers, len(hidden_NM), *weight.value.shape, temperature)
+
+
+def _reference_backward(
+    dhidden_NM: Tensor,
     hidden_NM: Tensor,
     weight: Weight,
-    first: int,
-    saved: tuple[Tensor, Tensor, Tensor],
+    rows_N: Sequence[Tensor],
     temperature: float,
     kept: KeptSets | None,
-) -> Tensor:
-    """Gradient at logits [first, first + COLUMNS), in hidden's dtype."""
-    targets_N, lse_N, grad_N = saved
-    block_VM = weight.value[first : first + COLUMNS]
-    columns = block_VM.shape[0]
-    run = kernel("logprob", "logprob_backward", hidden_NM.dtype, "pppppiiif")
-    if run is None or weight.packed is None:
+) -> None:
+    """`_backward` with the logits again, COLUMNS of the vocabulary at a time."""
+    targets_N, _, lse_N, grad_N = rows_N
+    for first in range(0, weight.value.shape[0], COLUMNS):
+        block_VM = weight.value[first : first + COLUMNS]
         logits_NV = linear_reference(hidden_NM, block_VM, out_dtype=torch.float32) / temperature
         if kept is not None:
             kept.restrict(logits_NV, 0, first)
-        hot_NV = torch.arange(first, first + columns) == targets_N[:, None]
+        hot_NV = torch.arange(first, first + len(block_VM)) == targets_N[:, None]
         grad_NV = grad_N[:, None] / temperature * (hot_NV.float() - (logits_NV - lse_N[:, None]).exp())
-        return grad_NV.to(hidden_NM.dtype)
-    start = first // PANEL * PANEL * padded(weight.value.shape[1], hidden_NM.dtype)
-    logits_NV = product(hidden_NM, weight.packed[start:], columns, out_dtype=torch.float32)
-    if kept is not None:
-        kept.restrict(logits_NV, 0, first)
-    out_NV = torch.empty(logits_NV.shape, dtype=hidden_NM.dtype)
-    pointers = (t.data_ptr() for t in (logits_NV, lse_N, grad_N, targets_N, out_NV))
-    run(*pointers, logits_NV.shape[0], columns, first, temperature)
-    return out_NV
+        dlogits_NV = grad_NV.to(hidden_NM.dtype)
+        dhidden_NM += dlogits_NV.float() @ block_VM.float()
+        if weight.grad is not None:
+            weight.grad[first : first + COLUMNS] += dlogits_NV.float().T @ hidden_NM.float()
 
 
 def token_logprobs(
@@ -184,4 +261,4 @@ def token_logprobs(
         return gpu.token_logprobs(hidden_NM, weight, targets_N, temperature, sets)
     if torch.is_grad_enabled() and hidden_NM.requires_grad:
         return _LogProb.apply(hidden_NM, weight, targets_N, temperature, sets)
-    return _forward(hidden_NM, weight, targets_N, temperature, sets)[:2]
+    return _score(hidden_NM, weight, targets_N, temperature, sets, None)[:2]

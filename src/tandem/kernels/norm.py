@@ -26,6 +26,11 @@ def rms_norm_backward_reference(
     return dx.to(x_TM.dtype), dweight
 
 
+def unit_norm_reference(x_THD: torch.Tensor, eps: float) -> torch.Tensor:
+    """Each head divided by its root mean square: a norm without weights."""
+    return rms_norm_reference(x_THD, torch.ones(x_THD.shape[-1], device=x_THD.device), eps)
+
+
 def _forward(x_TM: torch.Tensor, weight: Weight, eps: float, rstd_T: torch.Tensor | None) -> torch.Tensor:
     run = kernel("layer", "norm", x_TM.dtype, "pippipiif")
     if run is None:
@@ -74,3 +79,18 @@ def rms_norm(x_TM: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
     if torch.is_grad_enabled() and x_TM.requires_grad:
         return _Norm.apply(x_TM, weight, eps)
     return _forward(x_TM, weight, eps, None)
+
+
+def unit_norm_(x_THD: torch.Tensor, eps: float) -> torch.Tensor:
+    """`unit_norm_reference` in place; gives 1 / root mean square, [T, H, 1] in fp32, for `unit_norm_backward_`."""
+    rstd_TH1 = torch.rsqrt(x_THD.float().square().mean(-1, keepdim=True) + eps)
+    size = x_THD.shape[-1]
+    ones = Weight(torch.ones(size, dtype=x_THD.dtype, device=x_THD.device), matrix=False)
+    x_THD.copy_(rms_norm(x_THD.reshape(-1, size), ones, eps).view(x_THD.shape))
+    return rstd_TH1
+
+
+def unit_norm_backward_(dy_THD: torch.Tensor, y_THD: torch.Tensor, rstd_TH1: torch.Tensor) -> None:
+    """Turn the gradient of the normed heads y into that of the heads before, in place."""
+    dy, y = dy_THD.float(), y_THD.float()
+    dy_THD.copy_(rstd_TH1 * (dy - y * (dy * y).mean(-1, keepdim=True)))

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from tandem.kernels.build import function
 
-_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 
 
-def page_sums_reference(pools: Sequence[Tensor], page_tokens: int, pages: Sequence[int]) -> list[int]:
+def page_sums_reference(pools: Sequence[Tensor], pages: Sequence[int]) -> list[int]:
     """sum over words w of all pools of the page: word * (2 w + 1) * golden, modulo 2^64 as signed numbers.
 
     A page of a pool is read as little-endian words, the last filled with zeros. Every factor is odd, so a change of a
@@ -21,24 +21,24 @@ def page_sums_reference(pools: Sequence[Tensor], page_tokens: int, pages: Sequen
     sums = torch.zeros(len(pages), dtype=torch.int64, device=pools[0].device)
     start = 0
     for pool in pools:
-        rows = pool.view(torch.uint8).reshape(pool.shape[0] // page_tokens, -1)[list(pages)]
+        rows = pool.view(torch.uint8)[list(pages)]
         rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).view(torch.int64)
         odd = 2 * torch.arange(start, start + rows.shape[1], device=pool.device) + 1
-        sums += (rows * (odd * _GOLDEN)).sum(1)
+        sums += (rows * (odd * GOLDEN)).sum(1)
         start += rows.shape[1]
     return sums.tolist()
 
 
-def page_sums(pools: Sequence[Tensor], page_tokens: int, pages: Sequence[int]) -> list[int]:
-    """One sum a page. `pools`: contiguous [slots, K, D], the keys and values of all layers in a fixed order.
+def page_sums(pools: Sequence[Tensor], pages: Sequence[int]) -> list[int]:
+    """One sum a page. `pools`: contiguous [pages, elements], the keys and values of all layers in a fixed order.
 
     Pages of 0.37 MB (SmolLM2-135M, 16 tokens) take 15 us each on two Zen 5 cores.
     """
-    bytes_each = {pool[:page_tokens].nbytes for pool in pools}
+    bytes_each = {pool[0].nbytes for pool in pools}
     assert len(bytes_each) == 1 and all(pool.is_contiguous() for pool in pools), bytes_each
     run = function("page_sum", "page_sums", "piipip") if pools[0].device.type == "cpu" else None
     if run is None:
-        return page_sums_reference(pools, page_tokens, pages)
+        return page_sums_reference(pools, pages)
     pointers = torch.tensor([pool.data_ptr() for pool in pools], dtype=torch.int64)
     wanted, sums = torch.tensor(list(pages), dtype=torch.int64), torch.empty(len(pages), dtype=torch.int64)
     run(pointers.data_ptr(), len(pools), min(bytes_each), wanted.data_ptr(), len(pages), sums.data_ptr())

@@ -38,7 +38,7 @@ def rotate_(
 
 
 def store_(x_THD: torch.Tensor, slots_T: torch.Tensor, pool_CHD: torch.Tensor) -> None:
-    """pool[slots[t]] = x[t]: write keys or values into their pages. Slots are int64.
+    """pool[slots[t]] = x[t]: write keys or values into their row-major pages. Slots are int64.
 
     The pool has the dtype of x, or float8_e4m3fn: then rounded as `numerics.quantise.to_e4m3`.
     """
@@ -48,10 +48,4 @@ def store_(x_THD: torch.Tensor, slots_T: torch.Tensor, pool_CHD: torch.Tensor) -
         from tandem.kernels.gpu import rotary as gpu
 
         return gpu.store_(x_THD.clamp(-E4M3_MAX, E4M3_MAX) if narrow else x_THD, slots_T, pool_CHD)
-    run = kernel("layer", "store_e4m3" if narrow else "store", x_THD.dtype, "pippii")
-    if run is None:
-        pool_CHD[slots_T] = to_e4m3(x_THD) if narrow else x_THD
-        return
-    rows, heads, size = x_THD.shape
-    assert pool_CHD.is_contiguous() and x_THD.stride(1) == size and slots_T.dtype == torch.int64
-    run(x_THD.data_ptr(), x_THD.stride(0), slots_T.data_ptr(), pool_CHD.data_ptr(), rows, heads * size)
+    pool_CHD[slots_T] = to_e4m3(x_THD) if narrow else x_THD

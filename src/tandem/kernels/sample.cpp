@@ -288,24 +288,12 @@ int64_t tandem_log_sum_exp(const float* logits, int64_t stride, int64_t rows, in
     });
 }
 
-// H = log sum - (sum of e^(x - m) (x - m)) / sum, m the row's maximum, with the log-sum-exp's order of reduction.
 int64_t tandem_entropy(const float* logits, int64_t stride, int64_t rows, int64_t vocab, const float* temperature, float* out, int threads) {
     return first_bad_row(rows, threads, [&](int64_t s, Scratch& scratch) {
         std::vector<float> weighted;
         const RowStats row = row_stats(logits + s * stride, vocab, temperature ? temperature[s] : 1.0f, scratch,
-                                       [&](const float* x, const float* terms, BlockStats stats, int64_t) {
-                                           Lanes sum = splat(0.0f);
-                                           for (int64_t i = 0; i < BLOCK_TOKENS; i += LANES) {  // below -87 the term is 0
-                                               sum = fma(load(terms + i), larger(splat(-88.0f), load(x + i) - splat(stats.max)), sum);
-                                           }
-                                           weighted.push_back(stats.max == -INF ? 0.0f : sum_lanes(sum));
-                                       });
-        double total = 0.0;
-        for (size_t b = 0; b < weighted.size(); b++) {
-            const double gap = double(scratch.maxima[b]) - double(row.max);
-            if (gap > -87.0) total += std::exp(gap) * (double(weighted[b]) + gap * double(scratch.sums[b]));
-        }
-        out[s] = float(std::log(double(row.sum)) - total / double(row.sum));
+                                       [&](const float* x, const float* terms, BlockStats stats, int64_t) { weighted.push_back(block_weighted(x, terms, stats.max)); });
+        out[s] = entropy(row, scratch.maxima.data(), scratch.sums.data(), weighted.data(), num_blocks(vocab));
         return row.sum < INF;
     });
 }

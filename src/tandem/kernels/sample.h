@@ -140,6 +140,25 @@ inline RowStats finish(const float* maxima, const float* sums, int64_t blocks) {
     return {max, sum_lanes(total)};
 }
 
+// Sum of e^(x - m) (x - m) over a block, m its maximum.
+inline float block_weighted(const float* x, const float* terms, float max) {
+    if (max == -INF) return 0.0f;
+    Lanes sum = splat(0.0f);
+    for (int64_t i = 0; i < BLOCK_TOKENS; i += LANES)  // below -87 the term is 0
+        sum = fma(load(terms + i), larger(splat(-88.0f), load(x + i) - splat(max)), sum);
+    return sum_lanes(sum);
+}
+
+// H = log sum - (sum of e^(x - m) (x - m)) / sum, m the row's maximum, of what all blocks of a row gave, in block order.
+inline float entropy(const RowStats& row, const float* maxima, const float* sums, const float* weighted, int64_t blocks) {
+    double total = 0.0;
+    for (int64_t b = 0; b < blocks; b++) {
+        const double gap = double(maxima[b]) - double(row.max);
+        if (gap > -87.0) total += std::exp(gap) * (double(weighted[b]) + gap * double(sums[b]));
+    }
+    return float(std::log(double(row.sum)) - total / double(row.sum));
+}
+
 inline float log_sum_exp(const RowStats& row) { return float(double(row.max) + std::log(double(row.sum))); }
 
 }  // namespace tandem

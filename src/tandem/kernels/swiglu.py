@@ -6,7 +6,8 @@ import torch
 
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
-from tandem.kernels.linear import accumulate, input_gradient, linear
+from tandem.kernels.gradient import accumulate, input_gradient
+from tandem.kernels.linear import linear
 from tandem.kernels.weight import Weight
 
 

@@ -6,6 +6,9 @@ import torch
 
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
+from tandem.kernels.codes import Codes, fits
+from tandem.kernels.large import large
+from tandem.numerics.quantise import Quantised
 
 PANEL = 64  # columns of one panel, as in tile.h
 
@@ -19,20 +22,22 @@ def panels(matrix_NK: torch.Tensor) -> torch.Tensor:
     """An empty buffer for the packed form of [N, K]: ceil(N / 64) panels of depth K."""
     rows, depth = matrix_NK.shape
     size = -(-rows // PANEL) * PANEL * padded(depth, matrix_NK.dtype)
-    return torch.empty(size, dtype=matrix_NK.dtype)
+    return large(size, dtype=matrix_NK.dtype)
 
 
 class Weight:
     """`value` in the compute dtype; `packed` for the matrix product; `grad` in fp32, summed over microbatches.
 
-    Matrices are [out, in]. The packed form is derived: `repack` follows every change of `value`.
+    Matrices are [out, in]. The packed form is derived: `repack` follows every change of `value`. A matrix that is only
+    served may be `codes` in place of `packed`; its `value` then has a shape and no memory, unless rows are looked up.
     """
 
-    __slots__ = ("grad", "library", "packed", "value")
+    __slots__ = ("codes", "grad", "library", "packed", "value")
 
     def __init__(self, value: torch.Tensor, *, matrix: bool) -> None:
         self.value = value.contiguous()
         self.packed: torch.Tensor | None = None
+        self.codes: Codes | None = None
         self.grad: torch.Tensor | None = None
         self.library = False  # multiply by torch's library where that is faster, see library.py; not batch-invariant
         if matrix and backend(value) == "cpp" and kernel("linear", "pack_weight", value.dtype, "ppii") is not None:
@@ -48,8 +53,25 @@ class Weight:
         rows, depth = self.value.shape
         pack(self.value.data_ptr(), self.packed.data_ptr(), rows, depth)
 
+    def hold(self, quantised: Quantised, *, rows: bool = False) -> bool:
+        """Multiply by these codes from now on, whose values in bf16 have the same products to the last bit.
+
+        `rows`: keep `value` for the look-up of rows; the caller fills it. False, and nothing changed, where this weight
+        is not packed for bf16 products or the codes have no packed form.
+        """
+        ready = self.codes is not None or (self.packed is not None and self.value.dtype == torch.bfloat16)
+        if not ready or self.library or not fits(quantised):
+            return False
+        assert quantised.codes_NK.shape == self.value.shape, (quantised.codes_NK.shape, self.value.shape)
+        self.codes, self.packed = Codes(quantised), None
+        if not rows:
+            self.value = torch.empty_like(self.value, device="meta")
+        return True
+
     def served(self) -> torch.Tensor:
-        """What the matrix products read, [out, in]: recovered from `packed` where there is one, else `value` itself."""
+        """What the matrix products read, [out, in]: recovered from `packed` or `codes`, else `value` itself."""
+        if self.codes is not None:
+            return self.codes.values()
         if self.packed is None:
             return self.value
         unpack = kernel("linear", "unpack_weight", self.value.dtype, "ppii")

@@ -9,17 +9,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tandem.errors import CheckpointError, ModelError, nearest
+from tandem.models import llama4
 from tandem.models.gguf import GgufFile, read_header, spec_from_gguf, to_hf_layout
 from tandem.models.spec import ModelSpec, expected_shapes, from_hf_config, to_hf_config
 from tandem.models.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokenizer, read_json
 
 if TYPE_CHECKING:
     import torch
+
+    from tandem.numerics.quantise import Quantised
 
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,6 +33,9 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 class TensorStore(Protocol):
     """Tensors in Hugging Face names and layout; shapes are known without reading."""
+
+    mapped_bytes: int  # of files whose pages stay with the process as they are read, until it is gone; else 0
+    coded_bytes: int  # of the matrices whose codes can be kept, see `Checkpoint.codes`
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
@@ -44,15 +51,22 @@ class Checkpoint:
         self.spec = spec
         self._store = store
         self._tokenizer_of = tokenizer_of
+        self.mapped_bytes, self.coded_bytes = store.mapped_bytes, store.coded_bytes
         self.tensor_names: tuple[str, ...] = _check(origin, spec, store.shapes)
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(self, without: Container[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, tensor in Hugging Face layout) in the order of the forward pass, one read at a time.
 
-        In the file's own float dtype; float32 for quantised GGUF blocks. A tied model gives no `lm_head.weight`.
+        Llama's names and layout for Llama 4 too (llama4.py). In the file's own float dtype; float32 for quantised GGUF
+        blocks. A tied model gives no `lm_head.weight`. Names of `without` are not read.
         """
         for name in self.tensor_names:
-            yield name, self._store.read(name)
+            if name not in without:
+                yield name, self._store.read(name)
+
+    def codes(self, name: str) -> Quantised | None:
+        """A matrix as the codes that the file has, in Hugging Face layout; None where it has none that are kept."""
+        return self._store.codes(name) if isinstance(self._store, _Gguf) else None
 
     def load_tokenizer(self) -> Tokenizer:
         """The model's tokeniser, whose stop ids include those of config.json and generation_config.json."""
@@ -98,9 +112,9 @@ def save_checkpoint(
 ) -> None:
     """Write config.json, weights of `dtype` ("bfloat16", ...), generation_config.json and the tokeniser into `folder`.
 
-    `tensors` are named and laid out as Hugging Face's; a tied model's `lm_head.weight` is left out. Weights over
-    `shard_bytes` are split with an index. Raises ModelError where the tensors are not those of `spec`, CheckpointError
-    where the disk refuses; `folder` then holds a part, so write aside and rename.
+    `tensors` are named and laid out as those of `Checkpoint.tensors`; a tied model's `lm_head.weight` is left out.
+    Weights over `shard_bytes` are split with an index. Raises ModelError where the tensors are not those of `spec`,
+    CheckpointError where the disk refuses; `folder` then holds a part, so write aside and rename.
     """
     names = _check("the model to save", spec, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     stop_ids = tokenizer.stop_token_ids if tokenizer is not None else spec.eos_token_ids
@@ -111,7 +125,10 @@ def save_checkpoint(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write_weights(folder, [(name, tensors[name]) for name in names], dtype, shard_bytes)
+        written = [(name, tensors[name]) for name in names]
+        if spec.architecture == "llama4_text":
+            written = [(llama4.checkpoint_name(name), llama4.to_pairs(spec, name, one)) for name, one in written]
+        _write_weights(folder, written, dtype, shard_bytes)
         _write_json(folder / "config.json", to_hf_config(spec, dtype))
         _write_json(
             folder / "generation_config.json", {name: value for name, value in generation.items() if value is not None}
@@ -124,6 +141,8 @@ def save_checkpoint(
 
 class _Safetensors:
     """The safetensors files of a folder."""
+
+    coded_bytes = 0
 
     def __init__(self, folder: Path) -> None:
         self._file_of: dict[str, Path] = {}
@@ -150,6 +169,7 @@ class _Safetensors:
             for tensor in opened.keys():
                 self._file_of[tensor] = path
                 self.shapes[tensor] = tuple(opened.get_slice(tensor).get_shape())
+        self.mapped_bytes = sum(path.stat().st_size for path in self._opened)
         absent = [tensor for tensor in places if tensor not in self.shapes]
         if absent:
             raise ModelError(f"{index} places {absent[0]} in {places[absent[0]]}, which does not hold it.")
@@ -171,16 +191,41 @@ class _Safetensors:
         return self._open(self._file_of[name]).get_tensor(name)
 
 
+class _Llama4:
+    """The tensors of a Llama 4 checkpoint."""
+
+    def __init__(self, store: _Safetensors, spec: ModelSpec) -> None:
+        self._store, self._spec = store, spec
+        names = {llama4.decoder_name(name): name for name in store.shapes}
+        self._names = {name: own for name, own in names.items() if name is not None}
+        self.shapes = {name: store.shapes[own] for name, own in self._names.items()}
+        self.mapped_bytes, self.coded_bytes = store.mapped_bytes, store.coded_bytes
+
+    def read(self, name: str) -> torch.Tensor:
+        return llama4.to_halves(self._spec, name, self._store.read(self._names[name]))
+
+
 class _Gguf:
     """The tensors of a GGUF file."""
+
+    mapped_bytes = 0
 
     def __init__(self, file: GgufFile, spec: ModelSpec) -> None:
         self._file, self._spec = file, spec
         self._names = file.hf_names()
         self.shapes = {name: file.entries[own].shape for name, own in self._names.items()}
+        self.coded_bytes = sum(entry.size_bytes for entry in file.entries.values() if entry.has_codes)
 
     def read(self, name: str) -> torch.Tensor:
         return to_hf_layout(self._spec, name, self._file.read(self._names[name]))
+
+    def codes(self, name: str) -> Quantised | None:
+        found = self._file.codes(self._names[name])
+        if found is None:
+            return None
+        codes_NK, scales_NG = (to_hf_layout(self._spec, name, part) for part in (found.codes_NK, found.scales_NG))
+        minima_NG = None if found.minima_NG is None else to_hf_layout(self._spec, name, found.minima_NG)
+        return replace(found, codes_NK=codes_NK, scales_NG=scales_NG, minima_NG=minima_NG)
 
 
 def _open_gguf(source: str, path: Path) -> Checkpoint:
@@ -192,7 +237,8 @@ def _open_gguf(source: str, path: Path) -> Checkpoint:
 def _open_folder(source: str, folder: Path) -> Checkpoint:
     config = folder / "config.json"
     if config.is_file():
-        return Checkpoint(source, from_hf_config(read_json(config)), _Safetensors(folder), folder)
+        spec, store = from_hf_config(read_json(config)), _Safetensors(folder)
+        return Checkpoint(source, spec, _Llama4(store, spec) if spec.architecture == "llama4_text" else store, folder)
     files = sorted(folder.glob("*.gguf"))
     if len(files) == 1:
         return _open_gguf(source, files[0])

@@ -7,9 +7,9 @@ matrix; `load` and `export` translate to and from the Hugging Face names and lay
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
-from torch.utils.checkpoint import checkpoint as recompute
 
 from tandem.errors import ConfigError, ModelError
 from tandem.kernels.choice import backend
@@ -18,7 +18,8 @@ from tandem.kernels.norm import rms_norm
 from tandem.kernels.swiglu import swiglu_down
 from tandem.kernels.weight import Weight
 from tandem.models.config import Kernels
-from tandem.models.rope import rope_tables
+from tandem.models.recompute import recompute
+from tandem.models.rope import query_factors, rope_tables
 from tandem.models.spec import ModelSpec
 from tandem.models.view import Heads, View
 
@@ -81,9 +82,9 @@ class Decoder:
         self.spec = spec
         self.dtype = DTYPES[dtype]
         self.device = torch.device(device)
-        self.heads = Heads(spec.heads, spec.kv_heads, spec.head_size, spec.sliding_window)
         cos_PD, sin_PD = rope_tables(spec, spec.max_position)
         self.tables = (cos_PD.to(self.device), sin_PD.to(self.device))
+        self.heads = self._heads()
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
@@ -97,11 +98,29 @@ class Decoder:
         for _, weight in self.weights():
             weight.library = kernels == "library"
 
+    def _heads(self) -> tuple[Heads, ...]:
+        """Of each layer."""
+        spec, factor_P = self.spec, None
+        if spec.query_temperature is not None and not all(layer.rotary for layer in spec.attention):
+            factor_P = query_factors(spec.query_temperature, spec.max_position).to(self.device)
+        return tuple(
+            Heads(
+                spec.heads,
+                spec.kv_heads,
+                spec.head_size,
+                layer.reach,
+                layer.rotary,
+                spec.norm_eps if spec.rotated_norm and layer.rotary else None,
+                None if layer.rotary else factor_P,
+            )
+            for layer in spec.layer_attention
+        )
+
     @property
     def compiled(self) -> bool:
         """Whether its products run on compiled kernels; the reference ones are not batch-invariant."""
         weight = self.layers[0].qkv
-        return weight.packed is not None or backend(weight.value) == "triton"
+        return weight.packed is not None or weight.codes is not None or backend(weight.value) == "triton"
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """Each weight once, by a name of the decoder's own."""
@@ -141,8 +160,11 @@ class Decoder:
             yield "lm_head.weight", self.head.value
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Decoder:
-        """Copy every tensor in, by Hugging Face name. ModelError for one that is missing, unknown or misshapen."""
-        wanted = dict(self._names())
+        """Copy every tensor in, by Hugging Face name. ModelError for one that is missing, unknown or misshapen.
+
+        Matrices whose values are held as codes alone (models/codes.py) are left as they are.
+        """
+        wanted = {name: tensor for name, tensor in self._names() if not tensor.is_meta}
         for name, tensor in tensors:
             target = wanted.pop(name, None)
             if target is None:
@@ -173,7 +195,7 @@ class Decoder:
         if layer.q_norm is None or layer.k_norm is None:
             return qkv_TW
         rows, size = qkv_TW.shape[0], self.spec.head_size
-        query, key, value = self.heads.cut(qkv_TW)
+        query, key, value = self.heads[0].cut(qkv_TW)
         normed = [
             rms_norm(x.reshape(-1, size), weight, self.spec.norm_eps).view(rows, -1)
             for x, weight in ((query, layer.q_norm), (key, layer.k_norm))
@@ -182,7 +204,7 @@ class Decoder:
 
     def _layer(self, index: int, hidden_TM: torch.Tensor, view: View) -> torch.Tensor:
         layer = self.layers[index]
-        attended_TW = view.attend(index, self._qkv(layer, hidden_TM), self.heads, self.tables)
+        attended_TW = view.attend(index, self._qkv(layer, hidden_TM), self.heads[index], self.tables)
         hidden_TM = linear(attended_TW, layer.out, None, hidden_TM)
         gate_up_TF = linear(rms_norm(hidden_TM, layer.feed_norm, self.spec.norm_eps), layer.gate_up)
         return swiglu_down(gate_up_TF, layer.down, hidden_TM)
@@ -201,7 +223,7 @@ class Decoder:
             hidden_TM = self.embed.value[tokens_T]
         for index in range(len(self.layers)):
             if checkpointing and torch.is_grad_enabled():
-                hidden_TM = recompute(self._layer, index, hidden_TM, view, use_reentrant=False)
+                hidden_TM = recompute(partial(self._layer, index, view=view), hidden_TM)
             else:
                 hidden_TM = self._layer(index, hidden_TM, view)
         if rows_N is not None:

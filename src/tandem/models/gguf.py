@@ -17,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tandem.errors import ModelError
-from tandem.models.spec import ARCHITECTURES, ModelSpec, RopeScaling, llama3_frequency_factors
+from tandem.models.spec import ARCHITECTURES, LayerAttention, ModelSpec, RopeScaling, llama3_frequency_factors
+from tandem.types import Reach
 
 if TYPE_CHECKING:
     import torch
+
+    from tandem.numerics.quantise import Quantised
 
 # Block formats by their number in the file: name, weights a block, bytes a block.
 FORMATS: dict[int, tuple[str, int, int]] = {
@@ -71,6 +74,11 @@ class GgufTensor:
     start: int
     size_bytes: int
 
+    @property
+    def has_codes(self) -> bool:
+        """Whether it is a matrix whose codes are kept, see `GgufFile.codes`."""
+        return len(self.shape) == 2 and FORMATS[self.format][0] in ("Q4_0", "Q4_1", "Q8_0")
+
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
@@ -98,11 +106,7 @@ class GgufFile:
 
         entry = self.entries[name]
         kind, weights, block_bytes = FORMATS[entry.format]
-        with self.path.open("rb") as file:
-            file.seek(entry.start)
-            raw = np.fromfile(file, np.uint8, entry.size_bytes)
-        if raw.size < entry.size_bytes:
-            raise ModelError(f"{self.path} ended within tensor {name}; the file changed while it was read.")
+        raw = self._bytes(name)
         if kind in ("F32", "F16", "BF16"):
             dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
             return torch.from_numpy(raw).view(dtype).reshape(entry.shape)
@@ -114,6 +118,40 @@ class GgufFile:
             row_blocks -= 1
         values = dequantize(raw.reshape(-1, row_blocks * block_bytes), GGMLQuantizationType(entry.format))
         return torch.from_numpy(values).reshape(entry.shape)
+
+    def codes(self, name: str) -> Quantised | None:
+        """The matrix of a GGUF name as the file has it: Q4_0, Q4_1 and Q8_0, in groups of 32; None for another format.
+
+        `numerics.quantise.dequantise` of it is `read`. Rows as in the file.
+        """
+        import torch
+
+        from tandem.numerics.quantise import Quantised
+
+        entry = self.entries[name]
+        kind, weights, block_bytes = FORMATS[entry.format]
+        if not entry.has_codes:
+            return None
+        blocks = torch.from_numpy(self._bytes(name)).view(-1, block_bytes)
+        head = 4 if kind == "Q4_1" else 2
+        halves = blocks[:, :head].contiguous().view(torch.float16).view(entry.shape[0], -1, head // 2)
+        codes = blocks[:, head:]
+        if kind != "Q8_0":  # the first 16 weights of a block are its low nibbles
+            codes = torch.cat([codes & 15, codes >> 4], 1)
+        codes = codes.contiguous().view(torch.int8).view(entry.shape)
+        if kind == "Q4_0":
+            codes -= 8
+        minima = halves[..., 1].contiguous() if kind == "Q4_1" else None
+        return Quantised(codes, halves[..., 0].contiguous(), 8 if kind == "Q8_0" else 4, weights, minima)
+
+    def _bytes(self, name: str) -> np.ndarray:
+        entry = self.entries[name]
+        with self.path.open("rb") as file:
+            file.seek(entry.start)
+            raw = np.fromfile(file, np.uint8, entry.size_bytes)
+        if raw.size < entry.size_bytes:
+            raise ModelError(f"{self.path} ended within tensor {name}; the file changed while it was read.")
+        return raw
 
 
 def read_header(path: Path) -> GgufFile:
@@ -198,7 +236,7 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
         attention_bias="blk.0.attn_q.bias" in file.entries,
         qk_norm="blk.0.attn_q_norm.weight" in file.entries,
         max_position=fields["context_length"],
-        sliding_window=fields.get("attention.sliding_window"),
+        attention=(LayerAttention(Reach(window=fields.get("attention.sliding_window"))),),
         bos_token_id=ids["bos"],
         eos_token_ids=tuple(dict.fromkeys(one for one in (ids["eos"], ids["eot"]) if one is not None)),
         pad_token_id=ids["padding"],

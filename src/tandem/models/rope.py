@@ -1,4 +1,6 @@
-"""Rotary frequencies and their stretchings: linear, YaRN (2309.00071), Llama 3; Transformers' modeling_rope_utils."""
+"""What depends on a position: rotary frequencies and their stretchings (linear; YaRN, 2309.00071; Llama 3, as in
+Transformers' modeling_rope_utils), and the temperature of queries.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import math
 
 import torch
 
-from tandem.models.spec import ModelSpec, RopeScaling
+from tandem.models.spec import ModelSpec, QueryTemperature, RopeScaling
 
 
 def _llama3(frequency_D: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
@@ -62,3 +64,10 @@ def rope_tables(spec: ModelSpec, positions: int) -> tuple[torch.Tensor, torch.Te
             frequency_D, factor = _yarn(spec, scaling, frequency_D)
     angle_PD = torch.outer(torch.arange(positions, dtype=torch.float32), frequency_D)
     return angle_PD.cos() * factor, angle_PD.sin() * factor
+
+
+def query_factors(temperature: QueryTemperature, positions: int) -> torch.Tensor:
+    """[positions] in fp32, each rounded from fp64: what the query at a position is multiplied by."""
+    floor = temperature.floor
+    steps = [temperature.factor(step * floor - 1) for step in range(positions // floor + 1)]
+    return torch.tensor(steps)[torch.arange(1, positions + 1) // floor]

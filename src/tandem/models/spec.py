@@ -12,6 +12,14 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from tandem.errors import ModelError
+from tandem.models.attention import (
+    DEFAULT_CHUNK,
+    LayerAttention,
+    QueryTemperature,
+    attention_from_hf,
+    attention_to_hf,
+    period,
+)
 from tandem.types import Reach
 
 ARCHITECTURES: dict[str, str] = {  # Hugging Face model_type -> class name
@@ -19,6 +27,7 @@ ARCHITECTURES: dict[str, str] = {  # Hugging Face model_type -> class name
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
 }
 ROPE_KINDS = ("linear", "llama3", "yarn")
 # What Transformers assumes where config.json is silent. Shared: rms_norm_eps 1e-6, rope_theta 1e4, tied False.
@@ -33,6 +42,17 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "qwen2": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "max_window_layers": 28},
     "qwen3": {"max_position_embeddings": 32768, "num_key_value_heads": 32, "max_window_layers": 28, "head_dim": 128},
+    "llama4_text": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size_mlp": 16384,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "attention_chunk_size": DEFAULT_CHUNK,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
 
 
@@ -94,7 +114,9 @@ class ModelSpec:
     attention_bias: bool = False  # of the q, k and v projections (Qwen2); the output projection has none
     qk_norm: bool = False  # RMSNorm over each head of q and k before rotation (Qwen3)
     max_position: int = 2048  # tokens
-    sliding_window: int | None = None  # a token attends to itself and the window - 1 before it, in every layer
+    attention: tuple[LayerAttention, ...] = (LayerAttention(),)  # of the layers in turn, repeated; kept as one period
+    query_temperature: QueryTemperature | None = None  # of the layers without rotation
+    rotated_norm: bool = False  # each rotated head of q and k is divided by its root mean square (Llama 4)
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
@@ -110,13 +132,24 @@ class ModelSpec:
             raise ModelError(f"{self.heads} query heads do not divide into {self.kv_heads} key-value heads.")
         if self.head_size % 2:
             raise ModelError(f"head size {self.head_size} is odd; rotary embedding needs an even one.")
-        if self.sliding_window is not None and self.sliding_window <= 0:
-            raise ModelError(f"sliding_window is {self.sliding_window}; it must be positive, or null for none.")
+        if not 0 < len(self.attention) <= self.layers:
+            raise ModelError(f"the attention of {len(self.attention)} layers is given for {self.layers} layers.")
+        for reach in {layer.reach for layer in self.attention}:
+            for name, size in (("window", reach.window), ("chunk", reach.chunk)):
+                if size is not None and size <= 0:
+                    raise ModelError(f"the attention {name} is {size}; it must be positive, or null for none.")
+        object.__setattr__(self, "attention", period(self.attention))
+
+    @property
+    def layer_attention(self) -> tuple[LayerAttention, ...]:
+        """Of each layer."""
+        repeats = -(-self.layers // len(self.attention))
+        return (self.attention * repeats)[: self.layers]
 
     @property
     def reaches(self) -> tuple[Reach, ...]:
         """What the queries of each layer see."""
-        return (Reach(window=self.sliding_window),) * self.layers
+        return tuple(layer.reach for layer in self.layer_attention)
 
 
 _YARN_DEFAULTS = {field.name: field.default for field in fields(RopeScaling)}
@@ -125,20 +158,26 @@ _YARN_DEFAULTS = {field.name: field.default for field in fields(RopeScaling)}
 def from_hf_config(config: Mapping[str, Any]) -> ModelSpec:
     """The spec of a Hugging Face config.json, with Transformers' defaults for what it leaves out.
 
-    Raises ModelError for an architecture, activation, bias, rotary kind or attention pattern that the decoder lacks.
+    Of Llama 4, which is published with images, the text model. Raises ModelError for an architecture, activation, bias,
+    rotary kind, attention pattern or mixture of experts that the decoder lacks.
     """
+    if (config.get("architectures") or [config.get("model_type")])[0] in ("Llama4ForConditionalGeneration", "llama4"):
+        text = {"architectures": [ARCHITECTURES["llama4_text"]], "model_type": "llama4_text"}
+        config = {**config.get("text_config", {}), **text, "quantization_config": config.get("quantization_config")}
     architecture = _architecture(config)
     _refuse_variants(config, architecture)
     values = {**_DEFAULTS[architecture], **config}
     width, heads = _whole(values, "hidden_size"), _whole(values, "num_attention_heads")
     max_position = _whole(values, "max_position_embeddings")
-    theta, scaling = _rope(config, max_position)
+    theta, scaling = _rope(values, max_position)
     eos = values.get("eos_token_id")
+    llama4 = architecture == "llama4_text"
+    tempered = llama4 and values.get("attn_temperature_tuning", True)
     return ModelSpec(
         architecture=architecture,
         vocab_size=_whole(values, "vocab_size"),
         width=width,
-        ff_width=_whole(values, "intermediate_size"),
+        ff_width=_whole(values, "intermediate_size_mlp" if llama4 else "intermediate_size"),
         layers=_whole(values, "num_hidden_layers"),
         heads=heads,
         kv_heads=values.get("num_key_value_heads") or heads,
@@ -150,7 +189,11 @@ def from_hf_config(config: Mapping[str, Any]) -> ModelSpec:
         attention_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         max_position=max_position,
-        sliding_window=_sliding_window(values, architecture),
+        attention=attention_from_hf(values, architecture, _whole(values, "num_hidden_layers")),
+        query_temperature=QueryTemperature(float(values.get("attn_scale", 0.1)), int(values.get("floor_scale", 8192)))
+        if tempered
+        else None,
+        rotated_norm=llama4 and bool(values.get("use_qk_norm", True)),
         bos_token_id=values.get("bos_token_id"),
         eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
         pad_token_id=values.get("pad_token_id"),
@@ -160,16 +203,12 @@ def from_hf_config(config: Mapping[str, Any]) -> ModelSpec:
 def to_hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     """The config.json of `spec` with weights of `dtype` ("bfloat16", ...). from_hf_config gives `spec` back.
 
-    Raises ModelError where no class of Transformers has the spec's biases, norms or window.
+    Raises ModelError where no class of Transformers has the spec's biases, norms or attention.
     """
-    if (
-        spec.attention_bias != (spec.architecture == "qwen2")
-        or spec.qk_norm != (spec.architecture == "qwen3")
-        or (spec.architecture == "llama" and spec.sliding_window is not None)
-    ):
+    if spec.attention_bias != (spec.architecture == "qwen2") or spec.qk_norm != (spec.architecture == "qwen3"):
         raise ModelError(
             f"{ARCHITECTURES[spec.architecture]} has no variant with attention_bias={spec.attention_bias}, "
-            f"qk_norm={spec.qk_norm}, sliding_window={spec.sliding_window}; qwen2 has the biases, qwen3 the norms."
+            f"qk_norm={spec.qk_norm}; qwen2 has the biases, qwen3 the norms."
         )
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[spec.architecture]],
@@ -193,24 +232,17 @@ def to_hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
         "pad_token_id": spec.pad_token_id,
         "use_cache": True,
     }
-    if spec.architecture in ("llama", "qwen3"):
+    if spec.architecture in ("llama", "qwen3", "llama4_text"):
         config["attention_bias"] = False
     if spec.architecture == "llama":
         config["mlp_bias"] = False
-    if spec.architecture == "mistral":
-        config["sliding_window"] = spec.sliding_window
-    if spec.architecture in ("qwen2", "qwen3"):
-        sliding = spec.sliding_window is not None
-        config["use_sliding_window"] = sliding
-        config["sliding_window"] = spec.sliding_window
-        config["max_window_layers"] = 0 if sliding else spec.layers
-    return config
+    return config | attention_to_hf(spec)
 
 
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a Hugging Face checkpoint of `spec`, in the order of the forward pass.
 
-    Projections are [out, in]. A tied model has no `lm_head.weight`.
+    Llama 4's are translated (llama4.py). Projections are [out, in]. A tied model has no `lm_head.weight`.
     """
     width, ff, head = spec.width, spec.ff_width, spec.head_size
     query, key = spec.heads * head, spec.kv_heads * head
@@ -281,6 +313,15 @@ def _refuse_variants(config: Mapping[str, Any], architecture: str) -> None:
         "mlp_bias": bool(config.get("mlp_bias")),
         "quantization_config": bool(config.get("quantization_config")),
     }
+    if architecture == "llama4_text":
+        experts = config.get("moe_layers")
+        step, layers = config.get("interleave_moe_layer_step", 1), config.get("num_hidden_layers", 48)
+        experts = list(range(step - 1, layers, step)) if experts is None else experts
+        if experts:
+            raise ModelError(
+                f"config.json has mixture-of-experts layers ({len(experts)} of {layers}, layer {experts[0]} first), "
+                "which the decoder does not have. Choose a model whose layers are all dense (an empty moe_layers)."
+            )
     for name, present in refused.items():
         if present:
             raise ModelError(
@@ -345,20 +386,3 @@ def _rope_to_hf(scaling: RopeScaling) -> dict[str, Any]:
         if getattr(scaling, name) != _YARN_DEFAULTS[name]:
             values[name] = getattr(scaling, name)
     return values
-
-
-def _sliding_window(values: Mapping[str, Any], architecture: str) -> int | None:
-    if architecture == "mistral":
-        return values.get("sliding_window")
-    if architecture == "llama" or not values.get("use_sliding_window") or values.get("sliding_window", 4096) is None:
-        return None
-    kinds = values.get("layer_types") or [
-        "sliding_attention" if index >= values["max_window_layers"] else "full_attention"
-        for index in range(values["num_hidden_layers"])
-    ]
-    if len(set(kinds)) > 1:
-        raise ModelError(
-            "config.json mixes sliding and full attention by layer (max_window_layers or layer_types); one kind for "
-            "all layers is supported. Set use_sliding_window to false to use full attention everywhere."
-        )
-    return int(values.get("sliding_window", 4096)) if kinds[0] == "sliding_attention" else None

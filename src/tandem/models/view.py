@@ -11,24 +11,30 @@ from typing import Protocol
 
 import torch
 
-from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference
+from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference, paged_attention
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
-from tandem.kernels.rotary import rotate_, rotate_reference, store_
+from tandem.kernels.norm import unit_norm_, unit_norm_backward_, unit_norm_reference
+from tandem.kernels.page_pool import KvPool, rotate_store_
+from tandem.kernels.rotary import rotate_, rotate_reference
+from tandem.types import Reach
 
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """How a row of the fused projection is cut: H query heads, K key heads, K value heads of D.
+    """A layer's rows of the fused projection: H query heads, K key heads, K value heads of D, and how they attend.
 
-    >>> Heads(9, 3, 64, None).width
+    >>> Heads(9, 3, 64).width
     960
     """
 
     heads: int
     kv_heads: int
     size: int
-    window: int | None
+    reach: Reach = Reach()
+    rotary: bool = True
+    norm_eps: float | None = None  # after rotation: heads of q and k are divided by their root mean square
+    factor_P: torch.Tensor | None = None  # fp32, by position: what a query is multiplied by, where nothing is rotated
 
     @property
     def width(self) -> int:
@@ -40,6 +46,58 @@ class Heads:
         ends = (self.heads, self.heads + self.kv_heads, self.heads + 2 * self.kv_heads)
         all_heads = qkv_TW.view(rows, -1, self.size)
         return all_heads[:, : ends[0]], all_heads[:, ends[0] : ends[1]], all_heads[:, ends[1] :]
+
+
+Tables = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [positions, D / 2]
+
+
+def turn_(qkv_TW: torch.Tensor, positions_T: torch.Tensor, heads: Heads, tables: Tables) -> tuple[torch.Tensor, ...]:
+    """Rotate queries and keys in place, then norm them; or multiply the queries of a layer without rotation.
+
+    Gives what `turn_backward_` needs of the norms, none where the layer has none.
+    """
+    query, key, _ = heads.cut(qkv_TW)
+    if heads.rotary:
+        for rotated in (query, key):
+            rotate_(rotated, positions_T, tables[0], tables[1])
+    elif heads.factor_P is not None:
+        query.copy_(query.float() * heads.factor_P[positions_T][:, None, None])
+    return () if heads.norm_eps is None else (unit_norm_(query, heads.norm_eps), unit_norm_(key, heads.norm_eps))
+
+
+def turn_backward_(
+    dqkv_TW: torch.Tensor,
+    qkv_TW: torch.Tensor,
+    scales: Sequence[torch.Tensor],
+    positions_T: torch.Tensor,
+    heads: Heads,
+    tables: Tables,
+) -> None:
+    """Turn the gradient of what `turn_` left in `qkv_TW` into that of what it was given, in place."""
+    dquery, dkey, _ = heads.cut(dqkv_TW)
+    query, key, _ = heads.cut(qkv_TW)
+    for gradient, normed, scale in zip((dquery, dkey), (query, key), scales, strict=False):
+        unit_norm_backward_(gradient, normed, scale)
+    if heads.rotary:
+        for rotated in (dquery, dkey):
+            rotate_(rotated, positions_T, tables[0], tables[1], sign=-1.0)
+    elif heads.factor_P is not None:
+        dquery.copy_(dquery.float() * heads.factor_P[positions_T][:, None, None])
+
+
+def turn_reference(
+    qkv_TW: torch.Tensor, positions_T: torch.Tensor, heads: Heads, tables: Tables
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys as `turn_` leaves them, in copies; differentiable."""
+    query, key, _ = heads.cut(qkv_TW)
+    if heads.rotary:
+        query, key = (rotate_reference(x, positions_T, tables[0], tables[1]) for x in (query, key))
+    elif heads.factor_P is not None:
+        wide = query.dtype if query.dtype == torch.float64 else torch.float32
+        query = (query.to(wide) * heads.factor_P[positions_T][:, None, None]).to(query.dtype)
+    if heads.norm_eps is not None:
+        query, key = (unit_norm_reference(x, heads.norm_eps) for x in (query, key))
+    return query, key
 
 
 class View(Protocol):
@@ -61,23 +119,21 @@ class _PackAttention(torch.autograd.Function):
     def forward(ctx, qkv_TW, view, heads, tables):  # type: ignore[no-untyped-def]
         qkv_TW = qkv_TW.contiguous()
         query, key, value = heads.cut(qkv_TW)
-        for rotated in (query, key):
-            rotate_(rotated, view.positions_T, tables[0], tables[1])
+        scales = turn_(qkv_TW, view.positions_T, heads, tables)
         lse_TH = torch.empty(query.shape[:2], device=query.device)
-        out = attention(query, key, value, view.paths, heads.window, lse_TH)
-        ctx.save_for_backward(qkv_TW, out, lse_TH)
+        out = attention(query, key, value, view.paths, heads.reach, lse_TH)
+        ctx.save_for_backward(qkv_TW, out, lse_TH, *scales)
         ctx.view, ctx.heads, ctx.tables = view, heads, tables
         return out.view(out.shape[0], -1)
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        qkv_TW, out, lse_TH = ctx.saved_tensors
+        qkv_TW, out, lse_TH, *scales = ctx.saved_tensors
         dqkv_TW = torch.empty_like(qkv_TW)
         grads = ctx.heads.cut(dqkv_TW)
         dout_THD = dout.contiguous().view(out.shape)
-        attention_backward(dout_THD, out, lse_TH, ctx.heads.cut(qkv_TW), grads, ctx.view.paths, ctx.heads.window)
-        for rotated in grads[:2]:
-            rotate_(rotated, ctx.view.positions_T, ctx.tables[0], ctx.tables[1], sign=-1.0)
+        attention_backward(dout_THD, out, lse_TH, ctx.heads.cut(qkv_TW), grads, ctx.view.paths, ctx.heads.reach)
+        turn_backward_(dqkv_TW, qkv_TW, scales, ctx.view.positions_T, ctx.heads, ctx.tables)
         return dqkv_TW, None, None, None
 
 
@@ -102,9 +158,8 @@ class PackView:
         triton = backend(qkv_TW) == "triton"
         if triton or kernel("attention", "attention_backward", qkv_TW.dtype, "pp") is not None:
             return _PackAttention.apply(qkv_TW, self, heads, tables)
-        query, key, value = heads.cut(qkv_TW)
-        query, key = (rotate_reference(x, self.positions_T, tables[0], tables[1]) for x in (query, key))
-        return attention_reference(query, key, value, self.paths, heads.window).flatten(1)
+        query, key = turn_reference(qkv_TW, self.positions_T, heads, tables)
+        return attention_reference(query, key, heads.cut(qkv_TW)[2], self.paths, heads.reach).flatten(1)
 
 
 class PagedView:
@@ -117,28 +172,30 @@ class PagedView:
     def __init__(
         self,
         positions_T: torch.Tensor,
-        slots_T: torch.Tensor,
-        paths: Paths,
-        pools: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        slots_G: Sequence[torch.Tensor],
+        paths_G: Sequence[Paths],
+        group_L: Sequence[int],
+        pools: Sequence[KvPool],
         window: int = 0,
         sinks: int = 0,
     ) -> None:
         self.positions_T = positions_T
-        self.slots_T = slots_T  # int64: where each row's key and value go
-        self.paths = paths
-        self.pools = pools  # of each layer: keys and values [slots, K, D]
+        self.slots_G = slots_G  # int64 [T], of each group of layers: where each row's key and value go
+        self.paths_G = paths_G
+        self.paths = paths_G[0]  # whose rows and first positions are those of every group
+        self.group_L = group_L
+        self.pools = pools  # of each layer; layers of several groups may have one pool, and never one page
         self.window = window  # 0: the model's own; else latest positions that a query sees, and the leading `sinks`
         self.sinks = sinks
 
     def attend(
         self, layer: int, qkv_TW: torch.Tensor, heads: Heads, tables: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        query, key, value = heads.cut(qkv_TW)
-        for rotated in (query, key):
-            rotate_(rotated, self.positions_T, tables[0], tables[1])
-        keys, values = self.pools[layer]
-        store_(key, self.slots_T, keys)
-        store_(value, self.slots_T, values)
-        if self.window:
-            return attention(query, keys, values, self.paths, self.window, sinks=self.sinks).flatten(1)
-        return attention(query, keys, values, self.paths, heads.window).flatten(1)
+        cut, tables_or_none = heads.cut(qkv_TW), tables if heads.rotary else None
+        if heads.norm_eps is not None or heads.factor_P is not None:
+            turn_(qkv_TW, self.positions_T, heads, tables)
+            tables_or_none = None
+        pool, group = self.pools[layer], self.group_L[layer]
+        rotate_store_(cut, self.positions_T, tables_or_none, self.slots_G[group], pool)
+        reach = Reach(window=self.window) if self.window else heads.reach
+        return paged_attention(cut[0], pool, self.paths_G[group], reach, self.sinks if self.window else 0).flatten(1)

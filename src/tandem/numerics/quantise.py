@@ -2,9 +2,11 @@
 
 `kernels/quantise.py` has the integers in C++, with the same bits.
 
-Integers are symmetric: of a group of inputs, scale = amax / L in fp32 with L = 127 (8 bits) or 7 (4 bits), and
+Own integers are symmetric: of a group of inputs, scale = amax / L in fp32 with L = 127 (8 bits) or 7 (4 bits), and
 code = w / scale in fp32, rounded to nearest even and clamped to [-L, L]. A value is code * scale, evaluated in fp32 and
 rounded to the dtype asked for. Scales are kept in fp32, so 8 bits in groups of g cost 8 + 32 / g bits a weight.
+Codes read from a file may have fp16 scales, widened first, and a minimum a group: code * scale + minimum, product and
+sum rounded to fp32 each.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ class Quantised:
     [[7, -4, 7]]
     """
 
-    codes_NK: Tensor  # int8, within [-127, 127] or [-7, 7]
-    scales_NG: Tensor  # fp32, of inputs [g * group, (g + 1) * group); 0 where they are all zero
+    codes_NK: Tensor  # int8, within [-127, 127] or [-7, 7]; of files [-128, 127], [-8, 7] or, with minima, [0, 15]
+    scales_NG: Tensor  # fp32, of inputs [g * group, (g + 1) * group); 0 where they are all zero. Of files fp16
     bits: int
     group: int
+    minima_NG: Tensor | None = None  # in the dtype of the scales
 
 
 def quantise(weight_NK: Tensor, bits: int, group: int) -> Quantised:
@@ -63,7 +66,9 @@ def dequantise(quantised: Quantised, dtype: torch.dtype) -> Tensor:
     codes_NK, scales_NG, group = quantised.codes_NK, quantised.scales_NG, quantised.group
     rows, inputs = codes_NK.shape
     padding = scales_NG.shape[1] * group - inputs
-    grouped = functional.pad(codes_NK, (0, padding)).view(rows, -1, group) * scales_NG[..., None]
+    grouped = functional.pad(codes_NK, (0, padding)).view(rows, -1, group) * scales_NG.float()[..., None]
+    if quantised.minima_NG is not None:
+        grouped += quantised.minima_NG.float()[..., None]
     return grouped.to(dtype).view(rows, -1)[:, :inputs].contiguous()
 
 

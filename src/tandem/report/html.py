@@ -64,7 +64,7 @@ def render_report(
         decimal=units.decimal, held_out=held_out,
     )  # fmt: skip
     template = environment.from_string(resources.files("tandem.report").joinpath("report.html.jinja").read_text())
-    config = _json(folder / "config.json")
+    config, plan = _json(folder / "config.json"), _json(folder / "plan.json")
     sampled_step, best, worst = _sampled(folder)
     return template.render(
         name=config.get("name") or folder.resolve().name,
@@ -72,8 +72,8 @@ def render_report(
         finished=_finished(folder),
         planned=config.get("steps"),
         summary=metrics.summary(rows),
-        tiles=tiles(metrics.summary(rows)),
-        declared=_json(folder / "plan.json").get("numerics"),
+        tiles=tiles(metrics.summary(rows), plan.get("memory", {}).get("peak_bytes")),
+        declared=plan.get("numerics"),
         agreement=agreement(rows),
         drift=drift.drift_table(rows, config.get("alarms") or {}),
         by_length=drift.by_length(rows),
@@ -91,9 +91,10 @@ def render_report(
     )
 
 
-def tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+def tiles(summary: Mapping[str, Any], planned_bytes: int | None) -> list[tuple[str, str, str]]:
     """(label, figure, what it means) of each headline."""
     before, after = summary["evaluation_before"], summary["evaluation_after"]
+    foreseen = f"; planned: {units.gigabytes(planned_bytes)}" if planned_bytes else ""
     first, rate = units.decimal(summary["reward_first"]), units.count(summary["tokens_per_s"])
     shown = [("Reward", units.decimal(summary["reward_last"]), f"mean of the last 5 steps; first 5: {first}")]
     if before:
@@ -104,7 +105,7 @@ def tiles(summary: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     shown += [
         ("Steps", units.count(summary["steps"]), f"in {units.duration(summary['wall_s'])}"),
         ("Sampled tokens", units.count(summary["tokens"]), f"{rate} a second of rollout"),
-        ("Peak memory", units.gigabytes(summary["peak_memory_bytes"]), "of the run's process"),
+        ("Peak memory", units.gigabytes(summary["peak_memory_bytes"]), f"of the run's process{foreseen}"),
         ("Failed trajectories", units.count(summary["failed"]), f"{summary['trained_samples']:,} samples trained"),
     ]
     return shown

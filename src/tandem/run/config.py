@@ -94,3 +94,8 @@ def check_training(config: RunConfig) -> None:
         raise ConfigError(
             "rollout.temperature is 0: greedy samples of a prompt are all alike and teach nothing. Set it above 0."
         )
+    if config.learner.optimiser_offload == "host" and config.model.device == "cpu":
+        raise ConfigError(
+            "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "
+            "to none, or to disk to keep it in a file."
+        )

@@ -6,8 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from tandem import env
 from tandem.errors import ConfigError
 from tandem.kernels.build import compiler
+from tandem.types import Reach
 
 if TYPE_CHECKING:
     from tandem.engine.config import EngineConfig
@@ -52,6 +54,8 @@ def of_engine(model: ModelConfig, engine: EngineConfig) -> tuple[Departure, ...]
         declare(f"engine.noise={engine.noise:g}", f"noise of {engine.noise:g} on the final hidden state")
     if model.kernels == "library":
         declare("model.kernels=library", "the library's matrix products, whose bits depend on the batch")
+    elif env.kernels() == "reference":
+        declare("TANDEM_KERNELS=reference", "reference kernels, whose bits depend on the batch")
     elif compiler() is None:
         declare("no C++ compiler", "reference kernels, whose bits depend on the batch")
     elif model.dtype == "float16":
@@ -101,8 +105,9 @@ def without_departures(engine: EngineConfig) -> EngineConfig:
 
 def check_engine(spec: ModelSpec, engine: EngineConfig) -> None:
     """Refuse, before any weight is loaded, what a model cannot do with an engine's departures. Raises ConfigError."""
-    if engine.kv_window and spec.sliding_window:
+    limited = next((reach for reach in spec.reaches if reach != Reach()), None)
+    if engine.kv_window and limited:
         raise ConfigError(
-            f"engine.kv_window is {engine.kv_window}, but the model itself attends to {spec.sliding_window} latest "
-            "positions: sinks would show the engine positions that the model never saw. Set engine.kv_window to 0."
+            f"engine.kv_window is {engine.kv_window}, but layers of the model itself attend to {limited}: "
+            "the engine would see positions that the model never saw. Set engine.kv_window to 0."
         )

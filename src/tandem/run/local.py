@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -25,7 +24,8 @@ from tandem.run.departures import declaration, is_exact
 from tandem.run.folder import RunFolder, trajectory_rows
 from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages, run_loop
-from tandem.run.parts import Parts, build_parts, resolve_source
+from tandem.run.memory import Plan, peak_bytes
+from tandem.run.parts import Parts, build_parts, plan_parts, resolve_source
 from tandem.run.stop import EXIT_INTERRUPTED, StopSignal
 from tandem.trace import Totals, Trace
 from tandem.train import checkpoint as saved_state
@@ -51,11 +51,6 @@ class Display(Protocol):
     def note(self, text: str) -> None: ...
 
 
-def peak_memory_bytes() -> int:
-    """The most memory that this process ever held; a task's child process is not in it."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 class Session:
     """The stages of one sitting, over the parts of a run."""
 
@@ -75,7 +70,7 @@ class Session:
         updates = config.steps * config.algo.updates_per_step
         self.learner = Learner(
             parts.decoder,
-            config.learner,
+            dataclasses.replace(config.learner, activation_checkpointing="on" if parts.memory.checkpointing else "off"),
             config.algo,
             config.rollout.temperature,
             updates,
@@ -170,7 +165,7 @@ class Session:
         spent = now - self.row_started_s
         row["seconds"] = seconds | {"other": max(0.0, spent - sum(seconds.values()))}
         row["time_s"] = self.elapsed_s + now - self.started_s
-        row["peak_memory_bytes"] = peak_memory_bytes()
+        row["peak_memory_bytes"] = peak_bytes()
         self.row_started_s = now
         self.folder.append_metrics(row)
         self.display.update(row)
@@ -251,13 +246,22 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
         task = make_environment(config.task)
         closing.callback(task.close)
         folder = closing.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
-        parts = build_parts(config.model, config.engine, config.sync.lag)
+        parts = build_parts(config.model, config.engine, config.sync.lag, config)
         task.ready()
         if folder is None:  # only now, so that a wrong model or task leaves no folder behind
             path = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
             folder = closing.enter_context(RunFolder.create(path, config, keep=keep))
         folder.write_plan(parts.plan | {"numerics": declaration(config)})
-        return _sit(config, folder, task, parts, display), folder.path
+        with parts.memory.foreseen():
+            return _sit(config, folder, task, parts, display), folder.path
+
+
+def plan(config: RunConfig) -> Plan:
+    """The memory that `train` would take; no weight is read."""
+    check_training(config)
+    checkpoint = open_checkpoint(resolve_source(config.model.source))
+    checkpoint.load_tokenizer()  # the plan counts what is loaded already
+    return plan_parts(checkpoint, config.model, config.engine, config.sync.lag, config)
 
 
 def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display: Display) -> int:
@@ -280,8 +284,9 @@ def evaluate_model(config: RunConfig) -> Evaluation:
     """Held-out greedy accuracy of `config.model` on `config.task`."""
     task = make_environment(config.task)
     try:
-        parts = build_parts(config.model, config.engine)
+        parts = build_parts(config.model, config.engine, learns=False)
         prompts = task.heldout[: config.evaluation.prompts]
-        return evaluate(parts.exact_engine, parts.renderer, task, prompts, config.rollout)[0]
+        with parts.memory.foreseen():
+            return evaluate(parts.exact_engine, parts.renderer, task, prompts, config.rollout)[0]
     finally:
         task.close()

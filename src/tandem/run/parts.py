@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,20 @@ from tandem import env
 from tandem.engine.admit import count_pages
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
+from tandem.engine.layout import KvLayout
 from tandem.engine.runner import DecoderRunner, pool_dtype, token_bytes
 from tandem.errors import ConfigError
-from tandem.models.checkpoint import open_checkpoint
+from tandem.kernels.build import matrix_unit
+from tandem.models.checkpoint import Checkpoint, open_checkpoint
+from tandem.models.codes import described, hold_codes
 from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
 from tandem.models.tokenizer import Tokenizer
 from tandem.program.render import Renderer
+from tandem.run.config import RunConfig
 from tandem.run.departures import check_engine, of_engine, without_departures
 from tandem.run.folder import latest_checkpoint
+from tandem.run.memory import Asked, Plan, plan_memory
 from tandem.sync.publish import Publisher
 
 
@@ -34,6 +39,7 @@ class Parts:
     engine: Engine  # samples rollouts
     exact_engine: Engine  # the learner's own policy, for evaluation; `engine` itself where nothing departs
     publisher: Publisher
+    memory: Plan
     plan: dict[str, Any]  # what the program decided, for plan.json
 
 
@@ -48,25 +54,68 @@ def resolve_source(source: str) -> str:
     return str(saved.path)
 
 
-def build_parts(model: ModelConfig, config: EngineConfig, lag: int = 0) -> Parts:
+def plan_parts(
+    checkpoint: Checkpoint,
+    model: ModelConfig,
+    config: EngineConfig,
+    lag: int,
+    run: RunConfig | None,
+    *,
+    learns: bool = True,
+) -> Plan:
+    """The memory that `build_parts` takes, and where `run` is given its training too. Reads no weight."""
+    host_bytes, device_bytes = env.memory_bytes()[1], 0
+    if model.device == "cuda" and torch.cuda.is_available():
+        device_bytes = torch.cuda.mem_get_info()[0]
+    coded_bytes = 0 if learns else checkpoint.coded_bytes
+    asked = Asked(checkpoint.spec, model, config, lag, run, checkpoint.mapped_bytes, coded_bytes)
+    return plan_memory(asked, host_bytes, device_bytes)
+
+
+def build_parts(
+    model: ModelConfig, config: EngineConfig, lag: int = 0, run: RunConfig | None = None, *, learns: bool = True
+) -> Parts:
     """Load the model and put an engine on it. ModelError, ConfigError, CapacityError for what the user can mend.
 
     The engine shares the learner's decoder unless its weights are rounded, of another dtype, or `lag` updates old.
+    `run`: what will train it, whose memory is planned for. Without `learns` that decoder keeps the codes of a quantised
+    file, at the same bits, and nothing can train or save it.
     """
     torch.set_num_threads(env.num_threads())
     checkpoint = open_checkpoint(resolve_source(model.source))
     spec = checkpoint.spec
     check_engine(spec, config)
     tokenizer = checkpoint.load_tokenizer()
-    decoder = Decoder(spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
+    memory = plan_parts(checkpoint, model, config, lag, run, learns=learns)
+    memory.check()
+    config = replace(config, kv_memory_bytes=memory.kv_memory_bytes)
+    with memory.foreseen():
+        return _build(checkpoint, tokenizer, model, config, lag, memory, learns=learns)
+
+
+def _build(
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    model: ModelConfig,
+    config: EngineConfig,
+    lag: int,
+    memory: Plan,
+    *,
+    learns: bool,
+) -> Parts:
+    spec = checkpoint.spec
+    decoder = Decoder(spec, model.dtype, model.device, model.kernels)
     dtype = model.dtype if config.dtype == "same" else config.dtype
     rounded = config.weights != "same" or dtype != model.dtype
+    held = frozenset() if learns or rounded or lag else hold_codes(decoder, checkpoint)
+    decoder.load(checkpoint.tensors(held))
     serving = Decoder(spec, dtype, model.device, model.kernels) if rounded or lag else decoder
     source = (Decoder(spec, model.dtype, model.device, model.kernels) if rounded else serving) if lag else None
 
     def engine_on(decoder: Decoder, config: EngineConfig) -> Engine:
         per_token = token_bytes(spec, pool_dtype(decoder.dtype, config.kv_dtype))
-        num_pages = count_pages(config.kv_memory_bytes, per_token, config.page_tokens)
+        num_groups = len(KvLayout.for_engine(spec.reaches, config).groups)
+        num_pages = count_pages(config.kv_memory_bytes, per_token // num_groups, config.page_tokens)
         runner = DecoderRunner(decoder, num_pages, config.page_tokens, config)
         return Engine(runner, config, num_pages, max_context=spec.max_position, decode=tokenizer.decode)
 
@@ -80,11 +129,14 @@ def build_parts(model: ModelConfig, config: EngineConfig, lag: int = 0) -> Parts
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "kernels": "compiled" if decoder.compiled else "reference",
+        "matrix_unit": matrix_unit() if model.device == "cpu" else model.device,
         "kv_pages": pool.num_pages,
-        "kv_capacity_tokens": pool.num_pages * config.page_tokens,
+        "kv_capacity_tokens": pool.num_pages * config.page_tokens // len(engine.runner.layout.groups),
         "kv_bytes_per_token": token_bytes(spec, pool_dtype(serving.dtype, config.kv_dtype)),
         "parameters": sum(weight.value.numel() for _, weight in decoder.weights()),
         "decoders": len({id(d) for d in (decoder, serving, source) if d is not None}),
         "weights": version.digest,
+        "codes": described(serving),
+        "memory": memory.record(),
     }
-    return Parts(decoder, tokenizer, Renderer(tokenizer), engine, exact_engine, publisher, plan)
+    return Parts(decoder, tokenizer, Renderer(tokenizer), engine, exact_engine, publisher, memory, plan)

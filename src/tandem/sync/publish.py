@@ -21,6 +21,7 @@ from tandem.errors import CheckpointError, DeliveryError
 from tandem.kernels.quantise import dequantise, quantise
 from tandem.models.decoder import Decoder
 from tandem.numerics.digest import root_hash, tensor_hashes
+from tandem.numerics.quantise import Quantised
 from tandem.types import WeightVersion
 
 BITS = {"int8": 8, "int4": 4}
@@ -32,13 +33,16 @@ def weight_version(decoder: Decoder, step: int) -> WeightVersion:
 
 
 def _published(decoder: Decoder) -> dict[str, str]:
-    return tensor_hashes((name, weight.value) for name, weight in decoder.weights())
+    # A decoder that only serves codes of a file has no other value of them.
+    return tensor_hashes(
+        (name, weight.served() if weight.value.is_meta else weight.value) for name, weight in decoder.weights()
+    )
 
 
 def _served(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the forward pass reads: the packed matrices, and the rows of the embedding as they are looked up."""
+    """What the forward pass reads: packed matrices and codes, and the rows of the embedding as they are looked up."""
     for name, weight in decoder.weights():
-        if weight is decoder.embed and weight.packed is not None:
+        if weight is decoder.embed and (weight.packed is not None or weight.codes is not None):
             yield "embed (rows)", weight.value
         yield name, weight.served()
 
@@ -122,14 +126,14 @@ class Publisher:
         verify(self.serving, rounded, version)
         self.engine.receive(version)
 
-    def _rounded(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _rounded(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor | Quantised]]:
         """Each weight as the engine's config asks for it; embedding, head and norms keep their precision."""
-        bits, dtype = BITS.get(self.config.weights), self.serving.dtype
+        bits = BITS.get(self.config.weights)
         for name, tensor in tensors.items():
             if bits and tensor.ndim == 2 and name not in ("embed", "head"):
-                yield name, dequantise(quantise(tensor, bits, self.config.weight_group), dtype)
+                yield name, quantise(tensor, bits, self.config.weight_group)
             else:
-                yield name, tensor.to(dtype)
+                yield name, tensor.to(self.serving.dtype)
 
     def save(self, directory: Path) -> None:
         """Into a checkpoint: the earlier weights that the engine has yet to serve."""
@@ -153,10 +157,15 @@ class Publisher:
             self._held.append(_Snapshot(WeightVersion(int(match[1]), match[2]), tensors))
 
 
-def _receive(decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Copy each tensor in and pack it; passes the tensors on, to be hashed on the sender's side."""
+def _receive(
+    decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor | Quantised]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Bring each tensor in and pack it, or hold its codes; passes its value on, to be hashed on the sender's side."""
     weights = dict(decoder.weights())
-    for name, tensor in tensors:
-        weights[name].value.copy_(tensor)
-        weights[name].repack()
-        yield name, tensor
+    for name, sent in tensors:
+        weight = weights[name]
+        value = dequantise(sent, decoder.dtype) if isinstance(sent, Quantised) else sent
+        if not (isinstance(sent, Quantised) and weight.hold(sent)):
+            weight.value.copy_(value)
+            weight.repack()
+        yield name, value

@@ -9,6 +9,8 @@ from typing import Literal, get_args
 from tandem.errors import ConfigError, nearest
 
 Schedule = Literal["constant", "linear", "cosine"]
+Checkpointing = Literal["auto", "on", "off"]
+Offload = Literal["none", "host", "disk"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +32,19 @@ class LearnerConfig:
     grad_clip: float = 1.0  # largest gradient norm; larger ones are scaled down
     microbatch_tokens: int = 1024  # rows of one forward and backward pass at most
     share_prefix: bool = True  # samples of a prompt share the rows of the tokens they begin with
-    activation_checkpointing: bool = False  # keep one hidden state a layer, run layers again: a third more work
+    activation_checkpointing: Checkpointing = "auto"  # keep one hidden state a layer, run layers again: a third more
+    # work; auto: only where the activations would not fit in memory
+    optimiser_offload: Offload = "none"  # where master weights and moments lie: disk (a mapped file), host (of a GPU)
 
     def __post_init__(self) -> None:
-        if self.schedule not in get_args(Schedule):
-            advice = nearest(str(self.schedule), get_args(Schedule))
-            raise ConfigError(f"learner.schedule is {self.schedule!r}.{advice}")
+        for name, kind in (
+            ("schedule", Schedule),
+            ("activation_checkpointing", Checkpointing),
+            ("optimiser_offload", Offload),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                advice = nearest(str(getattr(self, name)), get_args(kind))
+                raise ConfigError(f"learner.{name} is {getattr(self, name)!r}.{advice}")
         for name, low, high in (
             ("lr", 0.0, 1.0),
             ("final_share", 0.0, 1.0),

@@ -1,4 +1,8 @@
-"""AdamW state of a decoder: fp32 master weights and moments beside the compute weights."""
+"""AdamW state of a decoder: fp32 master weights and moments beside the compute weights, or away from them.
+
+learner.optimiser_offload: "host" keeps the state beside the CPU and updates there; "disk" keeps it in a mapped file of
+the cache folder, of which a slice is in memory at a time. The CPU's kernel gives the same bits either way.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,16 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
+from tandem import env
 from tandem.errors import CheckpointError
 from tandem.kernels.adamw import Hyper, adamw, grad_norm
 from tandem.kernels.weight import Weight
 from tandem.models.decoder import Decoder
 from tandem.train.config import LearnerConfig
+from tandem.train.offload import FileTensors
 
 PARTS = ("master", "first", "second")
+SLICE = 4 << 20  # numbers: 48 MiB of state
 
 
 class Optimiser:
@@ -23,10 +30,25 @@ class Optimiser:
         self.config = config
         self.updates = 0
         self.state: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self._file: FileTensors | None = None
+        if config.optimiser_offload == "disk":
+            sizes = [weight.value.numel() for _, weight in decoder.weights()]
+            self._file = FileTensors(env.cache_dir(), len(PARTS) * sum(sizes), len(PARTS) * len(sizes))
         for name, weight in decoder.weights():
-            master = weight.value.to(torch.float32, copy=True)
-            self.state[name] = (master, torch.zeros_like(master), torch.zeros_like(master))
-            weight.grad = torch.zeros_like(master)
+            master, first, second = (self._zeros(weight.value) for _ in PARTS)
+            self.state[name] = (master.copy_(weight.value), first, second)
+            weight.grad = torch.zeros_like(weight.value, dtype=torch.float32)
+            self._release()
+
+    def _zeros(self, value: torch.Tensor) -> torch.Tensor:
+        if self._file is not None:
+            return self._file.take(value.shape)
+        place = "cpu" if self.config.optimiser_offload == "host" else value.device
+        return torch.zeros(value.shape, dtype=torch.float32, device=place)
+
+    def _release(self) -> None:
+        if self._file is not None:
+            self._file.release()
 
     def _weights(self) -> Iterator[tuple[str, Weight, torch.Tensor]]:
         for name, weight in self.decoder.weights():
@@ -49,15 +71,29 @@ class Optimiser:
         for name, weight, grad in self._weights():
             decay = config.weight_decay if weight.value.dim() == 2 else 0.0
             hyper = Hyper(lr, config.beta1, config.beta2, config.eps, decay, self.updates, scale)
-            master, first, second = self.state[name]
-            adamw(master, first, second, grad, weight.value, hyper)
+            self._update(self.state[name], grad, weight.value, hyper)
         self.decoder.repack()
 
+    def _update(self, state: tuple[torch.Tensor, ...], grad: torch.Tensor, value: torch.Tensor, hyper: Hyper) -> None:
+        """A weight, SLICE numbers at a time where its state does not lie beside it: AdamW knows no neighbours."""
+        master, first, second = (tensor.view(-1) for tensor in state)
+        grad, value = grad.view(-1), value.view(-1)
+        if self.config.optimiser_offload == "none":
+            adamw(master, first, second, grad, value, hyper)
+            return
+        for start in range(0, len(master), SLICE):
+            part = slice(start, start + SLICE)
+            rounded = torch.empty(len(master[part]), dtype=value.dtype)
+            adamw(master[part], first[part], second[part], grad[part].to("cpu"), rounded, hyper)
+            value[part] = rounded
+            self._release()
+
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """State by name, "master/layers.0.qkv" and so on."""
+        """State by name, "master/layers.0.qkv" and so on. On disk: in memory until the next one is asked for."""
         for name, parts in self.state.items():
             for part, tensor in zip(PARTS, parts, strict=True):
                 yield f"{part}/{name}", tensor
+                self._release()
 
     def load(self, tensors: Mapping[str, torch.Tensor] | Iterator[tuple[str, torch.Tensor]], updates: int) -> None:
         """Take over saved state, and round the master weights into the decoder."""
@@ -67,9 +103,11 @@ class Optimiser:
             if target is None or target.shape != tensor.shape:
                 raise CheckpointError(f"optimiser state {name} {tuple(tensor.shape)} does not belong to this model.")
             target.copy_(tensor)
+            self._release()
         if wanted:
             raise CheckpointError(f"the optimiser state lacks {len(wanted)} tensors, {next(iter(wanted))} first.")
         self.updates = updates
         for name, weight in self.decoder.weights():
             weight.value.copy_(self.state[name][0])
+            self._release()
         self.decoder.repack()

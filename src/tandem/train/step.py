@@ -91,7 +91,7 @@ class Learner:
         return self._backward(microbatch, correction or self.algo.correction)[0]
 
     def _backward(self, microbatch: Microbatch, correction: CorrectionConfig) -> tuple[LossResult, Observations]:
-        checkpointing = self.config.activation_checkpointing
+        checkpointing = self.config.activation_checkpointing == "on"
         logprobs_N, entropy_N = forward(self.decoder, microbatch, self.temperature, checkpointing)
         logprobs_N.retain_grad()
         batch = to_tensors(microbatch, self.decoder.device)

@@ -1,10 +1,10 @@
 """The forward pass in Triton, one operation a file, named and shaped as the CPU's beside this folder.
 
-A row keeps its bits whatever rows ride along. One tile serves every number of rows; a kernel is compiled for the shapes
-of the model alone: what depends on the batch (counts of rows, strides, sizes of pages) is never specialised on, so
-engine and learner run one binary. Sums have one accumulator an element and run in order: no split of the depth, no
-atomics, no tuning by the number of rows. Backward passes are torch operations: equality of bits is a matter of the
-forward pass alone.
+A row keeps its bits whatever rows ride along. A kernel is compiled for the shapes of the model alone: what depends on
+the batch (counts of rows, strides, sizes of pages) is never specialised on, so engine and learner run one binary. The
+matrix product alone has several, a tile each, which are tried against each other on the device (tiles.py). A sum has one
+accumulator an element and runs in order: no split of the depth, no atomics. Backward passes are torch operations, but
+attention's: equality of bits is a matter of the forward pass alone.
 """
 
 from __future__ import annotations

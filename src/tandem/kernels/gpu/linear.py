@@ -1,16 +1,18 @@
-"""y = x W^T (+ bias) (+ residual): one tile for every number of rows, the depth in order, fp32 accumulators."""
+"""y = x W^T (+ bias) (+ residual): the depth in order, one fp32 accumulator an element, tiles as in tiles.py."""
 
 from __future__ import annotations
+
+import functools
+import warnings
 
 import torch
 import triton
 import triton.language as tl
 
+from tandem.kernels.gpu.tiles import Tile, choose, multiprocessors, tiles_of
 from tandem.kernels.weight import Weight
 
-# Measured on no GPU yet. Any other choice gives other bits, the same for all rows.
-BLOCK_T, BLOCK_N, BLOCK_K = 64, 64, 64
-WARPS, STAGES = 4, 4
+SUPER = 8  # row tiles that take a column tile in turn, so that both operands are read from the L2 cache
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -28,25 +30,91 @@ def linear_kernel(  # type: ignore[no-untyped-def]
     block_t: tl.constexpr,
     block_n: tl.constexpr,
     block_k: tl.constexpr,
+    super_t: tl.constexpr,
 ):
-    t = tl.program_id(0) * block_t + tl.arange(0, block_t)
-    n = tl.program_id(1) * block_n + tl.arange(0, block_n)
+    tiles_t = (rows + block_t - 1) // block_t
+    tiles_n: tl.constexpr = (columns + block_n - 1) // block_n
+    first_t = tl.program_id(0) // (super_t * tiles_n) * super_t
+    height = tl.minimum(tiles_t - first_t, super_t)
+    place = tl.program_id(0) % (super_t * tiles_n)
+    t = (first_t + place % height) * block_t + tl.arange(0, block_t)
+    n = place // height * block_n + tl.arange(0, block_n)
     row = t.to(tl.int64)[:, None]
     column = n.to(tl.int64)[None, :]
     accumulator = tl.zeros((block_t, block_n), dtype=tl.float32)
     for first in range(0, depth, block_k):
         k = first + tl.arange(0, block_k)
-        x_tile = tl.load(x + row * depth + k[None, :], (t < rows)[:, None] & (k < depth)[None, :], 0.0)
-        w_tile = tl.load(weight + column * depth + k[:, None], (n < columns)[None, :] & (k < depth)[:, None], 0.0)
+        x_mask, w_mask = (t < rows)[:, None], (n < columns)[None, :]
+        if depth % block_k != 0:
+            x_mask, w_mask = x_mask & (k < depth)[None, :], w_mask & (k < depth)[:, None]
+        x_tile = tl.load(x + row * depth + k[None, :], x_mask, 0.0)
+        w_tile = tl.load(weight + column * depth + k[:, None], w_mask, 0.0)
         accumulator = tl.dot(x_tile, w_tile, accumulator, input_precision="ieee")
     if has_bias:
         accumulator += tl.load(bias + n, n < columns, 0.0).to(tl.float32)[None, :]
     mask = (t < rows)[:, None] & (n < columns)[None, :]
-    place = row * columns + column
+    at = row * columns + column
     if has_residual:
         accumulator = accumulator.to(x.dtype.element_ty).to(tl.float32)
-        accumulator += tl.load(residual + place, mask, 0.0).to(tl.float32)
-    tl.store(out + place, accumulator.to(out.dtype.element_ty), mask)
+        accumulator += tl.load(residual + at, mask, 0.0).to(tl.float32)
+    tl.store(out + at, accumulator.to(out.dtype.element_ty), mask)
+
+
+def tiled_product(
+    x_TK: torch.Tensor,
+    weight_NK: torch.Tensor,
+    bias_N: torch.Tensor | None,
+    residual_TN: torch.Tensor | None,
+    out: torch.Tensor,
+    tile: Tile,
+) -> torch.Tensor:
+    """Into `out` [T, N]. All contiguous."""
+    (rows, depth), columns = x_TK.shape, weight_NK.shape[0]
+    linear_kernel[(triton.cdiv(rows, tile.rows) * triton.cdiv(columns, tile.columns),)](
+        x_TK,
+        weight_NK,
+        weight_NK if bias_N is None else bias_N,
+        out if residual_TN is None else residual_TN,
+        out,
+        rows,
+        columns,
+        depth,
+        bias_N is not None,
+        residual_TN is not None,
+        tile.rows,
+        tile.columns,
+        tile.depth,
+        SUPER,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out
+
+
+def disagreeing(tiles: tuple[Tile, ...], device: torch.device, dtype: torch.dtype) -> list[Tile]:
+    """The tiles whose products have other bits than the last one's: of random numbers, and with cancellation."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(rows, 1024, generator=generator) * 4 for rows in (130, 264))
+    x[:, 1::2], weight[:, 1::2] = -x[:, ::2] * (1 + 1e-2 * x[:, 1::2]), weight[:, ::2]  # each pair nearly cancels
+    x, weight = x.to(device, dtype), weight.to(device, dtype)
+    found = [tiled_product(x, weight, None, None, torch.empty(130, 264, device=device), tile) for tile in tiles]
+    return [tile for tile, product in zip(tiles, found, strict=True) if not torch.equal(product, found[-1])]
+
+
+@functools.cache
+def agreed(device: torch.device, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The tiles that products take, tried against each other once a process; with a warning, one where they differ.
+
+    Compiles, runs and waits: the first product must not be one that is captured.
+    """
+    tiles = tiles_of(device, dtype)
+    wrong = disagreeing(tiles, device, dtype) if len(tiles) > 1 else []
+    if not wrong:
+        return tiles
+    warnings.warn(
+        f"on {device} products of other tiles have other bits: {wrong}; {tiles[-1]} alone is used", stacklevel=2
+    )
+    return tiles[-1:]
 
 
 def product(
@@ -58,30 +126,13 @@ def product(
 ) -> torch.Tensor:
     """[T, N]; rounded once, and once more before a residual is added. `weight_NK` is contiguous."""
     assert weight_NK.is_contiguous() and weight_NK.dtype == x_TK.dtype, (weight_NK.stride(), weight_NK.dtype)
-    x_TK = x_TK.contiguous()
-    (rows, depth), columns = x_TK.shape, weight_NK.shape[0]
-    out = torch.empty(rows, columns, dtype=out_dtype or x_TK.dtype, device=x_TK.device)
+    rows, columns, device = x_TK.shape[0], weight_NK.shape[0], x_TK.device
+    out = torch.empty(rows, columns, dtype=out_dtype or x_TK.dtype, device=device)
     if rows == 0:
         return out
-    residual = out if residual_TN is None else residual_TN.contiguous()
-    linear_kernel[(triton.cdiv(rows, BLOCK_T), triton.cdiv(columns, BLOCK_N))](
-        x_TK,
-        weight_NK,
-        weight_NK if bias_N is None else bias_N,
-        residual,
-        out,
-        rows,
-        columns,
-        depth,
-        bias_N is not None,
-        residual_TN is not None,
-        BLOCK_T,
-        BLOCK_N,
-        BLOCK_K,
-        num_warps=WARPS,
-        num_stages=STAGES,
-    )
-    return out
+    tile = choose(agreed(device, x_TK.dtype), rows, columns, multiprocessors(device))
+    residual_TN = None if residual_TN is None else residual_TN.contiguous()
+    return tiled_product(x_TK.contiguous(), weight_NK, bias_N, residual_TN, out, tile)
 
 
 def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -40,13 +40,13 @@ def rotate_kernel(  # type: ignore[no-untyped-def]
     tl.store(place + half, (high * c + low * s).to(x.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["rows", "stride"])
+@triton.jit(do_not_specialize=["rows", "stride"], do_not_specialize_on_alignment=["slots"])
 def store_kernel(x, slots, pool, rows, stride, width: tl.constexpr, head: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     t, w = place // width, place % width
-    slot = tl.load(slots + t, t < rows, 0)
-    values = tl.load(x + t * stride * head + w, t < rows, 0.0)
-    tl.store(pool + slot * width + w, values.to(pool.dtype.element_ty), t < rows)
+    slot = tl.load(slots + t, t < rows, -1)
+    values = tl.load(x + t * stride * head + w, slot >= 0, 0.0)
+    tl.store(pool + slot * width + w, values.to(pool.dtype.element_ty), slot >= 0)
 
 
 def row_stride(x_THD: torch.Tensor) -> int:
@@ -71,7 +71,7 @@ def rotate_(
 
 
 def store_(x_THD: torch.Tensor, slots_T: torch.Tensor, pool_CHD: torch.Tensor) -> None:
-    """pool[slots[t]] = x[t]: write keys or values into their pages. Slots are int64."""
+    """pool[slots[t]] = x[t]: write keys or values into their pages. Slots are int64; a row of -1 is not written."""
     rows, heads, size = x_THD.shape
     assert pool_CHD.is_contiguous() and slots_T.dtype == torch.int64
     width = heads * size

@@ -1,7 +1,8 @@
 """Gumbel-max sampling and the log-sum-exp of a row, in Triton; filters in torch operations on the device.
 
 Noise is that of numerics/random.py to the last bit of its word; its logarithms are fp64, rounded to fp32. A row's sums
-run over blocks of the vocabulary in order. The best score is exact in any order: ties go to the lowest id.
+are taken of blocks of BLOCK tokens, each by a tree, and those are folded by another. The best score is exact in any
+order: ties go to the lowest id. Nothing that `pick` does waits for the device.
 """
 
 from __future__ import annotations
@@ -12,36 +13,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tandem.kernels.sample import SamplingBatch
-from tandem.kernels.sample import raise_if_bad
+from tandem.kernels.sample import SamplingBatch, raise_if_bad
 from tandem.numerics.random import Stream
 
-BLOCK = 1024  # of the vocabulary; a multiple of 4, the words of one counter
+BLOCK = 2048  # of the vocabulary; a multiple of 4, the words of one counter
 WARPS = 4
 
 
 @triton.jit
-def statistics_kernel(logits, temperature, lse, entropy, vocab: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def blocks_kernel(logits, temperature, parts, vocab: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Of a block: top, the largest x = logit / temperature; the sums of exp(x - top) and of (x - top) exp(x - top)."""
     row = tl.program_id(0).to(tl.int64)
+    v = tl.program_id(1) * block + tl.arange(0, block)
     heat = tl.load(temperature + row)
-    v = tl.arange(0, block)
-    highest = tl.full((block,), float("-inf"), tl.float32)
-    for first in range(0, vocab, block):
-        x = tl.load(logits + row * vocab + first + v, first + v < vocab, float("-inf"))
-        highest = tl.maximum(highest, tl.div_rn(x, heat))
-    top = tl.max(highest, 0)
-    total = tl.zeros((block,), tl.float32)
-    weighted = tl.zeros((block,), tl.float32)
-    for first in range(0, vocab, block):
-        x = tl.load(logits + row * vocab + first + v, first + v < vocab, float("-inf"))
-        gap = tl.div_rn(x, heat) - top
-        term = tl.exp(gap)
-        total += term
-        weighted += term * tl.where(term > 0.0, gap, 0.0)
-    mass = tl.sum(total, 0)
+    heat = tl.where(heat > 0.0, heat, 1.0)
+    x = tl.load(logits + row * vocab + v, v < vocab, float("-inf"))
+    x = tl.div_rn(x, tl.broadcast_to(heat, x.shape))
+    top = tl.max(x, 0)
+    gap = x - tl.where(top == float("-inf"), 0.0, top)
+    term = tl.exp(gap)
+    weighted = term * tl.where(term > 0.0, gap, 0.0)
+    blocks: tl.constexpr = (vocab + block - 1) // block
+    part = parts + (row * blocks + tl.program_id(1)) * 3
+    tl.store(part, top)
+    tl.store(part + 1, tl.sum(term, 0))
+    tl.store(part + 2, tl.sum(weighted, 0))
+
+
+@triton.jit
+def statistics_kernel(parts, lse, entropy, blocks: tl.constexpr, block_b: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    b = tl.arange(0, block_b)
+    part = parts + (row * blocks + b) * 3
+    tops = tl.load(part, b < blocks, float("-inf"))
+    totals = tl.load(part + 1, b < blocks, 0.0)
+    weighted = tl.load(part + 2, b < blocks, 0.0)
+    top = tl.max(tops, 0)
+    gap = tops - top
+    share = tl.exp(gap)
+    mass = tl.sum(totals * share, 0)
+    spread = tl.sum((weighted + totals * tl.where(share > 0.0, gap, 0.0)) * share, 0)
     wide = tl.log(mass.to(tl.float64))
     tl.store(lse + row, (top.to(tl.float64) + wide).to(tl.float32))
-    tl.store(entropy + row, (wide - (tl.sum(weighted, 0) / mass).to(tl.float64)).to(tl.float32))
+    tl.store(entropy + row, (wide - (spread / mass).to(tl.float64)).to(tl.float32))
 
 
 @triton.jit
@@ -53,22 +67,51 @@ def philox_block(seed, position, stream, counter):  # type: ignore[no-untyped-de
 
 
 @triton.jit(do_not_specialize=["stream"])
-def draw_kernel(x, seeds, positions, best, best_id, stream, vocab: tl.constexpr, block: tl.constexpr):  # type: ignore[no-untyped-def]
+def draw_kernel(  # type: ignore[no-untyped-def]
+    logits, temperature, seeds, positions, best, best_id, stream, vocab: tl.constexpr, block: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     counter = (part * (block // 4) + tl.arange(0, block // 4)).to(tl.uint32)
     seed = tl.load(seeds + row).to(tl.uint64)
     position = tl.load(positions + row).to(tl.uint32)
+    heat = tl.load(temperature + row)
     word = philox_block(seed, position, stream.to(tl.uint32), counter)
     uniform = (word.to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2^-32
     gumbel = (-tl.log(-tl.log(uniform))).to(tl.float32)
     blocks: tl.constexpr = (vocab + block - 1) // block
     v = part * block + tl.arange(0, block)
-    logit = tl.load(x + row * vocab + v, v < vocab, float("-inf"))
-    score = logit.to(tl.float64) + gumbel.to(tl.float64)
+    x = tl.load(logits + row * vocab + v, v < vocab, float("-inf"))
+    x = tl.div_rn(x, tl.broadcast_to(tl.where(heat > 0.0, heat, 1.0), x.shape))
+    score = x.to(tl.float64) + tl.where(heat > 0.0, gumbel, 0.0).to(tl.float64)  # 0: greedy
     highest = tl.max(score, 0)
     tl.store(best + row * blocks + part, highest)
     tl.store(best_id + row * blocks + part, tl.min(tl.where(score == highest, v, vocab), 0))
+
+
+@triton.jit
+def finish_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    temperature,
+    lse,
+    best,
+    best_id,
+    tokens,
+    logprobs,
+    vocab: tl.constexpr,
+    blocks: tl.constexpr,
+    block_b: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    b = tl.arange(0, block_b)
+    score = tl.load(best + row * blocks + b, b < blocks, float("-inf"))
+    ids = tl.load(best_id + row * blocks + b, b < blocks, vocab)
+    token = tl.minimum(tl.min(tl.where(score == tl.max(score, 0), ids, vocab), 0), vocab - 1)
+    heat = tl.load(temperature + row)
+    x = tl.div_rn(tl.load(logits + row * vocab + token), tl.where(heat > 0.0, heat, 1.0))
+    whole = tl.load(lse + row)
+    tl.store(tokens + row, token)
+    tl.store(logprobs + row, tl.where(heat > 0.0, x, whole) - whole)  # greedy: 0, or NaN
 
 
 @triton.jit(do_not_specialize=["stream"])
@@ -97,8 +140,34 @@ def statistics(logits_SV: Tensor, temperature_S: Tensor | None = None) -> tuple[
     temperature_S = temperature_S.to(logits_SV.device, torch.float32).contiguous()
     lse_S, entropy_S = (torch.empty(rows, device=logits_SV.device) for _ in range(2))
     if rows:
-        statistics_kernel[(rows,)](logits_SV, temperature_S, lse_S, entropy_S, vocab, BLOCK, num_warps=WARPS)
+        blocks = triton.cdiv(vocab, BLOCK)
+        parts = torch.empty(rows, blocks, 3, device=logits_SV.device)
+        blocks_kernel[(rows, blocks)](logits_SV, temperature_S, parts, vocab, BLOCK, num_warps=WARPS)
+        statistics_kernel[(rows,)](parts, lse_S, entropy_S, blocks, triton.next_power_of_2(blocks), num_warps=1)
     return lse_S, entropy_S
+
+
+def pick(
+    logits_SV: Tensor, temperature_S: Tensor, seeds_S: Tensor, positions_S: Tensor, stream: int = Stream.TARGET
+) -> tuple[Tensor, Tensor]:
+    """`sample` of rows without filters, given by tensors of the device: log-probs are NaN where it would raise.
+
+    Temperatures are fp32; seeds and positions int64, of the same bits.
+    """
+    rows, vocab = logits_SV.shape
+    blocks = triton.cdiv(vocab, BLOCK)
+    best = torch.empty(rows, blocks, dtype=torch.float64, device=logits_SV.device)
+    best_id, tokens_S = (torch.empty(shape, dtype=torch.int64, device=logits_SV.device) for shape in (best.shape, rows))
+    logprobs_S = torch.empty(rows, device=logits_SV.device)
+    draw_kernel[(rows, blocks)](
+        logits_SV, temperature_S, seeds_S, positions_S, best, best_id, int(stream), vocab, BLOCK, num_warps=WARPS
+    )
+    lse_S = statistics(logits_SV, temperature_S)[0]
+    block_b = triton.next_power_of_2(blocks)
+    finish_kernel[(rows,)](
+        logits_SV, temperature_S, lse_S, best, best_id, tokens_S, logprobs_S, vocab, blocks, block_b, num_warps=1
+    )
+    return tokens_S, logprobs_S
 
 
 def log_sum_exp(logits_SV: Tensor, temperature_S: Tensor | None = None) -> Tensor:
@@ -176,16 +245,14 @@ def sample(logits_SV: Tensor, batch: SamplingBatch, stream: int = Stream.TARGET)
 
     NonFiniteError names the first row with a NaN, +infinity (also after the division) or nothing but -infinity.
     """
-    rows, vocab = logits_SV.shape
-    place = logits_SV.device
-    x_SV = _processed(logits_SV, batch)
-    seeds_S = torch.from_numpy(batch.seeds_S.view(np.int64)).to(place)
-    positions_S = torch.from_numpy(batch.positions_S.astype(np.int64)).to(place)
-    blocks = triton.cdiv(vocab, BLOCK)
-    best = torch.empty(rows, blocks, dtype=torch.float64, device=place)
-    best_id = torch.empty(rows, blocks, dtype=torch.int64, device=place)
-    draw_kernel[(rows, blocks)](x_SV, seeds_S, positions_S, best, best_id, int(stream), vocab, BLOCK)
-    tokens_S = torch.where(best == best.amax(1, keepdim=True), best_id, vocab).amin(1).clamp(max=vocab - 1)
-    logprobs_S = token_logprobs(x_SV, tokens_S)
+    if not len(batch):
+        return torch.empty(0, dtype=torch.int64, device=logits_SV.device), torch.empty(0, device=logits_SV.device)
+    temperature_S = torch.from_numpy(batch.temperature_S).to(logits_SV.device)
+    x_SV = logits_SV.contiguous()
+    if batch.filters_S.any():
+        x_SV, temperature_S = _processed(logits_SV, batch), torch.ones_like(temperature_S)
+    seeds_S = torch.from_numpy(batch.seeds_S.view(np.int64)).to(logits_SV.device)
+    positions_S = torch.from_numpy(batch.positions_S.astype(np.int64)).to(logits_SV.device)
+    tokens_S, logprobs_S = pick(x_SV, temperature_S, seeds_S, positions_S, stream)
     _raise_if_bad(logits_SV, logprobs_S.isnan())
     return tokens_S, logprobs_S

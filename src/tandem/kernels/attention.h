@@ -1,0 +1,500 @@
+// Attention of packed queries over a table of key and value slots, forward. Contract in attention.py.
+//
+// Keys are reduced in blocks of 64 absolute positions with an online softmax, whatever the number of queries that ride
+// along, the chunk they came in or the page size: a query's result is a function of its position and its path.
+//
+// A value enters a product only from the first to the last position that a query beside it sees: what a page holds beyond
+// (nothing yet, or what another sequence left, NaN included) and pages that nobody sees are never read into a sum. A
+// position that one query sees and another does not meets a probability of 0 there: the sum stays as it is but for the
+// sign of a zero, and the result's zeros are positive.
+//
+// E is the compute dtype, S what keys and values are stored in: E itself, or e4m3, widened to E as a block is gathered.
+#pragma once
+#include "float8.h"
+#include "page_layout.h"
+#include "team.h"
+#include <type_traits>
+#include <vector>
+
+extern "C" struct AttentionArgs {
+    const void* query;         // [T, H, D], a stride between tokens
+    const void *key, *value;   // page_tokens 1: slots of [K, D], a stride between them; else pools of packed pages
+    int64_t query_stride, key_stride, value_stride;
+    void* out;    // [T, H, D]
+    float* lse;   // [T, H] or null
+    const int32_t *row_start, *first_position, *table;  // [S + 1], [S], [S, table_stride]
+    int64_t table_stride, page_tokens, segments, heads, kv_heads, head_size;
+    int64_t window, chunk, sinks;  // 0: none; sinks count with a window only
+    float scale;
+};
+
+namespace tandem __attribute__((visibility("hidden"))) {
+
+constexpr int BLOCK = 64;        // keys reduced at a time; equals PANEL
+constexpr int RUN = 16;          // positions of one register of scores; a page holds whole runs or a power of two below
+constexpr int QUERY_CHUNK = 32;  // query tokens of one forward task
+static_assert(BLOCK == PANEL, "scores of a block fill one panel");
+
+struct Span {  // queries of one segment that share a key head; tokens counted within the segment
+    int32_t segment, kv_head, first_token, tokens;
+};
+
+// First position that a query at `position` sees, sinks aside. Never decreases with `position`.
+inline int64_t first_seen(const AttentionArgs& a, int64_t position) {
+    if (a.window > 0) return std::max<int64_t>(0, position - a.window + 1);
+    return a.chunk > 0 ? position / a.chunk * a.chunk : 0;
+}
+
+// Keys of a block that a query at `position` sees: [low, high) within the block.
+inline void visible(int64_t position, int64_t seen_from, int64_t block_first, int& low, int& high) {
+    high = int(std::max<int64_t>(0, std::min<int64_t>(BLOCK, position + 1 - block_first)));
+    low = int(std::max<int64_t>(0, std::min<int64_t>(high, seen_from - block_first)));
+}
+
+// Keys of a block that a query sees as sinks: [0, lead). Where they reach its window, one run from 0 is left.
+inline int sinks_seen(int64_t block_first, int64_t sinks, int& low, int high) {
+    const int lead = int(std::max<int64_t>(0, std::min<int64_t>(high, sinks - block_first)));
+    if (lead >= low) low = 0;
+    return low == 0 ? 0 : lead;
+}
+
+// The spans of a step, the same for all layers of one reach. Segments that begin with the same page follow each other head
+// by head, so that one thread finds what they share in its cache.
+inline std::vector<Span> make_spans(const AttentionArgs& a) {
+    std::vector<int32_t> order(a.segments);
+    std::vector<int64_t> begins(a.segments);
+    for (int32_t s = 0; s < a.segments; s++) {
+        order[s] = s;
+        begins[s] = a.table[s * a.table_stride + first_seen(a, a.first_position[s]) / a.page_tokens];
+    }
+    std::stable_sort(order.begin(), order.end(), [&](int32_t s, int32_t t) { return begins[s] < begins[t]; });
+    std::vector<Span> spans;
+    spans.reserve(a.segments * a.kv_heads);
+    for (size_t i = 0, j = 0; i < order.size(); i = j) {
+        while (j < order.size() && begins[order[j]] == begins[order[i]]) j++;
+        for (int32_t k = 0; k < a.kv_heads; k++)
+            for (size_t m = i; m < j; m++) {
+                const int32_t s = order[m], tokens = a.row_start[s + 1] - a.row_start[s];
+                for (int32_t first = 0; first < tokens; first += QUERY_CHUNK) spans.push_back({s, k, first, std::min(QUERY_CHUNK, tokens - first)});
+            }
+    }
+    return spans;
+}
+
+// A block of keys and values as the tiles read them; pointers of runs that nobody sees are not set.
+template <typename E>
+struct Panels {
+    const E *key[BLOCK / RUN], *value[BLOCK / RUN];  // of each run of positions
+    int64_t key_step, value_step;                    // elements to the next pair of channels; of positions
+    int64_t value_panel;                             // elements to the next 64 channels of the values
+    // What this thread reads next, laid out alike: brought into the cache while the tiles compute. Null: nothing.
+    const E *next_key[BLOCK / RUN] = {}, *next_value[BLOCK / RUN] = {};
+};
+
+#ifdef TANDEM_AVX512
+inline __m512 multiply_add(__m512 sum, const bf16* a, __m512i b) {
+    int32_t two;
+    std::memcpy(&two, a, 4);
+    return _mm512_dpbf16_ps(sum, (__m512bh)_mm512_set1_epi32(two), (__m512bh)b);
+}
+inline __m512 multiply_add(__m512 sum, const float* a, __m512i b) { return _mm512_fmadd_ps(_mm512_set1_ps(*a), _mm512_castsi512_ps(b), sum); }
+
+// out[r][16 g ..] = sum over channels of rows[r] * key[g], for G runs of positions. `next`: of four runs.
+template <int R, int G, typename E>
+inline void score_tile(const E* const* rows, const E* const* key, const E* const* next, int64_t step, int64_t size, float* out) {
+    __m512 sum[R][G];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int g = 0; g < G; g++) sum[r][g] = _mm512_setzero_ps();
+    const bool ahead = next[0] != nullptr;
+    for (int64_t d = 0, at = 0; d < size; d += pair_of<E>(), at += step) {
+        __m512i b[G];
+#pragma GCC unroll 8
+        for (int g = 0; g < G; g++) b[g] = _mm512_loadu_si512(key[g] + at);
+        if (ahead)
+            for (int g = 0; g < BLOCK / RUN; g++) _mm_prefetch(next[g] + at, _MM_HINT_T0);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int g = 0; g < G; g++) sum[r][g] = multiply_add(sum[r][g], rows[r] + d, b[g]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int g = 0; g < G; g++) _mm512_storeu_ps(out + r * BLOCK + RUN * g, sum[r][g]);
+}
+
+// out[r] = out[r] * factor[r] + sum over positions [low, high) of rows[r] * value, for 16 C channels. An odd `low` is
+// rounded down: the two positions of a pair lie in one page. Of a pair that `high` parts, the second counts as 0.
+template <int R, int C, typename E>
+inline void value_tile(const E* const* rows, const E* const* value, const E* const* next, int64_t step, int low, int high, const float* factor,
+                       float* out, int64_t stride) {
+    constexpr int pair = pair_of<E>(), words = RUN * pair;
+    __m512 sum[R][C];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) sum[r][c] = _mm512_mul_ps(_mm512_loadu_ps(out + r * stride + RUN * c), _mm512_set1_ps(factor[r]));
+    constexpr int of_run = RUN / pair;  // pairs
+    for (unsigned j = low / pair; j < unsigned(high / pair); j++) {
+        const int64_t at = j % of_run * step;
+        const E* from = value[j / of_run] + at;
+        __m512i b[C];
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) b[c] = _mm512_loadu_si512(from + words * c);
+        if (const E* ahead = next[j / of_run])
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++) _mm_prefetch(ahead + at + words * c, _MM_HINT_T0);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++) sum[r][c] = multiply_add(sum[r][c], rows[r] + pair * j, b[c]);
+    }
+    if (high % pair > 0) {
+        const int j = high / pair;
+        const E* from = value[j / of_run] + j % of_run * step;
+        __m512i b[C];
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) b[c] = _mm512_and_si512(_mm512_loadu_si512(from + words * c), _mm512_set1_epi32(0xffff));
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+            for (int c = 0; c < C; c++) sum[r][c] = multiply_add(sum[r][c], rows[r] + pair * j, b[c]);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 8
+        for (int c = 0; c < C; c++) _mm512_storeu_ps(out + r * stride + RUN * c, sum[r][c]);
+}
+#else
+template <int R, int G, typename E>
+inline void score_tile(const E* const* rows, const E* const* key, const E* const*, int64_t step, int64_t size, float* out) {
+    constexpr int pair = pair_of<E>();
+    for (int r = 0; r < R; r++)
+        for (int g = 0; g < G; g++) {
+            float sum[RUN] = {};
+            for (int64_t d = 0; d < size; d++)
+                for (int c = 0; c < RUN; c++) sum[c] += to_float(rows[r][d]) * to_float(key[g][d / pair * step + c * pair + d % pair]);
+            for (int c = 0; c < RUN; c++) out[r * BLOCK + RUN * g + c] = sum[c];
+        }
+}
+
+template <int R, int C, typename E>
+inline void value_tile(const E* const* rows, const E* const* value, const E* const*, int64_t step, int low, int high, const float* factor,
+                       float* out, int64_t stride) {
+    constexpr int pair = pair_of<E>();
+    for (int r = 0; r < R; r++) {
+        float* o = out + r * stride;
+        for (int c = 0; c < RUN * C; c++) o[c] *= factor[r];
+        for (int j = low; j < high; j++) {
+            const E* from = value[j / RUN] + j % RUN / pair * step + j % pair;
+            for (int c = 0; c < RUN * C; c++) o[c] += to_float(rows[r][j]) * to_float(from[c * pair]);
+        }
+    }
+}
+#endif
+
+template <int R, typename E>
+inline void score_runs(int runs, const E* const* rows, const E* const* key, const E* const* next, int64_t step, int64_t size, float* out) {
+    switch (runs) {
+        case 1: return score_tile<R, 1>(rows, key, next, step, size, out);
+        case 2: return score_tile<R, 2>(rows, key, next, step, size, out);
+        case 3: return score_tile<R, 3>(rows, key, next, step, size, out);
+        default: return score_tile<R, 4>(rows, key, next, step, size, out);
+    }
+}
+
+template <int R, typename E>
+inline void value_columns(const E* const* rows, const Panels<E>& panels, int low, int high, const float* factor, float* out, int64_t stride) {
+    const E *value[BLOCK / RUN], *next[BLOCK / RUN];
+    for (int64_t c = 0; c < stride; c += PANEL) {
+        const int64_t at = c / PANEL * panels.value_panel;
+        for (int g = low / RUN; g * RUN < high; g++)
+            value[g] = panels.value[g] + at, next[g] = panels.next_value[g] ? panels.next_value[g] + at : nullptr;
+        switch (std::min<int64_t>(PANEL, stride - c) / RUN) {
+            case 1: value_tile<R, 1>(rows, value, next, panels.value_step, low, high, factor, out + c, stride); break;
+            case 2: value_tile<R, 2>(rows, value, next, panels.value_step, low, high, factor, out + c, stride); break;
+            case 3: value_tile<R, 3>(rows, value, next, panels.value_step, low, high, factor, out + c, stride); break;
+            default: value_tile<R, 4>(rows, value, next, panels.value_step, low, high, factor, out + c, stride);
+        }
+    }
+}
+
+// What a query has seen so far of its keys.
+struct Softmax {
+    float top, total;  // largest score; sum of exponentials relative to it
+};
+
+// R rows of 64 scores -> probabilities relative to each row's running maximum, and the factors for what came before. Seen are
+// [low, high) and, with SINKS, [0, lead); a row that sees nothing stays as it is.
+template <int R, bool SINKS, typename E>
+inline void soften(const float* scores, E* probability, const int* lead, const int* low, const int* high, float scale, Softmax* const* state,
+                   float* factor) {
+    float best[R], behind[LANES] = {};
+#ifdef TANDEM_AVX512
+    __mmask16 seen[R][BLOCK / RUN];
+    const __m512 least = _mm512_set1_ps(-INFINITY), by = _mm512_set1_ps(scale);
+    for (int r = 0; r < R; r++) {
+        uint64_t bits = high[r] > low[r] ? (~0ull >> (BLOCK - (high[r] - low[r]))) << low[r] : 0;
+        if constexpr (SINKS) bits |= lead[r] > 0 ? ~0ull >> (BLOCK - lead[r]) : 0;
+        __m512 s[BLOCK / RUN];
+        for (int c = 0; c < BLOCK / RUN; c++) {
+            seen[r][c] = __mmask16(bits >> (RUN * c));
+            s[c] = _mm512_mask_mul_ps(least, seen[r][c], _mm512_loadu_ps(scores + r * BLOCK + RUN * c), by);
+        }
+        best[r] = std::max(state[r]->top, _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(s[0], s[1]), _mm512_max_ps(s[2], s[3]))));
+        behind[r] = best[r] == -INFINITY ? 0.0f : state[r]->top - best[r];
+    }
+    const Lanes factors = exp(load(behind));
+    store(behind, factors);
+    for (int r = 0; r < R; r++) {
+        __m512 s[BLOCK / RUN];
+        for (int c = 0; c < BLOCK / RUN; c++) {
+            const __m512 x = _mm512_sub_ps(_mm512_mul_ps(_mm512_loadu_ps(scores + r * BLOCK + RUN * c), by), _mm512_set1_ps(best[r]));
+            s[c] = _mm512_maskz_mov_ps(seen[r][c], exp(Lanes{x}).v);
+            narrow(probability + r * BLOCK + RUN * c, s[c]);
+        }
+        const float sum = _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(s[0], s[1]), _mm512_add_ps(s[2], s[3])));
+        factor[r] = behind[r];
+        *state[r] = {best[r], state[r]->total * factor[r] + sum};
+    }
+#else
+    for (int r = 0; r < R; r++) {
+        const auto seen = [&](int c) { return (c >= low[r] && c < high[r]) || (SINKS && c < lead[r]); };
+        best[r] = state[r]->top;
+        for (int c = 0; c < BLOCK; c++)
+            if (seen(c)) best[r] = std::max(best[r], scores[r * BLOCK + c] * scale);
+        behind[r] = best[r] == -INFINITY ? 0.0f : state[r]->top - best[r];
+        float sum = 0;
+        for (int c = 0; c < BLOCK; c++) {
+            const float p = seen(c) ? exp_one(scores[r * BLOCK + c] * scale - best[r]) : 0.0f;
+            sum += p, probability[r * BLOCK + c] = from_float<E>(p);
+        }
+        factor[r] = exp_one(behind[r]);
+        *state[r] = {best[r], state[r]->total * factor[r] + sum};
+    }
+#endif
+}
+
+// What a thread keeps from span to span; grows and never shrinks.
+template <typename E>
+struct AttentionScratch {
+    struct Row {  // a query: its token and head
+        const E* query;
+        E* out;
+        float* lse;
+        int64_t position, seen_from;
+        Softmax state;
+    };
+    std::vector<E> keys, values;  // a block, where pages can't be read as they are
+    std::vector<Row> rows;
+    std::vector<float> out;  // [rows, columns], times `total`
+    alignas(64) float scores[LANE_ROWS * BLOCK];
+    alignas(64) E probability[LANE_ROWS * BLOCK];
+    template <typename T> static T* room(std::vector<T>& v, int64_t count) {
+        if (int64_t(v.size()) < count) v.resize(count);
+        return v.data();
+    }
+};
+
+// Which positions of a segment's span are seen by any of it.
+struct Extent {
+    int64_t begin, end;
+    Extent(const AttentionArgs& a, const Span& span) {
+        const int64_t position = a.first_position[span.segment] + span.first_token;
+        begin = first_seen(a, position), end = position + span.tokens;
+    }
+};
+
+// Panels of the positions [0, lead) and [low, high) of the block from `first`, for one span.
+template <typename E, typename S>
+struct BlockReader {
+    const AttentionArgs& a;
+    const Span& span;
+    AttentionScratch<E>& scratch;
+    const int32_t* table = a.table + span.segment * a.table_stride;
+    const PageLayout layout{a.page_tokens, a.kv_heads, a.head_size};
+    const int shift = __builtin_ctzll(a.page_tokens);
+    const bool as_they_are = std::is_same_v<E, S> && a.page_tokens >= RUN && a.head_size % RUN == 0;
+
+    void read(int64_t first, int lead, int low, int high, Panels<E>& p) const {
+        if (a.page_tokens == 1) return pack(first, lead, low, high, p);
+        if constexpr (std::is_same_v<E, S>)
+            if (as_they_are) return point(first, lead, low, high, p);
+        gather(first, lead, low, high, p);
+    }
+    int64_t start(int64_t position) const { return layout.start(table[position >> shift], span.kv_head); }
+    int64_t offset(int64_t position) const { return position & (a.page_tokens - 1); }
+
+    void point(int64_t first, int lead, int low, int high, Panels<E>& p) const {
+        for (int g = lead > 0 ? 0 : low / RUN; g * RUN < high; g++) {
+            if (g * RUN >= lead && g * RUN + RUN <= low) {  // between sinks and window: scores that nobody looks at
+                p.key[g] = p.key[0];
+                continue;
+            }
+            const int64_t at = start(first + g * RUN), in_page = offset(first + g * RUN);
+            p.key[g] = (const E*)a.key + at + layout.template key<E>(in_page);
+            p.value[g] = (const E*)a.value + at + layout.template value<E>(in_page);
+        }
+        p.key_step = layout.template key_step<E>(), p.value_step = layout.template value_step<E>();
+        p.value_panel = PANEL * pair_of<E>();
+    }
+
+    // Has the block from `first` brought into the cache as the tiles of `p` pass; what [low, high) of it leaves out, at once.
+    void look_ahead(int64_t first, const Extent& seen, int low, int high, Panels<E>& p) const {
+        if (!as_they_are) return;
+        for (int g = 0; g < BLOCK / RUN; g++) {
+            const int64_t position = std::max(seen.begin / RUN * RUN, std::min(first + g * RUN, (seen.end - 1) / RUN * RUN));
+            const int64_t at = start(position), in_page = offset(position);
+            p.next_key[g] = (const E*)a.key + at + layout.template key<E>(in_page);
+            p.next_value[g] = (const E*)a.value + at + layout.template value<E>(in_page);
+            if (position == first + g * RUN && (g < low / RUN || g * RUN >= high))
+                for (int64_t i = 0; i < RUN * a.head_size; i += 64 / int64_t(sizeof(E))) __builtin_prefetch(p.next_value[g] + i);
+        }
+    }
+
+    // Pages smaller than a run, or of another dtype: into scratch of one page of 64 positions.
+    void gather(int64_t first, int lead, int low, int high, Panels<E>& p) const {
+        constexpr int pair = pair_of<E>();
+        const PageLayout whole{BLOCK, 1, a.head_size};
+        E* keys = scratch.room(scratch.keys, (a.head_size + pair) * BLOCK);
+        E* values = scratch.room(scratch.values, a.head_size * BLOCK + PANEL * pair);  // a tile reads whole registers
+        const int run = int(std::min<int64_t>(RUN, a.page_tokens));
+        for (int j = lead > 0 ? 0 : low / run * run; j < high; j += run) {
+            if (j >= lead && j + run <= low) continue;
+            const int64_t at = start(first + j), in_page = offset(first + j);
+            const S* key = (const S*)a.key + at + layout.template key<E>(in_page);
+            for (int64_t d = 0; d < a.head_size; d += pair, key += layout.template key_step<E>())
+                widen(key, run * pair, keys + d / pair * whole.template key_step<E>() + whole.template key<E>(j));
+            widen((const S*)a.value + at + layout.template value<E>(in_page), run * a.head_size, values + whole.template value<E>(j));
+        }
+        for (int g = 0; g < BLOCK / RUN; g++) p.key[g] = keys + whole.template key<E>(g * RUN), p.value[g] = values + whole.template value<E>(g * RUN);
+        p.key_step = whole.template key_step<E>(), p.value_step = whole.template value_step<E>(), p.value_panel = PANEL * pair;
+    }
+    static void widen(const S* source, int64_t count, E* target) {
+        if constexpr (std::is_same_v<E, S>) std::memcpy((void*)target, source, count * sizeof(E));
+        else widen_codes(source, count, target);
+    }
+
+    // Slots of one token: the rows of the learner's pack.
+    void pack(int64_t first, int lead, int low, int high, Panels<E>& p) const {
+        if constexpr (std::is_same_v<E, S>) {
+            const int64_t size = a.head_size, depth = padded_depth<E>(size), panels = (size + PANEL - 1) / PANEL;
+            E* keys = scratch.room(scratch.keys, depth * PANEL);
+            E* values = scratch.room(scratch.values, panels * PANEL * BLOCK);
+            low = lead > 0 ? 0 : low / RUN * RUN;
+            const E *key[BLOCK], *value[BLOCK], *part[BLOCK];
+            for (int j = low; j < high; j++) {
+                const int64_t slot = table[first + j];
+                key[j] = (const E*)a.key + slot * a.key_stride + span.kv_head * size;
+                value[j] = (const E*)a.value + slot * a.value_stride + span.kv_head * size;
+            }
+            pack_columns<E>(key + low, high - low, size, keys);
+            for (int64_t c = 0; c < panels; c++) {
+                for (int j = low; j < high; j++) part[j] = value[j] + c * PANEL;
+                pack_depth<E>(part + low, high - low, std::min<int64_t>(PANEL, size - c * PANEL), values + c * BLOCK * PANEL);
+            }
+            for (int g = low / RUN; g < BLOCK / RUN; g++)
+                p.key[g] = keys + (g * RUN - low) * pair_of<E>(), p.value[g] = values + (g * RUN - low) * PANEL;
+            p.key_step = p.value_step = PANEL * pair_of<E>(), p.value_panel = BLOCK * PANEL;
+        }
+    }
+};
+
+// R rows against one block.
+template <int R, bool SINKS, typename E>
+inline void attend_rows(const AttentionArgs& a, typename AttentionScratch<E>::Row* rows, int64_t block_first, const Panels<E>& panels,
+                        AttentionScratch<E>& scratch, float* out, int64_t wide) {
+    int low[R], high[R], lead[R] = {}, first = BLOCK, last = 0, most = 0;  // the rows' union: [first, last) and [0, most)
+    for (int r = 0; r < R; r++) {
+        visible(rows[r].position, rows[r].seen_from, block_first, low[r], high[r]);
+        if constexpr (SINKS) lead[r] = sinks_seen(block_first, a.sinks, low[r], high[r]), most = std::max(most, lead[r]);
+        if (low[r] < high[r]) first = std::min(first, low[r]), last = std::max(last, high[r]);
+    }
+    if (SINKS && first >= last) first = 0, last = most, most = 0;
+    if (SINKS && most >= first) first = 0, most = 0;
+    if (first >= last) return;
+    const E *query[R], *probability[R];
+    Softmax* state[R];
+    for (int r = 0; r < R; r++) query[r] = rows[r].query, probability[r] = scratch.probability + r * BLOCK, state[r] = &rows[r].state;
+    const int from = (most > 0 ? 0 : first) / RUN;
+    score_runs<R>((last + RUN - 1) / RUN - from, query, panels.key + from, panels.next_key, panels.key_step, a.head_size, scratch.scores + from * RUN);
+    float factor[R];
+    soften<R, SINKS>(scratch.scores, scratch.probability, lead, low, high, a.scale, state, factor);
+    if (most > 0) {
+        value_columns<R>(probability, panels, 0, most, factor, out, wide);
+        for (int r = 0; r < R; r++) factor[r] = 1.0f;
+    }
+    value_columns<R>(probability, panels, first, last, factor, out, wide);
+}
+
+template <typename E, typename S, bool SINKS>
+void attend_span(const AttentionArgs& a, const Span& span, const Span* following) {
+    using Row = typename AttentionScratch<E>::Row;
+    thread_local AttentionScratch<E> scratch;
+    const int64_t group = a.heads / a.kv_heads, n = span.tokens * group, size = a.head_size, wide = (size + RUN - 1) / RUN * RUN;
+    Row* rows = scratch.room(scratch.rows, n);
+    float* out = scratch.room(scratch.out, n * wide);
+    std::memset(out, 0, n * wide * sizeof(float));
+    for (int64_t t = 0, i = 0; t < span.tokens; t++) {
+        const int64_t row = a.row_start[span.segment] + span.first_token + t, position = a.first_position[span.segment] + span.first_token + t;
+        const int64_t seen_from = first_seen(a, position);
+        for (int64_t h = span.kv_head * group; h < (span.kv_head + 1) * group; h++, i++)
+            rows[i] = {(const E*)a.query + row * a.query_stride + h * size, (E*)a.out + (row * a.heads + h) * size,
+                       a.lse ? a.lse + row * a.heads + h : nullptr, position, seen_from, {-INFINITY, 0.0f}};
+    }
+    const BlockReader<E, S> reader{a, span, scratch};
+    const Extent seen(a, span);
+    const int64_t begin = seen.begin, end = seen.end;
+    const int64_t sink_blocks = SINKS ? std::min(begin / BLOCK, (a.sinks + BLOCK - 1) / BLOCK) : 0;
+    for (int64_t turn = -sink_blocks; turn <= (end - 1) / BLOCK - begin / BLOCK; turn++) {
+        const int64_t first = (turn < 0 ? turn + sink_blocks : turn + begin / BLOCK) * BLOCK;
+        const int lead = SINKS ? int(std::max<int64_t>(0, std::min<int64_t>(BLOCK, a.sinks - first))) : 0;
+        const int low = int(std::max<int64_t>(0, begin - first)), high = turn < 0 ? lead : int(std::min<int64_t>(BLOCK, end - first));
+        Panels<E> panels;
+        reader.read(first, lead, low, high, panels);
+        if (n <= LANE_ROWS) {  // what follows a decode is read once; behind more rows it comes in time
+            if (first + BLOCK < end) reader.look_ahead(first + BLOCK, seen, low, high, panels);
+            else if (following) {
+                const Extent next(a, *following);
+                BlockReader<E, S>{a, *following, scratch}.look_ahead(next.begin / BLOCK * BLOCK, next, low, high, panels);
+            }
+        }
+        for (int64_t i = 0; i < n; i += LANE_ROWS) switch (n - i) {
+            case 1: attend_rows<1, SINKS>(a, rows + i, first, panels, scratch, out + i * wide, wide); break;
+            case 2: attend_rows<2, SINKS>(a, rows + i, first, panels, scratch, out + i * wide, wide); break;
+            case 3: attend_rows<3, SINKS>(a, rows + i, first, panels, scratch, out + i * wide, wide); break;
+            case 4: attend_rows<4, SINKS>(a, rows + i, first, panels, scratch, out + i * wide, wide); break;
+            case 5: attend_rows<5, SINKS>(a, rows + i, first, panels, scratch, out + i * wide, wide); break;
+            default: attend_rows<6, SINKS>(a, rows + i, first, panels, scratch, out + i * wide, wide);
+        }
+    }
+    for (int64_t i = 0; i < n; i++) {
+        float* o = out + i * wide;
+        const float inverse = 1.0f / rows[i].state.total;
+        for (int64_t c = 0; c < wide; c++) o[c] = o[c] * inverse + 0.0f;  // -0 becomes 0
+        int64_t c = 0;
+        for (; c + PANEL <= size; c += PANEL) narrow_panel<E>(o + c, rows[i].out + c);
+        for (; c < size; c++) rows[i].out[c] = from_float<E>(o[c]);
+        if (rows[i].lse) *rows[i].lse = rows[i].state.top + std::log(rows[i].state.total);
+    }
+}
+
+// One thread's part of the spans: it takes runs of them until none is left, long ones first.
+template <typename E, typename S = E>
+void run_spans(const AttentionArgs& a, const std::vector<Span>& spans, std::atomic<int64_t>& next, int64_t threads) {
+    const int64_t total = int64_t(spans.size());
+    for (;;) {
+        int64_t first = next.load(std::memory_order_relaxed), last;
+        do {
+            if (first >= total) return;
+            last = first + std::max<int64_t>(1, (total - first) / (2 * threads));
+        } while (!next.compare_exchange_weak(first, last, std::memory_order_relaxed));
+        for (int64_t i = first; i < last; i++)
+            if (a.window > 0 && a.sinks > 0) attend_span<E, S, true>(a, spans[i], i + 1 < last ? &spans[i + 1] : nullptr);
+            else attend_span<E, S, false>(a, spans[i], i + 1 < last ? &spans[i + 1] : nullptr);
+    }
+}
+
+}  // namespace tandem

@@ -1,0 +1,268 @@
+// The decoder's forward pass of an engine step in one parallel region: embedding, every layer against pages of keys and values, the
+// final norm of the rows asked for. Contract in forward.py. Each operation is the one that the learner's pass calls, a row at a
+// time, so the bits are the same.
+#include <chrono>
+#include "attention.h"
+#include "codes.h"
+#include "layer.h"
+#include "linear.h"
+#include "page_store.h"
+
+using namespace tandem;
+
+extern "C" struct MatrixArgs {
+    const void* packed;
+    const Codes* codes;  // in place of `packed`, or null
+};
+
+extern "C" struct LayerArgs {
+    MatrixArgs qkv, out, gate_up, down;
+    const void *norm, *feed_norm, *q_norm, *k_norm;  // the norms of heads may be null
+    const float* qkv_bias;                           // may be null
+    void *keys, *values;                             // pools of packed pages
+    int64_t group, rotary;                           // which tables of pages; 0: no rotation
+};
+
+extern "C" struct GroupArgs {
+    const int32_t *table, *last_table;  // [S, table_stride]; [N, table_stride], of the rows asked for
+    const int64_t* slots;               // [T]
+    int64_t table_stride, window, chunk, sinks;
+};
+
+extern "C" struct ForwardArgs {
+    const LayerArgs* layers;
+    const GroupArgs* groups;
+    const void *embedding, *norm;                        // [V, M], [M]
+    const int64_t *tokens, *positions, *last_rows;       // [T], [T], [N] rows asked for, ascending
+    const int32_t *row_start, *first_position;           // [S + 1], [S]
+    const int32_t *last_start, *last_positions;          // [N + 1] 0 .. N, [N]
+    const float *cosine, *sine;                          // [positions, D / 2]
+    void *hidden, *normed, *qkv, *attended, *both, *act;  // scratch: [T, M], [max(T, FEW threads), M], [T, W], [T, H D], [T, 2 F], [T, F]
+    void* out;                                           // [N, M]
+    double* seconds;                                     // [KINDS], added to; or null
+    int64_t num_layers, num_groups, rows, segments, num_last, width, ff_width, heads, kv_heads, head_size, page_tokens;
+    float eps;
+};
+
+namespace {
+
+constexpr int64_t FEW = 8;  // rows up to which every thread norms them all for itself rather than wait for the others
+
+enum Kind { EMBED, NORM, QKV, STORE, ATTEND, OUT, GATE_UP, DOWN, KINDS };
+
+// Seconds of thread 0 from one operation to the next.
+class Clock {
+public:
+    Clock(double* seconds, const Team& team) : seconds_(team.me == 0 ? seconds : nullptr), last_(now()) {}
+    void stop(Kind kind) {
+        if (!seconds_) return;
+        const double t = now();
+        seconds_[kind] += t - last_;
+        last_ = t;
+    }
+
+private:
+    double now() const { return seconds_ ? std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count() : 0.0; }
+    double* seconds_;
+    double last_;
+};
+
+struct Steps {  // what attention shares among the threads
+    std::vector<std::vector<Span>> spans;  // of each group, then of the rows asked for in the last layer's group
+    std::vector<std::atomic<int64_t>> next;
+    explicit Steps(const ForwardArgs& a);
+};
+
+AttentionArgs attention_args(const ForwardArgs& a, const LayerArgs& layer, bool last) {
+    const GroupArgs& group = a.groups[layer.group];
+    const int64_t width = (a.heads + 2 * a.kv_heads) * a.head_size;
+    return {a.qkv, layer.keys, layer.values, width, 0, 0, a.attended, nullptr, last ? a.last_start : a.row_start, last ? a.last_positions : a.first_position,
+            last ? group.last_table : group.table, group.table_stride, a.page_tokens, last ? a.num_last : a.segments, a.heads, a.kv_heads, a.head_size,
+            group.window, group.chunk, group.sinks, float(1.0 / std::sqrt(double(a.head_size)))};
+}
+
+Steps::Steps(const ForwardArgs& a) : spans(a.num_groups + 1), next(a.num_layers) {
+    for (int64_t l = 0; l < a.num_layers; l++)
+        if (std::vector<Span>& found = spans[a.layers[l].group]; found.empty()) found = make_spans(attention_args(a, a.layers[l], false));
+    spans[a.num_groups] = make_spans(attention_args(a, a.layers[a.num_layers - 1], true));
+}
+
+template <typename E, typename S>
+class Forward {
+public:
+    Forward(const ForwardArgs& a, const Team& team, Steps& steps) : a_(a), team_(team), steps_(steps), rows_(a.rows), clock_(a.seconds, team) {}
+
+    void run() {
+        embed();
+        for (int64_t l = 0; l < a_.num_layers; l++) {
+            const LayerArgs& layer = a_.layers[l];
+            const bool last = l + 1 == a_.num_layers;
+            project(layer);
+            rotate_store(layer);
+            if (last && a_.num_last < a_.rows) keep_last();
+            attend(layer, l, last);
+            feed_forward(layer, last ? nullptr : &a_.layers[l + 1]);
+        }
+        int64_t i, end;
+        team_.share(a_.num_last, i, end);
+        for (; i < end; i++) norm_row(hidden() + i * a_.width, (const E*)a_.norm, (E*)a_.out + i * a_.width, a_.width, a_.eps);
+        clock_.stop(NORM);
+    }
+
+private:
+    E* hidden() const { return (E*)a_.hidden; }
+    int64_t qkv_width() const { return (a_.heads + 2 * a_.kv_heads) * a_.head_size; }
+    static int64_t depth(int64_t inputs) { return padded_depth<E>(inputs); }
+
+    // Where this thread begins to read a matrix: packed columns or codes.
+    const void* begin(const MatrixArgs& matrix, int64_t columns, int64_t inputs) const {
+        return matrix.codes ? (const void*)first_codes(*matrix.codes, rows_, team_) : first_panel((const E*)matrix.packed, rows_, columns, depth(inputs), team_);
+    }
+
+    void multiply(const MatrixArgs& matrix, Product<E> a, void* y, const void* after = nullptr) {
+        a.packed = (const E*)matrix.packed;
+        if constexpr (sizeof(E) == 2)
+            if (matrix.codes) return codes_share<E>(a, *matrix.codes, (E*)y, team_, (const uint8_t*)after);
+        linear_share<E, E>(a, (E*)y, team_, (const E*)after);
+    }
+
+    void embed() {
+        int64_t i, end;
+        team_.share(rows_, i, end);
+        for (; i < end; i++) std::memcpy((void*)(hidden() + i * a_.width), (const E*)a_.embedding + a_.tokens[i] * a_.width, a_.width * sizeof(E));
+        team_.wait();
+        clock_.stop(EMBED);
+    }
+
+    // Ends in a wait where other threads wrote rows that this one reads.
+    const E* normed(const void* weight) {
+        const bool alone = rows_ <= FEW;
+        E* target = (E*)a_.normed + (alone ? team_.me * FEW * a_.width : 0);
+        int64_t i = 0, end = rows_;
+        if (!alone) team_.share(rows_, i, end);
+        for (; i < end; i++) norm_row(hidden() + i * a_.width, (const E*)weight, target + i * a_.width, a_.width, a_.eps);
+        if (!alone) team_.wait();
+        clock_.stop(NORM);
+        return target;
+    }
+
+    void project(const LayerArgs& layer) {
+        const Product<E> qkv{normed(layer.norm), a_.width, nullptr, rows_, qkv_width(), depth(a_.width), layer.qkv_bias};
+        multiply(layer.qkv, qkv, a_.qkv, begin(layer.out, a_.width, a_.heads * a_.head_size));
+        team_.wait();
+        clock_.stop(QKV);
+        if (!layer.q_norm) return;
+        const int64_t heads = a_.heads + a_.kv_heads;
+        int64_t i, end;
+        team_.share(rows_ * heads, i, end);
+        for (; i < end; i++) {
+            E* x = (E*)a_.qkv + i / heads * qkv_width() + i % heads * a_.head_size;
+            norm_row(x, (const E*)(i % heads < a_.heads ? layer.q_norm : layer.k_norm), x, a_.head_size, a_.eps);
+        }
+        team_.wait();
+        clock_.stop(NORM);
+    }
+
+    void rotate_store(const LayerArgs& layer) {
+        E *query = (E*)a_.qkv, *key = query + a_.heads * a_.head_size;
+        const StoreArgs args{query, key, key + a_.kv_heads * a_.head_size, layer.keys, layer.values, a_.positions, a_.groups[layer.group].slots,
+                             layer.rotary ? a_.cosine : nullptr, a_.sine, rows_, qkv_width(), a_.heads, a_.kv_heads, a_.head_size, a_.page_tokens};
+        rotate_store_share<E, S>(args, team_);
+        team_.wait();
+        clock_.stop(STORE);
+    }
+
+    // From here on only the rows asked for: keys and values of all rows are in their pages.
+    void keep_last() {
+        if (team_.me == 0)
+            for (int64_t i = 0; i < a_.num_last; i++) {
+                const int64_t row = a_.last_rows[i], wide = qkv_width();
+                std::memmove((void*)(hidden() + i * a_.width), hidden() + row * a_.width, a_.width * sizeof(E));
+                std::memmove((void*)((E*)a_.qkv + i * wide), (E*)a_.qkv + row * wide, wide * sizeof(E));
+            }
+        rows_ = a_.num_last;
+        team_.wait();
+    }
+
+    void attend(const LayerArgs& layer, int64_t l, bool last) {
+        run_spans<E, S>(attention_args(a_, layer, last), steps_.spans[last ? a_.num_groups : layer.group], steps_.next[l], team_.threads);
+        team_.wait();
+        clock_.stop(ATTEND);
+    }
+
+    void feed_forward(const LayerArgs& layer, const LayerArgs* after) {
+        const int64_t attended = a_.heads * a_.head_size, width = a_.width, inner = a_.ff_width;
+        const Product<E> out{(const E*)a_.attended, attended, nullptr, rows_, width, depth(attended), nullptr, hidden()};
+        multiply(layer.out, out, hidden(), begin(layer.gate_up, paired(layer) ? inner : 2 * inner, width));
+        team_.wait();
+        clock_.stop(OUT);
+        Product<E> gate_up{normed(layer.feed_norm), width, (const E*)layer.gate_up.packed, rows_, 2 * inner, depth(width)};
+        if (paired(layer)) gate_and_up(gate_up, (const E*)begin(layer.down, width, inner));
+        else gate_then_up(layer, gate_up, begin(layer.down, width, inner));
+        team_.wait();
+        clock_.stop(GATE_UP);
+        const Product<E> down{(const E*)a_.act, inner, nullptr, rows_, width, depth(inner), nullptr, hidden()};
+        multiply(layer.down, down, hidden(), after ? begin(after->qkv, qkv_width(), width) : nullptr);
+        team_.wait();
+        clock_.stop(DOWN);
+    }
+
+    // Whether panels of the gate have panels of up beside them.
+    bool paired(const LayerArgs& layer) const { return a_.ff_width % PANEL == 0 && layer.gate_up.packed; }
+
+    // A panel of the gate with the same panel of up: what they give never leaves the cache. Rounded to E as if stored.
+    void gate_and_up(const Product<E>& a, const E* after) {
+        const int64_t panels = a_.ff_width / PANEL, tiles = (rows_ + ROWS - 1) / ROWS, size = a.depth * PANEL;
+        int64_t t, last;
+        team_.share(panels * tiles, t, last);
+        for (; t < last; t++) {
+            const int64_t p = t / tiles, m = t % tiles * ROWS;
+            const bool more = (p + 1) * tiles < last;
+            alignas(64) float gate[ROWS * PANEL], up[ROWS * PANEL];
+            const int count = product_tile(a, p, t % tiles, tiles, more ? a.packed + (p + 1) * size : after, gate);
+            product_tile(a, panels + p, t % tiles, tiles, more ? a.packed + (panels + p + 1) * size : nullptr, up);
+            for (int r = 0; r < count; r++) {
+                alignas(64) E g[PANEL], u[PANEL];
+                narrow_panel<E>(gate + r * PANEL, g), narrow_panel<E>(up + r * PANEL, u);
+                swiglu_panel(g, u, (E*)a_.act + (m + r) * a_.ff_width + p * PANEL, PANEL);
+            }
+        }
+    }
+
+    void gate_then_up(const LayerArgs& layer, const Product<E>& a, const void* after) {
+        E* both = (E*)a_.both;
+        multiply(layer.gate_up, a, both, after);
+        team_.wait();
+        int64_t i, end;
+        team_.share(rows_, i, end);
+        for (; i < end; i++)
+            for (int64_t c = 0; c < a_.ff_width; c += PANEL) {
+                const E* gate = both + i * 2 * a_.ff_width + c;
+                swiglu_panel(gate, gate + a_.ff_width, (E*)a_.act + i * a_.ff_width + c, int(std::min<int64_t>(PANEL, a_.ff_width - c)));
+            }
+    }
+
+    const ForwardArgs& a_;
+    const Team& team_;
+    Steps& steps_;
+    int64_t rows_;
+    Clock clock_;
+};
+
+template <typename E, typename S>
+void forward(const ForwardArgs& a) {
+    Steps steps(a);
+    with_team([&](const Team& team) {
+        const Tiles configured;
+        Forward<E, S>(a, team, steps).run();
+    });
+}
+
+}  // namespace
+
+extern "C" {
+void forward_bf16(const ForwardArgs* a) { forward<bf16, bf16>(*a); }
+void forward_fp32(const ForwardArgs* a) { forward<float, float>(*a); }
+void forward_e4m3_bf16(const ForwardArgs* a) { forward<bf16, e4m3>(*a); }
+void forward_e4m3_fp32(const ForwardArgs* a) { forward<float, e4m3>(*a); }
+}

@@ -1,0 +1,321 @@
+"""What each compiled library computes, against its reference, on a few small shapes: run once per compiled file.
+
+A compiler, a processor or a virtual machine that gets one instruction wrong is found here and not in a reward curve.
+Bounds of error are those of the tests, widened for references in fp32: E = 2^-24 of every fp32 operation of a sum, U of
+one rounding to the compute dtype. A row's bits must not hang on the rows beside it. `build.library` calls this and
+keeps the mark.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tandem.errors import KernelError
+from tandem.kernels import (
+    adamw,
+    attention,
+    build,
+    codes,
+    gradient,
+    head,
+    linear,
+    logprob,
+    norm,
+    page_pool,
+    page_sum,
+    quantise,
+    rotary,
+    sample,
+    swiglu,
+)
+from tandem.kernels.sample import SamplingBatch
+from tandem.kernels.weight import Weight
+from tandem.numerics import quantise as rounding
+from tandem.types import Sampling
+
+E = 2.0**-24
+U = {torch.float32: E, torch.bfloat16: 2.0**-8}
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """What came out and what should have.
+
+    >>> Comparison("sums", torch.ones(2), torch.tensor([1.0, 1.5]), 0.25).excess
+    0.25
+    """
+
+    what: str
+    got: Tensor
+    wanted: Tensor
+    bound: Tensor | float = 0.0  # of |got - wanted|, element by element
+
+    @property
+    def difference(self) -> float:
+        return float((self.got.double() - self.wanted.double()).abs().max())
+
+    @property
+    def excess(self) -> float:
+        """How far the worst element lies outside its bound; NaN where something is not finite."""
+        return float(((self.got.double() - self.wanted.double()).abs() - self.bound).max())
+
+
+def check(name: str, unit: str) -> None:
+    """KernelError where the library `name` fails."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
+        _judge(name, unit, CHECKS[name]())
+
+
+def check_unit(loaded: ctypes.CDLL, unit: str) -> None:
+    """`check` of unit.cpp, which all other libraries share the micro-kernel of."""
+    _judge("unit", unit, _unit(loaded))
+
+
+def _judge(name: str, unit: str, comparisons: Iterable[Comparison]) -> None:
+    for each in comparisons:
+        if not each.excess <= 0:
+            raise KernelError(
+                f"the kernel {name}.cpp, compiled by {build.compiler()}, fails its self-check on "
+                f"{build.processor_name()} ({unit}): {each.what} is off by {each.difference:.3g}. Report this line; "
+                "meanwhile TANDEM_KERNELS=reference runs the slow PyTorch kernels."
+            )
+
+
+def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _unit(loaded: ctypes.CDLL) -> Iterator[Comparison]:
+    """Depths with and without a rest of 32 inputs; rows that fill tiles, and do not; sums that go on."""
+    pointer, size = ctypes.c_void_p, ctypes.c_int64
+    loaded.multiply_bf16.argtypes = [pointer, size, size, pointer, size, pointer, size]
+
+    def multiply(x_TK: Tensor, panel: Tensor, out: Tensor, add: int) -> None:
+        pointers = (x_TK.data_ptr(), x_TK.stride(0), len(x_TK), panel.data_ptr(), x_TK.shape[1], out.data_ptr(), add)
+        loaded.multiply_bf16(*pointers)
+
+    for depth in (64, 582):
+        x_TK, weight_NK = (_normal(n, depth, dtype=torch.bfloat16, seed=n) for n in (45, 64))
+        panel = weight_NK.view(64, depth // 2, 2).transpose(0, 1).contiguous()
+        wanted, sums = x_TK.double() @ weight_NK.double().T, x_TK.double().abs() @ weight_NK.double().abs().T
+        out, alone = torch.empty(45, 64), torch.empty(1, 64)
+        multiply(x_TK, panel, out, 0)
+        yield Comparison(f"a product of depth {depth}", out, wanted, (depth + 4) * E * sums)
+        for row in (0, 17, 44):
+            multiply(x_TK[row : row + 1], panel, alone, 0)
+            yield Comparison("a row alone", alone[0], out[row])
+        multiply(x_TK, panel, out, 1)
+        yield Comparison("a sum that goes on", out, 2 * wanted, (3 * depth + 8) * E * sums)
+
+
+def _linear() -> Iterator[Comparison]:
+    for dtype in DTYPES:
+        x, residual = (_normal(37, n, dtype=dtype, seed=n) for n in (96, 130))
+        weight = Weight(_normal(130, 96, dtype=dtype, seed=1), matrix=True)
+        y, value = linear.linear(x, weight, None, residual), weight.value
+        wanted = linear.linear_reference(x, value, None, residual).double()
+        sums = x.double().abs() @ value.double().abs().T + residual.double().abs()
+        bound = 3 * U[dtype] * ((wanted - residual.double()).abs() + wanted.abs()) + 200 * E * sums
+        yield Comparison("a product", y, wanted, bound)
+        yield Comparison("a row alone", linear.linear(x[9:10], weight, None, residual[9:10]), y[9:10])
+        logits = linear.logits(x, weight)
+        wanted = x.double() @ value.double().T
+        yield Comparison("logits", logits, wanted, 200 * E * (x.double().abs() @ value.double().abs().T))
+
+
+def _gradient() -> Iterator[Comparison]:
+    """Rows beyond a strip, outputs beyond a panel."""
+    for dtype in DTYPES:
+        x, dy, value = (_normal(*shape, dtype=dtype, seed=7) for shape in ((37, 96), (37, 130), (130, 96)))
+        grad, weight = torch.zeros(130, 96), Weight(value, matrix=True)
+        gradient.accumulate(grad, dy, x)
+        sums = dy.double().abs().T @ x.double().abs()
+        yield Comparison("a weight's gradient", grad, dy.double().T @ x.double(), 80 * E * sums)
+        wanted, sums = dy.double() @ value.double(), dy.double().abs() @ value.double().abs()
+        bound = U[dtype] * wanted.abs() + 200 * E * sums
+        yield Comparison("an input's gradient", gradient.input_gradient(dy, weight), wanted, bound)
+
+
+def _attention() -> Iterator[Comparison]:
+    """Two paths that share their beginning, as rows of a pack; the engine's pages are checked with `page_store`."""
+    for dtype in DTYPES:
+        paths = attention.Paths.build([0, 70, 82], [0, 40], [[*range(70)], [*range(40), *range(70, 82)]], 1)
+        query, key, value, dout = (_normal(82, h, 64, dtype=dtype, seed=i) for i, h in enumerate((6, 2, 2, 6)))
+        lse = torch.empty(82, 6)
+        out = attention.attention(query, key, value, paths, lse_TH=lse)
+        wide = [x.float().clone().requires_grad_() for x in (query, key, value)]
+        wanted = attention.attention_reference(wide[0], wide[1], wide[2], paths)
+        rounding_bound = 3 * U[dtype] + 2.0**-14
+        yield Comparison("attention", out, wanted.detach(), rounding_bound * float(value.abs().max()))
+        alone = attention.Paths.build([0, 1], [69], [[*range(70)]], 1)
+        yield Comparison("a query alone", attention.attention(query[69:70], key, value, alone), out[69:70])
+        wanted.backward(dout.float())
+        grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+        attention.attention_backward(dout, out, lse, (query, key, value), grads, paths)
+        for what, got, leaf in zip(("query", "key", "value"), grads, wide, strict=True):
+            assert leaf.grad is not None
+            bound = (8 * U[dtype] + 2.0**-12) * float(leaf.grad.abs().max())
+            yield Comparison(f"the gradient of the {what}", got, leaf.grad, bound)
+
+
+def _page_store() -> Iterator[Comparison]:
+    """Rows rotated into pages, and attention that reads them there."""
+    for dtype in DTYPES:
+        fused = _normal(40, 4, 64, dtype=dtype)
+        cos, sin = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(1)).unbind()
+        positions, pool = torch.arange(40), page_pool.KvPool(4, 16, 1, 64, dtype)
+        slots = torch.tensor([2, 0, 3])[positions // 16] * 16 + positions % 16
+        wanted = rotary.rotate_reference(fused[:, :3], positions, cos, sin)
+        page_pool.rotate_store_((fused[:, :2], fused[:, 2:3], fused[:, 3:]), positions, (cos, sin), slots, pool)
+        yield Comparison("rotated rows", fused[:, :3], wanted, 2 * U[dtype] * wanted.double().abs() + 16 * E)
+        for what, got, row in zip(("keys", "values"), pool.rows(slots), (fused[:, 2:3], fused[:, 3:]), strict=True):
+            yield Comparison(f"{what} in pages", got, row)
+        paths = attention.Paths.build([0, 1], [39], [[2, 0, 3]], 16)
+        rows = attention.Paths.build([0, 1], [39], [[*range(40)]], 1)
+        query, key, value = fused[39:, :2], fused[:, 2:3].contiguous(), fused[:, 3:].contiguous()
+        got = attention.paged_attention(query.contiguous(), pool, paths)
+        yield Comparison("attention to pages", got, attention.attention(query.contiguous(), key, value, rows))
+
+
+def _layer() -> Iterator[Comparison]:
+    for dtype in DTYPES:
+        x, dy = (_normal(7, 200, dtype=dtype, seed=seed).requires_grad_() for seed in (0, 1))
+        dy, weight = dy.detach(), Weight(_normal(200, dtype=dtype, seed=2), matrix=False)
+        weight.grad = torch.zeros(200)
+        y = norm.rms_norm(x, weight, 1e-5)
+        y.backward(dy)
+        wanted = norm.rms_norm_reference(x.detach(), weight.value, 1e-5)
+        yield Comparison("a norm", y.detach(), wanted, (2 * U[dtype] + 32 * E) * wanted.double().abs())
+        dx, dweight = norm.rms_norm_backward_reference(dy, x.detach(), weight.value, 1e-5)
+        assert x.grad is not None
+        yield Comparison("a norm's gradient", x.grad, dx, (2 * U[dtype] + 64 * E) * float(dx.abs().max()))
+        yield Comparison("its weight's gradient", weight.grad, dweight, 64 * E * float(dweight.abs().max()))
+        heads, positions = _normal(5, 3, 64, dtype=dtype, seed=3), torch.tensor([0, 3, 1, 4, 2])
+        cos, sin = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(4)).unbind()
+        wanted = rotary.rotate_reference(heads, positions, cos, sin)
+        rotary.rotate_(heads, positions, cos, sin)
+        yield Comparison("a rotation", heads, wanted, 2 * U[dtype] * wanted.double().abs() + 16 * E)
+        both = _normal(5, 96, dtype=dtype, seed=5)
+        wanted = swiglu.swiglu_reference(both)
+        yield Comparison("SwiGLU", swiglu.swiglu(both), wanted, (2 * U[dtype] + 32 * E) * wanted.double().abs())
+
+
+def _logprob() -> Iterator[Comparison]:
+    for dtype in DTYPES:
+        hidden, targets = _normal(9, 64, dtype=dtype, seed=0), torch.arange(9) * 30
+        weight = Weight(_normal(300, 64, dtype=dtype, seed=1) / 8, matrix=True)
+        weight.grad = torch.zeros(300, 64)
+        ours, leaf, value = (x.clone().requires_grad_() for x in (hidden, hidden.float(), weight.value.float()))
+        logprobs, entropies = logprob.token_logprobs(ours, weight, targets, 0.7)
+        wanted, wanted_entropies = logprob.logprob_reference(leaf, value, targets, 0.7)
+        logprobs.sum().backward()
+        wanted.sum().backward()
+        yield Comparison("log-probs", logprobs.detach(), wanted.detach(), 2.0**-13)
+        yield Comparison("entropies", entropies, wanted_entropies.detach(), 2.0**-13)
+        for what, got, grad in (("hidden states", ours.grad, leaf.grad), ("head", weight.grad, value.grad)):
+            assert got is not None and grad is not None
+            bound = (8 * U[dtype] + 2.0**-12) * float(grad.abs().max())
+            yield Comparison(f"the gradient of the {what}", got, grad, bound)
+
+
+def _batch(temperatures: list[float], top_p: float) -> SamplingBatch:
+    samplings = [Sampling(temperature=t, top_p=top_p) for t in temperatures]
+    return SamplingBatch.stack(samplings, list(range(len(samplings))), list(range(7, 7 + len(samplings))))
+
+
+def _sample() -> Iterator[Comparison]:
+    logits = 3 * _normal(6, 700)
+    for top_p in (1.0, 0.8):
+        batch = _batch([0.0, 0.5, 0.7, 1.0, 1.0, 1.5], top_p)
+        tokens, logprobs = sample.sample(logits, batch)
+        wanted, wanted_logprobs = sample.sample_reference(logits, batch)
+        yield Comparison("tokens", tokens, wanted)
+        yield Comparison("their log-probs", logprobs, wanted_logprobs, 2.0**-18)
+    lse = sample.log_sum_exp(logits)
+    yield Comparison("log-sum-exp", lse, logits.double().logsumexp(-1), 2.0**-18)
+
+
+def _head() -> Iterator[Comparison]:
+    for dtype in DTYPES:
+        weight, hidden = Weight(_normal(700, 64, dtype=dtype), matrix=True), _normal(7, 64, dtype=dtype, seed=1)
+        batch = _batch([0.0, 0.5, 0.7, 1.0, 1.0, 1.5, 1.0], 1.0)
+        wanted = sample.sample(linear.logits(hidden, weight), batch)
+        for what, got, other in zip(
+            ("tokens", "their log-probs"), head.draw(hidden, weight, batch), wanted, strict=True
+        ):
+            yield Comparison(what, got, other)
+
+
+def _adamw() -> Iterator[Comparison]:
+    hyper = adamw.Hyper(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=3, grad_scale=0.5)
+    for dtype in DTYPES:
+        ours = [_normal(100, seed=seed).abs() if seed == 2 else _normal(100, seed=seed) for seed in range(4)]
+        wanted, value = [x.clone() for x in ours], torch.empty(100, dtype=dtype)
+        adamw.adamw(ours[0], ours[1], ours[2], ours[3], value, hyper)
+        adamw.adamw_reference(wanted[0], wanted[1], wanted[2], wanted[3], hyper)
+        for what, got, other in zip(("weights", "first moments", "second moments"), ours[:3], wanted[:3], strict=True):
+            yield Comparison(what, got, other, 16 * E * (1 + other.double().abs()))
+        yield Comparison("rounded weights", value, ours[0].to(dtype))
+    norm_bound = 64 * E * float(ours[3].double().norm())
+    yield Comparison("a norm", torch.tensor(adamw.grad_norm([ours[3]])), ours[3].double().norm(), norm_bound)
+
+
+def _quantise() -> Iterator[Comparison]:
+    for dtype in DTYPES:
+        matrix = _normal(9, 70, dtype=dtype)
+        for bits in (4, 8):
+            got, wanted = quantise.quantise(matrix, bits, 32), rounding.quantise(matrix, bits, 32)
+            yield Comparison("codes", got.codes_NK, wanted.codes_NK)
+            yield Comparison("scales", got.scales_NG, wanted.scales_NG)
+            yield Comparison("values", quantise.dequantise(got, dtype), rounding.dequantise(wanted, dtype))
+
+
+def _codes() -> Iterator[Comparison]:
+    """A matrix kept as codes stands for its values, and its products have the bits of theirs: few rows and many."""
+    for bits in (4, 8):
+        quantised = rounding.quantise(_normal(70, 64, seed=bits), bits, 32)
+        matrix, x = codes.Codes(quantised), _normal(40, 64, dtype=torch.bfloat16)
+        weight = Weight(rounding.dequantise(quantised, torch.bfloat16), matrix=True)
+        yield Comparison("values", matrix.values(), weight.value)
+        for rows in (1, 5, 40):
+            got = codes.product(x[:rows], matrix, out_dtype=torch.float32)
+            yield Comparison("a product", got, linear.logits(x[:rows], weight))
+
+
+def _page_sum() -> Iterator[Comparison]:
+    pools = [_normal(5, 96, seed=seed) for seed in (0, 1)]
+    got, wanted = page_sum.page_sums(pools, [4, 0, 2]), page_sum.page_sums_reference(pools, [4, 0, 2])
+    low = [[total >> 32 for total in got] + [total & 0xFFFFFFFF for total in got]]
+    high = [[total >> 32 for total in wanted] + [total & 0xFFFFFFFF for total in wanted]]  # exact in fp64
+    yield Comparison("sums", torch.tensor(low), torch.tensor(high))
+
+
+def _loaded_unit() -> Iterator[Comparison]:
+    loaded = build.library("unit")
+    assert loaded is not None
+    return _unit(loaded)
+
+
+# forward.cpp composes what is checked here; it is called with whole decoders, which lie above this folder.
+CHECKS: dict[str, Callable[[], Iterable[Comparison]]] = {
+    "adamw": _adamw,
+    "attention": _attention,
+    "codes": _codes,
+    "forward": tuple,
+    "gradient": _gradient,
+    "head": _head,
+    "layer": _layer,
+    "linear": _linear,
+    "logprob": _logprob,
+    "page_store": _page_store,
+    "page_sum": _page_sum,
+    "quantise": _quantise,
+    "sample": _sample,
+    "unit": _loaded_unit,
+}

@@ -1,0 +1,55 @@
+"""A decoder that only serves keeps the codes of its file: fewer bytes a step, the same bits."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from tandem.kernels.weight import Weight
+from tandem.models.checkpoint import Checkpoint
+from tandem.models.decoder import Decoder
+from tandem.numerics.quantise import Quantised
+
+
+def hold_codes(decoder: Decoder, checkpoint: Checkpoint) -> frozenset[str]:
+    """Take every matrix whose tensors the file has as codes of one form; call before `Decoder.load`.
+
+    Returns the Hugging Face names whose values need not be loaded. An embedding's are needed for the look-up of rows.
+    """
+    names: dict[int, list[str]] = {}  # of the tensors that lie in a weight, in order, by its memory
+    for name, view in decoder.export():
+        names.setdefault(view.untyped_storage().data_ptr(), []).append(name)
+    held: list[str] = []
+    for _, weight in decoder.weights():
+        own = names[weight.value.untyped_storage().data_ptr()]
+        if _hold(weight, own, checkpoint, rows=weight is decoder.embed) and weight is not decoder.embed:
+            held += own
+    return frozenset(held)
+
+
+def described(decoder: Decoder) -> str:
+    """For people: how many matrices are held as codes of how many bits; "" for none."""
+    bits = Counter(weight.codes.bits for _, weight in decoder.weights() if weight.codes is not None)
+    counted = ((count, "matrix" if count == 1 else "matrices", size) for size, count in sorted(bits.items()))
+    return ", ".join(f"{count} {noun} of {size} bits" for count, noun, size in counted)
+
+
+def _hold(weight: Weight, names: list[str], checkpoint: Checkpoint, *, rows: bool) -> bool:
+    if weight.packed is None:
+        return False
+    found = [codes for name in names if (codes := checkpoint.codes(name)) is not None]
+    forms = {(one.bits, one.group, one.scales_NG.dtype, one.minima_NG is None) for one in found}
+    if len(found) < len(names) or len(forms) > 1:
+        return False
+    if len(found) == 1:
+        return weight.hold(found[0], rows=rows)
+    minima = [one.minima_NG for one in found if one.minima_NG is not None]
+    joined = Quantised(
+        torch.cat([one.codes_NK for one in found]),
+        torch.cat([one.scales_NG for one in found]),
+        found[0].bits,
+        found[0].group,
+        torch.cat(minima) if minima else None,
+    )
+    return weight.hold(joined, rows=rows)

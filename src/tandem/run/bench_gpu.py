@@ -1,0 +1,184 @@
+"""Speed on one CUDA device: random Llamas of 1 B and 8 B parameters in bf16, beside the device's own limits.
+
+No checkpoint is read: weights are drawn on the device. The limits are measured there too, in the same process: a
+product of 8192 cubed for the matrix rate, a copy of 4 GiB (bytes read and written) for the bandwidth. Times end with
+what was drawn, or the loss, beside the CPU. `python -m tandem.run.bench gpu` prints the figures and needs torch, Triton
+and NumPy alone. Written where there is no such device: it has run on none yet.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from tandem.errors import ConfigError
+from tandem.models.spec import ModelSpec
+from tandem.run import roofline
+from tandem.run.roofline import Machine, timed
+
+if TYPE_CHECKING:
+    from tandem.engine.engine import Engine
+    from tandem.models.decoder import Decoder
+    from tandem.run.bench import Figure
+
+LLAMA_1B = ModelSpec(
+    "llama",
+    vocab_size=128256,
+    width=2048,
+    ff_width=8192,
+    layers=16,
+    heads=32,
+    kv_heads=8,
+    head_size=64,
+    rope_theta=500000.0,
+    tied_embeddings=True,
+    max_position=4096,
+)
+LLAMA_8B = replace(LLAMA_1B, width=4096, ff_width=14336, layers=32, head_size=128, tied_embeddings=False)
+MODELS = {"1b": LLAMA_1B, "8b": LLAMA_8B}
+DECODE = (64, 256)  # sequences, new tokens each
+PROMPT_TOKENS = 128  # of a sequence that decodes
+PREFILL = TRAIN = (8, 2048)
+REPEATS = 3  # after a warm-up, which compiles and captures
+
+
+def check_device() -> None:
+    """ConfigError where there is no CUDA device."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"`bench gpu` needs a CUDA device, and torch {torch.__version__} sees none here. Run it on a machine with "
+            "one and a CUDA build of torch, or choose engine, learner, step, profile or sweep."
+        )
+
+
+def measure() -> Machine:
+    """The best of ten of a bf16 product of random matrices, 8192 cubed, and of a copy of 4 GiB."""
+    import torch
+
+    def best_s(run: Callable[[], Any]) -> float:
+        times = []
+        for _ in range(12):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        return min(times[2:])
+
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    flop_s = 2 * 8192**3 / best_s(partial(torch.matmul, left, right))
+    source, target = (torch.empty(1 << 32, dtype=torch.uint8, device="cuda") for _ in range(2))
+    return Machine(flop_s, 2 * source.nbytes / best_s(partial(target.copy_, source)))
+
+
+def random_decoder(spec: ModelSpec, device: str = "cuda") -> Decoder:
+    """Normal weights of deviation 0.02, norms of one."""
+    import torch
+
+    from tandem.models.decoder import Decoder
+
+    decoder = Decoder(spec, "bfloat16", device)
+    generator = torch.Generator(device).manual_seed(0)
+    for _, weight in decoder.weights():
+        if weight.value.dim() == 1:
+            weight.value.fill_(1.0)
+        else:
+            weight.value.normal_(0.0, 0.02, generator=generator)
+    decoder.repack()
+    return decoder
+
+
+def engine_on(decoder: Decoder, tokens: int) -> Engine:
+    """An engine whose pages hold that many tokens, and whose step runs a whole prefill."""
+    from tandem.engine.config import EngineConfig
+    from tandem.engine.engine import Engine
+    from tandem.engine.runner import DecoderRunner
+
+    config = EngineConfig(batch_tokens=max(tokens, 256))
+    num_pages = -(-tokens // config.page_tokens)
+    runner = DecoderRunner(decoder, num_pages, config.page_tokens, config)
+    return Engine(runner, config, num_pages, max_context=decoder.spec.max_position)
+
+
+def generate(engine: Engine, count: int, length: int, new: int, seed: int) -> tuple[float, float]:
+    """Seconds from the first submission to the last token, and the median of the steps of one token a sequence."""
+    from tandem.run.sweep import made_up, start_prompts
+
+    rng = random.Random(seed)
+    prompts, steps_s, total_s = made_up(count, length, 100, rng), [], 0.0
+    total_s += timed(lambda: start_prompts(engine, prompts, new, rng))
+    while engine.has_work:
+        before = engine.stats.run_tokens
+        step_s = timed(engine.step)
+        total_s += step_s
+        if engine.stats.run_tokens - before == count:
+            steps_s.append(step_s)
+    return total_s, statistics.median(steps_s) if steps_s else total_s
+
+
+def train_step(decoder: Decoder, count: int, length: int) -> Callable[[], Any]:
+    """Forward, backward and AdamW on one microbatch of random samples, all but the first token of each trained."""
+    from tandem.algo.config import AlgoConfig
+    from tandem.algo.pack import count_prompts
+    from tandem.train.config import LearnerConfig
+    from tandem.train.step import Learner
+    from tandem.types import Sample
+
+    rng = random.Random(0)
+    ones, zeros = (0.0, *(1.0,) * (length - 1)), (0.0, *(-10.0,) * (length - 1))
+    mask = (False, *(True,) * (length - 1))
+    samples = [
+        Sample(f"s{i}", f"p{i}", tuple(rng.randrange(100) for _ in range(length)), mask, ones, zeros, (1.0,) * length)
+        for i in range(count)
+    ]
+    config = LearnerConfig(lr=1e-6, microbatch_tokens=count * length, activation_checkpointing="off")
+    learner = Learner(decoder, config, AlgoConfig(), 1.0, 100)
+    return lambda: learner.step(samples, count_prompts(samples))
+
+
+def _beside(work: str, tokens: int, least_s: float, times_s: list[float]) -> Iterator[Figure]:
+    from tandem.run.bench import Figure
+
+    yield Figure("limit", work, tokens / least_s, None)
+    for seconds in times_s:
+        yield Figure("tandem", work, tokens / seconds, None)
+
+
+def gpu() -> Iterator[Figure]:
+    """Rates in tokens a second, and for each the limit: of bytes in decoding, of products elsewhere."""
+    import torch
+
+    from tandem.run.bench import Figure
+
+    check_device()
+    machine = measure()
+    yield Figure("limit", "matrix FLOP/s", machine.flop_s, None)
+    yield Figure("limit", "memory bytes/s", machine.bytes_s, None)
+    for name, spec in MODELS.items():
+        decoder = random_decoder(spec)
+        count, new = DECODE
+        engine = engine_on(decoder, max(count * (PROMPT_TOKENS + new + 64), PREFILL[0] * (PREFILL[1] + 64)))
+        whole, steps = zip(*(generate(engine, count, PROMPT_TOKENS, new, i) for i in range(REPEATS + 1)), strict=True)
+        step_s = machine.least_s(roofline.decode_cost(spec, count, PROMPT_TOKENS + new / 2))
+        yield from _beside(f"{name} decode {count}x{new}", count * new, new * step_s, list(whole[1:]))
+        yield from _beside(f"{name} decode step {count}", count, step_s, list(steps[1:]))
+        times_s = [generate(engine, *PREFILL, 1, i)[0] for i in range(REPEATS + 1)]
+        least_s = machine.least_s(roofline.prefill_cost(spec, *PREFILL))
+        yield from _beside(f"{name} prefill {PREFILL[0]}x{PREFILL[1]}", PREFILL[0] * PREFILL[1], least_s, times_s[1:])
+        del engine
+        torch.cuda.empty_cache()
+        if spec is LLAMA_1B:
+            step = train_step(decoder, *TRAIN)
+            times_s = [timed(step) for _ in range(REPEATS + 1)]
+            least_s = machine.least_s(roofline.train_cost(spec, *TRAIN))
+            yield from _beside(f"{name} train {TRAIN[0]}x{TRAIN[1]}", TRAIN[0] * TRAIN[1], least_s, times_s[1:])
+            del step
+        del decoder
+        torch.cuda.empty_cache()

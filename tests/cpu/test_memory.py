@@ -1,0 +1,195 @@
+"""What a plan says, made before a weight is read, against what the process then held."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tandem import env
+from tandem.engine.config import EngineConfig
+from tandem.errors import CapacityError
+from tandem.models.checkpoint import Checkpoint, save_checkpoint
+from tandem.models.config import ModelConfig
+from tandem.models.decoder import Decoder
+from tandem.models.spec import ModelSpec, expected_shapes
+from tandem.models.view import PackView
+from tandem.numerics.compare import same_bits
+from tandem.run.memory import Asked, activation_bytes, kept_numbers, page_bytes
+from tandem.run.parts import build_parts
+from tandem.train import optimiser as optimising
+from tandem.train.config import LearnerConfig
+from tandem.train.offload import FileTensors
+from tandem.train.optimiser import Optimiser
+
+SOURCES = Path(__file__).parents[2] / "src"
+SPEC = ModelSpec(
+    "llama", 48_000, 512, 1408, layers=6, heads=8, kv_heads=4, head_size=64, tied_embeddings=True, max_position=1024
+)
+
+# One process, so that torch is imported once: each stage takes more than the one before, and the peak only rises.
+PROGRAM = """
+import json, sys
+from dataclasses import replace
+from tandem import env
+env.limit_spinning()
+from tandem.algo.pack import count_prompts
+from tandem.engine.config import EngineConfig
+from tandem.models.checkpoint import open_checkpoint
+from tandem.models.config import ModelConfig
+from tandem.program.config import TaskConfig
+from tandem.run.config import RunConfig
+from tandem.run.memory import peak_bytes
+from tandem.run.parts import build_parts, plan_parts
+from tandem.train.config import LearnerConfig
+from tandem.train.step import Learner
+from tandem.types import Request, Sample, Sampling
+
+model, engine = ModelConfig(sys.argv[1]), EngineConfig(kv_memory_bytes=32 << 20, batch_tokens=1024)
+learner = LearnerConfig(microbatch_tokens=1024)
+run = RunConfig("memory", 1, model, engine=engine, task=TaskConfig("jsonl", path="x"), learner=learner)
+checkpoint = open_checkpoint(sys.argv[1])
+checkpoint.load_tokenizer()
+
+def planned(**learner):
+    given = replace(run, learner=replace(run.learner, **learner)) if learner else None
+    return plan_parts(checkpoint, model, engine, 0, given).peak()[0]
+
+alone, kept, again = planned(), planned(activation_checkpointing="off"), planned(activation_checkpointing="on")
+away = planned(activation_checkpointing="on", optimiser_offload="disk")
+del checkpoint
+parts = build_parts(model, engine)
+length, wanted = 512, parts.plan["kv_capacity_tokens"]
+asked = [
+    Request(str(i), str(i), tuple((i + 7 * t) % 97 for t in range(length - 8)), Sampling(max_new_tokens=8), seed=i)
+    for i in range(-(-wanted // length))
+]
+parts.engine.generate(asked)
+seen = {"generate": (alone, peak_bytes())}
+mask = tuple(t >= 224 for t in range(256))
+signs = tuple(float(m) * (1 - 2 * (t % 2)) for t, m in enumerate(mask))
+rows = [tuple((3 + i * 17 + 7 * t) % 48000 for t in range(256)) for i in range(4)]
+samples = [Sample(str(i), str(i), row, mask, signs, (-9.0,) * 256, (1.0,) * 256) for i, row in enumerate(rows)]
+
+def learn(stage, plan, **settings):
+    config = replace(run.learner, **settings)
+    Learner(parts.decoder, config, run.algo, 1.0, 10).step(samples, count_prompts(samples))
+    parts.publisher.publish(1)
+    for _, weight in parts.decoder.weights():
+        weight.grad = None
+    seen[stage] = plan, peak_bytes()
+
+learn("on disk", away, activation_checkpointing="on", optimiser_offload="disk")
+learn("computed again", again, activation_checkpointing="on")
+learn("kept", kept, activation_checkpointing="off")
+print(json.dumps(seen))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., None]) -> Path:
+    """A random model of 42 M weights; its words are those of the small one."""
+    folder = tmp_path_factory.mktemp("memory") / "model"
+    write_model(folder)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: 0.05 * torch.randn(shape, generator=generator, dtype=torch.bfloat16)
+        for name, shape in expected_shapes(SPEC).items()
+    }
+    save_checkpoint(folder, SPEC, tensors, None, "bfloat16")
+    return folder
+
+
+def test_a_plan_is_what_is_then_used(model: Path, tmp_path: Path) -> None:
+    """A kind of memory that no line counts, or that one counts twice: a run that was let in is killed at its peak."""
+    environment = env.child(PYTHONPATH=str(SOURCES), TANDEM_CACHE=str(env.cache_dir()), OMP_NUM_THREADS="2")
+    command = [sys.executable, "-c", PROGRAM, str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout)
+    for stage, (planned, used) in seen.items():
+        assert abs(planned / used - 1) < 0.1, f"{stage}: planned {planned / 1e6:.0f} MB, used {used / 1e6:.0f} MB"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_those_that_are_kept(make_decoder: Callable[..., Decoder], checkpointing: bool) -> None:
+    """A layer keeps another tensor for its backward pass, which the plan does not know."""
+    decoder = make_decoder("bfloat16", width=64, ff_width=128, layers=6, heads=4, kv_heads=2, head_size=16)
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    rows = 200
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        view = PackView(range(rows), [0, rows], [range(rows)])
+        hidden = decoder.forward(torch.arange(rows) % 97, view, checkpointing=checkpointing)
+    running = rows * 2 * kept_numbers(decoder.spec) * (2 if checkpointing else 1)
+    planned = activation_bytes(decoder.spec, rows, 2, checkpointing) - running
+    assert hidden.requires_grad and abs(sum(kept.values()) - planned) < 0.1 * planned + rows * 8 * decoder.spec.width
+
+
+@pytest.mark.parametrize("offload", ["host", "disk"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_offloaded_optimiser_has_the_same_bits(
+    make_decoder: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dtype, offload
+) -> None:
+    """A slice that is left out or updated twice, and state that is lost when its memory is let go or it is saved."""
+    monkeypatch.setattr(optimising, "SLICE", 1000)
+    monkeypatch.setattr(optimising, "FileTensors", lambda _, *counts: FileTensors(tmp_path, *counts))
+    made = {}
+    for place in ("none", offload):
+        decoder = make_decoder(dtype)
+        config = LearnerConfig(optimiser_offload=place, weight_decay=0.1)
+        optimiser = Optimiser(decoder, config)
+        generator = torch.Generator().manual_seed(0)
+        for update in range(4):
+            for _, weight in decoder.weights():
+                weight.grad.normal_(generator=generator)
+            optimiser.step(1e-2, optimiser.grad_norm())
+            if update == 1:  # go on from what was saved
+                saved = {name: tensor.clone() for name, tensor in optimiser.tensors()}
+                optimiser = Optimiser(make_decoder(dtype, seed=1), config)
+                decoder = optimiser.decoder
+                optimiser.load(saved, 2)
+        made[place] = dict(optimiser.tensors()), {name: weight.value for name, weight in decoder.weights()}
+    for wanted, found in zip(*made.values(), strict=True):
+        assert wanted.keys() == found.keys()
+        assert all(same_bits(found[name], tensor) for name, tensor in wanted.items())
+    assert not list(tmp_path.iterdir())  # the file has no name, so nothing is left behind
+
+
+def test_a_disk_without_room_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A full disk is noticed by a signal in the middle of an update."""
+
+    def full(*_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(CapacityError, match=r"has no room for 4\.0 GB .*No space left.*TANDEM_CACHE"):
+        FileTensors(tmp_path, 10**9, 1)
+
+
+def test_nothing_is_loaded_that_does_not_fit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are read, and the process killed, before the plan is looked at."""
+    monkeypatch.setattr(env, "memory_bytes", lambda: (1 << 30, 1 << 27))
+    monkeypatch.setattr(Checkpoint, "tensors", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(CapacityError, match=r"this machine has 134 MB free; no weight was read.*weights 85 MB"):
+        build_parts(ModelConfig(str(model)), EngineConfig())
+
+
+def test_the_pool_is_the_plans(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where engine.kv_memory_bytes is left open, pages beyond what is free."""
+    parts = build_parts(ModelConfig(str(model)), EngineConfig())
+    free = parts.memory.available_bytes
+    assert parts.plan["memory"]["kv_memory_bytes"] == parts.memory.kv_memory_bytes
+    held = sum(tensor.nbytes for pool in parts.engine.runner.pools for tensor in pool.tensors())
+    page = page_bytes(Asked(SPEC, ModelConfig(str(model)), EngineConfig()))
+    assert parts.memory.kv_memory_bytes - page < held <= parts.memory.kv_memory_bytes < free / 2

@@ -1,0 +1,117 @@
+"""Regression caught: a profile that leaves operations out, counts them wrongly, or is of another step than it says."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from tandem.algo.config import AlgoConfig
+from tandem.algo.pack import count_prompts
+from tandem.kernels import linear
+from tandem.run import profile as profiles
+from tandem.run import sweep
+from tandem.run.meter import OWN, REST, Meter
+from tandem.run.roofline import Machine, kv_bytes
+from tandem.train.config import LearnerConfig
+from tandem.train.step import Learner
+from tandem.types import Sample
+
+MACHINE = Machine(1e12, 25e9)
+LAYERS, QKV, OUT, WIDE, HEAD = 2, 32 * 128, 32 * 64, 32 * 48, 32 * 97  # of `make_decoder`'s model: elements of a matrix
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiles, "STEPS", 2)
+
+
+def by_operation(work: dict) -> dict[str, dict]:
+    assert sum(row["seconds"] for row in work["rows"]) == pytest.approx(work["wall_s"])
+    assert work["host_s"] <= work["wall_s"] and work["limit_s"] < work["seconds"]
+    return {row["operation"]: row for row in work["rows"]}
+
+
+def test_decode_step_is_split_by_operation(make_decoder, parity):
+    """Rows that do not add up to the step; keys that a query sees left out; a prompt's step among those measured."""
+    engine = parity.engine(make_decoder("bfloat16"), num_pages=64, page_tokens=16)
+    sweep.fill_pages(engine)
+    ran = engine.stats.run_tokens
+    work = profiles.decode_work(engine, 3, 20, MACHINE)
+    assert engine.stats.run_tokens - ran == 3 * 20 + 3 * (1 + 2 * 2)  # the stub's, then one that warms up and four
+    rows = by_operation(work)
+    assert {OWN, REST, "plan", "commit", "sums of pages", "slots and page tables"} <= rows.keys()
+    assert rows["qkv"]["flop"] == 2 * 3 * LAYERS * QKV and rows["out"]["flop"] == 2 * 3 * LAYERS * OUT
+    assert rows["gate, up, SwiGLU"]["flop"] == 2 * rows["down"]["flop"] == 4 * 3 * LAYERS * WIDE
+    seen = (23 + 25) / 2  # the second and the fourth of the steps behind 20 tokens and a warm-up
+    assert rows["attention"]["flop"] == 4 * 3 * seen * LAYERS * 4 * 16
+    assert rows["attention"]["bytes"] == 3 * seen * kv_bytes(engine.runner.decoder.spec) + 2 * 2 * 3 * LAYERS * 4 * 16
+    assert rows["head, sampling"]["flop"] == 2 * 3 * HEAD
+    assert not engine.scheduler.live and engine.runner.forward.seconds is None
+
+
+def test_prefill_multiplies_the_last_layer_by_the_rows_that_are_asked_for(make_decoder, parity):
+    """Operations that the forward pass leaves out, counted as done: a rate above the machine's."""
+    engine = parity.engine(make_decoder("bfloat16"), num_pages=64, page_tokens=16, batch_tokens=200)
+    rows = by_operation(profiles.prefill_work(engine, 3, 40, MACHINE))
+    assert rows["qkv"]["flop"] == 2 * 120 * LAYERS * QKV
+    assert rows["down"]["flop"] == 2 * (120 + 3) * WIDE
+    assert rows["attention"]["flop"] == 4 * 3 * (40 * 41 / 2 + 40) * 4 * 16
+    assert rows["head, sampling"]["flop"] == 2 * 3 * HEAD
+
+
+def test_learner_step_is_split_by_operation(make_decoder):
+    """A backward product without a row, or one that is counted as its twin; the step changed by being measured."""
+    rng = random.Random(0)
+    mask, count, length = (False, *(True,) * 9), 4, 10
+    samples = [
+        Sample(f"s{i}", f"p{i}", tuple(rng.randrange(97) for _ in mask), mask, (1.0,) * length, (-4.0,) * length, mask)
+        for i in range(count)
+    ]
+    weights = []
+    for probed in (True, False):
+        decoder = make_decoder("bfloat16")
+        learner = Learner(decoder, LearnerConfig(lr=1e-3), AlgoConfig(), 1.0, 10)
+        if probed:
+            rows = by_operation(profiles.learner_work(learner, samples, MACHINE))
+        else:
+            for _ in range(3):
+                learner.step(samples, count_prompts(samples))
+        weights.append([weight.value for _, weight in decoder.weights()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+    rows_run = count * (length - 1)  # nothing is predicted from a last token, and no other query sees it
+    for name, size in (("qkv", QKV), ("out", OUT), ("gate_up", 2 * WIDE), ("down", WIDE)):
+        for label in (name, f"weight gradient: {name}", f"input gradient: {name}"):
+            assert rows[label]["flop"] == 2 * rows_run * LAYERS * size, label
+    met = count * (length - 1) * length / 2
+    assert rows["attention"]["flop"] == 4 * met * LAYERS * 4 * 16
+    assert rows["attention backward"]["flop"] == 2.5 * rows["attention"]["flop"]
+    assert (
+        2 * rows["head: log-probs, entropy"]["flop"] == rows["head: log-probs backward"]["flop"] == 4 * rows_run * HEAD
+    )
+    assert {"AdamW", "gradient norm", "zeroing", "norm backward", "swiglu backward"} <= rows.keys()
+
+
+def test_every_probe_leads_somewhere_and_none_stays(make_decoder):
+    """A kernel that was renamed vanishes from the profile; a stopwatch that stays slows every later step."""
+    before = linear.linear
+    meter = Meter()
+    meter.over(profiles.probes(make_decoder()), lambda: None)
+    assert linear.linear is before and set(meter.rows) == {OWN, REST}
+
+
+def test_sweep_measures_the_context_that_it_names(make_decoder, parity):
+    """Points of a shorter context under a longer one's name; a limit without the keys and values."""
+    engine = parity.engine(make_decoder("bfloat16"), num_pages=64, page_tokens=16)
+    sweep.fill_pages(engine)
+    starts = []
+    run = engine.runner.run
+    engine.runner.run = lambda batch: (starts.append([work.start for work in batch.works]), run(batch))[1]
+    point = sweep._point(engine, MACHINE, 2, 100, "context")
+    assert starts == [[100 + step] * 2 for step in range(sweep.WARM_UP + sweep.STEPS)]
+    assert point["tok_s"] == 2 / point["step_s"] and not engine.scheduler.live
+    moved = (
+        2 * LAYERS * (QKV + OUT + 3 * WIDE) + 2 * HEAD + 2 * (100 + 3 + 8 + 1) * kv_bytes(engine.runner.decoder.spec)
+    )
+    assert point["limit_tok_s"] == pytest.approx(2 * 25e9 / moved)

@@ -1,0 +1,199 @@
+"""A plan's figures by hand, what it chooses, and what it says where memory is short."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tandem.algo.config import AlgoConfig
+from tandem.engine.config import EngineConfig
+from tandem.errors import CapacityError
+from tandem.models.config import ModelConfig
+from tandem.models.spec import ModelSpec
+from tandem.program.config import TaskConfig
+from tandem.run import memory
+from tandem.run.config import RunConfig
+from tandem.run.memory import LIBRARY_BYTES, Asked, Plan, plan_memory
+from tandem.train.config import LearnerConfig
+
+SPEC = ModelSpec(
+    "llama", 96, 32, 64, layers=2, heads=4, kv_heads=2, head_size=16, tied_embeddings=True, max_position=256
+)
+MODEL = ModelConfig("somewhere")
+# Embedding 96 x 32; layer: norms 2 x 32, q 64 x 32, k and v 32 x 32, out 32 x 64, gate and up 64 x 32, down 32 x 64.
+COUNT = 96 * 32 + 2 * (2 * 32 + 64 * 32 + 2 * 32 * 32 + 32 * 64 + 2 * 64 * 32 + 32 * 64) + 32
+# In panels of 64 rows: embedding 128 x 32; layer: q, k and v 128 x 32, out 64 x 64, gate and up 128 x 32, down 64 x 64.
+PACKED = 128 * 32 + 2 * (128 * 32 + 64 * 64 + 128 * 32 + 64 * 64)
+TOKEN = 2 * 2 * 2 * 16 * 2  # key and value, layers, heads, size, bytes
+PLENTY = 1 << 40
+
+
+@pytest.fixture(autouse=True)
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "compiler", lambda: "g++")
+
+
+def asked(run: bool = True, engine: EngineConfig | None = None, algo: AlgoConfig | None = None, **learner) -> Asked:
+    engine = engine or EngineConfig(kv_memory_bytes=1 << 20)
+    config = RunConfig(
+        "sums",
+        1,
+        MODEL,
+        engine=engine,
+        algo=algo or AlgoConfig(),
+        task=TaskConfig("jsonl", path="sums.jsonl"),
+        learner=LearnerConfig(**learner),
+    )
+    return Asked(SPEC, MODEL, engine, 0, config if run else None)
+
+
+def sizes(plan: Plan) -> dict[str, int]:
+    return {line.name: line.size_bytes for line in plan.lines}
+
+
+def test_figures_by_hand() -> None:
+    """A dtype's size, a moment, the fused matrices' padding or the tied head forgotten."""
+    found = sizes(plan_memory(asked(), PLENTY, base_bytes=1000))
+    assert found["Python, torch and tokeniser"] == 1000 + LIBRARY_BYTES
+    assert found["weights"] == 2 * COUNT and found["packed weights"] == 2 * PACKED
+    assert found["gradients"] == 4 * COUNT
+    assert found["optimiser (weights in fp32, two moments)"] == 12 * COUNT
+    assert found["pages of keys and values"] == 1 << 20
+    assert found["rotary tables"] == 2 * 256 * 8 * 4
+    assert "the task's child" not in found and "engine's own weights" not in found
+
+
+def test_what_departs_has_weights_of_its_own() -> None:
+    """Stale or rounded weights are whole decoders, and what waits to be served is kept: none of it is in the plan."""
+    plain = asked()
+    stale = sizes(plan_memory(replace(plain, lag=3), PLENTY, base_bytes=0))
+    assert stale["engine's own weights"] == 2 * COUNT + 2 * PACKED
+    assert stale["weights held back"] == 4 * 2 * COUNT
+    assert stale["pages of keys and values"] == 2 << 20  # evaluation has an engine of its own
+    wide = replace(plain, lag=1, engine=replace(plain.engine, dtype="float32"))
+    both = sizes(plan_memory(wide, PLENTY, base_bytes=0))
+    assert both["engine's own weights"] == 4 * COUNT + 4 * PACKED
+    assert both["weights before rounding"] == 2 * COUNT + 2 * PACKED
+    scored = asked(algo=AlgoConfig(kl="k3", kl_weight=0.1))
+    assert sizes(plan_memory(scored, PLENTY, base_bytes=0))["reference model"] == 2 * COUNT + 2 * PACKED
+
+
+def test_activations_are_kept_while_they_fit() -> None:
+    """A run pays for recomputing with memory to spare, or is refused though recomputing would fit."""
+    wide = asked(microbatch_tokens=100_000)
+    assert not plan_memory(wide, PLENTY, base_bytes=0).checkpointing
+    kept = plan_memory(wide, PLENTY, base_bytes=0).needed()[0]
+    again = plan_memory(asked(microbatch_tokens=100_000, activation_checkpointing="on"), PLENTY, base_bytes=0).needed()[
+        0
+    ]
+    assert again < kept
+    assert plan_memory(wide, kept, base_bytes=0).checkpointing  # it would fit, with nothing to spare
+    assert plan_memory(wide, again + 1, base_bytes=0).short() is None
+    refused = asked(microbatch_tokens=100_000, activation_checkpointing="off")
+    short = plan_memory(refused, again + 1, base_bytes=0)
+    assert short.short() == "host" and short.savings[0][0] == "learner.microbatch_tokens=50000"
+    assert "learner.activation_checkpointing=on" in dict(short.savings)
+
+
+def test_a_refusal_names_the_lines_and_what_saves_most() -> None:
+    """Out of memory is found by the system's killer, or the advice is a setting that saves nothing."""
+    plan = plan_memory(
+        asked(algo=AlgoConfig(kl="k3", kl_weight=0.1), microbatch_tokens=8192), 3 << 20, base_bytes=50 << 20
+    )
+    with pytest.raises(CapacityError, match=r"of memory and this machine has 3 MB free; no weight was read") as caught:
+        plan.check()
+    text = str(caught.value)
+    assert "head of a microbatch" in text and "Set learner.microbatch_tokens=4096 (saves" in text
+    saved = [count for _, count in plan.savings]
+    assert saved == sorted(saved, reverse=True) and min(saved) > 0
+    assert "50 MB" not in text.split("free")[0]  # what is held already need not be free
+    plan_memory(asked(), plan_memory(asked(), PLENTY, base_bytes=0).needed()[0], base_bytes=0).check()
+
+
+def test_the_pool_takes_of_what_is_left() -> None:
+    """Pages beyond what sequences can fill, beyond the machine, or too few for a model that would fit."""
+    page = 16 * TOKEN
+    few = EngineConfig(max_sequences=2, batch_tokens=64)
+    assert plan_memory(asked(engine=few), PLENTY, base_bytes=0).kv_memory_bytes == 2 * 256 * TOKEN
+    many = EngineConfig(max_sequences=1_000_000, batch_tokens=1_000_000)
+    alone = Asked(SPEC, MODEL, many)
+    assert plan_memory(alone, PLENTY, base_bytes=0).kv_memory_bytes == memory.POOL_BYTES
+    least = plan_memory(alone, 0, base_bytes=0)
+    assert least.kv_memory_bytes == page and least.short() == "host"
+    needed = least.needed()[0]
+    tight = plan_memory(alone, int(needed / memory.MARGIN) + (100 << 20), base_bytes=0)
+    assert tight.short() is None and 60 << 20 < tight.kv_memory_bytes < 100 << 20
+
+
+def test_a_mapped_file_needs_no_room() -> None:
+    """A model is refused for the size of its file, whose pages the system takes back, or the peak misses them."""
+    plan = plan_memory(replace(asked(run=False), file_bytes=1 << 30), PLENTY, base_bytes=0)
+    assert plan.peak()[1] == "load" and plan.peak()[0] > 1 << 30 > plan.needed()[0]
+    away = plan_memory(asked(optimiser_offload="disk"), PLENTY, base_bytes=0)
+    assert away.needed()[0] < plan_memory(asked(), PLENTY, base_bytes=0).needed()[0]
+
+
+@given(
+    available=st.integers(0, 1 << 32),
+    microbatch=st.sampled_from([1, 512, 8192, 100_000]),
+    pool=st.sampled_from([0, 1 << 20, 1 << 30]),
+    lag=st.integers(0, 2),
+    dtype=st.sampled_from(["same", "float32"]),
+    offload=st.sampled_from(["none", "disk"]),
+)
+def test_a_plan_chooses_what_fits_if_anything_does(available, microbatch, pool, lag, dtype, offload) -> None:
+    """What is left open is chosen so that it does not fit, where another choice would."""
+    given_ = asked(
+        engine=EngineConfig(kv_memory_bytes=pool, dtype=dtype), microbatch_tokens=microbatch, optimiser_offload=offload
+    )
+    plan = plan_memory(replace(given_, lag=lag), available, base_bytes=7)
+    smallest = asked(
+        engine=EngineConfig(kv_memory_bytes=pool or 16 * TOKEN, dtype=dtype),
+        microbatch_tokens=microbatch,
+        optimiser_offload=offload,
+        activation_checkpointing="on",
+    )
+    fits = plan_memory(replace(smallest, lag=lag), available, base_bytes=7).short() is None
+    assert (plan.short() is None) == fits
+    assert bool(plan.savings) <= (not fits)
+    assert plan.needed()[0] <= plan.peak()[0]
+
+
+def test_on_a_gpu_the_weights_are_there() -> None:
+    """The GPU's memory is counted against the machine's, or state kept on the host against the GPU's."""
+    cuda = replace(MODEL, device="cuda")
+    here = replace(asked(), model=cuda)
+    plan = plan_memory(here, PLENTY, device_bytes=PLENTY, base_bytes=0)
+    assert {line.place for line in plan.lines if line.name in ("weights", "gradients")} == {"device"}
+    assert sizes(plan)["packed weights"] == 0
+    away = replace(here, run=replace(here.run, learner=LearnerConfig(optimiser_offload="host")))  # type: ignore[type-var]
+    moved = plan_memory(away, PLENTY, device_bytes=PLENTY, base_bytes=0)
+    assert plan.needed("device")[0] - moved.needed("device")[0] == 12 * COUNT
+    short = plan_memory(here, PLENTY, device_bytes=1 << 20, base_bytes=0)
+    assert short.short() == "device"
+    with pytest.raises(CapacityError, match="the GPU has 1 MB free"):
+        short.check()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes."),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        OSError(12, "Cannot allocate memory"),
+    ],
+)
+def test_memory_that_runs_out_is_explained(error: Exception) -> None:
+    """A traceback of the allocator, without a word on what to change."""
+    plan = plan_memory(asked(microbatch_tokens=8192), 3 << 20, base_bytes=0)
+    with (
+        pytest.raises(CapacityError, match=r"memory ran out, .* planned\. Planned for .*Set learner\."),
+        plan.foreseen(),
+    ):
+        raise error
+    with pytest.raises(RuntimeError, match="shapes"), plan.foreseen():
+        raise RuntimeError("shapes differ")
