@@ -100,6 +100,7 @@ class DecoderRunner:
         self.pools_L = [self.pools[pool] for _, pool in self.layout.place_L]
         self.group_L = [group for group, _ in self.layout.place_L]
         self.forward = FusedForward(decoder, self.pools_L) if fits(decoder, self.pools_L) else decoder.forward
+        self._page_tensors = [tensor for pool in self.pools for tensor in pool.tensors()]
         self._sums: dict[int, int] = {}  # of the pages in the prefix index, as they were when they got their name
         self.device_steps: DeviceSteps | None = None
         if backend(decoder.embed.value) == "triton":
@@ -109,11 +110,10 @@ class DecoderRunner:
 
     def _check_pages(self, batch: Batch) -> None:
         """Sum the pages that got a name; DeliveryError where a page that is shared again is not what was named."""
-        pools = [tensor for pool in self.pools for tensor in pool.tensors()]
         if batch.named:
-            self._sums.update(zip(batch.named, page_sums(pools, batch.named), strict=True))
+            self._sums.update(zip(batch.named, page_sums(self._page_tensors, batch.named), strict=True))
         if batch.shared:
-            found = page_sums(pools, batch.shared)
+            found = page_sums(self._page_tensors, batch.shared)
             wrong = [p for p, total in zip(batch.shared, found, strict=True) if self._sums[p] != total]
             if wrong:
                 raise changed(wrong)
@@ -138,8 +138,8 @@ class DecoderRunner:
             batch.copies.clear()
         rows = StepRows.of(works, self.page_tokens)
         drawing = [index for index, work in enumerate(works) if work.samples]
-        last_rows = torch.from_numpy(rows.row_start_S[1:]).to(torch.int64) - 1
-        hidden_SM = self.forward(torch.from_numpy(rows.tokens_T), self._view(rows), last_rows[drawing])
+        last_rows = torch.from_numpy(rows.row_start_S[1:].astype(np.int64)[drawing] - 1)
+        hidden_SM = self.forward(torch.from_numpy(rows.tokens_T), self._view(rows), last_rows)
         return self.drawn(hidden_SM, sampling_of(batch)) if drawing else Sampled([], [])
 
     def drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:

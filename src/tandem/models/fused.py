@@ -104,9 +104,12 @@ class FusedForward:
         biases = self._bias()
         rows, last = len(tokens_T), len(rows_N)
         out_NM = torch.empty(last, spec.width, dtype=decoder.dtype)
-        segment_N = torch.searchsorted(view.paths.row_start_S, rows_N, right=True, out_int32=False) - 1
-        last_start = torch.arange(last + 1, dtype=torch.int32)
-        last_positions = view.positions_T[rows_N].to(torch.int32)
+        segment_N = None  # a decode: every row is asked for, and is its own segment
+        last_start, last_positions = view.paths.row_start_S, view.paths.first_position_S
+        if not last == rows == len(last_positions):
+            segment_N = torch.searchsorted(view.paths.row_start_S, rows_N, right=True, out_int32=False) - 1
+            last_start = torch.arange(last + 1, dtype=torch.int32)
+            last_positions = view.positions_T[rows_N].to(torch.int32)
         groups, held = self._groups(view, segment_N)
         args = ForwardArgs(
             ctypes.addressof(self._layers),
@@ -125,9 +128,9 @@ class FusedForward:
         del biases, held
         return out_NM
 
-    def _groups(self, view: PagedView, segment_N: Tensor) -> tuple[ctypes.Array[GroupArgs], list[Tensor]]:
+    def _groups(self, view: PagedView, segment_N: Tensor | None) -> tuple[ctypes.Array[GroupArgs], list[Tensor]]:
         """Page tables and reaches; the tensors are to be held during the call."""
-        held = [paths.table_SP[segment_N] for paths in view.paths_G]
+        held = [paths.table_SP if segment_N is None else paths.table_SP[segment_N] for paths in view.paths_G]
         groups = (GroupArgs * len(held))()
         for layer, (args, heads) in enumerate(zip(self._layers, self.decoder.heads, strict=True)):
             args.group = index = view.group_L[layer]
