@@ -10,8 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.algo.pack import (
+    CONTEXT,
     SCORED,
     PromptTotal,
+    _cost,
+    _num_rows,
+    _units,
     canonical,
     count_prompts,
     denominators,
@@ -298,3 +302,32 @@ def test_untrainable_samples_are_programmer_errors(mask: tuple[bool, ...]) -> No
     sample = make_sample("p/0", "p", (1, 2), mask)
     with pytest.raises(AssertionError):
         pack([sample], (PromptTotal("p", 1, 1),), 8)
+
+
+def cost_of(microbatch: Microbatch) -> float:
+    """Row by row: 1, and the positions that it attends to over CONTEXT."""
+    return sum(1 + (position + 1) / CONTEXT for position in microbatch.positions_T)
+
+
+def test_a_long_sample_weighs_what_it_attends_to() -> None:
+    """Bins of equal rows and unequal work: whoever has the long sample is waited for."""
+    lengths = {"long": 6001, **{f"s{i}": 301 for i in range(40)}}
+    samples = [make_sample(n, n, tuple(range(t)), (False, *(True,) * (t - 1))) for n, t in lengths.items()]
+    found = pack(samples, count_prompts(samples), 12_000, share_prefix=False)
+    assert len(found) == 2 and all(len(m.tokens_T) <= 12_000 for m in found)
+    costs = [cost_of(m) for m in found]
+    assert max(costs) / min(costs) < 1.03  # a short sample costs 315 of 12,000
+    (heavy,) = (m for m in found if "long" in m.sample_ids)
+    assert len(heavy.tokens_T) < 0.9 * max(len(m.tokens_T) for m in found)
+
+
+@given(batches())
+@settings(max_examples=100, deadline=None)
+def test_costs_are_those_of_the_rows(samples: list[Sample]) -> None:
+    """A shared prompt counted once a sibling, or its siblings' rows as if they attended to their own alone."""
+    rows = [_num_rows(sample) for sample in samples]
+    for size, members in _units(samples, rows, 10_000):
+        chosen = [samples[i] for i in members]
+        (microbatch,) = pack(chosen, count_prompts(chosen), 10_000)
+        assert len(microbatch.tokens_T) == size
+        assert _cost(size, [rows[i] for i in members]) == pytest.approx(cost_of(microbatch))

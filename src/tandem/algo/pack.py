@@ -14,6 +14,8 @@ import numpy as np
 
 from tandem.types import Denominators, Microbatch, Sample
 
+CONTEXT = 3072  # positions whose attention costs what the products of a row do: 2 P / (4 H D layers), SmolLM2-135M
+
 # Fields of Sample that a forward pass fills in: all samples of a batch have one, or none has.
 SCORED = ("reference_logprobs", "proximal_logprobs", "source_logprobs")
 
@@ -104,7 +106,7 @@ def split_updates(
 def pack(
     samples: Sequence[Sample], prompts: Sequence[PromptTotal], budget_tokens: int, share_prefix: bool = True
 ) -> list[Microbatch]:
-    """Pack by first-fit-decreasing so that a microbatch has at most `budget_tokens` rows.
+    """Pack into as few microbatches as first-fit-decreasing does, of at most `budget_tokens` rows, of about equal cost.
 
     `prompts` are the totals of the whole batch, samples that are not trained included; they give the global
     denominators. With `share_prefix` the samples of a prompt stay together where the budget allows, and the rows
@@ -116,10 +118,11 @@ def pack(
     assert budget_tokens >= 1, f"budget_tokens is {budget_tokens}"
     rows = [_num_rows(sample) for sample in samples]
     units = _units(samples, rows, budget_tokens) if share_prefix else [(size, [i]) for i, size in enumerate(rows)]
+    costs = [_cost(size, [rows[i] for i in members]) for size, members in units]
     prompt_index = {total.prompt_id: index for index, total in enumerate(prompts)}
     totals = denominators(prompts)
     microbatches = []
-    for chosen in _first_fit([size for size, _ in units], budget_tokens):
+    for chosen in _balanced([size for size, _ in units], costs, budget_tokens):
         blocks = sorted(units[index][1] for index in chosen)
         layout = _Layout(prompts, prompt_index)
         for members in blocks:
@@ -163,6 +166,35 @@ def _common_prefix(samples: Sequence[Sample], limit: int) -> int:
     while length < limit and first[length] == last[length]:
         length += 1
     return length
+
+
+def _cost(size: int, lengths: Sequence[int]) -> float:
+    """Of a unit of `size` rows, in rows: samples of `lengths` rows each, of which they share what exceeds `size`.
+
+    A row that attends to CONTEXT positions costs twice a row that attends to none.
+    """
+    prefix = 0 if len(lengths) == 1 else (sum(lengths) - size) // (len(lengths) - 1)
+    attended = sum(length * (length + 1) - prefix * (prefix + 1) for length in lengths) + prefix * (prefix + 1)
+    return size + attended / 2 / CONTEXT
+
+
+def _balanced(sizes: Sequence[int], costs: Sequence[float], capacity: int) -> list[list[int]]:
+    """Bins of indices into `sizes`, as many as first-fit takes, the dearest first to the cheapest bin with room for it.
+
+    First-fit's own bins where these have no room for all (longest processing time first: Graham, 1969).
+    """
+    packed = _first_fit(sizes, capacity)
+    bins: list[list[int]] = [[] for _ in packed]
+    spent, room = [0.0] * len(bins), [capacity] * len(bins)
+    for index in sorted(range(len(sizes)), key=lambda i: (-costs[i], i)):
+        fits = [b for b in range(len(bins)) if room[b] >= sizes[index] or (sizes[index] > capacity and not bins[b])]
+        if not fits:
+            return packed
+        target = min(fits, key=lambda b: (spent[b], b))
+        bins[target].append(index)
+        spent[target] += costs[index]
+        room[target] -= sizes[index]
+    return bins
 
 
 def _first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:

@@ -4,7 +4,7 @@ Rows without top-k, top-p and min-p need only the best noisy score and the log-s
 vocabulary give in any order (sample.h). So a block of 256 logits lives in the cache and nowhere else. Same bits as
 `sample` on the logits.
 
-64 rows x 49,152 tokens of 576 channels in bf16, two Zen 5 cores: TODO ms.
+64 rows x 49,152 tokens of 576 channels in bf16, two Zen 5 cores: 5.4 ms; the logits, then `sample`: 7.4.
 """
 
 from __future__ import annotations
