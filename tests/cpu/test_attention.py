@@ -345,6 +345,34 @@ def test_chunks(any_path, dtype, chunk):
         agree(Shape(3, 1, 32, Reach(chunk=chunk)), dtype, length, [4, 64], chunk + length, any_path)
 
 
+LONG = [(Reach(), 0), (Reach(window=700), 0), (Reach(chunk=600), 0), (Reach(window=300), 4), (Reach(window=600), 520)]
+
+
+@pytest.mark.parametrize("reach, sinks", LONG, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_splits_of_a_long_path(kernel_path, dtype, reach, sinks):
+    """The threads that take the splits of a path, or the queries beside one, show in its bits; a split is lost or gets
+    another's weight."""
+    shape, threads = Shape(6, 2, 32, reach, sinks), torch.get_num_threads()
+    for length in (513, 1100):
+        query, key, value = rows_of(length, shape, dtype, length)
+        key[length // 3] *= 4  # so that splits differ in their largest score
+        rows = Paths.build([0, length], [0], [list(range(length))], 1)
+        whole = attention(query, key, value, rows, reach, sinks=sinks)
+        wanted = expected((query, key, value), torch.zeros(query.shape, dtype=dtype), rows, shape)
+        within(whole, wanted.out, wanted.bounds["out"])
+        paged = Paged([length], shape, 16, dtype, 0)
+        paged.write(0, 0, key, value)
+        try:
+            for count, own in itertools.product((1, 2, 5), (1, 3, 40)):
+                torch.set_num_threads(count)
+                paths = paged.paths([(0, length - own, own)])
+                out = paged_attention(query[-own:], paged.pool, paths, reach, sinks)
+                assert same_bits(out, whole[-own:]), (length, count, own)
+        finally:
+            torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zeros_have_one_sign(kernel_path, dtype):
     """A sum that cancelled to -0 becomes 0 as it is multiplied by a later query's keys: chunks differ in a sign bit."""

@@ -84,6 +84,14 @@ def test_threads_and_narrow_pages(dtype, threads, make_decoder: Callable[..., De
         torch.set_num_threads(before)
 
 
+def test_a_long_path_of_few_sequences(make_decoder: Callable[..., Decoder]) -> None:
+    """The splits of a path are joined in the first layer alone, or before all of them are there."""
+    engine = both_ways(make_decoder("bfloat16", max_position=1200, layers=3), batch_tokens=1100, page_tokens=16)
+    prompt = tuple(7 * i % 97 for i in range(1090))
+    (done,) = engine.generate([Request("long", "long", prompt, Sampling(max_new_tokens=4), 0)])
+    assert len(done.tokens) == 4
+
+
 def test_weights_that_change_and_codes(make_decoder: Callable[..., Decoder]) -> None:
     """An update, new biases, or codes in place of values, and the pass still multiplies by what was."""
     decoder = make_decoder("bfloat16", **CASES["biases"])

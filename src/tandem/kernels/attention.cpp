@@ -19,11 +19,11 @@ constexpr int64_t ALONE = 48;  // queries times blocks of keys below which one t
 
 template <typename E, typename S = E>
 void forward(const AttentionArgs& a) {
-    const std::vector<Span> spans = make_spans(a);
+    Spans all = make_spans(a, omp_get_max_threads());
     int64_t blocks = 0;
-    for (const Span& span : spans) blocks += span.tokens * (1 + (a.first_position[span.segment] + span.first_token) / BLOCK);
+    for (const Span& span : all.spans) blocks += span.tokens * ((Extent(a, span).end - 1) / BLOCK - Extent(a, span).begin / BLOCK + 1);
     std::atomic<int64_t> next{0};
-    with_team([&](const Team& team) { run_spans<E, S>(a, spans, next, team.threads); }, blocks < ALONE ? 1 : 0);
+    with_team([&](const Team& team) { run_spans<E, S>(a, all, next, team.threads); }, blocks < ALONE ? 1 : 0);
 }
 
 template <typename E>

@@ -1,7 +1,8 @@
 // Attention of packed queries over a table of key and value slots, forward. Contract in attention.py.
 //
-// Keys are reduced in blocks of 64 absolute positions with an online softmax, whatever the number of queries that ride
-// along, the chunk they came in or the page size: a query's result is a function of its position and its path.
+// Keys are reduced in blocks of 64 absolute positions with an online softmax, begun anew at every 512th position and then
+// folded in order, whatever the number of queries that ride along, the chunk they came in, the page size or the threads
+// that take the splits of 512: a query's result is a function of its position and its path.
 //
 // A value enters a product only from the first to the last position that a query beside it sees: what a page holds beyond
 // (nothing yet, or what another sequence left, NaN included) and pages that nobody sees are never read into a sum. A
@@ -13,6 +14,7 @@
 #include "float8.h"
 #include "page_layout.h"
 #include "team.h"
+#include <memory>
 #include <type_traits>
 #include <vector>
 
@@ -31,12 +33,35 @@ extern "C" struct AttentionArgs {
 namespace tandem __attribute__((visibility("hidden"))) {
 
 constexpr int BLOCK = 64;        // keys reduced at a time; equals PANEL
+constexpr int64_t SPLIT = 512;   // positions of one online softmax
 constexpr int RUN = 16;          // positions of one register of scores; a page holds whole runs or a power of two below
 constexpr int QUERY_CHUNK = 32;  // query tokens of one forward task
 static_assert(BLOCK == PANEL, "scores of a block fill one panel");
+static_assert(SPLIT % BLOCK == 0, "a block lies in one split");
 
 struct Span {  // queries of one segment that share a key head; tokens counted within the segment
     int32_t segment, kv_head, first_token, tokens;
+    int32_t split = -1;  // the one split of its positions that it reduces, for `join`; -1: all of them
+    int32_t join = -1;
+};
+
+// What a query has seen so far of its keys.
+struct Softmax {
+    float top, total;  // largest score; sum of exponentials relative to it
+};
+
+struct Join {  // of the splits [first, first + splits) of one span
+    int32_t first, splits;
+    int64_t at;  // of its parts in Spans
+};
+
+// What a step's attention is cut into, the same for all layers of one reach.
+struct Spans {
+    std::vector<Span> spans;
+    std::vector<Join> joins;
+    std::unique_ptr<std::atomic<int32_t>[]> left;  // parts to come, of each join
+    std::vector<Softmax> states;                   // of each part's queries
+    std::vector<float> outs;                       // [.., columns], times `total`
 };
 
 // First position that a query at `position` sees, sinks aside. Never decreases with `position`.
@@ -58,9 +83,48 @@ inline int sinks_seen(int64_t block_first, int64_t sinks, int& low, int high) {
     return low == 0 ? 0 : lead;
 }
 
-// The spans of a step, the same for all layers of one reach. Segments that begin with the same page follow each other head
-// by head, so that one thread finds what they share in its cache.
-inline std::vector<Span> make_spans(const AttentionArgs& a) {
+// Which positions of a segment's span are seen by any of it.
+struct Extent {
+    int64_t begin, end;
+    Extent(const AttentionArgs& a, const Span& span) {
+        const int64_t position = a.first_position[span.segment] + span.first_token;
+        begin = first_seen(a, position), end = position + span.tokens;
+        if (span.split >= 0) begin = std::max(begin, span.split * SPLIT), end = std::min(end, (span.split + 1) * SPLIT);
+    }
+    int32_t first_split() const { return int32_t(begin / SPLIT); }
+    int32_t last_split() const { return int32_t((end - 1) / SPLIT); }
+};
+
+// Columns of sums as the value tiles write them.
+inline int64_t sum_columns(const AttentionArgs& a) { return (a.head_size + RUN - 1) / RUN * RUN; }
+
+// Puts a span for each split in the place of every span that has several.
+inline void cut(const AttentionArgs& a, Spans& all) {
+    std::vector<Span> parts;
+    int64_t queries = 0;
+    for (const Span& span : all.spans) {
+        const Extent seen(a, span);
+        const int32_t first = seen.first_split(), splits = seen.last_split() + 1 - first;
+        if (splits == 1) {
+            parts.push_back(span);
+            continue;
+        }
+        for (int32_t i = 0; i < splits; i++) {
+            parts.push_back(span);
+            parts.back().split = first + i, parts.back().join = int32_t(all.joins.size());
+        }
+        all.joins.push_back({first, splits, queries});
+        queries += span.tokens * (a.heads / a.kv_heads) * splits;
+    }
+    all.spans = std::move(parts);
+    all.left = std::make_unique<std::atomic<int32_t>[]>(all.joins.size());
+    for (size_t i = 0; i < all.joins.size(); i++) all.left[i] = all.joins[i].splits;
+    all.states.resize(queries), all.outs.resize(queries * sum_columns(a));
+}
+
+// Segments that begin with the same page follow each other head by head, so that one thread finds what they share in its
+// cache. Fewer spans than keep all threads busy are cut into their splits.
+inline Spans make_spans(const AttentionArgs& a, int64_t threads) {
     std::vector<int32_t> order(a.segments);
     std::vector<int64_t> begins(a.segments);
     for (int32_t s = 0; s < a.segments; s++) {
@@ -68,17 +132,20 @@ inline std::vector<Span> make_spans(const AttentionArgs& a) {
         begins[s] = a.table[s * a.table_stride + first_seen(a, a.first_position[s]) / a.page_tokens];
     }
     std::stable_sort(order.begin(), order.end(), [&](int32_t s, int32_t t) { return begins[s] < begins[t]; });
-    std::vector<Span> spans;
-    spans.reserve(a.segments * a.kv_heads);
+    Spans all;
+    all.spans.reserve(a.segments * a.kv_heads);
     for (size_t i = 0, j = 0; i < order.size(); i = j) {
         while (j < order.size() && begins[order[j]] == begins[order[i]]) j++;
         for (int32_t k = 0; k < a.kv_heads; k++)
             for (size_t m = i; m < j; m++) {
                 const int32_t s = order[m], tokens = a.row_start[s + 1] - a.row_start[s];
-                for (int32_t first = 0; first < tokens; first += QUERY_CHUNK) spans.push_back({s, k, first, std::min(QUERY_CHUNK, tokens - first)});
+                for (int32_t first = 0; first < tokens; first += QUERY_CHUNK)
+                    all.spans.push_back({s, k, first, std::min(QUERY_CHUNK, tokens - first)});
             }
     }
-    return spans;
+    const bool sinks = a.window > 0 && a.sinks > 0;  // few splits, and they come before the window's
+    if (threads > 1 && int64_t(all.spans.size()) < 4 * threads && !sinks) cut(a, all);
+    return all;
 }
 
 // A block of keys and values as the tiles read them; pointers of runs that nobody sees are not set.
@@ -221,11 +288,6 @@ inline void value_columns(const E* const* rows, const Panels<E>& panels, int low
     }
 }
 
-// What a query has seen so far of its keys.
-struct Softmax {
-    float top, total;  // largest score; sum of exponentials relative to it
-};
-
 // R rows of 64 scores -> probabilities relative to each row's running maximum, and the factors for what came before. Seen are
 // [low, high) and, with SINKS, [0, lead); a row that sees nothing stays as it is.
 template <int R, bool SINKS, typename E>
@@ -285,25 +347,16 @@ struct AttentionScratch {
         E* out;
         float* lse;
         int64_t position, seen_from;
-        Softmax state;
+        Softmax state, sum;  // of one split; of those before it
     };
     std::vector<E> keys, values;  // a block, where pages can't be read as they are
     std::vector<Row> rows;
-    std::vector<float> out;  // [rows, columns], times `total`
+    std::vector<float> out, sums;  // [rows, columns], times `total`, of one split; of those before it
     alignas(64) float scores[LANE_ROWS * BLOCK];
     alignas(64) E probability[LANE_ROWS * BLOCK];
     template <typename T> static T* room(std::vector<T>& v, int64_t count) {
         if (int64_t(v.size()) < count) v.resize(count);
         return v.data();
-    }
-};
-
-// Which positions of a segment's span are seen by any of it.
-struct Extent {
-    int64_t begin, end;
-    Extent(const AttentionArgs& a, const Span& span) {
-        const int64_t position = a.first_position[span.segment] + span.first_token;
-        begin = first_seen(a, position), end = position + span.tokens;
     }
 };
 
@@ -429,27 +482,66 @@ inline void attend_rows(const AttentionArgs& a, typename AttentionScratch<E>::Ro
     value_columns<R>(probability, panels, first, last, factor, out, wide);
 }
 
+// Adds what a query saw in a later split, which may be nothing, to what it saw before.
+inline void fold(Softmax& sum, float* sums, const Softmax& part, const float* parts, int64_t columns) {
+    if (part.total == 0.0f) return;
+    if (sum.total == 0.0f) {
+        sum = part;
+        std::memcpy(sums, parts, columns * sizeof(float));
+        return;
+    }
+    const float best = std::max(sum.top, part.top), before = exp_one(sum.top - best), now = exp_one(part.top - best);
+    sum = {best, sum.total * before + part.total * now};
+    for (int64_t c = 0; c < columns; c++) sums[c] = sums[c] * before + parts[c] * now;
+}
+
+// Whether this part of a span is the last to come; then `rows` and `sums` hold all of them, folded in order.
+template <typename Row>
+inline bool joined(Spans& all, const Span& span, Row* rows, int64_t n, const float* out, float* sums, int64_t columns) {
+    const Join& join = all.joins[span.join];
+    const int64_t own = join.at + (span.split - join.first) * n;
+    for (int64_t i = 0; i < n; i++) all.states[own + i] = rows[i].state;
+    std::memcpy(all.outs.data() + own * columns, out, n * columns * sizeof(float));
+    if (all.left[span.join].fetch_sub(1, std::memory_order_acq_rel) > 1) return false;
+    all.left[span.join].store(join.splits, std::memory_order_relaxed);  // for the next layer, behind a barrier
+    for (int64_t part = 0; part < join.splits; part++)
+        for (int64_t i = 0; i < n; i++) {
+            const int64_t at = join.at + part * n + i;
+            fold(rows[i].sum, sums + i * columns, all.states[at], all.outs.data() + at * columns, columns);
+        }
+    return true;
+}
+
 template <typename E, typename S, bool SINKS>
-void attend_span(const AttentionArgs& a, const Span& span, const Span* following) {
+void attend_span(const AttentionArgs& a, Spans& all, const Span& span, const Span* following) {
     using Row = typename AttentionScratch<E>::Row;
     thread_local AttentionScratch<E> scratch;
-    const int64_t group = a.heads / a.kv_heads, n = span.tokens * group, size = a.head_size, wide = (size + RUN - 1) / RUN * RUN;
+    const int64_t group = a.heads / a.kv_heads, n = span.tokens * group, size = a.head_size, wide = sum_columns(a);
+    constexpr Softmax nothing{-INFINITY, 0.0f};
     Row* rows = scratch.room(scratch.rows, n);
-    float* out = scratch.room(scratch.out, n * wide);
+    float *out = scratch.room(scratch.out, n * wide), *sums = scratch.room(scratch.sums, n * wide);
     std::memset(out, 0, n * wide * sizeof(float));
     for (int64_t t = 0, i = 0; t < span.tokens; t++) {
         const int64_t row = a.row_start[span.segment] + span.first_token + t, position = a.first_position[span.segment] + span.first_token + t;
         const int64_t seen_from = first_seen(a, position);
         for (int64_t h = span.kv_head * group; h < (span.kv_head + 1) * group; h++, i++)
             rows[i] = {(const E*)a.query + row * a.query_stride + h * size, (E*)a.out + (row * a.heads + h) * size,
-                       a.lse ? a.lse + row * a.heads + h : nullptr, position, seen_from, {-INFINITY, 0.0f}};
+                       a.lse ? a.lse + row * a.heads + h : nullptr, position, seen_from, nothing, nothing};
     }
     const BlockReader<E, S> reader{a, span, scratch};
     const Extent seen(a, span);
     const int64_t begin = seen.begin, end = seen.end;
     const int64_t sink_blocks = SINKS ? std::min(begin / BLOCK, (a.sinks + BLOCK - 1) / BLOCK) : 0;
+    const int64_t last_split = seen.last_split();
+    int64_t split = sink_blocks > 0 ? 0 : seen.first_split();
+    const bool several = split < last_split;
     for (int64_t turn = -sink_blocks; turn <= (end - 1) / BLOCK - begin / BLOCK; turn++) {
         const int64_t first = (turn < 0 ? turn + sink_blocks : turn + begin / BLOCK) * BLOCK;
+        if (first / SPLIT > split) {
+            for (int64_t i = 0; i < n; i++) fold(rows[i].sum, sums + i * wide, rows[i].state, out + i * wide, wide), rows[i].state = nothing;
+            std::memset(out, 0, n * wide * sizeof(float));
+            split = first / SPLIT;
+        }
         const int lead = SINKS ? int(std::max<int64_t>(0, std::min<int64_t>(BLOCK, a.sinks - first))) : 0;
         const int low = int(std::max<int64_t>(0, begin - first)), high = turn < 0 ? lead : int(std::min<int64_t>(BLOCK, end - first));
         Panels<E> panels;
@@ -470,20 +562,29 @@ void attend_span(const AttentionArgs& a, const Span& span, const Span* following
             default: attend_rows<6, SINKS>(a, rows + i, first, panels, scratch, out + i * wide, wide);
         }
     }
+    if (span.join >= 0) {
+        if (!joined(all, span, rows, n, out, sums, wide)) return;
+    } else if (several) {
+        for (int64_t i = 0; i < n; i++) fold(rows[i].sum, sums + i * wide, rows[i].state, out + i * wide, wide);
+    } else {
+        for (int64_t i = 0; i < n; i++) rows[i].sum = rows[i].state;
+        sums = out;
+    }
     for (int64_t i = 0; i < n; i++) {
-        float* o = out + i * wide;
-        const float inverse = 1.0f / rows[i].state.total;
+        float* o = sums + i * wide;
+        const float inverse = 1.0f / rows[i].sum.total;
         for (int64_t c = 0; c < wide; c++) o[c] = o[c] * inverse + 0.0f;  // -0 becomes 0
         int64_t c = 0;
         for (; c + PANEL <= size; c += PANEL) narrow_panel<E>(o + c, rows[i].out + c);
         for (; c < size; c++) rows[i].out[c] = from_float<E>(o[c]);
-        if (rows[i].lse) *rows[i].lse = rows[i].state.top + std::log(rows[i].state.total);
+        if (rows[i].lse) *rows[i].lse = rows[i].sum.top + std::log(rows[i].sum.total);
     }
 }
 
 // One thread's part of the spans: it takes runs of them until none is left, long ones first.
 template <typename E, typename S = E>
-void run_spans(const AttentionArgs& a, const std::vector<Span>& spans, std::atomic<int64_t>& next, int64_t threads) {
+void run_spans(const AttentionArgs& a, Spans& all, std::atomic<int64_t>& next, int64_t threads) {
+    const std::vector<Span>& spans = all.spans;
     const int64_t total = int64_t(spans.size());
     for (;;) {
         int64_t first = next.load(std::memory_order_relaxed), last;
@@ -492,8 +593,8 @@ void run_spans(const AttentionArgs& a, const std::vector<Span>& spans, std::atom
             last = first + std::max<int64_t>(1, (total - first) / (2 * threads));
         } while (!next.compare_exchange_weak(first, last, std::memory_order_relaxed));
         for (int64_t i = first; i < last; i++)
-            if (a.window > 0 && a.sinks > 0) attend_span<E, S, true>(a, spans[i], i + 1 < last ? &spans[i + 1] : nullptr);
-            else attend_span<E, S, false>(a, spans[i], i + 1 < last ? &spans[i + 1] : nullptr);
+            if (a.window > 0 && a.sinks > 0) attend_span<E, S, true>(a, all, spans[i], i + 1 < last ? &spans[i + 1] : nullptr);
+            else attend_span<E, S, false>(a, all, spans[i], i + 1 < last ? &spans[i + 1] : nullptr);
     }
 }
 

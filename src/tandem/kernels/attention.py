@@ -4,8 +4,9 @@ One operation serves engine and learner. A segment is a run of query rows at con
 slot of every position from 0 to its last row, a page at a time. The engine's slots are pages of the KV pool; the
 learner's are the rows of the pack itself (pages of one token), so that samples may share the rows of a common prompt.
 
-A query's result depends on its position, its path and nothing else: keys are reduced in blocks of 64 absolute positions
-(attention.cpp). Softmax runs in fp32; probabilities are rounded to the compute dtype before they meet the values.
+A query's result depends on its position, its path and nothing else: keys are reduced in blocks of 64 absolute
+positions, and splits of 512 are folded in order (attention.h). Softmax runs in fp32; probabilities are rounded to the
+compute dtype before they meet the values.
 """
 
 from __future__ import annotations

@@ -68,9 +68,9 @@ private:
 };
 
 struct Steps {  // what attention shares among the threads
-    std::vector<std::vector<Span>> spans;  // of each group, then of the rows asked for in the last layer's group
+    std::vector<Spans> spans;  // of each group, then of the rows asked for in the last layer's group
     std::vector<std::atomic<int64_t>> next;
-    explicit Steps(const ForwardArgs& a);
+    Steps(const ForwardArgs& a, int64_t threads);
 };
 
 AttentionArgs attention_args(const ForwardArgs& a, const LayerArgs& layer, bool last) {
@@ -81,10 +81,10 @@ AttentionArgs attention_args(const ForwardArgs& a, const LayerArgs& layer, bool 
             group.window, group.chunk, group.sinks, float(1.0 / std::sqrt(double(a.head_size)))};
 }
 
-Steps::Steps(const ForwardArgs& a) : spans(a.num_groups + 1), next(a.num_layers) {
+Steps::Steps(const ForwardArgs& a, int64_t threads) : spans(a.num_groups + 1), next(a.num_layers) {
     for (int64_t l = 0; l < a.num_layers; l++)
-        if (std::vector<Span>& found = spans[a.layers[l].group]; found.empty()) found = make_spans(attention_args(a, a.layers[l], false));
-    spans[a.num_groups] = make_spans(attention_args(a, a.layers[a.num_layers - 1], true));
+        if (Spans& found = spans[a.layers[l].group]; found.spans.empty()) found = make_spans(attention_args(a, a.layers[l], false), threads);
+    spans[a.num_groups] = make_spans(attention_args(a, a.layers[a.num_layers - 1], true), threads);
 }
 
 template <typename E, typename S>
@@ -251,7 +251,7 @@ private:
 
 template <typename E, typename S>
 void forward(const ForwardArgs& a) {
-    Steps steps(a);
+    Steps steps(a, omp_get_max_threads());
     with_team([&](const Team& team) {
         const Tiles configured;
         Forward<E, S>(a, team, steps).run();
