@@ -186,14 +186,14 @@ def test_pages_that_no_query_sees_are_missed_by_nobody(kernel_path, make_decoder
     stem = [(7 * i * i + 3) % 97 for i in range(120)]
     asked = []
     for number, length in enumerate((15, 16, 17, 35, 35, 90, 16, 36, 90)):
-        sampling = Sampling(max_new_tokens=(20, 3, 33)[number % 3])
+        sampling = Sampling(max_new_tokens=(60, 3, 33)[number % 3])
         asked.append(Request(f"r{number}", f"r{number}", tuple(stem[:length]), sampling, seed=number))
     with monkeypatch.context() as patch:
         without_freeing(patch)
         alone = [engine_of(decoder, 128, share_prefixes=False).generate([request])[0] for request in asked]
     layout = KvLayout.for_engine(decoder.spec.reaches, EngineConfig())
-    num_pages = layout.most_pages(122, 1, 4) + 6
-    found = 0
+    num_pages = layout.most_pages(123, 1, 4)
+    found = preempted = 0
     for share, batch_tokens in ((True, 20), (False, 20), (True, 100)):
         engine = engine_of(
             decoder, num_pages, share_prefixes=share, batch_tokens=batch_tokens, max_sequences=4, lookahead_tokens=0
@@ -212,7 +212,8 @@ def test_pages_that_no_query_sees_are_missed_by_nobody(kernel_path, make_decoder
         for wanted in alone:
             same(done[wanted.request_id], wanted)
         found += engine.stats.cached_tokens
-    assert found
+        preempted += engine.stats.preemptions
+    assert found and (preempted or "all" not in layers)  # what keeps but a window does not outgrow what it began with
 
 
 def test_page_memory_of_the_runner(make_decoder):

@@ -1,5 +1,6 @@
 // Attention, forward (attention.h) and backward, for one layer. Contract in attention.py.
 #include "attention.h"
+#include "layer.h"
 #include <omp.h>
 
 using namespace tandem;
@@ -45,6 +46,30 @@ struct View {  // addresses of one segment's queries, keys and values; slots are
     }
 };
 
+// [n] floats, rounded.
+template <typename E>
+void store_row(const float* source, E* target, int64_t n) {
+    int64_t c = 0;
+    for (; c + LANES <= n; c += LANES) store_narrow(target + c, load(source + c));
+    for (; c < n; c++) target[c] = from_float<E>(source[c]);
+}
+
+// p = e^(score * scale - lse) of the keys [low, high) of a block, else 0; ds = p (dp - delta) scale. Rounded.
+template <typename E>
+void softmax_backward(const float* scores, const float* dp, int low, int high, float scale, float lse, float delta, E* p, E* ds) {
+    alignas(64) static constexpr float COUNT[LANES] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    const Lanes count = load(COUNT), zero = splat(0.0f), by = splat(scale);
+    for (int c = 0; c < BLOCK; c += LANES) {
+        Lanes x = exp(load(scores + c) * by - splat(lse));
+        Lanes dx = x * (load(dp + c) - splat(delta)) * by;
+        if (low > c || high < c + LANES) {
+            const LaneMask hidden = less(count, splat(float(low - c))) | ~less(count, splat(float(high - c)));
+            x = select(hidden, zero, x), dx = select(hidden, zero, dx);
+        }
+        store_narrow(p + c, x), store_narrow(ds + c, dx);
+    }
+}
+
 // Gradients of one segment and key head, added to dquery and to the sums of dkey and dvalue.
 template <typename E>
 void backward_segment(const AttentionArgs& a, const AttentionGrads& g, int64_t s, int64_t kv_head) {
@@ -55,18 +80,26 @@ void backward_segment(const AttentionArgs& a, const AttentionGrads& g, int64_t s
     thread_local std::vector<E> key_columns, value_columns, key_depth, query_depth, dout_depth, p_rows, ds_rows, p_depth, ds_depth;
     thread_local std::vector<float> scores, dp, dq, dk, dv, delta, lse;
     key_columns.resize(depth * PANEL), value_columns.resize(depth * PANEL), key_depth.resize(wide * BLOCK);
-    query_depth.resize(wide * TILE), dout_depth.resize(wide * TILE), p_rows.resize(TILE * BLOCK), ds_rows.resize(TILE * BLOCK);
+    query_depth.resize((n + TILE) * wide), dout_depth.resize((n + TILE) * wide), p_rows.resize(TILE * BLOCK), ds_rows.resize(TILE * BLOCK);
     p_depth.resize(TILE * BLOCK), ds_depth.resize(TILE * BLOCK), scores.resize(TILE * BLOCK), dp.resize(TILE * BLOCK);
     dq.assign(n * wide, 0.0f), delta.resize(n), lse.resize(n);
 
+    const auto query_of = [&](int64_t i) { return v.query(i, a.query, a.query_stride); };
+    const auto dout_of = [&](int64_t i) { return v.query(i, g.dout, a.heads * d_size); };
     for (int64_t i = 0; i < n; i++) {
-        const E* o = v.query(i, a.out, a.heads * d_size);
-        const E* d = v.query(i, g.dout, a.heads * d_size);
-        float sum = 0;
-        for (int64_t c = 0; c < d_size; c++) sum += to_float(o[c]) * to_float(d[c]);
-        delta[i] = sum;
+        const E *o = v.query(i, a.out, a.heads * d_size), *d = dout_of(i);
+        const auto terms = [&](int64_t c) { return load_wide(o + c) * load_wide(d + c); };
+        delta[i] = lane_sum(d_size, terms, [&](int64_t c) { return to_float(o[c]) * to_float(d[c]); });
         lse[i] = a.lse[v.row(i / group) * a.heads + kv_head * group + i % group];
     }
+    for (int64_t t = 0; t < n; t += TILE)  // [tile][panel][rows, PANEL]
+        for (int64_t c = 0; c < panels; c++) {
+            const int64_t rows = std::min<int64_t>(TILE, n - t), width = std::min<int64_t>(PANEL, d_size - c * PANEL);
+            const E *q[TILE], *d[TILE];
+            for (int64_t r = 0; r < rows; r++) q[r] = query_of(t + r) + c * PANEL, d[r] = dout_of(t + r) + c * PANEL;
+            pack_depth<E>(q, rows, width, query_depth.data() + t * wide + c * TILE * PANEL);
+            pack_depth<E>(d, rows, width, dout_depth.data() + t * wide + c * TILE * PANEL);
+        }
     const int64_t last = v.position(tokens - 1);
     const Tiles configured;
     for (int64_t b = first_seen(a, v.position(0)) / BLOCK; b <= last / BLOCK; b++) {
@@ -88,7 +121,7 @@ void backward_segment(const AttentionArgs& a, const AttentionGrads& g, int64_t s
             if (v.position((t + rows - 1) / group) < b * BLOCK || first_seen(a, v.position(t / group)) >= (b + 1) * BLOCK) continue;
             const E *q[TILE], *d[TILE], *p[TILE], *ds[TILE];
             for (int64_t r = 0; r < rows; r++) {
-                q[r] = v.query(t + r, a.query, a.query_stride), d[r] = v.query(t + r, g.dout, a.heads * d_size);
+                q[r] = query_of(t + r), d[r] = dout_of(t + r);
                 p[r] = p_rows.data() + r * BLOCK, ds[r] = ds_rows.data() + r * BLOCK;
             }
             for (int64_t i = 0; i < rows; i += ROWS) {
@@ -99,15 +132,8 @@ void backward_segment(const AttentionArgs& a, const AttentionGrads& g, int64_t s
             for (int64_t r = 0; r < rows; r++) {
                 int low, high;
                 visible(v.position((t + r) / group), first_seen(a, v.position((t + r) / group)), b * BLOCK, low, high);
-                float *s_row = scores.data() + r * BLOCK, *dp_row = dp.data() + r * BLOCK;
-                for (int c = 0; c < BLOCK; c++) s_row[c] = s_row[c] * a.scale - lse[t + r];
-                exp_panel(s_row);
-                for (int c = 0; c < BLOCK; c++) {
-                    s_row[c] = (c >= low && c < high) ? s_row[c] : 0.0f;
-                    dp_row[c] = s_row[c] == 0.0f ? 0.0f : s_row[c] * (dp_row[c] - delta[t + r]) * a.scale;
-                }
-                narrow_panel<E>(s_row, p_rows.data() + r * BLOCK);
-                narrow_panel<E>(dp_row, ds_rows.data() + r * BLOCK);
+                const int64_t at = r * BLOCK;
+                softmax_backward<E>(scores.data() + at, dp.data() + at, low, high, a.scale, lse[t + r], delta[t + r], p_rows.data() + at, ds_rows.data() + at);
             }
             for (int64_t i = 0; i < rows; i += ROWS)
                 for (int64_t c = 0; c < panels; c++)
@@ -117,18 +143,14 @@ void backward_segment(const AttentionArgs& a, const AttentionGrads& g, int64_t s
             pack_depth<E>(p, rows, BLOCK, p_depth.data());
             pack_depth<E>(ds, rows, BLOCK, ds_depth.data());
             for (int64_t c = 0; c < panels; c++) {
-                const int64_t width = std::min<int64_t>(PANEL, d_size - c * PANEL);
-                const E *q_part[TILE], *d_part[TILE];
-                for (int64_t r = 0; r < rows; r++) q_part[r] = q[r] + c * PANEL, d_part[r] = d[r] + c * PANEL;
-                pack_depth<E>(q_part, rows, width, query_depth.data());
-                pack_depth<E>(d_part, rows, width, dout_depth.data());
+                const E *q_panel = query_depth.data() + t * wide + c * TILE * PANEL, *d_panel = dout_depth.data() + t * wide + c * TILE * PANEL;
                 for (int64_t j = 0; j < count; j += ROWS) {
                     const int some = int(std::min<int64_t>(ROWS, count - j));
                     const E *p_columns[ROWS], *ds_columns[ROWS];
                     for (int r = 0; r < some; r++)
                         p_columns[r] = p_depth.data() + (j + r) * pair_of<E>(), ds_columns[r] = ds_depth.data() + (j + r) * pair_of<E>();
-                    tile<E>(some, p_columns, pair_of<E>() * PANEL, dout_depth.data(), rows_depth, dv.data() + j * wide + c * PANEL, wide, true);
-                    tile<E>(some, ds_columns, pair_of<E>() * PANEL, query_depth.data(), rows_depth, dk.data() + j * wide + c * PANEL, wide, true);
+                    tile<E>(some, p_columns, pair_of<E>() * PANEL, d_panel, rows_depth, dv.data() + j * wide + c * PANEL, wide, true);
+                    tile<E>(some, ds_columns, pair_of<E>() * PANEL, q_panel, rows_depth, dk.data() + j * wide + c * PANEL, wide, true);
                 }
             }
         }
@@ -137,10 +159,8 @@ void backward_segment(const AttentionArgs& a, const AttentionGrads& g, int64_t s
             for (int64_t c = 0; c < d_size; c++) g.dkey_sum[at + c] += dk[j * wide + c], g.dvalue_sum[at + c] += dv[j * wide + c];
         }
     }
-    for (int64_t i = 0; i < n; i++) {
-        E* target = (E*)g.dquery + v.row(i / group) * g.dquery_stride + (kv_head * group + i % group) * d_size;
-        for (int64_t c = 0; c < d_size; c++) target[c] = from_float<E>(dq[i * wide + c]);
-    }
+    for (int64_t i = 0; i < n; i++)
+        store_row(dq.data() + i * wide, (E*)g.dquery + v.row(i / group) * g.dquery_stride + (kv_head * group + i % group) * d_size, d_size);
 }
 
 template <typename E>
@@ -152,11 +172,10 @@ void backward(const AttentionArgs& a, const AttentionGrads& g) {
             for (int64_t s = g.component_start[c]; s < g.component_start[c + 1]; s++) backward_segment<E>(a, g, s, k);
     const int64_t rows = a.row_start[a.segments], width = a.kv_heads * a.head_size;
 #pragma omp parallel for schedule(static)
-    for (int64_t t = 0; t < rows; t++)
-        for (int64_t c = 0; c < width; c++) {
-            ((E*)g.dkey)[t * g.dkey_stride + c] = from_float<E>(g.dkey_sum[t * width + c]);
-            ((E*)g.dvalue)[t * g.dvalue_stride + c] = from_float<E>(g.dvalue_sum[t * width + c]);
-        }
+    for (int64_t t = 0; t < rows; t++) {
+        store_row(g.dkey_sum + t * width, (E*)g.dkey + t * g.dkey_stride, width);
+        store_row(g.dvalue_sum + t * width, (E*)g.dvalue + t * g.dvalue_stride, width);
+    }
 }
 
 }  // namespace

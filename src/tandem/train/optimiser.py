@@ -35,6 +35,7 @@ class Optimiser:
             sizes = [weight.value.numel() for _, weight in decoder.weights()]
             self._file = FileTensors(env.cache_dir(), len(PARTS) * sum(sizes), len(PARTS) * len(sizes))
         for name, weight in decoder.weights():
+            assert weight.codes is None, f"{name} is served from codes"
             master, first, second = (self._zeros(weight.value) for _ in PARTS)
             self.state[name] = (master.copy_(weight.value), first, second)
             weight.grad = torch.zeros_like(weight.value, dtype=torch.float32)
