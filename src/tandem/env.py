@@ -58,7 +58,8 @@ def num_cores() -> int:
 
 
 def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
-    """(total, available) memory of this process: the machine's, or that of a control group around it where it is less.
+    """(total, available) memory of this process: the machine's, or what a control group around it or a limit of its own
+    (ulimit -v, -d) leaves where that is less.
 
     What a group has read from files and no longer needs counts as available, as in the machine's own figure.
     """
@@ -69,7 +70,27 @@ def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
         total = available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     for limit, used, files in _groups(root):
         total, available = min(total, limit), min(available, max(0, limit - used + files))
+    for limit, used in _limits(root):
+        total, available = min(total, limit), min(available, max(0, limit - used))
     return total, available
+
+
+def limits_addresses(root: Path = Path("/")) -> bool:
+    """Whether this process's addresses are limited: those of memory that was given back count then."""
+    return bool(list(_limits(root)))
+
+
+def _limits(root: Path) -> Iterator[tuple[int, int]]:
+    """(limit, used) of the process's addresses (ulimit -v) and of those of its own memory (-d), where limited."""
+    try:
+        lines = (root / "proc/self/limits").read_text().splitlines()
+    except OSError:
+        return
+    used = _figures(root / "proc/self/status")
+    for name, counted in (("Max address space", "VmSize"), ("Max data size", "VmData")):
+        for soft in (line.removeprefix(name).split()[0] for line in lines if line.startswith(name)):
+            if soft.isdigit():
+                yield int(soft), 1024 * used.get(counted, 0)
 
 
 def _groups(root: Path) -> Iterator[tuple[int, int, int]]:
@@ -78,7 +99,7 @@ def _groups(root: Path) -> Iterator[tuple[int, int, int]]:
         lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     except OSError:
         lines = []
-    own = {kind: name.lstrip("/") for _, kind, name in lines}
+    own = {kind: name.lstrip("/") for _, kinds, name in lines for kind in kinds.split(",")}
     for base, kind, *names in (
         ("sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
         ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

@@ -71,6 +71,10 @@ class DeliveryError(WorldError):
     """The engine does not serve what the learner published."""
 
 
+class TandemWarning(RuntimeWarning):
+    """What the user should know of what tandem does; the command line prints it on one line."""
+
+
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """' Did you mean a, b?' for the allowed names closest to `name`, or the whole list where none is close."""
     names = sorted(allowed)

@@ -5,6 +5,7 @@ Within such an engine the bits of a token still depend on its request and positi
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -27,10 +28,12 @@ from tandem.types import Completion, Reach, Sampling
 DEPARTURES: dict[str, dict[str, Any]] = {
     "none": {},
     "e4m3": {"kv_dtype": "float8_e4m3"},
+    "int8": {"kv_dtype": "int8"},
     "window": {"kv_window": 9, "kv_sinks": 3},
     "window alone": {"kv_window": 9, "kv_sinks": 0},
     "noise": {"noise": 0.3},
     "all": {"kv_dtype": "float8_e4m3", "kv_window": 17, "kv_sinks": 1, "noise": 0.1},
+    "all, int8": {"kv_dtype": "int8", "kv_window": 17, "kv_sinks": 1, "noise": 0.1},
 }
 PROMPTS = [[(7 * i * i + 3 * n) % 97 for i in range(13 + 20 * n)] for n in range(3)]
 
@@ -73,27 +76,33 @@ def test_a_departure_departs(any_path, make_decoder, parity, departure):
         parity.check_learner(decoder, parity.samples(asked, drawn[1]), 1.0)
 
 
-class Lossy(PackView):
-    """Whole contexts, whose keys and values are rounded by ml_dtypes before anything attends to them."""
+def rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """What a pool of `kind` keeps of x [T, K, D], by ml_dtypes or by hand."""
+    wide = x.float().numpy()
+    if kind == "float8_e4m3":
+        wide = wide.clip(-448, 448).astype(pytest.importorskip("ml_dtypes").float8_e4m3fn).astype(np.float32)
+    elif kind == "int8":
+        scale = np.abs(wide).max(-1, keepdims=True) / np.float32(127)
+        wide = np.rint(wide / scale) * scale
+    return torch.from_numpy(wide).to(x.dtype)
 
-    def __init__(self, length: int, rounded: bool, window: int | None, sinks: int) -> None:
+
+class Lossy(PackView):
+    """Whole contexts, whose keys and values are rounded before anything attends to them."""
+
+    def __init__(self, length: int, kind: str, window: int | None, sinks: int) -> None:
         super().__init__(range(length), [0, length], [range(length)])
-        self.rounded, self.window, self.sinks = rounded, window, sinks
+        self.kind, self.window, self.sinks = kind, window, sinks
 
     def attend(self, layer: int, qkv_TW: torch.Tensor, heads: Heads, tables: Any) -> torch.Tensor:
         query, key, value = heads.cut(qkv_TW)
         for rotated in (query, key):
             rotate_(rotated, self.positions_T, *tables)
-        if self.rounded:
-            e4m3 = pytest.importorskip("ml_dtypes").float8_e4m3fn
-            key, value = (
-                torch.from_numpy(x.float().numpy().clip(-448, 448).astype(e4m3).astype(np.float32)).to(x.dtype)
-                for x in (key, value)
-            )
+        key, value = (rounded(x, self.kind) for x in (key, value))
         return attention(query, key, value, self.paths, Reach(window=self.window), sinks=self.sinks).flatten(1)
 
 
-@pytest.mark.parametrize("departure", ["none", "e4m3", "window", "window alone", "all"])
+@pytest.mark.parametrize("departure", ["none", "e4m3", "int8", "window", "window alone", "all", "all, int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_hidden_states_are_those_of_lossy_keys(kernel_path, make_decoder, parity, dtype, departure):
     """Keys are rounded before they are rotated, values are not rounded, or window and sinks change places."""
@@ -103,7 +112,7 @@ def test_hidden_states_are_those_of_lossy_keys(kernel_path, make_decoder, parity
     context = PROMPTS[2]
     chunks = [[(0, 0, 7)], *[[(0, t, t + 1)] for t in range(7, 20)], [(0, 20, len(context))]]
     rows = parity.in_pages(runner, [context], [list(range(19, -1, -1))], chunks)
-    view = Lossy(len(context), "kv_dtype" in settings, settings.get("kv_window"), settings.get("kv_sinks", 0))
+    view = Lossy(len(context), settings.get("kv_dtype", "same"), settings.get("kv_window"), settings.get("kv_sinks", 0))
     with torch.inference_mode():
         wanted_TM = decoder.forward(torch.tensor(context), view)
     parity.same_rows(torch.stack([rows[0, t] for t in range(len(context))]), wanted_TM, departure)
@@ -134,19 +143,20 @@ def test_noise_by_hand(width, dtype):
     )
 
 
-@pytest.mark.parametrize(("kv_dtype", "ratio"), [("same", 1), ("float8_e4m3", 2)])
-def test_page_memory(make_decoder, kv_dtype, ratio):
-    """Pages in 8 bits are counted, or kept, in 16."""
+@pytest.mark.parametrize(("kv_dtype", "code", "scale"), [("same", 2, 0), ("float8_e4m3", 1, 0), ("int8", 1, 4)])
+def test_page_memory(make_decoder, kv_dtype, code, scale):
+    """Pages in 8 bits are counted, or kept, in 16; or without their scales."""
     decoder = make_decoder("bfloat16")
     runner = DecoderRunner(decoder, 10, 4, EngineConfig(page_tokens=4, kv_dtype=kv_dtype))
     taken = sum(pool.nbytes for pool in runner.pools)
     assert taken == 10 * 4 * token_bytes(decoder.spec, pool_dtype(decoder.dtype, kv_dtype))
-    assert taken * ratio == 10 * 4 * token_bytes(decoder.spec, decoder.dtype)
+    spec = decoder.spec
+    assert taken == 10 * 4 * 2 * spec.layers * spec.kv_heads * (spec.head_size * code + scale)
 
 
 def test_runs_without_a_compiled_kernel(any_path, make_decoder, parity):
     """A compute dtype without kernels, or no compiler: float8 tensors fail in an operation of PyTorch's."""
     asked = parity.groups(PROMPTS, 1, 1.0, 6)
-    for dtype in ("float16", "float32"):
-        done = engine_of(make_decoder(dtype), **DEPARTURES["all"]).generate(asked)
+    for dtype, departure in itertools.product(("float16", "float32"), ("all", "all, int8")):
+        done = engine_of(make_decoder(dtype), **DEPARTURES[departure]).generate(asked)
         assert all(completion.tokens for completion in done)

@@ -73,13 +73,14 @@ def test_is_the_pass_an_operation_at_a_time(changes, dtype, make_decoder: Callab
 
 
 @pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("stored", ["float8_e4m3", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_threads_and_narrow_pages(dtype, threads, make_decoder: Callable[..., Decoder]) -> None:
-    """Shares that depend on the number of threads; pages in e4m3, with a window and sinks."""
+def test_threads_and_narrow_pages(dtype, stored, threads, make_decoder: Callable[..., Decoder]) -> None:
+    """Shares that depend on the number of threads; pages in 8 bits, with a window and sinks."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        both_ways(make_decoder(dtype, ff_width=192), "float8_e4m3", kv_window=9, kv_sinks=2).generate(requests(7))
+        both_ways(make_decoder(dtype, ff_width=192), stored, kv_window=9, kv_sinks=2).generate(requests(7))
     finally:
         torch.set_num_threads(before)
 

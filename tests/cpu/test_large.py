@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tandem.kernels import large as module
-from tandem.kernels.large import LEAST_BYTES, large
+from tandem.kernels.large import LEAST_BYTES, give_back, large
+from tandem.run.memory import resident_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8, torch.float8_e4m3fn])
@@ -21,6 +25,25 @@ def test_tensors_do_not_overlap(dtype: torch.dtype) -> None:
         tensor.view(torch.uint8).fill_(number)
     assert all(bool((tensor.view(torch.uint8) == number).all()) for number, tensor in enumerate(made))
     assert large(5, dtype=dtype).shape == (5,) and large(64 << 20, dtype=torch.uint8).shape == (64 << 20,)
+
+
+@given(st.lists(st.tuples(st.integers(1, 3 * LEAST_BYTES), st.booleans()), min_size=1, max_size=12))
+def test_what_is_given_back_is_zero_and_nothing_else(drawn: list[tuple[int, bool]]) -> None:
+    """A neighbour that loses its beginning, or a tensor whose ends keep what they held."""
+    made = [large(size, dtype=torch.uint8).fill_(7) for size, _ in drawn]
+    give_back(tensor for tensor, (_, given_) in zip(made, drawn, strict=True) if given_)
+    for tensor, (_, given_) in zip(made, drawn, strict=True):
+        assert bool((tensor == (0 if given_ else 7)).all())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is given back on Linux alone")
+def test_given_back_is_free() -> None:
+    """Gradients and pages that stay with the process while the other side works."""
+    made = [large(24 << 20, dtype=torch.uint8).fill_(1) for _ in range(4)]
+    before = resident_bytes()
+    give_back(made)
+    assert before - resident_bytes() > 90 << 20
+    assert all(bool((tensor == 0).all()) for tensor in made)
 
 
 def test_a_chunk_lives_as_long_as_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,15 +7,12 @@ adds 2^-8 of the result, once for the product and once for the sum where there i
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tandem.kernels import build
 from tandem.kernels.linear import linear, logits
 from tandem.kernels.weight import Weight
 from tandem.numerics.compare import same_bits
@@ -118,20 +115,3 @@ def test_repack_follows_the_value(any_path):
     weight.value.mul_(2)
     weight.repack()
     assert same_bits(linear(x, weight), 2 * before)
-
-
-def test_no_compiler_is_said_once(monkeypatch):
-    """Slow reference kernels run without a word, or warn at every call."""
-    monkeypatch.setattr(build, "compiler", lambda: None)
-    for cached in (build.library, build.function, build._warn_no_compiler):
-        cached.cache_clear()
-    try:
-        with pytest.warns(RuntimeWarning, match="no C\\+\\+ compiler found"):
-            assert build.library("linear") is None
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert build.library("layer") is None
-            assert Weight(torch.ones(2, 2), matrix=True).packed is None
-    finally:
-        for cached in (build.library, build.function, build._warn_no_compiler):
-            cached.cache_clear()

@@ -7,26 +7,32 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from tandem import env
-from tandem.engine.config import EngineConfig
-from tandem.errors import CapacityError
+from tandem.engine.config import EngineConfig, KvDtype
+from tandem.engine.engine import Engine
+from tandem.engine.runner import DecoderRunner
+from tandem.errors import CapacityError, ConfigError
 from tandem.models.checkpoint import Checkpoint, save_checkpoint
 from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
-from tandem.models.spec import ModelSpec, expected_shapes
+from tandem.models.spec import LayerAttention, ModelSpec, expected_shapes
 from tandem.models.view import PackView
 from tandem.numerics.compare import same_bits
-from tandem.run.memory import Asked, activation_bytes, kept_numbers, page_bytes
+from tandem.recipes.smollm2_arithmetic_cpu import smollm2_arithmetic_cpu
+from tandem.run.footprint import Asked, activation_bytes, kept_numbers, page_bytes
+from tandem.run.local import plan as plan_run
 from tandem.run.parts import build_parts
 from tandem.train import optimiser as optimising
 from tandem.train.config import LearnerConfig
 from tandem.train.offload import FileTensors
 from tandem.train.optimiser import Optimiser
+from tandem.types import Reach, Request, Sampling
 
 SOURCES = Path(__file__).parents[2] / "src"
 SPEC = ModelSpec(
@@ -45,7 +51,7 @@ from tandem.models.checkpoint import open_checkpoint
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.run.config import RunConfig
-from tandem.run.memory import peak_bytes
+from tandem.run.memory import peak_bytes, resident_bytes
 from tandem.run.parts import build_parts, plan_parts
 from tandem.train.config import LearnerConfig
 from tandem.train.step import Learner
@@ -55,11 +61,11 @@ model, engine = ModelConfig(sys.argv[1]), EngineConfig(kv_memory_bytes=32 << 20,
 learner = LearnerConfig(microbatch_tokens=1024)
 run = RunConfig("memory", 1, model, engine=engine, task=TaskConfig("jsonl", path="x"), learner=learner)
 checkpoint = open_checkpoint(sys.argv[1])
-checkpoint.load_tokenizer()
+tokenizer = checkpoint.load_tokenizer()
 
 def planned(**learner):
     given = replace(run, learner=replace(run.learner, **learner)) if learner else None
-    return plan_parts(checkpoint, model, engine, 0, given).peak()[0]
+    return plan_parts(checkpoint, tokenizer, model, engine, 0, given).peak()[0]
 
 alone, kept, again = planned(), planned(activation_checkpointing="off"), planned(activation_checkpointing="on")
 away = planned(activation_checkpointing="on", optimiser_offload="disk")
@@ -72,6 +78,9 @@ asked = [
 ]
 parts.engine.generate(asked)
 seen = {"generate": (alone, peak_bytes())}
+before = resident_bytes()
+parts.engine.give_back()
+given_back = {"pages": (32 << 20, before - resident_bytes())}
 mask = tuple(t >= 224 for t in range(256))
 signs = tuple(float(m) * (1 - 2 * (t % 2)) for t, m in enumerate(mask))
 rows = [tuple((3 + i * 17 + 7 * t) % 48000 for t in range(256)) for i in range(4)]
@@ -81,6 +90,9 @@ def learn(stage, plan, **settings):
     config = replace(run.learner, **settings)
     Learner(parts.decoder, config, run.algo, 1.0, 10).step(samples, count_prompts(samples))
     parts.publisher.publish(1)
+    before, grads = resident_bytes(), [weight.grad for _, weight in parts.decoder.weights()]
+    written = [grad.fill_(0.0).nbytes for grad in grads]
+    given_back[stage] = sum(written), resident_bytes() - before
     for _, weight in parts.decoder.weights():
         weight.grad = None
     seen[stage] = plan, peak_bytes()
@@ -88,8 +100,13 @@ def learn(stage, plan, **settings):
 learn("on disk", away, activation_checkpointing="on", optimiser_offload="disk")
 learn("computed again", again, activation_checkpointing="on")
 learn("kept", kept, activation_checkpointing="off")
-print(json.dumps(seen))
+print(json.dumps([seen, given_back]))
 """
+
+
+def engine_of(decoder: Decoder) -> Engine:
+    config = EngineConfig(page_tokens=16, batch_tokens=64, max_sequences=4)
+    return Engine(DecoderRunner(decoder, 40, 16, config), config, 40)
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +129,12 @@ def test_a_plan_is_what_is_then_used(model: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(model)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
-    seen = json.loads(done.stdout)
+    seen, given_back = json.loads(done.stdout)
     for stage, (planned, used) in seen.items():
         assert abs(planned / used - 1) < 0.1, f"{stage}: planned {planned / 1e6:.0f} MB, used {used / 1e6:.0f} MB"
+    assert list(given_back) == ["pages", "on disk", "computed again", "kept"]
+    for what, (held, freed) in given_back.items():  # pages, and the gradients after a learner's step
+        assert freed > 0.9 * held, f"{what}: {freed / 1e6:.0f} MB of {held / 1e6:.0f} MB were given back"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -177,6 +197,47 @@ def test_a_disk_without_room_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pat
         FileTensors(tmp_path, 10**9, 1)
 
 
+def test_a_disk_that_is_none_is_said(tmp_path: Path) -> None:
+    """A path that cannot be made is taken for a full disk."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"no file can be made in .*file/cache .*Set TANDEM_CACHE"):
+        FileTensors(tmp_path / "file" / "cache", 10, 1)
+
+
+@pytest.mark.parametrize(
+    "attention", [(), (LayerAttention(Reach(window=20)), LayerAttention())], ids=["full", "window"]
+)
+def test_what_an_engine_gave_back_is_not_found_again(make_decoder: Callable[..., Decoder], attention) -> None:
+    """A block is found by its name after its page's memory was given back: other tokens, or a delivery error."""
+    engine = engine_of(make_decoder("bfloat16", **({"attention": attention} if attention else {})))
+    prompt = tuple((5 * i + 3) % 97 for i in range(50))
+    asked = [Request(f"r/{i}", "r", prompt, Sampling(max_new_tokens=12), seed=i) for i in range(6)]
+    first = engine.generate(asked)
+    assert engine.scheduler.pool.cached
+    engine.give_back()
+    engine.check_integrity()
+    assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_pages and not len(engine.scheduler.index)
+    found = engine.stats.cached_tokens
+    again = engine.generate(asked)
+    assert [done.tokens for done in again] == [done.tokens for done in first]
+    assert [done.logprobs for done in again] == [done.logprobs for done in first]
+    assert engine.stats.cached_tokens == 2 * found and again[0].cached_tokens == 0
+    engine.submit(asked[0])
+    with pytest.raises(AssertionError, match="1 requests are live"):
+        engine.give_back()
+
+
+def test_a_plan_knows_the_least_request(model: Path) -> None:
+    """`train --plan` says that 0 MB of pages are fine; the first prompt says otherwise, with the weights loaded."""
+    config = replace(smollm2_arithmetic_cpu(), model=ModelConfig(str(model)))
+    page = page_bytes(Asked(SPEC, config.model, config.engine))
+    with pytest.raises(CapacityError, match=r"bytes is 1, but rollout\.max_new_tokens 24 after a prompt, of \d+ tok"):
+        plan_run(replace(config, engine=EngineConfig(kv_memory_bytes=1)))
+    with pytest.raises(CapacityError, match=r"no weight was read"):  # 24 tokens fit, and the system message does not
+        plan_run(replace(config, engine=EngineConfig(kv_memory_bytes=2 * page)))
+    assert plan_run(replace(config, engine=EngineConfig(kv_memory_bytes=20 * page))).short() is None
+
+
 def test_nothing_is_loaded_that_does_not_fit(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are read, and the process killed, before the plan is looked at."""
     monkeypatch.setattr(env, "memory_bytes", lambda: (1 << 30, 1 << 27))
@@ -185,11 +246,30 @@ def test_nothing_is_loaded_that_does_not_fit(model: Path, monkeypatch: pytest.Mo
         build_parts(ModelConfig(str(model)), EngineConfig())
 
 
-def test_the_pool_is_the_plans(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where engine.kv_memory_bytes is left open, pages beyond what is free."""
-    parts = build_parts(ModelConfig(str(model)), EngineConfig())
+def test_what_only_serves_keeps_one_form(model: Path) -> None:
+    """Matrices twice in memory where nobody learns, or a decoder without what its products or its embedding read."""
+    config = EngineConfig(kv_memory_bytes=8 << 20)
+    asked = [Request("r", "r", tuple(range(3, 40)), Sampling(max_new_tokens=6), seed=1)]
+    both = build_parts(ModelConfig(str(model)), config)
+    one = build_parts(ModelConfig(str(model)), config, learns=False)
+    assert one.plan["weights"] == both.plan["weights"] and one.plan["parameters"] == both.plan["parameters"]
+    if one.decoder.compiled:
+        kept = {
+            name for name, weight in one.decoder.weights() if weight.packed is not None and not weight.value.is_meta
+        }
+        assert kept == {"embed"}
+    for first, second in zip(one.engine.generate(asked), both.engine.generate(asked), strict=True):
+        assert (first.tokens, first.logprobs) == (second.tokens, second.logprobs)
+
+
+@pytest.mark.parametrize("kv_dtype", ["same", "float8_e4m3", "int8"])
+def test_the_pool_is_the_plans(model: Path, kv_dtype: KvDtype) -> None:
+    """Where engine.kv_memory_bytes is left open, pages beyond what is free; pages planned without their scales."""
+    config = EngineConfig(kv_dtype=kv_dtype)
+    parts = build_parts(ModelConfig(str(model)), config)
     free = parts.memory.available_bytes
     assert parts.plan["memory"]["kv_memory_bytes"] == parts.memory.kv_memory_bytes
     held = sum(tensor.nbytes for pool in parts.engine.runner.pools for tensor in pool.tensors())
-    page = page_bytes(Asked(SPEC, ModelConfig(str(model)), EngineConfig()))
+    page = page_bytes(Asked(SPEC, ModelConfig(str(model)), config))
+    assert held == parts.plan["kv_pages"] * page
     assert parts.memory.kv_memory_bytes - page < held <= parts.memory.kv_memory_bytes < free / 2

@@ -23,6 +23,12 @@ def test_sums_are_the_reference(elements, dtype):
     assert sums[2] == sums[3] and len(set(sums)) == 3
 
 
+def test_pools_of_several_sizes():
+    """Words counted as if all pools had pages of one size: scales beside keys take each other's factors."""
+    pools = [*make_pools(elements=15), *make_pools(elements=4, dtype=torch.float32)]
+    assert page_sums(pools, [3, 1]) == page_sums_reference(pools, [3, 1])
+
+
 def test_sums_see_every_element_and_its_place():
     """A change of one element, or two elements or pages exchanged, that leaves the sum as it was."""
     pools = make_pools(layers=1)

@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from tandem.algo.config import AlgoConfig
 from tandem.algo.pack import count_prompts
+from tandem.engine.batch import Batch, Sampled
 from tandem.engine.engine import Engine
 from tandem.engine.layout import KvLayout, pages_for
 from tandem.engine.runner import DecoderRunner
-from tandem.engine.schedule import Batch, Sampled
 from tandem.kernels.build import compiler
 from tandem.kernels.logprob import token_logprobs
 from tandem.models.checkpoint import open_checkpoint

@@ -10,13 +10,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tandem.errors import NonFiniteError
 from tandem.kernels import quantise as kernels
 from tandem.kernels.page_pool import KvPool, rotate_store_
 from tandem.numerics import quantise as numerics
 from tandem.numerics.compare import same_bits
-from tandem.numerics.quantise import LARGEST, from_e4m3, to_e4m3
+from tandem.numerics.quantise import LARGEST, from_e4m3, from_int8, to_e4m3, to_int8
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 F32 = np.float32
@@ -110,15 +112,56 @@ def test_signal_to_noise(bits, group, decibel):
     assert 10 * math.log10(weight_NK.double().square().sum() / noise) == pytest.approx(decibel, abs=0.15)
 
 
-def stored(x: torch.Tensor) -> torch.Tensor:
-    """By the kernel that writes keys and values into pages."""
-    rows, slots = x.reshape(-1, 1, 16), torch.arange(x.numel() // 16)
-    pool = KvPool(-(-len(rows) // 16), 16, 1, 16, x.dtype, torch.float8_e4m3fn)
-    fused = rows.repeat(1, 3, 1)
+def in_pages(rows_TD: torch.Tensor, kind: torch.dtype) -> tuple[KvPool, torch.Tensor]:
+    """Rows as keys and as values of one head, by the kernel that writes them; and what then is read of them."""
+    (count, size), slots = rows_TD.shape, torch.arange(len(rows_TD))
+    pool = KvPool(-(-count // 16), 16, 1, size, rows_TD.dtype, kind)
+    fused = rows_TD[:, None].repeat(1, 3, 1)
     rotate_store_((fused[:, :1], fused[:, 1:2], fused[:, 2:]), slots, None, slots, pool)
     keys, values = pool.rows(slots)
-    assert torch.equal(keys.view(torch.uint8), values.view(torch.uint8))
-    return keys.view(x.shape)
+    assert same_bits(keys, values)
+    return pool, keys[:, 0]
+
+
+def stored(x: torch.Tensor) -> torch.Tensor:
+    """Codes that pages hold of numbers in e4m3: each is read as itself."""
+    return to_e4m3(in_pages(x.reshape(-1, 16), torch.float8_e4m3fn)[1]).view(x.shape)
+
+
+def check_vectors(rows_TD: torch.Tensor) -> None:
+    """Codes and scales in int8 are those of a loop; broken vectors have scale NaN and codes 0."""
+    broken_T = ~rows_TD.isfinite().all(1)
+    whole = rows_TD.masked_fill(broken_T[:, None], 0).float().numpy()
+    codes_TD, scales_T = (torch.from_numpy(x) for x in by_hand(whole, 8, whole.shape[1]))
+    scales_T = scales_T[:, 0].masked_fill(broken_T, math.nan)
+    codes, scales = to_int8(rows_TD)
+    assert torch.equal(codes, codes_TD) and same_bits(scales, scales_T)
+    pool, read = in_pages(rows_TD, torch.int8)
+    wanted = (codes_TD.float() * scales_T[:, None]).to(rows_TD.dtype)
+    for values in (read, from_int8(codes, scales, rows_TD.dtype)):
+        assert torch.equal(values.nan_to_num(9), wanted.nan_to_num(9)) and torch.equal(values.isnan(), wanted.isnan())
+    assert pool.scales is not None
+    for which in (0, 1):
+        assert same_bits(pool.scales[:, which].flatten()[: len(scales)], scales_T)
+
+
+@given(
+    rows=st.lists(st.lists(st.floats(width=32), min_size=16, max_size=16), min_size=1, max_size=20),
+    kind=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_vectors_to_int8(any_path, rows, kind):
+    """A scale of a neighbour, a tie to odd, a vector of zeros divided by 0, or an infinity that becomes a number."""
+    check_vectors(torch.tensor(rows).to(kind))
+
+
+@pytest.mark.parametrize("size", [16, 24, 64, 80, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adversarial_vectors_to_int8(any_path, dtype, size):
+    """As above, over heads with a tail: ties, zeros, tiny and large numbers, a NaN or an infinity anywhere."""
+    rows = torch.from_numpy(adversarial(size, size)).clamp(-60000, 60000).to(dtype).repeat(3, 1)
+    for row, value in ((20, math.nan), (21, -math.inf), (33, math.inf)):
+        rows[row, row % size] = value
+    check_vectors(rows)
 
 
 def nearest_e4m3(x: torch.Tensor) -> np.ndarray:

@@ -47,12 +47,14 @@ POINTERS = {
     "sums": "*fp32",
     "accumulators": "*fp32",
     "found": "*i64",
+    "starts": "*i64",
+    "scales": "*fp32",
     "addresses": "*i64",
     "pages": "*i64",
 }
 NUMBERS = {"eps": "fp32", "sign": "fp32", "scale": "fp32"}
 INTEGERS = {"rows", "stride", "stream", "spans", "query_stride", "key_stride", "value_stride", "table_stride"}
-INTEGERS |= {"page_tokens", "apart", "grad_stride"}
+INTEGERS |= {"page_tokens", "apart", "grad_stride", "page_stride"}
 
 HEADS = {
     "heads": 9,
@@ -65,17 +67,18 @@ HEADS = {
     "span": 512,
 }
 BACKWARD = {name: size for name, size in HEADS.items() if name != "span"}
+CODES = {"heads": 3, "size": 64, "block_h": 32, "block_d": 64}
 PRODUCT = {"columns": 960, "depth": 576, "super_t": 8}
 
 CASES: list[tuple[Any, dict[str, Any]]] = [
-    (attention.attention_kernel, {**HEADS, "window": 0, "chunk": 0, "sinks": 0}),
-    (attention.attention_kernel, {**HEADS, "window": 100, "chunk": 0, "sinks": 4}),
-    (attention.attention_kernel, {**HEADS, "window": 0, "chunk": 64, "sinks": 0}),
+    (attention.attention_kernel, {**HEADS, "window": 0, "chunk": 0, "sinks": 0, "scaled": 0}),
+    (attention.attention_kernel, {**HEADS, "window": 100, "chunk": 0, "sinks": 4, "scaled": 0}),
+    (attention.attention_kernel, {**HEADS, "window": 0, "chunk": 64, "sinks": 0, "scaled": 0}),
     (attention.fold_kernel, {"heads": 9, "size": 64, "size_block": 64}),
     (attention_backward.query_kernel, {**BACKWARD, "window": 100, "chunk": 0}),
     (attention_backward.key_kernel, {**BACKWARD, "window": 0, "chunk": 64}),
     (norm.norm_kernel, {"width": 576, "block_m": 1024, "block_t": 2}),
-    (page_sum.page_sum_kernel, {"pools": 60, "words": 768, "block": 1024, "golden": GOLDEN}),
+    (page_sum.page_sum_kernel, {"pools": 60, "block": 1024, "golden": GOLDEN}),
     (rotary.rotate_kernel, {"heads": 9, "half": 32, "block_t": 4, "block_h": 16, "block_d": 32}),
     (rotary.store_kernel, {"width": 192, "head": 64, "block": 1024}),
     (swiglu.swiglu_kernel, {"width": 1536, "block": 1024}),
@@ -130,4 +133,7 @@ if __name__ == "__main__":
     lines += complaints(*product_case(PLAIN[0]), "fp32", num_warps=PLAIN[0].warps, num_stages=PLAIN[0].stages)
     POINTERS |= {"key": "*fp8e4nv", "value": "*fp8e4nv", "pool": "*fp8e4nv"}
     lines += [line for case in (CASES[1], CASES[9]) for line in complaints(*case, "bf16")]
+    POINTERS |= {"key": "*i8", "value": "*i8", "pool": "*i8"}
+    codes = (attention.attention_kernel, {**CASES[1][1], "scaled": 1}), (rotary.store_codes_kernel, CODES)
+    lines += [line for case in codes for line in complaints(*case, "bf16")]
     print(*lines, sep="\n", end="")

@@ -111,6 +111,29 @@ def test_a_captured_step_is_captured_once(make_decoder):
     assert counts == [3]  # the first token is drawn by the prefill
 
 
+class OneAtATime:
+    """A runner that is waited for before the next batch is planned."""
+
+    def __init__(self, runner: DecoderRunner) -> None:
+        self.layout, self.run = runner.layout, runner.run
+
+
+@pytest.mark.parametrize("settings", [{}, {"noise": 0.1}, {"batch_tokens": 16}])
+def test_steps_started_ahead_draw_the_same(make_decoder, settings):
+    """A step runs a token that another one drew, or a capture's trial run; what has stopped shows in others."""
+    ahead, plain = engine_of(make_decoder(), **settings), engine_of(make_decoder(), **settings)
+    ahead.runner.device_steps = graph.DeviceSteps(ahead.runner, lambda run: (run(), run)[1])  # type: ignore[attr-defined]
+    plain.runner = OneAtATime(plain.runner)  # type: ignore[arg-type]
+    asked = [
+        replace(
+            request, sampling=replace(request.sampling, max_new_tokens=2 + i % 4, stop_token_ids=tuple(range(0, 97, 5)))
+        )
+        for i, request in enumerate(requests(9))
+    ]
+    assert drawn(ahead.generate(asked)) == drawn(plain.generate(asked))
+    assert ahead.stats.run_tokens > plain.stats.run_tokens
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_broken_row_is_named(make_decoder):
     """NaN logits are drawn from in silence, or padding is blamed for them."""
@@ -120,17 +143,22 @@ def test_a_broken_row_is_named(make_decoder):
     for request in requests(3, new=9):
         engine.submit(request)
     engine.step()
+    engine.abort("nobody")  # waits for what was drawn
     sequence = engine.scheduler.running[1]
     sequence.tokens[-1] = 50
     with pytest.raises(NonFiniteError, match="row 1 of 3"):
+        for _ in range(2):
+            engine.step()
+    sequence.tokens[-1] = 49
+    while engine.has_work:
         engine.step()
 
 
-@pytest.mark.parametrize("config", [{}, {"kv_dtype": "float8_e4m3"}])
+@pytest.mark.parametrize("config", [{}, {"kv_dtype": "float8_e4m3"}, {"kv_dtype": "int8"}])
 def test_a_shared_page_that_changed_stops_the_step(make_decoder, device, config):
-    """Samples are drawn from damaged keys, or from a page that is whole an error is raised."""
+    """Samples are drawn from damaged keys or scales, or from a page that is whole an error is raised."""
     first, second = (Request(f"{i}", "p", tuple(range(1, 30)), Sampling(max_new_tokens=3), seed=i) for i in range(2))
-    engine = engine_of(make_decoder(), **config)
+    engine = engine_of(make_decoder(head_size=16), **config)  # a page's scales are smaller than its codes
     engine.generate([first])
     pools = [pages for pool in engine.runner.pools for pages in pool.tensors()]  # type: ignore[attr-defined]
     named = torch.tensor([3, 0, 5], device=device)
@@ -155,7 +183,7 @@ def test_arrays_arrive(device):
         places.append([got.data_ptr() for got in sent])
     assert places[0] == places[1] == places[2]
     assert torch.equal(staging.send([np.arange(900)])[0].cpu(), torch.arange(900))
-    assert [got.tolist() for got in graph.fetch(*staging.send([np.arange(3)]))] == [[0, 1, 2]]
+    assert [got.tolist() for got in graph.fetch(*staging.send([np.arange(3)]))()] == [[0, 1, 2]]
 
 
 @pytest.mark.parametrize("most", [1, 3, 8, 20, 64, 256, 300])

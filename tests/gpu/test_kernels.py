@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference
+from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference, paged_attention
 from tandem.kernels.choice import backend
 from tandem.kernels.linear import linear, logits
 from tandem.kernels.norm import rms_norm
+from tandem.kernels.page_pool import KvPool
 from tandem.kernels.rotary import rotate_, rotate_reference, store_
 from tandem.kernels.swiglu import swiglu_down
 from tandem.kernels.weight import Weight
+from tandem.numerics.quantise import from_int8, to_int8
 from tandem.types import Reach
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
@@ -289,6 +291,41 @@ def test_pages_of_eight_bits(device, dtype):
         assert torch.equal(pool.float(), (40 * rows).to(torch.float8_e4m3fn).float())
     widened = [pool.to(dtype) for pool in pools]
     assert torch.equal(attention(query, *pools, paths), attention(query, *widened, paths))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [8, 24])
+def test_codes_with_scales(device, dtype, size):
+    """Codes or scales in int8 are those of another vector or rounded otherwise, padding is written, a sequence reads
+    another page's scales, or a broken key is forgotten."""
+    query, key, value = heads_of(70, (4, 2, size), dtype, device)
+    value[5] = 0
+    value[6] *= 2.0**-14 if dtype == torch.float16 else 2.0**-140  # subnormal where the dtype has them
+    value[7, 0] = torch.arange(size) - size / 2 + 0.5  # ties of a scale of 1
+    value[7, 0, 0] = 127
+    pages = torch.randperm(10, generator=torch.Generator().manual_seed(1))
+    at = torch.arange(70)
+    slots = (pages[at // 8] * 8 + at % 8).to(device)
+    pool = KvPool(10, 8, 2, size, dtype, torch.int8, device)
+    for memory in pool.tensors():
+        memory.view(torch.uint8).fill_(0x7F)
+    before = [memory.clone() for memory in pool.tensors()]
+    pool.store_(key, value, torch.full_like(slots, -1))
+    assert all(torch.equal(*pair) for pair in zip(before, pool.tensors(), strict=True))
+    pool.store_(key, value, slots)
+    kept = [to_int8(x.cpu()) for x in (key, value)]
+    for which, (codes, scales) in enumerate(kept):
+        assert torch.equal((pool.keys, pool.values)[which][slots].cpu(), codes)
+        assert torch.equal(pool.scales[slots // 8, which, :, slots % 8].cpu(), scales)
+    rows = [from_int8(*parts, dtype).to(device) for parts in kept]
+    plain = on(Paths.build([0, 70], [0], [list(range(70))], 1), device)
+    paged = on(Paths.build([0, 70], [0], [pages[:9].tolist()], 8), device)
+    for reach in (Reach(), Reach(window=20)):
+        assert torch.equal(paged_attention(query, pool, paged, reach), attention(query, *rows, plain, reach))
+    for broken in (torch.nan, -torch.inf):
+        value[30, 1, 3] = broken
+        pool.store_(key[30:31], value[30:31], slots[30:31])
+        assert bool(pool.rows(slots)[1][30, 1].isnan().all()) and not bool(pool.rows(slots)[1][30, 0].isnan().any())
 
 
 def test_the_choice(device, monkeypatch):

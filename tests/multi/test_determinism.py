@@ -143,10 +143,14 @@ ENGINES: dict[str, tuple[dict[str, Any], Callable[[Any], bool]]] = {
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_engines_limits(config: RunConfig, plain: Finished, tmp_path: Path, name: str) -> None:
-    """Chunks, company, pages, the prefix cache or preemption change a token or a bit of a log-prob."""
+    """Chunks, company, pages, the prefix cache or preemption change a token or a bit of a log-prob; or rows that do not
+    add up to what the scheduler did.
+    """
     limits, happened = ENGINES[name]
     done = run(replace(config, engine=replace(config.engine, **limits)), tmp_path / "run")
     assert happened(done.stats), done.stats
+    for name in local.SCHEDULED:
+        assert sum(row[name] for row in done.rows) == getattr(done.stats, name), name
     done.same(plain)
 
 

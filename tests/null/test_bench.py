@@ -8,15 +8,22 @@ import sys
 import pytest
 
 from tandem.cli.main import main
-from tandem.errors import WorldError
+from tandem.errors import ConfigError, WorldError
 from tandem.report.throughput import throughput_figure, throughput_png
 from tandem.run import bench as benches
-from tandem.run.bench import Figure, _run, compare, limit
+from tandem.run.bench import compare, limit
+from tandem.run.peers import Figure, Side, peer_side, run_side
 
 
-def peer(*rows: dict, code: int = 0) -> list[str]:
-    text = "\n".join(json.dumps(row) for row in rows)
-    return [sys.executable, "-c", f"print('loading'); print({text!r}); raise SystemExit({code})"]
+def saying(text: str, code: int = 0) -> Side:
+    return Side((sys.executable, "-c", f"print('loading'); print({text!r}); raise SystemExit({code})"))
+
+
+def peer(*rows: dict, code: int = 0) -> Side:
+    return saying("\n".join(json.dumps(row) for row in rows), code)
+
+
+LIMITS = (Figure("limit", "matrix FLOP/s", 1e12, None), Figure("limit", "memory bytes/s", 25e9, None))
 
 
 def test_ratio_is_taken_within_a_round():
@@ -66,14 +73,18 @@ def test_parity_takes_exact_and_library_in_turn(monkeypatch):
     """One side measured in all its rounds before the other, while the machine warms up or slows down."""
     asked = []
 
-    def run(command):
-        asked.append(command[-1])
-        peer = {"parity/library": "library", "other": "other"}.get(command[-1], "tandem")
-        return [Figure(peer, "w", float(len(asked)), None)]
+    def run(side, units):
+        asked.append(side.command[-1])
+        peer = {"parity/library": "library", "ls": "other"}.get(side.command[-1], "tandem")
+        return (
+            [*LIMITS, Figure(peer, "w", float(len(asked)), None)]
+            if side.own
+            else [Figure(peer, "w", float(len(asked)), None)]
+        )
 
-    monkeypatch.setattr(benches, "_run", run)
-    result = benches.bench("parity", ["other"], 2)
-    assert asked == ["parity", "parity/library", "other"] * 2
+    monkeypatch.setattr(benches, "run_side", run)
+    result = benches.bench("parity", ["ls"], 2)
+    assert asked == ["parity", "parity/library", "ls"] * 2
     assert result["rows"][0]["price"] == pytest.approx(2 / (1 / 2 + 4 / 5))
     asked.clear()
     benches.bench("engine", [], 1)
@@ -188,8 +199,47 @@ def test_sweep_is_printed_and_drawn(monkeypatch, capsys, tmp_path):
     picture = tmp_path / "sweep.png"
     assert main(["bench", "sweep", "--json", "--out", str(picture)]) == 0
     assert json.loads(capsys.readouterr().out) == result and picture.read_bytes() == throughput_png(sweep_rows())
-    assert main(["bench", "engine", "--out", str(picture)]) == 2 and "--out" in capsys.readouterr().err
-    assert main(["bench", "sweep", "--peer", "x"]) == 2 and "--peer" in capsys.readouterr().err
+
+
+def test_a_flag_without_use_is_refused(monkeypatch, capsys):
+    """A flag that is taken and ignored."""
+    monkeypatch.setattr("tandem.cli.bench._run", lambda *_: pytest.fail("it was measured"))
+    assert main(["bench", "engine", "--out", "x.png"]) == 2 and "--out" in capsys.readouterr().err
+    for work in ("sweep", "profile", "gpu"):
+        assert main(["bench", work, "--peer", "ls"]) == 2
+        assert (
+            f"`bench {work}`, which has no peers. Use one of engine, learner, step, parity." in capsys.readouterr().err
+        )
+
+
+def test_a_picture_that_cannot_be_written_is_refused_first(monkeypatch, capsys, tmp_path):
+    """Minutes of measurement lost to a misspelt path."""
+    monkeypatch.setattr("tandem.cli.bench._run", lambda *_: pytest.fail("it was measured"))
+    (tmp_path / "folder.png").mkdir()
+    wrong = {
+        tmp_path: "is a folder",
+        tmp_path / "folder.png": "is a folder",
+        tmp_path / "nowhere" / "x.png": f"there is no folder {tmp_path / 'nowhere'}",
+        tmp_path / "x.pdf": "Name it x.png",
+        tmp_path / "x": "Name it x.png",
+    }
+    for path, message in wrong.items():
+        assert main(["bench", "sweep", "--out", str(path)]) == 2
+        assert message in capsys.readouterr().err, path
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert main(["bench", "sweep", "--out", str(tmp_path / "x.png")]) == 2
+    assert "may not be written" in capsys.readouterr().err
+
+
+def test_a_sweep_is_printed_before_it_is_drawn(monkeypatch, capsys, tmp_path):
+    """A disk that fills up meanwhile takes the figures with it."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    result = {"bench": "sweep", "limits": {"matrix FLOP/s": 9e11, "memory bytes/s": 4.5e10}, "rows": sweep_rows()}
+    monkeypatch.setattr("tandem.run.sweep.sweep", lambda: folder.rmdir() or result)
+    assert main(["bench", "sweep", "--json", "--out", str(folder / "x.png")]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out) == result and "could not be written: No such file" in err
 
 
 def test_limits_come_from_the_machine():
@@ -204,12 +254,117 @@ def test_limits_come_from_the_machine():
 
 def test_a_peer_is_any_command_that_prints_json_lines():
     """Progress bars on standard output break the table."""
-    rows = {"peer": "vllm", "work": "decode 1x128", "tok_s": 36.0}, {"peer": "vllm", "work": "start", "s": 55}
-    assert _run(peer(*rows)) == [Figure("vllm", "decode 1x128", 36.0, None), Figure("vllm", "start", None, 55)]
+    rows = {"peer": "vllm", "work": "decode 1x128", "tok_s": 36.0}, {"peer": "vllm", "work": "start", "s": 55}, {"s": 1}
+    figures = [Figure("vllm", "decode 1x128", 36.0, None), Figure("vllm", "start", None, 55)]
+    assert run_side(peer(*rows), {"decode 1x128": "tok/s"}) == figures
+    assert run_side(saying("[" * 9999 + "\n" + json.dumps(rows[1])), {}) == figures[1:]
 
 
-@pytest.mark.parametrize("command", [peer({"peer": "x", "work": "w", "s": 1.0}, code=3), peer(), ["no-such-program"]])
-def test_a_peer_that_fails_stops_the_bench(command):
-    """A crashed peer is left out, and tandem has no rival."""
+BINARY = Side((sys.executable, "-c", "import sys; sys.stdout.buffer.write(bytes(range(256)))"))
+
+
+@pytest.mark.parametrize(
+    "side", [peer({"peer": "x", "work": "w", "s": 1.0}, code=3), peer(), Side(("no-such-program",)), BINARY]
+)
+def test_a_peer_that_fails_stops_the_bench(side):
+    """A crashed peer, or one that prints no text, is left out or ends in a traceback, and tandem has no rival."""
     with pytest.raises(WorldError, match="the peer"):
-        _run(command)
+        run_side(side, {})
+
+
+def test_tandem_that_fails_is_no_peer():
+    """A crash of tandem's own measurement that is blamed on a peer."""
+    with pytest.raises(WorldError, match=r"^tandem's own bench `.*` ended with 3"):
+        run_side(Side(peer(code=3).command, own=True), {})
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong"),
+    [
+        ('{"work": "w", "tok_s": 0}', '"tok_s" is not a finite number above 0'),
+        ('{"work": "w", "tok_s": -3.5}', '"tok_s" is not a finite number above 0'),
+        ('{"work": "w", "tok_s": "fast"}', '"tok_s" is not a finite number above 0'),
+        ('{"work": "w", "tok_s": null}', '"tok_s" is not a finite number above 0'),
+        ('{"work": "w", "tok_s": true}', '"tok_s" is not a finite number above 0'),
+        ('{"work": "w", "tok_s": NaN}', '"tok_s" is not a finite number above 0'),
+        ('{"work": "w", "s": Infinity}', '"s" is not a finite number above 0'),
+        ('{"work": "w", "s": 1e-320}', '"s" is not a finite number above 0'),
+        (f'{{"work": "w", "tok_s": 1{"0" * 400}}}', '"tok_s" is not a finite number above 0'),
+        ('{"work": [1], "tok_s": 1}', '"work" is not a name'),
+        ('{"peer": 7, "work": "w", "tok_s": 1}', '"peer" is not a name'),
+        ('{"peer": "tandem", "work": "w", "tok_s": 1}', "'tandem' is a name of tandem's own"),
+        ('{"peer": "limit", "work": "matrix FLOP/s", "tok_s": 1}', "'limit' is a name of tandem's own"),
+        ('{"work": "w"}', 'not one of "tok_s" and "s"'),
+        ('{"work": "w", "tok_s": 1, "s": 1}', 'not one of "tok_s" and "s"'),
+        ('{"work": "w", "s": 2.0}', "tandem gives this work in tok/s, not in s"),
+    ],
+)
+def test_a_wrong_figure_names_peer_line_and_what_is_expected(line, wrong):
+    """A ratio of 200 from a time taken for a rate, of 0 or infinity; a traceback, after minutes of measurement."""
+    with pytest.raises(WorldError) as caught:
+        run_side(saying(line), {"w": "tok/s"})
+    message = str(caught.value)
+    assert message.startswith("the peer `") and f"line 2, {line[:200]}: " in message and wrong in message
+    assert "Expected: {" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"), [("sh -c 'echo", "No closing quotation"), ("", "is empty"), ("no-such-program x", "is found")]
+)
+def test_a_peer_that_is_no_command_is_refused_first(monkeypatch, capsys, text, wrong):
+    """Minutes of measurement lost to a missing quote."""
+    monkeypatch.setattr(benches, "run_side", lambda *_: pytest.fail("it was measured"))
+    assert main(["bench", "engine", "--peer", text]) == 2 and wrong in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="--peer"):
+        peer_side(text)
+
+
+def by_round(monkeypatch, rounds):
+    """run_side answers with the figures of a peer by round, (name, work, tok_s) each; tandem gives w and v."""
+    left = iter(rounds)
+
+    def run(side, units):
+        if side.own:
+            return [*LIMITS, Figure("tandem", "w", 100.0, None), Figure("tandem", "v", None, 2.0)]
+        assert units == {"w": "tok/s", "v": "s"}
+        figures = next(left)
+        if isinstance(figures, WorldError):
+            raise figures
+        return [Figure(*figure, None) for figure in figures]
+
+    monkeypatch.setattr(benches, "run_side", run)
+
+
+@pytest.mark.parametrize(
+    ("rounds", "whole", "ratio", "wrong"),
+    [
+        ([WorldError("the peer broke")], 1, None, "the peer broke"),
+        ([[("hf", "w", 50.0)], WorldError("the peer broke")], 1, 2.0, "the peer broke"),
+        ([[("hf", "w", 50.0)]] * 2 + [[("hf", "u", 50.0)]], 2, 2.0, "no 'u' of 'hf' in round 1"),
+        ([[("hf", "w", 50.0), ("hf", "u", 1.0)], [("hf", "w", 50.0)]], 1, 2.0, "no 'u' of 'hf' in round 2"),
+        ([[("tandem", "w", 50.0)]], 1, None, "gives 'w' of 'tandem', as a side before it does"),
+    ],
+)
+def test_what_was_measured_is_kept(monkeypatch, capsys, rounds, whole, ratio, wrong):
+    """Tandem's own figures, and whole rounds, lost with a peer that breaks later."""
+    by_round(monkeypatch, rounds)
+    assert main(["bench", "engine", "--peer", "ls", "--json"]) == 1
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert wrong in err and wrong in result["failure"] and result["rounds"] == whole
+    assert {row["work"]: row["tandem"] for row in result["rows"]} == {"w": 100.0, "v": 2.0}
+    assert result["rows"][0]["peers"].get("hf", {}).get("ratio") == ratio
+    by_round(monkeypatch, rounds)
+    assert main(["bench", "engine", "--peer", "ls"]) == 1 and "100.0 tok/s" in capsys.readouterr().out
+
+
+def test_nothing_measured_is_an_error(monkeypatch, capsys):
+    """An empty table where tandem's own measurement fails."""
+
+    def fail(side, units):
+        raise WorldError(f"{side} broke")
+
+    monkeypatch.setattr(benches, "run_side", fail)
+    assert main(["bench", "engine"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "tandem's own bench" in err

@@ -7,7 +7,12 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,7 +20,8 @@ import tandem
 from tandem import env
 from tandem.cli import doctor, main, recipes, train
 from tandem.config import override
-from tandem.errors import CheckpointError, ConfigError, ModelError
+from tandem.errors import CheckpointError, ConfigError, ModelError, TandemWarning
+from tandem.run.folder import RunFolder
 
 SOURCES = Path(tandem.__file__).parent
 ROOT = Path(__file__).parents[2]
@@ -83,6 +89,21 @@ def test_exit_code_of_a_verb(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert call(capsys, "doctor")[0] == 1
     monkeypatch.setattr(doctor, "CHECKS", ())
     assert call(capsys, "doctor")[0] == 0
+
+
+def test_warnings_are_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tandem warns of is shown with a line of its source; or a library's warning without where it is from."""
+
+    def warn() -> Iterator[doctor.Finding]:
+        warnings.warn("slow kernels run", TandemWarning, stacklevel=1)
+        warnings.warn("another's", RuntimeWarning, stacklevel=1)
+        yield doctor.Finding("torch", "ok", "2")
+
+    monkeypatch.setattr(doctor, "CHECKS", (warn,))
+    with pytest.warns(RuntimeWarning) as caught:
+        code, _, err = call(capsys, "doctor")
+    assert code == 0 and err == "tandem: slow kernels run\n"
+    assert [(str(each.message), each.filename) for each in caught] == [("another's", __file__)]
 
 
 def test_misspelt_environment(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,6 +215,48 @@ def test_train_builds_before_it_loads() -> None:
     assert text.index("config = override(") < text.index("from tandem.run")
 
 
+SUMS = """
+from tandem.run.config import RunConfig
+from tandem.models.config import ModelConfig
+
+def sums() -> RunConfig:
+    return RunConfig("sums", 5, ModelConfig("m"))
+
+def other() -> RunConfig:
+    return RunConfig("other", 5, ModelConfig("m"))
+"""
+
+
+def test_resume_takes_the_config_of_the_folder(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A resume that asks for every earlier --set again, takes another recipe's run, or does so in silence."""
+    asked: list[Any] = []
+
+    def run(config: Any, **given: Any) -> None:
+        asked.append(config)
+        with RunFolder.open(given["resume"], config):
+            raise CheckpointError("it ran")
+
+    monkeypatch.setitem(sys.modules, "tandem.run.local", SimpleNamespace(train=run))
+    (tmp_path / "sums.py").write_text(SUMS)
+    recipe = f"{tmp_path}/sums.py:sums"
+    settings = {"learner.lr": "0.5", "rollout.max_new_tokens": "7", "task.heldout_size": "999"}
+    started = override(recipes.find_recipe(recipe)(), settings)
+    RunFolder.create(tmp_path / "run", started).close()
+    code, _, err = call(capsys, "train", recipe, "--resume", str(tmp_path / "run"), "--set", "steps=9")
+    assert code == 1 and "it ran" in err and asked.pop() == replace(started, steps=9)
+    assert "\n  learner.lr: 1e-06 -> 0.5\n" in err and "rollout.max_new_tokens: 64 -> 7" in err and "steps:" not in err
+    for name, values in {"learner.lr": "0.5 -> 0.25", "evaluation.prompts": "128 -> 998"}.items():
+        given = f"{name}={values.split()[-1]}"
+        code, _, err = call(capsys, "train", recipe, "--resume", str(tmp_path / "run"), "--set", given)
+        assert code == 2 and "differs" in err and f"{name}: {values}" in err and "it ran" not in err
+    code, _, err = call(capsys, "train", f"{tmp_path}/sums.py:other", "--resume", str(tmp_path / "run"))
+    assert code == 2 and "holds the run sums, and the recipe is other" in err and len(asked) == 2
+    code, _, err = call(capsys, "train", recipe, "--resume", str(tmp_path / "rum"))
+    assert code == 2 and "does not exist" in err and "Did you mean run?" in err
+
+
 def test_memory_of_a_container(tmp_path: Path) -> None:
     """Doctor reports the host's memory inside a container that may use less."""
     (tmp_path / "proc").mkdir()
@@ -214,7 +277,7 @@ def test_memory_of_a_group_in_a_group(tmp_path: Path) -> None:
     """A limit set on a group further out, or by the older hierarchy, goes unnoticed."""
     (tmp_path / "proc/self").mkdir(parents=True)
     (tmp_path / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 6000 kB\n")
-    (tmp_path / "proc/self/cgroup").write_text("3:memory:/job/1\n0::/outer/inner\n")
+    (tmp_path / "proc/self/cgroup").write_text("3:memory,hugetlb:/job/1\n0::/outer/inner\n")
     outer, older = tmp_path / "sys/fs/cgroup/outer", tmp_path / "sys/fs/cgroup/memory/job/1"
     (outer / "inner").mkdir(parents=True)
     (outer / "inner/memory.max").write_text("max\n")
@@ -229,6 +292,26 @@ def test_memory_of_a_group_in_a_group(tmp_path: Path) -> None:
     assert env.memory_bytes(tmp_path) == (3000, 2500)
 
 
+def test_memory_under_a_limit_of_the_process(tmp_path: Path) -> None:
+    """Under `ulimit -v` or `-d` a plan for all of the machine, which the allocator then refuses."""
+    own = tmp_path / "proc/self"
+    own.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 8000 kB\nMemAvailable: 6000 kB\n")
+    (own / "status").write_text("Name:\tpython\nVmSize:\t    1000 kB\nVmData:\t     200 kB\n")
+    rows = "Limit                     Soft Limit           Hard Limit           Units     \n"
+    for space, data, wanted in (
+        ("unlimited", "unlimited", (8_192_000, 6_144_000)),
+        ("3072000", "unlimited", (3_072_000, 2_048_000)),
+        ("3072000", "1024000", (1_024_000, 819_200)),
+        ("unlimited", "100000", (100_000, 0)),
+    ):
+        limits = f"Max data size             {data}            unlimited            bytes     \n"
+        limits += f"Max address space         {space}            unlimited            bytes     \n"
+        (own / "limits").write_text(rows + limits)
+        assert env.memory_bytes(tmp_path) == wanted
+        assert env.limits_addresses(tmp_path) == ({space, data} != {"unlimited"})
+
+
 def test_processor(tmp_path: Path) -> None:
     """Doctor misses AMX, or finds it in a name that only contains it."""
     (tmp_path / "proc").mkdir()
@@ -239,13 +322,14 @@ def test_processor(tmp_path: Path) -> None:
     assert doctor.processor(tmp_path / "nowhere")[1] == frozenset()
 
 
-def test_doctor_without_things(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_without_things(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Doctor is silent about, or fails on, what is missing: torch, a compiler, the demo's model."""
     monkeypatch.setattr(doctor, "_version", lambda name: None)
     assert [f.status for f in doctor.check_torch()] == ["missing"]
     monkeypatch.setattr(doctor, "_version", lambda name: "2.14.1")
     assert [f.status for f in doctor.check_torch()] == ["missing"]
     monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
     compiler = list(doctor.check_compiler())
     assert compiler[0].status == "slow" and "apt-get install g++" in compiler[0].advice
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)

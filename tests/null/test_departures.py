@@ -26,6 +26,7 @@ def changed(**settings: str) -> RunConfig:
         ("engine.weights", "int4", "mismatch"),
         ("engine.dtype", "float32", "mismatch"),
         ("engine.kv_dtype", "float8_e4m3", "mismatch"),
+        ("engine.kv_dtype", "int8", "mismatch"),
         ("engine.kv_window", "64", "mismatch"),
         ("engine.noise", "0.1", "mismatch"),
         ("model.kernels", "library", "mismatch"),

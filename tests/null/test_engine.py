@@ -1,173 +1,20 @@
-"""The engine over a fake runner that has nothing but the paged memory to know a context by.
-
-Each slot holds a group of layers, a token, its position, and a chain: a hash of the token, of the weight version that
-ran it and of the chain before. Every slot that a query sees in some group is read back through the page tables. So a
-wrong page table, a page given away too early, a shared page written to or a stale hit trips an assertion.
-"""
+"""The engine over a fake runner that has nothing but the paged memory to know a context by (paged_memory.py)."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.engine.config import EngineConfig
+from tandem.engine.batch import Batch
 from tandem.engine.engine import Engine
 from tandem.engine.layout import WHOLE, KvLayout
-from tandem.engine.schedule import Batch, Sampled, Work
 from tandem.errors import CapacityError, ConfigError
 from tandem.types import Completion, Reach, Request, Sampling, StopReason, VersionSpan, WeightVersion
-
-VOCAB = 7
-STOP = 6
-
-
-def draw(seed: int, context: list[int]) -> tuple[int, float]:
-    """The next token after a context and its log-prob; depends on every token and on the position."""
-    value = hash((seed, len(context), tuple(context)))
-    return value % VOCAB, -(value % 1000) / 100.0
-
-
-def alone(request: Request) -> tuple[tuple[int, ...], tuple[float, ...]]:
-    """What a request generates by itself, with no engine."""
-    context, logprobs = list(request.tokens), []
-    for _ in range(request.sampling.max_new_tokens):
-        token, logprob = draw(request.seed, context)
-        context.append(token)
-        logprobs.append(logprob)
-        if token in request.sampling.stop_token_ids:
-            break
-    return tuple(context[len(request.tokens) :]), tuple(logprobs)
-
-
-@dataclass
-class PagedMemory:
-    """A runner. `history` is what each sequence's slots must hold, kept apart from the scheduler's own account."""
-
-    config: EngineConfig
-    num_pages: int
-    layout: KvLayout = WHOLE
-    slots: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)  # slot -> group, token, position, chain
-    contexts: dict[str, list[int]] = field(default_factory=dict)  # request -> its prompt and what was drawn for it
-    history: dict[int, list[int]] = field(default_factory=dict)  # sequence -> version that ran each position
-    tables: dict[int, Any] = field(default_factory=dict)  # sequence -> the page tables it was admitted with
-    sampled_by: dict[str, list[int]] = field(default_factory=dict)  # request -> version step of each generated token
-    run_tokens: int = 0
-    prompt_tokens_run: int = 0
-    copied: int = 0  # pages
-    most_pages: int = 0  # that a work's tables named
-
-    def slot(self, work: Work, group: int, position: int) -> int:
-        page_tokens = self.config.page_tokens
-        page = work.tables[group][position // page_tokens]
-        assert 0 <= page < self.num_pages
-        return page * page_tokens + position % page_tokens
-
-    def chains(self, work: Work, length: int) -> list[int]:
-        chain, chains = 0, []
-        for token, version in zip(self.contexts[work.request.id], self.history[work.sequence][:length], strict=False):
-            chain = hash((chain, token, version))
-            chains.append(chain)
-        return chains
-
-    def read(self, work: Work, length: int, query: int) -> None:
-        """Every slot before `length` that a query at `query` sees in some group must be this sequence's own past."""
-        context, chains = self.contexts[work.request.id], self.chains(work, length)
-        for group, kind in enumerate(self.layout.groups):
-            for position in range(length):
-                if position >= kind.reach.first_seen(query) or position < kind.sinks:
-                    found = self.slots.get(self.slot(work, group, position))
-                    wanted = (group, context[position], position, chains[position])
-                    assert found == wanted, f"{work.request.id}, group {group}, at {position}: {found}, not {wanted}"
-
-    def run(self, batch: Batch) -> Sampled:
-        assert 0 < batch.num_tokens == sum(len(work.tokens) for work in batch.works) <= self.config.batch_tokens
-        assert len({work.sequence for work in batch.works}) == len(batch.works) <= self.config.max_sequences
-        assert all(len(work.tokens) == 1 for work in batch.works[: batch.num_decodes])
-        version = batch.version.step
-        for target, source in batch.copies.items():
-            for offset in range(self.config.page_tokens):
-                found = self.slots.get(source * self.config.page_tokens + offset)
-                self.slots.pop(target * self.config.page_tokens + offset, None)
-                if found is not None:
-                    self.slots[target * self.config.page_tokens + offset] = found
-        self.copied += len(batch.copies)
-        batch.copies.clear()
-        for work in batch.works:  # all contexts are read before anything is written: no work may lean on another
-            past = self.history.setdefault(work.sequence, [])
-            context = self.contexts.setdefault(work.request.id, list(work.request.tokens))
-            if self.tables.get(work.sequence) is not work.tables:  # admitted: hits are of the weights that serve now
-                self.tables[work.sequence] = work.tables
-                past[:] = [version] * work.start
-            assert len(past) == work.start, f"{work.request.id} ran {len(past)} tokens and goes on at {work.start}"
-            assert work.tokens == context[work.start : work.start + len(work.tokens)]
-            self.read(work, work.start, work.start)
-            self.most_pages = max(self.most_pages, sum(page >= 0 for table in work.tables for page in table))
-        written: set[int] = set()
-        for work in batch.works:
-            end = work.start + len(work.tokens)
-            self.history[work.sequence] += [version] * len(work.tokens)
-            chains = self.chains(work, end)
-            for position, token in enumerate(work.tokens, start=work.start):
-                for group in range(len(self.layout.groups)):
-                    slot = self.slot(work, group, position)
-                    assert slot not in written, "two sequences write one slot"
-                    written.add(slot)
-                    self.slots[slot] = (group, token, position, chains[position])
-                self.prompt_tokens_run += position < len(work.request.tokens)
-        self.run_tokens += batch.num_tokens
-        sampled = Sampled([], [])
-        for work in batch.works:
-            end = work.start + len(work.tokens)
-            for query in range(work.start, end):
-                self.read(work, query + 1, query)
-            if work.samples:
-                context = self.contexts[work.request.id]
-                token, logprob = draw(work.request.seed, context)
-                context.append(token)
-                sampled.tokens.append(token)
-                sampled.logprobs.append(logprob)
-                self.sampled_by.setdefault(work.request.id, []).append(version)
-        return sampled
-
-
-def make(
-    num_pages: int = 64, decode: object = None, layout: KvLayout = WHOLE, **settings: Any
-) -> tuple[Engine, PagedMemory]:
-    config = EngineConfig(
-        **{"page_tokens": 4, "batch_tokens": 16, "max_sequences": 8, "lookahead_tokens": 4} | settings
-    )
-    runner = PagedMemory(config, num_pages, layout)
-    ticks = count()
-    return Engine(runner, config, num_pages, clock=lambda: float(next(ticks)), decode=decode), runner  # type: ignore[arg-type]
-
-
-def group(name: str, prompt: list[int], copies: int, max_new: int, stop: tuple[int, ...] = (STOP,)) -> list[Request]:
-    sampling = Sampling(max_new_tokens=max_new, stop_token_ids=stop)
-    return [Request(f"{name}/{k}", name, tuple(prompt), sampling, seed=k) for k in range(copies)]
-
-
-def check(completion: Completion, request: Request, runner: PagedMemory) -> None:
-    tokens, logprobs = alone(request)
-    n = len(completion.tokens)
-    if completion.stop_reason is StopReason.ABORTED:
-        tokens, logprobs = tokens[:n], logprobs[:n]
-    elif tokens[-1] in request.sampling.stop_token_ids:
-        assert completion.stop_reason is StopReason.STOP_TOKEN
-    else:
-        assert completion.stop_reason is StopReason.LENGTH
-    assert (completion.tokens, completion.logprobs) == (tokens, logprobs)
-    by_span = [span.step for span in completion.versions for _ in range(span.start, span.end)]
-    assert by_span == runner.sampled_by.get(request.id, [])
-    assert [span.start for span in completion.versions] == [0, *(s.end for s in completion.versions)][
-        : len(completion.versions)
-    ]
-    assert completion.submitted_s <= completion.started_s <= completion.finished_s
-
+from tests.null.paged_memory import STOP, VOCAB, Device, DeviceFailed, PagedMemory, alone, check, group, make
 
 prompts = st.one_of(
     st.lists(st.integers(0, 1), min_size=1, max_size=14),
@@ -181,6 +28,7 @@ actions = st.one_of(
     st.tuples(st.just("abort"), st.integers(0, 9)),
     st.tuples(st.just("receive"), st.integers(0, 2)),
     st.tuples(st.just("step"), st.integers(1, 4)),
+    st.tuples(st.just("fail")),
 )
 
 
@@ -192,91 +40,108 @@ layouts = st.one_of(
 )
 
 
-@given(
-    page_tokens=st.sampled_from([2, 4, 8]),
-    spare_tokens=st.integers(0, 12),
-    max_sequences=st.integers(1, 6),
-    kind=st.tuples(layouts, st.sampled_from(["arrival", "longest", "fair"])),
-    lookahead=st.sampled_from([0, 0, 1, 5]),
-    share=st.sampled_from([True, True, True, False]),
-    slack=st.integers(0, 6),
-    script=st.lists(actions, min_size=8, max_size=24),
-)
-@settings(max_examples=400, deadline=None)
-def test_every_request_gives_what_it_gives_alone(
-    page_tokens: int,
-    spare_tokens: int,
-    max_sequences: int,
-    kind: tuple[KvLayout, str],
-    lookahead: int,
-    share: bool,
-    slack: int,
-    script: list[tuple],  # type: ignore[type-arg]
-) -> None:
-    """A wrong output, a stale hit, a leak or a livelock under some arrivals, aborts, updates, sizes and capacities."""
-    layout, order = kind
-    num_pages = layout.most_pages(12, 1, page_tokens) + slack  # a few of the requests never fit, and two often don't
-    engine, runner = make(
-        num_pages,
+@st.composite
+def engines(pick: st.DrawFn) -> tuple[Engine, PagedMemory]:
+    """Of any size, order and layout, over a memory or a device."""
+    size, most = pick(st.sampled_from([2, 4, 8])), pick(st.integers(1, 6))
+    layout = pick(layouts)
+    return make(
+        layout.most_pages(12, 1, size) + pick(st.integers(0, 6)),  # a few requests never fit, and two often don't
         layout=layout,
-        order=order,
-        page_tokens=page_tokens,
-        batch_tokens=max_sequences + spare_tokens,
-        max_sequences=max_sequences,
-        lookahead_tokens=lookahead,
-        share_prefixes=share,
+        memory=pick(st.sampled_from([PagedMemory, Device])),
+        order=pick(st.sampled_from(["arrival", "longest", "fair"])),
+        page_tokens=size,
+        batch_tokens=most + pick(st.integers(0, 12)),
+        max_sequences=most,
+        lookahead_tokens=pick(st.sampled_from([0, 0, 1, 5])),
+        share_prefixes=pick(st.sampled_from([True, True, True, False])),
     )
-    requests: dict[str, Request] = {}
-    done: dict[str, Completion] = {}
 
-    def step() -> None:
-        for completion in engine.step():
-            assert completion.request_id not in done
-            done[completion.request_id] = completion
-        engine.check_integrity()
 
-    def act(action: tuple, name: str) -> None:  # type: ignore[type-arg]
+@dataclass
+class Play:
+    """Plays a script of actions on an engine, and keeps what was asked and what came."""
+
+    engine: Engine
+    runner: PagedMemory
+    requests: dict[str, Request] = field(default_factory=dict)
+    done: dict[str, Completion] = field(default_factory=dict)
+
+    def step(self) -> None:
+        try:
+            completions = self.engine.step()
+        except DeviceFailed:
+            completions = []
+        for completion in completions:
+            assert completion.request_id not in self.done
+            self.done[completion.request_id] = completion
+        self.engine.check_integrity()
+
+    def lands(self) -> None:
+        """What aborts and updates do before all else; it may fail too."""
+        with suppress(DeviceFailed):
+            self.engine._land()
+
+    def submit(self, request: Request) -> None:
+        tokens = len(request.tokens) + request.sampling.max_new_tokens - 1
+        if self.runner.layout.most_pages(tokens, 1, self.runner.config.page_tokens) > self.runner.num_pages:
+            with pytest.raises(CapacityError):
+                self.engine.submit(request)
+        else:
+            self.engine.submit(request)
+            self.requests[request.id] = request
+
+    def act(self, action: tuple, name: str) -> None:  # type: ignore[type-arg]
         verb, *rest = action
         if verb == "submit":
-            prompt, copies, max_new, stop = rest
-            for request in group(name, prompt, copies, max_new, stop):
-                if layout.most_pages(len(prompt) + max_new - 1, 1, page_tokens) > num_pages:
-                    with pytest.raises(CapacityError):
-                        engine.submit(request)
-                else:
-                    engine.submit(request)
-                    requests[request.id] = request
+            for request in group(name, *rest):
+                self.submit(request)
         elif verb == "abort":
-            live = [request_id for request_id in requests if request_id not in done]
-            if live:
-                completion = engine.abort(live[rest[0] % len(live)])
+            self.lands()
+            if live := list(self.engine.scheduler.live):
+                completion = self.engine.abort(live[rest[0] % len(live)])
                 assert completion is not None and completion.stop_reason is StopReason.ABORTED
-                done[completion.request_id] = completion
+                self.done[completion.request_id] = completion
+        elif verb == "fail":
+            if isinstance(self.runner, Device):
+                self.runner.fails = True
         elif verb == "receive":
-            engine.receive(WeightVersion(rest[0], f"digest {rest[0]}"))
+            self.lands()
+            self.engine.receive(WeightVersion(rest[0], f"digest {rest[0]}"))
         else:
             for _ in range(rest[0]):
-                step()
-        engine.check_integrity()
+                self.step()
+        self.engine.check_integrity()
 
+
+@given(made=engines(), script=st.lists(actions, min_size=8, max_size=24))
+@settings(max_examples=600, deadline=None)
+def test_every_request_gives_what_it_gives_alone(made: tuple[Engine, PagedMemory], script: list[tuple]) -> None:  # type: ignore[type-arg]
+    """A wrong output, a stale hit, a leak or a livelock under some arrivals, aborts, updates, failures, sizes and
+    capacities."""
+    engine, runner = made
+    play = Play(engine, runner)
     for number, action in enumerate(script):
-        act(action, f"p{number}")
+        play.act(action, f"p{number}")
+    if isinstance(runner, Device):
+        runner.fails = False
     # The first running sequence moves in every step and is preempted by nobody. Else an older one that starts takes its
-    # place; twice is for what displaced ones run again.
-    bound = 2 * sum(len(request.tokens) + request.sampling.max_new_tokens for request in requests.values())
+    # place; twice is for what displaced ones run again. A device is waited for once more.
+    bound = 1 + 2 * sum(len(r.tokens) + r.sampling.max_new_tokens for r in play.requests.values())
     for _ in range(bound):
         if not engine.has_work:
             break
-        step()
+        play.step()
     assert not engine.has_work, f"still busy after {bound} steps"
-    assert done.keys() == requests.keys()
-    for request_id, completion in done.items():
-        check(completion, requests[request_id], runner)
+    assert play.done.keys() == play.requests.keys()
+    for request_id, completion in play.done.items():
+        check(completion, play.requests[request_id], runner)
     pool, stats = engine.scheduler.pool, engine.stats
-    assert pool.num_available == num_pages and not engine.scheduler.promised
-    assert stats.run_tokens == runner.run_tokens
-    assert stats.finished + stats.aborted == len(requests)
-    assert stats.sampled_tokens == sum(len(completion.tokens) for completion in done.values())
+    assert pool.num_available == pool.num_pages and not engine.scheduler.promised
+    lost = runner.run_tokens - stats.run_tokens
+    assert lost >= 0 if isinstance(runner, Device) else lost == 0
+    assert stats.finished + stats.aborted == len(play.requests)
+    assert stats.sampled_tokens == sum(len(completion.tokens) for completion in play.done.values())
 
 
 @given(
@@ -315,6 +180,21 @@ def test_a_later_turn_finds_the_earlier_one() -> None:
     (first,) = engine.generate(group("a", [1, 2, 3, 4, 5], 1, 8, stop=()))
     (second,) = engine.generate(group("b", [1, 2, 3, 4, 5, *first.tokens, 0, 0], 1, 2, stop=()))
     assert second.cached_tokens == 12  # of 5 + 8 - 1 tokens whose keys and values exist
+
+
+def test_a_batch_is_started_before_the_last_is_waited_for() -> None:
+    """The device idles while the host plans, or a length that is known beforehand is found out a token too late."""
+    engine, device = make(memory=Device)
+    assert isinstance(device, Device)
+    (one, two) = group("a", [1, 2, 3, 4, 5], 2, 4, stop=())
+    engine.submit(one)
+    engine.submit(two)
+    out = []
+    while engine.has_work:
+        engine.step()
+        out.append(len(device.out))
+    assert out == [1] * 5 + [0]  # of batches on the device after each step
+    assert device.run_tokens == engine.stats.run_tokens == 5 + 1 + 2 * 3
 
 
 def test_generate_keeps_order_and_leaves_others_to_step() -> None:

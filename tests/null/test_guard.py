@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tandem import env
 from tandem.errors import EnvironmentFailure, TaskError
 from tandem.program.config import TaskConfig
 from tandem.program.guard import Guard, checked_reward, inline_reward
@@ -137,7 +142,10 @@ def test_what_a_reward_started_dies_with_it(task: Task, tmp_path: Path) -> None:
     (grade,) = task.grade([(prompt, (Message("assistant", "grandchild"),))])
     assert isinstance(grade, Failure) and grade.where == "deadline"
     status = Path("/proc", (tmp_path / "pid").read_text(), "stat")
-    assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+    until = time.monotonic() + 20  # it was sent a signal, which it takes when it gets a core
+    while status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < until, "it still runs"
+        time.sleep(0.01)
 
 
 def test_output_stays_off_stdout(source: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -168,6 +176,23 @@ def test_start_that_hangs_or_fails(source: Path, tmp_path: Path) -> None:
             make_environment(TaskConfig(environment, parameters=parameters)).ready()
     with pytest.raises(EnvironmentFailure, match="SystemExit"):
         make_environment(TaskConfig(f"{tmp_path}/thing.py:leave")).ready()
+
+
+@pytest.mark.parametrize("leaves", ["before the task", "after the task", "with an answer unread"])
+def test_a_parent_that_leaves(source: Path, leaves: str) -> None:
+    """The child prints a traceback beside what the user is told when the parent closes the pipe in its middle."""
+    ours, theirs = multiprocessing.Pipe()
+    code = f"from tandem.program.worker import main; main({theirs.fileno()}, {os.getpid()})"
+    command, paths = [sys.executable, "-c", code], env.child(PYTHONPATH=os.pathsep.join(sys.path))
+    with subprocess.Popen(command, pass_fds=(theirs.fileno(),), stderr=subprocess.PIPE, env=paths) as child:
+        theirs.close()
+        if leaves != "before the task":
+            ours.send(TaskConfig(f"{source}:Odd", heldout_size=0))
+        if leaves == "with an answer unread":
+            assert ours.poll(60)
+        ours.close()
+        _, printed = child.communicate(timeout=60)
+    assert (child.returncode, printed.decode()) == (0, "")
 
 
 def test_jsonl_errors_come_at_once(tmp_path: Path) -> None:

@@ -379,6 +379,18 @@ def test_report_holds_the_run_and_escapes_the_model(tmp_path):
         assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_report_shows_what_the_scheduler_did(tmp_path):
+    """A pool too small, whose sequences are preempted and computed again, unseen; a row of another version refused."""
+    folder, rows = run_folder(tmp_path / "run"), run_rows()
+    did = {"cached_tokens": 14_200, "recomputed_tokens": 731, "preemptions": 12, "evicted_pages": 45}
+    rows[12] |= did
+    text = re.sub(r"\s+", " ", " ".join(Page(render_report(folder, rows)).words))
+    assert "tokens/s cached tokens recomputed tokens preemptions evicted pages time" in text
+    assert "800 14.2 k 731 12 45 4.0 s" in text and "800 – – – – 4.0 s" in text
+    assert "preempted 12 (731 tokens again)" in step_line(rows[12], 12, None)
+    assert "preempted" not in step_line(rows[11] | {"preemptions": 0}, 12, None)
+
+
 def test_report_shows_declared_drift(tmp_path):
     """A run in int4 whose report says only that it differed: not by how much, where, or past which threshold."""
     folder = run_folder(tmp_path / "run")

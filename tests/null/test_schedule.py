@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from tandem.engine.admit import Lengths, count_pages
+from tandem.engine.batch import Batch, Sampled, Sequence
 from tandem.engine.config import EngineConfig
-from tandem.engine.schedule import Batch, Sampled, Scheduler, Sequence
+from tandem.engine.schedule import Scheduler
 from tandem.errors import CapacityError, ConfigError
 from tandem.types import Completion, Request, Sampling, StopReason, WeightVersion
 
@@ -137,6 +138,26 @@ def test_the_latest_arrival_is_preempted_keeps_its_tokens_and_resumes() -> None:
     assert finished[0].recomputed_tokens == s.stats.recomputed_tokens
     assert s.stats.run_tokens == 7 + 7 + 2 * 5 + s.stats.recomputed_tokens
     assert s.pool.num_available == 4
+
+
+def test_a_sequence_whose_last_token_is_being_drawn_waits_for_it() -> None:
+    """A block is named after a token that nobody knows yet, and another with the same name is taken for it."""
+    s = scheduler(8, batch_tokens=64)
+    s.submit(request("short", range(300, 303)), 0.0)  # one page, not full: the cheapest to run again
+    for number in range(3):
+        s.submit(request(f"full {number}", range(10 * number, 10 * number + 4)), 0.0)
+    s.submit(request("long", range(400, 413)), 0.0)
+    s.running.reverse()
+    first = s.plan(0.0)
+    assert first.num_samples == 5 and s.pool.num_available == 0
+    s.running.sort(key=lambda sequence: (sequence.request.id == "short", sequence.arrival))  # it is not the first
+    s.advance(first)
+    second = s.plan(0.0)
+    assert shape(second) == [(f"full {number}", 4, 1, True) for number in range(3)] and s.pool.num_available == 2
+    assert [work.tokens for work in second.works] == [[-2], [-3], [-4]]
+    s.resolve(first, Sampled([99] * 5, [-1.0] * 5), 1.0)
+    assert s.waiting[0].tokens == [300, 301, 302, 99]
+    assert shape(s.plan(0.0))[3] == ("short", 0, 4, True)
 
 
 def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,7 @@ class Work(str, Enum):
     GPU = "gpu"
 
 
-ALONE = (Work.PROFILE, Work.SWEEP)  # have neither peers nor rounds
+ALONE = (Work.PROFILE, Work.SWEEP, Work.GPU)  # have no peers
 WORKS_HELP = (
     "What to measure; parity: the price of exactness; profile: where the time goes, by operation; "
     "sweep: decoding over the number of sequences and over the context; "
@@ -39,17 +40,14 @@ def bench(
     out: Annotated[Path | None, typer.Option(metavar="PNG", help="Where a sweep's picture is written.")] = None,
 ) -> int:
     """Measure the engine, the learner or a whole step beside its peers, or see what the time is spent on."""
-    from tandem.errors import ConfigError
+    from tandem.errors import ConfigError, WorldError
 
     if peer and work in ALONE:
-        raise ConfigError(f"--peer is given to `bench {work.value}`, which has no peers. Use engine, learner or step.")
-    if out is not None and work is not Work.SWEEP:
-        raise ConfigError(f"--out is given to `bench {work.value}`, which draws no picture. Use sweep.")
-    result = _run(work, peer or [], rounds)
+        peered = ", ".join(other.value for other in Work if other not in ALONE)
+        raise ConfigError(f"--peer is given to `bench {work.value}`, which has no peers. Use one of {peered}.")
     if out is not None:
-        from tandem.report.throughput import throughput_png
-
-        out.write_bytes(throughput_png(result["rows"]))
+        _check_picture(work, out)
+    result = _run(work, peer or [], rounds)
     if json:
         print(jsonlib.dumps(result, indent=1))
     else:
@@ -57,7 +55,32 @@ def bench(
         limits = result["limits"]
         rates = limits["matrix FLOP/s"] / 1e12, limits["memory bytes/s"] / 1e9
         print(f"limits: {rates[0]:.2f} TFLOP/s bf16, {rates[1]:.1f} GB/s read")
+    if result.get("failure"):
+        raise WorldError(result["failure"])
+    if out is not None:
+        from tandem.report.throughput import throughput_png
+
+        try:
+            out.write_bytes(throughput_png(result["rows"]))
+        except OSError as error:
+            raise WorldError(f"--out {out} could not be written: {error.strerror}.") from error
     return 0
+
+
+def _check_picture(work: Work, out: Path) -> None:
+    """ConfigError where no picture can be written there, as far as that shows before the measurement."""
+    from tandem.errors import ConfigError
+
+    if work is not Work.SWEEP:
+        raise ConfigError(f"--out is given to `bench {work.value}`, which draws no picture. Use sweep.")
+    if os.path.isdir(out):
+        raise ConfigError(f"--out {out} is a folder. Give a file in it, such as {out / 'sweep.png'}.")
+    if out.suffix.lower() != ".png":
+        raise ConfigError(f"--out {out} does not end in .png, and the picture is a PNG. Name it {out.stem}.png.")
+    if not os.path.isdir(out.parent):
+        raise ConfigError(f"--out {out}: there is no folder {out.parent}. Make it first, or choose another.")
+    if not os.access(out if os.path.exists(out) else out.parent, os.W_OK):
+        raise ConfigError(f"--out {out} may not be written. Choose another place.")
 
 
 def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:

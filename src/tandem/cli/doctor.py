@@ -166,24 +166,26 @@ def processor(root: Path = Path("/")) -> tuple[str, frozenset[str]]:
 
 def check_compiler() -> Iterator[Finding]:
     """The compiler is tried on a program with OpenMP: a compiler without its library compiles nothing."""
-    advice = "Debian, Ubuntu: apt-get install g++; without one the slow reference kernels run"
-    from tandem.kernels.build import FLAGS, compiler
+    from tandem.kernels import build
 
-    path = compiler()
+    advice = f"Debian, Ubuntu: apt-get install g++; without one {build.REFERENCE_COST}"
+    path = build.compiler()
+    if path is None and not build.lacking():
+        yield Finding("compiler", "absent", f"{build.fault()}; the cache holds every kernel")
+        return
     if path is None:
-        yield Finding("compiler", "slow", "no g++ and no clang++", advice)
+        yield Finding("compiler", "slow", f"{build.fault()}; {build.lacking()}", advice)
         return
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("#include <omp.h>\n#include <vector>\nint threads() { return omp_get_max_threads(); }\n")
-        command = [path, *FLAGS, "-o", f"{folder}/probe.so", str(source)]
-        built = subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [path, *build.FLAGS, "-o", f"{folder}/probe.so", str(source)]
+        built = subprocess.run(command, capture_output=True, errors="replace", check=False)
     if built.returncode != 0:
         reason = (built.stderr.strip().splitlines() or ["no message"])[0]
         yield Finding("compiler", "slow", f"{path} cannot build with C++17 and OpenMP: {reason}", advice)
         return
-    version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    yield Finding("compiler", "ok", (version.splitlines() or [path])[0])
+    yield Finding("compiler", "ok", build.version(path)[0])
 
 
 def check_kernels() -> Iterator[Finding]:
@@ -198,7 +200,7 @@ def check_kernels() -> Iterator[Finding]:
             "matrix unit", "slow", "PyTorch's reference kernels, as TANDEM_KERNELS asks", "unset TANDEM_KERNELS"
         )
         return
-    if build.compiler() is None:
+    if build.lacking():  # the compiler's line says it
         return
     passed, later = [], []
     try:
@@ -215,7 +217,7 @@ def check_kernels() -> Iterator[Finding]:
             else:
                 later.append(name)
     except KernelError as error:
-        yield Finding("kernels", "missing", str(error), "TANDEM_KERNELS=reference runs the slow PyTorch kernels")
+        yield Finding("kernels", "missing", str(error))  # it says what to do
         return
     found = f"self-check passed: {', '.join(passed) or 'none yet'}"
     yield Finding("kernels", "ok", found + (f"; compiled at first use: {', '.join(later)}" if later else ""))
@@ -267,12 +269,17 @@ def check_demo_model() -> Iterator[Finding]:
 
 
 def check_cache() -> Iterator[Finding]:
+    """A file is made in the folder, or in the nearest one above that there is: some folders look as if it could be."""
     folder = env.cache_dir()
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if not os.access(existing, os.W_OK):
-        yield Finding("cache", "slow", f"{folder} cannot be written", "set TANDEM_CACHE to a folder that can")
-    elif free < CACHE_BYTES:
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            free = shutil.disk_usage(existing).free
+    except OSError as error:
+        advice = "set TANDEM_CACHE to a folder that can be written"
+        yield Finding("cache", "slow", f"{folder} cannot be written: {error.strerror}", advice)
+        return
+    if free < CACHE_BYTES:
         yield Finding(
             "cache", "slow", f"{folder}, {free / 1e9:.1f} GB free", "free some, or set TANDEM_CACHE elsewhere"
         )

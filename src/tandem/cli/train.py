@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +14,7 @@ import typer
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or path/to/file.py:function.")],
     out: Annotated[Path | None, typer.Option(help="Run folder to make; by default runs/NAME-TIME.")] = None,
-    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with, from its last checkpoint.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Run folder to go on with: its config, its last state.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting by its dotted name.")
     ] = None,
@@ -30,7 +31,11 @@ def train(
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume were both given: a resumed run goes on in its own folder. Drop --out.")
     written = find_recipe(recipe)()
-    config = override(written, parse_settings(settings or []))
+    assigned = parse_settings(settings or [])
+    started = written if resume is None else _saved(resume, written, assigned)
+    config = override(started, assigned)
+    if brought := [line for line in diff(written, started) if line.split(":")[0] not in assigned]:
+        print(f"resuming with the config of {resume} (recipe -> run):", *brought, sep="\n  ", file=sys.stderr)
     if plan:
         from tandem.run.local import plan as plan_run
 
@@ -52,3 +57,17 @@ def train(
     page = write_report(folder, diff(written, config))
     print(f"run folder {folder}, report {page}", file=sys.stderr if json else sys.stdout)
     return code
+
+
+def _saved(folder: Path, written: Any, assigned: Mapping[str, str]) -> Any:
+    """The config of the run in `folder`; RunFolderError where its name is not the recipe's, or the one assigned."""
+    from tandem.errors import RunFolderError
+    from tandem.run.folder import saved_config
+
+    saved, name = saved_config(folder, type(written)), assigned.get("name", written.name)
+    if saved.name != name:
+        raise RunFolderError(
+            f"{folder} holds the run {saved.name}, and the recipe is {name}. Give the recipe that it was started with, "
+            f"and --set name={saved.name} if it was renamed."
+        )
+    return saved

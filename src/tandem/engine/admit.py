@@ -16,7 +16,7 @@ from tandem.errors import CapacityError, ConfigError
 from tandem.types import Request
 
 if TYPE_CHECKING:
-    from tandem.engine.schedule import Sequence as LiveSequence
+    from tandem.engine.batch import Sequence as LiveSequence
 
 
 def count_pages(kv_memory_bytes: int, token_bytes: int, page_tokens: int) -> int:

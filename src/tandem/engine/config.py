@@ -9,7 +9,7 @@ from tandem.errors import ConfigError, nearest
 
 Dtype = Literal["same", "bfloat16", "float32", "float16"]
 Weights = Literal["same", "int8", "int4"]
-KvDtype = Literal["same", "float8_e4m3"]
+KvDtype = Literal["same", "float8_e4m3", "int8"]
 Rule = Literal["arrival", "longest", "fair"]
 
 
@@ -33,7 +33,7 @@ class EngineConfig:
     dtype: Dtype = "same"  # compute in another dtype than model.dtype
     weights: Weights = "same"  # int8 or int4: matrices rounded to that many bits in groups along their input
     weight_group: int = 64  # inputs that share a scale under int8 and int4
-    kv_dtype: KvDtype = "same"  # float8_e4m3: keys and values in 8 bits
+    kv_dtype: KvDtype = "same"  # float8_e4m3, int8: keys and values in 8 bits; int8 with a scale a token and head
     kv_window: int = 0  # a query sees only this many latest positions and the sinks; 0 sees all
     kv_sinks: int = 4  # leading positions that a kv_window always sees
     noise: float = 0.0  # for studies: normal noise on the final hidden state, relative to its root mean square

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+from tandem.engine.batch import INITIAL, Batch, Sampled, Stats
+from tandem.engine.batch import Sequence as LiveSequence
 from tandem.engine.config import EngineConfig
 from tandem.engine.layout import KvLayout
-from tandem.engine.schedule import INITIAL, Batch, Sampled, Scheduler, Stats, stops_by_token
-from tandem.engine.schedule import Sequence as LiveSequence
+from tandem.engine.schedule import Scheduler, stops_by_token
 from tandem.errors import ConfigError
 from tandem.types import Completion, Request, StopReason, WeightVersion
 
@@ -24,7 +25,11 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Runner(Protocol):
-    """Runs a batch on a device: writes keys and values to the pages, draws a token for each work that samples."""
+    """Runs a batch on a device: writes keys and values to the pages, draws a token for each work that samples.
+
+    A device that works on its own has `start(batch) -> wait` too: start returns as the batch is queued, behind what was
+    started before, whose draws it may hold as -1 - place; wait() returns the draws. It is waited for in order.
+    """
 
     @property
     def layout(self) -> KvLayout:
@@ -32,6 +37,16 @@ class Runner(Protocol):
         ...
 
     def run(self, batch: Batch) -> Sampled: ...
+
+    def give_back(self) -> None:
+        """What pages hold is lost, and their memory with it where the device can do so."""
+
+
+class Flight(NamedTuple):
+    """A batch that is on the device, and advanced."""
+
+    batch: Batch
+    wait: Callable[[], Sampled]
 
 
 def decoded_tail(decode: Decode, tokens: Sequence[int], first: int, chars: int) -> str:
@@ -51,6 +66,10 @@ def decoded_tail(decode: Decode, tokens: Sequence[int], first: int, chars: int) 
 class Engine:
     """Continuous batching of requests over one runner. Not thread-safe: one caller submits, aborts and steps.
 
+    Where the runner starts batches without waiting, the next one is planned and started before the draws of the last
+    are asked for: the device does not wait for the host. A request that a token or a string stops runs one token more,
+    which is dropped; tokens and their log-probs are the same.
+
     num_pages: what the runner's page memory holds (admit.count_pages). max_context: positions of the model.
     decode: token ids -> text; needed only by requests with stop strings.
     """
@@ -69,7 +88,8 @@ class Engine:
         self.clock = clock
         self.decode = decode
         self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version, runner.layout)
-        self._undelivered: list[Completion] = []  # finished during a generate() that did not ask for them
+        self._undelivered: list[Completion] = []  # finished while nobody who wants them asked
+        self._flight: Flight | None = None
 
     @property
     def has_work(self) -> bool:
@@ -103,6 +123,7 @@ class Engine:
 
         None where no such request is live: it has finished, and step() has returned it or will.
         """
+        self._land()
         return self.scheduler.abort(request_id, self.clock())
 
     def receive(self, version: WeightVersion) -> None:
@@ -111,22 +132,53 @@ class Engine:
         Running sequences continue: their later tokens get a new version span, and what they compute from here on is
         not shared. Cached blocks stay, findable again only under the version that computed them.
         """
+        self._land()
         self.scheduler.receive(version)
+
+    def give_back(self) -> None:
+        """Between phases, with nothing live: the memory of all pages is the system's until they are written again."""
+        self._land()
+        self.scheduler.empty()
+        self.runner.give_back()
 
     def step(self) -> list[Completion]:
         """Runs one batch; returns the requests that ended. If the runner raises, the step may be tried again."""
         done: list[Completion] = []
         if self.scheduler.live:
             batch = self.scheduler.plan(self.clock())
-            assert batch.works, (
+            assert batch.works or self._flight, (
                 f"no progress: {len(self.scheduler.running)} running, {len(self.scheduler.waiting)} waiting, "
                 f"{self.scheduler.pool.num_available} of {self.scheduler.pool.num_pages} pages available"
             )
-            done = self.scheduler.commit(batch, self.runner.run(batch), self.clock())
+            start: Callable[[Batch], Callable[[], Sampled]] | None = getattr(self.runner, "start", None)
+            if start is None:
+                done = self.scheduler.commit(batch, self.runner.run(batch), self.clock())
+            else:
+                wait = start(batch) if batch.works else None
+                done = self._resolve()
+                if wait is not None:
+                    self.scheduler.advance(batch)
+                    self._flight = Flight(batch, wait)
             if not self.scheduler.live:
+                self._land()
                 self.check_integrity()
         done, self._undelivered = self._undelivered + done, []
         return done
+
+    def _resolve(self) -> list[Completion]:
+        """Waits for what is on the device and takes what it drew."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        try:
+            sampled = flight.wait()
+        except BaseException:
+            self.scheduler.forget(flight.batch)
+            raise
+        return self.scheduler.resolve(flight.batch, sampled, self.clock())
+
+    def _land(self) -> None:
+        self._undelivered += self._resolve()
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Runs requests to their ends and returns their completions in the order given.

@@ -1,5 +1,8 @@
 """Steps of the Triton kernels: a step's integers in one copy to the device, what was drawn back, one wait at the end.
 
+A step is started behind the one before and may run tokens that this one draws: they stay on the device, and its tokens
+name them as -1 - (place among the draws).
+
 A step in which every sequence runs one token and draws one without filters is padded to a bucket, of sequences and of
 the width of page tables, and replayed as a CUDA graph, captured when its bucket is first needed. Padding has no tile
 of attention, writes no key and no value (slot -1), and what it draws is dropped; the kernels give a row the same bits
@@ -18,9 +21,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tandem.engine.batch import Batch, Sampled
 from tandem.engine.rows import StepRows
 from tandem.engine.runner import changed, sampling_of
-from tandem.engine.schedule import Batch, Sampled
 from tandem.kernels.gpu.attention import SPAN, TiledPaths, lay_tiles, tile_tokens
 from tandem.kernels.gpu.page_sum import PageSums
 from tandem.kernels.gpu.sample import pick
@@ -94,15 +97,22 @@ class Staging:
         return sent
 
 
-def fetch(*tensors: Tensor) -> list[NDArray[Any]]:
-    """Copies beside the CPU, after one wait."""
-    if tensors[0].device.type != "cuda":
-        return [tensor.numpy() for tensor in tensors]
+def fetch(*tensors: Tensor) -> Callable[[], list[NDArray[Any]]]:
+    """Queues copies beside the CPU, of what the tensors hold at this point of the stream; to be called for them."""
+    if not tensors or tensors[0].device.type != "cuda":
+        copies = [tensor.numpy().copy() for tensor in tensors]
+        return lambda: copies
     here = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
     for target, tensor in zip(here, tensors, strict=True):
         target.copy_(tensor, non_blocking=True)
-    torch.cuda.current_stream().synchronize()
-    return [target.numpy() for target in here]
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list[NDArray[Any]]:
+        copied.synchronize()
+        return [target.numpy() for target in here]
+
+    return wait
 
 
 class Fields(NamedTuple):
@@ -185,6 +195,7 @@ class DeviceSteps:
         self._tile = tile_tokens(runner.decoder.spec.heads, runner.decoder.spec.kv_heads)
         self._buckets = buckets(runner.config.max_sequences)
         self._graphs: dict[tuple[int, int], _Graph] = {}
+        self._drawn = torch.zeros(self._buckets[-1], dtype=torch.int64, device=self._device)  # by the last step
         self._captured_at = self._addresses()
 
     @property
@@ -193,32 +204,42 @@ class DeviceSteps:
         return list(self._graphs)
 
     def _addresses(self) -> list[int]:
-        pools = [tensor for pool in self._runner.pools for tensor in (pool.keys, pool.values)]
+        pools = [tensor for pool in self._runner.pools for tensor in pool.tensors()]
         return [tensor.data_ptr() for tensor in (*(w.value for _, w in self._runner.decoder.weights()), *pools)]
 
-    def run(self, batch: Batch) -> Sampled:
-        """As DecoderRunner.run. DeliveryError comes after the step whose shared pages were wrong, and in place of what
-        it drew."""
+    @torch.inference_mode()
+    def start(self, batch: Batch) -> Callable[[], Sampled]:
+        """Queue a batch; to be called for what it drew. Draws with noise or filters are waited for at once.
+
+        DeliveryError comes in place of what a step drew from shared pages that were wrong.
+        """
         runner = self._runner
         wrong = self._check_pages(batch)
         if not batch.num_samples:
-            fields = self._sent(batch, SamplingBatch.stack([], [], []))
-            self._hidden(fields)
-            return self._checked(Sampled([], []), batch, *fetch(*wrong)) if wrong else Sampled([], [])
+            self._hidden(self._sent(batch, SamplingBatch.stack([], [], [])))
+            found = fetch(*wrong)
+            return lambda: self._checked(Sampled([], []), batch, *found())
         sampling = sampling_of(batch)
         if runner.config.noise or sampling.filters_S.any():
             sampled = runner.drawn(self._hidden(self._sent(batch, sampling)), sampling)
-            return self._checked(sampled, batch, *(fetch(*wrong) if wrong else ()))
+            self._drawn[: len(sampling)] = torch.tensor(sampled.tokens, device=self._device)
+            found = fetch(*wrong)
+            return lambda: self._checked(sampled, batch, *found())
         if batch.num_tokens == len(batch.works) == batch.num_samples:
             tokens_N, logprobs_N, logits_NV = self._replayed(batch, sampling)
         else:
             tokens_N, logprobs_N, logits_NV = self._step(self._sent(batch, sampling))
-        tokens, logprobs, *found = fetch(tokens_N, logprobs_N, *wrong)
-        tokens, logprobs = tokens[: len(sampling)], logprobs[: len(sampling)]
-        bad = np.flatnonzero(np.isnan(logprobs))
-        if len(bad):
-            raise_if_bad(logits_NV[: len(sampling)], int(bad[0]))
-        return self._checked(Sampled(tokens.tolist(), logprobs.tolist()), batch, *found)
+        count = len(sampling)
+        drawn = fetch(tokens_N[:count], logprobs_N[:count], *wrong)
+
+        def wait() -> Sampled:
+            tokens, logprobs, *found = drawn()
+            bad = np.flatnonzero(np.isnan(logprobs))
+            if len(bad):  # a step that was started since may have other logits in their place, from the same weights
+                raise_if_bad(logits_NV[:count], int(bad[0]))
+            return self._checked(Sampled(tokens.tolist(), logprobs.tolist()), batch, *found)
+
+        return wait
 
     def _check_pages(self, batch: Batch) -> list[Tensor]:
         """Sum the pages that got a name, copy, and compare the pages that are shared again: [N] bool, or nothing."""
@@ -265,12 +286,16 @@ class DeviceSteps:
             runner.config.kv_window,
             runner.config.kv_sinks,
         )
-        return runner.decoder.forward(fields.tokens_T, view, fields.rows_N)
+        places_T = (-1 - fields.tokens_T).clamp_min(0)
+        tokens_T = torch.where(fields.tokens_T < 0, self._drawn[places_T], fields.tokens_T)
+        return runner.decoder.forward(tokens_T, view, fields.rows_N)
 
     def _step(self, fields: Fields) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens and log-probs [N], NaN where a row cannot be drawn from, and logits [N, V]."""
         logits_NV = self._runner.decoder.logits(self._hidden(fields))
-        return *pick(logits_NV, fields.temperature_N, fields.seeds_N, fields.places_N), logits_NV
+        tokens_N, logprobs_N = pick(logits_NV, fields.temperature_N, fields.seeds_N, fields.places_N)
+        self._drawn[: len(tokens_N)] = tokens_N
+        return tokens_N, logprobs_N, logits_NV
 
     def _replayed(self, batch: Batch, sampling: SamplingBatch) -> tuple[Tensor, ...]:
         assert self._addresses() == self._captured_at, "weights or pages have moved; captured steps would read the old"
@@ -279,5 +304,7 @@ class DeviceSteps:
         blocks = max(SPAN // self._runner.page_tokens, 1 << (fields.table_GSP.shape[2] - 1).bit_length())
         fields = fields.padded(count, blocks)
         if (count, blocks) not in self._graphs:
+            drawn = self._drawn.clone()  # a capture may run the step
             self._graphs[count, blocks] = _Graph(self._step, fields, self._device, self._capture)
+            self._drawn.copy_(drawn)
         return self._graphs[count, blocks](fields)

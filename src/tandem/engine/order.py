@@ -14,8 +14,8 @@ from heapq import heapify, heappop, heapreplace
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
+    from tandem.engine.batch import Sequence
     from tandem.engine.config import EngineConfig
-    from tandem.engine.schedule import Sequence
 
 PATIENCE = 4096
 REMEMBERED = 1 << 16  # programs, and prompts: those that have gone longest without an event are forgotten

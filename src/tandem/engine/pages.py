@@ -95,6 +95,14 @@ class PagePool:
         self._due = deque([first, *(OrderedDict() for _ in range(MOST_WORTH))])
         self._bucket = dict.fromkeys(first, first)
 
+    def empty(self) -> None:
+        """Nothing is held: every page is free, and the first are taken first. O(pages)."""
+        assert not any(self.refs), "pages are held"
+        for bucket in self._due:
+            bucket.clear()
+        self._bucket.clear()
+        self._free = list(range(self.num_pages - 1, -1, -1))
+
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """AssertionError unless the page tables given account for every reference. O(pages + table entries)."""
         counted = [0] * self.num_pages

@@ -133,6 +133,12 @@ class PrefixIndex:
         self.pool.devalue()
         self._worth = [1] * self.pool.num_pages
 
+    def empty(self) -> None:
+        """Nothing is held: no page has a name any more, and all are free."""
+        self.pool.empty()
+        self._page = [{} for _ in self.layout.groups]
+        self._name.clear()
+
     def check_integrity(self, tables: Sequence[Sequence[int]]) -> None:
         """AssertionError unless names and pages are one to one, and named pages nobody holds are the cached ones.
 

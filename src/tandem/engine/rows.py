@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from tandem.engine.schedule import Work
+    from tandem.engine.batch import Work
 
 
 @dataclass(frozen=True, slots=True)

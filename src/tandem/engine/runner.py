@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from tandem.engine.batch import Batch, Sampled
 from tandem.engine.config import EngineConfig, KvDtype
 from tandem.engine.layout import KvLayout
 from tandem.engine.rows import StepRows
-from tandem.engine.schedule import Batch, Sampled
 from tandem.errors import DeliveryError
 from tandem.kernels.attention import Paths
 from tandem.kernels.choice import backend
 from tandem.kernels.head import draw
+from tandem.kernels.large import give_back
 from tandem.kernels.page_pool import KvPool
 from tandem.kernels.page_sum import page_sums
 from tandem.kernels.sample import SamplingBatch, kept_sets, sample
@@ -32,12 +34,13 @@ if TYPE_CHECKING:
 
 def pool_dtype(dtype: torch.dtype, kv_dtype: KvDtype) -> torch.dtype:
     """What keys and values are stored in by an engine that computes in `dtype`."""
-    return dtype if kv_dtype == "same" else torch.float8_e4m3fn
+    return {"same": dtype, "float8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}[kv_dtype]
 
 
 def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
     """Bytes of keys and values that one token takes over all layers, stored in `dtype` (see `pool_dtype`)."""
-    return 2 * spec.layers * spec.kv_heads * spec.head_size * dtype.itemsize
+    scale_bytes = torch.float32.itemsize if dtype == torch.int8 else 0
+    return 2 * spec.layers * spec.kv_heads * (spec.head_size * dtype.itemsize + scale_bytes)
 
 
 def with_noise(hidden_SM: torch.Tensor, sampling: SamplingBatch, sigma: float) -> torch.Tensor:
@@ -108,6 +111,16 @@ class DecoderRunner:
 
             self.device_steps = DeviceSteps(self)
 
+    @property
+    def start(self) -> Callable[[Batch], Callable[[], Sampled]] | None:
+        """See `Runner`; None where the device is the host."""
+        return self.device_steps.start if self.device_steps is not None else None
+
+    def give_back(self) -> None:
+        """What the pages hold is lost; on the host their memory is the system's until they are written again."""
+        if self.decoder.device.type == "cpu":
+            give_back(self._page_tensors)
+
     def _check_pages(self, batch: Batch) -> None:
         """Sum the pages that got a name; DeliveryError where a page that is shared again is not what was named."""
         if batch.named:
@@ -128,8 +141,8 @@ class DecoderRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Sampled:
         """Write the keys and values of the batch's tokens and draw a token for each work that samples."""
-        if self.device_steps is not None:
-            return self.device_steps.run(batch)
+        if self.start is not None:
+            return self.start(batch)()
         works = batch.works
         self._check_pages(batch)
         if batch.copies:

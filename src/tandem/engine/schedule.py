@@ -1,7 +1,8 @@
 """Which tokens run in the next forward pass, on which pages.
 
 `plan` makes a batch, a runner runs it, `commit` takes what was sampled. Time comes as an argument and the runner is not
-known here, so an engine and a simulator use the same scheduler.
+known here, so an engine and a simulator use the same scheduler. `commit` is `advance`, what holds whatever is drawn,
+and `resolve`, the draws; between the two the next batch may be planned, so that a device need not wait for the host.
 
 The rules, all of them:
 
@@ -29,12 +30,12 @@ The rules, all of them:
 
 from __future__ import annotations
 
-from array import array
 from bisect import insort
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from tandem.engine.admit import Admission, length_limit
+from tandem.engine.batch import INITIAL, MIXED, Batch, Sampled, Sequence, Stats, Work
 from tandem.engine.config import EngineConfig
 from tandem.engine.layout import WHOLE, KvLayout, pages_for
 from tandem.engine.order import Order
@@ -43,115 +44,7 @@ from tandem.engine.prefix import NULL, PrefixIndex, extend_keys, root_key
 from tandem.engine.tables import PageTables
 from tandem.engine.tails import Tails, tail_key
 from tandem.errors import ConfigError
-from tandem.types import Completion, Request, StopReason, VersionSpan, WeightVersion
-
-INITIAL = WeightVersion(0, "")  # of an engine that was told of no other
-MIXED = b""  # root of a sequence whose keys and values have no name: of several versions, or sharing is off
-
-
-@dataclass(slots=True)
-class Work:
-    """Tokens of one sequence to run at absolute positions [start, start + len(tokens)).
-
-    Slot of position p in group g: tables[g][p // page_tokens] * page_tokens + p % page_tokens. The tables are the
-    scheduler's own, cover at least start + len(tokens) positions, and are NULL (-1) for blocks that no query from
-    `start` on sees in that group. They change after the step; read them, never keep or change them.
-    """
-
-    sequence: int  # number of the sequence: one a submit, in order, never used again
-    start: int
-    tokens: list[int]
-    tables: tuple[array[int], ...]  # a page table (int32) for each group of layers
-    samples: bool  # draw the token of position start + len(tokens) from the last row's logits
-    request: Request  # sampling parameters and seed
-
-
-@dataclass(slots=True)
-class Batch:
-    """One forward pass: decodes first, then chunks of prompts. Each sequence appears at most once."""
-
-    works: list[Work]
-    version: WeightVersion  # the weights it is to be run with
-    num_decodes: int  # works[:num_decodes] have one token each (a chunk may have one too)
-    num_tokens: int
-    named: list[int] = field(default_factory=list)  # pages that entered the prefix index since the last commit's batch
-    shared: list[int] = field(default_factory=list)  # pages taken from the index since then, by sequences that start
-    copies: dict[int, int] = field(default_factory=dict)  # page -> page to copy it from first; emptied by the runner
-
-    @property
-    def num_samples(self) -> int:
-        return sum(work.samples for work in self.works)
-
-
-@dataclass(slots=True)
-class Sampled:
-    """What a runner drew for the works with `samples`, in their order."""
-
-    tokens: list[int]
-    logprobs: list[float]  # nats, of the distribution really sampled from
-    kept: list[bytes] = field(default_factory=list)  # see `types.kept_ids`; b"" without filters; empty: none filters
-    unfiltered_logprobs: list[float] = field(default_factory=list)  # with `kept`: nats, before the filters
-
-
-@dataclass(slots=True)
-class Stats:
-    """Counts since the start. run_tokens - recomputed_tokens were run for the first time."""
-
-    batches: int = 0
-    run_tokens: int = 0  # rows of all forward passes
-    sampled_tokens: int = 0
-    cached_tokens: int = 0  # prompt tokens found in the index at first admission
-    recomputed_tokens: int = 0  # run again after a preemption
-    preemptions: int = 0
-    evicted_pages: int = 0
-    finished: int = 0
-    aborted: int = 0
-    most_running: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class Sequence:
-    """A live request. `tokens` only grow; what has been run is tokens[:computed]."""
-
-    request: Request
-    arrival: int  # its place in every queue, and its number
-    limit: int  # context length at which it ends by LENGTH
-    submitted_s: float
-    tokens: list[int]  # prompt and generated
-    started_s: float | None = None
-    computed: int = 0  # leading tokens whose keys and values were written, and lie in `pages` where they are still seen
-    pages: PageTables | None = None  # while it runs
-    root: bytes = MIXED  # weights of all computed tokens; MIXED where there is no single one
-    keys: list[bytes] = field(default_factory=list)  # names of leading full blocks, under `root`
-    tail: bytes | None = None  # name of what the prompt ends in (engine/tails.py), under `root`
-    awaits: bytes | None = None  # the promised block it was last found waiting for
-    logprobs: list[float] = field(default_factory=list)
-    kept: list[bytes] = field(default_factory=list)  # one a generated token where the request filters; else empty
-    unfiltered_logprobs: list[float] = field(default_factory=list)  # with `kept`
-    spans: list[tuple[int, int]] = field(default_factory=list)  # (weight step, first generated token it sampled)
-    cached_tokens: int = 0
-    recomputed_tokens: int = 0
-    reached: int = 0  # most tokens ever computed before a preemption
-    submitted_batch: int = 0  # batches run before it was submitted
-    charged: int = 0  # tokens that were charged to its program, see engine/order.py
-
-    def completion(self, reason: StopReason, now: float) -> Completion:
-        """What the caller gets. A request that never ran counts its whole life as waiting."""
-        ends = [start for _, start in self.spans[1:]] + [len(self.logprobs)]
-        return Completion(
-            request_id=self.request.id,
-            tokens=tuple(self.tokens[len(self.request.tokens) :]),
-            logprobs=tuple(self.logprobs),
-            versions=tuple(VersionSpan(step, start, end) for (step, start), end in zip(self.spans, ends, strict=False)),
-            stop_reason=reason,
-            submitted_s=self.submitted_s,
-            started_s=now if self.started_s is None else self.started_s,
-            finished_s=now,
-            cached_tokens=self.cached_tokens,
-            recomputed_tokens=self.recomputed_tokens,
-            kept=tuple(self.kept),
-            unfiltered_logprobs=tuple(self.unfiltered_logprobs),
-        )
+from tandem.types import Completion, Request, StopReason, WeightVersion
 
 
 def stops_by_token(sequence: Sequence) -> StopReason | None:
@@ -168,7 +61,8 @@ class Scheduler:
 
     layout: the groups of layers that the runner's pages are of. max_context: positions the model has, or None. stops:
     asked after every sampled token whether it was the last; the engine adds stop strings, a simulator its own lengths;
-    LENGTH is decided here. At most one batch is out: an abort or a new version withdraws it.
+    LENGTH is decided here. At most one batch is planned and not advanced: an abort or a new version withdraws it. At
+    most one is advanced and not resolved: they wait for it.
     """
 
     def __init__(
@@ -193,6 +87,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by arrival
         self.promised: dict[bytes, Sequence] = {}  # name of a block -> the running sequence that will compute it
         self.planned: Batch | None = None
+        self.advanced: Batch | None = None
         self.order = Order(config)
         self.admission = Admission(config, layout, self.pool)
         self._named: list[int] = []  # for the next batch; a batch that is planned again keeps them
@@ -220,6 +115,7 @@ class Scheduler:
 
     def abort(self, request_id: str, now: float) -> Completion | None:
         """Ends a request at once and returns what it has; None where no live request has that id."""
+        assert self.advanced is None, "what was drawn is to be resolved first"
         sequence = self.live.pop(request_id, None)
         if sequence is None:
             return None
@@ -234,6 +130,7 @@ class Scheduler:
 
     def receive(self, version: WeightVersion) -> None:
         """Other weights from the next plan on. Running sequences go on over their old keys and values, unnamed."""
+        assert self.advanced is None, "what was drawn is to be resolved first"
         if version == self.version:
             return
         self.planned = None
@@ -246,8 +143,17 @@ class Scheduler:
             sequence.root, sequence.keys, sequence.tail = MIXED, [], None
         self._tails.clear()
 
+    def empty(self) -> None:
+        """Nothing is live: what pages hold is lost, and none of it is found again."""
+        assert not self.live, f"{len(self.live)} requests are live"
+        self.index.empty()
+        self._named = []
+
     def plan(self, now: float) -> Batch:
-        """The next batch; empty only where nothing is live. A batch never committed is simply planned again."""
+        """The next batch; empty only where nothing is live or one is advanced. If never advanced, it is planned again.
+
+        While a batch is advanced, what it draws stands as -1 - (its place among the draws) in the works that run it.
+        """
         self._make_room()
         works, prefills = self._decodes()
         num_decodes = len(works)
@@ -271,17 +177,21 @@ class Scheduler:
             for sequence in running
             if sequence.pages is not None
             and sequence.computed == sequence.pages.blocks * size
+            and len(sequence.tokens) < sequence.limit
             and (len(sequence.tokens) - sequence.computed == 1 or sequence is running[0])
         }
         while len(needy) * num_groups > pool.num_available:
             assert len(running) > 1, f"sequence {running[0].arrival} outgrew a pool of {pool.num_pages} pages alone"
             victim = min(running[1:], key=self._price)
             needy.discard(victim.arrival)
-            running.remove(victim)
-            victim.reached = max(victim.reached, victim.computed)
-            self._give_up_pages(victim)
-            insort(self.waiting, victim, key=_arrival)
-            self._stats.preemptions += 1
+            self._preempt(victim)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        sequence.reached = max(sequence.reached, sequence.computed)
+        self._give_up_pages(sequence)
+        insort(self.waiting, sequence, key=_arrival)
+        self._stats.preemptions += 1
 
     def _price(self, sequence: Sequence) -> tuple[float, int]:
         """Tokens to compute again for each page that preempting it frees; then the latest arrival."""
@@ -300,6 +210,8 @@ class Scheduler:
             assert pages is not None
             if len(tokens) - start > 1:
                 prefills.append(sequence)
+                continue
+            if len(tokens) >= sequence.limit:  # ends as it is resolved
                 continue
             if start == pages.blocks * page_tokens:
                 pages.extend(1)
@@ -330,7 +242,7 @@ class Scheduler:
         for sequence in self.order.queue(self.waiting, self._stats.batches):
             if budget == 0 or len(running) >= self.config.max_sequences:
                 break
-            hits = self._hits(sequence)
+            hits = None if sequence.tokens[-1] < 0 else self._hits(sequence)
             if hits is None:
                 continue
             if not begun:
@@ -391,22 +303,22 @@ class Scheduler:
 
     def commit(self, batch: Batch, sampled: Sampled, now: float) -> list[Completion]:
         """Takes what a planned batch gave; returns the requests it finished."""
-        assert batch is self.planned, "a batch is committed once, with nothing between its plan and its commit"
-        assert len(sampled.tokens) == len(sampled.logprobs) == batch.num_samples, (
-            f"the runner gave {len(sampled.tokens)} tokens and {len(sampled.logprobs)} logprobs "
-            f"for {batch.num_samples} samples"
-        )
-        assert len(sampled.kept) == len(sampled.unfiltered_logprobs) and len(sampled.kept) in (0, batch.num_samples), (
-            f"{len(sampled.kept)} kept sets, {len(sampled.unfiltered_logprobs)} unfiltered logprobs "
-            f"for {batch.num_samples} samples"
-        )
-        self.planned = None
+        self.advance(batch)
+        return self.resolve(batch, sampled, now)
+
+    def advance(self, batch: Batch) -> None:
+        """Takes that a planned batch runs; what it draws is pending until `resolve`."""
+        assert batch is self.planned, "a batch is advanced once, with nothing between its plan and that"
+        assert self.advanced is None, "the batch before is to be resolved first"
+        self.planned, self.advanced = None, batch
         self._named, self._shared, self._copies = [], [], {}
-        live, page_tokens, step, stats = self.live, self.config.page_tokens, batch.version.step, self._stats
-        finished: list[Completion] = []
-        draws = enumerate(zip(sampled.tokens, sampled.logprobs, strict=True))
+        live, page_tokens, stats = self.live, self.config.page_tokens, self._stats
+        draws = 0
         for work in batch.works:
-            sequence = live[work.request.id]
+            sequence = live.get(work.request.id)
+            if sequence is None or sequence.arrival != work.sequence:  # it ended as the batch before was resolved
+                draws += work.samples
+                continue
             pages, start = sequence.pages, sequence.computed
             assert pages is not None
             sequence.computed = end = start + len(work.tokens)
@@ -421,30 +333,74 @@ class Scheduler:
             if end >= pages.frees_at:
                 pages.free_unseen(end)
             if work.samples:
-                draw, (token, logprob) = next(draws)
-                if not sequence.spans or sequence.spans[-1][0] != step:
-                    sequence.spans.append((step, len(sequence.logprobs)))
-                sequence.tokens.append(token)
-                sequence.logprobs.append(logprob)
-                if sampled.kept and sampled.kept[draw]:
-                    sequence.kept.append(sampled.kept[draw])
-                    sequence.unfiltered_logprobs.append(sampled.unfiltered_logprobs[draw])
-                reason = self.stops(sequence)
-                if reason is None and len(sequence.tokens) >= sequence.limit:
-                    reason = StopReason.LENGTH
-                if reason is not None:
-                    finished.append(sequence.completion(reason, now))
-                    self._give_up_pages(sequence)
-                    self.admission.lengths.record(len(sequence.logprobs))
-                    self.order.ended(sequence)
-                    del live[work.request.id]
-        if finished:
-            self.running = [sequence for sequence in self.running if sequence.pages is not None]
+                sequence.tokens.append(-1 - draws)
+                draws += 1
         stats.batches += 1
         stats.run_tokens += batch.num_tokens
-        stats.sampled_tokens += len(sampled.tokens)
-        stats.finished += len(finished)
+
+    def resolve(self, batch: Batch, sampled: Sampled, now: float) -> list[Completion]:
+        """Takes what an advanced batch drew; returns the requests that end by it."""
+        assert batch is self.advanced, "a batch is resolved once, after it was advanced"
+        assert len(sampled.tokens) == len(sampled.logprobs) == batch.num_samples, (
+            f"the runner gave {len(sampled.tokens)} tokens and {len(sampled.logprobs)} logprobs "
+            f"for {batch.num_samples} samples"
+        )
+        assert len(sampled.kept) == len(sampled.unfiltered_logprobs) and len(sampled.kept) in (0, batch.num_samples), (
+            f"{len(sampled.kept)} kept sets, {len(sampled.unfiltered_logprobs)} unfiltered logprobs "
+            f"for {batch.num_samples} samples"
+        )
+        self.advanced = None
+        live, step, finished = self.live, batch.version.step, list[Completion]()
+        draws = enumerate(zip(sampled.tokens, sampled.logprobs, strict=True))
+        for work in batch.works:
+            if not work.samples:
+                continue
+            draw, (token, logprob) = next(draws)
+            sequence = live.get(work.request.id)
+            if sequence is None or sequence.arrival != work.sequence:
+                continue
+            assert sequence.tokens[-1] == -1 - draw, (sequence.tokens[-1], draw)
+            sequence.tokens[-1] = token
+            if not sequence.spans or sequence.spans[-1][0] != step:
+                sequence.spans.append((step, len(sequence.logprobs)))
+            sequence.logprobs.append(logprob)
+            if sampled.kept and sampled.kept[draw]:
+                sequence.kept.append(sampled.kept[draw])
+                sequence.unfiltered_logprobs.append(sampled.unfiltered_logprobs[draw])
+            self._stats.sampled_tokens += 1
+            reason = self.stops(sequence)
+            if reason is None and len(sequence.tokens) >= sequence.limit:
+                reason = StopReason.LENGTH
+            if reason is not None:
+                finished.append(sequence.completion(reason, now))
+                self._end(sequence)
+        if finished:
+            self.running = [sequence for sequence in self.running if sequence.pages is not None]
+        self._stats.finished += len(finished)
         return finished
+
+    def forget(self, batch: Batch) -> None:
+        """An advanced batch failed: it drew nothing, and what it wrote may be wrong. All that runs starts again."""
+        assert batch is self.advanced, "a batch is forgotten in place of its resolve"
+        self.planned = self.advanced = None
+        self._named, self._shared, self._copies = [], [], {}
+        for work in batch.works:
+            sequence = self.live.get(work.request.id)
+            if work.samples and sequence is not None and sequence.arrival == work.sequence:
+                sequence.tokens.pop()
+        for sequence in self.running.copy():
+            self._preempt(sequence)
+        self.index.empty()
+
+    def _end(self, sequence: Sequence) -> None:
+        """A request ended by itself, perhaps preempted while its last token was drawn."""
+        if sequence.pages is None:
+            self.waiting.remove(sequence)
+        else:
+            self._give_up_pages(sequence)
+        self.admission.lengths.record(len(sequence.logprobs))
+        self.order.ended(sequence)
+        del self.live[sequence.request.id]
 
     def _index_blocks(self, sequence: Sequence, first: int) -> None:
         """Names the blocks from `first` on that have just been filled, and keeps the promises for them."""
@@ -492,7 +448,9 @@ class Scheduler:
         for sequence in self.running:
             assert sequence.pages is not None, f"running sequence {sequence.arrival} has no page tables"
             sequence.pages.check_integrity(sequence.computed)
-            assert sequence.computed < len(sequence.tokens) < sequence.limit, (sequence.computed, sequence.limit)
+            assert sequence.computed < len(sequence.tokens) < sequence.limit + (self.advanced is not None), (
+                sequence.limit
+            )
             assert sequence.root in (MIXED, self.root), f"sequence {sequence.arrival} is pure under other weights"
         for key, maker in self.promised.items():
             unkept = (*maker.keys[maker.computed // page_tokens :], maker.tail)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from tandem.engine.prefix import NULL, block_key
 
 if TYPE_CHECKING:
-    from tandem.engine.schedule import Sequence
+    from tandem.engine.batch import Sequence
 
 
 def tail_key(sequence: Sequence, page_tokens: int) -> bytes | None:

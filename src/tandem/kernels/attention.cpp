@@ -185,6 +185,8 @@ void attention_bf16(const AttentionArgs* a) { forward<bf16>(*a); }
 void attention_fp32(const AttentionArgs* a) { forward<float>(*a); }
 void attention_e4m3_bf16(const AttentionArgs* a) { forward<bf16, e4m3>(*a); }
 void attention_e4m3_fp32(const AttentionArgs* a) { forward<float, e4m3>(*a); }
+void attention_int8_bf16(const AttentionArgs* a) { forward<bf16, int8_t>(*a); }
+void attention_int8_fp32(const AttentionArgs* a) { forward<float, int8_t>(*a); }
 void attention_backward_bf16(const AttentionArgs* a, const AttentionGrads* g) { backward<bf16>(*a, *g); }
 void attention_backward_fp32(const AttentionArgs* a, const AttentionGrads* g) { backward<float>(*a, *g); }
 }

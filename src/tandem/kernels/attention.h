@@ -9,9 +9,11 @@
 // position that one query sees and another does not meets a probability of 0 there: the sum stays as it is but for the
 // sign of a zero, and the result's zeros are positive.
 //
-// E is the compute dtype, S what keys and values are stored in: E itself, or e4m3, widened to E as a block is gathered.
+// E is the compute dtype, S what keys and values are stored in: E itself; or e4m3, or int8 with a scale a position and head, widened
+// to E as a block is gathered.
 #pragma once
 #include "float8.h"
+#include "integers.h"
 #include "page_layout.h"
 #include "team.h"
 #include <memory>
@@ -28,6 +30,7 @@ extern "C" struct AttentionArgs {
     int64_t table_stride, page_tokens, segments, heads, kv_heads, head_size;
     int64_t window, chunk, sinks;  // 0: none; sinks count with a window only
     float scale;
+    const float* kv_scales;  // of codes in int8, as PageLayout has them; or null
 };
 
 namespace tandem __attribute__((visibility("hidden"))) {
@@ -417,13 +420,22 @@ struct BlockReader {
         for (int j = lead > 0 ? 0 : low / run * run; j < high; j += run) {
             if (j >= lead && j + run <= low) continue;
             const int64_t at = start(first + j), in_page = offset(first + j);
-            const S* key = (const S*)a.key + at + layout.template key<E>(in_page);
-            for (int64_t d = 0; d < a.head_size; d += pair, key += layout.template key_step<E>())
-                widen(key, run * pair, keys + d / pair * whole.template key_step<E>() + whole.template key<E>(j));
-            widen((const S*)a.value + at + layout.template value<E>(in_page), run * a.head_size, values + whole.template value<E>(j));
+            const S *key = (const S*)a.key + at + layout.template key<E>(in_page), *value = (const S*)a.value + at + layout.template value<E>(in_page);
+            E *key_to = keys + whole.template key<E>(j), *value_to = values + whole.template value<E>(j);
+            if constexpr (std::is_same_v<S, int8_t>) {
+                widen_keys(key, layout.template key_step<E>(), a.head_size, run, scales(first + j, 0), key_to, whole.template key_step<E>());
+                widen_values(value, a.head_size, run, scales(first + j, 1), value_to);
+            } else {
+                for (int64_t d = 0; d < a.head_size; d += pair, key += layout.template key_step<E>(), key_to += whole.template key_step<E>())
+                    widen(key, run * pair, key_to);
+                widen(value, run * a.head_size, value_to);
+            }
         }
         for (int g = 0; g < BLOCK / RUN; g++) p.key[g] = keys + whole.template key<E>(g * RUN), p.value[g] = values + whole.template value<E>(g * RUN);
         p.key_step = whole.template key_step<E>(), p.value_step = whole.template value_step<E>(), p.value_panel = PANEL * pair;
+    }
+    const float* scales(int64_t position, int which) const {
+        return a.kv_scales + layout.scales(table[position >> shift], which, span.kv_head) + offset(position);
     }
     static void widen(const S* source, int64_t count, E* target) {
         if constexpr (std::is_same_v<E, S>) std::memcpy((void*)target, source, count * sizeof(E));

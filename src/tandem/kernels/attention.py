@@ -20,6 +20,7 @@ import torch
 
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
+from tandem.numerics.quantise import from_int8
 from tandem.types import Reach
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class _Args(ctypes.Structure):
         ),
         *((name, ctypes.c_int64) for name in ("window", "chunk", "sinks")),
         ("scale", ctypes.c_float),
+        ("kv_scales", ctypes.c_void_p),
     ]
 
 
@@ -145,6 +147,7 @@ def attention_reference(
     paths: Paths,
     reach: Reach = EVERYTHING,
     sinks: int = 0,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`attention`, one segment at a time, a full mask, in fp32 (fp64 for fp64 inputs); differentiable."""
     wide = query_THD.dtype if query_THD.dtype == torch.float64 else torch.float32
@@ -159,9 +162,12 @@ def attention_reference(
         seen = [position for position in range(own.stop) if position >= reach.first_seen(first) or position < leading]
         k_position, q_position = torch.tensor(seen), torch.tensor(own)[:, None]
         pages = paths.table_SP[s].long()[k_position // paths.page_tokens]
-        slots = pages * paths.page_tokens + k_position % paths.page_tokens
+        offsets = k_position % paths.page_tokens
+        rows = [x[pages * paths.page_tokens + offsets] for x in (key_CKD, value_CKD)]
+        if scales is not None:
+            rows = [from_int8(x, scales[pages, i, :, offsets], query_THD.dtype) for i, x in enumerate(rows)]
         query = query_THD[start:stop].to(wide)
-        key, value = (x[slots].to(wide).repeat_interleave(group, 1) for x in (key_CKD, value_CKD))
+        key, value = (x.to(wide).repeat_interleave(group, 1) for x in rows)
         scores = torch.einsum("qhd,khd->hqk", query, key) / math.sqrt(query.shape[2])
         seen_from = torch.tensor([reach.first_seen(position) for position in own])[:, None]
         hidden = (k_position > q_position) | ((k_position < seen_from) & (k_position >= leading))
@@ -178,19 +184,21 @@ def attention(
     reach: Reach = EVERYTHING,
     lse_TH: torch.Tensor | None = None,
     sinks: int = 0,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T, H, D]. C slots of keys and values; rows may be strided. Fills `lse_TH` (fp32) where it is given.
 
     A query at position q sees the keys at `reach.first_seen(q)` <= k <= q and, under a window, those at k < `sinks`.
-    Keys and values may be stored as float8_e4m3fn: they are widened, exactly, to the dtype of the query.
+    Keys and values may be stored as float8_e4m3fn, widened exactly to the dtype of the query, or as int8 with `scales`
+    (page_pool.py), read as `numerics.quantise.from_int8` says.
     """
     if backend(query_THD) == "triton":
         from tandem.kernels.gpu import attention as gpu
 
-        return gpu.attention(query_THD, key_CKD, value_CKD, paths, reach, lse_TH, sinks)
+        return gpu.attention(query_THD, key_CKD, value_CKD, paths, reach, lse_TH, sinks, scales)
     run = kernel("attention", "attention", query_THD.dtype, "p")
     if run is None:
-        return attention_reference(query_THD, key_CKD, value_CKD, paths, reach, sinks)
+        return attention_reference(query_THD, key_CKD, value_CKD, paths, reach, sinks, scales)
     assert paths.page_tokens == 1, "the C++ kernels read larger pages from a KvPool"
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
     args = _args(query_THD, key_CKD, value_CKD, paths, reach, out_THD, lse_TH, sinks)
@@ -207,13 +215,13 @@ def paged_attention(
     """
     assert paths.page_tokens == pool.page_tokens, (paths.page_tokens, pool.page_tokens)
     if not pool.packed:
-        return attention(query_THD, pool.keys, pool.values, paths, reach, sinks=sinks)
-    name = "attention_e4m3" if pool.keys.dtype == torch.float8_e4m3fn else "attention"
-    run = kernel("attention", name, query_THD.dtype, "p")
+        return attention(query_THD, pool.keys, pool.values, paths, reach, sinks=sinks, scales=pool.scales)
+    run = kernel("attention", f"attention{pool.suffix}", query_THD.dtype, "p")
     assert run is not None
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
     key_CKD, value_CKD = (x.view(-1, pool.kv_heads, pool.head_size) for x in (pool.keys, pool.values))  # for its shape
     args = _args(query_THD, key_CKD, value_CKD, paths, reach, out_THD, None, sinks)
+    args.kv_scales = None if pool.scales is None else pool.scales.data_ptr()
     run(ctypes.addressof(args))
     return out_THD
 

@@ -1,9 +1,13 @@
 """Compile the C++ kernels on first use and keep them.
 
-A library is named by the hash of its source, the headers beside it, the compiler and the processor, so that a change of
-any of them compiles anew and nothing stale is loaded. The libraries have a plain C interface and are called through
-ctypes: they depend on no torch version. They are linked without an OpenMP runtime and find torch's, which torch loads
-globally, so that kernels and torch share one pool of threads.
+A library is named by the hash of its source, the headers beside it, the flags and the processor, and by that of the
+compiler, so that a change of any of them compiles anew and nothing stale is loaded. Where no compiler works, the
+libraries of an earlier one are taken: all of one compiler, or none, since two may choose different matrix units. A file
+ends with the hash of what is before, so that a damaged one is compiled anew and never loaded.
+
+The libraries have a plain C interface and are called through ctypes: they depend on no torch version. They are linked
+without an OpenMP runtime and find torch's, which torch loads globally, so that kernels and torch share one pool of
+threads.
 
 A compiled file is checked against its reference when it is first loaded (selfcheck.py); a mark beside it says that it
 passed, so that later starts only read the mark.
@@ -27,18 +31,47 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tandem import env
-from tandem.errors import KernelError
+from tandem.errors import KernelError, TandemWarning
 
 if TYPE_CHECKING:
     import torch
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
+REFERENCE = "run the slow PyTorch kernels with TANDEM_KERNELS=reference"
+# 2 cores of a Zen 5, bf16, SmolLM2-135M: 1 to 64 sequences; packs of 1,024 to 4,096 tokens, and steps of GRPO.
+REFERENCE_COST = "a decode step takes 10 to 70 times as long, a training step 5 to 20 times"
+ANSWER_S = 30.0  # for a compiler to say its version
+HASH_BYTES = hashlib.sha256().digest_size
+
+
+def _compilers() -> list[str]:
+    return [path for path in map(shutil.which, ("g++", "clang++")) if path]
 
 
 def compiler() -> str | None:
-    """Path of the C++ compiler, or None."""
-    return shutil.which("g++") or shutil.which("clang++")
+    """Path of the first C++ compiler that says its version, or None."""
+    return next((path for path in _compilers() if version(path)[0]), None)
+
+
+def fault() -> str:
+    """Why no compiler works; where `compiler` is None."""
+    return "; ".join(version(path)[1] for path in _compilers()) or "no g++ and no clang++ in PATH"
+
+
+@functools.cache
+def version(path: str) -> tuple[str, str]:
+    """(what a compiler says of its version, in one line; "" where it does not work, then why)."""
+    command = [path, "--version"]
+    try:
+        asked = subprocess.run(command, capture_output=True, errors="replace", timeout=ANSWER_S, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return "", f"{path} does not run: {error}"
+    lines = asked.stdout.strip().splitlines()
+    if asked.returncode == 0 and lines:
+        return lines[0], ""
+    said = (asked.stderr.strip() or asked.stdout.strip() or "nothing").splitlines()[0]
+    return "", f"{path} --version exits with {asked.returncode} and says {said}"
 
 
 @functools.cache
@@ -57,55 +90,121 @@ def processor_name() -> str:
     return named[0] if named else platform.machine()
 
 
-@functools.cache
-def _compiler_version(path: str) -> str:
-    return subprocess.run([path, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
-
-
 def _compile(cxx: str, flags: tuple[str, ...], source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".so", delete=False) as scratch:
-        command = [cxx, *flags, f"-I{SOURCES}", "-o", scratch.name, str(source)]
-        # g++ -shared leaves the OpenMP symbols open; libgomp is already global through torch.
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        if result.returncode != 0:
-            os.unlink(scratch.name)
-            raise KernelError(
-                f"kernel {source.name} does not compile with {cxx}:\n{result.stderr.strip()[:2000]}\n"
-                "Install a C++17 compiler (Debian: apt-get install g++), or remove it from PATH to run the slow "
-                "PyTorch reference instead."
-            )
-        os.replace(scratch.name, target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # In a folder of its own the compiler makes the file, so that it has the modes that the umask gives.
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            scratch = Path(folder) / target.name
+            command = [cxx, *flags, f"-I{SOURCES}", "-o", str(scratch), str(source)]
+            # g++ -shared leaves the OpenMP symbols open; libgomp is already global through torch.
+            result = subprocess.run(command, capture_output=True, errors="replace", check=False)
+            if result.returncode != 0:
+                raise KernelError(
+                    f"kernel {source.name} does not compile with {cxx}:\n{result.stderr.strip()[:2000]}\n"
+                    f"Install a C++17 compiler (Debian: apt-get install g++), or {REFERENCE}."
+                )
+            digest = hashlib.sha256(scratch.read_bytes()).digest()
+            with scratch.open("ab") as file:
+                file.write(digest)
+            os.replace(scratch, target)
+    except OSError as error:
+        raise KernelError(
+            f"the compiled kernels cannot be kept in {target.parent}: {error}. Set TANDEM_CACHE to a folder that can "
+            f"be written, or {REFERENCE}."
+        ) from error
+
+
+def _whole(path: Path) -> bool:
+    """Whether the file is there and ends with the hash of what is before.
+
+    A shortened library would load, and end the process without a word at the first page that it lacks.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-HASH_BYTES]).digest() == content[-HASH_BYTES:]
+
+
+def lacking() -> str:
+    """Why no C++ kernels run here, in words; "" where a compiler works, or one has left all of them in the cache."""
+    return "" if compiler() else _kept(_folder(), SOURCES, FLAGS)[1]
 
 
 def available() -> bool:
-    """Whether C++ kernels run here: there is a compiler (else one warning), and the reference is not asked for."""
+    """Whether C++ kernels run here: nothing is lacking (else one warning), and the reference is not asked for."""
     if env.kernels() == "reference":
         return False
-    if compiler() is None:
-        _warn_no_compiler()
-        return False
-    return True
+    if why := lacking():
+        _warn_reference(why)
+    return not why
 
 
-def compiled_path(name: str, flags: tuple[str, ...]) -> Path:
-    """Where the compiled `name`.cpp lies or will lie."""
-    cxx = compiler()
-    assert cxx is not None
+def _folder() -> Path:
+    return env.cache_dir() / "kernels"
+
+
+def _stem(name: str, flags: tuple[str, ...]) -> str:
+    """What the compiled `name`.cpp is called whichever compiler made it."""
     digest = hashlib.sha256()
     for path in (SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h"))):
         digest.update(path.read_bytes())
-    for part in (" ".join(flags), _compiler_version(cxx), _processor()):
+    for part in (" ".join(flags), _processor()):
         digest.update(part.encode())
-    return env.cache_dir() / "kernels" / f"{name}-{digest.hexdigest()[:16]}.so"
+    return f"{name}-{digest.hexdigest()[:16]}"
+
+
+def compiled_path(name: str, flags: tuple[str, ...]) -> Path:
+    """Where the compiled `name`.cpp lies or will lie; where nothing is `lacking`."""
+    cxx = compiler()
+    by = hashlib.sha256(version(cxx)[0].encode()).hexdigest()[:8] if cxx else _kept(_folder(), SOURCES, FLAGS)[0]
+    assert by, (name, cxx)
+    return _folder() / f"{_stem(name, flags)}-{by}.so"
+
+
+@functools.cache
+def _kept(folder: Path, sources: Path, flags: tuple[str, ...]) -> tuple[str, str]:
+    """(the compiler, as files name it, that left every library in `folder`, the latest; "" where none did, then why).
+
+    Read once: a process that began with the reference stays with it.
+    """
+    assert sources == SOURCES, (sources, SOURCES)
+    why = f"{folder} holds none that are compiled for this processor and these sources"
+    units = sorted(folder.glob(f"{_stem('unit', flags)}-*.so"), key=os.path.getmtime, reverse=True)
+    for unit in units:
+        by = unit.stem.rpartition("-")[2]
+        for tried in (flags, (*flags, NO_AMX)):
+            paths = [folder / f"{_stem(name, tried)}-{by}.so" for name in names()]
+            broken = [path for path in paths if not _whole(path)]
+            if not broken:
+                return by, ""
+            if tried == flags and unit == units[0]:
+                words = [path.name.partition("-")[0] + " (damaged)" * path.exists() for path in broken]
+                why = f"{folder} lacks {', '.join(words)}"
+    return "", why
 
 
 def _compiled(name: str, flags: tuple[str, ...]) -> Path:
     target, cxx = compiled_path(name, flags), compiler()
-    if not target.exists():
-        assert cxx is not None
+    if not _whole(target):
+        if cxx is None:
+            raise KernelError(
+                f"the kernel {target} is missing or damaged, and no C++ compiler works here: {fault()}. Install one "
+                f"(Debian: apt-get install g++), or {REFERENCE}."
+            )
         _compile(cxx, flags, SOURCES / f"{name}.cpp", target)
     return target
+
+
+def _load(target: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(target))
+    except OSError as error:  # of another C library, or in a folder that is mounted noexec
+        raise KernelError(
+            f"the compiled kernel does not load: {error}. Delete it, set TANDEM_CACHE to another folder, or "
+            f"{REFERENCE}."
+        ) from error
 
 
 NO_AMX = "-DTANDEM_NO_AMX"
@@ -121,7 +220,7 @@ def _unit(wanted: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """
     for flags in (wanted, (*wanted, NO_AMX)):
         target = _compiled("unit", flags)
-        loaded = ctypes.CDLL(str(target))
+        loaded = _load(target)
         loaded.matrix_unit.restype = ctypes.c_char_p
         unit = loaded.matrix_unit().decode()
         passed, refusal = target.with_suffix(f".{unit}"), _refusal(target, flags) if unit == "amx" else ""
@@ -138,7 +237,7 @@ def _unit(wanted: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
                 raise
             if not refusal:
                 _refuse(target, target, str(error))
-            warnings.warn(f"AMX is not used, AVX-512 is: {error}", RuntimeWarning, stacklevel=3)
+            warnings.warn(f"AMX is not used, AVX-512 is: {error}", TandemWarning, stacklevel=3)
             continue
         _write(passed, "")
         break
@@ -158,7 +257,7 @@ def _refusal(unit: Path, flags: tuple[str, ...]) -> str:
         failed, _, why = unit.with_suffix(".refused").read_text(encoding="utf-8").partition("\n")
     except OSError:
         return ""
-    name = failed.rpartition("-")[0]
+    name = failed.partition("-")[0]
     return why if name in names() and compiled_path(name, flags).name == failed else ""
 
 
@@ -177,7 +276,7 @@ _under_check: dict[str, ctypes.CDLL] = {}
 
 @functools.cache
 def library(name: str) -> ctypes.CDLL | None:
-    """The compiled `name`.cpp; None where there is no compiler (one warning) or the reference is asked for.
+    """The compiled `name`.cpp; None where kernels are lacking (one warning) or the reference is asked for.
 
     KernelError where it does not compile, or does not compute what its reference does.
     """
@@ -189,7 +288,7 @@ def library(name: str) -> ctypes.CDLL | None:
         return _under_check[name]
     unit, flags = _unit(FLAGS)
     target = _compiled(name, flags)
-    loaded = ctypes.CDLL(str(target))
+    loaded = _load(target)
     mark = target.with_suffix(f".{unit}")
     if env.kernels() == "" and not mark.exists():
         _check(name, unit, loaded)
@@ -216,18 +315,18 @@ def _check(name: str, unit: str, loaded: ctypes.CDLL) -> None:
 
 
 @functools.cache
-def _warn_no_compiler() -> None:
+def _warn_reference(why: str) -> None:
     warnings.warn(
-        "no C++ compiler found: running the PyTorch reference kernels, several times slower. "
+        f"no C++ compiler works ({fault()}) and {why}: PyTorch's reference kernels run, {REFERENCE_COST}. "
         "Install one (Debian: apt-get install g++) and start again.",
-        RuntimeWarning,
-        stacklevel=3,
+        TandemWarning,
+        stacklevel=4,
     )
 
 
 @functools.cache
 def _warn_slow(unit: str) -> None:
-    warnings.warn(f"this processor has neither AMX nor AVX-512 BF16: {cost(unit)}.", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"this processor has neither AMX nor AVX-512 BF16: {cost(unit)}.", TandemWarning, stacklevel=3)
 
 
 def cost(unit: str) -> str:
@@ -247,7 +346,7 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": c
 
 @functools.cache
 def function(library_name: str, name: str, signature: str) -> Callable[..., None] | None:
-    """The C function `name`, or None without a compiler. `signature`: p pointer, i int64, f float, d double."""
+    """The C function `name`, or None where kernels are lacking. `signature`: p pointer, i int64, f float, d double."""
     loaded = library(library_name)
     if loaded is None:
         return None
@@ -273,7 +372,7 @@ def names() -> list[str]:
 
 def is_compiled(name: str) -> bool:
     """Whether `library` finds the file compiled; where `available`."""
-    return compiled_path(name, _unit(FLAGS)[1]).exists()
+    return _whole(compiled_path(name, _unit(FLAGS)[1]))
 
 
 def build_all() -> None:

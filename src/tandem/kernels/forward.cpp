@@ -20,6 +20,7 @@ extern "C" struct LayerArgs {
     const void *norm, *feed_norm, *q_norm, *k_norm;  // the norms of heads may be null
     const float* qkv_bias;                           // may be null
     void *keys, *values;                             // pools of packed pages
+    float* scales;                                   // of codes in int8, or null
     int64_t group, rotary;                           // which tables of pages; 0: no rotation
 };
 
@@ -78,7 +79,7 @@ AttentionArgs attention_args(const ForwardArgs& a, const LayerArgs& layer, bool 
     const int64_t width = (a.heads + 2 * a.kv_heads) * a.head_size;
     return {a.qkv, layer.keys, layer.values, width, 0, 0, a.attended, nullptr, last ? a.last_start : a.row_start, last ? a.last_positions : a.first_position,
             last ? group.last_table : group.table, group.table_stride, a.page_tokens, last ? a.num_last : a.segments, a.heads, a.kv_heads, a.head_size,
-            group.window, group.chunk, group.sinks, float(1.0 / std::sqrt(double(a.head_size)))};
+            group.window, group.chunk, group.sinks, float(1.0 / std::sqrt(double(a.head_size))), layer.scales};
 }
 
 Steps::Steps(const ForwardArgs& a, int64_t threads) : spans(a.num_groups + 1), next(a.num_layers) {
@@ -166,7 +167,7 @@ private:
     void rotate_store(const LayerArgs& layer) {
         E *query = (E*)a_.qkv, *key = query + a_.heads * a_.head_size;
         const StoreArgs args{query, key, key + a_.kv_heads * a_.head_size, layer.keys, layer.values, a_.positions, a_.groups[layer.group].slots,
-                             layer.rotary ? a_.cosine : nullptr, a_.sine, rows_, qkv_width(), a_.heads, a_.kv_heads, a_.head_size, a_.page_tokens};
+                             layer.rotary ? a_.cosine : nullptr, a_.sine, rows_, qkv_width(), a_.heads, a_.kv_heads, a_.head_size, a_.page_tokens, layer.scales};
         rotate_store_share<E, S>(args, team_);
         team_.wait();
         clock_.stop(STORE);
@@ -265,4 +266,6 @@ void forward_bf16(const ForwardArgs* a) { forward<bf16, bf16>(*a); }
 void forward_fp32(const ForwardArgs* a) { forward<float, float>(*a); }
 void forward_e4m3_bf16(const ForwardArgs* a) { forward<bf16, e4m3>(*a); }
 void forward_e4m3_fp32(const ForwardArgs* a) { forward<float, e4m3>(*a); }
+void forward_int8_bf16(const ForwardArgs* a) { forward<bf16, int8_t>(*a); }
+void forward_int8_fp32(const ForwardArgs* a) { forward<float, int8_t>(*a); }
 }

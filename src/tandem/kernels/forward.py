@@ -26,7 +26,7 @@ class MatrixArgs(ctypes.Structure):
 class LayerArgs(ctypes.Structure):
     _fields_ = [
         *((name, MatrixArgs) for name in ("qkv", "out", "gate_up", "down")),
-        *_pointers("norm", "feed_norm", "q_norm", "k_norm", "qkv_bias", "keys", "values"),
+        *_pointers("norm", "feed_norm", "q_norm", "k_norm", "qkv_bias", "keys", "values", "scales"),
         *_sizes("group", "rotary"),
     ]
 

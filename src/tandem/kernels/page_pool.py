@@ -4,6 +4,9 @@ A slot is a position of a page: page * page_tokens + position % page_tokens. Row
 the C++ kernels compute, pages are packed as the matrix product of attention reads them, so that no step packs what
 another has packed before: keys [pages, K, D / pair, page_tokens, pair], values [pages, K, page_tokens / pair, D, pair],
 with pairs of elements for bf16 and single ones for fp32 compute. A page is contiguous in both.
+
+Kept as int8, the key and the value of a token and head are codes with an fp32 scale each (`numerics.quantise.to_int8`),
+which lie apart, [pages, keys and values, K, page_tokens]: what a token left behind depends on no neighbour.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from tandem.kernels.build import SUFFIX, kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.large import large
 from tandem.kernels.rotary import rotate_, store_
-from tandem.numerics.quantise import to_e4m3
+from tandem.numerics.quantise import from_int8, to_e4m3, to_int8
+
+STORED = {torch.float8_e4m3fn: "_e4m3", torch.int8: "_int8"}  # kept narrower than computed with
 
 
 class KvPool:
@@ -37,8 +42,9 @@ class KvPool:
         stored: torch.dtype | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Computed with in `dtype`, kept as that or as `stored` (float8_e4m3fn)."""
-        self.page_tokens, self.kv_heads, self.head_size = page_tokens, kv_heads, head_size
+        """Computed with in `dtype`, kept as that or as `stored` (one of STORED)."""
+        assert stored in (None, dtype, *STORED), stored
+        self.page_tokens, self.kv_heads, self.head_size, self.dtype = page_tokens, kv_heads, head_size, dtype
         self.packed = backend(torch.empty(0, dtype=dtype, device=device)) == "cpp"
         keys: tuple[int, ...] = (num_pages * page_tokens, kv_heads, head_size)
         values = keys
@@ -49,6 +55,14 @@ class KvPool:
             keys = (num_pages, kv_heads, head_size // pair, page_tokens, pair)
             values = (num_pages, kv_heads, page_tokens // pair, head_size, pair)
         self.keys, self.values = (large(*shape, dtype=stored or dtype, device=device) for shape in (keys, values))
+        self.scales: Tensor | None = None
+        if stored == torch.int8:
+            self.scales = large(num_pages, 2, kv_heads, page_tokens, dtype=torch.float32, device=device)
+
+    @property
+    def suffix(self) -> str:
+        """Of the kernels that read and write what it keeps."""
+        return STORED.get(self.keys.dtype, "")
 
     @property
     def num_slots(self) -> int:
@@ -56,12 +70,13 @@ class KvPool:
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(pages.nbytes for pages in self.tensors())
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """The memory of keys and of values, a page a row."""
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The memory of keys, of values and, where there are any, of scales, a page a row."""
         elements = self.page_tokens * self.kv_heads * self.head_size
-        return self.keys.view(-1, elements), self.values.view(-1, elements)
+        pages = self.keys.view(-1, elements), self.values.view(-1, elements)
+        return pages if self.scales is None else (*pages, self.scales.view(len(self.scales), -1))
 
     def copy_(self, sources: list[int], targets: list[int]) -> None:
         """Pages `targets`, all different and none of the sources, become what `sources` are."""
@@ -70,23 +85,32 @@ class KvPool:
             raw[targets] = raw[sources]
 
     def rows(self, slots_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the keys and values of slots: [N, K, D] each."""
-        if not self.packed:
-            return self.keys[slots_N], self.values[slots_N]
+        """Copies of the keys and values of slots, as attention reads them: [N, K, D] each, in `dtype`."""
         page, offset, pair = slots_N // self.page_tokens, slots_N % self.page_tokens, self.keys.shape[-1]
         shape = (len(slots_N), self.kv_heads, self.head_size)
-        found = self.keys[page, :, :, offset], self.values[page, :, offset // pair, :, offset % pair]
-        return found[0].reshape(shape), found[1].reshape(shape)
+        if self.packed:
+            found = self.keys[page, :, :, offset], self.values[page, :, offset // pair, :, offset % pair]
+        else:
+            found = self.keys[slots_N], self.values[slots_N]
+        key, value = (x.reshape(shape) for x in found)
+        if self.scales is None:
+            return key.to(self.dtype), value.to(self.dtype)
+        key_NK, value_NK = (self.scales[page, which, :, offset] for which in (0, 1))
+        return from_int8(key, key_NK, self.dtype), from_int8(value, value_NK, self.dtype)
 
     def store_(self, key_TKD: Tensor, value_TKD: Tensor, slots_T: Tensor) -> None:
-        """Write rows to their slots; rounded as `numerics.quantise.to_e4m3` where the pool is narrower."""
+        """Write rows to their slots; rounded as `numerics.quantise` says where the pool is narrower."""
         if not self.packed:
-            store_(key_TKD, slots_T, self.keys)
-            store_(value_TKD, slots_T, self.values)
+            scales = (None, None) if self.scales is None else self.scales.unbind(1)
+            store_(key_TKD, slots_T, self.keys, scales[0])
+            store_(value_TKD, slots_T, self.values, scales[1])
             return
         page, offset, pair = slots_T // self.page_tokens, slots_T % self.page_tokens, self.keys.shape[-1]
         if self.keys.dtype == torch.float8_e4m3fn:
             key_TKD, value_TKD = to_e4m3(key_TKD), to_e4m3(value_TKD)
+        elif self.scales is not None:
+            key_TKD, self.scales[page, 0, :, offset] = to_int8(key_TKD)
+            value_TKD, self.scales[page, 1, :, offset] = to_int8(value_TKD)
         self.keys[page, :, :, offset] = key_TKD.reshape(len(slots_T), self.kv_heads, -1, pair)
         self.values[page, :, offset // pair, :, offset % pair] = value_TKD
 
@@ -96,6 +120,7 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "keys", "values", "positions", "slots")),
         *((name, ctypes.c_void_p) for name in ("cosine", "sine")),
         *((name, ctypes.c_int64) for name in ("rows", "stride", "heads", "kv_heads", "head_size", "page_tokens")),
+        ("scales", ctypes.c_void_p),
     ]
 
 
@@ -117,8 +142,7 @@ def rotate_store_(
             rotate_(query, positions_T, *tables)
             rotate_(key, positions_T, *tables)
         return pool.store_(key, value, slots_T)
-    name = "rotate_store_e4m3" if pool.keys.dtype == torch.float8_e4m3fn else "rotate_store"
-    run = kernel("page_store", name, query.dtype, "p")
+    run = kernel("page_store", f"rotate_store{pool.suffix}", query.dtype, "p")
     rows, heads, size = query.shape
     assert run is not None and positions_T.dtype == slots_T.dtype == torch.int64
     for x in qkv:
@@ -127,4 +151,5 @@ def rotate_store_(
     args = _Args(*(x.data_ptr() for x in tensors))  # without tables their addresses stay null
     args.rows, args.stride, args.heads, args.kv_heads = rows, query.stride(0), heads, pool.kv_heads
     args.head_size, args.page_tokens = size, pool.page_tokens
+    args.scales = None if pool.scales is None else pool.scales.data_ptr()
     run(ctypes.addressof(args))

@@ -2,9 +2,11 @@
 // page_pool.py: the same bits as rotate_ and then a store, a row at a time.
 #pragma once
 #include "float8.h"
+#include "integers.h"
 #include "page_layout.h"
 #include "rotary.h"
 #include <type_traits>
+#include <vector>
 
 extern "C" struct StoreArgs {
     void *query, *key;  // [T, H, D], [T, K, D]: rotated in place where there are tables
@@ -14,19 +16,20 @@ extern "C" struct StoreArgs {
     const float *cosine, *sine;  // [positions, D / 2], or null
     int64_t rows, stride;  // between the rows of query, key and value alike
     int64_t heads, kv_heads, head_size, page_tokens;
+    float* scales;  // of codes in int8, or null
 };
 
 namespace tandem {
 
-template <typename S, typename E>
-inline S stored(E x) {
-    if constexpr (std::is_same_v<S, E>) return x;
+template <typename S, typename X>
+inline S stored(X x) {
+    if constexpr (std::is_same_v<S, X>) return x;
     else return to_e4m3(to_float(x));
 }
 
-// The key of one position and head: pairs of channels lie `step` apart.
-template <typename E, typename S>
-inline void store_key(const E* key, S* target, int64_t size, int64_t step) {
+// The key of one position and head, X as it comes: pairs of channels lie `step` apart.
+template <typename E, typename X, typename S>
+inline void store_key(const X* key, S* target, int64_t size, int64_t step) {
     constexpr int pair = pair_of<E>();
     for (int64_t d = 0; d < size; d += pair, target += step) {
         S two[pair];
@@ -36,8 +39,8 @@ inline void store_key(const E* key, S* target, int64_t size, int64_t step) {
 }
 
 // The other position of each pair of values may be another thread's: it is not touched.
-template <typename E, typename S>
-inline void store_value(const E* value, S* target, int64_t size) {
+template <typename E, typename X, typename S>
+inline void store_value(const X* value, S* target, int64_t size) {
     int64_t d = 0;
 #ifdef TANDEM_AVX512
     if constexpr (std::is_same_v<S, bf16>)
@@ -65,9 +68,19 @@ void rotate_store_share(const StoreArgs& a, const Team& team) {
         }
         const int64_t page = a.slots[t] >> shift, offset = a.slots[t] & (a.page_tokens - 1);
         for (int64_t h = 0; h < a.kv_heads; h++) {
-            const int64_t start = layout.start(page, h);
-            store_key(key + h * size, (S*)a.keys + start + layout.template key<E>(offset), size, layout.template key_step<E>());
-            store_value(value + h * size, (S*)a.values + start + layout.template value<E>(offset), size);
+            const int64_t start = layout.start(page, h), step = layout.template key_step<E>();
+            S *key_at = (S*)a.keys + start + layout.template key<E>(offset), *value_at = (S*)a.values + start + layout.template value<E>(offset);
+            if constexpr (std::is_same_v<S, int8_t>) {
+                thread_local std::vector<int8_t> codes;
+                codes.resize(size);
+                a.scales[layout.scales(page, 0, h) + offset] = to_int8(key + h * size, size, codes.data());
+                store_key<E>(codes.data(), key_at, size, step);
+                a.scales[layout.scales(page, 1, h) + offset] = to_int8(value + h * size, size, codes.data());
+                store_value<E>(codes.data(), value_at, size);
+            } else {
+                store_key<E>(key + h * size, key_at, size, step);
+                store_value<E>(value + h * size, value_at, size);
+            }
         }
     }
 }

@@ -30,16 +30,17 @@ def page_sums_reference(pools: Sequence[Tensor], pages: Sequence[int]) -> list[i
 
 
 def page_sums(pools: Sequence[Tensor], pages: Sequence[int]) -> list[int]:
-    """One sum a page. `pools`: contiguous [pages, elements], the keys and values of all layers in a fixed order.
+    """One sum a page. `pools`: contiguous [pages, elements], all that layers keep there in a fixed order.
 
     Pages of 0.37 MB (SmolLM2-135M, 16 tokens) take 15 us each on two Zen 5 cores.
     """
-    bytes_each = {pool[0].nbytes for pool in pools}
-    assert len(bytes_each) == 1 and all(pool.is_contiguous() for pool in pools), bytes_each
-    run = function("page_sum", "page_sums", "piipip") if pools[0].device.type == "cpu" else None
+    assert all(pool.is_contiguous() for pool in pools)
+    run = function("page_sum", "page_sums", "ppipip") if pools[0].device.type == "cpu" else None
     if run is None:
         return page_sums_reference(pools, pages)
     pointers = torch.tensor([pool.data_ptr() for pool in pools], dtype=torch.int64)
+    page_bytes = torch.tensor([pool[0].nbytes for pool in pools], dtype=torch.int64)
     wanted, sums = torch.tensor(list(pages), dtype=torch.int64), torch.empty(len(pages), dtype=torch.int64)
-    run(pointers.data_ptr(), len(pools), min(bytes_each), wanted.data_ptr(), len(pages), sums.data_ptr())
+    places = (pointers.data_ptr(), page_bytes.data_ptr(), len(pools))
+    run(*places, wanted.data_ptr(), len(pages), sums.data_ptr())
     return sums.tolist()

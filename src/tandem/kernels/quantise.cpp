@@ -1,17 +1,11 @@
 // Matrices to integers in groups that share a scale, and back. Contract in numerics/quantise.py: fp32 operations in its
 // order, none of them contracted, so the bits are those of its torch operations.
-#include "tile.h"
+#include "integers.h"
 #include <omp.h>
 
 using namespace tandem;
 
 namespace {
-
-inline uint32_t size_bits(float v) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    return bits & 0x7fffffffu;
-}
 
 template <typename E>
 void quantise(const E* weight, int8_t* codes, float* scales, int64_t rows, int64_t inputs, int64_t group, float largest) {
@@ -20,18 +14,8 @@ void quantise(const E* weight, int8_t* codes, float* scales, int64_t rows, int64
     for (int64_t i = 0; i < rows; i++)
         for (int64_t g = 0; g < groups; g++) {
             const int64_t first = i * inputs + g * group, count = std::min(group, inputs - g * group);
-            const E* source = weight + first;
-            int8_t* target = codes + first;
-            uint32_t top = 0;  // sizes compare as their bits do; infinity and NaN are above all numbers
-            for (int64_t j = 0; j < count; j++) top = std::max(top, size_bits(to_float(source[j])));
-            float amax;
-            std::memcpy(&amax, &top, 4);
-            const float scale = amax / largest, divisor = scale > 0 ? scale : INF;
-            scales[i * groups + g] = scale;
-            for (int64_t j = 0; j < count; j++) {
-                const float code = std::nearbyint(to_float(source[j]) / divisor);
-                target[j] = int8_t(int32_t(std::max(-largest, std::min(largest, code))));
-            }
+            const float scale = scales[i * groups + g] = largest_size(weight + first, count) / largest;
+            write_codes(weight + first, count, scale, largest, codes + first);
         }
 }
 

@@ -6,7 +6,7 @@ import torch
 
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
-from tandem.numerics.quantise import E4M3_MAX, to_e4m3
+from tandem.numerics.quantise import E4M3_MAX, to_e4m3, to_int8
 
 
 def rotate_reference(
@@ -37,15 +37,25 @@ def rotate_(
     run(x_THD.data_ptr(), x_THD.stride(0), *pointers, rows, heads, size, sign)
 
 
-def store_(x_THD: torch.Tensor, slots_T: torch.Tensor, pool_CHD: torch.Tensor) -> None:
+def store_(
+    x_THD: torch.Tensor, slots_T: torch.Tensor, pool_CHD: torch.Tensor, scales_PHO: torch.Tensor | None = None
+) -> None:
     """pool[slots[t]] = x[t]: write keys or values into their row-major pages. Slots are int64.
 
-    The pool has the dtype of x, or float8_e4m3fn: then rounded as `numerics.quantise.to_e4m3`.
+    The pool has the dtype of x, or float8_e4m3fn: then rounded as `numerics.quantise.to_e4m3`; or int8: then as
+    `to_int8`, with the scales of each page, head and offset in `scales_PHO`.
     """
     narrow = pool_CHD.dtype == torch.float8_e4m3fn
-    assert narrow or pool_CHD.dtype == x_THD.dtype, (pool_CHD.dtype, x_THD.dtype)
+    assert (pool_CHD.dtype == torch.int8) == (scales_PHO is not None), pool_CHD.dtype
+    assert narrow or scales_PHO is not None or pool_CHD.dtype == x_THD.dtype, (pool_CHD.dtype, x_THD.dtype)
     if backend(x_THD) == "triton":
         from tandem.kernels.gpu import rotary as gpu
 
+        if scales_PHO is not None:
+            return gpu.store_codes_(x_THD, slots_T, pool_CHD, scales_PHO)
         return gpu.store_(x_THD.clamp(-E4M3_MAX, E4M3_MAX) if narrow else x_THD, slots_T, pool_CHD)
-    pool_CHD[slots_T] = to_e4m3(x_THD) if narrow else x_THD
+    if scales_PHO is None:
+        pool_CHD[slots_T] = to_e4m3(x_THD) if narrow else x_THD
+        return
+    page_tokens = scales_PHO.shape[2]
+    pool_CHD[slots_T], scales_PHO[slots_T // page_tokens, :, slots_T % page_tokens] = to_int8(x_THD)

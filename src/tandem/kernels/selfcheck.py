@@ -9,6 +9,7 @@ keeps the mark.
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -81,8 +82,8 @@ def _judge(name: str, unit: str, comparisons: Iterable[Comparison]) -> None:
     for each in comparisons:
         if not each.excess <= 0:
             raise KernelError(
-                f"the kernel {name}.cpp, compiled by {build.compiler()}, fails its self-check on "
-                f"{build.processor_name()} ({unit}): {each.what} is off by {each.difference:.3g}. Report this line; "
+                f"the kernel {name}.cpp, compiled by {build.compiler() or 'an earlier compiler'}, fails its self-check "
+                f"on {build.processor_name()} ({unit}): {each.what} is off by {each.difference:.3g}. Report this line; "
                 "meanwhile TANDEM_KERNELS=reference runs the slow PyTorch kernels."
             )
 
@@ -165,22 +166,28 @@ def _attention() -> Iterator[Comparison]:
 
 
 def _page_store() -> Iterator[Comparison]:
-    """Rows rotated into pages, and attention that reads them there."""
-    for dtype in DTYPES:
+    """Rows rotated into pages of every kind, and attention that reads them there."""
+    kept: dict[torch.dtype | None, Callable[[Tensor, torch.dtype], Tensor]] = {
+        None: lambda x, _: x,
+        torch.float8_e4m3fn: lambda x, dtype: rounding.from_e4m3(rounding.to_e4m3(x), dtype),
+        torch.int8: lambda x, dtype: rounding.from_int8(*rounding.to_int8(x), dtype),
+    }
+    for dtype, stored in itertools.product(DTYPES, kept):
         fused = _normal(40, 4, 64, dtype=dtype)
         cos, sin = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(1)).unbind()
-        positions, pool = torch.arange(40), page_pool.KvPool(4, 16, 1, 64, dtype)
+        positions, pool = torch.arange(40), page_pool.KvPool(4, 16, 1, 64, dtype, stored)
         slots = torch.tensor([2, 0, 3])[positions // 16] * 16 + positions % 16
         wanted = rotary.rotate_reference(fused[:, :3], positions, cos, sin)
         page_pool.rotate_store_((fused[:, :2], fused[:, 2:3], fused[:, 3:]), positions, (cos, sin), slots, pool)
         yield Comparison("rotated rows", fused[:, :3], wanted, 2 * U[dtype] * wanted.double().abs() + 16 * E)
-        for what, got, row in zip(("keys", "values"), pool.rows(slots), (fused[:, 2:3], fused[:, 3:]), strict=True):
-            yield Comparison(f"{what} in pages", got, row)
+        key, value = (kept[stored](x, dtype).contiguous() for x in (fused[:, 2:3], fused[:, 3:]))
+        for what, got, row in zip(("keys", "values"), pool.rows(slots), (key, value), strict=True):
+            yield Comparison(f"{what} in pages, {stored or dtype}", got, row)
         paths = attention.Paths.build([0, 1], [39], [[2, 0, 3]], 16)
         rows = attention.Paths.build([0, 1], [39], [[*range(40)]], 1)
-        query, key, value = fused[39:, :2], fused[:, 2:3].contiguous(), fused[:, 3:].contiguous()
-        got = attention.paged_attention(query.contiguous(), pool, paths)
-        yield Comparison("attention to pages", got, attention.attention(query.contiguous(), key, value, rows))
+        query = fused[39:, :2].contiguous()
+        got = attention.paged_attention(query, pool, paths)
+        yield Comparison(f"attention to pages, {stored or dtype}", got, attention.attention(query, key, value, rows))
 
 
 def _layer() -> Iterator[Comparison]:

@@ -29,7 +29,8 @@ class Weight:
     """`value` in the compute dtype; `packed` for the matrix product; `grad` in fp32, summed over microbatches.
 
     Matrices are [out, in]. The packed form is derived: `repack` follows every change of `value`. A matrix that is only
-    served may be `codes` in place of `packed`; its `value` then has a shape and no memory, unless rows are looked up.
+    served may be `codes` in place of `packed`, or `serve`; its `value` then has a shape and no memory, unless rows are
+    looked up.
     """
 
     __slots__ = ("codes", "grad", "library", "packed", "value")
@@ -52,6 +53,11 @@ class Weight:
         assert pack is not None
         rows, depth = self.value.shape
         pack(self.value.data_ptr(), self.packed.data_ptr(), rows, depth)
+
+    def serve(self) -> None:
+        """Only products read this weight from now on: where they read `packed`, `value` lets its memory go."""
+        if self.packed is not None and not self.library:
+            self.value = torch.empty_like(self.value, device="meta")
 
     def hold(self, quantised: Quantised, *, rows: bool = False) -> bool:
         """Multiply by these codes from now on, whose values in bf16 have the same products to the last bit.

@@ -30,8 +30,7 @@ class FusedForward:
 
     def __init__(self, decoder: Decoder, pools: list[KvPool]) -> None:
         assert fits(decoder, pools), decoder.spec
-        narrow = pools[0].keys.dtype == torch.float8_e4m3fn
-        run = kernel("forward", "forward_e4m3" if narrow else "forward", decoder.dtype, "p")
+        run = kernel("forward", f"forward{pools[0].suffix}", decoder.dtype, "p")
         assert run is not None
         self.decoder = decoder
         self.pools = pools
@@ -63,6 +62,7 @@ class FusedForward:
                 weight = getattr(layer, name)
                 setattr(args, name, None if weight is None else weight.value.data_ptr())
             args.keys, args.values = pool.keys.data_ptr(), pool.values.data_ptr()
+            args.scales = None if pool.scales is None else pool.scales.data_ptr()
             args.rotary = self.decoder.heads[index].rotary
 
     def _bias(self) -> list[Tensor]:

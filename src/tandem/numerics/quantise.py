@@ -1,4 +1,4 @@
-"""Fewer bits a number: integers in groups that share a scale, and e4m3. Pure functions, on any device.
+"""Fewer bits a number: integers in groups or vectors that share a scale, and e4m3. Pure functions, on any device.
 
 `kernels/quantise.py` has the integers in C++, with the same bits.
 
@@ -49,10 +49,15 @@ def quantise(weight_NK: Tensor, bits: int, group: int) -> Quantised:
     grouped = functional.pad(weight_NK.float(), (0, groups * group - inputs)).view(rows, groups, group)
     scales_NG = torch.linalg.vector_norm(grouped, torch.inf, -1).div_(LARGEST[bits])
     check_scales(scales_NG, weight_NK)
-    divisors = scales_NG.where(scales_NG > 0, torch.inf)[..., None]
-    # The clamp matters where a scale is subnormal, and so far below amax / L that the largest code would exceed L.
-    codes = (grouped / divisors).round_().clamp_(-LARGEST[bits], LARGEST[bits]).to(torch.int8)
+    codes = _codes(grouped, scales_NG, LARGEST[bits])
     return Quantised(codes.view(rows, -1)[:, :inputs].contiguous(), scales_NG, bits, group)
+
+
+def _codes(x: Tensor, scales: Tensor, largest: int) -> Tensor:
+    """Of the vectors along the last axis, one scale each."""
+    divisors = scales.where(scales > 0, torch.inf)[..., None]
+    # The clamp matters where a scale is subnormal, and so far below amax / L that the largest code would exceed L.
+    return (x / divisors).round_().clamp_(-largest, largest).to(torch.int8)
 
 
 def check_scales(scales_NG: Tensor, weight_NK: Tensor) -> None:
@@ -88,3 +93,25 @@ def from_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:
     """The values of float8_e4m3fn numbers; exact in bf16, fp16 and fp32."""
     assert codes.dtype == torch.float8_e4m3fn, codes.dtype
     return codes.to(dtype)
+
+
+def to_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [.., D] and fp32 scales [..] of vectors x [.., D] (bf16, fp16 or fp32), each a group of `quantise`.
+
+    A vector with a NaN or an infinity has scale NaN and codes 0: all of it reads back as NaN.
+
+    >>> [part.tolist() for part in to_int8(torch.tensor([[127.0, -2.5, 0.0], [torch.inf, 1.0, 0.0]]))]
+    [[[127, -2, 0], [0, 0, 0]], [1.0, nan]]
+    """
+    assert x.dtype in (torch.bfloat16, torch.float16, torch.float32), x.dtype
+    wide = x.float()
+    amax = wide.abs().amax(-1)
+    # A divisor on the device: CUDA multiplies by the reciprocal of a Python number.
+    scales = (amax / amax.new_full((), LARGEST[8])).where(amax.isfinite(), torch.nan)
+    return _codes(wide.where((scales > 0)[..., None], 0.0), scales, LARGEST[8]), scales
+
+
+def from_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What codes [.., D] with scales [..] stand for: scale * code in fp32, rounded to `dtype`."""
+    assert codes.dtype == torch.int8 and scales.dtype == torch.float32, (codes.dtype, scales.dtype)
+    return (codes * scales[..., None]).to(dtype)

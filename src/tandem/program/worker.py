@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ from tandem.program.guard import Answer, checked_reward, one_line
 from tandem.types import Failure, Message, Prompt
 
 PARENT_CHECK_S = 1.0
+GONE = (EOFError, ConnectionResetError, BrokenPipeError)  # what a pipe raises whose other end is closed
 
 
 class Calls:
@@ -38,9 +40,14 @@ class Calls:
 
 
 def main(fileno: int, parent: int) -> None:
-    """Serve the pipe `fileno`: a TaskConfig first, then (method, list of arguments), one answer for each."""
+    """Serve the pipe `fileno` until the parent closes it, an answer unread or not."""
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    connection = Connection(fileno)
+    with contextlib.suppress(*GONE):
+        _serve(Connection(fileno))
+
+
+def _serve(connection: Connection) -> None:
+    """A TaskConfig first, then (method, list of arguments), one answer for each."""
     config: TaskConfig = connection.recv()
     os.dup2(2, 1)  # what a user's environment prints must not land between the parent's --json lines
     calls: list[Calls] = []
@@ -48,16 +55,13 @@ def main(fileno: int, parent: int) -> None:
     if not calls:
         return
     while True:
-        try:
-            method, arguments = connection.recv()
-        except EOFError:
-            return
+        method, arguments = connection.recv()
         for values in arguments:
             answer = _answer(getattr(calls[0], method), *values)
             try:
                 connection.send(answer)
-            except (BrokenPipeError, ConnectionResetError):
-                return
+            except GONE:
+                raise
             except Exception as error:  # noqa: BLE001 - recorded boundary: the user's record cannot be pickled
                 connection.send(("raised", one_line(error)))
 

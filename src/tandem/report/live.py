@@ -56,6 +56,8 @@ def step_line(row: Row, total_steps: int, left_s: float | None) -> str:
         parts.append(f"entropy {decimal(row.get('entropy'))}")
         parts.append(f"KL {divergence(row.get('kl'))}")
         parts.append(f"{count(row.get('tokens_per_s'))} tok/s")
+    if row.get("preemptions"):
+        parts.append(f"preempted {count(row['preemptions'])} ({count(row.get('recomputed_tokens'))} tokens again)")
     if row.get("failed"):
         parts.append(f"failed {row['failed']}")
     if alarms := row.get("alarms"):

@@ -17,14 +17,11 @@ from __future__ import annotations
 import json
 import random
 import re
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -34,6 +31,7 @@ from tandem import env
 from tandem.errors import WorldError
 from tandem.run import roofline
 from tandem.run.bench_gpu import check_device, gpu
+from tandem.run.peers import Figure, Side, peer_side, run_side
 from tandem.run.roofline import SMOLLM2, Machine, measure, timed
 
 if TYPE_CHECKING:
@@ -53,29 +51,6 @@ AGAINST = {"decode 256x64": "decode 64x128"}  # works whose rate is also given o
 PARITY_DECODES = ((64, 128), (1, 128))
 PARITY_STEPS = 8
 REPEATS = 3  # of a measurement within a process; the best counts, for each side alike
-PEER_DEADLINE_S = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Figure:
-    """One measurement: a rate in tokens a second, or a time in seconds.
-
-    >>> Figure("tandem", "train 16x256", 100.0, None).speed
-    100.0
-    """
-
-    peer: str
-    work: str
-    tok_s: float | None
-    s: float | None
-
-    @property
-    def speed(self) -> float:
-        """More is better."""
-        if self.tok_s is not None:
-            return self.tok_s
-        assert self.s is not None
-        return 1.0 / self.s
 
 
 def _machine() -> Iterator[Figure]:
@@ -307,30 +282,6 @@ WORKS: dict[str, Callable[[], Iterator[Figure]]] = {
 }
 
 
-def _run(command: Sequence[str]) -> list[Figure]:
-    """The figures that a command prints; other lines are passed over."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=PEER_DEADLINE_S, check=False, env=env.foreign()
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise WorldError(f"the peer `{shlex.join(command)}` did not run: {error}.") from error
-    figures = []
-    for line in done.stdout.splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and "work" in row and ("tok_s" in row or "s" in row):
-            figures.append(Figure(str(row.get("peer", "peer")), row["work"], row.get("tok_s"), row.get("s")))
-    if done.returncode or not figures:
-        raise WorldError(
-            f"the peer `{shlex.join(command)}` ended with {done.returncode} and {len(figures)} figures. "
-            f"The end of what it said: {(done.stderr or done.stdout).strip()[-600:]}"
-        )
-    return figures
-
-
 def _best(figures: Sequence[Figure]) -> dict[tuple[str, str], Figure]:
     """Of each peer and work: the best rate of a process, but the median time of steps, which differ in content."""
     grouped: dict[tuple[str, str], list[Figure]] = {}
@@ -412,14 +363,46 @@ def _median(figures: Sequence[Figure]) -> float:
 
 
 def bench(work: str, peers: Sequence[str], rounds: int) -> dict[str, Any]:
-    """Measure a work and its peers in turn; WorldError where one fails."""
+    """Measure a work and its peers in turn. WorldError where a side fails before tandem has a figure.
+
+    A later failure ends the measurement and is the result's "failure"; rows are of the whole rounds, or of what there
+    is of the first.
+    """
     if work == "gpu":
         check_device()
-    own = [[sys.executable, "-m", "tandem.run.bench", name] for name in WORKS if name.split("/")[0] == work]
-    commands = [*own, *(shlex.split(peer) for peer in peers)]
-    measured = [[figure for command in commands for figure in _run(command)] for _ in range(rounds)]
-    limits = {f.work: f.tok_s for f in measured[0] if f.peer == "limit"}
-    return {"bench": work, "rounds": rounds, "limits": limits, "rows": compare(measured)}
+    own = (name for name in WORKS if name.split("/")[0] == work)
+    sides = [Side((sys.executable, "-m", "tandem.run.bench", name), own=True) for name in own]
+    sides += [peer_side(peer) for peer in peers]
+    measured: list[list[Sequence[Figure]]] = []
+    failure = None
+    try:
+        for _ in range(rounds):
+            measured.append([])
+            for side in sides:
+                measured[-1].append(_measure(side, measured))
+    except WorldError as error:
+        failure = str(error)
+        if len(measured) > 1:
+            measured.pop()
+        if not measured[0]:
+            raise
+    whole = [[figure for figures in of_round for figure in figures] for of_round in measured]
+    limits = {f.work: f.tok_s for f in whole[0] if f.peer == "limit"}
+    return {"bench": work, "rounds": len(whole), "limits": limits, "rows": compare(whole), "failure": failure}
+
+
+def _measure(side: Side, measured: Sequence[Sequence[Sequence[Figure]]]) -> Sequence[Figure]:
+    """The figures of a side that is next in the last round; WorldError where they do not fit those before them."""
+    earlier = [figure for figures in measured[-1] for figure in figures]
+    figures = run_side(side, {f.work: f.unit for f in earlier if f.peer == "tandem"})
+    keys = {(f.peer, f.work) for f in figures}
+    for peer, work in sorted(keys & {(f.peer, f.work) for f in earlier if f.peer != "limit"}):
+        raise WorldError(f"{side} gives {work!r} of {peer!r}, as a side before it does. Give each peer its own name.")
+    first = {(f.peer, f.work) for f in measured[0][len(measured[-1])]} if len(measured) > 1 else keys
+    for peer, work in sorted(keys ^ first):
+        lacking = f"round {len(measured)}" if (peer, work) in first else "round 1"
+        raise WorldError(f"{side} gave no {work!r} of {peer!r} in {lacking}: every round has to have the same works.")
+    return figures
 
 
 def _main(work: str) -> None:

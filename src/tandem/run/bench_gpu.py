@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 from tandem.errors import ConfigError
 from tandem.models.spec import ModelSpec
 from tandem.run import roofline
+from tandem.run.peers import Figure
 from tandem.run.roofline import Machine, timed
 
 if TYPE_CHECKING:
     from tandem.engine.engine import Engine
     from tandem.models.decoder import Decoder
-    from tandem.run.bench import Figure
 
 LLAMA_1B = ModelSpec(
     "llama",
@@ -144,8 +144,6 @@ def train_step(decoder: Decoder, count: int, length: int) -> Callable[[], Any]:
 
 
 def _beside(work: str, tokens: int, least_s: float, times_s: list[float]) -> Iterator[Figure]:
-    from tandem.run.bench import Figure
-
     yield Figure("limit", work, tokens / least_s, None)
     for seconds in times_s:
         yield Figure("tandem", work, tokens / seconds, None)
@@ -154,8 +152,6 @@ def _beside(work: str, tokens: int, least_s: float, times_s: list[float]) -> Ite
 def gpu() -> Iterator[Figure]:
     """Rates in tokens a second, and for each the limit: of bytes in decoding, of products elsewhere."""
     import torch
-
-    from tandem.run.bench import Figure
 
     check_device()
     machine = measure()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tandem import env
 from tandem.errors import ConfigError
-from tandem.kernels.build import compiler
+from tandem.kernels.build import lacking
 from tandem.types import Reach
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def of_engine(model: ModelConfig, engine: EngineConfig) -> tuple[Departure, ...]
         declare("model.kernels=library", "the library's matrix products, whose bits depend on the batch")
     elif env.kernels() == "reference":
         declare("TANDEM_KERNELS=reference", "reference kernels, whose bits depend on the batch")
-    elif compiler() is None:
+    elif lacking():
         declare("no C++ compiler", "reference kernels, whose bits depend on the batch")
     elif model.dtype == "float16":
         declare(

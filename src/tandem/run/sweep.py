@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from tandem.run.roofline import Machine, decode_cost, measure, timed
 
 if TYPE_CHECKING:
+    from tandem.engine.batch import Batch, Sampled
     from tandem.engine.engine import Engine
     from tandem.engine.layout import KvLayout
-    from tandem.engine.schedule import Batch, Sampled
 
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SEQUENCES_CONTEXT = 128
@@ -33,9 +33,12 @@ class _Stub:
         self.layout = layout
 
     def run(self, batch: Batch) -> Sampled:
-        from tandem.engine.schedule import Sampled
+        from tandem.engine.batch import Sampled
 
         return Sampled([0] * batch.num_samples, [-1.0] * batch.num_samples)
+
+    def give_back(self) -> None:
+        """Holds no pages."""
 
 
 def made_up(count: int, length: int, vocab_size: int, rng: random.Random) -> list[tuple[int, ...]]:

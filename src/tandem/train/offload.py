@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import tempfile
@@ -11,14 +12,16 @@ from pathlib import Path
 
 import torch
 
-from tandem.errors import CapacityError
+from tandem.errors import CapacityError, ConfigError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # a disk, a quota, a limit on the size of files
 
 
 class FileTensors:
     """fp32 tensors, zero at first, in one mapped file of `folder` that has no name and goes with the process.
 
     What is read or written is in memory until `release`. CapacityError where the disk has no room for `count` numbers
-    in tensors of which there are at most `tensors`.
+    in tensors of which there are at most `tensors`; ConfigError where no file can be made there.
     """
 
     def __init__(self, folder: Path, count: int, tensors: int) -> None:
@@ -31,9 +34,16 @@ class FileTensors:
                     os.posix_fallocate(file.fileno(), 0, size_bytes)
                 self._map = mmap.mmap(file.fileno(), size_bytes)
         except OSError as error:
-            raise CapacityError(
-                f"learner.optimiser_offload is disk, but {folder} has no room for {size_bytes / 1e9:.1f} GB ({error}). "
-                "Free some, or set TANDEM_CACHE to a folder on a larger disk."
+            if error.errno == errno.ENOMEM:
+                raise
+            if error.errno in FULL:
+                raise CapacityError(
+                    f"learner.optimiser_offload is disk, but {folder} has no room for {size_bytes / 1e9:.1f} GB "
+                    f"({error}). Free some, or set TANDEM_CACHE to a folder on a larger disk."
+                ) from error
+            raise ConfigError(
+                f"learner.optimiser_offload is disk, but no file can be made in {folder} ({error}). Set TANDEM_CACHE "
+                "to a folder that can be written."
             ) from error
         self._taken = 0
 

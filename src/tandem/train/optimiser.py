@@ -13,6 +13,7 @@ import torch
 from tandem import env
 from tandem.errors import CheckpointError
 from tandem.kernels.adamw import Hyper, adamw, grad_norm
+from tandem.kernels.large import give_back, large
 from tandem.kernels.weight import Weight
 from tandem.models.decoder import Decoder
 from tandem.train.config import LearnerConfig
@@ -23,7 +24,10 @@ SLICE = 4 << 20  # numbers: 48 MiB of state
 
 
 class Optimiser:
-    """Owns the gradients too: it allocates `Weight.grad` for every weight of the decoder."""
+    """Owns the gradients too: it allocates `Weight.grad` for every weight of the decoder.
+
+    On the host they take memory from what is first added to them until `zero_grad`.
+    """
 
     def __init__(self, decoder: Decoder, config: LearnerConfig) -> None:
         self.decoder = decoder
@@ -38,8 +42,9 @@ class Optimiser:
             assert weight.codes is None, f"{name} is served from codes"
             master, first, second = (self._zeros(weight.value) for _ in PARTS)
             self.state[name] = (master.copy_(weight.value), first, second)
-            weight.grad = torch.zeros_like(weight.value, dtype=torch.float32)
+            weight.grad = large(*weight.value.shape, dtype=torch.float32, device=weight.value.device)
             self._release()
+        self.zero_grad()
 
     def _zeros(self, value: torch.Tensor) -> torch.Tensor:
         if self._file is not None:
@@ -57,8 +62,7 @@ class Optimiser:
             yield name, weight, weight.grad
 
     def zero_grad(self) -> None:
-        for _, _, grad in self._weights():
-            grad.zero_()
+        give_back(grad for _, _, grad in self._weights())
 
     def grad_norm(self) -> float:
         """Euclidean norm of all gradients; not finite where one of them is not."""

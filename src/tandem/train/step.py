@@ -168,6 +168,7 @@ class Learner:
             found = self._gradients(self._pack(members, totals), correction)
             norm, lr = self._apply(members)
             rows, results = rows + found.rows, results + found.results
+        self.optimiser.zero_grad()
         metrics = _metrics(results, drift) | ({"corrected": float(bool(alarms))} if held else {})
         return LearnerReport(
             metrics, norm, lr, len(results), rows, drift.error_budget, drift.by_length, alarms=tuple(alarms)

@@ -68,6 +68,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     lse,
     sums,  # [spans, 2, rows, H], [spans, rows, H, D]: maxima, totals and accumulators of spans apart
     accumulators,
+    scales,  # [pages, 2, K, page_tokens] of codes in int8
     row_start,
     first_position,
     table,
@@ -87,6 +88,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     window: tl.constexpr,  # 0: none
     chunk: tl.constexpr,  # 0: none
     sinks: tl.constexpr,
+    scaled: tl.constexpr,  # 1: keys and values are codes
     group_block: tl.constexpr,
     size_block: tl.constexpr,
     tile: tl.constexpr,
@@ -143,12 +145,16 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         for number in range(lowest, highest):
             at = number * block + tl.arange(0, block)
             real = (at < keys) & ((at >= seen_from) | (at < sinks))  # else the table may name any page
-            slot = tl.load(tables + at // page_tokens, real, 0).to(tl.int64) * page_tokens + at % page_tokens
+            page = tl.load(tables + at // page_tokens, real, 0).to(tl.int64)
+            slot = page * page_tokens + at % page_tokens
+            scale_at = scales + (page * 2 * kv_heads + kv_head) * page_tokens + at % page_tokens
             k_tile = tl.load(
                 key + ((slot * key_stride + kv_head) * size)[None, :] + d[:, None],
                 real[None, :] & (d < size)[:, None],
                 0.0,
             )
+            if scaled:
+                k_tile = k_tile.to(tl.float32) * tl.load(scale_at, real, 0.0)[None, :]
             scores = tl.dot(q_tile, k_tile.to(q_tile.dtype), input_precision="ieee") * scale
             seen = at[None, :] <= position[:, None]
             if window > 0:
@@ -168,7 +174,10 @@ def attention_kernel(  # type: ignore[no-untyped-def]
                 value + ((slot * value_stride + kv_head) * size)[:, None] + d[None, :],
                 real[:, None] & (d < size)[None, :],
                 0.0,
-            ).to(q_tile.dtype)
+            )
+            if scaled:
+                v_tile = v_tile.to(tl.float32) * tl.load(scale_at + kv_heads * page_tokens, real, 0.0)[:, None]
+            v_tile = v_tile.to(q_tile.dtype)
             span_accumulator = tl.dot(
                 weights.to(q_tile.dtype), v_tile, span_accumulator * decay[:, None], input_precision="ieee"
             )
@@ -261,6 +270,7 @@ def attention(
     reach: Reach = EVERYTHING,
     lse_TH: torch.Tensor | None = None,
     sinks: int = 0,
+    scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """[T, H, D]. C slots of keys and values; rows may be strided. Fills `lse_TH` (fp32) where it is given."""
     rows, heads, size = query_THD.shape
@@ -283,6 +293,7 @@ def attention(
         lse_TH,
         sums,
         accumulators,
+        lse_TH if scales is None else scales,
         paths.row_start_S,
         paths.first_position_S,
         paths.table_SP,
@@ -302,6 +313,7 @@ def attention(
         reach.window or 0,
         reach.chunk or 0,
         sinks if reach.window else 0,
+        int(scales is not None),
         group_block,
         max(triton.next_power_of_2(size), 16),
         TILE,

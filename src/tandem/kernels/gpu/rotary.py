@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+LARGEST = tl.constexpr(127.0)
 LANES = 64  # heads of a program, of whole tokens where they fit
 BLOCK = 1024  # elements that a program stores
 
@@ -49,6 +50,42 @@ def store_kernel(x, slots, pool, rows, stride, width: tl.constexpr, head: tl.con
     tl.store(pool + slot * width + w, values.to(pool.dtype.element_ty), slot >= 0)
 
 
+@triton.jit(
+    do_not_specialize=["rows", "stride", "page_stride", "page_tokens"], do_not_specialize_on_alignment=["slots"]
+)
+def store_codes_kernel(  # type: ignore[no-untyped-def]
+    x,
+    slots,
+    pool,
+    scales,
+    rows,
+    stride,
+    page_stride,  # of the scales
+    page_tokens,
+    heads: tl.constexpr,
+    size: tl.constexpr,
+    block_h: tl.constexpr,  # heads of rows
+    block_d: tl.constexpr,
+):
+    lane = tl.program_id(0).to(tl.int64) * block_h + tl.arange(0, block_h)
+    t, h = lane // heads, lane % heads
+    slot = tl.load(slots + t, t < rows, -1)
+    d = tl.arange(0, block_d)
+    mask = (slot >= 0)[:, None] & (d < size)[None, :]
+    values = tl.load(x + ((t * stride + h) * size)[:, None] + d[None, :], mask, 0.0).to(tl.float32)
+    top = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # as sizes compare; infinity, then NaN above all
+    finite = top < 0x7F800000
+    amax = tl.where(finite, top, 0).to(tl.float32, bitcast=True)
+    scale = tl.div_rn(amax, tl.full((block_h,), LARGEST, tl.float32))
+    divisor = tl.broadcast_to(tl.where(scale > 0, scale, float("inf"))[:, None], values.shape)
+    code = tl.div_rn(tl.where(finite[:, None], values, 0.0), divisor)
+    code = tl.minimum(tl.maximum(code, -LARGEST), LARGEST)
+    code = (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum is the nearest integer, ties to even
+    tl.store(pool + ((slot * heads + h) * size)[:, None] + d[None, :], code.to(tl.int8), mask)
+    place = scales + slot // page_tokens * page_stride + h * page_tokens + slot % page_tokens
+    tl.store(place, tl.where(finite, scale, float("nan")), slot >= 0)
+
+
 def row_stride(x_THD: torch.Tensor) -> int:
     """Of a row, in heads; the heads of a row lie side by side."""
     size = x_THD.shape[2]
@@ -78,3 +115,16 @@ def store_(x_THD: torch.Tensor, slots_T: torch.Tensor, pool_CHD: torch.Tensor) -
     if rows:
         grid = (triton.cdiv(rows * width, BLOCK),)
         store_kernel[grid](x_THD, slots_T, pool_CHD, rows, row_stride(x_THD), width, size, BLOCK)
+
+
+def store_codes_(x_THD: torch.Tensor, slots_T: torch.Tensor, pool_CHD: torch.Tensor, scales_PHO: torch.Tensor) -> None:
+    """`store_` as codes in int8 (`numerics.quantise.to_int8`) and the scale of each page, head and offset."""
+    rows, heads, size = x_THD.shape
+    page_tokens = scales_PHO.shape[2]
+    assert pool_CHD.is_contiguous() and slots_T.dtype == torch.int64 and scales_PHO.stride()[1:] == (page_tokens, 1)
+    block_d = triton.next_power_of_2(size)
+    block_h = max(1, 2 * BLOCK // block_d)
+    if rows:
+        grid, shape = (triton.cdiv(rows * heads, block_h),), (heads, size, block_h, block_d)
+        numbers = (rows, row_stride(x_THD), scales_PHO.stride(0), page_tokens)
+        store_codes_kernel[grid](x_THD, slots_T, pool_CHD, scales_PHO, *numbers, *shape)

