@@ -19,6 +19,7 @@ TEMPLATE = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-docs", action="store_true", help="write the tables of the docs that tests generate")
+    parser.addoption("--write-goldens", action="store_true", help="write tests/goldens/runs.json as runs are now")
 
 
 @pytest.fixture(scope="session")
