@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from tandem import env
 from tandem.errors import ModelError
+from tandem.models.fields import read_json
 
 if TYPE_CHECKING:
     import jinja2
@@ -213,17 +214,6 @@ def load_gguf_tokenizer(file: GgufFile, stop_ids: Iterable[int] = ()) -> Tokeniz
     backend, _ = _convert(file.path.parent, file.path.name)
     _keep(cached, backend.to_str())
     return Tokenizer(backend, settings, template, stop_ids, str(file.path))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a model's JSON file. Raises ModelError where it holds none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{path} is not valid JSON: {error}. Copy or download the file again.") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds a {type(value).__name__}, not an object. Copy or download the file again.")
-    return value
 
 
 def _byte_level(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
