@@ -237,11 +237,11 @@ def test_sliding_window_of_qwen() -> None:
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "'longrope' is not supported.*llama3"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "factor = None"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "the rotary part of config.json lacks factor; a number above 0"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ({"num_key_value_heads": 5}, "9 query heads do not divide into 5"),
         ({"hidden_size": "wide"}, "hidden_size = 'wide'"),
-        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_size": 0}, "vocab_size = 0; a whole number from 1"),
         ({"head_dim": 63}, "head size 63 is odd"),
     ],
 )

@@ -7,11 +7,11 @@ which of its layers have the window, Llama 4 which have chunks and which rotate.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tandem.errors import ModelError
+from tandem.models.fields import Fields, flag, listed, optional, shown, text, whole
 from tandem.types import Reach
 
 if TYPE_CHECKING:
@@ -61,32 +61,39 @@ def period(layers: tuple[LayerAttention, ...]) -> tuple[LayerAttention, ...]:
     )
 
 
-def attention_from_hf(values: Mapping[str, Any], architecture: str, layers: int) -> tuple[LayerAttention, ...]:
-    """Of each layer; one entry where all are alike. `values` has Transformers' defaults for what it left out."""
-    if architecture in ("llama", "mistral"):
-        return (LayerAttention(Reach(window=values.get("sliding_window") if architecture == "mistral" else None)),)
-    rotary = [True] * layers
+def attention_from_hf(fields: Fields, architecture: str, layers: int) -> tuple[LayerAttention, ...]:
+    """Of each layer; one entry where all are alike. `fields` have Transformers' defaults for what the file left out."""
+    rotary: tuple[int, ...] = (1,) * layers
+    given = fields.take("layer_types", optional(listed(text)), None)
     if architecture == "llama4_text":
-        interval = values.get("no_rope_layer_interval", 4)
-        rotary = values.get("no_rope_layers") or [(index + 1) % interval != 0 for index in range(layers)]
-        special, reach = "chunked_attention", Reach(chunk=values["attention_chunk_size"])
+        interval = fields.take("no_rope_layer_interval", whole(1), 4)
+        listed_ones = fields.take("no_rope_layers", optional(listed(whole(0, 1))), None)
+        rotary = listed_ones or tuple(int((index + 1) % interval != 0) for index in range(layers))
+        special, reach = "chunked_attention", Reach(chunk=fields.take("attention_chunk_size", optional(whole()), None))
         kinds = ["chunked_attention" if turned else "full_attention" for turned in rotary]
     else:
-        window = values.get("sliding_window", 4096) if values.get("use_sliding_window") else None
-        special, reach = "sliding_attention", Reach(window=window)
-        first = values["max_window_layers"]
-        kinds = ["sliding_attention" if index >= first else "full_attention" for index in range(layers)]
-    kinds = values.get("layer_types") or kinds
-    unknown = [kind for kind in kinds if kind not in (special, "full_attention")]
-    if unknown or len(kinds) != layers or len(rotary) < layers:
+        special, first, on = "sliding_attention", 0, architecture == "mistral"
+        if architecture in ("qwen2", "qwen3"):
+            first, on = fields.take("max_window_layers", whole()), fields.take("use_sliding_window", flag, False)
+        window = fields.take("sliding_window", optional(whole()), 4096 if on else None)
+        reach = Reach(window=window if on else None)
+        kinds = [
+            "sliding_attention" if reach.window is not None and index >= first else "full_attention"
+            for index in range(layers)
+        ]
+    alike = given is None or architecture not in ("llama", "mistral") or list(given) == kinds
+    found = kinds if given is None else list(given)
+    windowless = special == "sliding_attention" and reach.window is None and special in found
+    unknown = [kind for kind in found if kind not in (special, "full_attention")]
+    if unknown or len(found) != layers or len(rotary) < layers or windowless or not alike:
         raise ModelError(
-            f"config.json has {len(kinds)} layer_types and {len(rotary)} no_rope_layers for {layers} layers"
-            f"{f', one of them {unknown[0]!r}' if unknown else ''}; one a layer is needed, each {special} or "
-            "full_attention."
+            f"{fields.where} has {len(found)} layer_types and {len(rotary)} no_rope_layers for {layers} layers"
+            f"{f', one of them {shown(unknown[0])}' if unknown else ''}; one a layer is needed, each "
+            f"{special + ' or ' if reach != Reach() else ''}full_attention{'' if alike else ', as its class has them'}."
         )
     return tuple(
         LayerAttention(reach if kind == special else Reach(), bool(turned))
-        for kind, turned in zip(kinds, rotary, strict=False)
+        for kind, turned in zip(found, rotary, strict=False)
     )
 
 

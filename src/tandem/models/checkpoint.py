@@ -9,16 +9,18 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Container, Iterator, Mapping
+import warnings
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tandem.errors import CheckpointError, ModelError, nearest
+from tandem.errors import CheckpointError, ModelError, TandemWarning, nearest
 from tandem.models import llama4
-from tandem.models.gguf import GgufFile, read_header, spec_from_gguf, to_hf_layout
-from tandem.models.spec import ModelSpec, expected_shapes, from_hf_config, to_hf_config
-from tandem.models.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokenizer, read_json
+from tandem.models.fields import Fields, read_json, shown, table, token_ids
+from tandem.models.gguf import PART, GgufFile, read_header, spec_from_gguf, to_hf_layout
+from tandem.models.spec import ModelSpec, expected_shapes, read_config, to_hf_config
+from tandem.models.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +29,12 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_HOLDS_WEIGHTS = re.compile(
+    r"(?!optimi[sz]er).*\.(safetensors|gguf|h5|msgpack)|(pytorch_model|consolidated|adapter_model).*\.(bin|pth?)"
+    r"|adapter_config\.json"
+)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
@@ -46,13 +54,31 @@ class TensorStore(Protocol):
 class Checkpoint:
     """An opened model: its spec, its checked tensors and its tokeniser."""
 
-    def __init__(self, origin: str, spec: ModelSpec, store: TensorStore, tokenizer_of: Path | GgufFile) -> None:
+    def __init__(
+        self,
+        origin: str,
+        spec: ModelSpec,
+        store: TensorStore,
+        tokenizer_of: Path | GgufFile,
+        ignored: Sequence[str] = (),
+    ) -> None:
         self.origin = origin  # what the user gave
-        self.spec = spec
         self._store = store
         self._tokenizer_of = tokenizer_of
         self.mapped_bytes, self.coded_bytes = store.mapped_bytes, store.coded_bytes
-        self.tensor_names: tuple[str, ...] = _check(origin, spec, store.shapes)
+        self.spec, self._embed = _settle_head(spec, store)
+        notes = [f"not read: {'; '.join(ignored)}"] if ignored else []
+        if self.spec != spec:
+            notes.append(
+                f"tie_word_embeddings is true, but {_HEAD} is stored and differs from the embedding: read as untied, "
+                "as Transformers does"
+            )
+        shapes = {name: shape for name, shape in store.shapes.items() if name != self._embed}
+        if self._embed in store.shapes:
+            shapes[_EMBED] = store.shapes[self._embed]
+        self.tensor_names: tuple[str, ...] = _check(origin, self.spec, shapes)
+        if notes:
+            warnings.warn(f"{origin}: {'. '.join(notes)}.", TandemWarning, stacklevel=2)
 
     def tensors(self, without: Container[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, tensor in Hugging Face layout) in the order of the forward pass, one read at a time.
@@ -62,7 +88,7 @@ class Checkpoint:
         """
         for name in self.tensor_names:
             if name not in without:
-                yield name, self._store.read(name)
+                yield name, self._store.read(self._embed if name == _EMBED else name)
 
     def codes(self, name: str) -> Quantised | None:
         """A matrix as the codes that the file has, in Hugging Face layout; None where it has none that are kept."""
@@ -73,8 +99,8 @@ class Checkpoint:
         if isinstance(self._tokenizer_of, GgufFile):
             return load_gguf_tokenizer(self._tokenizer_of, self.spec.eos_token_ids)
         path = self._tokenizer_of / "generation_config.json"
-        eos = read_json(path).get("eos_token_id") if path.is_file() else None
-        generated = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        generation = Fields(str(path), read_json(path) if path.is_file() else {})
+        generated = generation.take("eos_token_id", token_ids, ())
         return load_tokenizer(self._tokenizer_of, (*self.spec.eos_token_ids, *generated))
 
 
@@ -149,30 +175,50 @@ class _Safetensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._opened: dict[Path, Any] = {}
         index = folder / _INDEX
-        if index.is_file():
-            places = read_json(index).get("weight_map")
-            if not isinstance(places, dict) or not places:
-                raise ModelError(f"{index} has no weight_map; it is no index of shards. Copy or download it again.")
-        elif (folder / _WEIGHTS).is_file():
-            places = {}
-        else:
-            found = sorted(path.name for path in folder.iterdir())
+        places = _places(index) if index.is_file() else {}
+        names = sorted(path.name for path in folder.iterdir())
+        if not places and not (folder / _WEIGHTS).is_file():
             raise ModelError(
-                f"{folder} has neither {_WEIGHTS} nor {_INDEX}; it holds {', '.join(found[:12]) or 'nothing'}. "
-                "Save the model as safetensors (Transformers: save_pretrained)."
+                f"{folder} has neither {_WEIGHTS} nor {_INDEX}; it holds {', '.join(names[:12]) or 'nothing'}. "
+                "Save the model as safetensors (Transformers: save_pretrained); shards need their index."
             )
-        for name in sorted(set(places.values())) or [_WEIGHTS]:
+        read = set(places.values()) or {_WEIGHTS}
+        if _WEIGHTS not in read and _WEIGHTS in names:
+            raise ModelError(
+                f"{folder} holds two models: {_INDEX} does not name {_WEIGHTS}, which Transformers would read. Delete "
+                "the one that is not meant."
+            )
+        self.ignored = [name for name in names if name not in read and _HOLDS_WEIGHTS.fullmatch(name)]
+        for name in sorted(read):
             path = folder / name
             if not path.is_file():
                 raise ModelError(f"{index} names the shard {name}, which is not there. Copy or download it again.")
-            opened = self._open(path)
-            for tensor in opened.keys():
-                self._file_of[tensor] = path
-                self.shapes[tensor] = tuple(opened.get_slice(tensor).get_shape())
+            self._take(path, places)
         self.mapped_bytes = sum(path.stat().st_size for path in self._opened)
         absent = [tensor for tensor in places if tensor not in self.shapes]
         if absent:
-            raise ModelError(f"{index} places {absent[0]} in {places[absent[0]]}, which does not hold it.")
+            raise ModelError(f"{index} places {shown(absent[0])} in {places[absent[0]]}, which does not hold it.")
+
+    def _take(self, path: Path, places: Mapping[str, str]) -> None:
+        """The tensors of a file, but for copies of those that the index places in another."""
+        opened = self._open(path)
+        for tensor in opened.keys():
+            place = places.get(tensor, path.name)
+            if place != path.name:
+                self.ignored.append(f"{tensor} in {path.name} (the index places it in {place})")
+                continue
+            if tensor in self._file_of:
+                raise ModelError(
+                    f"{path} and {self._file_of[tensor].name} both hold {tensor}, and the index names neither. Add "
+                    "it to the index's weight_map, or remove the one that is not meant."
+                )
+            part = opened.get_slice(tensor)
+            if part.get_dtype() not in _FLOATS:
+                raise ModelError(
+                    f"{path}: tensor {tensor} is of {part.get_dtype()}; supported: {', '.join(_FLOATS)}. Choose a "
+                    "model that is not quantised, or a GGUF file."
+                )
+            self._file_of[tensor], self.shapes[tensor] = path, tuple(part.get_shape())
 
     def _open(self, path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -185,6 +231,8 @@ class _Safetensors:
                     f"{path} ({path.stat().st_size} bytes) is truncated or damaged: {error}. "
                     "Download or copy the file again."
                 ) from error
+            except OSError as error:
+                raise ModelError(f"{path} cannot be read: {error}. Let it be read, or copy it again.") from error
         return self._opened[path]
 
     def read(self, name: str) -> torch.Tensor:
@@ -196,8 +244,15 @@ class _Llama4:
 
     def __init__(self, store: _Safetensors, spec: ModelSpec) -> None:
         self._store, self._spec = store, spec
-        names = {llama4.decoder_name(name): name for name in store.shapes}
-        self._names = {name: own for name, own in names.items() if name is not None}
+        named = [(llama4.decoder_name(name), name) for name in store.shapes]
+        self._names = {name: own for name, own in named if name is not None}
+        images = sum(name is None for name, _ in named)
+        if len(self._names) + images < len(named):
+            own = next(own for name, own in named if name is not None and self._names[name] != own)
+            raise ModelError(
+                f"the model holds {own} twice, also under another prefix. Remove the one that is not meant."
+            )
+        self.ignored = [*store.ignored, *([f"{images} tensors of the images' side"] if images else [])]
         self.shapes = {name: store.shapes[own] for name, own in self._names.items()}
         self.mapped_bytes, self.coded_bytes = store.mapped_bytes, store.coded_bytes
 
@@ -228,6 +283,44 @@ class _Gguf:
         return replace(found, codes_NK=codes_NK, scales_NG=scales_NG, minima_NG=minima_NG)
 
 
+def _places(index: Path) -> dict[str, str]:
+    """Tensor -> file of an index of shards."""
+    places = Fields(str(index), read_json(index)).take("weight_map", table)
+    if not places:
+        raise ModelError(f"{index} has an empty weight_map; it is no index of shards. Copy or download it again.")
+    for tensor, name in places.items():
+        if not isinstance(name, str) or Path(name).name != name or not name.isprintable() or len(name) > 200:
+            raise ModelError(
+                f"{index} places {shown(tensor)} in {shown(name)}; the name of a file beside it is needed. Copy or "
+                "download it again."
+            )
+    return places
+
+
+def _settle_head(spec: ModelSpec, store: TensorStore) -> tuple[ModelSpec, str]:
+    """What Transformers makes of the head of a tied model: the spec, and the name that the embedding is stored under.
+
+    A stored head that differs makes the model untied; a matrix stored only as the head is the embedding.
+    """
+    shapes = store.shapes
+    if not spec.tied_embeddings or _HEAD not in shapes:
+        return spec, _EMBED
+    if _EMBED not in shapes:
+        return spec, _HEAD
+    return (spec if _same_values(store, _EMBED, _HEAD) else replace(spec, tied_embeddings=False)), _EMBED
+
+
+def _same_values(store: TensorStore, one: str, other: str) -> bool:
+    import torch
+
+    if store.shapes[one] != store.shapes[other]:
+        return False
+    first, second = store.read(one), store.read(other)
+    if first.dtype != second.dtype or first.itemsize == 1:
+        first, second = first.double(), second.double()
+    return torch.equal(first, second)
+
+
 def _open_gguf(source: str, path: Path) -> Checkpoint:
     file = read_header(path)
     spec = spec_from_gguf(file)
@@ -237,10 +330,13 @@ def _open_gguf(source: str, path: Path) -> Checkpoint:
 def _open_folder(source: str, folder: Path) -> Checkpoint:
     config = folder / "config.json"
     if config.is_file():
-        spec, store = from_hf_config(read_json(config)), _Safetensors(folder)
-        return Checkpoint(source, spec, _Llama4(store, spec) if spec.architecture == "llama4_text" else store, folder)
+        spec, unread = read_config(Fields(str(config), read_json(config)))
+        stored = _Safetensors(folder)
+        store = _Llama4(stored, spec) if spec.architecture == "llama4_text" else stored
+        return Checkpoint(source, spec, store, folder, [*store.ignored, *(f"{name} of config.json" for name in unread)])
     files = sorted(folder.glob("*.gguf"))
-    if len(files) == 1:
+    parts = [PART.fullmatch(path.name) for path in files]
+    if len(files) == 1 or len({part and (part["stem"], part["count"]) for part in parts}) == 1 and all(parts):
         return _open_gguf(source, files[0])
     found = sorted(path.name for path in folder.iterdir())
     raise ModelError(
@@ -303,12 +399,18 @@ def _check(origin: str, spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) 
     """The names to read, each present with the spec's shape, and no others. Raises ModelError otherwise."""
     wanted = expected_shapes(spec)
     missing = [name for name in wanted if name not in shapes]
+    reason = "The file is incomplete or the config is another's."
+    if missing in ([_HEAD], [_EMBED]):
+        reason = (
+            "tie_word_embeddings of config.json is false, or left out, which means false: set it to true if the "
+            "model's head is its embedding; else the file is incomplete."
+        )
     if missing:
         raise ModelError(
             f"{origin} lacks {len(missing)} of the {len(wanted)} tensors of its config: {_listed(missing)}; "
-            f"{missing[0]} should have shape {wanted[missing[0]]}. The file is incomplete or the config is another's."
+            f"{missing[0]} should have shape {wanted[missing[0]]}. {reason}"
         )
-    ignored = {"lm_head.weight"} if spec.tied_embeddings else set()
+    ignored = {_HEAD} if spec.tied_embeddings else set()
     unexpected = [
         name for name in shapes if name not in wanted and name not in ignored and not name.endswith(".inv_freq")
     ]

@@ -6,7 +6,7 @@ taken by name as the kind that is wanted, or refused with the file, the name and
 (30, None)
 >>> config.take("rms_norm_eps", number(0.0))
 Traceback (most recent call last):
-tandem.errors.ModelError: config.json has rms_norm_eps = '1e-5'; a number from 0.0 is needed. Mend the file, or take ...
+tandem.errors.ModelError: config.json has rms_norm_eps = '1e-5'; a number from 0 is needed. Mend the file, or take ...
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import json
 import math
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -48,8 +48,8 @@ def whole(least: int = 0, most: int = LARGEST) -> Kind[int]:
     return Kind(f"a whole number from {least} to {most}", accept)
 
 
-def number(least: float = -math.inf, above: float = -math.inf) -> Kind[float]:
-    """A finite integer or float of at least `least` and above `above`."""
+def number(least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf) -> Kind[float]:
+    """A finite integer or float from `least` to `most`, and greater than `above`."""
 
     def accept(value: Any) -> float:
         if isinstance(value, bool) or not isinstance(value, Real):
@@ -58,11 +58,12 @@ def number(least: float = -math.inf, above: float = -math.inf) -> Kind[float]:
             found = float(value)
         except OverflowError as error:
             raise ValueError from error
-        if not (math.isfinite(found) and found >= least and found > above):
+        if not (math.isfinite(found) and least <= found <= most and found > above):
             raise ValueError
         return found
 
-    limits = f" from {least}" if least > -math.inf else f" above {above}" if above > -math.inf else ""
+    named = ((" from ", least), (" to ", most), (" above ", above))
+    limits = "".join(f"{word}{limit:g}" for word, limit in named if math.isfinite(limit))
     return Kind(f"a {'' if limits else 'finite '}number{limits}", accept)
 
 
@@ -118,9 +119,11 @@ class Fields:
 
     where: str  # the file, as a message names it
     values: Mapping[str, Any]
+    taken: set[str] = field(default_factory=set)  # names that were asked for
 
     def take(self, name: str, kind: Kind[T], default: T = _ABSENT) -> T:
         """The value of `name`; `default` where the file is silent. Raises ModelError for any other kind of value."""
+        self.taken.add(name)
         value = self.values.get(name, _ABSENT)
         if value is _ABSENT:
             if default is _ABSENT:

@@ -7,7 +7,9 @@ Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
+import math
 import mmap
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -17,7 +19,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tandem.errors import ModelError
-from tandem.models.spec import ARCHITECTURES, LayerAttention, ModelSpec, RopeScaling, llama3_frequency_factors
+from tandem.models.fields import Fields, number, optional, shown, text, token_id, whole
+from tandem.models.spec import (
+    ARCHITECTURES,
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    LayerAttention,
+    ModelSpec,
+    RopeScaling,
+    llama3_frequency_factors,
+)
 from tandem.types import Reach
 
 if TYPE_CHECKING:
@@ -59,6 +70,16 @@ _TOP_NAMES = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")  # llama.cpp's name of a part of a model
+# Hyperparameters of an architecture that say nothing of the pass, and values that leave it as it is (else 0).
+_SILENT = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "pooling_type", "expert_used_count")
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.causal": (True,),
+    "rope.scaling.yarn_ext_factor": (1.0,),
+    **dict.fromkeys(("logit_scale", "residual_scale", "embedding_scale", "attention.output_scale"), (0.0, 1.0)),
+    **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"), (1.0,)),
+}
+_FLOAT32 = 3e38
 _ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's frequency divisors; a property of the spec, not a weight
 # gguf dequantises 16 rows at a time whatever their length. Rows of 32768 weights took 0.20 s for SmolLM2's Q4_1 file,
 # its own rows of 576 took 0.87 s, one row for the whole tensor 0.50 s (one core).
@@ -67,8 +88,9 @@ _ROW_WEIGHTS = 32768
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """Where a tensor lies: shape in PyTorch's order (rows first), block format, byte range of the file."""
+    """Where a tensor lies: its file, shape in PyTorch's order (rows first), block format, byte range of the file."""
 
+    path: Path
     shape: tuple[int, ...]
     format: int  # a key of FORMATS
     start: int
@@ -82,7 +104,7 @@ class GgufTensor:
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """The header of a GGUF file, checked to lie wholly inside it."""
+    """The header of a GGUF file, checked to lie wholly inside it; of a model in parts, the first's metadata."""
 
     path: Path
     fields: Mapping[str, Any]  # metadata: numbers, strings, lists of strings, NumPy arrays of numbers
@@ -95,7 +117,11 @@ class GgufFile:
 
     def hf_names(self) -> dict[str, str]:
         """Hugging Face name -> GGUF name of every weight; a name that has no counterpart stands for itself."""
-        return {_hf_name(name): name for name in self.entries if name != _ROPE_FACTORS}
+        names = {_hf_name(name): name for name in self.entries if name != _ROPE_FACTORS}
+        for name in self.entries:
+            if names.get(_hf_name(name), name) != name:
+                raise ModelError(f"{self.path} holds {name} twice, also under the name {names[_hf_name(name)]}.")
+        return names
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of a GGUF name: F16, BF16 and F32 in their own dtype, blocks dequantised to float32.
@@ -146,19 +172,64 @@ class GgufFile:
 
     def _bytes(self, name: str) -> np.ndarray:
         entry = self.entries[name]
-        with self.path.open("rb") as file:
+        with entry.path.open("rb") as file:
             file.seek(entry.start)
             raw = np.fromfile(file, np.uint8, entry.size_bytes)
         if raw.size < entry.size_bytes:
-            raise ModelError(f"{self.path} ended within tensor {name}; the file changed while it was read.")
+            raise ModelError(f"{entry.path} ended within tensor {name}; the file changed while it was read.")
         return raw
 
 
 def read_header(path: Path) -> GgufFile:
-    """The metadata and tensor table of a GGUF file of version 2 or 3.
+    """The metadata and tensor table of a GGUF file of version 2 or 3; of a model in parts, those of all its parts.
 
     Raises ModelError where the file is no GGUF, is cut short, or holds a block format that is not supported.
     """
+    try:
+        found = _read_part(path)
+        count = Fields(str(path), found.fields).take("split.count", whole(0, 65535), 1)
+        return found if count <= 1 else _join(path, count)
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error}. Let it be read, or copy it again.") from error
+
+
+def _join(path: Path, count: int) -> GgufFile:
+    """The model of whose `count` parts `path` is one."""
+    named = PART.fullmatch(path.name)
+    merge = "or merge them into one file: llama-gguf-split --merge FIRST_PART OUT.gguf"
+    if named is None or int(named["count"]) != count:
+        raise ModelError(
+            f"{path} is one of the {count} parts of a model. Name them NAME-00001-of-{count:05d}.gguf and so on, in "
+            f"one folder, {merge}."
+        )
+    paths = [path.with_name(f"{named['stem']}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    absent = [one.name for one in paths if not one.is_file()]
+    if absent:
+        raise ModelError(
+            f"{path} is part {int(named['number'])} of {count} of a model; {len(absent)} are not beside it: "
+            f"{', '.join(absent[:3])}. Download them too, {merge}."
+        )
+    files = [_read_part(one) for one in paths]
+    for index, file in enumerate(files):
+        own = Fields(str(file.path), file.fields)
+        place = own.take("split.no", whole()), own.take("split.count", whole())
+        if place != (index, count):
+            raise ModelError(
+                f"{file.path} says that it is part {place[0] + 1} of {place[1]}, its name {index + 1} of {count}. Give "
+                "each part the name that it was published under."
+            )
+    entries = {name: entry for file in files for name, entry in file.entries.items()}
+    held = sum(len(file.entries) for file in files)
+    total = Fields(str(files[0].path), files[0].fields).take("split.tensors.count", whole(), held)
+    if not len(entries) == held == total:
+        raise ModelError(
+            f"the {count} parts of {paths[0]} hold {held} tensors, {len(entries)} of them different; there should be "
+            f"{total}. They are of different models: download them again, from one place."
+        )
+    return replace(files[0], entries=entries)
+
+
+def _read_part(path: Path) -> GgufFile:
     if path.stat().st_size < 24:
         raise _truncated(path, "its header")
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
@@ -172,9 +243,11 @@ def read_header(path: Path) -> GgufFile:
         fields: dict[str, Any] = {}
         for _ in range(num_fields):
             name = reader.string()
+            if name in fields:
+                raise ModelError(f"{path} has {shown(name)} twice; the file is damaged. Copy or download it again.")
             fields[name] = reader.value(reader.scalar("<I"))
         table = [(reader.string(), *reader.tensor()) for _ in range(num_tensors)]
-        alignment = int(fields.get("general.alignment", 32))
+        alignment = Fields(str(path), fields).take("general.alignment", whole(1, 65536), 32)
         base = -(-reader.position // alignment) * alignment
         total = len(view)
     entries = {}
@@ -185,10 +258,12 @@ def read_header(path: Path) -> GgufFile:
                 f"{', '.join(sorted(entry[0] for entry in FORMATS.values()))}. Take the file in one of these."
             )
         label, weights, block_bytes = FORMATS[kind]
-        if not shape or shape[-1] % weights:
+        if name in entries:
+            raise ModelError(f"{path} has tensor {name} twice; the file is damaged. Copy or download it again.")
+        if not shape or 0 in shape or shape[-1] % weights:
             raise ModelError(f"{path}: tensor {name} of shape {shape} is no multiple of {label}'s {weights}.")
-        size = int(np.prod(shape, dtype=np.int64)) // weights * block_bytes
-        entries[name] = GgufTensor(shape, kind, base + offset, size)
+        size = math.prod(shape) // weights * block_bytes
+        entries[name] = GgufTensor(path, shape, kind, base + offset, size)
         if base + offset + size > total:
             raise _truncated(path, f"tensor {name}, which should end at byte {base + offset + size}")
     return GgufFile(path, fields, entries, base)
@@ -202,45 +277,58 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
             f"{file.path} has architecture {kind!r}, which is not supported; supported: {', '.join(ARCHITECTURES)}. "
             "Choose a model of one of these families."
         )
-    fields = {
-        name.removeprefix(f"{kind}."): value for name, value in file.fields.items() if name.startswith(f"{kind}.")
-    }
-    if fields.get("expert_count"):
-        raise ModelError(f"{file.path} is a mixture of {fields['expert_count']} experts, which is not supported.")
-    needed = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
-    absent = [f"{kind}.{name}" for name in needed if not isinstance(fields.get(name), int)]
-    if absent or "token_embd.weight" not in file.entries:
-        raise ModelError(
-            f"{file.path} lacks {', '.join(absent) or 'token_embd.weight'}; it is no whole model. Take another file."
-        )
-    heads, width = fields["attention.head_count"], fields["embedding_length"]
-    head_size = int(fields.get("attention.key_length", width // heads))
-    if fields.get("rope.dimension_count", head_size) != head_size:
-        raise ModelError(
-            f"{file.path} rotates {fields['rope.dimension_count']} of {head_size} dimensions a head; all are needed."
-        )
-    ids = {name: file.fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")}
+    own = Fields(
+        f"{file.path}, {kind}.*,",
+        {name.removeprefix(f"{kind}."): value for name, value in file.fields.items() if name.startswith(f"{kind}.")},
+    )
+    experts = own.take("expert_count", whole(), 0)
+    if experts:
+        raise ModelError(f"{file.path} is a mixture of {experts} experts, which is not supported.")
+    if "token_embd.weight" not in file.entries:
+        raise ModelError(f"{file.path} lacks token_embd.weight; it is no whole model. Take another file.")
+    size, real = whole(1), number(0.0, _FLOAT32)
+    heads, width = own.take("attention.head_count", size), own.take("embedding_length", size)
+    head_size = own.take("attention.key_length", size, width // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        found = own.take(name, whole(), head_size)
+        if found != head_size:
+            raise ModelError(
+                f"{file.path} has {name} = {found} for heads of {head_size}; the decoder has one size for keys and "
+                "values, and rotates all of it."
+            )
+    context = own.take("context_length", whole(1, MOST_POSITIONS))
+    ids = Fields(str(file.path), file.fields)
+    bos, eos, eot, pad = (
+        ids.take(f"tokenizer.ggml.{name}_token_id", token_id, None) for name in ("bos", "eos", "eot", "padding")
+    )
     spec = ModelSpec(
         architecture=kind,
         vocab_size=file.entries["token_embd.weight"].shape[0],
         width=width,
-        ff_width=fields["feed_forward_length"],
-        layers=fields["block_count"],
+        ff_width=own.take("feed_forward_length", size),
+        layers=own.take("block_count", whole(1, MOST_LAYERS)),
         heads=heads,
-        kv_heads=fields.get("attention.head_count_kv", heads),
+        kv_heads=own.take("attention.head_count_kv", size, heads),
         head_size=head_size,
-        rope_theta=_shortest(fields.get("rope.freq_base", 10000.0)),
-        rope_scaling=_rope_scaling(file.path, fields),
-        norm_eps=_shortest(fields.get("attention.layer_norm_rms_epsilon", 1e-6)),
+        rope_theta=_shortest(own.take("rope.freq_base", number(most=_FLOAT32, above=1.0), 10000.0)),
+        rope_scaling=_rope_scaling(own, context),
+        norm_eps=_shortest(own.take("attention.layer_norm_rms_epsilon", real, 1e-6)),
         tied_embeddings="output.weight" not in file.entries,
         attention_bias="blk.0.attn_q.bias" in file.entries,
         qk_norm="blk.0.attn_q_norm.weight" in file.entries,
-        max_position=fields["context_length"],
-        attention=(LayerAttention(Reach(window=fields.get("attention.sliding_window"))),),
-        bos_token_id=ids["bos"],
-        eos_token_ids=tuple(dict.fromkeys(one for one in (ids["eos"], ids["eot"]) if one is not None)),
-        pad_token_id=ids["padding"],
+        max_position=context,
+        attention=(LayerAttention(Reach(window=own.take("attention.sliding_window", whole(), 0) or None)),),
+        bos_token_id=bos,
+        eos_token_ids=tuple(dict.fromkeys(one for one in (eos, eot) if one is not None)),
+        pad_token_id=pad,
     )
+    for name, value in own.values.items():
+        known = name in own.taken or name in _SILENT
+        if not known and not (isinstance(value, (int, float, str)) and value in _NEUTRAL.get(name, (0, ""))):
+            raise ModelError(
+                f"{file.path} has {kind}.{name} = {shown(value)}, which the decoder does not have. Take the model as a "
+                "Hugging Face folder, or another model."
+            )
     return _with_frequency_factors(file, spec)
 
 
@@ -288,7 +376,7 @@ class _Reader:
                 return np.frombuffer(self.view[start : self.position], _SCALARS[element])
             if element == _STRING:
                 return self._strings(count)
-            return [self.value(element) for _ in range(count)]
+            raise ModelError(f"{self.path} has an array of unknown type {element}; the file is damaged.")
         if kind not in _SCALARS:
             raise ModelError(f"{self.path} has a metadata value of unknown type {kind}; the file is damaged.")
         return self.scalar(_SCALARS[kind])
@@ -308,7 +396,12 @@ class _Reader:
         return [text.decode("utf-8", errors="replace") for text in found]
 
     def tensor(self) -> tuple[tuple[int, ...], int, int]:
-        dims = [self.scalar("<Q") for _ in range(self.scalar("<I"))]
+        count = self.scalar("<I")
+        if count > 4:
+            raise ModelError(
+                f"{self.path} has a tensor of {count} dimensions; GGUF has 4 at most. The file is damaged."
+            )
+        dims = [self.scalar("<Q") for _ in range(count)]
         return tuple(reversed(dims)), self.scalar("<I"), self.scalar("<Q")
 
 
@@ -341,22 +434,24 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _rope_scaling(path: Path, fields: Mapping[str, Any]) -> RopeScaling | None:
-    kind = fields.get("rope.scaling.type", "none")
-    if kind == "none":
+def _rope_scaling(own: Fields, context: int) -> RopeScaling | None:
+    """llama.cpp's reading: a factor without a type is linear, and `rope.scale_linear` an older name of it."""
+    real = number(0.0, _FLOAT32)
+    old = own.take("rope.scale_linear", real, 0.0)
+    factor = _shortest(own.take("rope.scaling.factor", real, 0.0) or old or 1.0)
+    kind = own.take("rope.scaling.type", text, "linear")
+    original = own.take("rope.scaling.original_context_length", whole(), 0) or context
+    turns = optional(number(0.0, 1e6))
+    fast, slow = (own.take(f"rope.scaling.yarn_beta_{name}", turns, None) for name in ("fast", "slow"))
+    if kind == "none" or kind == "linear" and factor == 1.0:
         return None
-    factor = _shortest(fields.get("rope.scaling.factor", 1.0))
     if kind == "linear":
         return RopeScaling("linear", factor)
     if kind != "yarn":
-        raise ModelError(f"{path} has rotary scaling {kind!r}; supported: none, linear, yarn and Llama 3's factors.")
-    return RopeScaling(
-        "yarn",
-        factor,
-        int(fields.get("rope.scaling.original_context_length", fields["context_length"])),
-        beta_fast=_shortest(fields.get("rope.scaling.yarn_beta_fast", 32.0)),
-        beta_slow=_shortest(fields.get("rope.scaling.yarn_beta_slow", 1.0)),
-    )
+        raise ModelError(
+            f"{own.where} has rotary scaling {shown(kind)}; supported: none, linear, yarn, Llama 3's factors."
+        )
+    return RopeScaling("yarn", factor, original, beta_fast=_shortest(fast or 32.0), beta_slow=_shortest(slow or 1.0))
 
 
 def _with_frequency_factors(file: GgufFile, spec: ModelSpec) -> ModelSpec:
@@ -366,12 +461,14 @@ def _with_frequency_factors(file: GgufFile, spec: ModelSpec) -> ModelSpec:
     """
     if _ROPE_FACTORS not in file.entries:
         return spec
-    factors = file.read(_ROPE_FACTORS).float().numpy()
+    if file.entries[_ROPE_FACTORS].shape != (spec.head_size // 2,):
+        raise ModelError(f"{file.path}: {_ROPE_FACTORS} should hold {spec.head_size // 2} factors. Take another file.")
+    factors = np.nan_to_num(file.read(_ROPE_FACTORS).float().numpy())
     if np.allclose(factors, 1.0):
         return spec
-    scaling = RopeScaling("llama3", float(round(factors.max())), 8192, 1.0, 4.0)
+    scaling = RopeScaling("llama3", max(1.0, float(np.round(factors.max()))), 8192, 1.0, 4.0)
     wanted = llama3_frequency_factors(spec, scaling)
-    if factors.shape != (len(wanted),) or not np.allclose(factors, wanted, rtol=1e-3):
+    if not np.allclose(factors, wanted, rtol=1e-3):
         raise ModelError(
             f"{file.path} has rotary frequency factors that are not Llama 3.1's or 3.2's. "
             "Take the model as a Hugging Face folder, whose config.json names the parameters."

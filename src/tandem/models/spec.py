@@ -7,6 +7,7 @@ one, which every version reads.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -20,6 +21,19 @@ from tandem.models.attention import (
     attention_to_hf,
     period,
 )
+from tandem.models.fields import (
+    Fields,
+    flag,
+    listed,
+    number,
+    optional,
+    shown,
+    table,
+    text,
+    token_id,
+    token_ids,
+    whole,
+)
 from tandem.types import Reach
 
 ARCHITECTURES: dict[str, str] = {  # Hugging Face model_type -> class name
@@ -30,6 +44,52 @@ ARCHITECTURES: dict[str, str] = {  # Hugging Face model_type -> class name
     "llama4_text": "Llama4ForCausalLM",
 }
 ROPE_KINDS = ("linear", "llama3", "yarn")
+# No published model comes near; a file that says more would fill the memory before its tensors are looked at.
+MOST_LAYERS, MOST_POSITIONS = 4096, 2**24
+# Fields that change the forward pass, here or in other families, and the values (the first where the file is silent)
+# under which they do not. Transformers' classes ignore most of them; whoever wrote one trained with it.
+_OFF, _ONE = (None, False), (None, 1)
+_VARIANTS: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": _OFF,
+    "mlp_bias": _OFF,
+    "quantization_config": (None, {}),
+    "quantization": (None, {}),
+    "compression_config": (None, {}),
+    "transformers_weights": (None, "model.safetensors", "model.safetensors.index.json"),
+    "per_layer_config": (None, {}),
+    "is_causal": (None, True),
+    "use_bidirectional_attention": _OFF,
+    "rope_interleaved": _OFF,
+    "use_mrope": _OFF,
+    "use_qk_norm": _OFF,
+    "sliding_window": (None,),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "clip_qkv": (None,),
+    "query_pre_attn_scalar": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "attention_multiplier": (None,),
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), _ONE),
+    **dict.fromkeys(("scale_emb", "scale_depth", "embedding_scale", "lm_head_multiplier"), _ONE),
+}
+_OWN = {  # those that an architecture reads, or whose class has them whatever the file says
+    "mistral": ("sliding_window",),
+    "qwen2": ("sliding_window", "attention_bias"),
+    "qwen3": ("sliding_window",),
+    "llama4_text": ("use_qk_norm", "num_local_experts"),
+}
+_PASS = re.compile(
+    "scal|multipl|softcap|cap$|clip|clamp|rope|rotary|norm|bias|window|attn|attention|head|layer|expert|moe"
+)
+_SILENT = {
+    "attention_dropout",
+    "attn_implementation",
+    "_attn_implementation",
+    "num_experts_per_tok",
+    "num_local_experts",
+}
 # What Transformers assumes where config.json is silent. Shared: rms_norm_eps 1e-6, rope_theta 1e4, tied False.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
@@ -156,48 +216,64 @@ _YARN_DEFAULTS = {field.name: field.default for field in fields(RopeScaling)}
 
 
 def from_hf_config(config: Mapping[str, Any]) -> ModelSpec:
-    """The spec of a Hugging Face config.json, with Transformers' defaults for what it leaves out.
+    """The spec of a Hugging Face config.json, with Transformers' defaults for what it leaves out; see `read_config`."""
+    return read_config(Fields("config.json", config))[0]
+
+
+def read_config(fields: Fields) -> tuple[ModelSpec, list[str]]:
+    """The spec of a config.json, and its names that sound like the forward pass and that no class of ours reads.
 
     Of Llama 4, which is published with images, the text model. Raises ModelError for an architecture, activation, bias,
-    rotary kind, attention pattern or mixture of experts that the decoder lacks.
+    rotary kind, attention pattern or mixture of experts that the decoder lacks, and for a value of the wrong kind.
     """
-    if (config.get("architectures") or [config.get("model_type")])[0] in ("Llama4ForConditionalGeneration", "llama4"):
-        text = {"architectures": [ARCHITECTURES["llama4_text"]], "model_type": "llama4_text"}
-        config = {**config.get("text_config", {}), **text, "quantization_config": config.get("quantization_config")}
-    architecture = _architecture(config)
-    _refuse_variants(config, architecture)
-    values = {**_DEFAULTS[architecture], **config}
-    width, heads = _whole(values, "hidden_size"), _whole(values, "num_attention_heads")
-    max_position = _whole(values, "max_position_embeddings")
-    theta, scaling = _rope(values, max_position)
-    eos = values.get("eos_token_id")
+    named = fields.take("architectures", optional(listed(text)), None)
+    kind = fields.take("model_type", optional(text), None)
+    if (named[0] if named else kind) in ("Llama4ForConditionalGeneration", "llama4"):
+        named, kind = (ARCHITECTURES["llama4_text"],), "llama4_text"
+        inner = fields.take("text_config", table, {})
+        fields = Fields(fields.where, inner | {"quantization_config": fields.values.get("quantization_config")})
+        fields.taken.update(("architectures", "model_type"))
+    architecture = _architecture(fields.where, named, kind)
+    _refuse_variants(fields, architecture)
+    fields = Fields(fields.where, {**_DEFAULTS[architecture], **fields.values}, fields.taken)
+    width, heads = fields.take("hidden_size", whole(1)), fields.take("num_attention_heads", whole(1))
+    layers = fields.take("num_hidden_layers", whole(1, MOST_LAYERS))
+    max_position = fields.take("max_position_embeddings", whole(1, MOST_POSITIONS))
+    rope = fields.take("rope_scaling", optional(table), None) or fields.take("rope_parameters", optional(table), None)
+    turned = Fields(f"the rotary part of {fields.where}", rope or {})
+    theta, scaling = _rope(fields, turned, max_position)
+    size = whole(1)
+    head_size = fields.take("head_dim", optional(size), None)
+    if head_size is None and "head_dim" in fields.values and architecture in ("qwen2", "qwen3"):
+        fields.take("head_dim", size)  # their classes take no null
     llama4 = architecture == "llama4_text"
-    tempered = llama4 and values.get("attn_temperature_tuning", True)
-    return ModelSpec(
+    temperature = QueryTemperature(fields.take("attn_scale", number(), 0.1), fields.take("floor_scale", whole(), 8192))
+    spec = ModelSpec(
         architecture=architecture,
-        vocab_size=_whole(values, "vocab_size"),
+        vocab_size=fields.take("vocab_size", size),
         width=width,
-        ff_width=_whole(values, "intermediate_size_mlp" if llama4 else "intermediate_size"),
-        layers=_whole(values, "num_hidden_layers"),
+        ff_width=fields.take("intermediate_size_mlp" if llama4 else "intermediate_size", size),
+        layers=layers,
         heads=heads,
-        kv_heads=values.get("num_key_value_heads") or heads,
-        head_size=values.get("head_dim") or width // max(heads, 1),
+        kv_heads=fields.take("num_key_value_heads", optional(size), None) or heads,
+        head_size=head_size or width // heads,
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=float(values.get("rms_norm_eps", 1e-6)),
-        tied_embeddings=bool(values.get("tie_word_embeddings", False)),
+        norm_eps=fields.take("rms_norm_eps", number(0.0), 1e-6),
+        tied_embeddings=fields.take("tie_word_embeddings", flag, False),
         attention_bias=architecture == "qwen2",
         qk_norm=architecture == "qwen3",
         max_position=max_position,
-        attention=attention_from_hf(values, architecture, _whole(values, "num_hidden_layers")),
-        query_temperature=QueryTemperature(float(values.get("attn_scale", 0.1)), int(values.get("floor_scale", 8192)))
-        if tempered
-        else None,
-        rotated_norm=llama4 and bool(values.get("use_qk_norm", True)),
-        bos_token_id=values.get("bos_token_id"),
-        eos_token_ids=tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (int(eos),),
-        pad_token_id=values.get("pad_token_id"),
+        attention=attention_from_hf(fields, architecture, layers),
+        query_temperature=temperature if llama4 and fields.take("attn_temperature_tuning", flag, True) else None,
+        rotated_norm=llama4 and fields.take("use_qk_norm", flag, True),
+        bos_token_id=fields.take("bos_token_id", token_id, None),
+        eos_token_ids=fields.take("eos_token_id", token_ids, ()),
+        pad_token_id=fields.take("pad_token_id", token_id, None),
     )
+    known = fields.taken | _SILENT
+    unread = [name for name, value in fields.values.items() if value and name not in known and _PASS.search(name)]
+    return spec, unread + [name for name in turned.values if name not in turned.taken and scaling is not None]
 
 
 def to_hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
@@ -291,87 +367,86 @@ def _unsupported(name: str) -> ModelError:
     )
 
 
-def _architecture(config: Mapping[str, Any]) -> str:
+def _architecture(where: str, named: tuple[str, ...] | None, kind: str | None) -> str:
     classes = {name: kind for kind, name in ARCHITECTURES.items()}
-    named = config.get("architectures") or []
     if named:
         if named[0] not in classes:
-            raise _unsupported(str(named[0]))
+            raise _unsupported(named[0])
+        if kind not in (None, classes[named[0]]):
+            raise ModelError(
+                f"{where} has architectures {named[0]} and model_type {shown(kind)}, which are two models. "
+                "Transformers follows model_type; mend the one that is wrong."
+            )
         return classes[named[0]]
-    kind = config.get("model_type")
     if kind is None:
-        raise ModelError("config.json names neither architectures nor model_type; it is not a model's config.")
+        raise ModelError(f"{where} names neither architectures nor model_type; it is not a model's config.")
     if kind not in ARCHITECTURES:
-        raise _unsupported(str(kind))
-    return str(kind)
+        raise _unsupported(kind)
+    return kind
 
 
-def _refuse_variants(config: Mapping[str, Any], architecture: str) -> None:
-    refused = {
-        "hidden_act": config.get("hidden_act") not in (None, "silu", "swish"),
-        "attention_bias": bool(config.get("attention_bias")) and architecture != "qwen2",
-        "mlp_bias": bool(config.get("mlp_bias")),
-        "quantization_config": bool(config.get("quantization_config")),
-    }
+def _refuse_variants(fields: Fields, architecture: str) -> None:
     if architecture == "llama4_text":
-        experts = config.get("moe_layers")
-        step, layers = config.get("interleave_moe_layer_step", 1), config.get("num_hidden_layers", 48)
-        experts = list(range(step - 1, layers, step)) if experts is None else experts
+        experts = fields.take("moe_layers", optional(listed(whole())), None)
+        step = fields.take("interleave_moe_layer_step", whole(1), 1)
+        layers = fields.take("num_hidden_layers", whole(1, MOST_LAYERS), 48)
+        if experts is None:
+            experts = tuple(range(step - 1, layers, step))
         if experts:
             raise ModelError(
-                f"config.json has mixture-of-experts layers ({len(experts)} of {layers}, layer {experts[0]} first), "
+                f"{fields.where} has mixture-of-experts layers ({len(experts)} of {layers}, layer {experts[0]} first), "
                 "which the decoder does not have. Choose a model whose layers are all dense (an empty moe_layers)."
             )
-    for name, present in refused.items():
-        if present:
+    for name, neutral in _VARIANTS.items():
+        fields.taken.add(name)
+        if name in _OWN.get(architecture, ()):
+            continue
+        value = fields.values.get(name, neutral[0])
+        if not any(value == one for one in neutral):
             raise ModelError(
-                f"config.json has {name} = {config[name]!r}, which the {architecture} decoder does not have. "
+                f"{fields.where} has {name} = {shown(value)}, which the {architecture} decoder does not have. "
                 "Choose a model without it (an unquantised one, for quantization_config)."
             )
 
 
-def _whole(values: Mapping[str, Any], name: str) -> int:
-    if not isinstance(values.get(name), int):
-        raise ModelError(f"config.json has {name} = {values.get(name)!r}; an integer is needed.")
-    return int(values[name])
-
-
-def _rope(config: Mapping[str, Any], max_position: int) -> tuple[float, RopeScaling | None]:
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    nested = [name for name, value in rope.items() if isinstance(value, Mapping)]
+def _rope(fields: Fields, rope: Fields, max_position: int) -> tuple[float, RopeScaling | None]:
+    """`rope` is rope_scaling, or rope_parameters where that is empty: Transformers does not merge them."""
+    nested = [name for name, value in rope.values.items() if isinstance(value, Mapping)]
     if nested:
-        raise ModelError(f"config.json gives rotary parameters by layer type ({', '.join(nested)}); one set is needed.")
-    partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise ModelError(f"partial_rotary_factor is {partial}; only whole heads (1.0) are supported.")
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
+        raise ModelError(
+            f"{fields.where} gives rotary parameters by layer type ({', '.join(nested)}); one set is needed."
+        )
+    for place in (rope, fields):
+        partial = place.take("partial_rotary_factor", optional(number()), None)
+        if partial not in (None, 1.0):
+            raise ModelError(f"partial_rotary_factor is {partial}; only whole heads (1.0) are supported.")
+    theta = rope.take("rope_theta", number(above=1.0), fields.take("rope_theta", number(above=1.0), 10000.0))
+    kind: Any = rope.take("rope_type", text, rope.take("type", text, "default"))
     if kind == "default":
         return theta, None
-    original = int(rope.get("original_max_position_embeddings") or max_position)
-    factor = rope.get("factor")
-    if factor is None and kind == "yarn":
-        factor = max_position / original
-    if kind in ROPE_KINDS and not isinstance(factor, (int, float)):
-        raise ModelError(f"rotary scaling {kind} has factor = {factor!r}; a number is needed.")
-    if kind != "yarn":
-        return theta, RopeScaling(
-            kind,
-            float(factor or 0),
-            0 if kind == "linear" else original,
-            float(rope.get("low_freq_factor", 1.0)),
-            float(rope.get("high_freq_factor", 4.0)),
-        )
+    if kind not in ROPE_KINDS:
+        return theta, RopeScaling(kind, 1.0)  # says which there are
+    if kind == "linear":
+        return theta, RopeScaling(kind, rope.take("factor", number(above=0.0)))
+    # One beside the rotary part goes before one within it.
+    original = rope.take("original_max_position_embeddings", whole(1), max_position)
+    original = fields.take("original_max_position_embeddings", whole(1), original)
+    if kind == "llama3":
+        low, high = (rope.take(f"{name}_freq_factor", number(above=0.0)) for name in ("low", "high"))
+        if high <= low:
+            raise ModelError(f"{rope.where} has high_freq_factor = {high:g}; it must be above low_freq_factor {low:g}.")
+        return theta, RopeScaling(kind, rope.take("factor", number(above=0.0)), original, low, high)
+    factor, turns, scale = (optional(one) for one in (number(above=0.0), number(0.0, 1e6), number(0.0)))
     return theta, RopeScaling(
-        "yarn",
-        float(factor or 0),
+        kind,
+        rope.take("factor", factor) or max_position / original,
         original,
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        attention_factor=rope.get("attention_factor"),
-        mscale=rope.get("mscale"),
-        mscale_all_dim=rope.get("mscale_all_dim"),
-        truncate=bool(rope.get("truncate", True)),
+        beta_fast=rope.take("beta_fast", turns, None) or 32.0,
+        beta_slow=rope.take("beta_slow", turns, None) or 1.0,
+        attention_factor=rope.take("attention_factor", optional(number()), None),
+        mscale=rope.take("mscale", scale, None),
+        mscale_all_dim=rope.take("mscale_all_dim", scale, None),
+        truncate=rope.take("truncate", flag, True),
     )
 
 
