@@ -97,11 +97,11 @@ class Checkpoint:
     def load_tokenizer(self) -> Tokenizer:
         """The model's tokeniser, whose stop ids include those of config.json and generation_config.json."""
         if isinstance(self._tokenizer_of, GgufFile):
-            return load_gguf_tokenizer(self._tokenizer_of, self.spec.eos_token_ids)
+            return load_gguf_tokenizer(self._tokenizer_of, self.spec.eos_token_ids, self.spec.vocab_size)
         path = self._tokenizer_of / "generation_config.json"
         generation = Fields(str(path), read_json(path) if path.is_file() else {})
         generated = generation.take("eos_token_id", token_ids, ())
-        return load_tokenizer(self._tokenizer_of, (*self.spec.eos_token_ids, *generated))
+        return load_tokenizer(self._tokenizer_of, (*self.spec.eos_token_ids, *generated), self.spec.vocab_size)
 
 
 def open_checkpoint(source: str) -> Checkpoint:

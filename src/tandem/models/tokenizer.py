@@ -1,8 +1,9 @@
 """Text <-> token ids, and messages -> token ids by the model's chat template.
 
-Holds the `tokenizers` library's tokenizer and renders templates with jinja2 as Transformers does, without importing
-Transformers, whose import alone takes seconds. Where only Transformers knows the conversion (SentencePiece files, most
-GGUF vocabularies), it runs once; a GGUF's result is kept in env.cache_dir().
+Holds the `tokenizers` library's tokenizer, with the added tokens that Transformers knows (added_tokens.py), and renders
+templates (template.py), without importing Transformers, whose import alone takes seconds. Where only Transformers knows
+the conversion (SentencePiece files, most GGUF vocabularies), it runs once; a GGUF's result is kept in env.cache_dir().
+How text is split is what tokenizer.json says, also where Transformers builds that of `tokenizer_class` instead.
 """
 
 from __future__ import annotations
@@ -10,39 +11,48 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import tempfile
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem import env
-from tandem.errors import ModelError
-from tandem.models.fields import read_json
+from tandem.errors import ModelError, TandemWarning
+from tandem.models.added_tokens import SPECIAL_NAMES, add_tokens
+from tandem.models.fields import Fields, flag, listed, optional, read_json, shown, table, text, token_id
 
 if TYPE_CHECKING:
-    import jinja2
     import tokenizers
 
     from tandem.models.gguf import GgufFile
     from tandem.types import Message
 
-SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+ANSWER = "20417"  # nothing a template trims or respells
 CHAT_END_TOKENS = ("<|im_end|>", "<|eot_id|>")  # ChatML (SmolLM2, Qwen), Llama 3: an assistant's turn ends with it
 _SLOW_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+_GGUF_NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 # GGUF `pre` kinds that Transformers gives GPT-2's splitting, which is built here without it. For smollm it drops the
 # split of single digits, so a run of several spaces or newlines before a digit gets other ids than the hub's
 # tokenizer.json gives; tandem follows Transformers' reading of the file.
 _GPT2_SPLIT = ("smollm", "gpt-2", "gpt2")
+_CLEANED = (  # Transformers' clean_up_tokenization
+    *((f" {mark}", mark) for mark in ".?!,"),
+    (" ' ", "'"),
+    *((f" {end}", end) for end in ("n't", "'m", "'s", "'ve", "'re")),
+)
 
 
 class Tokenizer:
     """A model's tokeniser. Special tokens are never added unasked: what encode gives is the text's own ids.
 
     `settings` is tokenizer_config.json without the chat template; `stop_ids` are the ids that end a turn besides the
-    tokeniser's own eos and chat end token.
+    tokeniser's own eos and what the template ends a turn with. `now` is what templates see; a run sets its own.
     """
 
     def __init__(
@@ -52,20 +62,42 @@ class Tokenizer:
         chat_template: str | None = None,
         stop_ids: Iterable[int] = (),
         origin: str = "the tokeniser",
+        special_tokens: Mapping[str, str] | None = None,
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
+        fields = Fields(f"tokenizer_config.json of {origin}", settings)
+        backend.encode_special_tokens = bool(fields.take("split_special_tokens", optional(flag), False))
         self.backend = backend
         self.settings = dict(settings)
         self.chat_template = chat_template
         self.origin = origin
-        self.special_tokens = {
-            name: _text(self.settings[name]) for name in SPECIAL_NAMES if self.settings.get(name) is not None
-        }
-        ends = [self.eos_token_id, *(backend.token_to_id(token) for token in CHAT_END_TOKENS)]
-        self.stop_token_ids: tuple[int, ...] = tuple(
-            dict.fromkeys([*stop_ids, *(token for token in ends if token is not None)])
+        self.now = datetime.now()
+        names = {name: _text(settings[name]) for name in SPECIAL_NAMES if settings.get(name) is not None}
+        self.special_tokens = names if special_tokens is None else dict(special_tokens)
+        # As Transformers: for byte-pair vocabularies the setting is not meant, and would take spaces from the text.
+        self._cleans = fields.take("clean_up_tokenization_spaces", optional(flag), False) and (
+            type(backend.model).__name__ != "BPE"
         )
+        self._stop_ids = tuple(stop_ids)
+        self._warned: set[str] = set()  # control tokens that a message has spelt
+
+    @cached_property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids that end a turn."""
+        after = self._after_answer()
+        added = self.backend.get_added_tokens_decoder()
+        end = next((token for token in after if token in added and not added[token].content.isspace()), None)
+        ends = [self.eos_token_id, *(self.backend.token_to_id(token) for token in CHAT_END_TOKENS), end]
+        stops = dict.fromkeys([*self._stop_ids, *(token for token in ends if token is not None)])
+        if after and not stops.keys() & set(after):
+            warnings.warn(
+                f"the chat template of {self.origin} ends an answer with {self.decode(after)!r}, which is none of the "
+                "model's stop tokens: its answers may end at their length only.",
+                TandemWarning,
+                stacklevel=2,
+            )
+        return tuple(stops)
 
     @property
     def vocab_size(self) -> int:
@@ -90,7 +122,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`; bytes that are not whole UTF-8 characters decode to U+FFFD."""
-        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        text = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        for spaced, clean in _CLEANED if self._cleans else ():
+            text = text.replace(spaced, clean)
+        return text
 
     def token_to_id(self, token: str) -> int | None:
         return self.backend.token_to_id(token)
@@ -103,9 +138,9 @@ class Tokenizer:
     ) -> str:
         """The messages as the chat template writes them; `template` (jinja) stands in for the model's own.
 
-        Raises ModelError where there is no template, or it refuses the messages.
+        Raises ModelError where there is no template, or it refuses the messages, fails or finds no end.
         """
-        import jinja2
+        from tandem.models.template import TemplateError, render
 
         source = template if template is not None else self.chat_template
         if source is None:
@@ -115,21 +150,18 @@ class Tokenizer:
             )
         if not messages:
             raise ModelError("there are no messages to render; give at least one.")
-        rows = [
-            dict(one) if isinstance(one, Mapping) else {"role": one.role, "content": one.content} for one in messages
-        ]
+        rows = _rows(messages)
+        variables = {"messages": rows, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            return _compile(source).render(
-                messages=[{name: value for name, value in row.items() if value is not None} for row in rows],
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
-        except jinja2.TemplateError as error:
+            return render(source, self.now, variables | self.special_tokens)
+        except Exception as error:  # a template is a program that came with the model, and can raise anything
+            name = type(error).__name__
+            reason = " ".join(str(error).split())
             raise ModelError(
                 f"the chat template of {self.origin} refuses these messages (roles "
-                f"{', '.join(str(row.get('role')) for row in rows)}): {error}. Change the messages or the template."
+                f"{', '.join(str(row.get('role')) for row in rows)}): "
+                f"{reason if isinstance(error, TemplateError) else f'{name}: {reason}'}. "
+                "Change the messages or the template."
             ) from error
 
     def render_messages(
@@ -138,7 +170,10 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         template: str | None = None,
     ) -> list[int]:
-        """Token ids of `render_text`."""
+        """Token ids of `render_text`. Warns, once a token, of a control token that a message spells."""
+        for row in _rows(messages):
+            if row.get("role") != "assistant" and isinstance(row.get("content"), str):
+                self._warn_of_spelt(row["content"])
         return self.encode(self.render_text(messages, add_generation_prompt, template))
 
     def save(self, folder: Path) -> None:
@@ -149,71 +184,166 @@ class Tokenizer:
         if self.chat_template is not None:
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
+    @cached_property
+    def _controls(self) -> re.Pattern[str]:
+        """What spells a control token: a special one, or an added one that the chat template writes."""
+        written = self.chat_template or ""
+        tokens = [
+            token.content
+            for token in self.backend.get_added_tokens_decoder().values()
+            if token.special or (token.content in written and not token.content.isspace())
+        ]
+        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+    def _warn_of_spelt(self, content: str) -> None:
+        found = set() if self.backend.encode_special_tokens else set(self._controls.findall(content)) - self._warned
+        if found:
+            self._warned |= found
+            warnings.warn(
+                f"the message {shown(content)} spells {', '.join(map(repr, sorted(found)))}: the model reads control "
+                "tokens there, as if the chat template had written them. Said once for each token.",
+                TandemWarning,
+                stacklevel=4,
+            )
+
+    def _after_answer(self) -> list[int]:
+        """What the chat template puts after an assistant's answer; nothing where it takes no such conversation."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
+        try:
+            _, answer, after = self.render_text(turns, False).rpartition(ANSWER) if self.chat_template else ("", "", "")
+        except ModelError:
+            return []
+        return self.encode(after) if answer else []
+
     def _special_id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
         return None if token is None else self.backend.token_to_id(token)
 
 
-def load_tokenizer(folder: Path, stop_ids: Iterable[int] = ()) -> Tokenizer:
+def load_tokenizer(folder: Path, stop_ids: Iterable[int] = (), vocab_size: int | None = None) -> Tokenizer:
     """The tokeniser of a Hugging Face folder; converted by Transformers where it has no tokenizer.json.
 
-    Raises ModelError where the folder has no tokeniser files or damaged ones.
+    Raises ModelError where the folder has no tokeniser files, damaged ones or ones that contradict each other, or a
+    token that a model of `vocab_size` does not have.
     """
     from tokenizers import Tokenizer as Backend
 
-    settings, named = (
-        read_json(folder / name) if (folder / name).is_file() else {}
-        for name in ("tokenizer_config.json", "special_tokens_map.json")
-    )
-    settings = {**{name: named[name] for name in SPECIAL_NAMES if name in named}, **settings}
-    template = _named_template(settings.pop("chat_template", None))
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    settings = read_json(path) if path.is_file() else {}
+    template = _template(folder, Fields(str(path), settings))
+    settings.pop("chat_template", None)
     path = folder / "tokenizer.json"
     if path.is_file():
         try:
-            backend = Backend.from_str(path.read_text(encoding="utf-8"))
+            whole = path.read_bytes().decode()
+            backend = Backend.from_str(whole)
         except Exception as error:  # the tokenizers library raises Exception itself
             raise ModelError(f"{path} cannot be read: {error}. Copy or download the file again.") from error
-        return Tokenizer(backend, settings, template, stop_ids, str(folder))
-    if not any((folder / name).is_file() for name in _SLOW_FILES):
+        names = add_tokens(backend, folder, settings, whole)
+        beyond = vocab_size is not None and re.search(rf'":\s*(?:{_at_least(vocab_size)})(?!\d)', whole) is not None
+    elif any((folder / name).is_file() for name in _SLOW_FILES):
+        backend, names = _convert(folder, None)
+        beyond, settings = True, {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    else:
         raise ModelError(
             f"{folder} has no tokeniser: none of tokenizer.json, {', '.join(_SLOW_FILES)}. "
             "Copy the tokeniser's files of the original model into the folder."
         )
-    backend, converted = _convert(folder, None)
-    return Tokenizer(backend, {**converted, **settings}, template, stop_ids, str(folder))
+    _check_size(str(folder), backend, vocab_size, beyond)
+    settings |= {name: token for name, token in names.items() if name.endswith("_token")}
+    return Tokenizer(backend, settings, template, stop_ids, str(folder), names)
 
 
-def load_gguf_tokenizer(file: GgufFile, stop_ids: Iterable[int] = ()) -> Tokenizer:
+def load_gguf_tokenizer(file: GgufFile, stop_ids: Iterable[int] = (), vocab_size: int | None = None) -> Tokenizer:
     """The tokeniser that a GGUF file carries, with the ids that Transformers' reading of the file gives.
 
     Byte-level vocabularies with GPT-2's splitting are built directly (0.2 s for SmolLM2's 49,152 tokens against 6 s);
-    others by Transformers, once, then from env.cache_dir(). Raises ModelError where the file carries none.
+    others by Transformers, once, then from env.cache_dir(). Raises ModelError where the file carries none, where that
+    reading splits a token that the file's template writes or names, and for a token that a model of `vocab_size` lacks.
     """
     from tokenizers import Tokenizer as Backend
 
-    fields = {
+    origin = str(file.path)
+    given = {
         name.removeprefix("tokenizer."): value for name, value in file.fields.items() if name.startswith("tokenizer.")
     }
-    tokens = fields.get("ggml.tokens")
-    if not tokens:
-        raise ModelError(f"{file.path} carries no tokeniser (no tokenizer.ggml.tokens). Take a file that does.")
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        token_id = fields.get(f"ggml.{key}_token_id")
-        if token_id is not None and token_id < len(tokens):
-            settings[f"{name}_token"] = tokens[token_id]
-    template = fields.get("chat_template")
-    plain = not fields.get("ggml.add_bos_token") and not fields.get("ggml.add_eos_token")
-    if fields.get("ggml.model") == "gpt2" and fields.get("ggml.pre") in _GPT2_SPLIT and plain:
-        return Tokenizer(_byte_level(fields), settings, template, stop_ids, str(file.path))
+    fields, tokens = Fields(f"{origin}: tokenizer", given), given.get("ggml.tokens")
+    if not isinstance(tokens, list) or not tokens or not isinstance(tokens[0], str):  # a GGUF array has one type
+        raise ModelError(f"{origin} carries no tokeniser (no tokenizer.ggml.tokens). Take a file that does.")
+    template = fields.take("chat_template", optional(text), None)
+    named = _named_ids(fields, len(tokens))
+    names = {name: tokens[index] for name, index in named.items()}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
+    plain = not given.get("ggml.add_bos_token") and not given.get("ggml.add_eos_token")
     cached = env.cache_dir() / "tokenizers" / f"{_fingerprint(file)}.json"
-    if cached.is_file():
-        return Tokenizer(Backend.from_file(str(cached)), settings, template, stop_ids, str(file.path))
-    backend, _ = _convert(file.path.parent, file.path.name)
-    _keep(cached, backend.to_str())
-    return Tokenizer(backend, settings, template, stop_ids, str(file.path))
+    if given.get("ggml.model") == "gpt2" and given.get("ggml.pre") in _GPT2_SPLIT and plain:
+        try:
+            backend = _byte_level(given)
+        except Exception as error:  # the tokenizers library raises Exception itself
+            raise ModelError(
+                f"{origin} carries a tokeniser that cannot be built: {error}. Take another file."
+            ) from error
+    elif cached.is_file():
+        backend = Backend.from_file(str(cached))
+    else:
+        backend, _ = _convert(file.path.parent, file.path.name)
+        _keep(cached, backend.to_str())
+    kinds = zip(tokens, given.get("ggml.token_type", ()), strict=False)
+    marked = {index for index, (_, kind) in enumerate(kinds) if kind in (_CONTROL, _USER_DEFINED)}
+    written = {index for index in marked if tokens[index] in (template or "") and not tokens[index].isspace()}
+    added = backend.get_added_tokens_decoder()
+    for index in sorted(written | set(named.values())):
+        if index not in added or added[index].content != tokens[index]:
+            raise ModelError(
+                f"{origin} has the control token {tokens[index]!r} with id {index}, but Transformers' reading of the "
+                "file splits it into pieces. Give the model's Hugging Face folder instead."
+            )
+    _check_size(origin, backend, vocab_size, vocab_size is not None and len(tokens) > vocab_size)
+    return Tokenizer(backend, settings, template, stop_ids, origin)
+
+
+def _named_ids(fields: Fields, num_tokens: int) -> dict[str, int]:
+    """The special tokens that a GGUF file names."""
+    ids = {name: fields.take(f"ggml.{key}_token_id", token_id, None) for name, key in _GGUF_NAMES.items()}
+    for name, index in ids.items():
+        if index is not None and index >= num_tokens:
+            raise ModelError(
+                f"{fields.where} has {num_tokens} tokens, and {index} as the id of {name}. Take the file again."
+            )
+    return {name: index for name, index in ids.items() if index is not None}
+
+
+def _at_least(number: int) -> str:
+    """A pattern for the whole numbers from `number` on.
+
+    >>> [bool(re.fullmatch(_at_least(305), str(one))) for one in (99, 304, 305, 310, 400, 1000)]
+    [False, False, True, True, True, True]
+    """
+    digits = str(number)
+    rises = [
+        rf"{digits[:place]}[{int(digit) + 1}-9]\d{{{len(digits) - place - 1}}}"
+        for place, digit in enumerate(digits)
+        if digit != "9"
+    ]
+    return "|".join([digits, *rises, rf"[1-9]\d{{{len(digits)},}}"])
+
+
+def _check_size(origin: str, backend: tokenizers.Tokenizer, vocab_size: int | None, suspect: bool) -> None:
+    """Refuse tokens that a model of `vocab_size` has no row for. `suspect`: others than added ones may be too many."""
+    if vocab_size is None:
+        return
+    tokens = {index: token.content for index, token in backend.get_added_tokens_decoder().items()}
+    if suspect or backend.get_vocab_size() > vocab_size:
+        tokens |= {index: token for token, index in backend.get_vocab().items()}
+    beyond = sorted((index, token) for index, token in tokens.items() if index >= vocab_size)
+    if beyond:
+        shown_ = ", ".join(f"{token!r} with id {index}" for index, token in beyond[:3])
+        raise ModelError(
+            f"the tokeniser of {origin} has {len(beyond)} tokens that the model does not have: {shown_}"
+            f"{', ...' if len(beyond) > 3 else ''}, where vocab_size is {vocab_size}, so ids end at {vocab_size - 1}. "
+            "Take model and tokeniser of one version, or give the model rows for them (Transformers: "
+            "model.resize_token_embeddings)."
+        )
 
 
 def _byte_level(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
@@ -253,25 +383,27 @@ def _byte_spelling() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(fresh)) for byte in range(256)]
 
 
-def _convert(folder: Path, gguf_file: str | None) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
-    """Transformers' conversion: the tokenizer and the special tokens that its class names."""
+def _convert(folder: Path, gguf_file: str | None) -> tuple[tokenizers.Tokenizer, dict[str, str]]:
+    """Transformers' conversion: the tokenizer and the tokens that it has names for."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     where = folder / gguf_file if gguf_file else folder
     try:
-        if gguf_file:  # AutoTokenizer would read the whole model's header again, with gguf.GGUFReader
-            loaded: Any = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file=gguf_file, local_files_only=True)
+        if gguf_file:
+            with tempfile.TemporaryDirectory() as alone:  # beside a tokenizer.json Transformers would read that instead
+                (Path(alone) / gguf_file).symlink_to(where.resolve())
+                # AutoTokenizer would read the whole model's header again, with gguf.GGUFReader
+                loaded: Any = PreTrainedTokenizerFast.from_pretrained(alone, gguf_file=gguf_file, local_files_only=True)
         else:
             loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (ValueError, OSError, KeyError, ImportError) as error:
+    except Exception as error:  # Transformers raises what its parts raise
         raise ModelError(
             f"Transformers cannot make a tokeniser of {where}: {error}. "
             "Give a Hugging Face folder that has a tokenizer.json."
         ) from error
     if getattr(loaded, "backend_tokenizer", None) is None:
         raise ModelError(f"the tokeniser of {where} has no tokenizer.json form. Use a model that has one.")
-    settings = {name: getattr(loaded, name) for name in SPECIAL_NAMES if getattr(loaded, name, None) is not None}
-    return loaded.backend_tokenizer, {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    return loaded.backend_tokenizer, dict(loaded.special_tokens_map)
 
 
 def _fingerprint(file: GgufFile) -> str:
@@ -294,50 +426,26 @@ def _keep(path: Path, text: str) -> None:
         return
 
 
-def _named_template(value: Any) -> str | None:
-    """A template, or the one called default of a list of named ones."""
+def _template(folder: Path, fields: Fields) -> str | None:
+    """The folder's chat template: files come before the config, and of named ones it is the default."""
+    named = {path.stem: path for path in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (folder / "chat_template.jinja").is_file():
+        named["default"] = folder / "chat_template.jinja"
+    if named:
+        return named["default"].read_text(encoding="utf-8") if "default" in named else None
+    value = fields.values.get("chat_template")
     if isinstance(value, list):
-        return next((str(one["template"]) for one in value if one.get("name") == "default"), None)
-    return value if isinstance(value, str) else None
+        entries = [Fields(f"{fields.where}: chat_template", one) for one in fields.take("chat_template", listed(table))]
+        value = {one.take("name", text): one.take("template", text) for one in entries}
+    if isinstance(value, Mapping):
+        return Fields(f"{fields.where}: chat_template", value).take("default", optional(text), None)
+    return fields.take("chat_template", optional(text), None)
+
+
+def _rows(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    rows = [dict(one) if isinstance(one, Mapping) else {"role": one.role, "content": one.content} for one in messages]
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def _text(token: Any) -> str:
     return str(token["content"]) if isinstance(token, Mapping) else str(token)
-
-
-@lru_cache(maxsize=16)
-def _compile(template: str) -> jinja2.Template:
-    """The template in Transformers' environment (`chat_template_utils._compile_jinja_template`): same names, same
-    whitespace rules, sandboxed because templates come with downloaded models."""
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(Extension):
-        """`{% generation %}` marks the assistant's text; it renders as its body."""
-
-        tags = {"generation"}
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    def tojson(
-        value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-    ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def raise_exception(message: str) -> None:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        return datetime.now().strftime(form)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
-    return environment.from_string(template)

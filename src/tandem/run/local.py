@@ -19,6 +19,7 @@ from tandem.program.task import Task, make_environment
 from tandem.rollout.evaluate import Evaluation, evaluate
 from tandem.rollout.group import summarise
 from tandem.rollout.rollout import Rollouts
+from tandem.run.clock import started
 from tandem.run.config import RunConfig, check_training
 from tandem.run.departures import declaration, is_exact
 from tandem.run.folder import RunFolder, trajectory_rows
@@ -267,7 +268,8 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
         if folder is None:  # only now, so that a wrong model or task leaves no folder behind
             path = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
             folder = closing.enter_context(RunFolder.create(path, config, keep=keep))
-        folder.write_plan(parts.plan | {"numerics": declaration(config)})
+        now = parts.tokenizer.now = started(folder.path) or parts.tokenizer.now
+        folder.write_plan(parts.plan | {"numerics": declaration(config), "started": now.isoformat()})
         with parts.memory.foreseen():
             return _sit(config, folder, task, parts, display), folder.path
 
@@ -300,6 +302,7 @@ def evaluate_model(config: RunConfig) -> Evaluation:
     task = make_environment(config.task)
     try:
         parts = build_parts(config.model, config.engine, learns=False)
+        parts.tokenizer.now = started(Path(config.model.source)) or parts.tokenizer.now
         prompts = task.heldout[: config.evaluation.prompts]
         with parts.memory.foreseen():
             return evaluate(parts.exact_engine, parts.renderer, task, prompts, config.rollout)[0]
