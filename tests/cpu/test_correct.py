@@ -198,8 +198,8 @@ def test_behaviour_that_is_not_finite_masks_its_sample(setting: CorrectionConfig
     assert all(math.isfinite(value) for value in summarise([result]).values())
 
 
-def test_weights_are_clamped_and_metrics_are_not() -> None:
-    """exp of a log ratio of 800 is infinite or 0 in a weight, or its overflow is hidden from the metrics.
+def test_weights_are_bounded_and_metrics_are_not() -> None:
+    """exp of a log ratio of 800 is infinite in a weight, or its overflow is hidden from the metrics.
 
     Sums of log rho: 799.5 - 799 in the first sample, -799.5 in the second.
     """
@@ -209,8 +209,21 @@ def test_weights_are_clamped_and_metrics_are_not() -> None:
     result = policy_loss(config, leaf, batch_of(samples))
     result.loss.backward()
     assert leaf.grad is not None and bool(leaf.grad.isfinite().all())
-    assert result.correction.weight_N.tolist() == pytest.approx([math.exp(0.5), math.exp(0.5), math.exp(-20.0)])
+    assert result.correction.weight_N.tolist() == pytest.approx([math.exp(0.5), math.exp(0.5), 0.0])
     assert summarise([result])["kl"] == math.inf
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_masks_see_how_far_a_ratio_is(name: str) -> None:
+    """A clamp before the comparison lets ratios of e^-40 and e^40 pass bounds of e^-30 and e^30."""
+    low = math.exp(-30.0) if name == "icepop" else None
+    config = CorrectionConfig("decoupled", name, weight_low=low, weight_high=math.exp(30.0))
+    gaps = torch.tensor([-40.0, 25.0, 40.0, 1e4], dtype=torch.float64)
+    found = correct(config, gaps - 1.0, torch.full_like(gaps, -1.0), torch.ones(4, dtype=torch.int64))
+    masks, below, beyond = name in ("icepop", "sequence_mis"), math.exp(-40.0), math.exp(30.0)
+    wanted = [0.0 if name == "icepop" else below, math.exp(25.0), *[0.0 if masks else beyond] * 2]
+    assert found.weight_N.tolist() == pytest.approx(wanted, rel=1e-12, abs=0.0)
+    assert found.truncated_N.tolist() == [False, False, not masks, not masks]
 
 
 def test_rare_tokens_by_hand() -> None:

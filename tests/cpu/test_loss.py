@@ -10,6 +10,8 @@ from typing import get_args
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from tandem.algo.advantage import ADVANTAGES, samples_from_groups
@@ -350,6 +352,52 @@ def test_enormous_ratio_stays_finite() -> None:
     for loss in get_args(Loss):
         value, grad = value_and_gradient(AlgoConfig(loss=loss), [-0.5, -2000.0], batch)
         assert math.isfinite(value) and all(map(math.isfinite, grad))
+
+
+FAR = st.one_of(st.floats(-1e4, 1e4), st.floats(-25.0, 25.0), st.sampled_from([-1e4, -20.0, 0.0, 20.0, 20.5, 1e4]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(distance=FAR, single=st.booleans(), kl=st.sampled_from(sorted(KL_ESTIMATORS)))
+def test_kl_pulls_from_any_distance(distance: float, single: bool, kl: str) -> None:
+    """Beyond a clamp the gradient's sign turns and pushes the policy away from its reference, or is gone.
+
+    By hand: k1 and k2 have the slope log pi - log ref; k3 has 1 - ref / pi, with ref / pi at most e^20.
+    """
+    learner = torch.tensor([-2e4], dtype=torch.float32 if single else torch.float64, requires_grad=True)
+    gap = float(learner.detach().double() - (-2e4 + distance))  # log pi - log ref
+    batch = one_batch([0.0], [-2e4], [1], reference=[-2e4 + distance])
+    result = policy_loss(AlgoConfig(kl=kl, kl_weight=1.0), learner, batch)
+    result.loss.backward()
+    assert learner.grad is not None and bool(result.loss.isfinite())
+    slope = gap if kl != "k3" else -math.expm1(min(-gap, 20.0))
+    assert float(learner.grad) == pytest.approx(slope, rel=1e-6 if single else 1e-12, abs=1e-15)
+    assert math.copysign(1.0, float(learner.grad)) == math.copysign(1.0, gap) or abs(gap) < 1e-15
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    gaps=st.lists(FAR, min_size=1, max_size=4),
+    advantage=st.sampled_from([-1.5, 1.5]),
+    loss=st.sampled_from(sorted(LOSSES)),
+)
+def test_far_ratios_have_the_reference_gradient(gaps: list[float], advantage: float, loss: str) -> None:
+    """What should push hardest, an unlikely token that the learner took to and that earned less, has no gradient."""
+    sample = Sample(
+        "p/0", "p", (0, *range(1, len(gaps) + 1)), (False,) + (True,) * len(gaps), (0.0,) + (advantage,) * len(gaps),
+        (0.0, *(-2e4 - gap for gap in gaps)), (1.0,) * (len(gaps) + 1),
+    )  # fmt: skip
+    config = AlgoConfig(loss=loss)
+    (m,) = pack([sample], count_prompts([sample]), 1000)
+    learner = torch.full((len(gaps),), -2e4, dtype=torch.float64, requires_grad=True)
+    policy_loss(config, learner, to_tensors(m)).loss.backward()
+    twin = torch.full((len(gaps) + 1,), -2e4, dtype=torch.float64, requires_grad=True)
+    (reference_loss(config, [sample], [twin]) + 0.0 * twin.sum()).backward()  # it is constant where all is clipped
+    assert learner.grad is not None and twin.grad is not None and bool(learner.grad.isfinite().all())
+    torch.testing.assert_close(learner.grad, twin.grad[1:], rtol=1e-9, atol=1e-300)
+    assert bool((learner.grad * advantage <= 0).all())
+    if loss == "ppo" and advantage < 0:
+        assert bool((learner.grad[torch.tensor(gaps) > 0] > 0).all())
 
 
 def test_updates_have_their_own_denominators() -> None:

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from tandem.algo.config import CorrectionConfig
 
-LOG_RATIO_LIMIT = 20.0  # |log ratio| is clamped here before exp in losses and weights, never in metrics or masks
+LOG_RATIO_LIMIT = (
+    20.0  # beyond it a ratio with a gradient is a straight line; weights, masks and metrics take exp itself
+)
 
 
 class Correction(NamedTuple):
@@ -39,32 +41,33 @@ def spread(values: Tensor, sample_tokens: Tensor) -> Tensor:
 
 
 def ratio(log_rho: Tensor) -> Tensor:
-    """exp, with the exponent clamped to +-LOG_RATIO_LIMIT."""
-    return log_rho.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    """exp up to LOG_RATIO_LIMIT and its tangent beyond: finite, and its gradient is positive at any distance."""
+    beyond = (log_rho - LOG_RATIO_LIMIT).relu()  # whose gradient at 0 is 0, where that of clamp(min=0) is 1
+    return log_rho.clamp(max=LOG_RATIO_LIMIT).exp() + math.exp(LOG_RATIO_LIMIT) * beyond
 
 
 def token_tis(log_rho_N: Tensor, sample_tokens: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """min(rho, high). Truncated importance sampling by token."""
-    rho_N = ratio(log_rho_N)
+    rho_N = log_rho_N.exp()
     return rho_N.clamp(max=high), rho_N > high
 
 
 def sequence_tis(log_rho_N: Tensor, sample_tokens: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """min(product of rho over the sample, high). Unbiased without truncation; its variance grows with the length."""
-    product = ratio(sample_sum(log_rho_N, sample_tokens))
+    product = sample_sum(log_rho_N, sample_tokens).exp()
     return spread(product.clamp(max=high), sample_tokens), spread(product > high, sample_tokens)
 
 
 def icepop(log_rho_N: Tensor, sample_tokens: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """rho where low <= rho <= high, else 0. With low 0: masked importance sampling by token."""
-    rho_N = ratio(log_rho_N)
+    rho_N = log_rho_N.exp()
     inside_N = (rho_N >= low) & (rho_N <= high)
     return torch.where(inside_N, rho_N, 0.0), torch.zeros_like(inside_N)
 
 
 def sequence_mis(log_rho_N: Tensor, sample_tokens: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """The product of rho over the sample where it is at most high, else 0."""
-    product = ratio(sample_sum(log_rho_N, sample_tokens))
+    product = sample_sum(log_rho_N, sample_tokens).exp()
     weight_N = spread(torch.where(product <= high, product, 0.0), sample_tokens)
     return weight_N, torch.zeros_like(weight_N, dtype=torch.bool)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tandem.algo.config import Aggregation, AlgoConfig, CorrectionConfig
-from tandem.algo.correct import LOG_RATIO_LIMIT, Correction, correct, rare_factor, ratio, sample_sum
+from tandem.algo.correct import Correction, correct, rare_factor, ratio, sample_sum
 from tandem.algo.tensors import MicrobatchTensors
 
 
@@ -65,7 +65,7 @@ def gspo(logprobs_N: Tensor, old: Old, low: float, high: float) -> Terms:
     """
     log_ratio_N = logprobs_N - old.logprobs_N
     mean = sample_sum(log_ratio_N.detach(), old.sample_tokens) / old.sample_tokens
-    ratio_N = ratio(mean)[old.sample_N] * (logprobs_N - logprobs_N.detach()).exp()
+    ratio_N = ratio(mean[old.sample_N] + (logprobs_N - logprobs_N.detach()))
     return _clipped_surrogate(ratio_N, old.advantages_N, low, high)
 
 
@@ -112,10 +112,10 @@ def k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
     """ref / pi - 1 - log(ref / pi). Schulman's k3, the KL term of DeepSeekMath, arXiv 2402.03300, equation 4.
 
     The value is unbiased and never negative; the gradient, (1 - ref / pi) grad log pi, is in expectation that of
-    KL(ref || pi).
+    KL(ref || pi). Beyond LOG_RATIO_LIMIT both go on along `ratio`'s tangent.
     """
     difference_N = reference_N - logprobs_N
-    return difference_N.clamp(max=LOG_RATIO_LIMIT).exp() - 1.0 - difference_N
+    return ratio(difference_N) - 1.0 - difference_N
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}

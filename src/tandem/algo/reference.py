@@ -49,7 +49,7 @@ def _token_losses(config: AlgoConfig, sample: Sample, learner: Tensor) -> list[T
     if broken:  # every weight is 0: anything finite serves
         old = [float(learner[p].detach()) for p in positions]
     log_ratios = [learner[p] - before for p, before in zip(positions, old, strict=True)]
-    sequence_ratio = torch.exp(_mean(log_ratios))
+    sequence_ratio = _ratio(_mean(log_ratios))
     losses = []
     for position, log_ratio, weight in zip(positions, log_ratios, weights, strict=True):
         advantage = sample.advantages[position]
@@ -74,9 +74,10 @@ def reference_weights(config: CorrectionConfig, proximal: Sequence[float], behav
     """The correction's weight of each token of one sample; 0 where it is masked."""
     if not all(math.isfinite(value) for value in behaviour):
         return [0.0] * len(behaviour)
-    rhos = [math.exp(new - old) for new, old in zip(proximal, behaviour, strict=True)]
+    gaps = [new - old for new, old in zip(proximal, behaviour, strict=True)]
+    rhos = [_exp(gap) for gap in gaps]
     low, high = config.weight_range
-    product = math.prod(rhos)
+    product = _exp(math.fsum(gaps))
     by_weight = {
         "none": [1.0 for _ in rhos],
         "token_tis": [min(rho, high) for rho in rhos],
@@ -85,8 +86,8 @@ def reference_weights(config: CorrectionConfig, proximal: Sequence[float], behav
         "sequence_mis": [product if product <= high else 0.0 for _ in rhos],
     }
     weights = by_weight[config.weight]
-    geometric_mean = product ** (1.0 / len(rhos))
-    k3 = math.fsum(rho - 1.0 - math.log(rho) for rho in rhos) / len(rhos)
+    geometric_mean = _exp(math.fsum(gaps) / len(rhos))
+    k3 = math.fsum(rho - 1.0 - gap for rho, gap in zip(rhos, gaps, strict=True)) / len(rhos)
     dropped = {
         "geometric": abs(geometric_mean - 1.0) > config.geometric_width,
         "k3": k3 > config.k3_limit,
@@ -101,12 +102,23 @@ def reference_weights(config: CorrectionConfig, proximal: Sequence[float], behav
     return weights
 
 
+def _exp(exponent: float) -> float:
+    return math.exp(exponent) if exponent < 700.0 else math.inf
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    """exp, and from 20 on the straight line that touches it there."""
+    if float(log_ratio.detach()) > 20.0:
+        return math.exp(20.0) * (1.0 + log_ratio - 20.0)
+    return torch.exp(log_ratio)
+
+
 def _policy(config: AlgoConfig, log_ratio: Tensor, sequence_ratio: Tensor, advantage: float, learner: Tensor) -> Tensor:
     low, high = config.clip_range
     if config.loss == "cispo":
-        weight = min(max(math.exp(float(log_ratio.detach())), 1.0 - low), 1.0 + high)
+        weight = min(max(_exp(float(log_ratio.detach())), 1.0 - low), 1.0 + high)
         return -weight * advantage * learner
-    ratio = torch.exp(log_ratio) if config.loss == "ppo" else sequence_ratio
+    ratio = _ratio(log_ratio) if config.loss == "ppo" else sequence_ratio
     value = float(ratio.detach())
     if advantage > 0.0 and value > 1.0 + high:
         return torch.tensor(-(1.0 + high) * advantage, dtype=torch.float64)
@@ -121,4 +133,4 @@ def _kl(name: str, learner: Tensor, reference: float) -> Tensor:
         return score + score * (learner - learner.detach())
     if name == "k2":
         return (learner - reference) ** 2 / 2.0
-    return torch.exp(reference - learner) - 1.0 - (reference - learner)
+    return _ratio(reference - learner) - 1.0 - (reference - learner)
