@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tandem.algo.advantage import ADVANTAGES, Fates, reference_advantages, samples_from_groups
 from tandem.algo.config import AlgoConfig, check_group_size
 from tandem.algo.pack import PromptTotal
-from tandem.errors import ConfigError
+from tandem.algo.price import PriceConfig
+from tandem.errors import ConfigError, NonFiniteError
 from tandem.types import Failure, Group, Prompt, Trajectory
 
 
@@ -66,6 +67,36 @@ def test_hand_worked_advantages(name: str) -> None:
     found = ADVANTAGES[name]([[1.0, 0.0, 0.0, 0.0], [2.0, 1.0]], [[1, 1, 1, 1], [3, 1]])
     for row, expected in zip(found, HAND_WORKED[name], strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(ADVANTAGES))
+@settings(max_examples=50, deadline=None)
+@given(
+    groups=st.lists(
+        st.lists(st.floats(-1e9, 1e9) | st.sampled_from([-1e9, 1e9, 0.0, 1.0]), min_size=1, max_size=6),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_advantages_of_the_largest_rewards(name: str, groups: list[list[float]]) -> None:
+    """A spread as large as rewards may have overflows a statistic, or loses what the exact one keeps."""
+    tokens = [[place % 3 + 1 for place in range(len(group))] for group in groups]
+    found = ADVANTAGES[name](groups, tokens)
+    exact = reference_advantages(name, groups, tokens)
+    size = max(abs(reward) for group in groups for reward in group)
+    for row, expected in zip(found, exact, strict=True):
+        for value, right in zip(row, expected, strict=True):
+            assert math.isfinite(value)
+            if size >= 1.0 and name in ("dr_grpo", "rloo"):  # the others divide by what may be rounding alone
+                assert value == pytest.approx(right, rel=1e-9, abs=1e-11 * size)
+
+
+@pytest.mark.parametrize(("reward", "price"), [(1e308, 0.0), (1.0, 1e308), (1.0, math.inf), (math.nan, 0.0)])
+def test_reward_or_price_beyond_all_statistics(reward: float, price: float) -> None:
+    """A reward or a price of 1e308 ends in an overflow's traceback."""
+    config = AlgoConfig(price=PriceConfig(budget=1.0))
+    with pytest.raises(NonFiniteError, match="prompt p: a reward after its price .* lower algo.price.rate"):
+        samples_from_groups(config, [group("p", [reward, 0.0])], price=price)
 
 
 REWARDS = st.lists(

@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tandem import env
 from tandem.errors import EnvironmentFailure, TaskError
+from tandem.program import guard
 from tandem.program.config import TaskConfig
 from tandem.program.guard import Guard, checked_reward, inline_reward
 from tandem.program.task import Task, make_environment
@@ -43,6 +46,8 @@ class Odd:
         print("grading", text)
         if text == "hang":
             time.sleep(60)
+        if text.startswith("slow"):
+            time.sleep(float(text[4:]))
         if text == "spin":
             while True:
                 pass
@@ -112,9 +117,77 @@ def test_step_deadline(task: Task) -> None:
     task.grade([said("fine")])
     grades = task.grade([said("hang")] * 50, until_s=time.monotonic() + 0.5)
     assert all(isinstance(grade, Failure) and grade.where == "deadline" for grade in grades)
-    assert re.fullmatch(r"reward took longer than 0\.[45]\d* s \(rollout.deadline_s\)", grades[0].reason)
+    assert re.fullmatch(r"reward took longer than 0\.1\d* s \(its share of rollout.deadline_s\)", grades[0].reason)
     assert grades[-1] == Failure("deadline", "no time was left for its reward (rollout.deadline_s)")
     assert task.grade([said("fine")]) == [0.5]
+
+
+def test_slow_answers_cost_themselves(task: Task) -> None:
+    """Good answers lose their rewards because slow ones stand before them and take all of the step's time."""
+    task.grade([said("fine")])
+    texts = ["hang"] * 2 + ["fine"] * 10
+    grades = task.grade([said(text) for text in texts], until_s=time.monotonic() + 6.0)
+    assert grades[2:] == [0.5] * 10
+    assert [grade.where for grade in grades[:2] if isinstance(grade, Failure)] == ["deadline"] * 2
+
+
+def test_slow_answer_gets_what_the_quick_leave(task: Task) -> None:
+    """An answer that needs more than an even share fails although the others leave it enough."""
+    task.grade([said("fine")])
+    grades = task.grade([said("fine"), said("slow0.7"), *[said("fine")] * 20], until_s=time.monotonic() + 8.0)
+    assert grades == [0.5] * 22
+
+
+class Clock:
+    """A time for `_Turns`."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+
+def served(
+    monkeypatch: pytest.MonkeyPatch, needs_s: list[float], until_s: float, deadline_s: float, start_s: float
+) -> list[bool]:
+    """Which calls are answered, each needing its seconds, where a new child takes `start_s`."""
+    clock, prompts = Clock(), [object() for _ in needs_s]
+    monkeypatch.setattr(guard, "time", clock)
+    turns = guard._Turns([(prompt,) for prompt in prompts], deadline_s, until_s)
+    answered = [False] * len(needs_s)
+    while (batch := turns.next()) and clock.now_s < until_s:
+        for place in batch:
+            limit_s = turns.limit_s(start_s)
+            answered[place] = needs_s[place] <= limit_s
+            clock.now_s += min(needs_s[place], limit_s)
+            failure = None if answered[place] else Failure("deadline", "late")
+            turns.took(place, min(needs_s[place], limit_s), limit_s, failure)
+            if failure is not None:
+                clock.now_s += start_s
+                break
+    return answered
+
+
+@given(
+    slow=st.lists(st.booleans(), min_size=1, max_size=40),
+    until_s=st.floats(10.0, 600.0),
+    deadline_s=st.floats(1.0, 20.0),
+)
+def test_turns(slow: list[bool], until_s: float, deadline_s: float) -> None:
+    """Wherever the slow ones stand, a quick answer is left without a turn, or the loop does not end."""
+    start_s = until_s / len(slow) / 10
+    with pytest.MonkeyPatch.context() as patch:
+        needs_s = [1e9 if is_slow else 1e-3 for is_slow in slow]
+        assert served(patch, needs_s, until_s, deadline_s, start_s) == [not is_slow for is_slow in slow]
+
+
+def test_turns_where_all_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of 5 s each in 600 s for 128 of them: each is killed at its share, and none is graded at all."""
+    assert sum(served(monkeypatch, [5.0] * 128, 600.0, 10.0, 1.0)) >= 110
+    assert sum(served(monkeypatch, [4.0] * 128, 600.0, 10.0, 1.0)) == 128
+    mixed = served(monkeypatch, [8.0 if place % 16 == 0 else 0.1 for place in range(128)], 600.0, 10.0, 1.0)
+    assert mixed == [True] * 128
 
 
 def test_observations(task: Task) -> None:
@@ -212,6 +285,61 @@ def test_math_verify_in_the_child(tmp_path: Path) -> None:
     assert task.grade([(prompt, (Message("assistant", text),)) for text in answers]) == [1.0, 1.0, 0.0, 0.0]
     assert task.observe([(prompt, ())]) == [None]
     task.close()
+
+
+def test_answer_that_never_ends_evaluating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer whose evaluation does not end costs every reply to it the full deadline, and says nothing at load."""
+    package = tmp_path / "math_verify"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import time\n"
+        "def parse(text, parsing_timeout):\n"
+        "    time.sleep(60 if 'endless' in text else 0)\n"
+        "    return [] if 'broken' in text else [text]\n"
+        "def verify(gold, answer, timeout_seconds):\n"
+        "    return False\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "user.py").write_text(
+        "from tandem.types import Message, Prompt\n"
+        "class Endless:\n"
+        "    def prompt(self, split, index):\n"
+        "        return Prompt('x', (Message('user', f'{split} {index}'),), {'answer': f'endless^{index}'})\n"
+        "    def reward(self, prompt, text):\n"
+        "        return 0.0\n"
+    )
+    lines = ['{"question": "a", "answer": "7"}', '{"question": "b", "answer": "x^2"}']
+    for answer, reward, reason in (
+        ("endless", "score", "line 3: the answer 'endless' cannot be evaluated: trial took longer than 0.5 s"),
+        ("endless", "math_verify", "line 3: the answer 'endless'"),
+        ("broken", "score", "line 3: the answer 'broken' cannot be evaluated: raised ValueError: math-verify cannot"),
+        ("endless", "exact", ""),
+        ("y^2", "score", ""),
+    ):
+        path = tmp_path / "a.jsonl"
+        path.write_text("\n".join([*lines, f'{{"question": "c", "answer": "{answer}"}}']))
+        made = make_environment(
+            TaskConfig("jsonl", path=str(path), heldout_size=1, reward=reward, reward_deadline_s=0.5)
+        )
+        if reason:
+            with pytest.raises(TaskError, match=re.escape(reason)):
+                made.ready()
+        else:
+            made.ready()
+        made.close()
+    made = make_environment(
+        TaskConfig(f"{tmp_path}/user.py:Endless", heldout_size=1, reward="math_verify", reward_deadline_s=0.5)
+    )
+    with pytest.raises(TaskError, match="prompt Endless/heldout/0: the answer 'endless.0' cannot be evaluated"):
+        made.ready()
+    made.close()
+
+
+def test_bound_of_rewards() -> None:
+    """A reward of 1e308 overflows a mean or a deviation and ends the run in a traceback."""
+    assert checked_reward(1e9) == 1e9 and checked_reward(-1e9) == -1e9
+    beyond = Failure("reward", "returned 1e+308; allowed is -1e+09 to 1e+09")
+    assert checked_reward(1e308) == beyond == inline_reward(lambda prompt, text: 1e308, PROMPT, "x")
 
 
 def test_inline_rewards() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -13,7 +16,15 @@ from hypothesis import strategies as st
 from tandem.errors import ConfigError, TaskError
 from tandem.program.config import TaskConfig
 from tandem.program.environment import Environment
-from tandem.program.tasks import DrawSource, FileSource, make_source, question_key, score
+from tandem.program.tasks import (
+    DrawSource,
+    FileSource,
+    make_source,
+    observe,
+    question_key,
+    read_questions,
+    score,
+)
 from tandem.types import Message, Prompt
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
@@ -128,12 +139,31 @@ def test_heldout_file(tmp_path: Path) -> None:
         (b'{"question": " ", "answer": "b"}', "line 3: field 'question' is ' '"),
         (b'{"question": "a", "answer": true}', "line 3: field 'answer' is True"),
         (b'{"question": "a", "answer": "b ####"}', "line 3: nothing follows"),
+        (b'{"question": "a", "answer": "####\\n42"}'.replace(b"####", b"#### "), None),
+        (b'{"question": "\\ud800", "answer": "b"}', "line 3: field 'question' holds .ud800, half of a character, at 0"),
+        (b'{"question": "a", "answer": "1 \\udc00"}', "line 3: field 'answer' holds .udc00, half of a character, at 2"),
+        (b'{"question": "\\ud83d\\ude00", "answer": "b"}', None),
+        (b'{"question": ' + b"[" * 100_000, "line 3: nested too deeply"),
+        (b'{"question": "a", "answer": "b", "c": ' + b'{"d":' * 100_000, "line 3: nested too deeply"),
+        (b'{"question": "a", "answer": NaN}', "line 3: field 'answer' is nan; text or a finite number"),
+        (b'{"question": "a", "answer": -Infinity}', "line 3: field 'answer' is -inf"),
+        (b'{"question": "a", "answer": 1e999}', "line 3: field 'answer' is inf"),
+        (b'{"question": 1e308, "answer": 1e308, "c": NaN}', None),
+        (b'{"question": "a", "answer": "nan"}', "line 3: the answer 'nan' .* no finite number"),
+        (b'{"question": "a", "answer": ' + b"1" * 5000 + b"}", "line 3: not JSON .*4300 digits"),
+        (b'{"question": "a", "question": "b", "answer": "c"}', "line 3: field 'question' is there twice"),
+        (b'{"question": "a", "answer": "c", "d": {"answer": 1, "answer": 2}, "d": 1}', None),
+        (b'{"question": "\\u2003\\n", "answer": "b"}', "line 3: field 'question' is '.u2003.n'"),
+        (b'{"question": "a", "answer": ["b"]}', "line 3: field 'answer' is .'b'."),
     ],
 )
-def test_broken_line_is_named(tmp_path: Path, line: bytes, reason: str) -> None:
-    """A broken line is skipped, crashes without its number, or blank lines shift the count."""
+def test_broken_line_is_named(tmp_path: Path, line: bytes, reason: str | None) -> None:
+    """A broken line is skipped, crashes without its number, or blank lines shift the count; a good one is refused."""
     path = tmp_path / "broken.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"question": "x", "answer": 1.5}\r\n\n' + line + b"\n")
+    if reason is None:
+        assert len(read_questions(TaskConfig("jsonl", path=str(path)), str(path))) == 2
+        return
     with pytest.raises(TaskError, match=reason):
         make_source(TaskConfig("jsonl", path=str(path), heldout_size=0))
 
@@ -147,6 +177,103 @@ def test_missing_or_empty_file(tmp_path: Path) -> None:
         make_source(TaskConfig("jsonl", path=str(tmp_path / "empty.jsonl")))
     with pytest.raises(TaskError, match="task.train_size is 9, but .* leaves 6 lines"):
         make_source(TaskConfig("jsonl", path=write(tmp_path / "a.jsonl", questions(8)), heldout_size=2, train_size=9))
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("so #### 42", "42"),
+        ("#### 41\nno\n####42", "42"),
+        ("##### 42", "42"),
+        ("####\n42\nbye", "42"),
+        (4.0, "4.0"),
+        (1e22, "10000000000000000000000"),
+        (1e-7, "0.0000001"),
+        (12, "12"),
+    ],
+)
+def test_answer_of_a_line(tmp_path: Path, solution: object, answer: str) -> None:
+    """A form of the gold answer is read with what stands around it, or a number as no number."""
+    path = write(tmp_path / "a.jsonl", [{"question": "a", "answer": solution}])
+    (prompt,) = read_questions(TaskConfig("jsonl", path=path, reward="last_number"), path)
+    assert prompt.record["answer"] == answer
+
+
+@pytest.mark.parametrize("answer", ["1/2", "10:30", "3, 4", "2^3", "3-5", "2024-01-02", "1 000", "1,00,000", "Paris"])
+def test_answer_that_is_not_one_number_is_refused_at_load(tmp_path: Path, answer: str) -> None:
+    """last_number pays for the last digits of an answer that is no number: "2" where 1/2 is right."""
+    path = write(tmp_path / "a.jsonl", [*questions(2), {"question": "a", "answer": f"so #### {answer}"}])
+    with pytest.raises(TaskError, match="line 3: the answer .* is not one number"):
+        make_source(TaskConfig("jsonl", path=path, heldout_size=0, reward="last_number"))
+    make_source(TaskConfig("jsonl", path=path, heldout_size=0, reward="exact"))
+
+    class Asked(Numbers):
+        def prompt(self, split: str, index: int) -> Prompt:
+            return dataclasses.replace(super().prompt(split, index), record={"answer": answer})
+
+    for size in (0, 2):
+        with pytest.raises(TaskError, match="task Y: the answer .* of prompt Y/.*/0 is not one number"):
+            DrawSource(TaskConfig("x:Y", heldout_size=size, reward="last_number"), Asked(50))
+
+
+def test_prompt_with_half_a_character() -> None:
+    """An environment's prompt or observation that no tokeniser takes ends the run in a traceback."""
+
+    class Half(Numbers):
+        def prompt(self, split: str, index: int) -> Prompt:
+            return Prompt("x", (Message("user", f"{index} \ud800"),), {})
+
+        def observe(self, prompt: Prompt, turns: tuple[Message, ...]) -> list[Message]:
+            return [Message("user", "\udfff")]
+
+    with pytest.raises(TaskError, match="prompt 0 of 'heldout' holds .ud800, half of a character, at 2"):
+        DrawSource(TaskConfig("x:Y", heldout_size=1), Half(9))
+    source = DrawSource(TaskConfig("x:Y", heldout_size=0), Half(9))
+    with pytest.raises(ValueError, match="half of a character"):
+        observe(source, Prompt("x", ()), ())
+    with pytest.raises(ConfigError, match=r"task.system holds .udc80, half"):
+        TaskConfig(system="Be \udc80.")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ('{"question": "a"}\n'.encode("utf-16"), "is UTF-16"),
+        (gzip.compress(b'{"question": "a"}\n'), "is gzip"),
+        (b"PAR1\x15\x04", "is Parquet"),
+        (b"PK\x03\x04", "is zip"),
+        (b" " * 4096 + b"\n", "line 1 is longer than"),
+        (b"[\n", "line 1: not JSON"),
+    ],
+)
+def test_file_of_another_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, reason: str) -> None:
+    """A file that is no jsonl is refused by a word about a byte, or fills the memory."""
+    monkeypatch.setattr("tandem.program.tasks.MAX_LINE_BYTES", 1024)
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(TaskError, match=reason):
+        make_source(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl")))
+
+
+def test_path_that_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe hangs the run for good; a folder, a file that may not be read or an odd path ends in a traceback."""
+    os.mkfifo(tmp_path / "pipe")
+    write(tmp_path / "a.jsonl", questions(8))
+    for path, reason in (
+        (tmp_path / "pipe", "is a pipe or a device"),
+        ("/dev/null", "is a pipe or a device"),
+        (tmp_path, "Is a directory"),
+        ("~no-such-person/a.jsonl", "cannot be read"),
+        ("a\0b", "cannot be read"),
+    ):
+        with pytest.raises(TaskError, match=reason):
+            make_source(TaskConfig("jsonl", path=str(path)))
+    monkeypatch.setattr("tandem.program.tasks.MAX_FILE_BYTES", 64)
+    with pytest.raises(TaskError, match="is larger than"):
+        make_source(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl")))
+    if os.geteuid():
+        (tmp_path / "a.jsonl").chmod(0)
+        with pytest.raises(TaskError, match="Permission denied"):
+            make_source(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl")))
 
 
 def test_template_and_system(tmp_path: Path) -> None:
@@ -203,6 +330,20 @@ def test_reasoning_gym_scores_unmarked_numbers() -> None:
     assert score(source, config, prompt, (Message("assistant", f"The sum is {gold}."),)) == 1.0
     assert score(source, config, prompt, (Message("assistant", f"The sum is {gold + 1}."),)) < 0.5
     assert re.fullmatch(r"State .*: \d\d? [+-] \d\d? =", prompt.messages[0].content)
+
+
+def test_reasoning_gym_answer_that_breaks_the_scorer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer on which a scorer raises escapes its lesson as a failed trajectory, or a broken scorer gives zeros."""
+    pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
+    config = TaskConfig(name="prime_factorization", heldout_size=0)
+    source = make_source(config)
+    prompt = source.train(0)
+    assert source.environment.reward(prompt, "a × b") == 0.0
+    assert source.environment.reward(prompt, prompt.record["answer"]) == 1.0
+    scorer = source.environment.chunk("train", 0)  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(scorer), "score_answer", lambda self, answer, entry: {}["gone"])
+    with pytest.raises(KeyError, match="gone"):
+        source.environment.reward(prompt, "2 × 3")
 
 
 def test_reasoning_gym_errors() -> None:

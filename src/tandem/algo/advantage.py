@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from tandem.algo.config import AlgoConfig
 from tandem.algo.pack import PromptTotal, count_predictions, merge_totals
 from tandem.algo.price import charged_reward
+from tandem.errors import NonFiniteError
 from tandem.types import Group, Sample, Trajectory
 
 STD_FLOOR = 1e-6  # added to every standard deviation that divides
+MAX_CHARGED = 1e12  # a reward less its price; its square, summed over a batch, stays far inside a float
 ROUNDING = 1e-12  # a deviation below this share of the largest value is the mean's rounding, and is 0
 
 GroupedValues = Sequence[Sequence[float]]  # one row a group, one value a trajectory that did not fail
@@ -124,7 +126,12 @@ def samples_from_groups(config: AlgoConfig, groups: Sequence[Group], price: floa
         kept = [trajectory for trajectory in group.trajectories if trajectory.failure is None]
         fates["failed"].extend(trajectory for trajectory in group.trajectories if trajectory.failure is not None)
         rewards = [charged_reward(config.price, trajectory, price) for trajectory in kept]
-        assert all(map(math.isfinite, rewards)), f"prompt {group.prompt.id}: rewards {rewards} without a failure"
+        largest = max(map(abs, rewards), default=0.0)
+        if not largest <= MAX_CHARGED:  # NaN too
+            raise NonFiniteError(
+                f"prompt {group.prompt.id}: a reward after its price is {largest:g} in size; beyond {MAX_CHARGED:g} no "
+                f"statistic holds. Its price is {price:g}: lower algo.price.rate or raise algo.price.budget."
+            )
         if config.filter_zero_variance and len(set(rewards)) <= 1:
             for trajectory in kept:
                 fates["zero_advantage" if trajectory.num_sampled else "masked"].append(trajectory)

@@ -51,6 +51,9 @@ class TaskConfig:
             raise ConfigError("task.path is empty. Give the file: --set task.path=train.jsonl")
         if "{question}" not in self.template:
             raise ConfigError(f"task.template is {self.template!r}. It must hold {{question}}.")
+        for name in ("system", "template", "path", "heldout_path", "question_field", "answer_field"):
+            if half := half_character(getattr(self, name)):
+                raise ConfigError(f"task.{name} {half}")
         if self.is_user and self.template != "{question}":
             raise ConfigError("task.template is for reasoning_gym and jsonl; your environment writes its own prompts.")
         for name, value in (("train_size", self.train_size), ("heldout_size", self.heldout_size)):
@@ -76,3 +79,12 @@ class TaskConfig:
 def _is_reference(text: str) -> bool:
     module, separator, attribute = text.rpartition(":")
     return bool(module and separator and attribute.isidentifier())
+
+
+def half_character(text: str) -> str:
+    """Why no tokeniser takes `text`; empty where it does."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"holds \\u{ord(text[error.start]):04x}, half of a character, at {error.start}. Write it whole."
+    return ""

@@ -24,6 +24,7 @@ from tandem.errors import EnvironmentFailure, TaskError
 from tandem.program.config import TaskConfig
 from tandem.types import Failure
 
+MAX_REWARD = 1e9  # squares of it, summed over a batch and over a model's weights, stay finite in fp32
 START_DEADLINE_S = 120.0  # imports (reasoning-gym: 1 s warm, 4 s cold), the user's constructor and the held-out prompts
 
 # What the child sends: ("value", x), ("raised", one line) or ("task_error", message).
@@ -38,6 +39,8 @@ def checked_reward(value: object) -> float | Failure:
         number = float(value)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         return Failure("reward", f"returned a {type(value).__name__} that is not a finite number ({_clip(str(error))})")
+    if math.isfinite(number) and abs(number) > MAX_REWARD:
+        return Failure("reward", f"returned {number:g}; allowed is {-MAX_REWARD:g} to {MAX_REWARD:g}")
     return number if math.isfinite(number) else Failure("reward", f"returned {number}")
 
 
@@ -65,6 +68,7 @@ class Guard:
         self.config = config
         self.start_deadline_s = start_deadline_s
         self.restarts = 0
+        self._start_s = 0.0  # that the last child was waited for
         self._child: _Child | None = _Child(config)
 
     def call(
@@ -72,27 +76,31 @@ class Guard:
     ) -> list[Any]:
         """One answer for each of `arguments`, in order: what the child's `method` returned, or a Failure at `where`.
 
-        Each call has config.reward_deadline_s, and none goes past `until_s` on time.monotonic's clock. TaskError
-        where the child finds the task itself at fault; EnvironmentFailure where it cannot start.
+        Each call has config.reward_deadline_s, and none goes past `until_s` on time.monotonic's clock. Where that is
+        too little for all, see `_Turns`. TaskError where the child finds the task itself at fault; EnvironmentFailure
+        where it cannot start.
         """
-        answers: list[Any] = []
-        while len(answers) < len(arguments):
-            if time.monotonic() >= until_s:
-                late = Failure("deadline", f"no time was left for its {where} (rollout.deadline_s)")
-                return answers + [late] * (len(arguments) - len(answers))
-            child = self._ready()
-            self._send(child, method, arguments[len(answers) :])
-            while len(answers) < len(arguments):
-                failure = self._receive(child, where, until_s, answers)
+        answers: dict[int, Any] = {}
+        turns = _Turns(arguments, self.config.reward_deadline_s, until_s)
+        while batch := turns.next():
+            child = self._ready(until_s)
+            if child is None or time.monotonic() >= until_s:
+                break
+            self._send(child, method, [arguments[place] for place in batch])
+            for place in batch:
+                began_s, limit_s = time.monotonic(), turns.limit_s(self._start_s)
+                failure = self._receive(child, where, limit_s, place, answers)
+                turns.took(place, time.monotonic() - began_s, limit_s, failure)
                 if failure is not None:
-                    answers.append(failure)
+                    answers[place] = failure
                     self._stop()
                     break
-        return answers
+        late = Failure("deadline", f"no time was left for its {where} (rollout.deadline_s)")
+        return [answers.get(place, late) for place in range(len(arguments))]
 
     def ready(self) -> None:
         """Wait until the task is built: TaskError where it is wrong, EnvironmentFailure where it does not come up."""
-        self._ready()
+        self._ready(math.inf)
 
     def close(self) -> None:
         """Kill the child, if there is one."""
@@ -100,20 +108,25 @@ class Guard:
             self._child.kill()
             self._child = None
 
-    def _ready(self) -> _Child:
+    def _ready(self, until_s: float) -> _Child | None:
+        """The child, its task built; None where it is still coming up at `until_s`."""
         if self._child is None:
             self._child = _Child(self.config)
             self.restarts += 1
         child = self._child
         if not child.started:
-            answer = child.receive(self.start_deadline_s)
+            began_s = time.monotonic()
+            answer = child.receive(max(0.0, min(self.start_deadline_s, until_s - began_s)))
             ended = child.ended()
+            if answer is None and child.alive() and time.monotonic() >= until_s:
+                return None
             if answer is None or answer[0] != "value":
                 self.close()
             if answer is None:
                 limit = f"within {self.start_deadline_s:g} s"
                 raise EnvironmentFailure(f"task {self.config.label}: its process did not come up {limit} ({ended})")
             _unwrap(answer, self.config.label)
+            self._start_s = time.monotonic() - began_s
             child.started = True
         return child
 
@@ -123,26 +136,75 @@ class Guard:
         except OSError:  # it died between calls; the receive that follows finds the end of the pipe
             return
 
-    def _receive(self, child: _Child, where: str, until_s: float, answers: list[Any]) -> Failure | None:
-        """Append the next answer, or return why the child must go."""
-        left_s = until_s - time.monotonic()
-        deadline_s = max(0.0, min(self.config.reward_deadline_s, left_s))
-        answer = child.receive(deadline_s)
+    def _receive(
+        self, child: _Child, where: str, limit_s: float, place: int, answers: dict[int, Any]
+    ) -> Failure | None:
+        """Set the answer of `place`, or return why the child must go."""
+        answer = child.receive(limit_s)
         if answer is None and child.alive():
-            setting = "rollout.deadline_s" if left_s < self.config.reward_deadline_s else "task.reward_deadline_s"
-            return Failure("deadline", f"{where} took longer than {deadline_s:.3g} s ({setting})")
+            short = limit_s < self.config.reward_deadline_s
+            setting = "its share of rollout.deadline_s" if short else "task.reward_deadline_s"
+            return Failure("deadline", f"{where} took longer than {limit_s:.3g} s ({setting})")
         if answer is None:
             return Failure(where, f"its process died ({child.ended()})")
         if answer[0] == "raised":
-            answers.append(Failure(where, answer[1]))
+            answers[place] = Failure(where, answer[1])
         else:
-            answers.append(_unwrap(answer, self.config.label))
+            answers[place] = _unwrap(answer, self.config.label)
         return None
 
     def _stop(self) -> None:
         self.close()
         self._child = _Child(self.config)  # at once: its imports overlap with what comes next
         self.restarts += 1
+
+
+class _Turns:
+    """Who is called next, and for how long: a slow call costs itself before it costs the others.
+
+    A call may take what remains of the time over those that remain, and twice the mean of those that came back: where
+    all are slow, some are answered. What overruns that waits, behind those that ask of another prompt, until each has
+    had its turn, and is called again where more is left for it than it had.
+    """
+
+    def __init__(self, arguments: Sequence[tuple[Any, ...]], deadline_s: float, until_s: float) -> None:
+        self.arguments = arguments
+        self.deadline_s = deadline_s
+        self.until_s = until_s
+        self.first = list(range(len(arguments)))
+        self.again: list[tuple[int, float]] = []  # and the time that it had
+        self.answered = self.overrun = 0
+        self.answered_s = 0.0
+
+    def next(self) -> list[int]:
+        """The calls to send, in order; none where all have had their turns."""
+        while not self.first and self.again and self.again[0][1] >= self.limit_s(0.0):
+            self.again.pop(0)
+        return list(self.first) or [place for place, _ in self.again[:1]]
+
+    def limit_s(self, start_s: float) -> float:
+        """Seconds for the next call, where a new child after it takes `start_s`."""
+        left_s = max(0.0, self.until_s - time.monotonic())
+        share_s = left_s / max(1, len(self.first) + len(self.again))
+        if self.answered:
+            typical_s = 2 * self.answered_s / self.answered
+        else:
+            typical_s = 0.0 if self.overrun else left_s / 4
+        return min(self.deadline_s, left_s, max(share_s - start_s, share_s / 2, typical_s))
+
+    def took(self, place: int, seconds: float, limit_s: float, failure: Failure | None) -> None:
+        """Record how the next call went."""
+        if not self.first:
+            self.again.pop(0)
+        else:
+            self.first.remove(place)
+        if failure is None:
+            self.answered, self.answered_s = self.answered + 1, self.answered_s + seconds
+            return
+        self.overrun += 1
+        if failure.where == "deadline" and limit_s < self.deadline_s:
+            self.again.append((place, limit_s))
+        self.first.sort(key=lambda other: self.arguments[other][0] is self.arguments[place][0])
 
 
 class _Child:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from tandem.errors import EnvironmentFailure
+from tandem.errors import EnvironmentFailure, TandemWarning, TaskError
 from tandem.program import tasks
 from tandem.program.config import TaskConfig
 from tandem.program.guard import Guard, inline_reward
-from tandem.program.reward import INLINE, REWARDS
+from tandem.program.reward import INLINE, REWARDS, clipped
 from tandem.types import Failure, Message, Prompt
+
+FIRST_PROMPTS = 8  # training prompts whose answers are tried before a run, where there is no file of them
 
 Conversation = tuple[Prompt, tuple[Message, ...]]  # a prompt and what was said since, the model's last text at the end
 
@@ -31,13 +34,29 @@ class Task:
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
         # Reading a file is quick and needs no child; its math-verify rewards do, and start one when first asked.
-        self._local = tasks.make_source(config) if config.environment == "jsonl" else None
-        self._guard = None if self._local is not None else Guard(config)
+        self._local = tasks.FileSource(config) if config.environment == "jsonl" else None
+        self._untried = tasks.uncertain(config, self._local.prompts) if self._local is not None else []
+        self._guard = Guard(config) if self._local is None or self._untried else None
+        if config.environment == "reasoning_gym" and config.reward == "score" and config.name in tasks.GYM_FAULTS:
+            fault = tasks.GYM_FAULTS[config.name]
+            warnings.warn(f"reasoning-gym's {config.name}: {fault} (docs/rewards.md).", TandemWarning, stacklevel=3)
 
     def ready(self) -> None:
-        """Wait until the task is built, so that a wrong one stops the run before the model is loaded."""
-        if self._guard is not None:
-            self._guard.ready()
+        """Wait until the task is built and its answers have been tried, so that a wrong one stops the run at once."""
+        if self._guard is None:
+            return
+        self._guard.ready()
+        if self._local is None and tasks.uses_math_verify(self.config):
+            self._untried = tasks.uncertain(self.config, [*self.heldout, *self.batch(0, FIRST_PROMPTS)])
+        while self._untried:  # few at a time: what never ends costs the deadline each
+            some, self._untried = self._untried[:4], self._untried[4:]
+            for prompt, answer in zip(some, self._guard.call("trial", "trial", [(p,) for p in some]), strict=True):
+                if isinstance(answer, Failure):
+                    place = f"line {prompt.record['line']}" if "line" in prompt.record else f"prompt {prompt.id}"
+                    raise TaskError(
+                        f"task {self.config.label}, {place}: the answer {clipped(prompt.record['answer'])} cannot be "
+                        f"evaluated: {answer.reason}. Mend or remove it, or use task.reward=exact."
+                    )
 
     @functools.cached_property
     def heldout(self) -> tuple[Prompt, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -9,22 +10,48 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
+import os
 import random
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
 from tandem.errors import TaskError, nearest
-from tandem.program.config import TaskConfig
+from tandem.program.config import TaskConfig, half_character
 from tandem.program.environment import Environment
-from tandem.program.reward import REWARDS, extract_answer, last_number_in, math_verify
+from tandem.program.reward import REWARDS, clipped, extract_answer, last_number_in, math_verify, one_number, refusal
 from tandem.types import Message, Prompt
 
 CHUNK_DRAWS = 4096  # draws of one reasoning-gym data set before its seed changes; some limit their size, to 20,000
 ATTEMPTS = 256  # draws for one training prompt; where a fifth of the draws is not held out, all fail once in 1e25
+MAX_FILE_BYTES, MAX_LINE_BYTES = 4 << 30, 16 << 20  # of a task file: its questions are held in memory
 STRIDE = 4099  # draws from one attempt to the next: prime, so that it visits all of a list that a user wraps around
+
+# What a task file is taken for by its first bytes.
+OTHER_FORMATS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "gzip", b"(\xb5/\xfd": "zstd", b"PK": "zip"}
+OTHER_FORMATS |= {b"PAR1": "Parquet", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+
+# Of reasoning-gym 0.1.25 at its default parameters; tests/null/test_gym.py measures every set, docs/rewards.md has all.
+NO_ANSWER = "it keeps no answer of its own, so only its scorer knows what is right"
+MALFORMED = "its scorer raises on malformed answers; here they get 0"
+GYM_FAULTS = {
+    "game_of_life_halting": "any text gets full marks",
+    "coin_flip": f'"0" gets full marks on nine prompts of ten; {MALFORMED}',
+    "complex_arithmetic": '"nan" gets full marks; here 0',
+    "boxnet": f"{NO_ANSWER}; {MALFORMED}",
+    "graph_color": NO_ANSWER,
+    "propositional_logic": NO_ANSWER,
+    "rubiks_cube": NO_ANSWER,
+    "rush_hour": NO_ANSWER,
+    "game_of_life": MALFORMED,
+    "prime_factorization": MALFORMED,
+}
+_NOT_FINITE = re.compile(r"(?i)\b(?:nan|inf(?:inity)?)[ij]?\b")
 
 
 class Source(Protocol):
@@ -58,8 +85,10 @@ class DrawSource:
         self.environment = environment
         self.heldout = self._heldout()
         self._heldout_keys = {question_key(prompt) for prompt in self.heldout}
-        if self.heldout:
-            self.train(0)  # a space that the held-out questions exhaust shows here, before any training
+        # A space that the held-out questions exhaust, and answers of no use to the reward, show before any training.
+        for prompt in (*self.heldout, self.train(0)) if self.heldout or config.reward != "score" else ():
+            if reason := refusal(config.reward, prompt):
+                raise TaskError(f"task {config.label}: {reason}")
 
     def train(self, index: int) -> Prompt:
         """Training prompt `index`, a function of (config, index); repeats after `task.train_size` prompts."""
@@ -94,9 +123,12 @@ class DrawSource:
         prompt = self.environment.prompt(split, index)
         if not isinstance(prompt, Prompt) or not prompt.messages:
             raise TaskError(
-                f"{type(self.environment).__name__}.prompt({split!r}, {index}) returned {_short(prompt)}; "
+                f"{type(self.environment).__name__}.prompt({split!r}, {index}) returned {clipped(prompt)}; "
                 "it must return a tandem.types.Prompt with at least one message"
             )
+        for message in prompt.messages:
+            if half := half_character(message.content):
+                raise TaskError(f"task {self.config.label}: prompt {index} of {split!r} {half}")
         return _with_system(prompt, self.config.system)
 
     def _advice(self) -> str:
@@ -120,13 +152,21 @@ class ReasoningGym(Environment):
 
     def reward(self, prompt: Prompt, text: str) -> float:
         """The data set's own score_answer of the marked answer; of the last number where none is marked and the gold
-        answer is a number."""
+        answer is a number. 0 for NaN or infinity where a number is asked for, and for an answer on which the scorer
+        raises though it takes the set's own."""
         entry = self.entry(prompt.record["split"], prompt.record["draw"])
         answer = extract_answer(text)
         if answer == text.strip() and _is_number(str(entry["answer"])):
             number = last_number_in(text)
-            answer = answer if number is None else str(number)
-        return self.chunk(prompt.record["split"], 0).score_answer(answer, entry)
+            answer = answer if number is None else f"{number:f}"
+        own, scorer = str(entry["answer"]), self.chunk(prompt.record["split"], 0)
+        if _NOT_FINITE.search(answer) and re.search(r"\d", own) and not _NOT_FINITE.search(own):
+            return 0.0
+        try:
+            return scorer.score_answer(answer, entry)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            scorer.score_answer(own, entry)  # raises in its turn where the fault is the scorer's
+            return 0.0
 
     def _entry(self, split: str, index: int) -> dict[str, Any]:
         return self.chunk(split, index // CHUNK_DRAWS)[index % CHUNK_DRAWS]
@@ -196,6 +236,11 @@ class FileSource:
             raise TaskError(f"{config.path} has no line left to train on. Lower task.heldout_size.")
         self._epochs: dict[int, list[Prompt]] = {}
 
+    @property
+    def prompts(self) -> list[Prompt]:
+        """All that may be asked."""
+        return [*self.heldout, *self._rows]
+
     def train(self, index: int) -> Prompt:
         if not self._rows:
             raise TaskError("task.path is empty: nothing to train on. Give the file: --set task.path=train.jsonl")
@@ -212,12 +257,8 @@ class FileSource:
 
 def read_questions(config: TaskConfig, path: str) -> list[Prompt]:
     """The prompts of a jsonl file, blank lines left out; TaskError names the line that cannot be used."""
-    try:
-        content = Path(path).expanduser().read_bytes()
-    except OSError as error:
-        raise TaskError(f"task file {path} cannot be read: {error.strerror}. Check the path.") from error
     prompts = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, line in enumerate(_lines(path), start=1):
         if line.strip():
             prompts.append(_question(config, f"{path} line {number}", line, number))
     if not prompts:
@@ -225,21 +266,62 @@ def read_questions(config: TaskConfig, path: str) -> list[Prompt]:
     return prompts
 
 
-def _question(config: TaskConfig, place: str, line: bytes, number: int) -> Prompt:
+def _lines(path: str) -> Iterator[bytes]:
+    """The lines of a regular file of bounded size; TaskError where it is anything else."""
     try:
-        row = json.loads(line.decode("utf-8"))
+        file = Path(path).expanduser()
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise TaskError(f"task file {path} is a pipe or a device. Give a regular file: one JSON object a line.")
+        with file.open("rb") as opened:
+            if os.fstat(opened.fileno()).st_size > MAX_FILE_BYTES:
+                raise TaskError(f"task file {path} is larger than {MAX_FILE_BYTES >> 30} GiB. Split it.")
+            number = 0
+            while line := opened.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise TaskError(f"{path} line {number} is longer than {MAX_LINE_BYTES >> 20} MiB. Remove it.")
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                    for first, name in OTHER_FORMATS.items():
+                        if line.startswith(first):
+                            raise TaskError(f"task file {path} is {name}. Unpack or save it as UTF-8 JSON lines.")
+                yield line
+    except (OSError, RuntimeError, ValueError) as error:  # "~nobody/a" is a RuntimeError, a NUL in a path a ValueError
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TaskError(f"task file {path} cannot be read: {reason}. Check the path.") from error
+
+
+def _question(config: TaskConfig, place: str, line: bytes, number: int) -> Prompt:
+    repeated: list[str] = []  # names that the outermost object has twice
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        repeated[:] = [name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1]
+        return dict(pairs)
+
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=once)
+    except RecursionError as error:
+        raise TaskError(f"{place}: nested too deeply to be read. Remove the line.") from error
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
         raise TaskError(f"{place}: not JSON ({error}). Mend or remove the line.") from error
     if not isinstance(row, dict):
-        raise TaskError(f"{place}: {_short(row)} is not a JSON object with {config.question_field!r}.")
+        raise TaskError(f"{place}: {clipped(row)} is not a JSON object with {config.question_field!r}.")
+    for name in (config.question_field, config.answer_field):
+        if name in repeated:
+            raise TaskError(f"{place}: field {name!r} is there twice. Keep one.")
     question = _field(row, "question_field", config.question_field, place)
     solution = _field(row, "answer_field", config.answer_field, place)
-    answer = solution.rsplit("####", 1)[-1].strip()
+    answer = solution
+    if "####" in solution:
+        answer = (solution.rsplit("####", 1)[1].strip().splitlines() or [""])[0].strip()
     if not answer:
         raise TaskError(f"{place}: nothing follows the '####' of {config.answer_field!r}.")
     record = {"question": question, "answer": answer, "solution": solution, "line": number}
     content = config.template.replace("{question}", question)
-    return _with_system(Prompt(f"{config.label}/{number}", (Message("user", content),), record), config.system)
+    prompt = Prompt(f"{config.label}/{number}", (Message("user", content),), record)
+    if reason := refusal("math_verify" if config.reward == "score" else config.reward, prompt):
+        raise TaskError(f"{place}: {reason}")
+    return _with_system(prompt, config.system)
 
 
 def _field(row: Mapping[str, Any], setting: str, name: str, place: str) -> str:
@@ -247,9 +329,12 @@ def _field(row: Mapping[str, Any], setting: str, name: str, place: str) -> str:
         there = nearest(name, row) if row else " The object is empty."
         raise TaskError(f"{place}: no field {name!r} (task.{setting}).{there}")
     value = row[name]
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
-        raise TaskError(f"{place}: field {name!r} is {_short(value)}; text or a number is needed.")
-    return str(value).strip()
+    finite = not isinstance(value, float) or math.isfinite(value)  # JSON's NaN, Infinity and 1e999 are no numbers
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not finite or not str(value).strip():
+        raise TaskError(f"{place}: field {name!r} is {clipped(value)}; text or a finite number is needed.")
+    if half := half_character(str(value)):
+        raise TaskError(f"{place}: field {name!r} {half}")
+    return f"{Decimal(str(value)):f}" if isinstance(value, float) else str(value).strip()
 
 
 def load_user(config: TaskConfig) -> Environment:
@@ -286,6 +371,19 @@ def score(source: Source, config: TaskConfig, prompt: Prompt, turns: tuple[Messa
     return REWARDS[config.reward](prompt, last_text(turns))
 
 
+def uses_math_verify(config: TaskConfig) -> bool:
+    return config.reward == "math_verify" or (config.environment, config.reward) == ("jsonl", "score")
+
+
+def uncertain(config: TaskConfig, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """A prompt for each answer whose evaluation by the task's reward might fail or never end."""
+    by_answer: dict[str, Prompt] = {}
+    for prompt in prompts if uses_math_verify(config) else ():
+        if "answer" in prompt.record:
+            by_answer.setdefault(str(prompt.record["answer"]), prompt)
+    return [prompt for answer, prompt in by_answer.items() if one_number(answer) is None]
+
+
 def observe(source: Source, prompt: Prompt, turns: tuple[Message, ...]) -> tuple[Message, ...] | None:
     """The environment's messages after `turns`, or None; TypeError where they are something else."""
     own = getattr(source.environment, "observe", None)
@@ -293,7 +391,10 @@ def observe(source: Source, prompt: Prompt, turns: tuple[Message, ...]) -> tuple
     if messages is None:
         return None
     if isinstance(messages, Message) or not all(isinstance(message, Message) for message in messages):
-        raise TypeError(f"observe returned {_short(messages)}; a list of tandem.types.Message or None is needed")
+        raise TypeError(f"observe returned {clipped(messages)}; a list of tandem.types.Message or None is needed")
+    for message in messages:
+        if half := half_character(message.content):
+            raise ValueError(f"what observe returned {half}")
     return tuple(messages) or None
 
 
@@ -328,8 +429,3 @@ def _is_number(text: str) -> bool:
 
 def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

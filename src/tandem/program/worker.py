@@ -13,6 +13,7 @@ from tandem.errors import TaskError
 from tandem.program import tasks
 from tandem.program.config import TaskConfig
 from tandem.program.guard import Answer, checked_reward, one_line
+from tandem.program.reward import math_verify as graded_by_math_verify
 from tandem.types import Failure, Message, Prompt
 
 PARENT_CHECK_S = 1.0
@@ -25,6 +26,12 @@ class Calls:
     def __init__(self, source: tasks.Source, config: TaskConfig) -> None:
         self.source = source
         self.config = config
+        if tasks.uses_math_verify(config):
+            try:
+                import math_verify  # noqa: F401 - now, so that no call pays for the import out of its share
+            except ImportError as error:
+                advice = "pip install 'tandem-rl[tasks]'"
+                raise TaskError(f"task.reward={config.reward} needs math-verify ({error}): {advice}") from error
 
     def heldout(self) -> tuple[Prompt, ...]:
         return self.source.heldout
@@ -34,6 +41,10 @@ class Calls:
 
     def reward(self, prompt: Prompt, turns: tuple[Message, ...]) -> float | Failure:
         return checked_reward(tasks.score(self.source, self.config, prompt, turns))
+
+    def trial(self, prompt: Prompt) -> None:
+        """Evaluate a prompt's answer beside another one; ValueError where the reward cannot read it."""
+        graded_by_math_verify(prompt, "0")
 
     def observe(self, prompt: Prompt, turns: tuple[Message, ...]) -> tuple[Message, ...] | None:
         return tasks.observe(self.source, prompt, turns)
