@@ -54,7 +54,7 @@ def describe(hint: Any) -> str:
     """What a field accepts, in words for an error message.
 
     >>> describe(tuple[int, ...]), describe(Literal["a", "b"]), describe(float | None)
-    ('a,b,c of int', "one of 'a', 'b'", 'float or none')
+    ('a,b,c of an integer of 64 bits', "one of 'a', 'b'", 'float or none')
     """
     members = _members(hint)
     if len(members) > 1:
@@ -71,6 +71,8 @@ def describe(hint: Any) -> str:
         return "(" + ", ".join(describe(arg) for arg in args) + ")"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "one of " + ", ".join(repr(member.value) for member in hint)
+    if hint is int:
+        return "an integer of 64 bits"
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
@@ -126,6 +128,13 @@ def _parse_number(hint: type, text: str) -> int | float:
     if math.isnan(number):
         raise _Mismatch
     return cast("int | float", number)
+
+
+def _whole(value: Any) -> Any:
+    """`value`; raises _Mismatch for an integer beyond what arrays, kernels and files hold."""
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise _Mismatch
+    return value
 
 
 def _parse_tuple(hint: Any, text: str) -> tuple[Any, ...]:
@@ -249,8 +258,9 @@ def flatten(config: Any) -> dict[str, Any]:
 def override(config: C, assignments: Mapping[str, str]) -> C:
     """`config` with `assignments` (dotted name -> text) made together, so that each class is checked once, after all.
 
-    Tuples are written `a,b,c`, pairs `a=1,b=2`, an absent value `none`, truth `true` or `false`. Raises ConfigError for
-    an unknown name, naming the nearest, and for a value that is not of the field's type.
+    Tuples are written `a,b,c`, pairs `a=1,b=2`, an absent value `none`, truth `true` or `false`. A class that has
+    `base(changes)` says what they are made on. Raises ConfigError for an unknown name, naming the nearest, and for a
+    value that is not of the field's type.
     """
     hints = {name: hint for name, hint, _ in names(config)}
     changes: dict[str, Any] = {}
@@ -258,7 +268,7 @@ def override(config: C, assignments: Mapping[str, str]) -> C:
         if name not in hints:
             raise _unknown(config, name, list(hints))
         try:
-            value = _parse(hints[name], text)
+            value = _whole(_parse(hints[name], text))
         except _Mismatch:
             raise ConfigError(
                 f"{name}={text}: {text!r} is not {describe(hints[name])} (it is {render(flatten(config)[name])} now)."
@@ -293,8 +303,9 @@ def _replace(config: Any, changes: Mapping[str, Any]) -> Any:
     for name, value in changes.items():
         head, _, rest = name.partition(".")
         groups.setdefault(head, {})[rest] = value
+    base = getattr(type(config), "base", None)
     return dataclasses.replace(
-        config,
+        base(config, changes) if base else config,
         **{head: part[""] if "" in part else _replace(getattr(config, head), part) for head, part in groups.items()},
     )
 
@@ -341,7 +352,7 @@ def _load_value(hint: Any, value: JSON, name: str) -> Any:
     if inner is not None and isinstance(value, Mapping):
         return _load_config(inner, value, f"{name}.")
     try:
-        return _convert(hint, value)
+        return _whole(_convert(hint, value))
     except _Mismatch:
         raise ConfigError(f"{name} is {json.dumps(value)}; wanted {describe(hint)}.") from None
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from tandem.errors import ConfigError, nearest
 
 VARIABLES = ("TANDEM_CACHE", "TANDEM_KERNELS", "TANDEM_THREADS")
+MOST_THREADS = 1024  # far beyond any use; many more cannot be made
 SPIN_COUNT = "2000"
 _OURS: set[str] = set()  # variables that limit_spinning set
 
@@ -124,16 +125,16 @@ def _figures(path: Path) -> dict[str, int]:
 
 
 def num_threads() -> int:
-    """Threads to compute with. Raises ConfigError where TANDEM_THREADS is not a positive integer."""
+    """Threads to compute with. Raises ConfigError where TANDEM_THREADS is not 1 to MOST_THREADS."""
     given = _read("TANDEM_THREADS")
     if given:
-        if not given.isdigit() or int(given) < 1:
+        if not given.isdecimal() or not 1 <= int(given) <= MOST_THREADS:
             raise ConfigError(
-                f"TANDEM_THREADS={given} is not a positive integer. This process has {num_cores()} cores."
+                f"TANDEM_THREADS={given} is not in 1 to {MOST_THREADS}. This process has {num_cores()} cores."
             )
         return int(given)
     openmp = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    return int(openmp) if openmp.isdigit() and int(openmp) > 0 else num_cores()
+    return int(openmp) if openmp.isdecimal() and 0 < int(openmp) <= MOST_THREADS else num_cores()
 
 
 def limit_spinning() -> None:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import io
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
+import torch
+import transformers
 
 from tandem.cli.main import main
 
@@ -30,3 +37,69 @@ def test_answers_are_printed_under_their_prompts(write_model, tmp_path, capsys, 
     assert printed == (
         "".join(f"> {p}\n{a}\n\n" for p, a in zip(prompts, alone, strict=True)) if count > 1 else alone[0] + "\n"
     )
+
+
+def row(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["generate", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_greedy_answers_have_the_models_log_probs(write_model, tmp_path, capsys):
+    """The most likely token reported with log-prob 0, as of a distribution that holds no other, or another token."""
+    write_model(tmp_path, 10.0)
+    given = (str(tmp_path), "What is 1+1?", "--max-new-tokens", "12")
+    found = row(capsys, *given)
+    assert main(["generate", *given]) == 0
+    assert capsys.readouterr().out.rstrip("\n") == found["text"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": given[1]}], add_generation_prompt=True)[
+        "input_ids"
+    ]
+    assert len(prompt) == found["prompt_tokens"]
+    with torch.no_grad():
+        logits_TV = model(torch.tensor([prompt + found["tokens"]])).logits[0, len(prompt) - 1 : -1].float()
+    wanted = logits_TV.log_softmax(-1).gather(1, torch.tensor(found["tokens"])[:, None])[:, 0]
+    assert found["logprobs"] == pytest.approx(wanted.tolist(), abs=0.1) and min(found["logprobs"]) < -0.01
+    warm = row(capsys, *given, "--temperature", "0.5", "--seed", str(2**63 - 1))
+    assert len(warm["logprobs"]) == len(warm["tokens"]) and warm["logprobs"] != found["logprobs"]
+
+
+@pytest.fixture
+def run_folder(write_model, tmp_path) -> Path:
+    """A run of one step whose prompts had a system message."""
+    write_model(tmp_path / "model", 10.0)
+    rows = [{"question": f"{n}+1=", "answer": str(n + 1)} for n in range(9)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    settings = {
+        "model.source": tmp_path / "model",
+        "task.environment": "jsonl",
+        "task.path": tmp_path / "sums.jsonl",
+        "task.system": "Be brief.",
+        "task.heldout_size": 2,
+        "evaluation.prompts": 0,
+        "rollout.max_new_tokens": 3,
+        "rollout.prompts_per_step": 1,
+        "steps": 1,
+    }
+    assigned = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    assert main(["train", "smollm2_arithmetic_cpu", "--out", str(tmp_path / "run"), *assigned]) == 0
+    return tmp_path / "run"
+
+
+def test_a_run_is_asked_with_its_system_message(run_folder, capsys, monkeypatch):
+    """A trained policy asked without the system message of its prompts, which answers as nothing that was trained."""
+    capsys.readouterr()
+    alone = row(capsys, str(run_folder / "checkpoints/step-1"), "2+1=", "--max-new-tokens", "3")
+    assert main(["generate", str(run_folder), "2+1=", "--max-new-tokens", "3", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.splitlines()[-1] == "system message of the run: Be brief."
+    added = len("<|im_start|>system\nBe brief.<|im_end|>\n") - len("<|im_start|>") - len("<|im_end|>") + 2
+    assert json.loads(printed.out)["prompt_tokens"] == alone["prompt_tokens"] + added
+    for given, said in (((), True), (("--system", "Shout."), False), (("--system", ""), False)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("2+1=\n"))
+        assert main(["chat", str(run_folder), "--max-new-tokens", "3", *given]) == 0
+        assert ("Be brief." in capsys.readouterr().err) == said
+    (run_folder / "config.json").write_text('{"task": 3}')
+    assert main(["generate", str(run_folder), "2+1="]) == 2
+    assert "names no task.system" in capsys.readouterr().err

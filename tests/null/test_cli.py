@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
+import tomllib
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -47,6 +49,11 @@ def test_flags_are_frozen() -> None:
         (["train"], "RECIPE"),
         (["bench", "engin"], "'engine', 'learner', 'step'"),
         (["generate", "m", "p", "--seed", "x"], "--seed"),
+        (["generate", "m", "p", "--seed", "1" + 23 * "0"], "less than or equal to 9223372036854775807"),
+        (["generate", "m", "p", "--temperature", "inf"], "--temperature"),
+        (["chat", "m", "--seed", "1" + 23 * "0"], "less than or equal to 9223372036854775807"),
+        (["study", "s", "--threads", "1" + 23 * "0"], "less than or equal to 1024"),
+        (["eval", "smollm2_arithmetic_cpu", "--set", "seed=1" + 23 * "0"], "is not an integer of 64 bits"),
         (["train", "no_such_recipe"], "no recipe is named no_such_recipe."),
         (["train", "nowhere.py:recipe"], "the recipe file nowhere.py does not exist"),
         (["train", "r", "--out", "a", "--resume", "b"], "--out and --resume"),
@@ -339,17 +346,51 @@ def test_doctor_without_things(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_doctor_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     """Doctor takes an extra's package for one that tandem needs, or the other way round."""
-    lines = ["torch<2.14,>=2.11", "rich", "no-such-package-1 ; extra == 'serve'", 'ray[default]>=2; extra == "ray"']
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
+    lines = ["torch<2.14,>=2.11", "rich", "no-such-package-1 ; extra == 'tasks'", 'ray[default]>=2; extra == "dev"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: [*lines, "unused; extra == 'unused'"])
     assert doctor.requirements() == {
         "": ["torch<2.14,>=2.11", "rich"],
-        "serve": ["no-such-package-1"],
-        "ray": ["ray[default]>=2"],
+        "tasks": ["no-such-package-1"],
+        "dev": ["ray[default]>=2"],
+        "unused": ["unused"],
     }
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("ray", "no-such-package-1") else "1")
     found = {finding.name: finding for finding in doctor.check_packages()}
-    assert found["packages"].status == "ok" and found["packages [ray]"].status == "absent"
-    assert "'tandem-rl[serve]'" in found["packages [serve]"].advice
+    assert found["packages"].status == "ok" and found["packages [dev]"].status == "absent"
+    assert found["packages [dev]"].advice == "pip install 'ray[default]>=2'"
+    assert found["packages [tasks]"].advice == "pip install no-such-package-1" and "packages [unused]" not in found
+
+
+def imported() -> set[str]:
+    """Top-level names that the package imports anywhere."""
+    names = set()
+    for path in SOURCES.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names.add(node.module.split(".")[0])
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                names.add(node.value)  # import_module, find_spec
+    return names
+
+
+def test_doctor_names_the_extras_that_something_uses() -> None:
+    """Doctor sends a user to packages that no command imports, or is silent about one that a command does."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    used = imported()
+    for extra, lines in extras.items():
+        names = {re.split(r"[<>=!~;\[ ]", line)[0].replace("-", "_") for line in lines}
+        assert (extra in doctor.EXTRAS) == (extra == "dev" or bool(names & used) and extra != "gpu"), extra
+
+
+@pytest.mark.parametrize("check", doctor.CHECKS)
+def test_doctor_advises_nothing_of_a_checkout(monkeypatch: pytest.MonkeyPatch, check: Any) -> None:
+    """A command that fails outside a checkout (a file of it), or by a name that no index has."""
+    monkeypatch.setattr(doctor, "_version", lambda name: "0.1" if name == doctor.DISTRIBUTION else None)
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    for finding in check():
+        assert "constraints.txt" not in finding.advice and doctor.DISTRIBUTION not in finding.advice, finding
 
 
 def test_doctor_prints_brackets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,11 +49,12 @@ class Job:
 
 
 finite = st.floats(allow_nan=False)
+integers = st.integers(-(2**63), 2**63 - 1)
 optims = st.builds(
     Optim,
     lr=st.floats(max_value=0.5, allow_nan=False),
     betas=st.tuples(finite, finite),
-    warmup=st.integers(),
+    warmup=integers,
     kind=st.sampled_from(["adamw", "sgd"]),
     clip=st.none() | st.floats(min_value=1.0, allow_nan=False),
 )
@@ -63,7 +64,7 @@ jobs = st.builds(
     name=st.text(),
     note=st.none() | st.text(),
     verbose=st.booleans(),
-    steps=st.integers(),
+    steps=integers,
     stops=st.lists(st.text()).map(tuple),
     parameters=st.lists(st.tuples(st.text(min_size=1), scalars)).map(tuple),
     sizes=st.lists(st.lists(st.integers()).map(tuple)).map(tuple),
@@ -144,6 +145,8 @@ def test_override_values(name: str, text: str, value: Any) -> None:
     [
         ("steps", "ten", "int"),
         ("steps", "1.5", "int"),
+        ("steps", str(10**23), "an integer of 64 bits"),
+        ("optim.warmup", str(-(2**63) - 1), "an integer of 64 bits"),
         ("optim.lr", "fast", "float"),
         ("optim.lr", "nan", "float"),
         ("verbose", "maybe", "bool"),
@@ -177,6 +180,13 @@ def test_override_unknown_name(name: str, offered: str) -> None:
     """An unknown dotted name ignored, or refused without the nearest ones."""
     with pytest.raises(ConfigError, match=offered.replace(".", r"\.")):
         config.override(Job(), {name: "1"})
+
+
+def test_load_refuses_what_no_array_holds() -> None:
+    """An integer of 80 bits in a config.json, and an OverflowError from the array that it reaches."""
+    with pytest.raises(ConfigError, match="steps is 1000.*64 bits"):
+        config.load(Job, config.dump(Job()) | {"steps": 10**23})
+    assert config.override(Job(), {"parameters": f"n={10**23}"}).parameters == (("n", 10**23),)
 
 
 def test_override_is_joint() -> None:

@@ -47,7 +47,7 @@ def test_num_threads(clean: pytest.MonkeyPatch) -> None:
     assert env.num_threads() == env.num_cores()
     clean.setenv("TANDEM_THREADS", "7")
     assert env.num_threads() == 7
-    for wrong in ("0", "-1", "two", "1.5"):
+    for wrong in ("0", "-1", "two", "1.5", "100000000000", "\u00b2"):
         clean.setenv("TANDEM_THREADS", wrong)
         with pytest.raises(ConfigError, match="TANDEM_THREADS=" + wrong):
             env.num_threads()

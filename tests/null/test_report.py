@@ -161,6 +161,8 @@ def test_a_log_gets_one_plain_line_a_step():
         "4.0 s (rollout 50 %, learner 38 %, update 6 %, other 6 %)  about 44 s left"
     )
     assert "held-out 62.0 % [55.1, 68.5] of 200" in printed[12]
+    lost = row(4, None, failed=3, failures=["3 x reward: ZeroDivisionError: division by zero"])
+    assert "failed 3 (3 x reward: ZeroDivisionError: division by zero)" in step_line(lost, 12, None)
     assert "failed 3" in step_line(row(4, None, failed=3), 12, None) and "reward –" in step_line(row(4, None), 12, None)
 
 

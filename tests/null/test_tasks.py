@@ -7,13 +7,16 @@ import gzip
 import json
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.errors import ConfigError, TaskError
+from tandem.config import override
+from tandem.errors import ConfigError, TandemWarning, TaskError
+from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.program.environment import Environment
 from tandem.program.tasks import (
@@ -25,6 +28,7 @@ from tandem.program.tasks import (
     read_questions,
     score,
 )
+from tandem.run.config import EvaluationConfig, RunConfig
 from tandem.types import Message, Prompt
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
@@ -43,6 +47,39 @@ class Numbers(Environment):
 
     def reward(self, prompt: Prompt, text: str) -> float:
         return float(text == prompt.record["answer"])
+
+
+CALCULATOR = TaskConfig(parameters=ADDITION, system="You are a calculator.", reward="last_number", heldout_size=9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted", "dropped"),
+    [
+        ({"task.environment": "double.py:Double"}, TaskConfig("double.py:Double"), "heldout_size, .*parameters, .*sys"),
+        ({"task.name": "gcd"}, TaskConfig(name="gcd"), "task.parameters, task.reward, task.system are dropped"),
+        (
+            {"task.path": "a.jsonl", "task.environment": "jsonl", "task.heldout_size": "3"},
+            TaskConfig("jsonl", path="a.jsonl", heldout_size=3),
+            "another task than chain_sum: its task.parameters, task.reward, task.system are dropped",
+        ),
+    ],
+)
+def test_another_task_starts_from_the_defaults(settings, wanted, dropped) -> None:
+    """A recipe's system message, parameters and reward given to another task, whose prompts they spoil, in silence."""
+    config = RunConfig("sums", 1, ModelConfig("m"), task=CALCULATOR, evaluation=EvaluationConfig(prompts=3))
+    with pytest.warns(TandemWarning, match=dropped):
+        assert override(config, settings) == replace(config, task=wanted)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"task.environment": "reasoning_gym", "task.name": "chain_sum"}, {"task.parameters": "max_terms=3"}]
+)
+def test_the_same_task_keeps_its_settings(settings, recwarn) -> None:
+    """A task named as it is loses its settings; or a warning about a task that nobody changed."""
+    changed = override(CALCULATOR, {name.removeprefix("task."): text for name, text in settings.items()})
+    assert changed == replace(CALCULATOR, parameters=changed.parameters) and not recwarn
+    file = TaskConfig("jsonl", path="a.jsonl", question_field="q", system="s")
+    assert override(file, {"path": "b.jsonl", "name": "gcd"}) == replace(file, path="b.jsonl", name="gcd")
 
 
 def write(path: Path, rows: list[dict[str, object]]) -> str:

@@ -9,8 +9,9 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
-from tandem.algo.config import AlgoConfig
+from tandem.algo.config import Advantage, AlgoConfig
 from tandem.algo.pack import PromptTotal, count_predictions, merge_totals
 from tandem.algo.price import charged_reward
 from tandem.errors import NonFiniteError
@@ -107,6 +108,7 @@ ADVANTAGES: dict[str, Estimator] = {
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,
 }
+assert {*ADVANTAGES} == {*get_args(Advantage)}, f"config.Advantage names {get_args(Advantage)}, here: {[*ADVANTAGES]}"
 
 
 def samples_from_groups(config: AlgoConfig, groups: Sequence[Group], price: float = 0.0) -> Selection:

@@ -17,7 +17,7 @@ Form = Literal["bypass", "decoupled"]
 CorrectionWeight = Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mis"]
 Reject = Literal["geometric", "k3", "veto", "probability"]
 
-CLIP_RANGES: dict[Loss, tuple[float, float]] = {
+CLIP_RANGES: dict[Loss, tuple[float, float]] = {  # a loss without a line here clips nothing
     "ppo": (0.2, 0.28),  # DAPO's clip-higher, arXiv 2503.14476, section 4.1; PPO's own is (0.2, 0.2)
     "gspo": (3e-4, 4e-4),  # GSPO, arXiv 2507.18071, section 5.1: a ratio averaged over a sequence moves far less
     "cispo": (1.0, 4.0),  # weight in [0, 5]: no lower bound, arXiv 2506.13585; it gives no upper one, 5 is ours
@@ -167,7 +167,7 @@ class AlgoConfig:
     @property
     def clip_range(self) -> tuple[float, float]:
         """(low, high): ratios are kept within [1 - low, 1 + high]."""
-        low, high = CLIP_RANGES[self.loss]
+        low, high = CLIP_RANGES.get(self.loss, (1.0, math.inf))
         return (
             low if self.clip_low is None else self.clip_low,
             high if self.clip_high is None else self.clip_high,

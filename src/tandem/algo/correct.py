@@ -8,12 +8,12 @@ nothing is masked. Formulas and sources: docs/algorithms.md; the looped twin: re
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from tandem.algo.config import CorrectionConfig
+from tandem.algo.config import WEIGHT_RANGES, CorrectionConfig, CorrectionWeight
 
 LOG_RATIO_LIMIT = (
     20.0  # beyond it a ratio with a gradient is a straight line; weights, masks and metrics take exp itself
@@ -73,6 +73,7 @@ def sequence_mis(log_rho_N: Tensor, sample_tokens: Tensor, low: float, high: flo
 
 
 WEIGHTS = {"token_tis": token_tis, "sequence_tis": sequence_tis, "icepop": icepop, "sequence_mis": sequence_mis}
+assert {"none", *WEIGHTS} == {*WEIGHT_RANGES} == {*get_args(CorrectionWeight)}, ([*WEIGHTS], [*WEIGHT_RANGES])
 
 
 def geometric(log_rho_N: Tensor, sample_tokens: Tensor, width: float) -> Tensor:

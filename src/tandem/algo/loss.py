@@ -12,12 +12,12 @@ the gradient is cast back to the log-probs' dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from tandem.algo.config import Aggregation, AlgoConfig, CorrectionConfig
+from tandem.algo.config import Aggregation, AlgoConfig, CorrectionConfig, Kl, Loss
 from tandem.algo.correct import Correction, correct, rare_factor, ratio, sample_sum
 from tandem.algo.tensors import MicrobatchTensors
 
@@ -84,6 +84,7 @@ LOSSES: dict[str, Callable[[Tensor, Old, float, float], Terms]] = {
     "gspo": gspo,
     "cispo": cispo,
 }
+assert {*LOSSES} == {*get_args(Loss)}, f"config.Loss names {get_args(Loss)}, LOSSES has {[*LOSSES]}"
 
 
 def _clipped_surrogate(ratio_N: Tensor, advantages_N: Tensor, low: float, high: float) -> Terms:
@@ -119,6 +120,7 @@ def k3(logprobs_N: Tensor, reference_N: Tensor) -> Tensor:
 
 
 KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
+assert {"none", *KL_ESTIMATORS} == {*get_args(Kl)}, f"config.Kl names {get_args(Kl)}, KL_ESTIMATORS {[*KL_ESTIMATORS]}"
 
 
 def coefficients(aggregation: Aggregation, batch: MicrobatchTensors, constant_tokens: int | None = None) -> Tensor:

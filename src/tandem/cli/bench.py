@@ -30,7 +30,7 @@ WORKS_HELP = (
 
 
 def bench(
-    work: Annotated[Work, typer.Argument(metavar=f"{{{'|'.join(work.value for work in Work)}}}", help=WORKS_HELP)],
+    work: Annotated[Work, typer.Argument(metavar="WORK", help=WORKS_HELP)],
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     peer: Annotated[
         list[str] | None,

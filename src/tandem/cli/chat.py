@@ -6,15 +6,17 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli.generate import MODEL_HELP
+from tandem.cli.generate import MODEL_HELP, MOST_SEED, MOST_TEMPERATURE, of_run
 
 
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message; empty for none.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, for each answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.7,
-    seed: Annotated[int, typer.Option(min=0, help="Fixes the draws.")] = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, max=MOST_TEMPERATURE, help="0 takes the most likely token.")
+    ] = 0.7,
+    seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Fixes the draws.")] = 0,
 ) -> int:
     """Talk with a model, a line at a time; Ctrl-D ends."""
     from tandem.engine.config import EngineConfig
@@ -22,11 +24,12 @@ def chat(
     from tandem.run.parts import build_parts
     from tandem.types import Message, Request, Sampling
 
+    opening = [Message("system", system)] if system else of_run(model) if system is None else []
     parts = build_parts(ModelConfig(model), EngineConfig(), learns=False)
     engine, tokenizer = parts.engine, parts.tokenizer
     stops = tokenizer.stop_token_ids
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=stops)
-    messages = [Message("system", system)] if system else []
+    messages = opening
     while True:
         try:
             line = input("> ").strip()

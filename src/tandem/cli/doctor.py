@@ -7,6 +7,7 @@ import json as jsonlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,10 @@ from tandem import env
 DISTRIBUTION = "tandem-rl"
 TORCH_RANGE = ((2, 11), (2, 14))  # at least, below
 DEMO_MEMORY_BYTES = 4e9  # peak of `make demo`
+EXTRAS = {  # those that something of today uses, and what; triton has a line of its own
+    "tasks": "reasoning-gym's tasks and the reward math_verify",
+    "dev": "make test and make check",
+}
 CACHE_BYTES = 1e9  # compiled kernels and converted tokenisers stay far below
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")
@@ -109,7 +114,7 @@ def check_python() -> Iterator[Finding]:
 
 def check_torch() -> Iterator[Finding]:
     wanted = f">={'.'.join(map(str, TORCH_RANGE[0]))},<{'.'.join(map(str, TORCH_RANGE[1]))}"
-    install = "pip install -c constraints.txt torch==2.13.0"
+    install = "pip install torch==2.13.0"
     version = _version("torch")
     if version is None:
         yield Finding("torch", "missing", f"not installed; {wanted} is needed", install)
@@ -138,7 +143,7 @@ def _check_gpu() -> Iterator[Finding]:
             properties = torch.cuda.get_device_properties(index)
             yield Finding(f"GPU {index}", "ok", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB")
     needed = torch.cuda.is_available()
-    advice = f"pip install '{DISTRIBUTION}[gpu]'" if needed and triton is None else ""
+    advice = "pip install triton" if needed and triton is None else ""
     yield Finding("triton", "ok" if triton else "slow" if needed else "absent", triton or "not installed", advice)
 
 
@@ -146,7 +151,7 @@ def check_machine() -> Iterator[Finding]:
     yield Finding("cores", "ok", f"{env.num_cores()} of {os.cpu_count()} usable, {env.num_threads()} threads")
     total, available = env.memory_bytes()
     short = available < DEMO_MEMORY_BYTES
-    advice = "the demo takes up to 4 GB: free some, or lower engine.kv_memory_bytes" if short else ""
+    advice = "the demo takes up to 4 GB: free some; tandem train RECIPE --plan says what a run takes" if short else ""
     yield Finding("memory", "slow" if short else "ok", f"{available / 1e9:.1f} of {total / 1e9:.1f} GB free", advice)
     model, flags = processor()
     present = [name for name in INSTRUCTIONS if name in flags]
@@ -241,15 +246,18 @@ def requirements() -> dict[str, list[str]]:
 
 def check_packages() -> Iterator[Finding]:
     for extra, lines in requirements().items():
-        packages = [re.split(r"[<>=!~\[ ]", line)[0] for line in lines]
-        lacking = [package for package in packages if _version(package) is None]
-        present = ", ".join(f"{package} {_version(package)}" for package in packages if package not in lacking)
+        if extra and extra not in EXTRAS:
+            continue
+        named = {re.split(r"[<>=!~\[ ]", line)[0]: line for line in lines}
+        lacking = [package for package in named if _version(package) is None]
+        present = ", ".join(f"{package} {_version(package)}" for package in named if package not in lacking)
         name = f"packages [{extra}]" if extra else "packages"
         if not lacking:
             yield Finding(name, "ok", present)
             continue
-        install = f"pip install -c constraints.txt '{DISTRIBUTION}[{extra}]'" if extra else "pip install -e ."
-        found = f"without {', '.join(lacking)}" + (f"; has {present}" if present else "")
+        install = shlex.join(["pip", "install", *(named[package] for package in lacking)])  # outside a checkout too
+        use = f", for {EXTRAS[extra]}" if extra else ""
+        found = f"without {', '.join(lacking)}{use}" + (f"; has {present}" if present else "")
         yield Finding(name, "absent" if extra else "missing", found, install)
 
 

@@ -33,19 +33,22 @@ def evaluate(
     """Measure greedy accuracy on held-out prompts, with a 95 % confidence interval."""
     from tandem.cli.recipes import parse_settings
     from tandem.config import override
+    from tandem.errors import ConfigError
 
     config = override(_with_task(_read(target), task, path), parse_settings(settings or []))
 
-    from tandem.report.live import held_out
+    from tandem.report.live import failed, held_out
     from tandem.run.local import evaluate_model
 
+    if not config.evaluation.prompts:
+        raise ConfigError("evaluation.prompts is 0: nothing would be asked. Set evaluation.prompts to 1 or more.")
     result = asdict(evaluate_model(config))
     if json:
         print(jsonlib.dumps({"target": target, "model": config.model.source, "task": config.task.label, **result}))
     else:
-        failed = f", {result['failed']} could not be graded" if result["failed"] else ""
-        print(f"{config.model.source} on {config.task.label}: {held_out(result)}{failed}")
-    return 0
+        shown = ", ".join(filter(None, (held_out(result), failed(result))))
+        print(f"{config.model.source} on {config.task.label}: {shown}")
+    return 0 if result["prompts"] else 1
 
 
 def _read(target: str) -> RunConfig:

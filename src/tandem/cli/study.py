@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import tandem
+from tandem.env import MOST_THREADS
 
 if TYPE_CHECKING:
     from tandem.run.study import Planned, Study
@@ -20,7 +21,7 @@ FOLDER = Path(tandem.__file__).parent / "studies"
 
 def study(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="A study's name or path/to/study.py; without it: the list.")
+        str | None, typer.Argument(metavar="NAME", help="A study's name or path/to/study.py; without it: the list.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs; by default runs/study-NAME.")] = None,
     arm: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Run this arm only; may be repeated.")] = None,
@@ -28,7 +29,9 @@ def study(
         int | None, typer.Option(min=0, help="Run the first so many seeds; 0 runs nothing and draws the result anew.")
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of each run, in place of the study's.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads to compute with; by default all cores.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="Threads to compute with; by default all cores.")
+    ] = None,
     time: Annotated[
         bool, typer.Option("--time", help="Run nothing but a few steps of each arm, for its seconds a step.")
     ] = False,

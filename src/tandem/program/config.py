@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from tandem.errors import ConfigError, nearest
+from tandem.errors import ConfigError, TandemWarning, nearest
 
 REWARD_NAMES = ("score", "last_number", "exact", "math_verify")
 
@@ -61,6 +64,22 @@ class TaskConfig:
                 raise ConfigError(f"task.{name} is {value}. Allowed: 0 or more.")
         if not (math.isfinite(self.reward_deadline_s) and self.reward_deadline_s > 0):
             raise ConfigError(f"task.reward_deadline_s is {self.reward_deadline_s}. Allowed: seconds above 0.")
+
+    def base(self, changes: Mapping[str, Any]) -> TaskConfig:
+        """What settings are made on (see config.override): another task starts from the defaults, for prompts, rewards
+        and parameters of this one are none of its own.
+        """
+        environment = changes.get("environment", self.environment)
+        named = environment == "reasoning_gym" and changes.get("name", self.name) != self.name
+        if environment == self.environment and not named:
+            return self
+        fresh = TaskConfig()
+        own = {field.name for field in fields(self) if getattr(self, field.name) != getattr(fresh, field.name)}
+        if dropped := sorted(own - {"environment", "name", *changes}):
+            settings = ", ".join(f"task.{name}" for name in dropped)
+            text = f"another task than {self.label}: its {settings} are dropped. Set them where the new one needs them."
+            warnings.warn(text, TandemWarning, stacklevel=2)
+        return fresh
 
     @property
     def label(self) -> str:

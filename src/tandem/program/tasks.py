@@ -175,7 +175,7 @@ class ReasoningGym(Environment):
         try:
             from reasoning_gym.factory import DATASETS, create_dataset
         except ImportError as error:
-            raise TaskError(f"the task needs reasoning-gym ({error}): pip install 'tandem-rl[tasks]'") from error
+            raise TaskError(f"the task needs reasoning-gym ({error}): pip install reasoning-gym") from error
         import reasoning_gym  # noqa: F401 - fills DATASETS
 
         name, parameters = self.config.name, dict(self.config.parameters)

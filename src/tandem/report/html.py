@@ -101,7 +101,9 @@ def tiles(summary: Mapping[str, Any], planned_bytes: int | None) -> list[tuple[s
         latest = after or before
         interval = "" if latest.get("low") is None else f"95 %: {100 * latest['low']:.1f} to {100 * latest['high']:.1f}"
         was = f"; before: {held_out(before)}" if after else "; not evaluated again"
-        shown.append(("Held-out accuracy", units.percent(latest["accuracy"], 1), f"{interval}{was}"))
+        accuracy = None if latest.get("prompts") == 0 else latest["accuracy"]
+        mean = f"; mean reward {units.decimal(latest.get('reward'))}"
+        shown.append(("Held-out accuracy", units.percent(accuracy, 1), f"{interval}{mean}{was}"))
     shown += [
         ("Steps", units.count(summary["steps"]), f"in {units.duration(summary['wall_s'])}"),
         ("Sampled tokens", units.count(summary["tokens"]), f"{rate} a second of rollout"),

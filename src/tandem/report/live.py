@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tandem.report.metrics import evaluations, seconds_by_phase, series, step_s, time_left_s, training
-from tandem.report.units import count, decimal, duration, gigabytes, percent
+from tandem.report.units import BLANK, count, decimal, duration, gigabytes, percent
 
 Row = Mapping[str, Any]
 
@@ -59,11 +59,11 @@ def step_line(row: Row, total_steps: int, left_s: float | None) -> str:
     if row.get("preemptions"):
         parts.append(f"preempted {count(row['preemptions'])} ({count(row.get('recomputed_tokens'))} tokens again)")
     if row.get("failed"):
-        parts.append(f"failed {row['failed']}")
+        parts.append(failed(row))
     if alarms := row.get("alarms"):
         parts.append("alarms: " + ", ".join(alarm.split(maxsplit=1)[0] for alarm in alarms))
     if evaluation := row.get("evaluation"):
-        parts.append("held-out " + held_out(evaluation))
+        parts.append("held-out " + ", ".join(filter(None, (held_out(evaluation), failed(evaluation)))))
     if seconds := step_s(row):
         shares = [f"{phase} {percent(value / seconds)}" for phase, value in seconds_by_phase([row]).items()]
         parts.append(f"{duration(seconds)} ({', '.join(s for s in shares if not s.endswith(' 0 %'))})")
@@ -82,14 +82,40 @@ def divergence(kl: float | None) -> str:
 
 
 def held_out(evaluation: Row) -> str:
+    """Accuracy, interval and mean reward: where rewards are between 0 and 1, the accuracy says little.
+
+    >>> held_out({"accuracy": 0.62, "low": 0.55, "high": 0.685, "prompts": 200, "reward": 0.71})
+    '62.0 % [55.0, 68.5] of 200, reward 0.710'
     """
-    >>> held_out({"accuracy": 0.62, "low": 0.55, "high": 0.685, "prompts": 200})
-    '62.0 % [55.0, 68.5] of 200'
-    """
+    if evaluation.get("prompts") == 0:
+        return "none could be graded"
     text = percent(evaluation["accuracy"], 1)
     if evaluation.get("low") is not None:
         text += f" [{100 * evaluation['low']:.1f}, {100 * evaluation['high']:.1f}]"
-    return f"{text} of {evaluation['prompts']}" if evaluation.get("prompts") else text
+    text += f" of {evaluation['prompts']}" if evaluation.get("prompts") else ""
+    return text + (f", reward {decimal(evaluation['reward'])}" if evaluation.get("reward") is not None else "")
+
+
+def failed(row: Row) -> str:
+    """How many trajectories of a step or an evaluation failed, and why most of them did; empty where none did.
+
+    >>> failed({"failed": 3, "failures": ["2 x reward: ValueError: no", "1 x deadline: late"]})
+    'failed 3 (2 x reward: ValueError: no, ...)'
+    """
+    if not row.get("failed"):
+        return ""
+    reasons = row.get("failures") or ()
+    why = f" ({reasons[0]}{', ...' if len(reasons) > 1 else ''})" if reasons else ""
+    return f"failed {count(row['failed'])}{why}"
+
+
+def _scored(evaluation: Row) -> str:
+    """Accuracy and mean reward, for a column."""
+    return (
+        BLANK
+        if evaluation.get("prompts") == 0
+        else f"{percent(evaluation['accuracy'], 1)}, {decimal(evaluation.get('reward'), 2)}"
+    )
 
 
 class LiveTable:
@@ -137,7 +163,8 @@ class LiveTable:
     def update(self, row: Row) -> None:
         """Show a step's row (see metrics.jsonl)."""
         self._rows.append(row)
-        self._note = ""
+        lost = {"step": row, "evaluation": row.get("evaluation") or {}}
+        self._note = "; ".join(f"{name} {row['step']}: {failed(of)}" for name, of in lost.items() if failed(of))
         if self._live:
             self._live.refresh()
         elif self._as_json:
@@ -192,7 +219,7 @@ class LiveTable:
                 "equal groups": percent(row.get("zero_variance")),
                 "failed": count(row.get("failed")),
                 "gradient": decimal(row.get("grad_norm"), 2),
-                "held-out": percent(row["evaluation"]["accuracy"], 1) if row.get("evaluation") else "",
+                "held-out": _scored(row["evaluation"]) if row.get("evaluation") else "",
             }
             table.add_row(*(cells[name] for name in columns), style="red" if row.get("failed") else "")
         return table

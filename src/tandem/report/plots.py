@@ -125,9 +125,10 @@ def reward_figure(rows: Sequence[Row]) -> Figure:
             steps, rewards, color=BLUE, linewidth=1.0, alpha=0.5, marker="o", markersize=2.2, label="reward, each step"
         )
         axes.plot(steps, smoothed(rewards), color=BLUE, label=f"mean of {_SMOOTHING} steps")
-    held_out = evaluations(rows)
+    held_out = [entry for entry in evaluations(rows) if entry.get("prompts") != 0]
     if held_out:
         at = [entry["step"] for entry in held_out]
+        means = [entry.get("reward", entry["accuracy"]) for entry in held_out]
         accuracy = [entry["accuracy"] for entry in held_out]
         low = [entry.get("low", entry["accuracy"]) for entry in held_out]
         high = [entry.get("high", entry["accuracy"]) for entry in held_out]
@@ -140,6 +141,8 @@ def reward_figure(rows: Sequence[Row]) -> Figure:
             at, accuracy, yerr=errors, color=VERMILLION, marker="D", markersize=4.5, linewidth=1.4, linestyle="--",
             elinewidth=1.4, capsize=3, label="held-out accuracy, 95 %",
         )  # fmt: skip
+        if means != accuracy:  # rewards are more than right or wrong
+            axes.plot(at, means, color=VERMILLION, marker="s", markersize=4.0, linestyle=":", label="held-out reward")
     values = rewards + [entry["accuracy"] for entry in held_out]
     if values and 0.0 <= min(values) and max(values) <= 1.0:
         axes.set_ylim(0.0, 1.0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from tandem.errors import ConfigError
@@ -33,10 +32,10 @@ class RolloutConfig:
             value = getattr(self, name)
             if value < 1:
                 raise ConfigError(f"rollout.{name} is {value}. Allowed: 1 or more.")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ConfigError(f"rollout.temperature is {self.temperature}. Allowed: 0 (greedy) or more.")
-        if self.top_k < 0:
-            raise ConfigError(f"rollout.top_k is {self.top_k}. Allowed: 0 (all tokens) or more.")
+        if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:  # logits are divided in fp32
+            raise ConfigError(f"rollout.temperature is {self.temperature}. Allowed: 0 (greedy), or 1e-6 to 1e6.")
+        if not 0 <= self.top_k < 2**31:
+            raise ConfigError(f"rollout.top_k is {self.top_k}. Allowed: 0 (all tokens), or up to 2^31 - 1.")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"rollout.top_p is {self.top_p}. Allowed: above 0, at most 1 (all tokens).")
         if not 0 <= self.min_p < 1:

@@ -32,6 +32,7 @@ class Evaluation:
     failed: int  # not graded, and not in the accuracy
     reward: float | None  # mean over the graded
     length: float | None  # mean sampled tokens
+    failures: tuple[str, ...] = ()  # "3 x where: reason", most frequent first
 
 
 def evaluate(
@@ -54,7 +55,8 @@ def evaluate(
     right = sum(t.reward >= 1 for group in groups for t in group.trajectories if t.failure is None)
     low, high = wilson_interval(right, graded)
     accuracy = right / graded if graded else 0.0
-    return Evaluation(accuracy, low, high, graded, summary.failed, summary.reward, summary.length), groups
+    means = (summary.reward, summary.length)
+    return Evaluation(accuracy, low, high, graded, summary.failed, *means, summary.reasons), groups
 
 
 def wilson_interval(right: int, trials: int, z: float = Z_95) -> tuple[float, float]:

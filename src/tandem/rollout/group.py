@@ -29,6 +29,11 @@ class RolloutSummary:
     zero_variance: float | None  # share of the groups with a graded trajectory whose rewards are all equal
     failures: tuple[tuple[str, int], ...]  # ("where: reason", count), most frequent first
 
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Failures as rows and people have them: "3 x where: reason"."""
+        return tuple(f"{count} x {reason}" for reason, count in self.failures)
+
 
 def summarise(groups: Sequence[Group]) -> RolloutSummary:
     """Figures of `groups`; failed trajectories count as failed, never as a reward of zero."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,7 +18,7 @@ from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.program.task import Task, make_environment
 from tandem.rollout.evaluate import Evaluation, evaluate
-from tandem.rollout.group import summarise
+from tandem.rollout.group import RolloutSummary, summarise
 from tandem.rollout.rollout import Rollouts
 from tandem.run.clock import started
 from tandem.run.config import RunConfig, check_training
@@ -68,6 +69,8 @@ class Session:
         self.trace = Trace([self.totals])
         self.ledger = Ledger()
         self.alarmed: set[str] = set()  # metrics whose alarm has been shown
+        self.graded = 0  # trajectories of this sitting
+        self.reasons: Counter[str] = Counter()  # of those that were not
         self.elapsed_s = 0.0  # of earlier sittings
         self.started_s = self.row_started_s = time.perf_counter()
         updates = config.steps * config.algo.updates_per_step
@@ -148,7 +151,10 @@ class Session:
         self, step: int, groups: Sequence[Group], batch: Selection, report: LearnerReport | None, version: WeightVersion
     ) -> None:
         """Evaluate where it is due, write and show the step's row, save where it is due. The end saves in any case."""
-        row: dict[str, Any] = {"step": step, **_figures(groups, report), "weights": version.digest}
+        summary = summarise(groups)
+        self.graded += summary.trajectories - summary.failed
+        self.reasons.update(dict(summary.failures))
+        row: dict[str, Any] = {"step": step, **_figures(summary, report), "weights": version.digest}
         cost = self.price.update(groups)
         if self.config.algo.price.budget is not None:
             row |= {"cost": cost, "price": self.price.price}
@@ -233,14 +239,13 @@ class Session:
         self.folder.write_ledger(self.ledger.close({"main": wall_s + discarded}))
 
 
-def _figures(groups: Sequence[Group], report: LearnerReport | None) -> dict[str, Any]:
-    summary = summarise(groups)
+def _figures(summary: RolloutSummary, report: LearnerReport | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "reward": summary.reward,
         "reward_std": summary.reward_std,
         "trajectories": summary.trajectories,
         "failed": summary.failed,
-        "failures": [f"{count} x {reason}" for reason, count in summary.failures],
+        "failures": list(summary.reasons),
         "length": summary.length,
         "length_max": summary.length_max,
         "truncated": summary.truncated,
@@ -294,7 +299,13 @@ def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display
             raise
         session.save_newest(parts.exact_engine.version)
         session.finish()
-    return EXIT_INTERRUPTED if session.stopping.requested and last < config.steps else 0
+        if session.stopping.requested and last < config.steps:
+            return EXIT_INTERRUPTED
+        if session.reasons and not session.graded:
+            reasons = "; ".join(f"{count} x {reason}" for reason, count in session.reasons.most_common(3))
+            display.note(f"no trajectory could be graded, so nothing was learned: {reasons}")
+            return 1
+    return 0
 
 
 def evaluate_model(config: RunConfig) -> Evaluation:

@@ -68,7 +68,13 @@ def plan_parts(
 ) -> Plan:
     """The memory that `build_parts` takes, and where `run` is given its training too. Reads no weight."""
     host_bytes, device_bytes = env.memory_bytes()[1], 0
-    if model.device == "cuda" and torch.cuda.is_available():
+    if model.device == "cuda":
+        if not torch.cuda.is_available():
+            built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built for the CPU alone"
+            raise ConfigError(
+                f"model.device is cuda, but torch {torch.__version__} sees no CUDA device here: it {built}. Set "
+                "model.device=cpu, or run it where `tandem doctor` names a GPU."
+            )
         device_bytes = torch.cuda.mem_get_info()[0]
     coded_bytes = 0 if learns else checkpoint.coded_bytes
     prompt_tokens = 1

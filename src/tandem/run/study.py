@@ -22,7 +22,15 @@ from typing import Any
 
 from tandem import env
 from tandem.config import diff, dump, load, override
-from tandem.errors import AlarmError, ConfigError, NonFiniteError, ParityError, RunFolderError, nearest
+from tandem.errors import (
+    AlarmError,
+    ConfigError,
+    EnvironmentFailure,
+    NonFiniteError,
+    ParityError,
+    RunFolderError,
+    nearest,
+)
 from tandem.run.config import RunConfig, check_training
 from tandem.run.lock import FolderLock
 
@@ -200,6 +208,7 @@ def _run_one(one: Planned, place: str, say: Say) -> bool:
         )
     except FAILURES as error:
         code, reason = 0, f"{type(error).__name__}: {error}".replace(str(one.folder), "RUN")
+    _check_graded(code, place)
     if code:
         return False
     steps = sum(1 for _ in _trained_rows(one.folder))
@@ -219,6 +228,11 @@ def _run_one(one: Planned, place: str, say: Say) -> bool:
     mean = [reward for reward in rewards if reward is not None]
     say(f"{place}: {ended}" + (f", reward {statistics.fmean(mean):.3f} over the last {len(mean)}" if mean else ""))
     return True
+
+
+def _check_graded(code: int, place: str) -> None:
+    if code == 1:  # its note has the reasons
+        raise EnvironmentFailure(f"{place}: no trajectory could be graded, so there is nothing to compare.")
 
 
 def _set_aside_another(one: Planned, say: Say) -> None:
@@ -293,6 +307,7 @@ def measure_quiet(planned: Sequence[Planned], out: Path, say: Say) -> bool:
                 except FAILURES as error:
                     say(f"{name}: not timed, {type(error).__name__}: {error}")
                     continue
+            _check_graded(code, name)
             if code:
                 return False
             seconds[name] += [working_s(row) for row in display.rows if "reward" in row][1:]
