@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,12 @@ def _by_path(path: str) -> Iterator[str]:
 def any_path(request: pytest.FixtureRequest) -> Iterator[str]:
     """Kernels for this processor, kernels of plain loops, and no compiler at all."""
     yield from _by_path(request.param)
+
+
+@pytest.fixture
+def by_reference() -> Callable[[], AbstractContextManager[str]]:
+    """To compute the same without a compiler, within another path."""
+    return lambda: contextmanager(_by_path)("reference")
 
 
 @pytest.fixture

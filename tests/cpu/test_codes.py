@@ -181,6 +181,21 @@ def test_a_file_generates_the_same_from_codes(smollm2, parity):
 
 
 @needs_smollm2
+def test_a_prompt_in_chunks_is_a_prompt_at_once(smollm2, parity):
+    """A chunk that draws no token crashes on codes, or leaves other keys and values than the whole prompt does."""
+    for decoder in smollm2[1:]:
+        asked = [
+            Request(f"{length}", "p", tuple(range(100, 100 + length)), Sampling(max_new_tokens=4), seed=length)
+            for length in (150, 64, 65)
+        ]
+        limits = {"page_tokens": 16, "share_prefixes": False}
+        whole, chunked = (parity.engine(decoder, batch_tokens=tokens, **limits) for tokens in (300, 32))
+        for wanted, got in zip(whole.generate(asked), chunked.generate(asked), strict=True):
+            parity.same(got, wanted, "in chunks")
+        assert whole.stats.batches == 4 and chunked.stats.batches > 8
+
+
+@needs_smollm2
 def test_a_matrix_of_two_formats_is_not_held(smollm2, monkeypatch):
     """q and k kept as codes while v, of another format, is left out or read with their scales."""
     checkpoint, plain, _ = smollm2

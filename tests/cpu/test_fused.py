@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
+from tandem.engine.batch import Work
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
+from tandem.engine.rows import StepRows
 from tandem.engine.runner import DecoderRunner
 from tandem.kernels.forward import KINDS
+from tandem.kernels.sample import SamplingBatch
 from tandem.models.decoder import Decoder
 from tandem.models.fused import FusedForward
 from tandem.models.spec import LayerAttention
 from tandem.models.view import PagedView
-from tandem.numerics.quantise import quantise
+from tandem.numerics.quantise import Quantised, dequantise, quantise
 from tandem.types import Reach, Request, Sampling
 
 
@@ -116,3 +124,135 @@ def test_takes_time_by_operation(make_decoder: Callable[..., Decoder]) -> None:
     fused = engine.runner.forward.__closure__
     seconds = next(cell.cell_contents for cell in fused if isinstance(cell.cell_contents, FusedForward)).seconds
     assert seconds is not None and bool((seconds > 0).all())
+
+
+# Bits, fp16 scales as files have them, minima; None: the values themselves.
+FORMATS = {
+    "values": None,
+    "int4": (4, False, False),
+    "int8": (8, False, False),
+    "Q4_0": (4, True, False),
+    "Q4_1": (4, True, True),
+    "Q8_0": (8, True, False),
+}
+SHAPES = st.fixed_dictionaries(
+    {
+        "width": st.sampled_from([8, 16, 33, 40, 66, 72]),
+        "ff_width": st.sampled_from([8, 35, 64, 70, 128]),
+        "layers": st.integers(1, 2),
+        "qk_norm": st.booleans(),
+        "attention_bias": st.booleans(),
+        "tied_embeddings": st.booleans(),
+        "vocab_size": st.sampled_from([97, 300]),
+    }
+)
+HEADS = st.sampled_from([(4, 2, 16), (3, 3, 8), (2, 1, 32), (1, 1, 2)])
+
+
+def in_format(matrix_NK: Tensor, name: str, group: int) -> Quantised | None:
+    """Codes whose values are near the matrix."""
+    if FORMATS[name] is None:
+        return None
+    bits, half, minima = FORMATS[name]
+    own = quantise(matrix_NK, bits, group)
+    scales_NG = own.scales_NG.half() if half else own.scales_NG
+    return Quantised(own.codes_NK + 8 * minima, scales_NG, bits, group, -8 * scales_NG if minima else None)
+
+
+def hold_formats(held: Decoder, plain: Decoder, formats: list[str], group: int) -> None:
+    """Each matrix of `held` in one of the formats where it has one, and their values in `plain`."""
+    names = [name for name, weight in held.weights() if weight.packed is not None]
+    weights, values = dict(held.weights()), dict(plain.weights())
+    for index, name in enumerate(names):
+        codes = in_format(weights[name].value, formats[index % len(formats)], group)
+        if codes is not None:
+            for weight in (weights[name], values[name]):
+                weight.value.copy_(dequantise(codes, weight.value.dtype))
+                weight.repack()
+            fits = codes.codes_NK.shape[1] % 8 == 0 and held.dtype == torch.bfloat16
+            assert weights[name].hold(codes, rows=name == "embed") == fits
+
+
+def step(runner: DecoderRunner, works: list[Work], rows_N: Tensor, one_at_a_time: bool = False) -> Tensor:
+    with torch.inference_mode():
+        view = runner._view(StepRows.of(works, runner.page_tokens))
+        tokens_T = torch.tensor([token for work in works for token in work.tokens])
+        forward = runner.decoder.forward if one_at_a_time else runner.forward
+        return forward(tokens_T, view, rows_N)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, what its matrices, keys and values are kept as, prompts, and how they are cut."""
+
+    shape: dict[str, Any]
+    heads: tuple[int, int, int]  # of queries, of keys, size
+    dtype: str
+    formats: list[str]  # of the matrices in turn
+    group: int
+    kept: tuple[str, int, int]  # kv_dtype, kv_window, kv_sinks
+    lengths: list[int]
+    chunks: list[int]  # tokens of a work, in turn
+    asked: list[str]  # rows of a step, in turn
+
+
+CASES_DRAWN = st.builds(
+    Case,
+    shape=SHAPES,
+    heads=HEADS,
+    dtype=st.sampled_from(["bfloat16", "bfloat16", "float32"]),
+    formats=st.lists(st.sampled_from(list(FORMATS)), min_size=1, max_size=4),
+    group=st.sampled_from([8, 32]),
+    kept=st.sampled_from([("same", 0, 0), ("int8", 0, 0), ("float8_e4m3", 0, 0), ("same", 5, 2), ("int8", 5, 0)]),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
+    chunks=st.lists(st.sampled_from([1, 2, 5, 7, 16, 40]), min_size=1, max_size=4),
+    asked=st.lists(st.sampled_from(["none", "none", "last", "odd", "all"]), min_size=1, max_size=4),
+)
+
+
+@settings(max_examples=150)
+@given(case=CASES_DRAWN, threads=st.integers(1, 3))
+def test_any_chunk_of_any_format_asked_for_any_rows(make_decoder, parity, kernel_path, case, threads) -> None:
+    """A chunk that draws nothing reads rows that are not there; a format, an odd width or narrow pages whose bits hang
+    on how a prompt was cut."""
+    lengths, (kv_dtype, window, sinks) = case.lengths, case.kept
+    sizes = dict(zip(("heads", "kv_heads", "head_size"), case.heads, strict=True))
+    held, plain = (make_decoder(case.dtype, **case.shape, **sizes) for _ in range(2))
+    hold_formats(held, plain, case.formats, case.group)
+    config = EngineConfig(page_tokens=4, kv_dtype=kv_dtype, kv_window=window, kv_sinks=sinks)
+    pages = 10 * len(lengths)
+    runner, reference = (DecoderRunner(decoder, pages, 4, config) for decoder in (held, plain))
+    tables = [
+        tuple(array("i", range(i, pages, len(lengths))) for _ in runner.layout.groups) for i in range(len(lengths))
+    ]
+    contexts = [[(7 * i + 5 * j) % 97 for j in range(length)] for i, length in enumerate(lengths)]
+    request = Request("", "", (), Sampling(), 0)
+    whole = [Work(i, 0, context, tables[i], True, request) for i, context in enumerate(contexts)]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    wanted_TM = step(reference, whole, torch.arange(int(starts[-1])), one_at_a_time=True)
+    done, turn = [0] * len(lengths), 0
+    with parity.threads(threads):
+        while done != lengths:
+            works, places = [], []
+            for i, context in enumerate(contexts):
+                begin, end = done[i], min(done[i] + case.chunks[(turn + i) % len(case.chunks)], lengths[i])
+                if begin < end:
+                    works.append(Work(i, begin, context[begin:end], tables[i], False, request))
+                    places += range(int(starts[i]) + begin, int(starts[i]) + end)
+                done[i] = end
+            rows = range(len(places))
+            choices = {"none": rows[:0], "last": rows[-1:], "odd": rows[1::2], "all": rows}
+            chosen = choices[case.asked[turn % len(case.asked)]]
+            turn += 1
+            hidden_NM = step(runner, works, torch.tensor(chosen, dtype=torch.int64))
+            parity.same_rows(hidden_NM, wanted_TM[[places[row] for row in chosen]], f"chunk {turn}")
+            sampling = SamplingBatch.stack([request.sampling] * len(chosen), chosen, chosen)
+            drawn = [one.drawn(hidden_NM, sampling) for one in (runner, reference)]
+            assert drawn[0] == drawn[1]
+    slots_N = [
+        torch.tensor(table[0])[torch.arange(length) // 4] * 4 + torch.arange(length) % 4
+        for table, length in zip(tables, lengths, strict=True)
+    ]
+    for own, other in zip(runner.pools, reference.pools, strict=True):
+        for got, wanted in zip(own.rows(torch.cat(slots_N)), other.rows(torch.cat(slots_N)), strict=True):
+            parity.same_rows(got, wanted, "keys or values")

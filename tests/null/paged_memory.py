@@ -56,6 +56,7 @@ class PagedMemory:
     prompt_tokens_run: int = 0
     copied: int = 0  # pages
     most_pages: int = 0  # that a work's tables named
+    vocab_size: int = 1 << 16  # prompts may hold what is never drawn
 
     def slot(self, work: Work, group: int, position: int) -> int:
         page_tokens = self.config.page_tokens

@@ -353,3 +353,47 @@ def test_idle_engine_finds_a_leaked_page() -> None:
     engine.scheduler.pool.take()
     with pytest.raises(AssertionError):
         engine.generate(group("a", [1], 1, 1))
+
+
+@given(
+    vocab=st.integers(1, 1000),
+    tokens=st.lists(st.integers(-(2**70), 2**70) | st.integers(-3, 1003), min_size=1, max_size=9),
+    stops=st.lists(st.integers(-3, 1003), max_size=3),
+)
+def test_ids_outside_the_vocabulary_are_refused(vocab, tokens, stops) -> None:
+    """An id that the embedding has no row for is queued and read from what lies beyond it, or its place is misnamed."""
+    engine, runner = make()
+    runner.vocab_size = vocab
+    request = Request("r", "r", tuple(tokens), Sampling(max_new_tokens=1, stop_token_ids=tuple(stops)), 0)
+    named = [("token", tokens), ("stop_token_ids", stops)]
+    wrong = [(what, i, t, len(ids)) for what, ids in named for i, t in enumerate(ids) if t not in range(vocab)]
+    if not wrong:
+        engine.submit(request)
+        return
+    what, place, token, count = wrong[0]
+    said = f"request 'r': {what} {token}, in place {place} of {count}, is outside the vocabulary of this model."
+    with pytest.raises(ConfigError) as refused:
+        engine.generate([request])
+    assert str(refused.value).startswith(f"{said} Allowed: 0 to {vocab - 1}.") and not engine.has_work
+
+
+@pytest.mark.parametrize(
+    ("seed", "filters", "said"),
+    [
+        (2**64, {}, "seed is 18446744073709551616. Allowed: 0 to"),
+        (-1, {}, "seed is -1"),
+        (0, {"top_k": 2**31}, "top_k is 2147483648. Allowed: 0"),
+        (0, {"top_k": -1}, "top_k is -1"),
+        (0, {"top_p": 1.5}, "top_p is 1.5"),
+        (0, {"min_p": -0.1}, "min_p is -0.1"),
+        (0, {"temperature": -1.0}, "temperature is -1.0"),
+        (0, {"temperature": float("nan")}, "temperature is nan"),
+        (0, {"temperature": 1e300}, r"temperature is 1e\+300"),
+    ],
+)
+def test_numbers_that_the_sampler_does_not_have_are_refused(seed, filters, said) -> None:
+    """A seed beyond 64 bits, or a filter out of its range, ends all that runs in a traceback at its first draw."""
+    engine, _ = make()
+    with pytest.raises(ConfigError, match=f"request 'r': {said}"):
+        engine.submit(Request("r", "r", (1,), Sampling(**filters), seed))
+    engine.submit(Request("r", "r", (1,), Sampling(top_k=2**31 - 1, top_p=0.0, min_p=1.0), 2**64 - 1))

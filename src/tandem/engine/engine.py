@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+from tandem.engine.admit import check_request
 from tandem.engine.batch import INITIAL, Batch, Sampled, Stats
 from tandem.engine.batch import Sequence as LiveSequence
 from tandem.engine.config import EngineConfig
@@ -34,6 +35,11 @@ class Runner(Protocol):
     @property
     def layout(self) -> KvLayout:
         """The groups of layers that pages are of."""
+        ...
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that its model has, from 0 on."""
         ...
 
     def run(self, batch: Batch) -> Sampled: ...
@@ -108,7 +114,8 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queues a request; it runs in later steps.
 
-        ConfigError: empty prompt, max_new_tokens < 1, an id in use, stop strings that are empty or cannot be decoded.
+        ConfigError: empty prompt, max_new_tokens < 1, an id in use, stop strings that are empty or cannot be decoded,
+        a token or stop token outside the vocabulary, a seed or filter that the sampler does not have.
         CapacityError: it could not run even alone.
         """
         strings = request.sampling.stop_strings
@@ -116,6 +123,7 @@ class Engine:
             raise ConfigError(f"request {request.id!r} has stop strings, but this engine was given no decode function.")
         if "" in strings:
             raise ConfigError(f"request {request.id!r} has an empty stop string, which would stop it at once.")
+        check_request(request, self.runner.vocab_size)
         self.scheduler.submit(request, self.clock())
 
     def abort(self, request_id: str) -> Completion | None:

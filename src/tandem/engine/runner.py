@@ -112,6 +112,10 @@ class DecoderRunner:
             self.device_steps = DeviceSteps(self)
 
     @property
+    def vocab_size(self) -> int:
+        return self.decoder.spec.vocab_size
+
+    @property
     def start(self) -> Callable[[Batch], Callable[[], Sampled]] | None:
         """See `Runner`; None where the device is the host."""
         return self.device_steps.start if self.device_steps is not None else None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tandem.kernels.address import address
 from tandem.kernels.build import function, kernel
 from tandem.kernels.choice import backend
 
@@ -54,8 +55,9 @@ def adamw(master: Tensor, first: Tensor, second: Tensor, grad: Tensor, value: Te
         value.copy_(master)
         return
     constants = (hyper.lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay)
-    pointers = (t.data_ptr() for t in (master, first, second, grad, value))
-    run(*pointers, master.numel(), *constants, hyper.bias1, hyper.bias2, hyper.grad_scale)
+    state = (address(t, torch.float32, *value.shape) for t in (master, first, second, grad))
+    rounded = address(value, value.dtype, *value.shape)
+    run(*state, rounded, master.numel(), *constants, hyper.bias1, hyper.bias2, hyper.grad_scale)
 
 
 def grad_norm(grads: list[Tensor]) -> float:
@@ -70,6 +72,6 @@ def grad_norm(grads: list[Tensor]) -> float:
             total += float(grad.double().square().sum())
             continue
         out = torch.zeros(1, dtype=torch.float64)
-        run(grad.data_ptr(), grad.numel(), out.data_ptr())
+        run(address(grad, torch.float32, *grad.shape), grad.numel(), out.data_ptr())
         total += float(out)
     return math.sqrt(total) if total >= 0 else math.nan

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from tandem.kernels.address import address, rows_address
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
 from tandem.numerics.quantise import from_int8
@@ -42,6 +43,18 @@ class Paths:
     table_SP: torch.Tensor  # [S, P] page holding positions [p * page_tokens, (p + 1) * page_tokens)
     page_tokens: int
     component_start: torch.Tensor | None = None  # runs of segments that share slots; only the backward pass reads it
+
+    def __post_init__(self) -> None:
+        """AssertionError where the rows of a segment go beyond its table; beside the CPU."""
+        segments, blocks = self.table_SP.shape
+        starts_S, first_S = self.row_start_S, self.first_position_S
+        if starts_S.is_cpu:
+            address(starts_S, torch.int32, segments + 1), address(first_S, torch.int32, segments)
+            address(self.table_SP, torch.int32, segments, blocks)
+            starts, first = starts_S.numpy(), first_S.numpy()
+            count, room = starts[1:] - starts[:-1], blocks * self.page_tokens
+            fine = starts[0] == 0 and (count >= 0).all() and (first >= 0).all() and (first + count <= room).all()
+            assert fine, f"rows {starts.tolist()} at positions {first.tolist()} in tables of {room} positions"
 
     @property
     def num_rows(self) -> int:
@@ -112,18 +125,17 @@ def _args(
     lse_TH: torch.Tensor | None,
     sinks: int = 0,
 ) -> _Args:
-    _, heads, size = query_THD.shape
-    for tensor in (query_THD, key_CKD, value_CKD):
-        assert tensor.stride(2) == 1 and tensor.stride(1) == size, tensor.stride()
+    (rows, heads, size), (slots, kv_heads) = query_THD.shape, key_CKD.shape[:2]
+    assert rows == paths.num_rows and heads % kv_heads == 0, (query_THD.shape, paths.num_rows, key_CKD.shape)
+    stored = query_THD.dtype if paths.page_tokens == 1 else key_CKD.dtype
     return _Args(
-        query_THD.data_ptr(),
-        key_CKD.data_ptr(),
-        value_CKD.data_ptr(),
+        rows_address(query_THD, query_THD.dtype, rows, heads, size),
+        *(rows_address(x, stored, slots, kv_heads, size) for x in (key_CKD, value_CKD)),
         query_THD.stride(0),
         key_CKD.stride(0),
         value_CKD.stride(0),
-        out_THD.data_ptr(),
-        lse_TH.data_ptr() if lse_TH is not None else None,
+        address(out_THD, query_THD.dtype, rows, heads, size),
+        address(lse_TH, torch.float32, rows, heads),
         paths.row_start_S.data_ptr(),
         paths.first_position_S.data_ptr(),
         paths.table_SP.data_ptr(),
@@ -131,7 +143,7 @@ def _args(
         paths.page_tokens,
         paths.first_position_S.shape[0],
         heads,
-        key_CKD.shape[1],
+        kv_heads,
         size,
         reach.window or 0,
         reach.chunk or 0,
@@ -152,7 +164,7 @@ def attention_reference(
     """`attention`, one segment at a time, a full mask, in fp32 (fp64 for fp64 inputs); differentiable."""
     wide = query_THD.dtype if query_THD.dtype == torch.float64 else torch.float32
     group = query_THD.shape[1] // key_CKD.shape[1]
-    outs = []
+    outs = [query_THD[:0].to(wide)]
     leading = sinks if reach.window else 0
     for s in range(paths.first_position_S.shape[0]):
         start, stop = int(paths.row_start_S[s]), int(paths.row_start_S[s + 1])
@@ -199,7 +211,7 @@ def attention(
     run = kernel("attention", "attention", query_THD.dtype, "p")
     if run is None:
         return attention_reference(query_THD, key_CKD, value_CKD, paths, reach, sinks, scales)
-    assert paths.page_tokens == 1, "the C++ kernels read larger pages from a KvPool"
+    assert paths.page_tokens == 1 and scales is None, "the C++ kernels read larger pages, and codes, from a KvPool"
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
     args = _args(query_THD, key_CKD, value_CKD, paths, reach, out_THD, lse_TH, sinks)
     run(ctypes.addressof(args))
@@ -217,7 +229,7 @@ def paged_attention(
     if not pool.packed:
         return attention(query_THD, pool.keys, pool.values, paths, reach, sinks=sinks, scales=pool.scales)
     run = kernel("attention", f"attention{pool.suffix}", query_THD.dtype, "p")
-    assert run is not None
+    assert run is not None and query_THD.dtype == pool.dtype, (query_THD.dtype, pool.dtype)
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
     key_CKD, value_CKD = (x.view(-1, pool.kv_heads, pool.head_size) for x in (pool.keys, pool.values))  # for its shape
     args = _args(query_THD, key_CKD, value_CKD, paths, reach, out_THD, None, sinks)
@@ -244,23 +256,24 @@ def attention_backward(
         from tandem.kernels.gpu import attention_backward as gpu
 
         return gpu.attention_backward(dout_THD, out_THD, lse_TH, qkv, grads, paths, reach)
-    assert paths.page_tokens == 1 and paths.component_start is not None and dout_THD.is_contiguous()
+    component_start = paths.component_start
+    assert paths.page_tokens == 1 and component_start is not None and len(key_TKD) == len(query_THD), key_TKD.shape
     run = kernel("attention", "attention_backward", query_THD.dtype, "pp")
     assert run is not None
     args = _args(query_THD, key_TKD, value_TKD, paths, reach, out_THD, lse_TH)
     sums = torch.zeros(2, *key_TKD.shape)
     dquery, dkey, dvalue = grads
     grad_args = _Grads(
-        dout_THD.data_ptr(),
-        dquery.data_ptr(),
-        dkey.data_ptr(),
-        dvalue.data_ptr(),
+        address(dout_THD, query_THD.dtype, *query_THD.shape),
+        rows_address(dquery, query_THD.dtype, *query_THD.shape),
+        rows_address(dkey, query_THD.dtype, *key_TKD.shape),
+        rows_address(dvalue, query_THD.dtype, *key_TKD.shape),
         dquery.stride(0),
         dkey.stride(0),
         dvalue.stride(0),
         sums[0].data_ptr(),
         sums[1].data_ptr(),
-        paths.component_start.data_ptr(),
-        paths.component_start.shape[0] - 1,
+        address(component_start, torch.int32, len(component_start)),
+        len(component_start) - 1,
     )
     run(ctypes.addressof(args), ctypes.addressof(grad_args))

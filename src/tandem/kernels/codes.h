@@ -193,7 +193,7 @@ inline void dequantise_panel(const Codes& w, int64_t p, bf16* values, const uint
 // Whether the products of so many rows take values in registers: beyond LANE_ROWS a value would be made more than once.
 inline bool takes_few(const Codes& w, int64_t rows) {
 #ifdef TANDEM_FEW_ROWS
-    return w.normal && rows <= LANE_ROWS;
+    return w.normal && rows > 0 && rows <= LANE_ROWS;
 #else
     return (void)w, (void)rows, false;
 #endif

@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tandem.kernels.address import address, rows_address
 from tandem.kernels.build import function
 from tandem.kernels.large import large
 from tandem.numerics.quantise import Quantised
@@ -38,9 +39,11 @@ class Codes:
         self.packed = large(-(-rows // PANEL) * panel, dtype=torch.uint8)
         form = (rows, depth, quantised.group, quantised.bits, half, minimum, _is_normal(quantised))
         self.words = torch.tensor([self.packed.data_ptr(), *form], dtype=torch.int64)
-        source = [tensor.contiguous() for tensor in (codes_NK, scales_NG, minima_NG) if tensor is not None]
-        pointers = [tensor.data_ptr() for tensor in source] + [None] * (not minimum)
-        pack(self.words.data_ptr(), *pointers, self.packed.data_ptr())
+        codes_NK, scales_NG = codes_NK.contiguous(), scales_NG.contiguous()
+        minima_NG = None if minima_NG is None else minima_NG.contiguous()
+        codes, shape = address(codes_NK, torch.int8, rows, depth), (rows, -(-depth // quantised.group))
+        of_groups = [address(x, scales_NG.dtype, *shape) for x in (scales_NG, minima_NG)]
+        pack(self.words.data_ptr(), codes, *of_groups, self.packed.data_ptr())
 
     def values(self) -> Tensor:
         """What the products multiply by: [N, K] in bf16."""
@@ -79,11 +82,10 @@ def product(
     """x [T, K], bf16, times the transposed matrix: [T, N], bf16 or fp32. `bias_N` is fp32; x's rows may be strided."""
     name = "codes_bf16_fp32" if out_dtype == torch.float32 else "codes_bf16"
     run = function("codes", name, "pippppi")
-    assert run is not None and x_TK.stride(1) == 1 and x_TK.dtype == torch.bfloat16, (x_TK.dtype, x_TK.stride())
-    rows, depth = x_TK.shape
-    assert depth == codes.shape[1], (x_TK.shape, codes.shape)
-    out = torch.empty(rows, codes.shape[0], dtype=out_dtype or x_TK.dtype)
-    bias = bias_N.data_ptr() if bias_N is not None else None
-    residual = residual_TN.data_ptr() if residual_TN is not None else None
-    run(x_TK.data_ptr(), x_TK.stride(0), codes.words.data_ptr(), bias, residual, out.data_ptr(), rows)
+    assert run is not None and out_dtype in (None, torch.bfloat16, torch.float32), out_dtype
+    rows, (columns, depth) = len(x_TK), codes.shape
+    x = rows_address(x_TK, torch.bfloat16, rows, depth)
+    bias, residual = address(bias_N, torch.float32, columns), address(residual_TN, torch.bfloat16, rows, columns)
+    out = torch.empty(rows, columns, dtype=out_dtype or x_TK.dtype)
+    run(x, x_TK.stride(0), codes.words.data_ptr(), bias, residual, out.data_ptr(), rows)
     return out

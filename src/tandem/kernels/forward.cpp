@@ -100,6 +100,7 @@ public:
             const bool last = l + 1 == a_.num_layers;
             project(layer);
             rotate_store(layer);
+            if (last && a_.num_last == 0) return;  // a chunk from which nothing is drawn: its keys and values are in their pages
             if (last && a_.num_last < a_.rows) keep_last();
             attend(layer, l, last);
             feed_forward(layer, last ? nullptr : &a_.layers[l + 1]);

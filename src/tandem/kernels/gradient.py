@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from tandem.kernels import library
+from tandem.kernels.address import address, rows_address
 from tandem.kernels.build import kernel
 from tandem.kernels.weight import Weight
 
@@ -28,13 +29,10 @@ def accumulate(grad_NK: torch.Tensor, dy_TN: torch.Tensor, x_TK: torch.Tensor, b
     if run is None:
         accumulate_reference(grad_NK, dy_TN, x_TK)
         return
-    assert (
-        grad_NK.is_contiguous() and grad_NK.dtype == torch.float32 and grad_NK.shape == (dy_TN.shape[1], x_TK.shape[1])
-    )
-    assert dy_TN.stride(1) == x_TK.stride(1) == 1 and len(dy_TN) == len(x_TK), (dy_TN.stride(), x_TK.stride())
-    rows, columns = grad_NK.shape
-    given = (dy_TN.data_ptr(), dy_TN.stride(0), x_TK.data_ptr(), x_TK.stride(0))
-    run(*given, grad_NK.data_ptr(), len(x_TK), rows, columns)
+    count, (rows, columns), dtype = len(x_TK), grad_NK.shape, x_TK.dtype
+    dy, x = rows_address(dy_TN, dtype, count, rows), rows_address(x_TK, dtype, count, columns)
+    grad = address(grad_NK, torch.float32, rows, columns)
+    run(dy, dy_TN.stride(0), x, x_TK.stride(0), grad, count, rows, columns)
 
 
 def input_gradient_reference(dy_TN: torch.Tensor, value_NK: torch.Tensor) -> torch.Tensor:
@@ -54,9 +52,11 @@ def _input_gradient(dy_TN: torch.Tensor, value_NK: torch.Tensor) -> torch.Tensor
     run = kernel("gradient", "input_gradient", dy_TN.dtype, "pippiii")
     if run is None:
         return input_gradient_reference(dy_TN, value_NK)
-    if value_NK.shape[0] % 2:
+    (count, rows), columns, dtype = dy_TN.shape, value_NK.shape[1], dy_TN.dtype
+    value = address(value_NK, dtype, rows, columns)
+    if rows % 2:
         dy_TN = torch.nn.functional.pad(dy_TN, (0, 1))
-    assert dy_TN.stride(1) == 1 and value_NK.is_contiguous(), (dy_TN.stride(), value_NK.stride())
-    dx_TK = torch.empty(len(dy_TN), value_NK.shape[1], dtype=dy_TN.dtype)
-    run(dy_TN.data_ptr(), dy_TN.stride(0), value_NK.data_ptr(), dx_TK.data_ptr(), len(dy_TN), *value_NK.shape)
+    dx_TK = torch.empty(count, columns, dtype=dtype)
+    dy = rows_address(dy_TN, dtype, count, rows + rows % 2)
+    run(dy, dy_TN.stride(0), value, dx_TK.data_ptr(), count, rows, columns)
     return dx_TK

@@ -12,11 +12,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tandem.kernels.address import rows_address
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.linear import logits
 from tandem.kernels.sample import SamplingBatch, raise_if_bad, sample
-from tandem.kernels.weight import Weight
+from tandem.kernels.weight import Weight, matrix_addresses
 from tandem.numerics.random import Stream
 
 
@@ -31,15 +32,13 @@ def draw(hidden_SM: Tensor, weight: Weight, batch: SamplingBatch, stream: int = 
     ready = weight.packed is not None or weight.codes is not None
     if run is None or not ready or hidden_SM.shape[1] % 2 or batch.filters_S.any():
         return sample(logits(hidden_SM, weight), batch, stream)
-    assert hidden_SM.stride(1) == 1 and hidden_SM.shape[0] == len(batch), (hidden_SM.shape, len(batch))
-    (rows, depth), vocab = hidden_SM.shape, weight.value.shape[0]
+    rows, (vocab, depth) = len(batch), weight.value.shape
     tokens_S, logprobs_S = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
     bad = torch.empty(1, dtype=torch.int64)
     keys = (batch.temperature_S.ctypes.data, batch.seeds_S.ctypes.data, batch.positions_S.ctypes.data, int(stream))
     out = (tokens_S.data_ptr(), logprobs_S.data_ptr(), bad.data_ptr())
-    packed = weight.packed.data_ptr() if weight.packed is not None else None
-    codes = weight.codes.words.data_ptr() if weight.codes is not None else None
-    run(hidden_SM.data_ptr(), hidden_SM.stride(0), packed, codes, rows, vocab, depth, *keys, *out)
+    hidden = rows_address(hidden_SM, weight.value.dtype, rows, depth)
+    run(hidden, hidden_SM.stride(0), *matrix_addresses(weight), rows, vocab, depth, *keys, *out)
     if int(bad) >= 0:
         raise_if_bad(logits(hidden_SM, weight), int(bad))
     return tokens_S, logprobs_S

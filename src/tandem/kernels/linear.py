@@ -10,10 +10,11 @@ from __future__ import annotations
 import torch
 
 from tandem.kernels import codes, library
+from tandem.kernels.address import address, rows_address
 from tandem.kernels.build import function, kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.gradient import accumulate, input_gradient
-from tandem.kernels.weight import Weight
+from tandem.kernels.weight import Weight, packed_size
 
 _LINEAR = "pipppp" + "iii"
 
@@ -47,18 +48,19 @@ def product(
     if out_dtype == x_TK.dtype:
         run = kernel("linear", "linear", x_TK.dtype, _LINEAR)
     else:
+        assert (x_TK.dtype, out_dtype) == (torch.bfloat16, torch.float32), (x_TK.dtype, out_dtype)
         run = function("linear", "linear_bf16_fp32", _LINEAR)
-    assert run is not None and x_TK.stride(1) == 1, (x_TK.dtype, x_TK.stride())
+    assert run is not None, x_TK.dtype
     rows, depth = x_TK.shape
     if depth % 2 and x_TK.dtype == torch.bfloat16:
         x_TK, depth = torch.nn.functional.pad(x_TK, (0, 1)), depth + 1
     out = torch.empty(rows, columns, dtype=out_dtype)
     run(
-        x_TK.data_ptr(),
+        rows_address(x_TK, x_TK.dtype, rows, depth),
         x_TK.stride(0),
-        packed.data_ptr(),
-        bias_N.data_ptr() if bias_N is not None else None,
-        residual_TN.data_ptr() if residual_TN is not None else None,
+        address(packed, x_TK.dtype, packed_size(columns, depth)),
+        address(bias_N, torch.float32, columns),
+        address(residual_TN, x_TK.dtype, rows, columns),
         out.data_ptr(),
         rows,
         columns,
@@ -99,6 +101,7 @@ def _forward(x_TK: torch.Tensor, weight: Weight, bias: Weight | None, residual_T
 def _own_forward(
     x_TK: torch.Tensor, weight: Weight, bias: Weight | None, residual_TN: torch.Tensor | None
 ) -> torch.Tensor:
+    assert x_TK.shape[1] == weight.value.shape[1], (x_TK.shape, weight.value.shape)
     bias_N = bias.value.float() if bias is not None else None
     if weight.codes is not None:
         return codes.product(x_TK, weight.codes, bias_N, residual_TN)
@@ -126,6 +129,7 @@ def logits(x_TM: torch.Tensor, weight: Weight) -> torch.Tensor:
         from tandem.kernels.gpu import linear as gpu
 
         return gpu.logits(x_TM, weight)
+    assert x_TM.shape[1] == weight.value.shape[1], (x_TM.shape, weight.value.shape)
     if weight.codes is not None:
         return codes.product(x_TM, weight.codes, out_dtype=torch.float32)
     if weight.packed is None:

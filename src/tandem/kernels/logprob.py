@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tandem.kernels.address import address, check_range, rows_address
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.large import large
 from tandem.kernels.linear import linear_reference
 from tandem.kernels.sample import entropy, log_sum_exp
-from tandem.kernels.weight import Weight
+from tandem.kernels.weight import Weight, matrix_addresses, padded
 from tandem.types import kept_ids
 
 BLOCK = 256  # tokens, as in sample.h
@@ -56,6 +57,8 @@ class KeptSets:
         ids_E = np.frombuffer(b"".join(kept), dtype=np.uint32).astype(np.int32)
         rows_E = np.repeat(np.arange(len(kept), dtype=np.int32), sizes_N)
         targets = targets_N.cpu().numpy()
+        ascending_E = (np.diff(ids_E) > 0) | (np.diff(rows_E) > 0)
+        assert ascending_E.all(), f"the kept set of row {rows_E[:-1][~ascending_E][0]} is not in ascending order"
         lost_N = sizes_N > 0
         lost_N[rows_E[ids_E == targets[rows_E]]] = False
         lost = np.flatnonzero(lost_N)
@@ -147,16 +150,28 @@ def _score(
     assert run is not None
     if hidden_NM.shape[1] % 2 and hidden_NM.dtype == torch.bfloat16:
         hidden_NM = torch.nn.functional.pad(hidden_NM, (0, 1))
-    (rows, depth), vocab = hidden_NM.shape, weight.value.shape[0]
+    rows, (vocab, width), dtype = len(hidden_NM), weight.value.shape, weight.value.dtype
+    depth, blocks = padded(width, dtype), -(-vocab // BLOCK)
+    check_range(targets_N, vocab, "targets")
     scores = Scores(*(torch.empty(rows) for _ in Scores._fields))
-    maxima_CN = terms.maxima_CN if terms is not None else torch.empty(-(-vocab // BLOCK), rows)
-    matrix = weight.packed if weight.codes is None else weight.codes.words
-    ids = (None, None) if kept is None else (torch.tensor(kept.starts_N), kept.ids_E)
-    tensors = (torch.full((rows,), temperature), targets_N, *ids, terms and terms.terms_CNB, maxima_CN, *scores)
-    assert matrix is not None and targets_N.dtype == torch.int64 and targets_N.is_contiguous()
-    matrices = (matrix.data_ptr(), None) if weight.codes is None else (None, matrix.data_ptr())
-    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    run(hidden_NM.data_ptr(), hidden_NM.stride(0), *matrices, rows, vocab, depth, *pointers)
+    maxima_CN = terms.maxima_CN if terms is not None else torch.empty(blocks, rows)
+    temperature_N = torch.full((rows,), temperature)
+    starts_N, ids_E = (None, None) if kept is None else (torch.tensor(kept.starts_N), kept.ids_E)
+    if ids_E is not None:
+        check_range(ids_E, vocab, "ids of kept sets")
+    run(
+        rows_address(hidden_NM, dtype, rows, depth),
+        hidden_NM.stride(0),
+        *matrix_addresses(weight),
+        *(rows, vocab, depth),
+        temperature_N.data_ptr(),
+        address(targets_N, torch.int64, rows),
+        address(starts_N, torch.int64, rows + 1),
+        address(ids_E, torch.int32, 0 if kept is None else kept.starts_N[-1]),
+        address(terms and terms.terms_CNB, dtype, blocks, rows, BLOCK),
+        address(maxima_CN, torch.float32, blocks, rows),
+        *(score_N.data_ptr() for score_N in scores),
+    )
     return scores
 
 
@@ -164,7 +179,7 @@ def _reference_scores(
     hidden_NM: Tensor, weight: Weight, targets_N: Tensor, temperature: float, kept: KeptSets | None
 ) -> Scores:
     parts = []
-    for start in range(0, hidden_NM.shape[0], ROWS):
+    for start in range(0, max(1, len(hidden_NM)), ROWS):
         rows = slice(start, start + ROWS)
         logits_SV = linear_reference(hidden_NM[rows], weight.value, out_dtype=torch.float32)
         if kept is not None:
@@ -215,10 +230,20 @@ def _backward(
     `rows_N`: targets, log-probs, log-sum-exps and the gradient of the log-probs.
     """
     run = kernel("logprob", "logprob_backward", hidden_NM.dtype, "pppppppppp" + "iiif")
-    assert run is not None and weight.value.is_contiguous() and hidden_NM.is_contiguous()
-    tensors = (*terms, *rows_N, hidden_NM, weight.value, dhidden_NM, weight.grad)
-    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
-    run(*pointers, len(hidden_NM), *weight.value.shape, temperature)
+    assert run is not None
+    rows, (vocab, width), dtype = len(hidden_NM), weight.value.shape, weight.value.dtype
+    blocks = -(-vocab // BLOCK)
+    run(
+        address(terms.terms_CNB, dtype, blocks, rows, BLOCK),
+        address(terms.maxima_CN, torch.float32, blocks, rows),
+        address(rows_N[0], torch.int64, rows),
+        *(address(row_N, torch.float32, rows) for row_N in rows_N[1:]),
+        address(hidden_NM, dtype, rows, width),
+        address(weight.value, dtype, vocab, width),
+        address(dhidden_NM, torch.float32, rows, width),
+        address(weight.grad, torch.float32, vocab, width),
+        *(rows, vocab, width, temperature),
+    )
 
 
 def _reference_backward(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tandem.kernels.address import address, rows_address
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.weight import Weight
@@ -35,10 +36,14 @@ def _forward(x_TM: torch.Tensor, weight: Weight, eps: float, rstd_T: torch.Tenso
     run = kernel("layer", "norm", x_TM.dtype, "pippipiif")
     if run is None:
         return rms_norm_reference(x_TM, weight.value, eps)
-    rows, width = x_TM.shape
-    out = torch.empty(rows, width, dtype=x_TM.dtype)
-    rstd = rstd_T.data_ptr() if rstd_T is not None else None
-    run(x_TM.data_ptr(), x_TM.stride(0), weight.value.data_ptr(), out.data_ptr(), width, rstd, rows, width, eps)
+    (rows, width), dtype = x_TM.shape, x_TM.dtype
+    x, factors, rstd = (
+        rows_address(x_TM, dtype, rows, width),
+        address(weight.value, dtype, width),
+        address(rstd_T, torch.float32, rows),
+    )
+    out = torch.empty(rows, width, dtype=dtype)
+    run(x, x_TM.stride(0), factors, out.data_ptr(), width, rstd, rows, width, eps)
     return out
 
 
@@ -63,8 +68,9 @@ class _Norm(torch.autograd.Function):
         if run is None:
             dx_TM, dweight_M = rms_norm_backward_reference(dy_TM, x_TM, ctx.weight.value, ctx.eps)
         else:
-            pointers = (t.data_ptr() for t in (dy_TM, x_TM, ctx.weight.value, rstd_T, dx_TM, dweight_M))
-            run(*pointers, rows, width)
+            rows_of = (address(t, x_TM.dtype, rows, width) for t in (dy_TM, x_TM))
+            factors, rstd = address(ctx.weight.value, x_TM.dtype, width), address(rstd_T, torch.float32, rows)
+            run(*rows_of, factors, rstd, dx_TM.data_ptr(), dweight_M.data_ptr(), rows, width)
         if ctx.weight.grad is not None:
             ctx.weight.grad += dweight_M
         return dx_TM, None, None

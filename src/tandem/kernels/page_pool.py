@@ -16,6 +16,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from tandem.kernels.address import address, check_range, rows_address
 from tandem.kernels.build import SUFFIX, kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.large import large
@@ -144,11 +145,19 @@ def rotate_store_(
         return pool.store_(key, value, slots_T)
     run = kernel("page_store", f"rotate_store{pool.suffix}", query.dtype, "p")
     rows, heads, size = query.shape
-    assert run is not None and positions_T.dtype == slots_T.dtype == torch.int64
-    for x in qkv:
-        assert x.stride() == (query.stride(0), size, 1), x.stride()
-    tensors = (query, key, value, pool.keys, pool.values, positions_T, slots_T, *(tables or ()))
-    args = _Args(*(x.data_ptr() for x in tensors))  # without tables their addresses stay null
+    assert run is not None and pool.dtype == query.dtype, (pool.dtype, query.dtype)
+    assert size == pool.head_size and key.stride(0) == value.stride(0) == query.stride(0), (size, pool.head_size)
+    check_range(slots_T, pool.num_slots, "slots")
+    turns = 0 if tables is None else len(tables[0])
+    if tables is not None:
+        check_range(positions_T, turns, "positions")
+    args = _Args(
+        rows_address(query, pool.dtype, rows, heads, size),
+        *(rows_address(x, pool.dtype, rows, pool.kv_heads, size) for x in (key, value)),
+        *(pool.keys.data_ptr(), pool.values.data_ptr()),
+        *(address(x, torch.int64, rows) for x in (positions_T, slots_T)),
+        *(address(table, torch.float32, turns, size // 2) for table in tables or ()),  # none: they stay null
+    )
     args.rows, args.stride, args.heads, args.kv_heads = rows, query.stride(0), heads, pool.kv_heads
     args.head_size, args.page_tokens = size, pool.page_tokens
     args.scales = None if pool.scales is None else pool.scales.data_ptr()

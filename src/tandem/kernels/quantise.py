@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tandem.kernels.address import address
 from tandem.kernels.build import kernel
 from tandem.numerics import quantise as reference
 from tandem.numerics.quantise import LARGEST, Quantised, check_scales
@@ -26,12 +27,14 @@ def quantise(weight_NK: Tensor, bits: int, group: int) -> Quantised:
 
 
 def dequantise(quantised: Quantised, dtype: torch.dtype) -> Tensor:
-    """`numerics.quantise.dequantise`, by the C++ where it can: to bf16 and fp32 on the CPU."""
+    """`numerics.quantise.dequantise`, by the C++ where it can: own integers, to bf16 and fp32 on the CPU."""
     codes_NK, scales_NG = quantised.codes_NK, quantised.scales_NG
-    run = kernel("quantise", "dequantise", dtype, "pppiii") if codes_NK.device.type == "cpu" else None
+    own = codes_NK.device.type == "cpu" and scales_NG.dtype == torch.float32 and quantised.minima_NG is None
+    run = kernel("quantise", "dequantise", dtype, "pppiii") if own else None
     if run is None:
         return reference.dequantise(quantised, dtype)
-    assert codes_NK.is_contiguous() and scales_NG.is_contiguous()
-    weight_NK = torch.empty(codes_NK.shape, dtype=dtype)
-    run(codes_NK.data_ptr(), scales_NG.data_ptr(), weight_NK.data_ptr(), *codes_NK.shape, quantised.group)
+    rows, inputs = codes_NK.shape
+    scales = address(scales_NG, torch.float32, rows, -(-inputs // quantised.group))
+    weight_NK = torch.empty(rows, inputs, dtype=dtype)
+    run(address(codes_NK, torch.int8, rows, inputs), scales, weight_NK.data_ptr(), rows, inputs, quantised.group)
     return weight_NK

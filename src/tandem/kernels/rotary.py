@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tandem.kernels.address import address, check_range, rows_address
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
 from tandem.numerics.quantise import E4M3_MAX, to_e4m3, to_int8
@@ -32,9 +33,10 @@ def rotate_(
         x_THD.copy_(rotate_reference(x_THD, positions_T, cos_PD, sin_PD, sign))
         return
     rows, heads, size = x_THD.shape
-    assert x_THD.stride(1) == size and x_THD.stride(2) == 1 and positions_T.dtype == torch.int64
-    pointers = (positions_T.data_ptr(), cos_PD.data_ptr(), sin_PD.data_ptr())
-    run(x_THD.data_ptr(), x_THD.stride(0), *pointers, rows, heads, size, sign)
+    check_range(positions_T, len(cos_PD), "positions")
+    x, positions = rows_address(x_THD, x_THD.dtype, rows, heads, size), address(positions_T, torch.int64, rows)
+    tables = (address(table, torch.float32, len(cos_PD), size // 2) for table in (cos_PD, sin_PD))
+    run(x, x_THD.stride(0), positions, *tables, rows, heads, size, sign)
 
 
 def store_(

@@ -128,10 +128,11 @@ def processed_logits(logits_SV: Tensor, batch: SamplingBatch) -> Tensor:
 
         return gpu.processed_logits(logits_SV, batch)
     _check(logits_SV, len(batch))
-    compiled = _compiled()
+    compiled, out_SV = _compiled(), torch.empty(logits_SV.shape, dtype=torch.float32)
     if compiled is None:
-        return torch.from_numpy(np.stack([_filtered_row(logits_SV, batch, s) for s in range(len(batch))]))
-    out_SV = torch.empty(logits_SV.shape, dtype=torch.float32)
+        for s in range(len(batch)):
+            out_SV[s] = torch.from_numpy(_filtered_row(logits_SV, batch, s))
+        return out_SV
     bad = compiled.tandem_processed_logits(
         *_rows(logits_SV), *_filters(batch), out_SV.data_ptr(), torch.get_num_threads()
     )

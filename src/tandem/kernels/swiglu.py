@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tandem.kernels.address import address
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.gradient import accumulate, input_gradient
@@ -23,9 +24,9 @@ def swiglu(gate_up_TF: torch.Tensor) -> torch.Tensor:
     run = kernel("layer", "swiglu", gate_up_TF.dtype, "ppii")
     if run is None:
         return swiglu_reference(gate_up_TF)
-    rows, double = gate_up_TF.shape
-    out = torch.empty(rows, double // 2, dtype=gate_up_TF.dtype)
-    run(gate_up_TF.data_ptr(), out.data_ptr(), rows, double // 2)
+    rows, width = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
+    out = torch.empty(rows, width, dtype=gate_up_TF.dtype)
+    run(address(gate_up_TF, gate_up_TF.dtype, rows, 2 * width), out.data_ptr(), rows, width)
     return out
 
 
@@ -41,9 +42,10 @@ def _backward(dy_TF: torch.Tensor, gate_up_TF: torch.Tensor) -> tuple[torch.Tens
     run = kernel("layer", "swiglu_backward", gate_up_TF.dtype, "ppppii")
     if run is None:
         return swiglu_backward_reference(dy_TF, gate_up_TF)
+    (rows, width), dtype = dy_TF.shape, gate_up_TF.dtype
+    given = address(dy_TF, dtype, rows, width), address(gate_up_TF, dtype, rows, 2 * width)
     dgate_up_TF, act_TF = torch.empty_like(gate_up_TF), torch.empty_like(dy_TF)
-    pointers = (t.data_ptr() for t in (dy_TF, gate_up_TF, dgate_up_TF, act_TF))
-    run(*pointers, *act_TF.shape)
+    run(*given, dgate_up_TF.data_ptr(), act_TF.data_ptr(), rows, width)
     return dgate_up_TF, act_TF
 
 

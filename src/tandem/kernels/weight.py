@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tandem.kernels.address import address
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.codes import Codes, fits
@@ -18,11 +19,24 @@ def padded(depth: int, dtype: torch.dtype) -> int:
     return depth + depth % 2 if dtype == torch.bfloat16 else depth
 
 
+def packed_size(rows: int, depth: int) -> int:
+    """Elements of the packed form: ceil(rows / 64) panels of this depth."""
+    return -(-rows // PANEL) * PANEL * depth
+
+
 def panels(matrix_NK: torch.Tensor) -> torch.Tensor:
-    """An empty buffer for the packed form of [N, K]: ceil(N / 64) panels of depth K."""
+    """An empty buffer for the packed form of [N, K]."""
     rows, depth = matrix_NK.shape
-    size = -(-rows // PANEL) * PANEL * padded(depth, matrix_NK.dtype)
-    return large(size, dtype=matrix_NK.dtype)
+    return large(packed_size(rows, padded(depth, matrix_NK.dtype)), dtype=matrix_NK.dtype)
+
+
+def matrix_addresses(weight: Weight) -> tuple[int | None, int | None]:
+    """Of `packed` and of `codes`, one of them null: what a kernel multiplies by."""
+    if weight.codes is not None:
+        return None, weight.codes.words.data_ptr()
+    (rows, depth), dtype = weight.value.shape, weight.value.dtype
+    assert weight.packed is not None, (rows, depth, dtype)
+    return address(weight.packed, dtype, packed_size(rows, padded(depth, dtype))), None
 
 
 class Weight:
@@ -52,7 +66,7 @@ class Weight:
         pack = kernel("linear", "pack_weight", self.value.dtype, "ppii")
         assert pack is not None
         rows, depth = self.value.shape
-        pack(self.value.data_ptr(), self.packed.data_ptr(), rows, depth)
+        pack(address(self.value, self.packed.dtype, rows, depth), self.packed.data_ptr(), rows, depth)
 
     def serve(self) -> None:
         """Only products read this weight from now on: where they read `packed`, `value` lets its memory go."""

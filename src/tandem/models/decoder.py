@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from tandem.errors import ConfigError, ModelError
+from tandem.kernels.address import check_range
 from tandem.kernels.choice import backend
 from tandem.kernels.linear import linear, logits
 from tandem.kernels.norm import rms_norm
@@ -217,6 +218,7 @@ class Decoder:
         With gradients enabled the result is differentiable; `checkpointing` keeps one hidden state a layer and runs
         the layer again in the backward pass.
         """
+        self.check_ids(tokens_T, view)
         if torch.is_grad_enabled():
             hidden_TM = _Embed.apply(torch.zeros((), requires_grad=True), self.embed, tokens_T)
         else:
@@ -229,6 +231,11 @@ class Decoder:
         if rows_N is not None:
             hidden_TM = hidden_TM[rows_N]
         return rms_norm(hidden_TM, self.norm, self.spec.norm_eps)
+
+    def check_ids(self, tokens_T: torch.Tensor, view: View) -> None:
+        """AssertionError for a token without an embedding or a position without a rotation, beside the CPU."""
+        check_range(tokens_T, self.spec.vocab_size, "tokens")
+        check_range(view.positions_T, self.spec.max_position, "positions")
 
     def logits(self, hidden_NM: torch.Tensor) -> torch.Tensor:
         """[N, V] in fp32."""

@@ -11,6 +11,7 @@ import ctypes
 import torch
 from torch import Tensor
 
+from tandem.kernels.address import address, check_range
 from tandem.kernels.build import kernel
 from tandem.kernels.forward import FEW, ForwardArgs, GroupArgs, LayerArgs, MatrixArgs
 from tandem.kernels.page_pool import KvPool
@@ -103,6 +104,9 @@ class FusedForward:
             self._fill(forms)
         biases = self._bias()
         rows, last = len(tokens_T), len(rows_N)
+        decoder.check_ids(tokens_T, view)
+        check_range(rows_N, rows, "rows asked for")
+        assert view.paths.num_rows == rows, (view.paths.num_rows, rows)
         out_NM = torch.empty(last, spec.width, dtype=decoder.dtype)
         segment_N = None  # a decode: every row is asked for, and is its own segment
         last_start, last_positions = view.paths.row_start_S, view.paths.first_position_S
@@ -114,7 +118,8 @@ class FusedForward:
         args = ForwardArgs(
             ctypes.addressof(self._layers),
             ctypes.addressof(groups),
-            *(t.data_ptr() for t in (decoder.embed.value, decoder.norm.value, tokens_T, view.positions_T, rows_N)),
+            *(address(w.value, decoder.dtype, *w.value.shape) for w in (decoder.embed, decoder.norm)),
+            *(address(t, torch.int64, n) for t, n in ((tokens_T, rows), (view.positions_T, rows), (rows_N, last))),
             *(t.data_ptr() for t in (view.paths.row_start_S, view.paths.first_position_S, last_start, last_positions)),
             *(table.data_ptr() for table in decoder.tables),
             *self._room(rows),
@@ -130,6 +135,9 @@ class FusedForward:
 
     def _groups(self, view: PagedView, segment_N: Tensor | None) -> tuple[ctypes.Array[GroupArgs], list[Tensor]]:
         """Page tables and reaches; the tensors are to be held during the call."""
+        for paths, slots_T in zip(view.paths_G, view.slots_G, strict=True):
+            check_range(slots_T, self.pools[0].num_slots, "slots")
+            check_range(paths.table_SP, self.pools[0].num_slots // paths.page_tokens, "pages")
         held = [paths.table_SP if segment_N is None else paths.table_SP[segment_N] for paths in view.paths_G]
         groups = (GroupArgs * len(held))()
         for layer, (args, heads) in enumerate(zip(self._layers, self.decoder.heads, strict=True)):
@@ -137,7 +145,8 @@ class FusedForward:
             reach = Reach(window=view.window) if view.window else heads.reach
             if groups[index].table is None:
                 groups[index] = GroupArgs(
-                    *(t.data_ptr() for t in (view.paths_G[index].table_SP, held[index], view.slots_G[index])),
+                    *(t.data_ptr() for t in (view.paths_G[index].table_SP, held[index])),
+                    address(view.slots_G[index], torch.int64, len(view.positions_T)),
                     *(held[index].shape[1], reach.window or 0, reach.chunk or 0, view.sinks if view.window else 0),
                 )
         return groups, held

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from tandem.kernels.address import check_range
 from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference, paged_attention
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
@@ -150,6 +151,7 @@ class PackView:
         self.positions_T = torch.tensor(positions, dtype=torch.int64, device=device)
         first = [positions[start] for start in segments[:-1]]
         self.paths = Paths.build(list(segments), first, [list(path) for path in paths], page_tokens=1)
+        check_range(self.paths.table_SP, len(positions), "rows of paths")
         self.paths = self.paths.to(self.positions_T.device)
 
     def attend(

@@ -50,7 +50,7 @@ def quantise(weight_NK: Tensor, bits: int, group: int) -> Quantised:
     scales_NG = torch.linalg.vector_norm(grouped, torch.inf, -1).div_(LARGEST[bits])
     check_scales(scales_NG, weight_NK)
     codes = _codes(grouped, scales_NG, LARGEST[bits])
-    return Quantised(codes.view(rows, -1)[:, :inputs].contiguous(), scales_NG, bits, group)
+    return Quantised(codes.view(rows, groups * group)[:, :inputs].contiguous(), scales_NG, bits, group)
 
 
 def _codes(x: Tensor, scales: Tensor, largest: int) -> Tensor:
@@ -69,12 +69,12 @@ def check_scales(scales_NG: Tensor, weight_NK: Tensor) -> None:
 def dequantise(quantised: Quantised, dtype: torch.dtype) -> Tensor:
     """The matrix [N, K] that the codes stand for, in `dtype`."""
     codes_NK, scales_NG, group = quantised.codes_NK, quantised.scales_NG, quantised.group
-    rows, inputs = codes_NK.shape
-    padding = scales_NG.shape[1] * group - inputs
-    grouped = functional.pad(codes_NK, (0, padding)).view(rows, -1, group) * scales_NG.float()[..., None]
+    (rows, inputs), groups = codes_NK.shape, scales_NG.shape[1]
+    padded = functional.pad(codes_NK, (0, groups * group - inputs))
+    grouped = padded.view(rows, groups, group) * scales_NG.float()[..., None]
     if quantised.minima_NG is not None:
         grouped += quantised.minima_NG.float()[..., None]
-    return grouped.to(dtype).view(rows, -1)[:, :inputs].contiguous()
+    return grouped.to(dtype).view(padded.shape)[:, :inputs].contiguous()
 
 
 def to_e4m3(x: Tensor) -> Tensor:

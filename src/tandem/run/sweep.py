@@ -16,8 +16,7 @@ from tandem.run.roofline import Machine, decode_cost, measure, timed
 
 if TYPE_CHECKING:
     from tandem.engine.batch import Batch, Sampled
-    from tandem.engine.engine import Engine
-    from tandem.engine.layout import KvLayout
+    from tandem.engine.engine import Engine, Runner
 
 SEQUENCES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 SEQUENCES_CONTEXT = 128
@@ -29,8 +28,8 @@ WARM_UP, STEPS = 3, 16  # of a point; the median of the steps counts
 class _Stub:
     """A runner that draws without running."""
 
-    def __init__(self, layout: KvLayout) -> None:
-        self.layout = layout
+    def __init__(self, runner: Runner) -> None:
+        self.layout, self.vocab_size = runner.layout, runner.vocab_size
 
     def run(self, batch: Batch) -> Sampled:
         from tandem.engine.batch import Sampled
@@ -67,10 +66,9 @@ def fill_pages(engine: Engine) -> None:
 
 def start_decoding(engine: Engine, sequences: int, context: int, new: int, rng: random.Random) -> None:
     """Submit requests of `new` tokens and take them, in one step of the stub, to where each runs one token a step."""
-    vocab_size = engine.runner.decoder.spec.vocab_size  # type: ignore[attr-defined]
-    start_prompts(engine, made_up(sequences, context, vocab_size, rng), new + 1, rng)
+    start_prompts(engine, made_up(sequences, context, engine.runner.vocab_size, rng), new + 1, rng)
     scheduler, runner = engine.scheduler, engine.runner
-    config, engine.runner = scheduler.config, _Stub(runner.layout)
+    config, engine.runner = scheduler.config, _Stub(runner)
     scheduler.config = dataclasses.replace(config, batch_tokens=config.batch_tokens + sequences * context)
     engine.step()
     engine.runner, scheduler.config = runner, config

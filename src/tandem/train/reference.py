@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from tandem.algo.pack import SCORED, PromptTotal, pack
+from tandem.kernels.address import check_range
 from tandem.kernels.logprob import token_logprobs
 from tandem.models.decoder import Decoder
 from tandem.models.view import PackView
@@ -19,6 +20,8 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies [N] of a microbatch's targets, among the tokens that the sampler had kept."""
     place = decoder.device
+    for what, ids in (("tokens", microbatch.tokens_T), ("targets", microbatch.targets_N)):  # a device would read beyond
+        check_range(torch.tensor(ids), decoder.spec.vocab_size, f"{what} of {', '.join(microbatch.sample_ids)}:")
     view = PackView(microbatch.positions_T, microbatch.segments_S, microbatch.paths_S, place)
     tokens_T = torch.tensor(microbatch.tokens_T, dtype=torch.int64, device=place)
     rows_N = torch.tensor(microbatch.rows_N, dtype=torch.int64, device=place)
