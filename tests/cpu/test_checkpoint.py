@@ -17,7 +17,8 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from tandem.errors import CheckpointError, ModelError
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
-from tandem.models.spec import from_hf_config, to_hf_config
+from tandem.models.fields import Fields
+from tandem.models.spec import from_hf_config, read_config, to_hf_config
 from tandem.models.tokenizer import Tokenizer
 
 SMALL = {
@@ -92,6 +93,7 @@ def test_config_agrees_with_transformers(name: str) -> None:
     config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForCausalLM"]
     spec = from_hf_config(json.loads(config.to_json_string(use_diff=False)))
     assert spec == from_hf_config(json.loads(config.to_json_string(use_diff=True)))
+    assert read_config(Fields("config.json", json.loads(config.to_json_string(use_diff=False))))[1] == []
     back = transformers.AutoConfig.for_model(**to_hf_config(spec, "bfloat16"))
     for field in COMPARED:
         assert getattr(back, field, None) == getattr(config, field, None), field

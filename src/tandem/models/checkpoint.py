@@ -67,7 +67,8 @@ class Checkpoint:
         self._tokenizer_of = tokenizer_of
         self.mapped_bytes, self.coded_bytes = store.mapped_bytes, store.coded_bytes
         self.spec, self._embed = _settle_head(spec, store)
-        notes = [f"not read: {'; '.join(ignored)}"] if ignored else []
+        more = f"; and {len(ignored) - 8} more" if len(ignored) > 8 else ""
+        notes = [f"not read: {'; '.join(ignored[:8])}{more}"] if ignored else []
         if self.spec != spec:
             notes.append(
                 f"tie_word_embeddings is true, but {_HEAD} is stored and differs from the embedding: read as untied, "
@@ -289,7 +290,7 @@ def _places(index: Path) -> dict[str, str]:
     if not places:
         raise ModelError(f"{index} has an empty weight_map; it is no index of shards. Copy or download it again.")
     for tensor, name in places.items():
-        if not isinstance(name, str) or Path(name).name != name or not name.isprintable() or len(name) > 200:
+        if not isinstance(name, str) or Path(name).name != name or not name.isprintable() or not 0 < len(name) <= 200:
             raise ModelError(
                 f"{index} places {shown(tensor)} in {shown(name)}; the name of a file beside it is needed. Copy or "
                 "download it again."

@@ -21,19 +21,7 @@ from tandem.models.attention import (
     attention_to_hf,
     period,
 )
-from tandem.models.fields import (
-    Fields,
-    flag,
-    listed,
-    number,
-    optional,
-    shown,
-    table,
-    text,
-    token_id,
-    token_ids,
-    whole,
-)
+from tandem.models.fields import Fields, flag, listed, number, optional, shown, table, text, token_id, token_ids, whole
 from tandem.types import Reach
 
 ARCHITECTURES: dict[str, str] = {  # Hugging Face model_type -> class name
@@ -48,31 +36,21 @@ ROPE_KINDS = ("linear", "llama3", "yarn")
 MOST_LAYERS, MOST_POSITIONS = 4096, 2**24
 # Fields that change the forward pass, here or in other families, and the values (the first where the file is silent)
 # under which they do not. Transformers' classes ignore most of them; whoever wrote one trained with it.
-_OFF, _ONE = (None, False), (None, 1)
 _VARIANTS: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": _OFF,
-    "mlp_bias": _OFF,
-    "quantization_config": (None, {}),
-    "quantization": (None, {}),
-    "compression_config": (None, {}),
-    "transformers_weights": (None, "model.safetensors", "model.safetensors.index.json"),
-    "per_layer_config": (None, {}),
-    "is_causal": (None, True),
-    "use_bidirectional_attention": _OFF,
-    "rope_interleaved": _OFF,
-    "use_mrope": _OFF,
-    "use_qk_norm": _OFF,
-    "sliding_window": (None,),
-    "num_experts": (None, 0),
-    "num_local_experts": (None, 0),
-    "clip_qkv": (None,),
-    "query_pre_attn_scalar": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "attention_multiplier": (None,),
-    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale"), _ONE),
-    **dict.fromkeys(("scale_emb", "scale_depth", "embedding_scale", "lm_head_multiplier"), _ONE),
+    name: values
+    for names, values in (
+        ("hidden_act", ("silu", "swish")),
+        ("attention_bias mlp_bias rope_interleaved use_mrope use_qk_norm use_bidirectional_attention", (None, False)),
+        ("is_causal", (None, True)),
+        ("quantization_config quantization compression_config per_layer_config", (None, {})),
+        ("transformers_weights", (None, "model.safetensors", "model.safetensors.index.json")),
+        ("num_experts num_local_experts", (None, 0)),
+        ("sliding_window clip_qkv query_pre_attn_scalar attention_multiplier", (None,)),
+        ("attn_logit_softcapping final_logit_softcapping", (None,)),
+        ("embedding_multiplier residual_multiplier lm_head_multiplier logits_scaling logit_scale", (None, 1)),
+        ("scale_emb scale_depth embedding_scale", (None, 1)),
+    )
+    for name in names.split()
 }
 _OWN = {  # those that an architecture reads, or whose class has them whatever the file says
     "mistral": ("sliding_window",),
@@ -80,16 +58,10 @@ _OWN = {  # those that an architecture reads, or whose class has them whatever t
     "qwen3": ("sliding_window",),
     "llama4_text": ("use_qk_norm", "num_local_experts"),
 }
-_PASS = re.compile(
-    "scal|multipl|softcap|cap$|clip|clamp|rope|rotary|norm|bias|window|attn|attention|head|layer|expert|moe"
+_PASS = re.compile("scal|multipl|cap|clip|clamp|rope|rotary|norm|bias|window|attn|attention|head|layer|expert|moe")
+_SILENT = set(
+    "attention_dropout attn_implementation _attn_implementation num_experts_per_tok num_local_experts".split()
 )
-_SILENT = {
-    "attention_dropout",
-    "attn_implementation",
-    "_attn_implementation",
-    "num_experts_per_tok",
-    "num_local_experts",
-}
 # What Transformers assumes where config.json is silent. Shared: rms_norm_eps 1e-6, rope_theta 1e4, tied False.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
