@@ -83,8 +83,7 @@ def saved_again(folder: Path, out: Path) -> Any:
     kind=st.sampled_from(["llama", "qwen2"]),
     tied=st.sampled_from([True, True, False, "absent"]),
     head=st.sampled_from(["other", "copy", "alone", "absent"]),
-    shards=st.integers(1, 3),
-    indexed=st.booleans(),
+    shards=st.integers(0, 3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn]),
     copies=st.lists(st.tuples(st.sampled_from([EMBED, HEAD, UP, "model.norm.weight"]), st.integers(0, 2)), max_size=3),
     seed=st.integers(0, 99),
@@ -96,7 +95,6 @@ def test_any_layout(
     tied: bool | str,
     head: str,
     shards: int,
-    indexed: bool,
     dtype: torch.dtype,
     copies: list[tuple[str, int]],
     seed: int,
@@ -108,8 +106,7 @@ def test_any_layout(
         tensors[HEAD] = tensors[EMBED].clone()
     for gone in {"alone": [EMBED], "absent": [HEAD]}.get(head, []):
         del tensors[gone]
-    names = [f"model-{number}.safetensors" for number in range(shards)]
-    indexed = indexed or shards > 1
+    names, indexed = [f"model-{number}.safetensors" for number in range(shards or 1)], shards > 0
     places = {name: rng.choice(names) for name in tensors}
     files = {file: {name: tensors[name] for name in tensors if places[name] == file} for file in names}
     if not indexed:

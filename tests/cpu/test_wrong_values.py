@@ -268,7 +268,10 @@ def test_flipped_bytes_of_safetensors(flips: list[tuple[int, int]], tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"llama.block_count": (Type.STRING, "1")}, r"llama\.\*, has block_count = '1'; a whole number from 1 to 4096"),
+        (
+            {"llama.block_count": (Type.STRING, "1")},
+            r"llama\.\*\) has block_count = '1'; a whole number from 1 to 4096",
+        ),
         ({"llama.block_count": (Type.UINT32, 10**9)}, "block_count = 1000000000; a whole number from 1 to 4096"),
         ({"llama.block_count": (Type.BOOL, True)}, "block_count = True"),
         ({"llama.context_length": (Type.UINT64, 2**40)}, "context_length = 1099511627776; a whole number"),
@@ -302,6 +305,9 @@ def test_metadata_that_changes_the_rotation(tmp_path: Path) -> None:
     changes = {"tokenizer.ggml.eos_token_id": (Type.UINT32, 2**32 - 1), "tokenizer.ggml.bos_token_id": (Type.INT32, -1)}
     spec = open_checkpoint(str(header(tmp_path / "m.gguf", dict(changes)))).spec
     assert (spec.eos_token_ids, spec.bos_token_id) == ((), None)
+    both = {"llama.rope.scaling.factor": (Type.FLOAT32, 4.0)}
+    with pytest.raises(ModelError, match="frequency factors and linear scaling"):
+        open_checkpoint(str(header(tmp_path / "m.gguf", dict(both), [1.0, 8.0])))
     for factors in ([math.nan, 1.0], [math.inf, 1.0], [0.0, 0.0], [1.0], [1.0, 2.0, 3.0]):
         with pytest.raises(ModelError, match=r"rotary frequency factors|should hold 2 factors"):
             open_checkpoint(str(header(tmp_path / "m.gguf", {}, factors)))

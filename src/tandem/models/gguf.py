@@ -278,7 +278,7 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
             "Choose a model of one of these families."
         )
     own = Fields(
-        f"{file.path}, {kind}.*,",
+        f"{file.path} ({kind}.*)",
         {name.removeprefix(f"{kind}."): value for name, value in file.fields.items() if name.startswith(f"{kind}.")},
     )
     experts = own.take("expert_count", whole(), 0)
@@ -466,6 +466,11 @@ def _with_frequency_factors(file: GgufFile, spec: ModelSpec) -> ModelSpec:
     factors = np.nan_to_num(file.read(_ROPE_FACTORS).float().numpy())
     if np.allclose(factors, 1.0):
         return spec
+    if spec.rope_scaling is not None:
+        raise ModelError(
+            f"{file.path} has rotary frequency factors and {spec.rope_scaling.kind} scaling; the decoder has one. "
+            "Take the model as a Hugging Face folder."
+        )
     scaling = RopeScaling("llama3", max(1.0, float(np.round(factors.max()))), 8192, 1.0, 4.0)
     wanted = llama3_frequency_factors(spec, scaling)
     if not np.allclose(factors, wanted, rtol=1e-3):
