@@ -72,7 +72,7 @@ def folders(draw: st.DrawFn) -> dict[str, Any]:
     config: dict[str, Any] = {"tokenizer_class": draw(st.sampled_from(["PreTrainedTokenizerFast", "MadeUpTokenizer"]))}
     files: dict[str, Any] = {"tokenizer.json": made.to_str(), "tokenizer_config.json": config}
     where = draw(st.sampled_from(["decoder", "added_tokens.json", "both", "neither"]))
-    tell = [content for content in ids if content not in in_json or draw(st.booleans())]
+    tell = draw(st.permutations([content for content in ids if content not in in_json or draw(st.booleans())]))
     if where in ("decoder", "both"):
         config["added_tokens_decoder"] = {str(ids[one]): {"content": one, **draw(FLAGS)} for one in tell}
         fits = fits and len(config["added_tokens_decoder"]) == len(tell)

@@ -80,9 +80,8 @@ def add_tokens(backend: tokenizers.Tokenizer, folder: Path, settings: Mapping[st
     if _OLD_EXTRA in config and _EXTRA not in config:
         config[_EXTRA] = config.pop(_OLD_EXTRA)
 
-    by_text = {str(token): token for token in known.values()}
     given = {name: fields.take(name, optional(_TOKEN), None) for name in SPECIAL_NAMES}
-    named = {name: by_text.get(str(token), token) for name, token in given.items() if token is not None}
+    named = {name: token for name, token in given.items() if token is not None}
     own = {name: fields.take(name, _TOKEN) for name in config if _is_own_name(name) and _is_token(config[name])} | own
     named |= own
     tokens = [known[index] for index in sorted(known)]
