@@ -36,6 +36,12 @@ def evaluate(
     from tandem.errors import ConfigError
 
     config = override(_with_task(_read(target), task, path), parse_settings(settings or []))
+    asked: dict[str, int] = {}
+    if path is not None:
+        config, asked = _distinct(config)
+        repeats = f", {asked['lines'] - asked['questions']} repeated" if asked["lines"] > asked["questions"] else ""
+        taken = f"{config.evaluation.prompts:,} of {asked['questions']:,} distinct questions"
+        typer.echo(f"{path}: {taken}{repeats}. --set evaluation.prompts=N takes fewer.", err=True)
 
     from tandem.report.live import failed, held_out
     from tandem.run.local import evaluate_model
@@ -44,7 +50,11 @@ def evaluate(
         raise ConfigError("evaluation.prompts is 0: nothing would be asked. Set evaluation.prompts to 1 or more.")
     result = asdict(evaluate_model(config))
     if json:
-        print(jsonlib.dumps({"target": target, "model": config.model.source, "task": config.task.label, **result}))
+        print(
+            jsonlib.dumps(
+                {"target": target, "model": config.model.source, "task": config.task.label, **asked, **result}
+            )
+        )
     else:
         shown = ", ".join(filter(None, (held_out(result), failed(result))))
         print(f"{config.model.source} on {config.task.label}: {shown}")
@@ -73,6 +83,7 @@ def _with_task(config: RunConfig, task: str | None, path: Path | None) -> RunCon
     """`config` evaluated on another task; questions of a file are all held out."""
     from tandem.errors import ConfigError
     from tandem.program.config import TaskConfig
+    from tandem.program.tasks import lines_of
 
     if task is None and path is None:
         return config
@@ -80,7 +91,7 @@ def _with_task(config: RunConfig, task: str | None, path: Path | None) -> RunCon
     if task in ("gsm8k", "jsonl", None):
         if path is None:
             raise ConfigError(f"--task {task} needs its file: --path FILE.jsonl.")
-        prompts = min(prompts, _num_lines(path))
+        prompts = sum(1 for line in lines_of(str(path)) if line.strip())
         chosen: TaskConfig = replace(
             TaskConfig("jsonl", heldout_path=str(path), reward="last_number" if task == "gsm8k" else "score"),
             heldout_size=prompts,
@@ -96,11 +107,13 @@ def _with_task(config: RunConfig, task: str | None, path: Path | None) -> RunCon
     return replace(config, task=chosen, evaluation=replace(config.evaluation, prompts=prompts))
 
 
-def _num_lines(path: Path) -> int:
-    from tandem.errors import TaskError
+def _distinct(config: RunConfig) -> tuple[RunConfig, dict[str, int]]:
+    """`config` with no more held-out questions than its file has distinct ones, and how many lines and questions."""
+    from tandem.program.tasks import question_key, read_questions
 
-    try:
-        with path.open(encoding="utf-8") as lines:
-            return max(1, sum(1 for line in lines if line.strip()))
-    except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"the task file {path} cannot be read: {error}.") from error
+    prompts = read_questions(config.task, config.task.heldout_path)
+    questions = len(set(map(question_key, prompts)))
+    taken = min(config.evaluation.prompts, questions)
+    task = replace(config.task, heldout_size=max(taken, min(config.task.heldout_size, questions)))
+    evaluation = replace(config.evaluation, prompts=taken)
+    return replace(config, task=task, evaluation=evaluation), {"lines": len(prompts), "questions": questions}

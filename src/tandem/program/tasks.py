@@ -258,7 +258,7 @@ class FileSource:
 def read_questions(config: TaskConfig, path: str) -> list[Prompt]:
     """The prompts of a jsonl file, blank lines left out; TaskError names the line that cannot be used."""
     prompts = []
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in enumerate(lines_of(path), start=1):
         if line.strip():
             prompts.append(_question(config, f"{path} line {number}", line, number))
     if not prompts:
@@ -266,7 +266,7 @@ def read_questions(config: TaskConfig, path: str) -> list[Prompt]:
     return prompts
 
 
-def _lines(path: str) -> Iterator[bytes]:
+def lines_of(path: str) -> Iterator[bytes]:
     """The lines of a regular file of bounded size; TaskError where it is anything else."""
     try:
         file = Path(path).expanduser()

@@ -14,6 +14,7 @@ from tandem.rollout.rollout import GenerationEngine, Grader, Rollouts
 from tandem.trace import Trace
 from tandem.types import Group, Prompt
 
+PORTION = 256  # prompts that share rollout.deadline_s: a whole file takes longer than a step
 Z_95 = 1.959963984540054  # normal quantile at 0.975
 
 
@@ -46,10 +47,12 @@ def evaluate(
 ) -> tuple[Evaluation, list[Group]]:
     """The accuracy of the most likely answer to each prompt, and the groups of one that it comes from.
 
-    Turns, lengths, stop strings and deadline are `config`'s; its sampling is not used.
+    Turns, lengths, stop strings and the deadline of each portion are `config`'s; its sampling is not used.
     """
     greedy = dataclasses.replace(config, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, samples_per_prompt=1)
-    groups = Rollouts(engine, renderer, environment, greedy, run_seed=0, trace=trace).run(step, prompts)
+    rollouts = Rollouts(engine, renderer, environment, greedy, run_seed=0, trace=trace)
+    portions = [prompts[start : start + PORTION] for start in range(0, len(prompts), PORTION)]
+    groups = [group for portion in portions for group in rollouts.run(step, portion)]
     summary = summarise(groups)
     graded = summary.trajectories - summary.failed
     right = sum(t.reward >= 1 for group in groups for t in group.trajectories if t.failure is None)
