@@ -259,8 +259,8 @@ def override(config: C, assignments: Mapping[str, str]) -> C:
     """`config` with `assignments` (dotted name -> text) made together, so that each class is checked once, after all.
 
     Tuples are written `a,b,c`, pairs `a=1,b=2`, an absent value `none`, truth `true` or `false`. A class that has
-    `base(changes)` says what they are made on. Raises ConfigError for an unknown name, naming the nearest, and for a
-    value that is not of the field's type.
+    `override_base(changes)` says what they are made on. Raises ConfigError for an unknown name, naming the nearest, and
+    for a value that is not of the field's type.
     """
     hints = {name: hint for name, hint, _ in names(config)}
     changes: dict[str, Any] = {}
@@ -303,7 +303,7 @@ def _replace(config: Any, changes: Mapping[str, Any]) -> Any:
     for name, value in changes.items():
         head, _, rest = name.partition(".")
         groups.setdefault(head, {})[rest] = value
-    base = getattr(type(config), "base", None)
+    base = getattr(type(config), "override_base", None)
     return dataclasses.replace(
         base(config, changes) if base else config,
         **{head: part[""] if "" in part else _replace(getattr(config, head), part) for head, part in groups.items()},

@@ -382,19 +382,18 @@ def test_doctor_without_things(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 def test_doctor_extras(monkeypatch: pytest.MonkeyPatch) -> None:
     """Doctor takes an extra's package for one that tandem needs, or the other way round."""
-    lines = ["torch<2.14,>=2.11", "rich", "no-such-package-1 ; extra == 'tasks'", 'ray[default]>=2; extra == "dev"']
+    lines = ["torch<2.14,>=2.11", "rich", "no-such-package-1 ; extra == 'tasks'", 'ray[default]>=2; extra == "tasks"']
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: [*lines, "unused; extra == 'unused'"])
     assert doctor.requirements() == {
         "": ["torch<2.14,>=2.11", "rich"],
-        "tasks": ["no-such-package-1"],
-        "dev": ["ray[default]>=2"],
+        "tasks": ["no-such-package-1", "ray[default]>=2"],
         "unused": ["unused"],
     }
     monkeypatch.setattr(doctor, "_version", lambda name: None if name in ("ray", "no-such-package-1") else "1")
     found = {finding.name: finding for finding in doctor.check_packages()}
-    assert found["packages"].status == "ok" and found["packages [dev]"].status == "absent"
-    assert found["packages [dev]"].advice == "pip install 'ray[default]>=2'"
-    assert found["packages [tasks]"].advice == "pip install no-such-package-1" and "packages [unused]" not in found
+    assert found["packages"].status == "ok" and found["packages [tasks]"].status == "absent"
+    assert found["packages [tasks]"].advice == "pip install no-such-package-1 'ray[default]>=2'"
+    assert set(found) == {"packages", "packages [tasks]"}
 
 
 def imported() -> set[str]:
@@ -417,7 +416,7 @@ def test_doctor_names_the_extras_that_something_uses() -> None:
     used = imported()
     for extra, lines in extras.items():
         names = {re.split(r"[<>=!~;\[ ]", line)[0].replace("-", "_") for line in lines}
-        assert (extra in doctor.EXTRAS) == (extra == "dev" or bool(names & used) and extra != "gpu"), extra
+        assert (extra in doctor.EXTRAS) == (bool(names & used) and extra not in ("gpu", "dev")), extra
 
 
 @pytest.mark.parametrize("check", doctor.CHECKS)

@@ -60,9 +60,12 @@ def test_read_metrics_leaves_out_a_torn_line_and_merges_a_step(tmp_path):
     assert [entry["step"] for entry in read] == [1, 2]
     assert (read[1]["reward"], read[1]["evaluation"]["accuracy"]) == (0.2, 0.5)
     assert read == read_metrics(folder / "metrics.jsonl")
-    (folder / "metrics.jsonl").write_text('{"step": 1}\n{"step"\n{"step": 3}\n')
-    with pytest.raises(RunFolderError, match="line 2 is not JSON"):
-        read_metrics(folder)
+    for wrong in ('{"step"', "3", "[]", '{"reward": 1.0}', '{"step": null}'):
+        (folder / "metrics.jsonl").write_text(f'{{"step": 1}}\n{wrong}\n{{"step": 3}}\n')
+        with pytest.raises(RunFolderError, match="line 2 is not the row of a step"):
+            read_metrics(folder)
+    with pytest.raises(RunFolderError, match="is a file. Give the run's folder"):
+        write_report(folder / "metrics.jsonl")
     with pytest.raises(RunFolderError, match="does not exist"):
         read_metrics(tmp_path / "nothing.jsonl")
 

@@ -11,7 +11,7 @@ from tandem.cli.generate import MODEL_HELP, MOST_SEED, MOST_TEMPERATURE, of_run
 
 def chat(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    system: Annotated[str | None, typer.Option(help="A system message; empty for none.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system message; by default a run's own.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, for each answer.")] = 512,
     temperature: Annotated[
         float, typer.Option(min=0.0, max=MOST_TEMPERATURE, help="0 takes the most likely token.")
@@ -24,12 +24,11 @@ def chat(
     from tandem.run.parts import build_parts
     from tandem.types import Message, Request, Sampling
 
-    opening = [Message("system", system)] if system else of_run(model) if system is None else []
+    messages = of_run(model) if system is None else [Message("system", system)] if system else []
     parts = build_parts(ModelConfig(model), EngineConfig(), learns=False)
     engine, tokenizer = parts.engine, parts.tokenizer
     stops = tokenizer.stop_token_ids
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=stops)
-    messages = opening
     while True:
         try:
             line = input("> ").strip()

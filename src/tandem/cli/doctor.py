@@ -25,10 +25,7 @@ from tandem import env
 DISTRIBUTION = "tandem-rl"
 TORCH_RANGE = ((2, 11), (2, 14))  # at least, below
 DEMO_MEMORY_BYTES = 4e9  # peak of `make demo`
-EXTRAS = {  # those that something of today uses, and what; triton has a line of its own
-    "tasks": "reasoning-gym's tasks and the reward math_verify",
-    "dev": "make test and make check",
-}
+EXTRAS = {"tasks": "reasoning-gym's tasks and the reward math_verify"}  # those of the verbs; triton has its own line
 CACHE_BYTES = 1e9  # compiled kernels and converted tokenisers stay far below
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")

@@ -42,12 +42,12 @@ def evaluate(
         repeats = f", {asked['lines'] - asked['questions']} repeated" if asked["lines"] > asked["questions"] else ""
         taken = f"{config.evaluation.prompts:,} of {asked['questions']:,} distinct questions"
         typer.echo(f"{path}: {taken}{repeats}. --set evaluation.prompts=N takes fewer.", err=True)
+    if not config.evaluation.prompts:
+        raise ConfigError("evaluation.prompts is 0: nothing would be asked. Set evaluation.prompts to 1 or more.")
 
     from tandem.report.live import failed, held_out
     from tandem.run.local import evaluate_model
 
-    if not config.evaluation.prompts:
-        raise ConfigError("evaluation.prompts is 0: nothing would be asked. Set evaluation.prompts to 1 or more.")
     result = asdict(evaluate_model(config))
     if json:
         print(

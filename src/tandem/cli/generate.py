@@ -43,9 +43,7 @@ def generate(
     parts = build_parts(ModelConfig(model), EngineConfig(), learns=False)
     engine, tokenizer = parts.engine, parts.tokenizer
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=tokenizer.stop_token_ids)
-    if (
-        json and temperature == 0
-    ):  # the same tokens: the set kept is the one that greedy takes, and has log-probs before
+    if json and temperature == 0:  # the same tokens, with the log-probs that they had before the others were dropped
         sampling = replace(sampling, temperature=1.0, top_k=1)
     requests = []
     for index, prompt in enumerate(prompts):

@@ -20,7 +20,7 @@ def train(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON row a step instead of the live table.")] = False,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Print the memory that it would take, and load nothing.")
+        bool, typer.Option("--plan", help="Print the memory that it would take, and read no weight.")
     ] = False,
 ) -> int:
     """Train a model by a recipe; Ctrl-C finishes the step, saves and exits with 130."""

@@ -63,9 +63,11 @@ class TaskConfig:
             if value < 0:
                 raise ConfigError(f"task.{name} is {value}. Allowed: 0 or more.")
         if not (math.isfinite(self.reward_deadline_s) and self.reward_deadline_s > 0):
-            raise ConfigError(f"task.reward_deadline_s is {self.reward_deadline_s}. Allowed: seconds above 0.")
+            raise ConfigError(
+                f"task.reward_deadline_s is {self.reward_deadline_s}. Allowed: a number of seconds above 0."
+            )
 
-    def base(self, changes: Mapping[str, Any]) -> TaskConfig:
+    def override_base(self, changes: Mapping[str, Any]) -> TaskConfig:
         """What settings are made on (see config.override): another task starts from the defaults, for prompts, rewards
         and parameters of this one are none of its own.
         """

@@ -14,6 +14,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from tandem.errors import RunFolderError
 from tandem.report import drift, metrics, plots, units
 from tandem.report.live import held_out
 from tandem.report.metrics import Row
@@ -37,6 +38,8 @@ def write_report(folder: Path | str, config_diff: Sequence[str] = ()) -> Path:
     where the folder holds no metrics. Needs no lock: a running run can be reported on.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise RunFolderError(f"{folder} is a file. Give the run's folder, which `tandem train` made.")
     rows = metrics.read_metrics(folder)
     pictures = []
     if metrics.training(rows):

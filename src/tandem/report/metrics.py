@@ -22,7 +22,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """Rows of a run folder or of a metrics.jsonl, by step; rows of one step are merged, the later value winning.
 
     A torn last line (a run that was killed, or one that is writing now) is left out. Raises RunFolderError where
-    the file is absent or a line before the last is not JSON.
+    the file is absent or a line before the last is no row.
     """
     path = Path(path)
     if path.is_dir():
@@ -38,11 +38,14 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+            step = int(row["step"])
+        except (ValueError, TypeError, LookupError) as error:
             if number == len(lines):  # no newline after it: torn
                 break
-            raise RunFolderError(f"{path} is damaged: line {number} is not JSON. Remove that line to go on.") from error
-        rows.setdefault(row["step"], {}).update(row)
+            raise RunFolderError(
+                f"{path} is damaged: line {number} is not the row of a step. Remove it to go on."
+            ) from error
+        rows.setdefault(step, {}).update(row)
     return [rows[step] for step in sorted(rows)]
 
 

