@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import random
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from tandem.config import override
+from tandem.errors import EnvironmentFailure
+from tandem.run import local
+from tandem.run.config import CheckpointConfig
+from tandem.run.folder import latest_checkpoint, saved_config
 
 STEPS = 16
 WAIT_S = 120.0
@@ -106,9 +116,10 @@ def saved(folder: Path) -> dict[str, bytes]:
     """The newest checkpoint, less the ledger's seconds."""
     newest = max((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
     files = {str(path.relative_to(newest)): path.read_bytes() for path in newest.rglob("*") if path.is_file()}
-    state = json.loads(files.pop("state.json"))
+    state, manifest = json.loads(files.pop("state.json")), json.loads(files.pop("manifest.json"))
     state.pop("ledger")
-    return {**files, "state": json.dumps([newest.name, state]).encode()}
+    manifest["xxh3_128"].pop("state.json")
+    return {**files, "state": json.dumps([newest.name, state, manifest]).encode()}
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +204,193 @@ def test_full_disk(recipe: Path, whole: Path, interrupted: Path, tmp_path: Path)
     result = train(recipe, "--resume", folder)
     assert result.returncode == 0, result.stderr
     same_run(folder, whole)
+
+
+def rows_within(folder: Path, count: int, running: subprocess.Popen[Any], drain: Callable[[], object]) -> None:
+    """Wait until a run has written `count` rows; `drain` reads what it prints meanwhile."""
+    until_s, metrics = time.monotonic() + WAIT_S, folder / "metrics.jsonl"
+    while not metrics.is_file() or metrics.read_bytes().count(b"\n") < count:
+        assert running.poll() is None and time.monotonic() < until_s
+        drain()
+
+
+def test_a_closed_terminal_saves(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    """The window is closed, or the connection lost: SIGHUP ends the run with nothing saved since the last interval."""
+    ours, theirs = pty.openpty()
+
+    def own_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    folder = tmp_path / "run"
+    asked = command(recipe, "--out", folder, "--set", "checkpoint.every=0")
+    asked |= {"stdin": theirs, "stdout": theirs, "stderr": theirs, "preexec_fn": own_terminal}
+    with subprocess.Popen(**asked) as running:
+        os.close(theirs)
+        rows_within(folder, 5, running, lambda: os.read(ours, 1 << 16))
+        os.close(ours)
+        assert running.wait(WAIT_S) == 128 + signal.SIGHUP
+    last = max(weights(folder))
+    assert 4 <= last < STEPS and latest_checkpoint(folder).step == last  # type: ignore[union-attr]
+    result = train(recipe, "--resume", folder)
+    assert result.returncode == 0, result.stderr
+    same_run(folder, whole)
+
+
+def test_a_closed_pipe_changes_nothing(recipe: Path, whole: Path, tmp_path: Path) -> None:
+    """`| head -2` ends the run at its third row; or it goes on, and nothing in its folder says why nobody saw it."""
+    folder = tmp_path / "run"
+    with subprocess.Popen(**{**command(recipe, "--out", folder), "stdout": subprocess.PIPE}) as running:
+        assert running.stdout is not None and running.stderr is not None
+        fcntl.fcntl(running.stdout, fcntl.F_SETPIPE_SZ, 4096)  # so that the run is not over before this reads
+        for _ in range(2):
+            assert json.loads(running.stdout.readline())["weights"]
+        running.stdout.close()
+        said = running.stderr.read()
+        assert running.wait(WAIT_S) == 0 and "Traceback" not in said and "report.html" in said, said
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["output_lost"] == {"stdout": "Broken pipe"} and "output_lost" not in rows[0]
+    same_run(folder, whole)
+
+
+def test_without_a_checkpoint_nothing_is_lost(recipe: Path, whole: Path, interrupted: Path, tmp_path: Path) -> None:
+    """A resume that finds no checkpoint replaces rows and trajectories in silence; a torn last row blocks it."""
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints")
+    before = (folder / "metrics.jsonl").read_text()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "rew\n')
+    kept = {path.name: path.read_bytes() for path in (folder / "trajectories").iterdir()}
+    result = train(recipe, "--resume", folder)
+    aside = folder / "set_aside" / "after-step-0.1"
+    assert result.returncode == 0 and f"there is no checkpoint: what is there of step 0-{len(kept)}" in result.stderr
+    assert (aside / "metrics.jsonl").read_text() == before and str(aside) in result.stderr
+    assert {path.name: path.read_bytes() for path in aside.glob("step-*")} == kept
+    ledger = json.loads((folder / "ledger.json").read_text())
+    assert ledger["tokens"]["discarded"] == sum(json.loads(row).get("tokens", 0) for row in before.splitlines()) > 0
+    same_run(folder, whole)
+
+
+def test_a_flipped_bit_is_named(recipe: Path, whole: Path, interrupted: Path, tmp_path: Path) -> None:
+    """Moments or weights that the disk changed are trained on; or there is no way back to the checkpoint before."""
+    folder = shutil.copytree(interrupted, tmp_path / "run")
+    newest = latest_checkpoint(folder)
+    assert newest is not None
+    damaged = newest.path / "optimiser-00001.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-random.SystemRandom().randrange(1, len(content) // 2)] ^= (
+        0x10  # in a tensor, where its format sees nothing
+    )
+    damaged.write_bytes(content)
+    before = (folder / "metrics.jsonl").read_bytes()
+    result = train(recipe, "--resume", folder)
+    assert result.returncode == 2 and f"{damaged} is not what was saved" in result.stderr, result.stderr
+    assert f"Remove {newest.path} to go on" in result.stderr and "Traceback" not in result.stderr
+    assert (folder / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(newest.path)
+    result = train(recipe, "--resume", folder)
+    assert result.returncode == 0 and "the newest checkpoint is of step" in result.stderr, result.stderr
+    same_run(folder, whole)
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from tandem.cli.main import main
+from tandem.run import folder
+from tandem.train import checkpoint
+calls, fatal = 0, int(sys.argv.pop(1))
+
+def before(original):
+    def wrapped(*given, **named):
+        global calls
+        calls += saving
+        if calls == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*given, **named)
+    return wrapped
+
+saving = 0
+save = checkpoint.save
+
+def second(directory, optimiser, tokenizer, state):
+    global saving
+    saving = int(state.step > 3)
+    save(directory, optimiser, tokenizer, state)
+
+checkpoint.save = second
+for module, name in ((os, "fsync"), (shutil, "rmtree"), (Path, "rename"), (checkpoint, "save_file"),
+                     (checkpoint, "file_hash"), (Path, "write_text")):
+    setattr(module, name, before(getattr(module, name)))
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("part", range(2))
+def test_killed_in_a_save(recipe: Path, whole: Path, tmp_path: Path, part: int) -> None:
+    """A kill between two phases of a save leaves a checkpoint without its hashes, or none."""
+    fatal = random.SystemRandom().randrange(1 + 14 * part, 15 + 14 * part)
+    asked = command(recipe, "--out", tmp_path / "run")
+    asked["args"][1:3] = ["-c", KILLED, str(fatal)]
+    killed = subprocess.run(**asked, check=False, timeout=WAIT_S)
+    assert killed.returncode == -signal.SIGKILL, (fatal, killed.stderr)
+    result = train(recipe, "--resume", tmp_path / "run")
+    assert result.returncode == 0, (fatal, result.stderr)
+    same_run(tmp_path / "run", whole)
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *given: object) -> None: ...
+
+    def update(self, row: object) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+@pytest.mark.parametrize("stage", ["rollout", "learn", "evaluate"])
+def test_what_fails_between_updates_saves(
+    recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """An environment that dies in step 5 takes steps 1 to 4 with it; or half a step is saved as a whole one."""
+    config = saved_config(whole, local.RunConfig)
+    config = override(config, {"checkpoint.every": "0", "evaluation.every": "5"})
+    original = getattr(local.Session, stage)
+
+    def fails(session: local.Session, step: int, *given: Any) -> Any:
+        if step == 5:
+            raise EnvironmentFailure("the environment is gone")
+        return original(session, step, *given)
+
+    monkeypatch.setattr(local.Session, stage, fails)
+    with pytest.raises(EnvironmentFailure):
+        local.train(config, out=tmp_path / "run", resume=None, display=Silent())
+    newest, last = latest_checkpoint(tmp_path / "run"), 5 if stage == "evaluate" else 4
+    assert newest is not None and newest.step == last == max(weights(tmp_path / "run"))
+    assert json.loads((newest.path / "state.json").read_text())["weights"] == weights(whole)[last]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "every", "waited_s", "took_s", "step", "due"),
+    [
+        (5.0, 0, 299.0, 0.0, 7, False),
+        (5.0, 0, 300.0, 2.9, 7, True),
+        (5.0, 0, 300.0, 3.1, 7, False),  # 1 % of the time since the last one
+        (5.0, 0, 311.0, 3.1, 7, True),
+        (0.0, 0, 1e9, 0.0, 7, False),
+        (5.0, 7, 1.0, 9.0, 7, True),
+        (5.0, 7, 1.0, 9.0, 8, False),
+    ],
+)
+def test_when_a_save_is_due(
+    monkeypatch: pytest.MonkeyPatch, minutes: float, every: int, waited_s: float, took_s: float, step: int, due: bool
+) -> None:
+    """Saves that take more than a hundredth of a run's time, that never come, or that forget the steps asked for."""
+    config = SimpleNamespace(checkpoint=CheckpointConfig(minutes=minutes, every=every))
+    session = SimpleNamespace(config=config, saved_s=1000.0, save_took_s=took_s)
+    monkeypatch.setattr(local.time, "monotonic", lambda: 1000.0 + waited_s)
+    assert local.Session.save_is_due(session, step) is due  # type: ignore[arg-type]

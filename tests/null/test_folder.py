@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,9 +15,9 @@ import pytest
 
 import tandem.types
 from tandem.errors import CheckpointError, RunFolderError, WorldError
+from tandem.report.metrics import read_metrics
 from tandem.run import folder as folder_module
 from tandem.run.folder import RunFolder, latest_checkpoint, trajectory_rows
-from tandem.run.stop import EXIT_INTERRUPTED, StopSignal
 from tandem.types import Failure, Group, Message, Prompt, StopReason, Trajectory
 
 SOURCE = str(Path(tandem.types.__file__).parents[1])
@@ -185,7 +184,10 @@ def test_metrics_survive_a_torn_line_and_rewind(tmp_path):
     with RunFolder.open(path) as folder:
         assert [row["step"] for row in lines(path / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
         folder.append_metrics({"step": 6, "reward": 0.6})
-        assert [row["step"] for row in folder.rewind(3)] == [4, 5, 6]
+        aside = folder.rewind(3)
+        assert aside.steps == (4, 5, 6) and list(aside.rows) == lines(aside.path / "metrics.jsonl")
+        assert [(row["step"], row["reward"]) for row in aside.rows] == [(4, 0.4), (5, 0.5), (6, 0.6)]
+        assert sorted(entry.name for entry in aside.path.glob("step-*")) == ["step-4.jsonl", "step-5.jsonl"]
         folder.append_metrics({"step": 4, "reward": 0.9})
         rows = lines(path / "metrics.jsonl")
     assert [(row["step"], row["reward"]) for row in rows] == [(0, 0.0), (1, 0.1), (2, 0.2), (3, 0.3), (4, 0.9)]
@@ -193,6 +195,84 @@ def test_metrics_survive_a_torn_line_and_rewind(tmp_path):
     assert sorted(entry.name for entry in (path / "trajectories").iterdir()) == [f"step-{n}.jsonl" for n in range(4)]
     assert json.loads((path / "trajectories/step-0.jsonl").read_text()) == {"text": "\u2028é", "reward": None}
     assert lines(path / "journal.jsonl") == [{"fact": "dispatch"}]
+
+
+def test_what_is_set_aside_is_never_lost_or_counted_twice(tmp_path):
+    """A second resume from one checkpoint writes over what the first set aside, or its ledger forgets that."""
+    with RunFolder.create(tmp_path / "run", Config()) as folder:
+        assert folder.rewind(-1).steps == () and not (folder.path / "set_aside").exists()
+        for reward in (1.0, 2.0):
+            for step in (0, 1, 2):
+                folder.append_metrics({"step": step, "reward": reward})
+                folder.write_trajectories(step, [{"reward": reward}])
+            aside = folder.rewind(-1)
+            assert aside.steps == (0, 1, 2) and lines(folder.path / "metrics.jsonl") == []
+            assert json.loads((aside.path / "step-2.jsonl").read_text()) == {"reward": reward}
+        assert [row["reward"] for row in aside.rows] == [1.0] * 3 + [2.0] * 3
+        folder.write_trajectories(1, [{"reward": 3.0}])  # killed before the row
+        again = folder.rewind(-1)
+        assert again.steps == (1,) and again.rows == aside.rows and again.path.name == "after-step-0.3"
+
+
+@pytest.mark.parametrize("fatal", range(1, 8))
+def test_a_crash_while_setting_aside_loses_nothing(tmp_path, monkeypatch, fatal):
+    """Rows dropped before they are written elsewhere; trajectories of a half finished move replaced by the next run."""
+    folder = RunFolder.create(tmp_path / "run", Config())
+    for step in (1, 2, 3):
+        folder.append_metrics({"step": step, "reward": step / 7})
+        folder.write_trajectories(step, [{"step": step}])
+    calls = []
+
+    def crash_at(original):
+        def wrapped(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == fatal:
+                raise SystemExit
+            return original(*args, **kwargs)
+
+        return wrapped
+
+    for name in ("rename", "replace", "mkdir"):
+        monkeypatch.setattr(Path, name, crash_at(getattr(Path, name)))
+    try:
+        folder.rewind(1)
+    except SystemExit:
+        pass
+    else:
+        assert fatal > 5
+    monkeypatch.undo()
+    folder.close()
+    with RunFolder.open(tmp_path / "run") as again:
+        aside = again.rewind(1)
+        assert [(row["step"], row["reward"]) for row in aside.rows] == [(2, 2 / 7), (3, 3 / 7)]
+        assert [row["step"] for row in lines(again.path / "metrics.jsonl")] == [1]
+        kept = {entry.name: json.loads(entry.read_text())["step"] for entry in again.path.glob("*/**/step-*.jsonl")}
+        assert kept == {f"step-{step}.jsonl": step for step in (1, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    "torn", [b'{"step": 6, "rew', b'{"step": 6, "rew\n', b"\0" * 40, b"\0" * 9 + b"\n", b"7\n", b"\xff"]
+)
+def test_any_torn_end_is_left_out(tmp_path, torn):
+    """What a crash or a power cut leaves at the end of the rows blocks the resume, the report, or both."""
+    path = tmp_path / "run"
+    with RunFolder.create(path, Config()) as folder:
+        folder.append_metrics({"step": 5})
+    with (path / "metrics.jsonl").open("ab") as file:
+        file.write(torn)
+    assert [row["step"] for row in read_metrics(path)] == [5]
+    with RunFolder.open(path) as folder:
+        assert folder.rewind(5).steps == () and lines(path / "metrics.jsonl") == [{"step": 5}]
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "7", '"x"', "\0\0", ""])
+def test_a_torn_config_is_one_line(tmp_path, content):
+    """A config.json that holds no object is a traceback."""
+    path = tmp_path / "run"
+    RunFolder.create(path, Config()).close()
+    (path / "config.json").write_text(content)
+    with pytest.raises(RunFolderError, match="config.json is damaged"):
+        RunFolder.open(path, Config())
 
 
 def test_a_row_that_does_not_fit_on_the_disk_leaves_whole_lines(tmp_path, monkeypatch):
@@ -394,33 +474,3 @@ def test_trajectory_rows_decode_what_was_sampled():
     assert (failed["reward"], failed["text"], failed["failure"]) == (None, "", {"where": "reward", "reason": "nan"})
     full = trajectory_rows([Group(prompt, (good,))], lambda ids: "", with_tokens=True)[0]
     assert (full["tokens"], full["logprobs"][2], full["versions"]) == ([9, 8, 51, 7, 52], -0.5, [-1, -1, 4, -1, 4])
-
-
-def test_first_signal_asks_and_second_insists():
-    """Ctrl-C that kills the run at once, or that can never be insisted on; handlers left behind."""
-    before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}
-    said: list[str] = []
-    for number in StopSignal.SIGNALS:
-        with StopSignal(said.append) as stop:
-            assert not stop.requested
-            os.kill(os.getpid(), number)
-            assert stop.requested
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert {number: signal.getsignal(number) for number in StopSignal.SIGNALS} == before
-    assert len(said) == 2 and "Ctrl-C again" in said[0]
-    assert EXIT_INTERRUPTED == 130
-
-
-def test_stop_signal_off_the_main_thread_is_inert():
-    """signal.signal raises ValueError in a worker thread and takes the run with it."""
-    seen: list[bool] = []
-
-    def body() -> None:
-        with StopSignal() as stop:
-            seen.append(stop.requested)
-
-    thread = threading.Thread(target=body)
-    thread.start()
-    thread.join()
-    assert seen == [False]

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.algo.config import AlgoConfig
+from tandem.config import override
 from tandem.engine.config import EngineConfig
 from tandem.errors import CapacityError
 from tandem.models.config import ModelConfig
@@ -16,8 +17,8 @@ from tandem.models.spec import ModelSpec
 from tandem.program.config import TaskConfig
 from tandem.run import footprint, memory
 from tandem.run.config import RunConfig
-from tandem.run.footprint import Asked
-from tandem.run.memory import LIBRARY_BYTES, Plan, plan_memory
+from tandem.run.footprint import PROGRAM_BYTES, PROMPT_BYTES, SAMPLED_BYTES, Asked
+from tandem.run.memory import LIBRARY_BYTES, Plan, check_counts, plan_memory
 from tandem.train.config import LearnerConfig
 
 SPEC = ModelSpec(
@@ -175,6 +176,49 @@ def test_a_plan_chooses_what_fits_if_anything_does(available, microbatch, pool, 
     fits = plan_memory(replace(smallest, lag=lag), available, base_bytes=7).short() is None
     assert (plan.short() is None) == fits
     assert plan.needed()[0] <= plan.peak()[0]
+
+
+HUGE = 10**8
+COUNTS = [
+    ("rollout.samples_per_prompt", HUGE, f"rollout.samples_per_prompt is {HUGE}, times 16: it takes 3.3 TB"),
+    ("rollout.prompts_per_step", HUGE, f"rollout.prompts_per_step is {HUGE}, times 8: it takes 1.6 TB"),
+    ("task.heldout_size", 10**9, "task.heldout_size is 1000000000: it takes 4.1 TB"),
+    ("evaluation.prompts", 10**8, "evaluation.prompts is 100000000: it takes 204.80 GB"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "says"), COUNTS)
+def test_counts_that_no_machine_holds(monkeypatch: pytest.MonkeyPatch, name: str, value: int, says: str) -> None:
+    """A number with some zeros too many fills the machine until the system ends the process."""
+    run = asked().run
+    assert run is not None
+    config = {name: str(value)} | ({"task.heldout_size": str(value)} if name.startswith("eval") else {})
+    monkeypatch.setattr(memory.env, "memory_bytes", lambda: (32 << 30, 32 << 30))
+    if name.startswith("eval"):
+        monkeypatch.setattr(memory, "HELDOUT_BYTES", 1)
+    changed = override(run, config)
+    with pytest.raises(CapacityError, match=f"{says} of memory at least.*no weight was read. Set {name}=") as caught:
+        check_counts(changed)
+    advised = str(caught.value).split("Set ")[1].split(" or less")[0]
+    check_counts(override(changed, dict([advised.split("=")])))
+    check_counts(run)
+
+
+@pytest.mark.parametrize("name", ["samples_per_prompt", "prompts_per_step", "max_new_tokens"])
+def test_rollouts_are_planned(name: str) -> None:
+    """Trajectories have no line, so that long ones fill a machine said to suffice; or the advice does not fit."""
+    plain = sizes(plan_memory(asked(), PLENTY, base_bytes=0))
+    assert plain["rollouts of a step"] == 16 * 8 * (PROGRAM_BYTES + PROMPT_BYTES + SAMPLED_BYTES * 64)
+    long = replace(asked(), run=override(asked().run, {"rollout.max_new_tokens": "9999", "rollout.max_turns": "99"}))
+    bounded = sizes(plan_memory(long, PLENTY, base_bytes=0))["rollouts of a step"]
+    assert bounded == 16 * 8 * (PROGRAM_BYTES + PROMPT_BYTES + SAMPLED_BYTES * 255)  # the model's positions
+    many = replace(asked(), run=override(asked().run, {"rollout.samples_per_prompt": "6000"}))
+    plan = plan_memory(many, 1 << 30, base_bytes=0)
+    with pytest.raises(CapacityError, match=r"rollouts of a step 1.58 GB"):
+        plan.check()
+    settings = dict(setting.split("=") for setting, _ in plan.savings if f".{name}=" in setting)
+    fewer = replace(many, run=override(many.run, settings))
+    assert settings and plan_memory(fewer, 1 << 30, base_bytes=0).short() is None
 
 
 def test_on_a_gpu_the_weights_are_there() -> None:

@@ -18,6 +18,7 @@ from tandem.errors import CapacityError, ConfigError
 from tandem.program.config import TaskConfig
 from tandem.program.render import Renderer
 from tandem.program.task import make_environment
+from tandem.rollout import rollout
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.evaluate import evaluate
 from tandem.rollout.rollout import Rollouts
@@ -206,6 +207,42 @@ def test_deadline_withdraws_the_rest() -> None:
         assert trajectory.failure == Failure("deadline", "generation took longer than 50 s (rollout.deadline_s)")
         assert trajectory.num_sampled == 1 and trajectory.stop_reason is StopReason.ABORTED
     assert not engine.live
+
+
+@settings(max_examples=25, deadline=None)
+@given(count=st.integers(1, 9), samples=st.integers(1, 5), turns=st.integers(1, 3), ahead=st.integers(1, 12))
+def test_programs_are_made_as_they_start(count: int, samples: int, turns: int, ahead: int) -> None:
+    """All programs and requests of a step exist at once; or one that waited gets other tokens, or another's place."""
+    config = RolloutConfig(samples_per_prompt=samples, max_turns=turns, max_new_tokens=8)
+    wanted = Rollouts(FakeEngine(babble), Renderer(Letters()), Counting(2), config, run_seed=1).run(7, prompts(count))
+    engine = FakeEngine(babble, lambda request: noise(request) % 4 + 1)
+    submit, most = engine.submit, []
+
+    def counted(request: Request, /) -> None:
+        submit(request)
+        most.append(len(engine.live))
+
+    engine.submit = counted  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "AHEAD", ahead)
+        assert Rollouts(engine, Renderer(Letters()), Counting(2), config, run_seed=1).run(7, prompts(count)) == wanted
+    assert max(most) <= ahead
+    first = [request.id for request in engine.seen if request.id.endswith("/0")]
+    assert first == [f"p{n}/7/{s}/0" for n in range(count) for s in range(samples)]  # siblings together, in order
+
+
+def test_deadline_before_a_program_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs that the deadline finds unstarted are missing from their groups, or are started after it."""
+    monkeypatch.setattr(rollout, "AHEAD", 4)
+    engine = FakeEngine(lambda request: spell("ab"), lambda request: 10**9)
+    config = replace(CONFIG, deadline_s=50.0)
+    clock = iter(range(10**6))
+    rollouts = Rollouts(engine, Renderer(Letters()), Counting(), config, run_seed=1, clock=lambda: float(next(clock)))
+    groups = rollouts.run(0, prompts(5))
+    assert [len(group.trajectories) for group in groups] == [3] * 5 and len(engine.seen) == 4 and not engine.live
+    for place, trajectory in enumerate(t for group in groups for t in group.trajectories):
+        assert trajectory.failure is not None and "rollout.deadline_s" in trajectory.failure.reason
+        assert trajectory.num_sampled == (1 if place < 4 else 0)
 
 
 def test_capacity() -> None:

@@ -1,10 +1,13 @@
 """The command `tandem`: one verb a file, loaded without torch; what goes wrong is printed for the user.
 
-Exit codes: 0 done; 1 something outside tandem failed; 2 what the user gave is wrong; 130 stopped by Ctrl-C.
+Exit codes: 0 done; 1 something outside tandem failed; 2 what the user gave is wrong; 128 + a signal's number: it
+stopped the run, which was saved (130 Ctrl-C, 129 a closed terminal); 141 whoever should read the output has gone.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +19,7 @@ import typer
 from tandem import env
 from tandem.cli import bench, chat, doctor, eval, generate, report, study, train
 from tandem.errors import TandemWarning, UserError, WorldError, nearest
+from tandem.run import outlet
 
 app = typer.Typer(
     name="tandem",
@@ -36,19 +40,22 @@ app.command("bench")(bench.bench)
 app.command("study")(study.study)
 app.command("doctor")(doctor.doctor)
 
+KEEPING = ("train", "study")  # verbs that store what they also print: without a reader they go on, and are fine
+
 # typer has moved click inside itself: its error class is reached through the one that typer exports.
 UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line (sys.argv where `arguments` is None) and return the exit code."""
+    outlet.outlive()
     try:
         env.check()
         env.limit_spinning()
         given = list(sys.argv[1:] if arguments is None else arguments)
         with _plain_warnings():
             returned = app(args=given, prog_name="tandem", standalone_mode=False)
-        return returned if isinstance(returned, int) else 0
+        return _shown(returned if isinstance(returned, int) else 0, given)
     except UserError as error:
         return _fail(str(error), 2)
     except WorldError as error:
@@ -73,6 +80,15 @@ def _plain_warnings() -> Iterator[None]:
 
         warnings.showwarning = plain
         yield
+
+
+def _shown(code: int, given: Sequence[str]) -> int:
+    """The exit code of a verb, and of its output where nobody has that."""
+    sys.stdout.flush()
+    reason = outlet.LOST.get("stdout")
+    if code or reason is None or given[:1] in [[verb] for verb in KEEPING]:
+        return code
+    return 141 if reason == os.strerror(errno.EPIPE) else _fail(f"the output could not be written: {reason}.", 1)
 
 
 def _fail(message: str, code: int) -> int:

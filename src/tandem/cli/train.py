@@ -23,10 +23,11 @@ def train(
         bool, typer.Option("--plan", help="Print the memory that it would take, and read no weight.")
     ] = False,
 ) -> int:
-    """Train a model by a recipe; Ctrl-C finishes the step, saves and exits with 130."""
+    """Train a model by a recipe; Ctrl-C or a closed terminal finishes the step, saves and exits with 130 or 129."""
     from tandem.cli.recipes import find_recipe, parse_settings
     from tandem.config import diff, override
     from tandem.errors import ConfigError
+    from tandem.run.memory import check_counts
 
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume were both given: a resumed run goes on in its own folder. Drop --out.")
@@ -36,6 +37,7 @@ def train(
     config = override(started, assigned)
     if brought := [line for line in diff(written, started) if line.split(":")[0] not in assigned]:
         print(f"resuming with the config of {resume} (recipe -> run):", *brought, sep="\n  ", file=sys.stderr)
+    check_counts(config)
     if plan:
         from tandem.run.local import plan as plan_run
 
@@ -48,9 +50,12 @@ def train(
     from tandem.report.live import LiveTable
     from tandem.report.metrics import read_metrics
     from tandem.run.departures import declaration
+    from tandem.run.folder import latest_checkpoint
     from tandem.run.local import train as run
 
-    earlier = read_metrics(resume) if resume is not None and (resume / "metrics.jsonl").is_file() else []
+    earlier = []
+    if resume is not None and (saved := latest_checkpoint(resume)) and (resume / "metrics.jsonl").is_file():
+        earlier = [row for row in read_metrics(resume) if row["step"] <= saved.step]
     title = f"{config.name}  {declaration(config)}"
     display = LiveTable(config.steps, title=title, as_json=json, rows=earlier)
     code, folder = run(config, out=out, resume=resume, display=display)

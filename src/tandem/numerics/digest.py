@@ -8,6 +8,7 @@ Measured on one Zen 5 core with 270 MB of bf16: XXH3 34 GB/s, SHA-256 1.8 GB/s.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 import xxhash
@@ -33,6 +34,15 @@ def tensor_hashes(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) 
         assert name not in hashes, f"tensor {name} is given twice"
         hashes[name] = tensor_hash(tensor)
     return hashes
+
+
+def file_hash(path: Path) -> str:
+    """Hexadecimal hash (32 digits) of a file's bytes."""
+    state, block = xxhash.xxh3_128(), memoryview(bytearray(1 << 20))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            state.update(block[:count])
+    return state.hexdigest()
 
 
 def root_hash(hashes: Mapping[str, str]) -> str:

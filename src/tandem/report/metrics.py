@@ -31,7 +31,7 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
         raise RunFolderError(
             f"{path} does not exist: no step was finished there. Give a folder made by `tandem train`."
         )
-    lines = path.read_text(errors="replace").split("\n")
+    lines = path.read_text(errors="replace").rstrip("\n").split("\n")
     rows: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from tandem.errors import CapacityError
@@ -15,6 +16,8 @@ from tandem.rollout.config import RolloutConfig
 from tandem.rollout.trajectory import flatten
 from tandem.trace import Trace
 from tandem.types import Completion, Failure, Group, Message, Prompt, Request, StopReason, Trajectory, Turn
+
+AHEAD = 4096  # requests that the engine has to choose from and to share prompts among; others are made as these end
 
 
 class GenerationEngine(Protocol):
@@ -93,12 +96,9 @@ class Rollouts:
         assert len({prompt.id for prompt in prompts}) == len(prompts), "prompt ids repeat within a step"
         until_s = self.clock() + self.config.deadline_s
         with self.trace.span("rollout"):
-            rollouts = [rollout for prompt in prompts for rollout in self._siblings(step, prompt)]
             live: dict[str, _Rollout] = {}
             try:
-                for rollout in rollouts:
-                    self._submit(rollout, live)
-                self._generate(live, until_s)
+                rollouts = self._generate(self._programs(step, prompts), live, until_s)
             finally:
                 for request_id in live:
                     self.engine.abort(request_id)
@@ -110,18 +110,13 @@ class Rollouts:
             for place, prompt in enumerate(prompts)
         ]
 
-    def _siblings(self, step: int, prompt: Prompt) -> list[_Rollout]:
-        tokens = self.renderer.prompt_tokens(prompt.messages)
-        return [
-            _Rollout(
-                f"{prompt.id}/{step}/{sibling}",
-                prompt,
-                tokens,
-                derive_seed(self.run_seed, step, prompt.id, sibling),
-                context=tokens,
-            )
-            for sibling in range(self.config.samples_per_prompt)
-        ]
+    def _programs(self, step: int, prompts: Iterable[Prompt]) -> Iterator[_Rollout]:
+        """Programs in order, siblings together."""
+        for prompt in prompts:
+            tokens = self.renderer.prompt_tokens(prompt.messages)
+            for sibling in range(self.config.samples_per_prompt):
+                seed = derive_seed(self.run_seed, step, prompt.id, sibling)
+                yield _Rollout(f"{prompt.id}/{step}/{sibling}", prompt, tokens, seed, context=tokens)
 
     def _submit(self, rollout: _Rollout, live: dict[str, _Rollout]) -> None:
         number = len(rollout.turns)
@@ -133,12 +128,22 @@ class Rollouts:
         )
         live[request_id] = rollout
 
-    def _generate(self, live: dict[str, _Rollout], until_s: float) -> None:
-        """Step the engine until nothing is live; at the deadline the rest is withdrawn and fails."""
-        while live:
+    def _generate(self, programs: Iterator[_Rollout], live: dict[str, _Rollout], until_s: float) -> list[_Rollout]:
+        """Run programs to their ends and return them; at the deadline the rest is withdrawn, or not started, and fails.
+
+        At most AHEAD are live.
+        """
+        made: list[_Rollout] = []
+        while True:
             if self.clock() >= until_s:
-                self._expire(live)
-                return
+                rest = list(programs)
+                self._expire(live, rest)
+                return made + rest
+            for program in islice(programs, AHEAD - len(live)):
+                made.append(program)
+                self._submit(program, live)
+            if not live:
+                return made
             assert self.engine.has_work, f"the engine has no work, but {len(live)} requests have not come back"
             ended = []
             for completion in self.engine.step():
@@ -179,8 +184,10 @@ class Rollouts:
         except CapacityError as error:  # the prompt did fit: this conversation has outgrown the engine
             rollout.failure = Failure("engine", f"turn {len(rollout.turns) + 1} does not fit: {error}")
 
-    def _expire(self, live: dict[str, _Rollout]) -> None:
+    def _expire(self, live: dict[str, _Rollout], rest: Sequence[_Rollout]) -> None:
         reason = f"generation took longer than {self.config.deadline_s:g} s (rollout.deadline_s)"
+        for rollout in rest:
+            rollout.failure = Failure("deadline", reason)
         for request_id, rollout in live.items():
             completion = self.engine.abort(request_id)
             if completion is not None and completion.tokens:

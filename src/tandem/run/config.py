@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from tandem.algo.alarm import AlarmConfig, check_correctable
@@ -34,20 +35,21 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, slots=True)
 class CheckpointConfig:
-    """When a run saves itself. It always does at the end and on Ctrl-C.
+    """When a run saves itself. It always does at the end, and after the step in which a signal asks it to stop.
 
     >>> CheckpointConfig(every=10).keep
     2
     """
 
-    every: int = 0  # steps between checkpoints; 0: at the end only
+    minutes: float = 5.0  # between checkpoints, and at least 100 times what the last one took; 0: not by time
+    every: int = 0  # steps between checkpoints; 0: not by steps
     keep: int = 2  # newest checkpoints that stay
 
     def __post_init__(self) -> None:
-        if self.every < 0 or self.keep < 1:
+        if not 0 <= self.minutes < math.inf or self.every < 0 or self.keep < 1:
             raise ConfigError(
-                f"checkpoint.every is {self.every} and checkpoint.keep {self.keep}; "
-                "every must be 0 or more, keep 1 or more."
+                f"checkpoint.minutes is {self.minutes}, checkpoint.every {self.every} and checkpoint.keep {self.keep}; "
+                "minutes and every must be 0 or more, keep 1 or more."
             )
 
 

@@ -1,7 +1,7 @@
 """A run's folder: one writer, files that survive a crash, checkpoints that are whole or absent.
 
     config.json  plan.json  metrics.jsonl  journal.jsonl  ledger.json  trajectories/step-N.jsonl
-    checkpoints/step-N/  report.html  *.png
+    checkpoints/step-N/  set_aside/after-step-N.K/  report.html  *.png
 
 Invariants:
 - While a `RunFolder` is open no other process can open it for writing; the lock dies with its process.
@@ -42,6 +42,15 @@ class SavedCheckpoint:
 
     step: int
     path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class SetAside:
+    """What a resumed run does again: steps that no checkpoint holds."""
+
+    steps: tuple[int, ...]  # with a row or trajectories
+    path: Path  # where those are now
+    rows: tuple[dict[str, Any], ...]  # metrics, of this resume and of earlier ones from the same checkpoint
 
 
 class RunFolder:
@@ -199,25 +208,35 @@ class RunFolder:
         """The newest whole checkpoint, or None."""
         return latest_checkpoint(self.path)
 
-    def rewind(self, step: int) -> list[dict[str, Any]]:
-        """Drop metrics rows and trajectories of steps after `step` (the checkpoint resumed from).
+    def rewind(self, step: int) -> SetAside:
+        """Set metrics rows and trajectories of steps after `step` (the checkpoint resumed from) aside.
 
-        Returns the dropped rows, so that the ledger can count what the interruption cost. Where there is no
-        checkpoint, rewind(0) keeps the evaluation before training and rewind(-1) keeps nothing.
+        Their rows come back, so that the ledger can count what the interruptions cost: the checkpoint's own ledger
+        knows none that came after it. Where there is no checkpoint, rewind(0) keeps the evaluation before training and
+        rewind(-1) keeps nothing. A crash in here leaves each row and each trajectory in one place at least.
         """
         path = self.path / "metrics.jsonl"
         kept: list[dict[str, Any]] = []
         dropped: list[dict[str, Any]] = []
         for row in _read_lines(path):
             (dropped if row["step"] > step else kept).append(row)
+        found = [(_STEP.fullmatch(entry.stem), entry) for entry in (self.path / "trajectories").glob("step-*.jsonl")]
+        later = {int(match.group(1)): entry for match, entry in found if match and int(match.group(1)) > step}
+        name = f"after-step-{max(step, 0)}"
+        earlier = [_read_lines(entry) for entry in sorted((self.path / "set_aside").glob(f"{name}.*/metrics.jsonl"))]
+        if dropped and dropped in earlier:  # a crash came between writing them there and dropping them here
+            earlier.remove(dropped)
+        aside = self.path / "set_aside" / f"{name}.{len(list((self.path / 'set_aside').glob(f'{name}.*'))) + 1}"
+        if dropped or later:
+            aside.mkdir(parents=True)
+        for number, entry in later.items():
+            entry.rename(aside / f"step-{number}.jsonl")
         if dropped:
-            self._stop_appending("metrics.jsonl")
+            _write_whole(aside / path.name, "".join(_line(row) for row in dropped), sync=True)
+            self._stop_appending(path.name)
             _write_whole(path, "".join(_line(row) for row in kept), sync=True)
-        for entry in (self.path / "trajectories").glob("step-*.jsonl"):
-            found = _STEP.fullmatch(entry.stem)
-            if found and int(found.group(1)) > step:
-                entry.unlink()
-        return dropped
+        steps = sorted({row["step"] for row in dropped} | set(later))
+        return SetAside(tuple(steps), aside, (*(row for rows in earlier for row in rows), *dropped))
 
     def _append(self, name: str, row: Mapping[str, Any]) -> None:
         assert self._lock is not None, f"{self.path} is closed"
@@ -374,29 +393,32 @@ def _drop_torn_line(path: Path) -> None:
 
 def _is_json(line: bytes) -> bool:
     try:
-        json.loads(line)
+        return isinstance(json.loads(line), dict)
     except ValueError:
         return False
-    return True
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
-            raise RunFolderError(f"{path} is damaged: line {number} is not JSON. Remove that line to go on.") from error
+            rows[-1]["step"] = int(rows[-1]["step"])
+        except (ValueError, TypeError, LookupError) as error:
+            raise RunFolderError(f"{path} is damaged: line {number} is no row. Remove that line to go on.") from error
     return rows
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {type(content).__name__}, no object")
+    except (OSError, ValueError) as error:
         raise RunFolderError(f"{path} is damaged: {error}. Start a new run, or restore the file.") from error
+    return content
 
 
 def _plain(value: Any) -> Any:

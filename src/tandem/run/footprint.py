@@ -24,6 +24,10 @@ SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3": 1, "int8": 1}
 PANEL = 64  # rows of a matrix that are packed together, kernels/weight.py
 CODES = {"int8": 8, "int4": 4}
 SLICE = 4 << 20  # numbers of an offloaded state that are updated at once, train/optimiser.py
+# Of a program from its request to the packed batch, of a token of its prompt, of one that it samples, and of that where
+# filters keep a set: 1.7 kB, 59, 215 and 305 bytes measured with 20 ids a set; docs/configs.md.
+PROGRAM_BYTES, PROMPT_BYTES, SAMPLED_BYTES, KEPT_BYTES = 2048, 64, 224, 96
+HELDOUT_BYTES = 4096  # of a held-out prompt, here and in the task's child
 HEAD_BYTES, HEAD_SLAB = 384 << 20, 512  # KEPT_BYTES and SLAB of kernels/logprob.py
 
 
@@ -144,6 +148,18 @@ def step_bytes(asked: Asked) -> int:
     filters = run is not None and (run.rollout.top_k or run.rollout.top_p < 1 or run.rollout.min_p)
     logits = 3 * 4 * asked.engine.max_sequences * asked.spec.vocab_size if filters else 0
     return rows * (kept_numbers(asked.spec) + asked.spec.ff_width) * SIZES[asked.dtype] + logits
+
+
+def rollout_bytes(asked: Asked) -> int:
+    """Of a step's rollouts as Python holds them, were all to generate as long as they may; or of an evaluation's."""
+    if asked.run is None:
+        return 0
+    rollout, longest = asked.run.rollout, max(1, asked.spec.max_position - asked.prompt_tokens)
+    filters = rollout.top_k or rollout.top_p < 1 or rollout.min_p
+    sampled = SAMPLED_BYTES + (KEPT_BYTES + 4 * min(rollout.top_k or 32, asked.spec.vocab_size) if filters else 0)
+    program = PROGRAM_BYTES + PROMPT_BYTES * asked.prompt_tokens
+    program += sampled * min(rollout.max_turns * rollout.max_new_tokens, longest)
+    return program * max(rollout.prompts_per_step * rollout.samples_per_prompt, asked.run.evaluation.prompts)
 
 
 def activation_bytes(spec: ModelSpec, rows: int, itemsize: int, checkpointing: bool) -> int:

@@ -6,29 +6,30 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
 from tandem.algo.advantage import Selection, samples_from_groups
 from tandem.algo.price import Lagrangian
-from tandem.errors import AlarmError, NonFiniteError, ParityError, RunFolderError
+from tandem.errors import AlarmError, CheckpointError, NonFiniteError, ParityError, RunFolderError, TandemError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.program.task import Task, make_environment
 from tandem.rollout.evaluate import Evaluation, evaluate
 from tandem.rollout.group import RolloutSummary, summarise
 from tandem.rollout.rollout import Rollouts
+from tandem.run import outlet
 from tandem.run.clock import started
 from tandem.run.config import RunConfig, check_training
 from tandem.run.departures import declaration, is_exact
-from tandem.run.folder import RunFolder, trajectory_rows
+from tandem.run.folder import RunFolder, SavedCheckpoint, trajectory_rows
 from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages, run_loop
-from tandem.run.memory import Plan, peak_bytes
+from tandem.run.memory import Plan, check_counts, peak_bytes
 from tandem.run.parts import Parts, build_parts, plan_parts, resolve_source
-from tandem.run.stop import EXIT_INTERRUPTED, StopSignal
+from tandem.run.stop import StopSignal
 from tandem.trace import Totals, Trace
 from tandem.train import checkpoint as saved_state
 from tandem.train.checkpoint import RunState
@@ -37,6 +38,8 @@ from tandem.train.step import Learner, LearnerReport
 from tandem.types import Group, Prompt, WeightVersion
 
 Row = Mapping[str, Any]
+
+SAVE_SHARE = 100  # a save by time waits for this many times what the last one took: 1 % of a run at most goes there
 
 SCHEDULED = ("cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages")  # of engine.stats, in a step's row
 
@@ -71,6 +74,8 @@ class Session:
         self.alarmed: set[str] = set()  # metrics whose alarm has been shown
         self.graded = 0  # trajectories of this sitting
         self.reasons: Counter[str] = Counter()  # of those that were not
+        self.settled = (0, 0)  # the last step with a row, and the optimiser's updates then
+        self.saved_s, self.save_took_s = time.monotonic(), 0.0
         self.elapsed_s = 0.0  # of earlier sittings
         self.started_s = self.row_started_s = time.perf_counter()
         updates = config.steps * config.algo.updates_per_step
@@ -160,13 +165,21 @@ class Session:
             row |= {"cost": cost, "price": self.price.price}
         row["trained_samples"] = len(batch.samples)
         self.ledger.record(groups, batch.samples)
-        config, last = self.config, step == self.config.steps
-        if config.evaluation.prompts and (last or (config.evaluation.every and step % config.evaluation.every == 0)):
-            row["evaluation"] = self.evaluate(step)
-        self.write(row)
+        last, asked = step == self.config.steps, self.config.evaluation
+        try:
+            if asked.prompts and (last or (asked.every and step % asked.every == 0)):
+                row["evaluation"] = self.evaluate(step)
+        finally:  # the update is done, whatever becomes of its evaluation
+            self.write(row)
         self.announce(step, report)
-        if config.checkpoint.every and step % config.checkpoint.every == 0:
+        if self.save_is_due(step):
             self.save(step, version)
+
+    def save_is_due(self, step: int) -> bool:
+        """Whether steps or time ask for a checkpoint now."""
+        config, waited_s = self.config.checkpoint, time.monotonic() - self.saved_s
+        by_time = config.minutes > 0 and waited_s >= max(60 * config.minutes, SAVE_SHARE * self.save_took_s)
+        return by_time or bool(config.every and step % config.every == 0)
 
     def announce(self, step: int, report: LearnerReport | None) -> None:
         """The first time that a metric's alarm fires, in full; the rows have all of them."""
@@ -188,13 +201,16 @@ class Session:
         row["seconds"] = seconds | {"other": max(0.0, spent - sum(seconds.values()))}
         row["time_s"] = self.elapsed_s + now - self.started_s
         row["peak_memory_bytes"] = peak_bytes()
+        if outlet.LOST:
+            row["output_lost"] = dict(outlet.LOST)
         self.row_started_s = now
         self.folder.append_metrics(row)
+        self.settled = row["step"], self.learner.optimiser.updates
         self.display.update(row)
 
     def save(self, step: int, version: WeightVersion) -> None:
         """A checkpoint after `step`."""
-        cursor = step * self.config.rollout.prompts_per_step
+        cursor, started_s = step * self.config.rollout.prompts_per_step, time.monotonic()
         self.parts.engine.give_back()
         with self.trace.span("checkpoint"), self.folder.checkpoint(step) as directory:
             wall_s = self.elapsed_s + time.perf_counter() - self.started_s
@@ -202,19 +218,31 @@ class Session:
             state = RunState(step, cursor, self.config.seed, self.learner.optimiser.updates, version.digest, ledger)
             saved_state.save(directory, self.learner.optimiser, self.parts.tokenizer, state)
             self.parts.publisher.save(directory)
+            saved_state.seal(directory)
+        self.saved_s = time.monotonic()
+        self.save_took_s = self.saved_s - started_s
 
     def save_newest(self, version: WeightVersion) -> None:
-        """A checkpoint of the last finished step, unless there is one."""
+        """A checkpoint of the last finished step, unless there is one, or an update has begun since."""
         saved = self.folder.latest_checkpoint()
-        if version.step and (saved is None or saved.step < version.step):
+        settled = self.settled == (version.step, self.learner.optimiser.updates)
+        if settled and version.step and (saved is None or saved.step < version.step):
             self.save(version.step, version)
 
     def restore(self) -> int:
-        """Go back to the newest checkpoint; returns its step, 0 where there is none."""
+        """Go back to the newest checkpoint; returns its step, 0 where there is none. Says what is set aside."""
         saved = self.folder.latest_checkpoint()
-        if saved is None:
-            self.ledger.discard(self.folder.rewind(-1))
-            return 0
+        aside = self.folder.rewind(-1 if saved is None else self._load(saved))
+        self.ledger.discard(aside.rows)
+        if aside.steps:
+            since = "there is no checkpoint" if saved is None else f"the newest checkpoint is of step {saved.step}"
+            steps = "-".join(map(str, dict.fromkeys((aside.steps[0], aside.steps[-1]))))
+            self.display.note(f"{since}: what is there of step {steps} was set aside in {aside.path}")
+        self.saved_s = time.monotonic()
+        return 0 if saved is None else saved.step
+
+    def _load(self, saved: SavedCheckpoint) -> int:
+        """The state of a checkpoint; returns its step."""
         state = saved_state.load(saved.path, self.learner.optimiser)
         self.parts.publisher.load(saved.path)
         version = self.parts.publisher.publish(state.step)
@@ -227,7 +255,7 @@ class Session:
             self.ledger = Ledger.restore(state.ledger["ledger"])
             self.elapsed_s = state.ledger["wall_s"]
             self.price.restore(state.ledger)
-        self.ledger.discard(self.folder.rewind(state.step))
+        self.settled = state.step, state.updates
         return state.step
 
     def finish(self) -> None:
@@ -263,6 +291,7 @@ def _figures(summary: RolloutSummary, report: LearnerReport | None) -> dict[str,
 def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: Display) -> tuple[int, Path]:
     """Run a config, new in `out` or on from `resume`; returns the exit code and the run folder."""
     check_training(config)
+    check_counts(config)
     keep = config.checkpoint.keep
     with ExitStack() as closing:
         task = make_environment(config.task)
@@ -293,14 +322,15 @@ def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display
         if done == 0 and config.evaluation.prompts:
             session.write({"step": 0, "evaluation": session.evaluate(0), "weights": parts.exact_engine.version.digest})
         try:
-            last = run_loop(session.stages(), done + 1, config.steps)
-        except (AlarmError, ParityError):  # raised before the step's first update
-            session.save_newest(parts.exact_engine.version)
+            last = done if session.stopping.requested else run_loop(session.stages(), done + 1, config.steps)
+        except (TandemError, OSError, RuntimeError, MemoryError):
+            with suppress(CheckpointError):  # where a disk is full, the first error says so
+                session.save_newest(parts.exact_engine.version)
             raise
         session.save_newest(parts.exact_engine.version)
         session.finish()
         if session.stopping.requested and last < config.steps:
-            return EXIT_INTERRUPTED
+            return session.stopping.exit_code
         if session.reasons and not session.graded:
             reasons = "; ".join(f"{count} x {reason}" for reason, count in session.reasons.most_common(3))
             display.note(f"no trajectory could be graded, so nothing was learned: {reasons}")
@@ -310,6 +340,7 @@ def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display
 
 def evaluate_model(config: RunConfig) -> Evaluation:
     """Held-out greedy accuracy of `config.model` on `config.task`."""
+    check_counts(config)
     task = make_environment(config.task)
     try:
         parts = build_parts(config.model, config.engine, learns=False)

@@ -20,12 +20,16 @@ from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
+from tandem import env
 from tandem.engine.layout import KvLayout
 from tandem.errors import CapacityError
 from tandem.models.spec import expected_shapes
+from tandem.run.config import RunConfig
 from tandem.run.footprint import (
     ALL,
+    HELDOUT_BYTES,
     LOADED,
+    PROGRAM_BYTES,
     SIZES,
     SLICE,
     Asked,
@@ -36,6 +40,7 @@ from tandem.run.footprint import (
     num_pools,
     packed_bytes,
     page_bytes,
+    rollout_bytes,
     rounded_bytes,
     step_bytes,
 )
@@ -74,6 +79,8 @@ def size(count_bytes: float) -> str:
     >>> size(2_147_000_000), size(734_000_000)
     ('2.15 GB', '734 MB')
     """
+    if count_bytes >= 1e12:
+        return f"{count_bytes / 1e12:,.1f} TB"
     return f"{count_bytes / 1e9:.2f} GB" if count_bytes >= 1e9 else f"{count_bytes / 1e6:.0f} MB"
 
 
@@ -197,6 +204,27 @@ class Plan:
             ) from error
 
 
+def check_counts(run: RunConfig) -> None:
+    """CapacityError for counts that no machine of this size can hold, whatever the model: asked before torch is loaded.
+
+    A plan, which knows the model, refuses what is less and yet too much.
+    """
+    available, rollout = env.memory_bytes()[1], run.rollout
+    for name, count, others, each in (
+        ("rollout.samples_per_prompt", rollout.samples_per_prompt, rollout.prompts_per_step, PROGRAM_BYTES),
+        ("rollout.prompts_per_step", rollout.prompts_per_step, rollout.samples_per_prompt, PROGRAM_BYTES),
+        ("evaluation.prompts", run.evaluation.prompts, 1, PROGRAM_BYTES),
+        ("task.heldout_size", run.task.heldout_size, 1, HELDOUT_BYTES),
+    ):
+        if count >= others and count * others * each > available:
+            times = f", times {others}" if others > 1 else ""
+            raise CapacityError(
+                f"{name} is {count}{times}: it takes {size(count * others * each)} of memory at least and this machine "
+                f"has {size(available)} free; no weight was read. "
+                f"Set {name}={max(1, available // (2 * others * each))} or less."
+            )
+
+
 def plan_memory(asked: Asked, available_bytes: int, device_bytes: int = 0, base_bytes: int | None = None) -> Plan:
     """The plan of what is asked. `device_bytes`: free on the GPU, where model.device is one.
 
@@ -289,6 +317,11 @@ def _variants(asked: Asked, plan: Plan) -> Iterator[tuple[str, Asked]]:
     def learning(**changes: Any) -> Asked:
         return replace(asked, run=replace(run, learner=replace(run.learner, **changes)))
 
+    fits, used = plan.available_bytes // 4, rollout_bytes(asked)
+    for name in ("samples_per_prompt", "prompts_per_step", "max_new_tokens") if used > fits else ():
+        fewer = max(2, getattr(run.rollout, name) * fits // used)
+        rollout = replace(run.rollout, **{name: fewer})
+        yield f"rollout.{name}={fewer}", replace(asked, run=replace(run, rollout=rollout))
     if run.learner.microbatch_tokens > 1:
         half = run.learner.microbatch_tokens // 2
         yield f"learner.microbatch_tokens={half}", learning(microbatch_tokens=half)
@@ -365,6 +398,7 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
     )
     if run.algo.needs_reference:
         yield Line("reference model", count * compute + packed_bytes(spec, model), LOADED, place)
+    yield Line("rollouts of a step", rollout_bytes(asked), LOADED)
     rows = run.learner.microbatch_tokens
     kept = activation_bytes(spec, rows, compute, checkpointing)
     yield Line("activations of a microbatch", kept, ("learn",), place)

@@ -28,6 +28,7 @@ from tandem.run.folder import latest_checkpoint
 from tandem.run.footprint import Asked
 from tandem.run.memory import Plan, plan_memory
 from tandem.sync.publish import Publisher
+from tandem.train.checkpoint import MANIFEST, verify
 from tandem.types import Message
 
 
@@ -49,10 +50,13 @@ def resolve_source(source: str) -> str:
     """A model source; a run folder stands for its newest checkpoint."""
     folder = Path(source)
     if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
+        if (folder / MANIFEST).is_file():  # a run's checkpoint
+            verify(folder, resumes=False)
         return source
     saved = latest_checkpoint(folder)
     if saved is None:
-        raise ConfigError(f"the run {folder} has no checkpoint yet; it saves one at its end, or on Ctrl-C.")
+        raise ConfigError(f"the run {folder} has no checkpoint yet; it saves one in time, at its end and on Ctrl-C.")
+    verify(saved.path, resumes=False)
     return str(saved.path)
 
 

@@ -3,11 +3,13 @@
 config.json model.safetensors tokenizer.json ...     what Transformers loads
 optimiser-00001.safetensors ...                      fp32 master weights and moments
 state.json                                           step, updates, seed and data cursor
+manifest.json                                        the hash of each other file, without which none is believed
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,12 +19,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from tandem.errors import CheckpointError
+from tandem.errors import CheckpointError, RunFolderError
 from tandem.models.checkpoint import save_checkpoint
 from tandem.models.tokenizer import Tokenizer
+from tandem.numerics.digest import file_hash
 from tandem.train.optimiser import Optimiser
 
 SHARD_BYTES = 128 << 20  # the serialiser holds a copy of a shard
+MANIFEST = "manifest.json"
+RESUMES = re.compile(r"optimiser-|stale-|state\.json")  # files that only a resumed run reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +69,39 @@ def save(directory: Path, optimiser: Optimiser, tokenizer: Tokenizer, state: Run
     (directory / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
 
 
+def seal(directory: Path) -> None:
+    """Write down the hashes of all files, the last thing that is done to a checkpoint before it is renamed."""
+    hashes = {path.name: file_hash(path) for path in sorted(directory.iterdir())}
+    (directory / MANIFEST).write_text(json.dumps({"xxh3_128": hashes}, indent=1) + "\n", encoding="utf-8")
+
+
+def verify(directory: Path, *, resumes: bool = True) -> None:
+    """RunFolderError, naming the file, unless the checkpoint is what was saved.
+
+    Not `resumes`: only what a model is read from. Files that are not of the checkpoint may lie there, but no tensors.
+    """
+    advice = f"Remove {directory} to go on from the checkpoint before it, or from the start where there is none."
+    try:
+        hashes: dict[str, str] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["xxh3_128"]
+        added = {path.name for path in directory.glob("*.safetensors")} - set(hashes)
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise RunFolderError(
+            f"{directory / MANIFEST} cannot be read ({error}), so no file is known. {advice}"
+        ) from error
+    for name in sorted(added | set(hashes)):
+        if not resumes and RESUMES.match(name):
+            continue
+        try:
+            found = file_hash(directory / name)
+        except OSError as error:
+            raise RunFolderError(f"{directory / name} cannot be read: {error.strerror}. {advice}") from error
+        if found != hashes.get(name):
+            raise RunFolderError(
+                f"{directory / name} is not what was saved: its bytes hash to {found[:12]}, and {MANIFEST} has "
+                f"{hashes.get(name, 'no such file')[:12]}. {advice}"
+            )
+
+
 def _read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
     for path in sorted(directory.glob("optimiser-*.safetensors")):
         with safe_open(path, framework="pt") as shard:
@@ -72,7 +110,8 @@ def _read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def load(directory: Path, optimiser: Optimiser) -> RunState:
-    """Restore optimiser and decoder. CheckpointError where the folder is damaged or belongs to another model."""
+    """Restore optimiser and decoder. RunFolderError where a file is damaged, CheckpointError where it is another's."""
+    verify(directory)
     try:
         state = RunState(**json.loads((directory / "state.json").read_text(encoding="utf-8")))
         optimiser.load(_read(directory), state.updates)
