@@ -14,6 +14,7 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.layout import KvGroup, KvLayout, pages_for
 from tandem.engine.runner import DecoderRunner, token_bytes
+from tandem.errors import NonFiniteError
 from tandem.models.decoder import Decoder
 from tandem.models.spec import LayerAttention
 from tandem.train.step import score
@@ -243,3 +244,19 @@ def test_siblings_copy_the_end_of_their_prompt(length, attention, make_decoder, 
     for completion, request in zip(got, asked, strict=True):
         same(completion, engine_of(decoder).generate([request])[0])
     assert engine.stats.cached_tokens >= 3 * (length - 1)
+
+
+def test_weights_that_are_not_finite_end_a_step_by_name(any_path, make_decoder) -> None:
+    """NaN is drawn from, or leaves the engine with requests and pages that nobody can take back."""
+    decoder = make_decoder("bfloat16")
+    engine, fresh = engine_of(decoder), engine_of(make_decoder("bfloat16"))
+    asked = [Request(f"r{i}", "r", (1, 2, 3 + i), Sampling(max_new_tokens=3), i) for i in range(2)]
+    finite = decoder.norm.value.clone()
+    decoder.norm.value[5] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"logits row 0 of 2 holds 97 NaN .* not finite.*check the model's files"):
+        engine.generate(asked)
+    assert not engine.has_work
+    engine.check_integrity()
+    decoder.norm.value.copy_(finite)
+    for got, wanted in zip(engine.generate(asked), fresh.generate(asked), strict=True):
+        same(got, wanted)

@@ -37,12 +37,8 @@ def _forward(x_TM: torch.Tensor, weight: Weight, eps: float, rstd_T: torch.Tenso
     if run is None:
         return rms_norm_reference(x_TM, weight.value, eps)
     (rows, width), dtype = x_TM.shape, x_TM.dtype
-    x, factors, rstd = (
-        rows_address(x_TM, dtype, rows, width),
-        address(weight.value, dtype, width),
-        address(rstd_T, torch.float32, rows),
-    )
-    out = torch.empty(rows, width, dtype=dtype)
+    x, factors = rows_address(x_TM, dtype, rows, width), address(weight.value, dtype, width)
+    out, rstd = torch.empty(rows, width, dtype=dtype), address(rstd_T, torch.float32, rows)
     run(x, x_TM.stride(0), factors, out.data_ptr(), width, rstd, rows, width, eps)
     return out
 

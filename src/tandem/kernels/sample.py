@@ -297,7 +297,8 @@ def raise_if_bad(logits_SV: Tensor, row: int) -> None:
     )
     raise NonFiniteError(
         f"logits row {row} of {logits_SV.shape[0]} holds {cause} (vocabulary {logits_SV.shape[1]}): "
-        "no token can be drawn. The weights or activations are not finite: see the last update's loss and gradient."
+        "no token can be drawn. The weights or activations are not finite: after an update, see its loss and gradient; "
+        "before any, check the model's files."
     )
 
 

@@ -15,7 +15,7 @@ from tandem.kernels.address import address, check_range
 from tandem.kernels.build import kernel
 from tandem.kernels.forward import FEW, ForwardArgs, GroupArgs, LayerArgs, MatrixArgs
 from tandem.kernels.page_pool import KvPool
-from tandem.kernels.weight import Weight
+from tandem.kernels.weight import Weight, matrix_addresses
 from tandem.models.decoder import Decoder
 from tandem.models.view import PagedView
 from tandem.types import Reach
@@ -53,12 +53,7 @@ class FusedForward:
         for index, (layer, pool) in enumerate(zip(self.decoder.layers, self.pools, strict=True)):
             args = self._layers[index]
             for name in _MATRICES:
-                weight: Weight = getattr(layer, name)
-                if weight.codes is not None:
-                    setattr(args, name, MatrixArgs(None, weight.codes.words.data_ptr()))
-                else:
-                    assert weight.packed is not None
-                    setattr(args, name, MatrixArgs(weight.packed.data_ptr(), None))
+                setattr(args, name, MatrixArgs(*matrix_addresses(getattr(layer, name))))
             for name in ("norm", "feed_norm", "q_norm", "k_norm"):
                 weight = getattr(layer, name)
                 setattr(args, name, None if weight is None else weight.value.data_ptr())
