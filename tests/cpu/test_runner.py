@@ -253,7 +253,7 @@ def test_weights_that_are_not_finite_end_a_step_by_name(any_path, make_decoder) 
     asked = [Request(f"r{i}", "r", (1, 2, 3 + i), Sampling(max_new_tokens=3), i) for i in range(2)]
     finite = decoder.norm.value.clone()
     decoder.norm.value[5] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"logits row 0 of 2 holds 97 NaN .* not finite.*check the model's files"):
+    with pytest.raises(NonFiniteError, match=r"logits row 0 of . holds 97 NaN .* not finite.*check the model's files"):
         engine.generate(asked)
     assert not engine.has_work
     engine.check_integrity()
