@@ -88,7 +88,7 @@ def saved_again(folder: Path, out: Path) -> Any:
     copies=st.lists(st.tuples(st.sampled_from([EMBED, HEAD, UP, "model.norm.weight"]), st.integers(0, 2)), max_size=3),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=120)
+@settings(max_examples=80)
 def test_any_layout(
     tmp_path_factory: pytest.TempPathFactory,
     kind: str,
@@ -195,14 +195,15 @@ def test_what_lies_beside_is_named(tmp_path: Path) -> None:
     write(
         tmp_path, {"model.safetensors": random_tensors(), "consolidated.safetensors": {}, "optimiser-1.safetensors": {}}
     )
-    write_config(tmp_path, rope_interval=3, max_window_layers=1, transformers_version="5", attn_pdrop=0.0)
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2]}
+    write_config(tmp_path, rope_interval=3, max_window_layers=1, attn_pdrop=0.0, rope_parameters=rope)
     for name in ("pytorch_model.bin", "adapter_config.json", "x.gguf", "training_args.bin", "README.md"):
         (tmp_path / name).write_text("{}")
     with pytest.warns(TandemWarning) as caught:
         open_checkpoint(str(tmp_path))
     (line,) = (str(one.message) for one in caught)
     named = "adapter_config.json; consolidated.safetensors; pytorch_model.bin; x.gguf; rope_interval of config.json; "
-    assert line == f"{tmp_path}: not read: {named}max_window_layers of config.json."
+    assert line == f"{tmp_path}: not read: {named}max_window_layers of config.json; mrope_section of config.json."
 
 
 def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:

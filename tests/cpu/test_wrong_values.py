@@ -126,7 +126,7 @@ def small(spec: ModelSpec) -> bool:
 
 
 @given(config=configs())
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_any_config(config: dict[str, Any]) -> None:
     """A value of config.json is believed where Transformers reads another, or ends in a traceback."""
     try:
@@ -223,7 +223,7 @@ def opened_or_refused(path: Path) -> Checkpoint | None:
 
 
 @given(changes=st.dictionaries(st.sampled_from(NAMES), VALUES | st.none(), max_size=2))
-@settings(max_examples=300)
+@settings(max_examples=200)
 def test_any_metadata(changes: dict[str, tuple[Type, Any] | None], tmp_path: Path) -> None:
     """A string, an array, a NaN or 2^63 in a GGUF header ends in a traceback, or becomes a model."""
     opened = opened_or_refused(header(tmp_path / "m.gguf", changes))
@@ -240,7 +240,7 @@ def test_any_metadata(changes: dict[str, tuple[Type, Any] | None], tmp_path: Pat
     flips=st.lists(st.tuples(st.integers(0, 1400), st.integers(1, 255)), min_size=1, max_size=4),
     cut=st.integers(0, 4000),
 )
-@settings(max_examples=400)
+@settings(max_examples=250)
 def test_flipped_bytes_of_a_header(flips: list[tuple[int, int]], cut: int, tmp_path: Path) -> None:
     """A damaged length, type, count or shape of a GGUF header ends in a traceback, or asks for terabytes."""
     whole = bytearray(header(tmp_path / "m.gguf", {}, [1.0, 8.0]).read_bytes())

@@ -245,7 +245,7 @@ def read_config(fields: Fields) -> tuple[ModelSpec, list[str]]:
     )
     known = fields.taken | _SILENT
     unread = [name for name, value in fields.values.items() if value and name not in known and _PASS.search(name)]
-    return spec, unread + [name for name in turned.values if name not in turned.taken and scaling is not None]
+    return spec, unread + [name for name in turned.values if name not in turned.taken]
 
 
 def to_hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
@@ -377,7 +377,8 @@ def _refuse_variants(fields: Fields, architecture: str) -> None:
         if not any(value == one for one in neutral):
             raise ModelError(
                 f"{fields.where} has {name} = {shown(value)}, which the {architecture} decoder does not have. "
-                "Choose a model without it (an unquantised one, for quantization_config)."
+                "Choose a model without it (an unquantised one, for quantization_config), or take out a field that the "
+                "model was not trained with."
             )
 
 
