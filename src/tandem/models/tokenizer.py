@@ -261,6 +261,7 @@ def load_gguf_tokenizer(file: GgufFile, stop_ids: Iterable[int] = (), vocab_size
     others by Transformers, once, then from env.cache_dir(). Raises ModelError where the file carries none, where that
     reading splits a token that the file's template writes or names, and for a token that a model of `vocab_size` lacks.
     """
+    import numpy as np
     from tokenizers import Tokenizer as Backend
 
     origin = str(file.path)
@@ -275,7 +276,6 @@ def load_gguf_tokenizer(file: GgufFile, stop_ids: Iterable[int] = (), vocab_size
     names = {name: tokens[index] for name, index in named.items()}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **names}
     plain = not given.get("ggml.add_bos_token") and not given.get("ggml.add_eos_token")
-    cached = env.cache_dir() / "tokenizers" / f"{_fingerprint(file)}.json"
     if given.get("ggml.model") == "gpt2" and given.get("ggml.pre") in _GPT2_SPLIT and plain:
         try:
             backend = _byte_level(given)
@@ -283,13 +283,15 @@ def load_gguf_tokenizer(file: GgufFile, stop_ids: Iterable[int] = (), vocab_size
             raise ModelError(
                 f"{origin} carries a tokeniser that cannot be built: {error}. Take another file."
             ) from error
-    elif cached.is_file():
-        backend = Backend.from_file(str(cached))
     else:
-        backend, _ = _convert(file.path.parent, file.path.name)
-        _keep(cached, backend.to_str())
-    kinds = zip(tokens, given.get("ggml.token_type", ()), strict=False)
-    marked = {index for index, (_, kind) in enumerate(kinds) if kind in (_CONTROL, _USER_DEFINED)}
+        cached = env.cache_dir() / "tokenizers" / f"{_fingerprint(file)}.json"
+        if cached.is_file():
+            backend = Backend.from_file(str(cached))
+        else:
+            backend, _ = _convert(file.path.parent, file.path.name)
+            _keep(cached, backend.to_str())
+    kinds = np.asarray(given.get("ggml.token_type", ()))[: len(tokens)]
+    marked = np.flatnonzero((kinds == _CONTROL) | (kinds == _USER_DEFINED)).tolist()
     written = {index for index in marked if tokens[index] in (template or "") and not tokens[index].isspace()}
     added = backend.get_added_tokens_decoder()
     for index in sorted(written | set(named.values())):
