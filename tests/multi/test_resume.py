@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -375,22 +376,40 @@ def test_what_fails_between_updates_saves(
 
 
 @pytest.mark.parametrize(
-    ("minutes", "every", "waited_s", "took_s", "step", "due"),
+    ("minutes", "waited_s", "took_s", "due"),
     [
-        (5.0, 0, 299.0, 0.0, 7, False),
-        (5.0, 0, 300.0, 2.9, 7, True),
-        (5.0, 0, 300.0, 3.1, 7, False),  # 1 % of the time since the last one
-        (5.0, 0, 311.0, 3.1, 7, True),
-        (0.0, 0, 1e9, 0.0, 7, False),
-        (5.0, 7, 1.0, 9.0, 7, True),
-        (5.0, 7, 1.0, 9.0, 8, False),
+        (5.0, 299.0, 0.0, False),
+        (5.0, 300.0, 2.9, True),
+        (5.0, 300.0, 3.1, False),  # 1 % of the time since the last one
+        (5.0, 311.0, 3.1, True),
+        (0.0, 1e9, 0.0, False),
     ],
 )
 def test_when_a_save_is_due(
-    monkeypatch: pytest.MonkeyPatch, minutes: float, every: int, waited_s: float, took_s: float, step: int, due: bool
+    monkeypatch: pytest.MonkeyPatch, minutes: float, waited_s: float, took_s: float, due: bool
 ) -> None:
-    """Saves that take more than a hundredth of a run's time, that never come, or that forget the steps asked for."""
-    config = SimpleNamespace(checkpoint=CheckpointConfig(minutes=minutes, every=every))
+    """Saves that take more than a hundredth of a run's time, or that never come."""
+    config = SimpleNamespace(checkpoint=CheckpointConfig(minutes=minutes))
     session = SimpleNamespace(config=config, saved_s=1000.0, save_took_s=took_s)
     monkeypatch.setattr(local.time, "monotonic", lambda: 1000.0 + waited_s)
-    assert local.Session.save_is_due(session, step) is due  # type: ignore[arg-type]
+    assert local.Session.time_to_save(session) is due  # type: ignore[arg-type]
+
+
+def test_a_save_by_time_that_fails_ends_nothing(
+    recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk with room for one checkpoint ends, after five minutes, a run that would have been stored at its end."""
+    config = override(saved_config(whole, local.RunConfig), {"checkpoint.every": "0", "steps": "5"})
+    save, tried = local.saved_state.save, []
+
+    def full(directory: Path, optimiser: Any, tokenizer: Any, state: Any) -> None:
+        save(directory, optimiser, tokenizer, state)
+        tried.append(state.step)
+        if state.step < 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(local.saved_state, "save", full)
+    monkeypatch.setattr(local.Session, "time_to_save", lambda self: True)
+    code, folder = local.train(config, out=tmp_path / "run", resume=None, display=Silent())
+    assert code == 0 and tried == [1, 2, 3, 4, 5]
+    assert [entry.name for entry in (folder / "checkpoints").iterdir()] == ["step-5"]

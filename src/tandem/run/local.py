@@ -172,14 +172,19 @@ class Session:
         finally:  # the update is done, whatever becomes of its evaluation
             self.write(row)
         self.announce(step, report)
-        if self.save_is_due(step):
+        if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
             self.save(step, version)
+        elif self.time_to_save():
+            try:
+                self.save(step, version)
+            except CheckpointError as error:  # nobody asked for this one: the run goes on, and tries again in time
+                self.saved_s = time.monotonic()
+                self.display.note(str(error))
 
-    def save_is_due(self, step: int) -> bool:
-        """Whether steps or time ask for a checkpoint now."""
-        config, waited_s = self.config.checkpoint, time.monotonic() - self.saved_s
-        by_time = config.minutes > 0 and waited_s >= max(60 * config.minutes, SAVE_SHARE * self.save_took_s)
-        return by_time or bool(config.every and step % config.every == 0)
+    def time_to_save(self) -> bool:
+        """Whether a checkpoint is due, of whatever step this is."""
+        minutes, waited_s = self.config.checkpoint.minutes, time.monotonic() - self.saved_s
+        return minutes > 0 and waited_s >= max(60 * minutes, SAVE_SHARE * self.save_took_s)
 
     def announce(self, step: int, report: LearnerReport | None) -> None:
         """The first time that a metric's alarm fires, in full; the rows have all of them."""
