@@ -41,7 +41,7 @@ class CheckpointConfig:
     2
     """
 
-    minutes: float = 5.0  # between checkpoints, and at least 100 times what the last one took; 0: not by time
+    minutes: float = 5.0  # between checkpoints, and at least 200 times what the last one took; 0: not by time
     every: int = 0  # steps between checkpoints; 0: not by steps
     keep: int = 2  # newest checkpoints that stay
 

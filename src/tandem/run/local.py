@@ -39,7 +39,7 @@ from tandem.types import Group, Prompt, WeightVersion
 
 Row = Mapping[str, Any]
 
-SAVE_SHARE = 100  # a save by time waits for this many times what the last one took: 1 % of a run at most goes there
+SAVE_SHARE = 200  # a save by time waits for this many times what the last one took: after the first, 0.5 % of a run
 
 SCHEDULED = ("cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages")  # of engine.stats, in a step's row
 
