@@ -37,7 +37,7 @@ def evaluate(
 
     config = override(_with_task(_read(target), task, path), parse_settings(settings or []))
     asked: dict[str, int] = {}
-    if path is not None:
+    if path is not None and config.task.heldout_path == str(path):
         config, asked = _distinct(config)
         repeats = f", {asked['lines'] - asked['questions']} repeated" if asked["lines"] > asked["questions"] else ""
         taken = f"{config.evaluation.prompts:,} of {asked['questions']:,} distinct questions"

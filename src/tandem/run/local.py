@@ -350,6 +350,7 @@ def evaluate_model(config: RunConfig) -> Evaluation:
     try:
         parts = build_parts(config.model, config.engine, learns=False)
         parts.tokenizer.now = started(Path(config.model.source)) or parts.tokenizer.now
+        task.ready()
         prompts = task.heldout[: config.evaluation.prompts]
         with parts.memory.foreseen():
             return evaluate(parts.exact_engine, parts.renderer, task, prompts, config.rollout)[0]
