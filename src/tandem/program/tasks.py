@@ -41,7 +41,7 @@ NO_ANSWER = "it keeps no answer of its own, so only its scorer knows what is rig
 MALFORMED = "its scorer raises on malformed answers; here they get 0"
 GYM_FAULTS = {
     "game_of_life_halting": "any text gets full marks",
-    "coin_flip": f'"0" gets full marks on nine prompts of ten; {MALFORMED}',
+    "coin_flip": f'"0" gets full marks on most prompts; {MALFORMED}',
     "complex_arithmetic": '"nan" gets full marks; here 0',
     "boxnet": f"{NO_ANSWER}; {MALFORMED}",
     "graph_color": NO_ANSWER,

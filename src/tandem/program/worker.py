@@ -30,7 +30,7 @@ class Calls:
             try:
                 import math_verify  # noqa: F401 - now, so that no call pays for the import out of its share
             except ImportError as error:
-                advice = "pip install 'tandem-rl[tasks]'"
+                advice = "pip install math-verify"
                 raise TaskError(f"task.reward={config.reward} needs math-verify ({error}): {advice}") from error
 
     def heldout(self) -> tuple[Prompt, ...]:
