@@ -315,3 +315,16 @@ def test_memory_that_runs_out_is_explained(error: Exception) -> None:
             raise error
     with pytest.raises(RuntimeError, match="shapes"), plan.foreseen():
         raise RuntimeError("shapes differ")
+
+
+def test_the_table_adds_up_to_its_peak() -> None:
+    """A line of another process among those of the peak, which then add up to more than their sum."""
+    task = TaskConfig("sums.py:Sums")
+    beside = replace(asked(), run=replace(asked().run, task=task))
+    plan = plan_memory(beside, PLENTY, base_bytes=10**9)
+    head, *lines, _ = plan.table().splitlines()
+    named = [line.split(maxsplit=2) for line in lines]
+    assert [line for line in lines if "beside this peak" in line] == ["   126 MB  the task's child, beside this peak"]
+    unit = {"MB": 1e6, "GB": 1e9}
+    total = sum(float(number) * unit[kind] for number, kind, name in named if "beside" not in name)
+    assert total == pytest.approx(plan.peak()[0], rel=0.01) and head.startswith(f"{memory.size(plan.peak()[0])} at the")
