@@ -308,6 +308,7 @@ def test_the_flags_that_the_pages_name() -> None:
         assert {*re.findall(r"(?<![\w-])--[a-z-]+", text)} <= flags[verb], place
 
 
+@pytest.mark.filterwarnings("ignore::tandem.errors.TandemWarning")
 def test_the_settings_that_the_pages_name() -> None:
     """A setting of a page that no config has, or a value that is not of its type."""
     config, seen = find_recipe("smollm2_arithmetic_cpu")(), 0

@@ -53,7 +53,7 @@ def test_a_run_without_a_reward_fails_and_says_why(given: list[str], tmp_path: P
     printed = capsys.readouterr()
     assert printed.out.count(f"failed 4 (4 x {REASON})") == 2  # each step's line
     assert f"none could be graded, failed 2 (2 x {REASON})" in printed.out
-    assert f"no trajectory could be graded, so nothing was learned: 8 x {REASON}" in printed.out
+    assert f"no trajectory of steps 1 to 2 could be graded, so nothing was learned: 8 x {REASON}" in printed.out
     assert "report.html" in printed.out and (tmp_path / "run/checkpoints/step-2").is_dir()
     capsys.readouterr()
     assert main(["report", str(tmp_path / "run")]) == 0

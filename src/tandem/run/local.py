@@ -338,7 +338,8 @@ def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display
             return session.stopping.exit_code
         if session.reasons and not session.graded:
             reasons = "; ".join(f"{count} x {reason}" for reason, count in session.reasons.most_common(3))
-            display.note(f"no trajectory could be graded, so nothing was learned: {reasons}")
+            steps = f"steps {done + 1} to {last}"
+            display.note(f"no trajectory of {steps} could be graded, so nothing was learned: {reasons}")
             return 1
     return 0
 
