@@ -115,7 +115,7 @@ class OneAtATime:
     """A runner that is waited for before the next batch is planned."""
 
     def __init__(self, runner: DecoderRunner) -> None:
-        self.layout, self.vocab_size, self.run = runner.layout, runner.vocab_size, runner.run
+        self.layout, self.run = runner.layout, runner.run
 
 
 @pytest.mark.parametrize("settings", [{}, {"noise": 0.1}, {"batch_tokens": 16}])

@@ -362,8 +362,8 @@ def test_idle_engine_finds_a_leaked_page() -> None:
 )
 def test_ids_outside_the_vocabulary_are_refused(vocab, tokens, stops) -> None:
     """An id that the embedding has no row for is queued and read from what lies beyond it, or its place is misnamed."""
-    engine, runner = make()
-    runner.vocab_size = vocab
+    engine, _ = make()
+    engine.vocab_size = vocab
     request = Request("r", "r", tuple(tokens), Sampling(max_new_tokens=1, stop_token_ids=tuple(stops)), 0)
     named = [("token", tokens), ("stop_token_ids", stops)]
     wrong = [(what, i, t, len(ids)) for what, ids in named for i, t in enumerate(ids) if t not in range(vocab)]

@@ -91,6 +91,7 @@ class Engine:
         version: WeightVersion = INITIAL,
     ) -> None:
         self.runner = runner
+        self.vocab_size = runner.vocab_size
         self.clock = clock
         self.decode = decode
         self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version, runner.layout)
@@ -123,7 +124,7 @@ class Engine:
             raise ConfigError(f"request {request.id!r} has stop strings, but this engine was given no decode function.")
         if "" in strings:
             raise ConfigError(f"request {request.id!r} has an empty stop string, which would stop it at once.")
-        check_request(request, self.runner.vocab_size)
+        check_request(request, self.vocab_size)
         self.scheduler.submit(request, self.clock())
 
     def abort(self, request_id: str) -> Completion | None:

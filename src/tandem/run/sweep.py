@@ -66,7 +66,7 @@ def fill_pages(engine: Engine) -> None:
 
 def start_decoding(engine: Engine, sequences: int, context: int, new: int, rng: random.Random) -> None:
     """Submit requests of `new` tokens and take them, in one step of the stub, to where each runs one token a step."""
-    start_prompts(engine, made_up(sequences, context, engine.runner.vocab_size, rng), new + 1, rng)
+    start_prompts(engine, made_up(sequences, context, engine.vocab_size, rng), new + 1, rng)
     scheduler, runner = engine.scheduler, engine.runner
     config, engine.runner = scheduler.config, _Stub(runner)
     scheduler.config = dataclasses.replace(config, batch_tokens=config.batch_tokens + sequences * context)
