@@ -9,13 +9,12 @@ set -euo pipefail
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 python3 -m venv "$place/venv"
-"$place/venv/bin/pip" install -q "transformers==5.23.0" "tokenizers==0.23.3" "gguf==0.19.0" jinja2
-"$place/venv/bin/python" - "$place" <<'PY' 2>/dev/null
+"$place/venv/bin/pip" install -q "transformers==5.23.0" "tokenizers==0.23.3" jinja2
+"$place/venv/bin/python" - "$place" <<'PY'
 import json, sys
 from pathlib import Path
-import gguf
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 place = Path(sys.argv[1])
 letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -34,22 +33,6 @@ for name in ("config", "whole"):
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **given}
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     seen.append(AutoTokenizer.from_pretrained(folder).encode("<x>"))
-
-first = ["a", *(letter for letter in letters if letter != "a"), "ab"]
-for folder in (place / "config", place / "alone"):
-    folder.mkdir(exist_ok=True)
-    writer = gguf.GGUFWriter(folder / "m.gguf", "llama")
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(first)
-    writer.add_token_types([1] * len(first))
-    writer.add_token_merges(["a b"])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    loaded = PreTrainedTokenizerFast.from_pretrained(folder, gguf_file="m.gguf")
-    seen.append(loaded.encode("a", add_special_tokens=False))
-print("ids of <x> by added_tokens_decoder, by tokenizer.json; of 'a' beside a tokenizer.json, alone:", *seen)
-sys.exit(seen != [[257], [257], [vocab["a"]], [0]])
+print("ids of <x> by added_tokens_decoder, by tokenizer.json:", *seen)
+sys.exit(seen != [[257], [257]])
 PY
