@@ -54,6 +54,7 @@ RAISED: dict[str, tuple[int, str]] = {
     "src/tandem/kernels/gpu/linear.py:linear_kernel": (14, "pointers and shapes of one launch"),
     "src/tandem/kernels/gpu/sample.py:draw_kernel": (9, "pointers and shapes of one launch"),
     "src/tandem/kernels/gpu/sample.py:finish_kernel": (10, "pointers and shapes of one launch"),
+    "src/tandem/cli/generate.py:generate": (13, "one a flag"),
     "tests/cpu/test_mutations.py": (540, "one table of mutations, beside what they replace"),
     "src/tandem/kernels/gpu/rotary.py:rotate_kernel": (12, "pointers and shapes of one launch"),
     "src/tandem/kernels/gpu/rotary.py:store_codes_kernel": (12, "pointers and shapes of one launch"),
@@ -208,7 +209,9 @@ def check_budgets(root: Path, trees: Tree) -> Iterator[str]:
 def _function_budget(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef, kernel: bool) -> Iterator[str]:
     raised = RAISED.get(f"{name}:{node.name}")
     lines = (node.end_lineno or node.lineno) - node.lineno + 1
-    limit = raised[0] if raised else LOOP_LINES if name == "src/tandem/run/loop.py" else FUNCTION_LINES
+    limit = (
+        max(raised[0], FUNCTION_LINES) if raised else LOOP_LINES if name == "src/tandem/run/loop.py" else FUNCTION_LINES
+    )
     if lines > limit and not kernel:
         yield f"{name}:{node.lineno}: {node.name} has {lines} lines; {limit} at most"
     parameters = [argument for argument in arguments(node) if argument not in ("self", "cls")]

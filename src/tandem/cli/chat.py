@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
 
-from tandem.cli.generate import MODEL_HELP, MOST_SEED, MOST_TEMPERATURE, of_run
+from tandem.cli.generate import MODEL_HELP, MOST_SEED, MOST_TEMPERATURE, SYSTEM_SAID
 
 
 def chat(
@@ -21,11 +22,14 @@ def chat(
     """Talk with a model, a line at a time; Ctrl-D ends."""
     from tandem.engine.config import EngineConfig
     from tandem.models.config import ModelConfig
+    from tandem.run.model import opening_of
     from tandem.run.parts import build_parts
     from tandem.types import Message, Request, Sampling
 
-    messages = of_run(model) if system is None else [Message("system", system)] if system else []
-    parts = build_parts(ModelConfig(model), EngineConfig(), learns=False)
+    messages = opening_of(model) if system is None else [Message("system", system)] if system else []
+    if system is None and messages:
+        print(SYSTEM_SAID.format(messages[0].content), file=sys.stderr)
+    parts = build_parts(ModelConfig(model), EngineConfig(), learns=False, form="chat")
     engine, tokenizer = parts.engine, parts.tokenizer
     stops = tokenizer.stop_token_ids
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=stops)

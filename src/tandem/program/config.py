@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from tandem.errors import ConfigError, TandemWarning, nearest
 
 REWARD_NAMES = ("score", "last_number", "exact", "math_verify")
 
 Scalar = int | float | str | bool
+Format = Literal["auto", "chat", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,9 @@ class TaskConfig:
     answer_field: str = "answer"  # text or a number; of "reasoning #### 42" the 42 is the answer
     system: str = ""  # system message put first where a prompt has none; empty leaves the template's own
     template: str = "{question}"  # what the user message says; reasoning_gym and jsonl only
+    format: Format = (
+        "auto"  # of prompts: chat (the model's template) or plain (text alone); auto: chat where it has one
+    )
     reward: str = "score"  # the environment's own score, or one of tandem.program.reward.REWARDS
     train_size: int = 0  # training prompts before they repeat; 0: the whole file, or without end
     heldout_size: int = 128  # distinct questions kept for evaluation, never trained on
@@ -50,6 +54,8 @@ class TaskConfig:
             )
         if self.reward not in REWARD_NAMES:
             raise ConfigError(f"task.reward is {self.reward!r}.{nearest(self.reward, REWARD_NAMES)}")
+        if self.format not in get_args(Format):
+            raise ConfigError(f"task.format is {self.format!r}. Allowed: {', '.join(get_args(Format))}.")
         if self.environment == "jsonl" and not (self.path or self.heldout_path):
             raise ConfigError("task.path is empty. Give the file: --set task.path=train.jsonl")
         if "{question}" not in self.template:

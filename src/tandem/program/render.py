@@ -1,4 +1,4 @@
-"""Messages to tokens by the model's own chat template; later turns append to the tokens that are there.
+"""Messages to tokens by the model's own chat template, or as plain text; later turns append to the tokens there are.
 
 Re-rendering a conversation does not give back what was sampled: templates trim, drop reasoning, or tokenise a text
 in other pieces than the model wrote it. So a turn is never rendered again. What follows it is found by rendering two
@@ -24,21 +24,27 @@ class ChatTokenizer(Protocol):
     @property
     def stop_token_ids(self) -> tuple[int, ...]: ...
 
+    def encode(self, text: str, add_special_tokens: bool, /) -> list[int]: ...
+
     def decode(self, tokens: Sequence[int], /) -> str: ...
 
     def render_messages(self, messages: Sequence[Message], add_generation_prompt: bool, /) -> list[int]: ...
 
 
 class Renderer:
-    """Tokens of prompts and of what follows a turn, and the text of what was sampled."""
+    """Tokens of prompts and of what follows a turn, and the text of what was sampled.
 
-    def __init__(self, tokenizer: ChatTokenizer) -> None:
+    `plain`: no chat template; a prompt is its messages' texts with a blank line between, after the tokeniser's own bos.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, plain: bool = False) -> None:
         self.tokenizer = tokenizer
+        self.plain = plain
         self.stop_token_ids = tuple(tokenizer.stop_token_ids)
 
     def prompt_tokens(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The messages as the model expects them, up to where it is to answer."""
-        return tuple(self.tokenizer.render_messages(messages, True))
+        return tuple(self._render(messages, True))
 
     def text(self, tokens: Sequence[int]) -> str:
         """What sampled tokens say, without the stop token that ended them."""
@@ -67,9 +73,7 @@ class Renderer:
     def _after_answer(self, messages: Sequence[Message], add_generation_prompt: bool) -> tuple[int, ...]:
         """The tokens that the template puts after the content of an assistant's turn."""
         renderings = [
-            self.tokenizer.render_messages(
-                (Message("user", "?"), Message("assistant", answer), *messages), add_generation_prompt
-            )
+            self._render((Message("user", "?"), Message("assistant", answer), *messages), add_generation_prompt)
             for answer in _ANSWERS
         ]
         length = _common_suffix(*renderings)
@@ -79,6 +83,11 @@ class Renderer:
                 "Set rollout.max_turns=1 or use another chat template."
             )
         return tuple(renderings[0][len(renderings[0]) - length :])
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool) -> list[int]:
+        if self.plain:
+            return self.tokenizer.encode("\n\n".join(message.content for message in messages), True)
+        return self.tokenizer.render_messages(messages, add_generation_prompt)
 
 
 def _common_suffix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -302,7 +302,7 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
         task = make_environment(config.task)
         closing.callback(task.close)
         folder = closing.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
-        parts = build_parts(config.model, config.engine, config.sync.lag, config)
+        parts = build_parts(config.model, config.engine, config.sync.lag, config, form=config.task.format)
         task.ready()
         if folder is None:  # only now, so that a wrong model or task leaves no folder behind
             path = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
@@ -349,7 +349,7 @@ def evaluate_model(config: RunConfig) -> Evaluation:
     check_counts(config)
     task = make_environment(config.task)
     try:
-        parts = build_parts(config.model, config.engine, learns=False)
+        parts = build_parts(config.model, config.engine, learns=False, form=config.task.format)
         parts.tokenizer.now = started(Path(config.model.source)) or parts.tokenizer.now
         task.ready()
         prompts = task.heldout[: config.evaluation.prompts]

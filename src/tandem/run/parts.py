@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.layout import KvLayout
 from tandem.engine.runner import DecoderRunner, pool_dtype, token_bytes
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, ModelError, TandemWarning
 from tandem.kernels.build import matrix_unit
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.codes import described, hold_codes
 from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
 from tandem.models.tokenizer import Tokenizer
+from tandem.program.config import Format
 from tandem.program.render import Renderer
 from tandem.run.config import RunConfig
 from tandem.run.departures import check_engine, of_engine, without_departures
@@ -60,6 +62,17 @@ def resolve_source(source: str) -> str:
     return str(saved.path)
 
 
+def is_plain(tokenizer: Tokenizer, form: Format) -> bool:
+    """Whether prompts go in as plain text; ModelError where `form` asks for a template that the model lacks."""
+    if form == "chat" and tokenizer.chat_template is None:
+        raise ModelError(
+            f"{tokenizer.origin} has no chat template, and chat was asked for. Use the instruct version of the "
+            "model, put a chat_template.jinja beside its tokenizer.json, or give plain text: task.format=plain, or "
+            "generate --raw."
+        )
+    return form == "plain" or tokenizer.chat_template is None
+
+
 def plan_parts(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
@@ -84,7 +97,8 @@ def plan_parts(
     prompt_tokens = 1
     if run is not None and run.task.environment == "reasoning_gym":  # whose prompts have this system message, or none
         system = (Message("system", run.task.system),) if run.task.system else ()
-        prompt_tokens = len(Renderer(tokenizer).prompt_tokens((*system, Message("user", ""))))
+        renderer = Renderer(tokenizer, is_plain(tokenizer, run.task.format))
+        prompt_tokens = max(1, len(renderer.prompt_tokens((*system, Message("user", "")))))
     asked = Asked(
         checkpoint.spec,
         model,
@@ -101,29 +115,40 @@ def plan_parts(
 
 
 def build_parts(
-    model: ModelConfig, config: EngineConfig, lag: int = 0, run: RunConfig | None = None, *, learns: bool = True
+    model: ModelConfig,
+    config: EngineConfig,
+    lag: int = 0,
+    run: RunConfig | None = None,
+    *,
+    learns: bool = True,
+    form: Format = "auto",
 ) -> Parts:
     """Load the model and put an engine on it. ModelError, ConfigError, CapacityError for what the user can mend.
 
     The engine shares the learner's decoder unless its weights are rounded, of another dtype, or `lag` updates old.
     `run`: what will train it, whose memory is planned for. Without `learns` that decoder keeps the codes of a quantised
-    file, at the same bits, and of other matrices the packed form alone; nothing can train or save it.
+    file, at the same bits, and of other matrices the packed form alone; nothing can train or save it. `form`: how
+    prompts are written, see TaskConfig.format.
     """
     torch.set_num_threads(env.num_threads())
     checkpoint = open_checkpoint(resolve_source(model.source))
     spec = checkpoint.spec
     check_engine(spec, config)
     tokenizer = checkpoint.load_tokenizer()
+    renderer = Renderer(tokenizer, is_plain(tokenizer, form))
+    if renderer.plain and form == "auto":
+        warnings.warn(f"{model.source} has no chat template: prompts are plain text.", TandemWarning, stacklevel=2)
     memory = plan_parts(checkpoint, tokenizer, model, config, lag, run, learns=learns)
     memory.check()
     config = replace(config, kv_memory_bytes=memory.kv_memory_bytes)
     with memory.foreseen():
-        return _build(checkpoint, tokenizer, model, config, lag, memory, learns=learns)
+        return _build(checkpoint, tokenizer, renderer, model, config, lag, memory, learns=learns)
 
 
 def _build(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
+    renderer: Renderer,
     model: ModelConfig,
     config: EngineConfig,
     lag: int,
@@ -169,6 +194,7 @@ def _build(
         "decoders": len({id(d) for d in (decoder, serving, source) if d is not None}),
         "weights": version.digest,
         "codes": described(serving),
+        "prompts": "plain text" if renderer.plain else "chat template",
         "memory": memory.record(),
     }
-    return Parts(decoder, tokenizer, Renderer(tokenizer), engine, exact_engine, publisher, memory, plan)
+    return Parts(decoder, tokenizer, renderer, engine, exact_engine, publisher, memory, plan)

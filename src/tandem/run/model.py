@@ -1,0 +1,152 @@
+"""A model that answers: prompts in, texts out in the order of the prompts, on tandem's own engine."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tandem.engine.config import EngineConfig
+from tandem.errors import RunFolderError
+from tandem.models.config import ModelConfig
+from tandem.program.config import Format
+from tandem.rollout.config import RolloutConfig
+from tandem.run.parts import Parts, build_parts
+from tandem.types import Completion, Message, Request, Sampling, StopReason
+
+Asked = str | Sequence[Message]  # one user message, or a conversation
+
+SHOWN = 40  # characters of a prompt in an error
+AHEAD = 4  # times engine.max_sequences: requests that wait or have ended behind one that runs
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a prompt got.
+
+    >>> Answer(0, 0, "42", 5, Completion("r", (7,), (-0.1,), (), StopReason.LENGTH), (-0.1,)).text
+    '42'
+    """
+
+    prompt: int  # place among the prompts given
+    sample: int  # 0 .. samples - 1
+    text: str  # without the stop token or the stop string that ended it
+    prompt_tokens: int
+    completion: Completion
+    logprobs: tuple[float, ...]  # of its tokens, nats, of what was drawn from; where greedy and scored, the model's own
+
+
+class Model:
+    """A loaded model and its engine. Prompts are rendered by the chat template, or as plain text (`load`'s form).
+
+    `opening`: messages before a conversation that has no system message.
+    """
+
+    def __init__(self, parts: Parts, opening: Sequence[Message] = ()) -> None:
+        self.parts = parts
+        self.opening = tuple(opening)
+
+    def generate(self, prompts: Sequence[Asked], *, samples: int = 1, seed: int = 0, **sampling: Any) -> list[Answer]:
+        """`samples` answers to each prompt, in order. `sampling`: fields of RolloutConfig (temperature, top_k, top_p,
+        min_p, max_new_tokens, stop_strings); by default greedy, 256 tokens at most.
+        """
+        asked = RolloutConfig(**{"temperature": 0.0, "max_new_tokens": 256, **sampling})
+        return list(self.answers(prompts, asked, samples, seed, scored=True))
+
+    def answers(
+        self, prompts: Sequence[Asked], asked: RolloutConfig, samples: int, seed: int, *, scored: bool = False
+    ) -> Iterator[Answer]:
+        """Answers in the order of the prompts, each as soon as it and those before it are done.
+
+        CapacityError where a prompt does not fit; nothing has run then. The answers to a prompt are a function of it,
+        its place, the seed and the weights.
+        """
+        engine, sampling = self.parts.engine, asked.sampling(self.parts.renderer.stop_token_ids)
+        greedy = scored and sampling.greedy
+        if greedy:  # the same tokens: the set kept is the one that greedy takes, and has log-probs before
+            sampling = replace(sampling, temperature=1.0, top_k=1)
+        for request in self._requests(prompts, sampling, 1, seed):
+            engine.submit(request)
+            engine.abort(request.id)
+        coming, order = self._requests(prompts, sampling, samples, seed), deque[Request]()
+        done: dict[str, Completion] = {}
+        number = 0
+        try:
+            with self.parts.memory.foreseen():
+                while True:
+                    while len(order) < AHEAD * engine.scheduler.config.max_sequences:
+                        if (following := next(coming, None)) is None:
+                            break
+                        engine.submit(following)
+                        order.append(following)
+                    if not order:
+                        return
+                    while order and order[0].id in done:
+                        request = order.popleft()
+                        completion = done.pop(request.id)
+                        text = self._text(completion, sampling)
+                        logprobs = completion.unfiltered_logprobs if greedy else completion.logprobs
+                        tokens = len(request.tokens)
+                        yield Answer(number // samples, number % samples, text, tokens, completion, logprobs)
+                        number += 1
+                    if order:
+                        done |= {completion.request_id: completion for completion in engine.step()}
+        finally:
+            for request in order:
+                if request.id not in done:
+                    engine.abort(request.id)
+
+    def _requests(self, prompts: Sequence[Asked], sampling: Sampling, samples: int, seed: int) -> Iterator[Request]:
+        """A request a sample. Rendered when it is asked for: the tokens of many prompts take more than their texts."""
+        for index, prompt in enumerate(prompts):
+            messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+            if messages[0].role != "system":
+                messages = (*self.opening, *messages)
+            tokens = self.parts.renderer.prompt_tokens(messages)
+            name = request_id(index, messages[-1].content)
+            for sample in range(samples):
+                number = index * samples + sample
+                tail = f" (sample {sample + 1})" if samples > 1 else ""
+                yield Request(name + tail, name, tokens, sampling, seed=seed + number)
+
+    def _text(self, completion: Completion, sampling: Sampling) -> str:
+        text = self.parts.renderer.text(completion.tokens)
+        if completion.stop_reason is StopReason.STOP_STRING:
+            text = text[: min(place for string in sampling.stop_strings if (place := text.find(string)) >= 0)]
+        return text
+
+
+def load(model: str | ModelConfig, engine: EngineConfig | None = None, *, form: Format = "auto") -> Model:
+    """A model that generates: a Hugging Face folder or hub name, a .gguf file, package:NAME, or a run folder.
+
+    `form`: "chat" (the model's template), "plain" (text alone), or "auto": chat where the model has a template. A run
+    is asked with the system message of its prompts.
+    """
+    config = ModelConfig(model) if isinstance(model, str) else model
+    opening = opening_of(config.source)
+    return Model(build_parts(config, engine or EngineConfig(), learns=False, form=form), opening)
+
+
+def opening_of(source: str) -> list[Message]:
+    """The system message that a run's prompts had; empty where `source` is no run or it had none."""
+    folder = Path(source)
+    if not ((folder / "config.json").is_file() and (folder / "checkpoints").is_dir()):
+        return []
+    try:  # this setting alone, so that a run of another version of tandem can be asked too
+        system = str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["task"]["system"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise RunFolderError(f"{folder / 'config.json'} names no task.system ({error}). Restore the file.") from error
+    return [Message("system", system)] if system else []
+
+
+def request_id(index: int, prompt: str) -> str:
+    """The id by which an error names a request.
+
+    >>> request_id(1, "What is  1 + 1?\\nAnswer as I would answer it.")
+    'prompt 2, What is 1 + 1? Answer as I would answer …'
+    """
+    words = " ".join(prompt.split())
+    return f"prompt {index + 1}, {words if len(words) <= SHOWN else f'{words[:SHOWN]}…'}"
