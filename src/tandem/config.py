@@ -262,6 +262,11 @@ def override(config: C, assignments: Mapping[str, str]) -> C:
     `override_base(changes)` says what they are made on. Raises ConfigError for an unknown name, naming the nearest, and
     for a value that is not of the field's type.
     """
+    return cast(C, _replace(config, parsed(config, assignments)))
+
+
+def parsed(config: Any, assignments: Mapping[str, str]) -> dict[str, Any]:
+    """The values that `override` would give the names; not yet checked against each other. Raises as it does."""
     hints = {name: hint for name, hint, _ in names(config)}
     changes: dict[str, Any] = {}
     for name, text in assignments.items():
@@ -274,7 +279,7 @@ def override(config: C, assignments: Mapping[str, str]) -> C:
                 f"{name}={text}: {text!r} is not {describe(hints[name])} (it is {render(flatten(config)[name])} now)."
             ) from None
         changes[name] = value
-    return cast(C, _replace(config, changes))
+    return changes
 
 
 def _unknown(config: Any, name: str, known: list[str]) -> ConfigError:

@@ -28,20 +28,27 @@ def evaluate(
         str | None, typer.Option(help="The task, or another than the recipe's: gsm8k, jsonl, or a reasoning-gym name.")
     ] = None,
     path: Annotated[Path | None, typer.Option(help="The questions and answers (jsonl) of gsm8k or jsonl.")] = None,
+    files: Annotated[
+        list[Path] | None,
+        typer.Option("--config", metavar="FILE", help="Settings from a .toml or .yaml file; --set comes after."),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting by its dotted name.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> int:
     """Measure greedy accuracy on held-out prompts, with a 95 % confidence interval."""
-    from tandem.cli.recipes import parse_settings
+    from tandem.cli.settings import assignments
     from tandem.config import override
     from tandem.errors import ConfigError
 
-    assigned = parse_settings(settings or [])
-    read = _read(target)
-    if isinstance(read, str):
-        read = _bare(read, task is not None or path is not None or any(name.startswith("task.") for name in assigned))
+    read, is_model = _read(target)
+    assigned = assignments(read, files or [], settings or [])
+    if is_model and task is None and path is None and not any(name.startswith("task.") for name in assigned):
+        raise ConfigError(
+            f"{target} is a model: say what to ask it. Give --task NAME (a reasoning-gym data set), --task gsm8k or "
+            "jsonl with --path FILE.jsonl, or --set task.environment=..."
+        )
     config = override(_with_task(read, task, path), assigned)
     asked: dict[str, int] = {}
     if path is not None and config.task.heldout_path == str(path):
@@ -68,41 +75,30 @@ def evaluate(
     return 0 if result["prompts"] else 1
 
 
-def _read(target: str) -> RunConfig | str:
-    """The config of a run folder, its model the run's newest checkpoint; or a recipe's; or the name of a model."""
+def _read(target: str) -> tuple[RunConfig, bool]:
+    """(The config of a run folder, its model the run's newest checkpoint; or a recipe's; or one around a model, whether
+    it is that)."""
     from tandem.cli.recipes import find_recipe, recipe_names
     from tandem.config import load
     from tandem.errors import RunFolderError
+    from tandem.models.config import ModelConfig
+    from tandem.rollout.config import RolloutConfig
     from tandem.run.config import RunConfig
 
     folder = Path(target).expanduser()
+    bare = RunConfig("eval", 1, ModelConfig(target), rollout=RolloutConfig(max_new_tokens=GSM8K_NEW_TOKENS))
     if not folder.is_dir():
         named = target in recipe_names() or ".py" in target
         model = not named and (target.startswith("package:") or target.endswith(".gguf") or "/" in target)
-        return target if model else find_recipe(target)()
+        return (bare, True) if model else (find_recipe(target)(), False)
     if not (folder / "checkpoints").is_dir():
-        return target
+        return bare, True
     try:
         written = jsonlib.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{folder} is no run folder: its config.json cannot be read ({error}).") from error
     config = load(RunConfig, written)
-    return replace(config, model=replace(config.model, source=str(folder)))
-
-
-def _bare(model: str, has_task: bool) -> RunConfig:
-    """A config for a model that no recipe names."""
-    from tandem.errors import ConfigError
-    from tandem.models.config import ModelConfig
-    from tandem.rollout.config import RolloutConfig
-    from tandem.run.config import RunConfig
-
-    if not has_task:
-        raise ConfigError(
-            f"{model} is a model: say what to ask it. Give --task NAME (a reasoning-gym data set), --task gsm8k or "
-            "jsonl with --path FILE.jsonl, or --set task.environment=..."
-        )
-    return RunConfig("eval", 1, ModelConfig(model), rollout=RolloutConfig(max_new_tokens=GSM8K_NEW_TOKENS))
+    return replace(config, model=replace(config.model, source=str(folder))), False
 
 
 def _with_task(config: RunConfig, task: str | None, path: Path | None) -> RunConfig:

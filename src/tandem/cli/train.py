@@ -15,6 +15,10 @@ def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or path/to/file.py:function.")],
     out: Annotated[Path | None, typer.Option(help="Run folder to make; by default runs/NAME-TIME.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to go on with: its config, its last state.")] = None,
+    files: Annotated[
+        list[Path] | None,
+        typer.Option("--config", metavar="FILE", help="Settings from a .toml or .yaml file; --set comes after."),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting by its dotted name.")
     ] = None,
@@ -24,7 +28,8 @@ def train(
     ] = False,
 ) -> int:
     """Train a model by a recipe; Ctrl-C or a closed terminal finishes the step, saves and exits with 130 or 129."""
-    from tandem.cli.recipes import find_recipe, parse_settings
+    from tandem.cli.recipes import find_recipe
+    from tandem.cli.settings import assignments
     from tandem.config import diff, override
     from tandem.errors import ConfigError
     from tandem.run.memory import check_counts
@@ -32,7 +37,7 @@ def train(
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume were both given: a resumed run goes on in its own folder. Drop --out.")
     written = find_recipe(recipe)()
-    assigned = parse_settings(settings or [])
+    assigned = assignments(written, files or [], settings or [])
     started = written if resume is None else _saved(resume, written, assigned)
     config = override(started, assigned)
     if brought := [line for line in diff(written, started) if line.split(":")[0] not in assigned]:
