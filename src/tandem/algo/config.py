@@ -123,13 +123,13 @@ class AlgoConfig:
     (0.0003, 0.0004)
     """
 
-    advantage: Advantage = "grpo"
-    loss: Loss = "ppo"
+    advantage: Advantage = "grpo"  # rewards of a group to credit; formulas in docs/algorithms.md
+    loss: Loss = "ppo"  # credit to gradient: clipped ratio of tokens, of sequences (gspo), weights (cispo)
     clip_low: float | None = None  # ratio below 1 - clip_low is clipped; None takes the loss's own, CLIP_RANGES
     clip_high: float | None = None  # ratio above 1 + clip_high is clipped; None takes the loss's own, CLIP_RANGES
     kl: Kl = "none"  # estimator of the KL to the reference policy, added to the loss
     kl_weight: float = 0.0  # its coefficient
-    aggregation: Aggregation = "token_mean"
+    aggregation: Aggregation = "token_mean"  # how token losses are averaged
     constant_tokens: int | None = None  # divisor of a sample's token sum under constant_mean (Dr. GRPO)
     filter_zero_variance: bool = False  # groups of equal rewards leave the batch, denominators included
     updates_per_step: int = 1  # optimiser updates a step; the step's prompts are dealt out among them

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, get_type_hints
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
+import tandem
 from tandem import env
-from tandem.cli import bench, chat, doctor, eval, generate, report, study, train
+from tandem.cli import bench, catalogue, chat, doctor, eval, generate, report, study, train
 from tandem.errors import TandemWarning, UserError, WorldError, nearest
 from tandem.run import outlet
 
@@ -36,11 +40,44 @@ app.command("eval")(eval.evaluate)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("report")(report.report)
+app.command("recipes")(catalogue.recipes)
 app.command("bench")(bench.bench)
 app.command("study")(study.study)
 app.command("doctor")(doctor.doctor)
 
 KEEPING = ("train", "study")  # verbs that store what they also print: without a reader they go on, and are fine
+
+
+def versions(root: Path = Path(tandem.__file__).parents[2]) -> str:
+    """tandem with its commit where it runs from a checkout, torch and Python, on one line; loads nothing."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = "not installed"
+    commit = ""
+    if (root / ".git").exists():
+        asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        with suppress(OSError):  # no git here
+            commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    tail = f" (commit {commit})" if commit else ""
+    return f"tandem {tandem.__version__}{tail}, torch {torch}, Python {platform.python_version()}"
+
+
+def _show_versions(asked: bool) -> None:
+    if asked:
+        print(versions())
+        raise typer.Exit
+
+
+@app.callback()
+def _itself(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_show_versions, help="Print versions and exit.")
+    ] = False,
+) -> None: ...
+
 
 # typer has moved click inside itself: its error class is reached through the one that typer exports.
 UsageProblem: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -117,7 +154,7 @@ def _usage(error: Any) -> int:
 def flags() -> list[str]:
     """One line for each argument and flag of each verb, as frozen in tests/goldens/flags.txt."""
     commands: Any = typer.main.get_command(app)
-    lines = []
+    lines = [f"tandem {'/'.join(parameter.opts)}" for parameter in commands.params]
     for registered in app.registered_commands:
         assert registered.name is not None and registered.callback is not None
         kinds = get_type_hints(registered.callback)

@@ -28,18 +28,16 @@ class TaskConfig:
     'chain_sum'
     """
 
-    environment: str = "reasoning_gym"
+    environment: str = "reasoning_gym"  # or jsonl, path/to/file.py:Class, package.module:Class
     name: str = "chain_sum"  # the reasoning-gym data set; unused elsewhere
     parameters: tuple[tuple[str, Scalar], ...] = ()  # keyword arguments of the data set or of the user's class
     path: str = ""  # jsonl: training questions, one JSON object a line
     heldout_path: str = ""  # jsonl: held-out questions; empty splits them off `path`
-    question_field: str = "question"
+    question_field: str = "question"  # of a jsonl line
     answer_field: str = "answer"  # text or a number; of "reasoning #### 42" the 42 is the answer
     system: str = ""  # system message put first where a prompt has none; empty leaves the template's own
     template: str = "{question}"  # what the user message says; reasoning_gym and jsonl only
-    format: Format = (
-        "auto"  # of prompts: chat (the model's template) or plain (text alone); auto: chat where it has one
-    )
+    format: Format = "auto"  # of prompts: chat (by the model's template), plain (text alone); auto: chat where it can
     reward: str = "score"  # the environment's own score, or one of tandem.program.reward.REWARDS
     train_size: int = 0  # training prompts before they repeat; 0: the whole file, or without end
     heldout_size: int = 128  # distinct questions kept for evaluation, never trained on

@@ -16,14 +16,14 @@ class RolloutConfig:
     (2,)
     """
 
-    prompts_per_step: int = 16
-    samples_per_prompt: int = 8
+    prompts_per_step: int = 16  # each with its own group
+    samples_per_prompt: int = 8  # the group whose rewards are compared
     temperature: float = 1.0  # 0 takes the most likely token
-    top_k: int = 0  # 0 keeps all
-    top_p: float = 1.0
-    min_p: float = 0.0
-    max_new_tokens: int = 64  # a turn
-    stop_strings: tuple[str, ...] = ()
+    top_k: int = 0  # keep this many most likely tokens; 0 keeps all
+    top_p: float = 1.0  # keep the smallest set whose mass reaches this
+    min_p: float = 0.0  # keep tokens of at least this share of the most likely one's probability
+    max_new_tokens: int = 64  # tokens at most, a turn
+    stop_strings: tuple[str, ...] = ()  # texts that end a turn, beside the tokeniser's stop tokens
     max_turns: int = 1  # completions a program may make; 1 never asks the environment to observe
     deadline_s: float = 600.0  # seconds for a step's rollouts and rewards; what is left then fails with a reason
 

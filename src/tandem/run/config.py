@@ -61,10 +61,10 @@ class RunConfig:
     8
     """
 
-    name: str
-    steps: int
+    name: str  # of the run, and of its folder
+    steps: int  # each samples, learns and publishes once
     model: ModelConfig
-    seed: int = 0
+    seed: int = 0  # of all sampling; with the config it fixes the weights
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)

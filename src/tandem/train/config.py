@@ -25,15 +25,14 @@ class LearnerConfig:
     schedule: Schedule = "constant"  # after the warm-up; linear and cosine end at lr * final_share
     warmup_steps: int = 0  # updates over which the rate rises linearly to lr
     final_share: float = 0.0  # of lr, at the last update of a linear or cosine schedule
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
+    beta1: float = 0.9  # AdamW's decay of the mean gradient
+    beta2: float = 0.999  # AdamW's decay of the mean squared gradient
+    eps: float = 1e-8  # AdamW's, beside the root of the mean square
     weight_decay: float = 0.0  # decoupled; of matrices, not of norms and biases
     grad_clip: float = 1.0  # largest gradient norm; larger ones are scaled down
     microbatch_tokens: int = 1024  # rows of one forward and backward pass at most
     share_prefix: bool = True  # samples of a prompt share the rows of the tokens they begin with
-    activation_checkpointing: Checkpointing = "auto"  # keep one hidden state a layer, run layers again: a third more
-    # work; auto: only where the activations would not fit in memory
+    activation_checkpointing: Checkpointing = "auto"  # run layers again in the backward pass; auto: only to fit memory
     optimiser_offload: Offload = "none"  # where master weights and moments lie: disk (a mapped file), host (of a GPU)
 
     def __post_init__(self) -> None:
