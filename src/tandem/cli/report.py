@@ -13,14 +13,23 @@ if TYPE_CHECKING:
 
 
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")],
+    run_dirs: Annotated[list[Path], typer.Argument(metavar="RUN_DIR...", help="A run folder; several to compare.")],
+    out: Annotated[
+        Path | None, typer.Option(metavar="HTML", help="The page that compares several runs; comparison.html here.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> int:
-    """Write report.html and the plots into a run folder and print its figures."""
+    """Write report.html and the plots into a run folder and print its figures; of several runs, one page over all."""
     from tandem import env
+    from tandem.errors import ConfigError
     from tandem.report.html import write_report
     from tandem.report.metrics import alarms, read_metrics, summary
 
+    if len(run_dirs) > 1:
+        return _compare(run_dirs, out or Path("comparison.html"), json)
+    if out is not None:
+        raise ConfigError(f"--out {out} is for several runs; the report of one is written into its folder. Drop --out.")
+    run_dir = run_dirs[0]
     page = write_report(run_dir)
     rows = read_metrics(run_dir / "metrics.jsonl")
     figures, warnings = summary(rows), alarms(rows)
@@ -41,27 +50,35 @@ def report(
 def _table(figures: dict[str, Any]) -> Table:
     from rich.table import Table
 
-    from tandem.report import units
-    from tandem.report.live import held_out
+    from tandem.report.compare import lines
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, text in (
-        ("steps", units.count(figures["steps"])),
-        (
-            "reward",
-            f"{units.decimal(figures['reward_first'])} -> {units.decimal(figures['reward_last'])} (five-step means)",
-        ),
-        ("held out, before", held_out(figures["evaluation_before"]) if figures["evaluation_before"] else "–"),
-        ("held out, after", held_out(figures["evaluation_after"]) if figures["evaluation_after"] else "–"),
-        (
-            "sampled tokens",
-            f"{units.count(figures['tokens'])}, {units.count(figures['tokens_per_s'])} a rollout second",
-        ),
-        ("failed trajectories", units.count(figures["failed"])),
-        ("time", units.duration(figures["wall_s"])),
-        ("by phase", ", ".join(f"{phase} {units.percent(share)}" for phase, share in figures["shares"].items())),
-        ("peak memory", units.gigabytes(figures["peak_memory_bytes"])),
-        ("weights", str(figures["weights"] or "–")),
-    ):
+    for name, text in lines(figures):
         table.add_row(name, text)
     return table
+
+
+def _compare(folders: list[Path], out: Path, json: bool) -> int:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from tandem import env
+    from tandem.report.compare import compare, write_page
+
+    compared = compare(folders)
+    write_page(compared, out)
+    if json:
+        print(jsonlib.dumps({**compared.record(), "report": str(out)}, indent=1))
+        return 0
+    console = Console(no_color=env.no_color())
+    for rows in (compared.figures, compared.settings):
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for column in ("", *compared.names):
+            table.add_column(escape(column), overflow="fold")
+        for name, texts in rows:
+            table.add_row(*(escape(text) for text in (name, *texts)))
+        if rows:
+            console.print(table)
+    console.print(f"wrote {out}", markup=False)
+    return 0

@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
 from tandem.errors import RunFolderError
 from tandem.report import drift, metrics, plots, units
@@ -27,6 +27,8 @@ _ALTERNATIVES = {
     "lengths": "Mean and longest response by step",
     "entropy": "Entropy of the policy by step",
     "time": "Seconds of each step by phase",
+    "update": "Gradient norm, learning rate and clipped share by step",
+    "limits": "KL, truncated share and peak memory by step",
     "budget": "Error budget by step: staleness, mismatch and sampling",
 }
 
@@ -61,16 +63,12 @@ def render_report(
     config_diff: Sequence[str] = (),
 ) -> str:
     """The page as text with `pictures` (name, light PNG, dark PNG). The template escapes all that the model wrote."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
-        duration=units.duration, gigabytes=units.gigabytes, percent=units.percent, count=units.count,
-        decimal=units.decimal, held_out=held_out,
-    )  # fmt: skip
-    template = environment.from_string(resources.files("tandem.report").joinpath("report.html.jinja").read_text())
+    template = page_template("report.html.jinja")
     config, plan = _json(folder / "config.json"), _json(folder / "plan.json")
     sampled_step, best, worst = _sampled(folder)
     return template.render(
         name=config.get("name") or folder.resolve().name,
+        beside="; the pictures lie beside it as PNG",
         folder=folder.resolve().name,
         finished=_finished(folder),
         planned=config.get("steps"),
@@ -92,6 +90,22 @@ def render_report(
         config=flattened(config),
         config_diff=list(config_diff),
     )
+
+
+def page_template(name: str) -> Template:
+    """A template of this folder; whatever is put into it is escaped."""
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(lambda file: resources.files("tandem.report").joinpath(file).read_text()),
+    )
+    environment.filters.update(
+        duration=units.duration, gigabytes=units.gigabytes, percent=units.percent, count=units.count,
+        decimal=units.decimal, held_out=held_out,
+    )  # fmt: skip
+    return environment.get_template(name)
 
 
 def tiles(summary: Mapping[str, Any], planned_bytes: int | None) -> list[tuple[str, str, str]]:
@@ -198,8 +212,13 @@ def _trajectories(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _inlined(name: str, light: bytes, dark: bytes) -> dict[str, str]:
-    text = {"light": base64.b64encode(light).decode(), "dark": base64.b64encode(dark).decode()}
-    return {"name": name, "alternative": _ALTERNATIVES[name], **text}
+    return inlined(_ALTERNATIVES[name], light, dark)
+
+
+def inlined(alternative: str, light: bytes, dark: bytes) -> dict[str, str]:
+    """A picture as a page's template takes it."""
+    texts = {"light": base64.b64encode(light).decode(), "dark": base64.b64encode(dark).decode()}
+    return {"alternative": alternative, **texts}
 
 
 def _finished(folder: Path) -> str:

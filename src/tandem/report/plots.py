@@ -34,6 +34,7 @@ PHASES = {
     "checkpoint": YELLOW,
 }
 GREY = "#9AA0A6"
+STEPS = "step (optimiser updates)"
 
 STYLE: dict[Any, Any] = {
     "figure.figsize": (6.0, 3.4),
@@ -101,7 +102,7 @@ def draw_axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(title)
-    axes.set_xlabel("step (optimiser updates)")
+    axes.set_xlabel(STEPS)
     axes.set_ylabel(ylabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9, steps=[1, 2, 5, 10]))
     return figure, axes
@@ -223,11 +224,69 @@ def budget_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+Curve = tuple[str, str, float]  # a row's name, what it is with its unit, and what a unit is worth
+UPDATE: tuple[Curve, ...] = (
+    ("grad_norm", "gradient norm", 1.0),
+    ("lr", "learning rate", 1.0),
+    ("clip_fraction", "clipped, share", 1.0),
+)
+ANSWERS: tuple[Curve, ...] = (
+    ("length", "mean length", 1.0),
+    ("entropy", "entropy, nats", 1.0),
+    ("tokens_per_s", "tokens/s", 1.0),
+)
+LIMITS: tuple[Curve, ...] = (
+    ("kl", "KL, nats", 1.0),
+    ("truncated", "cut off, share", 1.0),
+    ("peak_memory_bytes", "memory, GB", 1e9),
+)
+
+
+def strips_figure(title: str, curves: Sequence[Curve], runs: Sequence[tuple[str, Sequence[Row]]]) -> Figure:
+    """Plots under each other over one axis of steps, one a curve, a line a run; a legend where runs are told apart."""
+    figure = Figure(figsize=(6.0, 4.4))
+    FigureCanvasAgg(figure)
+    for place, (axes, (name, label, unit)) in enumerate(
+        zip(figure.subplots(len(curves), sharex=True), curves, strict=True)
+    ):
+        for number, (run, rows) in enumerate(runs):
+            steps, values = series(training(rows), name)
+            line = ("-", "--", "-.", ":")[number % 4]
+            colour = SERIES[number % len(SERIES)]
+            drawn = [value / unit for value in values]
+            axes.plot(steps, drawn, color=colour, linestyle=line, linewidth=1.4, label=run)
+            axes.update_datalim([(steps[0], 1.08 * max(drawn))] if drawn else [])
+        axes.autoscale_view()
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9, steps=[1, 2, 5, 10]))
+        if place == 0:
+            axes.set_title(title)
+            if any(run for run, _ in runs):
+                draw_legend(axes, columns=3)
+    axes.set_xlabel(STEPS)
+    figure.align_ylabels()
+    return figure
+
+
+def update_figure(rows: Sequence[Row]) -> Figure:
+    """Gradient norm before clipping, learning rate, and the share of tokens whose ratio was clipped."""
+    return strips_figure("The updates", UPDATE, [("", rows)])
+
+
+def limits_figure(rows: Sequence[Row]) -> Figure:
+    """What tells trouble: KL of learner against behaviour, answers cut at their longest, peak memory."""
+    return strips_figure("Drift and limits", LIMITS, [("", rows)])
+
+
 FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "reward": reward_figure,
     "lengths": lengths_figure,
     "entropy": entropy_figure,
     "time": time_figure,
+    "update": update_figure,
+    "limits": limits_figure,
     "budget": budget_figure,
 }
 
@@ -246,10 +305,7 @@ def png(draw: Callable[[], Figure], dark: bool = False) -> bytes:
 
 
 def save_plots(rows: Sequence[Row], folder: Path | str) -> dict[str, Path]:
-    """Write reward.png, lengths.png, entropy.png and time.png into `folder`; name -> path.
-
-    budget.png too, where engine and learner ever differed.
-    """
+    """Write a PNG a figure into `folder`; name -> path. budget.png only where engine and learner ever differed."""
     folder = Path(folder)
     paths = {}
     drifted = any(any((row.get("error_budget") or {}).values()) for row in rows)

@@ -1,0 +1,122 @@
+"""Several runs -> one page: their final figures, their curves over each other, and the settings that differ."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tandem.errors import RunFolderError, WorldError
+from tandem.report import metrics, plots, units
+from tandem.report.html import flattened, inlined, page_template
+from tandem.report.live import held_out
+from tandem.report.metrics import Row
+
+STRIPS = (("The answers", plots.ANSWERS), ("The updates", plots.UPDATE), ("Drift and limits", plots.LIMITS))
+Lines = list[tuple[str, list[str]]]  # (what, one text a run)
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Runs side by side, in the order given."""
+
+    folders: tuple[Path, ...]
+    names: tuple[str, ...]  # all different
+    rows: tuple[Sequence[Row], ...]
+    summaries: tuple[Mapping[str, Any], ...]
+    figures: Lines
+    settings: Lines  # those that differ
+
+    def record(self) -> dict[str, Any]:
+        """For JSON."""
+        differing = {name: dict(zip(self.names, texts, strict=True)) for name, texts in self.settings}
+        return {"runs": dict(zip(self.names, self.summaries, strict=True)), "settings": differing}
+
+
+def compare(folders: Sequence[Path]) -> Compared:
+    """The runs in `folders`. RunFolderError where one holds no metrics or a damaged config."""
+    rows = tuple(metrics.read_metrics(folder) for folder in folders)
+    configs = [_config(folder) for folder in folders]
+    summaries = tuple(metrics.summary(of_run) for of_run in rows)
+    texts = [dict(lines(summary)) for summary in summaries]
+    flat = [dict(flattened(config)) for config in configs]
+    known = dict.fromkeys(name for config in flat for name in config)
+    differing = [(name, [config.get(name, units.BLANK) for config in flat]) for name in known]
+    return Compared(
+        folders=tuple(folders),
+        names=_names(folders, configs),
+        rows=rows,
+        summaries=summaries,
+        figures=[(name, [text[name] for text in texts]) for name in texts[0]],
+        settings=[(name, values) for name, values in differing if len(set(values)) > 1],
+    )
+
+
+def lines(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(what, text) of the figures of metrics.summary."""
+    return [
+        ("steps", units.count(figures["steps"])),
+        (
+            "reward",
+            f"{units.decimal(figures['reward_first'])} -> {units.decimal(figures['reward_last'])} (five-step means)",
+        ),
+        ("held out, before", held_out(figures["evaluation_before"]) if figures["evaluation_before"] else "–"),
+        ("held out, after", held_out(figures["evaluation_after"]) if figures["evaluation_after"] else "–"),
+        (
+            "sampled tokens",
+            f"{units.count(figures['tokens'])}, {units.count(figures['tokens_per_s'])} a rollout second",
+        ),
+        ("failed trajectories", units.count(figures["failed"])),
+        ("time", units.duration(figures["wall_s"])),
+        ("by phase", ", ".join(f"{phase} {units.percent(share)}" for phase, share in figures["shares"].items())),
+        ("peak memory", units.gigabytes(figures["peak_memory_bytes"])),
+        ("weights", str(figures["weights"] or "–")),
+    ]
+
+
+def write_page(compared: Compared, path: Path) -> None:
+    """Write one HTML file that opens offline. WorldError where it cannot be written."""
+    curves = list(zip(compared.names, compared.rows, strict=True))
+    draws = [("Reward and held-out accuracy", partial(plots.reward_curves_figure, curves, "Reward of each run"))]
+    draws += [(title, partial(plots.strips_figure, title, strips, curves)) for title, strips in STRIPS]
+    page = page_template("compare.html.jinja").render(
+        name=f"{len(compared.names)} runs",
+        folders=[str(folder) for folder in compared.folders],
+        runs=compared.names,
+        figures=compared.figures,
+        settings=compared.settings,
+        pictures=[inlined(f"{title}, by step", plots.png(draw), plots.png(draw, dark=True)) for title, draw in draws],
+        beside="",
+    )
+    try:
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise WorldError(f"{path} could not be written: {error.strerror}. Choose another place with --out.") from error
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise RunFolderError(f"{path} is damaged: {error}. Restore the file.") from error
+    return config if isinstance(config, dict) else {}
+
+
+def _names(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The runs' names; of those that share one, the folders', and the whole paths where those are alike too."""
+    spellings = (
+        [str(config.get("name") or folder.resolve().name) for folder, config in zip(folders, configs, strict=True)],
+        [folder.resolve().name for folder in folders],
+        [str(folder) for folder in folders],
+        [f"{folder} ({place})" for place, folder in enumerate(folders, start=1)],
+    )
+    chosen = list(spellings[0])
+    for spelling in spellings[1:]:
+        repeated = Counter(chosen)
+        chosen = [other if repeated[name] > 1 else name for name, other in zip(chosen, spelling, strict=True)]
+    return tuple(chosen)
