@@ -17,10 +17,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import tandem.types
-from tandem.cli.main import main
 from tandem.errors import RunFolderError
 from tandem.report import metrics, plots
-from tandem.report.compare import compare
 from tandem.report.html import agreement, failures, render_report, write_report
 from tandem.report.live import LiveTable, sparkline, step_line
 from tandem.report.metrics import alarms, read_metrics, summary, time_left_s
@@ -482,65 +480,3 @@ def test_series_skips_what_is_not_a_number():
         {"step": 5, "x": 2.5},
     ]
     assert metrics.series(rows, "x") == ([1, 5], [1.0, 2.5])
-
-
-def comparable(path: Path, **changes: object) -> Path:
-    path.parent.mkdir(exist_ok=True)
-    run_folder(path)
-    config = {"name": "tiny <b>", "steps": 12, "seed": 0, "learner": {"lr": 2e-5, "beta1": 0.9}} | changes
-    (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
-def test_runs_laid_over_each_other(tmp_path, capsys):
-    """A run left out, a setting that differs unseen, one that is alike shown, or a page that needs the network."""
-    folders = [
-        comparable(tmp_path / "a"),
-        comparable(tmp_path / "b", learner={"lr": 1e-5, "beta1": 0.9}),
-        comparable(tmp_path / "c", name="other", extra="[new]"),
-    ]
-    rows = read_metrics(folders[1])
-    write_rows(folders[1], [entry | {"reward": 0.25} if "reward" in entry else entry for entry in rows])
-    out = tmp_path / "page.html"
-    assert main(["report", *map(str, folders), "--out", str(out)]) == 0
-    printed = capsys.readouterr().out
-    assert "[new]" in printed and f"wrote {out}" in printed
-    page = Page(source := out.read_text())
-    assert page.open == [] and "http" not in source and "<script" not in source
-    text = re.sub(r"\s+", " ", " ".join(page.words))
-    assert "a b other learner.lr" not in text
-    for wanted in (
-        "3 runs", "reward 0.150 -> 0.500 (five-step means) 0.250 -> 0.250 (five-step means) 0.150 -> 0.500",
-        "setting a b other name tiny <b> tiny <b> other learner.lr 2e-05 1e-05 2e-05 extra – – [new]",
-    ):  # fmt: skip
-        assert wanted in text, wanted
-    assert "learner.beta1" not in text
-    images = [a for tag, a in page.tags if tag in ("img", "source")]
-    assert len(images) == 8 and all((a.get("src") or a["srcset"]).startswith("data:image/png;base64,") for a in images)
-    assert main(["report", *map(str, folders), "--out", str(out), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["settings"]["learner.lr"] == {"a": "2e-05", "b": "1e-05", "other": "2e-05"}
-    assert told["runs"]["b"]["reward_last"] == 0.25
-    assert main(["report", str(folders[0]), "--out", str(out)]) == 2 and "--out" in capsys.readouterr().err
-    (folders[0] / "config.json").write_text("{")
-    assert main(["report", *map(str, folders)]) == 2 and "config.json is damaged" in capsys.readouterr().err
-
-
-def test_runs_of_one_name_are_told_apart(tmp_path):
-    """Two lines of one name in a legend."""
-    folders = [comparable(tmp_path / name) for name in ("x/run", "y/run", "z/last")]
-    assert compare(folders).names == (str(folders[0]), str(folders[1]), "last")
-    assert len(set(compare([folders[0], folders[0]]).names)) == 2
-
-
-def test_strips_draw_each_run_in_its_units():
-    """A run's line under another's name; bytes on an axis of gigabytes; a curve missing."""
-    runs = [("one", run_rows()), ("two", [entry | {"lr": 1e-5} for entry in run_rows()])]
-    drawn = plots.strips_figure("t", plots.LIMITS, runs).axes
-    assert [axes.get_ylabel() for axes in drawn] == ["KL, nats", "cut off, share", "memory, GB"]
-    assert list(drawn[2].get_lines()[0].get_ydata())[0] == pytest.approx(2.000000001)
-    rates = plots.strips_figure("t", plots.UPDATE, runs).axes[1]
-    assert {line.get_label(): set(line.get_ydata()) for line in rates.get_lines()} == {"one": {2e-5}, "two": {1e-5}}
-    assert len({line.get_linestyle() for line in rates.get_lines()}) == 2
-    assert rates.get_ylim()[0] == 0 and rates.get_ylim()[1] > 2e-5
-    assert plots.update_figure(run_rows()).axes[0].get_legend() is None
