@@ -31,8 +31,11 @@ _HOMES = {
     "TaskConfig": "tandem.program.config",
     "Trajectory": "tandem.types",
     "WeightVersion": "tandem.types",
+    "evaluate_model": "tandem.run.local",
+    "load": "tandem.run.model",
     "open_checkpoint": "tandem.models.checkpoint",
     "override": "tandem.config",
+    "train_recipe": "tandem.cli.train",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0605

@@ -5,6 +5,7 @@ TANDEM_KERNELS   triton: run Triton's kernels on the CPU too, under its interpre
                  reference: PyTorch in place of the C++ kernels; slow, and a row's bits depend on its batch
 TANDEM_THREADS   threads a process computes with; default OMP_NUM_THREADS, else the cores this process may use
 GOMP_SPINCOUNT   how long OpenMP spins; set to 2000 where it is not given
+WANDB_MODE       passed on to W&B; offline where it is not given
 NO_COLOR         any text: no colours (https://no-color.org)
 XDG_CACHE_HOME   default ~/.cache
 """
@@ -151,6 +152,11 @@ def limit_spinning() -> None:
 def foreign() -> dict[str, str]:
     """The environment for a program that is not tandem's: without what tandem set for itself."""
     return {name: value for name, value in os.environ.items() if name not in _OURS}
+
+
+def tracking() -> dict[str, str]:
+    """The environment for a tracker's process: W&B writes to disk alone where the user has not asked for more."""
+    return {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **foreign()}
 
 
 def no_color() -> bool:

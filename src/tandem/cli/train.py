@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from tandem.run.config import RunConfig
 
 
 def train(
@@ -51,6 +55,54 @@ def train(
         memory.check()
         return 0
 
+    code, folder, page = start(config, out=out, resume=resume, json=json, changed=diff(written, config))
+    print(f"run folder {folder}, report {page}", file=sys.stderr if json else sys.stdout)
+    return code
+
+
+def train_recipe(
+    recipe: str | Callable[[], RunConfig],
+    settings: Mapping[str, str] | None = None,
+    *,
+    out: Path | str | None = None,
+    resume: Path | str | None = None,
+) -> Path:
+    """Train by a recipe (its name, path/to/file.py:function, or the function), with `settings` as of --set.
+
+    Returns the run folder. Shows the rows on stdout, as `tandem train` does; Ctrl-C finishes the step, saves and raises
+    KeyboardInterrupt.
+    """
+    from tandem.cli.recipes import find_recipe
+    from tandem.config import diff, override
+    from tandem.errors import ConfigError, WorldError
+
+    if out is not None and resume is not None:
+        raise ConfigError("out and resume were both given: a resumed run goes on in its own folder. Drop out.")
+    written = find_recipe(recipe)() if isinstance(recipe, str) else recipe()
+    started = written if resume is None else _saved(Path(resume), written, settings or {})
+    config = override(started, settings or {})
+    code, folder, _ = start(
+        config,
+        out=None if out is None else Path(out),
+        resume=None if resume is None else Path(resume),
+        changed=diff(written, config),
+    )
+    if code == 130:
+        raise KeyboardInterrupt
+    if code:
+        raise WorldError(f"the run in {folder} failed; its last lines say why.")
+    return folder
+
+
+def start(
+    config: RunConfig, *, out: Path | None, resume: Path | None, json: bool = False, changed: Sequence[str] = ()
+) -> tuple[int, Path, Path]:
+    """Run a config with its display and trackers, and write its report; (exit code, run folder, report)."""
+    from tandem.report.track import Display, Tracked, check_sinks
+
+    check_sinks(config.track.to)
+
+    from tandem.config import flatten, render
     from tandem.report.html import write_report
     from tandem.report.live import LiveTable
     from tandem.report.metrics import read_metrics
@@ -62,11 +114,15 @@ def train(
     if resume is not None and (saved := latest_checkpoint(resume)) and (resume / "metrics.jsonl").is_file():
         earlier = [row for row in read_metrics(resume) if row["step"] <= saved.step]
     title = f"{config.name}  {declaration(config)}"
-    display = LiveTable(config.steps, title=title, as_json=json, rows=earlier)
+    display: Display = LiveTable(config.steps, title=title, as_json=json, rows=earlier)
+    if config.track.to:
+        out = out or (None if resume else Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}")
+        texts = {name: render(value) for name, value in flatten(config).items()}
+        track, place = config.track, resume or out
+        assert place is not None
+        display = Tracked(display, track.to, place, track.project, track.name, texts)
     code, folder = run(config, out=out, resume=resume, display=display)
-    page = write_report(folder, diff(written, config))
-    print(f"run folder {folder}, report {page}", file=sys.stderr if json else sys.stdout)
-    return code
+    return code, folder, write_report(folder, changed)
 
 
 def _saved(folder: Path, written: Any, assigned: Mapping[str, str]) -> Any:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from tandem.algo.alarm import AlarmConfig, check_correctable
 from tandem.algo.config import AlgoConfig, check_group_size
 from tandem.engine.config import EngineConfig
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, nearest
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.rollout.config import RolloutConfig
@@ -26,11 +26,28 @@ class EvaluationConfig:
 
     prompts: int = 128  # of the held-out ones; 0 never evaluates
     every: int = 0  # steps between evaluations; 0: before and after only
+    stop_accuracy: float | None = None  # held-out accuracy (0 to 1) that ends the run; none: all steps are run
+    stop_reward: float | None = None  # mean training reward of five steps that ends the run; none: all steps are run
 
     def __post_init__(self) -> None:
         for name in ("prompts", "every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"evaluation.{name} is {getattr(self, name)}; it must be 0 or more.")
+        if self.stop_accuracy is not None and not 0 < self.stop_accuracy <= 1:
+            raise ConfigError(
+                f"evaluation.stop_accuracy is {self.stop_accuracy}; it must be above 0, at most 1, or none."
+            )
+        if self.stop_reward is not None and not math.isfinite(self.stop_reward):
+            raise ConfigError(f"evaluation.stop_reward is {self.stop_reward}; it must be a finite number, or none.")
+        if self.stop_accuracy is not None and not self.repeats:
+            raise ConfigError(
+                "evaluation.stop_accuracy is set, but nothing is evaluated on the way. Set evaluation.every."
+            )
+
+    @property
+    def repeats(self) -> bool:
+        """Whether there are evaluations between the first and the last."""
+        return self.prompts > 0 and self.every > 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +61,7 @@ class CheckpointConfig:
     minutes: float = 5.0  # between checkpoints, and at least 200 times what the last one took; 0: not by time
     every: int = 0  # steps between checkpoints; 0: not by steps
     keep: int = 2  # newest checkpoints that stay
+    best: bool = False  # save the step of best held-out accuracy too, for good: checkpoints/best leads to it
 
     def __post_init__(self) -> None:
         if not 0 <= self.minutes < math.inf or self.every < 0 or self.keep < 1:
@@ -51,6 +69,29 @@ class CheckpointConfig:
                 f"checkpoint.minutes is {self.minutes}, checkpoint.every {self.every} and checkpoint.keep {self.keep}; "
                 "minutes and every must be 0 or more, keep 1 or more."
             )
+
+
+SINKS = ("tensorboard", "trackio", "wandb")
+
+
+@dataclass(frozen=True, slots=True)
+class TrackConfig:
+    """Where else the rows of metrics.jsonl go.
+
+    >>> TrackConfig(to=("tensorboard",)).project
+    'tandem'
+    """
+
+    to: tuple[str, ...] = ()  # tensorboard, trackio, wandb: each needs its package
+    project: str = "tandem"  # of trackio and W&B
+    name: str = ""  # the run's name there; empty: its folder's
+
+    def __post_init__(self) -> None:
+        for name in self.to:
+            if name not in SINKS:
+                raise ConfigError(f"track.to names {name}.{nearest(name, SINKS)}")
+        if len(set(self.to)) < len(self.to):
+            raise ConfigError(f"track.to names one twice: {', '.join(self.to)}. Take one out.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +115,15 @@ class RunConfig:
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}; it must be at least 1.")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be 0 or more and fit 63 bits.")
+        if self.checkpoint.best and not self.evaluation.repeats:
+            raise ConfigError("checkpoint.best is on, but nothing is evaluated on the way. Set evaluation.every.")
         if self.evaluation.prompts > self.task.heldout_size:
             raise ConfigError(
                 f"evaluation.prompts is {self.evaluation.prompts} but task.heldout_size is {self.task.heldout_size}: "

@@ -106,7 +106,7 @@ class RunFolder:
         cls,
         path: Path | str,
         config: Any = None,
-        may_differ: Iterable[str] = ("steps", "alarms"),
+        may_differ: Iterable[str] = ("steps", "alarms", "track", "evaluation.stop_accuracy", "evaluation.stop_reward"),
         keep: int | None = 2,
     ) -> RunFolder:
         """Continue the run in `path`: cleans what a crash left, checks `config` where one is given.
@@ -200,6 +200,24 @@ class RunFolder:
                 shutil.rmtree(partial, ignore_errors=True)
         self._prune()
 
+    def mark_best(self, step: int) -> None:
+        """Let checkpoints/best lead to the checkpoint of `step`, which then stays until another is marked."""
+        root = self.path / "checkpoints"
+        aside = root / ".best.tmp"
+        try:
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(f"step-{step}")
+            aside.replace(root / "best")
+            _sync(root)
+        except OSError as error:
+            raise CheckpointError(
+                f"{root / 'best'} could not be made a link to step-{step}: {error.strerror}."
+            ) from error
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl."""
+        return _read_lines(self.path / "metrics.jsonl")
+
     def checkpoints(self) -> list[SavedCheckpoint]:
         """Whole checkpoints, oldest first."""
         return _checkpoints(self.path)
@@ -262,7 +280,11 @@ class RunFolder:
     def _prune(self) -> None:
         if self._keep is None:
             return
+        best = self.path / "checkpoints" / "best"
+        marked = os.readlink(best) if best.is_symlink() else ""
         for saved in self.checkpoints()[: -self._keep]:
+            if saved.path.name == marked:
+                continue
             # Renamed first: a crash in the middle of the removal must not leave a half that looks whole.
             doomed = saved.path.with_name(f".step-{saved.step}.pruned")
             saved.path.rename(doomed)

@@ -23,6 +23,7 @@ from tandem.rollout.rollout import Rollouts
 from tandem.run import outlet
 from tandem.run.clock import started
 from tandem.run.config import RunConfig, check_training
+from tandem.run.course import Course
 from tandem.run.departures import declaration, is_exact
 from tandem.run.folder import RunFolder, SavedCheckpoint, trajectory_rows
 from tandem.run.ledger import Ledger
@@ -47,7 +48,7 @@ SCHEDULED = ("cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages
 class Display(Protocol):
     """Where a run's rows are shown."""
 
-    def __enter__(self) -> Display: ...
+    def __enter__(self) -> Any: ...
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
@@ -90,6 +91,7 @@ class Session:
             exact=is_exact(config),
         )
         self.price = Lagrangian(config.algo.price)
+        self.course = Course(config.evaluation)
         self.rollouts = Rollouts(parts.engine, parts.renderer, task, config.rollout, config.seed, self.trace)
         self.reference = self._reference() if config.algo.needs_reference else None
 
@@ -105,7 +107,7 @@ class Session:
             learn=self.learn,
             publish=self.publish,
             record=self.record,
-            stop=lambda: self.stopping.requested,
+            stop=lambda: self.stopping.requested or bool(self.course.reached),
         )
 
     def prompts(self, step: int) -> Sequence[Prompt]:
@@ -165,14 +167,18 @@ class Session:
             row |= {"cost": cost, "price": self.price.price}
         row["trained_samples"] = len(batch.samples)
         self.ledger.record(groups, batch.samples)
-        last, asked = step == self.config.steps, self.config.evaluation
+        self.course.sampled(row["reward"])
+        last, asked, best = step == self.config.steps or bool(self.course.reached), self.config.evaluation, False
         try:
             if asked.prompts and (last or (asked.every and step % asked.every == 0)):
                 row["evaluation"] = self.evaluate(step)
+                best = self.course.evaluated(step, row["evaluation"]) and self.config.checkpoint.best
         finally:  # the update is done, whatever becomes of its evaluation
-            self.write(row)
+            self.write(row | ({"reached": self.course.reached} if self.course.reached else {}))
         self.announce(step, report)
-        if self.config.checkpoint.every and step % self.config.checkpoint.every == 0:
+        if self.course.reached:
+            self.display.note(f"step {step}: {self.course.reached}; the run ends here")
+        if best or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
             self.save(step, version)
         elif self.time_to_save():
             try:
@@ -180,6 +186,8 @@ class Session:
             except CheckpointError as error:  # nobody asked for this one: the run goes on, and tries again in time
                 self.saved_s = time.monotonic()
                 self.display.note(str(error))
+        if best:
+            self.folder.mark_best(step)
 
     def time_to_save(self) -> bool:
         """Whether a checkpoint is due, of whatever step this is."""
@@ -263,6 +271,13 @@ class Session:
         self.settled = state.step, state.updates
         return state.step
 
+    def follow(self) -> None:
+        """Take up the course of earlier sittings."""
+        for row in self.folder.rows():
+            self.course.take(row)
+        if self.course.reached:
+            self.display.note(f"{self.course.reached}, so nothing is left to do. To go on, set evaluation.stop_* anew.")
+
     def finish(self) -> None:
         """Close the ledger."""
         seconds, _ = self.totals.take()
@@ -324,10 +339,12 @@ def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display
     session = Session(config, folder, task, parts, display)
     with display, session.stopping:
         done = session.restore()
+        session.follow()
         if done == 0 and config.evaluation.prompts:
             session.write({"step": 0, "evaluation": session.evaluate(0), "weights": parts.exact_engine.version.digest})
         try:
-            last = done if session.stopping.requested else run_loop(session.stages(), done + 1, config.steps)
+            stages = session.stages()
+            last = done if stages.stop() else run_loop(stages, done + 1, config.steps)
         except (TandemError, OSError, RuntimeError, MemoryError):
             with suppress(CheckpointError):  # where a disk is full, the first error says so
                 session.save_newest(parts.exact_engine.version)
