@@ -87,7 +87,7 @@ def train_recipe(
         resume=None if resume is None else Path(resume),
         changed=diff(written, config),
     )
-    if code == 130:
+    if code > 128:  # stopped by a signal
         raise KeyboardInterrupt
     if code:
         raise WorldError(f"the run in {folder} failed; its last lines say why.")
