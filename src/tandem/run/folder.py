@@ -213,6 +213,7 @@ class RunFolder:
             raise CheckpointError(
                 f"{root / 'best'} could not be made a link to step-{step}: {error.strerror}."
             ) from error
+        self._prune()
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
