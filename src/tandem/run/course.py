@@ -6,11 +6,14 @@ A function of the run's rows alone, so that a resumed run knows what the one bef
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections import deque
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from tandem.errors import CheckpointError
 from tandem.run.config import EvaluationConfig
 
 STEPS = 5  # whose mean reward is held against evaluation.stop_reward, as the report's figures are
@@ -58,3 +61,20 @@ class Course:
         better = score > self.best
         self.best = max(self.best, score)
         return better
+
+
+def mark_best(root: Path, step: int) -> None:
+    """Let `root`/best lead to the checkpoint of `step`. The link is the old one or the new one, never none."""
+    aside = root / ".best.tmp"
+    try:
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(f"step-{step}")
+        aside.replace(root / "best")
+    except OSError as error:
+        raise CheckpointError(f"{root / 'best'} could not be made a link to step-{step}: {error.strerror}.") from error
+
+
+def marked_best(root: Path) -> str:
+    """The name of the checkpoint that `mark_best` marked last; empty for none."""
+    best = root / "best"
+    return os.readlink(best) if best.is_symlink() else ""

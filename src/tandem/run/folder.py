@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from tandem.config import diff, dump, load
 from tandem.errors import CheckpointError, ConfigError, RunFolderError, WorldError, nearest
+from tandem.run.course import marked_best
 from tandem.run.lock import LOCK_NAME, FolderLock
 from tandem.types import Group, Trajectory
 
@@ -198,22 +199,7 @@ class RunFolder:
         finally:
             if not whole:
                 shutil.rmtree(partial, ignore_errors=True)
-        self._prune()
-
-    def mark_best(self, step: int) -> None:
-        """Let checkpoints/best lead to the checkpoint of `step`, which then stays until another is marked."""
-        root = self.path / "checkpoints"
-        aside = root / ".best.tmp"
-        try:
-            aside.unlink(missing_ok=True)
-            aside.symlink_to(f"step-{step}")
-            aside.replace(root / "best")
-            _sync(root)
-        except OSError as error:
-            raise CheckpointError(
-                f"{root / 'best'} could not be made a link to step-{step}: {error.strerror}."
-            ) from error
-        self._prune()
+        self.prune()
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl."""
@@ -278,14 +264,10 @@ class RunFolder:
         if descriptor is not None:
             os.close(descriptor)
 
-    def _prune(self) -> None:
-        if self._keep is None:
-            return
-        best = self.path / "checkpoints" / "best"
-        marked = os.readlink(best) if best.is_symlink() else ""
-        for saved in self.checkpoints()[: -self._keep]:
-            if saved.path.name == marked:
-                continue
+    def prune(self) -> None:
+        """Remove the checkpoints that are neither among the newest nor marked as the best."""
+        older = self.checkpoints()[: -self._keep] if self._keep is not None else []
+        for saved in [one for one in older if one.path.name != marked_best(self.path / "checkpoints")]:
             # Renamed first: a crash in the middle of the removal must not leave a half that looks whole.
             doomed = saved.path.with_name(f".step-{saved.step}.pruned")
             saved.path.rename(doomed)

@@ -23,7 +23,7 @@ from tandem.rollout.rollout import Rollouts
 from tandem.run import outlet
 from tandem.run.clock import started
 from tandem.run.config import RunConfig, check_training
-from tandem.run.course import Course
+from tandem.run.course import Course, mark_best
 from tandem.run.departures import declaration, is_exact
 from tandem.run.folder import RunFolder, SavedCheckpoint, trajectory_rows
 from tandem.run.ledger import Ledger
@@ -187,7 +187,8 @@ class Session:
                 self.saved_s = time.monotonic()
                 self.display.note(str(error))
         if best:
-            self.folder.mark_best(step)
+            mark_best(self.folder.path / "checkpoints", step)
+            self.folder.prune()
 
     def time_to_save(self) -> bool:
         """Whether a checkpoint is due, of whatever step this is."""
