@@ -25,7 +25,10 @@ from tandem import env
 DISTRIBUTION = "tandem-rl"
 TORCH_RANGE = ((2, 11), (2, 14))  # at least, below
 DEMO_MEMORY_BYTES = 4e9  # peak of `make demo`
-EXTRAS = {"tasks": "reasoning-gym's tasks and the reward math_verify"}  # those of the verbs; triton has its own line
+EXTRAS = {  # those of the verbs; triton has its own line
+    "tasks": "reasoning-gym's tasks and the reward math_verify",
+    "track": "rows in TensorBoard, trackio or W&B (track.to)",
+}
 CACHE_BYTES = 1e9  # compiled kernels and converted tokenisers stay far below
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_bf16", "amx_int8")

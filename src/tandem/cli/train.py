@@ -7,12 +7,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-
-if TYPE_CHECKING:
-    from tandem.run.config import RunConfig
 
 
 def train(
@@ -36,7 +33,6 @@ def train(
     from tandem.cli.settings import assignments
     from tandem.config import diff, override
     from tandem.errors import ConfigError
-    from tandem.run.memory import check_counts
 
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume were both given: a resumed run goes on in its own folder. Drop --out.")
@@ -46,6 +42,9 @@ def train(
     config = override(started, assigned)
     if brought := [line for line in diff(written, started) if line.split(":")[0] not in assigned]:
         print(f"resuming with the config of {resume} (recipe -> run):", *brought, sep="\n  ", file=sys.stderr)
+
+    from tandem.run.memory import check_counts
+
     check_counts(config)
     if plan:
         from tandem.run.local import plan as plan_run
@@ -61,7 +60,7 @@ def train(
 
 
 def train_recipe(
-    recipe: str | Callable[[], RunConfig],
+    recipe: str | Callable[[], Any],
     settings: Mapping[str, str] | None = None,
     *,
     out: Path | str | None = None,
@@ -95,12 +94,14 @@ def train_recipe(
 
 
 def start(
-    config: RunConfig, *, out: Path | None, resume: Path | None, json: bool = False, changed: Sequence[str] = ()
+    config: Any, *, out: Path | None, resume: Path | None, json: bool = False, changed: Sequence[str] = ()
 ) -> tuple[int, Path, Path]:
     """Run a config with its display and trackers, and write its report; (exit code, run folder, report)."""
     from tandem.report.track import Display, Tracked, check_sinks
+    from tandem.run.memory import check_counts
 
     check_sinks(config.track.to)
+    check_counts(config)
 
     from tandem.config import flatten, render
     from tandem.report.html import write_report
