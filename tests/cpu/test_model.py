@@ -250,6 +250,7 @@ def test_a_base_model_is_trained_and_evaluated(base: Path, folder: Path, tmp_pat
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert rows[1].get("mismatch", 0.0) == 0.0 and rows[1]["evaluation"]["prompts"] == 4
         assert local.evaluate_model(config).prompts == 4
+        assert model.load(str(out)).parts.renderer.plain == (written == "plain text")
 
 
 def test_eval_of_a_model(folder: Path, tmp_path: Path, capsys) -> None:

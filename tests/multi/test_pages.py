@@ -46,15 +46,20 @@ TINY = {
 RUNS: dict[str, str] = {
     "make demo": "",
     "make test": "",
-    "tandem train RECIPE [--out DIR] [--resume DIR] [--set dotted.name=value]... [--plan]": (
+    "tandem train RECIPE [--out DIR] [--resume DIR] [--config FILE]... [--set dotted.name=value]... [--plan]": (
         "tandem train smollm2_arithmetic_cpu --plan"
     ),
-    "tandem eval RECIPE|RUN_DIR [--task gsm8k --path FILE.jsonl] [--json]": (
+    "tandem eval RECIPE|RUN_DIR|MODEL [--task gsm8k --path FILE.jsonl] [--json]": (
         "tandem eval {run} --task gsm8k --path test.jsonl --json --set rollout.max_new_tokens=8"
     ),
     'tandem generate MODEL "prompt" ...': "tandem generate {run} 'What is 3 + 4?' 'Hi.' --max-new-tokens 8",
     "tandem chat MODEL": f"tandem chat {MODEL} --max-new-tokens 8",
-    "tandem report RUN_DIR": "tandem report {run}",
+    "tandem generate MODEL --file PROMPTS.jsonl [--top-p P] [-n N] [--raw] [--json]": (
+        "tandem generate {run} --file asked.txt --temperature 1 --top-p 0.9 -n 2 --raw --json --max-new-tokens 4"
+    ),
+    "tandem report RUN_DIR ...": "tandem report {run} {run} --out both.html",
+    "tandem recipes [RECIPE] [--setting TEXT]": "tandem recipes smollm2_arithmetic_cpu --setting lr",
+    "tandem --version": "",
     "tandem study [NAME]": "tandem study",
     "tandem doctor": "",
     "tandem train smollm2_arithmetic_cpu --set engine.weights=int4 --set sync.lag=1 "
@@ -68,8 +73,18 @@ RUNS: dict[str, str] = {
     "tandem study staleness --seeds 0": "tandem study staleness --seeds 0 --out staleness",
 }
 # A snippet's first definition -> the file that it is saved as.
-FILES = {"class Double": "double.py", "class Reverse": "reverse.py", "def reinforce": "reinforce.py"}
+FILES = {
+    "tandem.load(": "library.py",
+    "class Double": "double.py",
+    "class Reverse": "reverse.py",
+    "def reinforce": "reinforce.py",
+}
 LISTED: dict[str, str] = {
+    "steps = 40": "read by tests/null/test_settings.py",
+    "pip install tensorboard trackio wandb": "brings packages from the network",
+    "tandem train smollm2_arithmetic_cpu --set track.to=tensorboard,trackio,wandb --set track.project=sums": (
+        "needs those packages; tests/null/test_track.py"
+    ),
     "tandem train smollm2_arithmetic_cpu --set algo.loss=reinforce": "run by test_a_loss_is_added_as_the_page_says",
     "tandem bench {engine,learner,step,parity} [--peer CMD]... [--json]": "takes minutes; tests/null/test_bench.py",
     "tandem bench {profile,sweep} [--json]": "takes minutes; tests/cpu/test_profile.py",
@@ -158,6 +173,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, write_model: Any) -> Path:
         rows = [{"question": f"What is {n} + 2?", "answer": f"{n} + 2 = {n + 2}\n#### {n + 2}"} for n in range(9)]
         rows = [{**row, "question": f"{first}: {row['question']}"} for row in rows]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "asked.txt").write_text("What is 3 + 4?\nHi.\n")
     shutil.copytree(ROOT / "studies" / "staleness", folder / "staleness")
     return folder
 
@@ -303,7 +319,7 @@ def test_the_flags_that_the_pages_name() -> None:
     named = [(place, text) for place, text in named if text.startswith("tandem ")]
     assert len(named) > 20
     for place, text in named:
-        verb = text.split()[1]
+        verb = text.split()[1] if not text.startswith("tandem --") else "tandem"
         assert verb in flags, place
         assert {*re.findall(r"(?<![\w-])--[a-z-]+", text)} <= flags[verb], place
 
@@ -312,7 +328,19 @@ def test_the_flags_that_the_pages_name() -> None:
 def test_the_settings_that_the_pages_name() -> None:
     """A setting of a page that no config has, or a value that is not of its type."""
     config, seen = find_recipe("smollm2_arithmetic_cpu")(), 0
-    heads = {"model", "task", "rollout", "engine", "algo", "learner", "sync", "alarms", "evaluation", "checkpoint"}
+    heads = {
+        "model",
+        "task",
+        "rollout",
+        "engine",
+        "algo",
+        "learner",
+        "sync",
+        "alarms",
+        "evaluation",
+        "checkpoint",
+        "track",
+    }
     for place, span in SPANS:
         for name, value in re.findall(r"([a-z]+(?:\.[a-z0-9_]+)+)(?:=([^\s`|]+))?", span):
             if name.split(".")[0] not in heads or "/" in span or "(" in span or name.endswith(".py"):

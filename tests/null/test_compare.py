@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
+from functools import partial
 from pathlib import Path
 
+import matplotlib as mpl
 import pytest
 
 from tandem.cli.main import main
@@ -87,3 +90,20 @@ def test_strips_draw_each_run_in_its_units():
     assert len({line.get_linestyle() for line in rates.get_lines()}) == 2
     assert rates.get_ylim()[0] == 0 and rates.get_ylim()[1] > 2e-5
     assert plots.update_figure(run_rows()).axes[0].get_legend() is None
+
+
+@pytest.mark.parametrize("number", [2, 4, 24])
+def test_long_names_and_many_runs_leave_room_for_the_curves(number):
+    """A legend that takes the whole picture, or names that are cut to the part in which they are alike."""
+    runs = [(f"runs/of/a/very/long/path/that/goes/on/seed-{place}", run_rows()) for place in range(number)]
+    for draw in (partial(plots.strips_figure, "t", plots.UPDATE, runs), partial(plots.reward_curves_figure, runs)):
+        with mpl.rc_context(plots.STYLE), warnings.catch_warnings():
+            warnings.simplefilter("error")  # constrained_layout warns where no room is left
+            figure = draw()
+            figure.canvas.draw()
+        legend = figure.axes[0].get_legend()
+        shown = [text.get_text() for text in legend.get_texts() if text.get_text() != "held-out accuracy"]
+        assert len(set(shown)) == number and set(map(len, shown)) == {28}
+        assert all(axes.get_position().height > 0.08 for axes in figure.axes)
+        box = legend.get_window_extent()
+        assert box.x0 >= 0 and box.y1 <= figure.bbox.height

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,15 @@ def test_a_wrong_file_is_named(tmp_path: Path, name: str, text: str, said: str) 
     with pytest.raises(ConfigError) as caught:
         read(tmp_path, name, text)
     assert said in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_page_reads_word_for_word(tmp_path: Path) -> None:
+    """A file that a reader copies from docs/configs.md and that is refused, or sets other things than it shows."""
+    page = (Path(__file__).parents[2] / "docs" / "configs.md").read_text()
+    (text,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    config = read(tmp_path, "page.toml", text)
+    assert (config.steps, config.learner.lr, config.rollout.stop_strings) == (40, 1e-5, ("\n\n",))
+    assert config.task.parameters == (("min_terms", 3), ("max_terms", 3))
 
 
 def test_files_come_before_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

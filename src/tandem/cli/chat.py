@@ -22,11 +22,11 @@ def chat(
     """Talk with a model, a line at a time; Ctrl-D ends."""
     from tandem.engine.config import EngineConfig
     from tandem.models.config import ModelConfig
-    from tandem.run.model import opening_of
+    from tandem.run.model import asked_as
     from tandem.run.parts import build_parts
     from tandem.types import Message, Request, Sampling
 
-    messages = opening_of(model) if system is None else [Message("system", system)] if system else []
+    messages = asked_as(model)[0] if system is None else [Message("system", system)] if system else []
     if system is None and messages:
         print(SYSTEM_SAID.format(messages[0].content), file=sys.stderr)
     parts = build_parts(ModelConfig(model), EngineConfig(), learns=False, form="chat")

@@ -126,6 +126,7 @@ def _with_task(config: RunConfig, task: str | None, path: Path | None) -> RunCon
         raise ConfigError(f"--path is for --task gsm8k and jsonl, not for the reasoning-gym task {task}. Drop one.")
     else:
         chosen = TaskConfig("reasoning_gym", name=task, heldout_size=prompts)
+    chosen = replace(chosen, format=config.task.format)  # how the model is asked, whatever the task
     return replace(config, task=chosen, evaluation=replace(config.evaluation, prompts=prompts))
 
 

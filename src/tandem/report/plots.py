@@ -84,6 +84,7 @@ DARK: dict[Any, Any] = {
     "ytick.color": "#9DA7B3",
 }
 
+_NAME, _LEGEND = 28, 70  # characters of a name in a legend, and of a line of them
 _SMOOTHING = 5  # steps averaged in the bold reward line, the step and those before it
 
 
@@ -109,12 +110,18 @@ def draw_axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
 
 
 def draw_legend(axes: Axes, columns: int = 4, reverse: bool = False) -> None:
-    """Above the plot, where no curve can be hidden by it."""
+    """Above the plot, where no curve is hidden by it. Long names lose their beginning; many make the figure higher."""
     handles, labels = axes.get_legend_handles_labels()
     if reverse:
         handles, labels = handles[::-1], labels[::-1]
+    labels = [label if len(label) <= _NAME else f"…{label[1 - _NAME :]}" for label in labels]
+    columns = max(1, min(columns, _LEGEND // max(map(len, labels), default=1)))
+    lines = 1 + (len(labels) - 1) // columns
+    figure = axes.get_figure(root=True)
+    if figure is not None and lines > 2:
+        figure.set_figheight(figure.get_figheight() + 0.2 * (lines - 2))
     axes.legend(handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=columns, columnspacing=1.2)
-    axes.set_title(axes.get_title(loc="left"), loc="left", pad=10 + 14 * (1 + (len(labels) - 1) // columns))
+    axes.set_title(axes.get_title(loc="left"), loc="left", pad=10 + 14 * lines)
 
 
 def reward_figure(rows: Sequence[Row]) -> Figure:

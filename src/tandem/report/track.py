@@ -68,8 +68,8 @@ def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
 class Tracked:
     """A display that hands every row on to sinks as well. Their processes start with it, in `folder`.
 
-    `title`: what the run is called there, by default as its folder. A resumed run goes on under the id that track.json
-    keeps.
+    `title`: what the run is called there, by default as its folder. A resumed run goes on under the id that is in
+    tracking.json.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class Tracked:
 
     def __enter__(self) -> Tracked:
         self._display.__enter__()
-        about = {**self._about, "id": _run_id(self._folder / "track.json")}
+        about = {**self._about, "id": _run_id(self._folder / "tracking.json")}
         self._sinks = [_Sink(name, self._folder, about) for name in self._names]
         return self
 

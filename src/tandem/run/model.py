@@ -123,23 +123,25 @@ def load(model: str | ModelConfig, engine: EngineConfig | None = None, *, form: 
     """A model that generates: a Hugging Face folder or hub name, a .gguf file, package:NAME, or a run folder.
 
     `form`: "chat" (the model's template), "plain" (text alone), or "auto": chat where the model has a template. A run
-    is asked with the system message of its prompts.
+    is asked as its prompts were: with their system message, and by default in their form.
     """
     config = ModelConfig(model) if isinstance(model, str) else model
-    opening = opening_of(config.source)
+    opening, own = asked_as(config.source)
+    form = own if form == "auto" else form
     return Model(build_parts(config, engine or EngineConfig(), learns=False, form=form), opening)
 
 
-def opening_of(source: str) -> list[Message]:
-    """The system message that a run's prompts had; empty where `source` is no run or it had none."""
+def asked_as(source: str) -> tuple[list[Message], Format]:
+    """The system message that a run's prompts had and how they were written; none and "auto" for what is no run."""
     folder = Path(source)
     if not ((folder / "config.json").is_file() and (folder / "checkpoints").is_dir()):
-        return []
-    try:  # this setting alone, so that a run of another version of tandem can be asked too
-        system = str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["task"]["system"])
+        return [], "auto"
+    try:  # these settings alone, so that a run of another version of tandem can be asked too
+        task = json.loads((folder / "config.json").read_text(encoding="utf-8"))["task"]
+        system, form = str(task["system"]), task.get("format", "auto")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RunFolderError(f"{folder / 'config.json'} names no task.system ({error}). Restore the file.") from error
-    return [Message("system", system)] if system else []
+    return [Message("system", system)] if system else [], form
 
 
 def request_id(index: int, prompt: str) -> str:
