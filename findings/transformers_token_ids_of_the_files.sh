@@ -2,8 +2,7 @@
 # transformers 5.23.0, tokenizers 0.23.3: the ids that the files give added tokens are not what the tokens get. A token
 # beyond the vocabulary is numbered by its turn: `added_tokens_decoder` {"300": "<x>"} over 257 entries makes <x> 257,
 # and so does "id": 300 in tokenizer.json. No exception; the model's row 300 is never used, row 257 is.
-# And `from_pretrained(folder, gguf_file="m.gguf")` reads the tokenizer.json that lies beside m.gguf instead of the file.
-# Seen: 257 257, and for the GGUF whose "a" has id 0: 64 beside a tokenizer.json, 0 alone.
+# Seen: [257] [257].
 # Exits non-zero if that changed.
 set -euo pipefail
 place=$(mktemp -d)

@@ -343,6 +343,12 @@ def test_stop_tokens_have_what_the_template_ends_a_turn_with(tmp_path: Path, nam
     assert set(ours.stop_token_ids) == {7, SIZE, ours.token_to_id(end)}
 
 
+def test_a_token_named_like_what_templates_are_given(tmp_path: Path) -> None:
+    """A token that its file names `messages` takes the conversation's place."""
+    folder_of(tmp_path, {"extra_special_tokens": {"messages": "<x>", "y": "<z>"}, "chat_template": CHATML + "{{ y }}"})
+    assert load_tokenizer(tmp_path).render_text([{"role": "user", "content": "a"}]).endswith("a<|im_end|>\n<z>")
+
+
 def test_template_whose_end_is_no_token(tmp_path: Path) -> None:
     """Nothing says that answers have no end: the template's `<|im_end|>` is ten letters to this tokeniser."""
     folder_of(tmp_path, {"eos_token": "</s>", "chat_template": CHATML}, added=("</s>",))

@@ -153,7 +153,7 @@ class Tokenizer:
         rows = _rows(messages)
         variables = {"messages": rows, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
         try:
-            return render(source, self.now, variables | self.special_tokens)
+            return render(source, self.now, self.special_tokens | variables)
         except Exception as error:  # a template is a program that came with the model, and can raise anything
             name = type(error).__name__
             reason = " ".join(str(error).split())
