@@ -152,6 +152,7 @@ def test_wandb_is_offline_unless_asked(monkeypatch) -> None:
 def test_only_finite_numbers_are_sent(value: Any) -> None:
     """What a tracker cannot draw, or a JSON reader cannot read."""
     assert all(type(number) is float and math.isfinite(number) for number in flat({"x": value}).values())
+    assert flat({"done": True, "late": {"x": False}}) == {}
 
 
 def test_tensorboard_reads_the_rows(tmp_path: Path) -> None:
