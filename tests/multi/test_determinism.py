@@ -90,8 +90,8 @@ def run(config: RunConfig, out: Path, threads: int = 1) -> Finished:
     with pytest.MonkeyPatch.context() as patch:
         build = local.build_parts
 
-        def watched(*given: Any) -> Any:
-            parts = build(*given)
+        def watched(*given: Any, **named: Any) -> Any:
+            parts = build(*given, **named)
             engines.append(parts.engine)
             return parts
 
