@@ -19,7 +19,7 @@ from pathlib import Path
 
 # A module imports only from rows above its own, and from its own folder.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("types", "errors", "config", "env", "trace"),
+    ("types", "columns", "errors", "config", "env", "trace"),
     ("numerics",),
     ("kernels",),
     ("models",),

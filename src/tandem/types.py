@@ -2,8 +2,8 @@
 
     prompt -> program -> request -> tokens -> trajectory -> batch -> loss -> weights -> engine
 
-Standard library only. A noun holds plain values (ints, floats, tuples); tensors are made where they are used,
-by the named function that crosses into them. Shape letters are the product's: see docs/map.md.
+A noun holds plain values, and values of tokens as Columns; tensors are made where they are used, by the named function
+that crosses into them. Shape letters are the product's: see docs/map.md.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+from tandem.columns import Array, Columns
 
 
 class StopReason(str, Enum):
@@ -109,7 +111,6 @@ class Request:
     tokens: tuple[int, ...]  # T: the whole context, prompt and earlier turns, token for token
     sampling: Sampling
     seed: int  # 64 bits; with the absolute position and token id it fixes the noise
-    prefix_length: int = 0  # tokens: the leading part that earlier turns fixed token for token
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,39 +127,32 @@ class WeightVersion:
 
 
 @dataclass(frozen=True, slots=True)
-class VersionSpan:
-    """Tokens [start, end) of a completion were sampled by weights of version `step`.
-
-    >>> VersionSpan(step=3, start=0, end=12).end
-    12
-    """
-
-    step: int
-    start: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
 class Completion:
     """What came back for a request.
 
-    >>> c = Completion("r", (5, 2), (-0.1, -0.7), (VersionSpan(0, 0, 2),), StopReason.STOP_TOKEN)
-    >>> len(c.tokens) == len(c.logprobs)
-    True
+    >>> c = Completion("r", Columns.of(tokens=(5, 2), logprobs=(-0.1, -0.7), versions=(0, 0)), StopReason.STOP_TOKEN)
+    >>> c.tokens, c.logprobs
+    ((5, 2), (-0.1, -0.7))
     """
 
     request_id: str
-    tokens: tuple[int, ...]  # N generated ids, the stop token included
-    logprobs: tuple[float, ...]  # N, nats, of the distribution really sampled from
-    versions: tuple[VersionSpan, ...]  # cover [0, N) in order
+    columns: Columns  # N generated tokens, the stop token included: tokens, logprobs, versions; kept sets under filters
     stop_reason: StopReason
     submitted_s: float = 0.0  # engine clock
     started_s: float = 0.0  # first time any of its tokens ran
     finished_s: float = 0.0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     recomputed_tokens: int = 0  # tokens run again after a preemption
-    kept: tuple[bytes, ...] = ()  # N where top-k, top-p or min-p is on: the ids drawn from, see `kept_ids`; else empty
-    unfiltered_logprobs: tuple[float, ...] = ()  # N with `kept`: nats, before top-k, top-p and min-p
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The generated ids as plain values."""
+        return tuple(self.columns["tokens"].tolist())
+
+    @property
+    def logprobs(self) -> tuple[float, ...]:
+        """Nats, of the distribution really sampled from, as plain values."""
+        return tuple(self.columns["logprobs"].tolist())
 
 
 def kept_ids(kept: bytes) -> memoryview:
@@ -175,7 +169,7 @@ def kept_ids(kept: bytes) -> memoryview:
 class Turn:
     """A completion and the observation that followed it.
 
-    >>> Turn(Completion("r", (5,), (-0.1,), (), StopReason.LENGTH), observation_tokens=(9, 9)).observation_tokens
+    >>> Turn(Completion("r", Columns.of(tokens=(5,)), StopReason.LENGTH), observation_tokens=(9, 9)).observation_tokens
     (9, 9)
     """
 
@@ -212,31 +206,25 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """Turns flattened exactly as sampled. All tuples have one entry a token.
+    """Turns flattened exactly as sampled.
 
-    >>> t = Trajectory("p/0", "p", (1, 2, 7), (False, False, True), (0.0, 0.0, -0.3), (-1, -1, 0), reward=1.0)
-    >>> sum(t.loss_mask)
+    >>> seen = Columns.of(tokens=(1, 2, 7), loss_mask=(False, False, True), logprobs=(0.0, 0.0, -0.3))
+    >>> Trajectory("p/0", "p", seen, reward=1.0).num_sampled
     1
     """
 
     program_id: str
     prompt_id: str
-    tokens: tuple[int, ...]  # T: prompt, completions and observations in order
-    loss_mask: tuple[bool, ...]  # T: True where the policy sampled the token
-    logprobs: tuple[float, ...]  # T: behaviour log-prob in nats; 0.0 where loss_mask is False
-    versions: tuple[int, ...]  # T: weight step that sampled the token; -1 where loss_mask is False
+    columns: Columns  # T tokens: prompt, completions and observations in order
     reward: float = 0.0  # total; meaningless where failure is set
-    step_rewards: tuple[float, ...] = ()  # one a turn, where the environment gives them
     stop_reason: StopReason | None = None  # of the last turn
     failure: Failure | None = None
-    kept: tuple[bytes, ...] = ()  # T, b"" where loss_mask is False; empty where nothing was filtered
-    unfiltered_logprobs: tuple[float, ...] = ()  # T with `kept`, 0.0 where loss_mask is False; else empty
     seconds: float = 0.0  # from the submission of each turn's request to its end, summed over the turns
     tool_calls: int = 0  # observations that followed a turn
 
     @property
     def num_sampled(self) -> int:
-        return sum(self.loss_mask)
+        return int(self.columns["loss_mask"].sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,61 +243,38 @@ class Group:
 class Sample:
     """What the learner takes: one trajectory with its credit.
 
-    >>> s = Sample("p/0", "p", (1, 2, 7), (False, False, True), (0.0, 0.0, 1.5), (0.0, 0.0, -0.3), (1.0, 1.0, 1.0))
-    >>> s.advantages[2]
-    1.5
+    >>> seen = Columns.of(tokens=(1, 2, 7), loss_mask=(False, False, True), advantages=(0.0, 0.0, 1.5))
+    >>> Sample("p/0", "p", seen).columns["advantages"][2]
+    np.float64(1.5)
     """
 
     id: str  # program id
     prompt_id: str
-    tokens: tuple[int, ...]  # T
-    loss_mask: tuple[bool, ...]  # T
-    advantages: tuple[float, ...]  # T; 0.0 where not trained
-    logprobs: tuple[float, ...]  # T: behaviour log-probs, nats
-    weights: tuple[float, ...]  # T: correction weight, 1.0 where behaviour and learner agree
-    reference_logprobs: tuple[float, ...] | None = None  # T: of the reference policy, where a KL term asks for them
-    proximal_logprobs: tuple[float, ...] | None = None  # T: the learner's own, before the step's first update
-    source_logprobs: tuple[float, ...] | None = None  # T: the learner's forward under the weights that sampled
-    versions: tuple[int, ...] = ()  # T: weight step that sampled the token; -1 where not sampled
-    kept: tuple[bytes, ...] = ()  # T or empty, as in Trajectory
-    unfiltered_logprobs: tuple[float, ...] = ()  # T or empty, as in Trajectory
+    columns: Columns  # T tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Microbatch:
     """Packed samples. A sample is a path of rows; samples that begin with the same tokens may share rows.
 
-    T rows run through the decoder; S segments partition them, each attending to its whole path; N predictions
-    (row -> target token) carry the loss. A plain pack has one segment a sample and contiguous paths.
-    `denominators` are global: of the whole batch, whatever the number of microbatches.
-
-    >>> m = Microbatch((1, 2, 7), (0, 1, 2), (0, 3), ((0, 1, 2),), (1,), (7,), (0,), (0,), (1.5,), (-0.3,), (1.0,),
-    ...                None, ("p/0",), Denominators(1, 1, 1), (1,), (1,), (1,))
-    >>> m.targets_N
-    (7,)
+    T rows run through the decoder. S segments partition them, each a run of consecutive positions that attends to
+    itself and, where it has a parent, to all rows before it on the parent's path. N predictions (row -> target token)
+    carry the loss; those of a sample are contiguous, in order of position. A plain pack has one segment a sample and
+    no parents.
+    `denominators` are global: of the whole batch, whatever the number of microbatches. All arrays are int32.
     """
 
-    tokens_T: tuple[int, ...]
-    positions_T: tuple[int, ...]  # absolute position of each row
-    segments_S: tuple[int, ...]  # S+1 boundaries: segment s owns rows [segments_S[s], segments_S[s+1])
-    paths_S: tuple[tuple[int, ...], ...]  # row of each position 0..end that segment s attends to, own rows last
-    rows_N: tuple[int, ...]  # the row whose output predicts ...
-    targets_N: tuple[int, ...]  # ... this token
-    sample_N: tuple[int, ...]  # index into sample_ids
-    prompt_N: tuple[int, ...]  # index of the prompt among the batch's prompts
-    advantages_N: tuple[float, ...]
-    logprobs_N: tuple[float, ...]  # behaviour, nats
-    weights_N: tuple[float, ...]
-    reference_logprobs_N: tuple[float, ...] | None
+    tokens_T: Array
+    segments_S: Array  # S+1 boundaries: segment s owns rows [segments_S[s], segments_S[s+1])
+    first_S: Array  # absolute position of each segment's first row, and so how many rows of its parent's path it sees
+    parent_S: Array  # the segment that it continues, before it; -1: none
+    rows_N: Array  # the row whose output predicts the target
+    predictions: Columns  # N: "tokens" are the targets, the others what the samples know of them
+    members: Array  # of each sample: its index in what was packed
     sample_ids: tuple[str, ...]
+    sample_tokens: Array  # predictions of each sample, in sample_ids order
+    prompt_tokens: Array  # of each sample: predictions of its prompt's samples in the whole batch
     denominators: Denominators
-    sample_tokens: tuple[int, ...]  # predictions of each sample, in sample_ids order
-    prompt_tokens: tuple[int, ...]  # of each sample: predictions of its prompt's samples in the whole batch
-    prompt_samples: tuple[int, ...]  # of each sample: samples of its prompt in the whole batch
-    proximal_logprobs_N: tuple[float, ...] | None = None
-    source_logprobs_N: tuple[float, ...] | None = None
-    unfiltered_logprobs_N: tuple[float, ...] | None = None
-    kept_N: tuple[bytes, ...] | None = None  # the set that each target was drawn from; None where nothing was filtered
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+import numpy as np
+
 from tandem.algo.config import Advantage, AlgoConfig
 from tandem.algo.pack import PromptTotal, count_predictions, merge_totals
 from tandem.algo.price import charged_reward
@@ -140,7 +142,7 @@ def samples_from_groups(config: AlgoConfig, groups: Sequence[Group], price: floa
             continue
         survivors.append(kept)
         rewards_by_group.append(rewards)
-    counts = [[count_predictions(trajectory.loss_mask) for trajectory in kept] for kept in survivors]
+    counts = [[count_predictions(trajectory.columns) for trajectory in kept] for kept in survivors]
     advantages = ADVANTAGES[config.advantage](rewards_by_group, counts)
     samples = []
     for kept, values in zip(survivors, advantages, strict=True):
@@ -168,18 +170,9 @@ def _fate(config: AlgoConfig, trajectory: Trajectory, advantage: float) -> str:
 
 
 def _sample(trajectory: Trajectory, advantage: float) -> Sample:
-    return Sample(
-        id=trajectory.program_id,
-        prompt_id=trajectory.prompt_id,
-        tokens=trajectory.tokens,
-        loss_mask=trajectory.loss_mask,
-        advantages=tuple(advantage if mask else 0.0 for mask in trajectory.loss_mask),
-        logprobs=trajectory.logprobs,
-        weights=(1.0,) * len(trajectory.tokens),
-        versions=trajectory.versions,
-        kept=trajectory.kept,
-        unfiltered_logprobs=trajectory.unfiltered_logprobs,
-    )
+    columns = trajectory.columns
+    credited = columns.having(advantages=np.where(columns["loss_mask"], advantage, 0.0))
+    return Sample(trajectory.program_id, trajectory.prompt_id, credited)
 
 
 def _centre(values: Sequence[float]) -> list[float]:

@@ -3,7 +3,7 @@
     loss = sum over predictions n of  coefficient_n * weight_n * (policy_n + kl_weight * kl_n)
 
 `coefficient_n` is the aggregation's, from the batch's global denominators, which masks leave as they are. `weight_n`
-(Sample.weights and the correction's, no gradient) turns an expectation under the behaviour policy into one under the
+(the correction's, no gradient) turns an expectation under the behaviour policy into one under the
 learner, so it multiplies both terms. The ratio is learner over `old_N`: behaviour in the bypass form of the
 correction, proximal in the decoupled form. Everything is fp64, so the split into microbatches meets rounding only where
 the gradient is cast back to the log-probs' dtype.
@@ -156,24 +156,24 @@ def policy_loss(
     `logprobs_N` are the learner's, nats, floating, finite, any device that `batch` is on; they stand in for the
     proximal ones where `batch` has none. `entropy_N` is measured, not trained. `correction`: config's own where None.
     """
-    assert logprobs_N.shape == batch.logprobs_N.shape, f"{tuple(logprobs_N.shape)} != {tuple(batch.logprobs_N.shape)}"
+    assert logprobs_N.shape == batch.rows_N.shape, f"{tuple(logprobs_N.shape)} != {tuple(batch.rows_N.shape)}"
     chosen = config.correction if correction is None else correction
     learner_N = logprobs_N.double()
-    proximal_N = learner_N.detach() if batch.proximal_logprobs_N is None else batch.proximal_logprobs_N
-    corrected = correct(chosen, proximal_N, batch.logprobs_N, batch.sample_tokens)
-    behaviour_N = torch.where(corrected.finite_N, batch.logprobs_N, learner_N.detach())
+    scored_N = batch.get("proximal_logprobs")
+    proximal_N = learner_N.detach() if scored_N is None else scored_N
+    corrected = correct(chosen, proximal_N, batch["logprobs"], batch.sample_tokens)
+    behaviour_N = torch.where(corrected.finite_N, batch["logprobs"], learner_N.detach())
     old_N = behaviour_N if chosen.form == "bypass" else proximal_N
-    advantages_N = batch.advantages_N
+    advantages_N = batch["advantages"]
     if config.rare_weight:
         advantages_N = advantages_N * rare_factor(learner_N, config.rare_weight)
-    coefficients_N = coefficients(config.aggregation, batch, config.constant_tokens) * batch.weights_N
+    coefficients_N = coefficients(config.aggregation, batch, config.constant_tokens)
     old = Old(old_N, advantages_N, batch.sample_N, batch.sample_tokens)
     terms = LOSSES[config.loss](learner_N, old, *config.clip_range)
     per_token_N = terms.loss_N
     sums: dict[str, Tensor] = {"clipped": (terms.clipped_N & corrected.kept_N).sum()}
     if config.kl != "none":
-        assert batch.reference_logprobs_N is not None, f"kl {config.kl} needs samples with reference_logprobs"
-        kl_N = KL_ESTIMATORS[config.kl](learner_N, batch.reference_logprobs_N)
+        kl_N = KL_ESTIMATORS[config.kl](learner_N, batch["reference_logprobs"])
         per_token_N = per_token_N + config.kl_weight * kl_N
         sums["kl_reference"] = kl_N.detach().sum()
     if entropy_N is not None:

@@ -9,15 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from tandem.columns import Array, Columns, ranges
 from tandem.types import Denominators, Microbatch, Sample
 
 CONTEXT = 3072  # positions whose attention costs what the products of a row do: 2 P / (4 H D layers), SmolLM2-135M
 
-# Fields of Sample that a forward pass fills in: all samples of a batch have one, or none has.
-SCORED = ("reference_logprobs", "proximal_logprobs", "source_logprobs")
+UNUSED = ("loss_mask", "versions")  # of a prediction: all are trained, and no loss asks for the version
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,15 +34,16 @@ class PromptTotal:
     samples: int
 
 
-def count_predictions(loss_mask: Sequence[bool]) -> int:
+def count_predictions(columns: Columns) -> int:
     """Trained tokens. The first token of a sequence has no row that predicts it."""
-    assert not any(loss_mask[:1]), "loss_mask[0] is True: nothing predicts the first token of a sequence"
-    return sum(loss_mask)
+    loss_mask = columns["loss_mask"]
+    assert not loss_mask[:1].any(), "loss_mask[0] is True: nothing predicts the first token of a sequence"
+    return int(np.count_nonzero(loss_mask))
 
 
 def count_prompts(samples: Iterable[Sample]) -> tuple[PromptTotal, ...]:
     """Totals of a batch that consists of `samples` alone, prompts in order of first appearance."""
-    return merge_totals(PromptTotal(sample.prompt_id, count_predictions(sample.loss_mask), 1) for sample in samples)
+    return merge_totals(PromptTotal(sample.prompt_id, count_predictions(sample.columns), 1) for sample in samples)
 
 
 def merge_totals(totals: Iterable[PromptTotal]) -> tuple[PromptTotal, ...]:
@@ -116,56 +118,117 @@ def pack(
     the arguments and keeps the samples' order inside a microbatch.
     """
     assert budget_tokens >= 1, f"budget_tokens is {budget_tokens}"
-    rows = [_num_rows(sample) for sample in samples]
-    units = _units(samples, rows, budget_tokens) if share_prefix else [(size, [i]) for i, size in enumerate(rows)]
-    costs = [_cost(size, [rows[i] for i in members]) for size, members in units]
-    prompt_index = {total.prompt_id: index for index, total in enumerate(prompts)}
+    if not samples:
+        return []
+    batch = _Batch.of(samples)
+    if share_prefix:
+        units = _units(samples, batch, budget_tokens)
+    else:
+        units = [(size, [index]) for index, size in enumerate(batch.rows)]
+    costs = [_cost(size, [batch.rows[i] for i in members]) for size, members in units]
+    of_prompt = {total.prompt_id: total.tokens for total in prompts}
     totals = denominators(prompts)
     microbatches = []
     for chosen in _balanced([size for size, _ in units], costs, budget_tokens):
         blocks = sorted(units[index][1] for index in chosen)
-        layout = _Layout(prompts, prompt_index)
-        for members in blocks:
-            layout.add([samples[i] for i in members])
-        microbatches.append(layout.finish(totals))
+        members = [index for block in blocks for index in block]
+        microbatches.append(
+            Microbatch(
+                **_lay_out(batch, blocks),
+                members=np.array(members, dtype=np.int32),
+                sample_ids=tuple(samples[index].id for index in members),
+                prompt_tokens=np.array([of_prompt[samples[index].prompt_id] for index in members], dtype=np.int32),
+                denominators=totals,
+            )
+        )
     return microbatches
 
 
-def _num_rows(sample: Sample) -> int:
-    """Positions 0 .. (last trained position - 1)."""
-    length = len(sample.tokens)
-    lengths = {len(sample.loss_mask), len(sample.advantages), len(sample.logprobs), len(sample.weights)}
-    optional = (*(getattr(sample, name) for name in SCORED), sample.kept, sample.unfiltered_logprobs)
-    lengths |= {len(values) for values in optional if values}
-    assert lengths == {length}, f"sample {sample.id}: {length} tokens but fields of {sorted(lengths)}"
-    assert count_predictions(sample.loss_mask), f"sample {sample.id} has no token to train on"
-    return length - 1 - sample.loss_mask[::-1].index(True)
+class _Batch(NamedTuple):
+    """The samples one after another."""
+
+    columns: Columns
+    start_B: Array  # where each begins
+    trained: Array  # places of the trained tokens
+    first_B: Array  # [B + 1] where each sample's begin in `trained`
+    rows: list[int]  # of each: positions 0 .. (last trained position - 1)
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> _Batch:
+        columns = Columns.concat([sample.columns for sample in samples])
+        lengths_B = np.array([len(sample.columns) for sample in samples])
+        end_B = lengths_B.cumsum()
+        start_B = end_B - lengths_B
+        trained = np.flatnonzero(columns["loss_mask"])
+        first_B = np.searchsorted(trained, [*start_B, end_B[-1]])
+        empty = np.flatnonzero(first_B[1:] == first_B[:-1])
+        assert not len(empty), f"sample {samples[empty[0]].id} has no token to train on"
+        begun = np.flatnonzero(columns["loss_mask"][start_B])
+        assert not len(begun), f"sample {samples[begun[0]].id}: nothing predicts the first token of a sequence"
+        return cls(columns, start_B, trained, first_B, (trained[first_B[1:] - 1] - start_B).tolist())
+
+    def common_prefix(self, members: Sequence[int]) -> int:
+        """Tokens that all of some samples begin with, at most the rows of each."""
+        limit = min(self.rows[index] for index in members)
+        tokens, first = self.columns["tokens"], self.start_B[members[0]]
+        for index in members[1:]:
+            start = self.start_B[index]
+            apart = tokens[first : first + limit] != tokens[start : start + limit]
+            limit = int(apart.argmax()) if apart.any() else limit
+        return limit
 
 
-def _units(samples: Sequence[Sample], rows: Sequence[int], budget_tokens: int) -> list[tuple[int, list[int]]]:
+def _lay_out(batch: _Batch, blocks: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """Rows, segments and predictions of a microbatch; the members of a block share the rows of what they begin with."""
+    segments: list[tuple[int, int, int, int]] = []  # place of the first token, rows, first position, parent
+    shared: list[tuple[int, int, int]] = []  # of each sample: row of the prefix, its length, row of the rest
+    row = 0
+    for members in blocks:
+        prefix = batch.common_prefix(members) if len(members) > 1 else 0
+        parent, prefix_row = -1, row
+        if prefix:
+            parent = len(segments)
+            segments.append((int(batch.start_B[members[0]]), prefix, 0, -1))
+            row += prefix
+        for index in members:
+            shared.append((prefix_row, prefix, row))
+            if own := batch.rows[index] - prefix:
+                segments.append((int(batch.start_B[index]) + prefix, own, prefix, parent))
+                row += own
+    start_S, rows_S, first_S, parent_S = np.array(segments, dtype=np.int64).T
+    members_B = np.array([index for members in blocks for index in members])
+    counts_B = np.diff(batch.first_B)[members_B]
+    predicted = batch.trained[ranges(batch.first_B[:-1][members_B], counts_B)]
+    prefix_row_N, prefix_N, own_row_N = np.repeat(np.array(shared, dtype=np.int64), counts_B, axis=0).T
+    position_N = predicted - np.repeat(batch.start_B[members_B], counts_B) - 1
+    rows_N = np.where(position_N < prefix_N, prefix_row_N + position_N, own_row_N + position_N - prefix_N)
+    return {
+        "tokens_T": batch.columns["tokens"][ranges(start_S, rows_S)],
+        "segments_S": np.concatenate([[0], rows_S.cumsum()]).astype(np.int32),
+        "first_S": first_S.astype(np.int32),
+        "parent_S": parent_S.astype(np.int32),
+        "rows_N": rows_N.astype(np.int32),
+        "predictions": batch.columns.without(*UNUSED).take(predicted),
+        "sample_tokens": counts_B.astype(np.int32),
+    }
+
+
+def _units(samples: Sequence[Sample], batch: _Batch, budget_tokens: int) -> list[tuple[int, list[int]]]:
     """(rows, indices of samples of one prompt) that are placed together."""
+    rows = batch.rows
     by_prompt: dict[str, list[int]] = {}
     for index, sample in enumerate(samples):
         by_prompt.setdefault(sample.prompt_id, []).append(index)
     units: list[tuple[int, list[int]]] = []
     for members in by_prompt.values():
-        prefix = _common_prefix([samples[i] for i in members], min(rows[i] for i in members))
-        own = [rows[i] - prefix for i in members]
-        if prefix == 0:
+        prefix = batch.common_prefix(members)
+        if prefix == 0 or len(members) == 1:
             units.extend((rows[i], [i]) for i in members)
             continue
+        own = [rows[i] - prefix for i in members]
         for chosen in _first_fit(own, budget_tokens - prefix):
             units.append((prefix + sum(own[j] for j in chosen), sorted(members[j] for j in chosen)))
     return units
-
-
-def _common_prefix(samples: Sequence[Sample], limit: int) -> int:
-    """Tokens, at most `limit`, that all samples begin with. The first and last in order bound all others."""
-    first, last = min(sample.tokens for sample in samples), max(sample.tokens for sample in samples)
-    length = 0
-    while length < limit and first[length] == last[length]:
-        length += 1
-    return length
 
 
 def _cost(size: int, lengths: Sequence[int]) -> float:
@@ -210,88 +273,3 @@ def _first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
         bins[target].append(index)
         room[target] -= sizes[index]
     return bins
-
-
-class _Layout:
-    """A microbatch being filled."""
-
-    def __init__(self, prompts: Sequence[PromptTotal], prompt_index: dict[str, int]) -> None:
-        self.prompts = prompts
-        self.prompt_index = prompt_index
-        self.tokens: list[int] = []
-        self.positions: list[int] = []
-        self.segments: list[int] = [0]
-        self.paths: list[tuple[int, ...]] = []
-        self.predictions: list[tuple[int, int, int, int, float, float, float]] = []
-        self.scored: dict[str, list[float]] = {name: [] for name in SCORED}
-        self.kept: list[bytes] = []  # of a filtered batch; b"" where a sample of it was not filtered
-        self.unfiltered: list[float] = []
-        self.samples: list[Sample] = []
-
-    def add(self, members: Sequence[Sample]) -> None:
-        """Samples of one prompt, their common rows once."""
-        rows = [_num_rows(sample) for sample in members]
-        shared: tuple[int, ...] = ()
-        if len(members) > 1:
-            prefix = _common_prefix(members, min(rows))
-            shared = self._segment(members[0], 0, prefix, ()) if prefix else ()
-        for sample, count in zip(members, rows, strict=True):
-            path = self._segment(sample, len(shared), count, shared) if count > len(shared) else shared
-            self._predict(sample, path)
-
-    def _segment(self, sample: Sample, start: int, end: int, before: tuple[int, ...]) -> tuple[int, ...]:
-        """Rows for positions [start, end) of a sample, after the rows `before`; returns the path through both."""
-        row = len(self.tokens)
-        path = (*before, *range(row, row + end - start))
-        self.tokens.extend(sample.tokens[start:end])
-        self.positions.extend(range(start, end))
-        self.segments.append(len(self.tokens))
-        self.paths.append(path)
-        return path
-
-    def _predict(self, sample: Sample, path: tuple[int, ...]) -> None:
-        index, prompt = len(self.samples), self.prompt_index[sample.prompt_id]
-        trained = [position for position, mask in enumerate(sample.loss_mask) if mask]
-        self.predictions.extend(
-            (path[p - 1], sample.tokens[p], index, prompt, sample.advantages[p], sample.logprobs[p], sample.weights[p])
-            for p in trained
-        )
-        for name, values in self.scored.items():
-            logprobs = getattr(sample, name)
-            if logprobs is not None:
-                values.extend(logprobs[p] for p in trained)
-        self.kept.extend(sample.kept[p] if sample.kept else b"" for p in trained)
-        self.unfiltered.extend((sample.unfiltered_logprobs or sample.logprobs)[p] for p in trained)
-        self.samples.append(sample)
-
-    def finish(self, totals: Denominators) -> Microbatch:
-        rows, targets, sample, prompt, advantages, logprobs, weights = zip(*self.predictions, strict=True)
-        for name, values in self.scored.items():
-            assert len(values) in (0, len(rows)), f"some samples of the batch lack {name}"
-        of_sample = [self.prompts[self.prompt_index[sample.prompt_id]] for sample in self.samples]
-        return Microbatch(
-            tokens_T=tuple(self.tokens),
-            positions_T=tuple(self.positions),
-            segments_S=tuple(self.segments),
-            paths_S=tuple(self.paths),
-            rows_N=rows,
-            targets_N=targets,
-            sample_N=sample,
-            prompt_N=prompt,
-            advantages_N=advantages,
-            logprobs_N=logprobs,
-            weights_N=weights,
-            reference_logprobs_N=tuple(self.scored["reference_logprobs"]) or None,
-            sample_ids=tuple(sample.id for sample in self.samples),
-            denominators=totals,
-            sample_tokens=tuple(sum(sample.loss_mask) for sample in self.samples),
-            prompt_tokens=tuple(total.tokens for total in of_sample),
-            prompt_samples=tuple(total.samples for total in of_sample),
-            proximal_logprobs_N=tuple(self.scored["proximal_logprobs"]) or None,
-            source_logprobs_N=tuple(self.scored["source_logprobs"]) or None,
-            unfiltered_logprobs_N=tuple(self.unfiltered) if self._any("unfiltered_logprobs") else None,
-            kept_N=tuple(self.kept) if self._any("kept") else None,
-        )
-
-    def _any(self, name: str) -> bool:
-        return any(getattr(sample, name) for sample in self.samples)

@@ -49,7 +49,8 @@ class PriceConfig:
 def cost(unit: Unit, trajectory: Trajectory) -> float:
     """What a trajectory cost.
 
-    >>> cost("tokens", Trajectory("p/0", "p", (1, 2, 7), (False, False, True), (0.0, 0.0, -0.3), (-1, -1, 0)))
+    >>> from tandem.columns import Columns
+    >>> cost("tokens", Trajectory("p/0", "p", Columns.of(tokens=(1, 2, 7), loss_mask=(False, False, True))))
     1.0
     """
     if unit == "tokens":

@@ -40,10 +40,12 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
 
 
 def _token_losses(config: AlgoConfig, sample: Sample, learner: Tensor) -> list[Tensor]:
-    positions = [position for position, mask in enumerate(sample.loss_mask) if mask]
+    positions = sample.columns["loss_mask"].nonzero()[0].tolist()
+    behaviour, advantages = sample.columns["logprobs"].tolist(), sample.columns["advantages"].tolist()
+    reference = sample.columns.get("reference_logprobs")
     weights = reference_weights(config.correction, *_rho_pairs(sample, learner))
-    broken = not all(math.isfinite(sample.logprobs[p]) for p in positions)
-    old = [sample.logprobs[p] for p in positions]
+    broken = not all(math.isfinite(behaviour[p]) for p in positions)
+    old = [behaviour[p] for p in positions]
     if config.correction.form == "decoupled":
         old, _ = _rho_pairs(sample, learner)
     if broken:  # every weight is 0: anything finite serves
@@ -52,22 +54,23 @@ def _token_losses(config: AlgoConfig, sample: Sample, learner: Tensor) -> list[T
     sequence_ratio = _ratio(_mean(log_ratios))
     losses = []
     for position, log_ratio, weight in zip(positions, log_ratios, weights, strict=True):
-        advantage = sample.advantages[position]
+        advantage = advantages[position]
         if config.rare_weight:
             advantage *= 1.0 - config.rare_weight + config.rare_weight * math.exp(float(learner[position].detach()))
         loss = _policy(config, log_ratio, sequence_ratio, advantage, learner[position])
         if config.kl != "none":
-            assert sample.reference_logprobs is not None
-            loss = loss + config.kl_weight * _kl(config.kl, learner[position], sample.reference_logprobs[position])
-        losses.append(sample.weights[position] * weight * loss)
+            assert reference is not None
+            loss = loss + config.kl_weight * _kl(config.kl, learner[position], float(reference[position]))
+        losses.append(weight * loss)
     return losses
 
 
 def _rho_pairs(sample: Sample, learner: Tensor) -> tuple[list[float], list[float]]:
     """Proximal and behaviour log-probs of the trained tokens."""
-    positions = [position for position, mask in enumerate(sample.loss_mask) if mask]
-    proximal = sample.proximal_logprobs or learner.detach().tolist()
-    return [proximal[p] for p in positions], [sample.logprobs[p] for p in positions]
+    positions = sample.columns["loss_mask"].nonzero()[0]
+    scored = sample.columns.get("proximal_logprobs")
+    proximal = learner.detach().numpy() if scored is None else scored
+    return proximal[positions].tolist(), sample.columns["logprobs"][positions].tolist()
 
 
 def reference_weights(config: CorrectionConfig, proximal: Sequence[float], behaviour: Sequence[float]) -> list[float]:

@@ -1,71 +1,58 @@
-"""Microbatch to tensors: the crossing from plain values to torch."""
+"""Microbatch to tensors: the crossing from arrays to torch, made once a microbatch and a device."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tandem.columns import COLUMNS, Array
 from tandem.types import Denominators, Microbatch
 
 
 @dataclass(frozen=True, slots=True)
 class MicrobatchTensors:
-    """A microbatch on a device. Loss fields are fp64: N numbers cost nothing beside N x V logits.
-
-    `paths_S` stay plain: a view of keys and values lays them out as its kernel wants them.
-    """
+    """A microbatch on a device. Loss columns are fp64: N numbers cost nothing beside N x V logits."""
 
     tokens_T: Tensor  # int64
-    positions_T: Tensor  # int64
-    segments_S: Tensor  # int64, S+1 boundaries
-    paths_S: tuple[tuple[int, ...], ...]
     rows_N: Tensor  # int64
     targets_N: Tensor  # int64
     sample_N: Tensor  # int64, non-decreasing: the predictions of a sample are contiguous
-    advantages_N: Tensor
-    logprobs_N: Tensor  # behaviour, nats
-    weights_N: Tensor
-    reference_logprobs_N: Tensor | None
+    columns_N: Mapping[str, Tensor]  # fp64, those of tandem.columns that are log-probs or advantages
+    kept_N: Array | None  # bytes: the set that each target was drawn from; None where nothing was filtered
     sample_tokens: Tensor  # int64, one a sample: its predictions
     prompt_tokens: Tensor  # int64, one a sample: predictions of its prompt in the whole batch
     denominators: Denominators
-    proximal_logprobs_N: Tensor | None = None  # the learner's before the step's first update, where they were scored
-    source_logprobs_N: Tensor | None = None  # the learner's under the weights that sampled, where these are older
-    unfiltered_logprobs_N: Tensor | None = None  # behaviour before top-k, top-p and min-p, where one of them was on
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A column [N]."""
+        return self.columns_N[name]
+
+    def get(self, name: str) -> Tensor | None:
+        """A column [N], or None where the samples lack it."""
+        assert name in COLUMNS, f"{name} is no column; columns: {', '.join(COLUMNS)}"
+        return self.columns_N.get(name)
 
 
 def to_tensors(microbatch: Microbatch, device: torch.device | str = "cpu") -> MicrobatchTensors:
-    """Integers as int64, loss fields as fp64 (exact for log-probs that were fp32 or narrower)."""
+    """Integers as int64, floating columns as they are."""
 
-    def integers(values: tuple[int, ...]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    def integers(values: Array) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(device)
 
-    def floats(values: tuple[float, ...]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=device)
-
-    def optional(values: tuple[float, ...] | None) -> Tensor | None:
-        return None if values is None else floats(values)
-
-    expected = tuple(index for index, count in enumerate(microbatch.sample_tokens) for _ in range(count))
-    assert microbatch.sample_N == expected, "the predictions of a sample must be whole and contiguous"
+    columns = microbatch.predictions
+    floats = {name: array for name, array in columns.arrays.items() if array.dtype == np.float64}
     return MicrobatchTensors(
         tokens_T=integers(microbatch.tokens_T),
-        positions_T=integers(microbatch.positions_T),
-        segments_S=integers(microbatch.segments_S),
-        paths_S=microbatch.paths_S,
         rows_N=integers(microbatch.rows_N),
-        targets_N=integers(microbatch.targets_N),
-        sample_N=integers(microbatch.sample_N),
-        advantages_N=floats(microbatch.advantages_N),
-        logprobs_N=floats(microbatch.logprobs_N),
-        weights_N=floats(microbatch.weights_N),
-        reference_logprobs_N=optional(microbatch.reference_logprobs_N),
+        targets_N=integers(columns["tokens"]),
+        sample_N=integers(np.repeat(np.arange(len(microbatch.sample_ids)), microbatch.sample_tokens)),
+        columns_N={name: torch.tensor(array, device=device) for name, array in floats.items()},
+        kept_N=columns.get("kept"),
         sample_tokens=integers(microbatch.sample_tokens),
         prompt_tokens=integers(microbatch.prompt_tokens),
         denominators=microbatch.denominators,
-        proximal_logprobs_N=optional(microbatch.proximal_logprobs_N),
-        source_logprobs_N=optional(microbatch.source_logprobs_N),
-        unfiltered_logprobs_N=optional(microbatch.unfiltered_logprobs_N),
     )

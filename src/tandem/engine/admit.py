@@ -159,7 +159,7 @@ class Admission:
     def ahead(self, sequence: LiveSequence, hit_blocks: int = 0, hit_pages: int = 0) -> int:
         """Pages that a running sequence is expected to take, or a waiting one that starts with these hits."""
         size, pages, length = self._config.page_tokens, sequence.pages, len(sequence.tokens)
-        likely = self.lengths.remaining(len(sequence.logprobs))
+        likely = self.lengths.remaining(sequence.num_drawn)
         more = self._config.lookahead_tokens if likely is None else likely // self.PORTION
         context = min(length + more, sequence.limit - 1)
         blocks = hit_blocks if pages is None else pages.blocks

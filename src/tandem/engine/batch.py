@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+
+from tandem.columns import Columns
 from tandem.engine.tables import PageTables
-from tandem.types import Completion, Request, StopReason, VersionSpan, WeightVersion
+from tandem.types import Completion, Request, StopReason, WeightVersion
 
 INITIAL = WeightVersion(0, "")  # of an engine that was told of no other
 MIXED = b""  # root of a sequence whose keys and values have no name: of several versions, or sharing is off
@@ -51,9 +55,7 @@ class Sampled:
     """What a runner drew for the works with `samples`, in their order."""
 
     tokens: list[int]
-    logprobs: list[float]  # nats, of the distribution really sampled from
-    kept: list[bytes] = field(default_factory=list)  # see `types.kept_ids`; b"" without filters; empty: none filters
-    unfiltered_logprobs: list[float] = field(default_factory=list)  # with `kept`: nats, before the filters
+    values: dict[str, list[Any]]  # column (tandem.columns) -> one a token; None where the token has none
 
 
 @dataclass(slots=True)
@@ -88,9 +90,8 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)  # names of leading full blocks, under `root`
     tail: bytes | None = None  # name of what the prompt ends in (engine/tails.py), under `root`
     awaits: bytes | None = None  # the promised block it was last found waiting for
-    logprobs: list[float] = field(default_factory=list)
-    kept: list[bytes] = field(default_factory=list)  # one a generated token where the request filters; else empty
-    unfiltered_logprobs: list[float] = field(default_factory=list)  # with `kept`
+    num_drawn: int = 0  # generated tokens
+    values: dict[str, list[Any]] = field(default_factory=dict)  # column -> one a generated token
     spans: list[tuple[int, int]] = field(default_factory=list)  # (weight step, first generated token it sampled)
     cached_tokens: int = 0
     recomputed_tokens: int = 0
@@ -100,18 +101,19 @@ class Sequence:
 
     def completion(self, reason: StopReason, now: float) -> Completion:
         """What the caller gets. A request that never ran counts its whole life as waiting."""
-        ends = [start for _, start in self.spans[1:]] + [len(self.logprobs)]
+        steps, starts = [step for step, _ in self.spans], [start for _, start in self.spans]
+        versions = np.repeat(np.array(steps, dtype=np.int32), np.diff([*starts, self.num_drawn]))
         return Completion(
             request_id=self.request.id,
-            tokens=tuple(self.tokens[len(self.request.tokens) :]),
-            logprobs=tuple(self.logprobs),
-            versions=tuple(VersionSpan(step, start, end) for (step, start), end in zip(self.spans, ends, strict=False)),
+            columns=Columns.of(
+                tokens=self.tokens[len(self.request.tokens) :],
+                versions=versions,
+                **({"logprobs": (), **self.values}),
+            ),
             stop_reason=reason,
             submitted_s=self.submitted_s,
             started_s=now if self.started_s is None else self.started_s,
             finished_s=now,
             cached_tokens=self.cached_tokens,
             recomputed_tokens=self.recomputed_tokens,
-            kept=tuple(self.kept),
-            unfiltered_logprobs=tuple(self.unfiltered_logprobs),
         )

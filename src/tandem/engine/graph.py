@@ -218,7 +218,7 @@ class DeviceSteps:
         if not batch.num_samples:
             self._hidden(self._sent(batch, SamplingBatch.stack([], [], [])))
             found = fetch(*wrong)
-            return lambda: self._checked(Sampled([], []), batch, *found())
+            return lambda: self._checked(Sampled([], {"logprobs": []}), batch, *found())
         sampling = sampling_of(batch)
         if runner.config.noise or sampling.filters_S.any():
             sampled = runner.drawn(self._hidden(self._sent(batch, sampling)), sampling)
@@ -237,7 +237,7 @@ class DeviceSteps:
             bad = np.flatnonzero(np.isnan(logprobs))
             if len(bad):  # a step that was started since may have other logits in their place, from the same weights
                 raise_if_bad(logits_NV[:count], int(bad[0]))
-            return self._checked(Sampled(tokens.tolist(), logprobs.tolist()), batch, *found)
+            return self._checked(Sampled(tokens.tolist(), {"logprobs": logprobs.tolist()}), batch, *found)
 
         return wait
 

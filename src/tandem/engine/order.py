@@ -52,7 +52,7 @@ class Order:
             return 1, self._had.get(sequence.request.program_id, 0), sequence.arrival
         most = sequence.limit - len(sequence.tokens)
         count, total = self._ended.get(_prompt(sequence), (0, 0))
-        likely = max(1, total // count - len(sequence.logprobs)) if count else most
+        likely = max(1, total // count - sequence.num_drawn) if count else most
         return 1, -min(most, likely), sequence.arrival
 
     def queue(self, waiting: list[Sequence], batches: int) -> Iterator[Sequence]:
@@ -89,4 +89,4 @@ class Order:
         """A request ended by itself."""
         if self.rule == "longest":
             count, total = self._ended.get(_prompt(sequence), (0, 0))
-            _renew(self._ended, _prompt(sequence), (count + 1, total + len(sequence.logprobs)))
+            _renew(self._ended, _prompt(sequence), (count + 1, total + sequence.num_drawn))

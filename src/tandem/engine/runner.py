@@ -157,7 +157,7 @@ class DecoderRunner:
         drawing = [index for index, work in enumerate(works) if work.samples]
         last_rows = torch.from_numpy(rows.row_start_S[1:].astype(np.int64)[drawing] - 1)
         hidden_SM = self.forward(torch.from_numpy(rows.tokens_T), self._view(rows), last_rows)
-        return self.drawn(hidden_SM, sampling_of(batch)) if drawing else Sampled([], [])
+        return self.drawn(hidden_SM, sampling_of(batch)) if drawing else Sampled([], {"logprobs": []})
 
     def drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
         """A token for each row of the final hidden states."""
@@ -165,7 +165,9 @@ class DecoderRunner:
             hidden_SM = with_noise(hidden_SM, sampling, self.config.noise)
         if not sampling.filters_S.any():
             tokens_S, logprobs_S = draw(hidden_SM, self.decoder.head, sampling)
-            return Sampled(tokens_S.tolist(), logprobs_S.tolist())
+            return Sampled(tokens_S.tolist(), {"logprobs": logprobs_S.tolist()})
         logits_SV = self.decoder.logits(hidden_SM)
         tokens_S, logprobs_S = sample(logits_SV, sampling)
-        return Sampled(tokens_S.tolist(), logprobs_S.tolist(), *kept_sets(logits_SV, tokens_S, sampling))
+        kept, unfiltered = kept_sets(logits_SV, tokens_S, sampling)
+        values = {"logprobs": logprobs_S.tolist(), "kept": kept, "unfiltered_logprobs": unfiltered}
+        return Sampled(tokens_S.tolist(), values)

@@ -341,32 +341,26 @@ class Scheduler:
     def resolve(self, batch: Batch, sampled: Sampled, now: float) -> list[Completion]:
         """Takes what an advanced batch drew; returns the requests that end by it."""
         assert batch is self.advanced, "a batch is resolved once, after it was advanced"
-        assert len(sampled.tokens) == len(sampled.logprobs) == batch.num_samples, (
-            f"the runner gave {len(sampled.tokens)} tokens and {len(sampled.logprobs)} logprobs "
-            f"for {batch.num_samples} samples"
-        )
-        assert len(sampled.kept) == len(sampled.unfiltered_logprobs) and len(sampled.kept) in (0, batch.num_samples), (
-            f"{len(sampled.kept)} kept sets, {len(sampled.unfiltered_logprobs)} unfiltered logprobs "
-            f"for {batch.num_samples} samples"
-        )
+        lengths = {name: len(column) for name, column in (("tokens", sampled.tokens), *sampled.values.items())}
+        assert set(lengths.values()) == {batch.num_samples}, f"{lengths} for {batch.num_samples} samples"
         self.advanced = None
         live, step, finished = self.live, batch.version.step, list[Completion]()
-        draws = enumerate(zip(sampled.tokens, sampled.logprobs, strict=True))
+        columns, draws = list(sampled.values.items()), enumerate(sampled.tokens)
         for work in batch.works:
             if not work.samples:
                 continue
-            draw, (token, logprob) = next(draws)
+            draw, token = next(draws)
             sequence = live.get(work.request.id)
             if sequence is None or sequence.arrival != work.sequence:
                 continue
             assert sequence.tokens[-1] == -1 - draw, (sequence.tokens[-1], draw)
             sequence.tokens[-1] = token
             if not sequence.spans or sequence.spans[-1][0] != step:
-                sequence.spans.append((step, len(sequence.logprobs)))
-            sequence.logprobs.append(logprob)
-            if sampled.kept and sampled.kept[draw]:
-                sequence.kept.append(sampled.kept[draw])
-                sequence.unfiltered_logprobs.append(sampled.unfiltered_logprobs[draw])
+                sequence.spans.append((step, sequence.num_drawn))
+            sequence.num_drawn += 1
+            for name, column in columns:
+                if column[draw] is not None:
+                    sequence.values.setdefault(name, []).append(column[draw])
             self._stats.sampled_tokens += 1
             reason = self.stops(sequence)
             if reason is None and len(sequence.tokens) >= sequence.limit:
@@ -398,7 +392,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self._give_up_pages(sequence)
-        self.admission.lengths.record(len(sequence.logprobs))
+        self.admission.lengths.record(sequence.num_drawn)
         self.order.ended(sequence)
         del self.live[sequence.request.id]
 

@@ -50,7 +50,7 @@ class KeptSets:
     ids_E: Tensor  # int32
 
     @classmethod
-    def build(cls, kept: tuple[bytes, ...], targets_N: Tensor) -> KeptSets:
+    def build(cls, kept: Sequence[bytes], targets_N: Tensor) -> KeptSets:
         """From `types.kept_ids` bytes, b"" for a row without a set. AssertionError: a target lies outside its set."""
         assert len(kept) == len(targets_N), f"{len(kept)} kept sets for {len(targets_N)} targets"
         sizes_N = np.array([len(ids) // 4 for ids in kept], dtype=np.int64)
@@ -95,7 +95,7 @@ def logprob_reference(
     weight_VM: Tensor,
     targets_N: Tensor,
     temperature: float,
-    kept: tuple[bytes, ...] | None = None,
+    kept: Sequence[bytes] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """All logits at once; differentiable in both inputs. Returns log-probs and entropies [N]."""
     wide = hidden_NM.dtype if hidden_NM.dtype == torch.float64 else torch.float32
@@ -270,7 +270,7 @@ def _reference_backward(
 
 
 def token_logprobs(
-    hidden_NM: Tensor, weight: Weight, targets_N: Tensor, temperature: float, kept: tuple[bytes, ...] | None = None
+    hidden_NM: Tensor, weight: Weight, targets_N: Tensor, temperature: float, kept: Sequence[bytes] | None = None
 ) -> tuple[Tensor, Tensor]:
     """log softmax(hidden W^T / temperature)[target] and the entropy, each [N] fp32, nats.
 

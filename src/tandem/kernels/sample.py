@@ -140,14 +140,17 @@ def processed_logits(logits_SV: Tensor, batch: SamplingBatch) -> Tensor:
     return out_SV
 
 
-def kept_sets(logits_SV: Tensor, tokens_S: Tensor, batch: SamplingBatch) -> tuple[list[bytes], list[float]]:
+def kept_sets(
+    logits_SV: Tensor, tokens_S: Tensor, batch: SamplingBatch
+) -> tuple[list[bytes | None], list[float | None]]:
     """What `sample` chose among where a row filters, and the log-prob of its token before the filters.
 
-    Kept sets [S]: ids as unsigned 32-bit in ascending order (`types.kept_ids`), the drawn token among them; b"" for a
-    row without filters. Unfiltered log-probs [S], nats: log softmax(logits / temperature)[token]; 0.0 for a row without
-    filters. `tokens_S` is what `sample` drew from the same logits and batch.
+    Kept sets [S]: ids as unsigned 32-bit in ascending order (`types.kept_ids`), the drawn token among them.
+    Unfiltered log-probs [S], nats: log softmax(logits / temperature)[token]. None in both for a row without filters.
+    `tokens_S` is what `sample` drew from the same logits and batch.
     """
-    kept, unfiltered = [b""] * len(batch), [0.0] * len(batch)
+    kept: list[bytes | None] = [None] * len(batch)
+    unfiltered: list[float | None] = [None] * len(batch)
     rows_N = np.flatnonzero(batch.filters_S)
     if not len(rows_N):
         return kept, unfiltered

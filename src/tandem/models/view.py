@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 
-from tandem.kernels.address import check_range
+from tandem.columns import Array
 from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference, paged_attention
 from tandem.kernels.build import kernel
 from tandem.kernels.choice import backend
@@ -139,20 +140,25 @@ class _PackAttention(torch.autograd.Function):
 
 
 class PackView:
-    """The learner's: slots are the rows of the pack, so a path may run through rows that several samples share."""
+    """The learner's: slots are the rows of the pack, so a path may run through rows that several samples share.
+
+    Segment s owns rows [segments_S[s], segments_S[s + 1]), at positions from first_S[s] on; what it sees before them is
+    the path of parent_S[s], a segment before it, up to there. No parents: every segment begins at position 0.
+    """
 
     def __init__(
         self,
-        positions: Sequence[int],
-        segments: Sequence[int],
-        paths: Sequence[Sequence[int]],
+        segments_S: Array | Sequence[int],
+        first_S: Array | Sequence[int] | None = None,
+        parent_S: Array | Sequence[int] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.positions_T = torch.tensor(positions, dtype=torch.int64, device=device)
-        first = [positions[start] for start in segments[:-1]]
-        self.paths = Paths.build(list(segments), first, [list(path) for path in paths], page_tokens=1)
-        check_range(self.paths.table_SP, len(positions), "rows of paths")
-        self.paths = self.paths.to(self.positions_T.device)
+        bounds = np.asarray(segments_S, dtype=np.int32)
+        first = np.zeros(len(bounds) - 1, np.int32) if first_S is None else np.asarray(first_S, dtype=np.int32)
+        parent = np.full(len(first), -1) if parent_S is None else np.asarray(parent_S)
+        positions_T = np.arange(bounds[-1]) + np.repeat(first - bounds[:-1], np.diff(bounds))
+        self.positions_T = torch.from_numpy(positions_T.astype(np.int64)).to(device)
+        self.paths = Paths.of_segments(bounds, first, parent).to(self.positions_T.device)
 
     def attend(
         self, layer: int, qkv_TW: torch.Tensor, heads: Heads, tables: tuple[torch.Tensor, torch.Tensor]

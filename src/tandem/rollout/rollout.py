@@ -120,12 +120,9 @@ class Rollouts:
 
     def _submit(self, rollout: _Rollout, live: dict[str, _Rollout]) -> None:
         number = len(rollout.turns)
-        prefix_length = len(rollout.context) if number else 0
         request_id = f"{rollout.id}/{number}"
         # One seed for all turns: noise is keyed by absolute position, and no position is sampled twice.
-        self.engine.submit(
-            Request(request_id, rollout.id, rollout.context, self.sampling, rollout.seed, prefix_length=prefix_length)
-        )
+        self.engine.submit(Request(request_id, rollout.id, rollout.context, self.sampling, rollout.seed))
         live[request_id] = rollout
 
     def _generate(self, programs: Iterator[_Rollout], live: dict[str, _Rollout], until_s: float) -> list[_Rollout]:

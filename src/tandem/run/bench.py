@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from tandem import env
 from tandem.errors import WorldError
 from tandem.run import roofline
-from tandem.run.bench_gpu import check_device, gpu
+from tandem.run.bench_gpu import check_device, gpu, random_samples
 from tandem.run.peers import Figure, Side, peer_side, run_side
 from tandem.run.roofline import SMOLLM2, Machine, measure, timed
 
@@ -156,24 +156,10 @@ def build_learner(count: int, length: int) -> tuple[Learner, list[Sample]]:
     from tandem.run.parts import build_parts
     from tandem.train.config import LearnerConfig
     from tandem.train.step import Learner
-    from tandem.types import Sample
 
     parts = build_parts(ModelConfig(MODEL), EngineConfig(kv_memory_bytes=1 << 26))
     learner = Learner(parts.decoder, LearnerConfig(lr=1e-6), AlgoConfig(), 1.0, 100)
-    rng = random.Random(0)
-    samples = [
-        Sample(
-            f"s{i}",
-            f"p{i}",
-            tuple(rng.randrange(parts.decoder.spec.vocab_size) for _ in range(length)),
-            (False, *(True,) * (length - 1)),
-            (0.0, *(1.0,) * (length - 1)),
-            (0.0, *(-10.0,) * (length - 1)),
-            (1.0,) * length,
-        )
-        for i in range(count)
-    ]
-    return learner, samples
+    return learner, random_samples(count, length, parts.decoder.spec.vocab_size)
 
 
 def _learner() -> Iterator[Figure]:

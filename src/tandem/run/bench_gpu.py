@@ -24,6 +24,7 @@ from tandem.run.roofline import Machine, timed
 if TYPE_CHECKING:
     from tandem.engine.engine import Engine
     from tandem.models.decoder import Decoder
+    from tandem.types import Sample
 
 LLAMA_1B = ModelSpec(
     "llama",
@@ -129,18 +130,27 @@ def train_step(decoder: Decoder, count: int, length: int) -> Callable[[], Any]:
     from tandem.algo.pack import count_prompts
     from tandem.train.config import LearnerConfig
     from tandem.train.step import Learner
-    from tandem.types import Sample
 
-    rng = random.Random(0)
-    ones, zeros = (0.0, *(1.0,) * (length - 1)), (0.0, *(-10.0,) * (length - 1))
-    mask = (False, *(True,) * (length - 1))
-    samples = [
-        Sample(f"s{i}", f"p{i}", tuple(rng.randrange(100) for _ in range(length)), mask, ones, zeros, (1.0,) * length)
-        for i in range(count)
-    ]
+    samples = random_samples(count, length, 100)
     config = LearnerConfig(lr=1e-6, microbatch_tokens=count * length, activation_checkpointing="off")
     learner = Learner(decoder, config, AlgoConfig(), 1.0, 100)
     return lambda: learner.step(samples, count_prompts(samples))
+
+
+def random_samples(count: int, length: int, vocab: int) -> list[Sample]:
+    """Samples of random tokens, each of a prompt of its own, all but the first token trained."""
+    from tandem.columns import Columns
+    from tandem.types import Sample
+
+    rng = random.Random(0)
+    after = (False, *(True,) * (length - 1))
+    samples = []
+    for i in range(count):
+        tokens = [rng.randrange(vocab) for _ in range(length)]
+        logprobs = [-10.0 * trained for trained in after]
+        columns = Columns.of(tokens=tokens, loss_mask=after, advantages=after, logprobs=logprobs)
+        samples.append(Sample(f"s{i}", f"p{i}", columns))
+    return samples
 
 
 def _beside(work: str, tokens: int, least_s: float, times_s: list[float]) -> Iterator[Figure]:

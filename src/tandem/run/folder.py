@@ -290,12 +290,10 @@ def saved_config(path: Path | str, kind: type[C]) -> C:
     return _load_saved(path, kind, _read_json(path / "config.json"))
 
 
-def trajectory_rows(
-    groups: Iterable[Group], decode: Callable[[list[int]], str], with_tokens: bool = False
-) -> list[dict[str, Any]]:
+def trajectory_rows(groups: Iterable[Group], decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
     """A row a trajectory for `write_trajectories`; `decode` turns token ids into text.
 
-    `text` is everything after the prompt, observations included. `with_tokens` adds ids, mask, log-probs and versions.
+    `text` is everything after the prompt, observations included.
     """
     rows = []
     for group in groups:
@@ -306,7 +304,7 @@ def trajectory_rows(
                 "prompt_id": trajectory.prompt_id,
                 "prompt": prompt,
                 "answer": group.prompt.record.get("answer"),
-                "text": decode(list(trajectory.tokens[_first_sampled(trajectory) :])),
+                "text": decode(trajectory.columns["tokens"][_first_sampled(trajectory) :].tolist()),
                 "reward": None if trajectory.failure else trajectory.reward,
                 "sampled_tokens": trajectory.num_sampled,
                 "stop_reason": trajectory.stop_reason.value if trajectory.stop_reason else None,
@@ -314,17 +312,13 @@ def trajectory_rows(
             }
             if trajectory.failure:
                 row["failure"] = {"where": trajectory.failure.where, "reason": trajectory.failure.reason}
-            if with_tokens:
-                row["tokens"] = list(trajectory.tokens)
-                row["loss_mask"] = list(trajectory.loss_mask)
-                row["logprobs"] = list(trajectory.logprobs)
-                row["versions"] = list(trajectory.versions)
             rows.append(row)
     return rows
 
 
 def _first_sampled(trajectory: Trajectory) -> int:
-    return trajectory.loss_mask.index(True) if any(trajectory.loss_mask) else len(trajectory.tokens)
+    mask = trajectory.columns["loss_mask"]
+    return int(mask.argmax()) if mask.any() else len(mask)
 
 
 def _check_run(path: Path) -> None:

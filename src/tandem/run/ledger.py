@@ -52,8 +52,7 @@ class Ledger:
                     counts[_fate(trajectory)] += sampled
                     continue
                 assert trajectory.failure is None, f"{trajectory.program_id} failed, yet it was trained"
-                pairs = zip(sample.loss_mask, sample.advantages, strict=True)
-                reached = sum(mask and advantage != 0.0 for mask, advantage in pairs)
+                reached = int((sample.columns["loss_mask"] & (sample.columns["advantages"] != 0.0)).sum())
                 assert reached <= sampled, f"{sample.id}: {reached} trained of {sampled} sampled tokens"
                 counts["trained"] += reached
                 counts["masked"] += sampled - reached

@@ -288,7 +288,7 @@ def learner_work(learner: Learner, samples: Sequence[Sample], machine: Machine) 
     """A step on samples of one length, after one that warms up."""
     from tandem.algo.pack import count_prompts
 
-    count, length, totals = len(samples), len(samples[0].tokens), count_prompts(samples)
+    count, length, totals = len(samples), len(samples[0].columns), count_prompts(samples)
     learner.step(samples, totals)
     measured = _in_turn(lambda: learner.step(samples, totals), learner.decoder, 1)
     limits = (machine, train_cost(learner.decoder.spec, count, length))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
-from tandem.algo.pack import SCORED, PromptTotal, pack
+from tandem.algo.pack import PromptTotal, pack
+from tandem.algo.tensors import MicrobatchTensors, to_tensors
 from tandem.kernels.address import check_range
 from tandem.kernels.logprob import token_logprobs
 from tandem.models.decoder import Decoder
@@ -16,24 +18,26 @@ from tandem.types import Microbatch, Sample
 
 
 def forward(
-    decoder: Decoder, microbatch: Microbatch, temperature: float, checkpointing: bool = False
+    decoder: Decoder,
+    microbatch: Microbatch,
+    tensors: MicrobatchTensors,
+    temperature: float,
+    checkpointing: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probs and entropies [N] of a microbatch's targets, among the tokens that the sampler had kept."""
-    place = decoder.device
-    for what, ids in (("tokens", microbatch.tokens_T), ("targets", microbatch.targets_N)):  # a device would read beyond
+    for what, ids in (("tokens", microbatch.tokens_T), ("targets", microbatch.predictions["tokens"])):
+        # a device would read beyond
         check_range(torch.tensor(ids), decoder.spec.vocab_size, f"{what} of {', '.join(microbatch.sample_ids)}:")
-    view = PackView(microbatch.positions_T, microbatch.segments_S, microbatch.paths_S, place)
-    tokens_T = torch.tensor(microbatch.tokens_T, dtype=torch.int64, device=place)
-    rows_N = torch.tensor(microbatch.rows_N, dtype=torch.int64, device=place)
-    targets_N = torch.tensor(microbatch.targets_N, dtype=torch.int64, device=place)
-    hidden_NM = decoder.forward(tokens_T, view, rows_N, checkpointing=checkpointing)
-    return token_logprobs(hidden_NM, decoder.head, targets_N, temperature, kept=microbatch.kept_N)
+    view = PackView(microbatch.segments_S, microbatch.first_S, microbatch.parent_S, decoder.device)
+    hidden_NM = decoder.forward(tensors.tokens_T, view, tensors.rows_N, checkpointing=checkpointing)
+    kept = None if tensors.kept_N is None else tensors.kept_N.tolist()
+    return token_logprobs(hidden_NM, decoder.head, tensors.targets_N, temperature, kept=kept)
 
 
 def score(decoder: Decoder, microbatch: Microbatch, temperature: float) -> torch.Tensor:
     """Log-probs [N] of a microbatch's targets, without gradients."""
     with torch.no_grad():
-        return forward(decoder, microbatch, temperature)[0]
+        return forward(decoder, microbatch, to_tensors(microbatch, decoder.device), temperature)[0]
 
 
 def with_logprobs(
@@ -44,20 +48,14 @@ def with_logprobs(
     budget_tokens: int,
     temperature: float,
 ) -> tuple[Sample, ...]:
-    """The samples with their field `name` [T] filled in for the trained tokens (0.0 elsewhere), by `decoder`.
-
-    `name` is "reference_logprobs", "proximal_logprobs" or "source_logprobs".
-    """
-    assert name in SCORED, f"{name} is not one of {SCORED}"
-    found: dict[str, list[float]] = {}
+    """The samples with their column `name` filled in for the trained tokens (0.0 elsewhere), by `decoder`."""
+    filled = [np.zeros(len(sample.columns)) for sample in samples]
     for microbatch in pack(samples, prompts, budget_tokens):
-        logprobs = score(decoder, microbatch, temperature).tolist()
-        for index, logprob in zip(microbatch.sample_N, logprobs, strict=True):
-            found.setdefault(microbatch.sample_ids[index], []).append(logprob)
-    scored = []
-    for sample in samples:
-        values = iter(found[sample.id])
-        # Predictions are in order of position; the first token of a context is never predicted.
-        row = tuple(next(values) if trained and t > 0 else 0.0 for t, trained in enumerate(sample.loss_mask))
-        scored.append(dataclasses.replace(sample, **{name: row}))  # type: ignore[arg-type]
-    return tuple(scored)
+        logprobs = score(decoder, microbatch, temperature).double().cpu().numpy()
+        parts = np.split(logprobs, np.cumsum(microbatch.sample_tokens)[:-1])
+        for index, part in zip(microbatch.members, parts, strict=True):
+            filled[index][samples[index].columns["loss_mask"]] = part
+    return tuple(
+        dataclasses.replace(sample, columns=sample.columns.having(**{name: values}))
+        for sample, values in zip(samples, filled, strict=True)
+    )

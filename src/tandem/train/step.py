@@ -92,9 +92,9 @@ class Learner:
 
     def _backward(self, microbatch: Microbatch, correction: CorrectionConfig) -> tuple[LossResult, Observations]:
         checkpointing = self.config.activation_checkpointing == "on"
-        logprobs_N, entropy_N = forward(self.decoder, microbatch, self.temperature, checkpointing)
-        logprobs_N.retain_grad()
         batch = to_tensors(microbatch, self.decoder.device)
+        logprobs_N, entropy_N = forward(self.decoder, microbatch, batch, self.temperature, checkpointing)
+        logprobs_N.retain_grad()
         result = policy_loss(self.algo, logprobs_N, batch, entropy_N, correction)
         value = float(result.loss.detach())
         if not bool(logprobs_N.isfinite().all()):
@@ -191,9 +191,9 @@ def _observations(
 
     return Observations(
         learner_N=array(logprobs_N, logprobs_N),
-        behaviour_N=array(batch.logprobs_N, logprobs_N),
-        source_N=array(batch.source_logprobs_N, logprobs_N),
-        unfiltered_N=array(batch.unfiltered_logprobs_N, batch.logprobs_N),
+        behaviour_N=array(batch["logprobs"], logprobs_N),
+        source_N=array(batch.get("source_logprobs"), logprobs_N),
+        unfiltered_N=array(batch.get("unfiltered_logprobs"), batch["logprobs"]),
         gradient_N=np.abs(array(logprobs_N.grad, logprobs_N)),
         masked_N=~result.correction.kept_N.cpu().numpy(),
         truncated_N=result.correction.truncated_N.cpu().numpy(),

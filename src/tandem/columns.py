@@ -1,0 +1,143 @@
+"""Values of tokens by name, a NumPy array each: what Completion, Trajectory, Sample and Microbatch hold.
+
+A column is one line in COLUMNS; whoever makes its values puts them in, whoever needs them asks by name, and nothing on
+the way names it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """How a column is stored, and what stands for the tokens of a part that lacks it.
+
+    >>> COLUMNS["versions"].absent
+    -1
+    """
+
+    dtype: type[np.generic] | type[object] | type[bool]
+    meaning: str
+    absent: Any = None  # a value; None: all parts have the column or none has
+    absent_as: str = ""  # or the column whose values stand in
+
+
+COLUMNS: Mapping[str, Column] = {
+    "tokens": Column(np.int32, "token id"),
+    "loss_mask": Column(bool, "the policy sampled the token", absent=False),
+    "logprobs": Column(np.float64, "behaviour log-prob, nats, of the distribution really sampled from", absent=0.0),
+    "versions": Column(np.int32, "weight step that sampled the token; -1: it was not sampled", absent=-1),
+    "kept": Column(object, 'bytes: the ids that it was drawn from (kept_ids); b"": nothing was filtered', absent=b""),
+    "unfiltered_logprobs": Column(np.float64, "log-prob before top-k, top-p and min-p", absent_as="logprobs"),
+    "advantages": Column(np.float64, "0.0 where the token is not trained", absent=0.0),
+    "reference_logprobs": Column(np.float64, "of the reference policy, where a KL term asks for them"),
+    "proximal_logprobs": Column(np.float64, "the learner's own, before the step's first update"),
+    "source_logprobs": Column(np.float64, "the learner's forward under the weights that sampled"),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Columns:
+    """Columns of equal length. Arrays are read-only.
+
+    >>> seen = Columns.of(tokens=(5, 2), logprobs=(-0.1, -0.7))
+    >>> Columns.concat([Columns.of(tokens=(9,)), seen])["logprobs"].tolist()
+    [0.0, -0.1, -0.7]
+    """
+
+    arrays: Mapping[str, Array]
+
+    @classmethod
+    def of(cls, **values: Sequence[Any] | Array) -> Columns:
+        """From sequences; each gets its column's dtype."""
+        return cls({}).having(**values)
+
+    def having(self, **values: Sequence[Any] | Array) -> Columns:
+        """These columns and others, or others in place of them."""
+        made = dict(self.arrays)
+        for name, given in values.items():
+            assert name in COLUMNS, f"{name} is no column; columns: {', '.join(COLUMNS)}"
+            array = np.asarray(given, dtype=COLUMNS[name].dtype)
+            assert array.ndim == 1, f"{name} has shape {array.shape}"
+            made[name] = _frozen(array.view())
+        lengths = {name: len(array) for name, array in made.items()}
+        assert len(set(lengths.values())) <= 1, f"columns of different lengths: {lengths}"
+        return Columns(made)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Columns]) -> Columns:
+        """One after another. A column that some parts lack is filled up as COLUMNS says."""
+        names = [name for name in COLUMNS if any(name in part.arrays for part in parts)]
+        return cls({name: _frozen(np.concatenate([part._or_absent(name) for part in parts])) for name in names})
+
+    def _or_absent(self, name: str) -> Array:
+        if name in self.arrays:
+            return self.arrays[name]
+        column = COLUMNS[name]
+        if column.absent_as:
+            return self._or_absent(column.absent_as)
+        assert column.absent is not None, f"some parts lack {name}, and nothing can stand for it"
+        return np.full(len(self), column.absent, dtype=column.dtype)
+
+    def slice(self, start: int, stop: int | None = None) -> Columns:
+        """Tokens [start, stop)."""
+        return Columns({name: array[start:stop] for name, array in self.arrays.items()})
+
+    def take(self, places: Array) -> Columns:
+        """The tokens at `places`, in their order."""
+        return Columns({name: _frozen(array[places]) for name, array in self.arrays.items()})
+
+    def without(self, *names: str) -> Columns:
+        """All but these."""
+        return Columns({name: array for name, array in self.arrays.items() if name not in names})
+
+    def get(self, name: str) -> Array | None:
+        """The column, or None."""
+        assert name in COLUMNS, f"{name} is no column; columns: {', '.join(COLUMNS)}"
+        return self.arrays.get(name)
+
+    def __getitem__(self, name: str) -> Array:
+        return self.arrays[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.arrays
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return next((len(array) for array in self.arrays.values()), 0)
+
+    def __eq__(self, other: object) -> bool:
+        """Same columns with the same values; NaN equals NaN."""
+        if not isinstance(other, Columns):
+            return NotImplemented
+        return self.arrays.keys() == other.arrays.keys() and all(
+            np.array_equal(array, other.arrays[name], equal_nan=array.dtype.kind == "f")
+            for name, array in self.arrays.items()
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays; of a column of objects, their pointers."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+def ranges(starts: Array, lengths: Array) -> Array:
+    """starts[0], starts[0] + 1, ... lengths[0] of them, then those of the next.
+
+    >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+
+
+def _frozen(array: Array) -> Array:
+    array.flags.writeable = False
+    return array
