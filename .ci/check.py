@@ -19,7 +19,7 @@ from pathlib import Path
 
 # A module imports only from rows above its own, and from its own folder.
 ROWS: tuple[tuple[str, ...], ...] = (
-    ("types", "columns", "errors", "config", "env", "trace"),
+    ("columns", "types", "errors", "config", "env", "trace"),
     ("numerics",),
     ("kernels",),
     ("models",),

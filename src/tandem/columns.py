@@ -56,7 +56,7 @@ class Columns:
 
     @classmethod
     def of(cls, **values: Sequence[Any] | Array) -> Columns:
-        """From sequences; each gets its column's dtype."""
+        """From sequences; each gets its column's dtype. An array that has it is not copied: its owner leaves it be."""
         return cls({}).having(**values)
 
     def having(self, **values: Sequence[Any] | Array) -> Columns:
@@ -96,6 +96,7 @@ class Columns:
 
     def without(self, *names: str) -> Columns:
         """All but these."""
+        assert COLUMNS.keys() >= set(names), f"{names} are not all columns; columns: {', '.join(COLUMNS)}"
         return Columns({name: array for name, array in self.arrays.items() if name not in names})
 
     def get(self, name: str) -> Array | None:
@@ -122,6 +123,10 @@ class Columns:
             for name, array in self.arrays.items()
         )
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """NumPy's arrays come back writable: they are frozen again."""
+        return _restored, (dict(self.arrays),)
+
     @property
     def nbytes(self) -> int:
         """Bytes of the arrays; of a column of objects, their pointers."""
@@ -136,6 +141,10 @@ def ranges(starts: Array, lengths: Array) -> Array:
     """
     before = np.cumsum(lengths) - lengths
     return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+
+
+def _restored(arrays: dict[str, Array]) -> Columns:
+    return Columns.of(**arrays)
 
 
 def _frozen(array: Array) -> Array:

@@ -29,6 +29,7 @@ from tandem.models.view import PackView
 from tandem.numerics.compare import difference
 from tandem.train.reference import score
 from tandem.types import Completion, Request, Sample, Sampling, WeightVersion
+from tests.samples import sample_of
 
 # any_path holds for all examples of a test.
 settings.register_profile("kernels", suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -73,6 +74,12 @@ def kernel_path(any_path: str) -> str:
     if any_path == "reference":
         pytest.skip("the reference kernels are not batch-invariant")
     return any_path
+
+
+@pytest.fixture
+def on_reference() -> Callable[[], AbstractContextManager[str]]:
+    """A context in which the kernels are the reference ones, whatever they are around it."""
+    return lambda: contextmanager(_by_path)("reference")
 
 
 @pytest.fixture(scope="session")
@@ -158,14 +165,10 @@ class Parity:
     @staticmethod
     def samples(asked: Sequence[Request], done: Sequence[Completion]) -> list[Sample]:
         """What the learner takes, with the engine's log-probs."""
-        made = []
-        for request, completion in zip(asked, done, strict=True):
-            prompt, count = len(request.tokens), len(completion.tokens)
-            trained = (0.0,) * prompt + tuple(1.0 - 2.0 * (i % 2) for i in range(count))
-            tokens, mask = request.tokens + completion.tokens, (False,) * prompt + (True,) * count
-            logprobs, weights = (0.0,) * prompt + completion.logprobs, (1.0,) * (prompt + count)
-            made.append(Sample(request.id, request.program_id, tokens, mask, trained, logprobs, weights))
-        return made
+        return [
+            sample_of(request, completion, [1.0 - 2.0 * (i % 2) for i in range(len(completion.tokens))])
+            for request, completion in zip(asked, done, strict=True)
+        ]
 
     @staticmethod
     def check_company(decoder: Decoder, asked: Sequence[Request], engine: Engine, **limits: Any) -> list[Completion]:
@@ -188,16 +191,16 @@ class Parity:
         seen = 0
         for microbatch in pack(samples, count_prompts(samples), budget, share):
             scored = score(decoder, microbatch, temperature).tolist()
-            Parity.same_logprobs(scored, microbatch.logprobs_N, f"learner, {microbatch.sample_ids}")
+            drawn = microbatch.predictions["logprobs"].tolist()
+            Parity.same_logprobs(scored, drawn, f"learner, {microbatch.sample_ids}")
             seen += len(scored)
-        assert seen == sum(sum(sample.loss_mask) for sample in samples)
+        assert seen == sum(sample.columns["loss_mask"].sum() for sample in samples)
 
     @staticmethod
     def alone(decoder: Decoder, context: Sequence[int]) -> torch.Tensor:
         """Final hidden states [T, M] of a context that is a pack of its own."""
-        length = len(context)
         with torch.no_grad():
-            return decoder.forward(torch.tensor(context), PackView(range(length), [0, length], [range(length)]))
+            return decoder.forward(torch.tensor(context), PackView([0, len(context)]))
 
     @staticmethod
     def in_pages(
@@ -265,10 +268,8 @@ class Parity:
         for i in order:
             starts.append(starts[-1] + lengths[i])
         tokens_T = torch.tensor([token for i in order for token in contexts[i]])
-        positions = [position for i in order for position in range(lengths[i])]
-        paths = [range(starts[place], starts[place + 1]) for place in range(len(order))]
         with torch.no_grad():
-            hidden_TM = decoder.forward(tokens_T, PackView(positions, starts, paths))
+            hidden_TM = decoder.forward(tokens_T, PackView(starts))
         Parity.same_rows(hidden_TM, torch.cat([wanted[i] for i in order]), "packed")
 
     @staticmethod

@@ -27,6 +27,7 @@ from tandem.kernels.rotary import rotate_
 from tandem.numerics.compare import same_bits
 from tandem.numerics.quantise import from_e4m3, from_int8, to_e4m3, to_int8
 from tandem.types import Reach
+from tests.samples import forests
 
 E = 2.0**-24
 STORE = {torch.float32: E, torch.bfloat16: 2.0**-8}
@@ -200,29 +201,13 @@ def test_pages(any_path, dtype, shape, lengths, page, seed):
     within(out, wanted.out, wanted.bounds["out"])
 
 
-@st.composite
-def packs(draw) -> tuple[Paths, int]:
-    """Components: a plain sample, or a prefix and samples that go on from it; pages of one token."""
-    row_start, first, tables = [0], [], []
-    for _ in range(draw(st.integers(1, 3))):
-        prefix = draw(st.integers(1, 90))
-        shared = list(range(row_start[-1], row_start[-1] + prefix))
-        row_start.append(row_start[-1] + prefix)
-        first.append(0)
-        tables.append(shared)
-        for own in draw(st.lists(st.integers(1, 40), max_size=3)):
-            tables.append([*shared, *range(row_start[-1], row_start[-1] + own)])
-            first.append(prefix)
-            row_start.append(row_start[-1] + own)
-    return Paths.build(row_start, first, tables, 1), row_start[-1]
-
-
 @settings(max_examples=40)
-@given(shape=shapes, pack=packs(), seed=st.integers(0, 99))
+@given(shape=shapes, forest=forests(), seed=st.integers(0, 99))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_packs_and_gradients(any_path, dtype, shape, pack, seed):
+def test_packs_and_gradients(any_path, dtype, shape, forest, seed):
     """A gradient lost: of a sample through shared rows, of a tile's tail, of a head of a group."""
-    paths, rows = pack
+    row_start, first, _, tables = forest
+    paths, rows = Paths.build(row_start, first, tables, 1), row_start[-1]
     query, key, value = rows_of(rows, shape, dtype, seed)
     dout = torch.randn(query.shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
     wanted = expected((query, key, value), dout, paths, shape)

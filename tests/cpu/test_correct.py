@@ -6,7 +6,6 @@ import itertools
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -18,9 +17,11 @@ from tandem.algo.loss import policy_loss, summarise
 from tandem.algo.pack import count_prompts, pack
 from tandem.algo.reference import reference_loss
 from tandem.algo.tensors import MicrobatchTensors, to_tensors
+from tandem.columns import Columns
 from tandem.errors import ConfigError
 from tandem.numerics.compare import same_bits
 from tandem.types import Sample
+from tests.samples import column, having, without
 
 SETTINGS = [
     CorrectionConfig("decoupled", "none"),
@@ -38,16 +39,13 @@ def sample_of(
 ) -> Sample:
     """One prompt token, then an answer."""
     count = len(behaviour)
-    return Sample(
-        name,
-        name[0],
-        (0, *range(1, count + 1)),
-        (False,) + (True,) * count,
-        (0.0,) + (advantage,) * count,
-        (0.0, *behaviour),
-        (1.0,) * (count + 1),
-        proximal_logprobs=None if proximal is None else (0.0, *proximal),
+    columns = Columns.of(
+        tokens=range(count + 1),
+        loss_mask=(False,) + (True,) * count,
+        advantages=(0.0,) + (advantage,) * count,
+        logprobs=(0.0, *behaviour),
     )
+    return Sample(name, name[0], columns if proximal is None else columns.having(proximal_logprobs=(0.0, *proximal)))
 
 
 def batch_of(samples: Sequence[Sample]) -> MicrobatchTensors:
@@ -125,7 +123,7 @@ def test_identity_where_nothing_differs(setting: CorrectionConfig, loss: str) ->
     samples = [sample_of("p/0", behaviour[:2], advantage=1.5), sample_of("q/0", behaviour[2:], advantage=-0.7)]
     found = []
     for correction, scored in itertools.product((CorrectionConfig(), setting), (False, True)):
-        proximal = [replace(s, proximal_logprobs=s.logprobs) if scored else s for s in samples]
+        proximal = [having(s, proximal_logprobs=column(s, "logprobs")) if scored else s for s in samples]
         leaf = torch.tensor(behaviour, requires_grad=True)
         result = policy_loss(AlgoConfig(loss=loss, correction=correction), leaf, batch_of(proximal))
         result.loss.backward()
@@ -158,9 +156,9 @@ def test_loss_and_gradient_equal_reference(setting: CorrectionConfig, loss: str,
     for seed in range(4):
         samples = random_samples(seed)
         rng = random.Random(seed + 100)
-        values = [[p + rng.gauss(0.0, 0.3) for p in s.proximal_logprobs[1:]] for s in samples]
+        values = [[p + rng.gauss(0.0, 0.3) for p in column(s, "proximal_logprobs")[1:]] for s in samples]
         if not scored:
-            samples = [replace(s, proximal_logprobs=None) for s in samples]
+            samples = [without(s, "proximal_logprobs") for s in samples]
         config = AlgoConfig(loss=loss, correction=setting, **fields)
         leaf = torch.tensor(list(itertools.chain(*values)), dtype=torch.float64, requires_grad=True)
         result = policy_loss(config, leaf, batch_of(samples))

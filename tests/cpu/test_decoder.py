@@ -133,9 +133,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
 
 def pack_of(contexts: list[list[int]]) -> tuple[Tensor, PackView]:
     ends = list(itertools.accumulate(map(len, contexts), initial=0))
-    positions = [p for context in contexts for p in range(len(context))]
-    view = PackView(positions, ends, [range(a, b) for a, b in itertools.pairwise(ends)])
-    return torch.tensor([token for context in contexts for token in context]), view
+    return torch.tensor([token for context in contexts for token in context]), PackView(ends)
 
 
 def logits_of(decoder: Decoder, contexts: list[list[int]]) -> list[Tensor]:

@@ -91,7 +91,7 @@ class Lossy(PackView):
     """Whole contexts, whose keys and values are rounded before anything attends to them."""
 
     def __init__(self, length: int, kind: str, window: int | None, sinks: int) -> None:
-        super().__init__(range(length), [0, length], [range(length)])
+        super().__init__([0, length])
         self.kind, self.window, self.sinks = kind, window, sinks
 
     def attend(self, layer: int, qkv_TW: torch.Tensor, heads: Heads, tables: Any) -> torch.Tensor:

@@ -15,6 +15,7 @@ from tandem.algo.alarm import METRICS, Alarm, AlarmConfig, check, check_correcta
 from tandem.algo.config import NAIVE, AlgoConfig, CorrectionConfig
 from tandem.algo.drift import Observations, join, measure
 from tandem.algo.pack import count_prompts
+from tandem.columns import Columns
 from tandem.errors import AlarmError, ConfigError, ParityError
 from tandem.models.decoder import Decoder
 from tandem.numerics.digest import tensor_digest
@@ -22,6 +23,7 @@ from tandem.train.config import LearnerConfig
 from tandem.train.reference import with_logprobs
 from tandem.train.step import Learner, LearnerReport
 from tandem.types import Sample
+from tests.samples import column, having, trained, without
 
 MakeDecoder = Callable[..., Decoder]
 TIS = AlgoConfig(correction=CorrectionConfig("decoupled", "token_tis"))
@@ -234,23 +236,37 @@ def samples_by(decoder: Decoder, prompts: int = 4, siblings: int = 2) -> list[Sa
             answer = tuple(rng.randrange(97) for _ in range(rng.randint(3, 8)))
             mask = (False,) * 9 + (True,) * len(answer)
             advantage = rng.uniform(-2, 2)
-            row = (0.0,) * len(mask)
-            tokens, advantages = prompt + answer, tuple(advantage if m else 0.0 for m in mask)
-            samples.append(Sample(f"p{p}/{g}", f"p{p}", tokens, mask, advantages, row, tuple(1.0 for _ in mask)))
+            advantages = [advantage if m else 0.0 for m in mask]
+            columns = Columns.of(
+                tokens=prompt + answer, loss_mask=mask, advantages=advantages, logprobs=(0.0,) * len(mask)
+            )
+            samples.append(Sample(f"p{p}/{g}", f"p{p}", columns))
     scored = with_logprobs("source_logprobs", decoder, samples, count_prompts(samples), 10_000, 1.0)
-    return [dataclasses.replace(s, logprobs=s.source_logprobs, source_logprobs=None) for s in scored]
+    return [sampled_as(s, "source_logprobs") for s in scored]
+
+
+def sampled_as(sample: Sample, name: str) -> Sample:
+    """As if these log-probs were the engine's."""
+    return without(having(sample, logprobs=column(sample, name)), name)
+
+
+def last_off(sample: Sample, change: float) -> Sample:
+    """The engine's log-prob of the last token off by `change`."""
+    *before, last = column(sample, "logprobs")
+    return having(sample, logprobs=[*before, last + change])
 
 
 def noisy(samples: list[Sample], size: float, only: str = "") -> list[Sample]:
     """Behaviour log-probs off by normal noise, of the samples whose id begins with `only`."""
     rng = random.Random(1)
 
-    def spoil(logprobs: tuple[float, ...], mask: tuple[bool, ...]) -> tuple[float, ...]:
-        return tuple(min(v + rng.gauss(0, size), 0.0) if m else 0.0 for v, m in zip(logprobs, mask, strict=True))
+    def spoilt(sample: Sample) -> Sample:
+        values = column(sample, "logprobs")
+        for p in trained(sample):
+            values[p] = min(values[p] + rng.gauss(0, size), 0.0)
+        return having(sample, logprobs=values)
 
-    return [
-        dataclasses.replace(s, logprobs=spoil(s.logprobs, s.loss_mask)) if s.id.startswith(only) else s for s in samples
-    ]
+    return [spoilt(s) if s.id.startswith(only) else s for s in samples]
 
 
 def learner_of(decoder: Decoder, algo: AlgoConfig | None = None, lr: float = 1e-3, **fields) -> Learner:
@@ -294,13 +310,13 @@ def test_filters_are_sampling(kernel_path, make_decoder: MakeDecoder) -> None:
     plain = samples_by(decoder)
     filtered = []
     for sample in plain:
-        sets = tuple(
-            np.array(sorted({token, *rng.sample(range(97), 20)}), np.uint32).tobytes() if trained else b""
-            for token, trained in zip(sample.tokens, sample.loss_mask, strict=True)
-        )
-        filtered.append(dataclasses.replace(sample, kept=sets, unfiltered_logprobs=sample.logprobs))
+        sets = [
+            np.array(sorted({token, *rng.sample(range(97), 20)}), np.uint32).tobytes() if mask else b""
+            for token, mask in zip(column(sample, "tokens"), column(sample, "loss_mask"), strict=True)
+        ]
+        filtered.append(having(sample, kept=sets, unfiltered_logprobs=column(sample, "logprobs")))
     scored = with_logprobs("proximal_logprobs", decoder, filtered, count_prompts(filtered), 40, 1.0)
-    samples = [dataclasses.replace(s, logprobs=s.proximal_logprobs, proximal_logprobs=None) for s in scored]
+    samples = [sampled_as(s, "proximal_logprobs") for s in scored]
     report = step(learner_of(decoder, exact=True), samples)
     assert report.error_budget["sampling"] > 0.1 and report.error_budget["mismatch"] == 0.0
 
@@ -312,7 +328,7 @@ def test_masks_are_masking(make_decoder: MakeDecoder) -> None:
     (odd,) = (s for s in samples if s.id == "p1/0")
     algo = AlgoConfig(correction=CorrectionConfig(reject=("k3",)))
     report = step(learner_of(decoder, algo), samples)
-    share = sum(odd.loss_mask) / sum(sum(s.loss_mask) for s in samples)
+    share = len(trained(odd)) / sum(len(trained(s)) for s in samples)
     assert report.error_budget["masking"] == report.metrics["masked"] == pytest.approx(share)
     assert "p1/0" in next(alarm for alarm in report.alarms if alarm.metric == "masked").trajectories
 
@@ -327,16 +343,13 @@ def test_an_exact_run_that_differs_stops(kernel_path, make_decoder: MakeDecoder)
     learner = learner_of(make_decoder(), exact=True)
     samples = samples_by(learner.decoder)
     before = state_of(learner)
-    spoilt = [
-        dataclasses.replace(s, logprobs=(*s.logprobs[:-1], s.logprobs[-1] - 1e-6)) if s.id in ("p1/0", "p2/1") else s
-        for s in samples
-    ]
+    spoilt = [last_off(s, -1e-6) if s.id in ("p1/0", "p2/1") else s for s in samples]
     with pytest.raises(
         ParityError, match=r"2 of \d+ tokens .*1e-06 nats.* p1/0, p2/1.*[Nn]othing was updated"
     ) as error:
         step(learner, spoilt)
     assert "p0" not in str(error.value) and state_of(learner) == before
-    missing = [dataclasses.replace(s, logprobs=(*s.logprobs[:-1], math.nan)) if s.id == "p3/0" else s for s in samples]
+    missing = [last_off(s, math.nan) if s.id == "p3/0" else s for s in samples]
     with pytest.raises(ParityError, match=r"1 of \d+ tokens .*inf nats.* p3/0"):
         step(learner, missing)
     report = step(learner, samples)
@@ -429,12 +442,11 @@ def test_rare_share_by_hand(make_decoder: MakeDecoder) -> None:
     decoder = make_decoder()
     samples = samples_by(decoder)
     learner = learner_of(decoder, AlgoConfig(aggregation="token_mean"))
-    tokens = sum(sum(s.loss_mask) for s in samples)
+    tokens = sum(len(trained(s)) for s in samples)
     pairs = [
-        (math.exp(value), abs(advantage) / tokens)
+        (math.exp(column(s, "logprobs")[p]), abs(column(s, "advantages")[p]) / tokens)
         for s in samples
-        for value, advantage, trained in zip(s.logprobs, s.advantages, s.loss_mask, strict=True)
-        if trained
+        for p in trained(s)
     ]
     norms = [(p, size * (1 - p)) for p, size in pairs]
     wanted = sum(n for p, n in norms if p < 1e-3) / sum(n for _, n in norms)

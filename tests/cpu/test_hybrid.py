@@ -142,9 +142,9 @@ def test_gradients_of_a_layer(any_path: str, reach: Reach, rotary: bool):
     fp32's rounding of sums of some hundred terms near 1.
     """
     generator = torch.Generator().manual_seed(1)
-    stem, *own, alone = (list(range(*rows)) for rows in ((0, 40), (40, 75), (75, 93), (93, 143)))
     positions = [*range(40), *range(40, 75), *range(40, 58), *range(50)]
-    view = PackView(positions, [0, 40, 75, 93, 143], [stem, stem + own[0], stem + own[1], alone])
+    view = PackView([0, 40, 75, 93, 143], first_S=[0, 40, 40, 0], parent_S=[-1, 0, 0, -1])
+    assert view.positions_T.tolist() == positions
     tables = rope_tables(ModelSpec("llama", 8, 64, 8, 1, 4, 2, 16), 256)
     for norm in (False, True):
         heads = heads_of(LayerAttention(reach, rotary), norm, QueryTemperature(0.5, 10))

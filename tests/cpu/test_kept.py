@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tandem.algo.pack import count_prompts, pack
+from tandem.columns import Columns
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
@@ -25,7 +26,8 @@ from tandem.kernels.weight import Weight
 from tandem.models.decoder import Decoder
 from tandem.models.view import PackView
 from tandem.rollout.trajectory import flatten
-from tandem.types import Completion, Request, Sample, Sampling, StopReason, Trajectory, Turn, VersionSpan, kept_ids
+from tandem.types import Completion, Request, Sample, Sampling, StopReason, Trajectory, Turn, kept_ids
+from tests.samples import column, owners_of, trained
 
 VOCAB = 97
 DTYPES = ["float32", "bfloat16"]
@@ -69,29 +71,28 @@ def trajectories(completions: Sequence[Completion]) -> list[Trajectory]:
 
 def scores(decoder: Decoder, played: Sequence[Trajectory], temperature: float, replay: bool) -> dict[str, list[str]]:
     """The learner's log-probs of each trajectory's tokens on packs of it, as hexadecimal."""
-    samples = [
-        Sample(t.program_id, t.prompt_id, t.tokens, t.loss_mask, t.logprobs, t.logprobs, t.logprobs) for t in played
-    ]
+    samples = [Sample(t.program_id, t.prompt_id, t.columns.without("kept", "unfiltered_logprobs")) for t in played]
     by_id = {t.program_id: t for t in played}
     scored: dict[str, list[str]] = {}
     for microbatch in pack(samples, count_prompts(samples), 60):
         members = [by_id[name] for name in microbatch.sample_ids]
-        kept = tuple(k for t in members for k, mask in zip(t.kept or (b"",) * 999, t.loss_mask, strict=False) if mask)
-        view = PackView(microbatch.positions_T, microbatch.segments_S, microbatch.paths_S)
+        kept = [column(t, "kept")[p] if "kept" in t.columns else b"" for t in members for p in trained(t)]
+        view = PackView(microbatch.segments_S, microbatch.first_S, microbatch.parent_S)
+        tokens_T, rows_N = (torch.from_numpy(x.astype(np.int64)) for x in (microbatch.tokens_T, microbatch.rows_N))
         with torch.no_grad():
-            hidden_NM = decoder.forward(torch.tensor(microbatch.tokens_T), view, torch.tensor(microbatch.rows_N))
-            targets_N = torch.tensor(microbatch.targets_N)
+            hidden_NM = decoder.forward(tokens_T, view, rows_N)
+            targets_N = torch.tensor(microbatch.predictions["tokens"].tolist())
             logprobs_N, _ = token_logprobs(hidden_NM, decoder.head, targets_N, temperature, kept if replay else None)
-        for index, value in zip(microbatch.sample_N, logprobs_N.tolist(), strict=True):
-            scored.setdefault(microbatch.sample_ids[index], []).append(value.hex())
+        for name, value in zip(owners_of(microbatch), logprobs_N.tolist(), strict=True):
+            scored.setdefault(name, []).append(value.hex())
     return scored
 
 
 def recorded(played: Sequence[Trajectory], unfiltered: bool = False) -> dict[str, list[str]]:
     found = {}
     for t in played:
-        logprobs = t.unfiltered_logprobs if unfiltered and t.kept else t.logprobs
-        found[t.program_id] = [p.hex() for p, mask in zip(logprobs, t.loss_mask, strict=True) if mask]
+        logprobs = column(t, "unfiltered_logprobs" if unfiltered and "kept" in t.columns else "logprobs")
+        found[t.program_id] = [logprobs[p].hex() for p in trained(t)]
     return found
 
 
@@ -106,7 +107,8 @@ def test_the_learner_replays_the_engines_sets(decoder, chosen, temperature):
     assert scores(decoder, played, temperature, replay=False) == recorded(played, unfiltered=True)
     for sampling, t in zip(chosen, played, strict=True):
         filters = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-        assert len(t.kept) == len(t.unfiltered_logprobs) == (len(t.tokens) if filters else 0)
+        assert ("kept" in t.columns) == ("unfiltered_logprobs" in t.columns) == filters
+        assert not filters or all(column(t, "kept")[p] for p in trained(t))
 
 
 def test_without_its_set_a_token_has_another_logprob(decoder):
@@ -114,7 +116,7 @@ def test_without_its_set_a_token_has_another_logprob(decoder):
     played = trajectories(generate(decoder, [Sampling(top_k=3, max_new_tokens=8)] * 3)[0])
     assert scores(decoder, played, 1.0, replay=True) == recorded(played)
     assert scores(decoder, played, 1.0, replay=False) != recorded(played)
-    assert all(a >= b for t in played for a, b in zip(t.logprobs, t.unfiltered_logprobs, strict=True))
+    assert all((t.columns["logprobs"] >= t.columns["unfiltered_logprobs"]).all() for t in played)
 
 
 def test_sets_outlive_preemption_stop_strings_and_aborts(decoder):
@@ -124,11 +126,7 @@ def test_sets_outlive_preemption_stop_strings_and_aborts(decoder):
     together, engine = generate(decoder, chosen, num_pages=16)
     assert engine.stats.preemptions
     for wanted, got in zip(alone, together, strict=True):
-        assert (got.tokens, got.kept, got.unfiltered_logprobs) == (
-            wanted.tokens,
-            wanted.kept,
-            wanted.unfiltered_logprobs,
-        )
+        assert got.columns == wanted.columns and "kept" in got.columns and "unfiltered_logprobs" in got.columns
     string = f"<{alone[0].tokens[4]}>"
     (stopped,) = generate(decoder, [replace(chosen[0], stop_strings=(string,))])[0]
     assert stopped.stop_reason is StopReason.STOP_STRING and len(stopped.tokens) <= 5
@@ -138,8 +136,8 @@ def test_sets_outlive_preemption_stop_strings_and_aborts(decoder):
     aborted = engine.abort("late")
     assert aborted is not None and len(aborted.tokens) == 2
     for completion in (*together, stopped, aborted):
-        assert len(completion.kept) == len(completion.unfiltered_logprobs) == len(completion.tokens)
-        assert all(t in kept_ids(kept) for t, kept in zip(completion.tokens, completion.kept, strict=True))
+        assert "unfiltered_logprobs" in completion.columns
+        assert all(t in kept_ids(kept) for t, kept in zip(completion.tokens, completion.columns["kept"], strict=True))
 
 
 @settings(max_examples=40)
@@ -154,7 +152,7 @@ def test_kept_sets_are_those_of_the_reference(any_path, chosen, flat, seed):
     wanted = logits_SV.double() / torch.tensor([[s.temperature] for s in chosen])
     for s in range(len(chosen)):
         if not batch.filters_S[s]:
-            assert kept[s] == b"" and unfiltered[s] == 0.0
+            assert kept[s] is unfiltered[s] is None
             continue
         expected = np.flatnonzero(np.isfinite(sampler._filtered_row(logits_SV, batch, s))).tolist()
         assert list(kept_ids(kept[s])) == expected
@@ -188,7 +186,7 @@ def test_greedy_rows_have_no_set(any_path):
     logits_SV = torch.randn(2, 9, generator=torch.Generator().manual_seed(0))
     batch = SamplingBatch.stack([Sampling(temperature=0.0, top_k=3), Sampling(top_k=3)], [0, 1], [0, 0])
     kept, unfiltered = kept_sets(logits_SV, sampler.sample(logits_SV, batch)[0], batch)
-    assert kept[0] == b"" and unfiltered[0] == 0.0 and len(kept_ids(kept[1])) == 3
+    assert kept[0] is unfiltered[0] is None and len(kept_ids(kept[1])) == 3
 
 
 def drawn(rows: int, vocab: int, seed: int) -> tuple[Tensor, tuple[bytes, ...]]:
@@ -289,14 +287,14 @@ def test_a_target_outside_its_set_is_refused():
 
 def test_turns_flatten_by_hand():
     """Sets slip against their tokens; a turn without filters in a filtered trajectory breaks the columns."""
-    spans = (VersionSpan(0, 0, 2),)
-    filtered = Completion(
-        "a", (5, 2), (-0.1, -0.2), spans, StopReason.STOP_TOKEN, 1.0, 2.0, 4.0, 0, 0, (ids(5, 6), ids(2)), (-0.3, -0.4)
-    )
-    plain = Completion("b", (7, 2), (-0.5, -0.6), spans, StopReason.STOP_TOKEN, 6.0, 6.0, 6.5)
+    seen = Columns.of(tokens=(5, 2), logprobs=(-0.1, -0.2), versions=(0, 0))
+    seen = seen.having(kept=(ids(5, 6), ids(2)), unfiltered_logprobs=(-0.3, -0.4))
+    filtered = Completion("a", seen, StopReason.STOP_TOKEN, 1.0, 2.0, 4.0)
+    seen = Columns.of(tokens=(7, 2), logprobs=(-0.5, -0.6), versions=(0, 0))
+    plain = Completion("b", seen, StopReason.STOP_TOKEN, 6.0, 6.0, 6.5)
     flat = flatten("p/0/0", "p", (1,), (Turn(filtered, (8, 9)), Turn(plain)), 1.0)
-    assert flat.kept == (b"", ids(5, 6), ids(2), b"", b"", b"", b"")
-    assert flat.unfiltered_logprobs == (0.0, -0.3, -0.4, 0.0, 0.0, -0.5, -0.6)
+    assert column(flat, "kept") == [b"", ids(5, 6), ids(2), b"", b"", b"", b""]
+    assert column(flat, "unfiltered_logprobs") == [0.0, -0.3, -0.4, 0.0, 0.0, -0.5, -0.6]
     assert (flat.seconds, flat.tool_calls) == (3.5, 1)
     bare = flatten("p/0/0", "p", (1,), (Turn(plain, (3,)),), 1.0)
-    assert (bare.kept, bare.unfiltered_logprobs, bare.tool_calls) == ((), (), 1)
+    assert "kept" not in bare.columns and "unfiltered_logprobs" not in bare.columns and bare.tool_calls == 1

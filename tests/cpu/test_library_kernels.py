@@ -86,8 +86,7 @@ def learn(decoder: Decoder) -> tuple[Tensor, dict[str, Tensor]]:
     for _, weight in decoder.weights():
         weight.grad = torch.zeros(weight.value.shape)
     tokens = [(7 * i * i + 3) % 97 for i in range(30)]
-    positions = [*range(18), *range(12)]
-    view = PackView(positions, [0, 18, 30], [tuple(range(18)), tuple(range(18, 30))])
+    view = PackView([0, 18, 30])
     hidden_NM = decoder.forward(torch.tensor(tokens), view)
     logprobs_N, _ = token_logprobs(hidden_NM, decoder.head, torch.tensor(tokens[1:] + [0]), 1.0)
     logprobs_N.sum().backward()

@@ -15,19 +15,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tandem.algo.advantage import ADVANTAGES, samples_from_groups
-from tandem.algo.config import Advantage, Aggregation, AlgoConfig, Kl, Loss
+from tandem.algo.config import Advantage, Aggregation, AlgoConfig, CorrectionConfig, Kl, Loss
 from tandem.algo.loss import KL_ESTIMATORS, LOSSES, LossResult, policy_loss, summarise
 from tandem.algo.pack import PromptTotal, count_prompts, pack, split_updates
 from tandem.algo.reference import reference_loss
 from tandem.algo.tensors import MicrobatchTensors, to_tensors
+from tandem.columns import Columns
 from tandem.types import Group, Microbatch, Prompt, Sample, Trajectory
+from tests.samples import column, owners_of, paths_of, trained
 
 AGGREGATIONS = [("token_mean", None), ("sequence_mean", None), ("prompt_mean", None), ("constant_mean", 7)]
 VOCAB = 11
 
 
 def random_samples(seed: int, drift: float = 0.6) -> list[Sample]:
-    """3 prompts, 4 siblings each, 1 to 6 answer tokens with holes in the mask, weights off 1, one zero advantage."""
+    """3 prompts, 4 siblings each, 1 to 6 answer tokens with holes in the mask, one zero advantage."""
     rng = random.Random(seed)
     samples = []
     for p in range(3):
@@ -35,20 +37,15 @@ def random_samples(seed: int, drift: float = 0.6) -> list[Sample]:
         for g in range(4):
             answer = tuple(rng.randrange(VOCAB) for _ in range(rng.randint(1, 6)))
             mask = (False,) * len(prompt) + tuple(rng.random() < 0.8 for _ in answer[1:]) + (True,)
-            tokens, count = prompt + answer, len(prompt) + len(answer)
             advantage = 0.0 if (p, g) == (1, 2) else rng.choice([-1.0, 1.0]) * rng.uniform(0.3, 2.0)
-            samples.append(
-                Sample(
-                    f"p{p}/{g}",
-                    f"p{p}",
-                    tokens,
-                    mask,
-                    tuple(advantage if m else 0.0 for m in mask),
-                    tuple(-rng.uniform(0.2, 0.2 + 4 * drift) if m else 0.0 for m in mask),
-                    tuple(rng.choice([1.0, 1.0, 0.5]) for _ in range(count)),
-                    tuple(-rng.uniform(0.2, 2.0) if m else 0.0 for m in mask),
-                )
+            columns = Columns.of(
+                tokens=prompt + answer,
+                loss_mask=mask,
+                advantages=[advantage if m else 0.0 for m in mask],
+                logprobs=[-rng.uniform(0.2, 0.2 + 4 * drift) if m else 0.0 for m in mask],
+                reference_logprobs=[-rng.uniform(0.2, 2.0) if m else 0.0 for m in mask],
             )
+            samples.append(Sample(f"p{p}/{g}", f"p{p}", columns))
     return samples
 
 
@@ -58,16 +55,10 @@ def bigram_logprob(weight: Tensor, context: Sequence[int], target: int) -> Tenso
     return torch.log_softmax(logits, dim=-1)[target]
 
 
-def path_to(m: Microbatch, row: int) -> list[int]:
-    segment = max(s for s in range(len(m.paths_S)) if m.segments_S[s] <= row)
-    path = m.paths_S[segment]
-    return [m.tokens_T[r] for r in path[: path.index(row) + 1]]
-
-
 def learner_logprobs(weight: Tensor, m: Microbatch) -> Tensor:
-    return torch.stack(
-        [bigram_logprob(weight, path_to(m, row), target) for row, target in zip(m.rows_N, m.targets_N, strict=True)]
-    )
+    contexts = [m.tokens_T[path].tolist() for path in paths_of(m)]
+    predicted = zip(m.rows_N.tolist(), m.predictions["tokens"].tolist(), strict=True)
+    return torch.stack([bigram_logprob(weight, contexts[row], target) for row, target in predicted])
 
 
 def packed_loss(config: AlgoConfig, weight: Tensor, microbatches: list[Microbatch]) -> tuple[Tensor, list[LossResult]]:
@@ -79,11 +70,12 @@ def reference_with_model(config: AlgoConfig, weight: Tensor, samples: Sequence[S
     logprobs = [
         torch.stack(
             [
-                bigram_logprob(weight, s.tokens[:p], s.tokens[p]) if mask else torch.zeros((), dtype=torch.float64)
-                for p, mask in enumerate(s.loss_mask)
+                bigram_logprob(weight, tokens[:p], tokens[p]) if mask else torch.zeros((), dtype=torch.float64)
+                for p, mask in enumerate(column(s, "loss_mask"))
             ]
         )
         for s in samples
+        for tokens in [column(s, "tokens")]
     ]
     return reference_loss(config, samples, logprobs)
 
@@ -113,7 +105,6 @@ def one_batch(
     behaviour: Sequence[float],
     lengths: Sequence[int],
     reference: Sequence[float] | None = None,
-    weights: Sequence[float] | None = None,
     prompts: Sequence[str] | None = None,
 ) -> MicrobatchTensors:
     """Samples of the given lengths after a prompt token; all but the advantages per prediction, in order."""
@@ -121,18 +112,15 @@ def one_batch(
     names = prompts or ["p"] * len(lengths)
     for i, (length, name) in enumerate(zip(lengths, names, strict=True)):
         stop = start + length
-        samples.append(
-            Sample(
-                f"{name}/{i}",
-                name,
-                (0, *range(10 * i + 1, 10 * i + 1 + length)),
-                (False,) + (True,) * length,
-                (0.0,) + (advantages[i],) * length,
-                (0.0, *behaviour[start:stop]),
-                (1.0, *(weights[start:stop] if weights else [1.0] * length)),
-                (0.0, *reference[start:stop]) if reference else None,
-            )
+        columns = Columns.of(
+            tokens=(0, *range(10 * i + 1, 10 * i + 1 + length)),
+            loss_mask=(False,) + (True,) * length,
+            advantages=(0.0,) + (advantages[i],) * length,
+            logprobs=(0.0, *behaviour[start:stop]),
         )
+        if reference:
+            columns = columns.having(reference_logprobs=(0.0, *reference[start:stop]))
+        samples.append(Sample(f"{name}/{i}", name, columns))
         start = stop
     (m,) = pack(samples, count_prompts(samples), 1000)
     return to_tensors(m)
@@ -222,10 +210,15 @@ def test_aggregations_by_hand(aggregation: str, constant: int | None, expected: 
 
 
 def test_weights_multiply_without_gradient() -> None:
-    """A correction weight is ignored, or misses the KL term."""
-    batch = one_batch([-1.0], [-1.0, -1.0], [2], reference=[-1.5, -1.5], weights=[0.0, 3.0])
-    _, grad = value_and_gradient(AlgoConfig(kl="k2", kl_weight=1.0), [-1.0, -1.0], batch)
-    assert grad == pytest.approx([0.0, 3.0 * (1.0 + 0.5) / 2])
+    """A correction weight is ignored, or misses the KL term.
+
+    rho 1/2 and e^2, of which the second is held to 2: weights 1/2 and 2, proximal the learner's own, KL slopes 1/2.
+    """
+    behaviour, reference = [-1.0 + math.log(2.0), -3.0], [-1.5, -1.5]
+    batch = one_batch([-1.0], behaviour, [2], reference=reference)
+    correction = CorrectionConfig("decoupled", "token_tis")
+    _, grad = value_and_gradient(AlgoConfig(kl="k2", kl_weight=1.0, correction=correction), [-1.0, -1.0], batch)
+    assert grad == pytest.approx([0.5 * (1.0 + 0.5) / 2, 2.0 * (1.0 + 0.5) / 2])
 
 
 @pytest.mark.parametrize("loss", get_args(Loss))
@@ -233,12 +226,9 @@ def test_weights_multiply_without_gradient() -> None:
 @pytest.mark.parametrize("kl", get_args(Kl))
 def test_loss_and_gradient_equal_reference(loss: str, aggregation: str, constant: int | None, kl: str) -> None:
     """Loss or gradient departs from the looped definition."""
-    # The reference takes GSPO's sequence form: the token form's gradient where a sample's weights are equal.
     config = config_of(loss, aggregation, constant, kl, clip_low=0.2, clip_high=0.3)
     for seed in range(3):
-        samples = [
-            replace(s, weights=(s.weights[0],) * len(s.weights)) if loss == "gspo" else s for s in random_samples(seed)
-        ]
+        samples = random_samples(seed)
         microbatches = pack(samples, count_prompts(samples), 25)
         assert len(microbatches) > 1
         value, grad = gradient(lambda w: packed_loss(config, w, microbatches)[0], seed)  # noqa: B023
@@ -295,7 +285,8 @@ def test_dropped_zero_advantage_samples_leave_the_gradient(
             mask = (False, False) + (True,) * answer
             tokens = (p, 1, *(rng.randrange(VOCAB) for _ in range(answer)))
             logprobs = tuple(-rng.uniform(1.0, 3.0) if m else 0.0 for m in mask)
-            members.append(Trajectory(f"p{p}/{g}", f"p{p}", tokens, mask, logprobs, (0,) * len(mask), reward))
+            columns = Columns.of(tokens=tokens, loss_mask=mask, logprobs=logprobs)
+            members.append(Trajectory(f"p{p}/{g}", f"p{p}", columns, reward))
         groups.append(Group(Prompt(f"p{p}", ()), tuple(members)))
     config = replace(config_of(loss, aggregation, constant), advantage=advantage)
     selection = samples_from_groups(config, groups)
@@ -420,21 +411,31 @@ def test_every_named_choice_exists() -> None:
 def test_missing_reference_is_refused() -> None:
     """A KL term without reference log-probs is silently left out."""
     batch = one_batch([1.0], [-1.0], [1])
-    with pytest.raises(AssertionError, match="reference_logprobs"):
+    with pytest.raises(KeyError, match="reference_logprobs"):
         policy_loss(AlgoConfig(kl="k3", kl_weight=0.1), torch.tensor([-1.0]), batch)
 
 
-def test_tensors_refuse_a_split_sample() -> None:
-    """GSPO's sequence ratio is taken over a part of a sample, or over two samples mixed."""
+def test_tensors_say_whose_each_prediction_is() -> None:
+    """GSPO's sequence ratio is taken over a part of a sample or over two mixed, or a column is rounded on the way."""
     samples = random_samples(0)
-    (m,) = pack(samples, count_prompts(samples), 10_000)
-    with pytest.raises(AssertionError, match="whole and contiguous"):
-        to_tensors(replace(m, sample_N=tuple(reversed(m.sample_N))))
+    mixed = random.Random(1).sample(samples, len(samples))
+    for m in pack(mixed, count_prompts(mixed), 40):
+        tensors = to_tensors(m)
+        assert [m.sample_ids[index] for index in tensors.sample_N.tolist()] == owners_of(m)
+        members = [sample for name in m.sample_ids for sample in samples if sample.id == name]
+        for name in ("advantages", "logprobs", "reference_logprobs"):
+            assert tensors[name].tolist() == [column(s, name)[p] for s in members for p in trained(s)]
+        assert tensors.targets_N.tolist() == [column(s, "tokens")[p] for s in members for p in trained(s)]
+        assert tensors.sample_tokens.tolist() == [len(trained(s)) for s in members]
+        assert tensors.get("proximal_logprobs") is None and tensors.kept_N is None
+        with pytest.raises(AssertionError, match="proximal is no column"):
+            tensors.get("proximal")
 
 
 def test_prompt_totals_reach_the_loss() -> None:
     """prompt_mean divides by the prompt's trained tokens instead of those of the whole batch."""
-    sample = Sample("p/0", "p", (1, 2), (False, True), (0.0, -1.0), (0.0, -1.0), (1.0, 1.0))
+    columns = Columns.of(tokens=(1, 2), loss_mask=(False, True), advantages=(0.0, -1.0), logprobs=(0.0, -1.0))
+    sample = Sample("p/0", "p", columns)
     (m,) = pack([sample], (PromptTotal("p", 8, 2), PromptTotal("q", 5, 2)), 10)
     _, grad = value_and_gradient(AlgoConfig(aggregation="prompt_mean"), [-1.0], to_tensors(m))
     assert grad == pytest.approx([1 / 16])

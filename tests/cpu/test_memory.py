@@ -46,6 +46,7 @@ from dataclasses import replace
 from tandem import env
 env.limit_spinning()
 from tandem.algo.pack import count_prompts
+from tandem.columns import Columns
 from tandem.engine.config import EngineConfig
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.config import ModelConfig
@@ -84,7 +85,11 @@ given_back = {"pages": (32 << 20, before - resident_bytes())}
 mask = tuple(t >= 224 for t in range(256))
 signs = tuple(float(m) * (1 - 2 * (t % 2)) for t, m in enumerate(mask))
 rows = [tuple((3 + i * 17 + 7 * t) % 48000 for t in range(256)) for i in range(4)]
-samples = [Sample(str(i), str(i), row, mask, signs, (-9.0,) * 256, (1.0,) * 256) for i, row in enumerate(rows)]
+behaviour = (-9.0,) * 256
+samples = [
+    Sample(str(i), str(i), Columns.of(tokens=row, loss_mask=mask, advantages=signs, logprobs=behaviour))
+    for i, row in enumerate(rows)
+]
 
 def learn(stage, plan, **settings):
     config = replace(run.learner, **settings)
@@ -149,7 +154,7 @@ def test_activations_are_those_that_are_kept(make_decoder: Callable[..., Decoder
 
     rows = 200
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        view = PackView(range(rows), [0, rows], [range(rows)])
+        view = PackView([0, rows])
         hidden = decoder.forward(torch.arange(rows) % 97, view, checkpointing=checkpointing)
     running = rows * 2 * kept_numbers(decoder.spec) * (2 if checkpointing else 1)
     planned = activation_bytes(decoder.spec, rows, 2, checkpointing) - running

@@ -315,18 +315,13 @@ def test_updates_in_mid_flight(make_decoder: MakeDecoder, parity, actions, limit
                 )
                 parity.same_logprobs([logprob], scored.tolist(), f"{name}, position {position}, weights {step}")
                 drawn.append((token, logprob, step))
-        assert drawn == list(zip(completion.tokens, completion.logprobs, spread(completion), strict=True))
+        assert drawn == list(
+            zip(*(completion.columns[name].tolist() for name in ("tokens", "logprobs", "versions")), strict=True)
+        )
         if completion.stop_reason is not StopReason.ABORTED and len({step for *_, step in drawn}) == 1:
             stays = recording.residences[name]
             if all(set(versions) == {drawn[0][2]} for _, versions, _ in stays):
                 parity.same(parity.engine(decoders[drawn[0][2]]).generate([asked[name]])[0], completion, "fresh engine")
-
-
-def spread(completion) -> list[int]:
-    """The weights of each token, from the spans."""
-    steps = [span.step for span in completion.versions for _ in range(span.start, span.end)]
-    assert len(steps) == len(completion.tokens)
-    return steps
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -9,6 +9,7 @@ import torch
 
 from tandem.algo.config import AlgoConfig
 from tandem.algo.pack import count_prompts
+from tandem.columns import Columns
 from tandem.kernels import linear
 from tandem.run import profile as profiles
 from tandem.run import sweep
@@ -65,10 +66,8 @@ def test_learner_step_is_split_by_operation(make_decoder):
     """A backward product without a row, or one that is counted as its twin; the step changed by being measured."""
     rng = random.Random(0)
     mask, count, length = (False, *(True,) * 9), 4, 10
-    samples = [
-        Sample(f"s{i}", f"p{i}", tuple(rng.randrange(97) for _ in mask), mask, (1.0,) * length, (-4.0,) * length, mask)
-        for i in range(count)
-    ]
+    known = Columns.of(loss_mask=mask, advantages=(1.0,) * length, logprobs=(-4.0,) * length)
+    samples = [Sample(f"s{i}", f"p{i}", known.having(tokens=[rng.randrange(97) for _ in mask])) for i in range(count)]
     weights = []
     for probed in (True, False):
         decoder = make_decoder("bfloat16")

@@ -19,6 +19,7 @@ from tandem.models.decoder import Decoder
 from tandem.models.spec import LayerAttention
 from tandem.train.step import score
 from tandem.types import Completion, Reach, Request, Sample, Sampling, StopReason, WeightVersion
+from tests.samples import sample_of
 
 DTYPES = ["float32", "bfloat16"]
 STOP = 5
@@ -114,18 +115,7 @@ def rollouts(decoder: Decoder, temperature: float, version: int = 0) -> list[Sam
         engine.receive(WeightVersion(version, "other"))
     samples = []
     for request, completion in zip(asked, engine.generate(asked), strict=True):
-        prompt, count = len(request.tokens), len(completion.tokens)
-        samples.append(
-            Sample(
-                request.id,
-                request.program_id,
-                request.tokens + completion.tokens,
-                (False,) * prompt + (True,) * count,
-                (0.0,) * prompt + (1.0,) * count,
-                (0.0,) * prompt + completion.logprobs,
-                (1.0,) * (prompt + count),
-            )
-        )
+        samples.append(sample_of(request, completion, (1.0,) * len(completion.tokens)))
     assert engine.stats.preemptions or engine.stats.cached_tokens
     return samples
 
@@ -138,7 +128,7 @@ def test_the_learner_scores_with_the_engines_bits(decoder, temperature, budget, 
     samples = rollouts(decoder, temperature)
     for microbatch in pack(samples, count_prompts(samples), budget, share_prefix):
         scored = score(decoder, microbatch, temperature).tolist()
-        assert [p.hex() for p in scored] == [p.hex() for p in microbatch.logprobs_N]
+        assert [p.hex() for p in scored] == [p.hex() for p in microbatch.predictions["logprobs"].tolist()]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +146,7 @@ def test_every_kind_of_layer_keeps_the_bits(kernel_path, make_decoder, changes):
     samples = rollouts(decoder, 1.0)
     for microbatch in pack(samples, count_prompts(samples), 300):
         scored = score(decoder, microbatch, 1.0).tolist()
-        assert [p.hex() for p in scored] == [p.hex() for p in microbatch.logprobs_N]
+        assert [p.hex() for p in scored] == [p.hex() for p in microbatch.predictions["logprobs"].tolist()]
 
 
 WINDOW, CHUNK = LayerAttention(Reach(window=9)), LayerAttention(Reach(chunk=16))

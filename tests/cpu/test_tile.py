@@ -275,7 +275,9 @@ def test_the_reference_on_request(monkeypatch, make_decoder, parity):
         assert [each.tokens for each in done] == [each.tokens for each in wanted]
         samples = parity.samples(asked, done)
         for microbatch in pack(samples, count_prompts(samples), 2000, True):
-            assert torch.allclose(score(decoder, microbatch, 1.0), torch.tensor(microbatch.logprobs_N), atol=1e-4)
+            assert torch.allclose(
+                score(decoder, microbatch, 1.0), torch.tensor(microbatch.predictions["logprobs"]).float(), atol=1e-4
+            )
         learner = Learner(decoder, LearnerConfig(), AlgoConfig(), 1.0, total_updates=2)
         for microbatch in pack(samples, count_prompts(samples), 2000, True):
             learner.backward(microbatch)

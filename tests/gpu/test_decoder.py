@@ -21,7 +21,8 @@ from tandem.models.decoder import Decoder
 from tandem.models.spec import LayerAttention, QueryTemperature
 from tandem.train.config import LearnerConfig
 from tandem.train.step import Learner, score
-from tandem.types import Completion, Reach, Request, Sample, Sampling
+from tandem.types import Reach, Request, Sample, Sampling
+from tests.samples import sample_of
 
 VOCABULARY = 67
 TEMPERATURE = 0.8
@@ -53,19 +54,6 @@ def asked() -> list[Request]:
     return requests
 
 
-def sample_of(request: Request, completion: Completion) -> Sample:
-    prompt, count = len(request.tokens), len(completion.tokens)
-    return Sample(
-        request.id,
-        request.program_id,
-        request.tokens + completion.tokens,
-        (False,) * prompt + (True,) * count,
-        (0.0,) * prompt + (1.0 if request.seed % 2 else -0.5,) * count,
-        (0.0,) * prompt + completion.logprobs,
-        (1.0,) * (prompt + count),
-    )
-
-
 @functools.cache
 def rollouts(make_decoder: Callable[..., Decoder], dtype: str, **changes: Any) -> list[Sample]:
     """In company: prompts in chunks of 24 rows, shared prefixes, and too few pages where every layer sees all."""
@@ -73,7 +61,10 @@ def rollouts(make_decoder: Callable[..., Decoder], dtype: str, **changes: Any) -
     completions = engine.generate(asked())
     engine.check_integrity()
     assert engine.stats.cached_tokens and (engine.stats.preemptions or "attention" in changes)
-    return [sample_of(*pair) for pair in zip(asked(), completions, strict=True)]
+    return [
+        sample_of(request, completion, (1.0 if request.seed % 2 else -0.5,) * len(completion.tokens))
+        for request, completion in zip(asked(), completions, strict=True)
+    ]
 
 
 def hexes(values: Any) -> list[str]:
@@ -87,15 +78,15 @@ def test_the_learner_scores_with_the_engines_bits(make_decoder, dtype, changes):
     for budget, share_prefix in ((90, True), (2000, False)):
         for microbatch in pack(samples, count_prompts(samples), budget, share_prefix):
             scored = score(make_decoder(dtype, **changes), microbatch, TEMPERATURE)
-            assert hexes(scored) == hexes(microbatch.logprobs_N)
+            assert hexes(scored) == hexes(microbatch.predictions["logprobs"])
 
 
 def test_a_request_generates_what_it_does_alone(make_decoder):
     """A neighbour, the chunk or the page size changes a request's tokens or the bits of its log-probs."""
     together, request = rollouts(make_decoder, "bfloat16")[3], asked()[3]
     alone = engine_of(make_decoder("bfloat16"), page_tokens=16).generate([request])[0]
-    prompt = len(request.tokens)
-    assert together.tokens[prompt:] == alone.tokens and hexes(together.logprobs[prompt:]) == hexes(alone.logprobs)
+    drawn = together.columns.slice(len(request.tokens))
+    assert drawn["tokens"].tolist() == list(alone.tokens) and hexes(drawn["logprobs"]) == hexes(alone.logprobs)
 
 
 def gradients(decoder: Decoder, samples: list[Sample]) -> tuple[float, dict[str, torch.Tensor], list[torch.Tensor]]:

@@ -13,8 +13,10 @@ from tandem.algo.advantage import ADVANTAGES, Fates, reference_advantages, sampl
 from tandem.algo.config import AlgoConfig, check_group_size
 from tandem.algo.pack import PromptTotal
 from tandem.algo.price import PriceConfig
+from tandem.columns import Columns
 from tandem.errors import ConfigError, NonFiniteError
 from tandem.types import Failure, Group, Prompt, Trajectory
+from tests.samples import column, having, trained
 
 
 def trajectory(prompt: str, number: int, reward: float, sampled: int = 2, failed: bool = False) -> Trajectory:
@@ -22,10 +24,12 @@ def trajectory(prompt: str, number: int, reward: float, sampled: int = 2, failed
     return Trajectory(
         f"{prompt}/{number}",
         prompt,
-        tuple(range(3 + sampled)),
-        mask,
-        tuple(-0.5 if m else 0.0 for m in mask),
-        tuple(0 if m else -1 for m in mask),
+        Columns.of(
+            tokens=range(3 + sampled),
+            loss_mask=mask,
+            logprobs=[-0.5 if m else 0.0 for m in mask],
+            versions=[0 if m else -1 for m in mask],
+        ),
         reward=reward,
         failure=Failure("reward", "returned nan") if failed else None,
     )
@@ -130,7 +134,7 @@ def test_failed_trajectories_are_in_no_statistic() -> None:
     selection = samples_from_groups(
         AlgoConfig(advantage="dr_grpo"), [group("p", [1.0, 0.0, 50.0], lengths=[2, 4, 7], failed=(2,))]
     )
-    assert [sample.advantages[-1] for sample in selection.samples] == [0.5, -0.5]
+    assert [column(sample, "advantages")[-1] for sample in selection.samples] == [0.5, -0.5]
     assert selection.prompts == (PromptTotal("p", tokens=6, samples=2),)
     assert selection.trajectories == Fates(trained=2, failed=1)
     assert selection.tokens == Fates(trained=6, failed=7)
@@ -158,7 +162,7 @@ def test_filter_takes_zero_variance_groups_out_of_the_batch() -> None:
     """The filter leaves a zero-variance group in the denominators or in the batch statistics."""
     config = AlgoConfig(advantage="reinforce_pp", filter_zero_variance=True)
     selection = samples_from_groups(config, [group("p", [1.0, 0.0]), group("q", [9.0, 9.0])])
-    assert [sample.advantages[-1] for sample in selection.samples] == pytest.approx([1.0, -1.0], rel=1e-5)
+    assert [column(sample, "advantages")[-1] for sample in selection.samples] == pytest.approx([1.0, -1.0], rel=1e-5)
     assert selection.prompts == (PromptTotal("p", 4, 2),)
     assert selection.trajectories == Fates(trained=2, zero_advantage=2)
 
@@ -203,31 +207,31 @@ def test_every_trajectory_and_token_has_one_fate(name: str, filtered: bool, kl: 
     assert selection.trajectories.total == len(members)
     assert selection.tokens.total == sum(t.num_sampled for t in members)
     assert selection.trajectories.trained == len(selection.samples)
-    assert selection.tokens.trained == sum(sum(sample.loss_mask) for sample in selection.samples)
+    assert selection.tokens.trained == sum(len(trained(sample)) for sample in selection.samples)
 
 
 def test_sample_copies_the_trajectory() -> None:
     """Advantages land on prompt tokens, or behaviour log-probs are not passed on as sampled."""
     selection = samples_from_groups(AlgoConfig(advantage="dr_grpo"), [group("p", [1.0, 0.0])])
     sample = selection.samples[0]
-    assert sample.advantages == (0.0, 0.0, 0.0, 0.5, 0.5)
-    assert sample.logprobs == (0.0, 0.0, 0.0, -0.5, -0.5)
-    assert sample.weights == (1.0,) * 5
-    assert sample.tokens == (0, 1, 2, 3, 4)
+    assert column(sample, "advantages") == [0.0, 0.0, 0.0, 0.5, 0.5]
+    assert column(sample, "logprobs") == [0.0, 0.0, 0.0, -0.5, -0.5]
+    assert column(sample, "loss_mask") == [False, False, False, True, True]
+    assert column(sample, "tokens") == [0, 1, 2, 3, 4]
 
 
 def test_what_the_sampler_kept_reaches_the_sample() -> None:
     """Kept sets, unfiltered log-probs or versions are lost, so the learner scores another distribution."""
     (first, *others) = group("p", [1.0, 0.0]).trajectories
     fields = {
-        "versions": (-1, -1, -1, 4, 5),
-        "kept": (b"", b"", b"", b"abcd", b"efgh"),
-        "unfiltered_logprobs": (0.0, 0.0, 0.0, -1.0, -2.0),
+        "versions": [-1, -1, -1, 4, 5],
+        "kept": [b"", b"", b"", b"abcd", b"efgh"],
+        "unfiltered_logprobs": [0.0, 0.0, 0.0, -1.0, -2.0],
     }
-    chosen = replace(group("p", [1.0, 0.0]), trajectories=(replace(first, **fields), *others))
+    chosen = replace(group("p", [1.0, 0.0]), trajectories=(having(first, **fields), *others))
     sample = samples_from_groups(AlgoConfig(), [chosen]).samples[0]
     for name, value in fields.items():
-        assert getattr(sample, name) == value, name
+        assert column(sample, name) == value, name
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tandem.types
+from tandem.columns import Columns
 from tandem.errors import CheckpointError, RunFolderError, WorldError
 from tandem.report.metrics import read_metrics
 from tandem.run import folder as folder_module
@@ -461,16 +462,13 @@ def test_a_crash_at_any_rename_leaves_a_whole_checkpoint(tmp_path, monkeypatch, 
 def test_trajectory_rows_decode_what_was_sampled():
     """The prompt shown as the model's answer, or a failure with a reward of zero."""
     prompt = Prompt("p", (Message("user", "1 + 2?"),), {"answer": "3"})
-    good = Trajectory(
-        "p/0", "p", (9, 8, 51, 7, 52), (False, False, True, False, True), (0.0, 0.0, -0.5, 0.0, -0.25),
-        (-1, -1, 4, -1, 4), reward=1.0, stop_reason=StopReason.STOP_TOKEN,
-    )  # fmt: skip
-    bad = Trajectory("p/1", "p", (9, 8), (False, False), (0.0, 0.0), (-1, -1), failure=Failure("reward", "nan"))
+    said = Columns.of(tokens=(9, 8, 51, 7, 52), loss_mask=(False, False, True, False, True))
+    good = Trajectory("p/0", "p", said, reward=1.0, stop_reason=StopReason.STOP_TOKEN)
+    nothing = Columns.of(tokens=(9, 8), loss_mask=(False, False))
+    bad = Trajectory("p/1", "p", nothing, failure=Failure("reward", "nan"))
     plain, failed = trajectory_rows([Group(prompt, (good, bad))], lambda ids: "".join(chr(i) for i in ids))
     assert plain == {
         "program_id": "p/0", "prompt_id": "p", "prompt": [{"role": "user", "content": "1 + 2?"}], "answer": "3",
         "text": "3\x074", "reward": 1.0, "sampled_tokens": 2, "stop_reason": "stop_token", "failure": None,
     }  # fmt: skip
     assert (failed["reward"], failed["text"], failed["failure"]) == (None, "", {"where": "reward", "reason": "nan"})
-    full = trajectory_rows([Group(prompt, (good,))], lambda ids: "", with_tokens=True)[0]
-    assert (full["tokens"], full["logprobs"][2], full["versions"]) == ([9, 8, 51, 7, 52], -0.5, [-1, -1, 4, -1, 4])

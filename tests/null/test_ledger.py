@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.columns import Columns
 from tandem.run.ledger import FATES, Ledger
 from tandem.types import Failure, Group, Prompt, Sample, StopReason, Trajectory
 
@@ -31,13 +32,11 @@ def test_ledger_closes_without_remainder(shapes, in_flight, steps, spare_s):
         reason = StopReason.ABORTED if fate == "aborted" else StopReason.LENGTH
         failure = Failure("reward", "nan") if fate == "failed" else None
         size = sampled + 2
-        mask = (False, False) + (True,) * sampled
-        trajectories.append(
-            Trajectory(str(place), "p", (1,) * size, mask, (0.0,) * size, (0,) * size, 1.0, (), reason, failure)
-        )
+        columns = Columns.of(tokens=(1,) * size, loss_mask=(False, False) + (True,) * sampled)
+        trajectories.append(Trajectory(str(place), "p", columns, 1.0, reason, failure))
         if fate in ("trained", "masked"):
-            credit = (float(fate == "trained"),) * size
-            samples.append(Sample(str(place), "p", (1,) * size, mask, credit, (0.0,) * size, (1.0,) * size))
+            credited = columns.having(advantages=(float(fate == "trained"),) * size)
+            samples.append(Sample(str(place), "p", credited))
     ledger = Ledger()
     counts = ledger.record([Group(Prompt("p", ()), tuple(trajectories))], samples)
     assert counts == expected
@@ -63,10 +62,11 @@ def test_ledger_refuses_what_cannot_be():
     ledger.tokens["trained"] = 10
     with pytest.raises(AssertionError, match="10 tokens have a fate, but only 9 were sampled"):
         ledger.close({"main": 5.0}, sampled_tokens=9)
-    sample = Sample("p/0", "p", (1, 2), (False, True), (0.0, 1.0), (0.0, 0.0), (1.0, 1.0))
+    columns = Columns.of(tokens=(1, 2), loss_mask=(False, True))
+    sample = Sample("p/0", "p", columns.having(advantages=(0.0, 1.0)))
     with pytest.raises(AssertionError, match="without a trajectory"):
         ledger.record([], [sample])
-    bad = Trajectory("p/0", "p", (1, 2), (False, True), (0.0, 0.0), (-1, 0), failure=Failure("reward", "nan"))
+    bad = Trajectory("p/0", "p", columns, failure=Failure("reward", "nan"))
     with pytest.raises(AssertionError, match="failed, yet it was trained"):
         ledger.record([Group(Prompt("p", ()), (bad,))], [sample])
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+import tracemalloc
 from collections import Counter
-from dataclasses import replace
+from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.algo.pack import (
     CONTEXT,
-    SCORED,
     PromptTotal,
+    _Batch,
     _cost,
-    _num_rows,
     _units,
     canonical,
     count_prompts,
@@ -24,21 +27,22 @@ from tandem.algo.pack import (
     pack,
     split_updates,
 )
+from tandem.columns import COLUMNS, Columns
 from tandem.types import Denominators, Microbatch, Sample
+from tests.samples import SCORED, column, having, owners_of, paths_of, trained, without
 
 
 def make_sample(name: str, prompt: str, tokens: tuple[int, ...], mask: tuple[bool, ...]) -> Sample:
     """Values that name their place: advantage = base of the id + position, and so on."""
     base = 1000.0 * (sum(map(ord, name)) % 97)
-    return Sample(
-        name,
-        prompt,
-        tokens,
-        mask,
-        tuple(base + p if m else 0.0 for p, m in enumerate(mask)),
-        tuple(-base - p if m else 0.0 for p, m in enumerate(mask)),
-        tuple(0.25 * p for p in range(len(tokens))),
+    columns = Columns.of(
+        tokens=tokens,
+        loss_mask=mask,
+        advantages=[base + p if m else 0.0 for p, m in enumerate(mask)],
+        logprobs=[-base - p if m else 0.0 for p, m in enumerate(mask)],
+        versions=[p if m else -1 for p, m in enumerate(mask)],
     )
+    return Sample(name, prompt, columns)
 
 
 @st.composite
@@ -54,37 +58,24 @@ def batches(draw: st.DrawFn) -> list[Sample]:
     return draw(st.permutations(samples))
 
 
-def path_to(microbatch: Microbatch, row: int) -> tuple[int, ...]:
-    """Rows from position 0 to `row`, by the segment that owns it."""
-    for s, path in enumerate(microbatch.paths_S):
-        if microbatch.segments_S[s] <= row < microbatch.segments_S[s + 1]:
-            return path[: path.index(row) + 1]
-    raise AssertionError(f"row {row} belongs to no segment")
+PREDICTED = ("tokens", "advantages", "logprobs")
 
 
 def predictions(microbatches: list[Microbatch]) -> Counter:
-    """(sample, tokens on the path, target, advantage, behaviour log-prob, weight) of every prediction."""
+    """(sample, tokens on the path, target, advantage, behaviour log-prob) of every prediction."""
     found: Counter = Counter()
     for m in microbatches:
-        for n, row in enumerate(m.rows_N):
-            context = tuple(m.tokens_T[r] for r in path_to(m, row))
-            found[
-                m.sample_ids[m.sample_N[n]],
-                context,
-                m.targets_N[n],
-                m.advantages_N[n],
-                m.logprobs_N[n],
-                m.weights_N[n],
-            ] += 1
+        contexts = [tuple(m.tokens_T[path].tolist()) for path in paths_of(m)]
+        values = (m.predictions[name].tolist() for name in PREDICTED)
+        found.update(zip(owners_of(m), (contexts[row] for row in m.rows_N), *values, strict=True))
     return found
 
 
 def expected_predictions(samples: list[Sample]) -> Counter:
     return Counter(
-        (s.id, s.tokens[:p], s.tokens[p], s.advantages[p], s.logprobs[p], s.weights[p])
+        (s.id, tuple(column(s, "tokens")[:p]), *(column(s, name)[p] for name in PREDICTED))
         for s in samples
-        for p in range(len(s.tokens))
-        if s.loss_mask[p]
+        for p in trained(s)
     )
 
 
@@ -106,28 +97,39 @@ def test_structure_of_microbatches(samples: list[Sample], budget: int, share: bo
     placed = [name for m in found for name in m.sample_ids]
     assert sorted(placed) == sorted(by_id)
     for m in found:
-        rows = len(m.tokens_T)
+        rows, segments = len(m.tokens_T), m.segments_S.tolist()
         assert rows <= budget or len(m.sample_ids) == 1
-        assert m.segments_S[0] == 0 and m.segments_S[-1] == rows and len(m.segments_S) == len(m.paths_S) + 1
-        assert list(m.segments_S) == sorted(set(m.segments_S)), "empty segment"
-        owner_prompts: dict[int, set[int]] = {}
-        for s, path in enumerate(m.paths_S):
-            own = tuple(range(m.segments_S[s], m.segments_S[s + 1]))
-            assert path[-len(own) :] == own
-            assert tuple(m.positions_T[row] for row in path) == tuple(range(len(path)))
-        for n, row in enumerate(m.rows_N):
-            for r in path_to(m, row):
-                owner_prompts.setdefault(r, set()).add(m.prompt_N[n])
-        assert set(owner_prompts) == set(range(rows)), "a row that nothing reads"
-        assert all(len(owners) == 1 for owners in owner_prompts.values())
-        assert m.sample_N == tuple(i for i, count in enumerate(m.sample_tokens) for _ in range(count))
-        assert [prompts[p].prompt_id for p in dict.fromkeys(m.prompt_N)] == list(
-            dict.fromkeys(by_id[name].prompt_id for name in m.sample_ids)
-        )
+        assert segments[0] == 0 and segments[-1] == rows and len(segments) == len(m.first_S) + 1 == len(m.parent_S) + 1
+        assert segments == sorted(set(segments)), "empty segment"
+        ends: list[int] = []  # of each segment: positions on its path
+        for (start, stop), first, parent in zip(pairwise(segments), m.first_S, m.parent_S, strict=True):
+            assert first == 0 if parent < 0 else 0 < first <= ends[parent], "a path with a hole, or through the future"
+            assert share or parent < 0
+            ends.append(first + stop - start)
+        paths, readers = paths_of(m), dict[int, set[str]]()
+        for name, row in zip(owners_of(m), m.rows_N.tolist(), strict=True):
+            assert len(set(paths[row])) == len(paths[row]) and paths[row][-1] == row
+            for r in paths[row]:
+                readers.setdefault(r, set()).add(name)
+        assert set(readers) == set(range(rows)), "a row that nothing reads"
+        assert all(len({by_id[name].prompt_id for name in names}) == 1 for names in readers.values())
+        assert all(len(names) == 1 for names in readers.values()) or share
+        assert [samples[index].id for index in m.members] == list(m.sample_ids)
+        assert m.sample_tokens.tolist() == [len(trained(by_id[name])) for name in m.sample_ids]
         of_prompt = {total.prompt_id: total for total in prompts}
-        assert m.prompt_tokens == tuple(of_prompt[by_id[name].prompt_id].tokens for name in m.sample_ids)
-        assert m.prompt_samples == tuple(of_prompt[by_id[name].prompt_id].samples for name in m.sample_ids)
+        assert m.prompt_tokens.tolist() == [of_prompt[by_id[name].prompt_id].tokens for name in m.sample_ids]
         assert m.denominators == denominators(prompts)
+        arrays = (
+            m.tokens_T,
+            m.segments_S,
+            m.first_S,
+            m.parent_S,
+            m.rows_N,
+            m.members,
+            m.sample_tokens,
+            m.prompt_tokens,
+        )
+        assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
 
 
 @settings(max_examples=80, deadline=None)
@@ -151,23 +153,23 @@ def test_hand_worked_shared_prefix() -> None:
         make_sample("p/2", "p", (5, 6, 3), mask[:3]),  # its one target is predicted by the last shared row
     ]
     (m,) = pack(samples, count_prompts(samples), budget_tokens=4)
-    assert m.tokens_T == (5, 6, 7, 9)
-    assert m.positions_T == (0, 1, 2, 2)
-    assert m.segments_S == (0, 2, 3, 4)
-    assert m.paths_S == ((0, 1), (0, 1, 2), (0, 1, 3))
-    assert m.rows_N == (1, 2, 1, 3, 1)
-    assert m.targets_N == (7, 8, 9, 8, 3)
-    assert m.sample_N == (0, 0, 1, 1, 2)
-    assert m.sample_tokens == (2, 2, 1) and m.prompt_tokens == (5, 5, 5) and m.prompt_samples == (3, 3, 3)
+    assert m.tokens_T.tolist() == [5, 6, 7, 9]
+    assert m.segments_S.tolist() == [0, 2, 3, 4]
+    assert m.first_S.tolist() == [0, 2, 2] and m.parent_S.tolist() == [-1, 0, 0]
+    assert paths_of(m) == [[0], [0, 1], [0, 1, 2], [0, 1, 3]]
+    assert m.rows_N.tolist() == [1, 2, 1, 3, 1]
+    assert m.predictions["tokens"].tolist() == [7, 8, 9, 8, 3]
+    assert m.members.tolist() == [0, 1, 2] and owners_of(m) == ["p/0", "p/0", "p/1", "p/1", "p/2"]
+    assert m.sample_tokens.tolist() == [2, 2, 1] and m.prompt_tokens.tolist() == [5, 5, 5]
     assert m.denominators == Denominators(tokens=5, samples=3, prompts=1)
-    assert m.reference_logprobs_N is None
+    assert set(m.predictions.arrays) == {"tokens", "advantages", "logprobs"}
 
 
 def test_trailing_observation_has_no_rows() -> None:
     """Tokens after the last trained one are run through the model for nothing."""
     sample = make_sample("p/0", "p", (1, 2, 3, 4, 5), (False, True, False, False, False))
     (m,) = pack([sample], count_prompts([sample]), 8)
-    assert m.tokens_T == (1,) and m.rows_N == (0,) and m.targets_N == (2,)
+    assert (m.tokens_T.tolist(), m.rows_N.tolist(), m.predictions["tokens"].tolist()) == ([1], [0], [2])
 
 
 def test_first_fit_decreasing_by_hand() -> None:
@@ -197,48 +199,48 @@ def test_group_beyond_the_budget_keeps_sharing() -> None:
 def test_reference_logprobs_follow_their_tokens() -> None:
     """The KL term reads the reference log-prob of a neighbouring token."""
     plain = make_sample("p/0", "p", (1, 2, 3, 4), (False, True, False, True))
-    sample = replace(plain, reference_logprobs=(9, -1, 9, -3))
+    sample = having(plain, reference_logprobs=(9, -1, 9, -3))
     (m,) = pack([sample], count_prompts([sample]), 8)
-    assert m.reference_logprobs_N == (-1, -3)
+    assert m.predictions["reference_logprobs"].tolist() == [-1.0, -3.0]
 
 
 def filled(sample: Sample) -> Sample:
-    """Every optional field, with values that name their field and place."""
-    count = len(sample.tokens)
-    scored = {name: tuple(100.0 * k + p for p in range(count)) for k, name in enumerate(SCORED)}
-    kept = tuple(bytes([p]) for p in range(count))
-    return replace(sample, **scored, kept=kept, unfiltered_logprobs=tuple(900.0 + p for p in range(count)))
+    """Every optional column, with values that name their column and place."""
+    count = len(sample.columns)
+    scored = {name: [100.0 * k + p for p in range(count)] for k, name in enumerate(SCORED)}
+    kept = [bytes([p]) for p in range(count)]
+    every = having(sample, **scored, kept=kept, unfiltered_logprobs=[900.0 + p for p in range(count)])
+    assert set(every.columns.arrays) == set(COLUMNS)
+    return every
 
 
 @settings(max_examples=50, deadline=None)
 @given(samples=batches(), budget=st.integers(1, 60), share=st.booleans())
-def test_optional_fields_follow_their_prediction(samples: list[Sample], budget: int, share: bool) -> None:
-    """A proximal, source or unfiltered log-prob, or a kept set, is that of another token, sample or field."""
-    for m in pack([filled(sample) for sample in samples], count_prompts(samples), budget, share):
-        by_id = {sample.id: sample for sample in samples}
-        positions = [p for name in m.sample_ids for p, mask in enumerate(by_id[name].loss_mask) if mask]
-        for k, name in enumerate(SCORED):
-            assert getattr(m, f"{name}_N") == tuple(100.0 * k + p for p in positions)
-        assert m.kept_N == tuple(bytes([p]) for p in positions)
-        assert m.unfiltered_logprobs_N == tuple(900.0 + p for p in positions)
+def test_optional_columns_follow_their_prediction(samples: list[Sample], budget: int, share: bool) -> None:
+    """A proximal, source or unfiltered log-prob, or a kept set, is that of another token, sample or column."""
+    by_id = {sample.id: filled(sample) for sample in samples}
+    for m in pack(list(by_id.values()), count_prompts(samples), budget, share):
+        assert set(m.predictions.arrays) == COLUMNS.keys() - {"loss_mask", "versions"}
+        for name in m.predictions.arrays:
+            wanted = [column(by_id[i], name)[p] for i in m.sample_ids for p in trained(by_id[i])]
+            assert m.predictions[name].tolist() == wanted, name
 
 
 def test_a_batch_that_is_partly_filtered() -> None:
     """A sample without kept sets shifts those of its neighbours, or has no unfiltered log-probs."""
     plain = make_sample("p/0", "p", (1, 2, 3), (False, True, True))
     (m,) = pack([plain], count_prompts([plain]), 8)
-    assert m.kept_N is None and m.unfiltered_logprobs_N is None and m.proximal_logprobs_N is None
-    other = filled(make_sample("q/0", "q", (4, 5, 6), (False, False, True)))
-    other = replace(other, **dict.fromkeys(SCORED))
+    assert set(m.predictions.arrays) == {"tokens", "advantages", "logprobs"}
+    other = without(filled(make_sample("q/0", "q", (4, 5, 6), (False, False, True))), *SCORED)
     (m,) = pack([plain, other], count_prompts([plain, other]), 8)
-    assert m.kept_N == (b"", b"", bytes([2]))
-    assert m.unfiltered_logprobs_N == (plain.logprobs[1], plain.logprobs[2], 902.0)
+    assert m.predictions["kept"].tolist() == [b"", b"", bytes([2])]
+    assert m.predictions["unfiltered_logprobs"].tolist() == [*column(plain, "logprobs")[1:], 902.0]
 
 
 def test_partly_scored_batches_are_programmer_errors() -> None:
     """A sample without proximal log-probs takes its neighbour's."""
     samples = [make_sample(f"p/{g}", "p", (1, 2, 3), (False, True, True)) for g in range(2)]
-    samples[1] = replace(samples[1], proximal_logprobs=(0.0, -1.0, -1.0))
+    samples[1] = having(samples[1], proximal_logprobs=(0.0, -1.0, -1.0))
     with pytest.raises(AssertionError, match="lack proximal_logprobs"):
         pack(samples, count_prompts(samples), 8)
 
@@ -268,7 +270,7 @@ def test_totals_of_untrained_samples_reach_the_microbatch() -> None:
     prompts = (PromptTotal("p", tokens=40, samples=8), PromptTotal("q", tokens=12, samples=4))
     (m,) = pack([sample], prompts, 8)
     assert m.denominators == Denominators(tokens=52, samples=12, prompts=2)
-    assert m.prompt_N == (1, 1) and m.prompt_tokens == (12,) and m.prompt_samples == (4,)
+    assert m.prompt_tokens.tolist() == [12]
     assert merge_totals([*prompts, PromptTotal("p", 1, 1)])[0] == PromptTotal("p", 41, 9)
 
 
@@ -283,30 +285,62 @@ def test_updates_deal_out_whole_prompts(samples: list[Sample], updates: int) -> 
         assert {total.prompt_id: total for total in totals} == {t.prompt_id: t for t in count_prompts(members)}
 
 
-def test_packing_a_thousand_long_samples_stays_linear() -> None:
-    """Path or prefix building becomes quadratic in rows: the work is counted as rows laid out, not as time."""
-    prompt = tuple(range(100))
+def work_of(prompts: int, siblings: int, length: int, budget: int) -> tuple[int, int]:
+    """Lines of pack.py and columns.py that a pack runs, every turn of a loop counted, and its peak bytes."""
+    prompt, mask = tuple(range(length // 3)), (False,) * (length // 3) + (True,) * (length - length // 3)
     samples = [
-        make_sample(f"{p}/{g}", str(p), prompt + (g,) * 200, (False,) * 100 + (True,) * 200)
-        for p in range(20)
-        for g in range(8)
+        make_sample(f"{p}/{g}", str(p), prompt + (g,) * (length - len(prompt)), mask)
+        for p in range(prompts)
+        for g in range(siblings)
     ]
-    found = pack(samples, count_prompts(samples), 4096)
-    assert sum(len(m.tokens_T) for m in found) == 20 * (100 + 8 * 199)
-    assert sum(map(len, (path for m in found for path in m.paths_S))) == 20 * (100 + 8 * 299)
+    totals, lines = count_prompts(samples), 0
+    files = {pack.__code__.co_filename, Columns.of.__func__.__code__.co_filename}
+
+    def count(frame: Any, event: str, _: Any) -> Any:
+        nonlocal lines
+        lines += event == "line"
+        return count if frame.f_code.co_filename in files else None
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        pack(samples, totals, budget)
+    finally:
+        sys.settrace(before)
+    tracemalloc.start()
+    try:
+        pack(samples, totals, budget)
+        return lines, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
-@pytest.mark.parametrize("mask", [(True, True), (False, False)])
-def test_untrainable_samples_are_programmer_errors(mask: tuple[bool, ...]) -> None:
+def test_packing_stays_linear() -> None:
+    """A loop over tokens, a path written out for each row, or siblings compared pair by pair."""
+    lines, peak = work_of(prompts=20, siblings=8, length=300, budget=4096)
+    long_lines, long_peak = work_of(prompts=20, siblings=8, length=1200, budget=4 * 4096)
+    assert long_lines < 1.1 * lines, "lines run by the token"
+    assert long_peak < 4.4 * peak
+    for prompts, siblings in ((80, 8), (20, 32)):
+        more_lines, more_peak = work_of(prompts, siblings, length=300, budget=4 * 4096)
+        assert more_lines < 4.4 * lines and more_peak < 4.4 * peak, (prompts, siblings)
+
+
+@pytest.mark.parametrize(
+    ("mask", "says"), [((True, True), "nothing predicts the first"), ((False, False), "no token to train on")]
+)
+def test_untrainable_samples_are_programmer_errors(mask: tuple[bool, ...], says: str) -> None:
     """A sample without a prediction, or whose first token is trained, divides by zero further on."""
+    good = make_sample("q/0", "q", (1, 2), (False, True))
     sample = make_sample("p/0", "p", (1, 2), mask)
-    with pytest.raises(AssertionError):
-        pack([sample], (PromptTotal("p", 1, 1),), 8)
+    for samples in ([sample], [good, sample], [sample, good]):
+        with pytest.raises(AssertionError, match=f"p/0.*{says}"):
+            pack(samples, (PromptTotal("p", 1, 1), PromptTotal("q", 1, 1)), 8)
 
 
 def cost_of(microbatch: Microbatch) -> float:
     """Row by row: 1, and the positions that it attends to over CONTEXT."""
-    return sum(1 + (position + 1) / CONTEXT for position in microbatch.positions_T)
+    return sum(1 + len(path) / CONTEXT for path in paths_of(microbatch))
 
 
 def test_a_long_sample_weighs_what_it_attends_to() -> None:
@@ -325,9 +359,10 @@ def test_a_long_sample_weighs_what_it_attends_to() -> None:
 @settings(max_examples=100, deadline=None)
 def test_costs_are_those_of_the_rows(samples: list[Sample]) -> None:
     """A shared prompt counted once a sibling, or its siblings' rows as if they attended to their own alone."""
-    rows = [_num_rows(sample) for sample in samples]
-    for size, members in _units(samples, rows, 10_000):
+    batch = _Batch.of(samples)
+    assert batch.rows == [max(trained(sample)) for sample in samples]
+    for size, members in _units(samples, batch, 10_000):
         chosen = [samples[i] for i in members]
         (microbatch,) = pack(chosen, count_prompts(chosen), 10_000)
         assert len(microbatch.tokens_T) == size
-        assert _cost(size, [rows[i] for i in members]) == pytest.approx(cost_of(microbatch))
+        assert _cost(size, [batch.rows[i] for i in members]) == pytest.approx(cost_of(microbatch))

@@ -11,19 +11,23 @@ from hypothesis import strategies as st
 from tandem.algo.advantage import samples_from_groups
 from tandem.algo.config import AlgoConfig
 from tandem.algo.price import Lagrangian, PriceConfig, charged_reward, cost, mean_cost
+from tandem.columns import Columns
 from tandem.errors import ConfigError
 from tandem.types import Failure, Group, Prompt, Trajectory
+from tests.samples import column
 
 
 def trajectory(name: str, reward: float, tokens: int = 1, seconds: float = 0.0, calls: int = 0, failed: bool = False):
-    mask = (False,) + (True,) * tokens
+    columns = Columns.of(
+        tokens=range(tokens + 1),
+        loss_mask=(False,) + (True,) * tokens,
+        logprobs=(0.0,) + (-1.0,) * tokens,
+        versions=(-1,) + (0,) * tokens,
+    )
     return Trajectory(
         name,
         "p",
-        tuple(range(tokens + 1)),
-        mask,
-        (0.0,) + (-1.0,) * tokens,
-        (-1,) + (0,) * tokens,
+        columns,
         reward,
         failure=Failure("reward", "none") if failed else None,
         seconds=seconds,
@@ -110,7 +114,7 @@ def test_samples_are_charged_before_advantages() -> None:
     groups = [group(trajectory("p/0", 1.0, 10), trajectory("p/1", 1.0, 20))]
     assert samples_from_groups(config, groups).samples == ()
     cheap, dear = samples_from_groups(config, groups, price=0.5).samples
-    assert (cheap.advantages[-1], dear.advantages[-1]) == pytest.approx((0.25, -0.25))
+    assert tuple(column(sample, "advantages")[-1] for sample in (cheap, dear)) == pytest.approx((0.25, -0.25))
 
 
 def test_price_zero_is_the_identity() -> None:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.columns import Columns
 from tandem.errors import CapacityError, ConfigError
 from tandem.program.config import TaskConfig
 from tandem.program.render import Renderer
@@ -23,7 +24,8 @@ from tandem.rollout.config import RolloutConfig
 from tandem.rollout.evaluate import evaluate
 from tandem.rollout.rollout import Rollouts
 from tandem.trace import Totals, Trace
-from tandem.types import Completion, Failure, Message, Prompt, Request, StopReason, VersionSpan
+from tandem.types import Completion, Failure, Message, Prompt, Request, StopReason
+from tests.samples import column, trained
 
 STOP, USER, ANSWER, END = 0, 1, 2, 3  # what the chat template of Letters writes around contents
 NAMES = {STOP: "", USER: "<u>", ANSWER: "<a>", END: "\n"}
@@ -88,8 +90,8 @@ class FakeEngine:
 
     def completion(self, request: Request, tokens: list[int], reason: StopReason | None = None) -> Completion:
         ended = StopReason.STOP_TOKEN if tokens[-1:] == [STOP] else StopReason.LENGTH
-        spans = (VersionSpan(5, 0, len(tokens)),)
-        return Completion(request.id, tuple(tokens), (-0.5,) * len(tokens), spans, reason or ended)
+        columns = Columns.of(tokens=tokens, logprobs=(-0.5,) * len(tokens), versions=(5,) * len(tokens))
+        return Completion(request.id, columns, reason or ended)
 
 
 class Counting:
@@ -148,8 +150,10 @@ def test_rollouts_equal_each_alone(count: int, samples: int, turns: int, slownes
         assert alone == [group]
         assert len({t.program_id for t in group.trajectories}) == samples
         for trajectory in group.trajectories:
-            sampled = sum(trajectory.loss_mask)
-            assert trajectory.logprobs.count(-0.5) == trajectory.versions.count(5) == sampled > 0
+            logprobs, versions = column(trajectory, "logprobs"), column(trajectory, "versions")
+            sampled = trained(trajectory)
+            assert sampled and [p for p, value in enumerate(logprobs) if value == -0.5] == sampled
+            assert [p for p, version in enumerate(versions) if version == 5] == sampled
     assert not engine.live
 
 
@@ -158,12 +162,12 @@ def test_single_turn_by_hand() -> None:
     engine = FakeEngine(lambda request: spell("abc"))
     (group,) = Rollouts(engine, Renderer(Letters()), Counting(), CONFIG, run_seed=1).run(2, prompts(1))
     first = group.trajectories[0]
-    assert first.tokens == (USER, ord("q"), ord("0"), END, ANSWER, *spell("abc"))
-    assert first.loss_mask == (False,) * 5 + (True,) * 4
+    assert column(first, "tokens") == [USER, ord("q"), ord("0"), END, ANSWER, *spell("abc")]
+    assert column(first, "loss_mask") == [False] * 5 + [True] * 4
     assert (first.reward, first.failure, first.stop_reason) == (3.0, None, StopReason.STOP_TOKEN)
     assert [request.id for request in engine.seen] == ["p0/2/0/0", "p0/2/1/0", "p0/2/2/0"]
     assert len({request.seed for request in engine.seen}) == 3
-    assert engine.seen[0].prefix_length == 0 and engine.seen[0].sampling.stop_token_ids == (STOP,)
+    assert engine.seen[0].sampling.stop_token_ids == (STOP,)
 
 
 def test_turns_keep_tokens() -> None:
@@ -174,11 +178,11 @@ def test_turns_keep_tokens() -> None:
     (trajectory,) = group.trajectories
     first, second, third = engine.seen
     go = (END, USER, ord("g"), ord("o"), END, ANSWER)
-    assert second.tokens == (*first.tokens, *spell("ab"), *go) and second.prefix_length == len(second.tokens)
+    assert second.tokens == (*first.tokens, *spell("ab"), *go)
     assert third.tokens == (*second.tokens, ord("c"), STOP, *go)
     assert first.seed == second.seed == third.seed and third.program_id == "p0/2/0"
-    assert trajectory.tokens == (*third.tokens, ord("c"))
-    sampled = [token for token, mask in zip(trajectory.tokens, trajectory.loss_mask, strict=True) if mask]
+    assert column(trajectory, "tokens") == [*third.tokens, ord("c")]
+    sampled = [column(trajectory, "tokens")[position] for position in trained(trajectory)]
     assert sampled == [*spell("ab"), ord("c"), ord("c")]
     assert trajectory.reward == 1.0
 
@@ -256,7 +260,7 @@ def test_capacity() -> None:
     (group,) = Rollouts(engine, Renderer(Letters()), Counting(9), config, run_seed=1).run(0, prompts(1))
     failure = group.trajectories[0].failure
     assert failure is not None and failure.where == "engine" and failure.reason.startswith("turn 2 does not fit")
-    assert group.trajectories[0].loss_mask[5:8] == (True, True, True)
+    assert column(group.trajectories[0], "loss_mask")[5:8] == [True, True, True]
 
 
 def test_lost_request_is_noticed() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tandem.columns import Columns
 from tandem.engine.admit import Lengths, count_pages
 from tandem.engine.batch import Batch, Sampled, Sequence
 from tandem.engine.config import EngineConfig
@@ -26,7 +27,7 @@ def request(name: str, tokens: range | list[int], max_new_tokens: int = 4, stop:
 
 
 def commit(s: Scheduler, batch: Batch, token: int = 99) -> list[Completion]:
-    finished = s.commit(batch, Sampled([token] * batch.num_samples, [-1.0] * batch.num_samples), now=1.0)
+    finished = s.commit(batch, Sampled([token] * batch.num_samples, {"logprobs": [-1.0] * batch.num_samples}), now=1.0)
     s.check_integrity()
     return finished
 
@@ -134,7 +135,7 @@ def test_the_latest_arrival_is_preempted_keeps_its_tokens_and_resumes() -> None:
     while s.live:
         batch = s.plan(0.0)
         finished = commit(s, batch)
-    assert finished[0].tokens == (99,) * 6 and finished[0].versions[0].end == 6
+    assert finished[0].tokens == (99,) * 6 and finished[0].columns["versions"].tolist() == [0] * 6
     assert finished[0].recomputed_tokens == s.stats.recomputed_tokens
     assert s.stats.run_tokens == 7 + 7 + 2 * 5 + s.stats.recomputed_tokens
     assert s.pool.num_available == 4
@@ -155,7 +156,7 @@ def test_a_sequence_whose_last_token_is_being_drawn_waits_for_it() -> None:
     second = s.plan(0.0)
     assert shape(second) == [(f"full {number}", 4, 1, True) for number in range(3)] and s.pool.num_available == 2
     assert [work.tokens for work in second.works] == [[-2], [-3], [-4]]
-    s.resolve(first, Sampled([99] * 5, [-1.0] * 5), 1.0)
+    s.resolve(first, Sampled([99] * 5, {"logprobs": [-1.0] * 5}), 1.0)
     assert s.waiting[0].tokens == [300, 301, 302, 99]
     assert shape(s.plan(0.0))[3] == ("short", 0, 4, True)
 
@@ -227,7 +228,7 @@ def test_blocks_of_two_versions_never_enter_the_index() -> None:
     s.receive(new)
     while s.live:
         finished = commit(s, s.plan(0.0))
-    assert len(s.index) == 2 and [span.step for span in finished[0].versions] == [1]
+    assert len(s.index) == 2 and finished[0].columns["versions"].tolist() == [1] * 9
     s.submit(request("b", range(19), max_new_tokens=1), 0.0)
     assert step(s)[0] == ("b", 0, 8, False)
     s.abort("b", 0.0)
@@ -236,7 +237,7 @@ def test_blocks_of_two_versions_never_enter_the_index() -> None:
     assert step(s)[0] == ("c", 8, 8, False)
 
 
-def test_version_spans_cover_a_completion() -> None:
+def test_versions_are_of_each_token() -> None:
     """A token attributed to weights that did not sample it."""
     s = scheduler()
     s.submit(request("a", range(3), max_new_tokens=5), 0.0)
@@ -244,7 +245,37 @@ def test_version_spans_cover_a_completion() -> None:
         s.receive(WeightVersion(version, "" if version == 0 else "x"))
         step(s)
     (done,) = commit(s, s.plan(0.0))
-    assert [(span.step, span.start, span.end) for span in done.versions] == [(0, 0, 2), (2, 2, 3), (3, 3, 5)]
+    assert done.columns["versions"].tolist() == [0, 0, 2, 3, 3]
+
+
+@pytest.mark.parametrize("values", [{"logprobs": []}, {"logprobs": [-1.0], "kept": [b"", b""]}])
+def test_a_runner_gives_a_value_for_each_draw(values: dict[str, list[Any]]) -> None:
+    """A column that is too short or too long is booked on the wrong requests."""
+    s = scheduler()
+    s.submit(request("a", range(3)), 0.0)
+    with pytest.raises(AssertionError, match="for 1 samples"):
+        s.commit(s.plan(0.0), Sampled([7], values), 1.0)
+
+
+def test_values_follow_their_tokens() -> None:
+    """A value is booked for a neighbour in the batch, or a request that has none of a column gets an empty one."""
+    s = scheduler()
+    for number in range(3):
+        s.submit(request(f"r{number}", range(10 * number, 10 * number + 3), max_new_tokens=2), 0.0)
+    finished = []
+    for step in range(2):
+        values = {
+            "logprobs": [-1.0 - step, -2.0 - step, -3.0 - step],
+            "kept": [None, b"%d" % step, None],
+            "unfiltered_logprobs": [None, -8.0 - step, None],
+        }
+        finished += s.commit(s.plan(0.0), Sampled([7, 8, 9], values), 1.0)
+    done = {completion.request_id: completion.columns for completion in finished}
+    plain = {"versions": (0, 0)}
+    assert done["r0"] == Columns.of(tokens=(7, 7), logprobs=(-1.0, -2.0), **plain)
+    filters = {"kept": (b"0", b"1"), "unfiltered_logprobs": (-8.0, -9.0)}
+    assert done["r1"] == Columns.of(tokens=(8, 8), logprobs=(-2.0, -3.0), **plain, **filters)
+    assert done["r2"] == Columns.of(tokens=(9, 9), logprobs=(-3.0, -4.0), **plain)
 
 
 def test_a_plan_that_was_not_run_is_planned_again_or_withdrawn() -> None:

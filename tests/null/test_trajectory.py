@@ -7,21 +7,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
+from tandem.columns import Columns
 from tandem.rollout.evaluate import wilson_interval
 from tandem.rollout.group import summarise
 from tandem.rollout.trajectory import flatten
-from tandem.types import Completion, Failure, Group, Prompt, StopReason, Trajectory, Turn, VersionSpan
+from tandem.types import Completion, Failure, Group, Prompt, StopReason, Trajectory, Turn
+from tests.samples import column
 
 
 @st.composite
 def turns(draw: st.DrawFn) -> Turn:
     size = draw(st.integers(0, 8))
-    tokens = tuple(draw(st.lists(st.integers(0, 99), min_size=size, max_size=size)))
-    logprobs = tuple(draw(st.lists(st.floats(-9, 0), min_size=size, max_size=size)))
-    cuts = sorted(draw(st.sets(st.integers(1, size - 1), max_size=2))) if size > 1 else []
-    edges = [0, *cuts, size]
-    spans = tuple(VersionSpan(draw(st.integers(0, 5)), a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a)
-    completion = Completion("r", tokens, logprobs, spans, draw(st.sampled_from(StopReason)))
+    kinds = {"tokens": st.integers(0, 99), "logprobs": st.floats(-9, 0), "versions": st.integers(0, 5)}
+    columns = Columns.of(**{name: draw(st.lists(k, min_size=size, max_size=size)) for name, k in kinds.items()})
+    completion = Completion("r", columns, draw(st.sampled_from(StopReason)))
     return Turn(completion, tuple(draw(st.lists(st.integers(0, 99), max_size=4))))
 
 
@@ -31,12 +30,15 @@ def test_flatten_keeps_every_token(prompt: list[int], played: list[Turn]) -> Non
     flat = flatten("p/0/0", "p", prompt, played, 0.5)
     expected: list[tuple[int, bool, float, int]] = [(token, False, 0.0, -1) for token in prompt]
     for turn in played:
-        said = turn.completion
-        for place, token in enumerate(said.tokens):
-            (version,) = [span.step for span in said.versions if span.start <= place < span.end]
-            expected.append((token, True, said.logprobs[place], version))
+        said = turn.completion.columns.arrays
+        for token, logprob, version in zip(
+            *(said[n].tolist() for n in ("tokens", "logprobs", "versions")), strict=True
+        ):
+            expected.append((token, True, logprob, version))
         expected += [(token, False, 0.0, -1) for token in turn.observation_tokens]
-    assert list(zip(flat.tokens, flat.loss_mask, flat.logprobs, flat.versions, strict=True)) == expected
+    names = ("tokens", "loss_mask", "logprobs", "versions")
+    assert set(flat.columns.arrays) == set(names)
+    assert list(zip(*(column(flat, name) for name in names), strict=True)) == expected
     assert flat.num_sampled == sum(len(turn.completion.tokens) for turn in played)
     assert flat.stop_reason == (played[-1].completion.stop_reason if played else None)
     assert flat.reward == 0.5 and flat.failure is None
@@ -44,29 +46,30 @@ def test_flatten_keeps_every_token(prompt: list[int], played: list[Turn]) -> Non
 
 def test_flatten_by_hand() -> None:
     """Two turns with an observation between them, weights that change in the middle of the second."""
-    first = Turn(Completion("a", (5, 2), (-0.1, -0.2), (VersionSpan(3, 0, 2),), StopReason.STOP_TOKEN), (8, 9))
-    spans = (VersionSpan(3, 0, 1), VersionSpan(4, 1, 3))
-    second = Turn(Completion("b", (6, 7, 2), (-0.3, -0.4, -0.5), spans, StopReason.LENGTH))
+    said = Columns.of(tokens=(5, 2), logprobs=(-0.1, -0.2), versions=(3, 3))
+    first = Turn(Completion("a", said, StopReason.STOP_TOKEN), (8, 9))
+    said = Columns.of(tokens=(6, 7, 2), logprobs=(-0.3, -0.4, -0.5), versions=(3, 4, 4))
+    second = Turn(Completion("b", said, StopReason.LENGTH))
     flat = flatten("p/1/0", "p", (1, 1), (first, second), Failure("reward", "returned nan"))
-    assert flat.tokens == (1, 1, 5, 2, 8, 9, 6, 7, 2)
-    assert flat.loss_mask == (False, False, True, True, False, False, True, True, True)
-    assert flat.logprobs == (0.0, 0.0, -0.1, -0.2, 0.0, 0.0, -0.3, -0.4, -0.5)
-    assert flat.versions == (-1, -1, 3, 3, -1, -1, 3, 4, 4)
+    assert column(flat, "tokens") == [1, 1, 5, 2, 8, 9, 6, 7, 2]
+    assert column(flat, "loss_mask") == [False, False, True, True, False, False, True, True, True]
+    assert column(flat, "logprobs") == [0.0, 0.0, -0.1, -0.2, 0.0, 0.0, -0.3, -0.4, -0.5]
+    assert column(flat, "versions") == [-1, -1, 3, 3, -1, -1, 3, 4, 4]
     assert flat.failure == Failure("reward", "returned nan") and flat.stop_reason is StopReason.LENGTH
 
 
-def test_flatten_refuses_uncovered_tokens() -> None:
-    """A completion whose version spans leave tokens out shifts the versions of all later tokens."""
-    for spans in ((VersionSpan(0, 0, 1),), (VersionSpan(0, 0, 3),)):
-        with pytest.raises(AssertionError):
-            flatten("p", "p", (1,), (Turn(Completion("r", (5, 2), (0.0, 0.0), spans, StopReason.LENGTH)),), 1.0)
+@pytest.mark.parametrize("missing", ["logprobs", "versions"])
+def test_flatten_refuses_tokens_that_nothing_is_known_of(missing: str) -> None:
+    """A completion without log-probs or versions is filled up as if nobody had sampled it: p = 1, version -1."""
+    said = Columns.of(tokens=(5, 2), logprobs=(-1.0, -1.0), versions=(0, 0)).without(missing)
+    with pytest.raises(AssertionError, match="r has tokens"):
+        flatten("p", "p", (1,), (Turn(Completion("r", said, StopReason.LENGTH)),), 1.0)
 
 
 def trajectory(reward: float | None, sampled: int, stop: StopReason = StopReason.STOP_TOKEN) -> Trajectory:
-    size = (sampled,)
     failure = Failure("reward", "returned nan") if reward is None else None
-    masks, zeros, versions = (True,) * size[0], (0.0,) * size[0], (0,) * size[0]
-    return Trajectory("p/0", "p", (1,) * sampled, masks, zeros, versions, reward or 0.0, (), stop, failure)
+    columns = Columns.of(tokens=(1,) * sampled, loss_mask=(True,) * sampled)
+    return Trajectory("p/0", "p", columns, reward or 0.0, stop, failure)
 
 
 def test_summary_by_hand() -> None:

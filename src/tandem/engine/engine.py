@@ -138,7 +138,7 @@ class Engine:
     def receive(self, version: WeightVersion) -> None:
         """Says that the runner's weights are now `version`. Between steps only.
 
-        Running sequences continue: their later tokens get a new version span, and what they compute from here on is
+        Running sequences continue: their later tokens get the new version, and what they compute from here on is
         not shared. Cached blocks stay, findable again only under the version that computed them.
         """
         self._land()

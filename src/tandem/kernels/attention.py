@@ -72,16 +72,20 @@ class Paths:
 
     @classmethod
     def of_segments(cls, bounds_S: Array, first_S: Array, parent_S: Array) -> Paths:
-        """Slots are rows, a page a token: the path of a segment is its parent's up to `first_S`, then its own rows."""
+        """Slots are rows, a page a token: the path of a segment is its parent's up to `first_S`, then its own rows.
+
+        Segments that share rows form a component and must be neighbours.
+        """
         lengths_S = first_S + np.diff(bounds_S)
         table_SP = np.zeros((len(first_S), max(1, int(lengths_S.max(initial=0)))), dtype=np.int32)
-        starts = []
+        starts: list[int] = []
         for s, (first, parent, length) in enumerate(zip(first_S, parent_S, lengths_S, strict=True)):
-            assert parent < s and (first == 0 if parent < 0 else first <= lengths_S[parent]), (s, first, parent)
+            if first == 0:
+                starts.append(s)
+            else:
+                assert starts and starts[-1] <= parent < s and first <= lengths_S[parent], (s, first, parent)
             table_SP[s, :first] = table_SP[parent, :first]
             table_SP[s, first:length] = np.arange(bounds_S[s], bounds_S[s + 1])
-            if s == 0 or table_SP[s, 0] != table_SP[s - 1, 0]:
-                starts.append(s)
         bounds, first = (torch.from_numpy(np.asarray(x, dtype=np.int32)) for x in (bounds_S, first_S))
         component = torch.tensor([*starts, len(first_S)], dtype=torch.int32)
         return cls(bounds, first, torch.from_numpy(table_SP), 1, component)

@@ -30,6 +30,7 @@ def flatten(
     parts = [Columns.of(tokens=prompt_tokens)]
     for turn in turns:
         said = turn.completion.columns
+        assert "logprobs" in said and "versions" in said, f"{turn.completion.request_id} has {', '.join(said.arrays)}"
         parts += [said.having(loss_mask=np.ones(len(said), bool)), Columns.of(tokens=turn.observation_tokens)]
     nothing = Columns.of(tokens=(), loss_mask=(), logprobs=(), versions=())
     return Trajectory(
