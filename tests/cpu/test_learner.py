@@ -124,7 +124,7 @@ def test_temperature_is_of_the_policy(make_decoder: MakeDecoder):
     hot, cold = score(decoder, microbatch, 1.0), score(decoder, microbatch, 0.5)
     assert float((hot - cold).abs().max()) > 0.1
     result = learner.backward(microbatch)
-    behaviour = torch.from_numpy(microbatch.predictions["logprobs"]).float()
+    behaviour = torch.tensor(microbatch.predictions["logprobs"]).float()
     largest = float((cold - behaviour).abs().max())
     assert summarise([result])["mismatch"] == pytest.approx(largest, rel=1e-5)
 
@@ -175,7 +175,7 @@ def test_step_moves_the_policy_towards_the_advantage(make_decoder: MakeDecoder):
         own = [p for p, name in zip(before.tolist(), owners_of(microbatch), strict=True) if name == sample.id]
         rescored.append(having(sample, logprobs=[*column(sample, "logprobs")[: -len(own)], *own]))
     report = learner_of(decoder, lr=1e-4).step(rescored, count_prompts(rescored))
-    moved = (score(decoder, microbatch, 1.0) - before) * torch.from_numpy(microbatch.predictions["advantages"])
+    moved = (score(decoder, microbatch, 1.0) - before) * torch.tensor(microbatch.predictions["advantages"])
     assert report is not None and float(moved.sum()) > 0 and report.metrics["ratio_max"] == pytest.approx(1.0, abs=1e-6)
 
 
