@@ -25,8 +25,8 @@ PANEL = 64  # rows of a matrix that are packed together, kernels/weight.py
 CODES = {"int8": 8, "int4": 4}
 SLICE = 4 << 20  # numbers of an offloaded state that are updated at once, train/optimiser.py
 # Of a program from its request to the packed batch, of a token of its prompt, of one that it samples, and of that where
-# filters keep a set: 1.7 kB, 59, 215 and 305 bytes measured with 20 ids a set; docs/configs.md.
-PROGRAM_BYTES, PROMPT_BYTES, SAMPLED_BYTES, KEPT_BYTES = 2048, 64, 224, 96
+# filters keep a set: 1.9 kB, 51, 87 and 168 bytes measured with 20 ids a set, and 68 while it is live; docs/configs.md.
+PROGRAM_BYTES, PROMPT_BYTES, SAMPLED_BYTES, KEPT_BYTES = 2048, 64, 112, 96
 HELDOUT_BYTES = 4096  # of a held-out prompt, here and in the task's child
 HEAD_BYTES, HEAD_SLAB = 384 << 20, 512  # KEPT_BYTES and SLAB of kernels/logprob.py
 
