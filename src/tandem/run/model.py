@@ -88,7 +88,8 @@ class Model:
                         request = order.popleft()
                         completion = done.pop(request.id)
                         text = self._text(completion, sampling)
-                        logprobs = completion.unfiltered_logprobs if greedy else completion.logprobs
+                        column = completion.columns["unfiltered_logprobs" if greedy else "logprobs"]
+                        logprobs = tuple(column.tolist())
                         tokens = len(request.tokens)
                         yield Answer(number // samples, number % samples, text, tokens, completion, logprobs)
                         number += 1
