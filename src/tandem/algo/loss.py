@@ -44,7 +44,7 @@ class LossResult(NamedTuple):
     loss: Tensor  # scalar, differentiable; sums over microbatches to the batch's loss
     sums: dict[str, Tensor]  # detached scalars that add over microbatches; "tokens" counts the predictions
     maxima: dict[str, Tensor]  # detached scalars whose maximum over microbatches is the batch's
-    correction: Correction  # of its predictions
+    correction: Correction | None  # of its predictions, where the objective has one
 
 
 def ppo(logprobs_N: Tensor, old: Old, low: float, high: float) -> Terms:
@@ -205,7 +205,6 @@ def summarise(results: Iterable[LossResult]) -> dict[str, float]:
         for name, value in result.maxima.items():
             maxima[name] = max(maxima.get(name, float("-inf")), float(value))
     loss, tokens = sums.pop("loss"), sums.pop("tokens")
-    means = {name: value / tokens for name, value in sums.items()}
-    means["kl"] = means.pop("kl_k3")
-    means["clip_fraction"] = means.pop("clipped")
+    names = {"kl_k3": "kl", "clipped": "clip_fraction"}
+    means = {names.get(name, name): value / tokens for name, value in sums.items()}
     return {"loss": loss, "tokens": tokens, **means, **maxima}

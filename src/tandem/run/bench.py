@@ -151,6 +151,7 @@ def _engine(decodes: Sequence[tuple[int, int]] = DECODES, kernels: Kernels = "ex
 def build_learner(count: int, length: int) -> tuple[Learner, list[Sample]]:
     """A learner, and samples of random tokens, each of a prompt of its own, all but the first token trained."""
     from tandem.algo.config import AlgoConfig
+    from tandem.algo.objective import PolicyGradient
     from tandem.engine.config import EngineConfig
     from tandem.models.config import ModelConfig
     from tandem.run.parts import build_parts
@@ -158,7 +159,7 @@ def build_learner(count: int, length: int) -> tuple[Learner, list[Sample]]:
     from tandem.train.step import Learner
 
     parts = build_parts(ModelConfig(MODEL), EngineConfig(kv_memory_bytes=1 << 26))
-    learner = Learner(parts.decoder, LearnerConfig(lr=1e-6), AlgoConfig(), 1.0, 100)
+    learner = Learner(parts.decoder, LearnerConfig(lr=1e-6), PolicyGradient(AlgoConfig(), 1.0), 100)
     return learner, random_samples(count, length, parts.decoder.spec.vocab_size)
 
 

@@ -127,13 +127,14 @@ def generate(engine: Engine, count: int, length: int, new: int, seed: int) -> tu
 def train_step(decoder: Decoder, count: int, length: int) -> Callable[[], Any]:
     """Forward, backward and AdamW on one microbatch of random samples, all but the first token of each trained."""
     from tandem.algo.config import AlgoConfig
+    from tandem.algo.objective import PolicyGradient
     from tandem.algo.pack import count_prompts
     from tandem.train.config import LearnerConfig
     from tandem.train.step import Learner
 
     samples = random_samples(count, length, 100)
     config = LearnerConfig(lr=1e-6, microbatch_tokens=count * length, activation_checkpointing="off")
-    learner = Learner(decoder, config, AlgoConfig(), 1.0, 100)
+    learner = Learner(decoder, config, PolicyGradient(AlgoConfig(), 1.0), 100)
     return lambda: learner.step(samples, count_prompts(samples))
 
 

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from tandem.algo.advantage import Selection, samples_from_groups
+from tandem.algo.objective import PolicyGradient
 from tandem.algo.price import Lagrangian
 from tandem.errors import AlarmError, CheckpointError, NonFiniteError, ParityError, RunFolderError, TandemError
 from tandem.models.checkpoint import open_checkpoint
@@ -79,16 +80,13 @@ class Session:
         self.saved_s, self.save_took_s = time.monotonic(), 0.0
         self.elapsed_s = 0.0  # of earlier sittings
         self.started_s = self.row_started_s = time.perf_counter()
-        updates = config.steps * config.algo.updates_per_step
+        objective = PolicyGradient(config.algo, config.rollout.temperature, config.alarms, exact=is_exact(config))
         self.learner = Learner(
             parts.decoder,
             dataclasses.replace(config.learner, activation_checkpointing="on" if parts.memory.checkpointing else "off"),
-            config.algo,
-            config.rollout.temperature,
-            updates,
+            objective,
+            config.steps * objective.updates_per_step,
             self.trace,
-            alarms=config.alarms,
-            exact=is_exact(config),
         )
         self.price = Lagrangian(config.algo.price)
         self.course = Course(config.evaluation)
@@ -197,7 +195,7 @@ class Session:
 
     def announce(self, step: int, report: LearnerReport | None) -> None:
         """The first time that a metric's alarm fires, in full; the rows have all of them."""
-        for alarm in report.alarms if report is not None else ():
+        for alarm in report.measured.alarms if report is not None else ():
             if alarm.metric not in self.alarmed:
                 self.alarmed.add(alarm.metric)
                 self.display.note(f"alarm, step {step}: {alarm.text()}")
@@ -302,10 +300,12 @@ def _figures(summary: RolloutSummary, report: LearnerReport | None) -> dict[str,
         "zero_variance": summary.zero_variance,
     }
     if report is not None:
-        row |= {name: value for name, value in report.metrics.items() if name != "tokens"}
-        row |= {"trained_tokens": int(report.metrics["tokens"]), "learner_rows": report.rows}
+        found = report.measured
+        row |= {name: value for name, value in found.metrics.items() if name != "tokens"}
+        row |= {"trained_tokens": int(found.metrics["tokens"]), "learner_rows": report.rows}
         row |= {"grad_norm": report.grad_norm, "lr": report.lr, "microbatches": report.microbatches}
-        row |= {"error_budget": report.error_budget, "by_length": report.by_length, "alarms": report.alarm_texts}
+        row |= {"error_budget": found.error_budget, "by_length": found.by_length}
+        row["alarms"] = [alarm.text() for alarm in found.alarms]
     return row
 
 

@@ -1,0 +1,211 @@
+"""What a learner learns by: which columns a batch must have, its loss, what is measured and what may stop an update.
+
+An objective says what is wanted of all steps; `begin` gives one step's, which the learner drives:
+
+    fill the columns -> each microbatch: loss, backward, observe -> accept (or once more) -> update ... -> measured
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from tandem.algo.alarm import NAMED_TRAJECTORIES, Alarm, AlarmConfig, check, check_correctable
+from tandem.algo.config import NAIVE, AlgoConfig
+from tandem.algo.drift import Drift, Observations, join, measure
+from tandem.algo.loss import LossResult, policy_loss, summarise
+from tandem.algo.tensors import MicrobatchTensors
+from tandem.errors import AlarmError, ParityError
+from tandem.types import Sample
+
+Score = Callable[[str], tuple[Sample, ...]]  # column -> the step's samples with it, by the learner's present weights
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What a step found out.
+
+    >>> Measured({"loss": 0.0}).alarms
+    ()
+    """
+
+    metrics: dict[str, float]  # of all updates (algo.loss.summarise), and what the objective measures of the first
+    error_budget: dict[str, float] = field(default_factory=dict)  # by cause
+    by_length: tuple[dict[str, float], ...] = ()  # by length decile
+    alarms: tuple[Alarm, ...] = ()
+
+
+class ObjectiveStep(Protocol):
+    """An objective in one step of the learner."""
+
+    def prepare(self, samples: tuple[Sample, ...], score: Score) -> tuple[Sample, ...]:
+        """The samples with every column that the loss reads."""
+        ...
+
+    def loss(self, logprobs_N: torch.Tensor, batch: MicrobatchTensors, entropy_N: torch.Tensor) -> LossResult:
+        """A microbatch's share of the batch's loss. Log-probs are the learner's, nats; the entropy has no gradient."""
+        ...
+
+    def observe(
+        self, logprobs_N: torch.Tensor, batch: MicrobatchTensors, result: LossResult, sample_ids: tuple[str, ...]
+    ) -> Any:
+        """After the backward pass: what `accept` is to see of the microbatch."""
+        ...
+
+    def accept(self, results: Sequence[LossResult], observed: Sequence[Any]) -> bool:
+        """Whether the first update's gradients may be applied; if not they are computed again, with the loss as it is
+        now. May raise in place of the update."""
+        ...
+
+    def measured(self, results: Sequence[LossResult]) -> Measured:
+        """Of all updates of the step."""
+        ...
+
+
+class Objective(Protocol):
+    """What is learned."""
+
+    temperature: float  # that logits are divided by: the policy that is trained is the one sampled from
+    updates_per_step: int
+
+    def begin(self) -> ObjectiveStep: ...
+
+
+class NextToken:
+    """Mean negative log-likelihood of the tokens in the loss mask: pre-training, and supervised fine-tuning."""
+
+    temperature = 1.0
+    updates_per_step = 1
+
+    def begin(self) -> NextToken:
+        return self
+
+    def prepare(self, samples: tuple[Sample, ...], score: Score) -> tuple[Sample, ...]:
+        return samples
+
+    def loss(self, logprobs_N: torch.Tensor, batch: MicrobatchTensors, entropy_N: torch.Tensor) -> LossResult:
+        """-sum log p / tokens of the whole batch."""
+        loss = -logprobs_N.double().sum() / batch.denominators.tokens
+        tokens = torch.ones_like(loss, requires_grad=False) * len(logprobs_N)
+        sums = {"loss": loss.detach(), "tokens": tokens, "entropy": entropy_N.detach().double().sum()}
+        return LossResult(loss, sums, {}, None)
+
+    def observe(self, *given: Any) -> None: ...
+
+    def accept(self, results: Sequence[LossResult], observed: Sequence[Any]) -> bool:
+        return True
+
+    def measured(self, results: Sequence[LossResult]) -> Measured:
+        return Measured(summarise(results))
+
+
+class PolicyGradient:
+    """The policy losses of algo/loss.py over rollouts, with parity, drift and alarms.
+
+    `exact`: nothing is declared to differ between engine and learner, so a difference is an error.
+    """
+
+    def __init__(
+        self, algo: AlgoConfig, temperature: float, alarms: AlarmConfig | None = None, *, exact: bool = False
+    ) -> None:
+        self.algo = algo
+        self.temperature = temperature
+        self.updates_per_step = algo.updates_per_step
+        self.alarms = alarms or AlarmConfig()
+        self.exact = exact
+        check_correctable(self.alarms, algo.correction)
+
+    def begin(self) -> PolicyStep:
+        return PolicyStep(self)
+
+
+class PolicyStep:
+    """A step: under alarms.action "correct" it begins without correction; where an alarm fires, the first update's
+    gradients are computed again with algo.correction, and the other updates have it too."""
+
+    def __init__(self, objective: PolicyGradient) -> None:
+        self.algo, self.alarms, self.exact = objective.algo, objective.alarms, objective.exact
+        self.held = self.alarms.action == "correct"
+        self.correction = NAIVE if self.held else self.algo.correction
+        self.fired: tuple[Alarm, ...] = ()
+        self.drift: Drift | None = None
+
+    def prepare(self, samples: tuple[Sample, ...], score: Score) -> tuple[Sample, ...]:
+        if self.algo.updates_per_step > 1 and (self.held or self.algo.correction.needs_proximal):
+            return score("proximal_logprobs")
+        return samples
+
+    def loss(self, logprobs_N: torch.Tensor, batch: MicrobatchTensors, entropy_N: torch.Tensor) -> LossResult:
+        return policy_loss(self.algo, logprobs_N, batch, entropy_N, self.correction)
+
+    def observe(
+        self, logprobs_N: torch.Tensor, batch: MicrobatchTensors, result: LossResult, sample_ids: tuple[str, ...]
+    ) -> Observations:
+        assert logprobs_N.grad is not None and result.correction is not None
+
+        def array(tensor: torch.Tensor | None, otherwise: torch.Tensor) -> np.ndarray:
+            return (otherwise if tensor is None else tensor).detach().double().cpu().numpy()
+
+        return Observations(
+            learner_N=array(logprobs_N, logprobs_N),
+            behaviour_N=array(batch["logprobs"], logprobs_N),
+            source_N=array(batch.get("source_logprobs"), logprobs_N),
+            unfiltered_N=array(batch.get("unfiltered_logprobs"), batch["logprobs"]),
+            gradient_N=np.abs(array(logprobs_N.grad, logprobs_N)),
+            masked_N=~result.correction.kept_N.cpu().numpy(),
+            truncated_N=result.correction.truncated_N.cpu().numpy(),
+            sample_N=batch.sample_N.cpu().numpy(),
+            sample_ids=sample_ids,
+        )
+
+    def accept(self, results: Sequence[LossResult], observed: Sequence[Observations]) -> bool:
+        seen, again = join(observed), self.drift is not None
+        self.drift = measure(seen)
+        if again:
+            return True
+        if self.exact:
+            check_parity(seen, results)
+        self.fired = tuple(check(self.alarms, self.drift.metrics, self.drift.per_sample))
+        if self.fired and self.alarms.action == "stop":
+            raise AlarmError(
+                f"{len(self.fired)} of the drift metrics are beyond their thresholds: "
+                f"{'. '.join(alarm.text() for alarm in self.fired)}. No update was made. Choose algo.correction, raise "
+                "the threshold under alarms, or set alarms.action to warn."
+            )
+        if self.fired and self.held:
+            self.correction = self.algo.correction
+            return False
+        return True
+
+    def measured(self, results: Sequence[LossResult]) -> Measured:
+        """Means and maxima of all updates; drift, "kl" (k3) and "mismatch" (abs_max) of the first."""
+        assert self.drift is not None
+        drift = self.drift.metrics
+        metrics = {**summarise(results), **drift, "kl": drift["k3"], "mismatch": drift["abs_max"]}
+        if self.held:
+            metrics["corrected"] = float(bool(self.fired))
+        return Measured(metrics, self.drift.error_budget, self.drift.by_length, self.fired)
+
+
+def check_parity(seen: Observations, results: Sequence[LossResult]) -> None:
+    """ParityError unless log-probs agree to the last bit and every ratio is exactly 1."""
+    gap_N = np.abs(seen.learner_N - seen.behaviour_N)
+    apart = np.flatnonzero(~(gap_N == 0.0))  # nan is apart
+    off = max(float(result.maxima["ratio_error"]) for result in results)
+    if not len(apart) and off == 0.0:
+        return
+    worst = apart[np.argsort(-gap_N[apart], kind="stable")]
+    named = list(dict.fromkeys(seen.sample_ids[seen.sample_N[n]] for n in worst))
+    more = f" and {len(named) - NAMED_TRAJECTORIES} more" if len(named) > NAMED_TRAJECTORIES else ""
+    largest = float(gap_N.max()) if np.isfinite(gap_N).all() else math.inf
+    raise ParityError(
+        f"the config declares no difference between engine and learner, yet {len(apart)} of {len(gap_N)} tokens have "
+        f"another log-prob (largest |d| {largest:.3g} nats, ratio off 1 by {off:.3g}); "
+        f"trajectories: {', '.join(named[:NAMED_TRAJECTORIES]) or 'none'}{more}. Nothing was updated. "
+        "Run `tandem doctor`, or declare what differs under engine, rollout, sync or model."
+    )
