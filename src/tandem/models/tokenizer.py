@@ -355,7 +355,7 @@ def _byte_level(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
 
     tokens: list[str] = fields["ggml.tokens"]
     alphabet = set(pre_tokenizers.ByteLevel.alphabet())
-    spelling = _byte_spelling()
+    spelling = byte_alphabet()
     vocab = {
         token if alphabet.issuperset(token) else "".join(spelling[byte] for byte in token.encode()): index
         for index, token in enumerate(tokens)
@@ -378,7 +378,7 @@ def _byte_level(fields: Mapping[str, Any]) -> tokenizers.Tokenizer:
     return backend
 
 
-def _byte_spelling() -> list[str]:
+def byte_alphabet() -> list[str]:
     """GPT-2's printable character of each byte: itself where printable in Latin-1, else the next from U+0100 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     fresh = iter(range(256, 512))

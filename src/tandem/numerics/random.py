@@ -37,6 +37,7 @@ class Stream(IntEnum):
     RESIDUAL = 3  # the token drawn after a rejection
     ROUNDING = 4  # stochastic rounding
     NOISE = 5  # engine.noise; a channel of the final hidden state stands in the place of the token id
+    INITIAL = 6  # weights of a new model; the tensor's number stands in the place of the position
 
 
 def philox4x32(counter: ArrayLike, key: ArrayLike) -> Words:
@@ -82,6 +83,19 @@ def word_rows(seeds_S: ArrayLike, positions_S: ArrayLike, count: int, stream: in
 def uniform(word: ArrayLike) -> NDArray[np.float64]:
     """(w + 1/2) 2^-32, exact in fp64: in [2^-33, 1 - 2^-33], never 0 or 1."""
     return (np.asarray(word, dtype=np.uint32).astype(np.float64) + 0.5) * 2.0**-32
+
+
+def normal(seed: int, position: int, count: int, stream: int) -> NDArray[np.float64]:
+    """`count` standard normal numbers: Box and Muller's transform ("A note on the generation of random normal
+    deviates", 1958) of the words of ids 2 i and 2 i + 1.
+
+    >>> len(normal(0, 0, 5, Stream.INITIAL))
+    5
+    """
+    pairs = -(-count // 2)
+    uniforms = uniform(word_rows([seed], [position], 2 * pairs, stream)[0]).reshape(pairs, 2)
+    radius, angle = np.sqrt(-2 * np.log(uniforms[:, 0])), 2 * np.pi * uniforms[:, 1]
+    return np.stack((radius * np.cos(angle), radius * np.sin(angle)), -1).reshape(-1)[:count]
 
 
 def uniform_fp32(word: ArrayLike) -> NDArray[np.float32]:
