@@ -18,7 +18,7 @@ import numpy as np
 from tandem.errors import ModelError, nearest
 from tandem.models.spec import ModelSpec, expected_shapes
 from tandem.models.tokenizer import Tokenizer, byte_alphabet
-from tandem.numerics.random import Stream, normal
+from tandem.numerics.random import Stream, normal, word_rows
 
 if TYPE_CHECKING:
     import torch
@@ -122,8 +122,9 @@ class NewTensors:
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
             deviation /= math.sqrt(2 * self._layers)
         number = list(self._shapes).index(name)
-        drawn = normal(self._seed, number, math.prod(size), Stream.INITIAL) * deviation
-        return torch.from_numpy(drawn.astype(np.float32)).view(size)
+        count = math.prod(size)
+        drawn = normal(word_rows([self._seed], [number], count + count % 2, Stream.INITIAL)[0])[:count]
+        return torch.from_numpy((drawn * deviation).astype(np.float32)).view(size)
 
 
 def new_tokenizer() -> Tokenizer:

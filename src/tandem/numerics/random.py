@@ -85,19 +85,6 @@ def uniform(word: ArrayLike) -> NDArray[np.float64]:
     return (np.asarray(word, dtype=np.uint32).astype(np.float64) + 0.5) * 2.0**-32
 
 
-def normal(seed: int, position: int, count: int, stream: int) -> NDArray[np.float64]:
-    """`count` standard normal numbers: Box and Muller's transform ("A note on the generation of random normal
-    deviates", 1958) of the words of ids 2 i and 2 i + 1.
-
-    >>> len(normal(0, 0, 5, Stream.INITIAL))
-    5
-    """
-    pairs = -(-count // 2)
-    uniforms = uniform(word_rows([seed], [position], 2 * pairs, stream)[0]).reshape(pairs, 2)
-    radius, angle = np.sqrt(-2 * np.log(uniforms[:, 0])), 2 * np.pi * uniforms[:, 1]
-    return np.stack((radius * np.cos(angle), radius * np.sin(angle)), -1).reshape(-1)[:count]
-
-
 def uniform_fp32(word: ArrayLike) -> NDArray[np.float32]:
     """`uniform` rounded to fp32, and the 129 largest words (that would round to 1) to 1 - 2^-24."""
     return np.minimum(uniform(word).astype(np.float32), np.float32(1 - 2.0**-24))
