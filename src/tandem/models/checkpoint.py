@@ -19,6 +19,7 @@ from tandem.errors import CheckpointError, ModelError, TandemWarning, nearest
 from tandem.models import llama4
 from tandem.models.fields import Fields, read_json, shown, table, token_ids
 from tandem.models.gguf import PART, GgufFile, read_header, spec_from_gguf, to_hf_layout
+from tandem.models.scratch import PREFIX, NewTensors, Shape, new_tokenizer
 from tandem.models.spec import ModelSpec, expected_shapes, read_config, to_hf_config
 from tandem.models.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokenizer
 
@@ -59,7 +60,7 @@ class Checkpoint:
         origin: str,
         spec: ModelSpec,
         store: TensorStore,
-        tokenizer_of: Path | GgufFile,
+        tokenizer_of: Path | GgufFile | Tokenizer,
         ignored: Sequence[str] = (),
     ) -> None:
         self.origin = origin  # what the user gave
@@ -97,6 +98,8 @@ class Checkpoint:
 
     def load_tokenizer(self) -> Tokenizer:
         """The model's tokeniser, whose stop ids include those of config.json and generation_config.json."""
+        if isinstance(self._tokenizer_of, Tokenizer):
+            return self._tokenizer_of
         if isinstance(self._tokenizer_of, GgufFile):
             return load_gguf_tokenizer(self._tokenizer_of, self.spec.eos_token_ids, self.spec.vocab_size)
         path = self._tokenizer_of / "generation_config.json"
@@ -110,11 +113,15 @@ def open_checkpoint(source: str) -> Checkpoint:
 
     - a folder with config.json and safetensors (one file, or shards with their index)
     - a `.gguf` file, or a folder that holds one and no config.json
+    - `new:width=256,layers=6`: a new model of random weights over bytes (models/scratch.py)
     - `package:NAME`: the GGUF file that an installed package carries; the package is not imported
     - `owner/name` of the Hugging Face hub, where it can be reached or is in the hub's cache
 
     Raises ModelError that says what is wrong with the path, the file, the architecture or a tensor.
     """
+    if source.startswith(PREFIX):
+        shape = Shape.read(source)
+        return Checkpoint(source, shape.spec(), NewTensors(shape), new_tokenizer())
     if source.startswith("package:"):
         return _open_gguf(source, _package_file(source))
     path = Path(source).expanduser()

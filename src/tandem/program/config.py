@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -12,6 +13,8 @@ from typing import Any, Literal, get_args
 from tandem.errors import ConfigError, TandemWarning, nearest
 
 REWARD_NAMES = ("score", "last_number", "exact", "math_verify")
+
+PLACE = re.compile(r"\{(\w+)\}")  # of a field in task.template
 
 Scalar = int | float | str | bool
 Format = Literal["auto", "chat", "plain"]
@@ -36,7 +39,7 @@ class TaskConfig:
     question_field: str = "question"  # of a jsonl line
     answer_field: str = "answer"  # text or a number; of "reasoning #### 42" the 42 is the answer
     system: str = ""  # system message put first where a prompt has none; empty leaves the template's own
-    template: str = "{question}"  # what the user message says; reasoning_gym and jsonl only
+    template: str = "{question}"  # the user message, reasoning_gym and jsonl; of the first also texts of its metadata
     format: Format = "auto"  # of prompts: chat (by the model's template), plain (text alone); auto: chat where it can
     reward: str = "score"  # the environment's own score, or one of tandem.program.reward.REWARDS
     train_size: int = 0  # training prompts before they repeat; 0: the whole file, or without end
@@ -56,7 +59,9 @@ class TaskConfig:
             raise ConfigError(f"task.format is {self.format!r}. Allowed: {', '.join(get_args(Format))}.")
         if self.environment == "jsonl" and not (self.path or self.heldout_path):
             raise ConfigError("task.path is empty. Give the file: --set task.path=train.jsonl")
-        if "{question}" not in self.template:
+        if "{question}" not in self.template and not (
+            self.environment == "reasoning_gym" and PLACE.search(self.template)
+        ):
             raise ConfigError(f"task.template is {self.template!r}. It must hold {{question}}.")
         for name in ("system", "template", "path", "heldout_path", "question_field", "answer_field"):
             if half := half_character(getattr(self, name)):

@@ -24,6 +24,10 @@ class Environment:
         """A finite number for the text that the model wrote, without its stop token."""
         raise NotImplementedError(f"{type(self).__name__} must define reward(self, prompt, text)")
 
+    def solution(self, prompt: Prompt) -> str | None:
+        """A right answer as the model should write it, steps and all; None: it is not known. For training on texts."""
+        return None
+
     def score(self, prompt: Prompt, turns: tuple[Message, ...]) -> float:
         """The reward of a whole conversation after the prompt; unless written, that of the last thing it said."""
         said = [message.content for message in turns if message.role == "assistant"]

@@ -46,6 +46,13 @@ class Renderer:
         """The messages as the model expects them, up to where it is to answer."""
         return tuple(self._render(messages, True))
 
+    def answer_tokens(self, text: str) -> tuple[int, ...]:
+        """A given answer as the model is to write it: its tokens and the end of turn, stop token included."""
+        tokens = tuple(self.tokenizer.encode(text, False))
+        closing = () if self.plain else self._after_answer((), False)
+        ends = [place for place, token in enumerate(closing) if token in self.stop_token_ids]
+        return (*tokens, *(closing[: ends[0] + 1] if ends else self.stop_token_ids[:1]))
+
     def text(self, tokens: Sequence[int]) -> str:
         """What sampled tokens say, without the stop token that ended them."""
         ended = len(tokens) > 0 and tokens[-1] in self.stop_token_ids

@@ -77,6 +77,12 @@ class Task:
             return [self._local.train(index) for index in indices]
         return self._asked("train", [(index,) for index in indices])
 
+    def solutions(self, prompts: Sequence[Prompt]) -> list[str]:
+        """A right answer to each, written out. TaskError where the task has none."""
+        if self._local is not None:
+            return [tasks.solution(self._local, prompt) for prompt in prompts]
+        return self._asked("solution", [(prompt,) for prompt in prompts])
+
     def grade(self, conversations: Sequence[Conversation], until_s: float = math.inf) -> list[float | Failure]:
         """A finite reward or a Failure for each; nothing runs past `until_s` on time.monotonic's clock."""
         if self.config.reward in INLINE:
@@ -102,11 +108,12 @@ class Task:
             self._guard = Guard(self.config)
         return self._guard
 
-    def _asked(self, method: str, arguments: Sequence[tuple[int, ...]]) -> list[Any]:
+    def _asked(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
         """Prompts from the child; a prompt that cannot be had stops the run, for there is nothing to train on."""
         answers = self._child().call(method, "environment", arguments)
         for values, answer in zip(arguments, answers, strict=True):
             if isinstance(answer, Failure):
-                name = f"training prompt {values[0]}" if values else "held-out prompts"
+                asked = values[0].id if values and isinstance(values[0], Prompt) else values[0] if values else None
+                name = "held-out prompts" if asked is None else f"training prompt {asked}"
                 raise EnvironmentFailure(f"task {self.config.label}, {name}: {answer.reason}")
         return answers

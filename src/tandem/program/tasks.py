@@ -22,9 +22,10 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from tandem.errors import TaskError, nearest
-from tandem.program.config import TaskConfig, half_character
+from tandem.program.config import PLACE, TaskConfig, half_character
 from tandem.program.environment import Environment
 from tandem.program.reward import REWARDS, clipped, extract_answer, last_number_in, math_verify, one_number, refusal
+from tandem.program.worked import worked
 from tandem.types import Message, Prompt
 
 CHUNK_DRAWS = 4096  # draws of one reasoning-gym data set before its seed changes; some limit their size, to 20,000
@@ -146,9 +147,14 @@ class ReasoningGym(Environment):
 
     def prompt(self, split: str, index: int) -> Prompt:
         entry = self.entry(split, index)
-        content = self.config.template.replace("{question}", str(entry["question"]))
+        fields = {**entry.get("metadata", {}), "question": entry["question"]}
+        content = PLACE.sub(lambda place: self._field(fields, place[1]), self.config.template)
         record = {"question": entry["question"], "answer": str(entry["answer"]), "split": split, "draw": index}
         return Prompt(f"{self.config.label}/{split}/{index}", (Message("user", content),), record)
+
+    def solution(self, prompt: Prompt) -> str:
+        """Its steps where program/worked.py knows them, else the data set's answer."""
+        return worked(self.config.name, self.entry(prompt.record["split"], prompt.record["draw"]))
 
     def reward(self, prompt: Prompt, text: str) -> float:
         """The data set's own score_answer of the marked answer; of the last number where none is marked and the gold
@@ -167,6 +173,12 @@ class ReasoningGym(Environment):
         except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
             scorer.score_answer(own, entry)  # raises in its turn where the fault is the scorer's
             return 0.0
+
+    def _field(self, fields: Mapping[str, Any], name: str) -> str:
+        texts = [key for key, value in fields.items() if isinstance(value, str)]
+        if name not in texts:
+            raise TaskError(f"task.template asks for {{{name}}}, which {self.config.name} lacks.{nearest(name, texts)}")
+        return str(fields[name])
 
     def _entry(self, split: str, index: int) -> dict[str, Any]:
         return self.chunk(split, index // CHUNK_DRAWS)[index % CHUNK_DRAWS]
@@ -196,6 +208,10 @@ class ReasoningGym(Environment):
 
 class QuestionFile(Environment):
     """Questions and answers read from a file; scored by math-verify."""
+
+    def solution(self, prompt: Prompt) -> str:
+        """The file's own, all of it."""
+        return str(prompt.record["solution"])
 
     def reward(self, prompt: Prompt, text: str) -> float:
         return math_verify(prompt, text)
@@ -382,6 +398,18 @@ def uncertain(config: TaskConfig, prompts: Sequence[Prompt]) -> list[Prompt]:
         if "answer" in prompt.record:
             by_answer.setdefault(str(prompt.record["answer"]), prompt)
     return [prompt for answer, prompt in by_answer.items() if one_number(answer) is None]
+
+
+def solution(source: Source, prompt: Prompt) -> str:
+    """A right answer written out; TaskError where the environment has none."""
+    own = getattr(source.environment, "solution", None)
+    text = own(prompt) if own is not None else None
+    if not isinstance(text, str) or not text.strip():
+        raise TaskError(
+            f"{type(source.environment).__name__} has no solution of prompt {prompt.id}, which objective=next_token "
+            "trains on. Define solution(self, prompt) -> str."
+        )
+    return text
 
 
 def observe(source: Source, prompt: Prompt, turns: tuple[Message, ...]) -> tuple[Message, ...] | None:

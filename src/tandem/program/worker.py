@@ -46,6 +46,9 @@ class Calls:
         """Evaluate a prompt's answer beside another one; ValueError where the reward cannot read it."""
         graded_by_math_verify(prompt, "0")
 
+    def solution(self, prompt: Prompt) -> str:
+        return tasks.solution(self.source, prompt)
+
     def observe(self, prompt: Prompt, turns: tuple[Message, ...]) -> tuple[Message, ...] | None:
         return tasks.observe(self.source, prompt, turns)
 

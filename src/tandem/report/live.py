@@ -56,6 +56,8 @@ def step_line(row: Row, total_steps: int, left_s: float | None) -> str:
         parts.append(f"entropy {decimal(row.get('entropy'))}")
         parts.append(f"KL {divergence(row.get('kl'))}")
         parts.append(f"{count(row.get('tokens_per_s'))} tok/s")
+    elif "loss" in row:
+        parts += [f"loss {decimal(row['loss'])}", f"length {decimal(row.get('length'), 1)}"]
     if row.get("preemptions"):
         parts.append(f"preempted {count(row['preemptions'])} ({count(row.get('recomputed_tokens'))} tokens again)")
     if row.get("failed"):
@@ -200,7 +202,8 @@ class LiveTable:
     def _table(self) -> Table:
         width = self._console.width
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-        columns = ["step", "reward", "length", "max", "entropy", "KL", "tok/s", "time"]
+        measure = "reward" if any("reward" in row for row in self._rows) else "loss"
+        columns = ["step", measure, "length", "max", "entropy", "KL", "tok/s", "time"]
         if width >= 90:
             columns += ["equal groups", "failed", "gradient", "held-out"]
         for name in columns:
@@ -209,7 +212,7 @@ class LiveTable:
         for row in self._rows[-shown:]:
             cells = {
                 "step": str(row["step"]),
-                "reward": decimal(row.get("reward")),
+                measure: decimal(row.get(measure)),
                 "length": decimal(row.get("length"), 1),
                 "max": count(row.get("length_max")),
                 "entropy": decimal(row.get("entropy")),
@@ -227,10 +230,11 @@ class LiveTable:
     def _curves(self) -> list[Any]:
         lines: list[Any] = [Text("")]
         width = max(10, min(60, self._console.width - 34))
-        rewards = series(self._rows, "reward")[1]
-        if rewards:
-            line = Text.assemble(("reward    ", "dim"), (sparkline(rewards, width), "blue"))
-            lines.append(line.append(f"  {rewards[0]:.3f} to {rewards[-1]:.3f}"))
+        name = "reward" if any("reward" in row for row in self._rows) else "loss"
+        values = series(self._rows, name)[1]
+        if values:
+            line = Text.assemble((f"{name:<10}", "dim"), (sparkline(values, width), "blue"))
+            lines.append(line.append(f"  {values[0]:.3f} to {values[-1]:.3f}"))
         evaluated = evaluations(self._rows)
         if evaluated:
             text = " to ".join(held_out(e) for e in (evaluated[:1] + evaluated[-1:])[-min(2, len(evaluated)) :])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from tandem.algo.alarm import AlarmConfig, check_correctable
 from tandem.algo.config import AlgoConfig, check_group_size
@@ -14,6 +15,8 @@ from tandem.program.config import TaskConfig
 from tandem.rollout.config import RolloutConfig
 from tandem.sync.config import SyncConfig
 from tandem.train.config import LearnerConfig
+
+Learned = Literal["policy_gradient", "next_token"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,7 @@ class RunConfig:
     steps: int  # each samples, learns and publishes once
     model: ModelConfig
     seed: int = 0  # of all sampling; with the config it fixes the weights
+    objective: Learned = "policy_gradient"  # or next_token: of the task's own solutions; nothing is sampled to train on
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -120,6 +124,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ConfigError(f"steps is {self.steps}; it must be at least 1.")
+        if self.objective not in get_args(Learned):
+            raise ConfigError(f"objective is {self.objective!r}; allowed: {', '.join(get_args(Learned))}. Choose one.")
         if not 0 <= self.seed < 2**63:
             raise ConfigError(f"seed is {self.seed}; it must be 0 or more and fit 63 bits.")
         if self.checkpoint.best and not self.evaluation.repeats:
@@ -133,15 +139,20 @@ class RunConfig:
 
 def check_training(config: RunConfig) -> None:
     """Refuse, before any weight is loaded, what cannot be trained. Raises ConfigError."""
+    if config.objective == "policy_gradient":
+        _check_sampling(config)
+    if config.learner.optimiser_offload == "host" and config.model.device == "cpu":
+        raise ConfigError(
+            "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "
+            "to none, or to disk to keep it in a file."
+        )
+
+
+def _check_sampling(config: RunConfig) -> None:
     check_group_size(config.algo, config.rollout.samples_per_prompt)
     check_correctable(config.alarms, config.algo.correction)
     rollout = config.rollout
     if rollout.temperature == 0:
         raise ConfigError(
             "rollout.temperature is 0: greedy samples of a prompt are all alike and teach nothing. Set it above 0."
-        )
-    if config.learner.optimiser_offload == "host" and config.model.device == "cpu":
-        raise ConfigError(
-            "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "
-            "to none, or to disk to keep it in a file."
         )

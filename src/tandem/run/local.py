@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from tandem.algo.advantage import Selection, samples_from_groups
-from tandem.algo.objective import PolicyGradient
+from tandem.algo.objective import NextToken, Objective, PolicyGradient
 from tandem.algo.price import Lagrangian
 from tandem.errors import AlarmError, CheckpointError, NonFiniteError, ParityError, RunFolderError, TandemError
 from tandem.models.checkpoint import open_checkpoint
@@ -21,6 +21,7 @@ from tandem.program.task import Task, make_environment
 from tandem.rollout.evaluate import Evaluation, evaluate
 from tandem.rollout.group import RolloutSummary, summarise
 from tandem.rollout.rollout import Rollouts
+from tandem.rollout.written import texts, written
 from tandem.run import outlet
 from tandem.run.clock import started
 from tandem.run.config import RunConfig, check_training
@@ -43,6 +44,7 @@ Row = Mapping[str, Any]
 
 SAVE_SHARE = 200  # a save by time waits for this many times what the last one took: after the first, 0.5 % of a run
 
+OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated")  # keys of a row
 SCHEDULED = ("cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages")  # of engine.stats, in a step's row
 
 
@@ -80,7 +82,9 @@ class Session:
         self.saved_s, self.save_took_s = time.monotonic(), 0.0
         self.elapsed_s = 0.0  # of earlier sittings
         self.started_s = self.row_started_s = time.perf_counter()
-        objective = PolicyGradient(config.algo, config.rollout.temperature, config.alarms, exact=is_exact(config))
+        objective: Objective = NextToken()
+        if config.objective == "policy_gradient":
+            objective = PolicyGradient(config.algo, config.rollout.temperature, config.alarms, exact=is_exact(config))
         self.learner = Learner(
             parts.decoder,
             dataclasses.replace(config.learner, activation_checkpointing="on" if parts.memory.checkpointing else "off"),
@@ -91,7 +95,8 @@ class Session:
         self.price = Lagrangian(config.algo.price)
         self.course = Course(config.evaluation)
         self.rollouts = Rollouts(parts.engine, parts.renderer, task, config.rollout, config.seed, self.trace)
-        self.reference = self._reference() if config.algo.needs_reference else None
+        self.samples = config.objective == "policy_gradient"  # the engine does, and rewards and fates are theirs
+        self.reference = self._reference() if self.samples and config.algo.needs_reference else None
 
     def _reference(self) -> Decoder:
         source = open_checkpoint(resolve_source(self.config.model.source))
@@ -100,8 +105,10 @@ class Session:
     def stages(self) -> Stages:
         return Stages(
             prompts=self.prompts,
-            rollout=self.rollout,
-            credit=lambda groups: samples_from_groups(self.config.algo, groups, self.price.price),
+            rollout=self.rollout if self.samples else self.read,
+            credit=lambda groups: (
+                samples_from_groups(self.config.algo, groups, self.price.price) if self.samples else texts(groups)
+            ),
             learn=self.learn,
             publish=self.publish,
             record=self.record,
@@ -121,13 +128,19 @@ class Session:
             self.trace.count(name, getattr(after, name) - getattr(before, name))
         return groups
 
+    def read(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
+        """The task's own solutions in place of rollouts."""
+        positions = self.parts.decoder.spec.max_position
+        return written(prompts, self.task.solutions(prompts), self.parts.renderer, positions)
+
     def learn(self, step: int, groups: Sequence[Group], batch: Selection) -> LearnerReport | None:
         """One step of the learner. The trajectories are on disk before it starts."""
         kept = self.folder.write_trajectories(step, trajectory_rows(groups, self.parts.tokenizer.decode))
         samples = batch.samples
         with self.trace.span("learner"):
             self.parts.engine.give_back()
-            scorers = {"reference_logprobs": self.reference, "source_logprobs": self.parts.publisher.source}
+            source = self.parts.publisher.source if self.samples else None
+            scorers = {"reference_logprobs": self.reference, "source_logprobs": source}
             for name, decoder in scorers.items():
                 if decoder is not None:
                     budget, temperature = self.config.learner.microbatch_tokens, self.config.rollout.temperature
@@ -160,12 +173,15 @@ class Session:
         self.graded += summary.trajectories - summary.failed
         self.reasons.update(dict(summary.failures))
         row: dict[str, Any] = {"step": step, **_figures(summary, report), "weights": version.digest}
+        if not self.samples:  # what was read has no reward and no end of its own
+            row = {name: row[name] for name in row if name not in OF_SAMPLES}
         cost = self.price.update(groups)
         if self.config.algo.price.budget is not None:
             row |= {"cost": cost, "price": self.price.price}
         row["trained_samples"] = len(batch.samples)
-        self.ledger.record(groups, batch.samples)
-        self.course.sampled(row["reward"])
+        if self.samples:
+            self.ledger.record(groups, batch.samples)
+        self.course.sampled(row.get("reward"))
         last, asked, best = step == self.config.steps or bool(self.course.reached), self.config.evaluation, False
         try:
             if asked.prompts and (last or (asked.every and step % asked.every == 0)):

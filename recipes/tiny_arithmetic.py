@@ -1,0 +1,40 @@
+"""A model of 4.8 M parameters learns sums from their worked steps, from scratch, on two CPU cores."""
+
+from __future__ import annotations
+
+from tandem.engine.config import EngineConfig
+from tandem.models.config import ModelConfig
+from tandem.program.config import TaskConfig
+from tandem.rollout.config import RolloutConfig
+from tandem.run.config import EvaluationConfig, RunConfig
+from tandem.train.config import LearnerConfig
+
+
+def tiny_arithmetic() -> RunConfig:
+    """Next-token training of a new model on sums of two and three terms, 64 texts a step."""
+    return RunConfig(
+        name="tiny_arithmetic",
+        steps=1500,
+        objective="next_token",
+        model=ModelConfig("new:width=256,layers=6,heads=4,kv_heads=2,ff_width=768,max_position=256"),
+        task=TaskConfig(
+            environment="reasoning_gym",
+            name="chain_sum",
+            parameters=(("min_terms", 2), ("max_terms", 3), ("min_digits", 1), ("max_digits", 2)),
+            template="{expression} =",
+            reward="last_number",
+            heldout_size=256,
+        ),
+        rollout=RolloutConfig(prompts_per_step=64, samples_per_prompt=1, max_new_tokens=48),
+        engine=EngineConfig(kv_memory_bytes=64 << 20),
+        learner=LearnerConfig(
+            lr=1e-3,
+            warmup_steps=50,
+            schedule="cosine",
+            final_share=0.1,
+            beta2=0.99,
+            weight_decay=0.1,
+            microbatch_tokens=8192,
+        ),
+        evaluation=EvaluationConfig(prompts=256, every=250),
+    )
