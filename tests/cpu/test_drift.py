@@ -14,6 +14,7 @@ import pytest
 from tandem.algo.alarm import METRICS, Alarm, AlarmConfig, check, check_correctable
 from tandem.algo.config import NAIVE, AlgoConfig, CorrectionConfig
 from tandem.algo.drift import Observations, join, measure
+from tandem.algo.objective import Measured, PolicyGradient
 from tandem.algo.pack import count_prompts
 from tandem.columns import Columns
 from tandem.errors import AlarmError, ConfigError, ParityError
@@ -21,7 +22,7 @@ from tandem.models.decoder import Decoder
 from tandem.numerics.digest import tensor_digest
 from tandem.train.config import LearnerConfig
 from tandem.train.reference import with_logprobs
-from tandem.train.step import Learner, LearnerReport
+from tandem.train.step import Learner
 from tandem.types import Sample
 from tests.samples import column, having, trained, without
 
@@ -270,15 +271,14 @@ def noisy(samples: list[Sample], size: float, only: str = "") -> list[Sample]:
 
 
 def learner_of(decoder: Decoder, algo: AlgoConfig | None = None, lr: float = 1e-3, **fields) -> Learner:
-    return Learner(
-        decoder, LearnerConfig(lr=lr, microbatch_tokens=40), algo or AlgoConfig(), 1.0, total_updates=10, **fields
-    )
+    objective = PolicyGradient(algo or AlgoConfig(), 1.0, **fields)
+    return Learner(decoder, LearnerConfig(lr=lr, microbatch_tokens=40), objective, total_updates=10)
 
 
-def step(learner: Learner, samples: list[Sample]) -> LearnerReport:
+def step(learner: Learner, samples: list[Sample]) -> Measured:
     report = learner.step(samples, count_prompts(samples))
     assert report is not None
-    return report
+    return report.measured
 
 
 def test_lag_is_staleness(kernel_path, make_decoder: MakeDecoder) -> None:
@@ -376,7 +376,7 @@ def test_stop_comes_before_the_update(make_decoder: MakeDecoder) -> None:
     assert state_of(learner) == before
 
 
-def weights_after(decoder: Decoder, samples: list[Sample], algo: AlgoConfig, **fields) -> tuple[str, LearnerReport]:
+def weights_after(decoder: Decoder, samples: list[Sample], algo: AlgoConfig, **fields) -> tuple[str, Measured]:
     learner = learner_of(decoder, algo, **fields)
     report = step(learner, samples)
     return tensor_digest(decoder.export()), report

@@ -11,6 +11,7 @@ import torch
 
 from tandem.algo.config import AlgoConfig
 from tandem.algo.loss import summarise
+from tandem.algo.objective import PolicyGradient
 from tandem.algo.pack import count_prompts, pack
 from tandem.columns import Columns
 from tandem.errors import ConfigError, NonFiniteError
@@ -46,7 +47,9 @@ def random_samples(prompts: int = 4, siblings: int = 2, prompt_tokens: int = 9, 
 
 
 def learner_of(decoder: Decoder, algo: AlgoConfig | None = None, temperature: float = 1.0, **settings) -> Learner:
-    return Learner(decoder, LearnerConfig(**settings), algo or AlgoConfig(), temperature, total_updates=10)
+    return Learner(
+        decoder, LearnerConfig(**settings), PolicyGradient(algo or AlgoConfig(), temperature), total_updates=10
+    )
 
 
 def gradients(decoder: Decoder, samples: list[Sample], budget: int, share: bool, algo: AlgoConfig, **settings):
@@ -176,7 +179,11 @@ def test_step_moves_the_policy_towards_the_advantage(make_decoder: MakeDecoder):
         rescored.append(having(sample, logprobs=[*column(sample, "logprobs")[: -len(own)], *own]))
     report = learner_of(decoder, lr=1e-4).step(rescored, count_prompts(rescored))
     moved = (score(decoder, microbatch, 1.0) - before) * torch.tensor(microbatch.predictions["advantages"])
-    assert report is not None and float(moved.sum()) > 0 and report.metrics["ratio_max"] == pytest.approx(1.0, abs=1e-6)
+    assert (
+        report is not None
+        and float(moved.sum()) > 0
+        and report.measured.metrics["ratio_max"] == pytest.approx(1.0, abs=1e-6)
+    )
 
 
 @pytest.mark.parametrize("name", SCORED)

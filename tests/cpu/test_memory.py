@@ -45,6 +45,7 @@ import json, sys
 from dataclasses import replace
 from tandem import env
 env.limit_spinning()
+from tandem.algo.objective import PolicyGradient
 from tandem.algo.pack import count_prompts
 from tandem.columns import Columns
 from tandem.engine.config import EngineConfig
@@ -93,7 +94,7 @@ samples = [
 
 def learn(stage, plan, **settings):
     config = replace(run.learner, **settings)
-    Learner(parts.decoder, config, run.algo, 1.0, 10).step(samples, count_prompts(samples))
+    Learner(parts.decoder, config, PolicyGradient(run.algo, 1.0), 10).step(samples, count_prompts(samples))
     parts.publisher.publish(1)
     before, grads = resident_bytes(), [weight.grad for _, weight in parts.decoder.weights()]
     written = [grad.fill_(0.0).nbytes for grad in grads]

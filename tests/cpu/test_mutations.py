@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tandem.algo.config import AlgoConfig
+from tandem.algo.objective import PolicyGradient
 from tandem.algo.pack import count_prompts
 from tandem.engine import runner, schedule
 from tandem.engine.schedule import Scheduler
@@ -110,7 +111,7 @@ def trained(parity, make, order: Callable[[list[Any]], list[Any]] = list, update
     asked = parity.groups(texts(3, 30), 4, 1.0, 12)
     samples = order(parity.samples(asked, parity.engine(decoder, 200).generate(asked)))
     algo = AlgoConfig(updates_per_step=updates)
-    owner = learner.Learner(decoder, LearnerConfig(lr=1e-2, microbatch_tokens=100), algo, 1.0, updates)
+    owner = learner.Learner(decoder, LearnerConfig(lr=1e-2, microbatch_tokens=100), PolicyGradient(algo, 1.0), updates)
     owner.step(samples, count_prompts(samples))
     return decoder
 

@@ -16,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tandem.algo.config import AlgoConfig
+from tandem.algo.objective import PolicyGradient
 from tandem.algo.pack import count_prompts
 from tandem.engine.batch import Batch, Sampled
 from tandem.engine.engine import Engine
@@ -178,11 +179,11 @@ def test_the_first_update_has_ratio_one(kernel_path, make_decoder: MakeDecoder, 
     settings = LearnerConfig(
         activation_checkpointing="on" if checkpointing else "off", share_prefix=share, microbatch_tokens=80
     )
-    learner = Learner(decoder, settings, AlgoConfig(), 0.7, total_updates=1)
+    learner = Learner(decoder, settings, PolicyGradient(AlgoConfig(), 0.7), total_updates=1)
     report = learner.step(samples, count_prompts(samples))
     assert report is not None and report.microbatches > 1
     for name, wanted in {"mismatch": 0.0, "kl": 0.0, "ratio": 1.0, "ratio_max": 1.0, "ratio_error": 0.0}.items():
-        assert report.metrics[name] == wanted, (name, report.metrics[name])
+        assert report.measured.metrics[name] == wanted, (name, report.measured.metrics[name])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -213,7 +214,7 @@ class Recording:
 
     def run(self, batch: Batch) -> Sampled:
         sampled = self.runner.run(batch)
-        draws = zip(sampled.tokens, sampled.logprobs, strict=True)
+        draws = zip(sampled.tokens, sampled.values["logprobs"], strict=True)
         for work in batch.works:
             stays = self.residences.setdefault(work.request.id, [])
             if not stays or stays[-1][0] is not work.tables:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tandem.algo.config import AlgoConfig
+from tandem.algo.objective import PolicyGradient
 from tandem.algo.pack import count_prompts
 from tandem.columns import Columns
 from tandem.kernels import linear
@@ -71,7 +72,7 @@ def test_learner_step_is_split_by_operation(make_decoder):
     weights = []
     for probed in (True, False):
         decoder = make_decoder("bfloat16")
-        learner = Learner(decoder, LearnerConfig(lr=1e-3), AlgoConfig(), 1.0, 10)
+        learner = Learner(decoder, LearnerConfig(lr=1e-3), PolicyGradient(AlgoConfig(), 1.0), 10)
         if probed:
             rows = by_operation(profiles.learner_work(learner, samples, MACHINE))
         else:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tandem.algo.config import AlgoConfig
+from tandem.algo.objective import PolicyGradient
 from tandem.algo.pack import count_prompts, pack
 from tandem.cli import doctor
 from tandem.kernels import build, choice, selfcheck
@@ -278,7 +279,7 @@ def test_the_reference_on_request(monkeypatch, make_decoder, parity):
             assert torch.allclose(
                 score(decoder, microbatch, 1.0), torch.tensor(microbatch.predictions["logprobs"]).float(), atol=1e-4
             )
-        learner = Learner(decoder, LearnerConfig(), AlgoConfig(), 1.0, total_updates=2)
+        learner = Learner(decoder, LearnerConfig(), PolicyGradient(AlgoConfig(), 1.0), total_updates=2)
         for microbatch in pack(samples, count_prompts(samples), 2000, True):
             learner.backward(microbatch)
         (finding,) = doctor.check_kernels()

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tandem.algo.config import AlgoConfig
+from tandem.algo.objective import PolicyGradient
 from tandem.algo.pack import count_prompts, pack
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
@@ -91,7 +92,7 @@ def test_a_request_generates_what_it_does_alone(make_decoder):
 
 def gradients(decoder: Decoder, samples: list[Sample]) -> tuple[float, dict[str, torch.Tensor], list[torch.Tensor]]:
     """Loss, gradients and updated master weights of one step on the first microbatch."""
-    learner = Learner(decoder, LearnerConfig(lr=1e-2), AlgoConfig(), TEMPERATURE, total_updates=1)
+    learner = Learner(decoder, LearnerConfig(lr=1e-2), PolicyGradient(AlgoConfig(), TEMPERATURE), total_updates=1)
     microbatch = pack(samples, count_prompts(samples), 2000, True)[0]
     loss = float(learner.backward(microbatch).loss.detach())
     found = {name: weight.grad.double().cpu() for name, weight in decoder.weights() if weight.grad is not None}

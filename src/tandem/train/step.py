@@ -62,12 +62,11 @@ class Learner:
         self.trace = trace or Trace()  # span "update": norm, clipping, AdamW and packing of the weights
         self.optimiser = Optimiser(decoder, config)
 
-    def backward(self, microbatch: Microbatch, by: ObjectiveStep | None = None) -> tuple[LossResult, Any]:
-        """Add a microbatch's gradients; its loss and what the objective saw of it. `by`: a new step's where None.
+    def backward(self, microbatch: Microbatch) -> LossResult:
+        """Add a microbatch's gradients. NonFiniteError, naming the samples, where its loss is not finite."""
+        return self._backward(microbatch, self.objective.begin())[0]
 
-        NonFiniteError, naming the samples, where its loss is not finite.
-        """
-        by = by or self.objective.begin()
+    def _backward(self, microbatch: Microbatch, by: ObjectiveStep) -> tuple[LossResult, Any]:
         checkpointing = self.config.activation_checkpointing == "on"
         batch = to_tensors(microbatch, self.decoder.device)
         logprobs_N, entropy_N = forward(self.decoder, microbatch, batch, self.objective.temperature, checkpointing)
@@ -86,7 +85,7 @@ class Learner:
 
     def _gradients(self, microbatches: Sequence[Microbatch], by: ObjectiveStep) -> _Gradients:
         self.optimiser.zero_grad()
-        results, observed = zip(*(self.backward(microbatch, by) for microbatch in microbatches), strict=True)
+        results, observed = zip(*(self._backward(microbatch, by) for microbatch in microbatches), strict=True)
         return _Gradients(list(results), list(observed), sum(len(m.tokens_T) for m in microbatches))
 
     def _pack(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> list[Microbatch]:
