@@ -64,6 +64,11 @@ RUNS: dict[str, str] = {
     "tandem doctor": "",
     "tandem train smollm2_arithmetic_cpu --set engine.weights=int4 --set sync.lag=1 "
     "--set algo.correction.form=decoupled --set algo.correction.weight=token_tis --set alarms.action=warn": "",
+    "tandem train tiny_arithmetic": "",
+    "tandem train tiny_arithmetic --set task.environment=written.py:Written": "",
+    "tandem train tiny_arithmetic --set steps=200 --out tiny": "",
+    "tandem train smollm2_arithmetic_cpu --set model.source=tiny --set task.system= "
+    '--set "task.template={expression} ="': "",
     "tandem train smollm2_arithmetic_cpu --set task.environment=double.py:Double": "",
     "tandem train smollm2_arithmetic_cpu --set task.name=products --set task.parameters=max_terms=2,max_digits=1": "",
     "tandem train smollm2_arithmetic_cpu --set task.environment=jsonl --set task.path=train.jsonl "
@@ -77,6 +82,7 @@ FILES = {
     "tandem.load(": "library.py",
     "class Double": "double.py",
     "class Reverse": "reverse.py",
+    "class Written": "written.py",
     "def reinforce": "reinforce.py",
 }
 LISTED: dict[str, str] = {
@@ -221,10 +227,11 @@ def test_a_command_of_the_pages(
         return
     said = capsys.readouterr().err
     (row,) = [each for each in rows(home / "out/metrics.jsonl") if each["step"] == 1]
-    assert row["failed"] == 0 and row["trajectories"] == 4
+    assert row["failed"] == 0 and row["trajectories"] == (4 if "reward" in row else 2)
     prompts = [each["prompt"] for each in rows(home / "out/trajectories/step-1.jsonl")]
     calculates = any("calculator" in message["content"] for prompt in prompts for message in prompt)
-    assert calculates == ("task." not in text) == ("another task than chain_sum: its task" not in said)
+    assert calculates == ("smollm2" in text and "task." not in text)
+    assert ("another task than chain_sum: its task" in said) == ("task.environment" in text or "task.name" in text)
     if "Reverse" in text:
         texts = [each["text"] for each in rows(home / "out/trajectories/step-1.jsonl")]
         assert any("No. It begins with" in each for each in texts)
