@@ -70,7 +70,7 @@ def logits(folder: Path) -> torch.Tensor:
     opened = open_checkpoint(str(folder))
     decoder = Decoder(opened.spec, "float32").load(opened.tensors())
     with torch.no_grad():
-        return decoder.logits(decoder.forward(TOKENS, PackView(range(40), [0, 40], [range(40)])))
+        return decoder.logits(decoder.forward(TOKENS, PackView([0, 40])))
 
 
 def saved_again(folder: Path, out: Path) -> Any:
