@@ -374,10 +374,13 @@ def test_kl_pulls_from_any_distance(distance: float, single: bool, kl: str) -> N
 )
 def test_far_ratios_have_the_reference_gradient(gaps: list[float], advantage: float, loss: str) -> None:
     """What should push hardest, an unlikely token that the learner took to and that earned less, has no gradient."""
-    sample = Sample(
-        "p/0", "p", (0, *range(1, len(gaps) + 1)), (False,) + (True,) * len(gaps), (0.0,) + (advantage,) * len(gaps),
-        (0.0, *(-2e4 - gap for gap in gaps)), (1.0,) * (len(gaps) + 1),
-    )  # fmt: skip
+    columns = Columns.of(
+        tokens=range(len(gaps) + 1),
+        loss_mask=(False,) + (True,) * len(gaps),
+        advantages=(0.0,) + (advantage,) * len(gaps),
+        logprobs=(0.0, *(-2e4 - gap for gap in gaps)),
+    )
+    sample = Sample("p/0", "p", columns)
     config = AlgoConfig(loss=loss)
     (m,) = pack([sample], count_prompts([sample]), 1000)
     learner = torch.full((len(gaps),), -2e4, dtype=torch.float64, requires_grad=True)

@@ -149,7 +149,9 @@ ENTRIES: dict[str, Entry] = {
         lambda n: {"logits": normal(n, COLUMNS, dtype=FP32), "each": torch.zeros(n)},
     ),
     "kept sets": Entry(
-        lambda logits, tokens: [*map(torch.tensor, sampler.kept_sets(logits, tokens, batch_of(len(logits)))[1:])],
+        lambda logits, tokens: [
+            torch.tensor([-1.0 if x is None else x for x in sampler.kept_sets(logits, tokens, batch_of(len(logits)))[1]])
+        ],
         lambda n: {"logits": normal(n, COLUMNS, dtype=FP32), "tokens": torch.zeros(n, dtype=INT64)},
     ),
     "processed logits": Entry(
@@ -306,7 +308,8 @@ BEYOND: dict[str, tuple[Callable[[], Any], str]] = {
     "negative slot": (lambda: _stored(ids(0, 1), ids(-1, 0)), "slots -1 to 0"),
     "page": (lambda: page_sum.page_sums([normal(3, 9)], [0, 3]), "pages 0 to 3, outside 0 to 2"),
     "rows beyond the table": (lambda: Paths.build([0, 9], [0], [[0, 1]], PAGE), "in tables of 8 positions"),
-    "path beyond the pack": (lambda: PackView([0, 1], [0, 2], [[0, 2]]), "rows of paths 0 to 2, outside 0 to 1"),
+    "path beyond its parent": (lambda: PackView([0, 1, 2], [0, 2], [-1, 0]), "sees 2 positions of segment 0"),
+    "path without a parent": (lambda: PackView([0, 2], [1], [-1]), "sees 1 positions of segment -1"),
 }
 
 
@@ -346,7 +349,8 @@ def test_the_learner_names_the_sample_of_a_token_outside_the_vocabulary(make_dec
     asked = Request("r", "r", (1, 2, 3), Sampling(max_new_tokens=4), 0)
     decoder = make_decoder()
     (sample,) = parity.samples([asked], parity.engine(decoder).generate([asked]))
-    samples = [dataclasses.replace(sample, tokens=(*sample.tokens[:-1], wrong))]
+    tokens = [*sample.columns["tokens"][:-1], wrong]
+    samples = [dataclasses.replace(sample, columns=sample.columns.having(tokens=tokens))]
     (microbatch,) = pack(samples, count_prompts(samples), 100)
     with pytest.raises(AssertionError, match="of r: .*outside 0 to 96"):
         score(decoder, microbatch, 1.0)

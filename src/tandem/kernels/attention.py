@@ -83,7 +83,10 @@ class Paths:
             if first == 0:
                 starts.append(s)
             else:
-                assert starts and starts[-1] <= parent < s and first <= lengths_S[parent], (s, first, parent)
+                fits = starts and starts[-1] <= parent < s and first <= lengths_S[parent]
+                assert fits, (
+                    f"segment {s} sees {first} positions of segment {parent}, which has fewer or is no neighbour"
+                )
             table_SP[s, :first] = table_SP[parent, :first]
             table_SP[s, first:length] = np.arange(bounds_S[s], bounds_S[s + 1])
         bounds, first = (torch.from_numpy(np.asarray(x, dtype=np.int32)) for x in (bounds_S, first_S))
