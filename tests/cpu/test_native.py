@@ -150,7 +150,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "kept sets": Entry(
         lambda logits, tokens: [
-            torch.tensor([-1.0 if x is None else x for x in sampler.kept_sets(logits, tokens, batch_of(len(logits)))[1]])
+            torch.tensor([0.0 if p is None else p for p in sampler.kept_sets(logits, tokens, batch_of(len(logits)))[1]])
         ],
         lambda n: {"logits": normal(n, COLUMNS, dtype=FP32), "tokens": torch.zeros(n, dtype=INT64)},
     ),
