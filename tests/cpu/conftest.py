@@ -24,7 +24,8 @@ from tandem.kernels import build
 from tandem.kernels import sample as sampler
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import Decoder
-from tandem.models.spec import ModelSpec, expected_shapes
+from tandem.models.parts import expected_shapes
+from tandem.models.spec import ModelSpec
 from tandem.models.view import PackView
 from tandem.numerics.compare import difference
 from tandem.train.reference import score

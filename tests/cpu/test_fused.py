@@ -111,9 +111,8 @@ def test_weights_that_change_and_codes(make_decoder: Callable[..., Decoder]) -> 
         weight.repack()
     engine.generate(requests(3))
     for layer in decoder.layers:
-        assert layer.gate_up.hold(quantise(layer.gate_up.value, 4, 16)) and layer.out.hold(
-            quantise(layer.out.value, 8, 16)
-        )
+        gate_up, out = layer.feed.gate_up, layer.mix.out
+        assert gate_up.hold(quantise(gate_up.value, 4, 16)) and out.hold(quantise(out.value, 8, 16))
     engine.generate(requests(9))
 
 

@@ -21,7 +21,8 @@ from tandem.errors import CapacityError, ConfigError
 from tandem.models.checkpoint import Checkpoint, save_checkpoint
 from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
-from tandem.models.spec import LayerAttention, ModelSpec, expected_shapes
+from tandem.models.parts import expected_shapes
+from tandem.models.spec import LayerAttention, ModelSpec
 from tandem.models.view import PackView
 from tandem.numerics.compare import same_bits
 from tandem.recipes.smollm2_arithmetic_cpu import smollm2_arithmetic_cpu

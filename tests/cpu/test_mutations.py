@@ -434,7 +434,7 @@ def as_they_came(patch: Patch) -> None:
     patch.setattr(learner, "canonical", lambda samples, prompts: (samples, prompts))
 
 
-LINEAR, NORM = "tandem.models.decoder.linear", "tandem.models.decoder.rms_norm"
+LINEAR, NORM = "tandem.models.layer.linear", "tandem.models.layer.rms_norm"
 STORE, SCORES = "tandem.models.view.rotate_store_", "tandem.train.reference.token_logprobs"
 HEAD = "tandem.kernels.logprob._score"
 

@@ -154,11 +154,11 @@ def test_lag_serves_the_weights_of_so_many_updates_ago(publisher, lag, departure
         if step:
             update(ours, step)
         versions.append(ours.publish(step))
-        values.append(ours.learner.layers[0].qkv.value.clone())
+        values.append(ours.learner.layers[0].mix.qkv.value.clone())
         due = max(0, step - lag)
         assert ours.engine.version == versions[due] and ours.exact_engine.version == versions[step]
-        assert ours.source is not None and same_bits(ours.source.layers[0].qkv.served(), values[due])
-        assert same_bits(ours.serving.layers[0].qkv.served(), values[due]) is (not departures)
+        assert ours.source is not None and same_bits(ours.source.layers[0].mix.qkv.served(), values[due])
+        assert same_bits(ours.serving.layers[0].mix.qkv.served(), values[due]) is (not departures)
     assert len({version.digest for version in versions}) == 7
 
 

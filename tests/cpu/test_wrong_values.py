@@ -23,7 +23,8 @@ from tandem.errors import ModelError
 from tandem.models import llama4
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.decoder import Decoder
-from tandem.models.spec import ARCHITECTURES, ModelSpec, expected_shapes, from_hf_config, to_hf_config
+from tandem.models.parts import expected_shapes
+from tandem.models.spec import ARCHITECTURES, ModelSpec, from_hf_config, to_hf_config
 from tandem.models.view import PackView
 
 SHAPE: dict[str, Any] = {

@@ -16,7 +16,8 @@ import torch
 
 from tandem.kernels import choice
 from tandem.models.decoder import Decoder
-from tandem.models.spec import ModelSpec, expected_shapes
+from tandem.models.parts import expected_shapes
+from tandem.models.spec import ModelSpec
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATIONS = (

@@ -74,7 +74,7 @@ def test_a_graph_outlives_an_update(make_decoder):
     after = drawn(engine.generate(requests(2)))
     assert after != before and after == drawn(engine_of(other).generate(requests(2)))
     assert steps_of(engine).captured == captured
-    decoder.layers[0].qkv.value = decoder.layers[0].qkv.value.clone()
+    decoder.layers[0].mix.qkv.value = decoder.layers[0].mix.qkv.value.clone()
     with pytest.raises(AssertionError, match="moved"):
         engine.generate(requests(2))
 

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from tandem.errors import ConfigError, ModelError
 from tandem.models.config import ModelConfig
+from tandem.models.parts import expected_shapes
 from tandem.models.spec import (
     LayerAttention,
     ModelSpec,
     QueryTemperature,
     RopeScaling,
-    expected_shapes,
     from_hf_config,
     llama3_frequency_factors,
     to_hf_config,

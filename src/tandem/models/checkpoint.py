@@ -19,8 +19,9 @@ from tandem.errors import CheckpointError, ModelError, TandemWarning, nearest
 from tandem.models import llama4
 from tandem.models.fields import Fields, read_json, shown, table, token_ids
 from tandem.models.gguf import PART, GgufFile, read_header, spec_from_gguf, to_hf_layout
+from tandem.models.parts import expected_shapes
 from tandem.models.scratch import PREFIX, NewTensors, Shape, new_tokenizer
-from tandem.models.spec import ModelSpec, expected_shapes, read_config, to_hf_config
+from tandem.models.spec import ModelSpec, read_config, to_hf_config
 from tandem.models.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -275,7 +276,7 @@ class _Gguf:
 
     def __init__(self, file: GgufFile, spec: ModelSpec) -> None:
         self._file, self._spec = file, spec
-        self._names = file.hf_names()
+        self._names = file.hf_names(spec)
         self.shapes = {name: file.entries[own].shape for name, own in self._names.items()}
         self.coded_bytes = sum(entry.size_bytes for entry in file.entries.values() if entry.has_codes)
 

@@ -17,12 +17,9 @@ def hold_codes(decoder: Decoder, checkpoint: Checkpoint) -> frozenset[str]:
 
     Returns the Hugging Face names whose values need not be loaded. An embedding's are needed for the look-up of rows.
     """
-    names: dict[int, list[str]] = {}  # of the tensors that lie in a weight, in order, by its memory
-    for name, view in decoder.export():
-        names.setdefault(view.untyped_storage().data_ptr(), []).append(name)
     held: list[str] = []
-    for _, weight in decoder.weights():
-        own = names[weight.value.untyped_storage().data_ptr()]
+    for slot, weight in decoder.slots():
+        own = [one.name for one in slot.stored]
         if _hold(weight, own, checkpoint, rows=weight is decoder.embed) and weight is not decoder.embed:
             held += own
     return frozenset(held)

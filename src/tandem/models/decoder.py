@@ -1,7 +1,7 @@
 """The one decoder: packed tokens against a view of keys and values, for engine and learner alike.
 
-Pre-norm layers of grouped-query attention and SwiGLU. The q, k, v projections are one matrix, gate and up are one
-matrix; `load` and `export` translate to and from the Hugging Face names and layout.
+Layers of two parts each (layer.py) between an embedding and a head. `load` and `export` translate to and from the
+Hugging Face names and layout.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch
 from tandem.errors import ConfigError, ModelError
 from tandem.kernels.address import check_range
 from tandem.kernels.choice import backend
-from tandem.kernels.linear import linear, logits
+from tandem.kernels.linear import logits
 from tandem.kernels.norm import rms_norm
-from tandem.kernels.swiglu import swiglu_down
 from tandem.kernels.weight import Weight
 from tandem.models.config import Kernels
+from tandem.models.layer import Layer, views
+from tandem.models.parts import Slot, outer_slots
 from tandem.models.recompute import recompute
 from tandem.models.rope import query_factors, rope_tables
 from tandem.models.spec import ModelSpec
@@ -45,29 +46,6 @@ class _Embed(torch.autograd.Function):
         return torch.zeros(()), None, None
 
 
-class Layer:
-    """Weights of one layer."""
-
-    __slots__ = ("down", "feed_norm", "gate_up", "k_norm", "norm", "out", "q_norm", "qkv", "qkv_bias")
-
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
-        def matrix(rows: int, columns: int) -> Weight:
-            return Weight(torch.zeros(rows, columns, dtype=dtype, device=device), matrix=True)
-
-        def vector(size: int) -> Weight:
-            return Weight(torch.zeros(size, dtype=dtype, device=device), matrix=False)
-
-        rows = (spec.heads + 2 * spec.kv_heads) * spec.head_size
-        self.norm, self.feed_norm = vector(spec.width), vector(spec.width)
-        self.qkv = matrix(rows, spec.width)
-        self.qkv_bias = vector(rows) if spec.attention_bias else None
-        self.q_norm = vector(spec.head_size) if spec.qk_norm else None
-        self.k_norm = vector(spec.head_size) if spec.qk_norm else None
-        self.out = matrix(spec.width, spec.heads * spec.head_size)
-        self.gate_up = matrix(2 * spec.ff_width, spec.width)
-        self.down = matrix(spec.width, spec.ff_width)
-
-
 class Decoder:
     """A decoder-only transformer in one compute dtype.
 
@@ -85,17 +63,15 @@ class Decoder:
         self.device = torch.device(device)
         cos_PD, sin_PD = rope_tables(spec, spec.max_position)
         self.tables = (cos_PD.to(self.device), sin_PD.to(self.device))
-        self.heads = self._heads()
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-        self.embed = Weight(zeros(spec.vocab_size, spec.width), matrix=spec.tied_embeddings)
-        self.layers = [Layer(spec, self.dtype, self.device) for _ in range(spec.layers)]
-        self.norm = Weight(zeros(spec.width), matrix=False)
-        self.head = self.embed
-        if not spec.tied_embeddings:
-            self.head = Weight(zeros(spec.vocab_size, spec.width), matrix=True)
+        self._outer = embed, norm, head = outer_slots(spec)
+        self.embed = Weight(zeros(*embed.shape), matrix=head is embed)
+        self.layers = [Layer(spec, index, heads, zeros) for index, heads in enumerate(self._heads())]
+        self.norm = Weight(zeros(*norm.shape), matrix=False)
+        self.head = self.embed if head is embed else Weight(zeros(*head.shape), matrix=True)
         for _, weight in self.weights():
             weight.library = kernels == "library"
 
@@ -120,52 +96,36 @@ class Decoder:
     @property
     def compiled(self) -> bool:
         """Whether its products run on compiled kernels; the reference ones are not batch-invariant."""
-        weight = self.layers[0].qkv
+        weight = self.layers[0].mix.qkv
         return weight.packed is not None or weight.codes is not None or backend(weight.value) == "triton"
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
-        """Each weight once, by a name of the decoder's own."""
+        """Each weight once, by a name of the decoder's own; gradient norms and weight hashes add in this order."""
         yield "embed", self.embed
-        for index, layer in enumerate(self.layers):
-            for name in Layer.__slots__:
-                weight = getattr(layer, name)
-                if weight is not None:
-                    yield f"layers.{index}.{name}", weight
+        for layer in self.layers:
+            named = {slot.name: weight for slot, weight in layer.weights()}
+            for name in sorted(named):
+                yield f"layers.{layer.index}.{name}", named[name]
         yield "norm", self.norm
         if self.head is not self.embed:
             yield "head", self.head
 
-    def _names(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Hugging Face names with the views of `weights` that hold them."""
-        spec = self.spec
-        q_rows, kv_rows = spec.heads * spec.head_size, spec.kv_heads * spec.head_size
-        cuts = {"q_proj": (0, q_rows), "k_proj": (q_rows, kv_rows), "v_proj": (q_rows + kv_rows, kv_rows)}
-        yield "model.embed_tokens.weight", self.embed.value
-        for index, layer in enumerate(self.layers):
-            prefix = f"model.layers.{index}"
-            yield f"{prefix}.input_layernorm.weight", layer.norm.value
-            for name, (start, rows) in cuts.items():
-                yield f"{prefix}.self_attn.{name}.weight", layer.qkv.value.narrow(0, start, rows)
-                if layer.qkv_bias is not None:
-                    yield f"{prefix}.self_attn.{name}.bias", layer.qkv_bias.value.narrow(0, start, rows)
-            if layer.q_norm is not None and layer.k_norm is not None:
-                yield f"{prefix}.self_attn.q_norm.weight", layer.q_norm.value
-                yield f"{prefix}.self_attn.k_norm.weight", layer.k_norm.value
-            yield f"{prefix}.self_attn.o_proj.weight", layer.out.value
-            yield f"{prefix}.post_attention_layernorm.weight", layer.feed_norm.value
-            yield f"{prefix}.mlp.gate_proj.weight", layer.gate_up.value.narrow(0, 0, spec.ff_width)
-            yield f"{prefix}.mlp.up_proj.weight", layer.gate_up.value.narrow(0, spec.ff_width, spec.ff_width)
-            yield f"{prefix}.mlp.down_proj.weight", layer.down.value
-        yield "model.norm.weight", self.norm.value
+    def slots(self) -> Iterator[tuple[Slot, Weight]]:
+        """Each weight once with the names of its tensors, in the order of the forward pass."""
+        embed, norm, head = self._outer
+        yield embed, self.embed
+        for layer in self.layers:
+            yield from layer.weights()
+        yield norm, self.norm
         if self.head is not self.embed:
-            yield "lm_head.weight", self.head.value
+            yield head, self.head
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Decoder:
         """Copy every tensor in, by Hugging Face name. ModelError for one that is missing, unknown or misshapen.
 
         Matrices whose values are held as codes alone (models/codes.py) are left as they are.
         """
-        wanted = {name: tensor for name, tensor in self._names() if not tensor.is_meta}
+        wanted = {name: tensor for name, tensor in self.export() if not tensor.is_meta}
         for name, tensor in tensors:
             target = wanted.pop(name, None)
             if target is None:
@@ -184,31 +144,13 @@ class Decoder:
 
     def export(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Hugging Face names and tensors, sharing memory with the decoder."""
-        return self._names()
+        for slot, weight in self.slots():
+            yield from views(slot, weight)
 
     def repack(self) -> None:
         """After the values changed: derive what the products read."""
         for _, weight in self.weights():
             weight.repack()
-
-    def _qkv(self, layer: Layer, hidden_TM: torch.Tensor) -> torch.Tensor:
-        qkv_TW = linear(rms_norm(hidden_TM, layer.norm, self.spec.norm_eps), layer.qkv, layer.qkv_bias)
-        if layer.q_norm is None or layer.k_norm is None:
-            return qkv_TW
-        rows, size = qkv_TW.shape[0], self.spec.head_size
-        query, key, value = self.heads[0].cut(qkv_TW)
-        normed = [
-            rms_norm(x.reshape(-1, size), weight, self.spec.norm_eps).view(rows, -1)
-            for x, weight in ((query, layer.q_norm), (key, layer.k_norm))
-        ]
-        return torch.cat([*normed, value.reshape(rows, -1)], 1)
-
-    def _layer(self, index: int, hidden_TM: torch.Tensor, view: View) -> torch.Tensor:
-        layer = self.layers[index]
-        attended_TW = view.attend(index, self._qkv(layer, hidden_TM), self.heads[index], self.tables)
-        hidden_TM = linear(attended_TW, layer.out, None, hidden_TM)
-        gate_up_TF = linear(rms_norm(hidden_TM, layer.feed_norm, self.spec.norm_eps), layer.gate_up)
-        return swiglu_down(gate_up_TF, layer.down, hidden_TM)
 
     def forward(
         self, tokens_T: torch.Tensor, view: View, rows_N: torch.Tensor | None = None, *, checkpointing: bool = False
@@ -223,11 +165,12 @@ class Decoder:
             hidden_TM = _Embed.apply(torch.zeros((), requires_grad=True), self.embed, tokens_T)
         else:
             hidden_TM = self.embed.value[tokens_T]
-        for index in range(len(self.layers)):
+        for layer in self.layers:
+            forward = partial(layer.forward, view=view, tables=self.tables)
             if checkpointing and torch.is_grad_enabled():
-                hidden_TM = recompute(partial(self._layer, index, view=view), hidden_TM)
+                hidden_TM = recompute(forward, hidden_TM)
             else:
-                hidden_TM = self._layer(index, hidden_TM, view)
+                hidden_TM = forward(hidden_TM)
         if rows_N is not None:
             hidden_TM = hidden_TM[rows_N]
         return rms_norm(hidden_TM, self.norm, self.spec.norm_eps)

@@ -15,12 +15,10 @@ from tandem.kernels.address import address, check_range
 from tandem.kernels.build import kernel
 from tandem.kernels.forward import FEW, ForwardArgs, GroupArgs, LayerArgs, MatrixArgs
 from tandem.kernels.page_pool import KvPool
-from tandem.kernels.weight import Weight, matrix_addresses
+from tandem.kernels.weight import matrix_addresses
 from tandem.models.decoder import Decoder
 from tandem.models.view import PagedView
 from tandem.types import Reach
-
-_MATRICES = ("qkv", "out", "gate_up", "down")
 
 
 class FusedForward:
@@ -42,31 +40,26 @@ class FusedForward:
             object
         ] = []  # what the matrices were when `_layers` was made; held, so that no id comes again
         self._layers = (LayerArgs * len(pools))()
-
-    def _matrices(self) -> list[object]:
-        layers = self.decoder.layers
-        weights: list[Weight] = [getattr(layer, name) for layer in layers for name in _MATRICES]
-        return [weight.packed if weight.codes is None else weight.codes for weight in weights]
+        self._matrices = [w for layer in decoder.layers for slot, w in layer.weights() if slot.columns is not None]
 
     def _fill(self, forms: list[object]) -> None:
         self._forms = forms
-        for index, (layer, pool) in enumerate(zip(self.decoder.layers, self.pools, strict=True)):
-            args = self._layers[index]
-            for name in _MATRICES:
-                setattr(args, name, MatrixArgs(*matrix_addresses(getattr(layer, name))))
-            for name in ("norm", "feed_norm", "q_norm", "k_norm"):
-                weight = getattr(layer, name)
-                setattr(args, name, None if weight is None else weight.value.data_ptr())
+        for args, layer, pool in zip(self._layers, self.decoder.layers, self.pools, strict=True):
+            for slot, weight in layer.weights():
+                if slot.columns is not None:
+                    setattr(args, slot.name, MatrixArgs(*matrix_addresses(weight)))
+                elif slot.name != "qkv_bias":
+                    setattr(args, slot.name, weight.value.data_ptr())
             args.keys, args.values = pool.keys.data_ptr(), pool.values.data_ptr()
             args.scales = None if pool.scales is None else pool.scales.data_ptr()
-            args.rotary = self.decoder.heads[index].rotary
+            args.rotary = layer.mix.heads.rotary
 
     def _bias(self) -> list[Tensor]:
         """The biases in fp32, set in the layers' arguments; to be held during the call."""
         found = []
         for args, layer in zip(self._layers, self.decoder.layers, strict=True):
-            if layer.qkv_bias is not None:
-                found.append(layer.qkv_bias.value.float())
+            if layer.mix.qkv_bias is not None:
+                found.append(layer.mix.qkv_bias.value.float())
                 args.qkv_bias = found[-1].data_ptr()
         return found
 
@@ -74,7 +67,7 @@ class FusedForward:
         """Addresses of hidden, normed, qkv, attended, both, act in scratch that only grows."""
         spec = self.decoder.spec
         few = max(rows, FEW * torch.get_num_threads())
-        qkv, attended = self.decoder.heads[0].width, spec.heads * spec.head_size
+        qkv, attended = self.decoder.layers[0].mix.heads.width, spec.heads * spec.head_size
         sizes = (
             rows * spec.width,
             few * spec.width,
@@ -94,7 +87,7 @@ class FusedForward:
     def __call__(self, tokens_T: Tensor, view: PagedView, rows_N: Tensor) -> Tensor:
         """Final hidden states [N, M], normed, of `rows_N` (ascending); writes the keys and values of all rows."""
         decoder, spec = self.decoder, self.decoder.spec
-        forms = self._matrices()
+        forms: list[object] = [w.packed if w.codes is None else w.codes for w in self._matrices]
         if len(forms) != len(self._forms) or any(now is not then for now, then in zip(forms, self._forms, strict=True)):
             self._fill(forms)
         biases = self._bias()
@@ -135,9 +128,9 @@ class FusedForward:
             check_range(paths.table_SP, self.pools[0].num_slots // paths.page_tokens, "pages")
         held = [paths.table_SP if segment_N is None else paths.table_SP[segment_N] for paths in view.paths_G]
         groups = (GroupArgs * len(held))()
-        for layer, (args, heads) in enumerate(zip(self._layers, self.decoder.heads, strict=True)):
-            args.group = index = view.group_L[layer]
-            reach = Reach(window=view.window) if view.window else heads.reach
+        for args, layer in zip(self._layers, self.decoder.layers, strict=True):
+            args.group = index = view.group_L[layer.index]
+            reach = Reach(window=view.window) if view.window else layer.mix.heads.reach
             if groups[index].table is None:
                 groups[index] = GroupArgs(
                     *(t.data_ptr() for t in (view.paths_G[index].table_SP, held[index])),
@@ -151,7 +144,7 @@ def fits(decoder: Decoder, pools: list[KvPool]) -> bool:
     """Whether the C++ has everything this decoder does: exact products, packed pages, plain rotation or none."""
     spec = decoder.spec
     even = spec.width % 2 == 0 and spec.ff_width % 2 == 0
-    plain = all(heads.norm_eps is None and heads.factor_P is None for heads in decoder.heads)
-    weights = [getattr(layer, name) for layer in decoder.layers for name in _MATRICES]
+    plain = all(layer.mix.heads.norm_eps is None and layer.mix.heads.factor_P is None for layer in decoder.layers)
+    weights = [weight for layer in decoder.layers for slot, weight in layer.weights() if slot.columns is not None]
     exact = all((w.packed is not None or w.codes is not None) and not w.library for w in weights)
     return even and plain and exact and all(pool.packed for pool in pools)

@@ -20,6 +20,7 @@ import numpy as np
 
 from tandem.errors import ModelError
 from tandem.models.fields import Fields, number, optional, shown, text, token_id, whole
+from tandem.models.parts import all_slots
 from tandem.models.spec import (
     ARCHITECTURES,
     MOST_LAYERS,
@@ -52,24 +53,6 @@ FORMATS: dict[int, tuple[str, int, int]] = {
 }
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
-_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
 PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")  # llama.cpp's name of a part of a model
 # Hyperparameters of an architecture that say nothing of the pass, and values that leave it as it is (else 0).
 _SILENT = ("vocab_size", "rope.scaling.finetuned", "tensor_data_layout", "pooling_type", "expert_used_count")
@@ -115,12 +98,16 @@ class GgufFile:
     def architecture(self) -> str:
         return str(self.fields.get("general.architecture"))
 
-    def hf_names(self) -> dict[str, str]:
+    def hf_names(self, spec: ModelSpec) -> dict[str, str]:
         """Hugging Face name -> GGUF name of every weight; a name that has no counterpart stands for itself."""
-        names = {_hf_name(name): name for name in self.entries if name != _ROPE_FACTORS}
+        known = {one.gguf: one.name for slot in all_slots(spec) for one in slot.stored}
+        names: dict[str, str] = {}
         for name in self.entries:
-            if names.get(_hf_name(name), name) != name:
-                raise ModelError(f"{self.path} holds {name} twice, also under the name {names[_hf_name(name)]}.")
+            hf_name = known.get(name, name)
+            if hf_name in names:
+                raise ModelError(f"{self.path} holds {name} twice, also under the name {names[hf_name]}.")
+            if name != _ROPE_FACTORS:
+                names[hf_name] = name
         return names
 
     def read(self, name: str) -> torch.Tensor:
@@ -409,15 +396,6 @@ def _truncated(path: Path, where: str) -> ModelError:
     return ModelError(
         f"{path} is truncated: its {path.stat().st_size} bytes end within {where}. Download or copy the file again."
     )
-
-
-def _hf_name(name: str) -> str:
-    if name in _TOP_NAMES:
-        return _TOP_NAMES[name]
-    parts = name.split(".")
-    if len(parts) == 4 and parts[0] == "blk" and parts[2] in _NAMES:
-        return f"model.layers.{parts[1]}.{_NAMES[parts[2]]}.{parts[3]}"
-    return name
 
 
 def _format_name(kind: int) -> str:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tandem.errors import ModelError, nearest
-from tandem.models.spec import ModelSpec, expected_shapes
+from tandem.models.parts import expected_shapes
+from tandem.models.spec import ModelSpec
 from tandem.models.tokenizer import Tokenizer, byte_alphabet
 from tandem.numerics.random import Stream, normal, word_rows
 

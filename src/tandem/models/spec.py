@@ -287,36 +287,6 @@ def to_hf_config(spec: ModelSpec, dtype: str) -> dict[str, Any]:
     return config | attention_to_hf(spec)
 
 
-def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a Hugging Face checkpoint of `spec`, in the order of the forward pass.
-
-    Llama 4's are translated (llama4.py). Projections are [out, in]. A tied model has no `lm_head.weight`.
-    """
-    width, ff, head = spec.width, spec.ff_width, spec.head_size
-    query, key = spec.heads * head, spec.kv_heads * head
-    layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (width,)}
-    for name, rows in (("q", query), ("k", key), ("v", key)):
-        layer[f"self_attn.{name}_proj.weight"] = (rows, width)
-        if spec.attention_bias:
-            layer[f"self_attn.{name}_proj.bias"] = (rows,)
-    if spec.qk_norm:
-        layer["self_attn.q_norm.weight"] = layer["self_attn.k_norm.weight"] = (head,)
-    layer |= {
-        "self_attn.o_proj.weight": (width, query),
-        "post_attention_layernorm.weight": (width,),
-        "mlp.gate_proj.weight": (ff, width),
-        "mlp.up_proj.weight": (ff, width),
-        "mlp.down_proj.weight": (width, ff),
-    }
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (spec.vocab_size, width)}
-    for index in range(spec.layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    shapes["model.norm.weight"] = (width,)
-    if not spec.tied_embeddings:
-        shapes["lm_head.weight"] = (spec.vocab_size, width)
-    return shapes
-
-
 def llama3_frequency_factors(spec: ModelSpec, scaling: RopeScaling) -> list[float]:
     """D/2 divisors of the rotary frequencies under the llama3 scaling, as llama.cpp stores them in `rope_freqs.weight`.
 

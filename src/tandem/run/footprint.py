@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from dataclasses import dataclass, replace
 from math import prod
@@ -13,7 +12,8 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.layout import KvLayout
 from tandem.kernels.build import lacking
 from tandem.models.config import ModelConfig
-from tandem.models.spec import ModelSpec, expected_shapes
+from tandem.models.parts import all_slots, expected_shapes
+from tandem.models.spec import ModelSpec
 from tandem.run.config import RunConfig
 from tandem.run.departures import of_engine, without_departures
 
@@ -117,14 +117,12 @@ def packed_bytes(spec: ModelSpec, model: ModelConfig, dtype: str = "") -> int:
     kind = dtype or model.dtype
     if model.device != "cpu" or kind == "float16" or env.kernels() or lacking():
         return 0
-    rows: dict[str, int] = {}
-    depths: dict[str, int] = {}
-    for name, shape in expected_shapes(spec).items():
-        if len(shape) == 2 and (spec.tied_embeddings or "embed_tokens" not in name):
-            fused = re.sub(r"[qkv]_proj|(gate|up)_proj", lambda found: "gate_up" if found[1] else "qkv", name)
-            rows[fused] = rows.get(fused, 0) + shape[0]
-            depths[fused] = shape[1] + shape[1] % 2 if kind == "bfloat16" else shape[1]
-    return SIZES[kind] * sum(-(-count // PANEL) * PANEL * depths[name] for name, count in rows.items())
+    matrices = [
+        (-(-slot.rows // PANEL) * PANEL, slot.columns)
+        for slot in all_slots(spec)
+        if slot.columns is not None and (spec.tied_embeddings or slot.name != "embed")
+    ]
+    return SIZES[kind] * sum(rows * (depth + (depth % 2 if kind == "bfloat16" else 0)) for rows, depth in matrices)
 
 
 def rounded_bytes(asked: Asked) -> int:

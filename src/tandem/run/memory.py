@@ -23,7 +23,7 @@ from typing import Any, Literal
 from tandem import env
 from tandem.engine.layout import KvLayout
 from tandem.errors import CapacityError
-from tandem.models.spec import expected_shapes
+from tandem.models.parts import expected_shapes
 from tandem.run.config import RunConfig
 from tandem.run.footprint import (
     ALL,

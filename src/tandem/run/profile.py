@@ -71,13 +71,13 @@ def _fused(_out: Tensor, own: FusedForward, tokens_T: Tensor, view: PagedView, r
 
     assert own.seconds is not None
     seconds, own.seconds = own.seconds.tolist(), None
-    layers, heads, size = own.decoder.layers, own.decoder.heads[0], own.decoder.dtype.itemsize
+    layers, heads, size = own.decoder.layers, own.decoder.layers[0].mix.heads, own.decoder.dtype.itemsize
     rows, last, full = len(tokens_T), len(rows_N), len(layers) - 1
     (met, keys), last_keys = _pairs(view.paths), float((view.positions_T[rows_N] + 1).sum())
     wide = full * rows + last
 
     def product(name: str, count: int) -> Cost:
-        weights = [getattr(layer, name) for layer in layers]
+        weights = [weight for layer in layers for slot, weight in layer.weights() if slot.name == name]
         moved = sum(map(_served, weights)) + size * count * sum(weights[0].value.shape)
         return Cost(_product(count, weights[0]), moved)
 

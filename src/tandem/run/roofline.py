@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tandem.models.parts import layer_slots
 from tandem.models.spec import ModelSpec
 
 SMOLLM2 = ModelSpec(
@@ -90,8 +91,7 @@ def measure() -> Machine:
 
 def layer_parameters(spec: ModelSpec) -> int:
     """Elements of the matrices of all layers."""
-    qkv = (spec.heads + 2 * spec.kv_heads) * spec.head_size
-    return spec.layers * spec.width * (qkv + spec.heads * spec.head_size + 3 * spec.ff_width)
+    return sum(slot.size for slot in layer_slots(spec) if slot.columns is not None)
 
 
 def parameters(spec: ModelSpec) -> int:
