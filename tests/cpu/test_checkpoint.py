@@ -18,7 +18,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from tandem.errors import CheckpointError, ModelError
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.fields import Fields
-from tandem.models.spec import from_hf_config, read_config, to_hf_config
+from tandem.models.hf_config import from_hf_config, read_config, to_hf_config
 from tandem.models.tokenizer import Tokenizer
 
 SMALL = {

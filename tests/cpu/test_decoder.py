@@ -17,9 +17,9 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
 from tandem.kernels.logprob import token_logprobs
-from tandem.models import llama4
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import Decoder
+from tandem.models.families import FAMILIES
 from tandem.models.tokenizer import Tokenizer
 from tandem.models.view import PackView
 from tandem.numerics.compare import same_bits
@@ -69,6 +69,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen2-yarn": lambda: transformers.Qwen2Config(**SMALL, rope_parameters=YARN),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=32),
     "qwen3-mixed": lambda: transformers.Qwen3Config(**SMALL, head_dim=16, **MIXED),
+    "smollm3": lambda: transformers.SmolLM3Config(**SMALL, no_rope_layers=[1, 0, 0, 1], pad_token_id=0),
     "llama4": lambda: transformers.Llama4TextConfig(**SMALL, head_dim=16, **LLAMA4),
 }
 PROMPTS = (
@@ -180,8 +181,9 @@ def named_gradients(decoder: Decoder) -> dict[str, Tensor]:
         assert weight.grad is not None
         weight.value = weight.grad
     named = {name: tensor.clone() for name, tensor in decoder.export()}
-    if decoder.spec.architecture == "llama4_text":
-        named = {llama4.checkpoint_name(name): llama4.to_pairs(decoder.spec, name, g) for name, g in named.items()}
+    renaming = FAMILIES[decoder.spec.architecture].renaming
+    if renaming is not None:
+        named = {renaming.write_name(name): renaming.write(decoder.spec, name, g) for name, g in named.items()}
     for weight, value in zip(weights, values, strict=True):
         weight.value = value
         weight.grad = None

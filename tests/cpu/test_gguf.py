@@ -343,9 +343,12 @@ def test_unsupported_architecture_and_format(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"is a mixture of 4 experts"):
         open_checkpoint(str(write(tmp_path / "e.gguf", model, extra=lambda w: w.add_expert_count(4))))
     path = write(tmp_path / "m.gguf", model)
-    path.write_bytes(path.read_bytes().replace(struct.pack("<Q", 5) + b"llama", struct.pack("<Q", 5) + b"gemma", 1))
-    with pytest.raises(ModelError, match="architecture 'gemma', which is not supported; supported: llama"):
-        open_checkpoint(str(path))
+    whole = path.read_bytes()
+    for kind in (b"gemma", b"smollm3"):  # of the second, GGUF files do not say which layers rotate
+        path.write_bytes(whole.replace(struct.pack("<Q", 5) + b"llama", struct.pack("<Q", len(kind)) + kind, 1))
+        named = f"architecture '{kind.decode()}', which is not supported; supported: llama, mistral, qwen2, qwen3. "
+        with pytest.raises(ModelError, match=named):
+            open_checkpoint(str(path))
 
     def ternary(writer: gguf.GGUFWriter) -> None:
         writer.add_tensor("odd.weight", np.zeros((1, 66), np.uint8), raw_dtype=Kind.TQ2_0)

@@ -18,11 +18,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from tandem.models.attention import LayerAttention, QueryTemperature
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
+from tandem.models.hf_config import from_hf_config, to_hf_config
 from tandem.models.rope import query_factors, rope_tables
-from tandem.models.spec import ModelSpec, from_hf_config, to_hf_config
+from tandem.models.spec import LayerAttention, ModelSpec, QueryTemperature
 from tandem.models.view import Heads, PackView, turn_reference
 from tandem.types import Reach, Request, Sampling
 
@@ -210,6 +210,9 @@ PEERS: dict[str, Callable[[], Any]] = {
     "qwen2": lambda: transformers.Qwen2Config(**SMALL, num_hidden_layers=4, max_window_layers=2, **MIXED),
     "qwen3": lambda: transformers.Qwen3Config(
         **SMALL, num_hidden_layers=4, head_dim=16, layer_types=TYPES, max_window_layers=0, **MIXED
+    ),
+    "smollm3": lambda: transformers.SmolLM3Config(
+        **SMALL, num_hidden_layers=4, no_rope_layer_interval=3, pad_token_id=None, **MIXED
     ),
     "llama4": lambda: transformers.Llama4TextConfig(**SMALL, **LLAMA4, attn_scale=0.5, floor_scale=10),
     "llama4-plain": lambda: transformers.Llama4TextConfig(

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from tandem.errors import ModelError
-from tandem.models import llama4
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.decoder import Decoder
+from tandem.models.families import FAMILIES
+from tandem.models.hf_config import from_hf_config, to_hf_config
 from tandem.models.parts import expected_shapes
-from tandem.models.spec import ARCHITECTURES, ModelSpec, from_hf_config, to_hf_config
+from tandem.models.spec import ModelSpec
 from tandem.models.view import PackView
 
 SHAPE: dict[str, Any] = {
@@ -79,8 +80,8 @@ PLAUSIBLE: dict[str, list[Any]] = {
     "eos_token_id": [2, [2, 3], None],
     "quantization_config": [None, {"quant_method": "fp8"}],
     "query_pre_attn_scalar": [None, 64],
-    "model_type": list(ARCHITECTURES),
-    "architectures": [[name] for name in ARCHITECTURES.values()],
+    "model_type": list(FAMILIES),
+    "architectures": [[one.class_name] for one in FAMILIES.values()],
 }
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.integers(-(10**30), 10**30) | st.floats() | st.text(max_size=5)
@@ -97,8 +98,8 @@ def drawn(draw: st.DrawFn, names: dict[str, list[Any]], most: int) -> dict[str, 
 
 @st.composite
 def configs(draw: st.DrawFn) -> dict[str, Any]:
-    kind = draw(st.sampled_from(sorted(ARCHITECTURES)))
-    config = {**SHAPE, "model_type": kind, "architectures": [ARCHITECTURES[kind]]}
+    kind = draw(st.sampled_from(sorted(FAMILIES)))
+    config = {**SHAPE, "pad_token_id": 0, "model_type": kind, "architectures": [FAMILIES[kind].class_name]}
     for place in draw(st.lists(st.sampled_from(["rope_scaling", "rope_parameters"]), unique=True)):
         config[place] = {**draw(st.sampled_from(WHOLE)), **drawn(draw, ROPE, 2)}
         for name in draw(st.sampled_from([(), (), *((name,) for name in ROPE)])):
@@ -141,9 +142,10 @@ def test_any_config(config: dict[str, Any]) -> None:
         return
     model, wanted = made
     tensors = dict(model.state_dict())
-    if spec.architecture == "llama4_text":
-        named = {str(llama4.decoder_name(name)): one for name, one in tensors.items()}
-        tensors = {name: llama4.to_halves(spec, name, one) for name, one in named.items()}
+    renaming = FAMILIES[spec.architecture].renaming
+    if renaming is not None:
+        named = {str(renaming.read_name(name)): one for name, one in tensors.items()}
+        tensors = {name: renaming.read(spec, name, one) for name, one in named.items()}
     if spec.tied_embeddings:
         tensors.pop("lm_head.weight")
     assert {name: tuple(one.shape) for name, one in tensors.items()} == expected_shapes(spec)

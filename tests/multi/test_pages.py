@@ -84,6 +84,8 @@ FILES = {
     "class Reverse": "reverse.py",
     "class Written": "written.py",
     "def reinforce": "reinforce.py",
+    "SMOLLM3 = Family(": "smollm3.py",
+    "transformers.SmolLM3Config(": "compared.py",
 }
 LISTED: dict[str, str] = {
     "steps = 40": "read by tests/null/test_settings.py",
@@ -273,6 +275,15 @@ def test_the_rewards_of_the_pages(home: Path, file: str, name: str, right: str, 
         assert task.observe(prompt, guess) == [hint]
         assert task.observe(prompt, (*guess, hint, *guess)) is None
         assert task.observe(prompt, (Message("assistant", answer),)) is None
+
+
+def test_a_family_is_added_as_the_page_says(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """The page's family is no longer the package's, or its comparison with Transformers fails."""
+    family = Path(tandem.__file__).parent / "models/families/smollm3.py"
+    assert (home / "smollm3.py").read_text() == family.read_text()
+    monkeypatch.chdir(home)
+    exec(compile((home / "compared.py").read_text(), "compared.py", "exec"), {})
+    assert "largest difference" in capsys.readouterr().out
 
 
 def test_a_loss_is_added_as_the_page_says(home: Path, tmp_path: Path) -> None:

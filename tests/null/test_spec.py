@@ -14,16 +14,9 @@ from hypothesis import strategies as st
 
 from tandem.errors import ConfigError, ModelError
 from tandem.models.config import ModelConfig
+from tandem.models.hf_config import from_hf_config, to_hf_config
 from tandem.models.parts import expected_shapes
-from tandem.models.spec import (
-    LayerAttention,
-    ModelSpec,
-    QueryTemperature,
-    RopeScaling,
-    from_hf_config,
-    llama3_frequency_factors,
-    to_hf_config,
-)
+from tandem.models.spec import LayerAttention, ModelSpec, QueryTemperature, RopeScaling, llama3_frequency_factors
 from tandem.types import Reach
 
 # The architecture's part of the config.json that each model's authors published.
@@ -293,12 +286,13 @@ def layouts(draw: st.DrawFn, architecture: str, layers: int) -> dict[str, Any]:
             "query_temperature": draw(st.sampled_from([None, QueryTemperature(), QueryTemperature(0.3, 16)])),
             "rotated_norm": draw(st.booleans()),
         }
-    kinds = st.sampled_from([full, LayerAttention(Reach(window=size))])
+    turned = (True, False) if architecture == "smollm3" else (True,)
+    kinds = st.sampled_from([LayerAttention(reach, one) for reach in (Reach(), Reach(window=size)) for one in turned])
     return {"attention": tuple(draw(kinds) for _ in range(layers))}
 
 
 @given(
-    architecture=st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "llama4_text"]),
+    architecture=st.sampled_from(["llama", "mistral", "qwen2", "qwen3", "smollm3", "llama4_text"]),
     groups=st.integers(1, 8),
     kv_heads=st.integers(1, 8),
     half=st.integers(1, 64),

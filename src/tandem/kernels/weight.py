@@ -44,7 +44,8 @@ class Weight:
 
     Matrices are [out, in]. The packed form is derived: `repack` follows every change of `value`. A matrix that is only
     served may be `codes` in place of `packed`, or `serve`; its `value` then has a shape and no memory, unless rows are
-    looked up.
+    looked up. Where an adapter goes: a field here (down, up, scale), added by `linear` and `swiglu_down` and refused by
+    `fits` of models/fused.py. A shard is a weight of fewer rows or columns (models/parts.py: Slot).
     """
 
     __slots__ = ("codes", "grad", "library", "packed", "value")

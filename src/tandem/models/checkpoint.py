@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tandem.errors import CheckpointError, ModelError, TandemWarning, nearest
-from tandem.models import llama4
+from tandem.models.families import FAMILIES
+from tandem.models.families.family import Renaming
 from tandem.models.fields import Fields, read_json, shown, table, token_ids
 from tandem.models.gguf import PART, GgufFile, read_header, spec_from_gguf, to_hf_layout
+from tandem.models.hf_config import read_config, to_hf_config
 from tandem.models.parts import expected_shapes
 from tandem.models.scratch import PREFIX, NewTensors, Shape, new_tokenizer
-from tandem.models.spec import ModelSpec, read_config, to_hf_config
+from tandem.models.spec import ModelSpec
 from tandem.models.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokenizer
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class Checkpoint:
     def tensors(self, without: Container[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, tensor in Hugging Face layout) in the order of the forward pass, one read at a time.
 
-        Llama's names and layout for Llama 4 too (llama4.py). In the file's own float dtype; float32 for quantised GGUF
+        Those of models/parts.py for every family. In the file's own float dtype; float32 for quantised GGUF
         blocks. A tied model gives no `lm_head.weight`. Names of `without` are not read.
         """
         for name in self.tensor_names:
@@ -161,8 +163,9 @@ def save_checkpoint(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         written = [(name, tensors[name]) for name in names]
-        if spec.architecture == "llama4_text":
-            written = [(llama4.checkpoint_name(name), llama4.to_pairs(spec, name, one)) for name, one in written]
+        renaming = FAMILIES[spec.architecture].renaming
+        if renaming is not None:
+            written = [(renaming.write_name(name), renaming.write(spec, name, one)) for name, one in written]
         _write_weights(folder, written, dtype, shard_bytes)
         _write_json(folder / "config.json", to_hf_config(spec, dtype))
         _write_json(
@@ -248,12 +251,12 @@ class _Safetensors:
         return self._open(self._file_of[name]).get_tensor(name)
 
 
-class _Llama4:
-    """The tensors of a Llama 4 checkpoint."""
+class _Renamed:
+    """The tensors of a checkpoint whose family has other names or another layout."""
 
-    def __init__(self, store: _Safetensors, spec: ModelSpec) -> None:
-        self._store, self._spec = store, spec
-        named = [(llama4.decoder_name(name), name) for name in store.shapes]
+    def __init__(self, store: _Safetensors, spec: ModelSpec, renaming: Renaming) -> None:
+        self._store, self._spec, self._renaming = store, spec, renaming
+        named = [(renaming.read_name(name), name) for name in store.shapes]
         self._names = {name: own for name, own in named if name is not None}
         images = sum(name is None for name, _ in named)
         if len(self._names) + images < len(named):
@@ -266,7 +269,7 @@ class _Llama4:
         self.mapped_bytes, self.coded_bytes = store.mapped_bytes, store.coded_bytes
 
     def read(self, name: str) -> torch.Tensor:
-        return llama4.to_halves(self._spec, name, self._store.read(self._names[name]))
+        return self._renaming.read(self._spec, name, self._store.read(self._names[name]))
 
 
 class _Gguf:
@@ -340,8 +343,8 @@ def _open_folder(source: str, folder: Path) -> Checkpoint:
     config = folder / "config.json"
     if config.is_file():
         spec, unread = read_config(Fields(str(config), read_json(config)))
-        stored = _Safetensors(folder)
-        store = _Llama4(stored, spec) if spec.architecture == "llama4_text" else stored
+        stored, renaming = _Safetensors(folder), FAMILIES[spec.architecture].renaming
+        store = _Renamed(stored, spec, renaming) if renaming is not None else stored
         return Checkpoint(source, spec, store, folder, [*store.ignored, *(f"{name} of config.json" for name in unread)])
     files = sorted(folder.glob("*.gguf"))
     parts = [PART.fullmatch(path.name) for path in files]

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tandem.errors import ModelError
+from tandem.models.families import FAMILIES
 from tandem.models.fields import Fields, number, optional, shown, text, token_id, whole
 from tandem.models.parts import all_slots
 from tandem.models.spec import (
-    ARCHITECTURES,
     MOST_LAYERS,
     MOST_POSITIONS,
     LayerAttention,
@@ -259,9 +259,10 @@ def _read_part(path: Path) -> GgufFile:
 def spec_from_gguf(file: GgufFile) -> ModelSpec:
     """The spec that the metadata describes. Tied embeddings where `output.weight` is absent."""
     kind = file.architecture
-    if kind not in ARCHITECTURES:
+    supported = [name for name, family in FAMILIES.items() if family.gguf_pairs is not None]
+    if kind not in supported:
         raise ModelError(
-            f"{file.path} has architecture {kind!r}, which is not supported; supported: {', '.join(ARCHITECTURES)}. "
+            f"{file.path} has architecture {kind!r}, which is not supported; supported: {', '.join(supported)}. "
             "Choose a model of one of these families."
         )
     own = Fields(
@@ -320,11 +321,11 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
 
 
 def to_hf_layout(spec: ModelSpec, hf_name: str, weight: torch.Tensor) -> torch.Tensor:
-    """Undo llama.cpp's row order of q and k, [H*D, ...], in files of architecture llama.
+    """Undo llama.cpp's row order of q and k, [H*D, ...], in files of a family that has it.
 
     llama.cpp interleaves the two dimensions that rotate together; Hugging Face keeps them D/2 apart.
     """
-    if spec.architecture != "llama" or ".q_proj." not in hf_name and ".k_proj." not in hf_name:
+    if not FAMILIES[spec.architecture].gguf_pairs or ".q_proj." not in hf_name and ".k_proj." not in hf_name:
         return weight
     heads = spec.heads if ".q_proj." in hf_name else spec.kv_heads
     pairs = weight.reshape(heads, spec.head_size // 2, 2, -1)

@@ -32,8 +32,8 @@ def views(slot: Slot, weight: Weight) -> Iterator[tuple[str, torch.Tensor]]:
 class Part:
     """An attribute a slot: its weight."""
 
-    def __init__(self, slots: Sequence[Slot], zeros: Zeros) -> None:
-        self.slots = slots
+    def __init__(self, slots: Sequence[Slot], eps: float, zeros: Zeros) -> None:
+        self.slots, self.eps = slots, eps
         for slot in slots:
             setattr(self, slot.name, Weight(zeros(*slot.shape), matrix=slot.columns is not None))
 
@@ -54,8 +54,8 @@ class Attention(Part):
     out: Weight
 
     def __init__(self, spec: ModelSpec, index: int, heads: Heads, zeros: Zeros) -> None:
-        super().__init__(attention_slots(spec, index), zeros)
-        self.index, self.heads, self.eps = index, heads, spec.norm_eps
+        super().__init__(attention_slots(spec, index), spec.norm_eps, zeros)
+        self.index, self.heads = index, heads
 
     def forward(self, hidden_TM: torch.Tensor, view: View, tables: Tables) -> torch.Tensor:
         """Hidden states behind it."""
@@ -82,10 +82,6 @@ class DenseFeed(Part):
     gate_up: Weight
     down: Weight
 
-    def __init__(self, spec: ModelSpec, index: int, zeros: Zeros) -> None:
-        super().__init__(dense_slots(spec, index), zeros)
-        self.eps = spec.norm_eps
-
     def forward(self, hidden_TM: torch.Tensor) -> torch.Tensor:
         """Hidden states behind it."""
         gate_up_TF = linear(rms_norm(hidden_TM, self.feed_norm, self.eps), self.gate_up)
@@ -98,7 +94,7 @@ class Layer:
     def __init__(self, spec: ModelSpec, index: int, heads: Heads, zeros: Zeros) -> None:
         self.index = index
         self.mix = Attention(spec, index, heads, zeros)
-        self.feed = DenseFeed(spec, index, zeros)
+        self.feed = DenseFeed(dense_slots(spec, index), spec.norm_eps, zeros)
 
     def weights(self) -> Iterator[tuple[Slot, Weight]]:
         """Of both parts, in the order of the forward pass."""

@@ -27,6 +27,8 @@ class Stored:
 class Slot:
     """A weight of a part: the tensors that lie in it, one below the other, all of one width.
 
+    Where a shard goes: which `rows` (qkv, gate_up) or `columns` (out, down) a rank has, of each stored tensor alike.
+
     >>> Slot("down", (Stored("mlp.down_proj.weight", "ffn_down.weight", 8),), 16).shape
     (8, 16)
     """
@@ -118,6 +120,6 @@ def all_slots(spec: ModelSpec) -> Iterator[Slot]:
 def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of a Hugging Face checkpoint of `spec`, in the order of the forward pass.
 
-    Llama 4's are translated (llama4.py). Projections are [out, in]. A tied model has no `lm_head.weight`.
+    Other names are translated (families/). Projections are [out, in]. A tied model has no `lm_head.weight`.
     """
     return {name: shape for slot in all_slots(spec) for name, shape in slot.shapes().items()}
