@@ -15,7 +15,7 @@ import torch
 
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
-from tandem.engine.runner import DecoderRunner, pool_dtype, token_bytes, with_noise
+from tandem.engine.runner import DecoderRunner, with_noise
 from tandem.kernels.attention import attention
 from tandem.kernels.rotary import rotate_
 from tandem.kernels.sample import SamplingBatch
@@ -149,7 +149,7 @@ def test_page_memory(make_decoder, kv_dtype, code, scale):
     decoder = make_decoder("bfloat16")
     runner = DecoderRunner(decoder, 10, 4, EngineConfig(page_tokens=4, kv_dtype=kv_dtype))
     taken = sum(pool.nbytes for pool in runner.pools)
-    assert taken == 10 * 4 * token_bytes(decoder.spec, pool_dtype(decoder.dtype, kv_dtype))
+    assert taken == 10 * 4 * runner.layout.token_bytes
     spec = decoder.spec
     assert taken == 10 * 4 * 2 * spec.layers * spec.kv_heads * (spec.head_size * code + scale)
 

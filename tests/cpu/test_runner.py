@@ -14,10 +14,10 @@ from tandem.algo.pack import count_prompts, pack
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.layout import KvGroup, KvLayout, pages_for
-from tandem.engine.runner import DecoderRunner, token_bytes
+from tandem.engine.runner import DecoderRunner
 from tandem.errors import NonFiniteError
 from tandem.models.decoder import Decoder
-from tandem.models.spec import LayerAttention
+from tandem.models.spec import LayerAttention, ModelSpec
 from tandem.numerics import random
 from tandem.train.step import score
 from tandem.types import Completion, Reach, Request, Sample, Sampling, StopReason, WeightVersion
@@ -164,8 +164,8 @@ def without_freeing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every group holds the pages of its whole context."""
     of = KvLayout.of
 
-    def holding(reaches_L: tuple[Reach, ...], config: EngineConfig) -> KvLayout:
-        layout = of(reaches_L)
+    def holding(spec: ModelSpec, _config: EngineConfig, _dtype: str) -> KvLayout:
+        layout = of(spec.reaches)
         return KvLayout((KvGroup(Reach()),) * len(layout.groups), layout.place_L, layout.depth)
 
     monkeypatch.setattr(KvLayout, "for_engine", holding)
@@ -184,7 +184,7 @@ def test_pages_that_no_query_sees_are_missed_by_nobody(kernel_path, make_decoder
     with monkeypatch.context() as patch:
         without_freeing(patch)
         alone = [engine_of(decoder, 128, share_prefixes=False).generate([request])[0] for request in asked]
-    layout = KvLayout.for_engine(decoder.spec.reaches, EngineConfig())
+    layout = KvLayout.for_engine(decoder.spec, EngineConfig(), "bfloat16")
     num_pages = layout.most_pages(123, 1, 4)
     found = preempted = 0
     for share, batch_tokens in ((True, 20), (False, 20), (True, 100)):
@@ -214,7 +214,7 @@ def test_page_memory_of_the_runner(make_decoder):
     decoder = make_decoder("bfloat16")
     runner = DecoderRunner(decoder, 10, 4)
     taken = sum(pool.nbytes for pool in runner.pools)
-    assert taken == 10 * 4 * token_bytes(decoder.spec, decoder.dtype)
+    assert taken == 10 * 4 * runner.layout.groups[0].token_bytes
 
 
 def test_draws_without_a_compiler(any_path, make_decoder, parity):

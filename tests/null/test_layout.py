@@ -14,6 +14,7 @@ from tandem.engine.layout import WHOLE, KvGroup, KvLayout, pages_for
 from tandem.engine.pages import PagePool
 from tandem.engine.prefix import NULL, PrefixIndex, extend_keys
 from tandem.engine.tables import PageTables
+from tandem.models.spec import ModelSpec
 from tandem.types import Reach
 
 REACHES = st.one_of(
@@ -48,8 +49,20 @@ def test_groups_are_equal_and_hold_every_layer_once() -> None:
         assert layout.groups[group].reach == reach
     assert KvLayout.of((Reach(window=7),) * 5).place_L == tuple((0, pool) for pool in range(5))
     assert KvLayout.of((Reach(),) * 4 + (Reach(window=3),) * 6).depth == 2
-    windowed = KvLayout.for_engine((Reach(),) * 3, EngineConfig(kv_window=9, kv_sinks=2))
-    assert windowed.groups == (KvGroup(Reach(window=9), sinks=2),) and windowed.depth == 3
+    spec = ModelSpec("llama", 8, 8, 8, 3, 1, 1, 4)
+    windowed = KvLayout.for_engine(spec, EngineConfig(kv_window=9, kv_sinks=2), "bfloat16")
+    assert windowed.groups == (KvGroup(Reach(window=9), sinks=2, token_bytes=3 * 2 * 4 * 2),) and windowed.depth == 3
+    narrow = KvLayout.for_engine(spec, EngineConfig(kv_dtype="int8"), "bfloat16")
+    assert narrow.groups[0].page_bytes(16) == 16 * 3 * 2 * (4 + 4) == 16 * narrow.token_bytes
+
+
+def test_layers_that_keep_other_bytes_share_no_page() -> None:
+    """A layer whose pages are of another size gets those of its neighbours."""
+    layout = KvLayout.of((Reach(),) * 5, bytes_L=(8, 8, 8, 8, 100))
+    assert [group.token_bytes for group in layout.groups] == [8, 8, 8, 8, 100] and layout.token_bytes == 132
+    layout = KvLayout.of((Reach(),) * 4, bytes_L=(100, 8, 100, 8))
+    assert [group.page_bytes(4) for group in layout.groups] == [800, 64]
+    assert layout.place_L == ((0, 0), (1, 0), (0, 1), (1, 1))
 
 
 @given(reach=REACHES, sinks=st.integers(0, 3), end=st.integers(1, 40))

@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 
 def count_pages(kv_memory_bytes: int, token_bytes: int, page_tokens: int) -> int:
-    """Pages that fit in `kv_memory_bytes`; `token_bytes` = 2 (key, value) x layers x kv heads x head size x value size,
-    with the layers of one group (KvLayout.depth).
+    """Pages that fit in `kv_memory_bytes`; `token_bytes` is what a token takes in one group (KvGroup.token_bytes).
 
     CapacityError where not even one fits.
 

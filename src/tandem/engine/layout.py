@@ -1,8 +1,9 @@
 """Which layers share a page, and what a layer's queries still see.
 
-Layers of one reach form groups, all of the same number of layers, so that a page of any group takes the same memory and
-one pool serves all (vLLM groups layers so: 12 full and 36 chunked layers are 1 + 3 groups of 12). A page holds
-`page_tokens` tokens of one group's layers; a sequence has a page table a group.
+Layers of one reach that keep as many bytes of a token form groups, all of the same number of layers. Where all layers
+keep the same, a page of any group takes the same memory and one pool serves all (vLLM groups layers so: 12 full and 36
+chunked layers are 1 + 3 groups of 12). A page holds `page_tokens` tokens of one group's layers; a sequence has a page
+table a group.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from functools import reduce
 from math import gcd
 from typing import TYPE_CHECKING
 
+from tandem.models.parts import kept_bytes
 from tandem.types import Reach
 
 if TYPE_CHECKING:
     from tandem.engine.config import EngineConfig
+    from tandem.models.spec import ModelSpec
 
 
 def pages_for(tokens: int, page_tokens: int) -> int:
@@ -34,6 +37,10 @@ class KvGroup:
 
     reach: Reach
     sinks: int = 0  # leading positions that every query sees beside its window
+    token_bytes: int = 0  # that its layers keep of a token
+
+    def page_bytes(self, page_tokens: int) -> int:
+        return self.token_bytes * page_tokens
 
     @property
     def limited(self) -> bool:
@@ -83,27 +90,33 @@ class KvLayout:
     depth: int  # layers of each group: pools
 
     @classmethod
-    def of(cls, reaches_L: Sequence[Reach], sinks: int = 0) -> KvLayout:
-        """Groups in the order of their first layers. `sinks` are of every window."""
-        layers: dict[Reach, list[int]] = {}
-        for layer, reach in enumerate(reaches_L):
-            layers.setdefault(reach, []).append(layer)
+    def of(cls, reaches_L: Sequence[Reach], sinks: int = 0, bytes_L: Sequence[int] = ()) -> KvLayout:
+        """Groups in the order of their first layers. `sinks` are of every window, `bytes_L` what a token takes."""
+        layers: dict[tuple[Reach, int], list[int]] = {}
+        for layer, kind in enumerate(zip(reaches_L, bytes_L or (0,) * len(reaches_L), strict=True)):
+            layers.setdefault(kind, []).append(layer)
         depth = reduce(gcd, map(len, layers.values()))
         groups: list[KvGroup] = []
         place_L = [(0, 0)] * len(reaches_L)
-        for reach, alike in layers.items():
+        for (reach, layer_bytes), alike in layers.items():
             for index, layer in enumerate(alike):
                 if index % depth == 0:
-                    groups.append(KvGroup(reach, sinks if reach.window is not None else 0))
+                    groups.append(KvGroup(reach, sinks if reach.window is not None else 0, depth * layer_bytes))
                 place_L[layer] = (len(groups) - 1, index % depth)
         return cls(tuple(groups), tuple(place_L), depth)
 
     @classmethod
-    def for_engine(cls, reaches_L: Sequence[Reach], config: EngineConfig) -> KvLayout:
-        """The layout of an engine: that of the model's reaches, or of engine.kv_window in every layer."""
+    def for_engine(cls, spec: ModelSpec, config: EngineConfig, dtype: str) -> KvLayout:
+        """Of an engine that computes in `dtype`: of the model's reaches, or of engine.kv_window in every layer."""
+        bytes_L = kept_bytes(spec, dtype if config.kv_dtype == "same" else config.kv_dtype)
         if config.kv_window:
-            return cls.of((Reach(window=config.kv_window),) * len(reaches_L), config.kv_sinks)
-        return cls.of(reaches_L)
+            return cls.of((Reach(window=config.kv_window),) * spec.layers, config.kv_sinks, bytes_L)
+        return cls.of(spec.reaches, 0, bytes_L)
+
+    @property
+    def token_bytes(self) -> int:
+        """That all layers keep of a token."""
+        return sum(group.token_bytes for group in self.groups)
 
     def most_pages(self, tokens: int, ahead: int, page_tokens: int) -> int:
         """KvGroup.most_pages over all groups."""

@@ -22,7 +22,6 @@ from tandem.kernels.page_sum import page_sums
 from tandem.kernels.sample import SamplingBatch, kept_sets, sample
 from tandem.models.decoder import Decoder
 from tandem.models.fused import FusedForward, fits
-from tandem.models.spec import ModelSpec
 from tandem.models.view import PagedView
 from tandem.numerics import random
 from tandem.numerics.random import Stream
@@ -32,15 +31,13 @@ if TYPE_CHECKING:
     from tandem.engine.graph import DeviceSteps
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def pool_dtype(dtype: torch.dtype, kv_dtype: KvDtype) -> torch.dtype:
     """What keys and values are stored in by an engine that computes in `dtype`."""
     return {"same": dtype, "float8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}[kv_dtype]
-
-
-def token_bytes(spec: ModelSpec, dtype: torch.dtype) -> int:
-    """Bytes of keys and values that one token takes over all layers, stored in `dtype` (see `pool_dtype`)."""
-    scale_bytes = torch.float32.itemsize if dtype == torch.int8 else 0
-    return 2 * spec.layers * spec.kv_heads * (spec.head_size * dtype.itemsize + scale_bytes)
 
 
 def with_noise(hidden_SM: torch.Tensor, sampling: SamplingBatch, sigma: float) -> torch.Tensor:
@@ -96,7 +93,8 @@ class DecoderRunner:
         self.page_tokens = page_tokens
         spec = decoder.spec
         assert not self.config.kv_window or set(spec.reaches) == {Reach()}, (self.config.kv_window, spec.reaches)
-        self.layout = KvLayout.for_engine(spec.reaches, self.config)
+        self.layout = KvLayout.for_engine(spec, self.config, dtype_name(decoder.dtype))
+        assert len({group.token_bytes for group in self.layout.groups}) == 1, "one pool serves all groups"
         stored = pool_dtype(decoder.dtype, self.config.kv_dtype)
         shape = (num_pages, page_tokens, spec.kv_heads, spec.head_size)
         self.pools = [KvPool(*shape, decoder.dtype, stored, decoder.device) for _ in range(self.layout.depth)]

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tandem.models.spec import ModelSpec
 
+SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3": 1, "int8": 1}  # bytes of a number
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -123,3 +125,9 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     Other names are translated (families/). Projections are [out, in]. A tied model has no `lm_head.weight`.
     """
     return {name: shape for slot in all_slots(spec) for name, shape in slot.shapes().items()}
+
+
+def kept_bytes(spec: ModelSpec, dtype: str) -> tuple[int, ...]:
+    """That each layer keeps of a token in pages: a key and a value a head, in int8 each with an fp32 scale."""
+    scale_bytes = 4 if dtype == "int8" else 0
+    return (2 * spec.kv_heads * (spec.head_size * SIZES[dtype] + scale_bytes),) * spec.layers

@@ -12,7 +12,7 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.layout import KvLayout
 from tandem.kernels.build import lacking
 from tandem.models.config import ModelConfig
-from tandem.models.parts import all_slots, expected_shapes
+from tandem.models.parts import SIZES, all_slots, expected_shapes
 from tandem.models.spec import ModelSpec
 from tandem.run.config import RunConfig
 from tandem.run.departures import of_engine, without_departures
@@ -20,7 +20,6 @@ from tandem.run.departures import of_engine, without_departures
 Phase = Literal["load", "generate", "learn", "update", "publish", "save"]
 ALL: tuple[Phase, ...] = ("load", "generate", "learn", "update", "publish", "save")
 LOADED = ALL[1:]
-SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3": 1, "int8": 1}  # bytes of a number
 PANEL = 64  # rows of a matrix that are packed together, kernels/weight.py
 CODES = {"int8": 8, "int4": 4}
 SLICE = 4 << 20  # numbers of an offloaded state that are updated at once, train/optimiser.py
@@ -55,6 +54,11 @@ class Asked:
     def dtype(self) -> str:
         """The engine's."""
         return self.model.dtype if self.engine.dtype == "same" else self.engine.dtype
+
+    @property
+    def layout(self) -> KvLayout:
+        """Of the engine's pages."""
+        return KvLayout.for_engine(self.spec, self.engine, self.dtype)
 
     @property
     def rounded(self) -> bool:
@@ -96,20 +100,12 @@ def least_pool_bytes(asked: Asked) -> int:
     engines = [asked]
     if asked.two_engines:
         engines.append(replace(asked, engine=without_departures(asked.engine)))
-    return max(
-        page_bytes(one)
-        * KvLayout.for_engine(one.spec.reaches, one.engine).most_pages(tokens, 1, one.engine.page_tokens)
-        for one in engines
-    )
+    return max(page_bytes(one) * one.layout.most_pages(tokens, 1, one.engine.page_tokens) for one in engines)
 
 
 def page_bytes(asked: Asked) -> int:
-    """Of a page: the keys and values of its tokens in the layers of one group."""
-    spec, engine = asked.spec, asked.engine
-    kind = asked.dtype if engine.kv_dtype == "same" else engine.kv_dtype
-    depth = KvLayout.for_engine(spec.reaches, engine).depth
-    scale_bytes = 4 if kind == "int8" else 0
-    return 2 * engine.page_tokens * depth * spec.kv_heads * (spec.head_size * SIZES[kind] + scale_bytes)
+    """Of a page: what its tokens leave in the layers of one group."""
+    return max(group.page_bytes(asked.engine.page_tokens) for group in asked.layout.groups)
 
 
 def packed_bytes(spec: ModelSpec, model: ModelConfig, dtype: str = "") -> int:

@@ -21,16 +21,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tandem import env
-from tandem.engine.layout import KvLayout
 from tandem.errors import CapacityError
-from tandem.models.parts import expected_shapes
+from tandem.models.parts import SIZES, expected_shapes
 from tandem.run.config import RunConfig
 from tandem.run.footprint import (
     ALL,
     HELDOUT_BYTES,
     LOADED,
     PROGRAM_BYTES,
-    SIZES,
     SLICE,
     Asked,
     Phase,
@@ -275,7 +273,7 @@ def _fill(asked: Asked, available_bytes: int, device_bytes: int, base_bytes: int
     gpu = asked.model.device == "cuda"
     place: Literal["host", "device"] = "device" if gpu else "host"
     room = int(MARGIN * (device_bytes if gpu else available_bytes))
-    page, layout = page_bytes(asked), KvLayout.for_engine(asked.spec.reaches, asked.engine)
+    page, layout = page_bytes(asked), asked.layout
     longest = layout.most_pages(asked.spec.max_position, asked.engine.batch_tokens, asked.engine.page_tokens)
     least, most = least_pool_bytes(asked), asked.engine.max_sequences * longest * page
     pool = asked.engine.kv_memory_bytes or min(most, LEAST_POOL_BYTES)

@@ -14,7 +14,7 @@ from tandem.engine.admit import count_pages
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.layout import KvLayout
-from tandem.engine.runner import DecoderRunner, pool_dtype, token_bytes
+from tandem.engine.runner import DecoderRunner, dtype_name
 from tandem.errors import ConfigError, ModelError, TandemWarning
 from tandem.kernels.build import matrix_unit
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
@@ -166,9 +166,8 @@ def _build(
     source = (Decoder(spec, model.dtype, model.device, model.kernels) if rounded else serving) if lag else None
 
     def engine_on(decoder: Decoder, config: EngineConfig) -> Engine:
-        per_token = token_bytes(spec, pool_dtype(decoder.dtype, config.kv_dtype))
-        num_groups = len(KvLayout.for_engine(spec.reaches, config).groups)
-        num_pages = count_pages(config.kv_memory_bytes, per_token // num_groups, config.page_tokens)
+        layout = KvLayout.for_engine(spec, config, dtype_name(decoder.dtype))
+        num_pages = count_pages(config.kv_memory_bytes, layout.groups[0].token_bytes, config.page_tokens)
         runner = DecoderRunner(decoder, num_pages, config.page_tokens, config)
         return Engine(runner, config, num_pages, max_context=spec.max_position, decode=tokenizer.decode)
 
@@ -189,7 +188,7 @@ def _build(
         "matrix_unit": matrix_unit() if model.device == "cpu" else model.device,
         "kv_pages": pool.num_pages,
         "kv_capacity_tokens": pool.num_pages * config.page_tokens // len(engine.runner.layout.groups),
-        "kv_bytes_per_token": token_bytes(spec, pool_dtype(serving.dtype, config.kv_dtype)),
+        "kv_bytes_per_token": engine.runner.layout.token_bytes,
         "parameters": sum(weight.value.numel() for _, weight in decoder.weights()),
         "decoders": len({id(d) for d in (decoder, serving, source) if d is not None}),
         "weights": version.digest,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.models.parts import layer_slots
+from tandem.models.parts import kept_bytes, layer_slots
 from tandem.models.spec import ModelSpec
 
 SMOLLM2 = ModelSpec(
@@ -101,7 +101,7 @@ def parameters(spec: ModelSpec) -> int:
 
 def kv_bytes(spec: ModelSpec) -> int:
     """Keys and values of one token."""
-    return 2 * spec.layers * spec.kv_heads * spec.head_size * BYTES
+    return sum(kept_bytes(spec, "bfloat16"))
 
 
 def attention_flop(spec: ModelSpec) -> int:
