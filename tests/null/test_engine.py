@@ -351,8 +351,25 @@ def test_idle_engine_finds_a_leaked_page() -> None:
     """A page that no sequence holds goes unnoticed until memory runs out."""
     engine, _ = make()
     engine.scheduler.pool.take()
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match="1 pages held by nobody"):
         engine.generate(group("a", [1], 1, 1))
+    engine, _ = make()
+    engine.scheduler.pool._free.pop()
+    with pytest.raises(AssertionError, match="of 64 pages"):
+        engine.generate(group("a", [1], 1, 1))
+
+
+def test_falling_idle_costs_nothing_that_grows_with_the_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every answer to a single user waits for a walk over all pages."""
+
+    def walk(*args: object) -> None:
+        raise AssertionError("walked over all pages")
+
+    engine, runner = make()
+    for owner in (engine, engine.scheduler, engine.scheduler.pool, engine.scheduler.index):
+        monkeypatch.setattr(owner, "check_integrity", walk)
+    (request,) = group("a", [1, 2, 3], 1, 3)
+    check(engine.generate([request])[0], request, runner)
 
 
 @given(

@@ -103,6 +103,12 @@ class PagePool:
         self._bucket.clear()
         self._free = list(range(self.num_pages - 1, -1, -1))
 
+    def check_idle(self) -> None:
+        """AssertionError where no sequence runs and a page is held, or is neither free nor cached. O(1)."""
+        assert self.num_available == self.num_pages, f"{self.num_pages - self.num_available} pages held by nobody"
+        counts = (len(self._free), len(self._bucket))
+        assert sum(counts) == self.num_pages, f"free, cached {counts} of {self.num_pages} pages"
+
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """AssertionError unless the page tables given account for every reference. O(pages + table entries)."""
         counted = [0] * self.num_pages
