@@ -23,6 +23,7 @@ class StopReason(str, Enum):
     STOP_STRING = "stop_string"  # one of Sampling.stop_strings appeared in the decoded text
     LENGTH = "length"  # Sampling.max_new_tokens reached
     ABORTED = "aborted"  # the caller withdrew the request
+    FAILED = "failed"  # no token could be drawn; Completion.failure says why
 
 
 class ProgramState(str, Enum):
@@ -143,6 +144,7 @@ class Completion:
     finished_s: float = 0.0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     recomputed_tokens: int = 0  # tokens run again after a preemption
+    failure: str = ""  # why, where FAILED
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 import transformers
 
 from tandem.cli.main import main
+from tandem.engine.batch import Batch, Sampled
+from tandem.engine.schedule import Scheduler
+from tandem.types import Completion
 
 
 def test_a_prompt_without_room_is_named_by_its_words(write_model, tmp_path, capsys):
@@ -42,6 +46,26 @@ def test_answers_are_printed_under_their_prompts(write_model, tmp_path, capsys, 
 def row(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main(["generate", *arguments, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def test_an_answer_that_failed_is_told(write_model, tmp_path, capsys, monkeypatch):
+    """An answer cut short by a row that is not finite looks like a whole one, or takes the others with it."""
+    write_model(tmp_path, 10.0)
+    capsys.readouterr()
+    resolve = Scheduler.resolve
+
+    def broken(self: Scheduler, batch: Batch, sampled: Sampled, now: float) -> list[Completion]:
+        drawing = [work.request.id for work in batch.works if work.samples]
+        failed = {i: "2 NaN" for i, name in enumerate(drawing) if "two" in name and self._stats.sampled_tokens > 2}
+        return resolve(self, batch, replace(sampled, failed=failed), now)
+
+    monkeypatch.setattr(Scheduler, "resolve", broken)
+    assert main(["generate", str(tmp_path), "one", "two", "--max-new-tokens", "5", "--json"]) == 1
+    printed = capsys.readouterr()
+    one, two = map(json.loads, printed.out.splitlines())
+    assert one["stop_reason"] == "length" and "failure" not in one
+    assert two["stop_reason"] == "failed" and two["failure"] == "2 NaN" and len(two["tokens"]) < 5
+    assert printed.err == "prompt 2, two: no more could be drawn: 2 NaN\n"
 
 
 def test_greedy_answers_have_the_models_log_probs(write_model, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -241,6 +242,25 @@ def test_siblings_copy_the_end_of_their_prompt(length, attention, make_decoder, 
     for completion, request in zip(got, asked, strict=True):
         same(completion, engine_of(decoder).generate([request])[0])
     assert engine.stats.cached_tokens >= 3 * (length - 1)
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}])
+def test_a_row_that_is_not_finite_fails_alone(any_path, make_decoder, filters) -> None:
+    """One request's NaN ends a whole step, or changes a bit or a kept set of those beside it."""
+    decoder = make_decoder("bfloat16", tied_embeddings=False)
+    sampling = Sampling(max_new_tokens=5, **filters)
+    asked = [Request(f"r{i}", "r", (1, 2, 3 + i), Sampling(max_new_tokens=5), i) for i in range(3)]
+    asked += [Request("filters", "r", (1, 2, 50), sampling, 3), Request("bad", "r", (1, 2, 60, 7), sampling, 4)]
+    alone = [engine_of(decoder).generate([request])[0] for request in asked[:4]]
+    decoder.embed.value[60] = float("nan")
+    engine = engine_of(decoder)
+    *others, bad = engine.generate(asked)
+    assert (bad.stop_reason, bad.tokens) == (StopReason.FAILED, ())
+    assert re.search(r"logits row . of . holds 97 NaN .*no token can be drawn", bad.failure)
+    for got, wanted in zip(others, alone, strict=True):
+        assert got.stop_reason is StopReason.LENGTH and len(got.columns) == 5
+        assert any_path == "reference" or got.columns == wanted.columns  # it is not batch-invariant
+    engine.check_integrity()
 
 
 def test_weights_that_are_not_finite_end_a_step_by_name(any_path, make_decoder) -> None:

@@ -17,7 +17,7 @@ from tandem.errors import DeliveryError, NonFiniteError
 from tandem.kernels.page_sum import page_sums_reference
 from tandem.models.decoder import Decoder
 from tandem.models.spec import LayerAttention
-from tandem.types import Completion, Reach, Request, Sampling
+from tandem.types import Completion, Reach, Request, Sampling, StopReason
 
 GROUPS = {"attention": (LayerAttention(Reach(window=9)), LayerAttention()), "qk_norm": True, "attention_bias": True}
 
@@ -136,23 +136,36 @@ def test_steps_started_ahead_draw_the_same(make_decoder, settings):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_a_broken_row_is_named(make_decoder):
-    """NaN logits are drawn from in silence, or padding is blamed for them."""
+def test_a_broken_row_fails_alone(make_decoder):
+    """NaN logits are drawn from in silence, padding is blamed for them, or they end their neighbours' step."""
     decoder = make_decoder(tied_embeddings=False)
     decoder.embed.value[50] = torch.nan
     engine = engine_of(decoder)
     for request in requests(3, new=9):
         engine.submit(request)
+    whole = drawn(engine_of(make_decoder(tied_embeddings=False)).generate(requests(3, new=9)))
     engine.step()
     engine.abort("nobody")  # waits for what was drawn
     sequence = engine.scheduler.running[1]
     sequence.tokens[-1] = 50
-    with pytest.raises(NonFiniteError, match="row 1 of 3"):
-        for _ in range(2):
-            engine.step()
-    sequence.tokens[-1] = 49
+    done = {}
     while engine.has_work:
-        engine.step()
+        done |= {completion.request_id: completion for completion in engine.step()}
+    assert done["r1"].stop_reason is StopReason.FAILED and "row 1 of 3 holds 67 NaN" in done["r1"].failure
+    assert drawn([done["r0"], done["r2"]]) == [whole[0], whole[2]]
+
+
+def test_weights_that_are_not_finite_end_the_step(make_decoder):
+    """Requests fail one by one for what is the weights' fault, or stay in the engine."""
+    decoder = make_decoder()
+    decoder.norm.value[5] = torch.nan
+    for filters in ({}, {"top_k": 4}):
+        engine = engine_of(decoder)
+        asked = [replace(r, sampling=Sampling(max_new_tokens=3, **filters)) for r in requests(2)]
+        with pytest.raises(NonFiniteError, match=r"logits row 0 of . holds 67 NaN"):
+            engine.generate(asked)
+        assert not engine.has_work
+        engine.check_integrity()
 
 
 @pytest.mark.parametrize("config", [{}, {"kv_dtype": "float8_e4m3"}, {"kv_dtype": "int8"}])

@@ -20,6 +20,7 @@ from tandem.types import Completion, Request, Sampling, StopReason
 
 VOCAB = 7
 STOP = 6
+BROKEN = 1 << 32
 
 
 def draw(seed: int, context: list[int]) -> tuple[int, float]:
@@ -28,10 +29,17 @@ def draw(seed: int, context: list[int]) -> tuple[int, float]:
     return value % VOCAB, -(value % 1000) / 100.0
 
 
+def breaks(request: Request) -> int | None:
+    """Tokens that a request gets before a draw of it fails, which its seed says."""
+    return request.seed // BROKEN - 1 if request.seed >= BROKEN else None
+
+
 def alone(request: Request) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """What a request generates by itself, with no engine."""
     context, logprobs = list(request.tokens), []
-    for _ in range(request.sampling.max_new_tokens):
+    for got in range(request.sampling.max_new_tokens):
+        if got == breaks(request):
+            break
         token, logprob = draw(request.seed, context)
         context.append(token)
         logprobs.append(logprob)
@@ -81,6 +89,12 @@ class PagedMemory:
                     wanted = (group, context[position], position, chains[position])
                     assert found == wanted, f"{work.request.id}, group {group}, at {position}: {found}, not {wanted}"
 
+    def spoil(self, work: Work) -> None:
+        """What was written before a draw failed is not to be read by anybody."""
+        for position in range(work.start, work.start + len(work.tokens)):
+            for group in range(len(self.layout.groups)):
+                del self.slots[self.slot(work, group, position)]
+
     def run(self, batch: Batch) -> Sampled:
         assert 0 < batch.num_tokens == sum(len(work.tokens) for work in batch.works) <= self.config.batch_tokens
         assert len({work.sequence for work in batch.works}) == len(batch.works) <= self.config.max_sequences
@@ -125,6 +139,9 @@ class PagedMemory:
             if work.samples:
                 context = self.contexts[work.request.id]
                 token, logprob = draw(work.request.seed, context)
+                if len(context) - len(work.request.tokens) == breaks(work.request):
+                    sampled.failed[len(sampled.tokens)] = f"{work.request.id} broke"
+                    self.spoil(work)
                 context.append(token)
                 sampled.tokens.append(token)
                 sampled.values["logprobs"].append(logprob)
@@ -143,6 +160,9 @@ class Device(PagedMemory):
     fails: bool = False  # the next wait
     drawn: list[int] = field(default_factory=list)  # by the last batch started
     out: list[tuple[Batch, list[int]]] = field(default_factory=list)  # slots; nobody has waited for it
+
+    def spoil(self, work: Work) -> None:
+        """The next batch was planned before this one's draws were known: it may share."""
 
     def start(self, batch: Batch) -> Callable[[], Sampled]:
         def known(tokens: list[int]) -> list[int]:
@@ -192,9 +212,18 @@ def make(
     return Engine(runner, config, num_pages, clock=lambda: float(next(ticks)), decode=decode), runner  # type: ignore[arg-type]
 
 
-def group(name: str, prompt: list[int], copies: int, max_new: int, stop: tuple[int, ...] = (STOP,)) -> list[Request]:
+def group(
+    name: str,
+    prompt: list[int],
+    copies: int,
+    max_new: int,
+    stop: tuple[int, ...] = (STOP,),
+    broken: int | None = None,
+) -> list[Request]:
+    """Siblings; a draw of the first fails after `broken` tokens."""
     sampling = Sampling(max_new_tokens=max_new, stop_token_ids=stop)
-    return [Request(f"{name}/{k}", name, tuple(prompt), sampling, seed=k) for k in range(copies)]
+    seeds = [k + BROKEN * (broken + 1) if broken is not None and k == 0 else k for k in range(copies)]
+    return [Request(f"{name}/{k}", name, tuple(prompt), sampling, seed) for k, seed in enumerate(seeds)]
 
 
 def check(completion: Completion, request: Request, runner: PagedMemory) -> None:
@@ -202,13 +231,17 @@ def check(completion: Completion, request: Request, runner: PagedMemory) -> None
     n = len(completion.tokens)
     if completion.stop_reason is StopReason.ABORTED:
         tokens, logprobs = tokens[:n], logprobs[:n]
-    elif tokens[-1] in request.sampling.stop_token_ids:
+    elif tokens and tokens[-1] in request.sampling.stop_token_ids:
         assert completion.stop_reason is StopReason.STOP_TOKEN
+    elif n < request.sampling.max_new_tokens:
+        assert n == breaks(request) and completion.stop_reason is StopReason.FAILED
+        assert completion.failure == f"{request.id} broke"
     else:
         assert completion.stop_reason is StopReason.LENGTH
     assert (completion.tokens, completion.logprobs) == (tokens, logprobs)
     sampled_by = runner.sampled_by.get(request.id, [])
-    # A device runs on until it is told.
-    wanted = sampled_by[:n] if isinstance(runner, Device) else sampled_by
+    # A device runs on until it is told, and a draw that fails gives nothing.
+    more = isinstance(runner, Device) or completion.stop_reason is StopReason.FAILED
+    wanted = sampled_by[:n] if more else sampled_by
     assert completion.columns["versions"].tolist() == wanted and len(wanted) == n
     assert completion.submitted_s <= completion.started_s <= completion.finished_s

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tandem.engine.batch import Batch
 from tandem.engine.engine import Engine
 from tandem.engine.layout import WHOLE, KvLayout
-from tandem.errors import CapacityError, ConfigError
+from tandem.errors import CapacityError, ConfigError, NonFiniteError
 from tandem.types import Completion, Reach, Request, Sampling, StopReason, WeightVersion
 from tests.null.paged_memory import STOP, VOCAB, Device, DeviceFailed, PagedMemory, alone, check, group, make
 
@@ -20,7 +20,8 @@ prompts = st.one_of(
     st.lists(st.integers(0, 1), min_size=1, max_size=14),
     st.integers(1, 14).map(lambda length: [0, 1, 2, 3] * 3 + [5, 5] if length == 14 else ([0, 1, 2, 3] * 3)[:length]),
 )
-submits = st.tuples(st.just("submit"), prompts, st.integers(1, 4), st.integers(1, 12), st.sampled_from([(), (STOP,)]))
+stops, broken = st.sampled_from([(), (STOP,)]), st.sampled_from([None, None, None, 0, 2, 5])
+submits = st.tuples(st.just("submit"), prompts, st.integers(1, 4), st.integers(1, 12), stops, broken)
 actions = st.one_of(
     submits,
     submits,
@@ -117,9 +118,10 @@ class Play:
 @given(made=engines(), script=st.lists(actions, min_size=8, max_size=24))
 @settings(max_examples=600, deadline=None)
 def test_every_request_gives_what_it_gives_alone(made: tuple[Engine, PagedMemory], script: list[tuple]) -> None:  # type: ignore[type-arg]
-    """A wrong output, a stale hit, a leak or a livelock under some arrivals, aborts, updates, failures, sizes and
-    capacities."""
+    """A wrong output, a stale hit, a leak or a livelock under some arrivals, aborts, updates, failures of devices and
+    of draws, sizes and capacities."""
     engine, runner = made
+    engine._checked = lambda sampled, batch: sampled  # type: ignore[method-assign]  # a first draw may fail alone
     play = Play(engine, runner)
     for number, action in enumerate(script):
         play.act(action, f"p{number}")
@@ -141,6 +143,7 @@ def test_every_request_gives_what_it_gives_alone(made: tuple[Engine, PagedMemory
     lost = runner.run_tokens - stats.run_tokens
     assert lost >= 0 if isinstance(runner, Device) else lost == 0
     assert stats.finished + stats.aborted == len(play.requests)
+    assert stats.failed == sum(completion.stop_reason is StopReason.FAILED for completion in play.done.values())
     assert stats.sampled_tokens == sum(len(completion.tokens) for completion in play.done.values())
 
 
@@ -195,6 +198,40 @@ def test_a_batch_is_started_before_the_last_is_waited_for() -> None:
         out.append(len(device.out))
     assert out == [1] * 5 + [0]  # of batches on the device after each step
     assert device.run_tokens == engine.stats.run_tokens == 5 + 1 + 2 * 3
+
+
+@pytest.mark.parametrize("memory", [PagedMemory, Device])
+def test_a_draw_that_fails_ends_its_request_alone(memory: type[PagedMemory]) -> None:
+    """One row's NaN ends everybody's step, is sampled from, or is found again by who shares its prompt."""
+    engine, runner = make(memory=memory)
+    requests = group("a", [1, 2, 3, 4, 5], 3, 9, stop=(), broken=3)
+    done = engine.generate(requests)
+    assert [completion.stop_reason.value for completion in done] == ["failed", "length", "length"]
+    for completion, request in zip(done, requests, strict=True):
+        check(completion, request, runner)
+    engine.check_integrity()
+    context = [*requests[0].tokens, *done[0].tokens]  # 8: the step that failed filled the second block
+    (again,) = engine.generate(group("b", [*context, 0], 1, 1, stop=()))
+    assert len(context) == 8 and again.cached_tokens == 4
+
+
+@pytest.mark.parametrize("memory", [PagedMemory, Device])
+def test_weights_are_at_fault_where_nothing_was_ever_drawn_with_them(memory: type[PagedMemory]) -> None:
+    """Every request of a run fails, one by one, for weights that are not finite; or a last row's NaN ends a run."""
+    engine, runner = make(memory=memory)
+    one, two, three, four = (group(name, [1, 2, 3], 1, 3, stop=(), broken=0) for name in "abcd")
+    for bad in (one, two):
+        with pytest.raises(NonFiniteError, match="/0 broke"):
+            engine.generate(bad)
+        assert not engine.has_work
+        engine.check_integrity()
+        if isinstance(runner, Device):
+            runner.out.clear()  # the batch behind the one that failed: nobody waits for it
+    assert engine.generate(group("good", [1, 2, 3], 1, 3, stop=()))[0].stop_reason is StopReason.LENGTH
+    assert engine.generate(three)[0].stop_reason is StopReason.FAILED
+    engine.receive(WeightVersion(1, "other"))
+    with pytest.raises(NonFiniteError, match="d/0 broke"):
+        engine.generate(four)
 
 
 def test_generate_keeps_order_and_leaves_others_to_step() -> None:

@@ -199,6 +199,23 @@ def test_failures_stay_with_their_program() -> None:
     assert bad_observation.failure == Failure("environment", "raised") and bad_observation.num_sampled == 3
 
 
+def test_a_draw_that_fails_is_its_programs_failure() -> None:
+    """A request that the engine gave up is graded as an answer, asked to go on, or ends its siblings."""
+
+    class Failing(FakeEngine):
+        def completion(self, request: Request, tokens: list[int], reason: StopReason | None = None) -> Completion:
+            done = super().completion(request, tokens, reason)
+            broken = "/1/" in request.id
+            return replace(done, stop_reason=StopReason.FAILED, failure="3 NaN") if broken else done
+
+    engine = Failing(lambda request: spell("ab"))
+    config = replace(CONFIG, max_turns=2)
+    (group,) = Rollouts(engine, Renderer(Letters()), Counting(5), config, run_seed=1).run(0, prompts(1))
+    first, failed, third = group.trajectories
+    assert (first.failure, third.failure) == (None, None) and [r.id for r in engine.seen].count("p0/0/1/1") == 0
+    assert failed.failure == Failure("engine", "3 NaN") and failed.num_sampled == 3
+
+
 def test_deadline_withdraws_the_rest() -> None:
     """A request that never ends holds the step for ever, or stays in the engine after it."""
     engine = FakeEngine(lambda request: spell("ab"), lambda request: 1 if request.id.startswith("p0") else 10**9)

@@ -52,3 +52,5 @@ def chat(
                 text = tokenizer.decode([token for token in completion.tokens if token not in stops])
                 messages.append(Message("assistant", text))
                 print(text)
+                if completion.failure:
+                    print(f"no more could be drawn: {completion.failure}", file=sys.stderr)

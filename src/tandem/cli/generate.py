@@ -75,6 +75,7 @@ def generate(
     if loaded.opening:
         print(SYSTEM_SAID.format(loaded.opening[0].content), file=sys.stderr)
     progress = _Progress(len(rows) * samples) if file is not None else None
+    failed = 0
     for answer in loaded.answers([_conversation(row) for row in rows], asked, samples, seed, scored=json):
         row = rows[answer.prompt]
         if json:
@@ -86,9 +87,14 @@ def generate(
             )
         else:
             print(answer.text)
+        if answer.completion.failure:
+            failed += 1
+            print(
+                f"{answer.completion.request_id}: no more could be drawn: {answer.completion.failure}", file=sys.stderr
+            )
         if progress is not None:
             progress.count(len(answer.completion.tokens))
-    return 0
+    return 1 if failed else 0
 
 
 def read_prompts(file: str) -> list[Fields]:
@@ -174,6 +180,7 @@ def _figures(answer: Answer) -> dict[str, object]:
         "tokens": list(completion.tokens),
         "logprobs": list(answer.logprobs),
         "stop_reason": completion.stop_reason.value,
+        **({"failure": completion.failure} if completion.failure else {}),
         "seconds": completion.finished_s - completion.submitted_s,
     }
 

@@ -54,8 +54,9 @@ class Batch:
 class Sampled:
     """What a runner drew for the works with `samples`, in their order."""
 
-    tokens: list[int]
+    tokens: list[int]  # of a draw that failed, any
     values: dict[str, list[Any]]  # column (tandem.columns) -> one a token; None where the token has none
+    failed: dict[int, str] = field(default_factory=dict)  # draw -> why it has no token
 
 
 @dataclass(slots=True)
@@ -70,6 +71,7 @@ class Stats:
     preemptions: int = 0
     evicted_pages: int = 0
     finished: int = 0
+    failed: int = 0  # of those finished
     aborted: int = 0
     most_running: int = 0
 
@@ -99,7 +101,7 @@ class Sequence:
     submitted_batch: int = 0  # batches run before it was submitted
     charged: int = 0  # tokens that were charged to its program, see engine/order.py
 
-    def completion(self, reason: StopReason, now: float) -> Completion:
+    def completion(self, reason: StopReason, now: float, failure: str = "") -> Completion:
         """What the caller gets. A request that never ran counts its whole life as waiting."""
         steps, starts = [step for step, _ in self.spans], [start for _, start in self.spans]
         versions = np.repeat(np.array(steps, dtype=np.int32), np.diff([*starts, self.num_drawn]))
@@ -116,4 +118,5 @@ class Sequence:
             finished_s=now,
             cached_tokens=self.cached_tokens,
             recomputed_tokens=self.recomputed_tokens,
+            failure=failure,
         )

@@ -19,7 +19,7 @@ from tandem.engine.batch import Sequence as LiveSequence
 from tandem.engine.config import EngineConfig
 from tandem.engine.layout import KvLayout
 from tandem.engine.schedule import Scheduler, stops_by_token
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, NonFiniteError
 from tandem.types import Completion, Request, StopReason, WeightVersion
 
 Decode = Callable[[Sequence[int]], str]
@@ -27,6 +27,8 @@ Decode = Callable[[Sequence[int]], str]
 
 class Runner(Protocol):
     """Runs a batch on a device: writes keys and values to the pages, draws a token for each work that samples.
+
+    A row that cannot be drawn from is named in `Sampled.failed`, and the others are drawn as ever.
 
     A device that works on its own has `start(batch) -> wait` too: start returns as the batch is queued, behind what was
     started before, whose draws it may hold as -1 - place; wait() returns the draws. It is waited for in order.
@@ -97,6 +99,7 @@ class Engine:
         self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version, runner.layout)
         self._undelivered: list[Completion] = []  # finished while nobody who wants them asked
         self._flight: Flight | None = None
+        self._sound: WeightVersion | None = None  # the last weights that something was drawn with
 
     @property
     def has_work(self) -> bool:
@@ -151,7 +154,11 @@ class Engine:
         self.runner.give_back()
 
     def step(self) -> list[Completion]:
-        """Runs one batch; returns the requests that ended. If the runner raises, the step may be tried again."""
+        """Runs one batch; returns the requests that ended. If the runner raises, the step may be tried again.
+
+        A row that cannot be drawn from ends its request, as FAILED. NonFiniteError where all rows are such, and weights
+        are at fault: none was ever drawn with them.
+        """
         done: list[Completion] = []
         if self.scheduler.live:
             batch = self.scheduler.plan(self.clock())
@@ -161,7 +168,8 @@ class Engine:
             )
             start: Callable[[Batch], Callable[[], Sampled]] | None = getattr(self.runner, "start", None)
             if start is None:
-                done = self.scheduler.commit(batch, self.runner.run(batch), self.clock())
+                sampled = self._checked(self.runner.run(batch), batch)
+                done = self.scheduler.commit(batch, sampled, self.clock())
             else:
                 wait = start(batch) if batch.works else None
                 done = self._resolve()
@@ -180,11 +188,18 @@ class Engine:
         if flight is None:
             return []
         try:
-            sampled = flight.wait()
+            sampled = self._checked(flight.wait(), flight.batch)
         except BaseException:
             self.scheduler.forget(flight.batch)
             raise
         return self.scheduler.resolve(flight.batch, sampled, self.clock())
+
+    def _checked(self, sampled: Sampled, batch: Batch) -> Sampled:
+        if len(sampled.failed) < len(sampled.tokens):
+            self._sound = batch.version
+        elif sampled.failed and self._sound != batch.version:
+            raise NonFiniteError(sampled.failed[0])
+        return sampled
 
     def _land(self) -> None:
         self._undelivered += self._resolve()

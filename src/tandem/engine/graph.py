@@ -24,6 +24,7 @@ from torch import Tensor
 from tandem.engine.batch import Batch, Sampled
 from tandem.engine.rows import StepRows
 from tandem.engine.runner import changed, sampling_of
+from tandem.errors import NonFiniteError
 from tandem.kernels.gpu.attention import SPAN, TiledPaths, lay_tiles, tile_tokens
 from tandem.kernels.gpu.page_sum import PageSums
 from tandem.kernels.gpu.sample import pick
@@ -183,6 +184,15 @@ class _Graph:
         return self._results
 
 
+def why(logits_NV: Tensor, row: int) -> str:
+    """Why a row could not be drawn from; a step that was started since may have written others in its place."""
+    try:
+        raise_if_bad(logits_NV, row)
+    except NonFiniteError as error:
+        return str(error)
+    return f"logits row {row} of {len(logits_NV)} was not finite."
+
+
 class DeviceSteps:
     """Runs the batches of one DecoderRunner, whose pages, weights and sampling they are."""
 
@@ -234,10 +244,9 @@ class DeviceSteps:
 
         def wait() -> Sampled:
             tokens, logprobs, *found = drawn()
-            bad = np.flatnonzero(np.isnan(logprobs))
-            if len(bad):  # a step that was started since may have other logits in their place, from the same weights
-                raise_if_bad(logits_NV[:count], int(bad[0]))
-            return self._checked(Sampled(tokens.tolist(), {"logprobs": logprobs.tolist()}), batch, *found)
+            bad = np.flatnonzero(np.isnan(logprobs)).tolist()
+            failed = {row: why(logits_NV[:count], row) for row in bad}
+            return self._checked(Sampled(tokens.tolist(), {"logprobs": logprobs.tolist()}, failed), batch, *found)
 
         return wait
 

@@ -89,6 +89,13 @@ class PagePool:
         self._free.append(page)
         return page
 
+    def forget(self, page: int) -> None:
+        """What a page contains is worthless: it is free where it was cached."""
+        bucket = self._bucket.pop(page, None)
+        if bucket is not None:
+            del bucket[page]
+            self._free.append(page)
+
     def devalue(self) -> None:
         """All that is cached is due at once, in the order that it was. O(cached pages)."""
         first = OrderedDict.fromkeys(self.cached)

@@ -112,6 +112,14 @@ class PrefixIndex:
         self._worth[page] = 1 + prompt
         return True
 
+    def unname(self, key: bytes) -> None:
+        """Takes a name back: its pages are found no more, and free once nobody holds them."""
+        for pages in self._page:
+            page = pages.pop(key, None)
+            if page is not None:
+                del self._name[page]
+                self.pool.forget(page)
+
     def take(self) -> int | None:
         """A page to write on, held once: a free one, else the one evicted; None where all are held."""
         page = self.pool.take()

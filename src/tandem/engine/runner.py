@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +13,7 @@ from tandem.engine.batch import Batch, Sampled
 from tandem.engine.config import EngineConfig, KvDtype
 from tandem.engine.layout import KvLayout
 from tandem.engine.rows import StepRows
-from tandem.errors import DeliveryError
+from tandem.errors import DeliveryError, NonFiniteError
 from tandem.kernels.attention import Paths
 from tandem.kernels.choice import backend
 from tandem.kernels.head import draw
@@ -65,6 +66,26 @@ def sampling_of(batch: Batch) -> SamplingBatch:
         [work.request.sampling for work in chosen],
         [work.request.seed for work in chosen],
         [work.start + len(work.tokens) for work in chosen],
+    )
+
+
+def apart(
+    drawn: Callable[[torch.Tensor, SamplingBatch], Sampled], hidden_SM: torch.Tensor, sampling: SamplingBatch
+) -> Sampled:
+    """What is drawn of each row alone; `failed` names the rows that raise NonFiniteError."""
+    parts: list[Sampled] = []
+    for row in range(len(sampling)):
+        one = slice(row, row + 1)
+        alone = SamplingBatch(*(getattr(sampling, field.name)[one] for field in fields(sampling)))
+        try:
+            parts.append(drawn(hidden_SM[one], alone))
+        except NonFiniteError as error:
+            parts.append(Sampled([0], {}, {row: str(error)}))
+    names = {name: None for part in parts for name in part.values}
+    return Sampled(
+        [part.tokens[0] for part in parts],
+        {name: [part.values[name][0] if name in part.values else None for part in parts] for name in names},
+        {row: reason for part in parts for row, reason in part.failed.items()},
     )
 
 
@@ -158,9 +179,15 @@ class DecoderRunner:
         return self.drawn(hidden_SM, sampling_of(batch)) if drawing else Sampled([], {"logprobs": []})
 
     def drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
-        """A token for each row of the final hidden states."""
+        """A token for each row of the final hidden states, or why it has none."""
         if self.config.noise:
             hidden_SM = with_noise(hidden_SM, sampling, self.config.noise)
+        try:
+            return self._drawn(hidden_SM, sampling)
+        except NonFiniteError:  # a row has the same bits alone
+            return apart(self._drawn, hidden_SM, sampling)
+
+    def _drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
         if not sampling.filters_S.any():
             tokens_S, logprobs_S = draw(hidden_SM, self.decoder.head, sampling)
             return Sampled(tokens_S.tolist(), {"logprobs": logprobs_S.tolist()})

@@ -354,6 +354,13 @@ class Scheduler:
             if sequence is None or sequence.arrival != work.sequence:
                 continue
             assert sequence.tokens[-1] == -1 - draw, (sequence.tokens[-1], draw)
+            if draw in sampled.failed:
+                sequence.tokens.pop()
+                finished.append(sequence.completion(StopReason.FAILED, now, sampled.failed[draw]))
+                self._unname(sequence, work)
+                self._end(sequence)
+                self._stats.failed += 1
+                continue
             sequence.tokens[-1] = token
             if not sequence.spans or sequence.spans[-1][0] != step:
                 sequence.spans.append((step, sequence.num_drawn))
@@ -408,6 +415,12 @@ class Scheduler:
                 if self.index.insert(key, group, table[block], prompt):
                     self._named.append(table[block])
             self.promised.pop(key, None)
+
+    def _unname(self, sequence: Sequence, work: Work) -> None:
+        """Nothing could be drawn from what a work wrote: nobody else is to find it."""
+        size = self.config.page_tokens
+        for key in sequence.keys[work.start // size : (work.start + len(work.tokens)) // size]:
+            self.index.unname(key)
 
     def _offer_tail(self, sequence: Sequence) -> None:
         """A sequence has run its prompt: siblings may copy its end."""

@@ -158,6 +158,8 @@ class Rollouts:
             rollout.said.append(Message("assistant", self.renderer.text(completion.tokens)))
             if completion.stop_reason is StopReason.ABORTED:
                 rollout.failure = Failure("engine", "its request was withdrawn")
+            elif completion.stop_reason is StopReason.FAILED:
+                rollout.failure = Failure("engine", completion.failure)
             elif len(rollout.turns) < self.config.max_turns:
                 asking.append(rollout)
         if not asking:
