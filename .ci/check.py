@@ -35,7 +35,7 @@ FREE = {"", "__init__", "__main__"}  # the package's own front door
 
 # Files that run on a machine without torch, and so import none; `config` means the config.py of every folder.
 TORCH_FREE = {
-    *(f"engine/{name}" for name in ("admit", "layout", "order", "pages", "prefix", "schedule", "share")),
+    *(f"engine/{name}" for name in ("admit", "driver", "layout", "order", "pages", "prefix", "schedule", "share")),
     *("engine/tables", "engine/tails"),
     *ROWS[0],
     "cli/main",

@@ -67,6 +67,10 @@ class CheckpointError(WorldError):
     """A checkpoint could not be written or read; the last good one is untouched."""
 
 
+class EngineError(WorldError):
+    """The engine takes no more requests, or did not answer in time; says why."""
+
+
 class DeliveryError(WorldError):
     """The engine does not serve what the learner published."""
 

@@ -22,6 +22,7 @@ from tandem.algo.config import AlgoConfig
 from tandem.algo.objective import PolicyGradient
 from tandem.algo.pack import count_prompts
 from tandem.engine import runner, schedule
+from tandem.engine.driver import Driver
 from tandem.engine.schedule import Scheduler
 from tandem.kernels.build import compiler
 from tandem.kernels.linear import logits
@@ -170,7 +171,7 @@ def siblings(parity, make) -> None:
     """The samples of a prompt are draws of their own."""
     config = RolloutConfig(samples_per_prompt=4, max_new_tokens=16)
     prompt = Prompt("p", (Message("user", " ".join(map(str, texts(1, 20)[0]))),))
-    (group,) = Rollouts(parity.engine(make("float32")), Plain(), Plain(), config, 0).run(1, [prompt])
+    (group,) = Rollouts(Driver(parity.engine(make("float32"))), Plain(), Plain(), config, 0).run(1, [prompt])
     if len({trajectory.columns["tokens"].tobytes() for trajectory in group.trajectories}) < 4:
         raise parity.Differs("siblings drew the same tokens")
 

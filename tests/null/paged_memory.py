@@ -16,6 +16,7 @@ from tandem.engine.batch import Batch, Sampled, Work
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.layout import WHOLE, KvLayout
+from tandem.errors import WorldError
 from tandem.types import Completion, Request, Sampling, StopReason
 
 VOCAB = 7
@@ -149,7 +150,7 @@ class PagedMemory:
         return sampled
 
 
-class DeviceFailed(Exception):
+class DeviceFailed(WorldError):
     pass
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.columns import Columns
+from tandem.engine.driver import Driver
 from tandem.errors import CapacityError, ConfigError
 from tandem.program.config import TaskConfig
 from tandem.program.render import Renderer
@@ -66,12 +67,17 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self.live)
 
-    def submit(self, request: Request, /) -> None:
-        assert request.id not in self.live
+    def check(self, request: Request, /) -> None:
         if len(request.tokens) > self.capacity:
             raise CapacityError(
                 f"request {request.id} needs {len(request.tokens)} tokens; raise engine.kv_memory_bytes"
             )
+
+    def drawn(self, request_id: str, first: int, /) -> Columns:
+        return Columns({})
+
+    def submit(self, request: Request, /) -> None:
+        assert request.id not in self.live
         self.live[request.id] = (request, self.now + self.ticks(request))
         self.seen.append(request)
 
@@ -138,15 +144,26 @@ CONFIG = RolloutConfig(samples_per_prompt=3, max_new_tokens=8)
 
 
 @settings(max_examples=60, deadline=None)
-@given(count=st.integers(1, 5), samples=st.integers(1, 4), turns=st.integers(1, 3), slowness=st.integers(1, 6))
-def test_rollouts_equal_each_alone(count: int, samples: int, turns: int, slowness: int) -> None:
-    """A program gets another's tokens, or its result depends on the order in which the engine finishes."""
+@given(
+    count=st.integers(1, 5),
+    samples=st.integers(1, 4),
+    turns=st.integers(1, 3),
+    slowness=st.integers(1, 6),
+    threaded=st.booleans(),
+)
+def test_rollouts_equal_each_alone(count: int, samples: int, turns: int, slowness: int, threaded: bool) -> None:
+    """A program gets another's tokens, or its result depends on the order in which the engine finishes, or on who
+    drives it."""
     config = RolloutConfig(samples_per_prompt=samples, max_turns=turns, max_new_tokens=8)
     engine = FakeEngine(babble, lambda request: noise(request) % slowness + 1)
-    groups = Rollouts(engine, Renderer(Letters()), Counting(2), config, run_seed=1).run(7, prompts(count))
+    driver = Driver(engine).start() if threaded else Driver(engine)
+    groups = Rollouts(driver, Renderer(Letters()), Counting(2), config, run_seed=1).run(7, prompts(count))
+    driver.close(30.0)
     assert [group.prompt.id for group in groups] == [f"p{n}" for n in range(count)]
     for prompt, group in zip(prompts(count), groups, strict=True):
-        alone = Rollouts(FakeEngine(babble), Renderer(Letters()), Counting(2), config, run_seed=1).run(7, [prompt])
+        alone = Rollouts(Driver(FakeEngine(babble)), Renderer(Letters()), Counting(2), config, run_seed=1).run(
+            7, [prompt]
+        )
         assert alone == [group]
         assert len({t.program_id for t in group.trajectories}) == samples
         for trajectory in group.trajectories:
@@ -160,7 +177,7 @@ def test_rollouts_equal_each_alone(count: int, samples: int, turns: int, slownes
 def test_single_turn_by_hand() -> None:
     """Prompt, answer, mask, reward or ids of the simplest case are wrong."""
     engine = FakeEngine(lambda request: spell("abc"))
-    (group,) = Rollouts(engine, Renderer(Letters()), Counting(), CONFIG, run_seed=1).run(2, prompts(1))
+    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(), CONFIG, run_seed=1).run(2, prompts(1))
     first = group.trajectories[0]
     assert column(first, "tokens") == [USER, ord("q"), ord("0"), END, ANSWER, *spell("abc")]
     assert column(first, "loss_mask") == [False] * 5 + [True] * 4
@@ -174,7 +191,7 @@ def test_turns_keep_tokens() -> None:
     """A second turn's request does not begin with what the first one saw and said, or observations are trained on."""
     engine = FakeEngine(lambda request: spell("ab") if request.id.endswith("/0") else [ord("c")])
     config = replace(CONFIG, samples_per_prompt=1, max_turns=3)
-    (group,) = Rollouts(engine, Renderer(Letters()), Counting(5), config, run_seed=1).run(2, prompts(1))
+    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(5), config, run_seed=1).run(2, prompts(1))
     (trajectory,) = group.trajectories
     first, second, third = engine.seen
     go = (END, USER, ord("g"), ord("o"), END, ANSWER)
@@ -192,7 +209,7 @@ def test_failures_stay_with_their_program() -> None:
     words = {0: "ab", 1: "xx", 2: "yy"}
     engine = FakeEngine(lambda request: spell(words[int(request.id.split("/")[2])]))
     config = replace(CONFIG, max_turns=2)
-    (group,) = Rollouts(engine, Renderer(Letters()), Counting(0), config, run_seed=1).run(0, prompts(1))
+    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(0), config, run_seed=1).run(0, prompts(1))
     good, bad_reward, bad_observation = group.trajectories
     assert good.failure is None and good.reward == 2.0
     assert bad_reward.failure == Failure("reward", "returned nan") and bad_reward.num_sampled == 3
@@ -210,7 +227,7 @@ def test_a_draw_that_fails_is_its_programs_failure() -> None:
 
     engine = Failing(lambda request: spell("ab"))
     config = replace(CONFIG, max_turns=2)
-    (group,) = Rollouts(engine, Renderer(Letters()), Counting(5), config, run_seed=1).run(0, prompts(1))
+    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(5), config, run_seed=1).run(0, prompts(1))
     first, failed, third = group.trajectories
     assert (first.failure, third.failure) == (None, None) and [r.id for r in engine.seen].count("p0/0/1/1") == 0
     assert failed.failure == Failure("engine", "3 NaN") and failed.num_sampled == 3
@@ -221,7 +238,9 @@ def test_deadline_withdraws_the_rest() -> None:
     engine = FakeEngine(lambda request: spell("ab"), lambda request: 1 if request.id.startswith("p0") else 10**9)
     config = replace(CONFIG, deadline_s=50.0)
     clock = iter(range(10**6))
-    rollouts = Rollouts(engine, Renderer(Letters()), Counting(), config, run_seed=1, clock=lambda: float(next(clock)))
+    rollouts = Rollouts(
+        Driver(engine), Renderer(Letters()), Counting(), config, run_seed=1, clock=lambda: float(next(clock))
+    )
     first, second = rollouts.run(0, prompts(2))
     assert [t.reward for t in first.trajectories] == [2.0] * 3
     for trajectory in second.trajectories:
@@ -235,7 +254,9 @@ def test_deadline_withdraws_the_rest() -> None:
 def test_programs_are_made_as_they_start(count: int, samples: int, turns: int, ahead: int) -> None:
     """All programs and requests of a step exist at once; or one that waited gets other tokens, or another's place."""
     config = RolloutConfig(samples_per_prompt=samples, max_turns=turns, max_new_tokens=8)
-    wanted = Rollouts(FakeEngine(babble), Renderer(Letters()), Counting(2), config, run_seed=1).run(7, prompts(count))
+    wanted = Rollouts(Driver(FakeEngine(babble)), Renderer(Letters()), Counting(2), config, run_seed=1).run(
+        7, prompts(count)
+    )
     engine = FakeEngine(babble, lambda request: noise(request) % 4 + 1)
     submit, most = engine.submit, []
 
@@ -246,7 +267,10 @@ def test_programs_are_made_as_they_start(count: int, samples: int, turns: int, a
     engine.submit = counted  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "AHEAD", ahead)
-        assert Rollouts(engine, Renderer(Letters()), Counting(2), config, run_seed=1).run(7, prompts(count)) == wanted
+        assert (
+            Rollouts(Driver(engine), Renderer(Letters()), Counting(2), config, run_seed=1).run(7, prompts(count))
+            == wanted
+        )
     assert max(most) <= ahead
     first = [request.id for request in engine.seen if request.id.endswith("/0")]
     assert first == [f"p{n}/7/{s}/0" for n in range(count) for s in range(samples)]  # siblings together, in order
@@ -258,7 +282,9 @@ def test_deadline_before_a_program_starts(monkeypatch: pytest.MonkeyPatch) -> No
     engine = FakeEngine(lambda request: spell("ab"), lambda request: 10**9)
     config = replace(CONFIG, deadline_s=50.0)
     clock = iter(range(10**6))
-    rollouts = Rollouts(engine, Renderer(Letters()), Counting(), config, run_seed=1, clock=lambda: float(next(clock)))
+    rollouts = Rollouts(
+        Driver(engine), Renderer(Letters()), Counting(), config, run_seed=1, clock=lambda: float(next(clock))
+    )
     groups = rollouts.run(0, prompts(5))
     assert [len(group.trajectories) for group in groups] == [3] * 5 and len(engine.seen) == 4 and not engine.live
     for place, trajectory in enumerate(t for group in groups for t in group.trajectories):
@@ -271,10 +297,10 @@ def test_capacity() -> None:
     engine = FakeEngine(lambda request: spell("ab"), capacity=5)
     long = Prompt("long", (Message("user", "much too long"),))
     with pytest.raises(CapacityError, match="engine.kv_memory_bytes"):
-        Rollouts(engine, Renderer(Letters()), Counting(), CONFIG, run_seed=1).run(0, [*prompts(1), long])
+        Rollouts(Driver(engine), Renderer(Letters()), Counting(), CONFIG, run_seed=1).run(0, [*prompts(1), long])
     assert not engine.live
     config = replace(CONFIG, max_turns=2)
-    (group,) = Rollouts(engine, Renderer(Letters()), Counting(9), config, run_seed=1).run(0, prompts(1))
+    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(9), config, run_seed=1).run(0, prompts(1))
     failure = group.trajectories[0].failure
     assert failure is not None and failure.where == "engine" and failure.reason.startswith("turn 2 does not fit")
     assert column(group.trajectories[0], "loss_mask")[5:8] == [True, True, True]
@@ -285,7 +311,7 @@ def test_lost_request_is_noticed() -> None:
     engine = FakeEngine(lambda request: spell("a"))
     engine.step = lambda: engine.live.clear() or []  # type: ignore[method-assign, func-returns-value]
     with pytest.raises(AssertionError, match="no work, but 3 requests have not come back"):
-        Rollouts(engine, Renderer(Letters()), Counting(), CONFIG, run_seed=1).run(0, prompts(1))
+        Rollouts(Driver(engine), Renderer(Letters()), Counting(), CONFIG, run_seed=1).run(0, prompts(1))
 
 
 def test_seconds_are_told_apart() -> None:
@@ -295,7 +321,7 @@ def test_seconds_are_told_apart() -> None:
     trace = Trace([totals], clock=lambda: float(next(ticks)))
     engine = FakeEngine(lambda request: spell("a"))
     config = replace(CONFIG, max_turns=2)
-    Rollouts(engine, Renderer(Letters()), Counting(1), config, run_seed=1, trace=trace).run(0, prompts(1))
+    Rollouts(Driver(engine), Renderer(Letters()), Counting(1), config, run_seed=1, trace=trace).run(0, prompts(1))
     assert totals.seconds == {"environment": 1.0, "reward": 1.0, "rollout": 3.0}
 
 
@@ -304,13 +330,13 @@ def test_evaluation_by_hand() -> None:
     words = {"p0": "a", "p1": "", "p2": "ab", "p3": "x"}
     engine = FakeEngine(lambda request: spell(words[request.program_id.split("/")[0]]))
     config = RolloutConfig(temperature=0.7, top_p=0.9, samples_per_prompt=8)
-    result, groups = evaluate(engine, Renderer(Letters()), Counting(), prompts(4), config, step=3)
+    result, groups = evaluate(Driver(engine), Renderer(Letters()), Counting(), prompts(4), config, step=3)
     assert (result.prompts, result.failed, result.accuracy) == (3, 1, pytest.approx(2 / 3))
     assert (result.reward, result.length) == (1.0, 2.0) and len(groups) == 4
     assert 0.2 < result.low < 2 / 3 < result.high < 0.95
     assert all(request.sampling.greedy and request.sampling.top_p == 1.0 for request in engine.seen)
     failing = FakeEngine(lambda request: spell("x"))
-    nothing, _ = evaluate(failing, Renderer(Letters()), Counting(), prompts(2), config)
+    nothing, _ = evaluate(Driver(failing), Renderer(Letters()), Counting(), prompts(2), config)
     assert (nothing.prompts, nothing.failed, nothing.low, nothing.high) == (0, 2, 0.0, 1.0)
 
 
@@ -328,11 +354,11 @@ def test_documented_environment(tmp_path: Path) -> None:
 
     config = RolloutConfig(samples_per_prompt=6, max_turns=2)
     engine = FakeEngine(speak)
-    groups = Rollouts(engine, Renderer(Letters()), task, config, run_seed=0).run(0, task.batch(0, 2))
+    groups = Rollouts(Driver(engine), Renderer(Letters()), task, config, run_seed=0).run(0, task.batch(0, 2))
     outcomes = {t.program_id: (t.reward, t.failure) for group in groups for t in group.trajectories}
     assert outcomes == {r.program_id: (float(r.seed % 2 == 0), None) for r in engine.seen}
     assert len(engine.seen) == 24 and len(set(outcomes.values())) == 2
-    result, _ = evaluate(engine, Renderer(Letters()), task, task.heldout, replace(config, max_turns=1))
+    result, _ = evaluate(Driver(engine), Renderer(Letters()), task, task.heldout, replace(config, max_turns=1))
     assert (result.prompts, result.accuracy) == (4, 0.0)
     task.close()
 

@@ -21,6 +21,7 @@ def chat(
 ) -> int:
     """Talk with a model, a line at a time; Ctrl-D ends."""
     from tandem.engine.config import EngineConfig
+    from tandem.engine.driver import Driver
     from tandem.models.config import ModelConfig
     from tandem.run.model import asked_as
     from tandem.run.parts import build_parts
@@ -30,7 +31,7 @@ def chat(
     if system is None and messages:
         print(SYSTEM_SAID.format(messages[0].content), file=sys.stderr)
     parts = build_parts(ModelConfig(model), EngineConfig(), learns=False, form="chat")
-    engine, tokenizer = parts.engine, parts.tokenizer
+    driver, tokenizer = Driver(parts.engine), parts.tokenizer
     stops = tokenizer.stop_token_ids
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=stops)
     while True:
@@ -44,13 +45,13 @@ def chat(
         messages.append(Message("user", line))
         tokens = tuple(tokenizer.render_messages(messages, add_generation_prompt=True))
         turn = str(len(messages))
-        engine.submit(Request(f"chat/{turn}", "chat", tokens, sampling, seed=seed + len(messages)))
-        while engine.has_work:
+        future = driver.submit(Request(f"chat/{turn}", "chat", tokens, sampling, seed=seed + len(messages)))
+        while not future.done():
             with parts.memory.foreseen():
-                done = engine.step()
-            for completion in done:
-                text = tokenizer.decode([token for token in completion.tokens if token not in stops])
-                messages.append(Message("assistant", text))
-                print(text)
-                if completion.failure:
-                    print(f"no more could be drawn: {completion.failure}", file=sys.stderr)
+                driver.progress(0, 0.0)
+        completion = future.result(0)
+        text = tokenizer.decode([token for token in completion.tokens if token not in stops])
+        messages.append(Message("assistant", text))
+        print(text)
+        if completion.failure:
+            print(f"no more could be drawn: {completion.failure}", file=sys.stderr)

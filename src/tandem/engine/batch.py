@@ -101,17 +101,22 @@ class Sequence:
     submitted_batch: int = 0  # batches run before it was submitted
     charged: int = 0  # tokens that were charged to its program, see engine/order.py
 
+    def drawn(self, first: int) -> Columns:
+        """The generated tokens from the first-th on, and what is known of them."""
+        steps = np.array([step for step, _ in self.spans], dtype=np.int32)
+        ends = np.maximum([*(start for _, start in self.spans), self.num_drawn], first)
+        prompt = len(self.request.tokens)
+        return Columns.of(
+            tokens=self.tokens[prompt + first : prompt + self.num_drawn],
+            versions=np.repeat(steps, np.diff(ends)),
+            **({"logprobs": (), **{name: values[first:] for name, values in self.values.items()}}),
+        )
+
     def completion(self, reason: StopReason, now: float, failure: str = "") -> Completion:
         """What the caller gets. A request that never ran counts its whole life as waiting."""
-        steps, starts = [step for step, _ in self.spans], [start for _, start in self.spans]
-        versions = np.repeat(np.array(steps, dtype=np.int32), np.diff([*starts, self.num_drawn]))
         return Completion(
             request_id=self.request.id,
-            columns=Columns.of(
-                tokens=self.tokens[len(self.request.tokens) :],
-                versions=versions,
-                **({"logprobs": (), **self.values}),
-            ),
+            columns=self.drawn(0),
             stop_reason=reason,
             submitted_s=self.submitted_s,
             started_s=now if self.started_s is None else self.started_s,

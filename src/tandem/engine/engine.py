@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+from tandem.columns import Columns
 from tandem.engine.admit import check_request
 from tandem.engine.batch import INITIAL, Batch, Sampled, Stats
 from tandem.engine.batch import Sequence as LiveSequence
@@ -115,11 +116,11 @@ class Engine:
         """A copy of the counts since the start."""
         return self.scheduler.stats
 
-    def submit(self, request: Request) -> None:
-        """Queues a request; it runs in later steps.
+    def check(self, request: Request) -> None:
+        """Raises what `submit` would, but for an id in use. From any thread.
 
-        ConfigError: empty prompt, max_new_tokens < 1, an id in use, stop strings that are empty or cannot be decoded,
-        a token or stop token outside the vocabulary, a seed or filter that the sampler does not have.
+        ConfigError: empty prompt, max_new_tokens < 1, stop strings that are empty or cannot be decoded, a token or stop
+        token outside the vocabulary, a seed or filter that the sampler does not have.
         CapacityError: it could not run even alone.
         """
         strings = request.sampling.stop_strings
@@ -128,7 +129,17 @@ class Engine:
         if "" in strings:
             raise ConfigError(f"request {request.id!r} has an empty stop string, which would stop it at once.")
         check_request(request, self.vocab_size)
+        self.scheduler.limit(request)
+
+    def submit(self, request: Request) -> None:
+        """Queues a request; it runs in later steps. Raises as `check`, and ConfigError for an id in use."""
+        self.check(request)
         self.scheduler.submit(request, self.clock())
+
+    def drawn(self, request_id: str, first: int) -> Columns:
+        """What a live request has generated so far, from the first-th token on; nothing where none is live."""
+        sequence = self.scheduler.live.get(request_id)
+        return Columns({}) if sequence is None else sequence.drawn(first)
 
     def abort(self, request_id: str) -> Completion | None:
         """Withdraws a request, waiting or running, and returns what it has so far; step() will not return it again.

@@ -101,13 +101,16 @@ class Scheduler:
     def stats(self) -> Stats:
         return replace(self._stats, evicted_pages=self.index.num_evicted)
 
+    def limit(self, request: Request) -> int:
+        """Context length at which it ends. Raises as `submit`."""
+        config, pages = self.config, self.pool.num_pages
+        return length_limit(request, self.layout, pages, config.page_tokens, config.kv_memory_bytes, self.max_context)
+
     def submit(self, request: Request, now: float) -> None:
         """Queues a request. ConfigError: empty prompt, no token asked, id in use. CapacityError: it can never fit."""
         if request.id in self.live:
             raise ConfigError(f"request id {request.id!r} is in use by a live request; ids must be unique.")
-        config, pages = self.config, self.pool.num_pages
-        limit = length_limit(request, self.layout, pages, config.page_tokens, config.kv_memory_bytes, self.max_context)
-        sequence = Sequence(request, self._arrivals, limit, now, list(request.tokens))
+        sequence = Sequence(request, self._arrivals, self.limit(request), now, list(request.tokens))
         sequence.submitted_batch = self._stats.batches
         self._arrivals += 1
         self.live[request.id] = sequence

@@ -7,10 +7,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from tandem.engine.driver import Driver
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.group import summarise
-from tandem.rollout.rollout import GenerationEngine, Grader, Rollouts
+from tandem.rollout.rollout import Grader, Rollouts
 from tandem.trace import Trace
 from tandem.types import Group, Prompt
 
@@ -37,7 +38,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: GenerationEngine,
+    driver: Driver,
     renderer: Renderer,
     environment: Grader,
     prompts: Sequence[Prompt],
@@ -50,7 +51,7 @@ def evaluate(
     Turns, lengths, stop strings and the deadline of each portion are `config`'s; its sampling is not used.
     """
     greedy = dataclasses.replace(config, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, samples_per_prompt=1)
-    rollouts = Rollouts(engine, renderer, environment, greedy, run_seed=0, trace=trace)
+    rollouts = Rollouts(driver, renderer, environment, greedy, run_seed=0, trace=trace)
     portions = [prompts[start : start + PORTION] for start in range(0, len(prompts), PORTION)]
     groups = [group for portion in portions for group in rollouts.run(step, portion)]
     summary = summarise(groups)

@@ -1,13 +1,16 @@
-"""A step's rollouts: prompts in, groups of trajectories out, on one engine."""
+"""A step's rollouts: prompts in, groups of trajectories out, on one engine's driver."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
+from tandem.engine.driver import GRACE_S, Driver
 from tandem.errors import CapacityError
 from tandem.numerics.random import derive_seed
 from tandem.program.render import Renderer
@@ -18,19 +21,6 @@ from tandem.trace import Trace
 from tandem.types import Completion, Failure, Group, Message, Prompt, Request, StopReason, Trajectory, Turn
 
 AHEAD = 4096  # requests that the engine has to choose from and to share prompts among; others are made as these end
-
-
-class GenerationEngine(Protocol):
-    """What rollouts need of engine/engine.py."""
-
-    @property
-    def has_work(self) -> bool: ...
-
-    def submit(self, request: Request, /) -> None: ...
-
-    def abort(self, request_id: str, /) -> Completion | None: ...
-
-    def step(self) -> list[Completion]: ...
 
 
 class Grader(Protocol):
@@ -61,6 +51,44 @@ class _Rollout:
         return self.prompt, tuple(self.said)
 
 
+class _Live:
+    """The requests that rollouts wait for."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.rollouts: dict[str, _Rollout] = {}  # by request id
+        self._seen = 0
+        self._ended: deque[tuple[str, Future[Completion]]] = deque()  # in the order in which they ended
+
+    def submit(self, rollout: _Rollout, request: Request) -> None:
+        future = self.driver.submit(request)
+        self.rollouts[request.id] = rollout
+        future.add_done_callback(lambda ended: self._ended.append((request.id, ended)))
+
+    def ended(self, wait_s: float) -> list[tuple[_Rollout, Completion]]:
+        """Those that ended since the last call; waits at most wait_s for one."""
+        self._seen = self.driver.progress(self._seen, wait_s)
+        found = []
+        while self._ended:
+            request_id, future = self._ended.popleft()
+            found.append((self.rollouts.pop(request_id), future.result(0)))
+        return found
+
+    def withdraw(self) -> list[tuple[_Rollout, Completion | None]]:
+        """Ends all that are left, with what they have; None where the engine does not give it in GRACE_S."""
+        for request_id in self.rollouts:
+            self.driver.abort(request_id)
+        left, found = self.rollouts, dict[str, Completion | None]()
+        until_s = time.monotonic() + GRACE_S
+        while left.keys() - found.keys() and time.monotonic() < until_s:
+            self._seen = self.driver.progress(self._seen, until_s - time.monotonic())
+            while self._ended:
+                request_id, future = self._ended.popleft()
+                found[request_id] = None if future.exception(0) else future.result(0)
+        self.rollouts = {}
+        return [(rollout, found.get(request_id)) for request_id, rollout in left.items()]
+
+
 class Rollouts:
     """Runs the programs of a step to their ends.
 
@@ -70,7 +98,7 @@ class Rollouts:
 
     def __init__(
         self,
-        engine: GenerationEngine,
+        driver: Driver,
         renderer: Renderer,
         environment: Grader,
         config: RolloutConfig,
@@ -78,7 +106,7 @@ class Rollouts:
         trace: Trace | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.engine = engine
+        self.driver = driver
         self.renderer = renderer
         self.environment = environment
         self.config = config
@@ -96,12 +124,11 @@ class Rollouts:
         assert len({prompt.id for prompt in prompts}) == len(prompts), "prompt ids repeat within a step"
         until_s = self.clock() + self.config.deadline_s
         with self.trace.span("rollout"):
-            live: dict[str, _Rollout] = {}
+            live = _Live(self.driver)
             try:
                 rollouts = self._generate(self._programs(step, prompts), live, until_s)
             finally:
-                for request_id in live:
-                    self.engine.abort(request_id)
+                live.withdraw()
             with self.trace.span("reward"):
                 trajectories = self._graded(rollouts, until_s)
         size = self.config.samples_per_prompt
@@ -118,14 +145,14 @@ class Rollouts:
                 seed = derive_seed(self.run_seed, step, prompt.id, sibling)
                 yield _Rollout(f"{prompt.id}/{step}/{sibling}", prompt, tokens, seed, context=tokens)
 
-    def _submit(self, rollout: _Rollout, live: dict[str, _Rollout]) -> None:
+    def _submit(self, rollout: _Rollout, live: _Live) -> None:
         number = len(rollout.turns)
-        request_id = f"{rollout.id}/{number}"
         # One seed for all turns: noise is keyed by absolute position, and no position is sampled twice.
-        self.engine.submit(Request(request_id, rollout.id, rollout.context, self.sampling, rollout.seed))
-        live[request_id] = rollout
+        live.submit(
+            rollout, Request(f"{rollout.id}/{number}", rollout.id, rollout.context, self.sampling, rollout.seed)
+        )
 
-    def _generate(self, programs: Iterator[_Rollout], live: dict[str, _Rollout], until_s: float) -> list[_Rollout]:
+    def _generate(self, programs: Iterator[_Rollout], live: _Live, until_s: float) -> list[_Rollout]:
         """Run programs to their ends and return them; at the deadline the rest is withdrawn, or not started, and fails.
 
         At most AHEAD are live.
@@ -136,21 +163,16 @@ class Rollouts:
                 rest = list(programs)
                 self._expire(live, rest)
                 return made + rest
-            for program in islice(programs, AHEAD - len(live)):
+            for program in islice(programs, AHEAD - len(live.rollouts)):
                 made.append(program)
                 self._submit(program, live)
-            if not live:
+            if not live.rollouts:
                 return made
-            assert self.engine.has_work, f"the engine has no work, but {len(live)} requests have not come back"
-            ended = []
-            for completion in self.engine.step():
-                rollout = live.pop(completion.request_id, None)
-                if rollout is not None:  # else it ended in the step in which an earlier run gave it up
-                    ended.append((rollout, completion))
+            ended = live.ended(until_s - self.clock())
             if ended:
                 self._take(ended, live, until_s)
 
-    def _take(self, ended: Sequence[tuple[_Rollout, Completion]], live: dict[str, _Rollout], until_s: float) -> None:
+    def _take(self, ended: Sequence[tuple[_Rollout, Completion]], live: _Live, until_s: float) -> None:
         """Record completions; programs that go on observe and ask again."""
         asking = []
         for rollout, completion in ended:
@@ -172,7 +194,7 @@ class Rollouts:
             elif messages is not None:
                 self._continue(rollout, messages, live)
 
-    def _continue(self, rollout: _Rollout, messages: tuple[Message, ...], live: dict[str, _Rollout]) -> None:
+    def _continue(self, rollout: _Rollout, messages: tuple[Message, ...], live: _Live) -> None:
         completion = rollout.turns[-1].completion
         observed = self.renderer.observation_tokens(completion.tokens, messages)
         rollout.turns[-1] = Turn(completion, observed)
@@ -183,16 +205,14 @@ class Rollouts:
         except CapacityError as error:  # the prompt did fit: this conversation has outgrown the engine
             rollout.failure = Failure("engine", f"turn {len(rollout.turns) + 1} does not fit: {error}")
 
-    def _expire(self, live: dict[str, _Rollout], rest: Sequence[_Rollout]) -> None:
+    def _expire(self, live: _Live, rest: Sequence[_Rollout]) -> None:
         reason = f"generation took longer than {self.config.deadline_s:g} s (rollout.deadline_s)"
         for rollout in rest:
             rollout.failure = Failure("deadline", reason)
-        for request_id, rollout in live.items():
-            completion = self.engine.abort(request_id)
+        for rollout, completion in live.withdraw():
             if completion is not None and completion.tokens:
                 rollout.turns.append(Turn(completion))
             rollout.failure = Failure("deadline", reason)
-        live.clear()
 
     def _graded(self, rollouts: Sequence[_Rollout], until_s: float) -> list[Trajectory]:
         whole = [rollout for rollout in rollouts if rollout.failure is None]

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from tandem.algo.advantage import Selection, samples_from_groups
 from tandem.algo.objective import NextToken, Objective, PolicyGradient
 from tandem.algo.price import Lagrangian
+from tandem.engine.driver import Driver
 from tandem.errors import AlarmError, CheckpointError, NonFiniteError, ParityError, RunFolderError, TandemError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
@@ -94,7 +95,7 @@ class Session:
         )
         self.price = Lagrangian(config.algo.price)
         self.course = Course(config.evaluation)
-        self.rollouts = Rollouts(parts.engine, parts.renderer, task, config.rollout, config.seed, self.trace)
+        self.rollouts = Rollouts(Driver(parts.engine), parts.renderer, task, config.rollout, config.seed, self.trace)
         self.samples = config.objective == "policy_gradient"  # the engine does, and rewards and fates are theirs
         self.reference = self._reference() if self.samples and config.algo.needs_reference else None
 
@@ -158,9 +159,8 @@ class Session:
         """Held-out greedy accuracy."""
         with self.trace.span("evaluate"):
             prompts = self.task.heldout[: self.config.evaluation.prompts]
-            result, _ = evaluate(
-                self.parts.exact_engine, self.parts.renderer, self.task, prompts, self.config.rollout, step=step
-            )
+            driver = Driver(self.parts.exact_engine)
+            result, _ = evaluate(driver, self.parts.renderer, self.task, prompts, self.config.rollout, step=step)
             if self.parts.exact_engine is not self.parts.engine:
                 self.parts.exact_engine.give_back()
         return dataclasses.asdict(result)
@@ -388,6 +388,6 @@ def evaluate_model(config: RunConfig) -> Evaluation:
         task.ready()
         prompts = task.heldout[: config.evaluation.prompts]
         with parts.memory.foreseen():
-            return evaluate(parts.exact_engine, parts.renderer, task, prompts, config.rollout)[0]
+            return evaluate(Driver(parts.exact_engine), parts.renderer, task, prompts, config.rollout)[0]
     finally:
         task.close()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tandem.engine.config import EngineConfig
+from tandem.engine.driver import Driver
 from tandem.errors import RunFolderError
 from tandem.models.config import ModelConfig
 from tandem.program.config import Format
@@ -69,24 +71,22 @@ class Model:
         if greedy:  # the same tokens: the set kept is the one that greedy takes, and has log-probs before
             sampling = replace(sampling, temperature=1.0, top_k=1)
         for request in self._requests(prompts, sampling, 1, seed):
-            engine.submit(request)
-            engine.abort(request.id)
-        coming, order = self._requests(prompts, sampling, samples, seed), deque[Request]()
-        done: dict[str, Completion] = {}
-        number = 0
+            engine.check(request)
+        coming, driver = self._requests(prompts, sampling, samples, seed), Driver(engine)
+        order: deque[tuple[Request, Future[Completion]]] = deque()
+        number = seen = 0
         try:
             with self.parts.memory.foreseen():
                 while True:
                     while len(order) < AHEAD * engine.scheduler.config.max_sequences:
                         if (following := next(coming, None)) is None:
                             break
-                        engine.submit(following)
-                        order.append(following)
+                        order.append((following, driver.submit(following)))
                     if not order:
                         return
-                    while order and order[0].id in done:
-                        request = order.popleft()
-                        completion = done.pop(request.id)
+                    while order and order[0][1].done():
+                        request, future = order.popleft()
+                        completion = future.result(0)
                         text = self._text(completion, sampling)
                         column = completion.columns["unfiltered_logprobs" if greedy else "logprobs"]
                         logprobs = tuple(column.tolist())
@@ -94,11 +94,9 @@ class Model:
                         yield Answer(number // samples, number % samples, text, tokens, completion, logprobs)
                         number += 1
                     if order:
-                        done |= {completion.request_id: completion for completion in engine.step()}
+                        seen = driver.progress(seen, 0.0)
         finally:
-            for request in order:
-                if request.id not in done:
-                    engine.abort(request.id)
+            driver.close(0.0)
 
     def _requests(self, prompts: Sequence[Asked], sampling: Sampling, samples: int, seed: int) -> Iterator[Request]:
         """A request a sample. Rendered when it is asked for: the tokens of many prompts take more than their texts."""
