@@ -112,6 +112,10 @@ class Request:
     tokens: tuple[int, ...]  # T: the whole context, prompt and earlier turns, token for token
     sampling: Sampling
     seed: int  # 64 bits; with the absolute position and token id it fixes the noise
+    tenant: str = ""  # finds no prefix of another's in the cache, and so learns nothing of it by time
+    priority: int = 0  # the higher starts first
+    adapter: str = ""  # LoRA adapter; none but "" is served yet
+    group: str = ""  # siblings, whose lengths tell each other's; "" has none
 
 
 @dataclass(frozen=True, slots=True)

@@ -400,7 +400,7 @@ def named_after_an_update(patch: Patch) -> None:
     def broken(self, version):
         receive(self, version)
         for sequence in self.running:
-            sequence.root = self.root
+            sequence.root = self.root(sequence.request)
 
     patch.setattr(Scheduler, "receive", broken)
 

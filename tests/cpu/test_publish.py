@@ -204,8 +204,8 @@ def test_a_changed_page_is_not_shared(publisher):
 
 
 def _keys(engine: Engine, tokens) -> list[bytes]:
-    from tandem.engine.prefix import extend_keys
+    from tandem.engine.prefix import extend_keys, root_key
 
     keys: list[bytes] = []
-    extend_keys(keys, engine.scheduler.root, tokens, 4)
+    extend_keys(keys, root_key(engine.version), tokens, 4)
     return keys

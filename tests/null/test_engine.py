@@ -352,6 +352,14 @@ def test_stop_strings_need_a_decoder_and_a_text() -> None:
     assert not engine.has_work
 
 
+def test_an_adapter_that_is_not_served_is_refused() -> None:
+    """The weights without it answer in its name."""
+    engine, _ = make()
+    with pytest.raises(ConfigError, match="request 'r' asks for adapter 'mine', and this engine serves none"):
+        engine.submit(Request("r", "r", (1,), Sampling(), 0, adapter="mine"))
+    assert not engine.has_work
+
+
 def test_a_long_stop_string_and_one_spread_over_empty_tokens_are_found() -> None:
     """A tail cut to the shortest of several stop strings, or to as many tokens as characters."""
     for decode_as, string in ((lambda token: "x", "x" * 12), (lambda token: "x" * (token == 6), "xxx")):

@@ -184,6 +184,7 @@ def test_single_turn_by_hand() -> None:
     assert (first.reward, first.failure, first.stop_reason) == (3.0, None, StopReason.STOP_TOKEN)
     assert [request.id for request in engine.seen] == ["p0/2/0/0", "p0/2/1/0", "p0/2/2/0"]
     assert len({request.seed for request in engine.seen}) == 3
+    assert {request.group for request in engine.seen} == {"p0/2"}
     assert engine.seen[0].sampling.stop_token_ids == (STOP,)
 
 

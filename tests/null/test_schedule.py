@@ -22,8 +22,11 @@ def scheduler(num_pages: int = 100, max_context: int | None = None, **settings: 
     return Scheduler(config, num_pages, max_context)
 
 
-def request(name: str, tokens: range | list[int], max_new_tokens: int = 4, stop: tuple[int, ...] = ()) -> Request:
-    return Request(name, name, tuple(tokens), Sampling(max_new_tokens=max_new_tokens, stop_token_ids=stop), seed=0)
+def request(
+    name: str, tokens: range | list[int], max_new_tokens: int = 4, stop: tuple[int, ...] = (), **more: Any
+) -> Request:
+    sampling = Sampling(max_new_tokens=max_new_tokens, stop_token_ids=stop)
+    return Request(name, name, tuple(tokens), sampling, seed=0, **more)
 
 
 def commit(s: Scheduler, batch: Batch, token: int = 99) -> list[Completion]:
@@ -367,11 +370,14 @@ def test_longest_first_by_limit_and_by_siblings_that_ended() -> None:
     """The longest rollout of a step starts last, or siblings' lengths are not learnt."""
     s = scheduler(max_sequences=1, order="longest")
     for name, asked in (("x/0", 3), ("y/0", 9), ("z/0", 6)):
-        s.submit(request(name, [1, 2], asked), 0.0)
+        s.submit(request(name, [1, 2], asked, group=name[:1]), 0.0)
     assert play(s) == ["y/0", "z/0", "x/0"]
+    s.submit(request("short", [1, 2], 2), 0.0)  # of no group
+    assert play(s) == ["short"]
     for name in ("x/1", "y/1", "new/0"):  # all may have 20; y's had 9, x's had 3
-        s.submit(request(name, [1, 2], 20), 0.0)
-    assert play(s) == ["new/0", "y/1", "x/1"]
+        s.submit(request(name, [1, 2], 20, group=name[:1]), 0.0)
+    s.submit(request("alone", [1, 2], 20), 0.0)
+    assert play(s) == ["new/0", "alone", "y/1", "x/1"]
 
 
 def test_fair_order_starts_the_program_that_had_least() -> None:
@@ -382,6 +388,35 @@ def test_fair_order_starts_the_program_that_had_least() -> None:
     s.submit(Request("one", "other", (1, 2, 3), Sampling(max_new_tokens=4), 0), 0.0)
     s.submit(Request("two", "other", (1, 2, 3), Sampling(max_new_tokens=1), 0), 0.0)
     assert play(s) == ["flood0", "one", "flood1", "two", "flood2", "flood3"]
+
+
+@pytest.mark.parametrize("order", ["arrival", "longest", "fair"])
+def test_the_higher_priority_starts_first(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user waits behind a batch job, equals overtake each other, or the lowest waits for ever."""
+    s = scheduler(max_sequences=1, order=order)
+    for name, priority in (("job", -1), ("a", 0), ("urgent", 5), ("b", 0), ("also", 5)):
+        s.submit(request(name, [1, 2], 4, priority=priority), 0.0)
+    assert play(s) == ["urgent", "also", "a", "b", "job"]
+    monkeypatch.setattr("tandem.engine.order.PATIENCE", 20)
+    s.submit(request("job", [1, 2], 4, priority=-1), 0.0)
+    for number in range(40):
+        s.submit(request(f"urgent{number}", [5, number], 6, priority=5), 0.0)
+        for _ in range(6):
+            step(s)
+        if "job" not in s.live:
+            break
+    assert 2 <= number <= 5
+
+
+def test_adapters_and_tenants_find_no_prefix_of_each_others() -> None:
+    """Keys and values of another adapter are attended to, or a tenant can time what another asked."""
+    s = scheduler(batch_tokens=64)
+    found = []
+    for number, whose in enumerate([{}, {"adapter": "a"}, {"tenant": "a"}, {"adapter": "a", "tenant": "a"}] * 2):
+        s.submit(request(f"r{number}", range(10), 1, **whose), 0.0)
+        (done,) = commit(s, s.plan(0.0))
+        found.append(done.cached_tokens)
+    assert found == [0] * 4 + [8] * 4
 
 
 @pytest.mark.parametrize("order", ["longest", "fair"])

@@ -120,7 +120,7 @@ class Engine:
         """Raises what `submit` would, but for an id in use. From any thread.
 
         ConfigError: empty prompt, max_new_tokens < 1, stop strings that are empty or cannot be decoded, a token or stop
-        token outside the vocabulary, a seed or filter that the sampler does not have.
+        token outside the vocabulary, a seed or filter that the sampler does not have, an adapter.
         CapacityError: it could not run even alone.
         """
         strings = request.sampling.stop_strings
@@ -128,6 +128,11 @@ class Engine:
             raise ConfigError(f"request {request.id!r} has stop strings, but this engine was given no decode function.")
         if "" in strings:
             raise ConfigError(f"request {request.id!r} has an empty stop string, which would stop it at once.")
+        if request.adapter:
+            raise ConfigError(
+                f"request {request.id!r} asks for adapter {request.adapter!r}, and this engine serves none. "
+                'Allowed: "", the weights themselves.'
+            )
         check_request(request, self.vocab_size)
         self.scheduler.limit(request)
 

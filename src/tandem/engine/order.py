@@ -1,8 +1,8 @@
-"""Who starts next, and whose prompt runs first, by engine.order.
+"""Who starts next, and whose prompt runs first: by priority, the higher first, then by engine.order.
 
 arrival: who came first. longest: who is expected to generate most yet, so that the longest rollout of a step does not
-start last; its siblings that have ended (program ids alike up to the last "/") tell its length, or else its limit does.
-fair: whose program has had least, in prompt tokens run and tokens generated.
+start last; those of its group that have ended tell its length, or else its limit does. fair: whose program has had
+least, in prompt tokens run and tokens generated.
 
 Nobody starves: a request that was submitted PATIENCE batches ago goes before all that were not, by arrival.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PATIENCE = 4096
 REMEMBERED = 1 << 16  # programs, and prompts: those that have gone longest without an event are forgotten
 
-Key = tuple[int, int, int]
+Key = tuple[int, int, int, int]
 T = TypeVar("T")
 
 
@@ -32,32 +32,40 @@ def _renew(table: dict[str, T], key: str, value: T) -> None:
         del table[next(iter(table))]
 
 
-def _prompt(sequence: Sequence) -> str:
-    return sequence.request.program_id.rpartition("/")[0]
-
-
 class Order:
     """The order of one engine's queue. Deterministic: it knows counts, no time."""
 
     def __init__(self, config: EngineConfig) -> None:
         self.rule = config.order
         self._had: dict[str, int] = {}  # tokens, by program
-        self._ended: dict[str, tuple[int, int]] = {}  # requests ended and the tokens they generated, by prompt
+        self._ended: dict[str, tuple[int, int]] = {}  # requests ended and the tokens they generated, by group
+        self._ranked = False  # some request came with a priority
+
+    @property
+    def _by_arrival(self) -> bool:
+        return self.rule == "arrival" and not self._ranked
+
+    def submitted(self, sequence: Sequence) -> None:
+        """A request waits from now on."""
+        self._ranked = self._ranked or sequence.request.priority != 0
 
     def key(self, sequence: Sequence, batches: int) -> Key:
         """Sorts sequences, the first to go first; `batches` have been run so far."""
-        if self.rule == "arrival" or batches - sequence.submitted_batch >= PATIENCE:
-            return 0, 0, sequence.arrival
+        if batches - sequence.submitted_batch >= PATIENCE:
+            return 0, 0, 0, sequence.arrival
+        rank = -sequence.request.priority
+        if self.rule == "arrival":
+            return 1, rank, 0, sequence.arrival
         if self.rule == "fair":
-            return 1, self._had.get(sequence.request.program_id, 0), sequence.arrival
+            return 1, rank, self._had.get(sequence.request.program_id, 0), sequence.arrival
         most = sequence.limit - len(sequence.tokens)
-        count, total = self._ended.get(_prompt(sequence), (0, 0))
+        count, total = self._ended.get(sequence.request.group, (0, 0))
         likely = max(1, total // count - sequence.num_drawn) if count else most
-        return 1, -min(most, likely), sequence.arrival
+        return 1, rank, -min(most, likely), sequence.arrival
 
     def queue(self, waiting: list[Sequence], batches: int) -> Iterator[Sequence]:
         """Waiting sequences, given by arrival, first to last; a key may grow as others start."""
-        if self.rule == "arrival":
+        if self._by_arrival:
             yield from waiting
             return
         heap = [(self.key(sequence, batches), sequence) for sequence in waiting]
@@ -73,7 +81,7 @@ class Order:
 
     def chunks(self, prefills: list[Sequence], oldest: Sequence, batches: int) -> list[Sequence]:
         """Running sequences with more than one token to run, given by arrival; the oldest running one stays first."""
-        if self.rule == "arrival" or len(prefills) < 2:
+        if self._by_arrival or len(prefills) < 2:
             return prefills
         return sorted(prefills, key=lambda sequence: (sequence is not oldest, self.key(sequence, batches)))
 
@@ -87,6 +95,7 @@ class Order:
 
     def ended(self, sequence: Sequence) -> None:
         """A request ended by itself."""
-        if self.rule == "longest":
-            count, total = self._ended.get(_prompt(sequence), (0, 0))
-            _renew(self._ended, _prompt(sequence), (count + 1, total + sequence.num_drawn))
+        group = sequence.request.group
+        if self.rule == "longest" and group:
+            count, total = self._ended.get(group, (0, 0))
+            _renew(self._ended, group, (count + 1, total + sequence.num_drawn))

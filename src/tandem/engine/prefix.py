@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from hashlib import blake2b
 
 from tandem.engine.layout import KvLayout, pages_for
@@ -25,13 +26,15 @@ from tandem.types import WeightVersion
 NULL = -1  # in a page table: no page, since no query sees the block; never named, shared or read
 
 
-def root_key(version: WeightVersion) -> bytes:
-    """The name before the first block: which weights, which adapter.
+@lru_cache(maxsize=4096)
+def root_key(version: WeightVersion, adapter: str = "", tenant: str = "") -> bytes:
+    """The name before the first block: which weights, with which adapter, and whose.
 
-    >>> root_key(WeightVersion(1, "9f2c")) == root_key(WeightVersion(1, "9f2c", "lora"))
+    >>> root_key(WeightVersion(1, "9f2c")) == root_key(WeightVersion(1, "9f2c"), "lora")
     False
     """
-    return blake2b(repr((version.step, version.digest, version.adapter)).encode(), digest_size=16).digest()
+    named = (version.step, version.digest, version.adapter, adapter, tenant)
+    return blake2b(repr(named).encode(), digest_size=16).digest()
 
 
 def block_key(parent: bytes, block: Sequence[int]) -> bytes:

@@ -81,7 +81,6 @@ class Scheduler:
         self.pool = PagePool(num_pages, config.page_tokens)
         self.index = PrefixIndex(self.pool, layout)
         self.version = version
-        self.root = root_key(version) if config.share_prefixes else MIXED
         self.live: dict[str, Sequence] = {}  # by request id
         self.running: list[Sequence] = []  # by arrival
         self.waiting: list[Sequence] = []  # by arrival
@@ -101,6 +100,10 @@ class Scheduler:
     def stats(self) -> Stats:
         return replace(self._stats, evicted_pages=self.index.num_evicted)
 
+    def root(self, request: Request) -> bytes:
+        """What its blocks are named under, while its keys and values all come from the current weights."""
+        return root_key(self.version, request.adapter, request.tenant) if self.config.share_prefixes else MIXED
+
     def limit(self, request: Request) -> int:
         """Context length at which it ends. Raises as `submit`."""
         config, pages = self.config, self.pool.num_pages
@@ -115,6 +118,7 @@ class Scheduler:
         self._arrivals += 1
         self.live[request.id] = sequence
         self.waiting.append(sequence)
+        self.order.submitted(sequence)
 
     def abort(self, request_id: str, now: float) -> Completion | None:
         """Ends a request at once and returns what it has; None where no live request has that id."""
@@ -138,8 +142,6 @@ class Scheduler:
             return
         self.planned = None
         self.version = version
-        if self.config.share_prefixes:
-            self.root = root_key(version)
         self.index.retire()
         self.promised.clear()
         for sequence in self.running:
@@ -264,12 +266,13 @@ class Scheduler:
         """Tables of the indexed leading blocks of a waiting sequence; None where it had better wait for the next."""
         if sequence.awaits in self.promised:
             return None
-        if sequence.root != self.root:
-            sequence.root, sequence.keys, sequence.tail = self.root, [], None
-        if self.root == MIXED:
+        root = self.root(sequence.request)
+        if sequence.root != root:
+            sequence.root, sequence.keys, sequence.tail = root, [], None
+        if root == MIXED:
             return [[] for _ in self.layout.groups]
         page_tokens = self.config.page_tokens
-        extend_keys(sequence.keys, self.root, sequence.tokens, page_tokens)
+        extend_keys(sequence.keys, root, sequence.tokens, page_tokens)
         most = (len(sequence.tokens) - 1) // page_tokens  # the last token is always run
         hits = self.index.match(sequence.keys, most)
         blocks = len(hits[0])
@@ -461,7 +464,9 @@ class Scheduler:
             assert sequence.computed < len(sequence.tokens) < sequence.limit + (self.advanced is not None), (
                 sequence.limit
             )
-            assert sequence.root in (MIXED, self.root), f"sequence {sequence.arrival} is pure under other weights"
+            assert sequence.root in (MIXED, self.root(sequence.request)), (
+                f"sequence {sequence.arrival} is pure under other weights"
+            )
         for key, maker in self.promised.items():
             unkept = (*maker.keys[maker.computed // page_tokens :], maker.tail)
             assert maker.pages and key in unkept, "a promise nobody will keep"

@@ -38,6 +38,7 @@ class _Rollout:
     """One program while it runs."""
 
     id: str
+    group: str
     prompt: Prompt
     prompt_tokens: tuple[int, ...]
     seed: int
@@ -143,14 +144,14 @@ class Rollouts:
             tokens = self.renderer.prompt_tokens(prompt.messages)
             for sibling in range(self.config.samples_per_prompt):
                 seed = derive_seed(self.run_seed, step, prompt.id, sibling)
-                yield _Rollout(f"{prompt.id}/{step}/{sibling}", prompt, tokens, seed, context=tokens)
+                group = f"{prompt.id}/{step}"
+                yield _Rollout(f"{group}/{sibling}", group, prompt, tokens, seed, context=tokens)
 
     def _submit(self, rollout: _Rollout, live: _Live) -> None:
         number = len(rollout.turns)
         # One seed for all turns: noise is keyed by absolute position, and no position is sampled twice.
-        live.submit(
-            rollout, Request(f"{rollout.id}/{number}", rollout.id, rollout.context, self.sampling, rollout.seed)
-        )
+        given = (f"{rollout.id}/{number}", rollout.id, rollout.context, self.sampling, rollout.seed)
+        live.submit(rollout, Request(*given, group=rollout.group))
 
     def _generate(self, programs: Iterator[_Rollout], live: _Live, until_s: float) -> list[_Rollout]:
         """Run programs to their ends and return them; at the deadline the rest is withdrawn, or not started, and fails.
