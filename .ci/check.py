@@ -42,7 +42,8 @@ TORCH_FREE = {
     "cli/recipes",
 }
 
-FILE_LINES, KERNEL_FILE_LINES, FUNCTION_LINES, PARAMETERS, SOURCE_LINES = 500, 800, 80, 8, 30_000
+FILE_LINES, KERNEL_FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 800, 80, 8
+SOURCE_LINES = 31_000  # with bench, study and report (about 4,700), until these are rooms of their own
 LOOP_LINES = 60  # run/loop.py is the table of contents
 
 # path, or path:function -> (what it may have, why). Lines for a file, and lines or parameters for a function.
