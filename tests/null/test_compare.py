@@ -21,7 +21,7 @@ def run_rows() -> list[dict]:
     evaluation = {"accuracy": 0.08, "low": 0.05, "high": 0.126, "prompts": 200}
     rows: list[dict] = [{"step": 0, "evaluation": evaluation}]
     for step in range(1, 13):
-        figures = {"reward": 0.05 * step, "grad_norm": 1.0, "lr": 2e-5, "clip_fraction": 0.0, "kl": 0.0}
+        figures = {"reward": 0.05 * step, "grad_norm": 1.0, "lr": 2e-5, "clip_fraction": 0.0, "kl": 0.0, "length": 9.0}
         rows.append({"step": step, **figures, "truncated": 0.5, "peak_memory_bytes": 2_000_000_000 + step})
     rows[-1]["evaluation"] = evaluation | {"accuracy": 0.62}
     return rows

@@ -17,6 +17,22 @@ DECILES = 10
 
 Array = np.ndarray
 
+MEANINGS = {  # metric -> (unit, what it is)
+    "mult_prob_error": ("1", "mean exp |Δ log p|"),
+    "k1": ("nats", "mean log p of behaviour − learner, nats"),
+    "k3": ("nats", "KL of behaviour to learner, nats a token"),
+    "chi_square": ("1", "mean ρ² − 1"),
+    "ess": ("share", "effective share of the tokens, unclamped"),
+    "ppl_gap": ("1", "ratio of perplexities − 1"),
+    "abs_max": ("nats", "largest |Δ log p|"),
+    "abs_p999": ("nats", "99.9th percentile of |Δ log p|"),
+    "prob_max": ("1", "largest |Δ p|"),
+    "prob_p999": ("1", "99.9th percentile of |Δ p|"),
+    "rare_share": ("share", "gradient from tokens with p < 0.001"),
+    "masked": ("share", "trained tokens taken out by a mask or rejection"),
+    "weight_clipped": ("share", "trained tokens whose weight was truncated"),
+}
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Observations:

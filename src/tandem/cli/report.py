@@ -53,7 +53,7 @@ def _table(figures: dict[str, Any]) -> Table:
     from tandem.report.compare import lines
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for name, text in lines(figures):
+    for name, (text,) in lines([figures]):
         table.add_row(name, text)
     return table
 

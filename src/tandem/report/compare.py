@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tandem.errors import RunFolderError, WorldError
 from tandem.report import metrics, plots, units
 from tandem.report.html import flattened, inlined, page_template
 from tandem.report.live import held_out
 from tandem.report.metrics import Row
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 STRIPS = (("The answers", plots.ANSWERS), ("The updates", plots.UPDATE), ("Drift and limits", plots.LIMITS))
 Lines = list[tuple[str, list[str]]]  # (what, one text a run)
@@ -42,7 +45,6 @@ def compare(folders: Sequence[Path]) -> Compared:
     rows = tuple(metrics.read_metrics(folder) for folder in folders)
     configs = [_config(folder) for folder in folders]
     summaries = tuple(metrics.summary(of_run) for of_run in rows)
-    texts = [dict(lines(summary)) for summary in summaries]
     flat = [dict(flattened(config)) for config in configs]
     known = dict.fromkeys(name for config in flat for name in config)
     differing = [(name, [config.get(name, units.BLANK) for config in flat]) for name in known]
@@ -51,37 +53,53 @@ def compare(folders: Sequence[Path]) -> Compared:
         names=_names(folders, configs),
         rows=rows,
         summaries=summaries,
-        figures=[(name, [text[name] for text in texts]) for name in texts[0]],
+        figures=lines(summaries),
         settings=[(name, values) for name, values in differing if len(set(values)) > 1],
     )
 
 
-def lines(figures: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(what, text) of the figures of metrics.summary."""
-    return [
-        ("steps", units.count(figures["steps"])),
-        (
-            "reward",
-            f"{units.decimal(figures['reward_first'])} -> {units.decimal(figures['reward_last'])} (five-step means)",
-        ),
-        ("held out, before", held_out(figures["evaluation_before"]) if figures["evaluation_before"] else "–"),
-        ("held out, after", held_out(figures["evaluation_after"]) if figures["evaluation_after"] else "–"),
-        (
-            "sampled tokens",
-            f"{units.count(figures['tokens'])}, {units.count(figures['tokens_per_s'])} a rollout second",
-        ),
-        ("failed trajectories", units.count(figures["failed"])),
-        ("time", units.duration(figures["wall_s"])),
-        ("by phase", ", ".join(f"{phase} {units.percent(share)}" for phase, share in figures["shares"].items())),
-        ("peak memory", units.gigabytes(figures["peak_memory_bytes"])),
-        ("weights", str(figures["weights"] or "–")),
-    ]
+def lines(summaries: Sequence[Mapping[str, Any]]) -> Lines:
+    """The figures of metrics.summary, a text a run; without those that none of the runs has."""
+    texts = [_texts(figures) for figures in summaries]
+    found = [(name, [of_run[name] for of_run in texts]) for name in texts[0]]
+    return [(name, values) for name, values in found if set(values) != {units.BLANK}]
+
+
+def _texts(figures: Mapping[str, Any]) -> dict[str, str]:
+    sampled = figures["measure"] == "reward"
+    before, after = figures["evaluation_before"], figures["evaluation_after"]
+    rate = f"{units.count(figures['tokens'])}, {units.count(figures['tokens_per_s'])} a rollout second"
+    return {
+        "steps": units.count(figures["steps"]),
+        "reward": _ends(figures, "reward", "five-step means"),
+        "loss": _ends(figures, "loss", "nats per token, five-step means"),
+        "held out, before": held_out(before) if before else units.BLANK,
+        "held out, after": held_out(after) if after else units.BLANK,
+        "sampled tokens": rate if sampled else units.BLANK,
+        "trained tokens": units.BLANK if sampled else units.count(figures["trained_tokens"]),
+        "failed trajectories": units.count(figures["failed"]) if sampled else units.BLANK,
+        "time": units.duration(figures["wall_s"]),
+        "by phase": ", ".join(f"{phase} {units.percent(share)}" for phase, share in figures["shares"].items()),
+        "peak memory": units.gigabytes(figures["peak_memory_bytes"]),
+        "weights": str(figures["weights"] or units.BLANK),
+    }
+
+
+def _ends(figures: Mapping[str, Any], name: str, what: str) -> str:
+    if figures[f"{name}_last"] is None:
+        none = name == figures["measure"] == "reward" and figures["steps"]
+        return "none could be graded" if none else units.BLANK
+    first, last = (units.decimal(figures[f"{name}_{end}"]) for end in ("first", "last"))
+    return f"{first} -> {last} ({what})"
 
 
 def write_page(compared: Compared, path: Path) -> None:
     """Write one HTML file that opens offline. WorldError where it cannot be written."""
     curves = list(zip(compared.names, compared.rows, strict=True))
-    draws = [("Reward and held-out accuracy", partial(plots.reward_curves_figure, curves, "Reward of each run"))]
+    draws: list[tuple[str, Callable[[], Figure]]] = [
+        ("Reward and held-out accuracy", partial(plots.reward_curves_figure, curves, "Reward of each run")),
+        ("Loss", partial(plots.loss_curves_figure, curves, "Loss of each run")),
+    ]
     draws += [(title, partial(plots.strips_figure, title, strips, curves)) for title, strips in STRIPS]
     page = page_template("compare.html.jinja").render(
         name=f"{len(compared.names)} runs",
@@ -89,7 +107,11 @@ def write_page(compared: Compared, path: Path) -> None:
         runs=compared.names,
         figures=compared.figures,
         settings=compared.settings,
-        pictures=[inlined(f"{title}, by step", plots.png(draw), plots.png(draw, dark=True)) for title, draw in draws],
+        pictures=[
+            inlined(f"{title}, by step", plots.png(draw), plots.png(draw, dark=True))
+            for title, draw in draws
+            if plots.shows(draw())
+        ],
         beside="",
     )
     try:

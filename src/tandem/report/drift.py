@@ -6,24 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tandem.algo.alarm import BELOW, METRICS
+from tandem.algo.drift import MEANINGS
 from tandem.report import units
 from tandem.report.metrics import Row, series, training
-
-WHAT = {
-    "mult_prob_error": "mean exp |Δ log p|",
-    "k1": "mean log p of behaviour − learner, nats",
-    "k3": "KL of behaviour to learner, nats a token",
-    "chi_square": "mean ρ² − 1",
-    "ess": "effective share of the tokens, unclamped",
-    "ppl_gap": "ratio of perplexities − 1",
-    "abs_max": "largest |Δ log p|",
-    "abs_p999": "99.9th percentile of |Δ log p|",
-    "prob_max": "largest |Δ p|",
-    "prob_p999": "99.9th percentile of |Δ p|",
-    "rare_share": "gradient from tokens with p < 0.001",
-    "masked": "trained tokens taken out by a mask or rejection",
-    "weight_clipped": "trained tokens whose weight was truncated",
-}
 
 
 def drift_table(rows: Sequence[Row], thresholds: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -38,7 +23,7 @@ def drift_table(rows: Sequence[Row], thresholds: Mapping[str, Any]) -> list[dict
         table.append(
             {
                 "name": name,
-                "what": WHAT[name],
+                "what": MEANINGS[name][1],
                 "last": units.decimal(values[-1]),
                 "worst": units.decimal(worst),
                 "step": str(steps[values.index(worst)]),

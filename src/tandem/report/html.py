@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from importlib import resources
@@ -24,6 +24,7 @@ _SHOWN_TRAJECTORIES = 3  # of the best, and of the worst
 _TEXT_LIMIT = 2_000  # characters of a prompt or an answer shown
 _ALTERNATIVES = {
     "reward": "Mean reward of each step and held-out accuracy",
+    "loss": "Loss by step",
     "lengths": "Mean and longest response by step",
     "entropy": "Entropy of the policy by step",
     "time": "Seconds of each step by phase",
@@ -80,8 +81,8 @@ def render_report(
         by_length=drift.by_length(rows),
         alarms=metrics.alarms(rows),
         figures=[_inlined(*picture) for picture in pictures],
-        last=metrics.training(rows)[-_LAST_STEPS:][::-1],
-        step_s=metrics.step_s,
+        steps=last_steps(rows),
+        sampled=metrics.measure(rows) == "reward",
         failures=failures(folder),
         sampled_step=sampled_step,
         best=best,
@@ -112,22 +113,62 @@ def tiles(summary: Mapping[str, Any], planned_bytes: int | None) -> list[tuple[s
     """(label, figure, what it means) of each headline."""
     before, after = summary["evaluation_before"], summary["evaluation_after"]
     foreseen = f"; planned: {units.gigabytes(planned_bytes)}" if planned_bytes else ""
-    first, rate = units.decimal(summary["reward_first"]), units.count(summary["tokens_per_s"])
-    shown = [("Reward", units.decimal(summary["reward_last"]), f"mean of the last 5 steps; first 5: {first}")]
+    rate = units.count(summary["tokens_per_s"])
+    measured, sampled = summary["measure"], summary["measure"] == "reward"
+    first, last = (units.decimal(summary[f"{measured}_{end}"]) for end in ("first", "last"))
+    none = sampled and summary["reward_last"] is None and summary["steps"] > 0
+    means = "none could be graded" if none else f"mean of the last 5 steps; first 5: {first}"
+    shown = [(measured.capitalize(), last, means if sampled else f"nats per token, {means}")]
     if before:
         latest = after or before
-        interval = "" if latest.get("low") is None else f"95 %: {100 * latest['low']:.1f} to {100 * latest['high']:.1f}"
         was = f"; before: {held_out(before)}" if after else "; not evaluated again"
-        accuracy = None if latest.get("prompts") == 0 else latest["accuracy"]
-        mean = f"; mean reward {units.decimal(latest.get('reward'))}"
-        shown.append(("Held-out accuracy", units.percent(accuracy, 1), f"{interval}{mean}{was}"))
-    shown += [
-        ("Steps", units.count(summary["steps"]), f"in {units.duration(summary['wall_s'])}"),
-        ("Sampled tokens", units.count(summary["tokens"]), f"{rate} a second of rollout"),
-        ("Peak memory", units.gigabytes(summary["peak_memory_bytes"]), f"of the run's process{foreseen}"),
-        ("Failed trajectories", units.count(summary["failed"]), f"{summary['trained_samples']:,} samples trained"),
-    ]
+        if latest.get("prompts") == 0:
+            accuracy, found = None, held_out(latest)
+        else:
+            known = latest.get("low") is not None
+            interval = f"95 %: {100 * latest['low']:.1f} to {100 * latest['high']:.1f}" if known else ""
+            accuracy, found = latest["accuracy"], f"{interval}; mean reward {units.decimal(latest.get('reward'))}"
+        shown.append(("Held-out accuracy", units.percent(accuracy, 1), found + was))
+    shown.append(("Steps", units.count(summary["steps"]), f"in {units.duration(summary['wall_s'])}"))
+    if sampled:
+        shown.append(("Sampled tokens", units.count(summary["tokens"]), f"{rate} a second of rollout"))
+    shown.append(("Peak memory", units.gigabytes(summary["peak_memory_bytes"]), f"of the run's process{foreseen}"))
+    trained = f"{summary['trained_samples']:,} samples trained"
+    if sampled:
+        shown.append(("Failed trajectories", units.count(summary["failed"]), trained))
+    else:
+        shown.append(("Trained tokens", units.count(summary["trained_tokens"]), trained))
     return shown
+
+
+_COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # heading, key, how its value is written
+    ("step", "step", str),
+    ("reward", "reward", units.decimal),
+    ("± spread", "reward_std", units.decimal),
+    ("loss", "loss", units.decimal),
+    ("length", "length", partial(units.decimal, digits=1)),
+    ("longest", "length_max", units.count),
+    ("entropy", "entropy", units.decimal),
+    ("KL", "kl", units.decimal),
+    ("gradient", "grad_norm", partial(units.decimal, digits=2)),
+    ("equal groups", "zero_variance", units.percent),
+    ("trained", "trained_samples", units.count),
+    ("failed", "failed", units.count),
+    ("tokens/s", "tokens_per_s", units.count),
+    ("cached tokens", "cached_tokens", units.count),
+    ("recomputed tokens", "recomputed_tokens", units.count),
+    ("preemptions", "preemptions", units.count),
+    ("evicted pages", "evicted_pages", units.count),
+)
+
+
+def last_steps(rows: Sequence[Row]) -> list[list[str]]:
+    """The last steps, newest first, under a line of headings; a column that no run of this kind fills is left out."""
+    last = metrics.training(rows)[-_LAST_STEPS:][::-1]
+    others = ("loss",) if metrics.measure(rows) == "reward" else ("failed", "tokens_per_s")
+    columns = [column for column in _COLUMNS if column[1] not in others and any(column[1] in row for row in last)]
+    lines = [[write(row.get(key)) for _, key, write in columns] + [units.duration(metrics.step_s(row))] for row in last]
+    return [[heading for heading, _, _ in columns] + ["time"], *lines] if last else []
 
 
 def agreement(rows: Sequence[Row]) -> str | None:

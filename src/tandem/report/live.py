@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tandem.report.metrics import evaluations, seconds_by_phase, series, step_s, time_left_s, training
+from tandem.report.metrics import evaluations, measure, seconds_by_phase, series, step_s, time_left_s, training
 from tandem.report.units import BLANK, count, decimal, duration, gigabytes, percent
 
 Row = Mapping[str, Any]
@@ -202,17 +202,19 @@ class LiveTable:
     def _table(self) -> Table:
         width = self._console.width
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-        measure = "reward" if any("reward" in row for row in self._rows) else "loss"
-        columns = ["step", measure, "length", "max", "entropy", "KL", "tok/s", "time"]
+        name = measure(self._rows)
+        columns = ["step", name, "length", "max", "entropy", "KL", "tok/s", "time"]
         if width >= 90:
             columns += ["equal groups", "failed", "gradient", "held-out"]
-        for name in columns:
-            table.add_column(name, justify="right", no_wrap=True)
+        if name == "loss":  # nothing is sampled
+            columns = [column for column in columns if column not in ("KL", "tok/s", "equal groups", "failed")]
+        for column in columns:
+            table.add_column(column, justify="right", no_wrap=True)
         shown = max(1, min(_ROWS_SHOWN, self._console.height - _LINES_AROUND))
         for row in self._rows[-shown:]:
             cells = {
                 "step": str(row["step"]),
-                measure: decimal(row.get(measure)),
+                name: decimal(row.get(name)),
                 "length": decimal(row.get("length"), 1),
                 "max": count(row.get("length_max")),
                 "entropy": decimal(row.get("entropy")),
@@ -224,13 +226,13 @@ class LiveTable:
                 "gradient": decimal(row.get("grad_norm"), 2),
                 "held-out": _scored(row["evaluation"]) if row.get("evaluation") else "",
             }
-            table.add_row(*(cells[name] for name in columns), style="red" if row.get("failed") else "")
+            table.add_row(*(cells[column] for column in columns), style="red" if row.get("failed") else "")
         return table
 
     def _curves(self) -> list[Any]:
         lines: list[Any] = [Text("")]
         width = max(10, min(60, self._console.width - 34))
-        name = "reward" if any("reward" in row for row in self._rows) else "loss"
+        name = measure(self._rows)
         values = series(self._rows, name)[1]
         if values:
             line = Text.assemble((f"{name:<10}", "dim"), (sparkline(values, width), "blue"))
@@ -260,7 +262,7 @@ class LiveTable:
         if left is not None:
             facts.append(f"about {duration(left)} left" if done < self._total else "done")
         elif not self._note:
-            facts.append("first rollout under way")
+            facts.append("first step under way")
         peak = max(series(self._rows, "peak_memory_bytes")[1], default=None)
         if peak is not None:
             facts.append(f"peak {gigabytes(peak)}")

@@ -65,9 +65,20 @@ def evaluations(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return [{"step": row["step"], **row["evaluation"]} for row in rows if row.get("evaluation")]
 
 
+def graded(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """The evaluations in which anything could be graded: the others' accuracy is no measurement."""
+    return [entry for entry in evaluations(rows) if entry.get("prompts") != 0]
+
+
 def training(rows: Iterable[Row]) -> list[Row]:
-    """Rows of steps that sampled, without those that hold only an evaluation."""
-    return [row for row in rows if "reward" in row]
+    """Rows of steps that trained, without those that hold only an evaluation."""
+    return [row for row in rows if "reward" in row or "loss" in row]
+
+
+def measure(rows: Iterable[Row]) -> str:
+    """What tells how a run goes: its reward, or the loss where it learns from texts (their rows have no reward)."""
+    trained = training(rows)
+    return "loss" if trained and not any("reward" in row for row in trained) else "reward"
 
 
 def seconds_by_phase(rows: Iterable[Row]) -> dict[str, float]:
@@ -107,28 +118,32 @@ def time_left_s(rows: Sequence[Row], total_steps: int) -> float | None:
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """The headline figures of a run; None where the rows do not hold one.
 
-    steps, last_step; reward_first, reward_last: means over the first and last five steps that have a reward;
+    steps, last_step; measure ("reward" or "loss"); reward_first, reward_last, loss_first, loss_last: means over the
+    first and last five steps that have one, the loss only where it is the measure;
     evaluation_before, evaluation_after: first and last held-out result (after is None with only one);
-    tokens, tokens_per_s (all sampled tokens over all rollout seconds), trained_samples, failed;
+    tokens, tokens_per_s (all sampled tokens over all rollout seconds), trained_samples, trained_tokens, failed;
     wall_s, seconds and shares by phase; peak_memory_bytes; kl_max, mismatch_max, ratio_max; weights (last digest).
     """
     trained = training(rows)
-    rewards = series(trained, "reward")[1]
+    measured = measure(rows)
+    values = {name: series(trained, name)[1] if name == measured else [] for name in ("reward", "loss")}
     evaluated = evaluations(rows)
     seconds = seconds_by_phase(rows)
     spent = sum(seconds.values())
-    tokens = sum(series(rows, "tokens")[1])
+    tokens = sum(series(rows, "tokens")[1]) if measured == "reward" else 0  # of texts, nothing was sampled
     rollout_s = seconds.get("rollout", 0.0)
     return {
         "steps": len(trained),
         "last_step": trained[-1]["step"] if trained else None,
-        "reward_first": statistics.fmean(rewards[:5]) if rewards else None,
-        "reward_last": statistics.fmean(rewards[-5:]) if rewards else None,
+        "measure": measured,
+        **{f"{name}_first": statistics.fmean(of[:5]) if of else None for name, of in values.items()},
+        **{f"{name}_last": statistics.fmean(of[-5:]) if of else None for name, of in values.items()},
         "evaluation_before": evaluated[0] if evaluated else None,
         "evaluation_after": evaluated[-1] if len(evaluated) > 1 else None,
         "tokens": int(tokens),
         "tokens_per_s": tokens / rollout_s if rollout_s else None,
         "trained_samples": int(sum(series(rows, "trained_samples")[1])),
+        "trained_tokens": int(sum(series(rows, "trained_tokens")[1])),
         "failed": int(sum(series(rows, "failed")[1])),
         "wall_s": wall_s(rows),
         "seconds": seconds,
@@ -152,9 +167,9 @@ def alarms(rows: Sequence[Row]) -> list[str]:
     """
     trained = training(rows)
     lines = _brought(rows)
-    for row in trained:
-        if row.get("reward") is None:
-            lines.append(f"step {row['step']}: reward is not a number; every trajectory of the step failed")
+    if lost := [row["step"] for row in trained if row.get("reward", 0.0) is None]:
+        later = f" (and in {len(lost) - 1} later steps)" if len(lost) > 1 else ""
+        lines.append(f"step {lost[0]}: reward is not a number; every trajectory of the step failed{later}")
     worst = max(trained, key=_failed_share, default=None)
     if worst is not None and _failed_share(worst) > FAILED_SHARE_ALARM:
         lines.append(

@@ -19,7 +19,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tandem.report.metrics import Row, evaluations, seconds_by_phase, series, training
+from tandem.report.metrics import Row, graded, measure, seconds_by_phase, series, training
 
 # Places in the colour cycle of the style, so that the dark style can brighten them.
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, YELLOW = "C0", "C1", "C2", "C3", "C4", "C5", "C6"
@@ -126,18 +126,19 @@ def draw_legend(axes: Axes, columns: int = 4, reverse: bool = False) -> None:
 
 def reward_figure(rows: Sequence[Row]) -> Figure:
     """Mean reward of each step, its mean over five steps, and held-out accuracy with its 95 % interval."""
-    figure, axes = draw_axes("Reward and held-out accuracy", "mean reward, accuracy")
+    both = measure(rows) == "reward"
+    figure, axes = draw_axes(
+        "Reward and held-out accuracy" if both else "Held-out accuracy", "mean reward, accuracy" if both else "accuracy"
+    )
     steps, rewards = series(training(rows), "reward")
     if steps:
         axes.plot(
             steps, rewards, color=BLUE, linewidth=1.0, alpha=0.5, marker="o", markersize=2.2, label="reward, each step"
         )
         axes.plot(steps, smoothed(rewards), color=BLUE, label=f"mean of {_SMOOTHING} steps")
-    held_out = [entry for entry in evaluations(rows) if entry.get("prompts") != 0]
+    held_out = graded(rows)
     if held_out:
-        at = [entry["step"] for entry in held_out]
-        means = [entry.get("reward", entry["accuracy"]) for entry in held_out]
-        accuracy = [entry["accuracy"] for entry in held_out]
+        at, accuracy, means = _held_out(held_out)
         low = [entry.get("low", entry["accuracy"]) for entry in held_out]
         high = [entry.get("high", entry["accuracy"]) for entry in held_out]
         axes.fill_between(at, low, high, color=VERMILLION, alpha=0.16, linewidth=0)
@@ -149,18 +150,52 @@ def reward_figure(rows: Sequence[Row]) -> Figure:
             at, accuracy, yerr=errors, color=VERMILLION, marker="D", markersize=4.5, linewidth=1.4, linestyle="--",
             elinewidth=1.4, capsize=3, label="held-out accuracy, 95 %",
         )  # fmt: skip
-        if means != accuracy:  # rewards are more than right or wrong
+        if means:
             axes.plot(at, means, color=VERMILLION, marker="s", markersize=4.0, linestyle=":", label="held-out reward")
-    values = rewards + [entry["accuracy"] for entry in held_out]
+        rewards = rewards + accuracy + means
+    values = rewards
     if values and 0.0 <= min(values) and max(values) <= 1.0:
         axes.set_ylim(0.0, 1.0)
     draw_legend(axes, columns=3)
     return figure
 
 
+def _held_out(entries: Sequence[Row]) -> tuple[list[int], list[float], list[float]]:
+    """(steps, accuracies, mean rewards) of `graded`; no mean rewards where each is right or wrong."""
+    accuracy = [entry["accuracy"] for entry in entries]
+    means = [entry.get("reward", entry["accuracy"]) for entry in entries]
+    return [entry["step"] for entry in entries], accuracy, means if means != accuracy else []
+
+
+def loss_figure(rows: Sequence[Row]) -> Figure:
+    """Loss of each step, where it is what a run goes by."""
+    return loss_curves_figure([("", rows)], f"Loss, and its mean of {_SMOOTHING} steps")
+
+
+def loss_curves_figure(curves: Sequence[tuple[str, Sequence[Row]]], title: str) -> Figure:
+    """Smoothed loss of the runs that learn from texts, each step's faint behind it."""
+    figure, axes = draw_axes(title, "nats per token")
+    for place, (label, rows) in enumerate(curves):
+        if measure(rows) == "loss":
+            _draw_smoothed(axes, place, label, rows, "loss")
+    if any(label for label, _ in curves):
+        draw_legend(axes)
+    return figure
+
+
+def _draw_smoothed(axes: Axes, place: int, label: str, rows: Sequence[Row], name: str) -> list[float]:
+    """A run's curve in the colour and line of its place, each step's value faint behind it; the steps' values."""
+    colour, line = SERIES[place % len(SERIES)], ("-", "--", "-.", ":")[place % 4]
+    steps, values = series(training(rows), name)
+    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
+    axes.plot(steps, smoothed(values), color=colour, linestyle=line, label=label)
+    return values
+
+
 def lengths_figure(rows: Sequence[Row]) -> Figure:
     """Mean and largest number of sampled tokens a trajectory."""
-    figure, axes = draw_axes("Response length", "sampled tokens")
+    titles = ("Response length", "sampled tokens") if measure(rows) == "reward" else ("Text length", "tokens")
+    figure, axes = draw_axes(*titles)
     for name, label, colour, line in (("length_max", "longest", VERMILLION, "--"), ("length", "mean", BLUE, "-")):
         steps, values = series(rows, name)
         axes.plot(steps, values, color=colour, linestyle=line, label=label)
@@ -197,25 +232,27 @@ def time_figure(rows: Sequence[Row]) -> Figure:
 
 
 def reward_curves_figure(curves: Sequence[tuple[str, Sequence[Row]]], title: str = "Reward of each seed") -> Figure:
-    """Smoothed reward of several runs, each step's reward faint behind it, held-out accuracy as marks."""
-    figure, axes = draw_axes(title, "mean reward")
-    inside = True
+    """Smoothed reward of several runs, each step's reward faint behind it; held-out accuracy as marks, and held-out
+    mean reward as others where rewards are more than right or wrong."""
+    figure, axes = draw_axes(title, "mean reward, accuracy")
+    values: list[float] = []
+    marks = {"held-out accuracy": "D", "held-out reward": "s"}
+    shown: set[str] = set()
     for place, (label, rows) in enumerate(curves):
         colour = SERIES[place % len(SERIES)]
-        line = ("-", "--", "-.", ":")[place % 4]
-        steps, rewards = series(training(rows), "reward")
-        axes.plot(steps, rewards, color=colour, linewidth=0.8, alpha=0.3)
-        axes.plot(steps, smoothed(rewards), color=colour, linestyle=line, label=label)
-        held_out = evaluations(rows)
-        if held_out:
-            at, accuracy = [entry["step"] for entry in held_out], [entry["accuracy"] for entry in held_out]
-            axes.plot(at, accuracy, color=colour, linestyle="none", marker="D", markersize=5, markeredgecolor="white")
-            inside = inside and 0.0 <= min(accuracy) and max(accuracy) <= 1.0
-        inside = inside and all(0.0 <= reward <= 1.0 for reward in rewards)
-    if inside:
+        values += _draw_smoothed(axes, place, label, rows, "reward")
+        at, *held_out = _held_out(graded(rows))
+        for (name, mark), means in zip(marks.items(), held_out, strict=True):
+            if means:
+                look: dict[str, Any] = {"marker": mark, "markersize": 5, "markeredgecolor": "white", "clip_on": False}
+                axes.plot(at, means, color=colour, linestyle="none", **look)
+                values += means
+                shown.add(name)
+    if all(0.0 <= value <= 1.0 for value in values):
         axes.set_ylim(0.0, 1.0)
-    if any(evaluations(rows) for _, rows in curves):
-        axes.plot([], [], color=GREY, linestyle="none", marker="D", markersize=5, label="held-out accuracy")
+    for name, mark in marks.items():
+        if name in shown:
+            axes.plot([], [], color=GREY, linestyle="none", marker=mark, markersize=5, label=name)
     draw_legend(axes)
     return figure
 
@@ -250,12 +287,15 @@ LIMITS: tuple[Curve, ...] = (
 
 
 def strips_figure(title: str, curves: Sequence[Curve], runs: Sequence[tuple[str, Sequence[Row]]]) -> Figure:
-    """Plots under each other over one axis of steps, one a curve, a line a run; a legend where runs are told apart."""
-    figure = Figure(figsize=(6.0, 4.4))
+    """Plots under each other over one axis of steps, a line a run; a legend where runs are told apart.
+
+    One a curve that any run has: an axis without a curve would read as 0.
+    """
+    curves = [curve for curve in curves if any(series(training(rows), curve[0])[0] for _, rows in runs)] or curves
+    figure = Figure(figsize=(6.0, 1.1 + 1.1 * len(curves)))
     FigureCanvasAgg(figure)
-    for place, (axes, (name, label, unit)) in enumerate(
-        zip(figure.subplots(len(curves), sharex=True), curves, strict=True)
-    ):
+    drawn_on = figure.subplots(len(curves), sharex=True, squeeze=False)[:, 0]
+    for place, (axes, (name, label, unit)) in enumerate(zip(drawn_on, curves, strict=True)):
         for number, (run, rows) in enumerate(runs):
             steps, values = series(training(rows), name)
             line = ("-", "--", "-.", ":")[number % 4]
@@ -272,7 +312,7 @@ def strips_figure(title: str, curves: Sequence[Curve], runs: Sequence[tuple[str,
             axes.set_title(title)
             if any(run for run, _ in runs):
                 draw_legend(axes, columns=3)
-    axes.set_xlabel(STEPS)
+    drawn_on[-1].set_xlabel(STEPS)
     figure.align_ylabels()
     return figure
 
@@ -289,6 +329,7 @@ def limits_figure(rows: Sequence[Row]) -> Figure:
 
 FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "reward": reward_figure,
+    "loss": loss_figure,
     "lengths": lengths_figure,
     "entropy": entropy_figure,
     "time": time_figure,
@@ -311,13 +352,20 @@ def png(draw: Callable[[], Figure], dark: bool = False) -> bytes:
         return buffer.getvalue()
 
 
+def shows(figure: Figure) -> bool:
+    """Whether anything is drawn: the axes of a figure without a value end at -0.04 and 0.04, and read as zeros."""
+    lines = [line for axes in figure.axes for line in axes.get_lines()]
+    return any(axes.patches for axes in figure.axes) or any(len(line.get_path().vertices) for line in lines)
+
+
 def save_plots(rows: Sequence[Row], folder: Path | str) -> dict[str, Path]:
-    """Write a PNG a figure into `folder`; name -> path. budget.png only where engine and learner ever differed."""
+    """Write a PNG a figure that shows anything into `folder`; name -> path. budget.png only where engine and learner
+    ever differed."""
     folder = Path(folder)
     paths = {}
     drifted = any(any((row.get("error_budget") or {}).values()) for row in rows)
     for name, figure in FIGURES.items():
-        if name == "budget" and not drifted:
+        if (name == "budget" and not drifted) or not shows(figure(rows)):
             continue
         paths[name] = folder / f"{name}.png"
         paths[name].write_bytes(png(partial(figure, rows)))

@@ -109,6 +109,10 @@ def _rounded(value: Any) -> float | None:
     return float(f"{value:.6g}")
 
 
+def _accuracy(evaluation: Mapping[str, Any]) -> float | None:
+    return _rounded(evaluation["accuracy"]) if evaluation.get("prompts") != 0 else None  # 0 where none was graded
+
+
 def run_entry(arm: str, seed: int, outcome: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What result.json holds of one run."""
     trained = training(rows)
@@ -126,8 +130,8 @@ def run_entry(arm: str, seed: int, outcome: Mapping[str, Any], rows: Sequence[Ma
         "arm": arm,
         "seed": seed,
         **{name: outcome[name] for name in ("status", "reason", "steps")},
-        "before": _rounded(evaluated[0]["accuracy"]) if evaluated else None,
-        "after": _rounded(after["accuracy"]) if after else None,
+        "before": _accuracy(evaluated[0]) if evaluated else None,
+        "after": _accuracy(after) if after else None,
         "heldout_prompts": evaluated[0]["prompts"] if evaluated else 0,
         "seconds_per_step": _median(series["seconds"]),
         "reward": [_rounded(row.get("reward")) for row in trained],

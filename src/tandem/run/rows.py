@@ -1,0 +1,92 @@
+"""The keys of a row of metrics.jsonl: the one list of their units and meanings, which docs/configs.md prints.
+
+A row has those that its step found out: `reward` and the like where the engine sampled, the drift where a policy was
+trained. `part/key` is `key` of the object `part`, of each entry where it is a list.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tandem.algo.drift import MEANINGS
+
+
+class Key(NamedTuple):
+    """A key: in what its value is, and what it says."""
+
+    unit: str
+    meaning: str
+
+
+_OF_THE_STEP = {
+    "step": Key("count", "updates of the run so far; 0 is the evaluation before any"),
+    "time_s": Key("s", "since the run began, all sittings"),
+    "seconds/*": Key("s", "of the step by phase; `other` is the rest"),
+    "peak_memory_bytes": Key("bytes", "most that the process has held"),
+    "weights": Key("hash", "XXH3-128 of the weights that the engine has after the step"),
+    "reached": Key("text", "the target that ended the run here"),
+    "output_lost/*": Key("text", "an output that could be written no more, and why"),
+}
+_OF_SAMPLES = {
+    "reward": Key("reward", "mean over the trajectories that could be graded; null where none could"),
+    "reward_std": Key("reward", "standard deviation of the same"),
+    "zero_variance": Key("share", "graded groups whose rewards are all equal"),
+    "truncated": Key("share", "trajectories cut at rollout.max_new_tokens"),
+    "trajectories": Key("count", "of the step; for texts, the texts"),
+    "failed": Key("count", "trajectories without a grade"),
+    "failures": Key("list", "`N x where: reason`, most frequent first"),
+    "length": Key("tokens", "mean sampled a trajectory; for texts, mean of a solution"),
+    "length_max": Key("tokens", "longest"),
+    "tokens": Key("tokens", "all of them"),
+    "tokens_per_s": Key("tokens/s", "sampled over the seconds of rollout; null where nothing was sampled"),
+    "cached_tokens": Key("tokens", "of prompts, found in the engine's cache"),
+    "recomputed_tokens": Key("tokens", "run again after a preemption"),
+    "preemptions": Key("count", "requests that gave their pages back"),
+    "evicted_pages": Key("count", "cached pages given to others"),
+    "cost": Key("algo.price", "mean cost a trajectory, where algo.price has a budget"),
+    "price": Key("reward/cost", "of the Lagrangian after the step"),
+}
+_OF_THE_LEARNER = {
+    "trained_samples": Key("count", "samples in the batch"),
+    "trained_tokens": Key("tokens", "in the loss, all updates"),
+    "learner_rows": Key("tokens", "run forward and backward, prompts too"),
+    "microbatches": Key("count", "of all updates"),
+    "loss": Key("objective", "of the batch; nats a token under next_token"),
+    "entropy": Key("nats", "mean of the model at the trained tokens"),
+    "grad_norm": Key("1", "before clipping, of the last update"),
+    "lr": Key("1", "learning rate of the last update"),
+    "clip_fraction": Key("share", "trained tokens whose ratio was clipped"),
+    "ratio": Key("1", "mean of the ratio that is clipped"),
+    "ratio_max": Key("1", "its largest"),
+    "ratio_error": Key("1", "largest of its distance from 1"),
+    "kl_reference": Key("nats", "of learner to reference a token, where algo.kl is set"),
+    "corrected": Key("0 or 1", "whether an alarm turned the correction on"),
+}
+_OF_THE_DRIFT = {
+    "kl": Key("nats", "k3 under the name that a reader looks for"),
+    "mismatch": Key("nats", "abs_max under the name that a reader looks for"),
+    **{name: Key(*said) for name, said in MEANINGS.items()},
+    "nonfinite_samples": Key("count", "samples with a behaviour log-prob that is not finite"),
+    "alarms": Key("list", "metrics beyond their thresholds, a text each"),
+    "error_budget/staleness": Key("nats", "mean |Δ log p| a token that older weights make"),
+    "error_budget/mismatch": Key("nats", "the same that other arithmetic makes"),
+    "error_budget/sampling": Key("nats", "the same that top-k, top-p and min-p make"),
+    "error_budget/masking": Key("share", "as `masked`"),
+    "by_length/samples": Key("count", "in this tenth of the samples by length"),
+    "by_length/shortest": Key("tokens", "of them"),
+    "by_length/longest": Key("tokens", "of them"),
+    "by_length/k3": Key("nats", "of their tokens"),
+    "by_length/abs_mean": Key("nats", "mean |Δ log p| of their tokens"),
+    "by_length/rare_share": Key("share", "as `rare_share`, of their tokens"),
+}
+_OF_THE_EVALUATION = {
+    "evaluation/accuracy": Key("share", "graded prompts with a reward of 1 or more, greedy; 0 where none was graded"),
+    "evaluation/low": Key("share", "lower end of its Wilson 95 % interval"),
+    "evaluation/high": Key("share", "upper end"),
+    "evaluation/prompts": Key("count", "graded"),
+    "evaluation/failed": Key("count", "not graded, and in no mean"),
+    "evaluation/reward": Key("reward", "mean over the graded"),
+    "evaluation/length": Key("tokens", "mean sampled"),
+    "evaluation/failures": Key("list", "as `failures`"),
+}
+KEYS: dict[str, Key] = _OF_THE_STEP | _OF_SAMPLES | _OF_THE_LEARNER | _OF_THE_DRIFT | _OF_THE_EVALUATION

@@ -1,0 +1,127 @@
+"""Rows of metrics.jsonl with a key that nothing explains.
+
+The table in docs/configs.md is written by `pytest tests/multi/test_rows.py --write-docs`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.config import override
+from tandem.program.task import Task
+from tandem.recipes.tiny_arithmetic import tiny_arithmetic
+from tandem.report import plots
+from tandem.run import local
+from tandem.run.config import RunConfig
+from tandem.run.rows import KEYS
+
+DOCS = Path(__file__).parents[2] / "docs" / "configs.md"
+BEGIN, END = "<!-- rows: written by tests -->", "<!-- end of rows -->"
+OPEN = {name.removesuffix("/*") for name in KEYS if name.endswith("/*")}  # objects whose keys are names of parts
+SMALL = {
+    "steps": "2",
+    "model.source": "new:width=32,layers=2,heads=4,kv_heads=2,ff_width=48,max_position=128",
+    "task.heldout_size": "4",
+    "evaluation.prompts": "2",
+    "rollout.prompts_per_step": "3",
+    "rollout.max_new_tokens": "8",
+    "learner.warmup_steps": "0",
+}
+POLICY = {
+    "objective": "policy_gradient",
+    "rollout.samples_per_prompt": "4",
+    "rollout.top_p": "0.9",
+    "sync.lag": "1",
+    "algo.kl": "k3",
+    "algo.kl_weight": "0.01",
+    "algo.price.budget": "4",
+    "alarms.action": "correct",
+    "algo.correction.form": "decoupled",
+    "algo.correction.weight": "token_tis",
+    "evaluation.stop_reward": "0.01",
+    "steps": "6",
+}
+
+
+class Silent:
+    """A display that shows nothing."""
+
+    def __enter__(self) -> Silent:
+        return self
+
+    def __exit__(self, *given: object) -> None: ...
+
+    def update(self, row: object) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+
+def keys(row: Mapping[str, Any]) -> Iterator[str]:
+    for name, value in row.items():
+        if name in OPEN:
+            yield f"{name}/*"
+        elif isinstance(value, dict):
+            yield from (f"{name}/{key}" for key in value)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            yield from (f"{name}/{key}" for part in value for key in part)
+        elif not (name in ("error_budget", "by_length") and not value):  # those of texts are empty
+            yield name
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """The keys of the rows of a run by objective."""
+
+    def grade(self: Task, conversations: Any, until_s: float = 0.0) -> list[float]:
+        return [float(sum(map(ord, turns[-1].content)) % 11) for _, turns in conversations]
+
+    def of(config: RunConfig) -> set[str]:
+        _, folder = local.train(config, out=tmp_path_factory.mktemp("rows") / "run", resume=None, display=Silent())
+        return {key for line in (folder / "metrics.jsonl").read_text().splitlines() for key in keys(json.loads(line))}
+
+    texts = override(tiny_arithmetic(), SMALL)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Task, "grade", grade)  # rewards that differ within a group
+        return {"next_token": of(texts), "policy_gradient": of(override(texts, POLICY))}
+
+
+def test_every_key_of_a_row_is_in_the_table(found) -> None:
+    """A row with a key that the table does not explain, or a line of the table that no run writes."""
+    assert found["next_token"] <= set(KEYS), found["next_token"] - set(KEYS)
+    assert found["policy_gradient"] <= set(KEYS), found["policy_gradient"] - set(KEYS)
+    assert not {"reward", "kl", "mismatch", "ratio_max"} & found["next_token"] and "loss" in found["next_token"]
+    assert set(KEYS) - found["next_token"] - found["policy_gradient"] == {"output_lost/*"}
+
+
+def test_the_report_reads_keys_of_the_table() -> None:
+    """A curve of a name that rows no longer have, and that is drawn as nothing."""
+    read = {name for curves in (plots.UPDATE, plots.ANSWERS, plots.LIMITS) for name, _, _ in curves}
+    assert read <= set(KEYS), read - set(KEYS)
+
+
+def table() -> str:
+    lines = [
+        "The keys of a row, from `run/rows.py`; `part/key` is `key` of the object `part`, of each entry of a list.",
+        "",
+        "| key | unit | meaning |",
+        "|---|---|---|",
+    ]
+    escaped = {name: meaning.replace("|", "\\|") for name, (_, meaning) in KEYS.items()}
+    return "\n".join([*lines, *(f"| `{name}` | {KEYS[name].unit} | {escaped[name]} |" for name in KEYS)])
+
+
+def test_the_table_in_the_docs_is_this_one(request: pytest.FixtureRequest) -> None:
+    """Docs that lack a key of a row, or give it another unit."""
+    text = DOCS.read_text()
+    before, rest = text.split(BEGIN)
+    written = f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
+    if request.config.getoption("--write-docs"):
+        DOCS.write_text(written)
+    assert text == written or request.config.getoption("--write-docs"), (
+        "docs/configs.md is not run/rows.py; write it with: pytest tests/multi/test_rows.py --write-docs"
+    )
