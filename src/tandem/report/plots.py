@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -355,7 +356,7 @@ def png(draw: Callable[[], Figure], dark: bool = False) -> bytes:
 def shows(figure: Figure) -> bool:
     """Whether anything is drawn: the axes of a figure without a value end at -0.04 and 0.04, and read as zeros."""
     lines = [line for axes in figure.axes for line in axes.get_lines()]
-    return any(axes.patches for axes in figure.axes) or any(len(line.get_path().vertices) for line in lines)
+    return any(axes.patches for axes in figure.axes) or any(np.size(line.get_xdata()) for line in lines)
 
 
 def save_plots(rows: Sequence[Row], folder: Path | str) -> dict[str, Path]:
