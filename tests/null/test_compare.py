@@ -61,6 +61,8 @@ def test_runs_laid_over_each_other(tmp_path, capsys):
     ):  # fmt: skip
         assert wanted in text, wanted
     assert "learner.beta1" not in text
+    tables = re.findall(r"<table>.*?</table>", body, re.S)  # else one long value takes the width, and labels break
+    assert all(cell.startswith(' class="') for table in tables for cell in re.findall(r"<t[dh]( class=[^>]*|)>", table))
     shown = re.findall(r' src(?:set)?="(.{22})', body)
     assert shown == ["data:image/png;base64,"] * 8
     assert main(["report", *map(str, folders), "--out", str(out), "--json"]) == 0
