@@ -10,6 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
+import os
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
@@ -131,8 +133,8 @@ def _parse_number(hint: type, text: str) -> int | float:
 
 
 def _whole(value: Any) -> Any:
-    """`value`; raises _Mismatch for an integer beyond what arrays, kernels and files hold."""
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+    """`value`; raises _Mismatch for NaN, and for an integer beyond what arrays, kernels and files hold."""
+    if value != value or (isinstance(value, int) and not -(2**63) <= value < 2**63):
         raise _Mismatch
     return value
 
@@ -255,8 +257,9 @@ def flatten(config: Any) -> dict[str, Any]:
     return {name: value for name, _, value in names(config)}
 
 
-def override(config: C, assignments: Mapping[str, str]) -> C:
-    """`config` with `assignments` (dotted name -> text) made together, so that each class is checked once, after all.
+def override(config: C, assignments: Mapping[str, Any]) -> C:
+    """`config` with `assignments` (dotted name -> text, or the value itself) made together, so that each class is
+    checked once, after all.
 
     Tuples are written `a,b,c`, pairs `a=1,b=2`, an absent value `none`, truth `true` or `false`. A class that has
     `override_base(changes)` says what they are made on. Raises ConfigError for an unknown name, naming the nearest, and
@@ -265,21 +268,48 @@ def override(config: C, assignments: Mapping[str, str]) -> C:
     return cast(C, _replace(config, parsed(config, assignments)))
 
 
-def parsed(config: Any, assignments: Mapping[str, str]) -> dict[str, Any]:
+def parsed(config: Any, assignments: Mapping[str, Any]) -> dict[str, Any]:
     """The values that `override` would give the names; not yet checked against each other. Raises as it does."""
+    if not isinstance(assignments, Mapping):
+        raise ConfigError(f"the settings are {assignments!r}; wanted a dictionary of dotted names and values.")
     hints = {name: hint for name, hint, _ in names(config)}
     changes: dict[str, Any] = {}
     for name, text in assignments.items():
         if name not in hints:
-            raise _unknown(config, name, list(hints))
+            raise _unknown(config, str(name), list(hints))
         try:
-            value = _whole(_parse(hints[name], text))
+            value = _whole(_parse(hints[name], text) if isinstance(text, str) else _convert(hints[name], _plain(text)))
         except _Mismatch:
             raise ConfigError(
                 f"{name}={text}: {text!r} is not {describe(hints[name])} (it is {render(flatten(config)[name])} now)."
             ) from None
         changes[name] = value
     return changes
+
+
+def typed(cls: Any, name: str, value: Any, prefix: str) -> Any:
+    """`value` as the field `name` of a config class has it; ConfigError where it is of another type."""
+    hint = _hints(cls)[name]
+    try:
+        return _whole(_convert(hint, _plain(value)))
+    except _Mismatch:
+        wanted = "a list of texts" if hint == tuple[str, ...] else describe(hint)
+        raise ConfigError(f"{prefix}{name} is {value!r}; wanted {wanted}.") from None
+
+
+def _plain(value: Any) -> Any:
+    """A value from Python as JSON would have it: NumPy's numbers, paths, dictionaries of pairs; texts as they are."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return [[name, _plain(entry)] for name, entry in value.items()]
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, bool | Enum):
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    return float(value) if isinstance(value, numbers.Real) else value
 
 
 def _unknown(config: Any, name: str, known: list[str]) -> ConfigError:

@@ -20,6 +20,7 @@ from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.rollout.config import RolloutConfig
 from tandem.run import local, model
+from tandem.run.asked import conversations
 from tandem.run.config import EvaluationConfig, RunConfig
 from tandem.run.study import Quiet
 from tandem.types import Message, StopReason
@@ -94,14 +95,20 @@ def test_lines_are_text_or_json(tmp_path: Path, monkeypatch, capsys, folder: Pat
     [
         (b'{"promt": "x"}', "neither prompt nor messages, only promt"),
         (b'{"prompt": "x", "messages": []}', "both prompt and messages"),
-        (b'{"prompt": " "}', "prompt is ' '"),
+        (b'{"prompt": " "}', "prompt is ' ', which asks nothing"),
         (b'{"prompt": 3}', "prompt is 3"),
         (b'{"messages": [{"role": "user"}]}', "message {'role': 'user'}"),
-        (b'{"messages": "hello"}', "message 'hello'"),
+        (b'{"messages": "hello"}', "messages is 'hello'"),
         (b"[1]", "[1] is no object"),
         (b'{"prompt": "x"', "not JSON"),
         (b'{"prompt": "x", "n": NaN}', "NaN is no JSON number"),
-        (b'{"prompt": "\\ud800"}', "lone surrogate"),
+        (b'{"prompt": "\\ud800"}', "holds \\ud800, half of a character"),
+        (b'{"prompt": "x", "id": "\\udc00"}', "holds \\udc00, half of a character"),
+        (b'{"messages": [{"role": "user", "content": " "}]}', "asks nothing"),
+        (b'{"messages": []}', "messages is []"),
+        (b'{"prompt": "x", "max_new_tokens": 9, "temperature": 1}', "set for all lines, by --max-new-tokens"),
+        (b'{"prompt": "x", "samples": 2}', "set for all lines, by -n"),
+        (b'{"prompt": "x", "stop_strings": []}', "set for all lines, by --stop"),
         (b"\xff", "not JSON"),
         (b'{"a":' * 20_000, "not JSON"),
     ],
@@ -124,7 +131,12 @@ def test_a_broken_line_is_named(tmp_path: Path, capsys, line: bytes, said: str) 
         (["x", "--top-p", "0"], "--top-p is 0.0. Allowed: above 0"),
         (["x", "--min-p", "1"], "--min-p is 1.0."),
         (["x", "--stop", ""], "--stop holds an empty string"),
-        (["\udcff"], "PROMPT holds half a character"),
+        (["x", "--stop", "\udcff"], "--stop holds \\udcff, half of a character"),
+        (["x", "-n", "3", "--top-p", "0.5"], "--top-p, -n: at --temperature 0 the most likely token is taken"),
+        (["x", "--top-k", "5"], "--top-k: at --temperature 0"),
+        (["x", "--min-p", "0.1"], "--min-p: at --temperature 0"),
+        (["x", "-n", "2"], "Give --temperature 1, or another above 0"),
+        (["\udcff"], "PROMPT: prompt holds \\udcff, half of a character"),
     ],
 )
 def test_wrong_requests_are_refused_before_the_model_loads(capsys, arguments: list[str], said: str) -> None:
@@ -142,12 +154,19 @@ def test_filters_reach_the_sampler(folder: Path, capsys) -> None:
         assert answered(capsys, folder, "What?", "--temperature", 1.5, *filtered)[0]["tokens"] == greedy, filtered
 
 
-def test_samples_are_those_of_consecutive_seeds(folder: Path, capsys) -> None:
-    """Samples of one prompt that are all alike, or not to be had again alone."""
-    drawn = answered(capsys, folder, "What?", "-n", 3, "--temperature", 1, "--seed", 5)
-    alone = [answered(capsys, folder, "What?", "--temperature", 1, "--seed", seed)[0] for seed in (5, 6, 7)]
-    assert [row["tokens"] for row in drawn] == [row["tokens"] for row in alone]
-    assert [row["sample"] for row in drawn] == [0, 1, 2] and len({tuple(row["tokens"]) for row in drawn}) > 1
+def test_a_sample_is_of_its_seed_prompt_and_number_alone(folder: Path, capsys) -> None:
+    """Sample 2 of --seed 0 is sample 1 of --seed 1, so that two seeds share answers; or -n changes an answer."""
+    asked = (folder, "What?", "What?", "--temperature", 1)
+    drawn = {
+        (seed, place): tuple(row["tokens"])
+        for seed in range(4)
+        for place, row in enumerate(answered(capsys, *asked, "-n", 3, "--seed", seed))
+    }
+    assert len(set(drawn.values())) == 24
+    alone = answered(capsys, *asked, "--seed", 2)
+    assert [tuple(row["tokens"]) for row in alone] == [drawn[2, 0], drawn[2, 3]]
+    seeds = {seed: answered(capsys, *asked, "-n", 2, "--seed", seed) for seed in (0, 2**63 - 1)}
+    assert all(len(rows) == 4 for rows in seeds.values())
 
 
 def test_a_stop_string_is_cut_off(folder: Path, capsys) -> None:
@@ -191,7 +210,7 @@ def test_an_engine_is_left_clean(folder: Path) -> None:
     """Requests left in the engine by an answer that was not waited for, or by a prompt that was refused."""
     loaded = model.load(str(folder))
     asked = RolloutConfig(temperature=0.0, max_new_tokens=4)
-    answers = loaded.answers(["one", "two", "three"], asked, 2, 0)
+    answers = loaded.answers(conversations(["one", "two", "three"]), asked, 2, 0)
     assert next(answers).prompt == 0
     answers.close()
     assert not loaded.parts.engine.has_work
@@ -257,6 +276,12 @@ def test_eval_of_a_model(folder: Path, tmp_path: Path, capsys) -> None:
     """A model taken for a recipe or a run folder; a model without a task evaluated on some task of ours."""
     assert main(["eval", str(folder)]) == 2
     assert "is a model: say what to ask it. Give --task NAME" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    for typo, said in ((f"{tmp_path}/typo", "no model at"), (f"{tmp_path}/empty", "empty"), ("x.gguf", "no model at")):
+        for verb in (["eval", typo], ["generate", typo, "Hi."]):  # both say the same
+            assert main(verb) == 2
+            told = capsys.readouterr().err
+            assert said in told and "say what to ask" not in told, (verb, told)
     (tmp_path / "sums.jsonl").write_text('{"question": "1+1=", "answer": "2"}\n{"question": "1+2=", "answer": "3"}\n')
     asked = ["--task", "gsm8k", "--path", str(tmp_path / "sums.jsonl"), "--set", "rollout.max_new_tokens=4", "--json"]
     assert main(["eval", str(folder), *asked]) == 0

@@ -54,9 +54,7 @@ RUNS: dict[str, str] = {
     ),
     'tandem generate MODEL "prompt" ...': "tandem generate {run} 'What is 3 + 4?' 'Hi.' --max-new-tokens 8",
     "tandem chat MODEL": f"tandem chat {MODEL} --max-new-tokens 8",
-    "tandem generate MODEL --file PROMPTS.jsonl [--top-p P] [-n N] [--raw] [--json]": (
-        "tandem generate {run} --file asked.txt --temperature 1 --top-p 0.9 -n 2 --raw --json --max-new-tokens 4"
-    ),
+    "tandem generate MODEL --file PROMPTS.jsonl --temperature 1 --top-p 0.9 -n 4 --json": "",
     "tandem report RUN_DIR ...": "tandem report {run} {run} --out both.html",
     "tandem recipes [RECIPE] [--setting TEXT]": "tandem recipes smollm2_arithmetic_cpu --setting lr",
     "tandem --version": "",
@@ -181,7 +179,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, write_model: Any) -> Path:
         rows = [{"question": f"What is {n} + 2?", "answer": f"{n} + 2 = {n + 2}\n#### {n + 2}"} for n in range(9)]
         rows = [{**row, "question": f"{first}: {row['question']}"} for row in rows]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "asked.txt").write_text("What is 3 + 4?\nHi.\n")
+    (folder / "PROMPTS.jsonl").write_text('{"prompt": "What is 3 + 4?"}\n{"prompt": "Hi."}\n')
+    (folder / "MODEL").symlink_to("model")
     shutil.copytree(ROOT / "studies" / "staleness", folder / "staleness")
     return folder
 

@@ -290,11 +290,15 @@ def test_eval_of_a_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         code, out, err = call(capsys, "eval", target, "--path", str(tmp_path / "a.jsonl"), *field, *arguments, "--json")
         assert (code, asked.pop().evaluation.prompts) == (0, taken), err
         assert f"a.jsonl: {taken} of 299 distinct questions, 1 repeated" in err
+        assert ("takes fewer" in err) != any("evaluation.prompts" in word for word in arguments)
         assert [json.loads(out)[name] for name in ("prompts", "questions", "lines")] == [taken, 299, 300]
     code, _, err = call(
         capsys, "eval", "smollm2_arithmetic_cpu", "--path", str(tmp_path / "a.jsonl"), "--set", "evaluation.prompts=301"
     )
     assert code == 2 and "evaluation.prompts is 301" in err and not asked
+    (tmp_path / "a.jsonl").write_text("\n".join([lines[0], "", lines[1], '{"q": "Is it  1?", "answer": "2"}']))
+    code, _, err = call(capsys, "eval", str(tmp_path / "run"), "--path", str(tmp_path / "a.jsonl"), *field)
+    assert code == 2 and "a.jsonl lines 3 and 4 ask the same, 'Is it  1?', and answer '1' and '2'" in err and not asked
     (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x00")
     code, _, err = call(capsys, "eval", "smollm2_arithmetic_cpu", "--path", str(tmp_path / "a.jsonl"))
     assert code == 2 and "is UTF-16" in err and "Traceback" not in err

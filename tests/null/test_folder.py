@@ -15,10 +15,10 @@ import pytest
 
 import tandem.types
 from tandem.columns import Columns
-from tandem.errors import CheckpointError, RunFolderError, WorldError
+from tandem.errors import CheckpointError, ConfigError, RunFolderError, WorldError
 from tandem.report.metrics import read_metrics
 from tandem.run import folder as folder_module
-from tandem.run.folder import RunFolder, latest_checkpoint, trajectory_rows
+from tandem.run.folder import RunFolder, check_new, latest_checkpoint, trajectory_rows
 from tandem.types import Failure, Group, Message, Prompt, StopReason, Trajectory
 
 SOURCE = str(Path(tandem.types.__file__).parents[1])
@@ -147,6 +147,15 @@ def test_create_refuses_a_run_and_any_other_files(tmp_path):
         RunFolder.open(other)
     with pytest.raises(RunFolderError, match="Cannot make the run folder"):
         RunFolder.create(other / "chapter1.tex" / "run", Config())
+    for taken, said in (
+        (path, "already holds a run"),
+        (other, "holds no run"),
+        (other / "chapter1.tex", "Cannot make"),
+    ):
+        with pytest.raises(RunFolderError, match=said):
+            check_new(taken)
+    check_new(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_resume_shows_how_the_config_differs(tmp_path):
@@ -164,6 +173,13 @@ def test_resume_shows_how_the_config_differs(tmp_path):
     assert json.loads((path / "config.json").read_text())["steps"] == 9
     with RunFolder.open(path, changed, may_differ=("steps", "learner")) as folder:
         assert folder.config["learner"] == {"lr": 3e-5, "betas": [0.9, 0.95]}
+    with RunFolder.open(path) as folder:
+        save(folder, 5)
+    for fewer in (4, 1):  # step 5 is done; this was an exit of 0 and a config.json that says 4
+        with pytest.raises(ConfigError, match=rf"steps is {fewer}, and step 5 of .* is done. Give as many or more"):
+            RunFolder.open(path, replace(changed, steps=fewer), may_differ=("steps", "learner"))
+        assert json.loads((path / "config.json").read_text())["steps"] == 9
+    RunFolder.open(path, replace(changed, steps=5)).close()
     (path / "config.json").write_text('{"name": "tiny", "steps": 3}')
     with pytest.raises(RunFolderError, match="does not fit this version"):
         RunFolder.open(path, Config())

@@ -23,6 +23,7 @@ def chat(
     from tandem.engine.config import EngineConfig
     from tandem.engine.driver import Driver
     from tandem.models.config import ModelConfig
+    from tandem.numerics.random import derive_seed
     from tandem.run.model import asked_as
     from tandem.run.parts import build_parts
     from tandem.types import Message, Request, Sampling
@@ -45,7 +46,7 @@ def chat(
         messages.append(Message("user", line))
         tokens = tuple(tokenizer.render_messages(messages, add_generation_prompt=True))
         turn = str(len(messages))
-        future = driver.submit(Request(f"chat/{turn}", "chat", tokens, sampling, seed=seed + len(messages)))
+        future = driver.submit(Request(f"chat/{turn}", "chat", tokens, sampling, seed=derive_seed(seed, 0, turn, 0)))
         while not future.done():
             with parts.memory.foreseen():
                 driver.progress(0, 0.0)

@@ -45,6 +45,10 @@ def evaluate(
     read, is_model = _read(target)
     assigned = assignments(read, files or [], settings or [])
     if is_model and task is None and path is None and not any(name.startswith("task.") for name in assigned):
+        from tandem.models.checkpoint import open_checkpoint
+        from tandem.run.parts import resolve_source
+
+        open_checkpoint(resolve_source(target))  # where there is no such model, that is what is wrong
         raise ConfigError(
             f"{target} is a model: say what to ask it. Give --task NAME (a reasoning-gym data set), --task gsm8k or "
             "jsonl with --path FILE.jsonl, or --set task.environment=..."
@@ -55,7 +59,8 @@ def evaluate(
         config, asked = _distinct(config)
         repeats = f", {asked['lines'] - asked['questions']} repeated" if asked["lines"] > asked["questions"] else ""
         taken = f"{config.evaluation.prompts:,} of {asked['questions']:,} distinct questions"
-        typer.echo(f"{path}: {taken}{repeats}. --set evaluation.prompts=N takes fewer.", err=True)
+        fewer = "" if "evaluation.prompts" in assigned else " --set evaluation.prompts=N takes fewer."
+        typer.echo(f"{path}: {taken}{repeats}.{fewer}", err=True)
     if not config.evaluation.prompts:
         raise ConfigError("evaluation.prompts is 0: nothing would be asked. Set evaluation.prompts to 1 or more.")
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json as jsonlib
-import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +22,7 @@ MODEL_HELP = (
 JSON_HELP = (
     "Print one JSON object an answer; log-probs are of what was drawn from, at temperature 0 of the model's own."
 )
-MOST_SEED = 2**63 - 1  # a request's is 64 bits, and each prompt's is one more
+MOST_SEED = 2**63 - 1  # run/asked.py's
 MOST_TEMPERATURE = 1e6  # logits are divided in fp32
 SYSTEM_SAID = "system message of the run: {}"
 PROGRESS_S = 10.0  # between two lines of progress
@@ -53,21 +52,14 @@ def generate(
 ) -> int:
     """Answer prompts with a model, in their order, each as it is done."""
     from tandem.errors import ConfigError
-    from tandem.rollout.config import RolloutConfig
+    from tandem.run.asked import drawing
 
     if bool(prompts) == (file is not None):
         raise ConfigError(f"{'both' if prompts else 'neither'} PROMPT and --file were given. Give one of them.")
     rows = read_prompts(file) if file is not None else [_checked({"prompt": p}, "PROMPT") for p in prompts or ()]
-    try:
-        asked = RolloutConfig(
-            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, max_new_tokens=max_new_tokens,
-            stop_strings=tuple(stop or ()),
-        )  # fmt: skip
-    except ConfigError as error:
-        flagged = str(error).replace("rollout.stop_strings", "--stop")
-        raise ConfigError(
-            re.sub(r"rollout\.(\w+)", lambda found: "--" + found[1].replace("_", "-"), flagged)
-        ) from error
+    given: Fields = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    given |= {"max_new_tokens": max_new_tokens, "stop_strings": stop or []}
+    asked, samples, seed = drawing(given, samples, seed, called=_flag)
 
     from tandem.run.model import load
 
@@ -136,40 +128,40 @@ def _refused(constant: str) -> None:
 def _checked(row: Any, place: str) -> Fields:
     """`row` where it asks something that can be encoded; ConfigError else."""
     from tandem.errors import ConfigError
+    from tandem.program.config import half_character
+    from tandem.program.reward import clipped
+    from tandem.run.asked import DRAWING
 
     if not isinstance(row, dict):
-        raise ConfigError(f'{place}: {_short(row)} is no object. Write {{"prompt": TEXT}} or {{"messages": [...]}}.')
+        raise ConfigError(f'{place}: {clipped(row)} is no object. Write {{"prompt": TEXT}} or {{"messages": [...]}}.')
     given = [name for name in ("prompt", "messages") if name in row]
     if len(given) != 1:
         there = (
             "both prompt and messages" if given else f"neither prompt nor messages, only {', '.join(row) or 'nothing'}"
         )
         raise ConfigError(f"{place} has {there}. Give one of prompt (text) and messages (a list).")
-    prompt, messages = row.get("prompt"), row.get("messages")
-    if not messages and not (isinstance(prompt, str) and prompt.strip()):
-        raise ConfigError(f"{place}: {given[0]} is {_short(row[given[0]])}; text or messages are needed.")
-    for message in messages if isinstance(messages, list) else [messages] if messages else ():
-        texts = [message.get(name) for name in ("role", "content")] if isinstance(message, dict) else [None]
-        if not all(isinstance(text, str) for text in texts):
-            raise ConfigError(f'{place}: the message {_short(message)} is not {{"role": TEXT, "content": TEXT}}.')
-    try:
-        jsonlib.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{place} holds half a character (a lone surrogate), which no tokeniser reads.") from error
+    if flags := [name for name in row if name in (*DRAWING, "stop", "samples", "n", "seed", "raw")]:
+        raise ConfigError(f"{place} has {', '.join(flags)}: such a thing is set for all lines, by {_flag(flags[0])}.")
+    _conversation(row, place)
+    if half := half_character(jsonlib.dumps(row, ensure_ascii=False)):  # what is printed again
+        raise ConfigError(f"{place} {half}")
     return row
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _flag(name: str) -> str:
+    """The flag that sets what the library calls `name`."""
+    return {"samples": "-n", "n": "-n", "stop_strings": "--stop"}.get(name, f"--{name.replace('_', '-')}")
 
 
-def _conversation(row: Mapping[str, Any]) -> str | Sequence[Message]:
-    from tandem.types import Message
+def _conversation(row: Mapping[str, Any], place: str = "") -> tuple[Message, ...]:
+    from tandem.errors import ConfigError
+    from tandem.program.reward import clipped
+    from tandem.run.asked import conversation
 
-    if "prompt" in row:
-        return str(row["prompt"])
-    return [Message(message["role"], message["content"]) for message in row["messages"]]
+    name, kind = ("prompt", str) if "prompt" in row else ("messages", list)
+    if not isinstance(row[name], kind):
+        raise ConfigError(f"{place}: {name} is {clipped(row[name])}; text or a list of messages is needed.")
+    return conversation(row[name], f"{place}: {name}")
 
 
 def _figures(answer: Answer) -> dict[str, object]:

@@ -61,12 +61,13 @@ def train(
 
 def train_recipe(
     recipe: str | Callable[[], Any],
-    settings: Mapping[str, str] | None = None,
+    settings: Mapping[str, Any] | None = None,
     *,
     out: Path | str | None = None,
     resume: Path | str | None = None,
 ) -> Path:
-    """Train by a recipe (its name, path/to/file.py:function, or the function), with `settings` as of --set.
+    """Train by a recipe (its name, path/to/file.py:function, or the function), with `settings` as of --set, or as
+    values of Python.
 
     Returns the run folder. Shows the rows on stdout, as `tandem train` does; Ctrl-C finishes the step, saves and raises
     KeyboardInterrupt.
@@ -74,10 +75,17 @@ def train_recipe(
     from tandem.cli.recipes import find_recipe
     from tandem.config import diff, override
     from tandem.errors import ConfigError, WorldError
+    from tandem.run.config import RunConfig
 
     if out is not None and resume is not None:
         raise ConfigError("out and resume were both given: a resumed run goes on in its own folder. Drop out.")
+    if not isinstance(recipe, str) and not callable(recipe):
+        raise ConfigError(f"the recipe is {recipe!r}. Give its name, path/to/file.py:function, or the function.")
     written = find_recipe(recipe)() if isinstance(recipe, str) else recipe()
+    if not isinstance(written, RunConfig):
+        raise ConfigError(f"the recipe {recipe!r} returned {written!r}; it must return a RunConfig.")
+    if not isinstance(out, str | Path | None) or not isinstance(resume, str | Path | None):
+        raise ConfigError(f"out is {out!r} and resume {resume!r}; a path or None is needed.")
     started = written if resume is None else _saved(Path(resume), written, settings or {})
     config = override(started, settings or {})
     code, folder, _ = start(
@@ -126,7 +134,7 @@ def start(
     return code, folder, write_report(folder, changed)
 
 
-def _saved(folder: Path, written: Any, assigned: Mapping[str, str]) -> Any:
+def _saved(folder: Path, written: Any, assigned: Mapping[str, Any]) -> Any:
     """The config of the run in `folder`; RunFolderError where its name is not the recipe's, or the one assigned."""
     from tandem.errors import RunFolderError
     from tandem.run.folder import saved_config

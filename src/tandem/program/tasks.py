@@ -272,11 +272,22 @@ class FileSource:
 
 
 def read_questions(config: TaskConfig, path: str) -> list[Prompt]:
-    """The prompts of a jsonl file, blank lines left out; TaskError names the line that cannot be used."""
+    """The prompts of a jsonl file, blank lines left out; TaskError names the line that cannot be used, or the two that
+    answer one question differently."""
     prompts = []
+    first: dict[str, Prompt] = {}
     for number, line in enumerate(lines_of(path), start=1):
         if line.strip():
-            prompts.append(_question(config, f"{path} line {number}", line, number))
+            prompt = _question(config, f"{path} line {number}", line, number)
+            before = first.setdefault(question_key(prompt), prompt)
+            was, now = before.record["answer"], prompt.record["answer"]
+            if was != now and (one_number(was) is None or one_number(was) != one_number(now)):
+                asked = clipped(prompt.record["question"])
+                raise TaskError(
+                    f"{path} lines {before.record['line']} and {number} ask the same, {asked}, and answer "
+                    f"{clipped(was)} and {clipped(now)}. Keep one of them."
+                )
+            prompts.append(prompt)
     if not prompts:
         raise TaskError(f"task file {path} holds no line.")
     return prompts

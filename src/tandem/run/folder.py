@@ -75,24 +75,10 @@ class RunFolder:
         Raises RunFolderError where `path` holds a run, holds anything else, is in use or cannot be made.
         """
         path = Path(path)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            present = {entry.name for entry in path.iterdir()}
-        except OSError as error:
-            raise RunFolderError(
-                f"Cannot make the run folder {path}: {error.strerror}. Choose another with --out."
-            ) from error
-        if present and LOCK_NAME not in present and "config.json" not in present:
-            raise RunFolderError(f"{path} is not empty and holds no run. Choose a new folder with --out.")
+        check_new(path, make=True, run=False)
         lock = FolderLock(path)
         try:
-            if (path / "config.json").exists():
-                saved = _checkpoints(path)
-                reached = f"its last checkpoint is step {saved[-1].step}" if saved else "it has no checkpoint yet"
-                raise RunFolderError(
-                    f"{path} already holds a run ({reached}). Continue it with --resume {path}, "
-                    "or choose a new folder with --out."
-                )
+            check_new(path)
             dumped = dump(config)
             for name in ("trajectories", "checkpoints"):
                 (path / name).mkdir(exist_ok=True)
@@ -321,6 +307,22 @@ def _first_sampled(trajectory: Trajectory) -> int:
     return int(mask.argmax()) if mask.any() else len(mask)
 
 
+def check_new(path: Path, *, make: bool = False, run: bool = True) -> None:
+    """RunFolderError where no run can begin in `path`: it holds other things or, where `run`, one already."""
+    try:
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
+        present = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    except OSError as error:
+        raise RunFolderError(f"Cannot make the run folder {path}: {error.strerror}. Change --out.") from error
+    if present and LOCK_NAME not in present and "config.json" not in present:
+        raise RunFolderError(f"{path} is not empty and holds no run. Choose a new folder with --out.")
+    if run and "config.json" in present:
+        saved = _checkpoints(path)
+        reached = f"its last checkpoint is step {saved[-1].step}" if saved else "it has no checkpoint yet"
+        raise RunFolderError(f"{path} already holds a run ({reached}). Give --resume {path}, or a new --out.")
+
+
 def _check_run(path: Path) -> None:
     if not (path / "config.json").exists():
         siblings = [entry.parent.name for entry in path.parent.glob("*/config.json")]
@@ -342,6 +344,8 @@ def _load_saved(path: Path, kind: type[C], dumped: Mapping[str, Any]) -> C:
 def _differs(path: Path, dumped: Mapping[str, Any], config: Any, may_differ: tuple[str, ...]) -> bool:
     """Whether `config` differs from the saved one, in allowed names only; RunFolderError for any other."""
     lines = diff(_load_saved(path, type(config), dumped), config)
+    if (saved := latest_checkpoint(path)) and config.steps < saved.step:
+        raise ConfigError(f"steps is {config.steps}, and step {saved.step} of {path} is done. Give as many or more.")
     forbidden = []
     for line in lines:
         name = line.split(":", 1)[0]

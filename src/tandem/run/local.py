@@ -15,7 +15,15 @@ from tandem.algo.advantage import Selection, samples_from_groups
 from tandem.algo.objective import NextToken, Objective, PolicyGradient
 from tandem.algo.price import Lagrangian
 from tandem.engine.driver import Driver
-from tandem.errors import AlarmError, CheckpointError, NonFiniteError, ParityError, RunFolderError, TandemError
+from tandem.errors import (
+    AlarmError,
+    CheckpointError,
+    ConfigError,
+    NonFiniteError,
+    ParityError,
+    RunFolderError,
+    TandemError,
+)
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.program.task import Task, make_environment
@@ -28,7 +36,7 @@ from tandem.run.clock import started
 from tandem.run.config import RunConfig, check_training
 from tandem.run.course import Course, mark_best
 from tandem.run.departures import declaration, is_exact
-from tandem.run.folder import RunFolder, SavedCheckpoint, trajectory_rows
+from tandem.run.folder import RunFolder, SavedCheckpoint, check_new, trajectory_rows
 from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages, run_loop
 from tandem.run.memory import Plan, check_counts, peak_bytes
@@ -330,6 +338,9 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
     check_training(config)
     check_counts(config)
     keep = config.checkpoint.keep
+    path = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if resume is None:
+        check_new(path)
     with ExitStack() as closing:
         task = make_environment(config.task)
         closing.callback(task.close)
@@ -337,7 +348,6 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
         parts = build_parts(config.model, config.engine, config.sync.lag, config, form=config.task.format)
         task.ready()
         if folder is None:  # only now, so that a wrong model or task leaves no folder behind
-            path = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
             folder = closing.enter_context(RunFolder.create(path, config, keep=keep))
         now = parts.tokenizer.now = started(folder.path) or parts.tokenizer.now
         folder.write_plan(parts.plan | {"numerics": declaration(config), "started": now.isoformat()})
@@ -380,6 +390,10 @@ def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display
 
 def evaluate_model(config: RunConfig) -> Evaluation:
     """Held-out greedy accuracy of `config.model` on `config.task`."""
+    if not isinstance(config, RunConfig):
+        raise ConfigError(
+            f"the config is {config!r}; wanted a RunConfig, such as RunConfig('ask', 1, ModelConfig(MODEL))."
+        )
     check_counts(config)
     task = make_environment(config.task)
     try:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tandem.engine.config import EngineConfig
 from tandem.engine.driver import Driver
-from tandem.errors import RunFolderError
+from tandem.errors import ConfigError, RunFolderError, nearest
 from tandem.models.config import ModelConfig
+from tandem.numerics.random import derive_seed
 from tandem.program.config import Format
 from tandem.rollout.config import RolloutConfig
+from tandem.run.asked import conversations, drawing
 from tandem.run.parts import Parts, build_parts
 from tandem.types import Completion, Message, Request, Sampling, StopReason
 
-Asked = str | Sequence[Message]  # one user message, or a conversation
+Asked = str | Sequence[Message | Mapping[str, str]]  # one user message, or a conversation
 
 SHOWN = 40  # characters of a prompt in an error
 AHEAD = 4  # times engine.max_sequences: requests that wait or have ended behind one that runs
@@ -55,16 +58,22 @@ class Model:
         """`samples` answers to each prompt, in order. `sampling`: fields of RolloutConfig (temperature, top_k, top_p,
         min_p, max_new_tokens, stop_strings); by default greedy, 256 tokens at most.
         """
-        asked = RolloutConfig(**{"temperature": 0.0, "max_new_tokens": 256, **sampling})
-        return list(self.answers(prompts, asked, samples, seed, scored=True))
+        asked, samples, seed = drawing(sampling, samples, seed)
+        return list(self.answers(conversations(prompts), asked, samples, seed, scored=True))
 
     def answers(
-        self, prompts: Sequence[Asked], asked: RolloutConfig, samples: int, seed: int, *, scored: bool = False
+        self,
+        prompts: Sequence[tuple[Message, ...]],
+        asked: RolloutConfig,
+        samples: int,
+        seed: int,
+        *,
+        scored: bool = False,
     ) -> Iterator[Answer]:
         """Answers in the order of the prompts, each as soon as it and those before it are done.
 
         CapacityError where a prompt does not fit; nothing has run then. The answers to a prompt are a function of it,
-        its place, the seed and the weights.
+        its place, the seed and the weights: a sample is the same however many are asked for.
         """
         engine, sampling = self.parts.engine, asked.sampling(self.parts.renderer.stop_token_ids)
         greedy = scored and sampling.greedy
@@ -98,18 +107,18 @@ class Model:
         finally:
             driver.close(0.0)
 
-    def _requests(self, prompts: Sequence[Asked], sampling: Sampling, samples: int, seed: int) -> Iterator[Request]:
+    def _requests(
+        self, prompts: Sequence[tuple[Message, ...]], sampling: Sampling, samples: int, seed: int
+    ) -> Iterator[Request]:
         """A request a sample. Rendered when it is asked for: the tokens of many prompts take more than their texts."""
-        for index, prompt in enumerate(prompts):
-            messages = (Message("user", prompt),) if isinstance(prompt, str) else tuple(prompt)
+        for index, messages in enumerate(prompts):
             if messages[0].role != "system":
                 messages = (*self.opening, *messages)
             tokens = self.parts.renderer.prompt_tokens(messages)
             name = request_id(index, messages[-1].content)
             for sample in range(samples):
-                number = index * samples + sample
                 tail = f" (sample {sample + 1})" if samples > 1 else ""
-                yield Request(name + tail, name, tokens, sampling, seed=seed + number)
+                yield Request(name + tail, name, tokens, sampling, seed=derive_seed(seed, 0, str(index), sample))
 
     def _text(self, completion: Completion, sampling: Sampling) -> str:
         text = self.parts.renderer.text(completion.tokens)
@@ -118,13 +127,23 @@ class Model:
         return text
 
 
-def load(model: str | ModelConfig, engine: EngineConfig | None = None, *, form: Format = "auto") -> Model:
+def load(
+    model: str | PathLike[str] | ModelConfig, engine: EngineConfig | None = None, *, form: Format = "auto"
+) -> Model:
     """A model that generates: a Hugging Face folder or hub name, a .gguf file, package:NAME, or a run folder.
 
     `form`: "chat" (the model's template), "plain" (text alone), or "auto": chat where the model has a template. A run
     is asked as its prompts were: with their system message, and by default in their form.
     """
-    config = ModelConfig(model) if isinstance(model, str) else model
+    config = (
+        model
+        if isinstance(model, ModelConfig)
+        else ModelConfig(fspath(model) if hasattr(model, "__fspath__") else model)
+    )
+    if form not in get_args(Format):
+        raise ConfigError(f"form is {form!r}.{nearest(str(form), get_args(Format))}")
+    if not isinstance(engine, EngineConfig | None):
+        raise ConfigError(f"engine is {engine!r}; wanted an EngineConfig, or None for its defaults.")
     opening, own = asked_as(config.source)
     form = own if form == "auto" else form
     return Model(build_parts(config, engine or EngineConfig(), learns=False, form=form), opening)
