@@ -13,6 +13,7 @@ XDG_CACHE_HOME   default ~/.cache
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -25,7 +26,10 @@ _OURS: set[str] = set()  # variables that limit_spinning set
 
 
 def check(environment: Mapping[str, str] | None = None) -> None:
-    """ConfigError for a TANDEM_* variable that tandem does not know: a misspelt one would be ignored in silence."""
+    """ConfigError for a TANDEM_* variable that tandem does not know: a misspelt one would be ignored in silence.
+    Also where Python drops asserts: they guard what compiled kernels take for granted (kernels/address.py)."""
+    if sys.flags.optimize:
+        raise ConfigError("Python runs with -O, without the checks of tandem's asserts. Drop -O, or PYTHONOPTIMIZE.")
     for name in os.environ if environment is None else environment:
         if name.startswith("TANDEM_") and name not in VARIABLES:
             raise ConfigError(f"no environment variable {name} is known.{nearest(name, VARIABLES)} Unset it.")

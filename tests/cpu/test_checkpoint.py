@@ -306,6 +306,16 @@ def test_disk_that_refuses(folder: Path, tmp_path: Path) -> None:
             save_checkpoint(target, opened.spec, dict(opened.tensors()), None, "float32")
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_beyond_the_vocabulary(folder: Path, name: str) -> None:
+    """An id that the model does not have is loaded, and fails at the first request."""
+    small_tokenizer().save(folder)
+    path = folder / name
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), "eos_token_id": [2, 4096]}))
+    with pytest.raises(ModelError, match=rf"{name} has eos_token_id = \[2, 4096\]; .* below the vocabulary's"):
+        open_checkpoint(str(folder)).load_tokenizer()
+
+
 def test_tokenizer_and_stop_ids_travel(folder: Path, tmp_path: Path) -> None:
     """An exported model that never stops: its chat end token or generation_config's eos lost."""
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 60]}))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -36,6 +39,15 @@ def test_unknown_variable(clean: pytest.MonkeyPatch) -> None:
     clean.setenv("TANDEM_CASHE", "x")
     with pytest.raises(ConfigError, match=r"TANDEM_CASHE.*Did you mean TANDEM_CACHE"):
         env.cache_dir()
+
+
+def test_python_without_asserts() -> None:
+    """Under -O a kernel gets the address of a tensor that nobody looked at."""
+    code = "from tandem import env; env.cache_dir()"
+    ran = subprocess.run(
+        [sys.executable, "-O", "-c", code], env=env.child(PYTHONPATH=os.pathsep.join(sys.path)), capture_output=True
+    )
+    assert b"ConfigError: Python runs with -O" in ran.stderr
 
 
 def test_num_threads(clean: pytest.MonkeyPatch) -> None:

@@ -38,11 +38,12 @@ GOOD: list[tuple[Kind[Any], Any, Any]] = [
     (optional(whole()), None, None),
     (listed(whole()), [1, 2], (1, 2)),
     (listed(text), [], ()),
-    (token_id, -1, None),
-    (token_id, 2**32 - 1, None),
-    (token_ids, 5, (5,)),
-    (token_ids, [5, -1, 7, 5], (5, 7)),
-    (token_ids, None, ()),
+    (token_id(8), -1, None),
+    (token_id(8), 2**32 - 1, None),
+    (token_id(8), 7, 7),
+    (token_ids(8), 5, (5,)),
+    (token_ids(8), [5, -1, 7, 5], (5, 7)),
+    (token_ids(8), None, ()),
 ]
 BAD: list[tuple[Kind[Any], Any]] = [
     *(
@@ -57,7 +58,8 @@ BAD: list[tuple[Kind[Any], Any]] = [
     *((table, value) for value in (None, [], "{}")),
     *((listed(text), value) for value in ("ab", None, ["a", 1], {"a": 1})),
     *((optional(whole()), value) for value in (True, "", [])),
-    *((token_ids, value) for value in ("5", True, [5, None, [6]], 2**32, 5.0, {"a": 5})),
+    *((token_ids(8), value) for value in ("5", True, [5, None, [6]], 2**32, 5.0, {"a": 5}, 8, [5, 8], 2**31)),
+    *((token_id(8), value) for value in (8, 2**31, [7])),
 ]
 
 

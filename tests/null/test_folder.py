@@ -229,6 +229,10 @@ def test_what_is_set_aside_is_never_lost_or_counted_twice(tmp_path):
         folder.write_trajectories(1, [{"reward": 3.0}])  # killed before the row
         again = folder.rewind(-1)
         assert again.steps == (1,) and again.rows == aside.rows and again.path.name == "after-step-0.3"
+        (again.path.parent / "after-step-0.1").rename(tmp_path / "tidied")
+        for number in (1, 4):  # the first free number, then the one after those that are there
+            folder.write_trajectories(1, [{"reward": 4.0}])
+            assert folder.rewind(-1).path.name == f"after-step-0.{number}"
 
 
 @pytest.mark.parametrize("fatal", range(1, 8))

@@ -120,6 +120,7 @@ def test_a_dump_of_all_settings_reads_back(
         ("a.yaml", "steps: 1\nsteps: 2", "line 2: steps is no name, or was there before"),
         ("a.yaml", "learner: {lr: 1}\nlearner.lr: 2", "sets learner.lr twice"),
         ("a.yaml", "steps: [", "cannot be read"),
+        ("a.yaml", "name: &a b\nsteps: *a", "line 1: no & or "),
         ("a.yaml", "- steps", "holds no settings"),
         ("a.yaml", "? [a]\n: b", "is no name"),
         ("a.yaml", "a: &a [*a]", "cannot be read"),

@@ -52,6 +52,15 @@ def test_first_signal_asks_and_second_insists():
     assert len(said) == len(StopSignal.SIGNALS) and "Ctrl-C again" in said[0] and "SIGHUP" in said[2]
 
 
+def test_the_line_says_what_is_ahead():
+    """Before the first step is there to save, a signal is answered with a promise to save it."""
+    said: list[str] = []
+    with StopSignal(said.append) as stop:
+        stop.ahead = "nothing to save yet"
+        os.kill(os.getpid(), signal.SIGHUP)
+    assert said == ["Stopping (SIGHUP): nothing to save yet. Press Ctrl-C to stop at once."]
+
+
 def test_a_signal_inside_a_print_does_not_end_the_run():
     """Python refuses to enter a stream twice: RuntimeError from the handler, in the middle of whatever printed."""
 

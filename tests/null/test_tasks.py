@@ -8,6 +8,7 @@ import json
 import os
 import re
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -251,6 +252,18 @@ def test_answer_that_is_not_one_number_is_refused_at_load(tmp_path: Path, answer
     for size in (0, 2):
         with pytest.raises(TaskError, match="task Y: the answer .* of prompt Y/.*/0 is not one number"):
             DrawSource(TaskConfig("x:Y", heldout_size=size, reward="last_number"), Asked(50))
+
+
+@pytest.mark.parametrize("value", [Decimal(5), {"a": [{1}]}, float("nan"), object(), [b"5"]])
+def test_record_that_no_file_can_hold(value: object) -> None:
+    """A record of other than plain values is a TypeError after step 1, when its trajectories are written."""
+
+    class Odd(Numbers):
+        def prompt(self, split: str, index: int) -> Prompt:
+            return replace(super().prompt(split, index), record={"plain": [1, None, {"a": "b"}], "odd": value})
+
+    with pytest.raises(TaskError, match=r"prompt 0 of 'heldout' has .* in its record's 'odd'; allowed: text"):
+        DrawSource(TaskConfig("x:Y", heldout_size=2), Odd(9))
 
 
 def test_prompt_with_half_a_character() -> None:

@@ -151,6 +151,64 @@ def test_a_template_that_grows(source: str) -> None:
         tracemalloc.stop()
 
 
+TEN = "{% set x = 'abcdefghij' %}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ '%09999d' % 1 }}",
+        "{{ '%9999d' | format(1) }}",
+        "{{ '{:>9999}'.format(1) }}",
+        "{{ '{:>{}}'.format(1, 2) }}",
+        "{{ '{x:>9999}'.format_map({'x': 1}) }}",
+        TEN + "{{ (x * 20) | replace('a', x * 20) }}",
+        TEN + "{{ (x * 20).replace('a', x * 20) }}",
+        TEN + "{{ [1, 2, 3, 4, 5, 6, 7] | join(x * 60) }}",
+        TEN + "{{ 'abcdefghi' | map('upper') | join(x * 70) }}",
+        TEN + "{{ (x * 60).join('abcdefghi') }}",
+        TEN + "{{ (x * 60).join('abcdefghi' | map('upper')) }}",
+        TEN + "{{ 'x'.ljust(5000) }}",
+        TEN + "{{ 'x' | map('center', 5000) | list }}",
+        "{{ [[1], [2]] | sum(start=[]) }}",
+        "{{ {'a': [1]} | tojson(indent=17) }}",
+        "{{ 'a b' | wordwrap(1) }}",
+        "{{ ('<' | escape).striptags() }}",
+        TEN + "{% for a in range(90) %}{{ x * 9 }}{% endfor %}",
+        "{% set x = [1] %}" + "{% set x = [x, x] %}" * 9 + "{{ x }}",
+        "{% macro f(n, x) %}{% if n %}{{ f(n - 1, [x, x]) }}{% endif %}{% endmacro %}{{ f(9, [1]) }}",
+        "{% for x in [[1, 1]] %}{% for x in [[x, x, x, x, x, x]] %}{% for x in [[x, x, x, x, x]] %}{{ x | tojson }}"
+        + END * 3,
+    ],
+)
+def test_whatever_makes_much_is_bounded(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A way to make much of little is forgotten: a width in the text, a filter, a method, entries that are shared."""
+    for name, value in {"MAX_CHARACTERS": 1024, "MAX_ENTRIES": 64, "MAX_MADE": 4096}.items():
+        monkeypatch.setattr(module, name, value)
+    with pytest.raises(ModelError, match="refuses these messages"):
+        tokenizer(source).render_text(ASK)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ [1, 2, 3] | slice(2) | list }}{{ [1, 2, 3] | batch(2) | list }}{{ [1, 2] | sum }}",
+        "{{ '%5.2f %s' % (1.5, 'a') }}{{ '{:>5} {x}'.format(1, x='2024') }}{{ '%s' | format(1700000000) }}",
+        "{{ messages | map(attribute='role') | join(', ') }}",
+        "{{ messages[0].content.replace('h', 'j') | default(1700000000) }}",
+        "{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ [messages[0]] + [messages[0]] }}",
+        "{{ {'a': [1]} | string }}{{ 'x' ~ 1 }}{{ 'a\nb' | indent(4) }}{{ none }}{{ missing }}",
+        "{{ {'b': 1} | items | list }}{{ [1] + [2] }}{{ 1 + 2 + 3 }}{{ (1 + (2 * 3)) ~ ([1] + [4]) | length }}",
+    ],
+)
+def test_what_templates_use_is_jinja_s(source: str) -> None:
+    """The guard changes what a filter is passed, or refuses what templates write."""
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    wanted = ImmutableSandboxedEnvironment().from_string(source).render(messages=ASK)
+    assert tokenizer(source).render_text(ASK) == wanted
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [

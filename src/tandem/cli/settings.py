@@ -89,6 +89,9 @@ def _yaml(text: str) -> Any:
     import yaml
 
     try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if getattr(event, "anchor", None):  # few nested ones stand for more than any memory
+                raise ValueError(f"line {event.start_mark.line + 1}: no & or * of YAML here; write the value out")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error

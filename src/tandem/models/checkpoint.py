@@ -107,7 +107,7 @@ class Checkpoint:
             return load_gguf_tokenizer(self._tokenizer_of, self.spec.eos_token_ids, self.spec.vocab_size)
         path = self._tokenizer_of / "generation_config.json"
         generation = Fields(str(path), read_json(path) if path.is_file() else {})
-        generated = generation.take("eos_token_id", token_ids, ())
+        generated = generation.take("eos_token_id", token_ids(self.spec.vocab_size), ())
         return load_tokenizer(self._tokenizer_of, (*self.spec.eos_token_ids, *generated), self.spec.vocab_size)
 
 

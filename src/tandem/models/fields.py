@@ -97,20 +97,27 @@ def optional(kind: Kind[T]) -> Kind[T | None]:
     return Kind(f"null or {kind.wanted}", lambda value: None if value is None else kind.accept(value))
 
 
-def _token_id(value: Any) -> int | None:
-    found = None if value is None else whole(-(2**31), 2**32 - 1).accept(value)
-    return None if found is None or not 0 <= found <= LARGEST else found
+def token_id(vocabulary: int) -> Kind[int | None]:
+    """An id below `vocabulary`, or None: null, a negative id, and -1 as unsigned 32 bits."""
+
+    def accept(value: Any) -> int | None:
+        found = None if value is None else whole(-(2**31), 2**32 - 1).accept(value)
+        if found is None or found < 0 or found == 2**32 - 1:
+            return None
+        return whole(0, vocabulary - 1).accept(found)
+
+    return Kind(f"null or a token id below the vocabulary's {vocabulary}", accept)
 
 
-token_id: Kind[int | None] = Kind("a token id or null", _token_id)  # -1, also as unsigned 32 bits, means none
+def token_ids(vocabulary: int) -> Kind[tuple[int, ...]]:
+    """`token_id`, or a list of them."""
+    one = token_id(vocabulary)
 
+    def accept(value: Any) -> tuple[int, ...]:
+        found = [one.accept(each) for each in (value if isinstance(value, (list, tuple)) else [value])]
+        return tuple(dict.fromkeys(each for each in found if each is not None))
 
-def _token_ids(value: Any) -> tuple[int, ...]:
-    found = [_token_id(one) for one in value] if isinstance(value, (list, tuple)) else [_token_id(value)]
-    return tuple(dict.fromkeys(one for one in found if one is not None))
-
-
-token_ids: Kind[tuple[int, ...]] = Kind("a token id, a list of them or null", _token_ids)
+    return Kind(f"{one.wanted}, or a list of them,", accept)
 
 
 @dataclass(frozen=True, slots=True)

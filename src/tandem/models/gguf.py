@@ -286,12 +286,14 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
             )
     context = own.take("context_length", whole(1, MOST_POSITIONS))
     ids = Fields(str(file.path), file.fields)
+    vocabulary = file.entries["token_embd.weight"].shape[0]
+    known = token_id(vocabulary)
     bos, eos, eot, pad = (
-        ids.take(f"tokenizer.ggml.{name}_token_id", token_id, None) for name in ("bos", "eos", "eot", "padding")
+        ids.take(f"tokenizer.ggml.{name}_token_id", known, None) for name in ("bos", "eos", "eot", "padding")
     )
     spec = ModelSpec(
         architecture=kind,
-        vocab_size=file.entries["token_embd.weight"].shape[0],
+        vocab_size=vocabulary,
         width=width,
         ff_width=own.take("feed_forward_length", size),
         layers=own.take("block_count", whole(1, MOST_LAYERS)),

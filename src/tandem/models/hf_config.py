@@ -70,9 +70,10 @@ def read_config(fields: Fields) -> tuple[ModelSpec, list[str]]:
     turned = Fields(f"the rotary part of {fields.where}", rope or {})
     theta, scaling = _rope(fields, turned, max_position)
     size = whole(1)
+    vocabulary = fields.take("vocab_size", size)
     spec = ModelSpec(
         architecture=family.architecture,
-        vocab_size=fields.take("vocab_size", size),
+        vocab_size=vocabulary,
         width=width,
         ff_width=fields.take(family.ff_width, size),
         layers=layers,
@@ -86,9 +87,9 @@ def read_config(fields: Fields) -> tuple[ModelSpec, list[str]]:
         attention_bias=family.attention_bias,
         qk_norm=family.qk_norm,
         max_position=max_position,
-        bos_token_id=fields.take("bos_token_id", token_id, None),
-        eos_token_ids=fields.take("eos_token_id", token_ids, ()),
-        pad_token_id=fields.take("pad_token_id", token_id, None),
+        bos_token_id=fields.take("bos_token_id", token_id(vocabulary), None),
+        eos_token_ids=fields.take("eos_token_id", token_ids(vocabulary), ()),
+        pad_token_id=fields.take("pad_token_id", token_id(vocabulary), None),
         **family.read(fields, layers),
     )
     known = fields.taken | _SILENT

@@ -306,12 +306,7 @@ def load_gguf_tokenizer(file: GgufFile, stop_ids: Iterable[int] = (), vocab_size
 
 def _named_ids(fields: Fields, num_tokens: int) -> dict[str, int]:
     """The special tokens that a GGUF file names."""
-    ids = {name: fields.take(f"ggml.{key}_token_id", token_id, None) for name, key in _GGUF_NAMES.items()}
-    for name, index in ids.items():
-        if index is not None and index >= num_tokens:
-            raise ModelError(
-                f"{fields.where} has {num_tokens} tokens, and {index} as the id of {name}. Take the file again."
-            )
+    ids = {name: fields.take(f"ggml.{key}_token_id", token_id(num_tokens), None) for name, key in _GGUF_NAMES.items()}
     return {name: index for name, index in ids.items() if index is not None}
 
 

@@ -23,19 +23,21 @@ _RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹"
 
 # A run of digits with what stands between them, of any script: a candidate, which `_WRITTEN` takes or refuses.
 _RUN = re.compile(
-    r"(?:[\d\u00bc-\u00be\u2150-\u215e]|(?<!\.)\.(?=\d)|(?<=\d)[,\u066b\u066c](?=\d))+"
+    r"(?:[\d\u00bc-\u00be\u2150-\u215e]|(?<![^\W\d_])(?<!\.)\.(?=\d)|(?<=\d)[,\u066b\u066c](?=\d))+"
     r"(?:[eE][-+]?\d{1,3}(?!\w))?"
 )
 _WRITTEN = r"(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,3})?"
 _ALONE = re.compile(rf"(?P<minus>-)? ?\+?\\?[$€£]?(?P<inner>-)?(?P<digits>{_WRITTEN}) ?\\?[%$]?\.?")
 _CURRENCY = re.compile(r"(?:\\?\$|[€£])$")
 _LOOK = 48  # characters before a number that are looked at
-# What joins a number to what stands before it: 3/4, 2^3, 10-8, 10:30, 3e1000, \frac{1}{2}, \sqrt2.
+# What joins a number to what stands before it: 3/4, 2^3, 10-8, 2 x 3, 10:30, 1'000, 0x1F, 3e1000, \frac{1}{2}, \sqrt2.
 _JOINED = re.compile(
-    r"(?:[/^√×÷·∕⁄] *[({]?|[\d)\]}%²³¼½¾] *(?:[-+]|\*{1,2}) *\(?|\d:|\d[eE][-+]?|[}\]^_]\{|sqrt\("
+    r"(?:(?:[/^√×÷·∕⁄±∓]|\+/-) *[({]?|[\d)\]}%²³¼½¾] *(?:[-+xX]|\*{1,2}) *\(?|\d(?:[:'’_~]|\.\.|[eE][-+]?)|[}\]^_]\{"
+    r"|sqrt\(|\b0[xXoObB][\da-fA-F]*"
     r"|\\(?:[dtc]?frac|sqrt|[dt]?binom|times|cdot|div|pm|mp|over|log|ln|exp) *[{(]?"
     r"|\\(?!boxed|fbox|text|math)[a-zA-Z]+\{)$"
 )
+_HEX = re.compile(r"0[xX][\da-fA-F]")
 _SPACED = re.compile(r"\d +$")
 _OF_A_UNIT = re.compile(r"(?<![^\W\d_])(?:[cdkm]?m|in|ft|yd|mi|s|units?)\}?\^\{?$")
 _FOLLOWED = re.compile(rf" ?\^|[{_RAISED}]| ?[π√]| ?\\(?:pi|sqrt|[dtc]?frac)\b")
@@ -71,7 +73,12 @@ def last_number_in(text: str) -> Decimal | None:
     bare = _CURRENCY.sub("", before)
     joined = _JOINED.search(bare)
     bold = joined is not None and bare.endswith("*") and after.startswith("*")
-    if (joined and not bold) or (bare == before and _SPACED.search(before)) or _FOLLOWED.match(after):
+    if (
+        (joined and not bold)
+        or (bare == before and _SPACED.search(before))
+        or _FOLLOWED.match(after)
+        or _HEX.match(text, start)
+    ):
         return None
     number = Decimal(found[-1].group().replace(",", ""))
     return -number if _MINUS.search(bare) or _MINUS.search(before) else number

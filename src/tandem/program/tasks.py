@@ -130,10 +130,25 @@ class DrawSource:
         for message in prompt.messages:
             if half := half_character(message.content):
                 raise TaskError(f"task {self.config.label}: prompt {index} of {split!r} {half}")
+        if not _is_plain(dict(prompt.record)):
+            name, value = next((name, value) for name, value in prompt.record.items() if not _is_plain({name: value}))
+            raise TaskError(
+                f"task {self.config.label}: prompt {index} of {split!r} has {clipped(value)} in its record's {name!r}; "
+                "allowed: text, finite numbers, true and false, None, and lists and dicts of these. Convert it."
+            )
         return _with_system(prompt, self.config.system)
 
     def _advice(self) -> str:
         return "Lower task.heldout_size or widen task.parameters."
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON, which a run keeps its prompts in, can hold `value`."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 class ReasoningGym(Environment):

@@ -11,6 +11,7 @@ Invariants:
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -217,7 +218,8 @@ class RunFolder:
         earlier = [_read_lines(entry) for entry in sorted((self.path / "set_aside").glob(f"{name}.*/metrics.jsonl"))]
         if dropped and dropped in earlier:  # a crash came between writing them there and dropping them here
             earlier.remove(dropped)
-        aside = self.path / "set_aside" / f"{name}.{len(list((self.path / 'set_aside').glob(f'{name}.*'))) + 1}"
+        places = (self.path / "set_aside" / f"{name}.{number}" for number in itertools.count(1))
+        aside = next(place for place in places if not place.exists())  # a user may have tidied some away
         if dropped or later:
             aside.mkdir(parents=True)
         for number, entry in later.items():

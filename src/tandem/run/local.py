@@ -368,7 +368,9 @@ def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display
         done = session.restore()
         session.follow()
         if done == 0 and config.evaluation.prompts:
+            saving, session.stopping.ahead = session.stopping.ahead, "nothing to save yet; the evaluation ends first"
             session.write({"step": 0, "evaluation": session.evaluate(0), "weights": parts.exact_engine.version.digest})
+            session.stopping.ahead = saving
         try:
             stages = session.stages()
             last = done if stages.stop() else run_loop(stages, done + 1, config.steps)
@@ -379,6 +381,8 @@ def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display
         session.save_newest(parts.exact_engine.version)
         session.finish()
         if session.stopping.requested and last < config.steps:
+            if last == 0:
+                display.note(f"nothing to save yet: no step is finished. {folder.path} can be removed, or resumed")
             return session.stopping.exit_code
         if session.reasons and not session.graded:
             reasons = "; ".join(f"{count} x {reason}" for reason, count in session.reasons.most_common(3))

@@ -32,6 +32,7 @@ class StopSignal:
 
     def __init__(self, notify: Callable[[str], None] = _to_stderr) -> None:
         self.received: signal.Signals | None = None
+        self.ahead = "this step is finished and saved first"  # what comes before the end, for the line
         self._notify = notify
         self._before: dict[signal.Signals, Any] = {}
 
@@ -64,7 +65,4 @@ class StopSignal:
         self.received = signal.Signals(number)
         again = "again " if number == signal.SIGINT else ""
         with contextlib.suppress(RuntimeError):  # it came in the middle of a print: a stream is not entered twice
-            self._notify(
-                f"Stopping ({self.received.name}): this step is finished and saved first. "
-                f"Press Ctrl-C {again}to stop at once."
-            )
+            self._notify(f"Stopping ({self.received.name}): {self.ahead}. Press Ctrl-C {again}to stop at once.")
