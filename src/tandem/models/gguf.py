@@ -287,9 +287,9 @@ def spec_from_gguf(file: GgufFile) -> ModelSpec:
     context = own.take("context_length", whole(1, MOST_POSITIONS))
     ids = Fields(str(file.path), file.fields)
     vocabulary = file.entries["token_embd.weight"].shape[0]
-    known = token_id(vocabulary)
+    named = token_id(vocabulary)
     bos, eos, eot, pad = (
-        ids.take(f"tokenizer.ggml.{name}_token_id", known, None) for name in ("bos", "eos", "eot", "padding")
+        ids.take(f"tokenizer.ggml.{name}_token_id", named, None) for name in ("bos", "eos", "eot", "padding")
     )
     spec = ModelSpec(
         architecture=kind,
