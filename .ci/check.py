@@ -10,10 +10,10 @@ import ast
 import difflib
 import os
 import re
+import resource
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -328,14 +328,20 @@ def check_slim(root: Path, trees: Tree) -> Iterator[str]:
         return
     seconds = []
     for _ in range(5):
-        start_s = time.perf_counter()
+        before_s = _children_s()
         asked = _python(root, "-m", "tandem", "--help")
-        seconds.append(time.perf_counter() - start_s)
+        seconds.append(_children_s() - before_s)
         if asked.returncode:
             yield f"tandem --help fails: {asked.stderr.strip()[-500:]}"
             return
     if statistics.median(seconds) > HELP_SECONDS:
-        yield f"tandem --help takes {statistics.median(seconds):.2f} s; {HELP_SECONDS} s at most"
+        yield f"tandem --help takes {statistics.median(seconds):.2f} s of a core; {HELP_SECONDS} s at most"
+
+
+def _children_s() -> float:
+    """Processor seconds of the children so far: what runs beside them does not count."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def check_tables(root: Path) -> Iterator[str]:
