@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tandem.cli.main import main
@@ -87,6 +87,7 @@ def _plain(value: Any) -> Any:
 
 
 @settings(deadline=None)
+@example(lr=1.0, system="", stops=["\xa0", "\u2003x"], parameters=[], budget=None)
 @given(
     lr=st.floats(1e-12, 1.0),
     system=st.text(st.characters(exclude_categories=["Cs", "Cc"])),

@@ -69,7 +69,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str, known: Mapping[str, Any]) -> I
 def _text(value: Any, inside: bool) -> str:
     """What --set would be given for a value; TypeError for a date or a time."""
     if isinstance(value, Verbatim):
-        return json.dumps(value) if inside and set(value) & set(',="()[]\\') else str(value)
+        split = inside and (set(value) & set(',="()[]\\') or value.strip() != value)  # YAML strips ASCII blanks alone
+        return json.dumps(value) if split else str(value)
     if isinstance(value, Mapping):
         parts = [f"{json.dumps(name)}={_text(entry, True)}" for name, entry in value.items()]
     elif isinstance(value, Sequence) and not isinstance(value, str):
