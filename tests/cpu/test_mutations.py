@@ -487,7 +487,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "prefix: found under other weights": (
         weights_in_turn,
-        lambda patch: patch.setattr(schedule, "root_key", lambda version: b"any weights"),
+        lambda patch: patch.setattr(schedule, "root_key", lambda *named: b"any weights"),
     ),
     "prefix: blocks of two weights": (update_in_a_prompt, named_after_an_update),
     "weights: changed and not packed": (serves_what_was_trained, no_repack),

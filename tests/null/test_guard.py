@@ -203,9 +203,11 @@ def test_prompts_that_cannot_be_had(task: Task) -> None:
     """A prompt that raises, hangs or cannot travel hangs the run or passes for a prompt."""
     assert [prompt.messages[0].content for prompt in task.heldout] == ["heldout 0", "heldout 1"]
     assert [prompt.id for prompt in task.batch(0, 2)] == ["Odd/train/0", "Odd/train/1"]
-    for index, reason in ((3, "raised RuntimeError: no third"), (4, "took longer than"), (5, "use plain values")):
+    for index, reason in ((3, "raised RuntimeError: no third"), (4, "took longer than")):
         with pytest.raises(EnvironmentFailure, match=f"training prompt {index}: .*{reason}"):
             task.prompt(index)
+    with pytest.raises(TaskError, match="prompt 5 of 'train' has <.*> in its record's 'object'; allowed: text, finite"):
+        task.prompt(5)
     assert task.prompt(6).messages[0].content == "train 6"
 
 

@@ -34,6 +34,7 @@ _VARIANTS: dict[str, tuple[Any, ...]] = {
     )
     for name in names.split()
 }
+NAMED = token_id(2**32)  # of bos and pad, which no pass of ours uses: some models name one beyond their vocabulary
 _PASS = re.compile("scal|multipl|cap|clip|clamp|rope|rotary|norm|bias|window|attn|attention|head|layer|expert|moe")
 _SILENT = set(
     "attention_dropout attn_implementation _attn_implementation num_experts_per_tok num_local_experts".split()
@@ -87,9 +88,9 @@ def read_config(fields: Fields) -> tuple[ModelSpec, list[str]]:
         attention_bias=family.attention_bias,
         qk_norm=family.qk_norm,
         max_position=max_position,
-        bos_token_id=fields.take("bos_token_id", token_id(vocabulary), None),
+        bos_token_id=fields.take("bos_token_id", NAMED, None),
         eos_token_ids=fields.take("eos_token_id", token_ids(vocabulary), ()),
-        pad_token_id=fields.take("pad_token_id", token_id(vocabulary), None),
+        pad_token_id=fields.take("pad_token_id", NAMED, None),
         **family.read(fields, layers),
     )
     known = fields.taken | _SILENT
