@@ -24,22 +24,10 @@ from tandem.run import local
 from tandem.run.clock import started
 from tandem.run.config import EvaluationConfig, RunConfig
 from tandem.train.config import LearnerConfig
+from tests.display import Silent
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
 DATED = "Today is {{ strftime_now('%d %B') }}.\n"
-
-
-class Silent:
-    """A display that shows nothing."""
-
-    def __enter__(self) -> Silent:
-        return self
-
-    def __exit__(self, *given: object) -> None: ...
-
-    def update(self, row: object) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from tandem.rollout.config import RolloutConfig
 from tandem.run import local
 from tandem.run.config import EvaluationConfig, RunConfig, check_training
 from tandem.train.config import LearnerConfig
+from tests.display import Silent
 
 DOCS = Path(__file__).parents[2] / "docs" / "parity.md"
 BEGIN, END = "<!-- departures: written by tests -->", "<!-- end of departures -->"
@@ -56,19 +57,6 @@ EITHER = {"fp8 KV", "int8 KV"}  # values of one setting
 PAIRS = [names for names in itertools.combinations(DEPARTURES, 2) if set(names) != EITHER]
 PAIRS += [tuple(name for name in DEPARTURES if name != other) for other in sorted(EITHER)]
 pytestmark = pytest.mark.skipif(compiler() is None, reason="without a compiler every run departs")
-
-
-class Silent:
-    """A display that shows nothing."""
-
-    def __enter__(self) -> Silent:
-        return self
-
-    def __exit__(self, *given: object) -> None: ...
-
-    def update(self, row: object) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -28,22 +28,10 @@ from tandem.rollout.config import RolloutConfig
 from tandem.run import local
 from tandem.run.config import EvaluationConfig, RunConfig
 from tandem.train.config import LearnerConfig
+from tests.display import Silent
 
 STEPS = 5
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
-
-
-class Silent:
-    """A display that shows nothing."""
-
-    def __enter__(self) -> Silent:
-        return self
-
-    def __exit__(self, *given: object) -> None: ...
-
-    def update(self, row: object) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 def graded(self: Task, conversations: Any, until_s: float = 0.0) -> list[float]:

@@ -26,6 +26,7 @@ from tandem.rollout.config import RolloutConfig
 from tandem.run import local
 from tandem.run.config import EvaluationConfig, RunConfig
 from tandem.train.config import LearnerConfig
+from tests.display import Silent
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "runs.json"
 STEPS = 3
@@ -74,19 +75,6 @@ class Sums(Environment):
     def observe(self, prompt, turns):
         return None if self.reward(prompt, turns[-1].content) < 3 else [Message("user", f"{len(turns)} no")]
 '''
-
-
-class Silent:
-    """A display that shows nothing."""
-
-    def __enter__(self) -> Silent:
-        return self
-
-    def __exit__(self, *given: object) -> None: ...
-
-    def update(self, row: object) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from tandem.run.config import RunConfig
 from tandem.train.config import LearnerConfig
 from tandem.train.step import Learner
 from tandem.types import Message, Prompt
+from tests.display import Silent
 
 SOURCE = "new:width=32,layers=2,heads=4,kv_heads=2,ff_width=48,max_position=128"
 SMALL = {
@@ -37,19 +38,6 @@ SMALL = {
     "rollout.prompts_per_step": "4",
     "rollout.max_new_tokens": "8",
 }
-
-
-class Silent:
-    """A display that shows nothing."""
-
-    def __enter__(self) -> Silent:
-        return self
-
-    def __exit__(self, *given: object) -> None: ...
-
-    def update(self, row: object) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 def small(**changes: str) -> RunConfig:

@@ -28,6 +28,7 @@ from tandem.errors import EnvironmentFailure
 from tandem.run import local
 from tandem.run.config import CheckpointConfig
 from tandem.run.folder import latest_checkpoint, saved_config
+from tests.display import Silent
 
 STEPS = 16
 WAIT_S = 120.0
@@ -338,19 +339,6 @@ def test_killed_in_a_save(recipe: Path, whole: Path, tmp_path: Path, part: int) 
     result = train(recipe, "--resume", tmp_path / "run")
     assert result.returncode == 0, (fatal, result.stderr)
     same_run(tmp_path / "run", whole)
-
-
-class Silent:
-    """A display that shows nothing."""
-
-    def __enter__(self) -> Silent:
-        return self
-
-    def __exit__(self, *given: object) -> None: ...
-
-    def update(self, row: object) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 @pytest.mark.parametrize("stage", ["rollout", "learn", "evaluate"])

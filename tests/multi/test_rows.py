@@ -19,6 +19,7 @@ from tandem.report import plots
 from tandem.run import local
 from tandem.run.config import RunConfig
 from tandem.run.rows import KEYS
+from tests.display import Silent
 
 DOCS = Path(__file__).parents[2] / "docs" / "configs.md"
 BEGIN, END = "<!-- rows: written by tests -->", "<!-- end of rows -->"
@@ -46,19 +47,6 @@ POLICY = {
     "evaluation.stop_reward": "0.01",
     "steps": "6",
 }
-
-
-class Silent:
-    """A display that shows nothing."""
-
-    def __enter__(self) -> Silent:
-        return self
-
-    def __exit__(self, *given: object) -> None: ...
-
-    def update(self, row: object) -> None: ...
-
-    def note(self, text: str) -> None: ...
 
 
 def keys(row: Mapping[str, Any]) -> Iterator[str]:
