@@ -26,7 +26,9 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("algo", "engine", "program"),
     ("train", "server", "rollout", "surgery", "search"),
     ("sync",),
+    ("plan",),
     ("run", "sim", "report"),
+    ("bench", "study"),
     ("cli", "recipes", "studies"),
 )
 APART = ({"train", "engine"},)  # meet in models, numerics and sync, and never import each other, whatever their rows
@@ -43,7 +45,8 @@ TORCH_FREE = {
 }
 
 FILE_LINES, KERNEL_FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 800, 80, 8
-SOURCE_LINES = 31_000  # with bench, study and report (about 4,700), until these are rooms of their own
+PRODUCT_LINES = 36_000  # without what measures and shows: APART_LINES
+APART_LINES = ("bench", "study", "report")
 LOOP_LINES = 60  # run/loop.py is the table of contents
 
 # path, or path:function -> (what it may have, why). Lines for a file, and lines or parameters for a function.
@@ -181,13 +184,19 @@ def _environment(path: Path, tree: ast.Module) -> Iterator[str]:
             yield f"{path}:{node.lineno}: reads the environment; only env.py does"  # type: ignore[attr-defined]
 
 
+def counts(path: Path) -> bool:
+    """Whether a Python file's lines are the product's."""
+    module = module_of(path)
+    return module is not None and module[0] not in (*APART_LINES, "studies")
+
+
 def check_budgets(root: Path, trees: Tree) -> Iterator[str]:
     """Lines of a file, lines and parameters of a function, lines of src/; run/loop.py stays a table of contents."""
     total = 0
     for path, tree in trees.items():
         name, lines = path.as_posix(), len((root / path).read_text(encoding="utf-8").splitlines())
         kernel = name.startswith("src/tandem/kernels/")
-        total += lines if path.parts[0] in ("src", "recipes", "studies") else 0
+        total += lines if counts(path) else 0
         limit = RAISED.get(name, (KERNEL_FILE_LINES if kernel else FILE_LINES, ""))[0]
         if lines > limit:
             yield f"{path}: {lines} lines; {limit} at most"
@@ -203,8 +212,8 @@ def check_budgets(root: Path, trees: Tree) -> Iterator[str]:
             limit = RAISED.get(path.relative_to(root).as_posix(), (KERNEL_FILE_LINES, ""))[0]
             if lines > limit:
                 yield f"{path.relative_to(root)}: {lines} lines; {limit} at most"
-    if total > SOURCE_LINES:
-        yield f"src/: {total} lines; {SOURCE_LINES} at most"
+    if total > PRODUCT_LINES:
+        yield f"the product: {total} lines without {', '.join(APART_LINES)}; {PRODUCT_LINES} at most"
 
 
 def _function_budget(name: str, node: ast.FunctionDef | ast.AsyncFunctionDef, kernel: bool) -> Iterator[str]:

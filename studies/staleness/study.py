@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tandem.run.study import Arm, Study
+from tandem.study.study import Arm, Study
 
 NAIVE = {"algo.correction.form": "decoupled", "algo.correction.weight": "none"}
 CORRECTIONS = {

@@ -19,7 +19,7 @@ from tandem.kernels import build, choice
 from tandem.kernels import sample as sampler
 from tandem.kernels.page_sum import page_sums, page_sums_reference
 from tandem.models.config import ModelConfig
-from tandem.run.departures import of_engine
+from tandem.sync.departures import of_engine
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tandem.kernels import large as module
 from tandem.kernels.large import LEAST_BYTES, give_back, large
-from tandem.run.memory import resident_bytes
+from tandem.plan.memory import resident_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.uint8, torch.float8_e4m3fn])

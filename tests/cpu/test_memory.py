@@ -25,8 +25,8 @@ from tandem.models.parts import expected_shapes
 from tandem.models.spec import LayerAttention, ModelSpec
 from tandem.models.view import PackView
 from tandem.numerics.compare import same_bits
+from tandem.plan.footprint import Asked, activation_bytes, kept_numbers, page_bytes
 from tandem.recipes.smollm2_arithmetic_cpu import smollm2_arithmetic_cpu
-from tandem.run.footprint import Asked, activation_bytes, kept_numbers, page_bytes
 from tandem.run.local import plan as plan_run
 from tandem.run.parts import build_parts
 from tandem.train import optimiser as optimising
@@ -54,7 +54,7 @@ from tandem.models.checkpoint import open_checkpoint
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.run.config import RunConfig
-from tandem.run.memory import peak_bytes, resident_bytes
+from tandem.plan.memory import peak_bytes, resident_bytes
 from tandem.run.parts import build_parts, plan_parts
 from tandem.train.config import LearnerConfig
 from tandem.train.step import Learner

@@ -10,12 +10,12 @@ import torch
 from tandem.algo.config import AlgoConfig
 from tandem.algo.objective import PolicyGradient
 from tandem.algo.pack import count_prompts
+from tandem.bench import profile as profiles
+from tandem.bench import sweep
+from tandem.bench.meter import OWN, REST, Meter
+from tandem.bench.roofline import Machine, kv_bytes
 from tandem.columns import Columns
 from tandem.kernels import linear
-from tandem.run import profile as profiles
-from tandem.run import sweep
-from tandem.run.meter import OWN, REST, Meter
-from tandem.run.roofline import Machine, kv_bytes
 from tandem.train.config import LearnerConfig
 from tandem.train.step import Learner
 from tandem.types import Sample

@@ -16,7 +16,7 @@ import pytest
 
 from tandem import env
 from tandem.cli import main
-from tandem.run import study as running
+from tandem.study import study as running
 
 WAIT_S = 60.0
 STEPS = 6
@@ -30,7 +30,7 @@ from tandem.program.config import TaskConfig
 from tandem.program.environment import Environment
 from tandem.rollout.config import RolloutConfig
 from tandem.run.config import EvaluationConfig, RunConfig
-from tandem.run.study import Arm, Study
+from tandem.study.study import Arm, Study
 from tandem.train.config import LearnerConfig
 from tandem.types import Message, Prompt
 

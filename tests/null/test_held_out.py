@@ -15,7 +15,7 @@ from tandem.report.compare import lines
 from tandem.report.html import write_report
 from tandem.report.live import LiveTable, step_line
 from tandem.report.metrics import alarms, summary
-from tandem.report.study import run_entry
+from tandem.study.result import run_entry
 
 
 def row(step: int, reward: float | None, **changes: object) -> dict:

@@ -14,11 +14,11 @@ from tandem.engine.config import EngineConfig
 from tandem.errors import CapacityError
 from tandem.models.config import ModelConfig
 from tandem.models.spec import ModelSpec
+from tandem.plan import footprint, memory
+from tandem.plan.footprint import PROGRAM_BYTES, PROMPT_BYTES, SAMPLED_BYTES, Asked
+from tandem.plan.memory import LIBRARY_BYTES, Plan, check_counts, plan_memory
 from tandem.program.config import TaskConfig
-from tandem.run import footprint, memory
 from tandem.run.config import RunConfig
-from tandem.run.footprint import PROGRAM_BYTES, PROMPT_BYTES, SAMPLED_BYTES, Asked
-from tandem.run.memory import LIBRARY_BYTES, Plan, check_counts, plan_memory
 from tandem.train.config import LearnerConfig
 
 SPEC = ModelSpec(

@@ -8,8 +8,8 @@ import types
 
 import pytest
 
-from tandem.run.meter import OWN, REST, Meter, Part, Probe, Reading
-from tandem.run.roofline import Cost
+from tandem.bench.meter import OWN, REST, Meter, Part, Probe, Reading
+from tandem.bench.roofline import Cost
 
 
 @pytest.fixture

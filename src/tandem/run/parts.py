@@ -22,13 +22,13 @@ from tandem.models.codes import described, hold_codes
 from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
 from tandem.models.tokenizer import Tokenizer
+from tandem.plan.footprint import Asked
+from tandem.plan.memory import Plan, plan_memory
 from tandem.program.config import Format
 from tandem.program.render import Renderer
 from tandem.run.config import RunConfig
-from tandem.run.departures import check_engine, of_engine, without_departures
 from tandem.run.folder import latest_checkpoint
-from tandem.run.footprint import Asked
-from tandem.run.memory import Plan, plan_memory
+from tandem.sync.departures import check_engine, of_engine, without_departures
 from tandem.sync.publish import Publisher
 from tandem.train.checkpoint import MANIFEST, verify
 from tandem.types import Message

@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem import env
+from tandem.bench import roofline
+from tandem.bench.gpu import check_device, gpu, random_samples
+from tandem.bench.peers import Figure, Side, peer_side, run_side
+from tandem.bench.roofline import SMOLLM2, Machine, measure, timed
 from tandem.errors import WorldError
-from tandem.run import roofline
-from tandem.run.bench_gpu import check_device, gpu, random_samples
-from tandem.run.peers import Figure, Side, peer_side, run_side
-from tandem.run.roofline import SMOLLM2, Machine, measure, timed
 
 if TYPE_CHECKING:
     from tandem.engine.engine import Engine
@@ -358,7 +358,7 @@ def bench(work: str, peers: Sequence[str], rounds: int) -> dict[str, Any]:
     if work == "gpu":
         check_device()
     own = (name for name in WORKS if name.split("/")[0] == work)
-    sides = [Side((sys.executable, "-m", "tandem.run.bench", name), own=True) for name in own]
+    sides = [Side((sys.executable, "-m", "tandem.bench.beside", name), own=True) for name in own]
     sides += [peer_side(peer) for peer in peers]
     measured: list[list[Sequence[Figure]]] = []
     failure = None

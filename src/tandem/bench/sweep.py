@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tandem.run.roofline import Machine, decode_cost, measure, timed
+from tandem.bench.roofline import Machine, decode_cost, measure, timed
 
 if TYPE_CHECKING:
     from tandem.engine.batch import Batch, Sampled
@@ -102,11 +102,11 @@ def _point(engine: Engine, machine: Machine, sequences: int, context: int, axis:
 
 def sweep(sequences: Sequence[int] = SEQUENCES, contexts: Sequence[int] = CONTEXTS) -> dict[str, Any]:
     """A row a point: over `sequences` at a context of 128, and over `contexts` at 16 sequences."""
+    from tandem.bench.beside import MODEL
+    from tandem.bench.roofline import SMOLLM2, kv_bytes
     from tandem.engine.config import EngineConfig
     from tandem.models.config import ModelConfig
-    from tandem.run.bench import MODEL
     from tandem.run.parts import build_parts
-    from tandem.run.roofline import SMOLLM2, kv_bytes
 
     slack = EngineConfig().lookahead_tokens + EngineConfig().page_tokens
     tokens = max(

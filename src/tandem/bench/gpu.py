@@ -2,8 +2,8 @@
 
 No checkpoint is read: weights are drawn on the device. The limits are measured there too, in the same process: a
 product of 8192 cubed for the matrix rate, a copy of 4 GiB (bytes read and written) for the bandwidth. Times end with
-what was drawn, or the loss, beside the CPU. `python -m tandem.run.bench gpu` prints the figures and needs torch, Triton
-and NumPy alone. Written where there is no such device: it has run on none yet.
+what was drawn, or the loss, beside the CPU. `python -m tandem.bench.beside gpu` prints the figures and needs torch,
+Triton and NumPy alone. Written where there is no such device: it has run on none yet.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from tandem.bench import roofline
+from tandem.bench.peers import Figure
+from tandem.bench.roofline import Machine, timed
 from tandem.errors import ConfigError
 from tandem.models.spec import ModelSpec
-from tandem.run import roofline
-from tandem.run.peers import Figure
-from tandem.run.roofline import Machine, timed
 
 if TYPE_CHECKING:
     from tandem.engine.engine import Engine
@@ -110,7 +110,7 @@ def engine_on(decoder: Decoder, tokens: int) -> Engine:
 
 def generate(engine: Engine, count: int, length: int, new: int, seed: int) -> tuple[float, float]:
     """Seconds from the first submission to the last token, and the median of the steps of one token a sequence."""
-    from tandem.run.sweep import made_up, start_prompts
+    from tandem.bench.sweep import made_up, start_prompts
 
     rng = random.Random(seed)
     prompts, steps_s, total_s = made_up(count, length, 100, rng), [], 0.0

@@ -18,13 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tandem import env
 from tandem.errors import CapacityError
 from tandem.models.parts import SIZES, expected_shapes
-from tandem.run.config import RunConfig
-from tandem.run.footprint import (
+from tandem.plan.footprint import (
     ALL,
     HELDOUT_BYTES,
     LOADED,
@@ -43,6 +42,9 @@ from tandem.run.footprint import (
     step_bytes,
 )
 from tandem.train.config import Checkpointing
+
+if TYPE_CHECKING:
+    from tandem.run.config import RunConfig
 
 SHARD_BYTES = 128 << 20  # of the optimiser's state in a checkpoint, train/checkpoint.py
 LIBRARY_BYTES = 24 << 20  # compiled kernels, threads' stacks and what else is first touched after the plan: measured

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from tandem.report.plots import GREY, SERIES, png, smoothed
-from tandem.report.study import Result, runs_of, step_seconds
+from tandem.study.result import Result, runs_of, step_seconds
 
 Arm = Mapping[str, Any]
 Look = dict[str, Any]

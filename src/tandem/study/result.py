@@ -17,7 +17,7 @@ from tandem.report.metrics import evaluations, training
 from tandem.report.units import BLANK, decimal, percent
 
 if TYPE_CHECKING:
-    from tandem.run.study import Study
+    from tandem.study.study import Study
 
 Result = Mapping[str, Any]
 Run = Mapping[str, Any]
@@ -377,7 +377,7 @@ def readme(result: Result, reading: str) -> str:
 
 def write(result: Result, folder: Path, reading: str) -> None:
     """result.json, figure.png and README.md into `folder`."""
-    from tandem.report.study_figure import study_png
+    from tandem.study.figure import study_png
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(dumps(result), encoding="utf-8")

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from tandem.run.roofline import Cost, timed
+from tandem.bench.roofline import Cost, timed
 
 REST = "the rest: Python, torch"
 OWN = "the stopwatches"
@@ -47,7 +47,7 @@ class Reading(NamedTuple):
 class Probe:
     """A function to time. `read(result, *arguments)` says what a call was; a text is the label of every call.
 
-    >>> Probe("tandem.run.roofline:pairs", "pairs").kind
+    >>> Probe("tandem.bench.roofline:pairs", "pairs").kind
     'kernel'
     """
 
@@ -72,7 +72,7 @@ class Meter:
     """Rows by label. Not for several threads at once.
 
     >>> meter = Meter()
-    >>> meter.over([Probe("tandem.run.roofline:pairs", "pairs")], lambda: None)
+    >>> meter.over([Probe("tandem.bench.roofline:pairs", "pairs")], lambda: None)
     >>> sorted(meter.rows) == sorted([REST, OWN])
     True
     """
@@ -141,7 +141,7 @@ def _in_place(probes: Sequence[Probe], wrap: Callable[[Probe, Callable[..., Any]
             owner = functools.reduce(getattr, outer, sys.modules[module_name])
             held = vars(owner).get(name)
             if held is None:
-                raise AttributeError(f"{probe.target} is gone; run/profile.py probes it.")
+                raise AttributeError(f"{probe.target} is gone; bench/profile.py probes it.")
             wrapper = wrap(probe, held.__func__ if isinstance(held, staticmethod) else held)
             if outer:
                 undo.append(functools.partial(setattr, owner, name, held))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tandem import env
 from tandem.engine.config import EngineConfig
@@ -14,8 +14,10 @@ from tandem.kernels.build import lacking
 from tandem.models.config import ModelConfig
 from tandem.models.parts import SIZES, all_slots, expected_shapes
 from tandem.models.spec import ModelSpec
-from tandem.run.config import RunConfig
-from tandem.run.departures import of_engine, without_departures
+from tandem.sync.departures import of_engine, without_departures
+
+if TYPE_CHECKING:
+    from tandem.run.config import RunConfig
 
 Phase = Literal["load", "generate", "learn", "update", "publish", "save"]
 ALL: tuple[Phase, ...] = ("load", "generate", "learn", "update", "publish", "save")

@@ -12,9 +12,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from tandem.run.meter import OWN, Kind, Meter, Part, Probe, Reading
-from tandem.run.roofline import Cost, Machine, decode_cost, measure, prefill_cost, timed, train_cost
-from tandem.run.sweep import fill_pages, made_up, start_decoding, start_prompts, stop_decoding
+from tandem.bench.meter import OWN, Kind, Meter, Part, Probe, Reading
+from tandem.bench.roofline import Cost, Machine, decode_cost, measure, prefill_cost, timed, train_cost
+from tandem.bench.sweep import fill_pages, made_up, start_decoding, start_prompts, stop_decoding
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -297,7 +297,7 @@ def learner_work(learner: Learner, samples: Sequence[Sample], machine: Machine) 
 
 def profile() -> dict[str, Any]:
     """All works on SmolLM2-135M in bf16, in this process."""
-    from tandem.run.bench import build_engine, build_learner
+    from tandem.bench.beside import build_engine, build_learner
 
     machine = measure()
     engine = build_engine().engine
