@@ -14,6 +14,7 @@ import resource
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -173,6 +174,49 @@ def _order(where: str, own: str, other: str) -> Iterator[str]:
         yield f"{where}: {own} imports {other}; they never import each other"
     elif not allowed:
         yield f"{where}: {own} imports {other}, which is not in a row above it"
+
+
+def room_of(module: tuple[str, ...]) -> str:
+    """The folder of a module, or "nouns" for those that lie beside the folders."""
+    return "nouns" if module[0] in ROWS[0] else module[0]
+
+
+def arrows(trees: Tree) -> Counter[tuple[str, str]]:
+    """(room, room that it imports) -> number of imports, `recipes` and `studies` counted as rooms."""
+    found: Counter[tuple[str, str]] = Counter()
+    for path, tree in trees.items():
+        module = module_of(path)
+        if module is None or module[0] in FREE:
+            continue
+        for _, name in imports(tree, module, path.name == "__init__.py"):
+            top, *rest = name.split(".")
+            if top == "tandem" and rest and rest[0] in ROW_OF:
+                found[room_of(module), room_of((rest[0],))] += 1
+    return Counter({pair: count for pair, count in found.items() if pair[0] != pair[1]})
+
+
+def room_sizes(root: Path, files: list[Path]) -> dict[str, tuple[int, int]]:
+    """Room -> files and lines of its Python and C++."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for path in files:
+        module = module_of(path) if path.suffix in (".py", ".cpp", ".h") else None
+        if module is not None and module[0] in ROW_OF:
+            count, lines = sizes.get(room_of(module), (0, 0))
+            more = len((root / path).read_text(encoding="utf-8").splitlines())
+            sizes[room_of(module)] = count + 1, lines + more
+    return sizes
+
+
+def check_picture(root: Path, trees: Tree) -> Iterator[str]:
+    """The arrows of docs/pictures/house.svg are today's imports."""
+    picture = root / "docs" / "pictures" / "house.svg"
+    if not picture.exists():
+        return
+    drawn = re.search(r"<desc>(.*?)</desc>", picture.read_text(encoding="utf-8"), re.DOTALL)
+    before = set(drawn[1].split("; ")) if drawn else set()
+    now = {f"{start} imports {aim}" for start, aim in arrows(trees)}
+    if changed := sorted(before ^ now):
+        yield f"docs/pictures/house.svg is of other imports ({'; '.join(changed[:3])}): python .ci/house.py"
 
 
 def _environment(path: Path, tree: ast.Module) -> Iterator[str]:
@@ -375,6 +419,7 @@ def run_checks(root: Path) -> list[str]:
         lambda: check_paths(root, files),
         lambda: check_links(root, files),
         lambda: check_tables(root),
+        lambda: check_picture(root, trees),
         lambda: check_flags(root),
         lambda: check_slim(root, trees),
     ]

@@ -142,6 +142,19 @@ def test_raised_budget(complain: Complain, monkeypatch: pytest.MonkeyPatch, tmp_
     assert len([line for line in check.check_tables(tmp_path) if "names no file" in line]) == 2
 
 
+def test_picture_of_the_house(complain: Complain, tmp_path: Path) -> None:
+    """A picture of the rooms that shows an import which is gone, or lacks a new one, passes."""
+    files = {
+        "src/tandem/train/step.py": "from tandem.algo import loss\nfrom tandem.errors import UserError\n",
+        "docs/pictures/house.svg": "<svg><desc>train imports algo; train imports nouns</desc></svg>",
+    }
+    complain(files)
+    assert list(check.check_picture(tmp_path, check.parse(tmp_path, check.tracked(tmp_path)))) == []
+    complain({"src/tandem/train/step.py": "from tandem.models import decoder\nfrom tandem.errors import UserError\n"})
+    (line,) = check.check_picture(tmp_path, check.parse(tmp_path, check.tracked(tmp_path)))
+    assert "train imports algo; train imports models" in line and "python .ci/house.py" in line
+
+
 def test_flags_and_slim(tmp_path: Path) -> None:
     """A changed flag, or a torch at import, that the check does not see."""
     package = tmp_path / "src" / "tandem"
