@@ -55,7 +55,7 @@ def test_an_answer_that_failed_is_told(write_model, tmp_path, capsys, monkeypatc
     resolve = Scheduler.resolve
 
     def broken(self: Scheduler, batch: Batch, sampled: Sampled, now: float) -> list[Completion]:
-        drawing = [work.request.id for work in batch.works if work.samples]
+        drawing = [work.request.id for work in batch.works if work.draws]
         failed = {i: "2 NaN" for i, name in enumerate(drawing) if "two" in name and self._stats.sampled_tokens > 2}
         return resolve(self, batch, replace(sampled, failed=failed), now)
 

@@ -223,7 +223,7 @@ class Recording:
             versions = stays[-1][1]
             assert len(versions) == work.start
             versions += [batch.version.step] * len(work.tokens)
-            if work.samples:
+            if work.draws:
                 stays[-1][2].append((len(versions), *next(draws)))
         return sampled
 

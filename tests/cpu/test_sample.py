@@ -119,7 +119,7 @@ def test_draws_of_neighbours_are_independent(pair):
     if pair == "positions":
         second = SamplingBatch.stack([Sampling()] * rows, spaced, [9] * rows)
     a = sampler.sample(logits_SV, first)[0]
-    stream = random.Stream.RESIDUAL if pair == "streams" else random.Stream.TARGET
+    stream = random.Stream.NOISE if pair == "streams" else random.Stream.TARGET
     b = sampler.sample(logits_SV, second, stream)[0]
     table = torch.bincount(12 * a + b, minlength=144).view(12, 12).numpy()
     assert stats.chi2_contingency(table).pvalue > 1e-3

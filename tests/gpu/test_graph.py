@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tandem.engine import graph
+from tandem.engine.batch import Sequence
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
@@ -133,6 +134,25 @@ def test_steps_started_ahead_draw_the_same(make_decoder, settings):
     ]
     assert drawn(ahead.generate(asked)) == drawn(plain.generate(asked))
     assert ahead.stats.run_tokens > plain.stats.run_tokens
+
+
+def test_drafts_draw_the_same(make_decoder):
+    """Draws that outgrow what a step leaves for the next, or a token drawn at another row's position."""
+    asked = requests(4, new=9)
+    asked[1] = replace(asked[1], sampling=replace(asked[1].sampling, top_k=4))
+    plain = engine_of(make_decoder(), max_sequences=2).generate(asked)
+    known = {completion.request_id: [*completion.tokens, *range(9)] for completion in plain}
+
+    def drafter(sequences: list[Sequence], most: list[int]) -> list[list[int]]:
+        ahead = [
+            known[s.request.id][s.num_drawn : s.num_drawn + count] for s, count in zip(sequences, most, strict=True)
+        ]
+        return [[*tokens[:2], *[(token + 1) % 67 for token in tokens[2:]]] for tokens in ahead]
+
+    engine = engine_of(make_decoder(), max_sequences=2, draft_tokens=4)
+    engine.scheduler.drafter = drafter
+    assert drawn(engine.generate(asked)) == drawn(plain)
+    assert engine.stats.drafted_tokens > engine.stats.accepted_tokens > 8
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

@@ -2,18 +2,20 @@
 
 Each slot holds a group of layers, a token, its position, and a chain: a hash of the token, of the weight version that
 ran it and of the chain before. Every slot that a query sees in some group is read back through the page tables. So a
-wrong page table, a page given away too early, a shared page written to or a stale hit trips an assertion.
+wrong page table, a page given away too early, a shared page written to or a stale hit trips an assertion, and so does a
+name for a page that holds a draft which does not stand.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import count, cycle
 from typing import Any
 
-from tandem.engine.batch import Batch, Sampled, Work
+from tandem.engine.batch import Batch, Sampled, Sequence, Work
 from tandem.engine.config import EngineConfig
+from tandem.engine.draft import Drafter, prompt_lookup
 from tandem.engine.engine import Engine
 from tandem.engine.layout import WHOLE, KvLayout
 from tandem.errors import WorldError
@@ -64,6 +66,8 @@ class PagedMemory:
     run_tokens: int = 0
     prompt_tokens_run: int = 0
     copied: int = 0  # pages
+    stands: set[int] = field(default_factory=set)  # chains of tokens that are no draft, or were drawn
+    wrong_drafts: int = 0  # beyond the first wrong one of a work, too
     most_pages: int = 0  # that a work's tables named
     vocab_size: int = 1 << 16  # prompts may hold what is never drawn
 
@@ -99,7 +103,10 @@ class PagedMemory:
     def run(self, batch: Batch) -> Sampled:
         assert 0 < batch.num_tokens == sum(len(work.tokens) for work in batch.works) <= self.config.batch_tokens
         assert len({work.sequence for work in batch.works}) == len(batch.works) <= self.config.max_sequences
-        assert all(len(work.tokens) == 1 for work in batch.works[: batch.num_decodes])
+        for page in batch.named:
+            for offset in range(self.config.page_tokens):
+                held = self.slots.get(page * self.config.page_tokens + offset)
+                assert held is None or held[3] in self.stands, f"page {page} got a name for a draft"  # None: spoiled
         version = batch.version.step
         for target, source in batch.copies.items():
             for offset in range(self.config.page_tokens):
@@ -116,7 +123,11 @@ class PagedMemory:
                 self.tables[work.sequence] = work.tables
                 past[:] = [version] * work.start
             assert len(past) == work.start, f"{work.request.id} ran {len(past)} tokens and goes on at {work.start}"
-            assert work.tokens == context[work.start : work.start + len(work.tokens)]
+            end = work.start + len(work.tokens) - max(0, work.draws - 1)
+            assert work.tokens[: end - work.start] == context[work.start : end] and (work.draws == 0) == (
+                end < len(context)
+            )
+            context += work.tokens[end - work.start :]
             self.read(work, work.start, work.start)
             self.most_pages = max(self.most_pages, sum(page >= 0 for table in work.tables for page in table))
         written: set[int] = set()
@@ -137,17 +148,31 @@ class PagedMemory:
             end = work.start + len(work.tokens)
             for query in range(work.start, end):
                 self.read(work, query + 1, query)
-            if work.samples:
-                context = self.contexts[work.request.id]
-                token, logprob = draw(work.request.seed, context)
-                if len(context) - len(work.request.tokens) == breaks(work.request):
-                    sampled.failed[len(sampled.tokens)] = f"{work.request.id} broke"
-                    self.spoil(work)
-                context.append(token)
-                sampled.tokens.append(token)
-                sampled.values["logprobs"].append(logprob)
-                self.sampled_by.setdefault(work.request.id, []).append(version)
+            self.stands.update(self.chains(work, end - max(0, work.draws - 1)))
+            if work.draws:
+                self.draw(work, sampled, version)
         return sampled
+
+    def draw(self, work: Work, sampled: Sampled, version: int) -> None:
+        """The token after each of a work's last rows; what comes first, and is not a draft, is what goes on."""
+        context, past, end = self.contexts[work.request.id], self.history[work.sequence], work.start + len(work.tokens)
+        stands = True
+        for length in range(end - work.draws + 1, end + 1):
+            token, logprob = draw(work.request.seed, context[:length])
+            if length - len(work.request.tokens) == breaks(work.request):
+                sampled.failed[len(sampled.tokens)] = f"{work.request.id} broke"
+                if stands:
+                    self.spoil(work)
+            sampled.tokens.append(token)
+            sampled.values["logprobs"].append(logprob)
+            if stands:
+                self.stands.update(self.chains(work, length))
+                last, following = length, token
+                self.sampled_by.setdefault(work.request.id, []).append(version)
+                stands = length < end and context[length] == token
+        self.wrong_drafts += end - last
+        context[last:] = [following]
+        del past[last:]
 
 
 class DeviceFailed(WorldError):
@@ -187,7 +212,7 @@ class Device(PagedMemory):
                 for failed, slots in self.out:
                     for slot in slots:
                         self.slots.pop(slot, None)
-                    for request_id in [work.request.id for work in failed.works if work.samples]:
+                    for request_id in [work.request.id for work in failed.works if work.draws]:
                         self.contexts[request_id].pop()
                         self.sampled_by[request_id].pop()
                 self.out.clear()
@@ -203,6 +228,7 @@ def make(
     decode: object = None,
     layout: KvLayout = WHOLE,
     memory: type[PagedMemory] = PagedMemory,
+    drafter: Drafter = prompt_lookup,
     **settings: Any,
 ) -> tuple[Engine, PagedMemory]:
     config = EngineConfig(
@@ -210,7 +236,25 @@ def make(
     )
     runner = memory(config, num_pages, layout)
     ticks = count()
-    return Engine(runner, config, num_pages, clock=lambda: float(next(ticks)), decode=decode), runner  # type: ignore[arg-type]
+    clock = lambda: float(next(ticks))  # noqa: E731
+    return Engine(runner, config, num_pages, clock=clock, decode=decode, drafter=drafter), runner  # type: ignore[arg-type]
+
+
+def guesses(rights: list[int]) -> Drafter:
+    """Drafts of which the first rights[i] of each turn are those that will be drawn, and the others are not."""
+    turns = cycle(rights)
+
+    def drafts(sequences: list[Sequence], most: list[int]) -> list[list[int]]:
+        found = []
+        for sequence, many in zip(sequences, most, strict=True):
+            context, right = sequence.tokens.copy(), next(turns)
+            for place in range(many):
+                token, _ = draw(sequence.request.seed, context)
+                context.append(token if place < right else (token + 1) % VOCAB)
+            found.append(context[len(sequence.tokens) :])
+        return found
+
+    return drafts
 
 
 def group(
@@ -241,8 +285,9 @@ def check(completion: Completion, request: Request, runner: PagedMemory) -> None
         assert completion.stop_reason is StopReason.LENGTH
     assert (completion.tokens, completion.logprobs) == (tokens, logprobs)
     sampled_by = runner.sampled_by.get(request.id, [])
-    # A device runs on until it is told, and a draw that fails gives nothing.
-    more = isinstance(runner, Device) or completion.stop_reason is StopReason.FAILED
+    # A device runs on until it is told, drafts run past an end, and a draw that fails gives nothing.
+    drafting = runner.config.draft_tokens > 0
+    more = isinstance(runner, Device) or drafting or completion.stop_reason is StopReason.FAILED
     wanted = sampled_by[:n] if more else sampled_by
     assert completion.columns["versions"].tolist() == wanted and len(wanted) == n
     assert completion.submitted_s <= completion.started_s <= completion.finished_s

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.batch import Batch
+from tandem.engine.draft import prompt_lookup
 from tandem.engine.engine import Engine
 from tandem.engine.layout import WHOLE, KvLayout
 from tandem.errors import CapacityError, ConfigError, NonFiniteError
 from tandem.types import Completion, Reach, Request, Sampling, StopReason, WeightVersion
-from tests.null.paged_memory import STOP, VOCAB, Device, DeviceFailed, PagedMemory, alone, check, group, make
+from tests.null.paged_memory import STOP, VOCAB, Device, DeviceFailed, PagedMemory, alone, check, group, guesses, make
 
 prompts = st.one_of(
     st.lists(st.integers(0, 1), min_size=1, max_size=14),
@@ -46,10 +47,13 @@ def engines(pick: st.DrawFn) -> tuple[Engine, PagedMemory]:
     """Of any size, order and layout, over a memory or a device."""
     size, most = pick(st.sampled_from([2, 4, 8])), pick(st.integers(1, 6))
     layout = pick(layouts)
+    drafter = pick(st.one_of(st.just(prompt_lookup), st.lists(st.integers(0, 5), min_size=1, max_size=7).map(guesses)))
     return make(
         layout.most_pages(12, 1, size) + pick(st.integers(0, 6)),  # a few requests never fit, and two often don't
         layout=layout,
         memory=pick(st.sampled_from([PagedMemory, Device])),
+        drafter=drafter,
+        draft_tokens=pick(st.sampled_from([0, 0, 1, 4, 9])),
         order=pick(st.sampled_from(["arrival", "longest", "fair"])),
         page_tokens=size,
         batch_tokens=most + pick(st.integers(0, 12)),
@@ -308,7 +312,7 @@ def test_abort_returns_what_there_is_once() -> None:
 def test_no_progress_raises_instead_of_hanging(monkeypatch: pytest.MonkeyPatch) -> None:
     """A scheduler that plans nothing while requests are live spins for ever."""
     engine, _ = make()
-    monkeypatch.setattr(engine.scheduler, "plan", lambda now: Batch([], engine.version, 0, 0))
+    monkeypatch.setattr(engine.scheduler, "plan", lambda now: Batch([], engine.version, 0))
     with pytest.raises(AssertionError, match="no progress: 0 running, 1 waiting"):
         engine.generate(group("a", [1], 1, 1))
 
@@ -324,15 +328,18 @@ def decode(tokens: list[int]) -> str:
     strings=st.lists(st.text("ab é", min_size=1, max_size=5), min_size=1, max_size=3),
     seed=st.integers(0, 10_000),
     empty=st.integers(0, 6),
+    rights=st.lists(st.integers(0, 6), max_size=3),
 )
 @settings(max_examples=150, deadline=None)
-def test_stop_strings_end_where_the_whole_text_first_holds_one(strings: list[str], seed: int, empty: int) -> None:
-    """A stop string missed across tokens, split characters or tokens without text, or found in the prompt."""
+def test_stop_strings_end_where_the_whole_text_first_holds_one(
+    strings: list[str], seed: int, empty: int, rights: list[int]
+) -> None:
+    """A stop string missed across tokens, split characters, tokens without text or drafts, or found in the prompt."""
 
     def patchy(tokens: list[int]) -> str:  # the first `empty` ids decode to nothing
         return decode([token for token in tokens if token >= empty])
 
-    engine, _ = make(decode=patchy)
+    engine, _ = make(decode=patchy, drafter=guesses(rights or [0]), draft_tokens=5 * bool(rights))
     sampling = Sampling(max_new_tokens=40, stop_strings=tuple(strings))
     (completion,) = engine.generate([Request("r", "r", (1, 2, 5, 6, 3, 4), sampling, seed)])
     whole, _ = alone(Request("r", "r", (1, 2, 5, 6, 3, 4), Sampling(max_new_tokens=40), seed))
@@ -411,7 +418,7 @@ def test_falling_idle_costs_nothing_that_grows_with_the_pages(monkeypatch: pytes
         raise AssertionError("walked over all pages")
 
     engine, runner = make()
-    for owner in (engine, engine.scheduler, engine.scheduler.pool, engine.scheduler.index):
+    for owner in (engine, engine.scheduler.pool, engine.scheduler.index):
         monkeypatch.setattr(owner, "check_integrity", walk)
     (request,) = group("a", [1, 2, 3], 1, 3)
     check(engine.generate([request])[0], request, runner)

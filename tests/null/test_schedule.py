@@ -10,6 +10,7 @@ from tandem.columns import Columns
 from tandem.engine.admit import Lengths, count_pages
 from tandem.engine.batch import Batch, Sampled, Sequence
 from tandem.engine.config import EngineConfig
+from tandem.engine.integrity import check_integrity
 from tandem.engine.schedule import Scheduler
 from tandem.errors import CapacityError, ConfigError
 from tandem.types import Completion, Request, Sampling, StopReason, WeightVersion
@@ -30,8 +31,8 @@ def request(
 
 
 def commit(s: Scheduler, batch: Batch, token: int = 99) -> list[Completion]:
-    finished = s.commit(batch, Sampled([token] * batch.num_samples, {"logprobs": [-1.0] * batch.num_samples}), now=1.0)
-    s.check_integrity()
+    finished = s.commit(batch, Sampled([token] * batch.num_draws, {"logprobs": [-1.0] * batch.num_draws}), now=1.0)
+    check_integrity(s)
     return finished
 
 
@@ -42,7 +43,7 @@ def table_of(sequence: Sequence) -> list[int]:
 
 def shape(batch: Batch) -> list[tuple[str, int, int, bool]]:
     """(request, first position, tokens, samples) of each work."""
-    return [(work.request.id, work.start, len(work.tokens), work.samples) for work in batch.works]
+    return [(work.request.id, work.start, len(work.tokens), work.draws) for work in batch.works]
 
 
 def step(s: Scheduler) -> list[tuple[str, int, int, bool]]:
@@ -62,7 +63,7 @@ def test_decodes_come_first_and_chunks_fill_the_budget() -> None:
     assert step(s) == [("a", 4, 1, True), ("b", 7, 7, False)]
     batch = s.plan(0.0)
     assert shape(batch) == [("a", 5, 1, True), ("b", 14, 4, True), ("c", 0, 2, True)]
-    assert (batch.num_decodes, batch.num_tokens, batch.num_samples) == (1, 7, 3)
+    assert (batch.num_tokens, batch.num_draws) == (7, 3)
     assert batch.works[1].tokens == [114, 115, 116, 117]
     (done,) = commit(s, batch)
     assert (done.request_id, done.tokens, done.stop_reason) == ("a", (99,) * 4, StopReason.LENGTH)
@@ -153,7 +154,7 @@ def test_a_sequence_whose_last_token_is_being_drawn_waits_for_it() -> None:
     s.submit(request("long", range(400, 413)), 0.0)
     s.running.reverse()
     first = s.plan(0.0)
-    assert first.num_samples == 5 and s.pool.num_available == 0
+    assert first.num_draws == 5 and s.pool.num_available == 0
     s.running.sort(key=lambda sequence: (sequence.request.id == "short", sequence.arrival))  # it is not the first
     s.advance(first)
     second = s.plan(0.0)
@@ -211,7 +212,7 @@ def test_malformed_requests_are_refused(bad: Request, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         s.submit(bad, 0.0)
     assert list(s.live) == ["live"]
-    s.check_integrity()
+    check_integrity(s)
 
 
 def test_stop_token_is_kept_and_beats_length() -> None:
@@ -256,7 +257,7 @@ def test_a_runner_gives_a_value_for_each_draw(values: dict[str, list[Any]]) -> N
     """A column that is too short or too long is booked on the wrong requests."""
     s = scheduler()
     s.submit(request("a", range(3)), 0.0)
-    with pytest.raises(AssertionError, match="for 1 samples"):
+    with pytest.raises(AssertionError, match="for 1 draws"):
         s.commit(s.plan(0.0), Sampled([7], values), 1.0)
 
 
@@ -289,7 +290,7 @@ def test_a_plan_that_was_not_run_is_planned_again_or_withdrawn() -> None:
     first = s.plan(0.0)
     second = s.plan(0.0)
     assert shape(first) == shape(second) == [("a", 0, 6, True), ("b", 0, 6, True)]
-    s.check_integrity()
+    check_integrity(s)
     s.abort("b", 0.0)
     assert [len(work.tables[0]) for work in second.works] == [2, 2]  # a runner may still be reading
     with pytest.raises(AssertionError):

@@ -34,7 +34,7 @@ class _Stub:
     def run(self, batch: Batch) -> Sampled:
         from tandem.engine.batch import Sampled
 
-        return Sampled([0] * batch.num_samples, {"logprobs": [-1.0] * batch.num_samples})
+        return Sampled([0] * batch.num_draws, {"logprobs": [-1.0] * batch.num_draws})
 
     def give_back(self) -> None:
         """Holds no pages."""

@@ -27,9 +27,9 @@ class Work:
 
     sequence: int  # number of the sequence: one a submit, in order, never used again
     start: int
-    tokens: list[int]
+    tokens: list[int]  # known ones, then drafts: as many as it draws beyond one
     tables: tuple[array[int], ...]  # a page table (int32) for each group of layers
-    samples: bool  # draw the token of position start + len(tokens) from the last row's logits
+    draws: int  # the last rows, each of which draws the token of the next position; 0 where more is known
     request: Request  # sampling parameters and seed
 
 
@@ -39,20 +39,19 @@ class Batch:
 
     works: list[Work]
     version: WeightVersion  # the weights it is to be run with
-    num_decodes: int  # works[:num_decodes] have one token each (a chunk may have one too)
     num_tokens: int
     named: list[int] = field(default_factory=list)  # pages that entered the prefix index since the last commit's batch
     shared: list[int] = field(default_factory=list)  # pages taken from the index since then, by sequences that start
     copies: dict[int, int] = field(default_factory=dict)  # page -> page to copy it from first; emptied by the runner
 
     @property
-    def num_samples(self) -> int:
-        return sum(work.samples for work in self.works)
+    def num_draws(self) -> int:
+        return sum([work.draws for work in self.works])
 
 
 @dataclass(slots=True)
 class Sampled:
-    """What a runner drew for the works with `samples`, in their order."""
+    """What a runner drew, by work and row. What follows a draft that is not what was drawn is worthless."""
 
     tokens: list[int]  # of a draw that failed, any
     values: dict[str, list[Any]]  # column (tandem.columns) -> one a token; None where the token has none
@@ -66,6 +65,8 @@ class Stats:
     batches: int = 0
     run_tokens: int = 0  # rows of all forward passes
     sampled_tokens: int = 0
+    drafted_tokens: int = 0  # run before they were drawn
+    accepted_tokens: int = 0  # of those, drawn
     cached_tokens: int = 0  # prompt tokens found in the index at first admission
     recomputed_tokens: int = 0  # run again after a preemption
     preemptions: int = 0
@@ -78,7 +79,7 @@ class Stats:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A live request. `tokens` only grow; what has been run is tokens[:computed]."""
+    """A live request. `tokens` only grow, and hold no draft; what has been run is tokens[:computed]."""
 
     request: Request
     arrival: int  # its place in every queue, and its number

@@ -28,6 +28,7 @@ class EngineConfig:
     kv_memory_bytes: int = 0  # memory for pages; 0: of what the rest leaves, see plan/memory.py
     lookahead_tokens: int = 64  # what admission expects a sequence to grow by, until requests have ended to tell
     order: Rule = "arrival"  # who starts first: who came first, has most to generate, or whose program had least
+    draft_tokens: int = 0  # most tokens a step tries beyond a sequence's next; what is drawn is the same (draft.py)
     share_prefixes: bool = True  # off: every prompt is computed from its first token
     # Departures: each makes the policy that samples another one than the learner's. Default: none.
     dtype: Dtype = "same"  # compute in another dtype than model.dtype
@@ -38,12 +39,18 @@ class EngineConfig:
     kv_sinks: int = 4  # leading positions that a kv_window always sees
     noise: float = 0.0  # for studies: normal noise on the final hidden state, relative to its root mean square
 
+    @property
+    def most_draws(self) -> int:
+        """Of one step."""
+        return min(self.batch_tokens, self.max_sequences * (1 + self.draft_tokens))
+
     def __post_init__(self) -> None:
         for name, least in (
             ("batch_tokens", 1),
             ("max_sequences", 1),
             ("kv_memory_bytes", 0),
             ("lookahead_tokens", 0),
+            ("draft_tokens", 0),
             ("weight_group", 2),
             ("kv_window", 0),
             ("kv_sinks", 0),

@@ -18,6 +18,8 @@ from tandem.engine.admit import check_request
 from tandem.engine.batch import INITIAL, Batch, Sampled, Stats
 from tandem.engine.batch import Sequence as LiveSequence
 from tandem.engine.config import EngineConfig
+from tandem.engine.draft import Drafter, prompt_lookup
+from tandem.engine.integrity import check_integrity
 from tandem.engine.layout import KvLayout
 from tandem.engine.schedule import Scheduler, stops_by_token
 from tandem.errors import ConfigError, NonFiniteError
@@ -27,7 +29,7 @@ Decode = Callable[[Sequence[int]], str]
 
 
 class Runner(Protocol):
-    """Runs a batch on a device: writes keys and values to the pages, draws a token for each work that samples.
+    """Runs a batch on a device: writes keys and values to the pages, draws the tokens that works ask for.
 
     A row that cannot be drawn from is named in `Sampled.failed`, and the others are drawn as ever.
 
@@ -77,7 +79,8 @@ class Engine:
 
     Where the runner starts batches without waiting, the next one is planned and started before the draws of the last
     are asked for: the device does not wait for the host. A request that a token or a string stops runs one token more,
-    which is dropped; tokens and their log-probs are the same.
+    which is dropped; tokens and their log-probs are the same. With engine.draft_tokens it waits: what is drafted next
+    depends on what was drawn.
 
     num_pages: what the runner's page memory holds (admit.count_pages). max_context: positions of the model.
     decode: token ids -> text; needed only by requests with stop strings.
@@ -92,12 +95,13 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         decode: Decode | None = None,
         version: WeightVersion = INITIAL,
+        drafter: Drafter = prompt_lookup,
     ) -> None:
         self.runner = runner
         self.vocab_size = runner.vocab_size
         self.clock = clock
         self.decode = decode
-        self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version, runner.layout)
+        self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version, runner.layout, drafter)
         self._undelivered: list[Completion] = []  # finished while nobody who wants them asked
         self._flight: Flight | None = None
         self._sound: WeightVersion | None = None  # the last weights that something was drawn with
@@ -183,7 +187,7 @@ class Engine:
                 f"{self.scheduler.pool.num_available} of {self.scheduler.pool.num_pages} pages available"
             )
             start: Callable[[Batch], Callable[[], Sampled]] | None = getattr(self.runner, "start", None)
-            if start is None:
+            if start is None or self.scheduler.config.draft_tokens:
                 sampled = self._checked(self.runner.run(batch), batch)
                 done = self.scheduler.commit(batch, sampled, self.clock())
             else:
@@ -247,7 +251,7 @@ class Engine:
 
     def check_integrity(self) -> None:
         """AssertionError unless every page and promise is accounted for; when idle, unless none is held. O(pages)."""
-        self.scheduler.check_integrity()
+        check_integrity(self.scheduler)
         if not self.scheduler.live:
             self.scheduler.pool.check_idle()
 

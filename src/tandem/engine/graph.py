@@ -14,7 +14,7 @@ Tested under the interpreter, where a plain call takes the place of a graph; run
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tandem.engine.batch import Batch, Sampled
-from tandem.engine.rows import StepRows
-from tandem.engine.runner import changed, sampling_of
+from tandem.engine.rows import A, Here, StepRows, changed, sampling_of
 from tandem.errors import NonFiniteError
 from tandem.kernels.gpu.attention import SPAN, TiledPaths, lay_tiles, tile_tokens
 from tandem.kernels.gpu.page_sum import PageSums
@@ -116,69 +115,66 @@ def fetch(*tensors: Tensor) -> Callable[[], list[NDArray[Any]]]:
     return wait
 
 
-class Fields(NamedTuple):
-    """A step's arrays, here or on the device: T rows, S sequences, G groups of layers, N draws."""
+class Step(NamedTuple, Generic[A]):
+    """A step's arrays, here or on the device."""
 
-    tokens_T: Any
-    positions_T: Any
-    slots_GT: Any
-    row_start_S: Any  # [S + 1]
-    first_S: Any
-    table_GSP: Any
-    tile_segment: Any
-    tile_row: Any
-    rows_N: Any  # that draw
-    temperature_N: Any
-    seeds_N: Any
-    places_N: Any  # positions of the tokens drawn
+    rows: StepRows[A]
+    temperature_N: A
+    seeds_N: A
+    tile_segment: A  # of attention
+    tile_row: A
 
-    @classmethod
-    def of(cls, rows: StepRows, rows_N: NDArray[np.int64], sampling: SamplingBatch, tile: int) -> Fields:
-        """`tile`: tokens of a tile of attention."""
-        drawing = (sampling.temperature_S, sampling.seeds_S.view(np.int64), sampling.positions_S.astype(np.int64))
-        places = (rows.tokens_T, rows.positions_T, rows.slots_GT, rows.row_start_S, rows.first_S, rows.table_GSP)
-        return cls(*places, *lay_tiles(rows.row_start_S, tile), rows_N, *drawing)
+    @property
+    def arrays(self) -> list[A]:
+        return [*self.rows, *self[1:]]
 
-    def padded(self, count: int, blocks: int) -> Fields:
-        """Of a step of one token a sequence: for `count` sequences and tables of `blocks` pages."""
-        more, wider = count - len(self.tokens_T), blocks - self.table_GSP.shape[2]
 
-        def pad(array: NDArray[Any], value: float = 0) -> NDArray[Any]:
-            return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, more)], constant_values=value)
+def sent(step: Step[Here], staging: Staging) -> Step[Tensor]:
+    there = staging.send(step.arrays)
+    return Step(StepRows(*there[: len(step.rows)]), *there[len(step.rows) :])
 
-        return self._replace(
-            tokens_T=pad(self.tokens_T),
-            positions_T=pad(self.positions_T),
-            slots_GT=pad(self.slots_GT, -1),
-            row_start_S=np.arange(count + 1, dtype=np.int32),
-            first_S=pad(self.first_S),
-            table_GSP=np.pad(self.table_GSP, ((0, 0), (0, more), (0, wider))),
-            tile_segment=pad(self.tile_segment, -1),
-            tile_row=pad(self.tile_row),
-            rows_N=np.arange(count),
-            temperature_N=pad(self.temperature_N, 1),
-            seeds_N=pad(self.seeds_N),
-            places_N=pad(self.places_N),
-        )
+
+def padded(step: Step[Here], count: int, blocks: int) -> Step[Here]:
+    """A step of one token a sequence, made one of `count` sequences and tables of `blocks` pages."""
+    rows = step.rows
+    more, wider = count - len(rows.tokens_T), blocks - rows.table_GSP.shape[2]
+
+    def pad(array: Here, value: float = 0) -> Here:
+        return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, more)], constant_values=value)
+
+    rows = StepRows(
+        tokens_T=pad(rows.tokens_T),
+        positions_T=pad(rows.positions_T),
+        slots_GT=pad(rows.slots_GT, -1),
+        row_start_S=np.arange(count + 1, dtype=np.int32),
+        first_S=pad(rows.first_S),
+        table_GSP=np.pad(rows.table_GSP, ((0, 0), (0, more), (0, wider))),
+        rows_N=np.arange(count),
+    )
+    return Step(rows, pad(step.temperature_N, 1), pad(step.seeds_N), pad(step.tile_segment, -1), pad(step.tile_row))
 
 
 class _Graph:
     """A captured step of one bucket."""
 
     def __init__(
-        self, step: Callable[[Fields], tuple[Tensor, ...]], fields: Fields, device: torch.device, capture: Capture
+        self,
+        run: Callable[[Step[Tensor]], tuple[Tensor, ...]],
+        step: Step[Here],
+        device: torch.device,
+        capture: Capture,
     ) -> None:
         self._staging = Staging(device)
-        self._fields = Fields(*self._staging.send(fields))
+        self._step = sent(step, self._staging)
         self._results: tuple[Tensor, ...] = ()
-        self._replay = capture(lambda: self._keep(step(self._fields)))
+        self._replay = capture(lambda: self._keep(run(self._step)))
 
     def _keep(self, results: tuple[Tensor, ...]) -> None:
         self._results = results
 
-    def __call__(self, fields: Fields) -> tuple[Tensor, ...]:
+    def __call__(self, step: Step[Here]) -> tuple[Tensor, ...]:
         """What the step gives; valid until the next graph runs."""
-        for there, array in zip(self._staging.send(fields), self._fields, strict=True):
+        for there, array in zip(self._staging.send(step.arrays), self._step.arrays, strict=True):
             assert (there.data_ptr(), there.shape) == (array.data_ptr(), array.shape), "a captured array has moved"
         self._replay()
         return self._results
@@ -205,7 +201,7 @@ class DeviceSteps:
         self._tile = tile_tokens(runner.decoder.spec.heads, runner.decoder.spec.kv_heads)
         self._buckets = buckets(runner.config.max_sequences)
         self._graphs: dict[tuple[int, int], _Graph] = {}
-        self._drawn = torch.zeros(self._buckets[-1], dtype=torch.int64, device=self._device)  # by the last step
+        self._drawn = torch.zeros(runner.config.most_draws, dtype=torch.int64, device=self._device)  # by the last step
         self._captured_at = self._addresses()
 
     @property
@@ -225,17 +221,17 @@ class DeviceSteps:
         """
         runner = self._runner
         wrong = self._check_pages(batch)
-        if not batch.num_samples:
+        if not batch.num_draws:
             self._hidden(self._sent(batch, SamplingBatch.stack([], [], [])))
             found = fetch(*wrong)
             return lambda: self._checked(Sampled([], {"logprobs": []}), batch, *found())
-        sampling = sampling_of(batch)
+        sampling = sampling_of(batch.works)
         if runner.config.noise or sampling.filters_S.any():
             sampled = runner.drawn(self._hidden(self._sent(batch, sampling)), sampling)
             self._drawn[: len(sampling)] = torch.tensor(sampled.tokens, device=self._device)
             found = fetch(*wrong)
             return lambda: self._checked(sampled, batch, *found())
-        if batch.num_tokens == len(batch.works) == batch.num_samples:
+        if batch.num_tokens == len(batch.works) == batch.num_draws:
             tokens_N, logprobs_N, logits_NV = self._replayed(batch, sampling)
         else:
             tokens_N, logprobs_N, logits_NV = self._step(self._sent(batch, sampling))
@@ -273,47 +269,48 @@ class DeviceSteps:
             raise changed(pages)
         return sampled
 
-    def _fields(self, batch: Batch, sampling: SamplingBatch) -> Fields:
+    def _host(self, batch: Batch, sampling: SamplingBatch) -> Step[Here]:
         rows = StepRows.of(batch.works, self._runner.page_tokens)
-        drawing = np.array([work.samples for work in batch.works])
-        return Fields.of(rows, rows.row_start_S[1:][drawing].astype(np.int64) - 1, sampling, self._tile)
+        drawing = (sampling.temperature_S, sampling.seeds_S.view(np.int64))
+        return Step(rows, *drawing, *lay_tiles(rows.row_start_S, self._tile))
 
-    def _sent(self, batch: Batch, sampling: SamplingBatch) -> Fields:
-        return Fields(*self._staging.send(self._fields(batch, sampling)))
+    def _sent(self, batch: Batch, sampling: SamplingBatch) -> Step[Tensor]:
+        return sent(self._host(batch, sampling), self._staging)
 
-    def _hidden(self, fields: Fields) -> Tensor:
-        runner = self._runner
-        tiles = {"tile_segment": fields.tile_segment, "tile_row": fields.tile_row}
-        where = (fields.row_start_S, fields.first_S)
-        paths_G = [TiledPaths(*where, table_SP, runner.page_tokens, **tiles) for table_SP in fields.table_GSP]
+    def _hidden(self, step: Step[Tensor]) -> Tensor:
+        runner, rows = self._runner, step.rows
+        tiles = {"tile_segment": step.tile_segment, "tile_row": step.tile_row}
+        where = (rows.row_start_S, rows.first_S)
+        paths_G = [TiledPaths(*where, table_SP, runner.page_tokens, **tiles) for table_SP in rows.table_GSP]
         view = PagedView(
-            fields.positions_T,
-            list(fields.slots_GT),
+            rows.positions_T,
+            list(rows.slots_GT),
             paths_G,
             runner.group_L,
             runner.pools_L,
             runner.config.kv_window,
             runner.config.kv_sinks,
         )
-        places_T = (-1 - fields.tokens_T).clamp_min(0)
-        tokens_T = torch.where(fields.tokens_T < 0, self._drawn[places_T], fields.tokens_T)
-        return runner.decoder.forward(tokens_T, view, fields.rows_N)
+        places_T = (-1 - rows.tokens_T).clamp_min(0)
+        tokens_T = torch.where(rows.tokens_T < 0, self._drawn[places_T], rows.tokens_T)
+        return runner.decoder.forward(tokens_T, view, rows.rows_N)
 
-    def _step(self, fields: Fields) -> tuple[Tensor, Tensor, Tensor]:
+    def _step(self, step: Step[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens and log-probs [N], NaN where a row cannot be drawn from, and logits [N, V]."""
-        logits_NV = self._runner.decoder.logits(self._hidden(fields))
-        tokens_N, logprobs_N = pick(logits_NV, fields.temperature_N, fields.seeds_N, fields.places_N)
+        logits_NV = self._runner.decoder.logits(self._hidden(step))
+        places_N = step.rows.positions_T[step.rows.rows_N] + 1
+        tokens_N, logprobs_N = pick(logits_NV, step.temperature_N, step.seeds_N, places_N)
         self._drawn[: len(tokens_N)] = tokens_N
         return tokens_N, logprobs_N, logits_NV
 
     def _replayed(self, batch: Batch, sampling: SamplingBatch) -> tuple[Tensor, ...]:
         assert self._addresses() == self._captured_at, "weights or pages have moved; captured steps would read the old"
-        fields = self._fields(batch, sampling)
+        step = self._host(batch, sampling)
         count = next(bucket for bucket in self._buckets if bucket >= len(batch.works))
-        blocks = max(SPAN // self._runner.page_tokens, 1 << (fields.table_GSP.shape[2] - 1).bit_length())
-        fields = fields.padded(count, blocks)
+        blocks = max(SPAN // self._runner.page_tokens, 1 << (step.rows.table_GSP.shape[2] - 1).bit_length())
+        step = padded(step, count, blocks)
         if (count, blocks) not in self._graphs:
             drawn = self._drawn.clone()  # a capture may run the step
-            self._graphs[count, blocks] = _Graph(self._step, fields, self._device, self._capture)
+            self._graphs[count, blocks] = _Graph(self._step, step, self._device, self._capture)
             self._drawn.copy_(drawn)
-        return self._graphs[count, blocks](fields)
+        return self._graphs[count, blocks](step)

@@ -1,9 +1,8 @@
-"""Runs a batch of the scheduler on the decoder: page memory, one forward pass, one draw a sampling row."""
+"""Runs a batch of the scheduler on the decoder: page memory, one forward pass, one draw a row that draws."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,8 +11,8 @@ import torch
 from tandem.engine.batch import Batch, Sampled
 from tandem.engine.config import EngineConfig, KvDtype
 from tandem.engine.layout import KvLayout
-from tandem.engine.rows import StepRows
-from tandem.errors import DeliveryError, NonFiniteError
+from tandem.engine.rows import Here, StepRows, changed, sampling_of
+from tandem.errors import NonFiniteError
 from tandem.kernels.attention import Paths
 from tandem.kernels.choice import backend
 from tandem.kernels.head import draw
@@ -59,26 +58,14 @@ def with_noise(hidden_SM: torch.Tensor, sampling: SamplingBatch, sigma: float) -
     return torch.from_numpy(noisy_SM).to(hidden_SM)
 
 
-def sampling_of(batch: Batch) -> SamplingBatch:
-    """Of the works that draw a token."""
-    chosen = [work for work in batch.works if work.samples]
-    return SamplingBatch.stack(
-        [work.request.sampling for work in chosen],
-        [work.request.seed for work in chosen],
-        [work.start + len(work.tokens) for work in chosen],
-    )
-
-
 def apart(
     drawn: Callable[[torch.Tensor, SamplingBatch], Sampled], hidden_SM: torch.Tensor, sampling: SamplingBatch
 ) -> Sampled:
     """What is drawn of each row alone; `failed` names the rows that raise NonFiniteError."""
     parts: list[Sampled] = []
     for row in range(len(sampling)):
-        one = slice(row, row + 1)
-        alone = SamplingBatch(*(getattr(sampling, field.name)[one] for field in fields(sampling)))
         try:
-            parts.append(drawn(hidden_SM[one], alone))
+            parts.append(drawn(hidden_SM[row : row + 1], sampling.rows(np.array([row]))))
         except NonFiniteError as error:
             parts.append(Sampled([0], {}, {row: str(error)}))
     names = {name: None for part in parts for name in part.values}
@@ -86,15 +73,6 @@ def apart(
         [part.tokens[0] for part in parts],
         {name: [part.values[name][0] if name in part.values else None for part in parts] for name in names},
         {row: reason for part in parts for row, reason in part.failed.items()},
-    )
-
-
-def changed(pages: list[int]) -> DeliveryError:
-    """What to raise where these shared pages are not what was named."""
-    return DeliveryError(
-        f"{len(pages)} shared pages of keys and values changed after they were computed, page {pages[0]} "
-        "first; nothing was sampled from them. Resume from the last checkpoint; if it happens again, set "
-        "engine.share_prefixes=false and test this machine's memory."
     )
 
 
@@ -154,7 +132,7 @@ class DecoderRunner:
             if wrong:
                 raise changed(wrong)
 
-    def _view(self, rows: StepRows) -> PagedView:
+    def _view(self, rows: StepRows[Here]) -> PagedView:
         starts, firsts = torch.from_numpy(rows.row_start_S), torch.from_numpy(rows.first_S)
         paths_G = [Paths(starts, firsts, torch.from_numpy(table), self.page_tokens) for table in rows.table_GSP]
         slots_G = [torch.from_numpy(slots_T) for slots_T in rows.slots_GT]
@@ -163,7 +141,7 @@ class DecoderRunner:
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Sampled:
-        """Write the keys and values of the batch's tokens and draw a token for each work that samples."""
+        """Write the keys and values of the batch's tokens and draw the tokens that its works ask for."""
         if self.start is not None:
             return self.start(batch)()
         works = batch.works
@@ -173,10 +151,8 @@ class DecoderRunner:
                 pool.copy_(list(batch.copies.values()), list(batch.copies))
             batch.copies.clear()
         rows = StepRows.of(works, self.page_tokens)
-        drawing = [index for index, work in enumerate(works) if work.samples]
-        last_rows = torch.from_numpy(rows.row_start_S[1:].astype(np.int64)[drawing] - 1)
-        hidden_SM = self.forward(torch.from_numpy(rows.tokens_T), self._view(rows), last_rows)
-        return self.drawn(hidden_SM, sampling_of(batch)) if drawing else Sampled([], {"logprobs": []})
+        hidden_NM = self.forward(torch.from_numpy(rows.tokens_T), self._view(rows), torch.from_numpy(rows.rows_N))
+        return self.drawn(hidden_NM, sampling_of(works)) if len(rows.rows_N) else Sampled([], {"logprobs": []})
 
     def drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
         """A token for each row of the final hidden states, or why it has none."""

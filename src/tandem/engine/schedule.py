@@ -17,6 +17,9 @@ The rules, all of them:
   again is preempted, by tokens for each page that this frees, the latest of several: it gives up its pages, keeps its
   tokens, and waits in its place by arrival. Room is made before works are, so none is of a sequence without pages.
 * A chunk runs as far as there are pages, and not at all where there is none: nobody is preempted for it.
+* Drafts (engine/draft.py) follow a decode's token as far as tokens and pages are left when all else is planned. What is
+  drawn after a draft that was drawn itself stands; the rest is dropped, and its pages are let go. A block is named when
+  all its tokens stand. What follows is drafted when the draws are known, so no batch is planned before.
 * A waiting request starts, in the order of engine/order.py, if there are pages for what it and all that run are
   expected to take soon (engine/admit.py). Alone it always starts.
 * A prompt's full blocks are taken from the prefix index as far as all groups have what the rest sees. A block that a
@@ -37,6 +40,7 @@ from dataclasses import replace
 from tandem.engine.admit import Admission, length_limit
 from tandem.engine.batch import INITIAL, MIXED, Batch, Sampled, Sequence, Stats, Work
 from tandem.engine.config import EngineConfig
+from tandem.engine.draft import Drafter, prompt_lookup
 from tandem.engine.layout import WHOLE, KvLayout, pages_for
 from tandem.engine.order import Order
 from tandem.engine.pages import PagePool
@@ -73,11 +77,13 @@ class Scheduler:
         stops: Callable[[Sequence], StopReason | None] = stops_by_token,
         version: WeightVersion = INITIAL,
         layout: KvLayout = WHOLE,
+        drafter: Drafter = prompt_lookup,
     ) -> None:
         self.config = config
         self.max_context = max_context
         self.stops = stops
         self.layout = layout
+        self.drafter = drafter
         self.pool = PagePool(num_pages, config.page_tokens)
         self.index = PrefixIndex(self.pool, layout)
         self.version = version
@@ -92,7 +98,7 @@ class Scheduler:
         self._named: list[int] = []  # for the next batch; a batch that is planned again keeps them
         self._shared: list[int] = []
         self._copies: dict[int, int] = {}
-        self._tails = Tails()
+        self.tails = Tails()
         self._stats = Stats()
         self._arrivals = 0
 
@@ -146,7 +152,7 @@ class Scheduler:
         self.promised.clear()
         for sequence in self.running:
             sequence.root, sequence.keys, sequence.tail = MIXED, [], None
-        self._tails.clear()
+        self.tails.clear()
 
     def empty(self) -> None:
         """Nothing is live: what pages hold is lost, and none of it is found again."""
@@ -159,17 +165,21 @@ class Scheduler:
 
         While a batch is advanced, what it draws stands as -1 - (its place among the draws) in the works that run it.
         """
+        drafting = self.config.draft_tokens > 0
+        assert not drafting or self.advanced is None, "what follows drafts is planned when they are resolved"
         self._make_room()
         works, prefills = self._decodes()
-        num_decodes = len(works)
-        budget = self.config.batch_tokens - num_decodes
+        decodes = works.copy() if drafting else []
+        budget = self.config.batch_tokens - len(works)
         if prefills:
             for sequence in self.order.chunks(prefills, self.running[0], self._stats.batches):
                 budget -= self._chunk(works, sequence, budget)
         if self.waiting:
             budget = self._admit(works, budget, now)
+        if decodes and budget:
+            budget = self._draft(decodes, budget)
         num_tokens = self.config.batch_tokens - budget
-        self.planned = Batch(works, self.version, num_decodes, num_tokens, self._named, self._shared, self._copies)
+        self.planned = Batch(works, self.version, num_tokens, self._named, self._shared, self._copies)
         return self.planned
 
     def _make_room(self) -> None:
@@ -220,21 +230,33 @@ class Scheduler:
                 continue
             if start == pages.blocks * page_tokens:
                 pages.extend(1)
-            works.append(Work(sequence.arrival, start, [tokens[-1]], pages.tables, True, sequence.request))
+            works.append(Work(sequence.arrival, start, [tokens[-1]], pages.tables, 1, sequence.request))
         return works, prefills
+
+    def _draft(self, decodes: list[Work], budget: int) -> int:
+        """Adds drafts to works of one token; returns the tokens left."""
+        sequences = [self.live[work.request.id] for work in decodes]
+        most = [min(self.config.draft_tokens, s.limit - len(s.tokens) - 1) for s in sequences]
+        for work, sequence, drafts in zip(decodes, sequences, self.drafter(sequences, most), strict=True):
+            pages, known = sequence.pages, len(sequence.tokens)
+            assert pages is not None
+            drafts = drafts[: min(budget, pages.room() - known)]
+            pages.cover(known + len(drafts))
+            work.tokens += drafts
+            work.draws += len(drafts)
+            budget -= len(drafts)
+        return budget
 
     def _chunk(self, works: list[Work], sequence: Sequence, budget: int) -> int:
         """Adds a work of as many tokens of a running sequence as `budget` and pages allow; returns how many."""
-        start, tokens, pages, size = sequence.computed, sequence.tokens, sequence.pages, self.config.page_tokens
+        start, tokens, pages = sequence.computed, sequence.tokens, sequence.pages
         assert pages is not None
-        room = (pages.blocks + self.pool.num_available // len(self.layout.groups)) * size
-        end = min(len(tokens), start + budget, room)
+        end = min(len(tokens), start + budget, pages.room())
         if end <= start:
             return 0
-        pages.extend(max(0, pages_for(end, size) - pages.blocks))
-        works.append(
-            Work(sequence.arrival, start, tokens[start:end], pages.tables, end == len(tokens), sequence.request)
-        )
+        pages.cover(end)
+        draws = int(end == len(tokens))
+        works.append(Work(sequence.arrival, start, tokens[start:end], pages.tables, draws, sequence.request))
         return end - start
 
     def _admit(self, works: list[Work], budget: int, now: float) -> int:
@@ -291,7 +313,7 @@ class Scheduler:
         sequence.pages = PageTables(self.index, hits)
         sequence.computed = sequence.pages.blocks * self.config.page_tokens
         most = (len(sequence.tokens) - 1) // self.config.page_tokens
-        source = self._tails.pages(sequence.tail, most) if sequence.pages.blocks == most else []
+        source = self.tails.pages(sequence.tail, most) if sequence.pages.blocks == most else []
         if source and self.pool.num_available >= len(source):
             sequence.pages.extend(1)
             self._copies.update(zip((table[most] for table in sequence.pages.tables), source, strict=True))
@@ -323,11 +345,14 @@ class Scheduler:
         for work in batch.works:
             sequence = live.get(work.request.id)
             if sequence is None or sequence.arrival != work.sequence:  # it ended as the batch before was resolved
-                draws += work.samples
+                draws += work.draws
                 continue
             pages, start = sequence.pages, sequence.computed
             assert pages is not None
-            sequence.computed = end = start + len(work.tokens)
+            end = start + len(work.tokens)
+            if work.draws > 1:
+                end -= work.draws - 1  # drafts
+            sequence.computed = end
             if start < sequence.reached:
                 again = min(end, sequence.reached) - start
                 sequence.recomputed_tokens += again
@@ -338,9 +363,9 @@ class Scheduler:
                 self._offer_tail(sequence)
             if end >= pages.frees_at:
                 pages.free_unseen(end)
-            if work.samples:
+            if work.draws:
                 sequence.tokens.append(-1 - draws)
-                draws += 1
+                draws += work.draws
         stats.batches += 1
         stats.run_tokens += batch.num_tokens
 
@@ -348,38 +373,49 @@ class Scheduler:
         """Takes what an advanced batch drew; returns the requests that end by it."""
         assert batch is self.advanced, "a batch is resolved once, after it was advanced"
         lengths = {name: len(column) for name, column in (("tokens", sampled.tokens), *sampled.values.items())}
-        assert set(lengths.values()) == {batch.num_samples}, f"{lengths} for {batch.num_samples} samples"
+        assert set(lengths.values()) == {batch.num_draws}, f"{lengths} for {batch.num_draws} draws"
         self.advanced = None
-        live, step, finished = self.live, batch.version.step, list[Completion]()
-        columns, draws = list(sampled.values.items()), enumerate(sampled.tokens)
+        live, stats, step, finished = self.live, self._stats, batch.version.step, list[Completion]()
+        columns, drawn, failed, end = list(sampled.values.items()), sampled.tokens, sampled.failed, 0
         for work in batch.works:
-            if not work.samples:
+            if not work.draws:
                 continue
-            draw, token = next(draws)
+            draw, end = end, end + work.draws
             sequence = live.get(work.request.id)
             if sequence is None or sequence.arrival != work.sequence:
                 continue
-            assert sequence.tokens[-1] == -1 - draw, (sequence.tokens[-1], draw)
-            if draw in sampled.failed:
-                sequence.tokens.pop()
-                finished.append(sequence.completion(StopReason.FAILED, now, sampled.failed[draw]))
-                self._unname(sequence, work)
-                self._end(sequence)
-                self._stats.failed += 1
-                continue
-            sequence.tokens[-1] = token
-            if not sequence.spans or sequence.spans[-1][0] != step:
-                sequence.spans.append((step, sequence.num_drawn))
-            sequence.num_drawn += 1
-            for name, column in columns:
-                if column[draw] is not None:
-                    sequence.values.setdefault(name, []).append(column[draw])
-            self._stats.sampled_tokens += 1
-            reason = self.stops(sequence)
-            if reason is None and len(sequence.tokens) >= sequence.limit:
-                reason = StopReason.LENGTH
+            tokens = sequence.tokens
+            assert tokens[-1] == -1 - draw, (tokens[-1], draw)
+            while True:
+                if draw in failed:
+                    tokens.pop()
+                    reason: StopReason | None = StopReason.FAILED
+                    break
+                tokens[-1] = token = drawn[draw]
+                if not sequence.spans or sequence.spans[-1][0] != step:
+                    sequence.spans.append((step, sequence.num_drawn))
+                sequence.num_drawn += 1
+                for name, column in columns:
+                    value = column[draw]
+                    if value is not None:
+                        sequence.values.setdefault(name, []).append(value)
+                stats.sampled_tokens += 1
+                reason = self.stops(sequence)
+                if reason is None and len(tokens) >= sequence.limit:
+                    reason = StopReason.LENGTH
+                draw += 1
+                if draw == end or reason is not None or token != work.tokens[draw - end]:
+                    break
+                tokens.append(-1 - draw)
+            if work.draws > 1 and reason is not StopReason.FAILED:
+                self._keep_drafts(sequence, work)
             if reason is not None:
-                finished.append(sequence.completion(reason, now))
+                failure = ""
+                if reason is StopReason.FAILED:
+                    failure = failed[draw]
+                    self._unname(sequence, work)
+                    stats.failed += 1
+                finished.append(sequence.completion(reason, now, failure))
                 self._end(sequence)
         if finished:
             self.running = [sequence for sequence in self.running if sequence.pages is not None]
@@ -393,7 +429,7 @@ class Scheduler:
         self._named, self._shared, self._copies = [], [], {}
         for work in batch.works:
             sequence = self.live.get(work.request.id)
-            if work.samples and sequence is not None and sequence.arrival == work.sequence:
+            if work.draws and sequence is not None and sequence.arrival == work.sequence:
                 sequence.tokens.pop()
         for sequence in self.running.copy():
             self._preempt(sequence)
@@ -422,6 +458,19 @@ class Scheduler:
                     self._named.append(table[block])
             self.promised.pop(key, None)
 
+    def _keep_drafts(self, sequence: Sequence, work: Work) -> None:
+        """Names the blocks that drafts filled which stand now, and lets go of the pages of those that do not."""
+        pages, size, first = sequence.pages, self.config.page_tokens, sequence.computed // self.config.page_tokens
+        assert pages is not None
+        sequence.computed = end = len(sequence.tokens) - 1  # the last was drawn and not run
+        self._stats.drafted_tokens += work.draws - 1
+        self._stats.accepted_tokens += end - work.start - 1
+        if first != end // size and sequence.root != MIXED:
+            self._index_blocks(sequence, first)
+        if end >= pages.frees_at:
+            pages.free_unseen(end)
+        pages.truncate(pages_for(end, size))
+
     def _unname(self, sequence: Sequence, work: Work) -> None:
         """Nothing could be drawn from what a work wrote: nobody else is to find it."""
         size = self.config.page_tokens
@@ -433,7 +482,7 @@ class Scheduler:
         assert sequence.tail is not None
         if self.promised.get(sequence.tail) is sequence:
             del self.promised[sequence.tail]
-        self._tails.offer(sequence)
+        self.tails.offer(sequence)
 
     def _give_up_pages(self, sequence: Sequence) -> None:
         """A sequence stops running: its unkept promises are withdrawn, its pages released. It keeps its tokens."""
@@ -441,33 +490,8 @@ class Scheduler:
         for key in (*sequence.keys[sequence.computed // self.config.page_tokens :], sequence.tail):
             if key is not None and self.promised.get(key) is sequence:
                 del self.promised[key]
-        self._tails.withdraw(sequence)
+        self.tails.withdraw(sequence)
         self.order.charge(sequence, 0)
         sequence.pages.release()
         sequence.pages = None
         sequence.computed = 0
-
-    def check_integrity(self) -> None:
-        """AssertionError unless pages, names, queues and promises agree. O(pages + live tokens / page_tokens)."""
-        page_tokens = self.config.page_tokens
-        self.index.check_integrity([list(s.pages.pages()) for s in self.running if s.pages is not None])
-        assert {id(s) for s in self.running} | {id(s) for s in self.waiting} == {id(s) for s in self.live.values()}
-        assert len(self.running) + len(self.waiting) == len(self.live), "a sequence is queued twice"
-        assert len(self.running) <= self.config.max_sequences, len(self.running)
-        for queue in (self.running, self.waiting):
-            assert all(a.arrival < b.arrival for a, b in zip(queue, queue[1:], strict=False)), "a queue lost its order"
-        for sequence in self.waiting:
-            assert sequence.pages is None and sequence.computed == 0, f"waiting sequence {sequence.arrival} holds pages"
-        for sequence in self.running:
-            assert sequence.pages is not None, f"running sequence {sequence.arrival} has no page tables"
-            sequence.pages.check_integrity(sequence.computed)
-            assert sequence.computed < len(sequence.tokens) < sequence.limit + (self.advanced is not None), (
-                sequence.limit
-            )
-            assert sequence.root in (MIXED, self.root(sequence.request)), (
-                f"sequence {sequence.arrival} is pure under other weights"
-            )
-        for key, maker in self.promised.items():
-            unkept = (*maker.keys[maker.computed // page_tokens :], maker.tail)
-            assert maker.pages and key in unkept, "a promise nobody will keep"
-        self._tails.check_integrity(self.running)

@@ -48,6 +48,15 @@ class PageTables:
                 table.append(page)
         self.blocks += blocks
 
+    def room(self) -> int:
+        """Tokens that it could hold with all pages that are available."""
+        pool = self._index.pool
+        return (self.blocks + pool.num_available // len(self.tables)) * pool.page_tokens
+
+    def cover(self, tokens: int) -> None:
+        """Takes the pages that so many tokens need and it does not hold yet."""
+        self.extend(max(0, pages_for(tokens, self._index.pool.page_tokens) - self.blocks))
+
     def free_unseen(self, computed: int) -> None:
         """Lets go of the blocks that no query from position `computed` on sees."""
         size = self._index.pool.page_tokens
@@ -59,6 +68,14 @@ class PageTables:
                     table[block] = NULL
                 self._first[which] = seen
         self.frees_at = self._next_free()
+
+    def truncate(self, blocks: int) -> None:
+        """Lets go of all blocks but the first so many, the last one first. No query has seen them."""
+        for table in self.tables:
+            for page in reversed(table[blocks:]):
+                self._index.release(page)
+            del table[blocks:]
+        self.blocks = len(self.tables[0])
 
     def release(self) -> None:
         """Lets go of all, the last block first. The tables themselves stay as they are: a batch may still hold them."""

@@ -32,9 +32,6 @@ class Stream(IntEnum):
     """What a number is used for; uses never share numbers."""
 
     TARGET = 0  # the token drawn from the model
-    PROPOSAL = 1  # the token drawn from a drafter
-    ACCEPT = 2  # acceptance of a drafted token
-    RESIDUAL = 3  # the token drawn after a rejection
     ROUNDING = 4  # stochastic rounding
     NOISE = 5  # engine.noise; a channel of the final hidden state stands in the place of the token id
     INITIAL = 6  # weights of a new model; the tensor's number stands in the place of the position

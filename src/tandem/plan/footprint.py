@@ -142,7 +142,7 @@ def step_bytes(asked: Asked) -> int:
     """Of an engine's step: one layer's rows, and the logits where a rollout's filters need them."""
     run, rows = asked.run, asked.engine.batch_tokens
     filters = run is not None and (run.rollout.top_k or run.rollout.top_p < 1 or run.rollout.min_p)
-    logits = 3 * 4 * asked.engine.max_sequences * asked.spec.vocab_size if filters else 0
+    logits = 3 * 4 * asked.engine.most_draws * asked.spec.vocab_size if filters else 0
     return rows * (kept_numbers(asked.spec) + asked.spec.ff_width) * SIZES[asked.dtype] + logits
 
 

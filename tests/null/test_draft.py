@@ -1,0 +1,176 @@
+"""Drafts over the fake memory (paged_memory.py): what is drawn, who gets pages for them, and what keeps a name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.engine.batch import Sampled, Sequence
+from tandem.engine.config import EngineConfig
+from tandem.engine.draft import LONGEST, SHORTEST, lookup
+from tandem.engine.integrity import check_integrity
+from tandem.engine.layout import KvLayout
+from tandem.engine.schedule import Scheduler
+from tandem.types import Reach, Request, Sampling, StopReason
+from tests.null.paged_memory import Device, check, group, guesses, make
+
+
+def drafting(drafts: list[int], num_pages: int = 100, **settings: Any) -> Scheduler:
+    """Pages of 4 tokens; a sequence is drafted these as far as it may be."""
+    given = {
+        "page_tokens": 4,
+        "batch_tokens": 16,
+        "max_sequences": 8,
+        "lookahead_tokens": 0,
+        "draft_tokens": 9,
+    } | settings
+
+    def drafter(sequences: list[Sequence], most: list[int]) -> list[list[int]]:
+        return [drafts[:count] for count in most]
+
+    return Scheduler(EngineConfig(**given), num_pages, drafter=drafter)
+
+
+def ask(s: Scheduler, name: str, prompt: int, new: int, stop: tuple[int, ...] = ()) -> Sequence:
+    tokens = tuple(range(100 * len(s.live), 100 * len(s.live) + prompt))
+    s.submit(Request(name, name, tokens, Sampling(max_new_tokens=new, stop_token_ids=stop), 0), 0.0)
+    return s.live[name]
+
+
+def step(
+    s: Scheduler, tokens: list[int], failed: dict[int, str] | None = None
+) -> tuple[list[tuple[int, ...]], list[Any]]:
+    """Works as (start, tokens, draws), and the completions."""
+    batch = s.plan(0.0)
+    done = s.commit(batch, Sampled(tokens, {"logprobs": [-float(t) for t in tokens]}, failed or {}), 1.0)
+    check_integrity(s)
+    return [(work.start, *work.tokens, work.draws) for work in batch.works], done
+
+
+def test_what_follows_a_wrong_draft_is_dropped() -> None:
+    """A token drawn after a wrong draft is kept, a right one is lost, a page for what was dropped stays held, or a
+    block with a draft that does not stand is found by a later prompt."""
+    s = drafting([70, 71, 72, 73, 74, 75])
+    a = ask(s, "a", 3, 40)
+    assert step(s, [60]) == ([(0, 0, 1, 2, 1)], [])
+    works, _ = step(s, [70, 71, 99, 98, 97, 96, 95])
+    assert works == [(3, 60, 70, 71, 72, 73, 74, 75, 7)]
+    assert a.tokens == [0, 1, 2, 60, 70, 71, 99] and a.computed == 6
+    assert a.values["logprobs"] == [-60.0, -70.0, -71.0, -99.0]
+    assert a.pages is not None and a.pages.blocks == 2 and s.pool.num_available == 98 and len(s.index) == 1
+    assert (s.stats.drafted_tokens, s.stats.accepted_tokens, s.stats.sampled_tokens) == (6, 2, 4)
+    step(s, [70, 71, 72, 73, 74, 75, 76])  # all of them stand
+    assert a.tokens[6:] == [99, 70, 71, 72, 73, 74, 75, 76] and a.computed == 13 and len(s.index) == 3
+    assert s.plan(0.0).named == [a.pages.tables[0][1], a.pages.tables[0][2]]
+
+
+@pytest.mark.parametrize("end", ["stop", "limit", "failed"])
+def test_an_end_among_drafts_is_the_end(end: str) -> None:
+    """A stop token, a limit or a row that fails among accepted drafts is passed over, or ends another token."""
+    s = drafting([70, 71, 72])
+    ask(s, "a", 3, 4 if end == "limit" else 40, (71,) if end == "stop" else ())
+    step(s, [60])
+    drawn = [70, 71, 72, 73][: 3 if end == "limit" else 4]
+    works, (done,) = step(s, drawn, {1: "NaN", 2: "NaN too"} if end == "failed" else None)
+    assert works == [(3, 60, 70, 71, *([] if end == "limit" else [72]), len(drawn))]
+    wanted = {
+        "stop": (StopReason.STOP_TOKEN, (60, 70, 71), ""),
+        "limit": (StopReason.LENGTH, (60, 70, 71, 72), ""),
+        "failed": (StopReason.FAILED, (60, 70), "NaN"),
+    }
+    assert (done.stop_reason, done.tokens, done.failure) == wanted[end]
+    assert len(done.logprobs) == len(done.tokens) and s.pool.num_available == s.pool.num_pages
+
+
+def test_drafts_take_what_is_left() -> None:
+    """A draft takes a decode's row or its page, a prompt's chunk, or gets somebody preempted."""
+    s = drafting([70] * 9, batch_tokens=9)
+    ask(s, "a", 2, 40)
+    ask(s, "b", 2, 40)
+    step(s, [60, 60])
+    ask(s, "c", 4, 40)
+    works, _ = step(s, [61, 62, 63, 64, 65, 61])
+    assert [(start, len(rest) - 1, rest[-1]) for start, *rest in works] == [(2, 4, 4), (2, 1, 1), (0, 4, 1)]
+    s = drafting([70] * 9, num_pages=3)
+    ask(s, "a", 3, 8)
+    ask(s, "b", 3, 5)
+    step(s, [60, 60])
+    works, _ = step(s, [61] * 6)
+    assert [(start, len(rest) - 1) for start, *rest in works] == [(3, 5), (3, 1)]
+    assert s.stats.preemptions == 0
+
+
+def test_what_follows_drafts_is_planned_when_they_are_resolved() -> None:
+    """A batch planned while drafts are on a device runs tokens that may be dropped."""
+    s = drafting([70])
+    ask(s, "a", 3, 9)
+    batch = s.plan(0.0)
+    s.advance(batch)
+    with pytest.raises(AssertionError, match="planned when they are resolved"):
+        s.plan(0.0)
+
+
+def test_an_engine_that_drafts_waits_for_its_device() -> None:
+    """Drafts made of what a device has not drawn yet, or an engine that cannot draft on one."""
+    engine, device = make(memory=Device, drafter=guesses([4]), draft_tokens=4)
+    (request,) = group("a", [1, 2, 3], 1, 26, stop=())
+    engine.submit(request)
+    done, steps = [], 0
+    while engine.has_work:
+        done += engine.step()
+        steps += 1
+    check(done[0], request, device)
+    assert steps == 1 + 5 and engine.stats.accepted_tokens == 20  # 1 + 5 x 5 tokens
+
+
+@given(
+    rights=st.lists(st.integers(0, 6), min_size=1, max_size=8),
+    reach=st.sampled_from([Reach(), Reach(window=3), Reach(window=9), Reach(chunk=6)]),
+    sinks=st.sampled_from([0, 3]),
+    spare=st.integers(0, 9),
+    prompt=st.lists(st.integers(0, 1), min_size=1, max_size=12),
+    draft_tokens=st.integers(1, 6),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_later_turn_finds_what_drafts_computed(
+    rights: list[int], reach: Reach, sinks: int, spare: int, prompt: list[int], draft_tokens: int
+) -> None:
+    """An accepted draft's block has no name, a rejected one's has, or hits hang on what was drafted."""
+    layout = KvLayout.of([reach, Reach()], sinks)
+    requests = group("a", prompt, 3, 12)
+    pages = layout.most_pages(60, 1, 4) + spare
+    made = [
+        make(pages, layout=layout, drafter=guesses(rights), draft_tokens=most, batch_tokens=24, max_sequences=3)
+        for most in (0, draft_tokens)
+    ]
+    found = []
+    for engine, runner in made:
+        done = [engine.generate([request])[0] for request in requests]
+        for completion, request in zip(done, requests, strict=True):
+            check(completion, request, runner)
+        context = [*prompt, *done[-1].tokens]
+        (again,) = engine.generate(group("b", [*context, 3], 1, 1))
+        found.append((again.cached_tokens, [completion.stop_reason for completion in done]))
+        engine.check_integrity()
+    assert found[0] == found[1]
+    plain, drafted = (engine.stats for engine, _ in made)
+    assert drafted.run_tokens - plain.run_tokens == drafted.drafted_tokens - drafted.accepted_tokens
+    assert drafted.batches == plain.batches - drafted.accepted_tokens
+
+
+@given(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=40), most=st.integers(0, 6), big=st.booleans())
+@settings(max_examples=400, deadline=None)
+def test_lookup_finds_the_latest_of_the_longest(tokens: list[int], most: int, big: bool) -> None:
+    """Half of one id and half of the next taken for an id, the context's own end taken for an earlier time, or a
+    shorter or older match before a longer or later one."""
+    tokens = [token * 65793 for token in tokens] if big else tokens  # all bytes of an id are the same
+    wanted: list[int] = []
+    for count in range(LONGEST, SHORTEST - 1, -1):
+        ends = [e for e in range(count, len(tokens)) if tokens[e - count : e] == tokens[len(tokens) - count :]]
+        if ends:
+            wanted = tokens[ends[-1] : ends[-1] + most]
+            break
+    assert lookup(tokens, most) == wanted
