@@ -138,10 +138,10 @@ def test_steps_started_ahead_draw_the_same(make_decoder, settings):
 
 def test_drafts_draw_the_same(make_decoder):
     """Draws that outgrow what a step leaves for the next, or a token drawn at another row's position."""
-    asked = requests(4, new=9)
+    asked = requests(4, new=7)[1:]
     asked[1] = replace(asked[1], sampling=replace(asked[1].sampling, top_k=4))
-    plain = engine_of(make_decoder(), max_sequences=2).generate(asked)
-    known = {completion.request_id: [*completion.tokens, *range(9)] for completion in plain}
+    plain = [engine_of(make_decoder()).generate([request])[0] for request in asked]
+    known = {completion.request_id: [*completion.tokens, *range(4)] for completion in plain}
 
     def drafter(sequences: list[Sequence], most: list[int]) -> list[list[int]]:
         ahead = [
@@ -152,7 +152,7 @@ def test_drafts_draw_the_same(make_decoder):
     engine = engine_of(make_decoder(), max_sequences=2, draft_tokens=4)
     engine.scheduler.drafter = drafter
     assert drawn(engine.generate(asked)) == drawn(plain)
-    assert engine.stats.drafted_tokens > engine.stats.accepted_tokens > 8
+    assert engine.stats.drafted_tokens > engine.stats.accepted_tokens > 6
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")

@@ -67,22 +67,25 @@ def test_what_follows_a_wrong_draft_is_dropped() -> None:
     assert s.plan(0.0).named == [a.pages.tables[0][1], a.pages.tables[0][2]]
 
 
-@pytest.mark.parametrize("end", ["stop", "limit", "failed"])
+@pytest.mark.parametrize("end", ["stop", "limit", "failed", "failed first"])
 def test_an_end_among_drafts_is_the_end(end: str) -> None:
     """A stop token, a limit or a row that fails among accepted drafts is passed over, or ends another token."""
     s = drafting([70, 71, 72])
     ask(s, "a", 3, 4 if end == "limit" else 40, (71,) if end == "stop" else ())
     step(s, [60])
     drawn = [70, 71, 72, 73][: 3 if end == "limit" else 4]
-    works, (done,) = step(s, drawn, {1: "NaN", 2: "NaN too"} if end == "failed" else None)
+    failed = {"failed": {1: "NaN", 2: "NaN too"}, "failed first": {0: "NaN"}}
+    works, (done,) = step(s, drawn, failed.get(end))
     assert works == [(3, 60, 70, 71, *([] if end == "limit" else [72]), len(drawn))]
     wanted = {
         "stop": (StopReason.STOP_TOKEN, (60, 70, 71), ""),
         "limit": (StopReason.LENGTH, (60, 70, 71, 72), ""),
         "failed": (StopReason.FAILED, (60, 70), "NaN"),
+        "failed first": (StopReason.FAILED, (60,), "NaN"),
     }
     assert (done.stop_reason, done.tokens, done.failure) == wanted[end]
     assert len(done.logprobs) == len(done.tokens) and s.pool.num_available == s.pool.num_pages
+    assert s.stats.accepted_tokens == {"stop": 1, "limit": 2}.get(end, 0)  # a last token that was drafted is not run
 
 
 def test_drafts_take_what_is_left() -> None:

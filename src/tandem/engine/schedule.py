@@ -223,10 +223,11 @@ class Scheduler:
         for sequence in self.running:
             start, tokens, pages = sequence.computed, sequence.tokens, sequence.pages
             assert pages is not None
-            if len(tokens) - start > 1:
+            known = len(tokens)
+            if known - start > 1:
                 prefills.append(sequence)
                 continue
-            if len(tokens) >= sequence.limit:  # ends as it is resolved
+            if known >= sequence.limit:  # ends as it is resolved
                 continue
             if start == pages.blocks * page_tokens:
                 pages.extend(1)
@@ -375,8 +376,9 @@ class Scheduler:
         lengths = {name: len(column) for name, column in (("tokens", sampled.tokens), *sampled.values.items())}
         assert set(lengths.values()) == {batch.num_draws}, f"{lengths} for {batch.num_draws} draws"
         self.advanced = None
-        live, stats, step, finished = self.live, self._stats, batch.version.step, list[Completion]()
-        columns, drawn, failed, end = list(sampled.values.items()), sampled.tokens, sampled.failed, 0
+        live, stops, stats, step = self.live, self.stops, self._stats, batch.version.step
+        columns, drawn, failed = list(sampled.values.items()), sampled.tokens, sampled.failed
+        finished, end = list[Completion](), 0
         for work in batch.works:
             if not work.draws:
                 continue
@@ -392,15 +394,16 @@ class Scheduler:
                     reason: StopReason | None = StopReason.FAILED
                     break
                 tokens[-1] = token = drawn[draw]
-                if not sequence.spans or sequence.spans[-1][0] != step:
-                    sequence.spans.append((step, sequence.num_drawn))
+                spans = sequence.spans
+                if not spans or spans[-1][0] != step:
+                    spans.append((step, sequence.num_drawn))
                 sequence.num_drawn += 1
                 for name, column in columns:
                     value = column[draw]
                     if value is not None:
                         sequence.values.setdefault(name, []).append(value)
                 stats.sampled_tokens += 1
-                reason = self.stops(sequence)
+                reason = stops(sequence)
                 if reason is None and len(tokens) >= sequence.limit:
                     reason = StopReason.LENGTH
                 draw += 1
