@@ -23,7 +23,7 @@ LONGEST, SHORTEST = 4, 2  # tokens at a context's end that are looked for
 def prompt_lookup(sequences: list[Sequence], most: list[int]) -> list[list[int]]:
     """What followed the last tokens of a context where it had them before; of the most of them, and the latest time.
 
-    2,000 tokens take 20 us (Saxena, "Prompt Lookup Decoding", 2023).
+    2,000 tokens take 37 us (Saxena, "Prompt Lookup Decoding", 2023).
     """
     return [lookup(sequence.tokens, count) for sequence, count in zip(sequences, most, strict=True)]
 
