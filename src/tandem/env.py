@@ -1,7 +1,7 @@
 """The environment variables that tandem reads; no other module looks at os.environ.
 
 TANDEM_CACHE     folder for compiled kernels and converted tokenisers; default $XDG_CACHE_HOME/tandem
-TANDEM_KERNELS   triton: run Triton's kernels on the CPU too, under its interpreter (TRITON_INTERPRET=1); very slow
+TANDEM_KERNELS   triton: run Triton's kernels on the CPU too, as tests/gpu does under its interpreter; very slow
                  reference: PyTorch in place of the C++ kernels; slow, and a row's bits depend on its batch
 TANDEM_THREADS   threads a process computes with; default OMP_NUM_THREADS, else the cores this process may use
 GOMP_SPINCOUNT   how long OpenMP spins; set to 2000 where it is not given

@@ -15,12 +15,12 @@ from tandem.algo.config import NAIVE, AlgoConfig, CorrectionConfig, CorrectionWe
 from tandem.algo.correct import WEIGHTS, Correction, correct, rare_factor
 from tandem.algo.loss import policy_loss, summarise
 from tandem.algo.pack import count_prompts, pack
-from tandem.algo.reference import reference_loss
 from tandem.algo.tensors import MicrobatchTensors, to_tensors
 from tandem.columns import Columns
 from tandem.errors import ConfigError
 from tandem.numerics.compare import same_bits
 from tandem.types import Sample
+from tests.reference_loss import reference_loss
 from tests.samples import column, having, without
 
 SETTINGS = [

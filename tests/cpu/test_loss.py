@@ -18,10 +18,10 @@ from tandem.algo.advantage import ADVANTAGES, samples_from_groups
 from tandem.algo.config import Advantage, Aggregation, AlgoConfig, CorrectionConfig, Kl, Loss
 from tandem.algo.loss import KL_ESTIMATORS, LOSSES, LossResult, policy_loss, summarise
 from tandem.algo.pack import PromptTotal, count_prompts, pack, split_updates
-from tandem.algo.reference import reference_loss
 from tandem.algo.tensors import MicrobatchTensors, to_tensors
 from tandem.columns import Columns
 from tandem.types import Group, Microbatch, Prompt, Sample, Trajectory
+from tests.reference_loss import reference_loss
 from tests.samples import column, owners_of, paths_of, trained
 
 AGGREGATIONS = [("token_mean", None), ("sequence_mean", None), ("prompt_mean", None), ("constant_mean", 7)]

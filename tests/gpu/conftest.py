@@ -37,6 +37,9 @@ if find_spec("triton") is not None:
         if DEVICE == "cpu":
             patch.setenv("TRITON_INTERPRET", "1")
             importlib.import_module("triton.experimental.gluon")  # the first launch imports it, and it looks again
+            from tests.gpu.interpret import mend
+
+            mend()
         for operation in OPERATIONS:
             importlib.import_module(f"tandem.kernels.gpu.{operation}")
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.algo.advantage import ADVANTAGES, Fates, reference_advantages, samples_from_groups
+from tandem.algo.advantage import (
+    ADVANTAGES,
+    STD_FLOOR,
+    Fates,
+    GroupedCounts,
+    GroupedValues,
+    samples_from_groups,
+)
 from tandem.algo.config import AlgoConfig, check_group_size
 from tandem.algo.pack import PromptTotal
 from tandem.algo.price import PriceConfig
@@ -17,6 +25,33 @@ from tandem.columns import Columns
 from tandem.errors import ConfigError, NonFiniteError
 from tandem.types import Failure, Group, Prompt, Trajectory
 from tests.samples import column, having, trained
+
+
+def reference_advantages(name: str, rewards: GroupedValues, tokens: GroupedCounts) -> list[list[float]]:
+    """Slow and obvious: each formula as its paper writes it, in exact rational statistics."""
+    result: list[list[float]] = []
+    everything: list[float] = []
+    for group, counts in zip(rewards, tokens, strict=True):
+        for reward, count in zip(group, counts, strict=True):
+            baseline = statistics.mean(group) if name == "reinforce_pp_baseline" else 0.0
+            everything += [reward - baseline] * count
+    for group in rewards:
+        row = []
+        for i, reward in enumerate(group):
+            others = [other for j, other in enumerate(group) if j != i]
+            if name == "rloo":
+                row.append(reward - statistics.mean(others) if others else 0.0)
+            elif name == "dr_grpo":
+                row.append(reward - statistics.mean(group))
+            elif name == "grpo":
+                std = statistics.stdev(group) if others else 0.0
+                row.append((reward - statistics.mean(group)) / (std + STD_FLOOR))
+            else:
+                baseline = statistics.mean(group) if name == "reinforce_pp_baseline" else 0.0
+                centred = reward - baseline - statistics.mean(everything)
+                row.append(centred / (statistics.pstdev(everything) + STD_FLOOR))
+        result.append(row)
+    return result
 
 
 def trajectory(prompt: str, number: int, reward: float, sampled: int = 2, failed: bool = False) -> Trajectory:

@@ -6,7 +6,6 @@ Only outcome rewards are read: every trained token of a trajectory gets the traj
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -212,30 +211,3 @@ def _normalise_tokens(values: GroupedValues, tokens: GroupedCounts) -> list[list
         [0.0 if abs(value - mean) <= threshold else (value - mean) / (std + STD_FLOOR) for value in group]
         for group in values
     ]
-
-
-def reference_advantages(name: str, rewards: GroupedValues, tokens: GroupedCounts) -> list[list[float]]:
-    """Slow and obvious: each formula as its paper writes it, in exact rational statistics."""
-    result: list[list[float]] = []
-    everything: list[float] = []
-    for group, counts in zip(rewards, tokens, strict=True):
-        for reward, count in zip(group, counts, strict=True):
-            baseline = statistics.mean(group) if name == "reinforce_pp_baseline" else 0.0
-            everything += [reward - baseline] * count
-    for group in rewards:
-        row = []
-        for i, reward in enumerate(group):
-            others = [other for j, other in enumerate(group) if j != i]
-            if name == "rloo":
-                row.append(reward - statistics.mean(others) if others else 0.0)
-            elif name == "dr_grpo":
-                row.append(reward - statistics.mean(group))
-            elif name == "grpo":
-                std = statistics.stdev(group) if others else 0.0
-                row.append((reward - statistics.mean(group)) / (std + STD_FLOOR))
-            else:
-                baseline = statistics.mean(group) if name == "reinforce_pp_baseline" else 0.0
-                centred = reward - baseline - statistics.mean(everything)
-                row.append(centred / (statistics.pstdev(everything) + STD_FLOOR))
-        result.append(row)
-    return result

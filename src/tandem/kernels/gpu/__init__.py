@@ -6,12 +6,3 @@ matrix product alone has several, a tile each, tried against each other on the d
 accumulator an element and runs in order: no split of the depth, no atomics. Backward passes are torch operations, but
 attention's: equality of bits is a matter of the forward pass alone.
 """
-
-from __future__ import annotations
-
-import triton
-
-if triton.knobs.runtime.interpret:
-    from tandem.kernels.gpu.interpret import mend
-
-    mend()

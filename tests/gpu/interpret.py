@@ -1,4 +1,4 @@
-"""What Triton's interpreter needs in order to keep this folder's contract where there is no GPU.
+"""What Triton's interpreter needs in order to keep the contract of kernels/gpu where there is no GPU.
 
 The interpreter runs a kernel in NumPy. As it comes (Triton 3.6) it reads bf16 operands of a product as integers,
 truncates to bf16, rounds to 8 bits without a carry, leaves the order of a product's sum to the host's BLAS, whose rows

@@ -1,6 +1,6 @@
 """The batch's loss, slow and obvious: loops over prompts, samples and tokens, no packing, no denominators.
 
-Used by tests only. Every sample of the batch takes part, those with zero advantage included, and each aggregation
+Every sample of the batch takes part, those with zero advantage included, and each aggregation
 is the mean that its name says.
 """
 
