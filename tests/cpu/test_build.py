@@ -15,16 +15,17 @@ import torch
 from tandem.cli import doctor
 from tandem.engine.config import EngineConfig
 from tandem.errors import KernelError, TandemWarning
-from tandem.kernels import build, choice
+from tandem.kernels import choice, selfcheck
 from tandem.kernels import sample as sampler
+from tandem.kernels.build import load, toolchain
 from tandem.kernels.page_sum import page_sums, page_sums_reference
 from tandem.models.config import ModelConfig
 from tandem.sync.departures import of_engine
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(toolchain.compiler() is None, reason="no C++ compiler")
 
 LIBRARIES = ("page_sum", "unit")
-CACHED = (build.library, build.function, build._unit, build._kept, build._warn_reference, build._warn_slow)
+CACHED = (load.library, load.function, load._unit, load._kept, load._warn_reference, load._warn_slow)
 POOLS = [torch.arange(64.0).view(4, 16)]
 
 
@@ -38,14 +39,14 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with the sources of two libraries, and a cache that holds them compiled and checked."""
     folder = tmp_path_factory.mktemp("made")
     (folder / "sources").mkdir()
-    for path in (*build.SOURCES.glob("*.h"), *(build.SOURCES / f"{name}.cpp" for name in LIBRARIES)):
+    for path in (*load.SOURCES.glob("*.h"), *(load.SOURCES / f"{name}.cpp" for name in LIBRARIES)):
         shutil.copy(path, folder / "sources")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build, "SOURCES", folder / "sources")
-        patch.setattr(build, "FLAGS", ("-O1", *build.FLAGS[1:], "-w"))
+        patch.setattr(load, "SOURCES", folder / "sources")
+        patch.setattr(load, "FLAGS", ("-O1", *load.FLAGS[1:], "-w"))
         patch.setenv("TANDEM_CACHE", str(folder / "cache"))
         forget()
-        build.build_all()
+        selfcheck.build_all()
         yield folder
     forget()
 
@@ -81,7 +82,7 @@ def check_computes() -> None:
     """The C++ runs, without a word."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert build.library("page_sum") is not None
+        assert load.library("page_sum") is not None
     assert page_sums(POOLS, [1]) == page_sums_reference(POOLS, [1])
 
 
@@ -95,7 +96,7 @@ def test_a_cache_that_cannot_be_written(cache, monkeypatch, tmp_path, place):
     folder = tmp_path / place
     monkeypatch.setenv("TANDEM_CACHE", str(folder))
     with pytest.raises(KernelError, match=rf"cannot be kept in {folder}/kernels: .*TANDEM_CACHE"):
-        build.library("page_sum")
+        load.library("page_sum")
     (kernels,) = doctor.check_kernels()
     assert kernels.fatal and "TANDEM_CACHE" in kernels.found
     (finding,) = doctor.check_cache()
@@ -119,16 +120,16 @@ def test_a_compiler_that_does_not_work(cache, monkeypatch, tmp_path, tools, text
     empty = tmp_path / "empty"
     monkeypatch.setenv("TANDEM_CACHE", str(empty))
     with pytest.warns(TandemWarning) as caught:
-        assert build.library("page_sum") is None and build.matrix_unit() == "reference"
+        assert load.library("page_sum") is None and load.matrix_unit() == "reference"
     (warning,) = [str(each.message) for each in caught]
-    assert said in warning and f"{empty}/kernels holds none" in warning and build.REFERENCE_COST in warning
+    assert said in warning and f"{empty}/kernels holds none" in warning and load.REFERENCE_COST in warning
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert build.library("unit") is None
+        assert load.library("unit") is None
         assert page_sums(POOLS, [1]) == page_sums_reference(POOLS, [1])
     assert [each.setting for each in of_engine(ModelConfig("any"), EngineConfig())] == ["no C++ compiler"]
     (finding,) = doctor.check_compiler()
-    assert finding.status == "slow" and said in finding.found and build.REFERENCE_COST in finding.advice
+    assert finding.status == "slow" and said in finding.found and load.REFERENCE_COST in finding.advice
     assert list(doctor.check_kernels()) == []
 
 
@@ -136,8 +137,8 @@ def test_the_next_compiler_is_asked(tools):
     """A g++ that does not work hides a clang++ that does."""
     script(tools / "g++", "#!/bin/sh\nexit 1\n")
     script(tools / "clang++", "#!/bin/sh\necho clang version 15\necho Target: any\n")
-    assert build.compiler() == str(tools / "clang++")
-    assert build.version(str(tools / "clang++")) == ("clang version 15", "")
+    assert toolchain.compiler() == str(tools / "clang++")
+    assert toolchain.version(str(tools / "clang++")) == ("clang version 15", "")
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -146,7 +147,7 @@ def test_kernels_outlive_their_compiler(cache, tools, broken):
     if broken:
         script(tools / "g++", "#!/bin/sh\nexit 1\n")
     check_computes()
-    assert build.matrix_unit() != "reference" and build.is_compiled("page_sum")
+    assert load.matrix_unit() != "reference" and load.is_compiled("page_sum")
     assert of_engine(ModelConfig("any"), EngineConfig()) == ()
     (finding,) = doctor.check_compiler()
     assert finding.status == "absent" and "the cache holds every kernel" in finding.found
@@ -160,30 +161,30 @@ def test_kernels_of_one_compiler(cache, tools):
         os.utime(whole, (1, 1))
         shutil.copy(whole, whole.with_name(f"{whole.stem.rpartition('-')[0]}-00000000.so"))
     next(cache.glob("page_sum-*-00000000.so")).unlink()  # the later compiler's set is not complete
-    assert build.lacking() == ""
+    assert load.lacking() == ""
     for name in LIBRARIES:
-        path = build.compiled_path(name, build.FLAGS)
+        path = load.compiled_path(name, load.FLAGS)
         assert path.exists() and not path.stem.endswith("-00000000")
-    build.compiled_path("page_sum", build.FLAGS).unlink()
+    load.compiled_path("page_sum", load.FLAGS).unlink()
     forget()
-    assert build.lacking() == f"{cache} lacks page_sum"
+    assert load.lacking() == f"{cache} lacks page_sum"
     with pytest.warns(TandemWarning, match="lacks page_sum"):
-        assert build.library("unit") is None
+        assert load.library("unit") is None
 
 
 def test_kernels_of_other_sources(cache, made, monkeypatch, tmp_path, tools):
     """Without a compiler: a library of sources that have changed since, or of another processor."""
     shutil.copytree(made / "sources", tmp_path / "sources")
-    monkeypatch.setattr(build, "SOURCES", tmp_path / "sources")
-    assert build.lacking() == ""
+    monkeypatch.setattr(load, "SOURCES", tmp_path / "sources")
+    assert load.lacking() == ""
     with (tmp_path / "sources" / "tile.h").open("a") as file:
         file.write("// changed\n")
     forget()
-    assert "these sources" in build.lacking()
-    monkeypatch.setattr(build, "SOURCES", made / "sources")
-    monkeypatch.setattr(build, "_processor", lambda: "flags: another")
+    assert "these sources" in load.lacking()
+    monkeypatch.setattr(load, "SOURCES", made / "sources")
+    monkeypatch.setattr(load, "processor_flags", lambda: "flags: another")
     forget()
-    assert "this processor" in build.lacking()
+    assert "this processor" in load.lacking()
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "changed"])
@@ -194,23 +195,23 @@ def test_a_damaged_library(cache, monkeypatch, damage):
     middle = len(content) // 2
     changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
     path.write_bytes({"cut": content[:1000], "empty": b"", "changed": changed}[damage])
-    assert not build.is_compiled("page_sum")
+    assert not load.is_compiled("page_sum")
     with monkeypatch.context() as without:
         without.setattr(shutil, "which", lambda name: None)
-        assert build.lacking() == f"{cache} lacks page_sum (damaged)"
+        assert load.lacking() == f"{cache} lacks page_sum (damaged)"
         with pytest.warns(TandemWarning, match=r"lacks page_sum \(damaged\)"):
-            assert build.library("page_sum") is None
+            assert load.library("page_sum") is None
     forget()
     check_computes()
-    assert build.is_compiled("page_sum") and build.compiled_path("page_sum", build.FLAGS) == path
+    assert load.is_compiled("page_sum") and load.compiled_path("page_sum", load.FLAGS) == path
 
 
 def test_a_library_damaged_since(cache, tools):
     """Without a compiler: a file is loaded that was whole when the process began, and no longer is."""
-    assert build.matrix_unit() != "reference"
+    assert load.matrix_unit() != "reference"
     library_file(cache, "page_sum").write_bytes(b"")
     with pytest.raises(KernelError, match=r"page_sum-\w+-\w+\.so is missing or damaged, and no C\+\+ compiler works"):
-        build.library("page_sum")
+        load.library("page_sum")
 
 
 def test_a_library_that_does_not_load(cache):
@@ -218,7 +219,7 @@ def test_a_library_that_does_not_load(cache):
     path = library_file(cache, "page_sum")
     path.write_bytes(b"no library" + hashlib.sha256(b"no library").digest())
     with pytest.raises(KernelError, match=rf"does not load: .*{path.name}"):
-        build.library("page_sum")
+        load.library("page_sum")
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o027, 0o750)])
@@ -228,7 +229,7 @@ def test_a_library_has_the_modes_of_the_umask(cache, umask, mode):
     path.unlink()
     before = os.umask(umask)
     try:
-        assert build._compiled("page_sum", build.FLAGS) == path
+        assert load._compiled("page_sum", load.FLAGS) == path
     finally:
         os.umask(before)
     assert path.stat().st_mode & 0o777 == mode

@@ -24,7 +24,7 @@ from tandem.algo.pack import count_prompts
 from tandem.engine import runner, schedule
 from tandem.engine.driver import Driver
 from tandem.engine.schedule import Scheduler
-from tandem.kernels.build import compiler
+from tandem.kernels.build.toolchain import compiler
 from tandem.kernels.linear import logits
 from tandem.kernels.sample import SamplingBatch, log_sum_exp
 from tandem.models.decoder import Decoder

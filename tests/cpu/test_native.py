@@ -16,9 +16,9 @@ from tandem.algo.pack import count_prompts, pack
 from tandem.engine.runner import DecoderRunner
 from tandem.kernels import adamw, attention, codes, gradient, linear, logprob, norm, page_sum, quantise, rotary, swiglu
 from tandem.kernels import sample as sampler
-from tandem.kernels.attention import Paths
 from tandem.kernels.head import draw
 from tandem.kernels.page_pool import KvPool, rotate_store_
+from tandem.kernels.paths import Paths
 from tandem.kernels.sample import SamplingBatch
 from tandem.kernels.weight import Weight
 from tandem.models.fused import FusedForward

@@ -22,7 +22,7 @@ from tandem.engine.batch import Batch, Sampled
 from tandem.engine.engine import Engine
 from tandem.engine.layout import KvLayout, pages_for
 from tandem.engine.runner import DecoderRunner
-from tandem.kernels.build import compiler
+from tandem.kernels.build.toolchain import compiler
 from tandem.kernels.logprob import token_logprobs
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder

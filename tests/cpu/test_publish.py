@@ -11,7 +11,7 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
 from tandem.errors import CheckpointError, DeliveryError
-from tandem.kernels.build import compiler
+from tandem.kernels.build.toolchain import compiler
 from tandem.kernels.quantise import dequantise, quantise
 from tandem.models.decoder import Decoder
 from tandem.numerics.compare import same_bits

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.errors import NonFiniteError
-from tandem.kernels import build
 from tandem.kernels import sample as sampler
+from tandem.kernels.build import load, toolchain
 from tandem.kernels.sample import SamplingBatch
 from tandem.numerics import random
 from tandem.numerics.compare import same_bits
@@ -29,7 +29,7 @@ FILTERS = {
     "min-p": Sampling(min_p=0.1),
     "all": Sampling(temperature=1.4, top_k=12, top_p=0.9, min_p=0.05),
 }
-needs_compiler = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler: only the reference runs")
+needs_compiler = pytest.mark.skipif(toolchain.compiler() is None, reason="no C++ compiler: only the reference runs")
 
 
 def one_each(sampling: Sampling, rows: int, seed: int = 0, position: int = 0) -> SamplingBatch:
@@ -225,7 +225,7 @@ def test_noise_equals_reference():
 @needs_compiler
 def test_largest_noise_is_below_the_bound_of_the_pruning():
     """GUMBEL_MAX in sample.h below the noise of the largest word."""
-    header = (build.SOURCES / "sample.h").read_text()
+    header = (load.SOURCES / "sample.h").read_text()
     bound = float(header.split("GUMBEL_MAX = ")[1].split(";")[0])
     assert random.GUMBEL_MAX <= bound <= random.GUMBEL_MAX + 1e-3
 
@@ -305,7 +305,7 @@ def test_kept_sets_by_hand(compiled, monkeypatch):
     """A boundary off by one: exactly k with ties to the lowest ids, mass that just reaches top-p, min-p at equality."""
     if not compiled:
         monkeypatch.setattr(sampler, "_compiled", lambda: None)
-    elif build.compiler() is None:
+    elif toolchain.compiler() is None:
         pytest.skip("no C++ compiler")
     assert kept([1.0, 2.0, 2.0, 2.0, 0.0], Sampling(top_k=2)) == [1, 2]
     assert kept([-0.0, 0.0, 0.0, -1.0], Sampling(top_k=2)) == [0, 1]
@@ -375,14 +375,14 @@ def test_without_a_compiler_the_reference_runs(monkeypatch):
 @pytest.fixture(scope="module", params=["-DTANDEM_PORTABLE", "-mno-avx512f"])
 def other_path(request, tmp_path_factory):
     """sample.cpp by plain loops, and by AVX2."""
-    cxx = build.compiler()
+    cxx = toolchain.compiler()
     if cxx is None:
         pytest.skip("no C++ compiler")
     if request.param == "-mno-avx512f" and platform.machine() not in ("x86_64", "AMD64"):
         pytest.skip("not an x86 processor")
     target = tmp_path_factory.mktemp("other") / "sample.so"
-    flags = [*build.FLAGS, "-w", "-O2", request.param]
-    subprocess.run([cxx, *flags, "-o", str(target), str(build.SOURCES / "sample.cpp")], check=True, timeout=300)
+    flags = [*load.FLAGS, "-w", "-O2", request.param]
+    subprocess.run([cxx, *flags, "-o", str(target), str(load.SOURCES / "sample.cpp")], check=True, timeout=300)
     return sampler.declare(ctypes.CDLL(str(target)))
 
 

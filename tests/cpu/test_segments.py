@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from tandem.kernels.attention import Paths
+from tandem.kernels.paths import Paths
 from tandem.models.view import PackView
 from tests.samples import Forest, forests
 

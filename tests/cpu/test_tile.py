@@ -24,8 +24,9 @@ from tandem.algo.config import AlgoConfig
 from tandem.algo.objective import PolicyGradient
 from tandem.algo.pack import count_prompts, pack
 from tandem.cli import doctor
-from tandem.kernels import build, choice, selfcheck
+from tandem.kernels import choice
 from tandem.kernels import sample as sampler
+from tandem.kernels.build import check, load, toolchain
 from tandem.train.config import LearnerConfig
 from tandem.train.step import Learner, score
 
@@ -52,11 +53,11 @@ UNITS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
 }
 EMULATED = ("linear", "gradient", "codes", "attention")
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(toolchain.compiler() is None, reason="no C++ compiler")
 
 
 def forget() -> None:
-    for cached in (build.library, build.function, sampler._compiled, build._unit, build._warn_slow, choice._asked):
+    for cached in (load.library, load.function, sampler._compiled, load._unit, load._warn_slow, choice._asked):
         cached.cache_clear()
 
 
@@ -64,7 +65,7 @@ def forget() -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """Kernels in a cache of their own, compiled quickly."""
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(build, "FLAGS", ("-O1", *build.FLAGS[1:], "-w"))
+    monkeypatch.setattr(load, "FLAGS", ("-O1", *load.FLAGS[1:], "-w"))
     forget()
     yield monkeypatch
     forget()
@@ -77,17 +78,25 @@ def harness(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
     (folder / "harness.cpp").write_text(HARNESS)
     built: dict[str, Any] = {}
 
-    def load(unit: str) -> Any:
+    def compiled(unit: str) -> Any:
         flags, needed = UNITS[unit]
         if not needed <= present:
             pytest.skip(f"needs {' '.join(sorted(needed - present))}")
         if unit not in built:
-            command = [build.compiler(), *build.FLAGS, "-w", *flags, f"-I{build.SOURCES}", "-o", folder / f"{unit}.so"]
+            command = [
+                toolchain.compiler(),
+                *load.FLAGS,
+                "-w",
+                *flags,
+                f"-I{load.SOURCES}",
+                "-o",
+                folder / f"{unit}.so",
+            ]
             subprocess.run([*map(str, command), str(folder / "harness.cpp")], check=True)
             built[unit] = ctypes.CDLL(str(folder / f"{unit}.so"))
         return built[unit]
 
-    return load
+    return compiled
 
 
 def flushed(x: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -163,8 +172,8 @@ def test_order_of_reduction(harness, unit, count, pairs, form, scale, seed):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="AMX is x86's")
 def test_the_instructions_are_there(tmp_path):
     """The path that no test here can run does not compile, or multiplies by something else."""
-    command = [str(build.compiler()), *build.FLAGS, "-march=sapphirerapids", "-w", f"-I{build.SOURCES}", "-S", "-o"]
-    subprocess.run([*command, str(tmp_path / "unit.s"), str(build.SOURCES / "unit.cpp")], check=True)
+    command = [str(toolchain.compiler()), *load.FLAGS, "-march=sapphirerapids", "-w", f"-I{load.SOURCES}", "-S", "-o"]
+    subprocess.run([*command, str(tmp_path / "unit.s"), str(load.SOURCES / "unit.cpp")], check=True)
     text = (tmp_path / "unit.s").read_text()
     for instruction in ("tdpbf16ps", "tileloadd", "tilestored", "tilezero", "ldtilecfg", "tilerelease"):
         assert instruction in text, instruction
@@ -172,15 +181,15 @@ def test_the_instructions_are_there(tmp_path):
 
 def test_libraries_by_emulated_tiles(monkeypatch):
     """A library that sizes its tiles by six rows, or multiplies few rows apart from many, on a processor with AMX."""
-    monkeypatch.setattr(build, "FLAGS", ("-O1", *build.FLAGS[1:], "-w", "-DTANDEM_AMX_EMULATED"))
+    monkeypatch.setattr(load, "FLAGS", ("-O1", *load.FLAGS[1:], "-w", "-DTANDEM_AMX_EMULATED"))
     forget()
     try:
-        assert build.matrix_unit() == "amx"
+        assert load.matrix_unit() == "amx"
         with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda name: build._compiled(name, build.FLAGS), EMULATED))
+            list(pool.map(lambda name: load._compiled(name, load.FLAGS), EMULATED))
         for name in EMULATED:
-            assert build.library(name) is not None
-            selfcheck.check(name, "amx")
+            assert load.library(name) is not None
+            check.check(name, "amx")
     finally:
         forget()
 
@@ -189,40 +198,40 @@ def copied_sources(fresh: pytest.MonkeyPatch, tmp_path: Path, name: str, before:
     """The kernels' sources with a fault in file `name`."""
     folder = tmp_path / "sources"
     folder.mkdir()
-    for path in (*build.SOURCES.glob("*.h"), *build.SOURCES.glob("*.cpp")):
+    for path in (*load.SOURCES.glob("*.h"), *load.SOURCES.glob("*.cpp")):
         (folder / path.name).write_text(path.read_text())
     text = (folder / name).read_text()
     assert before in text
     (folder / name).write_text(text.replace(before, after))
-    fresh.setattr(build, "SOURCES", folder)
+    fresh.setattr(load, "SOURCES", folder)
 
 
 def test_amx_that_fails_gives_way(fresh, tmp_path):
     """Tiles that compute wrong are used, are tried again at every start, or end the start."""
-    fresh.setattr(build, "FLAGS", (*build.FLAGS, "-DTANDEM_AMX_EMULATED"))
+    fresh.setattr(load, "FLAGS", (*load.FLAGS, "-DTANDEM_AMX_EMULATED"))
     copied_sources(fresh, tmp_path, "amx.h", "flushed(even[n] + odd[n])", "flushed(even[n] - odd[n])")
     with pytest.warns(RuntimeWarning, match=r"AMX is not used.*unit.cpp.*off by"):
-        assert build.matrix_unit() != "amx"
+        assert load.matrix_unit() != "amx"
     forget()
-    fresh.setattr(selfcheck, "check_unit", None)  # what was found is known
+    fresh.setattr(check, "check_unit", None)  # what was found is known
     with pytest.warns(RuntimeWarning, match="AMX is not used"):
-        assert build.matrix_unit() != "amx"
-    assert build.library("page_sum") is not None
+        assert load.matrix_unit() != "amx"
+    assert load.library("page_sum") is not None
 
 
 def test_a_library_that_fails_by_tiles(fresh, tmp_path):
     """AMX is tried again, or is given up after the library at fault was mended."""
-    fresh.setattr(build, "FLAGS", (*build.FLAGS, "-DTANDEM_AMX_EMULATED"))
-    sources = build.SOURCES
+    fresh.setattr(load, "FLAGS", (*load.FLAGS, "-DTANDEM_AMX_EMULATED"))
+    sources = load.SOURCES
     copied_sources(fresh, tmp_path, "page_sum.cpp", "0x9E3779B97F4A7C15", "0x9E3779B97F4A7C13")
-    with pytest.raises(build.KernelError, match=r"page_sum\.cpp.*start again: AVX-512"):
-        build.library("page_sum")
+    with pytest.raises(load.KernelError, match=r"page_sum\.cpp.*start again: AVX-512"):
+        load.library("page_sum")
     forget()
     with pytest.warns(RuntimeWarning, match=r"AMX is not used.*page_sum\.cpp"):
-        assert build.matrix_unit() != "amx"
-    fresh.setattr(build, "SOURCES", sources)
+        assert load.matrix_unit() != "amx"
+    fresh.setattr(load, "SOURCES", sources)
     forget()
-    assert build.matrix_unit() == "amx"
+    assert load.matrix_unit() == "amx"
 
 
 def test_a_broken_kernel_is_refused(fresh, tmp_path):
@@ -232,31 +241,41 @@ def test_a_broken_kernel_is_refused(fresh, tmp_path):
     pools = [torch.arange(64.0).view(4, 16)]
     copied_sources(fresh, tmp_path, "page_sum.cpp", "0x9E3779B97F4A7C15", "0x9E3779B97F4A7C13")
     for _ in range(2):
-        with pytest.raises(build.KernelError, match=r"page_sum\.cpp.*fails its self-check.*sums.*=reference"):
+        with pytest.raises(load.KernelError, match=r"page_sum\.cpp.*fails its self-check.*sums.*=reference"):
             page_sums(pools, [1])
     files = sorted(path.suffix for path in (tmp_path / "cache" / "kernels").glob("page_sum-*"))
     assert files == [".so"], files
-    fresh.setattr(build, "SOURCES", Path(build.__file__).parent)
+    fresh.setattr(load, "SOURCES", Path(load.__file__).parents[1])
     forget()
     assert page_sums(pools, [1]) == page_sums_reference(pools, [1])
-    assert len(list((tmp_path / "cache" / "kernels").glob(f"page_sum-*.{build.matrix_unit()}"))) == 1
+    assert len(list((tmp_path / "cache" / "kernels").glob(f"page_sum-*.{load.matrix_unit()}"))) == 1
     forget()
-    fresh.setattr(selfcheck, "check", None)  # the mark spares the check
+    fresh.setattr(check, "check", None)  # the mark spares the check
     assert page_sums(pools, [1]) == page_sums_reference(pools, [1])
 
 
 def test_a_slow_processor_is_said_once(fresh, recwarn):
     """Slow products run without a word, or warn at every library; the figure is of another unit."""
-    fresh.setattr(build, "FLAGS", (*build.FLAGS, "-DTANDEM_PORTABLE"))
-    assert build.library("page_sum") is not None and build.library("quantise") is not None
-    assert build.matrix_unit() == "portable"
+    fresh.setattr(load, "FLAGS", (*load.FLAGS, "-DTANDEM_PORTABLE"))
+    assert load.library("page_sum") is not None and load.library("quantise") is not None
+    assert load.matrix_unit() == "portable"
     said = [str(warning.message) for warning in recwarn if "AVX-512 BF16" in str(warning.message)]
     assert len(said) == 1 and "portable, 18.0 times slower" in said[0], said
 
 
+def test_a_library_that_nobody_checks(fresh):
+    """A library is served unchecked, or marked as sound, where the module that knows its check was never imported."""
+    fresh.delitem(check.CHECKS, "page_sum")
+    for _ in range(2):
+        with pytest.raises(
+            AssertionError, match=r"page_sum\.cpp is not checked yet: import tandem\.kernels\.selfcheck"
+        ):
+            load.library("page_sum")
+
+
 def test_every_library_has_a_check():
     """A kernel is added and what it computes is checked nowhere."""
-    assert set(selfcheck.CHECKS) == set(build.names())
+    assert set(check.CHECKS) == set(load.names())
 
 
 def test_the_reference_on_request(monkeypatch, make_decoder, parity):
@@ -266,10 +285,10 @@ def test_the_reference_on_request(monkeypatch, make_decoder, parity):
     compiled = make_decoder("float32")
     wanted, hidden = parity.engine(compiled).generate(asked), parity.alone(compiled, prompt[0])
     monkeypatch.setenv("TANDEM_KERNELS", "reference")
-    monkeypatch.setattr(build, "_compiled", None)
+    monkeypatch.setattr(load, "_compiled", None)
     forget()
     try:
-        assert build.matrix_unit() == "reference" and build.library("linear") is None
+        assert load.matrix_unit() == "reference" and load.library("linear") is None
         decoder = make_decoder("float32")
         done = parity.engine(decoder).generate(asked)
         assert torch.allclose(parity.alone(decoder, prompt[0]), hidden, rtol=1e-4, atol=1e-5)
@@ -292,12 +311,12 @@ def test_the_reference_on_request(monkeypatch, make_decoder, parity):
 def test_doctor_names_the_unit_and_the_checks(fresh, tmp_path):
     """`tandem doctor` is silent about slow products, or about a kernel that computes wrong."""
     found = {finding.name: finding for finding in doctor.check_kernels()}
-    assert found["matrix unit"].found.startswith(build.matrix_unit())
+    assert found["matrix unit"].found.startswith(load.matrix_unit())
     assert "passed: unit;" in found["kernels"].found and "page_sum" in found["kernels"].found
-    assert build.library("page_sum") is not None
+    assert load.library("page_sum") is not None
     assert "passed: page_sum, unit;" in {f.name: f for f in doctor.check_kernels()}["kernels"].found
     copied_sources(fresh, tmp_path, "page_sum.cpp", "0x9E3779B97F4A7C15", "0x9E3779B97F4A7C13")
-    build._compiled("page_sum", build.FLAGS)
+    load._compiled("page_sum", load.FLAGS)
     forget()
     broken = {finding.name: finding for finding in doctor.check_kernels()}["kernels"]
     assert broken.fatal and "page_sum.cpp" in broken.found

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference, paged_attention
+from tandem.kernels.attention import attention, attention_backward, attention_reference, paged_attention
 from tandem.kernels.choice import backend
 from tandem.kernels.linear import linear, logits
 from tandem.kernels.norm import rms_norm
 from tandem.kernels.page_pool import KvPool
+from tandem.kernels.paths import Paths
 from tandem.kernels.rotary import rotate_, rotate_reference, store_
 from tandem.kernels.swiglu import swiglu_down
 from tandem.kernels.weight import Weight

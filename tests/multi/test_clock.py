@@ -13,7 +13,7 @@ import pytest
 
 from tandem.engine.config import EngineConfig
 from tandem.errors import RunFolderError
-from tandem.kernels.build import compiler
+from tandem.kernels.build.toolchain import compiler
 from tandem.models import tokenizer as clocked
 from tandem.models.config import ModelConfig
 from tandem.models.tokenizer import Tokenizer

@@ -18,7 +18,7 @@ import pytest
 from tandem.config import override
 from tandem.engine.config import EngineConfig
 from tandem.errors import AlarmError, ConfigError
-from tandem.kernels.build import compiler
+from tandem.kernels.build.toolchain import compiler
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.program.task import Task

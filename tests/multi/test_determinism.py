@@ -20,7 +20,7 @@ import torch
 
 from tandem.algo.config import AlgoConfig
 from tandem.engine.config import EngineConfig
-from tandem.kernels.build import compiler
+from tandem.kernels.build.toolchain import compiler
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.program.task import Task

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from tandem.config import override
 from tandem.engine.config import EngineConfig
-from tandem.kernels.build import compiler, matrix_unit
+from tandem.kernels.build.load import matrix_unit
+from tandem.kernels.build.toolchain import compiler
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.rollout.config import RolloutConfig

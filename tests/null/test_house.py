@@ -28,7 +28,7 @@ def complain(tmp_path: Path) -> Complain:
             (tmp_path / name).write_text(text)
         paths = check.tracked(tmp_path)
         trees = check.parse(tmp_path, paths)
-        found = [check.check_imports, check.check_budgets, check.check_names]
+        found = [check.check_imports, check.check_circles, check.check_budgets, check.check_names]
         return [
             *(line for one in found for line in one(tmp_path, trees)),
             *check.check_paths(tmp_path, paths),
@@ -72,6 +72,22 @@ def test_imports_that_keep_the_order(complain: Complain) -> None:
         "recipes/sums.py": "from tandem.run.config import RunConfig\n",
     }
     assert complain(files) == []
+
+
+@pytest.mark.parametrize(
+    "back", ["from tandem.run import a\n", "from .a import f\n", "def f():\n    import tandem.run.a\n"]
+)
+def test_circle_of_imports(complain: Complain, back: str) -> None:
+    """Two modules of one folder import each other, at the top or in a function; a type alone is no circle."""
+    typed = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import tandem.run.d\n"
+    files = {
+        "src/tandem/run/a.py": "from tandem.run.b import g\n",
+        "src/tandem/run/b.py": back,
+        "src/tandem/run/c.py": f"import tandem.run.a\n{typed}",
+        "src/tandem/run/d.py": "from tandem.run import c\n",
+    }
+    (line,) = complain(files)
+    assert line.startswith("src/tandem/run/a.py: ") and "run/a -> run/b -> run/a;" in line
 
 
 @pytest.mark.parametrize(
@@ -131,6 +147,7 @@ def test_lawful_tree(complain: Complain) -> None:
 def test_raised_budget(complain: Complain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A budget that cannot be raised by a line with a reason, or is raised without one."""
     monkeypatch.setattr(check, "NAMES_ALLOWED", {})
+    monkeypatch.setattr(check, "CIRCLES", {})
     files = {"src/tandem/run/x.py": "def long():\n" + "    pass\n" * 599}
     assert len(complain(files)) == 2
     monkeypatch.setattr(

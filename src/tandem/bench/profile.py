@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from tandem.engine.engine import Engine
-    from tandem.kernels.attention import Paths
+    from tandem.kernels.paths import Paths
     from tandem.kernels.weight import Weight
     from tandem.models.decoder import Decoder
     from tandem.models.fused import FusedForward

@@ -171,26 +171,26 @@ def processor(root: Path = Path("/")) -> tuple[str, frozenset[str]]:
 
 def check_compiler() -> Iterator[Finding]:
     """The compiler is tried on a program with OpenMP: a compiler without its library compiles nothing."""
-    from tandem.kernels import build
+    from tandem.kernels.build import load, toolchain
 
-    advice = f"Debian, Ubuntu: apt-get install g++; without one {build.REFERENCE_COST}"
-    path = build.compiler()
-    if path is None and not build.lacking():
-        yield Finding("compiler", "absent", f"{build.fault()}; the cache holds every kernel")
+    advice = f"Debian, Ubuntu: apt-get install g++; without one {load.REFERENCE_COST}"
+    path = toolchain.compiler()
+    if path is None and not load.lacking():
+        yield Finding("compiler", "absent", f"{toolchain.fault()}; the cache holds every kernel")
         return
     if path is None:
-        yield Finding("compiler", "slow", f"{build.fault()}; {build.lacking()}", advice)
+        yield Finding("compiler", "slow", f"{toolchain.fault()}; {load.lacking()}", advice)
         return
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "probe.cpp"
         source.write_text("#include <omp.h>\n#include <vector>\nint threads() { return omp_get_max_threads(); }\n")
-        command = [path, *build.FLAGS, "-o", f"{folder}/probe.so", str(source)]
+        command = [path, *load.FLAGS, "-o", f"{folder}/probe.so", str(source)]
         built = subprocess.run(command, capture_output=True, errors="replace", check=False)
     if built.returncode != 0:
         reason = (built.stderr.strip().splitlines() or ["no message"])[0]
         yield Finding("compiler", "slow", f"{path} cannot build with C++17 and OpenMP: {reason}", advice)
         return
-    yield Finding("compiler", "ok", build.version(path)[0])
+    yield Finding("compiler", "ok", toolchain.version(path)[0])
 
 
 def check_kernels() -> Iterator[Finding]:
@@ -198,26 +198,27 @@ def check_kernels() -> Iterator[Finding]:
     if _version("torch") is None:
         return
     from tandem.errors import KernelError
-    from tandem.kernels import build
+    from tandem.kernels import selfcheck  # noqa: F401  (registers the checks)
+    from tandem.kernels.build import load
 
     if env.kernels() == "reference":
         yield Finding(
             "matrix unit", "slow", "PyTorch's reference kernels, as TANDEM_KERNELS asks", "unset TANDEM_KERNELS"
         )
         return
-    if build.lacking():  # the compiler's line says it
+    if load.lacking():  # the compiler's line says it
         return
     passed, later = [], []
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the line says it
-            unit = build.matrix_unit()
-        cost = build.cost(unit)
+            unit = load.matrix_unit()
+        cost = load.cost(unit)
         advice = "use a processor with AVX-512 BF16 or AMX, or model.dtype=float32" if cost else ""
         yield Finding("matrix unit", "slow" if cost else "ok", f"{unit}; {cost}" if cost else unit, advice)
-        for name in build.names():
-            if build.is_compiled(name):
-                build.library(name)
+        for name in load.names():
+            if load.is_compiled(name):
+                load.library(name)
                 passed.append(name)
             else:
                 later.append(name)

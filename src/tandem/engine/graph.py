@@ -24,10 +24,11 @@ from torch import Tensor
 from tandem.engine.batch import Batch, Sampled
 from tandem.engine.rows import A, Here, StepRows, changed, sampling_of
 from tandem.errors import NonFiniteError
+from tandem.kernels.finite import raise_if_bad
 from tandem.kernels.gpu.attention import SPAN, TiledPaths, lay_tiles, tile_tokens
 from tandem.kernels.gpu.page_sum import PageSums
 from tandem.kernels.gpu.sample import pick
-from tandem.kernels.sample import SamplingBatch, raise_if_bad
+from tandem.kernels.sample import SamplingBatch
 from tandem.models.view import PagedView
 
 if TYPE_CHECKING:

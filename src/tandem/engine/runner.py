@@ -13,12 +13,12 @@ from tandem.engine.config import EngineConfig, KvDtype
 from tandem.engine.layout import KvLayout
 from tandem.engine.rows import Here, StepRows, changed, sampling_of
 from tandem.errors import NonFiniteError
-from tandem.kernels.attention import Paths
 from tandem.kernels.choice import backend
 from tandem.kernels.head import draw
 from tandem.kernels.large import give_back
 from tandem.kernels.page_pool import KvPool
 from tandem.kernels.page_sum import page_sums
+from tandem.kernels.paths import Paths
 from tandem.kernels.sample import SamplingBatch, kept_sets, sample
 from tandem.models.decoder import Decoder
 from tandem.models.fused import FusedForward, fits

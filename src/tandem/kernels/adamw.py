@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels.address import address
-from tandem.kernels.build import function, kernel
+from tandem.kernels.build.load import function, kernel
 from tandem.kernels.choice import backend
 
 

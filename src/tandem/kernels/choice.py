@@ -1,4 +1,5 @@
-"""Which kernel computes: the one place where reference, C++ and Triton are chosen between."""
+"""Which kernel computes: Triton or this processor's. Of these an operation runs C++, or where `build.load.kernel` has
+none for its dtype the PyTorch reference beside it."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Literal
 import torch
 
 from tandem import env
-from tandem.kernels.build import SUFFIX, library
+from tandem.kernels.build.load import SUFFIX, library
 
 Backend = Literal["cpp", "triton", "reference"]
 

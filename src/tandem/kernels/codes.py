@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels.address import address, rows_address
-from tandem.kernels.build import function
+from tandem.kernels.build.load import function
 from tandem.kernels.large import large
 from tandem.numerics.quantise import Quantised
 

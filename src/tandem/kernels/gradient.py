@@ -10,7 +10,7 @@ import torch
 
 from tandem.kernels import library
 from tandem.kernels.address import address, rows_address
-from tandem.kernels.build import kernel
+from tandem.kernels.build.load import kernel
 from tandem.kernels.weight import Weight
 
 

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from tandem.kernels.address import rows_address
-from tandem.kernels.build import kernel
+from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
+from tandem.kernels.finite import raise_if_bad
 from tandem.kernels.linear import logits
-from tandem.kernels.sample import SamplingBatch, raise_if_bad, sample
+from tandem.kernels.sample import SamplingBatch, sample
 from tandem.kernels.weight import Weight, matrix_addresses
 from tandem.numerics.random import Stream
 

@@ -11,7 +11,7 @@ import torch
 
 from tandem.kernels import codes, library
 from tandem.kernels.address import address, rows_address
-from tandem.kernels.build import function, kernel
+from tandem.kernels.build.load import function, kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.gradient import accumulate, input_gradient
 from tandem.kernels.weight import Weight, packed_size

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels.address import address, check_range, rows_address
-from tandem.kernels.build import kernel
+from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.large import large
 from tandem.kernels.linear import linear_reference

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tandem.kernels.address import address, rows_address
-from tandem.kernels.build import kernel
+from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.weight import Weight
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels.address import address, check_range, rows_address
-from tandem.kernels.build import SUFFIX, kernel
+from tandem.kernels.build.load import SUFFIX, kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.large import large
 from tandem.kernels.rotary import rotate_, store_

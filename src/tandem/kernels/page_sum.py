@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels.address import address, check_range
-from tandem.kernels.build import function
+from tandem.kernels.build.load import function
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 

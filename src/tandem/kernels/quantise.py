@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels.address import address
-from tandem.kernels.build import kernel
+from tandem.kernels.build.load import kernel
 from tandem.numerics import quantise as reference
 from tandem.numerics.quantise import LARGEST, Quantised, check_scales
 

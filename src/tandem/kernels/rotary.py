@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tandem.kernels.address import address, check_range, rows_address
-from tandem.kernels.build import kernel
+from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.numerics.quantise import E4M3_MAX, to_e4m3, to_int8
 

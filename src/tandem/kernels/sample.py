@@ -20,7 +20,6 @@ reference runs, on both sides: equal to itself, but not to the bits of the C++.
 from __future__ import annotations
 
 import ctypes
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -30,9 +29,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tandem.errors import NonFiniteError
-from tandem.kernels.build import library
+from tandem.kernels.build.load import library, remembered
 from tandem.kernels.choice import backend
+from tandem.kernels.finite import raise_if_bad
 from tandem.numerics import random
 from tandem.numerics.random import Stream
 
@@ -283,29 +282,7 @@ def _filters(batch: SamplingBatch) -> tuple[int, int, int, int]:
     return tuple(array.ctypes.data for array in arrays)  # type: ignore[return-value]
 
 
-def raise_if_bad(logits_SV: Tensor, row: int) -> None:
-    """NonFiniteError for a row that cannot be drawn from; nothing where `row` is negative."""
-    if row < 0:
-        return
-    logits_V = logits_SV[row]
-    nan, positive = int(logits_V.isnan().sum()), int((logits_V == float("inf")).sum())
-    cause = (
-        f"{nan} NaN"
-        if nan
-        else f"{positive} +infinity"
-        if positive
-        else "only -infinity"
-        if bool((logits_V == float("-inf")).all())
-        else "values that overflow when divided by the temperature"
-    )
-    raise NonFiniteError(
-        f"logits row {row} of {logits_SV.shape[0]} holds {cause} (vocabulary {logits_SV.shape[1]}): "
-        "no token can be drawn. The weights or activations are not finite: after an update, see its loss and gradient; "
-        "before any, check the model's files."
-    )
-
-
-@functools.cache
+@remembered
 def _compiled() -> ctypes.CDLL | None:
     compiled = library("sample")
     return None if compiled is None else declare(compiled)

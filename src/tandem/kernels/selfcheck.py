@@ -2,25 +2,23 @@
 
 A compiler, a processor or a virtual machine that gets one instruction wrong is found here and not in a reward curve.
 Bounds of error are those of the tests, widened for references in fp32: E = 2^-24 of every fp32 operation of a sum, U of
-one rounding to the compute dtype. A row's bits must not hang on the rows beside it. `build.library` calls this and
-keeps the mark.
+one rounding to the compute dtype. A row's bits must not hang on the rows beside it. `build/load.py` runs these,
+which are registered when this module is imported, and keeps the mark.
 """
 
 from __future__ import annotations
 
-import ctypes
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from tandem.errors import KernelError
+from tandem import env
 from tandem.kernels import (
     adamw,
     attention,
-    build,
     codes,
     gradient,
     head,
@@ -34,91 +32,21 @@ from tandem.kernels import (
     sample,
     swiglu,
 )
+from tandem.kernels.build import load
+from tandem.kernels.build.check import CHECKS, Comparison, E, normal
 from tandem.kernels.sample import SamplingBatch
 from tandem.kernels.weight import Weight
 from tandem.numerics import quantise as rounding
 from tandem.types import Sampling
 
-E = 2.0**-24
 U = {torch.float32: E, torch.bfloat16: 2.0**-8}
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Comparison:
-    """What came out and what should have.
-
-    >>> Comparison("sums", torch.ones(2), torch.tensor([1.0, 1.5]), 0.25).excess
-    0.25
-    """
-
-    what: str
-    got: Tensor
-    wanted: Tensor
-    bound: Tensor | float = 0.0  # of |got - wanted|, element by element
-
-    @property
-    def difference(self) -> float:
-        return float((self.got.double() - self.wanted.double()).abs().max())
-
-    @property
-    def excess(self) -> float:
-        """How far the worst element lies outside its bound; NaN where something is not finite."""
-        return float(((self.got.double() - self.wanted.double()).abs() - self.bound).max())
-
-
-def check(name: str, unit: str) -> None:
-    """KernelError where the library `name` fails."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):
-        _judge(name, unit, CHECKS[name]())
-
-
-def check_unit(loaded: ctypes.CDLL, unit: str) -> None:
-    """`check` of unit.cpp, which all other libraries share the micro-kernel of."""
-    _judge("unit", unit, _unit(loaded))
-
-
-def _judge(name: str, unit: str, comparisons: Iterable[Comparison]) -> None:
-    for each in comparisons:
-        if not each.excess <= 0:
-            raise KernelError(
-                f"the kernel {name}.cpp, compiled by {build.compiler() or 'an earlier compiler'}, fails its self-check "
-                f"on {build.processor_name()} ({unit}): {each.what} is off by {each.difference:.3g}. Report this line; "
-                "meanwhile TANDEM_KERNELS=reference runs the slow PyTorch kernels."
-            )
-
-
-def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _unit(loaded: ctypes.CDLL) -> Iterator[Comparison]:
-    """Depths with and without a rest of 32 inputs; rows that fill tiles, and do not; sums that go on."""
-    pointer, size = ctypes.c_void_p, ctypes.c_int64
-    loaded.multiply_bf16.argtypes = [pointer, size, size, pointer, size, pointer, size]
-
-    def multiply(x_TK: Tensor, panel: Tensor, out: Tensor, add: int) -> None:
-        pointers = (x_TK.data_ptr(), x_TK.stride(0), len(x_TK), panel.data_ptr(), x_TK.shape[1], out.data_ptr(), add)
-        loaded.multiply_bf16(*pointers)
-
-    for depth in (64, 582):
-        x_TK, weight_NK = (_normal(n, depth, dtype=torch.bfloat16, seed=n) for n in (45, 64))
-        panel = weight_NK.view(64, depth // 2, 2).transpose(0, 1).contiguous()
-        wanted, sums = x_TK.double() @ weight_NK.double().T, x_TK.double().abs() @ weight_NK.double().abs().T
-        out, alone = torch.empty(45, 64), torch.empty(1, 64)
-        multiply(x_TK, panel, out, 0)
-        yield Comparison(f"a product of depth {depth}", out, wanted, (depth + 4) * E * sums)
-        for row in (0, 17, 44):
-            multiply(x_TK[row : row + 1], panel, alone, 0)
-            yield Comparison("a row alone", alone[0], out[row])
-        multiply(x_TK, panel, out, 1)
-        yield Comparison("a sum that goes on", out, 2 * wanted, (3 * depth + 8) * E * sums)
-
-
 def _linear() -> Iterator[Comparison]:
     for dtype in DTYPES:
-        x, residual = (_normal(37, n, dtype=dtype, seed=n) for n in (96, 130))
-        weight = Weight(_normal(130, 96, dtype=dtype, seed=1), matrix=True)
+        x, residual = (normal(37, n, dtype=dtype, seed=n) for n in (96, 130))
+        weight = Weight(normal(130, 96, dtype=dtype, seed=1), matrix=True)
         y, value = linear.linear(x, weight, None, residual), weight.value
         wanted = linear.linear_reference(x, value, None, residual).double()
         sums = x.double().abs() @ value.double().abs().T + residual.double().abs()
@@ -133,7 +61,7 @@ def _linear() -> Iterator[Comparison]:
 def _gradient() -> Iterator[Comparison]:
     """Rows beyond a strip, outputs beyond a panel."""
     for dtype in DTYPES:
-        x, dy, value = (_normal(*shape, dtype=dtype, seed=7) for shape in ((37, 96), (37, 130), (130, 96)))
+        x, dy, value = (normal(*shape, dtype=dtype, seed=7) for shape in ((37, 96), (37, 130), (130, 96)))
         grad, weight = torch.zeros(130, 96), Weight(value, matrix=True)
         gradient.accumulate(grad, dy, x)
         sums = dy.double().abs().T @ x.double().abs()
@@ -147,7 +75,7 @@ def _attention() -> Iterator[Comparison]:
     """Two paths that share their beginning, as rows of a pack; the engine's pages are checked with `page_store`."""
     for dtype in DTYPES:
         paths = attention.Paths.build([0, 70, 82], [0, 40], [[*range(70)], [*range(40), *range(70, 82)]], 1)
-        query, key, value, dout = (_normal(82, h, 64, dtype=dtype, seed=i) for i, h in enumerate((6, 2, 2, 6)))
+        query, key, value, dout = (normal(82, h, 64, dtype=dtype, seed=i) for i, h in enumerate((6, 2, 2, 6)))
         lse = torch.empty(82, 6)
         out = attention.attention(query, key, value, paths, lse_TH=lse)
         wide = [x.float().clone().requires_grad_() for x in (query, key, value)]
@@ -173,7 +101,7 @@ def _page_store() -> Iterator[Comparison]:
         torch.int8: lambda x, dtype: rounding.from_int8(*rounding.to_int8(x), dtype),
     }
     for dtype, stored in itertools.product(DTYPES, kept):
-        fused = _normal(40, 4, 64, dtype=dtype)
+        fused = normal(40, 4, 64, dtype=dtype)
         cos, sin = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(1)).unbind()
         positions, pool = torch.arange(40), page_pool.KvPool(4, 16, 1, 64, dtype, stored)
         slots = torch.tensor([2, 0, 3])[positions // 16] * 16 + positions % 16
@@ -192,8 +120,8 @@ def _page_store() -> Iterator[Comparison]:
 
 def _layer() -> Iterator[Comparison]:
     for dtype in DTYPES:
-        x, dy = (_normal(7, 200, dtype=dtype, seed=seed).requires_grad_() for seed in (0, 1))
-        dy, weight = dy.detach(), Weight(_normal(200, dtype=dtype, seed=2), matrix=False)
+        x, dy = (normal(7, 200, dtype=dtype, seed=seed).requires_grad_() for seed in (0, 1))
+        dy, weight = dy.detach(), Weight(normal(200, dtype=dtype, seed=2), matrix=False)
         weight.grad = torch.zeros(200)
         y = norm.rms_norm(x, weight, 1e-5)
         y.backward(dy)
@@ -203,20 +131,20 @@ def _layer() -> Iterator[Comparison]:
         assert x.grad is not None
         yield Comparison("a norm's gradient", x.grad, dx, (2 * U[dtype] + 64 * E) * float(dx.abs().max()))
         yield Comparison("its weight's gradient", weight.grad, dweight, 64 * E * float(dweight.abs().max()))
-        heads, positions = _normal(5, 3, 64, dtype=dtype, seed=3), torch.tensor([0, 3, 1, 4, 2])
+        heads, positions = normal(5, 3, 64, dtype=dtype, seed=3), torch.tensor([0, 3, 1, 4, 2])
         cos, sin = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(4)).unbind()
         wanted = rotary.rotate_reference(heads, positions, cos, sin)
         rotary.rotate_(heads, positions, cos, sin)
         yield Comparison("a rotation", heads, wanted, 2 * U[dtype] * wanted.double().abs() + 16 * E)
-        both = _normal(5, 96, dtype=dtype, seed=5)
+        both = normal(5, 96, dtype=dtype, seed=5)
         wanted = swiglu.swiglu_reference(both)
         yield Comparison("SwiGLU", swiglu.swiglu(both), wanted, (2 * U[dtype] + 32 * E) * wanted.double().abs())
 
 
 def _logprob() -> Iterator[Comparison]:
     for dtype in DTYPES:
-        hidden, targets = _normal(9, 64, dtype=dtype, seed=0), torch.arange(9) * 30
-        weight = Weight(_normal(300, 64, dtype=dtype, seed=1) / 8, matrix=True)
+        hidden, targets = normal(9, 64, dtype=dtype, seed=0), torch.arange(9) * 30
+        weight = Weight(normal(300, 64, dtype=dtype, seed=1) / 8, matrix=True)
         weight.grad = torch.zeros(300, 64)
         ours, leaf, value = (x.clone().requires_grad_() for x in (hidden, hidden.float(), weight.value.float()))
         logprobs, entropies = logprob.token_logprobs(ours, weight, targets, 0.7)
@@ -237,7 +165,7 @@ def _batch(temperatures: list[float], top_p: float) -> SamplingBatch:
 
 
 def _sample() -> Iterator[Comparison]:
-    logits = 3 * _normal(6, 700)
+    logits = 3 * normal(6, 700)
     for top_p in (1.0, 0.8):
         batch = _batch([0.0, 0.5, 0.7, 1.0, 1.0, 1.5], top_p)
         tokens, logprobs = sample.sample(logits, batch)
@@ -250,7 +178,7 @@ def _sample() -> Iterator[Comparison]:
 
 def _head() -> Iterator[Comparison]:
     for dtype in DTYPES:
-        weight, hidden = Weight(_normal(700, 64, dtype=dtype), matrix=True), _normal(7, 64, dtype=dtype, seed=1)
+        weight, hidden = Weight(normal(700, 64, dtype=dtype), matrix=True), normal(7, 64, dtype=dtype, seed=1)
         batch = _batch([0.0, 0.5, 0.7, 1.0, 1.0, 1.5, 1.0], 1.0)
         wanted = sample.sample(linear.logits(hidden, weight), batch)
         for what, got, other in zip(
@@ -262,7 +190,7 @@ def _head() -> Iterator[Comparison]:
 def _adamw() -> Iterator[Comparison]:
     hyper = adamw.Hyper(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=3, grad_scale=0.5)
     for dtype in DTYPES:
-        ours = [_normal(100, seed=seed).abs() if seed == 2 else _normal(100, seed=seed) for seed in range(4)]
+        ours = [normal(100, seed=seed).abs() if seed == 2 else normal(100, seed=seed) for seed in range(4)]
         wanted, value = [x.clone() for x in ours], torch.empty(100, dtype=dtype)
         adamw.adamw(ours[0], ours[1], ours[2], ours[3], value, hyper)
         adamw.adamw_reference(wanted[0], wanted[1], wanted[2], wanted[3], hyper)
@@ -275,7 +203,7 @@ def _adamw() -> Iterator[Comparison]:
 
 def _quantise() -> Iterator[Comparison]:
     for dtype in DTYPES:
-        matrix = _normal(9, 70, dtype=dtype)
+        matrix = normal(9, 70, dtype=dtype)
         for bits in (4, 8):
             got, wanted = quantise.quantise(matrix, bits, 32), rounding.quantise(matrix, bits, 32)
             yield Comparison("codes", got.codes_NK, wanted.codes_NK)
@@ -286,8 +214,8 @@ def _quantise() -> Iterator[Comparison]:
 def _codes() -> Iterator[Comparison]:
     """A matrix kept as codes stands for its values, and its products have the bits of theirs: few rows and many."""
     for bits in (4, 8):
-        quantised = rounding.quantise(_normal(70, 64, seed=bits), bits, 32)
-        matrix, x = codes.Codes(quantised), _normal(40, 64, dtype=torch.bfloat16)
+        quantised = rounding.quantise(normal(70, 64, seed=bits), bits, 32)
+        matrix, x = codes.Codes(quantised), normal(40, 64, dtype=torch.bfloat16)
         weight = Weight(rounding.dequantise(quantised, torch.bfloat16), matrix=True)
         yield Comparison("values", matrix.values(), weight.value)
         for rows in (1, 5, 40):
@@ -296,21 +224,15 @@ def _codes() -> Iterator[Comparison]:
 
 
 def _page_sum() -> Iterator[Comparison]:
-    pools = [_normal(5, 96, seed=seed) for seed in (0, 1)]
+    pools = [normal(5, 96, seed=seed) for seed in (0, 1)]
     got, wanted = page_sum.page_sums(pools, [4, 0, 2]), page_sum.page_sums_reference(pools, [4, 0, 2])
     low = [[total >> 32 for total in got] + [total & 0xFFFFFFFF for total in got]]
     high = [[total >> 32 for total in wanted] + [total & 0xFFFFFFFF for total in wanted]]  # exact in fp64
     yield Comparison("sums", torch.tensor(low), torch.tensor(high))
 
 
-def _loaded_unit() -> Iterator[Comparison]:
-    loaded = build.library("unit")
-    assert loaded is not None
-    return _unit(loaded)
-
-
 # forward.cpp composes what is checked here; it is called with whole decoders, which lie above this folder.
-CHECKS: dict[str, Callable[[], Iterable[Comparison]]] = {
+CHECKS |= {
     "adamw": _adamw,
     "attention": _attention,
     "codes": _codes,
@@ -324,5 +246,15 @@ CHECKS: dict[str, Callable[[], Iterable[Comparison]]] = {
     "page_sum": _page_sum,
     "quantise": _quantise,
     "sample": _sample,
-    "unit": _loaded_unit,
 }
+
+
+def build_all() -> None:
+    """Compile every kernel now, side by side, so that the first run does not wait for them, and check them."""
+    if not load.available():
+        return
+    flags = load._unit(load.FLAGS)[1]
+    with ThreadPoolExecutor(env.num_cores()) as pool:
+        list(pool.map(lambda name: load._compiled(name, flags), load.names()))
+    for name in load.names():
+        load.library(name)

@@ -1,4 +1,4 @@
-// What tile() multiplies bf16 with in this process, and tile() by itself, for the check that comes before all others (selfcheck.py).
+// What tile() multiplies bf16 with in this process, and tile() by itself, for the check that comes before all others (build/check.py).
 #include "tile.h"
 
 using namespace tandem;

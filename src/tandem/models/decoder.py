@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from tandem.errors import ConfigError, ModelError
+from tandem.kernels import selfcheck  # noqa: F401  (registers what every kernel is checked by when it is loaded)
 from tandem.kernels.address import check_range
 from tandem.kernels.choice import backend
 from tandem.kernels.linear import logits

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tandem.kernels.address import address, check_range
-from tandem.kernels.build import kernel
+from tandem.kernels.build.load import kernel
 from tandem.kernels.forward import FEW, ForwardArgs, GroupArgs, LayerArgs, MatrixArgs
 from tandem.kernels.page_pool import KvPool
 from tandem.kernels.weight import matrix_addresses

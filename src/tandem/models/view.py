@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from tandem.columns import Array
-from tandem.kernels.attention import Paths, attention, attention_backward, attention_reference, paged_attention
-from tandem.kernels.build import kernel
+from tandem.kernels.attention import attention, attention_backward, attention_reference, paged_attention
+from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.norm import unit_norm_, unit_norm_backward_, unit_norm_reference
 from tandem.kernels.page_pool import KvPool, rotate_store_
+from tandem.kernels.paths import Paths
 from tandem.kernels.rotary import rotate_, rotate_reference
 from tandem.types import Reach
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from tandem import env
 from tandem.engine.config import EngineConfig
 from tandem.engine.layout import KvLayout
-from tandem.kernels.build import lacking
+from tandem.kernels.build.load import lacking
 from tandem.models.config import ModelConfig
 from tandem.models.parts import SIZES, all_slots, expected_shapes
 from tandem.models.spec import ModelSpec

@@ -16,7 +16,7 @@ from tandem.engine.engine import Engine
 from tandem.engine.layout import KvLayout
 from tandem.engine.runner import DecoderRunner, dtype_name
 from tandem.errors import ConfigError, ModelError, TandemWarning
-from tandem.kernels.build import matrix_unit
+from tandem.kernels.build.load import matrix_unit
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.codes import described, hold_codes
 from tandem.models.config import ModelConfig

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tandem import env
 from tandem.errors import ConfigError
-from tandem.kernels.build import lacking
+from tandem.kernels.build.load import lacking
 from tandem.types import Reach
 
 if TYPE_CHECKING:

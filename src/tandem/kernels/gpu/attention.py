@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tandem.kernels.attention import EVERYTHING, Paths
 from tandem.kernels.gpu.rotary import row_stride
 from tandem.kernels.gpu.tiles import multiprocessors
+from tandem.kernels.paths import EVERYTHING, Paths
 from tandem.types import Reach
 
 TILE, BLOCK, SPAN = 64, 64, 512  # rows of a program; keys reduced at a time and folded at a time, by absolute position

@@ -15,9 +15,9 @@ import torch
 import triton
 import triton.language as tl
 
-from tandem.kernels.attention import EVERYTHING, Paths
 from tandem.kernels.gpu.attention import BLOCK, TILE, lay_tiles, tile_tokens
 from tandem.kernels.gpu.rotary import row_stride
+from tandem.kernels.paths import EVERYTHING, Paths
 from tandem.types import Reach
 
 WARPS, STAGES = 4, 2

@@ -7,14 +7,19 @@ order: ties go to the lowest id. Nothing that `pick` does waits for the device.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tandem.kernels.sample import SamplingBatch, raise_if_bad
+from tandem.kernels.finite import raise_if_bad
 from tandem.numerics.random import Stream
+
+if TYPE_CHECKING:
+    from tandem.kernels.sample import SamplingBatch
 
 BLOCK = 2048  # of the vocabulary; a multiple of 4, the words of one counter
 WARPS = 4

@@ -9,7 +9,7 @@ The libraries have a plain C interface and are called through ctypes: they depen
 without an OpenMP runtime and find torch's, which torch loads globally, so that kernels and torch share one pool of
 threads.
 
-A compiled file is checked against its reference when it is first loaded (selfcheck.py); a mark beside it says that it
+A compiled file is checked against its reference when it is first loaded (check.py); a mark beside it says that it
 passed, so that later starts only read the mark.
 """
 
@@ -20,99 +20,26 @@ import ctypes
 import functools
 import hashlib
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from tandem import env
 from tandem.errors import KernelError, TandemWarning
+from tandem.kernels.build.toolchain import REFERENCE, compile_file, compiler, fault, processor_flags, version
 
 if TYPE_CHECKING:
     import torch
 
-SOURCES = Path(__file__).parent
+P = ParamSpec("P")
+T = TypeVar("T")
+
+SOURCES = Path(__file__).parents[1]
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
-REFERENCE = "run the slow PyTorch kernels with TANDEM_KERNELS=reference"
 # 2 cores of a Zen 5, bf16, SmolLM2-135M: 1 to 64 sequences; packs of 1,024 to 4,096 tokens, and steps of GRPO.
 REFERENCE_COST = "a decode step takes 10 to 70 times as long, a training step 5 to 20 times"
-ANSWER_S = 30.0  # for a compiler to say its version
 HASH_BYTES = hashlib.sha256().digest_size
-
-
-def _compilers() -> list[str]:
-    return [path for path in map(shutil.which, ("g++", "clang++")) if path]
-
-
-def compiler() -> str | None:
-    """Path of the first C++ compiler that says its version, or None."""
-    return next((path for path in _compilers() if version(path)[0]), None)
-
-
-def fault() -> str:
-    """Why no compiler works; where `compiler` is None."""
-    return "; ".join(version(path)[1] for path in _compilers()) or "no g++ and no clang++ in PATH"
-
-
-@functools.cache
-def version(path: str) -> tuple[str, str]:
-    """(what a compiler says of its version, in one line; "" where it does not work, then why)."""
-    command = [path, "--version"]
-    try:
-        asked = subprocess.run(command, capture_output=True, errors="replace", timeout=ANSWER_S, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return "", f"{path} does not run: {error}"
-    lines = asked.stdout.strip().splitlines()
-    if asked.returncode == 0 and lines:
-        return lines[0], ""
-    said = (asked.stderr.strip() or asked.stdout.strip() or "nothing").splitlines()[0]
-    return "", f"{path} --version exits with {asked.returncode} and says {said}"
-
-
-@functools.cache
-def _processor() -> str:
-    """What -march=native resolves from: the processor's model and flags."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
-
-
-def processor_name() -> str:
-    """The processor's model as it calls itself."""
-    named = [line.partition(":")[2].strip() for line in _processor().splitlines() if line.startswith("model name")]
-    return named[0] if named else platform.machine()
-
-
-def _compile(cxx: str, flags: tuple[str, ...], source: Path, target: Path) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # In a folder of its own the compiler makes the file, so that it has the modes that the umask gives.
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            scratch = Path(folder) / target.name
-            command = [cxx, *flags, f"-I{SOURCES}", "-o", str(scratch), str(source)]
-            # g++ -shared leaves the OpenMP symbols open; libgomp is already global through torch.
-            result = subprocess.run(command, capture_output=True, errors="replace", check=False)
-            if result.returncode != 0:
-                raise KernelError(
-                    f"kernel {source.name} does not compile with {cxx}:\n{result.stderr.strip()[:2000]}\n"
-                    f"Install a C++17 compiler (Debian: apt-get install g++), or {REFERENCE}."
-                )
-            digest = hashlib.sha256(scratch.read_bytes()).digest()
-            with scratch.open("ab") as file:
-                file.write(digest)
-            os.replace(scratch, target)
-    except OSError as error:
-        raise KernelError(
-            f"the compiled kernels cannot be kept in {target.parent}: {error}. Set TANDEM_CACHE to a folder that can "
-            f"be written, or {REFERENCE}."
-        ) from error
 
 
 def _whole(path: Path) -> bool:
@@ -150,7 +77,7 @@ def _stem(name: str, flags: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
     for path in (SOURCES / f"{name}.cpp", *sorted(SOURCES.glob("*.h"))):
         digest.update(path.read_bytes())
-    for part in (" ".join(flags), _processor()):
+    for part in (" ".join(flags), processor_flags()):
         digest.update(part.encode())
     return f"{name}-{digest.hexdigest()[:16]}"
 
@@ -193,7 +120,7 @@ def _compiled(name: str, flags: tuple[str, ...]) -> Path:
                 f"the kernel {target} is missing or damaged, and no C++ compiler works here: {fault()}. Install one "
                 f"(Debian: apt-get install g++), or {REFERENCE}."
             )
-        _compile(cxx, flags, SOURCES / f"{name}.cpp", target)
+        compile_file(cxx, flags, SOURCES / f"{name}.cpp", target)
     return target
 
 
@@ -229,9 +156,9 @@ def _unit(wanted: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
         try:
             if refusal:
                 raise KernelError(refusal)
-            from tandem.kernels import selfcheck
+            from tandem.kernels.build import check
 
-            selfcheck.check_unit(loaded, unit)
+            check.check_unit(loaded, unit)
         except KernelError as error:
             if unit != "amx":
                 raise
@@ -272,6 +199,20 @@ def matrix_unit() -> str:
 
 
 _under_check: dict[str, ctypes.CDLL] = {}
+_derived: list[Callable[[], None]] = []
+
+
+def remembered(derive: Callable[P, T]) -> Callable[P, T]:
+    """functools.cache of what is derived from a library, as long as the library is."""
+    cached = functools.cache(derive)
+    _derived.append(cached.cache_clear)
+    return cached  # type: ignore[return-value]
+
+
+def forget() -> None:
+    """Load every library anew at its next call."""
+    for clear in (library.cache_clear, *_derived):
+        clear()
 
 
 @functools.cache
@@ -298,14 +239,13 @@ def library(name: str) -> ctypes.CDLL | None:
 
 def _check(name: str, unit: str, loaded: ctypes.CDLL) -> None:
     """The library's self-check; where it fails, nothing of it stays in reach."""
-    from tandem.kernels import sample, selfcheck
+    from tandem.kernels.build import check
 
     _under_check[name] = loaded
     try:
-        selfcheck.check(name, unit)
+        check.check(name, unit)
     except KernelError as error:
-        for cached in (library, function, sample._compiled):
-            cached.cache_clear()
+        forget()
         if unit == "amx":
             _refuse(compiled_path("unit", FLAGS), compiled_path(name, FLAGS), str(error))
             raise KernelError(f"{error} Or start again: AVX-512 then takes AMX's place.") from error
@@ -344,7 +284,7 @@ def cost(unit: str) -> str:
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
 
 
-@functools.cache
+@remembered
 def function(library_name: str, name: str, signature: str) -> Callable[..., None] | None:
     """The C function `name`, or None where kernels are lacking. `signature`: p pointer, i int64, f float, d double."""
     loaded = library(library_name)
@@ -373,14 +313,3 @@ def names() -> list[str]:
 def is_compiled(name: str) -> bool:
     """Whether `library` finds the file compiled; where `available`."""
     return _whole(compiled_path(name, _unit(FLAGS)[1]))
-
-
-def build_all() -> None:
-    """Compile every kernel now, side by side, so that the first run does not wait for them, and check them."""
-    if not available():
-        return
-    flags = _unit(FLAGS)[1]
-    with ThreadPoolExecutor(env.num_cores()) as pool:
-        list(pool.map(lambda name: _compiled(name, flags), names()))
-    for name in names():
-        library(name)
