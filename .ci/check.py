@@ -38,7 +38,6 @@ FREE = {"", "__init__", "__main__"}  # the package's own front door
 
 # A module of a circle of imports that may stand for now -> why.
 CIRCLES: dict[str, str] = {
-    "engine/graph": "the runner's step takes its place on a device",
     "study/figure": "draws the result that asks for it",
     "bench/beside": "what runs beside takes its figures from the sweep",
 }
