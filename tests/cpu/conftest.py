@@ -28,7 +28,7 @@ from tandem.models.parts import expected_shapes
 from tandem.models.spec import ModelSpec
 from tandem.models.view import PackView
 from tandem.numerics.compare import difference
-from tandem.train.reference import score
+from tandem.train.score import score
 from tandem.types import Completion, Request, Sample, Sampling, WeightVersion
 from tests.samples import sample_of
 

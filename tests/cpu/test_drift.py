@@ -21,7 +21,7 @@ from tandem.errors import AlarmError, ConfigError, ParityError
 from tandem.models.decoder import Decoder
 from tandem.numerics.digest import tensor_digest
 from tandem.train.config import LearnerConfig
-from tandem.train.reference import with_logprobs
+from tandem.train.score import with_logprobs, with_sources
 from tandem.train.step import Learner
 from tandem.types import Sample
 from tests.samples import column, having, trained, without
@@ -291,6 +291,31 @@ def test_lag_is_staleness(kernel_path, make_decoder: MakeDecoder) -> None:
     report = step(learner, list(stale))
     assert report.error_budget["staleness"] > 1e-3
     assert {report.error_budget[name] for name in ("mismatch", "sampling", "masking")} == {0.0}
+
+
+def test_each_token_is_scored_by_the_version_that_sampled_it(kernel_path, make_decoder: MakeDecoder) -> None:
+    """A batch of two versions scored by one: staleness booked as mismatch; or a split that nobody can know is shown."""
+    old, decoder = make_decoder(), make_decoder()
+    step(learner_of(decoder), samples_by(decoder))
+    _, _, *older = samples_by(old)
+    first, second, *_ = samples_by(decoder)
+    (place,) = trained(second)[-1:]  # this one began under the old weights and ended under the new
+    under_old = with_logprobs("source_logprobs", old, [second], count_prompts([second]), 10_000, 1.0)[0]
+    begun = column(under_old, "source_logprobs")
+    begun[place] = column(second, "logprobs")[place]
+    by_token = [4 if at == place else 2 for at in range(len(second.columns))]
+    samples = [having(first, versions=[4] * len(first.columns)), having(second, versions=by_token, logprobs=begun)]
+    samples += [having(sample, versions=[2] * len(sample.columns)) for sample in older]
+    totals = count_prompts(samples)
+    found = with_sources({4: decoder, 2: old}, samples, totals, 40, 1.0)
+    for sample, scored in zip(samples, found, strict=True):
+        assert column(scored, "source_logprobs") == column(sample, "logprobs")
+    learner = learner_of(decoder)
+    unknown = step(learner_of(decoder, lr=0.0), list(with_sources({4: decoder}, samples, totals, 40, 1.0)))
+    assert all(math.isnan(unknown.error_budget[name]) for name in ("staleness", "mismatch"))
+    assert math.isfinite(unknown.metrics["k3"]) and unknown.error_budget["sampling"] == 0.0
+    report = step(learner, list(found))
+    assert report.error_budget["mismatch"] == 0.0 and report.error_budget["staleness"] > 1e-3
 
 
 def test_noise_is_mismatch(kernel_path, make_decoder: MakeDecoder) -> None:

@@ -20,7 +20,7 @@ from tandem.models.spec import LayerAttention
 from tandem.numerics.compare import same_bits
 from tandem.numerics.digest import tensor_digest
 from tandem.train.config import LearnerConfig
-from tandem.train.reference import with_logprobs
+from tandem.train.score import with_logprobs
 from tandem.train.step import Learner, score
 from tandem.types import Reach, Sample
 from tests.samples import SCORED, column, having, owners_of

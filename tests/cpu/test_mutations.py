@@ -436,7 +436,7 @@ def as_they_came(patch: Patch) -> None:
 
 
 LINEAR, NORM = "tandem.models.layer.linear", "tandem.models.layer.rms_norm"
-STORE, SCORES = "tandem.models.view.rotate_store_", "tandem.train.reference.token_logprobs"
+STORE, SCORES = "tandem.models.view.rotate_store_", "tandem.train.score.token_logprobs"
 HEAD = "tandem.kernels.logprob._score"
 
 MUTATIONS: dict[str, Mutation] = {

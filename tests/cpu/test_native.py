@@ -27,7 +27,7 @@ from tandem.models.spec import ModelSpec
 from tandem.models.view import PackView, PagedView
 from tandem.numerics.quantise import dequantise as dequantise_reference
 from tandem.numerics.quantise import quantise as quantise_reference
-from tandem.train.reference import score
+from tandem.train.score import score
 from tandem.types import Request, Sampling
 
 COLUMNS, DEPTH, HEADS, KV_HEADS, SIZE, PAGE = 70, 32, 4, 2, 8, 4

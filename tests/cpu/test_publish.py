@@ -15,8 +15,10 @@ from tandem.kernels.build.toolchain import compiler
 from tandem.kernels.quantise import dequantise, quantise
 from tandem.models.decoder import Decoder
 from tandem.numerics.compare import same_bits
+from tandem.numerics.digest import tensor_hashes
 from tandem.sync.publish import Publisher, weight_version
-from tandem.types import Request, Sampling
+from tandem.sync.receive import BITS, POLICY, Copied, Shared, Weights
+from tandem.types import Request, Sampling, WeightVersion
 
 NEEDS_COMPILER = pytest.mark.skipif(compiler() is None, reason="without a compiler nothing is packed")
 
@@ -30,7 +32,15 @@ def publisher(make_decoder):
     return lambda lag=0, **departures: make_publisher(make_decoder(dtype="bfloat16"), lag, **departures)
 
 
-def make_publisher(learner: Decoder, lag: int, **departures) -> Publisher:
+class Ours(Publisher):
+    """A publisher, and what lies beyond its receivers."""
+
+    def __init__(self, learner, receivers, serving, source, engine, exact) -> None:
+        super().__init__(learner, receivers)
+        self.serving, self.source, self.engine, self.exact_engine = serving, source, engine, exact
+
+
+def make_publisher(learner: Decoder, lag: int, **departures) -> Ours:
     config = EngineConfig(page_tokens=4, max_sequences=4, batch_tokens=64, **departures)
     spec = learner.spec
     rounded = config.weights != "same" or config.dtype != "same"
@@ -41,7 +51,11 @@ def make_publisher(learner: Decoder, lag: int, **departures) -> Publisher:
     exact = engine
     if serving is not learner:
         exact = engine_on(learner, EngineConfig(page_tokens=4, max_sequences=4, batch_tokens=64))
-    return Publisher(learner, serving, source, engine, exact, lag)
+    receivers = [Shared("exact", learner, exact)]
+    if serving is not learner:
+        bits, group = BITS.get(config.weights, 0), config.weight_group
+        receivers.append(Copied("copied", serving, engine, bits=bits, group=group, lag=lag, source=source))
+    return Ours(learner, receivers, serving, source, engine, exact)
 
 
 def update(ours: Publisher, step: int) -> None:
@@ -209,3 +223,64 @@ def _keys(engine: Engine, tokens) -> list[bytes]:
     keys: list[bytes] = []
     extend_keys(keys, root_key(engine.version), tokens, 4)
     return keys
+
+
+@NEEDS_COMPILER
+def test_two_engines_take_each_version(make_decoder, monkeypatch):
+    """A publisher that knows one engine: the other goes on with old weights, or nobody checks what it got."""
+    learner = make_decoder(dtype="bfloat16")
+    config = EngineConfig(page_tokens=4, max_sequences=4, batch_tokens=64)
+    decoders = [Decoder(learner.spec, "bfloat16") for _ in range(2)]
+    engines = [engine_on(decoder, config) for decoder in decoders]
+    publisher = Publisher(
+        learner, [Copied("first", decoders[0], engines[0]), Copied("second", decoders[1], engines[1], bits=8, group=32)]
+    )
+    for step in range(2):
+        version = publisher.publish(step)
+        assert [engine.version for engine in engines] == [version] * 2
+        for name, weight in learner.weights():
+            assert same_bits(dict(decoders[0].weights())[name].served(), weight.value)
+        update(publisher, step + 1)
+    target = dict(decoders[1].weights())["layers.1.down"]
+    hold, repack = type(target).hold, type(target).repack
+    monkeypatch.setattr(type(target), "hold", lambda self, sent: self is target or hold(self, sent))
+    monkeypatch.setattr(type(target), "repack", lambda self: None if self is target else repack(self))
+    with pytest.raises(DeliveryError, match=r"after update 2 second serves other .* in 1 of .* layers\.1\.down\."):
+        publisher.publish(2)
+    assert [engine.version.step for engine in engines] == [2, 1]
+
+
+@pytest.mark.parametrize("departures", [{}, {"weights": "int8"}])
+def test_a_tensor_changed_on_the_way_is_found(make_decoder, departures):
+    """A receiver that checks only its own work: a damaged message is served, its hash being that of the damage."""
+    learner = make_decoder(dtype="bfloat16")
+    decoder = Decoder(learner.spec, "bfloat16")
+    engine = engine_on(decoder, EngineConfig(page_tokens=4, max_sequences=4, batch_tokens=64))
+    receiver = Copied("far", decoder, engine, bits=BITS.get(departures.get("weights"), 0), group=32)
+    tensors = {name: weight.value.clone() for name, weight in learner.weights()}
+    sent = Weights(tensors, tensor_hashes(tensors))
+    tensors["layers.0.qkv"][1, 2] += 1.0
+    with pytest.raises(DeliveryError, match=r"after update 3 far .* in 1 of .* layers\.0\.qkv\."):
+        receiver.receive(WeightVersion(3, "3"), {POLICY: sent})
+    with pytest.raises(DeliveryError, match="far was sent the weights adapter, policy; it serves policy alone"):
+        receiver.receive(WeightVersion(3, "3"), {POLICY: sent, "adapter": sent})
+    assert engine.version.step == 0
+
+
+def test_shared_weights_do_not_change_under_what_runs(publisher):
+    """An update of the learner in the middle of a sequence that runs on the same memory."""
+    ours = publisher()
+    ours.publish(0)
+    ours.engine.submit(Request("a", "a", (3, 4, 5), Sampling(max_new_tokens=2), seed=1))
+    with pytest.raises(AssertionError, match="weights changed under running requests"):
+        ours.publish(1)
+
+
+def test_a_version_is_scored_by_a_decoder_that_has_it(publisher):
+    """Samples of one version scored by another's weights: the split into staleness and mismatch is wrong."""
+    ours = publisher(2, weights="int8")
+    for step in range(4):
+        update(ours, step)
+        ours.publish(step)
+    sources = ours.sources()
+    assert set(sources) == {3, 1} and sources[3] is ours.learner and sources[1] is ours.source

@@ -119,7 +119,8 @@ def saved(folder: Path) -> dict[str, bytes]:
     newest = max((folder / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))
     files = {str(path.relative_to(newest)): path.read_bytes() for path in newest.rglob("*") if path.is_file()}
     state, manifest = json.loads(files.pop("state.json")), json.loads(files.pop("manifest.json"))
-    state.pop("ledger")
+    for name in ("ledger", "clock"):
+        state["parts"].pop(name)
     manifest["xxh3_128"].pop("state.json")
     return {**files, "state": json.dumps([newest.name, state, manifest]).encode()}
 

@@ -195,7 +195,6 @@ def test_metrics_survive_a_torn_line_and_rewind(tmp_path):
         for step in range(6):
             folder.append_metrics({"step": step, "reward": step / 10, "loss": float("nan")})
             folder.write_trajectories(step, [{"text": "\u2028é", "reward": float("inf")}])
-        folder.append_journal({"fact": "dispatch"})
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "rew')
     with RunFolder.open(path) as folder:
@@ -211,7 +210,6 @@ def test_metrics_survive_a_torn_line_and_rewind(tmp_path):
     assert rows[0]["loss"] is None
     assert sorted(entry.name for entry in (path / "trajectories").iterdir()) == [f"step-{n}.jsonl" for n in range(4)]
     assert json.loads((path / "trajectories/step-0.jsonl").read_text()) == {"text": "\u2028é", "reward": None}
-    assert lines(path / "journal.jsonl") == [{"fact": "dispatch"}]
 
 
 def test_what_is_set_aside_is_never_lost_or_counted_twice(tmp_path):

@@ -44,7 +44,9 @@ def test_ledger_closes_without_remainder(shapes, in_flight, steps, spare_s):
         ledger.spend(seconds)
     claimed = sum(seconds.get(name, 0.0) for seconds in steps for name in ("rollout", "learner", "update"))
     total = sum(expected.values()) + in_flight
-    closed = Ledger.restore(json.loads(json.dumps(ledger.state()))).close({"main": claimed + spare_s}, total)
+    resumed = Ledger()
+    resumed.restore(json.loads(json.dumps(ledger.state())))
+    closed = resumed.close({"main": claimed + spare_s}, total)
     assert closed["tokens"] == expected | {"in_flight": in_flight, "total": total}
     phases = dict(closed["nanoseconds"]["main"])
     wall = phases.pop("wall")

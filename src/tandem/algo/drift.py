@@ -45,7 +45,7 @@ class Observations:
 
     learner_N: Array
     behaviour_N: Array
-    source_N: Array  # the learner's where the weights are not stale
+    source_N: Array  # the learner's where the weights are not stale; nan: unknown
     unfiltered_N: Array  # the behaviour's where nothing was filtered
     gradient_N: Array  # |d loss / d log p|
     masked_N: Array  # bool
@@ -108,7 +108,9 @@ class Drift:
     """
 
     metrics: dict[str, float]
-    error_budget: dict[str, float]  # nats a token by cause (staleness, mismatch, sampling); masking is a share
+    error_budget: dict[
+        str, float
+    ]  # nats a token by cause (staleness, mismatch, sampling); masking is a share; nan: unknown
     by_length: tuple[dict[str, float], ...]  # a row a decile of the samples, shortest first
     per_sample: dict[str, dict[str, float]]  # metric -> sample id -> its contribution
 
@@ -196,6 +198,7 @@ class _Tokens:
         return float(weights.sum() ** 2 / (len(weights) * np.square(weights).sum()))
 
     def error_budget(self) -> dict[str, float]:
+        """Staleness and mismatch are nan where a token's source is unknown: the split of a part is not the whole's."""
         return {
             "staleness": _mean(np.abs(self.learner - self.source)),
             "mismatch": _mean(np.abs(self.source - self.behaviour)),

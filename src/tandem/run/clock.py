@@ -1,11 +1,14 @@
-"""The time that a run's chat templates see: that of its start, kept in its plan.json, so that a prompt with a date is
-the same after a resume, and in an evaluation of the run."""
+"""A run's two times: that of its start, which chat templates see (in plan.json, so that a prompt with a date stays
+the same after a resume and in an evaluation of the run), and how long it has run, all sittings."""
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from tandem.errors import RunFolderError
 
@@ -20,3 +23,20 @@ def started(folder: Path) -> datetime | None:
         raise RunFolderError(
             f"{path} is damaged ({error}), so the date of the run's prompts is lost. Restore it, or start a new run."
         ) from error
+
+
+class WallClock:
+    """Seconds that a run has taken, earlier sittings included; `now` is a time on time.perf_counter's clock."""
+
+    def __init__(self) -> None:
+        self.earlier_s = 0.0
+        self.started_s = time.perf_counter()
+
+    def seconds(self, now: float | None = None) -> float:
+        return self.earlier_s + (time.perf_counter() if now is None else now) - self.started_s
+
+    def state(self) -> dict[str, Any]:
+        return {"wall_s": self.seconds()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.earlier_s = float(state["wall_s"])

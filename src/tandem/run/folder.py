@@ -1,12 +1,12 @@
 """A run's folder: one writer, files that survive a crash, checkpoints that are whole or absent.
 
-    config.json  plan.json  metrics.jsonl  journal.jsonl  ledger.json  trajectories/step-N.jsonl
+    config.json  plan.json  metrics.jsonl  ledger.json  trajectories/step-N.jsonl
     checkpoints/step-N/  set_aside/after-step-N.K/  report.html  *.png
 
 Invariants:
 - While a `RunFolder` is open no other process can open it for writing; the lock dies with its process.
 - `checkpoints/step-N` is complete wherever it exists: it was written aside, synced, then renamed.
-- Every line of metrics.jsonl and journal.jsonl but the last is whole; a torn last line is dropped on opening.
+- Every line of metrics.jsonl but the last is whole; a torn last line is dropped on opening.
 """
 
 from __future__ import annotations
@@ -137,10 +137,6 @@ class RunFolder:
         assert "step" in row, sorted(row)
         self._append("metrics.jsonl", row)
 
-    def append_journal(self, fact: Mapping[str, Any]) -> None:
-        """Add a scheduling fact."""
-        self._append("journal.jsonl", fact)
-
     def write_plan(self, plan: Mapping[str, Any]) -> None:
         """What the program decided: plan.json."""
         _write_json(self.path / "plan.json", plan)
@@ -151,9 +147,13 @@ class RunFolder:
 
     def write_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
         """One line a trajectory (see `trajectory_rows`) in trajectories/step-N.jsonl, replacing an earlier one."""
-        path = self.path / "trajectories" / f"step-{step}.jsonl"
+        path = self.trajectories(step)
         _write_whole(path, "".join(_line(row) for row in rows), sync=False)
         return path
+
+    def trajectories(self, step: int) -> Path:
+        """Where a step's trajectories lie."""
+        return self.path / "trajectories" / f"step-{step}.jsonl"
 
     @contextmanager
     def checkpoint(self, step: int) -> Iterator[Path]:
@@ -379,8 +379,7 @@ def _recover(path: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
     for stray in [*path.glob(".*.tmp"), *(path / "trajectories").glob(".*.tmp")]:
         stray.unlink()
-    for name in ("metrics.jsonl", "journal.jsonl"):
-        _drop_torn_line(path / name)
+    _drop_torn_line(path / "metrics.jsonl")
 
 
 def _drop_torn_line(path: Path) -> None:

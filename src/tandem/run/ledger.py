@@ -84,11 +84,10 @@ class Ledger:
         """What a checkpoint keeps; `restore` gives the ledger back."""
         return {"tokens": dict(self.tokens), "nanoseconds": {w: dict(p) for w, p in self.nanoseconds.items()}}
 
-    @classmethod
-    def restore(cls, state: Mapping[str, Any]) -> Ledger:
-        """The ledger that `state` was taken from."""
-        tokens = dict.fromkeys(FATES, 0) | dict(state["tokens"])
-        return cls(tokens, {worker: dict(phases) for worker, phases in state["nanoseconds"].items()})
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.tokens = dict.fromkeys(FATES, 0) | dict(state["tokens"])
+        self.nanoseconds = {worker: dict(phases) for worker, phases in state["nanoseconds"].items()}
 
     def close(self, wall_s: Mapping[str, float], sampled_tokens: int | None = None) -> dict[str, Any]:
         """The ledger as ledger.json holds it; "nanoseconds" sum exactly, "seconds" are the same for reading.

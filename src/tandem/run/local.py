@@ -33,7 +33,7 @@ from tandem.rollout.group import RolloutSummary, summarise
 from tandem.rollout.rollout import Rollouts
 from tandem.rollout.written import texts, written
 from tandem.run import outlet
-from tandem.run.clock import started
+from tandem.run.clock import WallClock, started
 from tandem.run.config import RunConfig, check_training
 from tandem.run.course import Course, mark_best
 from tandem.run.folder import RunFolder, SavedCheckpoint, check_new, trajectory_rows
@@ -41,11 +41,12 @@ from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages, run_loop
 from tandem.run.parts import Parts, build_parts, plan_parts, resolve_source
 from tandem.run.stop import StopSignal
+from tandem.run.stream import PromptStream
 from tandem.sync.departures import declaration, is_exact
 from tandem.trace import Totals, Trace
 from tandem.train import checkpoint as saved_state
-from tandem.train.checkpoint import RunState
-from tandem.train.reference import with_logprobs
+from tandem.train.checkpoint import Part, RunState
+from tandem.train.score import with_logprobs, with_sources
 from tandem.train.step import Learner, LearnerReport
 from tandem.types import Group, Prompt, WeightVersion
 
@@ -89,8 +90,8 @@ class Session:
         self.reasons: Counter[str] = Counter()  # of those that were not
         self.settled = (0, 0)  # the last step with a row, and the optimiser's updates then
         self.saved_s, self.save_took_s = time.monotonic(), 0.0
-        self.elapsed_s = 0.0  # of earlier sittings
-        self.started_s = self.row_started_s = time.perf_counter()
+        self.clock = WallClock()
+        self.row_started_s = self.clock.started_s
         objective: Objective = NextToken()
         if config.objective == "policy_gradient":
             objective = PolicyGradient(config.algo, config.rollout.temperature, config.alarms, exact=is_exact(config))
@@ -102,6 +103,13 @@ class Session:
             self.trace,
         )
         self.price = Lagrangian(config.algo.price)
+        self.stream = PromptStream(task)
+        self.saved_parts: dict[str, Part] = {
+            "prompts": self.stream,
+            "ledger": self.ledger,
+            "clock": self.clock,
+            "price": self.price,
+        }
         self.course = Course(config.evaluation)
         self.rollouts = Rollouts(Driver(parts.engine), parts.renderer, task, config.rollout, config.seed, self.trace)
         self.samples = config.objective == "policy_gradient"  # the engine does, and rewards and fates are theirs
@@ -118,6 +126,9 @@ class Session:
             credit=lambda groups: (
                 samples_from_groups(self.config.algo, groups, self.price.price) if self.samples else texts(groups)
             ),
+            keep=self.keep,
+            rest=self.rest,
+            score=self.score,
             learn=self.learn,
             publish=self.publish,
             record=self.record,
@@ -125,8 +136,7 @@ class Session:
         )
 
     def prompts(self, step: int) -> Sequence[Prompt]:
-        count = self.config.rollout.prompts_per_step
-        return self.task.batch((step - 1) * count, count)
+        return self.stream.take(self.config.rollout.prompts_per_step)
 
     def rollout(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """Groups of a step; what the engine's scheduler did for them is counted for the row."""
@@ -142,21 +152,34 @@ class Session:
         positions = self.parts.decoder.spec.max_position
         return written(prompts, self.task.solutions(prompts), self.parts.renderer, positions)
 
-    def learn(self, step: int, groups: Sequence[Group], batch: Selection) -> LearnerReport | None:
-        """One step of the learner. The trajectories are on disk before it starts."""
-        kept = self.folder.write_trajectories(step, trajectory_rows(groups, self.parts.tokenizer.decode))
-        samples = batch.samples
+    def keep(self, step: int, groups: Sequence[Group]) -> None:
+        self.folder.write_trajectories(step, trajectory_rows(groups, self.parts.tokenizer.decode))
+
+    def rest(self) -> None:
+        """The engine's memory is the learner's from here on; fails where a request is live."""
         with self.trace.span("learner"):
             self.parts.engine.give_back()
-            source = self.parts.publisher.source if self.samples else None
-            scorers = {"reference_logprobs": self.reference, "source_logprobs": source}
-            for name, decoder in scorers.items():
-                if decoder is not None:
-                    budget, temperature = self.config.learner.microbatch_tokens, self.config.rollout.temperature
-                    samples = with_logprobs(name, decoder, samples, batch.prompts, budget, temperature)
+
+    def score(self, batch: Selection) -> Selection:
+        """The batch under the reference policy, and under the weights that sampled it where those are older."""
+        samples, given = batch.samples, (self.config.learner.microbatch_tokens, self.config.rollout.temperature)
+        publisher = self.parts.publisher
+        assert publisher.version is not None
+        with self.trace.span("learner"):
+            if self.reference is not None:
+                samples = with_logprobs("reference_logprobs", self.reference, samples, batch.prompts, *given)
+            versions = {int(v) for sample in samples for v in sample.columns["versions"][sample.columns["loss_mask"]]}
+            if self.samples and versions - {publisher.version.step}:
+                samples = with_sources(publisher.sources(), samples, batch.prompts, *given)
+        return dataclasses.replace(batch, samples=samples)
+
+    def learn(self, step: int, batch: Selection) -> LearnerReport | None:
+        """One step of the learner."""
+        with self.trace.span("learner"):
             try:
-                return self.learner.step(samples, batch.prompts)
+                return self.learner.step(batch.samples, batch.prompts)
             except (NonFiniteError, AlarmError, ParityError) as error:
+                kept = self.folder.trajectories(step)
                 raise type(error)(f"step {step}: {error} The step's trajectories are kept in {kept}.") from error
 
     def publish(self, step: int) -> WeightVersion:
@@ -235,23 +258,23 @@ class Session:
         row |= counts
         spent = now - self.row_started_s
         row["seconds"] = seconds | {"other": max(0.0, spent - sum(seconds.values()))}
-        row["time_s"] = self.elapsed_s + now - self.started_s
+        row["time_s"] = self.clock.seconds(now)
         row["peak_memory_bytes"] = peak_bytes()
         if outlet.LOST:
             row["output_lost"] = dict(outlet.LOST)
         self.row_started_s = now
         self.folder.append_metrics(row)
         self.settled = row["step"], self.learner.optimiser.updates
+        self.stream.settle()
         self.display.update(row)
 
     def save(self, step: int, version: WeightVersion) -> None:
         """A checkpoint after `step`."""
-        cursor, started_s = step * self.config.rollout.prompts_per_step, time.monotonic()
+        started_s = time.monotonic()
         self.parts.engine.give_back()
         with self.trace.span("checkpoint"), self.folder.checkpoint(step) as directory:
-            wall_s = self.elapsed_s + time.perf_counter() - self.started_s
-            ledger = {"ledger": self.ledger.state(), "wall_s": wall_s, **self.price.state()}
-            state = RunState(step, cursor, self.config.seed, self.learner.optimiser.updates, version.digest, ledger)
+            parts = {name: part.state() for name, part in self.saved_parts.items()}
+            state = RunState(step, self.learner.optimiser.updates, version.digest, parts)
             saved_state.save(directory, self.learner.optimiser, self.parts.tokenizer, state)
             self.parts.publisher.save(directory)
             saved_state.seal(directory)
@@ -287,10 +310,7 @@ class Session:
                 f"the weights of {saved.path} hash to {version.digest[:12]}, not to the {state.weights[:12]} that were "
                 "saved: the files were changed. Remove this checkpoint to go on from the one before."
             )
-        if state.ledger:
-            self.ledger = Ledger.restore(state.ledger["ledger"])
-            self.elapsed_s = state.ledger["wall_s"]
-            self.price.restore(state.ledger)
+        saved_state.restore_parts(self.saved_parts, state.parts, saved.path)
         self.settled = state.step, state.updates
         return state.step
 
@@ -305,9 +325,8 @@ class Session:
         """Close the ledger."""
         seconds, _ = self.totals.take()
         self.ledger.spend(seconds)
-        wall_s = self.elapsed_s + time.perf_counter() - self.started_s
         discarded = self.ledger.nanoseconds.get("main", {}).get("discarded", 0) / 1e9
-        self.folder.write_ledger(self.ledger.close({"main": wall_s + discarded}))
+        self.folder.write_ledger(self.ledger.close({"main": self.clock.seconds() + discarded}))
 
 
 def _figures(summary: RolloutSummary, report: LearnerReport | None) -> dict[str, Any]:

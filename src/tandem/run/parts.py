@@ -30,6 +30,7 @@ from tandem.run.config import RunConfig
 from tandem.run.folder import latest_checkpoint
 from tandem.sync.departures import check_engine, of_engine, without_departures
 from tandem.sync.publish import Publisher
+from tandem.sync.receive import BITS, Copied, Receiver, Shared
 from tandem.train.checkpoint import MANIFEST, verify
 from tandem.types import Message
 
@@ -174,7 +175,12 @@ def _build(
     engine = engine_on(serving, config)
     exact = not (lag or of_engine(model, config))
     exact_engine = engine if exact else engine_on(decoder, without_departures(config))
-    publisher = Publisher(decoder, serving, source, engine, exact_engine, lag)
+    on_learner = [exact_engine] if exact or serving is not decoder else [engine, exact_engine]
+    receivers: list[Receiver] = [Shared("what runs on the learner's weights", decoder, *on_learner)]
+    if serving is not decoder:
+        bits, group = BITS.get(config.weights, 0), config.weight_group
+        receivers.append(Copied("the engine", serving, engine, bits=bits, group=group, lag=lag, source=source))
+    publisher = Publisher(decoder, receivers)
     version = publisher.publish(0)
     if not learns and serving is decoder:
         for _, weight in decoder.weights():

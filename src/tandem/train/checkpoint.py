@@ -2,7 +2,7 @@
 
 config.json model.safetensors tokenizer.json ...     what Transformers loads
 optimiser-00001.safetensors ...                      fp32 master weights and moments
-state.json                                           step, updates, seed and data cursor
+state.json                                           step, weights, and the state of each part by its name
 manifest.json                                        the hash of each other file, without which none is believed
 """
 
@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,16 +34,52 @@ RESUMES = re.compile(r"optimiser-|stale-|state\.json")  # files that only a resu
 class RunState:
     """Where a run stood. All randomness is derived from (seed, step, prompt, sibling), so this is the whole of it.
 
-    >>> RunState(step=3, cursor=48, seed=0, updates=3, weights="9f2c").cursor
-    48
+    >>> RunState(step=3, updates=3, weights="9f2c", parts={"prompts": {"cursor": 48}}).parts["prompts"]
+    {'cursor': 48}
     """
 
     step: int  # steps finished
-    cursor: int  # index of the next training prompt
-    seed: int  # of the run
-    updates: int  # of the optimiser
+    updates: int  # of the optimiser, whose tensors lie beside
     weights: str  # hash of the compute weights
-    ledger: Mapping[str, Any] | None = None  # the ledger's state
+    parts: Mapping[str, Mapping[str, Any]]  # name -> what `Part.state` gave
+
+
+class Part(Protocol):
+    """What a run goes on with."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def restore(self, state: Mapping[str, Any]) -> None: ...
+
+
+def restore_parts(parts: Mapping[str, Part], saved: Mapping[str, Mapping[str, Any]], directory: Path) -> None:
+    """Each part its own state; CheckpointError, before any has it, where the names are not the same."""
+    lacking, unknown = sorted(set(parts) - set(saved)), sorted(set(saved) - set(parts))
+    if lacking or unknown:
+        raise CheckpointError(
+            f"{directory / 'state.json'} was written by another version of tandem: it lacks the state of "
+            f"{', '.join(lacking) or 'nothing'} and has that of {', '.join(unknown) or 'nothing'} beyond this one's "
+            f"{', '.join(parts)}. Resume with the version that wrote it, or start a new run with --out."
+        )
+    for name, part in parts.items():
+        try:
+            part.restore(saved[name])
+        except (ValueError, TypeError, LookupError) as error:
+            raise CheckpointError(
+                f"the state of {name} in {directory / 'state.json'} cannot be read: {error!r}. Remove the checkpoint "
+                "to go on from the one before."
+            ) from error
+
+
+def _before_parts(saved: dict[str, Any]) -> dict[str, Any]:
+    """state.json of 0.1 up to November 2026, where the ledger's place held the clock and the price too."""
+    if "cursor" not in saved:
+        return saved
+    held = saved.get("ledger") or {}
+    parts = {"prompts": {"cursor": saved["cursor"]}, "ledger": held["ledger"], "clock": {"wall_s": held["wall_s"]}}
+    return {name: saved[name] for name in ("step", "updates", "weights")} | {
+        "parts": parts | {"price": {"price": held["price"]}}
+    }
 
 
 def _shards(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
@@ -113,9 +149,9 @@ def load(directory: Path, optimiser: Optimiser) -> RunState:
     """Restore optimiser and decoder. RunFolderError where a file is damaged, CheckpointError where it is another's."""
     verify(directory)
     try:
-        state = RunState(**json.loads((directory / "state.json").read_text(encoding="utf-8")))
+        state = RunState(**_before_parts(json.loads((directory / "state.json").read_text(encoding="utf-8"))))
         optimiser.load(_read(directory), state.updates)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint {directory} cannot be read: {error}. Remove it to go on from the one before."
         ) from error

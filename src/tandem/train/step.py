@@ -16,8 +16,8 @@ from tandem.models.decoder import Decoder
 from tandem.trace import Trace
 from tandem.train.config import LearnerConfig
 from tandem.train.optimiser import Optimiser
-from tandem.train.reference import forward, with_logprobs
-from tandem.train.reference import score as score
+from tandem.train.score import forward, with_logprobs
+from tandem.train.score import score as score
 from tandem.types import Microbatch, Sample
 
 

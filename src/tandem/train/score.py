@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -55,6 +55,33 @@ def with_logprobs(
         parts = np.split(logprobs, np.cumsum(microbatch.sample_tokens)[:-1])
         for index, part in zip(microbatch.members, parts, strict=True):
             filled[index][samples[index].columns["loss_mask"]] = part
+    return tuple(
+        dataclasses.replace(sample, columns=sample.columns.having(**{name: values}))
+        for sample, values in zip(samples, filled, strict=True)
+    )
+
+
+def with_sources(
+    decoders: Mapping[int, Decoder],
+    samples: Sequence[Sample],
+    prompts: Sequence[PromptTotal],
+    budget_tokens: int,
+    temperature: float,
+) -> tuple[Sample, ...]:
+    """The samples with "source_logprobs": of each trained token under the version that sampled it, by its decoder.
+
+    nan (unknown) where `decoders` has none for that version.
+    """
+    name = "source_logprobs"
+    filled = [np.where(sample.columns["loss_mask"], np.nan, 0.0) for sample in samples]
+    for version, decoder in decoders.items():
+        drew = [sample.columns["loss_mask"] & (sample.columns["versions"] == version) for sample in samples]
+        members = [index for index, tokens in enumerate(drew) if tokens.any()]
+        chosen = [samples[index] for index in members]
+        for index, sample in zip(
+            members, with_logprobs(name, decoder, chosen, prompts, budget_tokens, temperature), strict=True
+        ):
+            filled[index][drew[index]] = sample.columns[name][drew[index]]
     return tuple(
         dataclasses.replace(sample, columns=sample.columns.having(**{name: values}))
         for sample, values in zip(samples, filled, strict=True)

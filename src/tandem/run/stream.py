@@ -1,0 +1,33 @@
+"""A run's training prompts, in the order of the task, and how far they have come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tandem.program.task import Task
+from tandem.types import Prompt
+
+
+class PromptStream:
+    """What was taken since the last `settle` is given again after a resume: no update has seen it."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.cursor = self.settled = 0  # index of the next prompt; of the next after a resume
+
+    def take(self, count: int) -> Sequence[Prompt]:
+        """The next prompts."""
+        prompts = self.task.batch(self.cursor, count)
+        self.cursor += count
+        return prompts
+
+    def settle(self) -> None:
+        """What was taken so far has met its fate."""
+        self.settled = self.cursor
+
+    def state(self) -> dict[str, Any]:
+        return {"cursor": self.settled}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.cursor = self.settled = int(state["cursor"])

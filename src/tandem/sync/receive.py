@@ -1,0 +1,159 @@
+"""Where published weights arrive: a receiver takes them its own way, and checks what its engine will compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from tandem.engine.engine import Engine
+from tandem.errors import DeliveryError
+from tandem.kernels.quantise import dequantise, quantise
+from tandem.models.decoder import Decoder
+from tandem.numerics.digest import tensor_hashes
+from tandem.numerics.quantise import Quantised
+from tandem.types import WeightVersion
+
+BITS = {"int8": 8, "int4": 4}
+POLICY = "policy"  # the set of weights that every version has
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """A named set of a version's weights, and the hash of each as it was published."""
+
+    tensors: Mapping[str, torch.Tensor]
+    hashes: Mapping[str, str]
+
+
+class Receiver(Protocol):
+    """An engine, as the publisher knows it."""
+
+    name: str
+    lag: int  # updates that what it is sent trails the newest version
+
+    def receive(self, version: WeightVersion, sets: Mapping[str, Weights]) -> None:
+        """Serve `version` from now on. DeliveryError, naming receiver and tensors, where other weights would be."""
+        ...
+
+    def sources(self) -> Mapping[int, Decoder]:
+        """Version step -> a decoder that computes with its weights as the learner does, until the next `receive`."""
+        ...
+
+
+class Shared:
+    """Engines that compute with the learner's own decoder. For a loop that updates with nothing in flight only: an
+    update changes weights under what is running."""
+
+    lag = 0
+
+    def __init__(self, name: str, decoder: Decoder, *engines: Engine) -> None:
+        self.name, self.decoder, self.engines = name, decoder, engines
+
+    def receive(self, version: WeightVersion, sets: Mapping[str, Weights]) -> None:
+        assert not any(engine.has_work for engine in self.engines), (
+            f"{self.name}: weights changed under running requests"
+        )
+        check(self.name, version, _only(self.name, version, sets).hashes, _served(self.decoder))
+        for engine in self.engines:
+            engine.receive(version)
+
+    def sources(self) -> Mapping[int, Decoder]:
+        return {engine.version.step: self.decoder for engine in self.engines}
+
+
+class Copied:
+    """An engine with a decoder of its own: `bits` 8 or 4 are what matrices are rounded to, 0 leaves them.
+
+    source: a decoder that holds what came before rounding, where the weights trail the learner's; `decoder` itself
+    where nothing is rounded.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        decoder: Decoder,
+        engine: Engine,
+        *,
+        bits: int = 0,
+        group: int = 0,
+        lag: int = 0,
+        source: Decoder | None = None,
+    ) -> None:
+        assert (lag > 0) == (source is not None), (lag, source)
+        self.name, self.decoder, self.engine = name, decoder, engine
+        self.bits, self.group, self.lag, self.source = bits, group, lag, source
+
+    def receive(self, version: WeightVersion, sets: Mapping[str, Weights]) -> None:
+        if version == self.engine.version:
+            return
+        sent = _only(self.name, version, sets)
+        check(self.name, version, sent.hashes, sent.tensors.items())
+        if self.source is not None and self.source is not self.decoder:
+            for _ in _load(self.source, sent.tensors.items()):
+                pass
+            check(f"{self.name} (source)", version, sent.hashes, _served(self.source))
+        rounded = tensor_hashes(_load(self.decoder, self._rounded(sent.tensors)))
+        check(self.name, version, rounded, _served(self.decoder))
+        self.engine.receive(version)
+
+    def _rounded(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor | Quantised]]:
+        """Embedding, head and norms keep their precision."""
+        for name, tensor in tensors.items():
+            if self.bits and tensor.ndim == 2 and name not in ("embed", "head"):
+                yield name, quantise(tensor, self.bits, self.group)
+            else:
+                yield name, tensor.to(self.decoder.dtype)
+
+    def sources(self) -> Mapping[int, Decoder]:
+        return {} if self.source is None else {self.engine.version.step: self.source}
+
+
+def _only(receiver: str, version: WeightVersion, sets: Mapping[str, Weights]) -> Weights:
+    if set(sets) != {POLICY}:
+        raise DeliveryError(
+            f"after update {version.step} {receiver} was sent the weights {', '.join(sorted(sets)) or 'of nothing'}; "
+            f"it serves {POLICY} alone. Nothing was sampled from them."
+        )
+    return sets[POLICY]
+
+
+def _served(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
+    """What the forward pass reads: packed matrices and codes, and the rows of the embedding as they are looked up."""
+    for name, weight in decoder.weights():
+        if weight is decoder.embed and (weight.packed is not None or weight.codes is not None):
+            yield "embed (rows)", weight.value
+        yield name, weight.served()
+
+
+def check(
+    receiver: str, version: WeightVersion, published: Mapping[str, str], tensors: Iterable[tuple[str, torch.Tensor]]
+) -> None:
+    """DeliveryError, naming the weights, unless `tensors` are what was published."""
+    expected = dict(published)
+    found = tensor_hashes(tensors)
+    if "embed (rows)" in found:
+        expected["embed (rows)"] = expected["embed"]
+    wrong = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+    if wrong:
+        raise DeliveryError(
+            f"after update {version.step} {receiver} serves other weights than were published, in {len(wrong)} of "
+            f"{len(expected)} tensors: {', '.join(wrong[:4])}. Nothing was sampled from them. "
+            "Resume from the last checkpoint; if it happens again, test this machine's memory."
+        )
+
+
+def _load(
+    decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor | Quantised]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Bring each tensor in and pack it, or hold its codes; passes its value on, to be hashed on the sender's side."""
+    weights = dict(decoder.weights())
+    for name, sent in tensors:
+        weight = weights[name]
+        value = dequantise(sent, decoder.dtype) if isinstance(sent, Quantised) else sent
+        if not (isinstance(sent, Quantised) and weight.hold(sent)):
+            weight.value.copy_(value)
+            weight.repack()
+        yield name, value
