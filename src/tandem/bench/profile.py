@@ -1,240 +1,184 @@
 """Where the time of a decode step, a prefill and a learner step goes: seconds, operations and bytes by operation.
 
-The functions of the table `probes` are timed from outside (`meter.py`). A row counts the operands of its calls, each
-read or written once: where a share is above 100 %, they lay in a cache. Rows of kind "kernel" are operations, "host" is
-Python and torch between them. On the CPU only: a GPU's calls return before they have run.
+torch.profiler takes the times: each compiled kernel is a span of its own (kernels/build.py), and Python's functions are
+traced. A row of kind "kernel" is an operation; one of kind "host" is the time of a module of tandem's outside kernels
+and outside other modules, torch's work for it included. The engine's forward is one call, of which C++ keeps the times.
+Operands count as read or written once: where a share is above 100 %, they lay in a cache. On the CPU only: a GPU's
+calls return before they have run.
 """
 
 from __future__ import annotations
 
 import random
+import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tandem.bench.meter import OWN, Kind, Meter, Part, Probe, Reading
-from tandem.bench.roofline import Cost, Machine, decode_cost, measure, prefill_cost, timed, train_cost
-from tandem.bench.sweep import fill_pages, made_up, start_decoding, start_prompts, stop_decoding
+from tandem.bench.roofline import Cost, Machine, decode_cost, measure, pairs, prefill_cost, timed, train_cost
+from tandem.bench.sweep import fill_pages, start_decoding, stop_decoding
+from tandem.bench.work import build_engine, build_learner, random_requests
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from tandem.engine.engine import Engine
-    from tandem.kernels.paths import Paths
     from tandem.kernels.weight import Weight
     from tandem.models.decoder import Decoder
-    from tandem.models.fused import FusedForward
-    from tandem.models.view import PagedView
     from tandem.train.step import Learner
     from tandem.types import Sample
 
 DECODES = (1, 64, 256)
 CONTEXT = 100
-STEPS = 12  # measured, and as many with no stopwatch, in turn
+STEPS = 8  # under the profiler; as many without it, half of them before and half after
 PREFILL = (16, 1024)
 LEARNER = (16, 256)
+REST = "the rest: Python, torch"  # also host rows of less than SMALL of the whole
+SMALL = 1e-3
+WORK = "the work that is profiled"
+FREE = Cost(0.0, 0.0)
 
 
-def _traffic(*tensors: Tensor | None) -> int:
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+def _product(size: int, rows: int, columns: int, depth: int) -> Cost:
+    return Cost(2.0 * rows * columns * depth, size * (rows * columns + (rows + columns) * depth))
 
 
-def _served(weight: Weight) -> int:
-    """Bytes that a product reads of a matrix."""
-    if weight.codes is not None:
-        return _traffic(weight.codes.packed)
-    return _traffic(weight.value if weight.packed is None else weight.packed)
-
-
-def _product(rows: int, weight: Weight) -> float:
-    return 2.0 * rows * weight.value.numel()
-
-
-def _pairs(paths: Paths) -> tuple[float, float]:
-    """Of all segments: queries times the keys they see, and keys. For layers whose queries see everything."""
-    rows_S, first_S = paths.row_start_S.diff().double(), paths.first_position_S.double()
-    return float((rows_S * first_S + rows_S * (rows_S + 1) / 2).sum()), float((first_S + rows_S).sum())
-
-
-def _clock(own: FusedForward, *_: Any) -> None:
-    """Let the next call say what its time went to."""
-    import torch
-
-    from tandem.kernels.forward import KINDS
-
-    own.seconds = torch.zeros(len(KINDS), dtype=torch.float64)
-
-
-def _fused(_out: Tensor, own: FusedForward, tokens_T: Tensor, view: PagedView, rows_N: Tensor) -> Reading:
-    """An engine step's forward in one call; behind the attention of its last layer there are only `rows_N`."""
-    from tandem.kernels.forward import KINDS
-
-    assert own.seconds is not None
-    seconds, own.seconds = own.seconds.tolist(), None
-    layers, heads, size = own.decoder.layers, own.decoder.layers[0].mix.heads, own.decoder.dtype.itemsize
-    rows, last, full = len(tokens_T), len(rows_N), len(layers) - 1
-    (met, keys), last_keys = _pairs(view.paths), float((view.positions_T[rows_N] + 1).sum())
-    wide = full * rows + last
-
-    def product(name: str, count: int) -> Cost:
-        weights = [weight for layer in layers for slot, weight in layer.weights() if slot.name == name]
-        moved = sum(map(_served, weights)) + size * count * sum(weights[0].value.shape)
-        return Cost(_product(count, weights[0]), moved)
-
-    width, query = 2 * size * own.decoder.spec.width, heads.heads * heads.size
-    seen = 2 * size * heads.kv_heads * heads.size * (full * keys + last_keys) + 2 * size * wide * query
-    costs = (
-        Cost(0.0, width * rows),
-        Cost(0.0, width * (len(layers) * rows + wide + last)),
-        product("qkv", len(layers) * rows),
-        Cost(0.0, 2 * size * len(layers) * rows * heads.width),
-        Cost(4.0 * query * (full * met + last_keys), seen),
-        product("out", wide),
-        product("gate_up", wide),
-        product("down", wide),
-    )
-    calls = (1, 2 * len(layers) + 1, *[len(layers)] * (len(KINDS) - 2))
-    parts = [Part(*part) for part in zip(KINDS, seconds, calls, costs, strict=True)]
-    return Reading("around the forward call", parts=parts)
-
-
-class _Readings:
-    """What a call of each probed function was: its label, by the weight it multiplies by, and its cost."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self.names: dict[int, str] = {}  # by the id of a weight, and by where its gradient lies
-        for name, weight in decoder.weights():
-            label = "head" if name == "embed" else name.rpartition(".")[2]
-            self.names[id(weight)] = label
-            if weight.grad is not None:
-                self.names[weight.grad.untyped_storage().data_ptr()] = label
-
-    def linear(self, out: Tensor, x: Tensor, weight: Weight, _bias: Any = None, residual: Any = None) -> Reading:
-        cost = Cost(_product(len(x), weight), _served(weight) + _traffic(x, out, residual))
-        return Reading(self.names[id(weight)], cost)
-
-    def input_gradient(self, out: Tensor, dy: Tensor, weight: Weight) -> Reading:
-        cost = Cost(_product(len(dy), weight), _traffic(weight.value, dy, out))
-        return Reading(f"input gradient: {self.names[id(weight)]}", cost)
-
-    def accumulate(self, _out: None, grad: Tensor, dy: Tensor, x: Tensor, *_: Any) -> Reading:
-        name = self.names[grad.untyped_storage().data_ptr()]
-        cost = Cost(2.0 * len(x) * grad.numel(), 2 * _traffic(grad) + _traffic(dy, x))
-        return Reading(f"weight gradient: {name}", cost)
-
-    def attention(
-        self, out: Tensor, query: Tensor, key: Tensor, _value: Tensor, paths: Paths, *_: Any, **__: Any
-    ) -> Reading:
-        heads, size = query.shape[1:]
-        met, keys = _pairs(paths)
-        read = 2 * keys * key.shape[1] * size * key.element_size()
-        return Reading("attention", Cost(4 * met * heads * size, read + _traffic(query, out)))
-
-    def attention_backward(self, _out: None, dout: Tensor, *rest: Any) -> Reading:
-        """Products: scores again, and the gradients of probabilities, values, queries and keys."""
-        out, _lse, qkv, grads, paths, *_ = rest
-        cost = Cost(10 * _pairs(paths)[0] * dout.shape[1] * dout.shape[2], _traffic(dout, out, *qkv, *grads))
-        return Reading("attention backward", cost)
-
-    def logprobs(self, _out: Any, hidden: Tensor, weight: Weight, *_: Any, **__: Any) -> Reading:
-        return Reading("head: log-probs, entropy", self._head(hidden, weight))
-
-    def logprobs_backward(self, _out: Any, ctx: Any, *_: Any) -> Reading:
-        """Gradients of the hidden states and of the head; logits that are computed again are not counted."""
-        hidden, weight = ctx.saved_tensors[0], ctx.weight
-        moved = _traffic(*ctx.saved_tensors, hidden, weight.value, weight.grad, weight.grad)
-        return Reading("head: log-probs backward", Cost(2 * _product(len(hidden), weight), moved))
-
-    def draw(self, _out: Any, hidden: Tensor, weight: Weight, *_: Any) -> Reading:
-        return Reading("head, sampling", self._head(hidden, weight))
-
-    @staticmethod
-    def _head(hidden: Tensor, weight: Weight) -> Cost:
-        return Cost(_product(len(hidden), weight), _served(weight) + _traffic(hidden))
-
-
-def _elementwise(label: str) -> Callable[..., Reading]:
-    """A reading of what only moves bytes: the tensors that it is given and gives."""
-    from torch import Tensor
-
-    def read(out: Any, *arguments: Any, **_: Any) -> Reading:
-        results = out if isinstance(out, tuple) else (out,)
-        return Reading(label, Cost(0.0, _traffic(*(a for a in (*results, *arguments) if isinstance(a, Tensor)))))
-
-    return read
-
-
-def _rotation(label: str) -> Callable[..., Reading]:
-    """Of what reads rows and writes as many, whatever tables it is handed."""
-    return lambda _out, rows, *_, **__: Reading(label, Cost(0.0, 2 * _traffic(rows)))
-
-
-def probes(decoder: Decoder) -> list[Probe]:
-    """What is timed of the engine and the learner."""
-    read = _Readings(decoder)
-    kernels: str = "tandem.kernels"
-    host: Kind = "host"
-    return [
-        Probe(f"{kernels}.linear:linear", read.linear),
-        Probe(f"{kernels}.swiglu:input_gradient", read.input_gradient),
-        Probe(f"{kernels}.swiglu:accumulate", read.accumulate),
-        Probe(f"{kernels}.attention:attention", read.attention),
-        Probe(f"{kernels}.attention:attention_backward", read.attention_backward),
-        Probe(f"{kernels}.rotary:rotate_", _rotation("rotation")),
-        Probe(f"{kernels}.rotary:store_", _rotation("store")),
-        Probe(f"{kernels}.norm:rms_norm", _rotation("norm")),
-        Probe(f"{kernels}.norm:_Norm.backward", lambda dx, *_: Reading("norm backward", Cost(0, 3 * _traffic(dx[0])))),
-        Probe(f"{kernels}.swiglu:swiglu", _elementwise("swiglu")),
-        Probe(f"{kernels}.swiglu:_backward", _elementwise("swiglu backward")),
-        Probe(f"{kernels}.head:draw", read.draw),
-        Probe(f"{kernels}.logprob:token_logprobs", read.logprobs),
-        Probe(f"{kernels}.logprob:_LogProb.backward", read.logprobs_backward),
-        Probe(
-            f"{kernels}.adamw:adamw",
-            lambda _out, master, *rest: Reading("AdamW", Cost(0, 6 * _traffic(master) + _traffic(*rest[2:4]))),
+# Of each kernel: its row ("{}" is the weight that is multiplied by), and the cost of a call, by the bytes of an element
+# and the integers that the kernel is handed. Attention's are no integers: its cost is the work's. A residual that a
+# product adds is left out.
+KERNELS: dict[str, tuple[str, Callable[..., Cost]]] = {
+    "linear": ("{}", lambda size, _, *shape: _product(size, *shape)),
+    "input_gradient": ("input gradient: {}", lambda size, _, *shape: _product(size, *shape)),
+    "accumulate": (
+        "weight gradient: {}",
+        lambda size, _x, _y, rows, n, k: Cost(2.0 * rows * n * k, 8 * n * k + size * rows * (n + k)),
+    ),
+    "attention": ("attention", lambda *_: FREE),
+    "attention_backward": ("attention backward", lambda *_: FREE),
+    "rotate": ("rotation", lambda size, _, rows, heads, width: Cost(0, 2 * size * rows * heads * width)),
+    "norm": ("norm", lambda size, _x, _y, rows, width: Cost(0, 2 * size * rows * width)),
+    "norm_backward": ("norm backward", lambda size, rows, width: Cost(0, 3 * size * rows * width)),
+    "swiglu": ("swiglu", lambda size, rows, width: Cost(0, 3 * size * rows * width)),
+    "swiglu_backward": ("swiglu backward", lambda size, rows, width: Cost(0, 6 * size * rows * width)),
+    "draw": ("head, sampling", lambda size, _, rows, vocab, depth, *__: _head(size, rows, vocab, depth)),
+    "logprob": ("head: log-probs, entropy", lambda size, _, *shape: _head(size, *shape)),
+    "logprob_backward": (
+        "head: log-probs backward",  # gradients of the hidden states and of the head, from logits that were kept
+        lambda size, rows, vocab, width: Cost(
+            4.0 * rows * vocab * width, size * (rows + width) * vocab + 8 * vocab * width + 8 * rows * width
         ),
-        Probe(f"{kernels}.adamw:grad_norm", lambda _out, grads: Reading("gradient norm", Cost(0, _traffic(*grads)))),
-        Probe(
-            f"{kernels}.weight:Weight.repack", lambda _out, w: Reading("packing of weights", Cost(0, 2 * _served(w)))
-        ),
-        Probe(
-            "tandem.train.optimiser:Optimiser.zero_grad",
-            lambda _out, own: Reading("zeroing", Cost(0, _traffic(*(w.grad for _, w in own.decoder.weights())))),
-        ),
-        Probe("tandem.models.decoder:_Embed.backward", _elementwise("embedding gradient")),
-        Probe("tandem.models.fused:FusedForward.__call__", _fused, host, before=_clock),
-        Probe("tandem.engine.schedule:Scheduler.plan", "plan", host),
-        Probe("tandem.engine.schedule:Scheduler.commit", "commit", host),
-        Probe("tandem.engine.runner:DecoderRunner._check_pages", "sums of pages", host),
-        Probe("tandem.engine.runner:DecoderRunner._view", "slots and page tables", host),
-        Probe("tandem.engine.runner:DecoderRunner.run", "runner: Python", host),
-        Probe("tandem.models.decoder:Decoder.forward", "forward: Python", host),
-        Probe("tandem.algo.pack:pack", "packing of samples", host),
-        Probe("tandem.algo.loss:policy_loss", "loss", host),
-        Probe("torch:Tensor.backward", "autograd: Python", host),
-    ]
+    ),
+    "adamw": ("AdamW", lambda size, numbers: Cost(0, (24 + 4 + size) * numbers)),
+    "pack_weight": ("packing of weights", lambda size, rows, columns: Cost(0, 2 * size * rows * columns)),
+}
+
+
+def _head(size: int, rows: int, vocab: int, depth: int) -> Cost:
+    return Cost(2.0 * rows * vocab * depth, size * (rows + vocab) * depth)
+
+
+@dataclass(slots=True)
+class Row:
+    """Sums over the calls of one label."""
+
+    kind: str
+    seconds: float = 0.0
+    calls: float = 0
+    cost: Cost = FREE
+
+    def add(self, seconds: float, calls: float, cost: Cost) -> None:
+        self.seconds, self.calls, self.cost = self.seconds + seconds, self.calls + calls, self.cost + cost
+
+
+def label_of(name: str, sizes: Sequence[int], shapes: Mapping[tuple[int, int], str]) -> tuple[str, str, Cost] | None:
+    """Row, kind and cost of a span; None where it belongs to the span around it. shapes: (N, K) -> weight.
+
+    >>> label_of("src/tandem/engine/schedule.py(80): plan", (), {})
+    ('engine/schedule', 'host', Cost(flop=0.0, bytes=0.0))
+    >>> label_of("tandem::linear_bf16", (576, 4, 960, 576), {(960, 576): "qkv"})[0]
+    'qkv'
+    """
+    if name.startswith("tandem::"):
+        kernel, _, dtype = name.removeprefix("tandem::").rpartition("_")
+        text, cost = KERNELS.get(kernel, (kernel, lambda *_: FREE))
+        weight = shapes.get((sizes[-2], sizes[-1]), f"{sizes[-2]} x {sizes[-1]}") if "{}" in text else ""
+        return text.format(weight), "kernel", cost({"bf16": 2, "fp32": 4}[dtype], *sizes)
+    module = re.match(r"(?:.*/)?tandem/([\w/]+)\.py\(\d+\): ", name)
+    if module is None and name != WORK:
+        return None
+    return (REST if module is None or module[1].startswith("bench/") else module[1]), "host", FREE
+
+
+def rows_of(events: Iterable[Any], shapes: Mapping[tuple[int, int], str]) -> tuple[float, dict[str, Row]]:
+    """Seconds of the span WORK, and of the rows inside it, which sum to it. events: torch's FunctionEvents."""
+    rows = {REST: Row("host")}
+    labels: dict[int, str | None] = {}
+    wall_s = 0.0
+
+    def label(event: Any) -> str | None:
+        """Of the innermost span around it that has one; None outside WORK."""
+        if event is None:
+            return None
+        if id(event) not in labels:
+            around = REST if event.name == WORK else label(event.cpu_parent)
+            own = label_of(event.name, event.concrete_inputs, shapes) if around else None
+            labels[id(event)] = own[0] if own else around
+            if own:
+                rows.setdefault(own[0], Row(own[1])).add(0.0, own[1] == "kernel", own[2])
+        return labels[id(event)]
+
+    for event in events:
+        found = label(event)
+        if found is not None:
+            rows[found].seconds += event.self_cpu_time_total / 1e6
+        wall_s += event.cpu_time_total / 1e6 if event.name == WORK else 0.0
+    return wall_s, rows
+
+
+def profiled(run: Callable[[], object], decoder: Decoder) -> tuple[float, dict[str, Row]]:
+    """`rows_of` a call."""
+    from torch.profiler import ProfilerActivity, record_function
+    from torch.profiler import profile as torch_profile
+
+    shapes: dict[tuple[int, int], str] = {}
+    for slot, weight in decoder.slots():
+        if weight.value.dim() == 2:
+            n, k = weight.value.shape
+            shapes[n, k] = f"{shapes[n, k]}, {slot.name}" if shapes.get((n, k), slot.name) != slot.name else slot.name
+    with (
+        torch_profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_stack=True) as found,
+        record_function(WORK),
+    ):
+        run()
+    return rows_of(found.events(), shapes)
 
 
 def split(
-    work: str, tokens: int, meters: Sequence[Meter], bare_s: Sequence[float], limits: tuple[Machine, Cost]
+    work: str,
+    tokens: int,
+    measured: tuple[float, dict[str, Row]],
+    bare_s: Sequence[float],
+    limits: tuple[Machine, Cost],
+    times: int = 1,
 ) -> dict[str, Any]:
     """The result of one work: per call of it, by operation; the seconds of the rows sum to `wall_s`.
 
-    `meters` measured one call each; `bare_s` are the times of calls without stopwatches; `limits`: the machine, and the
-    least that the work needs.
+    `measured`: `times` calls under the profiler; `bare_s`: of calls without it; `limits`: the machine, and the least
+    that the work needs.
     """
-    (machine, needed), number = limits, len(meters)
-    labels = dict.fromkeys(label for meter in meters for label in meter.rows)
+    (machine, needed), (wall_s, found) = limits, measured
+    for label in [label for label, row in found.items() if row.kind == "host" and row.seconds < SMALL * wall_s]:
+        if label != REST:
+            found[REST].add(found.pop(label).seconds, 0, FREE)
     rows = []
-    for label in labels:
-        found = [meter.rows[label] for meter in meters if label in meter.rows]
-        seconds, calls, flop, moved = (
-            sum(getattr(row, name) for row in found) / number for name in ("seconds", "calls", "flop", "bytes")
-        )
-        least_s = machine.least_s(Cost(flop, moved))
-        row = {"operation": label, "kind": found[0].kind, "seconds": seconds, "calls": calls, "flop": flop}
+    for label, row in found.items():
+        seconds, flop, moved = row.seconds / times, row.cost.flop / times, row.cost.bytes / times
         rates = {"bytes": moved, "flop_s": flop / seconds, "bytes_s": moved / seconds}
-        rows.append(row | rates | {"share_of_limit": least_s / seconds if least_s else None})
+        least_s = machine.least_s(Cost(flop, moved))
+        rows.append(
+            {"operation": label, "kind": row.kind, "seconds": seconds, "calls": row.calls / times, "flop": flop}
+            | rates
+            | {"share_of_limit": least_s / seconds if least_s else None}
+        )
     spent_s, least_s = statistics.median(bare_s), machine.least_s(needed)
     return {
         "work": work,
@@ -243,20 +187,86 @@ def split(
         "tok_s": tokens / spent_s,
         "limit_s": least_s,
         "share_of_limit": least_s / spent_s,
-        "wall_s": sum(meter.wall_s for meter in meters) / number,
-        "host_s": sum(row["seconds"] for row in rows if row["kind"] == "host" and row["operation"] != OWN),
+        "wall_s": wall_s / times,
+        "host_s": sum(row["seconds"] for row in rows if row["kind"] == "host"),
         "rows": sorted(rows, key=lambda row: -row["seconds"]),
     }
 
 
-def _in_turn(run: Callable[[], object], decoder: Decoder, times: int) -> tuple[list[Meter], list[float]]:
-    """`times` calls without and as many with stopwatches."""
-    meters, bare_s, timing = [], [], probes(decoder)
-    for _ in range(times):
-        bare_s.append(timed(run))
-        meters.append(Meter())
-        meters[-1].over(timing, run)
-    return meters, bare_s
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What the forward passes of an engine's steps ran; queries and keys as one layer meets them.
+
+    Behind the attention of the last layer there are only the rows that are drawn from.
+    """
+
+    steps: int
+    rows: int
+    drawn: int
+    met: float  # queries times the keys they see
+    keys: float
+    drawn_met: float  # of the rows drawn from
+
+    def costs(self, decoder: Decoder) -> dict[str, tuple[int, Cost]]:
+        """By kernels.forward.KINDS: calls and cost."""
+        from tandem.kernels.forward import KINDS
+
+        layers, size, width = decoder.layers, decoder.dtype.itemsize, decoder.spec.width
+        full, heads, steps = len(layers) - 1, layers[0].mix.heads, self.steps
+        wide = full * self.rows + self.drawn
+        weights = [(slot.name, weight) for layer in layers for slot, weight in layer.weights()]
+
+        def product(name: str, rows: int) -> Cost:
+            own = [weight for slot, weight in weights if slot == name]
+            shape = own[0].value.shape
+            return Cost(2.0 * rows * shape.numel(), steps * sum(map(_served, own)) + size * rows * sum(shape))
+
+        met, keys = full * self.met + self.drawn_met, full * self.keys + self.drawn_met
+        costs = (
+            Cost(0.0, 2 * size * width * self.rows),
+            Cost(0.0, 2 * size * width * (len(layers) * self.rows + wide + self.drawn)),
+            product("qkv", len(layers) * self.rows),
+            Cost(0.0, 2 * size * len(layers) * self.rows * heads.width),
+            _attention(decoder, met, keys, wide),
+            product("out", wide),
+            product("gate_up", wide),
+            product("down", wide),
+        )
+        calls = (1, 2 * len(layers) + 1, *[len(layers)] * (len(KINDS) - 2))
+        return {kind: (steps * n, cost) for kind, n, cost in zip(KINDS, calls, costs, strict=True)}
+
+
+def _served(weight: Weight) -> int:
+    """Bytes that a product reads of a matrix."""
+    if weight.codes is not None:
+        return weight.codes.packed.nbytes
+    return (weight.value if weight.packed is None else weight.packed).nbytes
+
+
+def _attention(decoder: Decoder, met: float, keys: float, queries: float) -> Cost:
+    heads = decoder.layers[0].mix.heads
+    moved = 2 * decoder.dtype.itemsize * heads.size * (heads.kv_heads * keys + heads.heads * queries)
+    return Cost(4.0 * met * heads.heads * heads.size, moved)
+
+
+def profiled_engine(engine: Engine, run: Callable[[], object], ran: Callable[[], Pass]) -> tuple[float, dict[str, Row]]:
+    """`profiled`, the forward call split by the clock of the C++; `ran` is asked afterwards."""
+    import torch
+
+    from tandem.kernels.forward import KINDS
+    from tandem.models.fused import FusedForward
+
+    forward, seconds = engine.runner.forward, torch.zeros(len(KINDS), dtype=torch.float64)  # type: ignore[attr-defined]
+    assert isinstance(forward, FusedForward), "no compiled forward pass for this decoder"
+    forward.seconds = seconds
+    try:
+        wall_s, rows = profiled(run, forward.decoder)
+    finally:
+        forward.seconds = None
+    for (kind, (calls, cost)), spent_s in zip(ran().costs(forward.decoder).items(), seconds.tolist(), strict=True):
+        rows.setdefault(kind, Row("kernel")).add(spent_s, calls, cost)
+    rows["models/fused"].seconds -= float(seconds.sum())
+    return wall_s, rows
 
 
 def decode_work(engine: Engine, count: int, context: int, machine: Machine) -> dict[str, Any]:
@@ -264,41 +274,62 @@ def decode_work(engine: Engine, count: int, context: int, machine: Machine) -> d
     decoder = engine.runner.decoder  # type: ignore[attr-defined]
     start_decoding(engine, count, context, 2 * STEPS + 2, random.Random(count))
     engine.step()
-    measured = _in_turn(engine.step, decoder, STEPS)
+    bare_s = [timed(engine.step) for _ in range(STEPS // 2)]
+    seen = count * sum(context + 2 + STEPS // 2 + step for step in range(STEPS))
+    ran = Pass(STEPS, STEPS * count, STEPS * count, seen, seen, seen)
+    measured = profiled_engine(engine, lambda: [engine.step() for _ in range(STEPS)], lambda: ran)
+    bare_s += [timed(engine.step) for _ in range(STEPS - STEPS // 2)]
     stop_decoding(engine)
     cost = decode_cost(decoder.spec, count, context + 1 + STEPS)
-    return split(f"decode step {count}", count, *measured, (machine, cost))
+    return split(f"decode step {count}", count, measured, bare_s, (machine, cost), STEPS)
 
 
 def prefill_work(engine: Engine, count: int, length: int, machine: Machine) -> dict[str, Any]:
     """`count` prompts of `length` tokens, and a token drawn of each."""
     decoder, rng = engine.runner.decoder, random.Random(length)  # type: ignore[attr-defined]
+    steps: list[object] = []
 
     def prefill() -> None:
-        start_prompts(engine, made_up(count, length, decoder.spec.vocab_size, rng), 1, rng)
+        for request in random_requests(count, length, decoder.spec.vocab_size, 1, rng):
+            engine.submit(request)
+        steps.clear()
         while engine.has_work:
-            engine.step()
+            steps.append(engine.step())
 
-    measured = _in_turn(prefill, decoder, 1)
+    def ran() -> Pass:
+        rows = count * length
+        return Pass(len(steps), rows, count, count * pairs(length), rows, rows)
+
+    bare_s = [timed(prefill)]
+    measured = profiled_engine(engine, prefill, ran)
     limits = (machine, prefill_cost(decoder.spec, count, length))
-    return split(f"prefill {count}x{length}", count * length, *measured, limits)
+    return split(f"prefill {count}x{length}", count * length, measured, bare_s, limits)
 
 
 def learner_work(learner: Learner, samples: Sequence[Sample], machine: Machine) -> dict[str, Any]:
-    """A step on samples of one length, after one that warms up."""
+    """A step on samples of one length, after one that warms up; nothing is predicted from a last token."""
     from tandem.algo.pack import count_prompts
 
-    count, length, totals = len(samples), len(samples[0].columns), count_prompts(samples)
-    learner.step(samples, totals)
-    measured = _in_turn(lambda: learner.step(samples, totals), learner.decoder, 1)
-    limits = (machine, train_cost(learner.decoder.spec, count, length))
-    return split(f"train {count}x{length}", count * length, *measured, limits)
+    decoder, count, length = learner.decoder, len(samples), len(samples[0].columns)
+    totals = count_prompts(samples)
+
+    def step() -> object:
+        return learner.step(samples, totals)
+
+    step()
+    bare_s = [timed(step)]
+    wall_s, rows = profiled(step, decoder)
+    layers, run, met = len(decoder.layers), count * (length - 1), count * pairs(length - 1)
+    once = _attention(decoder, met, run, run)
+    rows["attention"].cost = layers * once
+    # Scores again, and the gradients of probabilities, values, queries and keys; all of them twice but the output.
+    rows["attention backward"].cost = layers * Cost(2.5 * once.flop, 2 * once.bytes)
+    limits = (machine, train_cost(decoder.spec, count, length))
+    return split(f"train {count}x{length}", count * length, (wall_s, rows), bare_s, limits)
 
 
 def profile() -> dict[str, Any]:
     """All works on SmolLM2-135M in bf16, in this process."""
-    from tandem.bench.beside import build_engine, build_learner
-
     machine = measure()
     engine = build_engine().engine
     fill_pages(engine)

@@ -12,7 +12,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tandem.bench.roofline import Machine, decode_cost, measure, timed
+from tandem.bench.roofline import SMOLLM2, Machine, decode_cost, kv_bytes, measure, timed
+from tandem.bench.work import MODEL, random_requests
 
 if TYPE_CHECKING:
     from tandem.engine.batch import Batch, Sampled
@@ -40,20 +41,6 @@ class _Stub:
         """Holds no pages."""
 
 
-def made_up(count: int, length: int, vocab_size: int, rng: random.Random) -> list[tuple[int, ...]]:
-    """Prompts of random tokens."""
-    return [tuple(rng.randrange(vocab_size) for _ in range(length)) for _ in range(count)]
-
-
-def start_prompts(engine: Engine, prompts: Sequence[tuple[int, ...]], new: int, rng: random.Random) -> None:
-    """Submit them, each to be answered by `new` tokens."""
-    from tandem.types import Request, Sampling
-
-    for prompt in prompts:
-        name = f"{rng.getrandbits(64):x}"
-        engine.submit(Request(name, name, prompt, Sampling(max_new_tokens=new), rng.getrandbits(63)))
-
-
 def fill_pages(engine: Engine) -> None:
     """The same random keys and values in every page."""
     import torch
@@ -66,7 +53,8 @@ def fill_pages(engine: Engine) -> None:
 
 def start_decoding(engine: Engine, sequences: int, context: int, new: int, rng: random.Random) -> None:
     """Submit requests of `new` tokens and take them, in one step of the stub, to where each runs one token a step."""
-    start_prompts(engine, made_up(sequences, context, engine.vocab_size, rng), new + 1, rng)
+    for request in random_requests(sequences, context, engine.vocab_size, new + 1, rng):
+        engine.submit(request)
     scheduler, runner = engine.scheduler, engine.runner
     config, engine.runner = scheduler.config, _Stub(runner)
     scheduler.config = dataclasses.replace(config, batch_tokens=config.batch_tokens + sequences * context)
@@ -102,8 +90,6 @@ def _point(engine: Engine, machine: Machine, sequences: int, context: int, axis:
 
 def sweep(sequences: Sequence[int] = SEQUENCES, contexts: Sequence[int] = CONTEXTS) -> dict[str, Any]:
     """A row a point: over `sequences` at a context of 128, and over `contexts` at 16 sequences."""
-    from tandem.bench.beside import MODEL
-    from tandem.bench.roofline import SMOLLM2, kv_bytes
     from tandem.engine.config import EngineConfig
     from tandem.models.config import ModelConfig
     from tandem.run.parts import build_parts

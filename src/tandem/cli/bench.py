@@ -138,7 +138,7 @@ def _show_profile(result: dict[str, Any]) -> None:
         head = (
             f"{work['work']}: {1e3 * work['seconds']:,.2f} ms, {work['tok_s']:,.0f} tok/s, {_share(work)} of the limit"
         )
-        stopped = f"with stopwatches {1e3 * work['wall_s']:,.2f} ms, of which host {1e3 * work['host_s']:,.2f} ms"
+        stopped = f"under the profiler {1e3 * work['wall_s']:,.2f} ms, of which host {1e3 * work['host_s']:,.2f} ms"
         table = Table(title=f"{head}\n{stopped}", box=SIMPLE)
         for column in ("operation", "ms", "of all", "calls", "GFLOP/s", "GB/s", "limit"):
             table.add_column(column, justify="left" if column == "operation" else "right", no_wrap=True)
