@@ -142,6 +142,11 @@ def num_threads() -> int:
     return int(openmp) if openmp.isdecimal() and 0 < int(openmp) <= MOST_THREADS else num_cores()
 
 
+def set_threads(count: int) -> None:
+    """Compute with so many from here on, in what this process starts too."""
+    os.environ["TANDEM_THREADS"] = str(count)
+
+
 def limit_spinning() -> None:
     """Let OpenMP's threads sleep at a barrier after some 40 microseconds; call before torch is imported.
 

@@ -20,7 +20,7 @@ from tandem.rollout.evaluate import Evaluation
 from tandem.run import local
 from tandem.run.config import CheckpointConfig, EvaluationConfig, RunConfig
 from tandem.run.course import Course
-from tandem.study.study import Quiet
+from tandem.study.runs import Quiet
 
 
 @pytest.fixture(scope="module")

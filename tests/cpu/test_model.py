@@ -22,7 +22,7 @@ from tandem.rollout.config import RolloutConfig
 from tandem.run import local, model
 from tandem.run.asked import conversations
 from tandem.run.config import EvaluationConfig, RunConfig
-from tandem.study.study import Quiet
+from tandem.study.runs import Quiet
 from tandem.types import Message, StopReason
 
 LINES = [

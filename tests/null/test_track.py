@@ -23,7 +23,7 @@ from tandem.models.config import ModelConfig
 from tandem.report import track
 from tandem.report.track import Tracked, flat
 from tandem.run.config import RunConfig
-from tandem.study.study import Quiet
+from tandem.study.runs import Quiet
 
 ROWS = [
     {"step": 0, "evaluation": {"accuracy": 0.25, "prompts": 8}, "weights": "ab"},

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json as jsonlib
-import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import tandem
+from tandem import env
 from tandem.env import MOST_THREADS
+from tandem.errors import ConfigError, RunFolderError, nearest
 
 if TYPE_CHECKING:
-    from tandem.study.study import Planned, Study
+    from tandem.study.study import Study
 
 FOLDER = Path(tandem.__file__).parent / "studies"
 
@@ -40,37 +42,34 @@ def study(
     """Run what a study still lacks, then write its table, figure and page; Ctrl-C keeps what is done."""
     if name is None:
         return _list(json)
+    if find_spec("scipy") is None:
+        raise ConfigError("a study's intervals need scipy, not installed here: pip install 'tandem-rl[study]'.")
     chosen, home = find_study(name)
     if seeds == 0:
-        _redraw(chosen, out or home, json)
+        folder = out or home
+        _write(chosen, _saved(chosen, folder), [folder], json)
         return 0
-    from tandem import env
+    if threads is not None:
+        env.set_threads(threads)
+    from tandem.cli.recipes import find_recipe
+    from tandem.study import runs
+    from tandem.study.result import collect
+    from tandem.study.study import plan
 
     given = [f"--arm {one}" for one in arm or []]
     given += [f"--{flag} {value}" for flag, value in (("seeds", seeds), ("steps", steps)) if value is not None]
     folder = out or Path("runs") / f"study-{chosen.name}"
-    if threads is not None and threads != env.num_threads():
-        words = ["study", name, "--out", str(folder), *" ".join(given).split(), *["--time"] * time, *["--json"] * json]
-        os.execve(
-            sys.executable,
-            [sys.executable, "-m", "tandem", *words, "--threads", str(threads)],
-            env.child(TANDEM_THREADS=str(threads)),
-        )
-    from tandem.study import study as running
-
-    base = _recipe(chosen)
-    everything = running.plan(
-        chosen, base, folder, chosen.arms, chosen.first_seeds(seeds), chosen.steps if steps is None else steps
-    )
+    base = (find_recipe(chosen.recipe) if isinstance(chosen.recipe, str) else chosen.recipe)()
+    everything = plan(chosen, base, folder, chosen.arms, chosen.first_seeds(seeds), steps or chosen.steps)
     names = {one.name for one in chosen.choose(arm or [])}
     wanted = [one for one in everything if one.arm.name in names]
-    done = running.measure_quiet(wanted, folder, _say) if time else running.run_all(wanted, _say)
-    shown = names | {one.arm.name for one in everything if one.outcome() is not None}
-    planned = [one for one in everything if one.arm.name in shown]
-    facts = running.facts(chosen, base, planned, folder, " ".join(["tandem study", name, *given]))
+    done = runs.time_all(wanted, folder, _say) if time else runs.run_all(wanted, _say)
+    ended = {one.arm.name for one in everything if one.outcome() is not None}
+    shown = [one for one in everything if one.arm.name in names | ended]
+    result = collect(chosen, base.name, shown, folder, " ".join(["tandem study", name, *given]))
     own = home.parent == FOLDER and FOLDER.is_symlink()  # a checkout's, whose results are kept with it
     whole = own and not given and all(one.outcome() for one in everything)
-    _write(facts, planned, [folder, *([home] if whole else [])], chosen.reading, json)
+    _write(chosen, result, [folder, *([home] if whole else [])], json)
     if not done:
         _say("stopped; the same command goes on from here")
     return 0 if done else 130
@@ -85,7 +84,6 @@ def find_study(name: str, folder: Path = FOLDER) -> tuple[Study, Path]:
     """A study and the folder it lies in. Raises ConfigError."""
     import importlib.util
 
-    from tandem.errors import ConfigError, nearest
     from tandem.study.study import Study
 
     known = study_names(folder)
@@ -102,10 +100,15 @@ def find_study(name: str, folder: Path = FOLDER) -> tuple[Study, Path]:
     return made, path.parent
 
 
-def _recipe(chosen: Study) -> Any:
-    from tandem.cli.recipes import find_recipe
+def _saved(chosen: Study, folder: Path) -> dict[str, Any]:
+    """A folder's result under the study's present words. Raises RunFolderError."""
+    from tandem.study.result import complete
 
-    return (find_recipe(chosen.recipe) if isinstance(chosen.recipe, str) else chosen.recipe)()
+    try:
+        result = jsonlib.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{folder} holds no result.json that can be drawn ({error}). Run the study.") from error
+    return complete(result, chosen, result["runs"])
 
 
 def _say(text: str) -> None:
@@ -115,71 +118,35 @@ def _say(text: str) -> None:
 def _list(json: bool) -> int:
     found = [find_study(name)[0] for name in study_names()]
     if json:
-        rows = [
-            {
-                "study": s.name,
-                "question": s.question,
-                "arms": [a.name for a in s.arms],
-                "seeds": s.seeds,
-                "steps": s.steps,
-            }
-            for s in found
-        ]
-        print(jsonlib.dumps(rows, indent=1))
+        rows = [{name: getattr(s, name) for name in ("question", "seeds", "steps")} for s in found]
+        arms = [{"study": s.name, "arms": [arm.name for arm in s.arms]} for s in found]
+        print(jsonlib.dumps([{**one, **row} for one, row in zip(arms, rows, strict=True)], indent=1))
         return 0
     for s in found:
         print(f"{s.name}: {s.question}\n    {len(s.arms)} arms x {len(s.seeds)} seeds x {s.steps} steps")
     return 0
 
 
-def _write(facts: dict[str, Any], planned: list[Planned], folders: list[Path], reading: str, json: bool) -> None:
-    from tandem.report.metrics import read_metrics
-    from tandem.study.result import make_result, run_entry, write
+def _write(chosen: Study, result: dict[str, Any], folders: list[Path], json: bool) -> None:
+    """result.json, figure.png and README.md into each folder, and the tables to the reader."""
+    from tandem.study import page
+    from tandem.study.figure import study_png
+    from tandem.study.result import dumps, failures
 
-    entries = []
-    for one in planned:
-        outcome = one.outcome()
-        if outcome is not None:
-            rows = read_metrics(one.folder) if (one.folder / "metrics.jsonl").is_file() else []
-            entries.append(run_entry(one.arm.name, one.seed, outcome, rows))
-    result = make_result(facts, entries)
+    picture = study_png(result)
     for folder in folders:
-        write(result, folder, reading)
-    _show(result, folders, json)
-
-
-def _redraw(chosen: Study, folder: Path, json: bool) -> None:
-    from tandem.errors import RunFolderError
-    from tandem.study.result import redrawn, write
-
-    try:
-        result = jsonlib.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunFolderError(f"{folder} holds no result.json that can be drawn ({error}). Run the study.") from error
-    result = redrawn(result, chosen)
-    write(result, folder, chosen.reading)
-    _show(result, [folder], json)
-
-
-def _show(result: dict[str, Any], folders: list[Path], json: bool) -> None:
-    from tandem.study.result import arm_rows, chance_note, comparison_rows, failures
-
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "result.json").write_text(dumps(result), encoding="utf-8")
+        (folder / "figure.png").write_bytes(picture)
+        (folder / "README.md").write_text(page.readme(result, chosen.reading), encoding="utf-8")
     if json:
         runs = [{key: value for key, value in run.items() if key != "series"} for run in result["runs"]]
         print(jsonlib.dumps({**result, "runs": runs, "written": [str(folder) for folder in folders]}, indent=1))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.markdown import Markdown
 
-    console = Console()
-    for rows in (arm_rows(result), comparison_rows(result)):
-        table = Table()
-        for column in rows[0] if rows else ():
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*row.values())
-        console.print(table)
-    print(chance_note(result))
-    for line in failures(result):
-        print(line)
+    for table in (page.arms_table(result), page.differences_table(result)):
+        Console().print(Markdown(table))
+    print("\n".join([page.chance_note(result), *failures(result)]))
     print("written: " + ", ".join(f"{folder}/README.md" for folder in folders))
