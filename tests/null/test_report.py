@@ -299,7 +299,8 @@ def test_reward_curves_of_three_seeds(tmp_path):
     assert [line.get_label() for line in named] == ["seed 1", "seed 2", "seed 3"]
     assert [line.get_ydata()[-1] for line in named] == [pytest.approx(0.38 * seed) for seed in (1, 2, 3)]
     assert len({line.get_color() for line in named}) == len({line.get_linestyle() for line in named}) == 3
-    path = plots.reward_curves(curves, tmp_path / "seeds.png")
+    path = tmp_path / "seeds.png"
+    path.write_bytes(plots.png(lambda: plots.reward_curves_figure(curves, "Seeds")))
     width, height = struct.unpack(">II", path.read_bytes()[16:24])
     assert (width, height) == (1200, 680)
 

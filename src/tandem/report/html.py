@@ -80,7 +80,7 @@ def render_report(
         drift=drift.drift_table(rows, config.get("alarms") or {}),
         by_length=drift.by_length(rows),
         alarms=metrics.alarms(rows),
-        figures=[_inlined(*picture) for picture in pictures],
+        figures=[inlined(_ALTERNATIVES[name], light, dark) for name, light, dark in pictures],
         steps=last_steps(rows),
         sampled=metrics.measure(rows) == "reward",
         failures=failures(folder),
@@ -250,10 +250,6 @@ def _trajectories(path: Path) -> Iterator[dict[str, Any]]:
     with path.open(errors="replace") as file:
         for line in file:
             yield json.loads(line)
-
-
-def _inlined(name: str, light: bytes, dark: bytes) -> dict[str, str]:
-    return inlined(_ALTERNATIVES[name], light, dark)
 
 
 def inlined(alternative: str, light: bytes, dark: bytes) -> dict[str, str]:

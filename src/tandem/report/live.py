@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -15,10 +15,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tandem.report.metrics import evaluations, measure, seconds_by_phase, series, step_s, time_left_s, training
+from tandem.report.metrics import Row, evaluations, measure, seconds_by_phase, series, step_s, time_left_s, training
 from tandem.report.units import BLANK, count, decimal, duration, gigabytes, percent
-
-Row = Mapping[str, Any]
 
 SPARKS = "▁▂▃▄▅▆▇█"
 PHASE_COLOURS = ("blue", "dark_orange", "green", "magenta", "cyan")
@@ -80,7 +78,7 @@ def divergence(kl: float | None) -> str:
     >>> divergence(0.0), divergence(2.5e-7)
     ('0', '2.5e-07')
     """
-    return "–" if kl is None else f"{kl:.2g}"
+    return BLANK if kl is None else f"{kl:.2g}"
 
 
 def held_out(evaluation: Row) -> str:
@@ -113,11 +111,9 @@ def failed(row: Row) -> str:
 
 def _scored(evaluation: Row) -> str:
     """Accuracy and mean reward, for a column."""
-    return (
-        BLANK
-        if evaluation.get("prompts") == 0
-        else f"{percent(evaluation['accuracy'], 1)}, {decimal(evaluation.get('reward'), 2)}"
-    )
+    if evaluation.get("prompts") == 0:
+        return BLANK
+    return f"{percent(evaluation['accuracy'], 1)}, {decimal(evaluation.get('reward'), 2)}"
 
 
 class LiveTable:
@@ -267,13 +263,7 @@ class LiveTable:
         if peak is not None:
             facts.append(f"peak {gigabytes(peak)}")
         line = Table.grid(padding=(0, 2, 0, 0))
-        bar = Bar(
-            max(1, self._total),
-            0,
-            done,
-            width=max(8, min(30, self._console.width - 60)),
-            color="green",
-            bgcolor="grey23",
-        )
+        width = max(8, min(30, self._console.width - 60))
+        bar = Bar(max(1, self._total), 0, done, width=width, color="green", bgcolor="grey23")
         line.add_row(bar, Text("   ".join(facts), no_wrap=True, overflow="ellipsis"))
         return line

@@ -184,9 +184,14 @@ def loss_curves_figure(curves: Sequence[tuple[str, Sequence[Row]]], title: str) 
     return figure
 
 
+def _look(place: int) -> tuple[str, str]:
+    """Colour and line of a run among others."""
+    return SERIES[place % len(SERIES)], ("-", "--", "-.", ":")[place % 4]
+
+
 def _draw_smoothed(axes: Axes, place: int, label: str, rows: Sequence[Row], name: str) -> list[float]:
     """A run's curve in the colour and line of its place, each step's value faint behind it; the steps' values."""
-    colour, line = SERIES[place % len(SERIES)], ("-", "--", "-.", ":")[place % 4]
+    colour, line = _look(place)
     steps, values = series(training(rows), name)
     axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
     axes.plot(steps, smoothed(values), color=colour, linestyle=line, label=label)
@@ -240,7 +245,7 @@ def reward_curves_figure(curves: Sequence[tuple[str, Sequence[Row]]], title: str
     marks = {"held-out accuracy": "D", "held-out reward": "s"}
     shown: set[str] = set()
     for place, (label, rows) in enumerate(curves):
-        colour = SERIES[place % len(SERIES)]
+        colour, _ = _look(place)
         values += _draw_smoothed(axes, place, label, rows, "reward")
         at, *held_out = _held_out(graded(rows))
         for (name, mark), means in zip(marks.items(), held_out, strict=True):
@@ -299,8 +304,7 @@ def strips_figure(title: str, curves: Sequence[Curve], runs: Sequence[tuple[str,
     for place, (axes, (name, label, unit)) in enumerate(zip(drawn_on, curves, strict=True)):
         for number, (run, rows) in enumerate(runs):
             steps, values = series(training(rows), name)
-            line = ("-", "--", "-.", ":")[number % 4]
-            colour = SERIES[number % len(SERIES)]
+            colour, line = _look(number)
             drawn = [value / unit for value in values]
             axes.plot(steps, drawn, color=colour, linestyle=line, linewidth=1.4, label=run)
             axes.update_datalim([(steps[0], 1.08 * max(drawn))] if drawn else [])
@@ -371,12 +375,3 @@ def save_plots(rows: Sequence[Row], folder: Path | str) -> dict[str, Path]:
         paths[name] = folder / f"{name}.png"
         paths[name].write_bytes(png(partial(figure, rows)))
     return paths
-
-
-def reward_curves(
-    curves: Sequence[tuple[str, Sequence[Row]]], path: Path | str, title: str = "Reward of each seed"
-) -> Path:
-    """Write the picture of several runs (label, rows), as in the README, to `path`."""
-    path = Path(path)
-    path.write_bytes(png(lambda: reward_curves_figure(curves, title)))
-    return path

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
+from tandem.report.metrics import Row
 from tandem.report.plots import BLUE, VERMILLION, png
-
-Row = Mapping[str, Any]
 
 TICKS = tuple(mantissa * 10**power for power in range(7) for mantissa in (1, 2, 5))
 
