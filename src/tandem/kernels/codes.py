@@ -15,10 +15,10 @@ from torch import Tensor
 from tandem.kernels.address import address, rows_address
 from tandem.kernels.build.load import function
 from tandem.kernels.large import large
+from tandem.kernels.sizes import PANEL
 from tandem.numerics.quantise import Quantised
 
 UNIT = 8  # inputs that the layout keeps together
-PANEL = 64  # columns of one panel, as in tile.h
 _TINY = torch.finfo(torch.float32).tiny
 
 

@@ -25,12 +25,11 @@ from tandem.kernels.choice import backend
 from tandem.kernels.large import large
 from tandem.kernels.linear import linear_reference
 from tandem.kernels.sample import entropy, log_sum_exp
+from tandem.kernels.sizes import KEPT_BYTES, SLAB
 from tandem.kernels.weight import Weight, matrix_addresses, padded
 from tandem.types import kept_ids
 
 BLOCK = 256  # tokens, as in sample.h
-KEPT_BYTES = 384 << 20  # most that the forward pass keeps for the backward pass: 4,000 rows of 49,152 tokens in bf16
-SLAB = 512  # rows
 ROWS, COLUMNS = 128, 4096  # of the logits at once where no kernel is compiled
 _SCORE = "pippiii" + "ppppppppp"
 

@@ -9,9 +9,8 @@ from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.codes import Codes, fits
 from tandem.kernels.large import large
+from tandem.kernels.sizes import PANEL
 from tandem.numerics.quantise import Quantised
-
-PANEL = 64  # columns of one panel, as in tile.h
 
 
 def padded(depth: int, dtype: torch.dtype) -> int:

@@ -11,6 +11,7 @@ from tandem import env
 from tandem.engine.config import EngineConfig
 from tandem.engine.layout import KvLayout
 from tandem.kernels.build.load import lacking
+from tandem.kernels.sizes import KEPT_BYTES, PANEL, SLAB
 from tandem.models.config import ModelConfig
 from tandem.models.parts import SIZES, all_slots, expected_shapes
 from tandem.models.spec import ModelSpec
@@ -22,14 +23,11 @@ if TYPE_CHECKING:
 Phase = Literal["load", "generate", "learn", "update", "publish", "save"]
 ALL: tuple[Phase, ...] = ("load", "generate", "learn", "update", "publish", "save")
 LOADED = ALL[1:]
-PANEL = 64  # rows of a matrix that are packed together, kernels/weight.py
 CODES = {"int8": 8, "int4": 4}
-SLICE = 4 << 20  # numbers of an offloaded state that are updated at once, train/optimiser.py
 # Of a program from its request to the packed batch, of a token of its prompt, of one that it samples, and of that where
 # filters keep a set: 1.9 kB, 51, 87 and 168 bytes measured with 20 ids a set, and 68 while it is live; docs/configs.md.
-PROGRAM_BYTES, PROMPT_BYTES, SAMPLED_BYTES, KEPT_BYTES = 2048, 64, 112, 96
+PROGRAM_BYTES, PROMPT_BYTES, SAMPLED_BYTES, SET_BYTES = 2048, 64, 112, 96
 HELDOUT_BYTES = 4096  # of a held-out prompt, here and in the task's child
-HEAD_BYTES, HEAD_SLAB = 384 << 20, 512  # KEPT_BYTES and SLAB of kernels/logprob.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +70,19 @@ class Asked:
         """Whether the engine multiplies by 4 or 8-bit codes where it has them (kernels/weight.py)."""
         compiled = packed_bytes(self.spec, self.model, self.dtype) > 0
         return compiled and self.dtype == "bfloat16" and self.model.kernels == "exact"
+
+    @property
+    def shares(self) -> bool:
+        """Whether engine and learner have one decoder."""
+        return not (self.rounded or self.lag)
+
+    @property
+    def form(self) -> Literal["codes", "packed", "both"]:
+        """How the decoder that is loaded keeps its matrices; who rounds it, holds it back or trains it reads both."""
+        if self.shares and self.coded_bytes and self.holds_codes:
+            return "codes"
+        alone = self.shares and self.serves and self.model.kernels == "exact" and packed_bytes(self.spec, self.model)
+        return "packed" if alone else "both"
 
     @property
     def takes_turns(self) -> bool:
@@ -152,7 +163,7 @@ def rollout_bytes(asked: Asked) -> int:
         return 0
     rollout, longest = asked.run.rollout, max(1, asked.spec.max_position - asked.prompt_tokens)
     filters = rollout.top_k or rollout.top_p < 1 or rollout.min_p
-    sampled = SAMPLED_BYTES + (KEPT_BYTES + 4 * min(rollout.top_k or 32, asked.spec.vocab_size) if filters else 0)
+    sampled = SAMPLED_BYTES + (SET_BYTES + 4 * min(rollout.top_k or 32, asked.spec.vocab_size) if filters else 0)
     program = PROGRAM_BYTES + PROMPT_BYTES * asked.prompt_tokens
     program += sampled * min(rollout.max_turns * rollout.max_new_tokens, longest)
     return program * max(rollout.prompts_per_step * rollout.samples_per_prompt, asked.run.evaluation.prompts)
@@ -169,5 +180,5 @@ def head_bytes(spec: ModelSpec, rows: int, itemsize: int, place: Literal["host",
     """On the CPU the exponentials of all rows, or a slab of them (kernels/logprob.py); on a GPU some rows' logits."""
     if place == "device":
         return 3 * 4 * 128 * spec.vocab_size + rows * 4096 * (4 + itemsize)
-    held = rows if rows * spec.vocab_size * itemsize <= HEAD_BYTES else min(rows, HEAD_SLAB)
+    held = rows if rows * spec.vocab_size * itemsize <= KEPT_BYTES else min(rows, SLAB)
     return held * spec.vocab_size * itemsize + rows * spec.width * (4 + 2 * itemsize)

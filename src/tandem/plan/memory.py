@@ -28,7 +28,6 @@ from tandem.plan.footprint import (
     HELDOUT_BYTES,
     LOADED,
     PROGRAM_BYTES,
-    SLICE,
     Asked,
     Phase,
     activation_bytes,
@@ -41,12 +40,11 @@ from tandem.plan.footprint import (
     rounded_bytes,
     step_bytes,
 )
-from tandem.train.config import Checkpointing
+from tandem.train.config import SHARD_BYTES, SLICE, Checkpointing
 
 if TYPE_CHECKING:
     from tandem.run.config import RunConfig
 
-SHARD_BYTES = 128 << 20  # of the optimiser's state in a checkpoint, train/checkpoint.py
 LIBRARY_BYTES = 24 << 20  # compiled kernels, threads' stacks and what else is first touched after the plan: measured
 CHILD_BYTES = 120 << 20  # a task's child: reasoning_gym's sums take 115 MiB
 MARGIN = 0.9  # of what is available, for what the program may choose to fill
@@ -339,8 +337,8 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
     """What is held, and when."""
     spec, model, run = asked.spec, asked.model, asked.run
     place: Literal["host", "device"] = "device" if model.device == "cuda" else "host"
-    count = sum(prod(shape) for shape in expected_shapes(spec).values())
-    largest = max(prod(shape) for shape in expected_shapes(spec).values())
+    sizes = [prod(shape) for shape in expected_shapes(spec).values()]
+    count, largest = sum(sizes), max(sizes)
     compute, served = SIZES[model.dtype], SIZES[asked.dtype]
 
     yield Line("Python, torch and tokeniser", base_bytes + LIBRARY_BYTES)
@@ -350,29 +348,30 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
         yield Line("file of the weights", asked.file_bytes, ("load",), mapped=not asked.addresses)
     else:
         yield Line("a tensor unpacked", 2 * 4 * largest, ("load",))
-    packed = packed_bytes(spec, model)
-    if asked.coded_bytes and asked.holds_codes and not (asked.rounded or asked.lag):
+    whole, packed = count * compute, packed_bytes(spec, model)
+    embedding = spec.vocab_size * spec.width * compute
+    if asked.form == "codes":
         yield Line("weights as codes", asked.coded_bytes, LOADED)
-        yield Line("rows of the embedding", spec.vocab_size * spec.width * compute)
         yield Line("packed weights, until they are codes", packed, ("load",))
     else:
-        forms = (("packed weights", packed), ("weights", count * compute))
-        if asked.serves and packed and model.kernels == "exact" and not (asked.rounded or asked.lag):
-            alone = count * compute - spec.vocab_size * spec.width * compute
-            yield Line("weights, until they are packed", alone, ("load",))
-            forms = (forms[0], ("rows of the embedding", spec.vocab_size * spec.width * compute))
-        for name, held_bytes in forms:
-            yield Line(name, held_bytes, place=place)
+        yield Line("packed weights", packed, place=place)
+    if asked.form == "both":
+        yield Line("weights", whole, place=place)
+    else:
+        yield Line("rows of the embedding", embedding, place=place)
+    if asked.form == "packed":
+        yield Line("weights, until they are packed", whole - embedding, ("load",))
     yield Line("rotary tables", 2 * 4 * spec.max_position * (spec.head_size // 2), place=place)
+    own = packed_bytes(spec, model, asked.dtype)
     if asked.engine.weights != "same" and asked.holds_codes:
-        yield Line("engine's packed weights, until they are codes", packed_bytes(spec, model, asked.dtype), ("load",))
+        yield Line("engine's packed weights, until they are codes", own, ("load",))
         yield Line("engine's own weights", rounded_bytes(asked), LOADED)
-    elif asked.rounded or asked.lag:
-        yield Line("engine's own weights", count * served + packed_bytes(spec, model, asked.dtype), place=place)
+    elif not asked.shares:
+        yield Line("engine's own weights", count * served + own, place=place)
     if asked.rounded and asked.lag:
-        yield Line("weights before rounding", count * compute + packed_bytes(spec, model), place=place)
+        yield Line("weights before rounding", whole + packed, place=place)
     if asked.lag:
-        yield Line("weights held back", (asked.lag + 1) * count * compute, LOADED, place)
+        yield Line("weights held back", (asked.lag + 1) * whole, LOADED, place)
     yield Line("pages of keys and values", pool_bytes * num_pools(asked), asked.page_phases, place)
     yield Line("a step's activations", step_bytes(asked), ("generate",), place)
     yield Line("weights compared", (count if asked.lag else largest) * compute, ("load", "publish"), place)

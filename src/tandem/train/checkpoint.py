@@ -23,9 +23,9 @@ from tandem.errors import CheckpointError, RunFolderError
 from tandem.models.checkpoint import save_checkpoint
 from tandem.models.tokenizer import Tokenizer
 from tandem.numerics.digest import file_hash
+from tandem.train.config import SHARD_BYTES
 from tandem.train.optimiser import Optimiser
 
-SHARD_BYTES = 128 << 20  # the serialiser holds a copy of a shard
 MANIFEST = "manifest.json"
 RESUMES = re.compile(r"optimiser-|stale-|state\.json")  # files that only a resumed run reads
 

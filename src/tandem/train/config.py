@@ -11,6 +11,8 @@ from tandem.errors import ConfigError, nearest
 Schedule = Literal["constant", "linear", "cosine"]
 Checkpointing = Literal["auto", "on", "off"]
 Offload = Literal["none", "host", "disk"]
+SLICE = 4 << 20  # numbers of an offloaded state that are updated at once: 48 MiB
+SHARD_BYTES = 128 << 20  # of the optimiser's state in a checkpoint: the serialiser holds a copy of a shard
 
 
 @dataclass(frozen=True, slots=True)

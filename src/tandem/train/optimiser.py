@@ -16,11 +16,10 @@ from tandem.kernels.adamw import Hyper, adamw, grad_norm
 from tandem.kernels.large import give_back, large
 from tandem.kernels.weight import Weight
 from tandem.models.decoder import Decoder
-from tandem.train.config import LearnerConfig
+from tandem.train.config import SLICE, LearnerConfig
 from tandem.train.offload import FileTensors
 
 PARTS = ("master", "first", "second")
-SLICE = 4 << 20  # numbers: 48 MiB of state
 
 
 class Optimiser:
