@@ -36,12 +36,6 @@ APART = ({"train", "engine"},)  # meet in models, numerics and sync, and never i
 ROW_OF = {folder: index for index, row in enumerate(ROWS) for folder in row}
 FREE = {"", "__init__", "__main__"}  # the package's own front door
 
-# A module of a circle of imports that may stand for now -> why.
-CIRCLES: dict[str, str] = {
-    "study/figure": "draws the result that asks for it",
-    "bench/beside": "what runs beside takes its figures from the sweep",
-}
-
 # Files that run on a machine without torch, and so import none; `config` means the config.py of every folder.
 TORCH_FREE = {
     *(f"engine/{name}" for name in ("admit", "draft", "driver", "integrity", "layout", "order", "pages")),
@@ -182,7 +176,7 @@ def check_circles(root: Path, trees: Tree) -> Iterator[str]:
     for module in sorted(modules):
         circle = () if module in seen else _circle(module, imported)
         seen.update(circle)
-        if circle and not {"/".join(each) for each in circle} & CIRCLES.keys():
+        if circle:
             way = " -> ".join("/".join(each) for each in (*circle, module))
             yield f"{modules[module]}: a circle of imports, {way}; move what both need to a module below them"
 
@@ -446,9 +440,6 @@ def check_tables(root: Path) -> Iterator[str]:
                 yield f".ci/check.py: {key} has no reason"
             if not (root / key.partition(":")[0]).exists():
                 yield f".ci/check.py: {key} names no file; drop the line"
-    for name, reason in CIRCLES.items():
-        if not reason.strip() or not (root / f"src/tandem/{name}.py").exists():
-            yield f".ci/check.py: the circle at {name} has no reason, or names no file; drop the line"
 
 
 def run_checks(root: Path) -> list[str]:

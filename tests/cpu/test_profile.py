@@ -18,7 +18,7 @@ from tandem.bench import sweep
 from tandem.bench.profile import KERNELS, REST
 from tandem.bench.roofline import Cost, Machine, kv_bytes
 from tandem.columns import Columns
-from tandem.kernels import build
+from tandem.kernels.build import load
 from tandem.kernels.forward import KINDS
 from tandem.train.config import LearnerConfig
 from tandem.train.step import Learner
@@ -135,7 +135,7 @@ def test_learner_step_is_split_by_operation(make_decoder):
 
 def test_every_kernel_of_the_table_is_one_that_there_is():
     """A kernel that was renamed loses its operations and bytes in the profile, in silence."""
-    sources = "".join(path.read_text() for path in build.SOURCES.glob("*.cpp"))
+    sources = "".join(path.read_text() for path in load.SOURCES.glob("*.cpp"))
     for name in KERNELS:
         assert re.search(rf"\b{name}_?(##|bf16|\()", sources), name
 
@@ -143,8 +143,8 @@ def test_every_kernel_of_the_table_is_one_that_there_is():
 def test_no_span_is_left_behind():
     """A kernel call that pays for a profiler that no longer runs."""
     profiles.profiled(lambda: None, types.SimpleNamespace(slots=list))
-    plain = build.kernel("layer", "swiglu", torch.bfloat16, "ppii")
-    assert plain is build.function("layer", "swiglu_bf16", "ppii")
+    plain = load.kernel("layer", "swiglu", torch.bfloat16, "ppii")
+    assert plain is load.function("layer", "swiglu_bf16", "ppii")
 
 
 def test_sweep_measures_the_context_that_it_names(make_decoder, parity):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from tandem.engine import draft
-from tandem.kernels.build import compiler, matrix_unit
+from tandem.kernels.build.load import matrix_unit
+from tandem.kernels.build.toolchain import compiler
 from tests.multi.test_goldens import GOLDENS, RUNS, home, run  # noqa: F401
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels' bits depend on the batch")

@@ -147,7 +147,6 @@ def test_lawful_tree(complain: Complain) -> None:
 def test_raised_budget(complain: Complain, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A budget that cannot be raised by a line with a reason, or is raised without one."""
     monkeypatch.setattr(check, "NAMES_ALLOWED", {})
-    monkeypatch.setattr(check, "CIRCLES", {})
     files = {"src/tandem/run/x.py": "def long():\n" + "    pass\n" * 599}
     assert len(complain(files)) == 2
     monkeypatch.setattr(

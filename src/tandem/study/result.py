@@ -13,7 +13,7 @@ from typing import Any
 
 from tandem import env
 from tandem.errors import RunFolderError
-from tandem.kernels.build import processor_name
+from tandem.kernels.build.toolchain import processor_name
 from tandem.report.metrics import evaluations, training
 from tandem.study.runs import median_s, rows_of, timed_s, working_s
 from tandem.study.study import Planned, Study
