@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -15,6 +16,13 @@ from tandem.types import Completion, Microbatch, Request, Sample, Trajectory
 SCORED = ("reference_logprobs", "proximal_logprobs", "source_logprobs")  # columns that a forward pass fills in
 
 Held = TypeVar("Held", Sample, Trajectory)
+
+
+def ended(value: Any) -> Future[Any]:
+    """A future that has."""
+    future: Future[Any] = Future()
+    future.set_result(value)
+    return future
 
 
 def having(noun: Held, **values: Sequence[Any]) -> Held:

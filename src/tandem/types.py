@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 from tandem.columns import Array, Columns
@@ -24,15 +26,6 @@ class StopReason(str, Enum):
     LENGTH = "length"  # Sampling.max_new_tokens reached
     ABORTED = "aborted"  # the caller withdrew the request
     FAILED = "failed"  # no token could be drawn; Completion.failure says why
-
-
-class ProgramState(str, Enum):
-    """What an agent is doing."""
-
-    REASONING = "reasoning"  # a request of it is in the engine
-    ACTING = "acting"  # its environment runs
-    PAUSED = "paused"  # held by the scheduler
-    DONE = "done"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,15 +47,44 @@ class Reach:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool that a message calls.
+
+    >>> ToolCall("add", {"a": 1, "b": 2}).name
+    'add'
+    """
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str = ""  # that the answer names
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """One chat message.
 
-    >>> Message("user", "What is 1 + 2?").role
-    'user'
+    >>> Message("user", "What is 1 + 2?").row()
+    {'role': 'user', 'content': 'What is 1 + 2?'}
     """
 
     role: str  # "system", "user", "assistant" or "tool"
     content: str
+    calls: tuple[ToolCall, ...] = ()  # of tools, by an assistant
+    call_id: str = ""  # of the call that a tool's message answers
+    more: Mapping[str, Any] = field(default_factory=dict)  # further keys for the chat template: name, reasoning_content
+
+    def row(self) -> dict[str, Any]:
+        """As chat templates and files have it; keys without a value are left out."""
+        row: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.calls:
+            row["tool_calls"] = [
+                ({"id": call.id} if call.id else {})
+                | {"type": "function", "function": {"name": call.name, "arguments": dict(call.arguments)}}
+                for call in self.calls
+            ]
+        if self.call_id:
+            row["tool_call_id"] = self.call_id
+        return row | dict(self.more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +98,7 @@ class Prompt:
     id: str  # unique within a task
     messages: tuple[Message, ...]  # rendered by the model's chat template
     record: Mapping[str, Any] = field(default_factory=dict)  # the task's own fields, for grading
+    tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of functions that may be called, for the chat template
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,21 +207,6 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Program:
-    """An agent's life.
-
-    >>> Program("sum-0/3", "sum-0", "demo/train/rollout").state
-    <ProgramState.REASONING: 'reasoning'>
-    """
-
-    id: str
-    prompt_id: str
-    tenant: str  # "org/team/user"
-    state: ProgramState = ProgramState.REASONING
-    turns: tuple[Turn, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Failure:
     """Why a trajectory cannot be trained on.
 
@@ -212,7 +220,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Trajectory:
-    """Turns flattened exactly as sampled.
+    """Turns flattened exactly as sampled: a program's, or those of one segment where its context started anew.
 
     >>> seen = Columns.of(tokens=(1, 2, 7), loss_mask=(False, False, True), logprobs=(0.0, 0.0, -0.3))
     >>> Trajectory("p/0", "p", seen, reward=1.0).num_sampled
@@ -227,6 +235,12 @@ class Trajectory:
     failure: Failure | None = None
     seconds: float = 0.0  # from the submission of each turn's request to its end, summed over the turns
     tool_calls: int = 0  # observations that followed a turn
+    segment: int = 0  # of its program, in order; all have the program's reward and failure
+
+    @property
+    def id(self) -> str:
+        """Unique among a step's trajectories, and that of the sample made of it."""
+        return f"{self.program_id}/{self.segment}"
 
     @property
     def num_sampled(self) -> int:
@@ -237,12 +251,17 @@ class Trajectory:
 class Group:
     """The trajectories of one prompt.
 
-    >>> Group(Prompt("p", ()), ()).trajectories
-    ()
+    >>> Group(Prompt("p", ()), ()).programs
+    []
     """
 
     prompt: Prompt
-    trajectories: tuple[Trajectory, ...]  # G
+    trajectories: tuple[Trajectory, ...]  # of G programs, a program's segments side by side
+
+    @property
+    def programs(self) -> list[tuple[Trajectory, ...]]:
+        """The segments of each of its G programs."""
+        return [tuple(segments) for _, segments in groupby(self.trajectories, attrgetter("program_id"))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +273,7 @@ class Sample:
     np.float64(1.5)
     """
 
-    id: str  # program id
+    id: str  # trajectory id: program/segment
     prompt_id: str
     columns: Columns  # T tokens
 

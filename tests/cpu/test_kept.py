@@ -71,8 +71,8 @@ def trajectories(completions: Sequence[Completion]) -> list[Trajectory]:
 
 def scores(decoder: Decoder, played: Sequence[Trajectory], temperature: float, replay: bool) -> dict[str, list[str]]:
     """The learner's log-probs of each trajectory's tokens on packs of it, as hexadecimal."""
-    samples = [Sample(t.program_id, t.prompt_id, t.columns.without("kept", "unfiltered_logprobs")) for t in played]
-    by_id = {t.program_id: t for t in played}
+    samples = [Sample(t.id, t.prompt_id, t.columns.without("kept", "unfiltered_logprobs")) for t in played]
+    by_id = {t.id: t for t in played}
     scored: dict[str, list[str]] = {}
     for microbatch in pack(samples, count_prompts(samples), 60):
         members = [by_id[name] for name in microbatch.sample_ids]
@@ -92,7 +92,7 @@ def recorded(played: Sequence[Trajectory], unfiltered: bool = False) -> dict[str
     found = {}
     for t in played:
         logprobs = column(t, "unfiltered_logprobs" if unfiltered and "kept" in t.columns else "logprobs")
-        found[t.program_id] = [logprobs[p].hex() for p in trained(t)]
+        found[t.id] = [logprobs[p].hex() for p in trained(t)]
     return found
 
 

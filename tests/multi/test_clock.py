@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -18,13 +19,14 @@ from tandem.models import tokenizer as clocked
 from tandem.models.config import ModelConfig
 from tandem.models.tokenizer import Tokenizer
 from tandem.program.config import TaskConfig
-from tandem.program.task import Task
+from tandem.program.pool import RunningEpisode
 from tandem.rollout.config import RolloutConfig
 from tandem.run import local
 from tandem.run.clock import started
 from tandem.run.config import EvaluationConfig, RunConfig
 from tandem.train.config import LearnerConfig
 from tests.display import Silent
+from tests.samples import ended
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
 DATED = "Today is {{ strftime_now('%d %B') }}.\n"
@@ -74,14 +76,14 @@ def test_a_resumed_run_has_the_date_it_began_with(
         prompts.append(render(self, *given))
         return prompts[-1]
 
-    def graded(self: Task, conversations: Any, until_s: float = 0.0) -> list[float]:
-        return [float(sum(map(ord, turns[-1].content)) % 11) for _, turns in conversations]
+    def graded(self: RunningEpisode) -> Future[float]:
+        return ended(float(sum(map(ord, self.said[-1].content)) % 11))
 
     def sit(day: int, steps: int, out: Path | None, resume: Path | None = None) -> Path:
         monkeypatch.setattr(clocked, "datetime", Day(day))
         return local.train(replace(config, steps=steps), out=out, resume=resume, display=Silent())[1]
 
-    monkeypatch.setattr(Task, "grade", graded)
+    monkeypatch.setattr(RunningEpisode, "score", graded)
     whole = sit(1, 4, tmp_path / "whole")
     parted = sit(1, 2, tmp_path / "parted")
     monkeypatch.setattr(Tokenizer, "render_text", watched)

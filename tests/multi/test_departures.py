@@ -10,6 +10,7 @@ import json
 import math
 import textwrap
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ from tandem.errors import AlarmError, ConfigError
 from tandem.kernels.build.toolchain import compiler
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
-from tandem.program.task import Task
+from tandem.program.pool import RunningEpisode
 from tandem.rollout.config import RolloutConfig
 from tandem.run import local
 from tandem.run.config import EvaluationConfig, RunConfig, check_training
 from tandem.train.config import LearnerConfig
 from tests.display import Silent
+from tests.samples import ended
 
 DOCS = Path(__file__).parents[2] / "docs" / "parity.md"
 BEGIN, END = "<!-- departures: written by tests -->", "<!-- end of departures -->"
@@ -80,11 +82,11 @@ def config(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., 
 def last_row(config: RunConfig, out: Path, resume: bool = False) -> dict[str, Any]:
     """The last row of a short run whose rewards differ within its groups."""
 
-    def graded(self: Task, conversations: Any, until_s: float = 0.0) -> list[float]:
-        return [float(sum(map(ord, turns[-1].content)) % 11) for _, turns in conversations]
+    def graded(self: RunningEpisode) -> Future[float]:
+        return ended(float(sum(map(ord, self.said[-1].content)) % 11))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Task, "grade", graded)
+        patch.setattr(RunningEpisode, "score", graded)
         folders = {"out": None, "resume": out} if resume else {"out": out, "resume": None}
         code, folder = local.train(config, **folders, display=Silent())
     assert code == 0

@@ -10,6 +10,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,20 +24,21 @@ from tandem.engine.config import EngineConfig
 from tandem.kernels.build.toolchain import compiler
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
-from tandem.program.task import Task
+from tandem.program.pool import RunningEpisode
 from tandem.rollout.config import RolloutConfig
 from tandem.run import local
 from tandem.run.config import EvaluationConfig, RunConfig
 from tandem.train.config import LearnerConfig
 from tests.display import Silent
+from tests.samples import ended
 
 STEPS = 5
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
 
 
-def graded(self: Task, conversations: Any, until_s: float = 0.0) -> list[float]:
+def graded(self: RunningEpisode) -> Future[float]:
     """Rewards that differ within nearly every group."""
-    return [float(sum(map(ord, turns[-1].content)) % 11) for _, turns in conversations]
+    return ended(float(sum(map(ord, self.said[-1].content)) % 11))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +86,7 @@ def run(config: RunConfig, out: Path, threads: int = 1) -> Finished:
             return parts
 
         patch.setattr(local, "build_parts", watched)
-        patch.setattr(Task, "grade", graded)
+        patch.setattr(RunningEpisode, "score", graded)
         patch.setenv("TANDEM_THREADS", str(threads))
         code, folder = local.train(config, out=out, resume=None, display=Silent())
     torch.set_num_threads(before)

@@ -18,8 +18,8 @@ from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.models.scratch import Shape
 from tandem.program.config import TaskConfig
+from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer
-from tandem.program.task import make_environment
 from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.rollout.written import texts, written
 from tandem.run import local
@@ -160,7 +160,7 @@ def test_texts_that_do_not_fit_or_are_not_there(tmp_path: Path) -> None:
         "        return Prompt(f'{split}/{index}', (Message('user', f'{split} {index}'),), {})\n\n"
         "    def reward(self, prompt, text):\n        return 0.0\n"
     )
-    task = make_environment(TaskConfig(f"{tmp_path / 'own.py'}:Own", heldout_size=2))
+    task = EnvironmentPool(TaskConfig(f"{tmp_path / 'own.py'}:Own", heldout_size=2))
     try:
         with pytest.raises(TaskError, match="Own has no solution of prompt .* Define solution"):
             task.solutions(task.batch(0, 1))
@@ -170,7 +170,7 @@ def test_texts_that_do_not_fit_or_are_not_there(tmp_path: Path) -> None:
 
 def test_worked_steps_are_right() -> None:
     """A step of a worked sum is wrong, or an answer is not its end."""
-    task = make_environment(dataclasses.replace(tiny_arithmetic().task, heldout_size=4))
+    task = EnvironmentPool(dataclasses.replace(tiny_arithmetic().task, heldout_size=4))
     try:
         asked = task.batch(0, 50)
         for prompt, solution in zip(asked, task.solutions(asked), strict=True):

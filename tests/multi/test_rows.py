@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tandem.config import override
-from tandem.program.task import Task
+from tandem.program.pool import RunningEpisode
 from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.report import plots
 from tandem.run import local
 from tandem.run.config import RunConfig
 from tandem.run.rows import KEYS
 from tests.display import Silent
+from tests.samples import ended
 
 DOCS = Path(__file__).parents[2] / "docs" / "configs.md"
 BEGIN, END = "<!-- rows: written by tests -->", "<!-- end of rows -->"
@@ -65,8 +67,8 @@ def keys(row: Mapping[str, Any]) -> Iterator[str]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     """The keys of the rows of a run by objective."""
 
-    def grade(self: Task, conversations: Any, until_s: float = 0.0) -> list[float]:
-        return [float(sum(map(ord, turns[-1].content)) % 11) for _, turns in conversations]
+    def grade(self: RunningEpisode) -> Future[float]:
+        return ended(float(sum(map(ord, self.said[-1].content)) % 11))
 
     def of(config: RunConfig) -> set[str]:
         _, folder = local.train(config, out=tmp_path_factory.mktemp("rows") / "run", resume=None, display=Silent())
@@ -74,7 +76,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
 
     texts = override(tiny_arithmetic(), SMALL)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Task, "grade", grade)  # rewards that differ within a group
+        patch.setattr(RunningEpisode, "score", grade)  # rewards that differ within a group
         return {"next_token": of(texts), "policy_gradient": of(override(texts, POLICY))}
 
 

@@ -179,7 +179,7 @@ def test_zero_advantage_samples_count_in_the_denominators() -> None:
     """Dropping zero-advantage samples also drops them from the denominators, which scales the gradient."""
     groups = [group("p", [1.0, 0.5, 0.0]), group("q", [1.0, 1.0], lengths=[5, 6])]
     selection = samples_from_groups(AlgoConfig(), groups)
-    assert [sample.id for sample in selection.samples] == ["p/0", "p/2"]
+    assert [sample.id for sample in selection.samples] == ["p/0/0", "p/2/0"]
     assert selection.prompts == (PromptTotal("p", 6, 3), PromptTotal("q", 11, 2))
     assert selection.trajectories == Fates(trained=2, zero_advantage=3)
     assert selection.tokens == Fates(trained=4, zero_advantage=13)
@@ -208,7 +208,7 @@ def test_empty_and_lone_trajectories() -> None:
         AlgoConfig(advantage="rloo"),
         [group("p", [1.0, 0.0], lengths=[0, 2]), group("q", [1.0, 0.0], failed=(1,)), group("r", [1.0], failed=(0,))],
     )
-    assert [sample.id for sample in selection.samples] == ["p/1"]
+    assert [sample.id for sample in selection.samples] == ["p/1/0"]
     assert selection.trajectories == Fates(trained=1, zero_advantage=1, masked=1, failed=2)
     assert [total.prompt_id for total in selection.prompts] == ["p", "q"]
     assert samples_from_groups(AlgoConfig(advantage="reinforce_pp"), []).samples == ()

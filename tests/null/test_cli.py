@@ -23,7 +23,7 @@ from tandem import env
 from tandem.cli import doctor, main, recipes, train
 from tandem.config import override
 from tandem.errors import CheckpointError, ConfigError, ModelError, TandemWarning
-from tandem.program.task import make_environment
+from tandem.program.pool import EnvironmentPool
 from tandem.rollout.evaluate import Evaluation
 from tandem.run.folder import RunFolder
 
@@ -272,7 +272,7 @@ def test_eval_of_a_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
 
     def evaluated(config: Any) -> Evaluation:
         asked.append(config)
-        assert len(make_environment(config.task).heldout) == config.task.heldout_size
+        assert len(EnvironmentPool(config.task).heldout) == config.task.heldout_size
         return Evaluation(0.5, 0.4, 0.6, config.evaluation.prompts, 0, 0.5, 8.0)
 
     monkeypatch.setitem(sys.modules, "tandem.run.local", SimpleNamespace(evaluate_model=evaluated))

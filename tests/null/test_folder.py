@@ -486,7 +486,8 @@ def test_trajectory_rows_decode_what_was_sampled():
     bad = Trajectory("p/1", "p", nothing, failure=Failure("reward", "nan"))
     plain, failed = trajectory_rows([Group(prompt, (good, bad))], lambda ids: "".join(chr(i) for i in ids))
     assert plain == {
-        "program_id": "p/0", "prompt_id": "p", "prompt": [{"role": "user", "content": "1 + 2?"}], "answer": "3",
+        "program_id": "p/0", "segment": 0, "prompt_id": "p", "prompt": [{"role": "user", "content": "1 + 2?"}],
+        "answer": "3",
         "text": "3\x074", "reward": 1.0, "sampled_tokens": 2, "stop_reason": "stop_token", "failure": None,
     }  # fmt: skip
     assert (failed["reward"], failed["text"], failed["failure"]) == (None, "", {"where": "reward", "reason": "nan"})

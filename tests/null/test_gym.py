@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from tandem.errors import TandemWarning
-from tandem.program import tasks
+from tandem.program import prompts as task_prompts
 from tandem.program.config import TaskConfig
-from tandem.program.task import make_environment
+from tandem.program.pool import EnvironmentPool
 from tandem.types import Prompt
 
 DOCS = Path(__file__).parents[2] / "docs" / "rewards.md"
@@ -41,7 +41,7 @@ def mean(score: Callable[[Prompt, str], float], prompts: list[Prompt], reply: st
 
 def row(name: str) -> tuple[str, bool]:
     """A set's row of the table, empty where it pays its own answer, nothing else, and never raises; is it at fault?"""
-    gym = tasks.ReasoningGym(TaskConfig(name=name, seed=1))
+    gym = task_prompts.ReasoningGym(TaskConfig(name=name, seed=1))
     prompts = [gym.prompt("train", draw) for draw in range(SLOW_PROMPTS if name in SLOW else PROMPTS)]
     scorer = gym.chunk("train", 0)
 
@@ -71,7 +71,7 @@ def test_every_set_of_reasoning_gym(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
     from reasoning_gym.factory import DATASETS
 
-    monkeypatch.setattr(tasks, "CHUNK_DRAWS", PROMPTS)
+    monkeypatch.setattr(task_prompts, "CHUNK_DRAWS", PROMPTS)
     names = sorted(set(DATASETS) - {"composite"})  # it is made of other sets, which its parameters must name
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, of replies that hold no number
@@ -83,14 +83,14 @@ def test_every_set_of_reasoning_gym(monkeypatch: pytest.MonkeyPatch) -> None:
     rest = [name for name in names if not rows[name][0]]
     written = re.search(r"^The other (\d+) [^:]*: ([^.]*)\.$", page, re.MULTILINE)
     assert written and written[1] == str(len(rest)) and written[2].split(", ") == rest, ", ".join(rest)
-    assert {name for name, (_, fault) in rows.items() if fault} == set(tasks.GYM_FAULTS)
+    assert {name for name, (_, fault) in rows.items() if fault} == set(task_prompts.GYM_FAULTS)
 
 
 def test_run_on_a_faulty_set_says_so() -> None:
     """A run on a set that pays for a constant starts without a word."""
     with pytest.warns(TandemWarning, match="game_of_life_halting: any text gets full marks"):
-        make_environment(TaskConfig(name="game_of_life_halting")).close()
+        EnvironmentPool(TaskConfig(name="game_of_life_halting")).close()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        make_environment(TaskConfig(name="game_of_life_halting", reward="exact")).close()
-        make_environment(TaskConfig()).close()
+        EnvironmentPool(TaskConfig(name="game_of_life_halting", reward="exact")).close()
+        EnvironmentPool(TaskConfig()).close()

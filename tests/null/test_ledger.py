@@ -36,7 +36,7 @@ def test_ledger_closes_without_remainder(shapes, in_flight, steps, spare_s):
         trajectories.append(Trajectory(str(place), "p", columns, 1.0, reason, failure))
         if fate in ("trained", "masked"):
             credited = columns.having(advantages=(float(fate == "trained"),) * size)
-            samples.append(Sample(str(place), "p", credited))
+            samples.append(Sample(f"{place}/0", "p", credited))
     ledger = Ledger()
     counts = ledger.record([Group(Prompt("p", ()), tuple(trajectories))], samples)
     assert counts == expected
@@ -65,7 +65,7 @@ def test_ledger_refuses_what_cannot_be():
     with pytest.raises(AssertionError, match="10 tokens have a fate, but only 9 were sampled"):
         ledger.close({"main": 5.0}, sampled_tokens=9)
     columns = Columns.of(tokens=(1, 2), loss_mask=(False, True))
-    sample = Sample("p/0", "p", columns.having(advantages=(0.0, 1.0)))
+    sample = Sample("p/0/0", "p", columns.having(advantages=(0.0, 1.0)))
     with pytest.raises(AssertionError, match="without a trajectory"):
         ledger.record([], [sample])
     bad = Trajectory("p/0", "p", columns, failure=Failure("reward", "nan"))

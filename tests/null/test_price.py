@@ -48,9 +48,9 @@ def test_units(unit, wanted) -> None:
 def test_reward_by_hand() -> None:
     """The price is per token instead of per budget, or is added. 1 - 0.5 * 30 / 20 = 0.25."""
     one = trajectory("p/0", 1.0, tokens=30)
-    assert charged_reward(PriceConfig(budget=20.0), one, 0.5) == pytest.approx(0.25)
-    assert charged_reward(PriceConfig(budget=20.0), one, 0.0) == 1.0
-    assert charged_reward(PriceConfig(), one, 0.5) == 1.0
+    assert charged_reward(PriceConfig(budget=20.0), (one,), 0.5) == pytest.approx(0.25)
+    assert charged_reward(PriceConfig(budget=20.0), (one,), 0.0) == 1.0
+    assert charged_reward(PriceConfig(), (one,), 0.5) == 1.0
 
 
 def test_multiplier_by_hand() -> None:

@@ -18,15 +18,15 @@ from tandem.columns import Columns
 from tandem.engine.driver import Driver
 from tandem.errors import CapacityError, ConfigError
 from tandem.program.config import TaskConfig
+from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer
-from tandem.program.task import make_environment
 from tandem.rollout import rollout
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.evaluate import evaluate
 from tandem.rollout.rollout import Rollouts
 from tandem.trace import Totals, Trace
 from tandem.types import Completion, Failure, Message, Prompt, Request, StopReason
-from tests.samples import column, trained
+from tests.samples import column, ended, trained
 
 STOP, USER, ANSWER, END = 0, 1, 2, 3  # what the chat template of Letters writes around contents
 NAMES = {STOP: "", USER: "<u>", ANSWER: "<a>", END: "\n"}
@@ -41,7 +41,7 @@ class Letters:
     def decode(self, tokens: Sequence[int], /) -> str:
         return "".join(NAMES.get(token) or chr(token) for token in tokens)
 
-    def render_messages(self, messages: Sequence[Message], add_generation_prompt: bool, /) -> list[int]:
+    def render_messages(self, messages, add_generation_prompt, /, *, tools=()) -> list[int]:
         tokens: list[int] = []
         for message in messages:
             said = message.role == "assistant"
@@ -100,25 +100,38 @@ class FakeEngine:
         return Completion(request.id, columns, reason or ended)
 
 
+class Counted:
+    """An episode of Counting."""
+
+    def __init__(self, by: Counting) -> None:
+        self.by = by
+        self.said: list[Message] = []
+
+    def score(self):
+        text = self.said[-1].content
+        return ended(Failure("reward", "returned nan") if "x" in text else float(len(text)))
+
+    def observe(self):
+        if "y" in self.said[-1].content:
+            return ended(Failure("environment", "raised"))
+        if len(self.said) >= 2 * self.by.more:
+            return ended(None)
+        self.said.append(Message("user", "go"))
+        return ended((Message("user", "go"),))
+
+    def close(self) -> None:
+        self.by.closed += 1
+
+
 class Counting:
     """Pays the length of the last answer; asks `more` times for more."""
 
     def __init__(self, more: int = 0) -> None:
         self.more = more
+        self.closed = 0
 
-    def grade(self, conversations, until_s, /):
-        return [
-            Failure("reward", "returned nan") if "x" in turns[-1].content else float(len(turns[-1].content))
-            for _, turns in conversations
-        ]
-
-    def observe(self, conversations, until_s, /):
-        return [
-            Failure("environment", "raised") if "y" in turns[-1].content
-            else (Message("user", "go"),) if len(turns) < 2 * self.more
-            else None
-            for _, turns in conversations
-        ]  # fmt: skip
+    def episode(self, prompt, until_s, /):
+        return Counted(self)
 
 
 def spell(text: str) -> list[int]:
@@ -157,11 +170,11 @@ def test_rollouts_equal_each_alone(count: int, samples: int, turns: int, slownes
     config = RolloutConfig(samples_per_prompt=samples, max_turns=turns, max_new_tokens=8)
     engine = FakeEngine(babble, lambda request: noise(request) % slowness + 1)
     driver = Driver(engine).start() if threaded else Driver(engine)
-    groups = Rollouts(driver, Renderer(Letters()), Counting(2), config, run_seed=1).run(7, prompts(count))
+    groups = Rollouts(driver, Renderer(Letters()), Counting(2), config, run_seed=1).collect(7, prompts(count))
     driver.close(30.0)
     assert [group.prompt.id for group in groups] == [f"p{n}" for n in range(count)]
     for prompt, group in zip(prompts(count), groups, strict=True):
-        alone = Rollouts(Driver(FakeEngine(babble)), Renderer(Letters()), Counting(2), config, run_seed=1).run(
+        alone = Rollouts(Driver(FakeEngine(babble)), Renderer(Letters()), Counting(2), config, run_seed=1).collect(
             7, [prompt]
         )
         assert alone == [group]
@@ -177,7 +190,7 @@ def test_rollouts_equal_each_alone(count: int, samples: int, turns: int, slownes
 def test_single_turn_by_hand() -> None:
     """Prompt, answer, mask, reward or ids of the simplest case are wrong."""
     engine = FakeEngine(lambda request: spell("abc"))
-    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(), CONFIG, run_seed=1).run(2, prompts(1))
+    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(), CONFIG, run_seed=1).collect(2, prompts(1))
     first = group.trajectories[0]
     assert column(first, "tokens") == [USER, ord("q"), ord("0"), END, ANSWER, *spell("abc")]
     assert column(first, "loss_mask") == [False] * 5 + [True] * 4
@@ -192,7 +205,7 @@ def test_turns_keep_tokens() -> None:
     """A second turn's request does not begin with what the first one saw and said, or observations are trained on."""
     engine = FakeEngine(lambda request: spell("ab") if request.id.endswith("/0") else [ord("c")])
     config = replace(CONFIG, samples_per_prompt=1, max_turns=3)
-    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(5), config, run_seed=1).run(2, prompts(1))
+    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(5), config, run_seed=1).collect(2, prompts(1))
     (trajectory,) = group.trajectories
     first, second, third = engine.seen
     go = (END, USER, ord("g"), ord("o"), END, ANSWER)
@@ -210,7 +223,7 @@ def test_failures_stay_with_their_program() -> None:
     words = {0: "ab", 1: "xx", 2: "yy"}
     engine = FakeEngine(lambda request: spell(words[int(request.id.split("/")[2])]))
     config = replace(CONFIG, max_turns=2)
-    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(0), config, run_seed=1).run(0, prompts(1))
+    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(0), config, run_seed=1).collect(0, prompts(1))
     good, bad_reward, bad_observation = group.trajectories
     assert good.failure is None and good.reward == 2.0
     assert bad_reward.failure == Failure("reward", "returned nan") and bad_reward.num_sampled == 3
@@ -228,7 +241,7 @@ def test_a_draw_that_fails_is_its_programs_failure() -> None:
 
     engine = Failing(lambda request: spell("ab"))
     config = replace(CONFIG, max_turns=2)
-    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(5), config, run_seed=1).run(0, prompts(1))
+    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(5), config, run_seed=1).collect(0, prompts(1))
     first, failed, third = group.trajectories
     assert (first.failure, third.failure) == (None, None) and [r.id for r in engine.seen].count("p0/0/1/1") == 0
     assert failed.failure == Failure("engine", "3 NaN") and failed.num_sampled == 3
@@ -242,7 +255,7 @@ def test_deadline_withdraws_the_rest() -> None:
     rollouts = Rollouts(
         Driver(engine), Renderer(Letters()), Counting(), config, run_seed=1, clock=lambda: float(next(clock))
     )
-    first, second = rollouts.run(0, prompts(2))
+    first, second = rollouts.collect(0, prompts(2))
     assert [t.reward for t in first.trajectories] == [2.0] * 3
     for trajectory in second.trajectories:
         assert trajectory.failure == Failure("deadline", "generation took longer than 50 s (rollout.deadline_s)")
@@ -255,7 +268,7 @@ def test_deadline_withdraws_the_rest() -> None:
 def test_programs_are_made_as_they_start(count: int, samples: int, turns: int, ahead: int) -> None:
     """All programs and requests of a step exist at once; or one that waited gets other tokens, or another's place."""
     config = RolloutConfig(samples_per_prompt=samples, max_turns=turns, max_new_tokens=8)
-    wanted = Rollouts(Driver(FakeEngine(babble)), Renderer(Letters()), Counting(2), config, run_seed=1).run(
+    wanted = Rollouts(Driver(FakeEngine(babble)), Renderer(Letters()), Counting(2), config, run_seed=1).collect(
         7, prompts(count)
     )
     engine = FakeEngine(babble, lambda request: noise(request) % 4 + 1)
@@ -269,7 +282,7 @@ def test_programs_are_made_as_they_start(count: int, samples: int, turns: int, a
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rollout, "AHEAD", ahead)
         assert (
-            Rollouts(Driver(engine), Renderer(Letters()), Counting(2), config, run_seed=1).run(7, prompts(count))
+            Rollouts(Driver(engine), Renderer(Letters()), Counting(2), config, run_seed=1).collect(7, prompts(count))
             == wanted
         )
     assert max(most) <= ahead
@@ -286,7 +299,7 @@ def test_deadline_before_a_program_starts(monkeypatch: pytest.MonkeyPatch) -> No
     rollouts = Rollouts(
         Driver(engine), Renderer(Letters()), Counting(), config, run_seed=1, clock=lambda: float(next(clock))
     )
-    groups = rollouts.run(0, prompts(5))
+    groups = rollouts.collect(0, prompts(5))
     assert [len(group.trajectories) for group in groups] == [3] * 5 and len(engine.seen) == 4 and not engine.live
     for place, trajectory in enumerate(t for group in groups for t in group.trajectories):
         assert trajectory.failure is not None and "rollout.deadline_s" in trajectory.failure.reason
@@ -298,10 +311,10 @@ def test_capacity() -> None:
     engine = FakeEngine(lambda request: spell("ab"), capacity=5)
     long = Prompt("long", (Message("user", "much too long"),))
     with pytest.raises(CapacityError, match="engine.kv_memory_bytes"):
-        Rollouts(Driver(engine), Renderer(Letters()), Counting(), CONFIG, run_seed=1).run(0, [*prompts(1), long])
+        Rollouts(Driver(engine), Renderer(Letters()), Counting(), CONFIG, run_seed=1).collect(0, [*prompts(1), long])
     assert not engine.live
     config = replace(CONFIG, max_turns=2)
-    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(9), config, run_seed=1).run(0, prompts(1))
+    (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(9), config, run_seed=1).collect(0, prompts(1))
     failure = group.trajectories[0].failure
     assert failure is not None and failure.where == "engine" and failure.reason.startswith("turn 2 does not fit")
     assert column(group.trajectories[0], "loss_mask")[5:8] == [True, True, True]
@@ -312,7 +325,7 @@ def test_lost_request_is_noticed() -> None:
     engine = FakeEngine(lambda request: spell("a"))
     engine.step = lambda: engine.live.clear() or []  # type: ignore[method-assign, func-returns-value]
     with pytest.raises(AssertionError, match="no work, but 3 requests have not come back"):
-        Rollouts(Driver(engine), Renderer(Letters()), Counting(), CONFIG, run_seed=1).run(0, prompts(1))
+        Rollouts(Driver(engine), Renderer(Letters()), Counting(), CONFIG, run_seed=1).collect(0, prompts(1))
 
 
 def test_seconds_are_told_apart() -> None:
@@ -322,8 +335,8 @@ def test_seconds_are_told_apart() -> None:
     trace = Trace([totals], clock=lambda: float(next(ticks)))
     engine = FakeEngine(lambda request: spell("a"))
     config = replace(CONFIG, max_turns=2)
-    Rollouts(Driver(engine), Renderer(Letters()), Counting(1), config, run_seed=1, trace=trace).run(0, prompts(1))
-    assert totals.seconds == {"environment": 1.0, "reward": 1.0, "rollout": 3.0}
+    Rollouts(Driver(engine), Renderer(Letters()), Counting(1), config, run_seed=1, trace=trace).collect(0, prompts(1))
+    assert totals.seconds == {"reward": 3.0, "rollout": 4.0}  # a reward each; nobody waited for what was observed
 
 
 def test_evaluation_by_hand() -> None:
@@ -346,7 +359,7 @@ def test_documented_environment(tmp_path: Path) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
     (tmp_path / "reverse.py").write_text(code)
-    task = make_environment(TaskConfig(f"{tmp_path}/reverse.py:Reverse", parameters=(("length", 3),), heldout_size=4))
+    task = EnvironmentPool(TaskConfig(f"{tmp_path}/reverse.py:Reverse", parameters=(("length", 3),), heldout_size=4))
 
     def speak(request: Request) -> list[int]:
         """Wrong at first; after the hint right where the seed is even."""
@@ -355,7 +368,7 @@ def test_documented_environment(tmp_path: Path) -> None:
 
     config = RolloutConfig(samples_per_prompt=6, max_turns=2)
     engine = FakeEngine(speak)
-    groups = Rollouts(Driver(engine), Renderer(Letters()), task, config, run_seed=0).run(0, task.batch(0, 2))
+    groups = Rollouts(Driver(engine), Renderer(Letters()), task, config, run_seed=0).collect(0, task.batch(0, 2))
     outcomes = {t.program_id: (t.reward, t.failure) for group in groups for t in group.trajectories}
     assert outcomes == {r.program_id: (float(r.seed % 2 == 0), None) for r in engine.seen}
     assert len(engine.seen) == 24 and len(set(outcomes.values())) == 2

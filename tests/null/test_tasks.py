@@ -20,15 +20,14 @@ from tandem.errors import ConfigError, TandemWarning, TaskError
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.program.environment import Environment
-from tandem.program.tasks import (
-    DrawSource,
-    FileSource,
-    make_source,
-    observe,
+from tandem.program.prompts import (
+    DrawnPrompts,
+    FilePrompts,
+    make_prompts,
     question_key,
     read_questions,
-    score,
 )
+from tandem.program.worker import Calls
 from tandem.run.config import EvaluationConfig, RunConfig
 from tandem.types import Message, Prompt
 
@@ -99,15 +98,15 @@ def test_drawn_splits_are_disjoint(space: int, heldout: int, train_size: int, se
     config = TaskConfig("x:Y", heldout_size=heldout, train_size=train_size, seed=seed)
     if heldout >= space:
         with pytest.raises(TaskError, match="heldout_size"):
-            DrawSource(config, Numbers(space))
+            DrawnPrompts(config, Numbers(space))
         return
-    source = DrawSource(config, Numbers(space))
+    source = DrawnPrompts(config, Numbers(space))
     keys = {question_key(prompt) for prompt in source.heldout}
     prompts = [source.train(index) for index in range(40)]
     assert len(keys) == heldout
     assert not keys & {question_key(prompt) for prompt in prompts}
     assert len({prompt.id for prompt in prompts} | {prompt.id for prompt in source.heldout}) == 40 + heldout
-    assert prompts[33] == DrawSource(config, Numbers(space)).train(33)
+    assert prompts[33] == DrawnPrompts(config, Numbers(space)).train(33)
     if train_size:
         assert prompts[33].messages == prompts[33 % train_size].messages
 
@@ -124,9 +123,9 @@ def test_file_splits_are_disjoint(
     distinct = len(set(rows))
     if heldout >= distinct:
         with pytest.raises(TaskError, match="Lower task.heldout_size"):
-            FileSource(config)
+            FilePrompts(config)
         return
-    source = FileSource(config)
+    source = FilePrompts(config)
     keys = {question_key(prompt) for prompt in source.heldout}
     left = sum(f"Say {n}." not in keys for n in rows)
     epochs = [[source.train(epoch * left + place) for place in range(left)] for epoch in range(3)]
@@ -143,7 +142,7 @@ def test_file_order_changes_by_epoch_and_seed(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", questions(40))
 
     def lines(seed: int, epoch: int) -> list[int]:
-        source = make_source(TaskConfig("jsonl", path=path, heldout_size=10, seed=seed))
+        source = make_prompts(TaskConfig("jsonl", path=path, heldout_size=10, seed=seed))
         return [source.train(epoch * 30 + place).record["line"] for place in range(30)]
 
     assert lines(0, 0) != lines(0, 1) and lines(0, 0) != lines(1, 0)
@@ -153,15 +152,15 @@ def test_file_order_changes_by_epoch_and_seed(tmp_path: Path) -> None:
 def test_heldout_file(tmp_path: Path) -> None:
     """A training line with a question of the held-out file is trained on; an evaluation needs a training file."""
     train, test = write(tmp_path / "a.jsonl", questions(20)), write(tmp_path / "b.jsonl", questions(8))
-    source = make_source(TaskConfig("jsonl", path=train, heldout_path=test, heldout_size=8))
+    source = make_prompts(TaskConfig("jsonl", path=train, heldout_path=test, heldout_size=8))
     assert {p.record["question"] for p in source.heldout} == {q["question"] for q in questions(8)}
     assert {source.train(n).record["question"] for n in range(24)} == {q["question"] for q in questions(20)[8:]}
-    only = make_source(TaskConfig("jsonl", heldout_path=test, heldout_size=5))
+    only = make_prompts(TaskConfig("jsonl", heldout_path=test, heldout_size=5))
     assert len(only.heldout) == 5
     with pytest.raises(TaskError, match="nothing to train on"):
         only.train(0)
     with pytest.raises(TaskError, match="has 8 distinct questions. Lower task.heldout_size"):
-        make_source(TaskConfig("jsonl", heldout_path=test))
+        make_prompts(TaskConfig("jsonl", heldout_path=test))
 
 
 @pytest.mark.parametrize(
@@ -203,18 +202,18 @@ def test_broken_line_is_named(tmp_path: Path, line: bytes, reason: str | None) -
         assert len(read_questions(TaskConfig("jsonl", path=str(path)), str(path))) == 2
         return
     with pytest.raises(TaskError, match=reason):
-        make_source(TaskConfig("jsonl", path=str(path), heldout_size=0))
+        make_prompts(TaskConfig("jsonl", path=str(path), heldout_size=0))
 
 
 def test_missing_or_empty_file(tmp_path: Path) -> None:
     """A file that is not there gives a traceback; an empty one gives a run without prompts."""
     with pytest.raises(TaskError, match="cannot be read: No such file"):
-        make_source(TaskConfig("jsonl", path=str(tmp_path / "none.jsonl")))
+        make_prompts(TaskConfig("jsonl", path=str(tmp_path / "none.jsonl")))
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(TaskError, match="holds no line"):
-        make_source(TaskConfig("jsonl", path=str(tmp_path / "empty.jsonl")))
+        make_prompts(TaskConfig("jsonl", path=str(tmp_path / "empty.jsonl")))
     with pytest.raises(TaskError, match="task.train_size is 9, but .* leaves 6 lines"):
-        make_source(TaskConfig("jsonl", path=write(tmp_path / "a.jsonl", questions(8)), heldout_size=2, train_size=9))
+        make_prompts(TaskConfig("jsonl", path=write(tmp_path / "a.jsonl", questions(8)), heldout_size=2, train_size=9))
 
 
 @pytest.mark.parametrize(
@@ -242,8 +241,8 @@ def test_answer_that_is_not_one_number_is_refused_at_load(tmp_path: Path, answer
     """last_number pays for the last digits of an answer that is no number: "2" where 1/2 is right."""
     path = write(tmp_path / "a.jsonl", [*questions(2), {"question": "a", "answer": f"so #### {answer}"}])
     with pytest.raises(TaskError, match="line 3: the answer .* is not one number"):
-        make_source(TaskConfig("jsonl", path=path, heldout_size=0, reward="last_number"))
-    make_source(TaskConfig("jsonl", path=path, heldout_size=0, reward="exact"))
+        make_prompts(TaskConfig("jsonl", path=path, heldout_size=0, reward="last_number"))
+    make_prompts(TaskConfig("jsonl", path=path, heldout_size=0, reward="exact"))
 
     class Asked(Numbers):
         def prompt(self, split: str, index: int) -> Prompt:
@@ -251,7 +250,7 @@ def test_answer_that_is_not_one_number_is_refused_at_load(tmp_path: Path, answer
 
     for size in (0, 2):
         with pytest.raises(TaskError, match="task Y: the answer .* of prompt Y/.*/0 is not one number"):
-            DrawSource(TaskConfig("x:Y", heldout_size=size, reward="last_number"), Asked(50))
+            DrawnPrompts(TaskConfig("x:Y", heldout_size=size, reward="last_number"), Asked(50))
 
 
 @pytest.mark.parametrize("value", [Decimal(5), {"a": [{1}]}, float("nan"), object(), [b"5"]])
@@ -263,7 +262,7 @@ def test_record_that_no_file_can_hold(value: object) -> None:
             return replace(super().prompt(split, index), record={"plain": [1, None, {"a": "b"}], "odd": value})
 
     with pytest.raises(TaskError, match=r"prompt 0 of 'heldout' has .* in its record's 'odd'; allowed: text"):
-        DrawSource(TaskConfig("x:Y", heldout_size=2), Odd(9))
+        DrawnPrompts(TaskConfig("x:Y", heldout_size=2), Odd(9))
 
 
 def test_prompt_with_half_a_character() -> None:
@@ -277,10 +276,10 @@ def test_prompt_with_half_a_character() -> None:
             return [Message("user", "\udfff")]
 
     with pytest.raises(TaskError, match="prompt 0 of 'heldout' holds .ud800, half of a character, at 2"):
-        DrawSource(TaskConfig("x:Y", heldout_size=1), Half(9))
-    source = DrawSource(TaskConfig("x:Y", heldout_size=0), Half(9))
+        DrawnPrompts(TaskConfig("x:Y", heldout_size=1), Half(9))
+    source = DrawnPrompts(TaskConfig("x:Y", heldout_size=0), Half(9))
     with pytest.raises(ValueError, match="half of a character"):
-        observe(source, Prompt("x", ()), ())
+        Calls(source, source.config).observe(0, Prompt("x", ()), ())
     with pytest.raises(ConfigError, match=r"task.system holds .udc80, half"):
         TaskConfig(system="Be \udc80.")
 
@@ -298,10 +297,10 @@ def test_prompt_with_half_a_character() -> None:
 )
 def test_file_of_another_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes, reason: str) -> None:
     """A file that is no jsonl is refused by a word about a byte, or fills the memory."""
-    monkeypatch.setattr("tandem.program.tasks.MAX_LINE_BYTES", 1024)
+    monkeypatch.setattr("tandem.program.prompts.MAX_LINE_BYTES", 1024)
     (tmp_path / "a.jsonl").write_bytes(content)
     with pytest.raises(TaskError, match=reason):
-        make_source(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl")))
+        make_prompts(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl")))
 
 
 def test_path_that_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,14 +315,14 @@ def test_path_that_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("a\0b", "cannot be read"),
     ):
         with pytest.raises(TaskError, match=reason):
-            make_source(TaskConfig("jsonl", path=str(path)))
-    monkeypatch.setattr("tandem.program.tasks.MAX_FILE_BYTES", 64)
+            make_prompts(TaskConfig("jsonl", path=str(path)))
+    monkeypatch.setattr("tandem.program.prompts.MAX_FILE_BYTES", 64)
     with pytest.raises(TaskError, match="is larger than"):
-        make_source(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl")))
+        make_prompts(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl")))
     if os.geteuid():
         (tmp_path / "a.jsonl").chmod(0)
         with pytest.raises(TaskError, match="Permission denied"):
-            make_source(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl")))
+            make_prompts(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl")))
 
 
 def test_template_and_system(tmp_path: Path) -> None:
@@ -333,7 +332,7 @@ def test_template_and_system(tmp_path: Path) -> None:
         "jsonl", path=path, question_field="q", answer_field="a", heldout_size=0, system="Be brief.",
         template="{question} Answer in \\boxed{}.",
     )  # fmt: skip
-    prompt = make_source(config).train(0)
+    prompt = make_prompts(config).train(0)
     assert prompt.messages == (
         Message("system", "Be brief."),
         Message("user", "What is {x} in \\frac{1}{2}? Answer in \\boxed{}."),
@@ -344,7 +343,7 @@ def test_template_and_system(tmp_path: Path) -> None:
 @pytest.mark.skipif(not GSM8K.is_dir(), reason=f"{GSM8K} is not on this machine")
 def test_gsm8k() -> None:
     """GSM8K's files as published no longer load, or the gold answer is not what follows '####'."""
-    source = make_source(
+    source = make_prompts(
         TaskConfig("jsonl", path=str(GSM8K / "train.jsonl"), heldout_path=str(GSM8K / "test.jsonl"), heldout_size=1319)
     )
     answers = {prompt.record["line"]: prompt.record["answer"] for prompt in source.heldout}
@@ -358,15 +357,16 @@ def test_reasoning_gym_by_name(name: str) -> None:
     """A data set of reasoning-gym cannot be named, its own answer scores below 1, or its splits overlap."""
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
     config = TaskConfig(name=name, heldout_size=16, seed=3)
-    source = make_source(config)
+    source = make_prompts(config)
     prompts = [*source.heldout, *(source.train(index) for index in (0, 1, 4095, 4096, 10_000))]
     for prompt in prompts:
+        nonsense = Message("assistant", "<answer>nonsense</answer>")
         said = Message("assistant", f"<answer>{prompt.record['answer']}</answer>")
-        assert score(source, config, prompt, (said,)) == 1.0, prompt
-        assert score(source, config, prompt, (Message("assistant", "<answer>nonsense</answer>"),)) < 0.5, prompt
-    assert source.train(4096) == make_source(config).train(4096)
+        assert Calls(source, config).score(0, prompt, (said,))[0] == 1.0, prompt
+        assert Calls(source, config).score(0, prompt, (nonsense,))[0] < 0.5, prompt
+    assert source.train(4096) == make_prompts(config).train(4096)
     assert source.train(4096).messages != source.train(0).messages
-    assert question_key(source.train(0)) != question_key(make_source(TaskConfig(name=name, seed=4)).train(0))
+    assert question_key(source.train(0)) != question_key(make_prompts(TaskConfig(name=name, seed=4)).train(0))
     json.dumps([dict(prompt.record) for prompt in prompts])
 
 
@@ -374,11 +374,11 @@ def test_reasoning_gym_scores_unmarked_numbers() -> None:
     """A right number inside a sentence scores as wrong because the data set compares the whole sentence."""
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
     config = TaskConfig(parameters=ADDITION, heldout_size=4)
-    source = make_source(config)
+    source = make_prompts(config)
     prompt = source.train(0)
     gold = int(prompt.record["answer"])
-    assert score(source, config, prompt, (Message("assistant", f"The sum is {gold}."),)) == 1.0
-    assert score(source, config, prompt, (Message("assistant", f"The sum is {gold + 1}."),)) < 0.5
+    assert Calls(source, config).score(0, prompt, (Message("assistant", f"The sum is {gold}."),))[0] == 1.0
+    assert Calls(source, config).score(0, prompt, (Message("assistant", f"The sum is {gold + 1}."),))[0] < 0.5
     assert re.fullmatch(r"State .*: \d\d? [+-] \d\d? =", prompt.messages[0].content)
 
 
@@ -386,7 +386,7 @@ def test_reasoning_gym_answer_that_breaks_the_scorer(monkeypatch: pytest.MonkeyP
     """An answer on which a scorer raises escapes its lesson as a failed trajectory, or a broken scorer gives zeros."""
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
     config = TaskConfig(name="prime_factorization", heldout_size=0)
-    source = make_source(config)
+    source = make_prompts(config)
     prompt = source.train(0)
     assert source.environment.reward(prompt, "a × b") == 0.0
     assert source.environment.reward(prompt, prompt.record["answer"]) == 1.0
@@ -400,14 +400,14 @@ def test_reasoning_gym_errors() -> None:
     """A wrong name or parameter ends in a traceback of the package instead of the nearest right one."""
     pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
     with pytest.raises(TaskError, match="Did you mean .*chain_sum"):
-        make_source(TaskConfig(name="chain_sums"))
+        make_prompts(TaskConfig(name="chain_sums"))
     with pytest.raises(TaskError, match="takes no 'min_term'. Did you mean min_terms"):
-        make_source(TaskConfig(parameters=(("min_term", 2),)))
+        make_prompts(TaskConfig(parameters=(("min_term", 2),)))
     with pytest.raises(TaskError, match="do not suit chain_sum: max_terms must be"):
-        make_source(TaskConfig(parameters=(("min_terms", 3), ("max_terms", 2))))
+        make_prompts(TaskConfig(parameters=(("min_terms", 3), ("max_terms", 2))))
     small = (("min_terms", 2), ("max_terms", 2), ("min_digits", 1), ("max_digits", 1))
     with pytest.raises(TaskError, match="distinct questions.*Lower task.heldout_size or widen task.parameters"):
-        make_source(TaskConfig(parameters=small, heldout_size=190))
+        make_prompts(TaskConfig(parameters=small, heldout_size=190))
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,8 @@ from tandem.rollout.group import summarise
 from tandem.rollout.trajectory import flatten
 from tandem.types import Completion, Failure, Group, Prompt, StopReason, Trajectory, Turn
 from tests.samples import column
+
+PROGRAMS = count()
 
 
 @st.composite
@@ -69,7 +73,7 @@ def test_flatten_refuses_tokens_that_nothing_is_known_of(missing: str) -> None:
 def trajectory(reward: float | None, sampled: int, stop: StopReason = StopReason.STOP_TOKEN) -> Trajectory:
     failure = Failure("reward", "returned nan") if reward is None else None
     columns = Columns.of(tokens=(1,) * sampled, loss_mask=(True,) * sampled)
-    return Trajectory("p/0", "p", columns, reward or 0.0, stop, failure)
+    return Trajectory(f"p/{next(PROGRAMS)}", "p", columns, reward or 0.0, stop, failure)
 
 
 def test_summary_by_hand() -> None:

@@ -1,10 +1,12 @@
 """Groups to samples: rewards become advantages, and what carries no gradient is left out and counted.
 
-Only outcome rewards are read: every trained token of a trajectory gets the trajectory's advantage.
+Only outcome rewards are read: every trained token of a program, in whichever segment, gets the program's advantage,
+and a group's statistics count its programs.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ STD_FLOOR = 1e-6  # added to every standard deviation that divides
 MAX_CHARGED = 1e12  # a reward less its price; its square, summed over a batch, stays far inside a float
 ROUNDING = 1e-12  # a deviation below this share of the largest value is the mean's rounding, and is 0
 
-GroupedValues = Sequence[Sequence[float]]  # one row a group, one value a trajectory that did not fail
+GroupedValues = Sequence[Sequence[float]]  # one row a group, one value a program that did not fail
 GroupedCounts = Sequence[Sequence[int]]  # trained tokens of each
 Estimator = Callable[[GroupedValues, GroupedCounts], list[list[float]]]
 
@@ -123,12 +125,12 @@ def samples_from_groups(config: AlgoConfig, groups: Sequence[Group], price: floa
     batch, statistics and denominators included, whatever the terms.
     """
     fates: dict[str, list[Trajectory]] = {"trained": [], "zero_advantage": [], "masked": [], "failed": []}
-    survivors: list[list[Trajectory]] = []
+    survivors: list[list[tuple[Trajectory, ...]]] = []  # programs, each by its segments
     rewards_by_group: list[list[float]] = []
     for group in groups:
-        kept = [trajectory for trajectory in group.trajectories if trajectory.failure is None]
+        kept = [program for program in group.programs if program[0].failure is None]
         fates["failed"].extend(trajectory for trajectory in group.trajectories if trajectory.failure is not None)
-        rewards = [charged_reward(config.price, trajectory, price) for trajectory in kept]
+        rewards = [charged_reward(config.price, program, price) for program in kept]
         largest = max(map(abs, rewards), default=0.0)
         if not largest <= MAX_CHARGED:  # NaN too
             raise NonFiniteError(
@@ -136,26 +138,28 @@ def samples_from_groups(config: AlgoConfig, groups: Sequence[Group], price: floa
                 f"statistic holds. Its price is {price:g}: lower algo.price.rate or raise algo.price.budget."
             )
         if config.filter_zero_variance and len(set(rewards)) <= 1:
-            for trajectory in kept:
+            for trajectory in itertools.chain.from_iterable(kept):
                 fates["zero_advantage" if trajectory.num_sampled else "masked"].append(trajectory)
             continue
         survivors.append(kept)
         rewards_by_group.append(rewards)
-    counts = [[count_predictions(trajectory.columns) for trajectory in kept] for kept in survivors]
-    advantages = ADVANTAGES[config.advantage](rewards_by_group, counts)
+    counts = [[[count_predictions(t.columns) for t in program] for program in kept] for kept in survivors]
+    advantages = ADVANTAGES[config.advantage](rewards_by_group, [list(map(sum, numbers)) for numbers in counts])
     samples = []
     for kept, values in zip(survivors, advantages, strict=True):
-        for trajectory, value in zip(kept, values, strict=True):
-            fate = _fate(config, trajectory, value)
-            fates[fate].append(trajectory)
-            if fate == "trained":
-                samples.append(_sample(trajectory, value))
+        for program, value in zip(kept, values, strict=True):
+            for trajectory in program:
+                fate = _fate(config, trajectory, value)
+                fates[fate].append(trajectory)
+                if fate == "trained":
+                    samples.append(_sample(trajectory, value))
     return Selection(
         samples=tuple(samples),
         prompts=merge_totals(
             PromptTotal(trajectory.prompt_id, count, 1)
             for kept, numbers in zip(survivors, counts, strict=True)
-            for trajectory, count in zip(kept, numbers, strict=True)
+            for program, each in zip(kept, numbers, strict=True)
+            for trajectory, count in zip(program, each, strict=True)
         ),
         trajectories=Fates(**{fate: len(members) for fate, members in fates.items()}),
         tokens=Fates(**{fate: sum(t.num_sampled for t in members) for fate, members in fates.items()}),
@@ -171,7 +175,7 @@ def _fate(config: AlgoConfig, trajectory: Trajectory, advantage: float) -> str:
 def _sample(trajectory: Trajectory, advantage: float) -> Sample:
     columns = trajectory.columns
     credited = columns.having(advantages=np.where(columns["loss_mask"], advantage, 0.0))
-    return Sample(trajectory.program_id, trajectory.prompt_id, credited)
+    return Sample(trajectory.id, trajectory.prompt_id, credited)
 
 
 def _centre(values: Sequence[float]) -> list[float]:

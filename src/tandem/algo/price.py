@@ -58,16 +58,18 @@ def cost(unit: Unit, trajectory: Trajectory) -> float:
     return trajectory.seconds if unit == "seconds" else float(trajectory.tool_calls)
 
 
-def charged_reward(config: PriceConfig, trajectory: Trajectory, price: float) -> float:
-    """reward - price * cost / budget; the reward itself, to the bit, without a budget or at price 0."""
+def charged_reward(config: PriceConfig, program: Sequence[Trajectory], price: float) -> float:
+    """reward - price * cost / budget of a program, given its segments; the reward itself, to the bit, without a budget
+    or at price 0."""
     if config.budget is None or price == 0.0:
-        return trajectory.reward
-    return trajectory.reward - price * cost(config.unit, trajectory) / config.budget
+        return program[0].reward
+    return program[0].reward - price * sum(cost(config.unit, segment) for segment in program) / config.budget
 
 
 def mean_cost(unit: Unit, groups: Sequence[Group]) -> float | None:
-    """Mean over the trajectories that did not fail; None where all failed."""
-    costs = [cost(unit, t) for group in groups for t in group.trajectories if t.failure is None]
+    """Mean over the programs that did not fail; None where all failed."""
+    programs = [program for group in groups for program in group.programs if program[0].failure is None]
+    costs = [sum(cost(unit, segment) for segment in program) for program in programs]
     return math.fsum(costs) / len(costs) if costs else None
 
 

@@ -110,7 +110,7 @@ def _with_task(config: RunConfig, task: str | None, path: Path | None) -> RunCon
     """`config` evaluated on another task; questions of a file are all held out."""
     from tandem.errors import ConfigError
     from tandem.program.config import TaskConfig
-    from tandem.program.tasks import lines_of
+    from tandem.program.prompts import lines_of
 
     if task is None and path is None:
         return config
@@ -137,7 +137,7 @@ def _with_task(config: RunConfig, task: str | None, path: Path | None) -> RunCon
 
 def _distinct(config: RunConfig) -> tuple[RunConfig, dict[str, int]]:
     """`config` with no more held-out questions than its file has distinct ones, and how many lines and questions."""
-    from tandem.program.tasks import question_key, read_questions
+    from tandem.program.prompts import question_key, read_questions
 
     prompts = read_questions(config.task, config.task.heldout_path)
     questions = len(set(map(question_key, prompts)))

@@ -135,6 +135,7 @@ class Tokenizer:
         messages: Sequence[Message | Mapping[str, Any]],
         add_generation_prompt: bool = True,
         template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
         """The messages as the chat template writes them; `template` (jinja) stands in for the model's own.
 
@@ -151,7 +152,8 @@ class Tokenizer:
         if not messages:
             raise ModelError("there are no messages to render; give at least one.")
         rows = _rows(messages)
-        variables = {"messages": rows, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        variables: dict[str, Any] = {"messages": rows, "tools": list(tools) or None, "documents": None}
+        variables["add_generation_prompt"] = add_generation_prompt
         try:
             return render(source, self.now, self.special_tokens | variables)
         except Exception as error:  # a template is a program that came with the model, and can raise anything
@@ -169,12 +171,13 @@ class Tokenizer:
         messages: Sequence[Message | Mapping[str, Any]],
         add_generation_prompt: bool = True,
         template: str | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
         """Token ids of `render_text`. Warns, once a token, of a control token that a message spells."""
         for row in _rows(messages):
             if row.get("role") != "assistant" and isinstance(row.get("content"), str):
                 self._warn_of_spelt(row["content"])
-        return self.encode(self.render_text(messages, add_generation_prompt, template))
+        return self.encode(self.render_text(messages, add_generation_prompt, template, tools))
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which Transformers loads."""
@@ -440,7 +443,7 @@ def _template(folder: Path, fields: Fields) -> str | None:
 
 
 def _rows(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:
-    rows = [dict(one) if isinstance(one, Mapping) else {"role": one.role, "content": one.content} for one in messages]
+    rows = [dict(one) if isinstance(one, Mapping) else one.row() for one in messages]
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 

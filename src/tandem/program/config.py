@@ -46,6 +46,7 @@ class TaskConfig:
     heldout_size: int = 128  # distinct questions kept for evaluation, never trained on
     seed: int = 0  # of the prompts, apart from the run's seed: runs with other seeds see the same task
     reward_deadline_s: float = 10.0  # seconds for one call of a reward or an environment
+    workers: int = 4  # child processes at most that answer for environments; another comes up where calls wait
 
     def __post_init__(self) -> None:
         if self.environment not in ("reasoning_gym", "jsonl") and not _is_reference(self.environment):
@@ -71,6 +72,8 @@ class TaskConfig:
         for name, value in (("train_size", self.train_size), ("heldout_size", self.heldout_size)):
             if value < 0:
                 raise ConfigError(f"task.{name} is {value}. Allowed: 0 or more.")
+        if self.workers < 1:
+            raise ConfigError(f"task.workers is {self.workers}. Allowed: 1 or more.")
         if not (math.isfinite(self.reward_deadline_s) and self.reward_deadline_s > 0):
             raise ConfigError(
                 f"task.reward_deadline_s is {self.reward_deadline_s}. Allowed: a number of seconds above 0."

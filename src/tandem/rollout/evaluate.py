@@ -11,7 +11,7 @@ from tandem.engine.driver import Driver
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.group import summarise
-from tandem.rollout.rollout import Grader, Rollouts
+from tandem.rollout.rollout import Episodes, Rollouts
 from tandem.trace import Trace
 from tandem.types import Group, Prompt
 
@@ -40,7 +40,7 @@ class Evaluation:
 def evaluate(
     driver: Driver,
     renderer: Renderer,
-    environment: Grader,
+    environments: Episodes,
     prompts: Sequence[Prompt],
     config: RolloutConfig,
     step: int = 0,
@@ -51,12 +51,12 @@ def evaluate(
     Turns, lengths, stop strings and the deadline of each portion are `config`'s; its sampling is not used.
     """
     greedy = dataclasses.replace(config, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0, samples_per_prompt=1)
-    rollouts = Rollouts(driver, renderer, environment, greedy, run_seed=0, trace=trace)
+    rollouts = Rollouts(driver, renderer, environments, greedy, run_seed=0, trace=trace)
     portions = [prompts[start : start + PORTION] for start in range(0, len(prompts), PORTION)]
-    groups = [group for portion in portions for group in rollouts.run(step, portion)]
+    groups = [group for portion in portions for group in rollouts.collect(step, portion)]
     summary = summarise(groups)
     graded = summary.trajectories - summary.failed
-    right = sum(t.reward >= 1 for group in groups for t in group.trajectories if t.failure is None)
+    right = sum(p[0].reward >= 1 for group in groups for p in group.programs if p[0].failure is None)
     low, high = wilson_interval(right, graded)
     accuracy = right / graded if graded else 0.0
     means = (summary.reward, summary.length)

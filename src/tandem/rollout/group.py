@@ -36,17 +36,21 @@ class RolloutSummary:
 
 
 def summarise(groups: Sequence[Group]) -> RolloutSummary:
-    """Figures of `groups`; failed trajectories count as failed, never as a reward of zero."""
+    """Figures of `groups`; failed programs count as failed, never as a reward of zero.
+
+    Rewards, failures and `trajectories` are a program's, however many segments it has; lengths are a segment's.
+    """
     everything = [trajectory for group in groups for trajectory in group.trajectories]
-    rewards = [trajectory.reward for trajectory in everything if trajectory.failure is None]
+    programs = [program[0] for group in groups for program in group.programs]
+    rewards = [program.reward for program in programs if program.failure is None]
     lengths = [trajectory.num_sampled for trajectory in everything]
     reward = _mean(rewards)
     graded = [{t.reward for t in group.trajectories if t.failure is None} for group in groups]
     spreads = [float(len(distinct) == 1) for distinct in graded if distinct]
-    reasons = Counter(f"{t.failure.where}: {t.failure.reason}" for t in everything if t.failure is not None)
+    reasons = Counter(f"{t.failure.where}: {t.failure.reason}" for t in programs if t.failure is not None)
     return RolloutSummary(
-        trajectories=len(everything),
-        failed=len(everything) - len(rewards),
+        trajectories=len(programs),
+        failed=len(programs) - len(rewards),
         reward=reward,
         reward_std=None if reward is None else math.sqrt(math.fsum((r - reward) ** 2 for r in rewards) / len(rewards)),
         length=_mean(lengths),

@@ -1,107 +1,178 @@
-"""A step's rollouts: prompts in, groups of trajectories out, on one engine's driver."""
+"""A step's rollouts: prompts in, groups of trajectories out as they end, on one engine's driver.
+
+Programs alternate between the engine and their environments. Both answer with futures into one queue; the engine steps
+while any request is in it, and nobody waits for an environment but where no program can run. A program is graded as it
+ends.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 from tandem.engine.driver import GRACE_S, Driver
-from tandem.errors import CapacityError
+from tandem.errors import CapacityError, EngineError
 from tandem.numerics.random import derive_seed
+from tandem.program.environment import Fold
+from tandem.program.episode import Observed
 from tandem.program.render import Renderer
-from tandem.program.task import Conversation
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.trajectory import flatten
 from tandem.trace import Trace
-from tandem.types import Completion, Failure, Group, Message, Prompt, Request, StopReason, Trajectory, Turn
+from tandem.types import Failure, Group, Message, Prompt, Request, StopReason, Trajectory, Turn
 
-AHEAD = 4096  # requests that the engine has to choose from and to share prompts among; others are made as these end
+AHEAD = 4096  # programs that the engine has to choose from and to share prompts among; others are made as these end
 
 
-class Grader(Protocol):
-    """What rollouts need of program/task.py. `until_s` is on time.monotonic's clock."""
+class Playing(Protocol):
+    """What rollouts need of an episode: program/pool.py has the one that runs elsewhere."""
 
-    def grade(self, conversations: Sequence[Conversation], until_s: float, /) -> list[float | Failure]: ...
+    said: list[Message]  # since the prompt; `observe` adds what it observes
 
-    def observe(
-        self, conversations: Sequence[Conversation], until_s: float, /
-    ) -> list[tuple[Message, ...] | None | Failure]: ...
+    def observe(self) -> Future[Observed | Failure]: ...
+
+    def score(self) -> Future[float | Failure]: ...
+
+    def close(self) -> None: ...
+
+
+class Episodes(Protocol):
+    """What rollouts need of an EnvironmentPool. `until_s` is on time.monotonic's clock."""
+
+    def episode(self, prompt: Prompt, until_s: float, /) -> Playing: ...
 
 
 @dataclass(slots=True)
-class _Rollout:
+class _Segment:
+    """A context that only grows, and its turns."""
+
+    start: tuple[int, ...]
+    seed: int
+    turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def context(self) -> tuple[int, ...]:
+        """The tokens of the next request: all of it, token for token."""
+        parts = ((*turn.completion.tokens, *turn.observation_tokens) for turn in self.turns)
+        return (*self.start, *(token for part in parts for token in part))
+
+
+@dataclass(slots=True, eq=False)
+class _Program:
     """One program while it runs."""
 
     id: str
-    group: str
+    place: int  # of its prompt
     prompt: Prompt
-    prompt_tokens: tuple[int, ...]
-    seed: int
-    context: tuple[int, ...]  # the tokens of the next request: prompt and all turns, token for token
-    turns: list[Turn] = field(default_factory=list)
-    said: list[Message] = field(default_factory=list)  # since the prompt
-    failure: Failure | None = None
+    episode: Playing
+    segments: list[_Segment]
+    requests: int = 0
+    outcome: float | Failure | None = None  # None while it runs
 
     @property
-    def conversation(self) -> Conversation:
-        return self.prompt, tuple(self.said)
+    def turns(self) -> list[Turn]:
+        return self.segments[-1].turns
+
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        assert self.outcome is not None, self.id
+        return [
+            flatten(self.id, self.prompt.id, segment.start, segment.turns, self.outcome, number)
+            for number, segment in enumerate(self.segments)
+        ]
 
 
-class _Live:
-    """The requests that rollouts wait for."""
+Asked = Literal["engine", "environment", "reward"]
 
-    def __init__(self, driver: Driver) -> None:
+
+class _Waits:
+    """The answers that programs wait for, of the engine and of environments."""
+
+    def __init__(self, driver: Driver, trace: Trace) -> None:
         self.driver = driver
-        self.rollouts: dict[str, _Rollout] = {}  # by request id
+        self.trace = trace
+        self.requests: dict[str, _Program] = {}  # in the engine, by request id
+        self.asked: dict[_Program, Asked] = {}
         self._seen = 0
-        self._ended: deque[tuple[str, Future[Completion]]] = deque()  # in the order in which they ended
+        self._ended: queue.SimpleQueue[tuple[_Program, str, Future[Any]]] = queue.SimpleQueue()
 
-    def submit(self, rollout: _Rollout, request: Request) -> None:
+    def ask(self, program: _Program, asked: Asked, future: Future[Any]) -> None:
+        """Wait for an environment."""
+        self.asked[program] = asked
+        future.add_done_callback(lambda ended: self._answered(program, ended))
+
+    def submit(self, program: _Program, request: Request) -> None:
+        """Wait for the engine."""
         future = self.driver.submit(request)
-        self.rollouts[request.id] = rollout
-        future.add_done_callback(lambda ended: self._ended.append((request.id, ended)))
+        self.requests[request.id] = program
+        self.asked[program] = "engine"
+        future.add_done_callback(lambda ended: self._ended.put((program, request.id, ended)))
 
-    def ended(self, wait_s: float) -> list[tuple[_Rollout, Completion]]:
-        """Those that ended since the last call; waits at most wait_s for one."""
-        self._seen = self.driver.progress(self._seen, wait_s)
+    def _answered(self, program: _Program, ended: Future[Any]) -> None:
+        self._ended.put((program, "", ended))
+        if self.requests:
+            with contextlib.suppress(EngineError):  # it stopped: its requests end with the reason
+                self.driver.call(_nothing)  # an end for which `progress` waits where the driver has a thread
+
+    def ended(self, wait_s: float) -> list[tuple[_Program, Asked, Future[Any]]]:
+        """Those that ended since the last call. A step of the engine, or a wait of at most wait_s where it is idle."""
+        if self._ended.empty():
+            if self.requests:
+                self._seen = self.driver.progress(self._seen, wait_s)
+            else:
+                acts = "environment" in self.asked.values()
+                with self.trace.span("environment" if acts else "reward"):
+                    self._wait(wait_s)
         found = []
-        while self._ended:
-            request_id, future = self._ended.popleft()
-            found.append((self.rollouts.pop(request_id), future.result(0)))
+        while not self._ended.empty():
+            program, request_id, future = self._ended.get()
+            self.requests.pop(request_id, None)
+            found.append((program, self.asked.pop(program), future))
         return found
 
-    def withdraw(self) -> list[tuple[_Rollout, Completion | None]]:
-        """Ends all that are left, with what they have; None where the engine does not give it in GRACE_S."""
-        for request_id in self.rollouts:
+    def _wait(self, wait_s: float) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._ended.put(self._ended.get(timeout=min(wait_s, 1e6)))
+
+    def withdraw(self) -> list[tuple[_Program, Asked, Future[Any] | None]]:
+        """Ends all that is left, with what the engine has; None where an answer does not come in GRACE_S."""
+        for request_id in self.requests:
             self.driver.abort(request_id)
-        left, found = self.rollouts, dict[str, Completion | None]()
+        found: dict[_Program, Future[Any]] = {}
         until_s = time.monotonic() + GRACE_S
-        while left.keys() - found.keys() and time.monotonic() < until_s:
-            self._seen = self.driver.progress(self._seen, until_s - time.monotonic())
-            while self._ended:
-                request_id, future = self._ended.popleft()
-                found[request_id] = None if future.exception(0) else future.result(0)
-        self.rollouts = {}
-        return [(rollout, found.get(request_id)) for request_id, rollout in left.items()]
+        while len(found) < len(self.asked) and (left_s := until_s - time.monotonic()) > 0:
+            if self._ended.empty():
+                if any(program not in found for program in self.requests.values()):
+                    self._seen = self.driver.progress(self._seen, left_s)
+                else:
+                    self._wait(left_s)
+            while not self._ended.empty():
+                program, _, future = self._ended.get()
+                found[program] = future
+        left, self.asked, self.requests = self.asked, {}, {}
+        return [(program, asked, found.get(program)) for program, asked in left.items()]
 
 
 class Rollouts:
     """Runs the programs of a step to their ends.
 
-    A program's tokens depend on (run_seed, step, prompt id, sibling) and the weights, not on what runs beside it.
-    Trace spans: "rollout" for generation, inside it "environment" for observations and "reward" for grading.
+    A program's tokens depend on (run_seed, step, prompt id, sibling) and the weights, not on what runs beside it or on
+    the order in which environments answer.
+    Trace spans: "rollout" for all of it, inside it "environment" and "reward" for waits in which the engine had nothing
+    to do.
     """
 
     def __init__(
         self,
         driver: Driver,
         renderer: Renderer,
-        environment: Grader,
+        environments: Episodes,
         config: RolloutConfig,
         run_seed: int,
         trace: Trace | None = None,
@@ -109,120 +180,151 @@ class Rollouts:
     ) -> None:
         self.driver = driver
         self.renderer = renderer
-        self.environment = environment
+        self.environments = environments
         self.config = config
         self.run_seed = run_seed
         self.trace = trace or Trace()
         self.clock = clock
         self.sampling = config.sampling(renderer.stop_token_ids)
 
-    def run(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
-        """One group of samples_per_prompt trajectories for each prompt, in order.
+    def collect(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
+        """All groups of a step, in the prompts' order."""
+        groups = {group.prompt.id: group for group in self.run(step, prompts)}
+        return [groups[prompt.id] for prompt in prompts]
 
-        Whatever goes wrong in one program is its trajectory's Failure. CapacityError where a prompt does not fit the
+    def run(self, step: int, prompts: Sequence[Prompt]) -> Iterator[Group]:
+        """One group of samples_per_prompt programs for each prompt, as they end; closed early, it withdraws the rest.
+
+        Whatever goes wrong in one program is its trajectories' Failure. CapacityError where a prompt does not fit the
         engine; nothing of this step is then left in it.
         """
         assert len({prompt.id for prompt in prompts}) == len(prompts), "prompt ids repeat within a step"
-        until_s = self.clock() + self.config.deadline_s
-        with self.trace.span("rollout"):
-            live = _Live(self.driver)
-            try:
-                rollouts = self._generate(self._programs(step, prompts), live, until_s)
-            finally:
-                live.withdraw()
-            with self.trace.span("reward"):
-                trajectories = self._graded(rollouts, until_s)
-        size = self.config.samples_per_prompt
-        return [
-            Group(prompt, tuple(trajectories[place * size : (place + 1) * size]))
-            for place, prompt in enumerate(prompts)
-        ]
-
-    def _programs(self, step: int, prompts: Iterable[Prompt]) -> Iterator[_Rollout]:
-        """Programs in order, siblings together."""
-        for prompt in prompts:
-            tokens = self.renderer.prompt_tokens(prompt.messages)
-            for sibling in range(self.config.samples_per_prompt):
-                seed = derive_seed(self.run_seed, step, prompt.id, sibling)
-                group = f"{prompt.id}/{step}"
-                yield _Rollout(f"{group}/{sibling}", group, prompt, tokens, seed, context=tokens)
-
-    def _submit(self, rollout: _Rollout, live: _Live) -> None:
-        number = len(rollout.turns)
-        # One seed for all turns: noise is keyed by absolute position, and no position is sampled twice.
-        given = (f"{rollout.id}/{number}", rollout.id, rollout.context, self.sampling, rollout.seed)
-        live.submit(rollout, Request(*given, group=rollout.group))
-
-    def _generate(self, programs: Iterator[_Rollout], live: _Live, until_s: float) -> list[_Rollout]:
-        """Run programs to their ends and return them; at the deadline the rest is withdrawn, or not started, and fails.
-
-        At most AHEAD are live.
-        """
-        made: list[_Rollout] = []
-        while True:
-            if self.clock() >= until_s:
-                rest = list(programs)
-                self._expire(live, rest)
-                return made + rest
-            for program in islice(programs, AHEAD - len(live.rollouts)):
-                made.append(program)
-                self._submit(program, live)
-            if not live.rollouts:
-                return made
-            ended = live.ended(until_s - self.clock())
-            if ended:
-                self._take(ended, live, until_s)
-
-    def _take(self, ended: Sequence[tuple[_Rollout, Completion]], live: _Live, until_s: float) -> None:
-        """Record completions; programs that go on observe and ask again."""
-        asking = []
-        for rollout, completion in ended:
-            rollout.turns.append(Turn(completion))
-            rollout.said.append(Message("assistant", self.renderer.text(completion.tokens)))
-            if completion.stop_reason is StopReason.ABORTED:
-                rollout.failure = Failure("engine", "its request was withdrawn")
-            elif completion.stop_reason is StopReason.FAILED:
-                rollout.failure = Failure("engine", completion.failure)
-            elif len(rollout.turns) < self.config.max_turns:
-                asking.append(rollout)
-        if not asking:
-            return
-        with self.trace.span("environment"):
-            answers = self.environment.observe([rollout.conversation for rollout in asking], until_s)
-        for rollout, messages in zip(asking, answers, strict=True):
-            if isinstance(messages, Failure):
-                rollout.failure = messages
-            elif messages is not None:
-                self._continue(rollout, messages, live)
-
-    def _continue(self, rollout: _Rollout, messages: tuple[Message, ...], live: _Live) -> None:
-        completion = rollout.turns[-1].completion
-        observed = self.renderer.observation_tokens(completion.tokens, messages)
-        rollout.turns[-1] = Turn(completion, observed)
-        rollout.said.extend(messages)
-        rollout.context = (*rollout.context, *completion.tokens, *observed)
+        running = _Step(self, step, prompts)
         try:
-            self._submit(rollout, live)
+            while running.left:
+                with self.trace.span("rollout"):
+                    groups = running.advance()
+                yield from groups
+        finally:
+            running.withdraw()
+
+
+class _Step:
+    """The programs of one step."""
+
+    def __init__(self, rollouts: Rollouts, step: int, prompts: Sequence[Prompt]) -> None:
+        self.by = rollouts
+        self.step = step
+        self.prompts = prompts
+        self.size = rollouts.config.samples_per_prompt
+        self.until_s = rollouts.clock() + rollouts.config.deadline_s
+        self.left = len(prompts)  # groups
+        self._waits = _Waits(rollouts.driver, rollouts.trace)
+        self._programs = self._made()
+        self._ended: dict[int, list[_Program]] = {}  # of groups that have not ended, by place
+        self._groups: list[Group] = []  # that have, and were not given
+
+    def advance(self) -> list[Group]:
+        """The groups that end next."""
+        while not self._groups:
+            if self.by.clock() >= self.until_s:
+                self._expire()
+                break
+            waiting = sum(asked != "reward" for asked in self._waits.asked.values())
+            for program in islice(self._programs, AHEAD - waiting):
+                self._submit(program)
+            for program, asked, future in self._waits.ended(self.until_s - self.by.clock()):
+                self._take(program, asked, future.result(0))
+        given, self._groups = self._groups, []
+        return given
+
+    def withdraw(self) -> None:
+        """Nothing of this step stays in the engine or with environments."""
+        for program, _, _ in self._waits.withdraw():
+            program.episode.close()
+
+    def _made(self) -> Iterator[_Program]:
+        """Programs in order, siblings together."""
+        for place, prompt in enumerate(self.prompts):
+            tokens = self.by.renderer.prompt_tokens(prompt.messages, prompt.tools)
+            for sibling in range(self.size):
+                seed = derive_seed(self.by.run_seed, self.step, prompt.id, sibling)
+                episode = self.by.environments.episode(prompt, self.until_s)
+                segments = [_Segment(tokens, seed)]
+                yield _Program(f"{prompt.id}/{self.step}/{sibling}", place, prompt, episode, segments)
+
+    def _submit(self, program: _Program) -> None:
+        # One seed for all turns: noise is keyed by absolute position, and no position of a segment is sampled twice.
+        segment = program.segments[-1]
+        given = (f"{program.id}/{program.requests}", program.id, segment.context, self.by.sampling, segment.seed)
+        program.requests += 1
+        self._waits.submit(program, Request(*given, group=f"{program.prompt.id}/{self.step}"))
+
+    def _take(self, program: _Program, asked: Asked, answer: Any) -> None:
+        """What came back for a program."""
+        if asked == "engine":
+            program.turns.append(Turn(answer))
+            program.episode.said.append(Message("assistant", self.by.renderer.text(answer.tokens)))
+            if answer.stop_reason is StopReason.ABORTED:
+                self._end(program, Failure("engine", "its request was withdrawn"))
+            elif answer.stop_reason is StopReason.FAILED:
+                self._end(program, Failure("engine", answer.failure))
+            elif program.requests < self.by.config.max_turns:
+                self._waits.ask(program, "environment", program.episode.observe())
+            else:
+                self._grade(program)
+        elif asked == "reward" or isinstance(answer, Failure):
+            self._end(program, answer)
+        elif answer is None:
+            self._grade(program)
+        else:
+            self._continue(program, answer)
+
+    def _grade(self, program: _Program) -> None:
+        with self.by.trace.span("reward"):  # those of linear cost are computed here
+            future = program.episode.score()
+        self._waits.ask(program, "reward", future)
+
+    def _continue(self, program: _Program, observed: tuple[Message, ...] | Fold) -> None:
+        renderer, segment, prompt = self.by.renderer, program.segments[-1], program.prompt
+        if isinstance(observed, Fold):
+            number = len(program.segments)
+            start = renderer.prompt_tokens(observed.messages, prompt.tools)
+            program.segments.append(_Segment(start, derive_seed(segment.seed, number, prompt.id, 0)))
+        else:
+            completion = segment.turns[-1].completion
+            said = program.episode.said
+            before = (*prompt.messages, *said[: len(said) - len(observed) - 1]) if len(program.segments) == 1 else None
+            tokens = renderer.observation_tokens(completion.tokens, observed, before, prompt.tools)
+            segment.turns[-1] = Turn(completion, tokens)
+        try:
+            self._submit(program)
         except CapacityError as error:  # the prompt did fit: this conversation has outgrown the engine
-            rollout.failure = Failure("engine", f"turn {len(rollout.turns) + 1} does not fit: {error}")
+            if not program.turns:
+                program.segments.pop()
+            self._end(program, Failure("engine", f"turn {program.requests} does not fit: {error}"))
 
-    def _expire(self, live: _Live, rest: Sequence[_Rollout]) -> None:
-        reason = f"generation took longer than {self.config.deadline_s:g} s (rollout.deadline_s)"
-        for rollout in rest:
-            rollout.failure = Failure("deadline", reason)
-        for rollout, completion in live.withdraw():
-            if completion is not None and completion.tokens:
-                rollout.turns.append(Turn(completion))
-            rollout.failure = Failure("deadline", reason)
+    def _end(self, program: _Program, outcome: float | Failure) -> None:
+        program.outcome = outcome
+        program.episode.close()
+        ended = self._ended.setdefault(program.place, [])
+        ended.append(program)
+        if len(ended) == self.size:
+            ended = sorted(self._ended.pop(program.place), key=lambda one: int(one.id.rpartition("/")[2]))
+            self._groups.append(Group(program.prompt, tuple(t for one in ended for t in one.trajectories)))
+            self.left -= 1
 
-    def _graded(self, rollouts: Sequence[_Rollout], until_s: float) -> list[Trajectory]:
-        whole = [rollout for rollout in rollouts if rollout.failure is None]
-        rewards = self.environment.grade([rollout.conversation for rollout in whole], until_s)
-        outcomes: dict[str, float | Failure] = {
-            rollout.id: reward for rollout, reward in zip(whole, rewards, strict=True)
-        }
-        trajectories = []
-        for rollout in rollouts:
-            outcome = rollout.failure if rollout.failure is not None else outcomes[rollout.id]
-            trajectories.append(flatten(rollout.id, rollout.prompt.id, rollout.prompt_tokens, rollout.turns, outcome))
-        return trajectories
+    def _expire(self) -> None:
+        """The deadline has passed: what is left is withdrawn, or not started, and fails; what was graded stays."""
+        late = Failure("deadline", f"generation took longer than {self.by.config.deadline_s:g} s (rollout.deadline_s)")
+        for program, asked, future in self._waits.withdraw():
+            known = None if future is None or future.exception(0) is not None else future.result(0)
+            if asked == "engine" and known is not None and known.tokens:
+                program.turns.append(Turn(known))
+            self._end(program, known if asked == "reward" and known is not None else late)
+        for program in self._programs:
+            self._end(program, late)
+
+
+def _nothing() -> None:
+    """Asked of a driver to wake who waits for it."""

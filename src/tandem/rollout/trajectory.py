@@ -16,6 +16,7 @@ def flatten(
     prompt_tokens: Sequence[int],
     turns: Sequence[Turn],
     outcome: float | Failure,
+    segment: int = 0,
 ) -> Trajectory:
     """One trajectory of T = prompt + completions + observations tokens, in the order they entered the context.
 
@@ -42,4 +43,5 @@ def flatten(
         failure=outcome if isinstance(outcome, Failure) else None,
         seconds=sum(turn.completion.finished_s - turn.completion.submitted_s for turn in turns),
         tool_calls=sum(bool(turn.observation_tokens) for turn in turns),
+        segment=segment,
     )

@@ -22,7 +22,7 @@ def written(prompts: Sequence[Prompt], solutions: Sequence[str], renderer: Rende
     """
     groups = []
     for prompt, solution in zip(prompts, solutions, strict=True):
-        asked, said = renderer.prompt_tokens(prompt.messages), renderer.answer_tokens(solution)
+        asked, said = renderer.prompt_tokens(prompt.messages, prompt.tools), renderer.answer_tokens(solution)
         if len(asked) + len(said) > most_tokens:
             raise CapacityError(
                 f"the text of {prompt.id} has {len(asked) + len(said)} tokens and the model {most_tokens} positions. "
@@ -36,6 +36,6 @@ def written(prompts: Sequence[Prompt], solutions: Sequence[str], renderer: Rende
 
 def texts(groups: Sequence[Group]) -> Selection:
     """All of written groups, to train."""
-    samples = tuple(Sample(t.program_id, t.prompt_id, t.columns) for group in groups for t in group.trajectories)
+    samples = tuple(Sample(t.id, t.prompt_id, t.columns) for group in groups for t in group.trajectories)
     tokens = sum(count_predictions(sample.columns) for sample in samples)
     return Selection(samples, count_prompts(samples), Fates(trained=len(samples)), Fates(trained=tokens))

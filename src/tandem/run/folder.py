@@ -285,12 +285,12 @@ def trajectory_rows(groups: Iterable[Group], decode: Callable[[list[int]], str])
     """
     rows = []
     for group in groups:
-        prompt = [{"role": message.role, "content": message.content} for message in group.prompt.messages]
         for trajectory in group.trajectories:
             row: dict[str, Any] = {
                 "program_id": trajectory.program_id,
+                "segment": trajectory.segment,
                 "prompt_id": trajectory.prompt_id,
-                "prompt": prompt,
+                "prompt": [message.row() for message in group.prompt.messages],
                 "answer": group.prompt.record.get("answer"),
                 "text": decode(trajectory.columns["tokens"][_first_sampled(trajectory) :].tolist()),
                 "reward": None if trajectory.failure else trajectory.reward,

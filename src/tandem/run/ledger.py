@@ -47,11 +47,11 @@ class Ledger:
         for group in groups:
             for trajectory in group.trajectories:
                 sampled = trajectory.num_sampled
-                sample = trained.pop(trajectory.program_id, None)
+                sample = trained.pop(trajectory.id, None)
                 if sample is None:
                     counts[_fate(trajectory)] += sampled
                     continue
-                assert trajectory.failure is None, f"{trajectory.program_id} failed, yet it was trained"
+                assert trajectory.failure is None, f"{trajectory.id} failed, yet it was trained"
                 reached = int((sample.columns["loss_mask"] & (sample.columns["advantages"] != 0.0)).sum())
                 assert reached <= sampled, f"{sample.id}: {reached} trained of {sampled} sampled tokens"
                 counts["trained"] += reached

@@ -27,7 +27,7 @@ from tandem.errors import (
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.plan.memory import Plan, check_counts, peak_bytes
-from tandem.program.task import Task, make_environment
+from tandem.program.pool import EnvironmentPool
 from tandem.rollout.evaluate import Evaluation, evaluate
 from tandem.rollout.group import RolloutSummary, summarise
 from tandem.rollout.rollout import Rollouts
@@ -75,7 +75,9 @@ class Display(Protocol):
 class Session:
     """The stages of one sitting, over the parts of a run."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display: Display) -> None:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, task: EnvironmentPool, parts: Parts, display: Display
+    ) -> None:
         self.config = config
         self.folder = folder
         self.task = task
@@ -141,7 +143,7 @@ class Session:
     def rollout(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """Groups of a step; what the engine's scheduler did for them is counted for the row."""
         before = self.parts.engine.stats
-        groups = self.rollouts.run(step, prompts)
+        groups = self.rollouts.collect(step, prompts)
         after = self.parts.engine.stats
         for name in SCHEDULED:
             self.trace.count(name, getattr(after, name) - getattr(before, name))
@@ -361,7 +363,7 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
     if resume is None:
         check_new(path)
     with ExitStack() as closing:
-        task = make_environment(config.task)
+        task = EnvironmentPool(config.task)
         closing.callback(task.close)
         folder = closing.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
         parts = build_parts(config.model, config.engine, config.sync.lag, config, form=config.task.format)
@@ -381,7 +383,7 @@ def plan(config: RunConfig) -> Plan:
     return plan_parts(checkpoint, checkpoint.load_tokenizer(), config.model, config.engine, config.sync.lag, config)
 
 
-def _sit(config: RunConfig, folder: RunFolder, task: Task, parts: Parts, display: Display) -> int:
+def _sit(config: RunConfig, folder: RunFolder, task: EnvironmentPool, parts: Parts, display: Display) -> int:
     session = Session(config, folder, task, parts, display)
     with display, session.stopping:
         done = session.restore()
@@ -418,7 +420,7 @@ def evaluate_model(config: RunConfig) -> Evaluation:
             f"the config is {config!r}; wanted a RunConfig, such as RunConfig('ask', 1, ModelConfig(MODEL))."
         )
     check_counts(config)
-    task = make_environment(config.task)
+    task = EnvironmentPool(config.task)
     try:
         parts = build_parts(config.model, config.engine, learns=False, form=config.task.format)
         parts.tokenizer.now = started(Path(config.model.source)) or parts.tokenizer.now

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from tandem.errors import TaskError, nearest
 from tandem.program.config import PLACE, TaskConfig, half_character
 from tandem.program.environment import Environment
-from tandem.program.reward import REWARDS, clipped, extract_answer, last_number_in, math_verify, one_number, refusal
+from tandem.program.reward import clipped, extract_answer, last_number_in, math_verify, one_number, refusal
 from tandem.program.worked import worked
 from tandem.types import Message, Prompt
 
@@ -55,7 +55,7 @@ GYM_FAULTS = {
 _NOT_FINITE = re.compile(r"(?i)\b(?:nan|inf(?:inity)?)[ij]?\b")
 
 
-class Source(Protocol):
+class Prompts(Protocol):
     """An environment with a bounded, disjoint held-out split."""
 
     environment: Environment
@@ -64,13 +64,13 @@ class Source(Protocol):
     def train(self, index: int) -> Prompt: ...
 
 
-def make_source(config: TaskConfig) -> Source:
+def make_prompts(config: TaskConfig) -> Prompts:
     """The task of `config`, ready to be asked; TaskError where its name, file, parameters or split are wrong."""
     if config.environment == "jsonl":
-        return FileSource(config)
+        return FilePrompts(config)
     if config.environment == "reasoning_gym":
-        return DrawSource(config, ReasoningGym(config))
-    return DrawSource(config, load_user(config))
+        return DrawnPrompts(config, ReasoningGym(config))
+    return DrawnPrompts(config, load_user(config))
 
 
 def question_key(prompt: Prompt) -> str:
@@ -78,7 +78,7 @@ def question_key(prompt: Prompt) -> str:
     return "\n".join(" ".join(message.content.split()) for message in prompt.messages)
 
 
-class DrawSource:
+class DrawnPrompts:
     """Prompts drawn without end from an environment. Held-out questions are distinct and are never trained on."""
 
     def __init__(self, config: TaskConfig, environment: Environment) -> None:
@@ -232,7 +232,7 @@ class QuestionFile(Environment):
         return math_verify(prompt, text)
 
 
-class FileSource:
+class FilePrompts:
     """The lines of a jsonl file in an order shuffled anew each epoch, and a held-out part with other questions."""
 
     def __init__(self, config: TaskConfig) -> None:
@@ -403,16 +403,6 @@ def load_user(config: TaskConfig) -> Environment:
     return environment
 
 
-def score(source: Source, config: TaskConfig, prompt: Prompt, turns: tuple[Message, ...]) -> float:
-    """The reward of a conversation: the named function of the last text, or the environment's own score."""
-    if config.reward == "score":
-        own = getattr(source.environment, "score", None)
-        if own is not None:
-            return own(prompt, turns)
-        return source.environment.reward(prompt, last_text(turns))
-    return REWARDS[config.reward](prompt, last_text(turns))
-
-
 def uses_math_verify(config: TaskConfig) -> bool:
     return config.reward == "math_verify" or (config.environment, config.reward) == ("jsonl", "score")
 
@@ -426,7 +416,7 @@ def uncertain(config: TaskConfig, prompts: Sequence[Prompt]) -> list[Prompt]:
     return [prompt for answer, prompt in by_answer.items() if one_number(answer) is None]
 
 
-def solution(source: Source, prompt: Prompt) -> str:
+def solution(source: Prompts, prompt: Prompt) -> str:
     """A right answer written out; TaskError where the environment has none."""
     own = getattr(source.environment, "solution", None)
     text = own(prompt) if own is not None else None
@@ -436,25 +426,6 @@ def solution(source: Source, prompt: Prompt) -> str:
             "trains on. Define solution(self, prompt) -> str."
         )
     return text
-
-
-def observe(source: Source, prompt: Prompt, turns: tuple[Message, ...]) -> tuple[Message, ...] | None:
-    """The environment's messages after `turns`, or None; TypeError where they are something else."""
-    own = getattr(source.environment, "observe", None)
-    messages = own(prompt, turns) if own is not None else None
-    if messages is None:
-        return None
-    if isinstance(messages, Message) or not all(isinstance(message, Message) for message in messages):
-        raise TypeError(f"observe returned {clipped(messages)}; a list of tandem.types.Message or None is needed")
-    for message in messages:
-        if half := half_character(message.content):
-            raise ValueError(f"what observe returned {half}")
-    return tuple(messages) or None
-
-
-def last_text(turns: Sequence[Message]) -> str:
-    """What the model said last."""
-    return next(message.content for message in reversed(turns) if message.role == "assistant")
 
 
 def _file_module(path: Path) -> ModuleType:

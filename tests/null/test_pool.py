@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import re
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,10 +18,10 @@ from hypothesis import strategies as st
 
 from tandem import env
 from tandem.errors import EnvironmentFailure, TaskError
-from tandem.program import guard
+from tandem.program import pool
 from tandem.program.config import TaskConfig
-from tandem.program.guard import Guard, checked_reward, inline_reward
-from tandem.program.task import Task, make_environment
+from tandem.program.episode import checked_reward, inline_reward
+from tandem.program.pool import EnvironmentPool, RunningEpisode
 from tandem.types import Failure, Message, Prompt
 
 USER = """
@@ -81,7 +83,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def task(source: Path):
-    made = make_environment(TaskConfig(f"{source}:Odd", heldout_size=2, reward_deadline_s=1.0))
+    made = EnvironmentPool(TaskConfig(f"{source}:Odd", heldout_size=2, reward_deadline_s=1.0, workers=1))
     yield made
     made.close()
 
@@ -90,7 +92,22 @@ def said(text: str) -> tuple[Prompt, tuple[Message, ...]]:
     return PROMPT, (Message("assistant", text),)
 
 
-def test_bad_rewards_fail_alone(task: Task) -> None:
+def running(task: EnvironmentPool, conversations: list[Any], until_s: float) -> list[RunningEpisode]:
+    episodes = [task.episode(prompt, until_s) for prompt, _ in conversations]
+    for episode, (_, turns) in zip(episodes, conversations, strict=True):
+        episode.said.extend(turns)
+    return episodes
+
+
+def grades_of(task: EnvironmentPool, conversations: list[Any], until_s: float = math.inf) -> list[float | Failure]:
+    return [one.result(60) for one in [episode.score() for episode in running(task, conversations, until_s)]]
+
+
+def observed(task: EnvironmentPool, conversations: list[Any]) -> list[Any]:
+    return [one.result(60) for one in [episode.observe() for episode in running(task, conversations, math.inf)]]
+
+
+def test_bad_rewards_fail_alone(task: EnvironmentPool) -> None:
     """One bad reward takes the good ones of its step with it, or is graded as a number."""
     cases = {
         "fine": 0.5,
@@ -109,37 +126,37 @@ def test_bad_rewards_fail_alone(task: Task) -> None:
         "spin": Failure("deadline", "reward took longer than 1 s (task.reward_deadline_s)"),
         "last": 0.5,
     }
-    assert dict(zip(cases, task.grade([said(text) for text in cases]), strict=True)) == cases
+    assert dict(zip(cases, grades_of(task, [said(text) for text in cases]), strict=True)) == cases
 
 
-def test_step_deadline(task: Task) -> None:
+def test_step_deadline(task: EnvironmentPool) -> None:
     """Many hanging rewards take their deadlines one after the other, far past that of the step."""
-    task.grade([said("fine")])
-    grades = task.grade([said("hang")] * 50, until_s=time.monotonic() + 0.5)
+    grades_of(task, [said("fine")])
+    grades = grades_of(task, [said("hang")] * 50, until_s=time.monotonic() + 0.5)
     assert all(isinstance(grade, Failure) and grade.where == "deadline" for grade in grades)
     assert re.fullmatch(r"reward took longer than 0\.1\d* s \(its share of rollout.deadline_s\)", grades[0].reason)
     assert grades[-1] == Failure("deadline", "no time was left for its reward (rollout.deadline_s)")
-    assert task.grade([said("fine")]) == [0.5]
+    assert grades_of(task, [said("fine")]) == [0.5]
 
 
-def test_slow_answers_cost_themselves(task: Task) -> None:
+def test_slow_answers_cost_themselves(task: EnvironmentPool) -> None:
     """Good answers lose their rewards because slow ones stand before them and take all of the step's time."""
-    task.grade([said("fine")])
+    grades_of(task, [said("fine")])
     texts = ["hang"] * 2 + ["fine"] * 10
-    grades = task.grade([said(text) for text in texts], until_s=time.monotonic() + 6.0)
+    grades = grades_of(task, [said(text) for text in texts], until_s=time.monotonic() + 6.0)
     assert grades[2:] == [0.5] * 10
     assert [grade.where for grade in grades[:2] if isinstance(grade, Failure)] == ["deadline"] * 2
 
 
-def test_slow_answer_gets_what_the_quick_leave(task: Task) -> None:
+def test_slow_answer_gets_what_the_quick_leave(task: EnvironmentPool) -> None:
     """An answer that needs more than an even share fails although the others leave it enough."""
-    task.grade([said("fine")])
-    grades = task.grade([said("fine"), said("slow0.7"), *[said("fine")] * 20], until_s=time.monotonic() + 8.0)
+    grades_of(task, [said("fine")])
+    grades = grades_of(task, [said("fine"), said("slow0.7"), *[said("fine")] * 20], until_s=time.monotonic() + 8.0)
     assert grades == [0.5] * 22
 
 
 class Clock:
-    """A time for `_Turns`."""
+    """A time for `_Waiting`."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -152,20 +169,22 @@ def served(
     monkeypatch: pytest.MonkeyPatch, needs_s: list[float], until_s: float, deadline_s: float, start_s: float
 ) -> list[bool]:
     """Which calls are answered, each needing its seconds, where a new child takes `start_s`."""
-    clock, prompts = Clock(), [object() for _ in needs_s]
-    monkeypatch.setattr(guard, "time", clock)
-    turns = guard._Turns([(prompt,) for prompt in prompts], deadline_s, until_s)
+    clock = Clock()
+    monkeypatch.setattr(pool, "time", clock)
+    waiting = pool._Waiting(deadline_s)
+    calls = [pool._Call("score", (place,), "reward", until_s) for place in range(len(needs_s))]
+    for call in calls:
+        waiting.add(call)
     answered = [False] * len(needs_s)
-    while (batch := turns.next()) and clock.now_s < until_s:
-        for place in batch:
-            limit_s = turns.limit_s(start_s)
-            answered[place] = needs_s[place] <= limit_s
-            clock.now_s += min(needs_s[place], limit_s)
-            failure = None if answered[place] else Failure("deadline", "late")
-            turns.took(place, min(needs_s[place], limit_s), limit_s, failure)
-            if failure is not None:
-                clock.now_s += start_s
-                break
+    while (call := waiting.next(None)) is not None and clock.now_s < until_s:
+        limit_s, (place,) = waiting.limit_s(call, start_s, 1), call.arguments
+        if call.overran and call.had_s >= limit_s:
+            continue
+        answered[place] = needs_s[place] <= limit_s
+        clock.now_s += min(needs_s[place], limit_s)
+        failure = None if answered[place] else Failure("deadline", "late")
+        waiting.took(call, min(needs_s[place], limit_s), limit_s, failure)
+        clock.now_s += 0.0 if failure is None else start_s
     return answered
 
 
@@ -190,16 +209,16 @@ def test_turns_where_all_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     assert mixed == [True] * 128
 
 
-def test_observations(task: Task) -> None:
+def test_observations(task: EnvironmentPool) -> None:
     """What an environment observes reaches the model although it is no message, or its failure stops the run."""
-    kept, ended, bad, one = task.observe([said("go"), said("stop"), said("bad"), said("one")])
+    kept, ended, bad, one = observed(task, [said("go"), said("stop"), said("bad"), said("one")])
     assert kept == (Message("user", "more"),) and ended is None
     for failure in (bad, one):
         assert isinstance(failure, Failure) and failure.where == "environment"
         assert "a list of tandem.types.Message or None is needed" in failure.reason
 
 
-def test_prompts_that_cannot_be_had(task: Task) -> None:
+def test_prompts_that_cannot_be_had(task: EnvironmentPool) -> None:
     """A prompt that raises, hangs or cannot travel hangs the run or passes for a prompt."""
     assert [prompt.messages[0].content for prompt in task.heldout] == ["heldout 0", "heldout 1"]
     assert [prompt.id for prompt in task.batch(0, 2)] == ["Odd/train/0", "Odd/train/1"]
@@ -211,10 +230,10 @@ def test_prompts_that_cannot_be_had(task: Task) -> None:
     assert task.prompt(6).messages[0].content == "train 6"
 
 
-def test_what_a_reward_started_dies_with_it(task: Task, tmp_path: Path) -> None:
+def test_what_a_reward_started_dies_with_it(task: EnvironmentPool, tmp_path: Path) -> None:
     """Each overrun leaves a process behind that the user's code had started."""
     prompt = Prompt("p", PROMPT.messages, {"path": str(tmp_path / "pid")})
-    (grade,) = task.grade([(prompt, (Message("assistant", "grandchild"),))])
+    (grade,) = grades_of(task, [(prompt, (Message("assistant", "grandchild"),))])
     assert isinstance(grade, Failure) and grade.where == "deadline"
     status = Path("/proc", (tmp_path / "pid").read_text(), "stat")
     until = time.monotonic() + 20  # it was sent a signal, which it takes when it gets a core
@@ -225,8 +244,8 @@ def test_what_a_reward_started_dies_with_it(task: Task, tmp_path: Path) -> None:
 
 def test_output_stays_off_stdout(source: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """What a reward prints lands among the lines of `--json`."""
-    printing = make_environment(TaskConfig(f"{source}:Odd", heldout_size=0))
-    assert printing.grade([said("fine")]) == [0.5]
+    printing = EnvironmentPool(TaskConfig(f"{source}:Odd", heldout_size=0))
+    assert grades_of(printing, [said("fine")]) == [0.5]
     printing.close()
     shown = capfd.readouterr()
     assert shown.out == "" and "grading fine" in shown.err
@@ -234,7 +253,7 @@ def test_output_stays_off_stdout(source: Path, capfd: pytest.CaptureFixture[str]
 
 def test_start_that_hangs_or_fails(source: Path, tmp_path: Path) -> None:
     """A constructor that hangs blocks the run for good; a wrong file or class ends in a traceback."""
-    hung = Guard(TaskConfig(f"{source}:Odd", parameters=(("slow", 60.0),)), start_deadline_s=0.5)
+    hung = EnvironmentPool(TaskConfig(f"{source}:Odd", parameters=(("slow", 60.0),)), start_deadline_s=0.5)
     with pytest.raises(EnvironmentFailure, match=re.escape("did not come up within 0.5 s (it hung)")):
         hung.ready()
     (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
@@ -248,9 +267,9 @@ def test_start_that_hangs_or_fails(source: Path, tmp_path: Path) -> None:
         (f"{tmp_path}/thing.py:Thing", (), "lacks prompt and reward"),
     ):
         with pytest.raises(TaskError, match=re.escape(reason)):
-            make_environment(TaskConfig(environment, parameters=parameters)).ready()
+            EnvironmentPool(TaskConfig(environment, parameters=parameters)).ready()
     with pytest.raises(EnvironmentFailure, match="SystemExit"):
-        make_environment(TaskConfig(f"{tmp_path}/thing.py:leave")).ready()
+        EnvironmentPool(TaskConfig(f"{tmp_path}/thing.py:leave")).ready()
 
 
 @pytest.mark.parametrize("leaves", ["before the task", "after the task", "with an answer unread"])
@@ -274,18 +293,18 @@ def test_jsonl_errors_come_at_once(tmp_path: Path) -> None:
     """A broken task file is found only after the model is loaded."""
     (tmp_path / "a.jsonl").write_text('{"question": "a"}\n')
     with pytest.raises(TaskError, match="line 1: no field 'answer'"):
-        make_environment(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl")))
+        EnvironmentPool(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl")))
 
 
 def test_math_verify_in_the_child(tmp_path: Path) -> None:
     """math-verify's signals or its import reach the process that trains, or its grades are lost on the way."""
     pytest.importorskip("math_verify", reason="math-verify is not installed")
     (tmp_path / "a.jsonl").write_text('{"question": "a", "answer": "work #### 1,000"}\n')
-    task = make_environment(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl"), heldout_size=0, reward="math_verify"))
+    task = EnvironmentPool(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl"), heldout_size=0, reward="math_verify"))
     prompt = task.prompt(0)
     answers = ["It is \\boxed{1000}", "1,000.00", "I get 999", ""]
-    assert task.grade([(prompt, (Message("assistant", text),)) for text in answers]) == [1.0, 1.0, 0.0, 0.0]
-    assert task.observe([(prompt, ())]) == [None]
+    assert grades_of(task, [(prompt, (Message("assistant", text),)) for text in answers]) == [1.0, 1.0, 0.0, 0.0]
+    assert observed(task, [(prompt, ())]) == [None]
     task.close()
 
 
@@ -320,7 +339,7 @@ def test_answer_that_never_ends_evaluating(tmp_path: Path, monkeypatch: pytest.M
     ):
         path = tmp_path / "a.jsonl"
         path.write_text("\n".join([*lines, f'{{"question": "c", "answer": "{answer}"}}']))
-        made = make_environment(
+        made = EnvironmentPool(
             TaskConfig("jsonl", path=str(path), heldout_size=1, reward=reward, reward_deadline_s=0.5)
         )
         if reason:
@@ -329,7 +348,7 @@ def test_answer_that_never_ends_evaluating(tmp_path: Path, monkeypatch: pytest.M
         else:
             made.ready()
         made.close()
-    made = make_environment(
+    made = EnvironmentPool(
         TaskConfig(f"{tmp_path}/user.py:Endless", heldout_size=1, reward="math_verify", reward_deadline_s=0.5)
     )
     with pytest.raises(TaskError, match="prompt Endless/heldout/0: the answer 'endless.0' cannot be evaluated"):

@@ -1,0 +1,93 @@
+"""One run of an environment: what it says and what it pays while a program plays it, and the checks of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tandem.program.config import half_character
+from tandem.program.environment import Environment, Episode, Fold
+from tandem.program.reward import clipped
+from tandem.types import Failure, Message, Prompt
+
+MAX_REWARD = 1e9  # squares of it, summed over a batch and over a model's weights, stay finite in fp32
+
+Observed = tuple[Message, ...] | Fold | None
+
+
+class Stateless(Episode):
+    """An environment that keeps nothing between calls, so that another process can go on where one ended."""
+
+    def __init__(self, environment: Environment, prompt: Prompt) -> None:
+        self.environment = environment
+        self.prompt = prompt
+
+    def observe(self, turns: tuple[Message, ...]) -> Sequence[Message] | Fold | None:
+        own = getattr(self.environment, "observe", None)
+        return own(self.prompt, turns) if own is not None else None
+
+    def score(self, turns: tuple[Message, ...]) -> float:
+        own = getattr(self.environment, "score", None)
+        return own(self.prompt, turns) if own is not None else self.environment.reward(self.prompt, last_text(turns))
+
+
+def open_episode(environment: Environment, prompt: Prompt) -> Episode:
+    """A new run: the environment's own kind of Episode, or one without state around its methods."""
+    own = getattr(environment, "episode", None)
+    episode = own(prompt) if own is not None else None
+    return Stateless(environment, prompt) if episode is None else episode
+
+
+def last_text(turns: Sequence[Message]) -> str:
+    """What the model said last."""
+    return next(message.content for message in reversed(turns) if message.role == "assistant")
+
+
+def checked_messages(value: Any) -> Observed:
+    """What an environment observed; TypeError or ValueError where it is no messages, or no text."""
+    messages = value.messages if isinstance(value, Fold) else value
+    if messages is None:
+        return None
+    if isinstance(messages, Message) or not all(isinstance(message, Message) for message in messages):
+        raise TypeError(f"observe returned {clipped(messages)}; a list of tandem.types.Message or None is needed")
+    for message in messages:
+        if half := half_character(message.content):
+            raise ValueError(f"what observe returned {half}")
+    if isinstance(value, Fold):
+        if not messages:
+            raise ValueError("observe returned a Fold without messages; a context needs one")
+        return Fold(tuple(messages))
+    return tuple(messages) or None
+
+
+def checked_reward(value: object) -> float | Failure:
+    """`value` as a finite float, or why it is none."""
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        return Failure("reward", f"returned {clip(repr(value))}, not a number")
+    try:
+        number = float(value)
+    except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+        return Failure("reward", f"returned a {type(value).__name__} that is not a finite number ({clip(str(error))})")
+    if math.isfinite(number) and abs(number) > MAX_REWARD:
+        return Failure("reward", f"returned {number:g}; allowed is {-MAX_REWARD:g} to {MAX_REWARD:g}")
+    return number if math.isfinite(number) else Failure("reward", f"returned {number}")
+
+
+def inline_reward(reward: Callable[..., object], *arguments: Any) -> float | Failure:
+    """A trusted reward, called here and now: its exceptions and odd values become Failures, its time is its own."""
+    try:
+        value = reward(*arguments)
+    except Exception as error:  # noqa: BLE001 - recorded boundary: the reason travels with the trajectory
+        return Failure("reward", one_line(error))
+    return checked_reward(value)
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an exception on one line of at most 200 characters."""
+    return clip(f"raised {type(error).__name__}: {error}" if str(error) else f"raised {type(error).__name__}")
+
+
+def clip(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= 200 else line[:197] + "..."

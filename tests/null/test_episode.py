@@ -1,0 +1,168 @@
+"""Episodes that lose their state, wait for each other, or hold the engine up while they answer."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tandem.algo.advantage import samples_from_groups
+from tandem.algo.config import AlgoConfig
+from tandem.engine.driver import Driver
+from tandem.program.config import TaskConfig
+from tandem.program.pool import EnvironmentPool
+from tandem.program.render import Renderer
+from tandem.rollout.config import RolloutConfig
+from tandem.rollout.group import summarise
+from tandem.rollout.rollout import Rollouts
+from tandem.types import Completion, Failure, Message, Request, StopReason, Trajectory
+from tests.null.test_rollout import FakeEngine, Letters, spell
+from tests.samples import column, trained
+
+USER = """
+import time
+from pathlib import Path
+from tandem.program.environment import Environment, Episode, Fold
+from tandem.types import Message, Prompt
+
+class Counter(Episode):
+    def __init__(self, prompt, folder):
+        self.prompt, self.folder, self.seen = prompt, folder, 0
+
+    def observe(self, turns):
+        self.seen += 1
+        text = turns[-1].content
+        if text == "hang":
+            time.sleep(60)
+        if text == "wait":
+            (self.folder / "waits").touch()
+            while not (self.folder / "go").exists():
+                time.sleep(0.005)
+        if text == "fold":
+            return Fold([Message("user", f"seen {self.seen}")])
+        return None if self.seen == 3 else [Message("tool", f"n{self.seen}")]
+
+    def score(self, turns):
+        return 10.0 * self.seen + sum(turn.role == "assistant" for turn in turns)
+
+    def close(self):
+        with (self.folder / "closed").open("a") as file:
+            file.write(self.prompt.id + "\\n")
+
+class Counts(Environment):
+    def __init__(self, folder):
+        self.folder = Path(folder)
+
+    def prompt(self, split, index):
+        return Prompt(f"{split}{index}", (Message("user", f"{split}{index}"),), {})
+
+    def episode(self, prompt):
+        return Counter(prompt, self.folder)
+"""
+
+
+@pytest.fixture
+def pool(tmp_path: Path, request: pytest.FixtureRequest):
+    (tmp_path / "counts.py").write_text(USER)
+    workers = getattr(request, "param", 2)
+    task = TaskConfig(
+        f"{tmp_path}/counts.py:Counts", parameters=(("folder", str(tmp_path)),), heldout_size=0, workers=workers
+    )
+    made = EnvironmentPool(dataclasses.replace(task, reward_deadline_s=20.0))
+    yield made
+    made.close()
+
+
+CONFIG = RolloutConfig(samples_per_prompt=3, max_turns=8, max_new_tokens=8, deadline_s=60.0)
+
+
+def run(engine: FakeEngine, pool: EnvironmentPool, threaded: bool = False) -> list[list[Trajectory]]:
+    driver = Driver(engine).start() if threaded else Driver(engine)
+    groups = Rollouts(driver, Renderer(Letters()), pool, CONFIG, run_seed=1).collect(0, pool.batch(0, 2))
+    driver.close(10.0)
+    return [list(group.trajectories) for group in groups]
+
+
+@pytest.mark.parametrize("pool", [1, 3], indirect=True)
+def test_state_lives_in_one_child(pool: EnvironmentPool, tmp_path: Path) -> None:
+    """An episode forgets what it held between calls, is asked in another process, or is never closed."""
+    groups = run(FakeEngine(lambda request: spell("a")), pool)
+    assert [[t.reward for t in group] for group in groups] == [[33.0] * 3] * 2
+    text = Letters().decode(column(groups[0][0], "tokens")).replace("\0", "")
+    assert text == "<u>train0\n<a>a\n<u>n1\n<a>a\n<u>n2\n<a>a"
+    pool.close()
+    assert sorted((tmp_path / "closed").read_text().split()) == ["Counts/train/0"] * 3 + ["Counts/train/1"] * 3
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+def test_the_engine_never_waits_for_a_tool(pool: EnvironmentPool, tmp_path: Path, threaded: bool) -> None:
+    """The engine stands still while a tool runs: this one ends only when the other programs have gone on without it."""
+    slow = "Counts/train/0/0/0"
+
+    class Engine(FakeEngine):
+        def completion(self, request: Request, tokens: list[int], reason: StopReason | None = None) -> Completion:
+            if request.program_id != slow and request.id.endswith("/2") and (tmp_path / "waits").exists():
+                (tmp_path / "go").touch()  # another's third turn, sampled while the tool waits
+            return super().completion(request, tokens, reason)
+
+    def ticks(request: Request) -> int:
+        return 1
+
+    def speak(request: Request) -> list[int]:
+        return spell("wait" if request.id == f"{slow}/0" else "a")
+
+    groups = run(Engine(speak, ticks), pool, threaded)
+    assert [t.failure for group in groups for t in group] == [None] * 6
+    assert (tmp_path / "go").exists() and groups[0][0].reward == 33.0
+
+
+@pytest.mark.parametrize("pool", [1], indirect=True)
+def test_an_overrun_takes_only_its_own_child(pool: EnvironmentPool) -> None:
+    """A tool that hangs ends the step, or leaves an episode whose state went with it to go on as if nothing were."""
+    pool.config = dataclasses.replace(pool.config, reward_deadline_s=0.5)
+    pool._workers.config, pool._workers._waiting.deadline_s = pool.config, 0.5
+    stuck, beside, after = (pool.episode(prompt, 1e12) for prompt in pool.batch(0, 3))
+    beside.said.append(Message("assistant", "a"))
+    assert beside.observe().result(30) == (Message("tool", "n1"),)
+    stuck.said.append(Message("assistant", "hang"))
+    found = stuck.observe().result(30)
+    assert found == Failure("deadline", "environment took longer than 0.5 s (task.reward_deadline_s)")
+    beside.said.append(Message("assistant", "a"))
+    assert beside.observe().result(30) == Failure("environment", f"its process ended with it: {found.reason}")
+    after.said.append(Message("assistant", "a"))
+    assert after.score().result(30) == 1.0
+
+
+def test_a_context_that_starts_anew_is_a_sample_more(pool: EnvironmentPool) -> None:
+    """A folded program loses its first context, is credited twice in its group's mean, or one of its samples takes the
+    other's place."""
+    engine = FakeEngine(lambda request: spell("fold" if request.id == "Counts/train/0/0/1/1" else "a"))
+    first, second = Rollouts(Driver(engine), Renderer(Letters()), pool, CONFIG, run_seed=1).collect(0, pool.batch(0, 2))
+    ids = [t.id for t in first.trajectories]
+    assert ids == ["Counts/train/0/0/0/0", "Counts/train/0/0/1/0", "Counts/train/0/0/1/1", "Counts/train/0/0/2/0"]
+    assert [len(program) for program in first.programs] == [1, 2, 1]
+    told = [Letters().decode(column(t, "tokens")).replace("\0", "") for t in first.trajectories]
+    assert told[1:3] == ["<u>train0\n<a>a\n<u>n1\n<a>fold", "<u>seen 2\n<a>a"]
+    seeds = [r.seed for r in engine.seen if r.program_id == "Counts/train/0/0/1"]
+    assert seeds[0] == seeds[1] != seeds[2]
+    changed = [dataclasses.replace(t, reward=float("/1/" in t.id[-4:])) for t in first.trajectories]
+    batch = samples_from_groups(
+        AlgoConfig(advantage="dr_grpo"), [dataclasses.replace(first, trajectories=tuple(changed))]
+    )
+    assert [sample.id for sample in batch.samples] == ids
+    credit = [column(sample, "advantages")[trained(sample)[0]] for sample in batch.samples]
+    assert credit == pytest.approx([-1 / 3, 2 / 3, 2 / 3, -1 / 3])
+    assert summarise([first]).trajectories == 3
+
+
+def test_groups_come_as_they_end(pool: EnvironmentPool) -> None:
+    """Groups wait for the slowest, come out of their order in a step, or go on in the engine when nobody wants them."""
+    ticks = {"Counts/train/0/0": 9, "Counts/train/1/0": 1, "Counts/train/2/0": 10**9}
+    engine = FakeEngine(lambda request: spell("a"), lambda request: ticks[request.group])
+    config = dataclasses.replace(CONFIG, max_turns=1)
+    groups = Rollouts(Driver(engine), Renderer(Letters()), pool, config, run_seed=1).run(0, pool.batch(0, 3))
+    assert [next(groups).prompt.id, next(groups).prompt.id] == ["Counts/train/1", "Counts/train/0"]
+    assert len(engine.live) == 3
+    groups.close()
+    assert not engine.live
