@@ -80,6 +80,7 @@ FILES = {
     "tandem.load(": "library.py",
     "class Double": "double.py",
     "class Reverse": "reverse.py",
+    "class Purse": "ledger_task.py",
     "class Written": "written.py",
     "def reinforce": "reinforce.py",
     "SMOLLM3 = Family(": "smollm3.py",

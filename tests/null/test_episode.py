@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from tandem.algo.advantage import samples_from_groups
 from tandem.algo.config import AlgoConfig
 from tandem.engine.driver import Driver
+from tandem.errors import ModelError
 from tandem.program.config import TaskConfig
 from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer
@@ -17,7 +19,7 @@ from tandem.rollout.config import RolloutConfig
 from tandem.rollout.group import summarise
 from tandem.rollout.rollout import Rollouts
 from tandem.types import Completion, Failure, Message, Request, StopReason, Trajectory
-from tests.null.test_rollout import FakeEngine, Letters, spell
+from tests.null.test_rollout import DOCS, FakeEngine, Letters, spell
 from tests.samples import column, trained
 
 USER = """
@@ -166,3 +168,24 @@ def test_groups_come_as_they_end(pool: EnvironmentPool) -> None:
     assert len(engine.live) == 3
     groups.close()
     assert not engine.live
+
+
+def test_documented_episode(tmp_path: Path) -> None:
+    """The environment with tools that users copy from docs/add_a_task.md does not run, or its tools do not reach the
+    template."""
+    (tmp_path / "ledger_task.py").write_text(re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1])
+    pool = EnvironmentPool(TaskConfig(f"{tmp_path}/ledger_task.py:Spend", heldout_size=2))
+
+    class Told(Letters):
+        def render_messages(self, messages, add_generation_prompt, /, *, tools=()):
+            named = "".join(tool["function"]["name"] for tool in tools)
+            return [*map(ord, named), *super().render_messages(messages, add_generation_prompt)]
+
+    engine = FakeEngine(lambda request: spell('{"amount": 3}' if request.id.endswith("/0") else '{"amount": 2}'))
+    (group, other) = Rollouts(Driver(engine), Renderer(Told()), pool, CONFIG, run_seed=1).collect(0, pool.batch(0, 2))
+    assert [t.reward for t in group.trajectories] == [1.0] * 3 and {t.reward for t in other.trajectories} == {0.0}
+    told = Letters().decode(column(group.trajectories[0], "tokens")).replace("\0", "")
+    assert told == 'pay<u>Spend 5.\n<a>{"amount": 3}\n<u>2 left\n<a>{"amount": 2}'
+    with pytest.raises(ModelError, match="chat template leaves them out"):
+        Rollouts(Driver(engine), Renderer(Letters()), pool, CONFIG, run_seed=1).collect(0, pool.batch(0, 1))
+    pool.close()

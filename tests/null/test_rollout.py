@@ -356,7 +356,7 @@ def test_evaluation_by_hand() -> None:
 
 def test_documented_environment(tmp_path: Path) -> None:
     """The example that users copy from docs/add_a_task.md does not run, or is longer than 20 lines."""
-    (code,) = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)
+    code = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
     (tmp_path / "reverse.py").write_text(code)
     task = EnvironmentPool(TaskConfig(f"{tmp_path}/reverse.py:Reverse", parameters=(("length", 3),), heldout_size=4))
