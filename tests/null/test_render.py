@@ -15,7 +15,7 @@ from tandem.errors import ModelError
 from tandem.models.gguf import read_header
 from tandem.models.tokenizer import Tokenizer, load_gguf_tokenizer
 from tandem.program.render import Renderer
-from tandem.types import Message
+from tandem.types import Message, ToolCall
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -142,3 +142,25 @@ def test_context_only_grows(template: str, sampled: list[tuple[list[int], bool]]
     assert [token for token in context if token == 256] == [256] * sum(t.count(256) for t, _ in sampled) + [
         token for token in renderer.prompt_tokens(ASK) if token == 256
     ]
+
+
+def test_what_follows_is_that_of_the_real_conversation() -> None:
+    """A template that looks back (at tools, a system message) gets the turn boundary of another conversation; or calls,
+    ids, tools and further keys of messages are dropped on the way to it."""
+    looks_back = (
+        "{% if tools %}{{ tools[0]['function']['name'] }};{% endif %}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% for c in m.tool_calls %}{{ c.function.name }}{{ c.function.arguments.a }}{{ c.id }}{% endfor %}"
+        "{{ m.tool_call_id }}{{ m.name }}{% if m.role == 'assistant' %}<|im_end|>{{ messages[0].content }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    tokenizer = byte_tokenizer(looks_back)
+    renderer = Renderer(tokenizer)
+    tools = ({"type": "function", "function": {"name": "add"}},)
+    asked = (Message("user", "hi", more={"name": "Ann"}),)
+    called = Message("assistant", "", calls=(ToolCall("add", {"a": 1}, "c9"),))
+    prompt = renderer.prompt_tokens((*asked, called, Message("tool", "2", call_id="c9")), tools)
+    assert tokenizer.decode(prompt) == "add;user:hiAnnassistant:add1c9<|im_end|>hitool:2c9>"
+    for _ in range(2):  # found to differ from a made-up conversation's, then known to
+        following = renderer.observation_tokens(tokenizer.encode("x<|im_end|>"), AGAIN, asked, tools)
+        assert tokenizer.decode(following) == "hiuser:And now?>"
