@@ -135,7 +135,7 @@ def math_verify(prompt: Prompt, text: str) -> float:
 
     Both are respelt first, see `respelt`; the marked answer alone is looked at where there is one, and two words are
     compared as words. The package's own time limits are signals, which work only in a main thread: they are switched
-    off here, and the caller's deadline (tandem.program.guard) stands in for them.
+    off here, and the caller's deadline (tandem.program.pool) stands in for them.
     """
     import math_verify as package  # imports sympy, 0.3 s: only where it is asked for
 

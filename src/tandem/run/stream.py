@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tandem.program.task import Task
+from tandem.program.pool import EnvironmentPool
 from tandem.types import Prompt
 
 
 class PromptStream:
     """What was taken since the last `settle` is given again after a resume: no update has seen it."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: EnvironmentPool) -> None:
         self.task = task
         self.cursor = self.settled = 0  # index of the next prompt; of the next after a resume
 
