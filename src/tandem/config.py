@@ -2,7 +2,8 @@
 
 A config is a frozen dataclass whose fields are `bool`, `int`, `float`, `str`, an `Enum`, a `Literal`, `None`, unions of
 those, tuples of them (`tuple[int, ...]`, `tuple[int, str]`, pairs `tuple[tuple[str, int | str], ...]`), or further
-config dataclasses, which may be optional. Each default is written once, in its own class; none is here.
+config dataclasses, which may be optional. Each default is written once, in its own class; none is here. So is the range
+of a number, `Annotated[int, Ge(1)]`, which `section` has checked, as the names of a `Literal` are.
 """
 
 from __future__ import annotations
@@ -11,16 +12,25 @@ import dataclasses
 import json
 import math
 import numbers
+import operator
 import os
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import cache
-from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import msgspec
+from annotated_types import Ge, Interval
 
 from tandem.errors import ConfigError, nearest
 
 C = TypeVar("C")
+Count = Annotated[int, Ge(0)]
+Positive = Annotated[int, Ge(1)]
+AboveZero = Annotated[float, Interval(gt=0, lt=math.inf)]
+Amount = Annotated[float, Interval(ge=0, lt=math.inf)]
+Share = Annotated[float, Interval(ge=0, le=1)]
 JSON = Any  # what json.loads returns
 
 _TRUE = {"true", "yes", "on", "1"}
@@ -52,6 +62,71 @@ def _config_class(hint: Any) -> type | None:
     return next((member for member in _members(hint) if _is_config(member)), None)
 
 
+def section(name: str) -> Callable[[type[C]], type[C]]:
+    """Under `@dataclass`: the setting `name`.field is checked against the range or names that the field declares,
+    before the class's own `__post_init__`, which checks the fields against each other.
+    """
+
+    def declare(cls: type[C]) -> type[C]:
+        own = cls.__dict__.get("__post_init__", lambda config: None)
+
+        def check(config: Any) -> None:
+            _check(config, f"{name}." if name else "")
+            own(config)
+
+        cls.__post_init__ = check  # type: ignore[attr-defined]
+        return cls
+
+    return declare
+
+
+@cache
+def limits(cls: Any) -> dict[str, tuple[dict[str, float], tuple[Any, ...]]]:
+    """Field -> (its range as {"ge": 0, "lt": 1} and the like, its Literal's names); of a tuple's parts."""
+    found = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        members = _members(get_args(hint)[0] if get_origin(hint) is tuple else hint)
+        words = [word for member in members if get_origin(member) is Literal for word in get_args(member)]
+        found[name] = (_bounds(members), tuple(words))
+    return found
+
+
+def _bounds(members: Sequence[Any]) -> dict[str, float]:
+    marks = [dataclasses.asdict(mark) for member in members for mark in getattr(member, "__metadata__", ())]
+    return {key: bound for mark in marks for key, bound in mark.items() if bound is not None}
+
+
+def _check(config: Any, prefix: str) -> None:
+    """ConfigError for the first value outside of what its field declares."""
+    cls: Any = type(config)
+    for name, (bounds, words) in limits(cls).items():
+        value = getattr(config, name)
+        if value is None:
+            continue
+        for one in value if isinstance(value, tuple) else (value,):
+            if words and one not in words:
+                close = nearest(str(one), map(str, words))
+                close = close if close.startswith(" Did") else ""
+                raise ConfigError(f"{prefix}{name} is {one!r}. Allowed: {', '.join(map(str, words))}.{close}")
+            if not all(getattr(operator, key)(one, bound) for key, bound in bounds.items()):
+                none = ", or none" if type(None) in _members(_hints(cls)[name]) else ""
+                raise ConfigError(f"{prefix}{name} is {one}. Allowed: {_range(bounds)}{none}.")
+
+
+def _range(bounds: Mapping[str, float]) -> str:
+    """
+    >>> _range({"ge": 0, "le": 1}), _range({"gt": 0, "lt": math.inf})
+    ('0 to 1', 'a finite number, above 0')
+    """
+    if bounds.keys() == {"ge", "le"}:
+        return f"{bounds['ge']} to {bounds['le']}"
+    words = {"ge": "{} or more", "gt": "above {}", "le": "at most {}", "lt": "below {}"}
+    finite = ["a finite number"] if bounds.get("lt") == math.inf else []
+    return ", ".join(
+        finite + [word.format(bounds[key]) for key, word in words.items() if abs(bounds.get(key, math.inf)) < math.inf]
+    )
+
+
 def describe(hint: Any) -> str:
     """What a field accepts, in words for an error message.
 
@@ -59,6 +134,8 @@ def describe(hint: Any) -> str:
     ('a,b,c of an integer of 64 bits', "one of 'a', 'b'", 'float or none')
     """
     members = _members(hint)
+    if get_origin(hint) is Annotated:
+        return f"{describe(get_args(hint)[0])}, {_range(_bounds(members))}"
     if len(members) > 1:
         return " or ".join(describe(member) for member in members)
     if hint is type(None) or hint is None:
@@ -394,40 +471,17 @@ def _load_value(hint: Any, value: JSON, name: str) -> Any:
 
 def _convert(hint: Any, value: JSON) -> Any:
     """A JSON value as `hint`; raises _Mismatch."""
-    members = _members(hint)
-    if len(members) > 1:
-        for member in sorted(members, key=_order):
-            try:
-                return _convert(member, value)
-            except _Mismatch:
-                continue
-        raise _Mismatch
-    if get_origin(hint) is Literal:
-        for allowed in get_args(hint):
-            if type(allowed) is type(value) and allowed == value:
-                return allowed
-        raise _Mismatch
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise _Mismatch
-        args = get_args(hint)
-        if len(args) == 2 and args[1] is Ellipsis:
-            args = (args[0],) * len(value)
-        if len(args) != len(value):
-            raise _Mismatch
-        return tuple(_convert(arg, part) for arg, part in zip(args, value, strict=True))
-    if hint is float and value in ({"float": "inf"}, {"float": "-inf"}):
-        return float(value["float"])
-    if hint is float and type(value) is int:
-        return float(value)
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        for member in hint:
-            if member.value == value:
-                return member
-        raise _Mismatch
-    if isinstance(hint, type) and type(value) is hint:
-        return value
-    raise _Mismatch
+    try:
+        return msgspec.convert(_numbers(value), hint)
+    except (msgspec.ValidationError, UnicodeEncodeError):
+        raise _Mismatch from None
+
+
+def _numbers(value: JSON) -> Any:
+    """JSON with the infinities that `dump` wrote as objects."""
+    if isinstance(value, list | tuple):
+        return [_numbers(part) for part in value]
+    return float(value["float"]) if value in ({"float": "inf"}, {"float": "-inf"}) else value
 
 
 def diff(before: Any, after: Any) -> list[str]:

@@ -150,5 +150,5 @@ def test_a_trial_leaves_the_gradient_alone(monkeypatch):
 
 def test_kernels_are_checked():
     """A misspelt name runs the exact kernels under the wrong label."""
-    with pytest.raises(ConfigError, match=r"model\.kernels is 'fast'; allowed: exact, library"):
+    with pytest.raises(ConfigError, match=r"model\.kernels is 'fast'. Allowed: exact, library"):
         ModelConfig("m", kernels="fast")  # type: ignore[arg-type]

@@ -299,7 +299,7 @@ def test_group_size_of_batch_estimators() -> None:
         ({"kl": "k3", "kl_weight": -1.0}, "algo.kl_weight is -1.0"),
         ({"aggregation": "constant_mean"}, "constant_tokens"),
         ({"constant_tokens": 64}, "constant_tokens"),
-        ({"aggregation": "constant_mean", "constant_tokens": 0}, "at least 1"),
+        ({"aggregation": "constant_mean", "constant_tokens": 0}, "1 or more"),
         ({"updates_per_step": 0}, "updates_per_step"),
     ],
 )

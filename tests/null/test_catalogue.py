@@ -70,7 +70,9 @@ def test_a_recipe_shows_its_values(capsys: pytest.CaptureFixture[str]) -> None:
     values = {row["name"]: row["value"] for row in rows}
     assert parsed(recipe, values) == flatten(recipe)
     assert main(["recipes", RECIPE, "--setting", "Peak learning"]) == 0
-    assert capsys.readouterr().out == "* learner.lr = 2e-05\n      peak learning rate (float, 1e-06 by default)\n"
+    assert (
+        capsys.readouterr().out == "* learner.lr = 2e-05\n      peak learning rate (float, 0 to 1, 1e-06 by default)\n"
+    )
     assert main(["recipes", "--setting", "lerner.lr"]) == 2
     assert "Did you mean learner.lr" in capsys.readouterr().err
     assert main(["recipes", "smollm2"]) == 2 and RECIPE in capsys.readouterr().err

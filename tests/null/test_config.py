@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from enum import Enum
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import pytest
 from hypothesis import given
@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from tandem import config
 from tandem.errors import ConfigError
+from tandem.models.config import ModelConfig
+from tandem.run.config import RunConfig
 
 
 class Colour(Enum):
@@ -259,3 +261,53 @@ def test_diff_is_complete(before: Job, after: Job) -> None:
         name for name in {**leaves(before), **leaves(after)} if leaves(before).get(name) != leaves(after).get(name)
     }
     assert {line.partition(": ")[0] for line in config.diff(before, after)} == changed
+
+
+RUN = RunConfig("a", 1, ModelConfig("m"))
+
+
+def ranged(part: Any = RUN, prefix: str = "") -> list[tuple[str, Any, Any, float, bool, int]]:
+    """(name, its config, type, bound, whether the bound itself is allowed, direction outward), of every bound."""
+    found = []
+    for name, hint in get_type_hints(type(part), include_extras=True).items():
+        value = getattr(part, name)
+        if is_dataclass(value):
+            found += ranged(value, f"{prefix}{name}.")
+        for member in (hint, *get_args(hint)):
+            for mark in getattr(member, "__metadata__", ()):
+                for kind, closed, outward in (("ge", True, -1), ("gt", False, -1), ("le", True, 1), ("lt", False, 1)):
+                    if (bound := getattr(mark, kind, None)) is not None:
+                        found.append((prefix + name, part, member.__origin__, bound, closed, outward))
+    return found
+
+
+BOUNDS = ranged()
+
+
+@given(st.sampled_from(BOUNDS), st.integers(0, 3))
+def test_a_range_holds_at_its_ends(bound: tuple[str, Any, Any, float, bool, int], away: int) -> None:
+    """A range read with the wrong end open, not read at all, or refused without the setting's name and value."""
+    name, part, kind, end, closed, outward = bound
+
+    def step(value: float, direction: int) -> float:
+        return value + direction if kind is int else math.nextafter(value, direction * math.inf)
+
+    def said(value: float) -> str:
+        try:
+            replace(part, **{name.rpartition(".")[2]: value})
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    outside = step(kind(end), outward) if closed else kind(end)
+    inside = kind(end) if closed else step(kind(end), -outward)
+    for _ in range(away):
+        outside, inside = step(outside, outward), step(inside, -outward)
+    assert said(outside).startswith(f"{name} is {outside}. Allowed: ")
+    assert f"{name} is {inside}. Allowed: " not in said(inside)
+
+
+def test_most_numbers_declare_a_range() -> None:
+    """A setting whose range is no longer declared, so that nothing checks it."""
+    numbers = {name for name, hint, _ in config.names(RUN) if {int, float} & {hint, *get_args(hint)}}
+    assert numbers - {name for name, *_ in BOUNDS} == {"task.seed", "engine.page_tokens", "rollout.temperature"}

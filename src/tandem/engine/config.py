@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Annotated, Literal
 
-from tandem.errors import ConfigError, nearest
+from annotated_types import Ge
+
+from tandem.config import Amount, Count, Positive, section
+from tandem.errors import ConfigError
 
 Dtype = Literal["same", "bfloat16", "float32", "float16"]
 Weights = Literal["same", "int8", "int4"]
@@ -14,6 +17,7 @@ Rule = Literal["arrival", "longest", "fair"]
 
 
 @dataclass(frozen=True, slots=True)
+@section("engine")
 class EngineConfig:
     """Limits of one engine, and what its policy departs in from the learner's. Scheduling follows from these and the
     requests.
@@ -23,21 +27,21 @@ class EngineConfig:
     """
 
     page_tokens: int = 16  # tokens a page of keys and values holds; also the unit of prefix sharing
-    batch_tokens: int = 2048  # most tokens one forward pass runs, decodes and prefill chunks together
-    max_sequences: int = 256  # most sequences running at once
-    kv_memory_bytes: int = 0  # memory for pages; 0: of what the rest leaves, see plan/memory.py
-    lookahead_tokens: int = 64  # what admission expects a sequence to grow by, until requests have ended to tell
+    batch_tokens: Positive = 2048  # most tokens one forward pass runs, decodes and prefill chunks together
+    max_sequences: Positive = 256  # most sequences running at once
+    kv_memory_bytes: Count = 0  # memory for pages; 0: of what the rest leaves, see plan/memory.py
+    lookahead_tokens: Count = 64  # what admission expects a sequence to grow by, until requests have ended to tell
     order: Rule = "arrival"  # who starts first: who came first, has most to generate, or whose program had least
-    draft_tokens: int = 0  # most tokens a step tries beyond a sequence's next; what is drawn is the same (draft.py)
+    draft_tokens: Count = 0  # most tokens a step tries beyond a sequence's next; what is drawn is the same (draft.py)
     share_prefixes: bool = True  # off: every prompt is computed from its first token
     # Departures: each makes the policy that samples another one than the learner's. Default: none.
     dtype: Dtype = "same"  # compute in another dtype than model.dtype
     weights: Weights = "same"  # int8 or int4: matrices rounded to that many bits in groups along their input
-    weight_group: int = 64  # inputs that share a scale under int8 and int4
+    weight_group: Annotated[int, Ge(2)] = 64  # inputs that share a scale under int8 and int4
     kv_dtype: KvDtype = "same"  # float8_e4m3, int8: keys and values in 8 bits; int8 with a scale a token and head
-    kv_window: int = 0  # a query sees only this many latest positions and the sinks; 0 sees all
-    kv_sinks: int = 4  # leading positions that a kv_window always sees
-    noise: float = 0.0  # for studies: normal noise on the final hidden state, relative to its root mean square
+    kv_window: Count = 0  # a query sees only this many latest positions and the sinks; 0 sees all
+    kv_sinks: Count = 4  # leading positions that a kv_window always sees
+    noise: Amount = 0.0  # for studies: normal noise on the final hidden state, relative to its root mean square
 
     @property
     def most_draws(self) -> int:
@@ -45,32 +49,11 @@ class EngineConfig:
         return min(self.batch_tokens, self.max_sequences * (1 + self.draft_tokens))
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("batch_tokens", 1),
-            ("max_sequences", 1),
-            ("kv_memory_bytes", 0),
-            ("lookahead_tokens", 0),
-            ("draft_tokens", 0),
-            ("weight_group", 2),
-            ("kv_window", 0),
-            ("kv_sinks", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ConfigError(f"engine.{name} is {getattr(self, name)}; it must be at least {least}.")
         if self.page_tokens < 2 or self.page_tokens & (self.page_tokens - 1):
             raise ConfigError(
                 f"engine.page_tokens is {self.page_tokens}; it must be a power of two, 2 or more. "
                 f"Set it to {1 << max(1, self.page_tokens.bit_length() - 1)}; 16 and more are read as they lie."
             )
-        kinds = (("dtype", Dtype), ("weights", Weights), ("kv_dtype", KvDtype), ("order", Rule))
-        for name, kind in kinds:
-            value, allowed = getattr(self, name), get_args(kind)
-            if value not in allowed:
-                raise ConfigError(
-                    f"engine.{name} is {value!r}.{nearest(str(value), allowed)} Allowed: {', '.join(allowed)}."
-                )
-        if not 0 <= self.noise < float("inf"):
-            raise ConfigError(f"engine.noise is {self.noise}; it must be a finite number, 0 or more.")
         if self.batch_tokens < self.max_sequences:
             raise ConfigError(
                 f"engine.batch_tokens is {self.batch_tokens}, less than engine.max_sequences {self.max_sequences}: "

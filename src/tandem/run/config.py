@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Annotated, Literal
+
+from annotated_types import Interval
 
 from tandem.algo.alarm import AlarmConfig, check_correctable
 from tandem.algo.config import AlgoConfig, check_group_size
+from tandem.config import Amount, Count, Positive, section
 from tandem.engine.config import EngineConfig
-from tandem.errors import ConfigError, nearest
+from tandem.errors import ConfigError
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.rollout.config import RolloutConfig
@@ -17,9 +20,12 @@ from tandem.sync.config import SyncConfig
 from tandem.train.config import LearnerConfig
 
 Learned = Literal["policy_gradient", "next_token"]
+Accuracy = Annotated[float, Interval(gt=0, le=1)]
+Finite = Annotated[float, Interval(gt=-math.inf, lt=math.inf)]
 
 
 @dataclass(frozen=True, slots=True)
+@section("evaluation")
 class EvaluationConfig:
     """Greedy accuracy on held-out prompts, before and after training and every so many steps.
 
@@ -27,21 +33,12 @@ class EvaluationConfig:
     128
     """
 
-    prompts: int = 128  # of the held-out ones; 0 never evaluates
-    every: int = 0  # steps between evaluations; 0: before and after only
-    stop_accuracy: float | None = None  # held-out accuracy (0 to 1) that ends the run; none: all steps are run
-    stop_reward: float | None = None  # mean training reward of five steps that ends the run; none: all steps are run
+    prompts: Count = 128  # of the held-out ones; 0 never evaluates
+    every: Count = 0  # steps between evaluations; 0: before and after only
+    stop_accuracy: Accuracy | None = None  # held-out accuracy (0 to 1) that ends the run; none: all steps are run
+    stop_reward: Finite | None = None  # mean training reward of five steps that ends the run; none: all steps are run
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "every"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"evaluation.{name} is {getattr(self, name)}; it must be 0 or more.")
-        if self.stop_accuracy is not None and not 0 < self.stop_accuracy <= 1:
-            raise ConfigError(
-                f"evaluation.stop_accuracy is {self.stop_accuracy}; it must be above 0, at most 1, or none."
-            )
-        if self.stop_reward is not None and not math.isfinite(self.stop_reward):
-            raise ConfigError(f"evaluation.stop_reward is {self.stop_reward}; it must be a finite number, or none.")
         if self.stop_accuracy is not None and not self.repeats:
             raise ConfigError(
                 "evaluation.stop_accuracy is set, but nothing is evaluated on the way. Set evaluation.every."
@@ -54,6 +51,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+@section("checkpoint")
 class CheckpointConfig:
     """When a run saves itself. It always does at the end, and after the step in which a signal asks it to stop.
 
@@ -61,23 +59,17 @@ class CheckpointConfig:
     2
     """
 
-    minutes: float = 5.0  # between checkpoints, and at least 200 times what the last one took; 0: not by time
-    every: int = 0  # steps between checkpoints; 0: not by steps
-    keep: int = 2  # newest checkpoints that stay
+    minutes: Amount = 5.0  # between checkpoints, and at least 200 times what the last one took; 0: not by time
+    every: Count = 0  # steps between checkpoints; 0: not by steps
+    keep: Positive = 2  # newest checkpoints that stay
     best: bool = False  # save the step of best held-out accuracy too, for good: checkpoints/best leads to it
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.minutes < math.inf or self.every < 0 or self.keep < 1:
-            raise ConfigError(
-                f"checkpoint.minutes is {self.minutes}, checkpoint.every {self.every} and checkpoint.keep {self.keep}; "
-                "minutes and every must be 0 or more, keep 1 or more."
-            )
 
-
-SINKS = ("tensorboard", "trackio", "wandb")
+Sink = Literal["tensorboard", "trackio", "wandb"]
 
 
 @dataclass(frozen=True, slots=True)
+@section("track")
 class TrackConfig:
     """Where else the rows of metrics.jsonl go.
 
@@ -85,19 +77,17 @@ class TrackConfig:
     'tandem'
     """
 
-    to: tuple[str, ...] = ()  # tensorboard, trackio, wandb: each needs its package
+    to: tuple[Sink, ...] = ()  # tensorboard, trackio, wandb: each needs its package
     project: str = "tandem"  # of trackio and W&B
     name: str = ""  # the run's name there; empty: its folder's
 
     def __post_init__(self) -> None:
-        for name in self.to:
-            if name not in SINKS:
-                raise ConfigError(f"track.to names {name}.{nearest(name, SINKS)}")
         if len(set(self.to)) < len(self.to):
             raise ConfigError(f"track.to names one twice: {', '.join(self.to)}. Take one out.")
 
 
 @dataclass(frozen=True, slots=True)
+@section("")
 class RunConfig:
     """What a recipe returns.
 
@@ -106,9 +96,9 @@ class RunConfig:
     """
 
     name: str  # of the run, and of its folder
-    steps: int  # each samples, learns and publishes once
+    steps: Positive  # each samples, learns and publishes once
     model: ModelConfig
-    seed: int = 0  # of all sampling; with the config it fixes the weights
+    seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0  # of all sampling; with the config it fixes the weights
     objective: Learned = "policy_gradient"  # or next_token: of the task's own solutions; nothing is sampled to train on
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -122,12 +112,6 @@ class RunConfig:
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}; it must be at least 1.")
-        if self.objective not in get_args(Learned):
-            raise ConfigError(f"objective is {self.objective!r}; allowed: {', '.join(get_args(Learned))}. Choose one.")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed is {self.seed}; it must be 0 or more and fit 63 bits.")
         if self.checkpoint.best and not self.evaluation.repeats:
             raise ConfigError("checkpoint.best is on, but nothing is evaluated on the way. Set evaluation.every.")
         if self.evaluation.prompts > self.task.heldout_size:

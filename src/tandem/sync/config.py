@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tandem.errors import ConfigError
+from tandem.config import Count, section
 
 
 @dataclass(frozen=True, slots=True)
+@section("sync")
 class SyncConfig:
     """Weights to engine.
 
@@ -15,8 +16,4 @@ class SyncConfig:
     2
     """
 
-    lag: int = 0  # updates of the learner that the engine's weights are behind; each keeps a copy of the weights
-
-    def __post_init__(self) -> None:
-        if self.lag < 0:
-            raise ConfigError(f"sync.lag is {self.lag}; it must be 0 (always the newest weights) or more.")
+    lag: Count = 0  # updates of the learner that the engine's weights are behind; each keeps a copy of the weights
