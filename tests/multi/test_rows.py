@@ -39,6 +39,7 @@ POLICY = {
     "objective": "policy_gradient",
     "rollout.samples_per_prompt": "4",
     "rollout.top_p": "0.9",
+    "engine.draft_tokens": "2",
     "sync.lag": "1",
     "algo.kl": "k3",
     "algo.kl_weight": "0.01",

@@ -46,7 +46,7 @@ from tandem.sync.departures import declaration, is_exact
 from tandem.trace import Totals, Trace
 from tandem.train import checkpoint as saved_state
 from tandem.train.checkpoint import Part, RunState
-from tandem.train.score import with_logprobs, with_sources
+from tandem.train.score import versions_of, with_logprobs, with_sources
 from tandem.train.step import Learner, LearnerReport
 from tandem.types import Group, Prompt, WeightVersion
 
@@ -56,6 +56,7 @@ SAVE_SHARE = 200  # a save by time waits for this many times what the last one t
 
 OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated")  # keys of a row
 SCHEDULED = ("cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages")  # of engine.stats, in a step's row
+DRAFTED = ("drafted_tokens", "accepted_tokens")
 
 
 class Display(Protocol):
@@ -76,11 +77,11 @@ class Session:
     """The stages of one sitting, over the parts of a run."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, task: EnvironmentPool, parts: Parts, display: Display
+        self, config: RunConfig, folder: RunFolder, pool: EnvironmentPool, parts: Parts, display: Display
     ) -> None:
         self.config = config
         self.folder = folder
-        self.task = task
+        self.pool = pool
         self.parts = parts
         self.display = display
         self.stopping = StopSignal(display.note)
@@ -105,7 +106,7 @@ class Session:
             self.trace,
         )
         self.price = Lagrangian(config.algo.price)
-        self.stream = PromptStream(task)
+        self.stream = PromptStream(pool)
         self.saved_parts: dict[str, Part] = {
             "prompts": self.stream,
             "ledger": self.ledger,
@@ -113,7 +114,7 @@ class Session:
             "price": self.price,
         }
         self.course = Course(config.evaluation)
-        self.rollouts = Rollouts(Driver(parts.engine), parts.renderer, task, config.rollout, config.seed, self.trace)
+        self.rollouts = Rollouts(Driver(parts.engine), parts.renderer, pool, config.rollout, config.seed, self.trace)
         self.samples = config.objective == "policy_gradient"  # the engine does, and rewards and fates are theirs
         self.reference = self._reference() if self.samples and config.algo.needs_reference else None
 
@@ -145,14 +146,14 @@ class Session:
         before = self.parts.engine.stats
         groups = self.rollouts.collect(step, prompts)
         after = self.parts.engine.stats
-        for name in SCHEDULED:
+        for name in (*SCHEDULED, *(DRAFTED if self.config.engine.draft_tokens else ())):
             self.trace.count(name, getattr(after, name) - getattr(before, name))
         return groups
 
     def read(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """The task's own solutions in place of rollouts."""
         positions = self.parts.decoder.spec.max_position
-        return written(prompts, self.task.solutions(prompts), self.parts.renderer, positions)
+        return written(prompts, self.pool.solutions(prompts), self.parts.renderer, positions)
 
     def keep(self, step: int, groups: Sequence[Group]) -> None:
         self.folder.write_trajectories(step, trajectory_rows(groups, self.parts.tokenizer.decode))
@@ -164,14 +165,15 @@ class Session:
 
     def score(self, batch: Selection) -> Selection:
         """The batch under the reference policy, and under the weights that sampled it where those are older."""
+        if not self.samples:  # texts, which no policy drew
+            return batch
         samples, given = batch.samples, (self.config.learner.microbatch_tokens, self.config.rollout.temperature)
         publisher = self.parts.publisher
         assert publisher.version is not None
         with self.trace.span("learner"):
             if self.reference is not None:
                 samples = with_logprobs("reference_logprobs", self.reference, samples, batch.prompts, *given)
-            versions = {int(v) for sample in samples for v in sample.columns["versions"][sample.columns["loss_mask"]]}
-            if self.samples and versions - {publisher.version.step}:
+            if versions_of(samples) - {publisher.version.step}:
                 samples = with_sources(publisher.sources(), samples, batch.prompts, *given)
         return dataclasses.replace(batch, samples=samples)
 
@@ -191,9 +193,9 @@ class Session:
     def evaluate(self, step: int) -> dict[str, Any]:
         """Held-out greedy accuracy."""
         with self.trace.span("evaluate"):
-            prompts = self.task.heldout[: self.config.evaluation.prompts]
+            prompts = self.pool.heldout[: self.config.evaluation.prompts]
             driver = Driver(self.parts.exact_engine)
-            result, _ = evaluate(driver, self.parts.renderer, self.task, prompts, self.config.rollout, step=step)
+            result, _ = evaluate(driver, self.parts.renderer, self.pool, prompts, self.config.rollout, step=step)
             if self.parts.exact_engine is not self.parts.engine:
                 self.parts.exact_engine.give_back()
         return dataclasses.asdict(result)
@@ -363,17 +365,17 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
     if resume is None:
         check_new(path)
     with ExitStack() as closing:
-        task = EnvironmentPool(config.task)
-        closing.callback(task.close)
+        pool = EnvironmentPool(config.task)
+        closing.callback(pool.close)
         folder = closing.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
         parts = build_parts(config.model, config.engine, config.sync.lag, config, form=config.task.format)
-        task.ready()
+        pool.ready()
         if folder is None:  # only now, so that a wrong model or task leaves no folder behind
             folder = closing.enter_context(RunFolder.create(path, config, keep=keep))
         now = parts.tokenizer.now = started(folder.path) or parts.tokenizer.now
         folder.write_plan(parts.plan | {"numerics": declaration(config), "started": now.isoformat()})
         with parts.memory.foreseen():
-            return _sit(config, folder, task, parts, display), folder.path
+            return _sit(config, folder, pool, parts, display), folder.path
 
 
 def plan(config: RunConfig) -> Plan:
@@ -383,8 +385,8 @@ def plan(config: RunConfig) -> Plan:
     return plan_parts(checkpoint, checkpoint.load_tokenizer(), config.model, config.engine, config.sync.lag, config)
 
 
-def _sit(config: RunConfig, folder: RunFolder, task: EnvironmentPool, parts: Parts, display: Display) -> int:
-    session = Session(config, folder, task, parts, display)
+def _sit(config: RunConfig, folder: RunFolder, pool: EnvironmentPool, parts: Parts, display: Display) -> int:
+    session = Session(config, folder, pool, parts, display)
     with display, session.stopping:
         done = session.restore()
         session.follow()
@@ -420,13 +422,13 @@ def evaluate_model(config: RunConfig) -> Evaluation:
             f"the config is {config!r}; wanted a RunConfig, such as RunConfig('ask', 1, ModelConfig(MODEL))."
         )
     check_counts(config)
-    task = EnvironmentPool(config.task)
+    pool = EnvironmentPool(config.task)
     try:
         parts = build_parts(config.model, config.engine, learns=False, form=config.task.format)
         parts.tokenizer.now = started(Path(config.model.source)) or parts.tokenizer.now
-        task.ready()
-        prompts = task.heldout[: config.evaluation.prompts]
+        pool.ready()
+        prompts = pool.heldout[: config.evaluation.prompts]
         with parts.memory.foreseen():
-            return evaluate(Driver(parts.exact_engine), parts.renderer, task, prompts, config.rollout)[0]
+            return evaluate(Driver(parts.exact_engine), parts.renderer, pool, prompts, config.rollout)[0]
     finally:
-        task.close()
+        pool.close()

@@ -43,6 +43,8 @@ _OF_SAMPLES = {
     "recomputed_tokens": Key("tokens", "run again after a preemption"),
     "preemptions": Key("count", "requests that gave their pages back"),
     "evicted_pages": Key("count", "cached pages given to others"),
+    "drafted_tokens": Key("tokens", "tried before they were drawn, where engine.draft_tokens is set"),
+    "accepted_tokens": Key("tokens", "of those, drawn"),
     "cost": Key("algo.price", "mean cost a trajectory, where algo.price has a budget"),
     "price": Key("reward/cost", "of the Lagrangian after the step"),
 }

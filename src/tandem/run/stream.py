@@ -12,13 +12,13 @@ from tandem.types import Prompt
 class PromptStream:
     """What was taken since the last `settle` is given again after a resume: no update has seen it."""
 
-    def __init__(self, task: EnvironmentPool) -> None:
-        self.task = task
+    def __init__(self, pool: EnvironmentPool) -> None:
+        self.pool = pool
         self.cursor = self.settled = 0  # index of the next prompt; of the next after a resume
 
     def take(self, count: int) -> Sequence[Prompt]:
         """The next prompts."""
-        prompts = self.task.batch(self.cursor, count)
+        prompts = self.pool.batch(self.cursor, count)
         self.cursor += count
         return prompts
 

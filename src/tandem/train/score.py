@@ -61,6 +61,12 @@ def with_logprobs(
     )
 
 
+def versions_of(samples: Sequence[Sample]) -> set[int]:
+    """The versions (update counts) that sampled the trained tokens."""
+    sampled = [sample.columns["versions"][sample.columns["loss_mask"]] for sample in samples]
+    return set(np.unique(np.concatenate(sampled)).tolist()) if sampled else set()
+
+
 def with_sources(
     decoders: Mapping[int, Decoder],
     samples: Sequence[Sample],
