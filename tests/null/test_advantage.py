@@ -282,8 +282,6 @@ def test_group_size_of_batch_estimators() -> None:
     check_group_size(AlgoConfig(advantage="reinforce_pp"), 1)
     with pytest.raises(ConfigError, match="filter_zero_variance"):
         check_group_size(AlgoConfig(advantage="reinforce_pp", filter_zero_variance=True), 1)
-    with pytest.raises(ConfigError, match="at least 1"):
-        check_group_size(AlgoConfig(advantage="reinforce_pp"), 0)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,6 @@ class Alarm:
     value: float  # may be inf or nan
     threshold: float
     trajectories: tuple[str, ...]  # ids of the samples that contribute most, the first the most; at most three
-    step: int | None = None  # the caller's
 
     def text(self) -> str:
         """One line: metric, value, threshold, trajectories."""

@@ -157,8 +157,6 @@ class AlgoConfig:
 
 def check_group_size(config: AlgoConfig, samples_per_prompt: int) -> None:
     """Refuse what has no signal with one sample a prompt. Raises ConfigError."""
-    if samples_per_prompt < 1:
-        raise ConfigError(f"rollout.samples_per_prompt is {samples_per_prompt}; it must be at least 1.")
     if samples_per_prompt > 1:
         return
     if config.advantage in GROUP_ADVANTAGES:
