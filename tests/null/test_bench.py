@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import types
+from collections import Counter
 
 import pytest
 
 from tandem.bench import beside as benches
-from tandem.bench.beside import compare, limit
-from tandem.bench.peers import Figure, Side, peer_side, run_side
+from tandem.bench.beside import compare
+from tandem.bench.peers import Figure, Side, beside_limit, peer_side, run_side
+from tandem.bench.roofline import Machine
 from tandem.cli.main import main
 from tandem.errors import ConfigError, WorldError
 from tandem.report.throughput import throughput_figure, throughput_png
@@ -23,13 +26,13 @@ def peer(*rows: dict, code: int = 0) -> Side:
     return saying("\n".join(json.dumps(row) for row in rows), code)
 
 
-LIMITS = (Figure("limit", "matrix FLOP/s", 1e12, None), Figure("limit", "memory bytes/s", 25e9, None))
+LIMITS = (Figure("limit", "matrix FLOP/s", 1e12), Figure("limit", "memory bytes/s", 25e9))
 
 
 def test_ratio_is_taken_within_a_round():
     """A ratio of medians instead of the median ratio: a machine that slows down between rounds changes the verdict."""
     rounds = [
-        [Figure("tandem", "decode 64x128", ours, None), Figure("vllm", "decode 64x128", theirs, None)]
+        [Figure("tandem", "decode 64x128", ours), Figure("vllm", "decode 64x128", theirs)]
         for ours, theirs in ((100.0, 50.0), (10.0, 20.0), (90.0, 30.0))
     ]
     row = compare(rounds)[0]
@@ -40,14 +43,14 @@ def test_ratio_is_taken_within_a_round():
 
 def test_times_compare_upside_down():
     """A time read as a rate: the slower side wins."""
-    row = compare([[Figure("tandem", "step", None, 2.0), Figure("trl", "step", None, 10.0)]])[0]
+    row = compare([[Figure("tandem", "step", 2.0, "s"), Figure("trl", "step", 10.0, "s")]])[0]
     assert row["unit"] == "s" and row["peers"]["trl"]["ratio"] == pytest.approx(5.0)
 
 
 def test_a_rate_counts_at_its_best_and_a_step_at_its_median():
     """One slow first step, or one lucky fast one, stands for all."""
-    figures = [Figure("tandem", "train", x, None) for x in (1.0, 9.0, 8.0)]
-    figures += [Figure("tandem", "step", None, x) for x in (30.0, 4.0, 5.0)]
+    figures = [Figure("tandem", "train", x) for x in (1.0, 9.0, 8.0)]
+    figures += [Figure("tandem", "step", x, "s") for x in (30.0, 4.0, 5.0)]
     train, step = compare([figures])
     assert train["tandem"] == 9.0 and step["tandem"] == 5.0
 
@@ -56,17 +59,17 @@ def test_price_is_exact_time_over_library_time():
     """A price upside down, or one put beside a peer that is another system."""
     rounds = [
         [
-            Figure("tandem", "decode 64x128", exact, None),
-            Figure("tandem", "grpo step", None, 3.3),
-            Figure("library", "decode 64x128", fast, None),
-            Figure("library", "grpo step", None, 3.0),
-            Figure("hf", "grpo step", None, 9.0),
+            Figure("tandem", "decode 64x128", exact),
+            Figure("tandem", "grpo step", 3.3, "s"),
+            Figure("library", "decode 64x128", fast),
+            Figure("library", "grpo step", 3.0, "s"),
+            Figure("hf", "grpo step", 9.0, "s"),
         ]
         for exact, fast in ((100.0, 125.0), (50.0, 60.0), (90.0, 99.0))
     ]
     decode, step = compare(rounds)
     assert decode["price"] == pytest.approx(1.2) and step["price"] == pytest.approx(1.1)
-    assert "price" not in compare([[Figure("tandem", "w", 1.0, None), Figure("hf", "w", 2.0, None)]])[0]
+    assert "price" not in compare([[Figure("tandem", "w", 1.0), Figure("hf", "w", 2.0)]])[0]
 
 
 def test_parity_takes_exact_and_library_in_turn(monkeypatch):
@@ -76,11 +79,7 @@ def test_parity_takes_exact_and_library_in_turn(monkeypatch):
     def run(side, units):
         asked.append(side.command[-1])
         peer = {"parity/library": "library", "ls": "other"}.get(side.command[-1], "tandem")
-        return (
-            [*LIMITS, Figure(peer, "w", float(len(asked)), None)]
-            if side.own
-            else [Figure(peer, "w", float(len(asked)), None)]
-        )
+        return [*LIMITS, Figure(peer, "w", float(len(asked)))] if side.own else [Figure(peer, "w", float(len(asked)))]
 
     monkeypatch.setattr(benches, "run_side", run)
     result = benches.bench("parity", ["ls"], 2)
@@ -93,19 +92,26 @@ def test_parity_takes_exact_and_library_in_turn(monkeypatch):
 
 def test_both_sides_of_parity_do_the_same_work(monkeypatch):
     """A price of other prompts, or of the exact kernels twice; the start is no work of either."""
-    kernels = []
+    kernels, demos = [], []
 
-    def engine(decodes, chosen):
+    def engine(machine, decodes, chosen):
         kernels.append(chosen)
-        return [Figure("tandem", "start", None, 1.0), *(Figure("tandem", f"decode {n}", 1.0, None) for n, _ in decodes)]
+        yield Figure("tandem", "start", 1.0, "s")
+        for n, _ in decodes:
+            yield from beside_limit(f"decode {n}", 0.5, [1.0], 1)
+
+    def run(work, new, *, kernels: str, **_):
+        demos.append(kernels)
+        return [Figure("tandem", work, 2.0, "s")]
 
     monkeypatch.setattr(benches, "_engine", engine)
-    monkeypatch.setattr(benches, "_demo", lambda chosen: kernels.append(chosen))
-    monkeypatch.setattr(benches, "_steps", lambda _, work: [Figure("tandem", work, None, 2.0)])
-    exact, fast = list(benches.WORKS["parity"]()), list(benches.WORKS["parity/library"]())
-    assert kernels == ["exact", "exact", "library", "library"]
-    assert [f.work for f in exact] == [f.work for f in fast] == ["decode 64", "decode 1", "grpo step 16x8x24"]
-    assert {f.peer for f in exact} == {"tandem"} and {f.peer for f in fast} == {"library"}
+    monkeypatch.setattr(benches, "_run", run)
+    machine = Machine(1.0, 1.0)
+    exact, fast = (list(benches.WORKS[name][0](machine)) for name in ("parity", "parity/library"))
+    assert kernels == demos == ["exact", "library"]
+    works = ["decode 64"] * 2 + ["decode 1"] * 2 + ["grpo step 16x8x24"]
+    assert [f.work for f in exact] == [f.work for f in fast] == works
+    assert {f.peer for f in exact} == {"limit", "tandem"} and {f.peer for f in fast} == {"limit", "library"}
 
 
 # SmolLM2: elements of the layers and the head, bytes of keys and values of a token, flop of a query and a key.
@@ -113,63 +119,99 @@ BODY, HEAD, KV, MET = 106_168_320, 49152 * 576, 23_040, 69_120
 FILL, LAST = BODY * 29 / 30 + 576 * 384, BODY / 30 - 576 * 384  # what each token of a prompt needs; only the last one
 
 
-@pytest.mark.parametrize(
-    ("work", "flop", "moved", "tokens"),
-    [
-        ("decode 1x128", 2 * (BODY + HEAD) + 112 * MET, 2 * (BODY + HEAD) + 112 * KV, 1),
-        ("decode 64x128", 64 * (2 * (BODY + HEAD) + 112 * MET), 2 * (BODY + HEAD) + 64 * 112 * KV, 64),
-        ("decode step 256", 256 * (2 * (BODY + HEAD) + 80 * MET), 2 * (BODY + HEAD) + 256 * 80 * KV, 256),
-        ("decode 1x128 q4", 2 * (BODY + HEAD) + 112 * MET, BODY * 5 / 8 + HEAD * 17 / 16 + 112 * KV, 1),
-        (
-            "prefill 16x1024",
-            16 * (1024 * (2 * FILL + 1025 / 2 * MET * 29 / 30 + MET / 30) + 2 * (LAST + HEAD)),
-            2 * (BODY + HEAD) + 16 * 1024 * KV,
-            16 * 1024,
-        ),
-        (
-            "train 16x256",
-            3 * 16 * (512 * (BODY + HEAD) + 256 * 257 / 2 * MET),
-            (BODY + HEAD) * (4 + 8 + 24 + 2),
-            16 * 256,
-        ),
-    ],
-)
-def test_limit_is_the_roofline_by_hand(work, flop, moved, tokens):
-    """A share of the limit above what the machine can do: without the output head, or the keys and values."""
-    assert limit(work, 1e12, 1e18) == pytest.approx(tokens * 1e12 / flop)
-    assert limit(work, 1e18, 25e9) == pytest.approx(tokens * 25e9 / moved)
+GROUPS = 8 * (512 * (2 * FILL + 513 / 2 * MET * 29 / 30 + MET / 30) + 2 * (LAST + HEAD))
+LIMITED = {  # work: flop, bytes, tokens; a group's prompt is read once, whatever its samples, and its limit is a time
+    "decode 1x128": (2 * (BODY + HEAD) + 112 * MET, 2 * (BODY + HEAD) + 112 * KV, 1),
+    "decode 64x128": (64 * (2 * (BODY + HEAD) + 112 * MET), 2 * (BODY + HEAD) + 64 * 112 * KV, 64),
+    "decode step 256": (256 * (2 * (BODY + HEAD) + 80 * MET), 2 * (BODY + HEAD) + 256 * 80 * KV, 256),
+    "decode 1x128 q4": (2 * (BODY + HEAD) + 112 * MET, BODY * 5 / 8 + HEAD * 17 / 16 + 112 * KV, 1),
+    "prefill 16x1024": (
+        16 * (1024 * (2 * FILL + 1025 / 2 * MET * 29 / 30 + MET / 30) + 2 * (LAST + HEAD)),
+        2 * (BODY + HEAD) + 16 * 1024 * KV,
+        16 * 1024,
+    ),
+    "train 16x256": (
+        3 * 16 * (512 * (BODY + HEAD) + 256 * 257 / 2 * MET),
+        (BODY + HEAD) * (4 + 8 + 24 + 2),
+        16 * 256,
+    ),
+    "groups 8x512x16x32": (
+        GROUPS + 31 * 128 * (2 * (BODY + HEAD) + 529 * MET),
+        2 * (BODY + HEAD) + 8 * 512 * KV + 31 * (2 * (BODY + HEAD) + 8 * 512 * KV + 128 * 17 * KV),
+        None,
+    ),
+}
 
 
-def test_limit_of_groups_reads_a_shared_prompt_once():
-    """A roofline that tandem passes by sharing, since it reads a group's prompt once a sample; a time as a rate."""
-    flop = 8 * (512 * (2 * FILL + 513 / 2 * MET * 29 / 30 + MET / 30) + 2 * (LAST + HEAD)) + 31 * 128 * (
-        2 * (BODY + HEAD) + 529 * MET
-    )
-    moved = 2 * (BODY + HEAD) + 8 * 512 * KV + 31 * (2 * (BODY + HEAD) + 8 * 512 * KV + 128 * 17 * KV)
-    assert limit("groups 8x512x16x32", 1e12, 1e18) == pytest.approx(flop / 1e12)
-    assert limit("groups 8x512x16x32", 1e18, 25e9) == pytest.approx(moved / 25e9)
-    assert limit("start", 1.0, 1.0) is None and limit("grpo step 16x8x64", 1.0, 1.0) is None
+class Still:
+    """An engine and a learner that do nothing; `batches`: what the engine was given."""
+
+    def __init__(self) -> None:
+        self.engine, self.batches = self, []
+
+    def generate(self, requests):
+        self.batches.append(requests)
+
+    def step(self, *_):
+        pass
+
+
+def still_figures(monkeypatch, machine) -> tuple[list[Figure], Still]:
+    """What `engine` and `learner` give where every answer takes 1 s, and every step 1/8 s."""
+    still = Still()
+    monkeypatch.setitem(sys.modules, "tandem.run.parts", types.ModuleType("tandem.run.parts"))
+    monkeypatch.setattr(benches, "build_engine", lambda *_, **__: still)
+    monkeypatch.setattr(benches, "build_learner", lambda *_: (still, []))
+    monkeypatch.setattr(benches, "_chats", lambda parts, count, new, attempt: [count] * count)
+    monkeypatch.setattr(benches, "answer", lambda *_: (1.0, 0.125))
+    monkeypatch.setattr(benches, "timed", lambda run: (run(), 1.0)[1])
+    parts = (*benches.WORKS["engine"], *benches.WORKS["learner"])
+    return [figure for part in parts for figure in part(machine)], still
+
+
+@pytest.mark.parametrize(("flop_s", "bytes_s", "side"), [(1e12, 1e18, 0), (1e18, 25e9, 1)])
+def test_limit_is_the_roofline_by_hand(monkeypatch, flop_s, bytes_s, side):
+    """A share of the limit above what the machine can do: without the output head, the keys and values, a shape that is
+    not the one that ran, or a group's prompt read once a sample."""
+    figures, _ = still_figures(monkeypatch, Machine(flop_s, bytes_s))
+    limits = {f.work: f for f in figures if f.peer == "limit"}
+    assert set(LIMITED) < set(limits) == {f.work for f in figures} - {"start"}
+    for work, row in LIMITED.items():
+        least_s, tokens = row[side] / (flop_s, bytes_s)[side], row[2]
+        assert limits[work].value == pytest.approx(tokens / least_s if tokens else least_s), work
+        assert limits[work].unit == ("tok/s" if tokens else "s")
+
+
+def test_figures_are_of_the_work_that_their_name_says(monkeypatch):
+    """A rate of other tokens than ran, or groups whose samples share no prompt, or share their noise."""
+    figures, still = still_figures(monkeypatch, Machine(1.0, 1.0))
+    ours = {f.work: f.value for f in figures if f.peer == "tandem"}
+    assert (ours["decode 64x128"], ours["decode step 64"], ours["train 16x256"]) == (64 * 128, 64 * 8, 16 * 256)
+    assert (ours["prefill 16x1024"], ours["groups 8x512x16x32"]) == (16 * 1024, 1.0)
+    groups = still.batches[-2]  # behind it the codes' warm-up
+    assert [len(request.tokens) for request in groups] == [512] * 8 * 16
+    assert {request.sampling.max_new_tokens for request in groups} == {32}
+    assert Counter(Counter(request.tokens for request in groups).values()) == {16: 8}
+    assert len({request.seed for request in groups}) == len({request.id for request in groups}) == 8 * 16
 
 
 def test_share_of_a_time_is_the_limit_over_it():
     """Twice the least time read as 200 % of the limit."""
-    figures = [
-        Figure("limit", "matrix FLOP/s", 1e12, None),
-        Figure("limit", "memory bytes/s", 25e9, None),
-        Figure("tandem", "groups 8x512x16x32", None, 2 * limit("groups 8x512x16x32", 1e12, 25e9)),
-    ]
-    assert compare([figures])[0]["share_of_limit"] == pytest.approx(0.5)
+    (row,) = compare([list(beside_limit("groups 8x512x16x32", 1.5, [3.0]))])
+    assert (row["share_of_limit"], row["unit"], row["tandem"]) == (0.5, "s", 3.0)
+    (row,) = compare([list(beside_limit("train 16x256", 1.5, [3.0, 6.0], 4096))])
+    assert (row["share_of_limit"], row["unit"], row["tandem"]) == (0.5, "tok/s", 4096 / 3)
 
 
 def test_a_large_batch_stands_beside_the_rate_of_a_smaller_one():
     """A ratio of medians over rounds in which the machine slowed down, or one where the other work was not run."""
     rounds = [
-        [Figure("tandem", "decode 64x128", small, None), Figure("tandem", "decode 256x64", large, None)]
+        [Figure("tandem", "decode 64x128", small), Figure("tandem", "decode 256x64", large)]
         for small, large in ((100.0, 130.0), (50.0, 60.0), (90.0, 126.0))
     ]
     small, large = compare(rounds)
     assert "own" not in small and large["own"] == {"work": "decode 64x128", "ratio": pytest.approx(1.3)}
-    assert "own" not in compare([[Figure("tandem", "decode 256x64", 1.0, None)]])[0]
+    assert "own" not in compare([[Figure("tandem", "decode 256x64", 1.0)]])[0]
 
 
 def sweep_rows() -> list[dict]:
@@ -242,20 +284,10 @@ def test_a_sweep_is_printed_before_it_is_drawn(monkeypatch, capsys, tmp_path):
     assert json.loads(out) == result and "could not be written: No such file" in err
 
 
-def test_limits_come_from_the_machine():
-    """The limit of one run beside the speed of another."""
-    figures = [
-        Figure("limit", "matrix FLOP/s", 1e12, None),
-        Figure("limit", "memory bytes/s", 25e9, None),
-        Figure("tandem", "train 16x256", limit("train 16x256", 1e12, 25e9) / 2, None),
-    ]
-    assert compare([figures])[0]["share_of_limit"] == pytest.approx(0.5)
-
-
 def test_a_peer_is_any_command_that_prints_json_lines():
     """Progress bars on standard output break the table."""
     rows = {"peer": "vllm", "work": "decode 1x128", "tok_s": 36.0}, {"peer": "vllm", "work": "start", "s": 55}, {"s": 1}
-    figures = [Figure("vllm", "decode 1x128", 36.0, None), Figure("vllm", "start", None, 55)]
+    figures = [Figure("vllm", "decode 1x128", 36.0), Figure("vllm", "start", 55, "s")]
     assert run_side(peer(*rows), {"decode 1x128": "tok/s"}) == figures
     assert run_side(saying("[" * 9999 + "\n" + json.dumps(rows[1])), {}) == figures[1:]
 
@@ -325,12 +357,12 @@ def by_round(monkeypatch, rounds):
 
     def run(side, units):
         if side.own:
-            return [*LIMITS, Figure("tandem", "w", 100.0, None), Figure("tandem", "v", None, 2.0)]
+            return [*LIMITS, Figure("tandem", "w", 100.0), Figure("tandem", "v", 2.0, "s")]
         assert units == {"w": "tok/s", "v": "s"}
         figures = next(left)
         if isinstance(figures, WorldError):
             raise figures
-        return [Figure(*figure, None) for figure in figures]
+        return [Figure(*figure) for figure in figures]
 
     monkeypatch.setattr(benches, "run_side", run)
 

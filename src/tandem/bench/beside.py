@@ -2,7 +2,8 @@
 
 A peer is any command that prints a JSON line a measurement, {"peer": name, "work": name, "tok_s": x} or {..., "s": x}.
 Work of the same name is compared: the median over the rounds of the ratio within a round. Beside it stands the share
-of the machine's limit, the roofline of the measured matrix rate and memory bandwidth (`roofline.py`).
+of the machine's limit, which each work gives as a figure of the peer "limit": the roofline of the matrix rate and
+memory bandwidth measured in its process (`roofline.py`). Of a decode the steps alone count, at their mean context.
 
 `decode NxM` is N prompts at once, M new tokens each, from the first submission to the last token, prompts included;
 `decode step N` counts only the steps in which all N ran one token. `groups PxLxGxM`: P prompts of L tokens, G samples
@@ -14,48 +15,40 @@ price of exactness is the time of the exact kernels over that of the library's.
 
 from __future__ import annotations
 
-import json
 import random
-import re
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem import env
 from tandem.bench import roofline
 from tandem.bench.gpu import check_device, gpu
-from tandem.bench.peers import Figure, Side, peer_side, run_side
+from tandem.bench.gpu import measure as measure_device
+from tandem.bench.peers import Figure, Side, beside_limit, peer_side, run_side
 from tandem.bench.roofline import SMOLLM2, Machine, measure, timed
-from tandem.bench.work import MODEL, answer, build_engine, build_learner
+from tandem.bench.work import MODEL, answer, build_engine, build_learner, random_requests
 from tandem.errors import WorldError
 
 if TYPE_CHECKING:
     from tandem.models.config import Kernels
-    from tandem.run.config import RunConfig
     from tandem.run.parts import Parts
     from tandem.types import Request
 
 DECODES = ((64, 128), (16, 64), (1, 128), (256, 64))  # prompts at once, new tokens each
 PROMPT_TOKENS = 47  # of a prompt of these
 PREFILL = (16, 1024)  # prompts, tokens each
+TRAIN = (16, 256)  # samples, tokens each
 GROUPS = (8, 512, 16, 32)  # prompts, tokens each, samples of each, new tokens each
 AGAINST = {"decode 256x64": "decode 64x128"}  # works whose rate is also given over that of another of tandem's own
 PARITY_DECODES = ((64, 128), (1, 128))
 PARITY_STEPS = 8
 REPEATS = 3  # of a measurement within a process; the best counts, for each side alike
-
-
-def _machine() -> Iterator[Figure]:
-    """Matrix rate in bf16 (FLOP/s) and memory bandwidth (bytes/s), under the names of limits."""
-    machine = measure()
-    yield Figure("limit", "matrix FLOP/s", machine.flop_s, None)
-    yield Figure("limit", "memory bytes/s", machine.bytes_s, None)
 
 
 def _chats(parts: Parts, count: int, new: int, attempt: int) -> list[Request]:
@@ -71,158 +64,127 @@ def _chats(parts: Parts, count: int, new: int, attempt: int) -> list[Request]:
     return requests
 
 
-def _decode(parts: Parts, count: int, new: int, suffix: str = "") -> Iterator[Figure]:
-    for attempt in range(REPEATS):
-        seconds, step_s = answer(parts.engine, _chats(parts, count, new, attempt))
-        yield Figure("tandem", f"decode {count}x{new}{suffix}", count * new / seconds, None)
-        yield Figure("tandem", f"decode step {count}{suffix}", count / step_s, None)
+def _decode(parts: Parts, machine: Machine, count: int, new: int, codes: bool = False) -> Iterator[Figure]:
+    weights = roofline.Q4_FILE_BYTES if codes else None
+    least_s = machine.least_s(roofline.decode_cost(SMOLLM2, count, PROMPT_TOKENS + new / 2, weights))
+    answers = (answer(parts.engine, _chats(parts, count, new, attempt)) for attempt in range(REPEATS))
+    whole_s, steps_s = zip(*answers, strict=True)
+    suffix = " q4" if codes else ""
+    yield from beside_limit(f"decode {count}x{new}{suffix}", new * least_s, whole_s, count * new)
+    yield from beside_limit(f"decode step {count}{suffix}", least_s, steps_s, count)
 
 
-def _codes() -> Iterator[Figure]:
+def _codes(machine: Machine) -> Iterator[Figure]:
     """A single stream on the 4-bit codes of the file."""
     parts = build_engine(codes=True)
     parts.engine.generate(_chats(parts, 1, 8, REPEATS))
-    yield from _decode(parts, 1, 128, " q4")
+    yield from _decode(parts, machine, 1, 128, codes=True)
 
 
-def _engine(decodes: Sequence[tuple[int, int]] = DECODES, kernels: Kernels = "exact") -> Iterator[Figure]:
+def _engine(
+    machine: Machine, decodes: Sequence[tuple[int, int]] = DECODES, kernels: Kernels = "exact"
+) -> Iterator[Figure]:
     import tandem.run.parts  # noqa: F401  (before the clock, as a peer's imports are)
-    from tandem.types import Request, Sampling
 
     start = time.perf_counter()
     parts = build_engine(kernels)
-    engine = parts.engine
-    engine.generate(_chats(parts, 4, 8, 0))
-    yield Figure("tandem", "start", None, time.perf_counter() - start)
+    parts.engine.generate(_chats(parts, 4, 8, 0))
+    yield Figure("tandem", "start", time.perf_counter() - start, "s")
     for count, new in decodes:
-        yield from _decode(parts, count, new)
+        yield from _decode(parts, machine, count, new)
     rng = random.Random(0)
 
-    def prompts(count: int, length: int) -> list[tuple[int, ...]]:
-        return [tuple(rng.randrange(100, 40000) for _ in range(length)) for _ in range(count)]
+    def generated_s(prompts: int, length: int, samples: int, new: int) -> list[float]:
+        return [
+            timed(partial(parts.engine.generate, _groups(prompts, length, samples, new, rng))) for _ in range(REPEATS)
+        ]
 
     count, length = PREFILL
-    for attempt in range(REPEATS):
-        requests = [
-            Request(f"p/{attempt}/{i}", "p", prompt, Sampling(max_new_tokens=1), i)
-            for i, prompt in enumerate(prompts(count, length))
-        ]
-        seconds = timed(partial(engine.generate, requests))
-        yield Figure("tandem", f"prefill {count}x{length}", count * length / seconds, None)
+    least_s = machine.least_s(roofline.prefill_cost(SMOLLM2, count, length))
+    yield from beside_limit(f"prefill {count}x{length}", least_s, generated_s(count, length, 1, 1), count * length)
     count, length, samples, new = GROUPS
-    for attempt in range(REPEATS):
-        requests = [
-            Request(f"g/{attempt}/{i}/{k}", f"g/{i}", prompt, Sampling(max_new_tokens=new), i << 10 | k)
-            for i, prompt in enumerate(prompts(count, length))
-            for k in range(samples)
-        ]
-        seconds = timed(partial(engine.generate, requests))
-        yield Figure("tandem", f"groups {count}x{length}x{samples}x{new}", None, seconds)
+    step_s = machine.least_s(roofline.group_cost(SMOLLM2, count, length, samples, new / 2))
+    least_s = machine.least_s(roofline.prefill_cost(SMOLLM2, count, length)) + (new - 1) * step_s
+    yield from beside_limit(f"groups {count}x{length}x{samples}x{new}", least_s, generated_s(*GROUPS))
 
 
-def _learner() -> Iterator[Figure]:
+def _groups(count: int, length: int, samples: int, new: int, rng: random.Random) -> list[Request]:
+    """Requests for samples of prompts of random tokens."""
+    first = random_requests(count, length, SMOLLM2.vocab_size, new, rng)
+    return [
+        replace(request, id=f"{request.id}/{k}", seed=request.seed ^ k) for request in first for k in range(samples)
+    ]
+
+
+def _learner(machine: Machine) -> Iterator[Figure]:
     from tandem.algo.pack import count_prompts
 
-    learner, samples = build_learner(16, 256)
+    learner, samples = build_learner(*TRAIN)
     totals = count_prompts(samples)
-    for _ in range(REPEATS + 1):  # the first is a warm-up on both sides: the best counts
-        seconds = timed(lambda: learner.step(samples, totals))
-        yield Figure("tandem", "train 16x256", 16 * 256 / seconds, None)
+    times_s = [timed(lambda: learner.step(samples, totals)) for _ in range(REPEATS + 1)]  # the best counts
+    least_s = machine.least_s(roofline.train_cost(SMOLLM2, *TRAIN))
+    yield from beside_limit(f"train {TRAIN[0]}x{TRAIN[1]}", least_s, times_s, TRAIN[0] * TRAIN[1])
 
 
-class _Rows:
-    """A display that keeps the rows."""
-
-    def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
-
-    def __enter__(self) -> _Rows:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, row: Any) -> None:
-        self.rows.append(dict(row))
-
-    def note(self, text: str) -> None:
-        pass
-
-
-def _step() -> Iterator[Figure]:
+def _run(work: str, new: int, **parts: Any) -> Iterator[Figure]:
+    """The time of each step of a run on sums, 16 prompts of 8 answers each; `parts` of its config."""
     from tandem.models.config import ModelConfig
     from tandem.program.config import TaskConfig
+    from tandem.report.live import LiveTable
+    from tandem.report.metrics import read_metrics
     from tandem.rollout.config import RolloutConfig
     from tandem.run.config import EvaluationConfig, RunConfig
-    from tandem.train.config import LearnerConfig
-
-    config = RunConfig(
-        "bench",
-        steps=6,
-        model=ModelConfig(MODEL),
-        task=TaskConfig(
-            parameters=(("min_terms", 2), ("max_terms", 2), ("min_digits", 1), ("max_digits", 2)),
-            template="{question} Answer with just the number.",
-            reward="last_number",
-        ),
-        rollout=RolloutConfig(prompts_per_step=16, samples_per_prompt=8, max_new_tokens=64),
-        learner=LearnerConfig(lr=5e-6),
-        evaluation=EvaluationConfig(prompts=0),
-    )
-    yield from _steps(config, "grpo step 16x8x64")
-
-
-def _steps(config: RunConfig, work: str) -> Iterator[Figure]:
-    """The time of each step of a run."""
     from tandem.run.local import train
 
-    shown = _Rows()
+    terms = (("min_terms", 2), ("max_terms", 2), ("min_digits", 1), ("max_digits", 2))
+    config = RunConfig(
+        "bench",
+        steps=parts.pop("steps"),
+        model=ModelConfig(MODEL, kernels=parts.pop("kernels", "exact")),
+        task=TaskConfig(parameters=terms, reward="last_number", **parts.pop("task")),
+        rollout=RolloutConfig(prompts_per_step=16, samples_per_prompt=8, max_new_tokens=new),
+        evaluation=EvaluationConfig(prompts=0),
+        **parts,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        train(config, out=Path(folder), resume=None, display=shown)
-    for row in shown.rows:
-        yield Figure("tandem", work, None, sum(row["seconds"].values()))
+        train(config, out=Path(folder), resume=None, display=LiveTable(config.steps, sys.stderr))
+        rows = read_metrics(folder)
+    for row in rows:
+        yield Figure("tandem", work, sum(row["seconds"].values()), "s")
 
 
-def _demo(kernels: Kernels) -> RunConfig:
-    """The recipe smollm2_arithmetic_cpu, short and without evaluation."""
-    from tandem.engine.config import EngineConfig
-    from tandem.models.config import ModelConfig
-    from tandem.program.config import TaskConfig
-    from tandem.rollout.config import RolloutConfig
-    from tandem.run.config import EvaluationConfig, RunConfig
+def _step(_: Machine) -> Iterator[Figure]:
     from tandem.train.config import LearnerConfig
 
-    return RunConfig(
-        "parity",
-        steps=PARITY_STEPS,
-        model=ModelConfig(MODEL, kernels=kernels),
-        task=TaskConfig(
-            parameters=(("min_terms", 2), ("max_terms", 2), ("min_digits", 1), ("max_digits", 2)),
-            system="You are a calculator. Repeat the problem and write its result, like this: 3 + 4 = 7",
-            reward="last_number",
-        ),
-        rollout=RolloutConfig(prompts_per_step=16, samples_per_prompt=8, max_new_tokens=24),
-        engine=EngineConfig(kv_memory_bytes=256 << 20),
-        learner=LearnerConfig(lr=2e-5, warmup_steps=4, beta2=0.99),
-        evaluation=EvaluationConfig(prompts=0),
-    )
+    task = {"template": "{question} Answer with just the number."}
+    return _run("grpo step 16x8x64", 64, steps=6, task=task, learner=LearnerConfig(lr=5e-6))
 
 
-def _parity(kernels: Kernels) -> Iterator[Figure]:
+def _demo(kernels: Kernels) -> Iterator[Figure]:
+    """The recipe smollm2_arithmetic_cpu, short and without evaluation."""
+    from tandem.engine.config import EngineConfig
+    from tandem.train.config import LearnerConfig
+
+    task = {"system": "You are a calculator. Repeat the problem and write its result, like this: 3 + 4 = 7"}
+    learner, engine = LearnerConfig(lr=2e-5, warmup_steps=4, beta2=0.99), EngineConfig(kv_memory_bytes=256 << 20)
+    work, steps = "grpo step 16x8x24", PARITY_STEPS
+    return _run(work, 24, steps=steps, kernels=kernels, task=task, learner=learner, engine=engine)
+
+
+def _parity(kernels: Kernels, machine: Machine) -> Iterator[Figure]:
     """What generates and a step of the demo, under the name of the kernels that ran."""
-    peer = "tandem" if kernels == "exact" else kernels
-    for figure in (*_engine(PARITY_DECODES, kernels), *_steps(_demo(kernels), "grpo step 16x8x24")):
+    for figure in (*_engine(machine, PARITY_DECODES, kernels), *_demo(kernels)):
         if figure.work != "start":
-            yield Figure(peer, figure.work, figure.tok_s, figure.s)
+            yield replace(figure, peer=kernels) if (figure.peer, kernels) == ("tandem", "library") else figure
 
 
-WORKS: dict[str, Callable[[], Iterator[Figure]]] = {
-    "engine": lambda: chain(_engine(), _codes()),
-    "learner": _learner,
-    "step": _step,
-    "parity": partial(_parity, "exact"),
-    "parity/library": partial(_parity, "library"),
-    "gpu": gpu,
+WORKS: dict[str, Sequence[Callable[[Machine], Iterator[Figure]]]] = {
+    "engine": (_engine, _codes),
+    "learner": (_learner,),
+    "step": (_step,),
+    "parity": (partial(_parity, "exact"),),
+    "parity/library": (partial(_parity, "library"),),
+    "gpu": (gpu,),
 }
 
 
@@ -233,33 +195,10 @@ def _best(figures: Sequence[Figure]) -> dict[tuple[str, str], Figure]:
         grouped.setdefault((figure.peer, figure.work), []).append(figure)
     return {
         key: max(same, key=lambda f: f.speed)
-        if same[0].tok_s is not None
-        else Figure(*key, None, statistics.median(f.s for f in same if f.s is not None))
+        if same[0].unit == "tok/s"
+        else Figure(*key, statistics.median(f.value for f in same), "s")
         for key, same in grouped.items()
     }
-
-
-def limit(work: str, flop_s: float, bytes_s: float) -> float | None:
-    """The roofline of a work on SmolLM2-135M, in its unit (tokens a second, or seconds); None for one without.
-
-    Products and bytes as in roofline.py. Of a decode the steps alone count, at their mean context, not the prompts.
-    """
-    found = re.fullmatch(r"(decode|decode step|prefill|groups|train) ([\dx]+)( q4)?", work)
-    if found is None:
-        return None
-    machine, spec = Machine(flop_s, bytes_s), SMOLLM2
-    kind, shape = found[1], [int(number) for number in found[2].split("x")]
-    if kind in ("decode", "decode step"):
-        rows, new = shape[0], (shape[1:] or [dict(DECODES)[shape[0]]])[0]
-        weights = roofline.Q4_FILE_BYTES if found[3] else None
-        return rows / machine.least_s(roofline.decode_cost(spec, rows, PROMPT_TOKENS + new / 2, weights))
-    if kind == "prefill":
-        return shape[0] * shape[1] / machine.least_s(roofline.prefill_cost(spec, *shape))
-    if kind == "train":
-        return shape[0] * shape[1] / machine.least_s(roofline.train_cost(spec, *shape))
-    prompts, length, samples, new = shape
-    step_s = machine.least_s(roofline.group_cost(spec, prompts, length, samples, new / 2))
-    return machine.least_s(roofline.prefill_cost(spec, prompts, length)) + (new - 1) * step_s
 
 
 def compare(rounds: Sequence[Sequence[Figure]]) -> list[dict[str, Any]]:
@@ -268,26 +207,21 @@ def compare(rounds: Sequence[Sequence[Figure]]) -> list[dict[str, Any]]:
     Beside the peer "library" also the price of exactness, the time of tandem's exact kernels over the library's. Of a
     work in AGAINST also "own": its rate over that of the other work.
 
-    >>> a, b = Figure("tandem", "w", 30.0, None), Figure("hf", "w", 10.0, None)
+    >>> a, b = Figure("tandem", "w", 30.0), Figure("hf", "w", 10.0)
     >>> compare([[a, b]])[0]["peers"]["hf"]["ratio"]
     3.0
     """
     best = [_best(figures) for figures in rounds]
-    limits = {
-        work: statistics.median(f[key].speed for f in best) for key in best[0] if (work := key[1]) and key[0] == "limit"
-    }
     rows = []
     for peer, work in best[0]:
         if peer != "tandem":
             continue
         ours = [figures["tandem", work] for figures in best]
-        unit = "tok/s" if ours[0].tok_s is not None else "s"
-        row: dict[str, Any] = {"work": work, "unit": unit, "tandem": _median(ours), "peers": {}}
-        ceiling = limits.get(work) or (
-            limit(work, limits["matrix FLOP/s"], limits["memory bytes/s"]) if limits else None
-        )
-        over = row["tandem"] / ceiling if ceiling else None
-        row["share_of_limit"] = 1.0 / over if over and unit == "s" else over
+        unit, ceiling = ours[0].unit, [figures["limit", work] for figures in best if ("limit", work) in figures]
+        row: dict[str, Any] = {"work": work, "unit": unit, "tandem": _median(ours), "peers": {}, "share_of_limit": None}
+        if ceiling:
+            over = row["tandem"] / _median(ceiling)
+            row["share_of_limit"] = over if unit == "tok/s" else 1.0 / over
         own = AGAINST.get(work)
         if own and ("tandem", own) in best[0]:
             ratio = statistics.median(f["tandem", work].speed / f["tandem", own].speed for f in best)
@@ -303,7 +237,7 @@ def compare(rounds: Sequence[Sequence[Figure]]) -> list[dict[str, Any]]:
 
 
 def _median(figures: Sequence[Figure]) -> float:
-    return statistics.median(f.tok_s if f.tok_s is not None else f.s or 0.0 for f in figures)
+    return statistics.median(f.value for f in figures)
 
 
 def bench(work: str, peers: Sequence[str], rounds: int) -> dict[str, Any]:
@@ -331,7 +265,7 @@ def bench(work: str, peers: Sequence[str], rounds: int) -> dict[str, Any]:
         if not measured[0]:
             raise
     whole = [[figure for figures in of_round for figure in figures] for of_round in measured]
-    limits = {f.work: f.tok_s for f in whole[0] if f.peer == "limit"}
+    limits = {f.work: f.value for f in whole[0] if f.peer == "limit"}
     return {"bench": work, "rounds": len(whole), "limits": limits, "rows": compare(whole), "failure": failure}
 
 
@@ -351,10 +285,12 @@ def _measure(side: Side, measured: Sequence[Sequence[Sequence[Figure]]]) -> Sequ
 
 def _main(work: str) -> None:
     env.limit_spinning()
-    for part in (_machine, WORKS[work]) if work != "gpu" else (gpu,):
-        for figure in part():
-            line = {"peer": figure.peer, "work": figure.work, "tok_s": figure.tok_s, "s": figure.s}
-            print(json.dumps({key: value for key, value in line.items() if value is not None}), flush=True)
+    machine = measure_device() if work == "gpu" else measure()
+    print(Figure("limit", "matrix FLOP/s", machine.flop_s).line())
+    print(Figure("limit", "memory bytes/s", machine.bytes_s).line())
+    for part in WORKS[work]:
+        for figure in part(machine):
+            print(figure.line(), flush=True)
 
 
 if __name__ == "__main__":

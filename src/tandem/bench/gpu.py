@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tandem.bench import roofline
-from tandem.bench.peers import Figure
+from tandem.bench.peers import Figure, beside_limit
 from tandem.bench.roofline import Machine, timed
 from tandem.bench.work import answer, learner_on, random_requests, random_samples
 from tandem.errors import ConfigError
@@ -60,6 +60,8 @@ def check_device() -> None:
 def measure() -> Machine:
     """The best of ten of a bf16 product of random matrices, 8192 cubed, and of a copy of 4 GiB."""
     import torch
+
+    check_device()
 
     def best_s(run: Callable[[], Any]) -> float:
         times = []
@@ -123,38 +125,29 @@ def train_step(decoder: Decoder, count: int, length: int) -> Callable[[], Any]:
     return lambda: learner.step(samples, count_prompts(samples))
 
 
-def _beside(work: str, tokens: int, least_s: float, times_s: list[float]) -> Iterator[Figure]:
-    yield Figure("limit", work, tokens / least_s, None)
-    for seconds in times_s:
-        yield Figure("tandem", work, tokens / seconds, None)
-
-
-def gpu() -> Iterator[Figure]:
+def gpu(machine: Machine) -> Iterator[Figure]:
     """Rates in tokens a second, and for each the limit: of bytes in decoding, of products elsewhere."""
     import torch
 
-    check_device()
-    machine = measure()
-    yield Figure("limit", "matrix FLOP/s", machine.flop_s, None)
-    yield Figure("limit", "memory bytes/s", machine.bytes_s, None)
     for name, spec in MODELS.items():
         decoder = random_decoder(spec)
         count, new = DECODE
         engine = engine_on(decoder, max(count * (PROMPT_TOKENS + new + 64), PREFILL[0] * (PREFILL[1] + 64)))
         whole, steps = zip(*(generate(engine, count, PROMPT_TOKENS, new, i) for i in range(REPEATS + 1)), strict=True)
         step_s = machine.least_s(roofline.decode_cost(spec, count, PROMPT_TOKENS + new / 2))
-        yield from _beside(f"{name} decode {count}x{new}", count * new, new * step_s, list(whole[1:]))
-        yield from _beside(f"{name} decode step {count}", count, step_s, list(steps[1:]))
+        yield from beside_limit(f"{name} decode {count}x{new}", new * step_s, whole[1:], count * new)
+        yield from beside_limit(f"{name} decode step {count}", step_s, steps[1:], count)
         times_s = [generate(engine, *PREFILL, 1, i)[0] for i in range(REPEATS + 1)]
         least_s = machine.least_s(roofline.prefill_cost(spec, *PREFILL))
-        yield from _beside(f"{name} prefill {PREFILL[0]}x{PREFILL[1]}", PREFILL[0] * PREFILL[1], least_s, times_s[1:])
+        work = f"{name} prefill {PREFILL[0]}x{PREFILL[1]}"
+        yield from beside_limit(work, least_s, times_s[1:], PREFILL[0] * PREFILL[1])
         del engine
         torch.cuda.empty_cache()
         if spec is LLAMA_1B:
             step = train_step(decoder, *TRAIN)
             times_s = [timed(step) for _ in range(REPEATS + 1)]
             least_s = machine.least_s(roofline.train_cost(spec, *TRAIN))
-            yield from _beside(f"{name} train {TRAIN[0]}x{TRAIN[1]}", TRAIN[0] * TRAIN[1], least_s, times_s[1:])
+            yield from beside_limit(f"{name} train {TRAIN[0]}x{TRAIN[1]}", least_s, times_s[1:], TRAIN[0] * TRAIN[1])
             del step
         del decoder
         torch.cuda.empty_cache()

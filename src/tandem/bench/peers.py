@@ -6,13 +6,14 @@ import json
 import shlex
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from tandem import env
 from tandem.errors import ConfigError, WorldError
 
 EXPECTED = '{"peer": NAME, "work": NAME, "tok_s": NUMBER}, or "s" for "tok_s"'
+UNITS = {"tok_s": "tok/s", "s": "s"}  # of the lines' keys
 RESERVED = ("tandem", "library", "limit")  # names of tandem's own sides
 LEAST, MOST = 1e-30, 1e30  # what a rate or a time lies between, so that no ratio overflows
 DEADLINE_S = 3600.0
@@ -23,26 +24,30 @@ SHOWN = 200  # characters of a line in an error
 class Figure:
     """One measurement: a rate in tokens a second, or a time in seconds.
 
-    >>> Figure("tandem", "train 16x256", 100.0, None).speed
-    100.0
+    >>> Figure("tandem", "groups", 4.0, "s").speed, Figure("hf", "train 16x256", 100.0).line()
+    (0.25, '{"peer": "hf", "work": "train 16x256", "tok_s": 100.0}')
     """
 
     peer: str
     work: str
-    tok_s: float | None
-    s: float | None
-
-    @property
-    def unit(self) -> str:
-        return "s" if self.tok_s is None else "tok/s"
+    value: float
+    unit: str = "tok/s"
 
     @property
     def speed(self) -> float:
         """More is better."""
-        if self.tok_s is not None:
-            return self.tok_s
-        assert self.s is not None
-        return 1.0 / self.s
+        return self.value if self.unit == "tok/s" else 1.0 / self.value
+
+    def line(self) -> str:
+        """As a side prints it."""
+        key = next(key for key, unit in UNITS.items() if unit == self.unit)
+        return json.dumps({"peer": self.peer, "work": self.work, key: self.value})
+
+
+def beside_limit(work: str, least_s: float, times_s: Iterable[float], tokens: int | None = None) -> Iterator[Figure]:
+    """The limit of a work, then tandem's figures: rates where it is of `tokens`, times else."""
+    for peer, seconds in (("limit", least_s), *(("tandem", seconds) for seconds in times_s)):
+        yield Figure(peer, work, tokens / seconds) if tokens else Figure(peer, work, seconds, "s")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,7 @@ def read_figure(line: str, units: Mapping[str, str], *, own: bool = False) -> Fi
     units: work -> "tok/s" or "s", of the works whose unit is fixed.
 
     >>> read_figure("loading", {}), read_figure('{"peer": "hf", "work": "w", "s": 2}', {"w": "s"})
-    (None, Figure(peer='hf', work='w', tok_s=None, s=2))
+    (None, Figure(peer='hf', work='w', value=2, unit='s'))
     """
     try:
         row = json.loads(line)
@@ -98,13 +103,13 @@ def read_figure(line: str, units: Mapping[str, str], *, own: bool = False) -> Fi
             raise ValueError(f'its "{name}" is not a name')
     if peer in RESERVED and not own:
         raise ValueError(f"{peer!r} is a name of tandem's own")
-    given = [name for name in ("tok_s", "s") if name in row]
+    given = [name for name in UNITS if name in row]
     if len(given) != 1:
         raise ValueError('it has not one of "tok_s" and "s"')
     number = row[given[0]]
     if type(number) not in (int, float) or not LEAST < number < MOST:
         raise ValueError(f'its "{given[0]}" is not a finite number above 0')
-    figure = Figure(peer, work, row.get("tok_s"), row.get("s"))
+    figure = Figure(peer, work, number, UNITS[given[0]])
     if units.get(work, figure.unit) != figure.unit:
         raise ValueError(f"tandem gives this work in {units[work]}, not in {figure.unit}")
     return figure
