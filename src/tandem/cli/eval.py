@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from tandem.cli.options import Assignments, ConfigFiles
+
 if TYPE_CHECKING:
     from tandem.program.config import TaskConfig
     from tandem.run.config import RunConfig
@@ -28,13 +30,8 @@ def evaluate(
         str | None, typer.Option(help="The task, or another than the recipe's: gsm8k, jsonl, or a reasoning-gym name.")
     ] = None,
     path: Annotated[Path | None, typer.Option(help="The questions and answers (jsonl) of gsm8k or jsonl.")] = None,
-    files: Annotated[
-        list[Path] | None,
-        typer.Option("--config", metavar="FILE", help="Settings from a .toml or .yaml file; --set comes after."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting by its dotted name.")
-    ] = None,
+    files: ConfigFiles = None,
+    settings: Assignments = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> int:
     """Measure greedy accuracy on held-out prompts, with a 95 % confidence interval."""

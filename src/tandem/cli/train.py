@@ -11,18 +11,15 @@ from typing import Annotated, Any
 
 import typer
 
+from tandem.cli.options import Assignments, ConfigFiles
+
 
 def train(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or path/to/file.py:function.")],
     out: Annotated[Path | None, typer.Option(help="Run folder to make; by default runs/NAME-TIME.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to go on with: its config, its last state.")] = None,
-    files: Annotated[
-        list[Path] | None,
-        typer.Option("--config", metavar="FILE", help="Settings from a .toml or .yaml file; --set comes after."),
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Change a setting by its dotted name.")
-    ] = None,
+    files: ConfigFiles = None,
+    settings: Assignments = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON row a step instead of the live table.")] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="Print the memory that it would take, and read no weight.")
