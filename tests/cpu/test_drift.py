@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tandem.algo.alarm import METRICS, Alarm, AlarmConfig, check, check_correctable
+from tandem.algo.alarm import METRICS, AlarmConfig, check, check_correctable
 from tandem.algo.config import NAIVE, AlgoConfig, CorrectionConfig
 from tandem.algo.drift import Observations, join, measure
 from tandem.algo.objective import Measured, PolicyGradient
