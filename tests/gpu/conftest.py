@@ -24,7 +24,6 @@ OPERATIONS = (
     "attention",
     "attention_backward",
     "linear",
-    "logprob",
     "norm",
     "page_sum",
     "rotary",

@@ -11,11 +11,19 @@ import torch
 from tandem.kernels import library
 from tandem.kernels.address import address, rows_address
 from tandem.kernels.build.load import kernel
+from tandem.kernels.choice import backend
 from tandem.kernels.weight import Weight
 
 
+def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right in fp32, by torch."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
+
+
 def accumulate_reference(grad_NK: torch.Tensor, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
-    grad_NK += dy_TN.float().T @ x_TK.float()
+    grad_NK += wide_product(dy_TN.T, x_TK)
 
 
 def accumulate(grad_NK: torch.Tensor, dy_TN: torch.Tensor, x_TK: torch.Tensor, by_library: bool = False) -> None:
@@ -25,7 +33,7 @@ def accumulate(grad_NK: torch.Tensor, dy_TN: torch.Tensor, x_TK: torch.Tensor, b
         trial = torch.empty_like(grad_NK)
         library.fastest("weight gradient", grad_NK, dy_TN.shape[0], ways, trial)(grad_NK)
         return
-    run = kernel("gradient", "accumulate", x_TK.dtype, "pipipiii")
+    run = None if backend(x_TK) == "triton" else kernel("gradient", "accumulate", x_TK.dtype, "pipipiii")
     if run is None:
         accumulate_reference(grad_NK, dy_TN, x_TK)
         return
@@ -36,7 +44,7 @@ def accumulate(grad_NK: torch.Tensor, dy_TN: torch.Tensor, x_TK: torch.Tensor, b
 
 
 def input_gradient_reference(dy_TN: torch.Tensor, value_NK: torch.Tensor) -> torch.Tensor:
-    return (dy_TN.float() @ value_NK.float()).to(dy_TN.dtype)
+    return wide_product(dy_TN, value_NK).to(dy_TN.dtype)
 
 
 def input_gradient(dy_TN: torch.Tensor, weight: Weight) -> torch.Tensor:
@@ -49,7 +57,7 @@ def input_gradient(dy_TN: torch.Tensor, weight: Weight) -> torch.Tensor:
 
 
 def _input_gradient(dy_TN: torch.Tensor, value_NK: torch.Tensor) -> torch.Tensor:
-    run = kernel("gradient", "input_gradient", dy_TN.dtype, "pippiii")
+    run = None if backend(dy_TN) == "triton" else kernel("gradient", "input_gradient", dy_TN.dtype, "pippiii")
     if run is None:
         return input_gradient_reference(dy_TN, value_NK)
     (count, rows), columns, dtype = dy_TN.shape, value_NK.shape[1], dy_TN.dtype

@@ -89,6 +89,10 @@ class _Linear(torch.autograd.Function):
 
 
 def _forward(x_TK: torch.Tensor, weight: Weight, bias: Weight | None, residual_TN: torch.Tensor | None) -> torch.Tensor:
+    if backend(x_TK) == "triton":
+        from tandem.kernels.gpu import linear as gpu
+
+        return gpu.product(x_TK, weight.value, bias.value if bias is not None else None, residual_TN)
     if weight.library:
         ways = (
             lambda x: _own_forward(x, weight, bias, residual_TN),
@@ -114,10 +118,6 @@ def linear(
     x_TK: torch.Tensor, weight: Weight, bias: Weight | None = None, residual_TN: torch.Tensor | None = None
 ) -> torch.Tensor:
     """x W^T + bias + residual: [T, N] in x's dtype. Differentiable; the weight's gradient goes to `weight.grad`."""
-    if backend(x_TK) == "triton":
-        from tandem.kernels.gpu import linear as gpu
-
-        return gpu.linear(x_TK, weight, bias, residual_TN)
     if torch.is_grad_enabled() and x_TK.requires_grad:
         return _Linear.apply(x_TK, weight, bias, residual_TN)
     return _forward(x_TK, weight, bias, residual_TN)
@@ -128,7 +128,7 @@ def logits(x_TM: torch.Tensor, weight: Weight) -> torch.Tensor:
     if backend(x_TM) == "triton":
         from tandem.kernels.gpu import linear as gpu
 
-        return gpu.logits(x_TM, weight)
+        return gpu.product(x_TM, weight.value, out_dtype=torch.float32)
     assert x_TM.shape[1] == weight.value.shape[1], (x_TM.shape, weight.value.shape)
     if weight.codes is not None:
         return codes.product(x_TM, weight.codes, out_dtype=torch.float32)

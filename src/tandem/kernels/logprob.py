@@ -22,15 +22,17 @@ from torch import Tensor
 from tandem.kernels.address import address, check_range, rows_address
 from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
+from tandem.kernels.gradient import accumulate_reference, wide_product
 from tandem.kernels.large import large
-from tandem.kernels.linear import linear_reference
-from tandem.kernels.sample import entropy, log_sum_exp
+from tandem.kernels.linear import logits
+from tandem.kernels.sample import statistics
 from tandem.kernels.sizes import KEPT_BYTES, SLAB
 from tandem.kernels.weight import Weight, matrix_addresses, padded
 from tandem.types import kept_ids
 
 BLOCK = 256  # tokens, as in sample.h
 ROWS, COLUMNS = 128, 4096  # of the logits at once where no kernel is compiled
+GPU_ROWS, GPU_COLUMNS = 512, 8192  # 512 rows x 151,936 fp32 logits = 311 MB
 _SCORE = "pippiii" + "ppppppppp"
 
 
@@ -135,7 +137,7 @@ def kept_rows(rows: int, vocab: int, itemsize: int) -> int:
 
 
 def _compiled(weight: Weight) -> bool:
-    ready = weight.packed is not None or weight.codes is not None
+    ready = backend(weight.value) != "triton" and (weight.packed is not None or weight.codes is not None)
     return ready and kernel("logprob", "logprob", weight.value.dtype, _SCORE) is not None
 
 
@@ -177,16 +179,17 @@ def _score(
 def _reference_scores(
     hidden_NM: Tensor, weight: Weight, targets_N: Tensor, temperature: float, kept: KeptSets | None
 ) -> Scores:
-    parts = []
-    for start in range(0, max(1, len(hidden_NM)), ROWS):
-        rows = slice(start, start + ROWS)
-        logits_SV = linear_reference(hidden_NM[rows], weight.value, out_dtype=torch.float32)
+    """By the products and the reductions of the sampler, GPU or CPU."""
+    parts, step = [], GPU_ROWS if hidden_NM.is_cuda else ROWS
+    for start in range(0, max(1, len(hidden_NM)), step):
+        rows = slice(start, start + step)
+        logits_SV = logits(hidden_NM[rows], weight)
         if kept is not None:
             logits_SV = kept.restrict(logits_SV, start, 0)
-        temperature_S = torch.full((logits_SV.shape[0],), temperature)
-        lse_S = log_sum_exp(logits_SV, temperature_S)
+        temperature_S = torch.full((logits_SV.shape[0],), temperature, device=logits_SV.device)
+        lse_S, entropy_S = statistics(logits_SV, temperature_S)
         target_S = logits_SV.gather(1, targets_N[rows, None])[:, 0] / temperature_S
-        parts.append((target_S - lse_S, entropy(logits_SV, temperature_S), lse_S))
+        parts.append((target_S - lse_S, entropy_S, lse_S))
     return Scores(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
 
@@ -205,7 +208,8 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_N, _entropy):  # type: ignore[no-untyped-def]
         hidden_NM, targets_N, logprobs_N, lse_N, *terms = ctx.saved_tensors
-        weight, temperature, dhidden_NM = ctx.weight, ctx.temperature, torch.zeros(hidden_NM.shape)
+        weight, temperature = ctx.weight, ctx.temperature
+        dhidden_NM = torch.zeros(hidden_NM.shape, device=hidden_NM.device)
         rows_N = (targets_N, logprobs_N.detach(), lse_N, grad_N.float().contiguous())
         if not _compiled(weight):
             _reference_backward(dhidden_NM, hidden_NM, weight, rows_N, temperature, ctx.kept)
@@ -253,19 +257,19 @@ def _reference_backward(
     temperature: float,
     kept: KeptSets | None,
 ) -> None:
-    """`_backward` with the logits again, COLUMNS of the vocabulary at a time."""
-    targets_N, _, lse_N, grad_N = rows_N
-    for first in range(0, weight.value.shape[0], COLUMNS):
-        block_VM = weight.value[first : first + COLUMNS]
-        logits_NV = linear_reference(hidden_NM, block_VM, out_dtype=torch.float32) / temperature
+    """`_backward` by torch's products with the logits again, some columns of the vocabulary at a time."""
+    (targets_N, _, lse_N, grad_N), step = rows_N, GPU_COLUMNS if hidden_NM.is_cuda else COLUMNS
+    for first in range(0, weight.value.shape[0], step):
+        block_VM = weight.value[first : first + step]
+        logits_NV = wide_product(hidden_NM, block_VM.T) / temperature
         if kept is not None:
             kept.restrict(logits_NV, 0, first)
-        hot_NV = torch.arange(first, first + len(block_VM)) == targets_N[:, None]
+        hot_NV = torch.arange(first, first + len(block_VM), device=targets_N.device) == targets_N[:, None]
         grad_NV = grad_N[:, None] / temperature * (hot_NV.float() - (logits_NV - lse_N[:, None]).exp())
         dlogits_NV = grad_NV.to(hidden_NM.dtype)
-        dhidden_NM += dlogits_NV.float() @ block_VM.float()
+        dhidden_NM += wide_product(dlogits_NV, block_VM)
         if weight.grad is not None:
-            weight.grad[first : first + COLUMNS] += dlogits_NV.float().T @ hidden_NM.float()
+            accumulate_reference(weight.grad[first : first + step], dlogits_NV, hidden_NM)
 
 
 def token_logprobs(
@@ -279,10 +283,6 @@ def token_logprobs(
     """
     hidden_NM = hidden_NM.contiguous()
     sets = None if kept is None else KeptSets.build(kept, targets_N)
-    if backend(hidden_NM) == "triton":
-        from tandem.kernels.gpu import logprob as gpu
-
-        return gpu.token_logprobs(hidden_NM, weight, targets_N, temperature, sets)
     if torch.is_grad_enabled() and hidden_NM.requires_grad:
         return _LogProb.apply(hidden_NM, weight, targets_N, temperature, sets)
     return _score(hidden_NM, weight, targets_N, temperature, sets, None)[:2]

@@ -33,6 +33,10 @@ def unit_norm_reference(x_THD: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def _forward(x_TM: torch.Tensor, weight: Weight, eps: float, rstd_T: torch.Tensor | None) -> torch.Tensor:
+    if backend(x_TM) == "triton":
+        from tandem.kernels.gpu import norm as gpu
+
+        return gpu.rms_norm(x_TM, weight.value, eps)
     run = kernel("layer", "norm", x_TM.dtype, "pippipiif")
     if run is None:
         return rms_norm_reference(x_TM, weight.value, eps)
@@ -43,11 +47,29 @@ def _forward(x_TM: torch.Tensor, weight: Weight, eps: float, rstd_T: torch.Tenso
     return out
 
 
+def _backward(
+    dy_TM: torch.Tensor, x_TM: torch.Tensor, weight_M: torch.Tensor, eps: float, rstd_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend(x_TM) == "triton":
+        from tandem.kernels.gpu import norm as gpu
+
+        return gpu.rms_norm_backward(dy_TM, x_TM, weight_M, eps)
+    run = kernel("layer", "norm_backward", x_TM.dtype, "ppppppii")
+    if run is None:
+        return rms_norm_backward_reference(dy_TM, x_TM, weight_M, eps)
+    (rows, width), dtype = x_TM.shape, x_TM.dtype
+    dx_TM, dweight_M = torch.empty_like(x_TM), torch.zeros(width)
+    rows_of = (address(t, dtype, rows, width) for t in (dy_TM, x_TM))
+    factors, rstd = address(weight_M, dtype, width), address(rstd_T, torch.float32, rows)
+    run(*rows_of, factors, rstd, dx_TM.data_ptr(), dweight_M.data_ptr(), rows, width)
+    return dx_TM, dweight_M
+
+
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TM, weight, eps):  # type: ignore[no-untyped-def]
         x_TM = x_TM.contiguous()
-        rstd_T = torch.empty(x_TM.shape[0])
+        rstd_T = torch.empty(x_TM.shape[0])  # filled by the C++, for its own backward pass
         ctx.weight, ctx.eps = weight, eps
         out = _forward(x_TM, weight, eps, rstd_T)
         ctx.save_for_backward(x_TM, rstd_T)
@@ -56,17 +78,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_TM):  # type: ignore[no-untyped-def]
         x_TM, rstd_T = ctx.saved_tensors
-        dy_TM = dy_TM.contiguous()
-        rows, width = x_TM.shape
-        dx_TM = torch.empty_like(x_TM)
-        dweight_M = torch.zeros(width)
-        run = kernel("layer", "norm_backward", x_TM.dtype, "ppppppii")
-        if run is None:
-            dx_TM, dweight_M = rms_norm_backward_reference(dy_TM, x_TM, ctx.weight.value, ctx.eps)
-        else:
-            rows_of = (address(t, x_TM.dtype, rows, width) for t in (dy_TM, x_TM))
-            factors, rstd = address(ctx.weight.value, x_TM.dtype, width), address(rstd_T, torch.float32, rows)
-            run(*rows_of, factors, rstd, dx_TM.data_ptr(), dweight_M.data_ptr(), rows, width)
+        dx_TM, dweight_M = _backward(dy_TM.contiguous(), x_TM, ctx.weight.value, ctx.eps, rstd_T)
         if ctx.weight.grad is not None:
             ctx.weight.grad += dweight_M
         return dx_TM, None, None
@@ -74,10 +86,6 @@ class _Norm(torch.autograd.Function):
 
 def rms_norm(x_TM: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
     """[T, M] -> [T, M]; differentiable, the weight's gradient goes to `weight.grad`."""
-    if backend(x_TM) == "triton":
-        from tandem.kernels.gpu import norm as gpu
-
-        return gpu.rms_norm(x_TM, weight, eps)
     if torch.is_grad_enabled() and x_TM.requires_grad:
         return _Norm.apply(x_TM, weight, eps)
     return _forward(x_TM, weight, eps, None)

@@ -169,7 +169,7 @@ def log_sum_exp(logits_SV: Tensor, temperature_S: Tensor | None = None) -> Tenso
     if backend(logits_SV) == "triton":
         from tandem.kernels.gpu import sample as gpu
 
-        return gpu.log_sum_exp(logits_SV, temperature_S)
+        return gpu.statistics(logits_SV, temperature_S)[0]
     return _reduce("tandem_log_sum_exp", _log_sum_exp_row, logits_SV, temperature_S)
 
 
@@ -178,8 +178,17 @@ def entropy(logits_SV: Tensor, temperature_S: Tensor | None = None) -> Tensor:
     if backend(logits_SV) == "triton":
         from tandem.kernels.gpu import sample as gpu
 
-        return gpu.entropy(logits_SV, temperature_S)
+        return gpu.statistics(logits_SV, temperature_S)[1]
     return _reduce("tandem_entropy", _entropy_row, logits_SV, temperature_S)
+
+
+def statistics(logits_SV: Tensor, temperature_S: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`log_sum_exp` and `entropy`, which a GPU reduces at once."""
+    if backend(logits_SV) == "triton":
+        from tandem.kernels.gpu import sample as gpu
+
+        return gpu.statistics(logits_SV, temperature_S)
+    return log_sum_exp(logits_SV, temperature_S), entropy(logits_SV, temperature_S)
 
 
 def token_logprobs(logits_SV: Tensor, tokens_S: Tensor, temperature_S: Tensor | None = None) -> Tensor:
@@ -187,13 +196,9 @@ def token_logprobs(logits_SV: Tensor, tokens_S: Tensor, temperature_S: Tensor | 
 
     Without a temperature it is the raw log-prob; on `processed_logits` the log-prob of any filtered distribution.
     """
-    if backend(logits_SV) == "triton":
-        from tandem.kernels.gpu import sample as gpu
-
-        return gpu.token_logprobs(logits_SV, tokens_S, temperature_S)
-    x_S = logits_SV.gather(1, tokens_S[:, None].to(torch.int64))[:, 0]
+    x_S = logits_SV.gather(1, tokens_S[:, None].to(logits_SV.device, torch.int64))[:, 0]
     if temperature_S is not None:
-        x_S = x_S / temperature_S
+        x_S = x_S / temperature_S.to(x_S)
     return x_S - log_sum_exp(logits_SV, temperature_S)
 
 

@@ -21,6 +21,10 @@ def swiglu_reference(gate_up_TF: torch.Tensor) -> torch.Tensor:
 
 def swiglu(gate_up_TF: torch.Tensor) -> torch.Tensor:
     """[T, 2F] (gate, then up) -> [T, F], contiguous input."""
+    if backend(gate_up_TF) == "triton":
+        from tandem.kernels.gpu import swiglu as gpu
+
+        return gpu.swiglu(gate_up_TF)
     run = kernel("layer", "swiglu", gate_up_TF.dtype, "ppii")
     if run is None:
         return swiglu_reference(gate_up_TF)
@@ -39,6 +43,10 @@ def swiglu_backward_reference(dy_TF: torch.Tensor, gate_up_TF: torch.Tensor) -> 
 
 
 def _backward(dy_TF: torch.Tensor, gate_up_TF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    if backend(gate_up_TF) == "triton":
+        from tandem.kernels.gpu import swiglu as gpu
+
+        return gpu.swiglu_backward(dy_TF, gate_up_TF)
     run = kernel("layer", "swiglu_backward", gate_up_TF.dtype, "ppppii")
     if run is None:
         return swiglu_backward_reference(dy_TF, gate_up_TF)
@@ -71,10 +79,6 @@ class _Down(torch.autograd.Function):
 
 def swiglu_down(gate_up_TF: torch.Tensor, weight: Weight, residual_TM: torch.Tensor) -> torch.Tensor:
     """The second half of the feed-forward layer with its residual: [T, 2F] -> [T, M]. Differentiable."""
-    if backend(gate_up_TF) == "triton":
-        from tandem.kernels.gpu import swiglu as gpu
-
-        return gpu.swiglu_down(gate_up_TF, weight, residual_TM)
     if torch.is_grad_enabled() and gate_up_TF.requires_grad:
         return _Down.apply(gate_up_TF, weight, residual_TM)
     return linear(swiglu(gate_up_TF), weight, None, residual_TM)

@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from tandem.kernels.gpu.tiles import Tile, choose, multiprocessors, tiles_of
-from tandem.kernels.weight import Weight
 
 SUPER = 8  # row tiles that take a column tile in turn, so that both operands are read from the L2 cache
 
@@ -133,55 +132,3 @@ def product(
     tile = choose(agreed(device, x_TK.dtype), rows, columns, multiprocessors(device))
     residual_TN = None if residual_TN is None else residual_TN.contiguous()
     return tiled_product(x_TK.contiguous(), weight_NK, bias_N, residual_TN, out, tile)
-
-
-def wide_product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right in fp32, for backward passes."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
-
-
-def accumulate(grad_NK: torch.Tensor, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
-    """grad += dy^T x, in fp32."""
-    grad_NK += wide_product(dy_TN.T, x_TK)
-
-
-def input_gradient(dy_TN: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """dx = dy W: [T, K]."""
-    return wide_product(dy_TN, weight.value).to(dy_TN.dtype)
-
-
-def _forward(x_TK: torch.Tensor, weight: Weight, bias: Weight | None, residual_TN: torch.Tensor | None) -> torch.Tensor:
-    return product(x_TK, weight.value, bias.value if bias is not None else None, residual_TN)
-
-
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TK, weight, bias, residual_TN):  # type: ignore[no-untyped-def]
-        ctx.weight, ctx.bias, ctx.has_residual = weight, bias, residual_TN is not None
-        ctx.save_for_backward(x_TK)
-        return _forward(x_TK, weight, bias, residual_TN)
-
-    @staticmethod
-    def backward(ctx, dy_TN):  # type: ignore[no-untyped-def]
-        (x_TK,) = ctx.saved_tensors
-        if ctx.weight.grad is not None:
-            accumulate(ctx.weight.grad, dy_TN, x_TK)
-        if ctx.bias is not None and ctx.bias.grad is not None:
-            ctx.bias.grad += dy_TN.float().sum(0)
-        return input_gradient(dy_TN, ctx.weight), None, None, dy_TN if ctx.has_residual else None
-
-
-def linear(
-    x_TK: torch.Tensor, weight: Weight, bias: Weight | None = None, residual_TN: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x W^T + bias + residual: [T, N] in x's dtype. Differentiable; the weight's gradient goes to `weight.grad`."""
-    if torch.is_grad_enabled() and x_TK.requires_grad:
-        return _Linear.apply(x_TK, weight, bias, residual_TN)
-    return _forward(x_TK, weight, bias, residual_TN)
-
-
-def logits(x_TM: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """The output head: [T, V] in fp32, rounded nowhere in between."""
-    return product(x_TM, weight.value, out_dtype=torch.float32)

@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from tandem.kernels.weight import Weight
-
 WARPS = 4
 TILE = 2048  # elements of a program, by whole rows
 
@@ -24,7 +22,7 @@ def norm_kernel(x, weight, out, rows, eps, width: tl.constexpr, block_m: tl.cons
     tl.store(out + place, (values * rstd[:, None] * scale[None, :]).to(out.dtype.element_ty), mask)
 
 
-def _forward(x_TM: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
+def rms_norm(x_TM: torch.Tensor, weight_M: torch.Tensor, eps: float) -> torch.Tensor:
     x_TM = x_TM.contiguous()
     rows, width = x_TM.shape
     out = torch.empty_like(x_TM)
@@ -32,33 +30,18 @@ def _forward(x_TM: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
     block_t = max(1, TILE // block_m)
     if rows:
         norm_kernel[(triton.cdiv(rows, block_t),)](
-            x_TM, weight.value, out, rows, eps, width, block_m, block_t, num_warps=WARPS
+            x_TM, weight_M, out, rows, eps, width, block_m, block_t, num_warps=WARPS
         )
     return out
 
 
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TM, weight, eps):  # type: ignore[no-untyped-def]
-        ctx.weight, ctx.eps = weight, eps
-        ctx.save_for_backward(x_TM)
-        return _forward(x_TM, weight, eps)
-
-    @staticmethod
-    def backward(ctx, dy_TM):  # type: ignore[no-untyped-def]
-        (x_TM,) = ctx.saved_tensors
-        x, dy = x_TM.float(), dy_TM.float()
-        rstd_T = torch.rsqrt(x.square().mean(-1, keepdim=True) + ctx.eps)
-        unit = x * rstd_T
-        if ctx.weight.grad is not None:
-            ctx.weight.grad += (dy * unit).sum(0)
-        dunit = dy * ctx.weight.value.float()
-        dx_TM = rstd_T * (dunit - unit * (dunit * unit).mean(-1, keepdim=True))
-        return dx_TM.to(x_TM.dtype), None, None
-
-
-def rms_norm(x_TM: torch.Tensor, weight: Weight, eps: float) -> torch.Tensor:
-    """[T, M] -> [T, M]; differentiable, the weight's gradient goes to `weight.grad`."""
-    if torch.is_grad_enabled() and x_TM.requires_grad:
-        return _Norm.apply(x_TM, weight, eps)
-    return _forward(x_TM, weight, eps)
+def rms_norm_backward(
+    dy_TM: torch.Tensor, x_TM: torch.Tensor, weight_M: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the rows [T, M] and of the weight [M], the latter in fp32."""
+    x, dy = x_TM.float(), dy_TM.float()
+    rstd_T = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    unit = x * rstd_T
+    dunit = dy * weight_M.float()
+    dx_TM = rstd_T * (dunit - unit * (dunit * unit).mean(-1, keepdim=True))
+    return dx_TM.to(x_TM.dtype), (dy * unit).sum(0)

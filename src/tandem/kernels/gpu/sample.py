@@ -175,24 +175,6 @@ def pick(
     return tokens_S, logprobs_S
 
 
-def log_sum_exp(logits_SV: Tensor, temperature_S: Tensor | None = None) -> Tensor:
-    """log sum exp(logits / temperature) [S] in fp32; NaN if a row is not finite."""
-    return statistics(logits_SV, temperature_S)[0]
-
-
-def entropy(logits_SV: Tensor, temperature_S: Tensor | None = None) -> Tensor:
-    """Entropy [S] (fp32, nats) of softmax(logits / temperature). NaN where a row is not finite."""
-    return statistics(logits_SV, temperature_S)[1]
-
-
-def token_logprobs(logits_SV: Tensor, tokens_S: Tensor, temperature_S: Tensor | None = None) -> Tensor:
-    """log-probs [S] (fp32) of given tokens: bit for bit what `sample` reports without filters."""
-    x_S = logits_SV.gather(1, tokens_S[:, None].to(logits_SV.device, torch.int64))[:, 0]
-    if temperature_S is not None:
-        x_S = x_S / temperature_S.to(x_S)
-    return x_S - log_sum_exp(logits_SV, temperature_S)
-
-
 def _greedy(x_SV: Tensor) -> Tensor:
     """0 at the lowest of the best ids, -infinity elsewhere, and everywhere in a row that is not finite."""
     vocab, top_S = x_SV.shape[1], x_SV.amax(1, keepdim=True)

@@ -6,9 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from tandem.kernels.gpu.linear import accumulate, input_gradient, linear
-from tandem.kernels.weight import Weight
-
 BLOCK = 1024
 
 
@@ -31,30 +28,10 @@ def swiglu(gate_up_TF: torch.Tensor) -> torch.Tensor:
     return out
 
 
-class _Down(torch.autograd.Function):
-    """down(swiglu(gate_up)) + residual; keeps gate_up alone and computes the product of gate and up again."""
-
-    @staticmethod
-    def forward(ctx, gate_up_TF, weight, residual_TM):  # type: ignore[no-untyped-def]
-        ctx.weight = weight
-        ctx.save_for_backward(gate_up_TF)
-        return linear(swiglu(gate_up_TF), weight, None, residual_TM)
-
-    @staticmethod
-    def backward(ctx, dy_TM):  # type: ignore[no-untyped-def]
-        (gate_up_TF,) = ctx.saved_tensors
-        gate, up = gate_up_TF.float().chunk(2, -1)
-        share = gate.sigmoid()
-        active = gate * share
-        if ctx.weight.grad is not None:
-            accumulate(ctx.weight.grad, dy_TM, (active * up).to(dy_TM.dtype))
-        dact = input_gradient(dy_TM, ctx.weight).float()
-        dgate = dact * up * (share + active * (1 - share))
-        return torch.cat((dgate, dact * active), -1).to(gate_up_TF.dtype), None, dy_TM
-
-
-def swiglu_down(gate_up_TF: torch.Tensor, weight: Weight, residual_TM: torch.Tensor) -> torch.Tensor:
-    """The second half of the feed-forward layer with its residual: [T, 2F] -> [T, M]. Differentiable."""
-    if torch.is_grad_enabled() and gate_up_TF.requires_grad:
-        return _Down.apply(gate_up_TF, weight, residual_TM)
-    return linear(swiglu(gate_up_TF), weight, None, residual_TM)
+def swiglu_backward(dy_TF: torch.Tensor, gate_up_TF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient [T, 2F], and the output [T, F] again."""
+    gate, up = gate_up_TF.float().chunk(2, -1)
+    share = gate.sigmoid()
+    active, dy = gate * share, dy_TF.float()
+    dgate = dy * up * (share + active * (1 - share))
+    return torch.cat((dgate, dy * active), -1).to(gate_up_TF.dtype), (active * up).to(dy_TF.dtype)
