@@ -57,7 +57,7 @@ pytestmark = pytest.mark.skipif(toolchain.compiler() is None, reason="no C++ com
 
 
 def forget() -> None:
-    for cached in (load.library, load.function, sampler._compiled, load._unit, load._warn_slow, choice._asked):
+    for cached in (load.library, load.function, sampler._compiled, load._unit, choice._asked):
         cached.cache_clear()
 
 

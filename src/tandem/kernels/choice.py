@@ -12,6 +12,7 @@ from tandem import env
 from tandem.kernels.build.load import SUFFIX, library
 
 Backend = Literal["cpp", "triton", "reference"]
+_COMPILED = frozenset(getattr(torch, name.removeprefix("torch.")) for name in SUFFIX)
 
 
 @functools.cache
@@ -26,4 +27,4 @@ def backend(tensor: torch.Tensor) -> Backend:
     """
     if tensor.is_cuda or _asked() == "triton":
         return "triton"
-    return "cpp" if str(tensor.dtype) in SUFFIX and library("linear") is not None else "reference"
+    return "cpp" if tensor.dtype in _COMPILED and library("linear") is not None else "reference"

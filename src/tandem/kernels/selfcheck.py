@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from tandem import env
 from tandem.kernels import (
     adamw,
     attention,
@@ -32,7 +30,6 @@ from tandem.kernels import (
     sample,
     swiglu,
 )
-from tandem.kernels.build import load
 from tandem.kernels.build.check import CHECKS, Comparison, E, normal
 from tandem.kernels.sample import SamplingBatch
 from tandem.kernels.weight import Weight
@@ -43,64 +40,75 @@ U = {torch.float32: E, torch.bfloat16: 2.0**-8}
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-def _linear() -> Iterator[Comparison]:
-    for dtype in DTYPES:
-        x, residual = (normal(37, n, dtype=dtype, seed=n) for n in (96, 130))
-        weight = Weight(normal(130, 96, dtype=dtype, seed=1), matrix=True)
-        y, value = linear.linear(x, weight, None, residual), weight.value
-        wanted = linear.linear_reference(x, value, None, residual).double()
-        sums = x.double().abs() @ value.double().abs().T + residual.double().abs()
-        bound = 3 * U[dtype] * ((wanted - residual.double()).abs() + wanted.abs()) + 200 * E * sums
-        yield Comparison("a product", y, wanted, bound)
-        yield Comparison("a row alone", linear.linear(x[9:10], weight, None, residual[9:10]), y[9:10])
-        logits = linear.logits(x, weight)
-        wanted = x.double() @ value.double().T
-        yield Comparison("logits", logits, wanted, 200 * E * (x.double().abs() @ value.double().abs().T))
+def _each(check: Callable[[torch.dtype], Iterator[Comparison]]) -> Callable[[], Iterator[Comparison]]:
+    return lambda: itertools.chain.from_iterable(map(check, DTYPES))
 
 
-def _gradient() -> Iterator[Comparison]:
+def _near(what: str, got: Tensor, wanted: Tensor, roundings: float, operations: float) -> Comparison:
+    """Each element within so many roundings to its dtype and fp32 operations."""
+    return Comparison(what, got, wanted, (roundings * U[got.dtype] + operations * E) * wanted.double().abs())
+
+
+def _gradients(dtype: torch.dtype, **of: tuple[Tensor | None, Tensor | None]) -> Iterator[Comparison]:
+    """Each within some roundings of its largest element."""
+    for name, (got, wanted) in of.items():
+        assert got is not None and wanted is not None, name
+        yield Comparison(f"the gradient of {name}", got, wanted, (8 * U[dtype] + 2.0**-12) * float(wanted.abs().max()))
+
+
+def _linear(dtype: torch.dtype) -> Iterator[Comparison]:
+    x, residual = (normal(37, n, dtype=dtype, seed=n) for n in (96, 130))
+    weight = Weight(normal(130, 96, dtype=dtype, seed=1), matrix=True)
+    sums = x.double().abs() @ weight.value.double().abs().T
+    y, wanted = (
+        linear.linear(x, weight, None, residual),
+        linear.linear_reference(x, weight.value, None, residual).double(),
+    )
+    size = (wanted - residual.double()).abs() + wanted.abs()
+    yield Comparison("a product", y, wanted, 3 * U[dtype] * size + 200 * E * (sums + residual.double().abs()))
+    yield Comparison("a row alone", linear.linear(x[9:10], weight, None, residual[9:10]), y[9:10])
+    wanted = x.double() @ weight.value.double().T
+    yield Comparison("logits", linear.logits(x, weight), wanted, 200 * E * sums)
+
+
+def _gradient(dtype: torch.dtype) -> Iterator[Comparison]:
     """Rows beyond a strip, outputs beyond a panel."""
-    for dtype in DTYPES:
-        x, dy, value = (normal(*shape, dtype=dtype, seed=7) for shape in ((37, 96), (37, 130), (130, 96)))
-        grad, weight = torch.zeros(130, 96), Weight(value, matrix=True)
-        gradient.accumulate(grad, dy, x)
-        sums = dy.double().abs().T @ x.double().abs()
-        yield Comparison("a weight's gradient", grad, dy.double().T @ x.double(), 80 * E * sums)
-        wanted, sums = dy.double() @ value.double(), dy.double().abs() @ value.double().abs()
-        bound = U[dtype] * wanted.abs() + 200 * E * sums
-        yield Comparison("an input's gradient", gradient.input_gradient(dy, weight), wanted, bound)
+    x, dy, value = (normal(*shape, dtype=dtype, seed=7) for shape in ((37, 96), (37, 130), (130, 96)))
+    grad, weight = torch.zeros(130, 96), Weight(value, matrix=True)
+    gradient.accumulate(grad, dy, x)
+    sums = dy.double().abs().T @ x.double().abs()
+    yield Comparison("a weight's gradient", grad, dy.double().T @ x.double(), 80 * E * sums)
+    wanted, sums = dy.double() @ value.double(), dy.double().abs() @ value.double().abs()
+    bound = U[dtype] * wanted.abs() + 200 * E * sums
+    yield Comparison("an input's gradient", gradient.input_gradient(dy, weight), wanted, bound)
 
 
-def _attention() -> Iterator[Comparison]:
+def _attention(dtype: torch.dtype) -> Iterator[Comparison]:
     """Two paths that share their beginning, as rows of a pack; the engine's pages are checked with `page_store`."""
-    for dtype in DTYPES:
-        paths = attention.Paths.build([0, 70, 82], [0, 40], [[*range(70)], [*range(40), *range(70, 82)]], 1)
-        query, key, value, dout = (normal(82, h, 64, dtype=dtype, seed=i) for i, h in enumerate((6, 2, 2, 6)))
-        lse = torch.empty(82, 6)
-        out = attention.attention(query, key, value, paths, lse_TH=lse)
-        wide = [x.float().clone().requires_grad_() for x in (query, key, value)]
-        wanted = attention.attention_reference(wide[0], wide[1], wide[2], paths)
-        rounding_bound = 3 * U[dtype] + 2.0**-14
-        yield Comparison("attention", out, wanted.detach(), rounding_bound * float(value.abs().max()))
-        alone = attention.Paths.build([0, 1], [69], [[*range(70)]], 1)
-        yield Comparison("a query alone", attention.attention(query[69:70], key, value, alone), out[69:70])
-        wanted.backward(dout.float())
-        grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
-        attention.attention_backward(dout, out, lse, (query, key, value), grads, paths)
-        for what, got, leaf in zip(("query", "key", "value"), grads, wide, strict=True):
-            assert leaf.grad is not None
-            bound = (8 * U[dtype] + 2.0**-12) * float(leaf.grad.abs().max())
-            yield Comparison(f"the gradient of the {what}", got, leaf.grad, bound)
+    paths = attention.Paths.build([0, 70, 82], [0, 40], [[*range(70)], [*range(40), *range(70, 82)]], 1)
+    query, key, value, dout = (normal(82, h, 64, dtype=dtype, seed=i) for i, h in enumerate((6, 2, 2, 6)))
+    lse = torch.empty(82, 6)
+    out = attention.attention(query, key, value, paths, lse_TH=lse)
+    q, k, v = (x.float().clone().requires_grad_() for x in (query, key, value))
+    wanted = attention.attention_reference(q, k, v, paths)
+    bound = (3 * U[dtype] + 2.0**-14) * float(value.abs().max())
+    yield Comparison("attention", out, wanted.detach(), bound)
+    alone = attention.Paths.build([0, 1], [69], [[*range(70)]], 1)
+    yield Comparison("a query alone", attention.attention(query[69:70], key, value, alone), out[69:70])
+    wanted.backward(dout.float())
+    grads = (torch.empty_like(query), torch.empty_like(key), torch.empty_like(value))
+    attention.attention_backward(dout, out, lse, (query, key, value), grads, paths)
+    yield from _gradients(dtype, query=(grads[0], q.grad), key=(grads[1], k.grad), value=(grads[2], v.grad))
 
 
-def _page_store() -> Iterator[Comparison]:
+def _page_store(dtype: torch.dtype) -> Iterator[Comparison]:
     """Rows rotated into pages of every kind, and attention that reads them there."""
-    kept: dict[torch.dtype | None, Callable[[Tensor, torch.dtype], Tensor]] = {
-        None: lambda x, _: x,
-        torch.float8_e4m3fn: lambda x, dtype: rounding.from_e4m3(rounding.to_e4m3(x), dtype),
-        torch.int8: lambda x, dtype: rounding.from_int8(*rounding.to_int8(x), dtype),
+    kept: dict[torch.dtype | None, Callable[[Tensor], Tensor]] = {
+        None: lambda x: x,
+        torch.float8_e4m3fn: lambda x: rounding.from_e4m3(rounding.to_e4m3(x), dtype),
+        torch.int8: lambda x: rounding.from_int8(*rounding.to_int8(x), dtype),
     }
-    for dtype, stored in itertools.product(DTYPES, kept):
+    for stored, rounded in kept.items():
         fused = normal(40, 4, 64, dtype=dtype)
         cos, sin = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(1)).unbind()
         positions, pool = torch.arange(40), page_pool.KvPool(4, 16, 1, 64, dtype, stored)
@@ -108,7 +116,7 @@ def _page_store() -> Iterator[Comparison]:
         wanted = rotary.rotate_reference(fused[:, :3], positions, cos, sin)
         page_pool.rotate_store_((fused[:, :2], fused[:, 2:3], fused[:, 3:]), positions, (cos, sin), slots, pool)
         yield Comparison("rotated rows", fused[:, :3], wanted, 2 * U[dtype] * wanted.double().abs() + 16 * E)
-        key, value = (kept[stored](x, dtype).contiguous() for x in (fused[:, 2:3], fused[:, 3:]))
+        key, value = (rounded(x).contiguous() for x in (fused[:, 2:3], fused[:, 3:]))
         for what, got, row in zip(("keys", "values"), pool.rows(slots), (key, value), strict=True):
             yield Comparison(f"{what} in pages, {stored or dtype}", got, row)
         paths = attention.Paths.build([0, 1], [39], [[2, 0, 3]], 16)
@@ -118,45 +126,37 @@ def _page_store() -> Iterator[Comparison]:
         yield Comparison(f"attention to pages, {stored or dtype}", got, attention.attention(query, key, value, rows))
 
 
-def _layer() -> Iterator[Comparison]:
-    for dtype in DTYPES:
-        x, dy = (normal(7, 200, dtype=dtype, seed=seed).requires_grad_() for seed in (0, 1))
-        dy, weight = dy.detach(), Weight(normal(200, dtype=dtype, seed=2), matrix=False)
-        weight.grad = torch.zeros(200)
-        y = norm.rms_norm(x, weight, 1e-5)
-        y.backward(dy)
-        wanted = norm.rms_norm_reference(x.detach(), weight.value, 1e-5)
-        yield Comparison("a norm", y.detach(), wanted, (2 * U[dtype] + 32 * E) * wanted.double().abs())
-        dx, dweight = norm.rms_norm_backward_reference(dy, x.detach(), weight.value, 1e-5)
-        assert x.grad is not None
-        yield Comparison("a norm's gradient", x.grad, dx, (2 * U[dtype] + 64 * E) * float(dx.abs().max()))
-        yield Comparison("its weight's gradient", weight.grad, dweight, 64 * E * float(dweight.abs().max()))
-        heads, positions = normal(5, 3, 64, dtype=dtype, seed=3), torch.tensor([0, 3, 1, 4, 2])
-        cos, sin = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(4)).unbind()
-        wanted = rotary.rotate_reference(heads, positions, cos, sin)
-        rotary.rotate_(heads, positions, cos, sin)
-        yield Comparison("a rotation", heads, wanted, 2 * U[dtype] * wanted.double().abs() + 16 * E)
-        both = normal(5, 96, dtype=dtype, seed=5)
-        wanted = swiglu.swiglu_reference(both)
-        yield Comparison("SwiGLU", swiglu.swiglu(both), wanted, (2 * U[dtype] + 32 * E) * wanted.double().abs())
+def _layer(dtype: torch.dtype) -> Iterator[Comparison]:
+    x, dy = normal(7, 200, dtype=dtype, seed=0).requires_grad_(), normal(7, 200, dtype=dtype, seed=1)
+    weight = Weight(normal(200, dtype=dtype, seed=2), matrix=False)
+    weight.grad = torch.zeros(200)
+    y = norm.rms_norm(x, weight, 1e-5)
+    y.backward(dy)
+    yield _near("a norm", y.detach(), norm.rms_norm_reference(x.detach(), weight.value, 1e-5), 2, 32)
+    wanted = norm.rms_norm_backward_reference(dy, x.detach(), weight.value, 1e-5)
+    yield from _gradients(dtype, rows=(x.grad, wanted[0]))
+    yield from _gradients(torch.float32, scales=(weight.grad, wanted[1]))
+    heads, positions = normal(5, 3, 64, dtype=dtype, seed=3), torch.tensor([0, 3, 1, 4, 2])
+    cos, sin = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(4)).unbind()
+    turned = rotary.rotate_reference(heads, positions, cos, sin)
+    rotary.rotate_(heads, positions, cos, sin)
+    yield Comparison("a rotation", heads, turned, 2 * U[dtype] * turned.double().abs() + 16 * E)
+    both = normal(5, 96, dtype=dtype, seed=5)
+    yield _near("SwiGLU", swiglu.swiglu(both), swiglu.swiglu_reference(both), 2, 32)
 
 
-def _logprob() -> Iterator[Comparison]:
-    for dtype in DTYPES:
-        hidden, targets = normal(9, 64, dtype=dtype, seed=0), torch.arange(9) * 30
-        weight = Weight(normal(300, 64, dtype=dtype, seed=1) / 8, matrix=True)
-        weight.grad = torch.zeros(300, 64)
-        ours, leaf, value = (x.clone().requires_grad_() for x in (hidden, hidden.float(), weight.value.float()))
-        logprobs, entropies = logprob.token_logprobs(ours, weight, targets, 0.7)
-        wanted, wanted_entropies = logprob.logprob_reference(leaf, value, targets, 0.7)
-        logprobs.sum().backward()
-        wanted.sum().backward()
-        yield Comparison("log-probs", logprobs.detach(), wanted.detach(), 2.0**-13)
-        yield Comparison("entropies", entropies, wanted_entropies.detach(), 2.0**-13)
-        for what, got, grad in (("hidden states", ours.grad, leaf.grad), ("head", weight.grad, value.grad)):
-            assert got is not None and grad is not None
-            bound = (8 * U[dtype] + 2.0**-12) * float(grad.abs().max())
-            yield Comparison(f"the gradient of the {what}", got, grad, bound)
+def _logprob(dtype: torch.dtype) -> Iterator[Comparison]:
+    hidden, targets = normal(9, 64, dtype=dtype, seed=0), torch.arange(9) * 30
+    weight = Weight(normal(300, 64, dtype=dtype, seed=1) / 8, matrix=True)
+    weight.grad = torch.zeros(300, 64)
+    ours, leaf, value = (x.clone().requires_grad_() for x in (hidden, hidden.float(), weight.value.float()))
+    logprobs, entropies = logprob.token_logprobs(ours, weight, targets, 0.7)
+    wanted, wanted_entropies = logprob.logprob_reference(leaf, value, targets, 0.7)
+    logprobs.sum().backward()
+    wanted.sum().backward()
+    yield Comparison("log-probs", logprobs.detach(), wanted.detach(), 2.0**-13)
+    yield Comparison("entropies", entropies, wanted_entropies.detach(), 2.0**-13)
+    yield from _gradients(dtype, rows=(ours.grad, leaf.grad), head=(weight.grad, value.grad))
 
 
 def _batch(temperatures: list[float], top_p: float) -> SamplingBatch:
@@ -176,39 +176,34 @@ def _sample() -> Iterator[Comparison]:
     yield Comparison("log-sum-exp", lse, logits.double().logsumexp(-1), 2.0**-18)
 
 
-def _head() -> Iterator[Comparison]:
-    for dtype in DTYPES:
-        weight, hidden = Weight(normal(700, 64, dtype=dtype), matrix=True), normal(7, 64, dtype=dtype, seed=1)
-        batch = _batch([0.0, 0.5, 0.7, 1.0, 1.0, 1.5, 1.0], 1.0)
-        wanted = sample.sample(linear.logits(hidden, weight), batch)
-        for what, got, other in zip(
-            ("tokens", "their log-probs"), head.draw(hidden, weight, batch), wanted, strict=True
-        ):
-            yield Comparison(what, got, other)
+def _head(dtype: torch.dtype) -> Iterator[Comparison]:
+    weight, hidden = Weight(normal(700, 64, dtype=dtype), matrix=True), normal(7, 64, dtype=dtype, seed=1)
+    batch = _batch([0.0, 0.5, 0.7, 1.0, 1.0, 1.5, 1.0], 1.0)
+    tokens, logprobs = head.draw(hidden, weight, batch)
+    wanted, wanted_logprobs = sample.sample(linear.logits(hidden, weight), batch)
+    yield Comparison("tokens", tokens, wanted)
+    yield Comparison("their log-probs", logprobs, wanted_logprobs)
 
 
-def _adamw() -> Iterator[Comparison]:
+def _adamw(dtype: torch.dtype) -> Iterator[Comparison]:
     hyper = adamw.Hyper(lr=1e-2, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=3, grad_scale=0.5)
-    for dtype in DTYPES:
-        ours = [normal(100, seed=seed).abs() if seed == 2 else normal(100, seed=seed) for seed in range(4)]
-        wanted, value = [x.clone() for x in ours], torch.empty(100, dtype=dtype)
-        adamw.adamw(ours[0], ours[1], ours[2], ours[3], value, hyper)
-        adamw.adamw_reference(wanted[0], wanted[1], wanted[2], wanted[3], hyper)
-        for what, got, other in zip(("weights", "first moments", "second moments"), ours[:3], wanted[:3], strict=True):
-            yield Comparison(what, got, other, 16 * E * (1 + other.double().abs()))
-        yield Comparison("rounded weights", value, ours[0].to(dtype))
-    norm_bound = 64 * E * float(ours[3].double().norm())
-    yield Comparison("a norm", torch.tensor(adamw.grad_norm([ours[3]])), ours[3].double().norm(), norm_bound)
+    ours = [normal(100, seed=seed).abs() if seed == 2 else normal(100, seed=seed) for seed in range(4)]
+    wanted, value = [x.clone() for x in ours], torch.empty(100, dtype=dtype)
+    adamw.adamw(ours[0], ours[1], ours[2], ours[3], value, hyper)
+    adamw.adamw_reference(wanted[0], wanted[1], wanted[2], wanted[3], hyper)
+    for what, got, other in zip(("weights", "first moments", "second moments"), ours[:3], wanted[:3], strict=True):
+        yield Comparison(what, got, other, 16 * E * (1 + other.double().abs()))
+    yield Comparison("rounded weights", value, ours[0].to(dtype))
+    yield _near("a norm", torch.tensor(adamw.grad_norm([ours[3]])), ours[3].double().norm(), 0, 64)
 
 
-def _quantise() -> Iterator[Comparison]:
-    for dtype in DTYPES:
-        matrix = normal(9, 70, dtype=dtype)
-        for bits in (4, 8):
-            got, wanted = quantise.quantise(matrix, bits, 32), rounding.quantise(matrix, bits, 32)
-            yield Comparison("codes", got.codes_NK, wanted.codes_NK)
-            yield Comparison("scales", got.scales_NG, wanted.scales_NG)
-            yield Comparison("values", quantise.dequantise(got, dtype), rounding.dequantise(wanted, dtype))
+def _quantise(dtype: torch.dtype) -> Iterator[Comparison]:
+    matrix = normal(9, 70, dtype=dtype)
+    for bits in (4, 8):
+        got, wanted = quantise.quantise(matrix, bits, 32), rounding.quantise(matrix, bits, 32)
+        yield Comparison("codes", got.codes_NK, wanted.codes_NK)
+        yield Comparison("scales", got.scales_NG, wanted.scales_NG)
+        yield Comparison("values", quantise.dequantise(got, dtype), rounding.dequantise(wanted, dtype))
 
 
 def _codes() -> Iterator[Comparison]:
@@ -233,28 +228,17 @@ def _page_sum() -> Iterator[Comparison]:
 
 # forward.cpp composes what is checked here; it is called with whole decoders, which lie above this folder.
 CHECKS |= {
-    "adamw": _adamw,
-    "attention": _attention,
+    "adamw": _each(_adamw),
+    "attention": _each(_attention),
     "codes": _codes,
     "forward": tuple,
-    "gradient": _gradient,
-    "head": _head,
-    "layer": _layer,
-    "linear": _linear,
-    "logprob": _logprob,
-    "page_store": _page_store,
+    "gradient": _each(_gradient),
+    "head": _each(_head),
+    "layer": _each(_layer),
+    "linear": _each(_linear),
+    "logprob": _each(_logprob),
+    "page_store": _each(_page_store),
     "page_sum": _page_sum,
-    "quantise": _quantise,
+    "quantise": _each(_quantise),
     "sample": _sample,
 }
-
-
-def build_all() -> None:
-    """Compile every kernel now, side by side, so that the first run does not wait for them, and check them."""
-    if not load.available():
-        return
-    flags = load._unit(load.FLAGS)[1]
-    with ThreadPoolExecutor(env.num_cores()) as pool:
-        list(pool.map(lambda name: load._compiled(name, flags), load.names()))
-    for name in load.names():
-        load.library(name)

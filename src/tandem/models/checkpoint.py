@@ -375,11 +375,9 @@ def _package_file(source: str) -> Path:
 
 
 def _download(name: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError
-    except ImportError as error:
-        raise ModelError(f"{name} is no folder here, and huggingface_hub is not installed to fetch it.") from error
+    from huggingface_hub import snapshot_download  # transformers needs it: it is there
+    from huggingface_hub.errors import HfHubHTTPError
+
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES, etag_timeout=10))
     except (OSError, ValueError, HfHubHTTPError) as error:

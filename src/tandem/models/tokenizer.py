@@ -243,16 +243,15 @@ def load_tokenizer(folder: Path, stop_ids: Iterable[int] = (), vocab_size: int |
         except Exception as error:  # the tokenizers library raises Exception itself
             raise ModelError(f"{path} cannot be read: {error}. Copy or download the file again.") from error
         names = add_tokens(backend, folder, settings, whole)
-        beyond = vocab_size is not None and re.search(rf'":\s*(?:{_at_least(vocab_size)})(?!\d)', whole) is not None
     elif any((folder / name).is_file() for name in _SLOW_FILES):
         backend, names = _convert(folder, None)
-        beyond, settings = True, {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
     else:
         raise ModelError(
             f"{folder} has no tokeniser: none of tokenizer.json, {', '.join(_SLOW_FILES)}. "
             "Copy the tokeniser's files of the original model into the folder."
         )
-    _check_size(str(folder), backend, vocab_size, beyond)
+    _check_size(str(folder), backend, vocab_size)
     settings |= {name: token for name, token in names.items() if name.endswith("_token")}
     return Tokenizer(backend, settings, template, stop_ids, str(folder), names)
 
@@ -303,7 +302,7 @@ def load_gguf_tokenizer(file: GgufFile, stop_ids: Iterable[int] = (), vocab_size
                 f"{origin} has the control token {tokens[index]!r} with id {index}, but Transformers' reading of the "
                 "file splits it into pieces. Give the model's Hugging Face folder instead."
             )
-    _check_size(origin, backend, vocab_size, vocab_size is not None and len(tokens) > vocab_size)
+    _check_size(origin, backend, vocab_size)
     return Tokenizer(backend, settings, template, stop_ids, origin)
 
 
@@ -313,29 +312,11 @@ def _named_ids(fields: Fields, num_tokens: int) -> dict[str, int]:
     return {name: index for name, index in ids.items() if index is not None}
 
 
-def _at_least(number: int) -> str:
-    """A pattern for the whole numbers from `number` on.
-
-    >>> [bool(re.fullmatch(_at_least(305), str(one))) for one in (99, 304, 305, 310, 400, 1000)]
-    [False, False, True, True, True, True]
-    """
-    digits = str(number)
-    rises = [
-        rf"{digits[:place]}[{int(digit) + 1}-9]\d{{{len(digits) - place - 1}}}"
-        for place, digit in enumerate(digits)
-        if digit != "9"
-    ]
-    return "|".join([digits, *rises, rf"[1-9]\d{{{len(digits)},}}"])
-
-
-def _check_size(origin: str, backend: tokenizers.Tokenizer, vocab_size: int | None, suspect: bool) -> None:
-    """Refuse tokens that a model of `vocab_size` has no row for. `suspect`: others than added ones may be too many."""
+def _check_size(origin: str, backend: tokenizers.Tokenizer, vocab_size: int | None) -> None:
+    """Refuse tokens that a model of `vocab_size` has no row for."""
     if vocab_size is None:
         return
-    tokens = {index: token.content for index, token in backend.get_added_tokens_decoder().items()}
-    if suspect or backend.get_vocab_size() > vocab_size:
-        tokens |= {index: token for token, index in backend.get_vocab().items()}
-    beyond = sorted((index, token) for index, token in tokens.items() if index >= vocab_size)
+    beyond = sorted((index, token) for token, index in backend.get_vocab().items() if index >= vocab_size)
     if beyond:
         shown_ = ", ".join(f"{token!r} with id {index}" for index, token in beyond[:3])
         raise ModelError(

@@ -82,11 +82,6 @@ def uniform(word: ArrayLike) -> NDArray[np.float64]:
     return (np.asarray(word, dtype=np.uint32).astype(np.float64) + 0.5) * 2.0**-32
 
 
-def uniform_fp32(word: ArrayLike) -> NDArray[np.float32]:
-    """`uniform` rounded to fp32, and the 129 largest words (that would round to 1) to 1 - 2^-24."""
-    return np.minimum(uniform(word).astype(np.float32), np.float32(1 - 2.0**-24))
-
-
 def gumbel(word: ArrayLike) -> NDArray[np.float32]:
     """Standard Gumbel noise -log(-log u), evaluated in fp64 and rounded to fp32: in [GUMBEL_MIN, GUMBEL_MAX]."""
     return (-np.log(-np.log(uniform(word)))).astype(np.float32)

@@ -150,42 +150,39 @@ def _unit(wanted: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
         loaded = _load(target)
         loaded.matrix_unit.restype = ctypes.c_char_p
         unit = loaded.matrix_unit().decode()
-        passed, refusal = target.with_suffix(f".{unit}"), _refusal(target, flags) if unit == "amx" else ""
-        if passed.exists() and not refusal:
-            break
-        try:
-            if refusal:
-                raise KernelError(refusal)
+        passed, refusal = target.with_suffix(f".{unit}"), _refusal(flags) if unit == "amx" else ""
+        if not refusal and not passed.exists():
             from tandem.kernels.build import check
 
-            check.check_unit(loaded, unit)
-        except KernelError as error:
-            if unit != "amx":
-                raise
-            if not refusal:
-                _refuse(target, target, str(error))
-            warnings.warn(f"AMX is not used, AVX-512 is: {error}", TandemWarning, stacklevel=3)
-            continue
-        _write(passed, "")
-        break
-    if cost(unit):
-        _warn_slow(unit)
+            try:
+                check.check_unit(loaded, unit)
+            except KernelError as error:
+                if unit != "amx":
+                    raise
+                refusal = str(error)
+                _refuse(target, refusal)
+            else:
+                _write(passed, "")
+        if not refusal:
+            break
+        warnings.warn(f"AMX is not used, AVX-512 is: {refusal}", TandemWarning, stacklevel=3)
+    if slow := cost(unit):
+        warnings.warn(f"this processor has neither AMX nor AVX-512 BF16: {slow}.", TandemWarning, stacklevel=3)
     return unit, flags
 
 
-def _refuse(unit: Path, failed: Path, why: str) -> None:
-    """Remember beside the unit's library that AMX made the library `failed` compute wrong."""
-    _write(unit.with_suffix(".refused"), f"{failed.name}\n{why}")
+def _refuse(failed: Path, why: str) -> None:
+    """Remember that AMX made the library `failed` compute wrong."""
+    _write(failed.with_name(f"amx-{failed.stem}.refused"), why)
 
 
-def _refusal(unit: Path, flags: tuple[str, ...]) -> str:
+def _refusal(flags: tuple[str, ...]) -> str:
     """Why AMX was refused; "" where it was not, or where the library that failed has other sources now."""
-    try:
-        failed, _, why = unit.with_suffix(".refused").read_text(encoding="utf-8").partition("\n")
-    except OSError:
-        return ""
-    name = failed.partition("-")[0]
-    return why if name in names() and compiled_path(name, flags).name == failed else ""
+    for mark in _folder().glob("amx-*.refused"):
+        name = mark.name.split("-")[1]
+        if name in names() and mark.stem == f"amx-{compiled_path(name, flags).stem}":
+            return mark.read_text(encoding="utf-8")
+    return ""
 
 
 def _write(mark: Path, text: str) -> None:
@@ -247,7 +244,7 @@ def _check(name: str, unit: str, loaded: ctypes.CDLL) -> None:
     except KernelError as error:
         forget()
         if unit == "amx":
-            _refuse(compiled_path("unit", FLAGS), compiled_path(name, FLAGS), str(error))
+            _refuse(compiled_path(name, FLAGS), str(error))
             raise KernelError(f"{error} Or start again: AVX-512 then takes AMX's place.") from error
         raise
     finally:
@@ -262,11 +259,6 @@ def _warn_reference(why: str) -> None:
         TandemWarning,
         stacklevel=4,
     )
-
-
-@functools.cache
-def _warn_slow(unit: str) -> None:
-    warnings.warn(f"this processor has neither AMX nor AVX-512 BF16: {cost(unit)}.", TandemWarning, stacklevel=3)
 
 
 def cost(unit: str) -> str:

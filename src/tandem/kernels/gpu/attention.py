@@ -285,40 +285,20 @@ def attention(
     spans = _spans(paths, segment.shape[0] * kv_heads, reach, sinks) if decodes else 0
     sums = torch.empty(spans, 2, rows, heads, device=query_THD.device) if spans else lse_TH
     accumulators = torch.empty(spans, *query_THD.shape, device=query_THD.device) if spans else lse_TH
+    tensors = (query_THD, key_CKD, value_CKD, out_THD, lse_TH, sums, accumulators, lse_TH if scales is None else scales)
+    where = (paths.row_start_S, paths.first_position_S, paths.table_SP, segment, first_row)
+    strides = (row_stride(query_THD), row_stride(key_CKD), row_stride(value_CKD), paths.table_SP.stride(0))
+    numbers = (paths.page_tokens, rows, int(spans > 0), 1.0 / math.sqrt(size))
+    limits = (reach.window or 0, reach.chunk or 0, sinks if reach.window else 0, int(scales is not None))
+    blocks = (group_block, max(triton.next_power_of_2(size), 16), TILE, BLOCK, SPAN)
     attention_kernel[(segment.shape[0], kv_heads, max(spans, 1))](
-        query_THD,
-        key_CKD,
-        value_CKD,
-        out_THD,
-        lse_TH,
-        sums,
-        accumulators,
-        lse_TH if scales is None else scales,
-        paths.row_start_S,
-        paths.first_position_S,
-        paths.table_SP,
-        segment,
-        first_row,
-        row_stride(query_THD),
-        row_stride(key_CKD),
-        row_stride(value_CKD),
-        paths.table_SP.stride(0),
-        paths.page_tokens,
-        rows,
-        int(spans > 0),
-        1.0 / math.sqrt(size),
-        heads,
-        kv_heads,
-        size,
-        reach.window or 0,
-        reach.chunk or 0,
-        sinks if reach.window else 0,
-        int(scales is not None),
-        group_block,
-        max(triton.next_power_of_2(size), 16),
-        TILE,
-        BLOCK,
-        SPAN,
+        *tensors,
+        *where,
+        *strides,
+        *numbers,
+        *(heads, kv_heads, size),
+        *limits,
+        *blocks,
         num_warps=WARPS,
         num_stages=STAGES,
     )

@@ -267,21 +267,10 @@ def _walk(paths: Paths, tokens: int) -> _Walk:
     at = (np.arange(len(segment)) - (np.cumsum(blocks) - blocks)[segment]) * BLOCK
     slots = np.concatenate([row[:length] for row, length in zip(table, lengths, strict=True)]).astype(np.int64)
     laid = (*lay_tiles(starts, tokens), segment, at, (ends - lengths)[segment] + at)
-    tiles, rows, segments, starting, parts = (
-        torch.from_numpy(x.astype(np.int32)).to(paths.table_SP.device) for x in laid
-    )
-    shared = len(slots) != starts[-1]
-    _last = _Walk(
-        paths,
-        tiles,
-        rows,
-        segments,
-        starting,
-        parts,
-        torch.from_numpy(slots).to(paths.table_SP.device),
-        ends.tolist(),
-        shared,
-    )
+    place = paths.table_SP.device
+    tiles, rows, segments, starting, parts = (torch.from_numpy(x.astype(np.int32)).to(place) for x in laid)
+    shared, keys = len(slots) != starts[-1], torch.from_numpy(slots).to(place)
+    _last = _Walk(paths, tiles, rows, segments, starting, parts, keys, ends.tolist(), shared)
     return _last
 
 
@@ -310,18 +299,9 @@ def attention_backward(
     limits = (reach.window or 0, reach.chunk or 0)
     shape = (heads, kv_heads, size, *limits, group_block, max(triton.next_power_of_2(size), 16), TILE, BLOCK)
     given, options = (*qkv, dout_THD, lse_TH, delta_TH), {"num_warps": WARPS, "num_stages": STAGES}
+    tiles, query_strides = (walk.tile_segment, walk.tile_row), (*strides, row_stride(grads[0]))
     query_kernel[(len(walk.tile_segment), kv_heads)](
-        *given,
-        grads[0],
-        *where,
-        walk.tile_segment,
-        walk.tile_row,
-        *strides,
-        row_stride(grads[0]),
-        table_stride,
-        scale,
-        *shape,
-        **options,
+        *given, grads[0], *where, *tiles, *query_strides, table_stride, scale, *shape, **options
     )
     dkey, dvalue = (torch.empty(len(walk.slots), kv_heads, size, device=key.device) for _ in "kv")
     blocks = (walk.block_segment, walk.block_at, walk.block_part)
