@@ -197,6 +197,8 @@ def _circle(
 
 
 def _order(where: str, own: str, other: str) -> Iterator[str]:
+    if other not in ROW_OF and not other.startswith("__"):
+        yield f"{where}: imports {other} by the package's front door, which hides its module; name the module"
     if other not in ROW_OF or other == own:
         return
     base = ROWS[0]

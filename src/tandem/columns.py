@@ -27,6 +27,8 @@ class Column:
     meaning: str
     absent: Any = None  # a value; None: all parts have the column or none has
     absent_as: str = ""  # or the column whose values stand in
+    rows: bool = False  # the learner's forward pass has it at every row; else the loss has it at each trained token
+    ndim: int = 1  # 2: a token has several numbers, as many as all tokens of a batch have
 
 
 COLUMNS: Mapping[str, Column] = {
@@ -65,7 +67,7 @@ class Columns:
         for name, given in values.items():
             assert name in COLUMNS, f"{name} is no column; columns: {', '.join(COLUMNS)}"
             array = np.asarray(given, dtype=COLUMNS[name].dtype)
-            assert array.ndim == 1, f"{name} has shape {array.shape}"
+            assert array.ndim == COLUMNS[name].ndim, f"{name} has shape {array.shape}"
             made[name] = _frozen(array.view())
         lengths = {name: len(array) for name, array in made.items()}
         assert len(set(lengths.values())) <= 1, f"columns of different lengths: {lengths}"
@@ -75,16 +77,18 @@ class Columns:
     def concat(cls, parts: Sequence[Columns]) -> Columns:
         """One after another. A column that some parts lack is filled up as COLUMNS says."""
         names = [name for name in COLUMNS if any(name in part.arrays for part in parts)]
-        return cls({name: _frozen(np.concatenate([part._or_absent(name) for part in parts])) for name in names})
+        like = {name: next(part.arrays[name] for part in parts if name in part.arrays) for name in names}
+        whole = {name: np.concatenate([part._or_absent(name, like[name]) for part in parts]) for name in names}
+        return cls({name: _frozen(array) for name, array in whole.items()})
 
-    def _or_absent(self, name: str) -> Array:
+    def _or_absent(self, name: str, like: Array) -> Array:
         if name in self.arrays:
             return self.arrays[name]
         column = COLUMNS[name]
         if column.absent_as:
-            return self._or_absent(column.absent_as)
+            return self._or_absent(column.absent_as, like)
         assert column.absent is not None, f"some parts lack {name}, and nothing can stand for it"
-        return np.full(len(self), column.absent, dtype=column.dtype)
+        return np.full((len(self), *like.shape[1:]), column.absent, dtype=column.dtype)
 
     def slice(self, start: int, stop: int | None = None) -> Columns:
         """Tokens [start, stop)."""

@@ -295,6 +295,7 @@ class Microbatch:
     parent_S: Array  # the segment that it continues, before it; -1: none
     rows_N: Array  # the row whose output predicts the target
     predictions: Columns  # N: "tokens" are the targets, the others what the samples know of them
+    row_columns: Columns  # T: what the forward pass is told of each row; a shared row's is its first sample's
     members: Array  # of each sample: its index in what was packed
     sample_ids: tuple[str, ...]
     sample_tokens: Array  # predictions of each sample, in sample_ids order

@@ -15,7 +15,7 @@ import torch
 from tandem.cli import doctor
 from tandem.engine.config import EngineConfig
 from tandem.errors import KernelError, TandemWarning
-from tandem.kernels import choice
+from tandem.kernels import choice, selfcheck
 from tandem.kernels import sample as sampler
 from tandem.kernels.build import load, toolchain
 from tandem.kernels.page_sum import page_sums, page_sums_reference
@@ -46,8 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setattr(load, "FLAGS", ("-O1", *load.FLAGS[1:], "-w"))
         patch.setenv("TANDEM_CACHE", str(folder / "cache"))
         forget()
-        for name in LIBRARIES:
-            load.library(name)
+        selfcheck.build_all()  # as `make` does
         yield folder
     forget()
 

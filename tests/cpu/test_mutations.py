@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from tandem.train import step as learner
 from tandem.train.config import LearnerConfig
 from tandem.train.optimiser import Optimiser
 from tandem.types import Message, Prompt, Request, Sampling, WeightVersion
+from tests.samples import ended
 
 Patch = pytest.MonkeyPatch
 Check = Callable[[Any, Callable[..., Decoder]], None]
@@ -153,25 +155,25 @@ def filters(parity, make) -> None:
 
 
 class Plain:
-    """Renders nothing and grades nothing: prompts are token lists."""
+    """Renders nothing and grades nothing: prompts are token lists. An environment and its episodes in one."""
 
     stop_token_ids = ()
 
-    def prompt_tokens(self, messages: Sequence[Message], /) -> tuple[int, ...]:
+    def prompt_tokens(self, messages: Sequence[Message], tools=(), /) -> tuple[int, ...]:
         return tuple(int(word) for word in messages[0].content.split())
 
     def text(self, tokens: Sequence[int], /) -> str:
         return ""
 
-    def grade(self, conversations, until_s, /):
-        return [0.0 for _ in conversations]
+    def episode(self, prompt, until_s, /):
+        return SimpleNamespace(said=[], score=lambda: ended(0.0), close=lambda: None)
 
 
 def siblings(parity, make) -> None:
     """The samples of a prompt are draws of their own."""
     config = RolloutConfig(samples_per_prompt=4, max_new_tokens=16)
     prompt = Prompt("p", (Message("user", " ".join(map(str, texts(1, 20)[0]))),))
-    (group,) = Rollouts(Driver(parity.engine(make("float32"))), Plain(), Plain(), config, 0).run(1, [prompt])
+    (group,) = Rollouts(Driver(parity.engine(make("float32"))), Plain(), Plain(), config, 0).collect(1, [prompt])
     if len({trajectory.columns["tokens"].tobytes() for trajectory in group.trajectories}) < 4:
         raise parity.Differs("siblings drew the same tokens")
 

@@ -119,7 +119,7 @@ def model(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., N
         (["x", ""], "prompt 2 is '', which asks nothing"),
         ([["x"]], "prompt 1: the message 'x' is not"),
         ([[{"role": "user"}]], "prompt 1: the message {'role': 'user'} is not"),
-        ([[tandem.Message("user", 5)]], "content=5) is not"),
+        ([[tandem.Message("user", 5)]], "content=5, calls"),
         (["x", "a\ud800"], "prompt 2 holds \\ud800, half of a character, at 1"),
         ([[tandem.Message("\udfff", "x")]], "prompt 1 holds \\udfff"),
     ],

@@ -186,6 +186,23 @@ def test_a_callers_error_is_its_own() -> None:
         assert driver.call(lambda: list(engine.scheduler.live)).result(WAIT_S) == []
 
 
+def test_a_callback_that_exits_ends_the_thread_and_nobody_waits() -> None:
+    """sys.exit in on_tokens ends the engine's thread in silence: futures, and those of later requests, never end."""
+    engine, _ = make()
+
+    def leaves(drawn: object) -> None:
+        raise SystemExit(3)
+
+    driver = Driver(engine).start()
+    one, other = (driver.submit(request, leaves) for request in group("a", [1, 2], 2, 6, stop=()))
+    for future in (one, other):
+        with pytest.raises(EngineError, match="the engine's thread ended: SystemExit: 3"):
+            future.result(WAIT_S)
+    with pytest.raises(EngineError, match="SystemExit"):
+        driver.submit(*group("b", [1], 1, 1))
+    driver.close(0.0)
+
+
 @pytest.mark.parametrize("memory", [PagedMemory, Device])
 def test_a_step_that_fails_by_name_ends_what_it_ran(memory: type[PagedMemory]) -> None:
     """Weights that are not finite leave the futures of a step waiting, or no later request is served."""

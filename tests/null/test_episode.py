@@ -13,6 +13,8 @@ from tandem.algo.config import AlgoConfig
 from tandem.engine.driver import Driver
 from tandem.errors import ModelError
 from tandem.program.config import TaskConfig
+from tandem.program.environment import Fold
+from tandem.program.episode import checked_messages
 from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
@@ -189,3 +191,56 @@ def test_documented_episode(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="chat template leaves them out"):
         Rollouts(Driver(engine), Renderer(Letters()), pool, CONFIG, run_seed=1).collect(0, pool.batch(0, 1))
     pool.close()
+
+
+class Watched(Renderer):
+    """Refuses "n2" after an answer of "odd", as a template does that does not know a role; keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(Letters())
+        self.told: list[tuple[list[str], list[str]]] = []
+
+    def observation_tokens(self, completion, messages, before=None, tools=()):
+        self.told.append(([message.content for message in before], [message.content for message in messages]))
+        if messages[0].content == "n2" and before[-1].content == "n1" and "odd" in before[1].content:
+            raise ModelError("the chat template knows no such role")
+        return super().observation_tokens(completion, messages, before, tools)
+
+
+def test_an_observation_that_the_template_refuses_ends_its_own_program(pool: EnvironmentPool) -> None:
+    """What one environment says to one program ends the whole run, and the trajectories of the others are lost."""
+    odd = "Counts/train/0/0/1"
+    engine = FakeEngine(lambda request: spell("odd" if request.id == f"{odd}/0" else "a"))
+    first, second = Rollouts(Driver(engine), Watched(), pool, CONFIG, run_seed=1).collect(0, pool.batch(0, 2))
+    found = {t.program_id: t.failure for t in (*first.trajectories, *second.trajectories)}
+    assert found.pop(odd) == Failure("environment", "the chat template knows no such role")
+    assert len(found) == 5 and set(found.values()) == {None} and not engine.live
+
+
+def test_what_follows_a_fold_is_rendered_after_it(pool: EnvironmentPool) -> None:
+    """After a context started anew, observations are rendered as if nothing had been said, or after what was folded."""
+    engine = FakeEngine(lambda request: spell("fold" if request.id == "Counts/train/0/0/0/0" else "a"))
+    watched = Watched()
+    Rollouts(Driver(engine), watched, pool, CONFIG, run_seed=1).collect(0, pool.batch(0, 1))
+    assert (["seen 1"], ["n2"]) in watched.told and (["train0", "a", "n1"], ["n2"]) in watched.told
+    assert [told for told in watched.told if told[0][0] == "seen 1"] == [(["seen 1"], ["n2"])]
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ([Message(None, "x")], "has role None; text is needed"),
+        ([Message("user", 5)], "has content 5; text is needed"),
+        ([Message("tool", "4", call_id=7)], "has call_id 7"),
+        ([Message("assistant", "", calls=("add",))], "a tuple of tandem.types.ToolCall is needed"),
+        ([Message("user", "x", more={"content": "y"})], "has 'content' among its further keys"),
+        ([Message("user", "x", more={1: "y"})], "a dict with texts as keys"),
+        (Fold((Message("user", "\udfff"),)), "udfff"),
+        ([Message("user", "x")] * 1001, "1,001 messages; allowed are 1000"),
+        ([Message("user", "x" * (1 << 20)), Message("user", "y")], "1,048,577 characters; allowed are 1,048,576"),
+    ],
+)
+def test_messages_that_no_template_takes_are_named(value: object, says: str) -> None:
+    """A message of the wrong make reaches the template, which raises far from who wrote it, or lets it overwrite."""
+    with pytest.raises(ValueError, match=re.escape(says)):
+        checked_messages(value)

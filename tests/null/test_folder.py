@@ -17,8 +17,9 @@ import tandem.types
 from tandem.columns import Columns
 from tandem.errors import CheckpointError, ConfigError, RunFolderError, WorldError
 from tandem.report.metrics import read_metrics
+from tandem.rollout.trajectory import trajectory_rows
 from tandem.run import folder as folder_module
-from tandem.run.folder import RunFolder, check_new, latest_checkpoint, trajectory_rows
+from tandem.run.folder import RunFolder, check_new, latest_checkpoint
 from tandem.types import Failure, Group, Message, Prompt, StopReason, Trajectory
 
 SOURCE = str(Path(tandem.types.__file__).parents[1])

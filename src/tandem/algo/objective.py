@@ -72,6 +72,8 @@ class Objective(Protocol):
 
     temperature: float  # that logits are divided by: the policy that is trained is the one sampled from
     updates_per_step: int
+    samples: bool  # from rollouts of the engine; else from the solutions that the task writes
+    columns: frozenset[str]  # that a batch must bring; "reference_logprobs" among them asks for the first weights
 
     def begin(self) -> ObjectiveStep: ...
 
@@ -81,6 +83,8 @@ class NextToken:
 
     temperature = 1.0
     updates_per_step = 1
+    samples = False
+    columns = frozenset({"tokens", "loss_mask"})
 
     def begin(self) -> NextToken:
         return self
@@ -110,12 +114,17 @@ class PolicyGradient:
     `exact`: nothing is declared to differ between engine and learner, so a difference is an error.
     """
 
+    samples = True
+
     def __init__(
         self, algo: AlgoConfig, temperature: float, alarms: AlarmConfig | None = None, *, exact: bool = False
     ) -> None:
         self.algo = algo
         self.temperature = temperature
         self.updates_per_step = algo.updates_per_step
+        self.columns = frozenset({"tokens", "loss_mask", "logprobs", "advantages"})
+        if algo.needs_reference:
+            self.columns |= {"reference_logprobs"}
         self.alarms = alarms or AlarmConfig()
         self.exact = exact
         check_correctable(self.alarms, algo.correction)

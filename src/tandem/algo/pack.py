@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tandem.columns import Array, Columns, ranges
+from tandem.columns import COLUMNS, Array, Columns, ranges
 from tandem.types import Denominators, Microbatch, Sample
 
 CONTEXT = 3072  # positions whose attention costs what the products of a row do: 2 P / (4 H D layers), SmolLM2-135M
@@ -202,13 +202,17 @@ def _lay_out(batch: _Batch, blocks: Sequence[Sequence[int]]) -> dict[str, Any]:
     prefix_row_N, prefix_N, own_row_N = np.repeat(np.array(shared, dtype=np.int64), counts_B, axis=0).T
     position_N = predicted - np.repeat(batch.start_B[members_B], counts_B) - 1
     rows_N = np.where(position_N < prefix_N, prefix_row_N + position_N, own_row_N + position_N - prefix_N)
+    places_T = ranges(start_S, rows_S)
+    named = [name for name in batch.columns.arrays if COLUMNS[name].rows]
+    at_rows = Columns({name: batch.columns[name] for name in named})
     return {
-        "tokens_T": batch.columns["tokens"][ranges(start_S, rows_S)],
+        "tokens_T": batch.columns["tokens"][places_T],
+        "row_columns": at_rows.take(places_T),
         "segments_S": np.concatenate([[0], rows_S.cumsum()]).astype(np.int32),
         "first_S": first_S.astype(np.int32),
         "parent_S": parent_S.astype(np.int32),
         "rows_N": rows_N.astype(np.int32),
-        "predictions": batch.columns.without(*UNUSED).take(predicted),
+        "predictions": batch.columns.without(*UNUSED, *named).take(predicted),
         "sample_tokens": counts_B.astype(np.int32),
     }
 

@@ -170,6 +170,9 @@ class Driver:
                 self._turn()
             except Exception:  # noqa: BLE001 - recorded boundary: all who wait were told
                 return
+            except BaseException as error:  # noqa: BLE001 - recorded boundary: sys.exit in a callback ends the thread
+                self._end_all(EngineError(f"the engine's thread ended: {type(error).__name__}: {error}"))
+                return
 
     def _turn(self) -> None:
         """Applies what was asked, runs a step, and hands out what it gave."""

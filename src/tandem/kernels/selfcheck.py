@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from tandem import env
 from tandem.kernels import (
     adamw,
     attention,
@@ -30,6 +32,7 @@ from tandem.kernels import (
     sample,
     swiglu,
 )
+from tandem.kernels.build import load
 from tandem.kernels.build.check import CHECKS, Comparison, E, normal
 from tandem.kernels.sample import SamplingBatch
 from tandem.kernels.weight import Weight
@@ -242,3 +245,14 @@ CHECKS |= {
     "quantise": _each(_quantise),
     "sample": _sample,
 }
+
+
+def build_all() -> None:
+    """For `make`: compile every kernel now, side by side, so that the first run does not wait for them; check them."""
+    if not load.available():
+        return
+    flags = load._unit(load.FLAGS)[1]
+    with ThreadPoolExecutor(env.num_cores()) as pool:
+        list(pool.map(lambda name: load._compiled(name, flags), load.names()))
+    for name in load.names():
+        load.library(name)

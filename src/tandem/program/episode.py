@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tandem.program.config import half_character
 from tandem.program.environment import Environment, Episode, Fold
 from tandem.program.reward import clipped
-from tandem.types import Failure, Message, Prompt
+from tandem.types import Failure, Message, Prompt, ToolCall
 
 MAX_REWARD = 1e9  # squares of it, summed over a batch and over a model's weights, stay finite in fp32
+
+MAX_MESSAGES, MAX_CHARACTERS = 1000, 1 << 20  # of an observation: it is rendered while the engine waits
 
 Observed = tuple[Message, ...] | Fold | None
 
@@ -49,16 +51,41 @@ def checked_messages(value: Any) -> Observed:
     messages = value.messages if isinstance(value, Fold) else value
     if messages is None:
         return None
+    messages = messages if isinstance(messages, Message) else tuple(messages)
     if isinstance(messages, Message) or not all(isinstance(message, Message) for message in messages):
         raise TypeError(f"observe returned {clipped(messages)}; a list of tandem.types.Message or None is needed")
+    if len(messages) > MAX_MESSAGES:
+        raise ValueError(f"observe returned {len(messages):,} messages; allowed are {MAX_MESSAGES}")
     for message in messages:
-        if half := half_character(message.content):
-            raise ValueError(f"what observe returned {half}")
+        if wrong := fault(message):
+            raise ValueError(f"what observe returned {wrong}")
+    if (size := sum(len(message.content) for message in messages)) > MAX_CHARACTERS:
+        raise ValueError(f"observe returned {size:,} characters; allowed are {MAX_CHARACTERS:,}. Cut it")
     if isinstance(value, Fold):
         if not messages:
             raise ValueError("observe returned a Fold without messages; a context needs one")
         return Fold(tuple(messages))
     return tuple(messages) or None
+
+
+def fault(message: Message) -> str:
+    """What is wrong with a message, or "".
+
+    >>> fault(Message("user", "2 + 2")), fault(Message("tool", "4", call_id=7))
+    ('', 'has call_id 7; text is needed')
+    """
+    for name in ("role", "content", "call_id"):
+        if not isinstance(value := getattr(message, name), str):
+            return f"has {name} {clipped(value)}; text is needed"
+        if half := half_character(value):
+            return half
+    if not isinstance(message.calls, tuple) or not all(isinstance(call, ToolCall) for call in message.calls):
+        return f"has calls {clipped(message.calls)}; a tuple of tandem.types.ToolCall is needed"
+    if not isinstance(message.more, Mapping) or not all(isinstance(key, str) for key in message.more):
+        return f"has more {clipped(message.more)}; a dict with texts as keys is needed"
+    if taken := {"role", "content", "tool_calls", "tool_call_id"} & message.more.keys():
+        return f"has {min(taken)!r} among its further keys; give it as the message's own"
+    return ""
 
 
 def checked_reward(value: object) -> float | Failure:

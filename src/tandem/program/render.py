@@ -4,7 +4,7 @@ Re-rendering a conversation does not give back what was sampled: templates trim,
 in other pieces than the model wrote it. So a turn is never rendered again. What follows it is found by rendering two
 conversations that differ only in what the assistant said: the tokens that both end in are what the template puts after
 any assistant turn. Short made-up ones do where the template does not look at what came before; the first observation of
-each kind is found both ways, and where they differ the real conversation is used from then on.
+each kind and depth is found both ways, and where they differ the real conversation is used from then on.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ class Renderer:
         self.tokenizer = tokenizer
         self.plain = plain
         self.stop_token_ids = tuple(tokenizer.stop_token_ids)
-        self._made_up: dict[tuple[str, ...], bool] = {}  # by roles: whether what follows depends on them alone
+        self._made_up: dict[
+            tuple[int | str, ...], bool
+        ] = {}  # by messages before and roles: whether they are all it needs
 
     def prompt_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[int, ...]:
         """The messages as the model expects them, up to where it is to answer.
@@ -91,7 +93,7 @@ class Renderer:
         """
         asked: Sequence[Message] = _QUESTION
         if before is not None and not self.plain:
-            kind = ("tools" if tools else "", *(message.role for message in messages))
+            kind = (len(before), "tools" if tools else "", *(message.role for message in messages))
             if kind not in self._made_up:
                 real = self._after_answer(messages, True, before, tools)
                 self._made_up[kind] = real == self._after_answer(messages, True, _QUESTION, ())

@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, Literal, Protocol
 
 from tandem.engine.driver import GRACE_S, Driver
-from tandem.errors import CapacityError, EngineError
+from tandem.errors import CapacityError, EngineError, ModelError
 from tandem.numerics.random import derive_seed
 from tandem.program.environment import Fold
 from tandem.program.episode import Observed
@@ -54,6 +54,8 @@ class _Segment:
 
     start: tuple[int, ...]
     seed: int
+    messages: Sequence[Message]  # that `start` renders
+    begun: int = 0  # of what was said since the prompt: before it
     turns: list[Turn] = field(default_factory=list)
 
     @property
@@ -250,7 +252,7 @@ class _Step:
             for sibling in range(self.size):
                 seed = derive_seed(self.by.run_seed, self.step, prompt.id, sibling)
                 episode = self.by.environments.episode(prompt, self.until_s)
-                segments = [_Segment(tokens, seed)]
+                segments = [_Segment(tokens, seed, prompt.messages)]
                 yield _Program(f"{prompt.id}/{self.step}/{sibling}", place, prompt, episode, segments)
 
     def _submit(self, program: _Program) -> None:
@@ -286,23 +288,30 @@ class _Step:
         self._waits.ask(program, "reward", future)
 
     def _continue(self, program: _Program, observed: tuple[Message, ...] | Fold) -> None:
-        renderer, segment, prompt = self.by.renderer, program.segments[-1], program.prompt
-        if isinstance(observed, Fold):
-            number = len(program.segments)
-            start = renderer.prompt_tokens(observed.messages, prompt.tools)
-            program.segments.append(_Segment(start, derive_seed(segment.seed, number, prompt.id, 0)))
-        else:
-            completion = segment.turns[-1].completion
-            said = program.episode.said
-            before = (*prompt.messages, *said[: len(said) - len(observed) - 1]) if len(program.segments) == 1 else None
-            tokens = renderer.observation_tokens(completion.tokens, observed, before, prompt.tools)
-            segment.turns[-1] = Turn(completion, tokens)
+        try:
+            self._append(program, observed)
+        except ModelError as error:  # the template does not take what this environment said
+            self._end(program, Failure("environment", str(error)))
+            return
         try:
             self._submit(program)
         except CapacityError as error:  # the prompt did fit: this conversation has outgrown the engine
             if not program.turns:
                 program.segments.pop()
             self._end(program, Failure("engine", f"turn {program.requests} does not fit: {error}"))
+
+    def _append(self, program: _Program, observed: tuple[Message, ...] | Fold) -> None:
+        """Tokens of an observation, behind the last turn or as the start of a segment."""
+        renderer, segment, prompt = self.by.renderer, program.segments[-1], program.prompt
+        if isinstance(observed, Fold):
+            start = renderer.prompt_tokens(observed.messages, prompt.tools)
+            seed = derive_seed(segment.seed, len(program.segments), prompt.id, 0)
+            program.segments.append(_Segment(start, seed, tuple(observed.messages), len(program.episode.said)))
+            return
+        completion = segment.turns[-1].completion
+        said = program.episode.said[segment.begun : len(program.episode.said) - len(observed) - 1]
+        tokens = renderer.observation_tokens(completion.tokens, observed, (*segment.messages, *said), prompt.tools)
+        segment.turns[-1] = Turn(completion, tokens)
 
     def _end(self, program: _Program, outcome: float | Failure) -> None:
         program.outcome = outcome

@@ -17,7 +17,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,6 @@ from tandem.config import diff, dump, load
 from tandem.errors import CheckpointError, ConfigError, RunFolderError, WorldError, nearest
 from tandem.run.course import marked_best
 from tandem.run.lock import LOCK_NAME, FolderLock
-from tandem.types import Group, Trajectory
 
 C = TypeVar("C")
 
@@ -276,37 +275,6 @@ def saved_config(path: Path | str, kind: type[C]) -> C:
     path = Path(path)
     _check_run(path)
     return _load_saved(path, kind, _read_json(path / "config.json"))
-
-
-def trajectory_rows(groups: Iterable[Group], decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
-    """A row a trajectory for `write_trajectories`; `decode` turns token ids into text.
-
-    `text` is everything after the prompt, observations included.
-    """
-    rows = []
-    for group in groups:
-        for trajectory in group.trajectories:
-            row: dict[str, Any] = {
-                "program_id": trajectory.program_id,
-                "segment": trajectory.segment,
-                "prompt_id": trajectory.prompt_id,
-                "prompt": [message.row() for message in group.prompt.messages],
-                "answer": group.prompt.record.get("answer"),
-                "text": decode(trajectory.columns["tokens"][_first_sampled(trajectory) :].tolist()),
-                "reward": None if trajectory.failure else trajectory.reward,
-                "sampled_tokens": trajectory.num_sampled,
-                "stop_reason": trajectory.stop_reason.value if trajectory.stop_reason else None,
-                "failure": None,
-            }
-            if trajectory.failure:
-                row["failure"] = {"where": trajectory.failure.where, "reason": trajectory.failure.reason}
-            rows.append(row)
-    return rows
-
-
-def _first_sampled(trajectory: Trajectory) -> int:
-    mask = trajectory.columns["loss_mask"]
-    return int(mask.argmax()) if mask.any() else len(mask)
 
 
 def check_new(path: Path, *, make: bool = False, run: bool = True) -> None:

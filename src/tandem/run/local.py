@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from tandem.algo.advantage import Selection, samples_from_groups
 from tandem.algo.objective import NextToken, Objective, PolicyGradient
@@ -31,12 +31,13 @@ from tandem.program.pool import EnvironmentPool
 from tandem.rollout.evaluate import Evaluation, evaluate
 from tandem.rollout.group import RolloutSummary, summarise
 from tandem.rollout.rollout import Rollouts
+from tandem.rollout.trajectory import trajectory_rows
 from tandem.rollout.written import texts, written
 from tandem.run import outlet
 from tandem.run.clock import WallClock, started
-from tandem.run.config import RunConfig, check_training
+from tandem.run.config import Learned, RunConfig, check_training
 from tandem.run.course import Course, mark_best
-from tandem.run.folder import RunFolder, SavedCheckpoint, check_new, trajectory_rows
+from tandem.run.folder import RunFolder, SavedCheckpoint, check_new
 from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages, run_loop
 from tandem.run.parts import Parts, build_parts, plan_parts, resolve_source
@@ -57,6 +58,16 @@ SAVE_SHARE = 200  # a save by time waits for this many times what the last one t
 OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated")  # keys of a row
 SCHEDULED = ("cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages")  # of engine.stats, in a step's row
 DRAFTED = ("drafted_tokens", "accepted_tokens")
+
+
+# `objective` of a config -> what the learner is given.
+OBJECTIVES: Mapping[str, Callable[[RunConfig], Objective]] = {
+    "policy_gradient": lambda config: PolicyGradient(
+        config.algo, config.rollout.temperature, config.alarms, exact=is_exact(config)
+    ),
+    "next_token": lambda config: NextToken(),
+}
+assert {*OBJECTIVES} == {*get_args(Learned)}, f"run/config.py names {get_args(Learned)}, here: {[*OBJECTIVES]}"
 
 
 class Display(Protocol):
@@ -95,9 +106,7 @@ class Session:
         self.saved_s, self.save_took_s = time.monotonic(), 0.0
         self.clock = WallClock()
         self.row_started_s = self.clock.started_s
-        objective: Objective = NextToken()
-        if config.objective == "policy_gradient":
-            objective = PolicyGradient(config.algo, config.rollout.temperature, config.alarms, exact=is_exact(config))
+        objective = OBJECTIVES[config.objective](config)
         self.learner = Learner(
             parts.decoder,
             dataclasses.replace(config.learner, activation_checkpointing="on" if parts.memory.checkpointing else "off"),
@@ -115,8 +124,8 @@ class Session:
         }
         self.course = Course(config.evaluation)
         self.rollouts = Rollouts(Driver(parts.engine), parts.renderer, pool, config.rollout, config.seed, self.trace)
-        self.samples = config.objective == "policy_gradient"  # the engine does, and rewards and fates are theirs
-        self.reference = self._reference() if self.samples and config.algo.needs_reference else None
+        self.samples = objective.samples  # the engine does, and rewards and fates are theirs
+        self.reference = self._reference() if "reference_logprobs" in objective.columns else None
 
     def _reference(self) -> Decoder:
         source = open_checkpoint(resolve_source(self.config.model.source))
@@ -165,15 +174,13 @@ class Session:
 
     def score(self, batch: Selection) -> Selection:
         """The batch under the reference policy, and under the weights that sampled it where those are older."""
-        if not self.samples:  # texts, which no policy drew
-            return batch
         samples, given = batch.samples, (self.config.learner.microbatch_tokens, self.config.rollout.temperature)
         publisher = self.parts.publisher
         assert publisher.version is not None
         with self.trace.span("learner"):
             if self.reference is not None:
                 samples = with_logprobs("reference_logprobs", self.reference, samples, batch.prompts, *given)
-            if versions_of(samples) - {publisher.version.step}:
+            if self.samples and versions_of(samples) - {publisher.version.step}:  # texts were drawn by no version
                 samples = with_sources(publisher.sources(), samples, batch.prompts, *given)
         return dataclasses.replace(batch, samples=samples)
 

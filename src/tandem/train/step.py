@@ -11,7 +11,7 @@ from tandem.algo.loss import LossResult
 from tandem.algo.objective import Measured, Objective, ObjectiveStep
 from tandem.algo.pack import PromptTotal, canonical, pack, split_updates
 from tandem.algo.tensors import to_tensors
-from tandem.errors import NonFiniteError
+from tandem.errors import ConfigError, NonFiniteError
 from tandem.models.decoder import Decoder
 from tandem.trace import Trace
 from tandem.train.config import LearnerConfig
@@ -115,6 +115,12 @@ class Learner:
         by, objective = self.objective.begin(), self.objective
         if not samples:
             return None
+        for sample in samples:
+            if lacking := sorted(objective.columns - sample.columns.arrays.keys()):
+                raise ConfigError(
+                    f"{type(objective).__name__} learns from what sample {sample.id} lacks: {', '.join(lacking)}. "
+                    "Put them in where the samples are made (Columns.having)."
+                )
         budget = self.config.microbatch_tokens
 
         def scored(name: str) -> tuple[Sample, ...]:
