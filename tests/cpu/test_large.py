@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.kernels import large as module
-from tandem.kernels.large import LEAST_BYTES, give_back, large
+from tandem.kernels.large import LEAST_BYTES, large, release_memory
 from tandem.plan.memory import resident_bytes
 
 
@@ -31,7 +31,7 @@ def test_tensors_do_not_overlap(dtype: torch.dtype) -> None:
 def test_what_is_given_back_is_zero_and_nothing_else(drawn: list[tuple[int, bool]]) -> None:
     """A neighbour that loses its beginning, or a tensor whose ends keep what they held."""
     made = [large(size, dtype=torch.uint8).fill_(7) for size, _ in drawn]
-    give_back(tensor for tensor, (_, given_) in zip(made, drawn, strict=True) if given_)
+    release_memory(tensor for tensor, (_, given_) in zip(made, drawn, strict=True) if given_)
     for tensor, (_, given_) in zip(made, drawn, strict=True):
         assert bool((tensor == (0 if given_ else 7)).all())
 
@@ -41,7 +41,7 @@ def test_given_back_is_free() -> None:
     """Gradients and pages that stay with the process while the other side works."""
     made = [large(24 << 20, dtype=torch.uint8).fill_(1) for _ in range(4)]
     before = resident_bytes()
-    give_back(made)
+    release_memory(made)
     assert before - resident_bytes() > 90 << 20
     assert all(bool((tensor == 0).all()) for tensor in made)
 

@@ -82,7 +82,7 @@ asked = [
 parts.engine.generate(asked)
 seen = {"generate": (alone, peak_bytes())}
 before = resident_bytes()
-parts.engine.give_back()
+parts.engine.release_memory()
 given_back = {"pages": (32 << 20, before - resident_bytes())}
 mask = tuple(t >= 224 for t in range(256))
 signs = tuple(float(m) * (1 - 2 * (t % 2)) for t, m in enumerate(mask))
@@ -221,7 +221,7 @@ def test_what_an_engine_gave_back_is_not_found_again(make_decoder: Callable[...,
     asked = [Request(f"r/{i}", "r", prompt, Sampling(max_new_tokens=12), seed=i) for i in range(6)]
     first = engine.generate(asked)
     assert engine.scheduler.pool.cached
-    engine.give_back()
+    engine.release_memory()
     engine.check_integrity()
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_pages and not len(engine.scheduler.index)
     found = engine.stats.cached_tokens
@@ -231,7 +231,7 @@ def test_what_an_engine_gave_back_is_not_found_again(make_decoder: Callable[...,
     assert engine.stats.cached_tokens == 2 * found and again[0].cached_tokens == 0
     engine.submit(asked[0])
     with pytest.raises(AssertionError, match="1 requests are live"):
-        engine.give_back()
+        engine.release_memory()
 
 
 def test_a_plan_knows_the_least_request(model: Path) -> None:

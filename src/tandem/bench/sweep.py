@@ -37,7 +37,7 @@ class _Stub:
 
         return Sampled([0] * batch.num_draws, {"logprobs": [-1.0] * batch.num_draws})
 
-    def give_back(self) -> None:
+    def release_memory(self) -> None:
         """Holds no pages."""
 
 

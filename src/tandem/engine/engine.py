@@ -49,7 +49,7 @@ class Runner(Protocol):
 
     def run(self, batch: Batch) -> Sampled: ...
 
-    def give_back(self) -> None:
+    def release_memory(self) -> None:
         """What pages hold is lost, and their memory with it where the device can do so."""
 
 
@@ -167,11 +167,11 @@ class Engine:
         self._land()
         self.scheduler.receive(version)
 
-    def give_back(self) -> None:
+    def release_memory(self) -> None:
         """Between phases, with nothing live: the memory of all pages is the system's until they are written again."""
         self._land()
         self.scheduler.empty()
-        self.runner.give_back()
+        self.runner.release_memory()
 
     def step(self) -> list[Completion]:
         """Runs one batch; returns the requests that ended. If the runner raises, the step may be tried again.

@@ -15,7 +15,7 @@ from tandem.engine.rows import Here, StepRows, changed, sampling_of
 from tandem.errors import NonFiniteError
 from tandem.kernels.choice import backend
 from tandem.kernels.head import draw
-from tandem.kernels.large import give_back
+from tandem.kernels.large import release_memory
 from tandem.kernels.page_pool import KvPool
 from tandem.kernels.page_sum import page_sums
 from tandem.kernels.paths import Paths
@@ -117,10 +117,10 @@ class DecoderRunner:
         """See `Runner`; None where the device is the host."""
         return self.device_steps.start if self.device_steps is not None else None
 
-    def give_back(self) -> None:
+    def release_memory(self) -> None:
         """What the pages hold is lost; on the host their memory is the system's until they are written again."""
         if self.decoder.device.type == "cpu":
-            give_back(self._page_tensors)
+            release_memory(self._page_tensors)
 
     def _check_pages(self, batch: Batch) -> None:
         """Sum the pages that got a name; DeliveryError where a page that is shared again is not what was named."""

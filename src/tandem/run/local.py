@@ -170,7 +170,7 @@ class Session:
     def rest(self) -> None:
         """The engine's memory is the learner's from here on; fails where a request is live."""
         with self.trace.span("learner"):
-            self.parts.engine.give_back()
+            self.parts.engine.release_memory()
 
     def score(self, batch: Selection) -> Selection:
         """The batch under the reference policy, and under the weights that sampled it where those are older."""
@@ -204,7 +204,7 @@ class Session:
             driver = Driver(self.parts.exact_engine)
             result, _ = evaluate(driver, self.parts.renderer, self.pool, prompts, self.config.rollout, step=step)
             if self.parts.exact_engine is not self.parts.engine:
-                self.parts.exact_engine.give_back()
+                self.parts.exact_engine.release_memory()
         return dataclasses.asdict(result)
 
     def record(
@@ -282,7 +282,7 @@ class Session:
     def save(self, step: int, version: WeightVersion) -> None:
         """A checkpoint after `step`."""
         started_s = time.monotonic()
-        self.parts.engine.give_back()
+        self.parts.engine.release_memory()
         with self.trace.span("checkpoint"), self.folder.checkpoint(step) as directory:
             parts = {name: part.state() for name, part in self.saved_parts.items()}
             state = RunState(step, self.learner.optimiser.updates, version.digest, parts)

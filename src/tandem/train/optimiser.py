@@ -13,7 +13,7 @@ import torch
 from tandem import env
 from tandem.errors import CheckpointError
 from tandem.kernels.adamw import Hyper, adamw, grad_norm
-from tandem.kernels.large import give_back, large
+from tandem.kernels.large import large, release_memory
 from tandem.kernels.weight import Weight
 from tandem.models.decoder import Decoder
 from tandem.train.config import SLICE, LearnerConfig
@@ -61,7 +61,7 @@ class Optimiser:
             yield name, weight, weight.grad
 
     def zero_grad(self) -> None:
-        give_back(grad for _, _, grad in self._weights())
+        release_memory(grad for _, _, grad in self._weights())
 
     def grad_norm(self) -> float:
         """Euclidean norm of all gradients; not finite where one of them is not."""
