@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 
 import tandem.types
-from tandem.columns import Columns
+from tandem.config import override
 from tandem.errors import CheckpointError, ConfigError, RunFolderError, WorldError
+from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.report.metrics import read_metrics
-from tandem.rollout.trajectory import trajectory_rows
 from tandem.run import folder as folder_module
 from tandem.run.folder import RunFolder, check_new, latest_checkpoint
-from tandem.types import Failure, Group, Message, Prompt, StopReason, Trajectory
 
 SOURCE = str(Path(tandem.types.__file__).parents[1])
 
@@ -157,6 +156,17 @@ def test_create_refuses_a_run_and_any_other_files(tmp_path):
             check_new(taken)
     check_new(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+def test_resume_takes_what_changes_no_token(tmp_path):
+    """A run that is to go on with more workers, or with drafts, is refused; or one under another seed is taken."""
+    config = tiny_arithmetic()
+    RunFolder.create(tmp_path / "run", config).close()
+    for settings in ({"task.workers": "2"}, {"engine.draft_tokens": "3"}, {"steps": "1600"}):
+        config = override(config, settings)
+        RunFolder.open(tmp_path / "run", config).close()
+    with pytest.raises(RunFolderError, match="seed: 0 -> 1"):
+        RunFolder.open(tmp_path / "run", override(config, {"seed": "1"}))
 
 
 def test_resume_shows_how_the_config_differs(tmp_path):
@@ -476,19 +486,3 @@ def test_a_crash_at_any_rename_leaves_a_whole_checkpoint(tmp_path, monkeypatch, 
             assert (found.step, text) in {(2, "old"), (2, "new"), (3, "newest")}
             assert (found.path / "optimiser" / "state").read_text() == f"{text} {found.step}"
         assert not [entry for entry in (path / "checkpoints").iterdir() if entry.name.startswith(".")]
-
-
-def test_trajectory_rows_decode_what_was_sampled():
-    """The prompt shown as the model's answer, or a failure with a reward of zero."""
-    prompt = Prompt("p", (Message("user", "1 + 2?"),), {"answer": "3"})
-    said = Columns.of(tokens=(9, 8, 51, 7, 52), loss_mask=(False, False, True, False, True))
-    good = Trajectory("p/0", "p", said, reward=1.0, stop_reason=StopReason.STOP_TOKEN)
-    nothing = Columns.of(tokens=(9, 8), loss_mask=(False, False))
-    bad = Trajectory("p/1", "p", nothing, failure=Failure("reward", "nan"))
-    plain, failed = trajectory_rows([Group(prompt, (good, bad))], lambda ids: "".join(chr(i) for i in ids))
-    assert plain == {
-        "program_id": "p/0", "segment": 0, "prompt_id": "p", "prompt": [{"role": "user", "content": "1 + 2?"}],
-        "answer": "3",
-        "text": "3\x074", "reward": 1.0, "sampled_tokens": 2, "stop_reason": "stop_token", "failure": None,
-    }  # fmt: skip
-    assert (failed["reward"], failed["text"], failed["failure"]) == (None, "", {"where": "reward", "reason": "nan"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import count
 
 import pytest
@@ -12,8 +13,8 @@ from scipy.stats import binomtest
 from tandem.columns import Columns
 from tandem.rollout.evaluate import wilson_interval
 from tandem.rollout.group import summarise
-from tandem.rollout.trajectory import flatten
-from tandem.types import Completion, Failure, Group, Prompt, StopReason, Trajectory, Turn
+from tandem.rollout.trajectory import flatten, trajectory_rows
+from tandem.types import Completion, Failure, Group, Message, Prompt, StopReason, Trajectory, Turn
 from tests.samples import column
 
 PROGRAMS = count()
@@ -105,3 +106,22 @@ def test_wilson_against_scipy(trials: int, share: float) -> None:
 def test_wilson_without_trials() -> None:
     """An evaluation in which nothing could be graded divides by zero or claims an accuracy."""
     assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def test_trajectory_rows_decode_what_was_sampled():
+    """The prompt shown as the model's answer, or a failure with a reward of zero."""
+    prompt = Prompt("p", (Message("user", "1 + 2?"),), {"answer": "3"})
+    said = Columns.of(tokens=(9, 8, 51, 7, 52), loss_mask=(False, False, True, False, True))
+    good = Trajectory("p/0", "p", said, reward=1.0, stop_reason=StopReason.STOP_TOKEN)
+    nothing = Columns.of(tokens=(9, 8), loss_mask=(False, False))
+    bad = Trajectory("p/1", "p", nothing, failure=Failure("reward", "nan"))
+    plain, failed = trajectory_rows([Group(prompt, (good, bad))], lambda ids: "".join(chr(i) for i in ids))
+    assert plain == {
+        "program_id": "p/0", "segment": 0, "prompt_id": "p", "prompt": [{"role": "user", "content": "1 + 2?"}],
+        "answer": "3",
+        "text": "3\x074", "reward": 1.0, "sampled_tokens": 2, "stop_reason": "stop_token", "failure": None,
+    }  # fmt: skip
+    assert (failed["reward"], failed["text"], failed["failure"]) == (None, "", {"where": "reward", "reason": "nan"})
+    folded = dataclasses.replace(good, segment=1)
+    (row,) = trajectory_rows([Group(prompt, (folded,))], lambda ids: "".join(chr(i) for i in ids))
+    assert (row["segment"], row["context"], row["text"]) == (1, "\t\x08", "3\x074")

@@ -33,6 +33,10 @@ from tandem.run.lock import LOCK_NAME, FolderLock
 
 C = TypeVar("C")
 
+# Of a resumed run's config: how far it goes, what is shown, and what changes no token, reward or weight.
+_TARGETS, _BIT_FOR_BIT = ("evaluation.stop_accuracy", "evaluation.stop_reward"), ("task.workers", "engine.draft_tokens")
+MAY_DIFFER = ("steps", "alarms", "track", *_TARGETS, *_BIT_FOR_BIT)
+
 _STEP = re.compile(r"step-(\d+)")
 _ASIDE = re.compile(r"\.step-(\d+)\.(partial|replaced|pruned)")
 
@@ -93,7 +97,7 @@ class RunFolder:
         cls,
         path: Path | str,
         config: Any = None,
-        may_differ: Iterable[str] = ("steps", "alarms", "track", "evaluation.stop_accuracy", "evaluation.stop_reward"),
+        may_differ: Iterable[str] = MAY_DIFFER,
         keep: int | None = 2,
     ) -> RunFolder:
         """Continue the run in `path`: cleans what a crash left, checks `config` where one is given.
