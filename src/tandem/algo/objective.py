@@ -21,6 +21,8 @@ from tandem.algo.drift import Drift, Observations, join, measure
 from tandem.algo.loss import LossResult, policy_loss, summarise
 from tandem.algo.tensors import MicrobatchTensors
 from tandem.errors import AlarmError, ParityError
+from tandem.kernels.linear import linear
+from tandem.kernels.weight import Weight
 from tandem.types import Sample
 
 Score = Callable[[str], tuple[Sample, ...]]  # column -> the step's samples with it, by the learner's present weights
@@ -40,6 +42,20 @@ class Measured:
     alarms: tuple[Alarm, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Outputs:
+    """What the learner's forward pass gives of a microbatch's N trained tokens."""
+
+    logprobs_N: torch.Tensor  # nats, at the objective's temperature, among the tokens that the sampler had kept
+    entropy_N: torch.Tensor  # of the same distribution; has no gradient
+    hidden_NM: torch.Tensor  # normed, what the head reads
+    head: Weight
+
+    def logits(self) -> torch.Tensor:
+        """[N, V] in the compute dtype, differentiable, for losses over whole distributions: another product."""
+        return linear(self.hidden_NM, self.head)
+
+
 class ObjectiveStep(Protocol):
     """An objective in one step of the learner."""
 
@@ -47,8 +63,8 @@ class ObjectiveStep(Protocol):
         """The samples with every column that the loss reads."""
         ...
 
-    def loss(self, logprobs_N: torch.Tensor, batch: MicrobatchTensors, entropy_N: torch.Tensor) -> LossResult:
-        """A microbatch's share of the batch's loss. Log-probs are the learner's, nats; the entropy has no gradient."""
+    def loss(self, outputs: Outputs, batch: MicrobatchTensors) -> LossResult:
+        """A microbatch's share of the batch's loss. Its sums need "loss" and "tokens"."""
         ...
 
     def observe(
@@ -92,11 +108,11 @@ class NextToken:
     def prepare(self, samples: tuple[Sample, ...], score: Score) -> tuple[Sample, ...]:
         return samples
 
-    def loss(self, logprobs_N: torch.Tensor, batch: MicrobatchTensors, entropy_N: torch.Tensor) -> LossResult:
+    def loss(self, outputs: Outputs, batch: MicrobatchTensors) -> LossResult:
         """-sum log p / tokens of the whole batch."""
-        loss = -logprobs_N.double().sum() / batch.denominators.tokens
-        tokens = torch.ones_like(loss, requires_grad=False) * len(logprobs_N)
-        sums = {"loss": loss.detach(), "tokens": tokens, "entropy": entropy_N.detach().double().sum()}
+        loss = -outputs.logprobs_N.double().sum() / batch.denominators.tokens
+        tokens = torch.ones_like(loss, requires_grad=False) * len(outputs.logprobs_N)
+        sums = {"loss": loss.detach(), "tokens": tokens, "entropy": outputs.entropy_N.detach().double().sum()}
         return LossResult(loss, sums, {}, None)
 
     def observe(self, *given: Any) -> None: ...
@@ -149,8 +165,8 @@ class PolicyStep:
             return score("proximal_logprobs")
         return samples
 
-    def loss(self, logprobs_N: torch.Tensor, batch: MicrobatchTensors, entropy_N: torch.Tensor) -> LossResult:
-        return policy_loss(self.algo, logprobs_N, batch, entropy_N, self.correction)
+    def loss(self, outputs: Outputs, batch: MicrobatchTensors) -> LossResult:
+        return policy_loss(self.algo, outputs.logprobs_N, batch, outputs.entropy_N, self.correction)
 
     def observe(
         self, logprobs_N: torch.Tensor, batch: MicrobatchTensors, result: LossResult, sample_ids: tuple[str, ...]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
+from tandem.algo.objective import Outputs
 from tandem.algo.pack import PromptTotal, pack
 from tandem.algo.tensors import MicrobatchTensors, to_tensors
 from tandem.kernels.address import check_range
@@ -23,21 +24,22 @@ def forward(
     tensors: MicrobatchTensors,
     temperature: float,
     checkpointing: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs and entropies [N] of a microbatch's targets, among the tokens that the sampler had kept."""
+) -> Outputs:
+    """Of a microbatch's targets."""
     for what, ids in (("tokens", microbatch.tokens_T), ("targets", microbatch.predictions["tokens"])):
         # a device would read beyond
         check_range(torch.tensor(ids), decoder.spec.vocab_size, f"{what} of {', '.join(microbatch.sample_ids)}:")
     view = PackView(microbatch.segments_S, microbatch.first_S, microbatch.parent_S, decoder.device)
     hidden_NM = decoder.forward(tensors.tokens_T, view, tensors.rows_N, checkpointing=checkpointing)
     kept = None if tensors.kept_N is None else tensors.kept_N.tolist()
-    return token_logprobs(hidden_NM, decoder.head, tensors.targets_N, temperature, kept=kept)
+    logprobs_N, entropy_N = token_logprobs(hidden_NM, decoder.head, tensors.targets_N, temperature, kept=kept)
+    return Outputs(logprobs_N, entropy_N, hidden_NM, decoder.head)
 
 
 def score(decoder: Decoder, microbatch: Microbatch, temperature: float) -> torch.Tensor:
     """Log-probs [N] of a microbatch's targets, without gradients."""
     with torch.no_grad():
-        return forward(decoder, microbatch, to_tensors(microbatch, decoder.device), temperature)[0]
+        return forward(decoder, microbatch, to_tensors(microbatch, decoder.device), temperature).logprobs_N
 
 
 def with_logprobs(

@@ -69,9 +69,10 @@ class Learner:
     def _backward(self, microbatch: Microbatch, by: ObjectiveStep) -> tuple[LossResult, Any]:
         checkpointing = self.config.activation_checkpointing == "on"
         batch = to_tensors(microbatch, self.decoder.device)
-        logprobs_N, entropy_N = forward(self.decoder, microbatch, batch, self.objective.temperature, checkpointing)
+        outputs = forward(self.decoder, microbatch, batch, self.objective.temperature, checkpointing)
+        logprobs_N = outputs.logprobs_N
         logprobs_N.retain_grad()
-        result = by.loss(logprobs_N, batch, entropy_N)
+        result = by.loss(outputs, batch)
         value = float(result.loss.detach())
         if not bool(logprobs_N.isfinite().all()):
             value = math.nan  # which a mask can hide
