@@ -24,8 +24,7 @@ The rules, all of them:
   expected to take soon (engine/admit.py). Alone it always starts.
 * A prompt's full blocks are taken from the prefix index as far as all groups have what the rest sees. A block that a
   running sequence is about to compute is *promised*; a waiting request whose next block is promised waits for it. A
-  promise ends when the block is indexed, or when its maker stops or is preempted, or when the weights change; it cannot
-  outlive its maker.
+  promise ends when the block is indexed, its maker stops or is preempted, or the weights change.
 * The last token of a context is always run, for its logits. So siblings share floor((prompt - 1) / page_tokens) blocks;
   what lies between is promised like a block, and copied from a sibling that ran it and still runs (engine/tails.py).
 * A sequence is *pure* while all its keys and values come from the current weights. Only pure sequences index blocks.

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from tandem.errors import TaskError, nearest
 from tandem.program.config import PLACE, TaskConfig, half_character
 from tandem.program.environment import Environment
+from tandem.program.episode import fault
 from tandem.program.reward import clipped, extract_answer, last_number_in, math_verify, one_number, refusal
 from tandem.program.worked import worked
 from tandem.types import Message, Prompt
@@ -128,8 +129,8 @@ class DrawnPrompts:
                 "it must return a tandem.types.Prompt with at least one message"
             )
         for message in prompt.messages:
-            if half := half_character(message.content):
-                raise TaskError(f"task {self.config.label}: prompt {index} of {split!r} {half}")
+            if wrong := fault(message):
+                raise TaskError(f"task {self.config.label}: prompt {index} of {split!r} {wrong}")
         if not _is_plain(dict(prompt.record)):
             name, value = next((name, value) for name, value in prompt.record.items() if not _is_plain({name: value}))
             raise TaskError(
