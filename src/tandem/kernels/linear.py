@@ -117,10 +117,16 @@ def _own_forward(
 def linear(
     x_TK: torch.Tensor, weight: Weight, bias: Weight | None = None, residual_TN: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x W^T + bias + residual: [T, N] in x's dtype. Differentiable; the weight's gradient goes to `weight.grad`."""
-    if torch.is_grad_enabled() and x_TK.requires_grad:
-        return _Linear.apply(x_TK, weight, bias, residual_TN)
-    return _forward(x_TK, weight, bias, residual_TN)
+    """x W^T + bias + residual: [T, N] in x's dtype. Differentiable; the weight's gradient goes to `weight.grad`.
+
+    An adapter's product is added to what is then rounded, as another residual.
+    """
+    forward = _Linear.apply if torch.is_grad_enabled() and x_TK.requires_grad else _forward
+    out_TN = forward(x_TK, weight, bias, residual_TN)
+    if weight.adapter is None:
+        return out_TN
+    down_TR = linear(x_TK, weight.adapter.down) * weight.adapter.scale
+    return linear(down_TR, weight.adapter.up, None, out_TN)
 
 
 def logits(x_TM: torch.Tensor, weight: Weight) -> torch.Tensor:

@@ -77,8 +77,21 @@ class _Down(torch.autograd.Function):
         return dgate_up_TF, None, dy_TM
 
 
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up_TF):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(gate_up_TF)
+        return swiglu(gate_up_TF)
+
+    @staticmethod
+    def backward(ctx, dact_TF):  # type: ignore[no-untyped-def]
+        return _backward(dact_TF.contiguous(), *ctx.saved_tensors)[0]
+
+
 def swiglu_down(gate_up_TF: torch.Tensor, weight: Weight, residual_TM: torch.Tensor) -> torch.Tensor:
     """The second half of the feed-forward layer with its residual: [T, 2F] -> [T, M]. Differentiable."""
-    if torch.is_grad_enabled() and gate_up_TF.requires_grad:
+    if not (torch.is_grad_enabled() and gate_up_TF.requires_grad):
+        return linear(swiglu(gate_up_TF), weight, None, residual_TM)
+    if weight.adapter is None:
         return _Down.apply(gate_up_TF, weight, residual_TM)
-    return linear(swiglu(gate_up_TF), weight, None, residual_TM)
+    return linear(_SwiGLU.apply(gate_up_TF), weight, None, residual_TM)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from tandem.kernels.address import address
@@ -38,22 +40,34 @@ def matrix_addresses(weight: Weight) -> tuple[int | None, int | None]:
     return address(weight.packed, dtype, packed_size(rows, padded(depth, dtype))), None
 
 
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A matrix's low-rank addition, x W^T + (scale x down^T) up^T, each product rounded once (Hu et al., 2106.09685).
+
+    down: [R, K]; up: [N, R]. Their gradients are their own.
+    """
+
+    down: Weight
+    up: Weight
+    scale: float
+
+
 class Weight:
     """`value` in the compute dtype; `packed` for the matrix product; `grad` in fp32, summed over microbatches.
 
     Matrices are [out, in]. The packed form is derived: `repack` follows every change of `value`. A matrix that is only
     served may be `codes` in place of `packed`, or `serve`; its `value` then has a shape and no memory, unless rows are
-    looked up. Where an adapter goes: a field here (down, up, scale), added by `linear` and `swiglu_down` and refused by
-    `fits` of models/fused.py. A shard is a weight of fewer rows or columns (models/parts.py: Slot).
+    looked up. A shard is a weight of fewer rows or columns (`Slot.shard`).
     """
 
-    __slots__ = ("codes", "grad", "library", "packed", "value")
+    __slots__ = ("adapter", "codes", "grad", "library", "packed", "value")
 
     def __init__(self, value: torch.Tensor, *, matrix: bool) -> None:
         self.value = value.contiguous()
         self.packed: torch.Tensor | None = None
         self.codes: Codes | None = None
-        self.grad: torch.Tensor | None = None
+        self.grad: torch.Tensor | None = None  # None: frozen
+        self.adapter: Adapter | None = None  # added by `linear` and `swiglu_down`
         self.library = False  # multiply by torch's library where that is faster, see library.py; not batch-invariant
         if matrix and backend(value) == "cpp" and kernel("linear", "pack_weight", value.dtype, "ppii") is not None:
             self.packed = panels(self.value)

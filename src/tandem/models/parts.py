@@ -7,12 +7,17 @@ formats are read and checked by it, and memory and work are counted from it. No 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from tandem.errors import ModelError
 
 if TYPE_CHECKING:
+    import torch
+
     from tandem.models.spec import ModelSpec
 
+Split = Literal["rows", "columns"] | None
 SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3": 1, "int8": 1}  # bytes of a number
 
 
@@ -29,15 +34,15 @@ class Stored:
 class Slot:
     """A weight of a part: the tensors that lie in it, one below the other, all of one width.
 
-    Where a shard goes: which `rows` (qkv, gate_up) or `columns` (out, down) a rank has, of each stored tensor alike.
-
-    >>> Slot("down", (Stored("mlp.down_proj.weight", "ffn_down.weight", 8),), 16).shape
-    (8, 16)
+    >>> slot = Slot("down", (Stored("mlp.down_proj.weight", "ffn_down.weight", 8),), 16, "columns")
+    >>> slot.shape, slot.shard(2).shape
+    ((8, 16), (8, 8))
     """
 
     name: str  # the part's own
     stored: tuple[Stored, ...]
     columns: int | None = None  # inputs of a matrix, [out, in]; None: a vector
+    split: Split = None  # what ranks of a tensor-parallel group divide, of each stored tensor alike; None: each has all
 
     @property
     def rows(self) -> int:
@@ -56,6 +61,24 @@ class Slot:
         """Of its tensors, by Hugging Face name."""
         return {one.name: self._shape(one.rows) for one in self.stored}
 
+    def shard(self, ranks: int) -> Slot:
+        """Of one rank of so many. ModelError where they do not divide it."""
+        if self.split is None or ranks == 1:
+            return self
+        sizes = [self.columns or 1] if self.split == "columns" else [one.rows for one in self.stored]
+        for size in sizes:
+            if size % ranks:
+                raise ModelError(
+                    f"{self.stored[0].name} has {size} {self.split} to divide over {ranks} ranks. Choose a divisor."
+                )
+        if self.split == "columns":
+            return replace(self, columns=sizes[0] // ranks)
+        return replace(self, stored=tuple(replace(one, rows=one.rows // ranks) for one in self.stored))
+
+    def cut(self, tensor: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+        """The view that `rank` has of one of its stored tensors."""
+        return tensor if self.split is None else tensor.chunk(ranks, 0 if self.split == "rows" else 1)[rank]
+
     def _shape(self, rows: int) -> tuple[int, ...]:
         return (rows,) if self.columns is None else (rows, self.columns)
 
@@ -73,13 +96,13 @@ def attention_slots(spec: ModelSpec, index: int) -> tuple[Slot, ...]:
         return tuple(stored(f"self_attn.{x}_proj.{kind}", f"attn_{x}.{kind}", rows) for x, rows in sizes.items())
 
     slots = [Slot("norm", (stored("input_layernorm.weight", "attn_norm.weight", width),))]
-    slots.append(Slot("qkv", fused("weight"), width))
+    slots.append(Slot("qkv", fused("weight"), width, "rows"))
     if spec.attention_bias:
-        slots.append(Slot("qkv_bias", fused("bias")))
+        slots.append(Slot("qkv_bias", fused("bias"), split="rows"))
     if spec.qk_norm:
         for x in ("q", "k"):
             slots.append(Slot(f"{x}_norm", (stored(f"self_attn.{x}_norm.weight", f"attn_{x}_norm.weight", head),)))
-    out = Slot("out", (stored("self_attn.o_proj.weight", "attn_output.weight", width),), sizes["q"])
+    out = Slot("out", (stored("self_attn.o_proj.weight", "attn_output.weight", width),), sizes["q"], "columns")
     return (*slots, out)
 
 
@@ -89,8 +112,8 @@ def dense_slots(spec: ModelSpec, index: int) -> tuple[Slot, ...]:
     gate_up = stored("mlp.gate_proj.weight", "ffn_gate.weight", ff), stored("mlp.up_proj.weight", "ffn_up.weight", ff)
     return (
         Slot("feed_norm", (stored("post_attention_layernorm.weight", "ffn_norm.weight", width),)),
-        Slot("gate_up", gate_up, width),
-        Slot("down", (stored("mlp.down_proj.weight", "ffn_down.weight", width),), ff),
+        Slot("gate_up", gate_up, width, "rows"),
+        Slot("down", (stored("mlp.down_proj.weight", "ffn_down.weight", width),), ff, "columns"),
     )
 
 
