@@ -72,6 +72,7 @@ class Message:
     calls: tuple[ToolCall, ...] = ()  # of tools, by an assistant
     call_id: str = ""  # of the call that a tool's message answers
     more: Mapping[str, Any] = field(default_factory=dict)  # further keys for the chat template: name, reasoning_content
+    faults: tuple[str, ...] = ()  # why calls that an assistant meant to make cannot be read; never rendered
 
     def row(self) -> dict[str, Any]:
         """As chat templates and files have it; keys without a value are left out."""
@@ -204,6 +205,8 @@ class Turn:
 
     completion: Completion
     observation_tokens: tuple[int, ...] = ()  # appended verbatim; never trained on
+    reward: float = 0.0  # that its environment gave for it (Step)
+    state: str = ""  # that it was taken in, by its environment
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,7 +237,7 @@ class Trajectory:
     stop_reason: StopReason | None = None  # of the last turn
     failure: Failure | None = None
     seconds: float = 0.0  # from the submission of each turn's request to its end, summed over the turns
-    tool_calls: int = 0  # observations that followed a turn
+    counts: Mapping[str, int] = field(default_factory=dict)  # of its program, with its first segment: tool_calls, ...
     segment: int = 0  # of its program, in order; all have the program's reward and failure
 
     @property
@@ -245,6 +248,12 @@ class Trajectory:
     @property
     def num_sampled(self) -> int:
         return int(self.columns["loss_mask"].sum())
+
+    @property
+    def num_turns(self) -> int:
+        """Completions: runs of sampled tokens."""
+        mask = self.columns["loss_mask"]
+        return int(mask[:1].sum() + (mask[1:] & ~mask[:-1]).sum())
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ POLICY = {
     "objective": "policy_gradient",
     "rollout.samples_per_prompt": "4",
     "rollout.top_p": "0.9",
+    "rollout.max_turns": "2",
     "engine.draft_tokens": "2",
     "sync.lag": "1",
     "algo.kl": "k3",

@@ -250,7 +250,8 @@ def test_a_flag_without_use_is_refused(monkeypatch, capsys):
     for work in ("sweep", "profile", "gpu"):
         assert main(["bench", work, "--peer", "ls"]) == 2
         assert (
-            f"`bench {work}`, which has no peers. Use one of engine, learner, step, parity." in capsys.readouterr().err
+            f"`bench {work}`, which has no peers. Use one of engine, learner, step, agents, parity."
+            in capsys.readouterr().err
         )
 
 
@@ -326,8 +327,8 @@ def test_tandem_that_fails_is_no_peer():
         ('{"peer": 7, "work": "w", "tok_s": 1}', '"peer" is not a name'),
         ('{"peer": "tandem", "work": "w", "tok_s": 1}', "'tandem' is a name of tandem's own"),
         ('{"peer": "limit", "work": "matrix FLOP/s", "tok_s": 1}', "'limit' is a name of tandem's own"),
-        ('{"work": "w"}', 'not one of "tok_s" and "s"'),
-        ('{"work": "w", "tok_s": 1, "s": 1}', 'not one of "tok_s" and "s"'),
+        ('{"work": "w"}', 'not one of "tok_s", "s" and "share"'),
+        ('{"work": "w", "tok_s": 1, "s": 1}', 'not one of "tok_s", "s" and "share"'),
         ('{"work": "w", "s": 2.0}', "tandem gives this work in tok/s, not in s"),
     ],
 )

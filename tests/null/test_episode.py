@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -14,13 +15,14 @@ from tandem.engine.driver import Driver
 from tandem.errors import ModelError
 from tandem.program.config import TaskConfig
 from tandem.program.environment import Fold
-from tandem.program.episode import checked_messages
+from tandem.program.episode import checked_step
 from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer
+from tandem.rollout import rollout
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.group import summarise
 from tandem.rollout.rollout import Rollouts
-from tandem.types import Completion, Failure, Message, Request, StopReason, Trajectory
+from tandem.types import Completion, Failure, Message, Request, StopReason, ToolCall, Trajectory
 from tests.null.test_rollout import DOCS, FakeEngine, Letters, spell
 from tests.samples import column, trained
 
@@ -50,7 +52,7 @@ class Counter(Episode):
     def score(self, turns):
         return 10.0 * self.seen + sum(turn.role == "assistant" for turn in turns)
 
-    def close(self):
+    def teardown(self):
         with (self.folder / "closed").open("a") as file:
             file.write(self.prompt.id + "\\n")
 
@@ -128,7 +130,7 @@ def test_an_overrun_takes_only_its_own_child(pool: EnvironmentPool) -> None:
     pool._workers.config, pool._workers._waiting.deadline_s = pool.config, 0.5
     stuck, beside, after = (pool.episode(prompt, 1e12) for prompt in pool.batch(0, 3))
     beside.said.append(Message("assistant", "a"))
-    assert beside.observe().result(30) == (Message("tool", "n1"),)
+    assert beside.observe().result(30).messages == (Message("tool", "n1"),)
     stuck.said.append(Message("assistant", "hang"))
     found = stuck.observe().result(30)
     assert found == Failure("deadline", "environment took longer than 0.5 s (task.reward_deadline_s)")
@@ -172,7 +174,7 @@ def test_groups_come_as_they_end(pool: EnvironmentPool) -> None:
     assert not engine.live
 
 
-def test_documented_episode(tmp_path: Path) -> None:
+def test_documented_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment with tools that users copy from docs/add_a_task.md does not run, or its tools do not reach the
     template."""
     (tmp_path / "ledger_task.py").write_text(re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1])
@@ -183,11 +185,16 @@ def test_documented_episode(tmp_path: Path) -> None:
             named = "".join(tool["function"]["name"] for tool in tools)
             return [*map(ord, named), *super().render_messages(messages, add_generation_prompt)]
 
-    engine = FakeEngine(lambda request: spell('{"amount": 3}' if request.id.endswith("/0") else '{"amount": 2}'))
+    def heard(role, content):
+        return Message(role, content, (ToolCall("pay", json.loads(content)),) if content.startswith("{") else ())
+
+    monkeypatch.setattr(rollout, "Message", heard)
+    answers = {"0": '{"amount": 3}', "1": '{"amount": 2}'}
+    engine = FakeEngine(lambda request: spell(answers.get(request.id[-1], "done")))
     (group, other) = Rollouts(Driver(engine), Renderer(Told()), pool, CONFIG, run_seed=1).collect(0, pool.batch(0, 2))
     assert [t.reward for t in group.trajectories] == [1.0] * 3 and {t.reward for t in other.trajectories} == {0.0}
     told = Letters().decode(column(group.trajectories[0], "tokens")).replace("\0", "")
-    assert told == 'pay<u>Spend 5.\n<a>{"amount": 3}\n<u>2 left\n<a>{"amount": 2}'
+    assert told == 'pay<u>Spend 5.\n<a>{"amount": 3}\n<u>2 left\n<a>{"amount": 2}\n<u>0 left\n<a>done'
     with pytest.raises(ModelError, match="chat template leaves them out"):
         Rollouts(Driver(engine), Renderer(Letters()), pool, CONFIG, run_seed=1).collect(0, pool.batch(0, 1))
     pool.close()
@@ -243,4 +250,4 @@ def test_what_follows_a_fold_is_rendered_after_it(pool: EnvironmentPool) -> None
 def test_messages_that_no_template_takes_are_named(value: object, says: str) -> None:
     """A message of the wrong make reaches the template, which raises far from who wrote it, or lets it overwrite."""
     with pytest.raises(ValueError, match=re.escape(says)):
-        checked_messages(value)
+        checked_step(value)

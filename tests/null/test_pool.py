@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from tandem import env
 from tandem.errors import EnvironmentFailure, TaskError
-from tandem.program import pool
+from tandem.program import workers
 from tandem.program.config import TaskConfig
-from tandem.program.episode import checked_reward, inline_reward
+from tandem.program.episode import Observed, checked_reward, inline_reward
 from tandem.program.pool import EnvironmentPool, RunningEpisode
 from tandem.types import Failure, Message, Prompt
 
@@ -170,9 +170,9 @@ def served(
 ) -> list[bool]:
     """Which calls are answered, each needing its seconds, where a new child takes `start_s`."""
     clock = Clock()
-    monkeypatch.setattr(pool, "time", clock)
-    waiting = pool._Waiting(deadline_s)
-    calls = [pool._Call("score", (place,), "reward", until_s) for place in range(len(needs_s))]
+    monkeypatch.setattr(workers, "time", clock)
+    waiting = workers._Waiting(deadline_s)
+    calls = [workers.Asked("score", (place,), "reward", until_s) for place in range(len(needs_s))]
     for call in calls:
         waiting.add(call)
     answered = [False] * len(needs_s)
@@ -212,7 +212,7 @@ def test_turns_where_all_are_slow(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_observations(task: EnvironmentPool) -> None:
     """What an environment observes reaches the model although it is no message, or its failure stops the run."""
     kept, ended, bad, one = observed(task, [said("go"), said("stop"), said("bad"), said("one")])
-    assert kept == (Message("user", "more"),) and ended is None
+    assert kept.messages == (Message("user", "more"),) and ended.messages is None
     for failure in (bad, one):
         assert isinstance(failure, Failure) and failure.where == "environment"
         assert "a list of tandem.types.Message or None is needed" in failure.reason
@@ -304,7 +304,7 @@ def test_math_verify_in_the_child(tmp_path: Path) -> None:
     prompt = task.prompt(0)
     answers = ["It is \\boxed{1000}", "1,000.00", "I get 999", ""]
     assert grades_of(task, [(prompt, (Message("assistant", text),)) for text in answers]) == [1.0, 1.0, 0.0, 0.0]
-    assert observed(task, [(prompt, ())]) == [None]
+    assert observed(task, [(prompt, ())]) == [Observed(None)]
     task.close()
 
 

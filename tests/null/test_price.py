@@ -31,7 +31,7 @@ def trajectory(name: str, reward: float, tokens: int = 1, seconds: float = 0.0, 
         reward,
         failure=Failure("reward", "none") if failed else None,
         seconds=seconds,
-        tool_calls=calls,
+        counts={"tool_calls": calls},
     )
 
 

@@ -18,6 +18,7 @@ from tandem.columns import Columns
 from tandem.engine.driver import Driver
 from tandem.errors import CapacityError, ConfigError
 from tandem.program.config import TaskConfig
+from tandem.program.episode import Observed
 from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer
 from tandem.rollout import rollout
@@ -106,6 +107,7 @@ class Counted:
     def __init__(self, by: Counting) -> None:
         self.by = by
         self.said: list[Message] = []
+        self.counts: dict[str, int] = {}
 
     def score(self):
         text = self.said[-1].content
@@ -115,11 +117,11 @@ class Counted:
         if "y" in self.said[-1].content:
             return ended(Failure("environment", "raised"))
         if len(self.said) >= 2 * self.by.more:
-            return ended(None)
+            return ended(Observed(None))
         self.said.append(Message("user", "go"))
-        return ended((Message("user", "go"),))
+        return ended(Observed((Message("user", "go"),)))
 
-    def close(self) -> None:
+    def teardown(self) -> None:
         self.by.closed += 1
 
 

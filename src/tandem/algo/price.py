@@ -46,7 +46,7 @@ def cost(unit: Unit, trajectory: Trajectory) -> float:
     """
     if unit == "tokens":
         return float(trajectory.num_sampled)
-    return trajectory.seconds if unit == "seconds" else float(trajectory.tool_calls)
+    return trajectory.seconds if unit == "seconds" else float(trajectory.counts.get("tool_calls", 0))
 
 
 def charged_reward(config: PriceConfig, program: Sequence[Trajectory], price: float) -> float:

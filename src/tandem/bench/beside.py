@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from tandem import env
 from tandem.bench import roofline
+from tandem.bench.agents import agents
 from tandem.bench.gpu import check_device, gpu
 from tandem.bench.gpu import measure as measure_device
 from tandem.bench.peers import Figure, Side, beside_limit, peer_side, run_side
@@ -182,6 +183,7 @@ WORKS: dict[str, Sequence[Callable[[Machine], Iterator[Figure]]]] = {
     "engine": (_engine, _codes),
     "learner": (_learner,),
     "step": (_step,),
+    "agents": (agents,),
     "parity": (partial(_parity, "exact"),),
     "parity/library": (partial(_parity, "library"),),
     "gpu": (gpu,),
@@ -196,7 +198,7 @@ def _best(figures: Sequence[Figure]) -> dict[tuple[str, str], Figure]:
     return {
         key: max(same, key=lambda f: f.speed)
         if same[0].unit == "tok/s"
-        else Figure(*key, statistics.median(f.value for f in same), "s")
+        else Figure(*key, statistics.median(f.value for f in same), same[0].unit)
         for key, same in grouped.items()
     }
 

@@ -15,6 +15,7 @@ class Work(str, Enum):
     ENGINE = "engine"
     LEARNER = "learner"
     STEP = "step"
+    AGENTS = "agents"
     PARITY = "parity"
     PROFILE = "profile"
     SWEEP = "sweep"
@@ -23,7 +24,8 @@ class Work(str, Enum):
 
 ALONE = (Work.PROFILE, Work.SWEEP, Work.GPU)  # have no peers
 WORKS_HELP = (
-    "What to measure; parity: the price of exactness; profile: where the time goes, by operation; "
+    "What to measure; agents: programs with slow tools; parity: the price of exactness; "
+    "profile: where the time goes, by operation; "
     "sweep: decoding over the number of sequences and over the context; "
     "gpu: random Llamas on a CUDA device."
 )
@@ -109,10 +111,10 @@ def _show(result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "work" else "right")
     for row in result["rows"]:
         unit = row["unit"]
-        cells = [f"{row['tandem']:,.1f} {unit}"]
+        cells = [_value(row["tandem"], unit)]
         for name in names:
             other = row["peers"].get(name)
-            cells.append(f"{other[unit]:,.1f} {unit} ({other['ratio']:.2f} x)" if other else "")
+            cells.append(f"{_value(other[unit], unit)} ({other['ratio']:.2f} x)" if other else "")
         price = [f"{row['price']:.3f}" if "price" in row else ""] if priced else []
         table.add_row(row["work"], *cells, _share(row), *price)
     Console().print(table)
@@ -121,6 +123,10 @@ def _show(result: dict[str, Any]) -> None:
             print(f"{row['work']}: {row['own']['ratio']:.2f} x the rate of {row['own']['work']}")
     if priced:
         print("price: time of the exact kernels over the library's; 1.05 is 5% for the same bits")
+
+
+def _value(value: float, unit: str) -> str:
+    return f"{value:.1%}" if unit == "share" else f"{value:,.1f} {unit}"
 
 
 def _share(row: dict[str, Any]) -> str:

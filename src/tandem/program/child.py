@@ -16,8 +16,10 @@ from typing import Any
 from tandem.errors import EnvironmentFailure, TaskError
 from tandem.program.config import TaskConfig
 
-# What the child sends: ("value", x), ("raised", one line) or ("task_error", message).
-Answer = tuple[str, Any]
+Call = tuple[int, str, tuple[Any, ...], float]  # number, one of worker.Calls, its arguments, seconds that it may take
+# What the child sends, behind the call's number: ("value", x), ("raised", one line), ("task_error", message) or, where
+# it cancelled the call at its deadline, ("late", None); then the seconds that the call waited to be begun.
+Answer = tuple[int, str, Any, float]
 
 
 class Child:
@@ -25,6 +27,7 @@ class Child:
 
     def __init__(self, config: TaskConfig) -> None:
         self.started = False  # its task is built
+        self.concurrent = False  # calls may overlap: its episodes are asynchronous
         self.reason = ""  # why it was ended
         self.connection, theirs = multiprocessing.Pipe()
         # sys.path travels, so that the child finds the package and the user's modules wherever the parent did.
@@ -40,10 +43,10 @@ class Child:
         self._finalizer = weakref.finalize(self, _kill, self.popen, self.connection)
         self.connection.send(config)
 
-    def send(self, method: str, arguments: tuple[Any, ...]) -> None:
-        """Ask for `method`, one of worker.Calls."""
+    def send(self, call: Call) -> None:
+        """Ask."""
         try:
-            self.connection.send((method, arguments))
+            self.connection.send(call)
         except OSError:  # it died between calls; the receive that follows finds the end of the pipe
             return
 
@@ -58,7 +61,12 @@ class Child:
             _end(self.popen)
             return None
         except (AttributeError, ImportError, pickle.UnpicklingError) as error:
-            return ("raised", f"its value holds an object that only the environment knows; use plain values ({error})")
+            return (
+                0,
+                "raised",
+                f"its value holds an object that only the environment knows; use plain values ({error})",
+                0.0,
+            )
 
     def alive(self) -> bool:
         return self.popen.returncode is None
@@ -90,7 +98,7 @@ def _end(popen: subprocess.Popen[bytes]) -> None:
 
 
 def unwrapped(answer: Answer, label: str) -> Any:
-    kind, value = answer
+    _, kind, value, _ = answer
     if kind == "task_error":
         raise TaskError(value)
     if kind == "raised":

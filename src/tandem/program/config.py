@@ -7,7 +7,9 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Interval
 
 from tandem.config import AboveZero, Count, Positive, section
 from tandem.errors import ConfigError, TandemWarning, nearest
@@ -16,6 +18,8 @@ REWARD_NAMES = ("score", "last_number", "exact", "math_verify")
 
 PLACE = re.compile(r"\{(\w+)\}")  # of a field in task.template
 
+MAX_REWARD = 1e9  # squares of it, summed over a batch and over a model's weights, stay finite in fp32
+Reward = Annotated[float, Interval(ge=-MAX_REWARD, le=MAX_REWARD)]
 Scalar = int | float | str | bool
 Format = Literal["auto", "chat", "plain"]
 
@@ -47,6 +51,7 @@ class TaskConfig:
     heldout_size: Count = 128  # distinct questions kept for evaluation, never trained on
     seed: int = 0  # of the prompts, apart from the run's seed: runs with other seeds see the same task
     reward_deadline_s: AboveZero = 10.0  # seconds for one call of a reward or an environment
+    reward_on_error: Reward | None = None  # for an answer that breaks its grader; none: its program fails, untrained
     workers: Positive = 4  # child processes at most that answer for environments; another comes up where calls wait
 
     def __post_init__(self) -> None:

@@ -4,32 +4,43 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from tandem.program.config import half_character
-from tandem.program.environment import Environment, Episode, Fold
+from tandem.program.config import MAX_REWARD, half_character
+from tandem.program.environment import Environment, Episode, Fold, Step
 from tandem.program.reward import clipped
 from tandem.types import Failure, Message, Prompt, ToolCall
 
-MAX_REWARD = 1e9  # squares of it, summed over a batch and over a model's weights, stay finite in fp32
-
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 1 << 20  # of an observation: it is rendered while the engine waits
 
-Observed = tuple[Message, ...] | Fold | None
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What an environment said after a turn, checked.
+
+    >>> Observed(None).reward
+    0.0
+    """
+
+    messages: tuple[Message, ...] | Fold | None  # None: the program ends
+    reward: float = 0.0  # of the turn
+    state: str = ""  # that the turn was taken in
+    counts: Mapping[str, int] = field(default_factory=dict)  # of the program, what happened so far
 
 
 class Stateless(Episode):
     """An environment that keeps nothing between calls, so that another process can go on where one ended."""
 
     def __init__(self, environment: Environment, prompt: Prompt) -> None:
+        super().__init__(prompt)
         self.environment = environment
-        self.prompt = prompt
 
-    def observe(self, turns: tuple[Message, ...]) -> Sequence[Message] | Fold | None:
+    def observe(self, turns: tuple[Message, ...]) -> Any:
         own = getattr(self.environment, "observe", None)
         return own(self.prompt, turns) if own is not None else None
 
-    def score(self, turns: tuple[Message, ...]) -> float:
+    def score(self, turns: tuple[Message, ...]) -> Any:
         own = getattr(self.environment, "score", None)
         return own(self.prompt, turns) if own is not None else self.environment.reward(self.prompt, last_text(turns))
 
@@ -46,8 +57,17 @@ def last_text(turns: Sequence[Message]) -> str:
     return next(message.content for message in reversed(turns) if message.role == "assistant")
 
 
-def checked_messages(value: Any) -> Observed:
-    """What an environment observed; TypeError or ValueError where it is no messages, or no text."""
+def checked_step(value: Any) -> Observed:
+    """What an environment observed; TypeError or ValueError where it is no messages, no text, or no reward."""
+    step = value if isinstance(value, Step) else Step(value)
+    if isinstance(earned := checked_reward(step.reward), Failure):
+        raise ValueError(f"the reward of a Step {earned.reason}; a finite number is needed")
+    if not isinstance(step.state, str):
+        raise TypeError(f"the state of a Step is {clipped(step.state)}; text is needed")
+    return Observed(_messages(step.messages), earned, step.state)
+
+
+def _messages(value: Any) -> tuple[Message, ...] | Fold | None:
     messages = value.messages if isinstance(value, Fold) else value
     if messages is None:
         return None
@@ -68,6 +88,11 @@ def checked_messages(value: Any) -> Observed:
     return tuple(messages) or None
 
 
+def checked_counts(counts: Mapping[Any, Any]) -> dict[str, int]:
+    """An episode's counts as plain values."""
+    return {str(name)[:60]: int(count) for name, count in list(counts.items())[:32]}
+
+
 def fault(message: Message) -> str:
     """What is wrong with a message, or "".
 
@@ -81,6 +106,8 @@ def fault(message: Message) -> str:
             return half
     if not isinstance(message.calls, tuple) or not all(isinstance(call, ToolCall) for call in message.calls):
         return f"has calls {clipped(message.calls)}; a tuple of tandem.types.ToolCall is needed"
+    if not isinstance(message.faults, tuple) or not all(isinstance(one, str) for one in message.faults):
+        return f"has faults {clipped(message.faults)}; a tuple of texts is needed"
     if not isinstance(message.more, Mapping) or not all(isinstance(key, str) for key in message.more):
         return f"has more {clipped(message.more)}; a dict with texts as keys is needed"
     if taken := {"role", "content", "tool_calls", "tool_call_id"} & message.more.keys():

@@ -26,6 +26,7 @@ from tandem.program.config import PLACE, TaskConfig, half_character
 from tandem.program.environment import Environment
 from tandem.program.episode import fault
 from tandem.program.reward import clipped, extract_answer, last_number_in, math_verify, one_number, refusal
+from tandem.program.tools import schemas
 from tandem.program.worked import worked
 from tandem.types import Message, Prompt
 
@@ -137,6 +138,9 @@ class DrawnPrompts:
                 f"task {self.config.label}: prompt {index} of {split!r} has {clipped(value)} in its record's {name!r}; "
                 "allowed: text, finite numbers, true and false, None, and lists and dicts of these. Convert it."
             )
+        kind = getattr(self.environment, "episodes", None)
+        if kind is not None and not prompt.tools:
+            prompt = dataclasses.replace(prompt, tools=schemas(kind))
         return _with_system(prompt, self.config.system)
 
     def _advice(self) -> str:

@@ -1,34 +1,60 @@
-"""Inside a child process of program/pool.py: holds a task and its episodes, answers calls until its pipe closes."""
+"""Inside a child process of program/pool.py: holds a task and its episodes, answers calls until its pipe closes.
+
+A call is (number, method, arguments, seconds that it may take), an answer (number, kind, value, seconds that it
+waited to be begun). Calls are answered one at a time, in order; where the environment's episodes are asynchronous, as
+they end.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import inspect
 import os
 import threading
 import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 from tandem.errors import TaskError
 from tandem.program import prompts
-from tandem.program.child import Answer
+from tandem.program.child import Call
 from tandem.program.config import TaskConfig
 from tandem.program.environment import Episode
 from tandem.program.episode import (
     Observed,
     Stateless,
-    checked_messages,
+    checked_counts,
     checked_reward,
+    checked_step,
     last_text,
     one_line,
     open_episode,
 )
 from tandem.program.reward import REWARDS
 from tandem.program.reward import math_verify as graded_by_math_verify
+from tandem.program.tools import is_async
 from tandem.types import Failure, Message, Prompt
 
 PARENT_CHECK_S = 1.0
 GONE = (EOFError, ConnectionResetError, BrokenPipeError)  # what a pipe raises whose other end is closed
+METHODS = ("setup", "observe", "score", "teardown")
+
+
+@dataclass(slots=True)
+class _Play:
+    """An episode and what was said in it."""
+
+    episode: Episode
+    prompt: Prompt
+    turns: list[Message] = field(default_factory=list)
+    task: asyncio.Task[Any] | None = None  # of its last call, where calls overlap
+
+    @property
+    def has_state(self) -> bool:
+        return not isinstance(self.episode, Stateless)
 
 
 class Calls:
@@ -37,7 +63,9 @@ class Calls:
     def __init__(self, source: prompts.Prompts, config: TaskConfig) -> None:
         self.source = source
         self.config = config
-        self.episodes: dict[int, tuple[Episode, Prompt, list[Message]]] = {}  # by number, with what was said
+        self.plays: dict[int, _Play] = {}  # by the episode's number
+        kind = getattr(source.environment, "episodes", None)
+        self.concurrent = kind is not None and is_async(kind, METHODS)
         if prompts.uses_math_verify(config):
             try:
                 import math_verify  # noqa: F401 - now, so that no call pays for the import out of its share
@@ -61,32 +89,52 @@ class Calls:
     def solution(self, prompt: Prompt) -> str:
         return prompts.solution(self.source, prompt)
 
-    def observe(self, number: int, opened: Prompt | None, news: tuple[Message, ...]) -> tuple[Observed, bool]:
+    async def observe(self, number: int, opened: Prompt | None, news: tuple[Message, ...]) -> tuple[Observed, bool]:
         """What follows in an episode, and whether it holds state. `opened`: its prompt, where it is new here."""
-        episode, _, turns = self._played(number, opened, news)
-        observed = checked_messages(episode.observe(tuple(turns)))
-        if observed is not None:
-            turns.extend(observed if isinstance(observed, tuple) else observed.messages)
-        return observed, not isinstance(episode, Stateless)
+        play = await self._played(number, opened, news)
+        observed = checked_step(await _awaited(play.episode.observe(tuple(play.turns))))
+        play.episode.earned += observed.reward
+        if observed.messages is not None:
+            play.turns.extend(observed.messages if isinstance(observed.messages, tuple) else observed.messages.messages)
+        return replace(observed, counts=checked_counts(play.episode.counts)), play.has_state
 
-    def score(self, number: int, opened: Prompt | None, news: tuple[Message, ...]) -> tuple[float | Failure, bool]:
-        """The reward: the named function of the last text, or the episode's own."""
-        episode, prompt, turns = self._played(number, opened, news)
-        named = self.config.reward != "score"
-        value = REWARDS[self.config.reward](prompt, last_text(turns)) if named else episode.score(tuple(turns))
-        return checked_reward(value), not isinstance(episode, Stateless)
-
-    def close(self, number: int) -> None:
-        if number in self.episodes:
-            self.episodes.pop(number)[0].close()
-
-    def _played(
+    async def score(
         self, number: int, opened: Prompt | None, news: tuple[Message, ...]
-    ) -> tuple[Episode, Prompt, list[Message]]:
+    ) -> tuple[float | Failure, bool]:
+        """The reward: the named function of the last text, or the episode's own."""
+        play = await self._played(number, opened, news)
+        if self.config.reward != "score":
+            return checked_reward(REWARDS[self.config.reward](play.prompt, last_text(play.turns))), play.has_state
+        return checked_reward(await _awaited(play.episode.score(tuple(play.turns)))), play.has_state
+
+    async def teardown(self, number: int) -> None:
+        if (play := self.plays.pop(number, None)) is None:
+            return
+        if play.task is not None and not play.task.done():  # its program was withdrawn meanwhile
+            play.task.cancel()
+            await asyncio.wait([play.task])
+        await _awaited(play.episode.teardown())
+
+    async def _played(self, number: int, opened: Prompt | None, news: tuple[Message, ...]) -> _Play:
         if opened is not None:
-            self.episodes[number] = (open_episode(self.source.environment, opened), opened, [])
-        self.episodes[number][2].extend(news)
-        return self.episodes[number]
+            episode = open_episode(self.source.environment, opened)
+            if not self.concurrent and is_async(type(episode), METHODS):
+                name = type(episode).__name__
+                raise TaskError(
+                    f"{name} has methods that are `async def`, and its environment does not name it: write "
+                    f"`episodes = {name}` in the environment's class."
+                )
+            self.plays[number] = _Play(episode, opened)
+        play = self.plays[number]
+        play.task = asyncio.current_task() if self.concurrent else None
+        if opened is not None:
+            await _awaited(play.episode.setup())
+        play.turns.extend(news)
+        return play
+
+
+async def _awaited(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
 
 
 def main(fileno: int, parent: int) -> None:
@@ -97,27 +145,94 @@ def main(fileno: int, parent: int) -> None:
 
 
 def _serve(connection: Connection) -> None:
-    """A TaskConfig first, then (method, arguments), one answer for each."""
+    """A TaskConfig first, answered with whether calls may overlap."""
     config: TaskConfig = connection.recv()
     os.dup2(2, 1)  # what a user's environment prints must not land between the parent's --json lines
     calls: list[Calls] = []
-    connection.send(_answer(lambda: calls.append(Calls(prompts.make_prompts(config), config))))
+
+    def build() -> bool:
+        calls.append(Calls(prompts.make_prompts(config), config))
+        return calls[0].concurrent
+
+    connection.send((0, *_answer(build), 0.0))
     if not calls:
         return
+    if calls[0].concurrent:
+        asyncio.run(_serve_many(connection, calls[0]))
+        return
     while True:
-        method, arguments = connection.recv()
-        answer = _answer(getattr(calls[0], method), *arguments)
+        number, method, arguments, _ = connection.recv()
+        _send(connection, number, *_answer(lambda: _driven(getattr(calls[0], method)(*arguments))), 0.0)  # noqa: B023
+
+
+async def _serve_many(connection: Connection, calls: Calls) -> None:
+    """Every call is a task of its own, cancelled at its deadline."""
+    loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[Call, float] | None]()
+
+    def read() -> None:
+        with contextlib.suppress(*GONE, RuntimeError):  # the loop has ended
+            while True:
+                call = connection.recv()
+                loop.call_soon_threadsafe(arrived.put_nowait, (call, time.monotonic()))
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(arrived.put_nowait, None)
+
+    async def serve(call: Call, came_s: float) -> None:
+        number, method, arguments, limit_s = call
+        waited_s = time.monotonic() - came_s
         try:
-            connection.send(answer)
-        except GONE:
-            raise
-        except Exception as error:  # noqa: BLE001 - recorded boundary: the user's record cannot be pickled
-            connection.send(("raised", one_line(error)))
+            async with asyncio.timeout(limit_s) as timeout:
+                answer = await _answered(getattr(calls, method), arguments)
+        except TimeoutError:
+            assert timeout.expired()
+            answer = ("late", None)
+        except asyncio.CancelledError:
+            answer = ("raised", "it was withdrawn")
+        _send(connection, number, *answer, waited_s)
+
+    threading.Thread(target=read, daemon=True).start()
+    tasks: set[asyncio.Task[None]] = set()
+    while (came := await arrived.get()) is not None:
+        task = loop.create_task(serve(*came))
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
 
-def _answer(function: Any, *values: Any) -> Answer:
+async def _answered(function: Any, arguments: tuple[Any, ...]) -> tuple[str, Any]:
     try:
-        return ("value", function(*values))
+        return ("value", await _awaited(function(*arguments)))
+    except asyncio.CancelledError:
+        raise
+    except TaskError as error:
+        return ("task_error", str(error))
+    except BaseException as error:  # noqa: BLE001 - recorded boundary: sys.exit is no Exception
+        return ("raised", one_line(error))
+
+
+def _driven(value: Any) -> Any:
+    """What a call gives that waits for nothing: users' plain functions run outside of any event loop."""
+    if not isinstance(value, Coroutine):
+        return value
+    try:
+        value.send(None)
+    except StopIteration as ended:
+        return ended.value
+    value.close()
+    raise TaskError("a plain `def` of the episode gave an awaitable; write it as `async def`.")
+
+
+def _send(connection: Connection, number: int, kind: str, value: Any, waited_s: float) -> None:
+    try:
+        connection.send((number, kind, value, waited_s))
+    except GONE:
+        raise
+    except Exception as error:  # noqa: BLE001 - recorded boundary: the user's record cannot be pickled
+        connection.send((number, "raised", one_line(error), waited_s))
+
+
+def _answer(function: Any) -> tuple[str, Any]:
+    try:
+        return ("value", function())
     except TaskError as error:
         return ("task_error", str(error))
     except BaseException as error:  # noqa: BLE001 - recorded boundary: sys.exit is no Exception

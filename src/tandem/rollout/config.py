@@ -30,6 +30,7 @@ class RolloutConfig:
     max_new_tokens: Positive = 64  # tokens at most, a turn
     stop_strings: tuple[str, ...] = ()  # texts that end a turn, beside the tokeniser's stop tokens
     max_turns: Positive = 1  # completions a program may make; 1 never asks the environment to observe
+    returning_first: bool = True  # programs that come back from their environment run before those that begin
     deadline_s: Annotated[float, Gt(0)] = 600.0  # seconds for rollouts and rewards; what is left fails with a reason
 
     def __post_init__(self) -> None:

@@ -27,6 +27,8 @@ class RolloutSummary:
     tokens: int  # sampled, all trajectories
     truncated: float | None  # share of all trajectories cut at rollout.max_new_tokens
     zero_variance: float | None  # share of the groups with a graded trajectory whose rewards are all equal
+    turns: float | None  # mean completions a program
+    counts: dict[str, int]  # of what happened in all programs: tool_calls, malformed_calls, tool_errors, ...
     failures: tuple[tuple[str, int], ...]  # ("where: reason", count), most frequent first
 
     @property
@@ -48,6 +50,9 @@ def summarise(groups: Sequence[Group]) -> RolloutSummary:
     graded = [{t.reward for t in group.trajectories if t.failure is None} for group in groups]
     spreads = [float(len(distinct) == 1) for distinct in graded if distinct]
     reasons = Counter(f"{t.failure.where}: {t.failure.reason}" for t in programs if t.failure is not None)
+    counts = Counter[str]()
+    for trajectory in everything:
+        counts.update(trajectory.counts)
     return RolloutSummary(
         trajectories=len(programs),
         failed=len(programs) - len(rewards),
@@ -58,6 +63,8 @@ def summarise(groups: Sequence[Group]) -> RolloutSummary:
         tokens=sum(lengths),
         truncated=_mean([float(t.stop_reason is StopReason.LENGTH) for t in everything]),
         zero_variance=_mean(spreads),
+        turns=_mean([float(sum(t.num_turns for t in program)) for group in groups for program in group.programs]),
+        counts=dict(counts),
         failures=tuple(reasons.most_common()),
     )
 

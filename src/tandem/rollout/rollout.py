@@ -8,9 +8,10 @@ ends.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import islice
@@ -34,12 +35,13 @@ class Playing(Protocol):
     """What rollouts need of an episode: program/pool.py has the one that runs elsewhere."""
 
     said: list[Message]  # since the prompt; `observe` adds what it observes
+    counts: Mapping[str, int]  # of what happened so far
 
     def observe(self) -> Future[Observed | Failure]: ...
 
     def score(self) -> Future[float | Failure]: ...
 
-    def close(self) -> None: ...
+    def teardown(self) -> None: ...
 
 
 class Episodes(Protocol):
@@ -84,8 +86,12 @@ class _Program:
     @property
     def trajectories(self) -> list[Trajectory]:
         assert self.outcome is not None, self.id
+        observations = sum(bool(turn.observation_tokens) for segment in self.segments for turn in segment.turns)
+        counts = {"tool_calls": observations, **self.episode.counts}
         return [
-            flatten(self.id, self.prompt.id, segment.start, segment.turns, self.outcome, number)
+            flatten(
+                self.id, self.prompt.id, segment.start, segment.turns, self.outcome, number, {} if number else counts
+            )
             for number, segment in enumerate(self.segments)
         ]
 
@@ -243,7 +249,7 @@ class _Step:
     def withdraw(self) -> None:
         """Nothing of this step stays in the engine or with environments."""
         for program, _, _ in self._waits.withdraw():
-            program.episode.close()
+            program.episode.teardown()
 
     def _made(self) -> Iterator[_Program]:
         """Programs in order, siblings together."""
@@ -260,7 +266,8 @@ class _Step:
         segment = program.segments[-1]
         given = (f"{program.id}/{program.requests}", program.id, segment.context, self.by.sampling, segment.seed)
         program.requests += 1
-        self._waits.submit(program, Request(*given, group=f"{program.prompt.id}/{self.step}"))
+        priority = int(program.requests > 1 and self.by.config.returning_first)
+        self._waits.submit(program, Request(*given, priority=priority, group=f"{program.prompt.id}/{self.step}"))
 
     def _take(self, program: _Program, asked: Asked, answer: Any) -> None:
         """What came back for a program."""
@@ -277,10 +284,12 @@ class _Step:
                 self._grade(program)
         elif asked == "reward" or isinstance(answer, Failure):
             self._end(program, answer)
-        elif answer is None:
-            self._grade(program)
         else:
-            self._continue(program, answer)
+            program.turns[-1] = dataclasses.replace(program.turns[-1], reward=answer.reward, state=answer.state)
+            if answer.messages is None:
+                self._grade(program)
+            else:
+                self._continue(program, answer.messages)
 
     def _grade(self, program: _Program) -> None:
         with self.by.trace.span("reward"):  # those of linear cost are computed here
@@ -311,11 +320,11 @@ class _Step:
         completion = segment.turns[-1].completion
         said = program.episode.said[segment.begun : len(program.episode.said) - len(observed) - 1]
         tokens = renderer.observation_tokens(completion.tokens, observed, (*segment.messages, *said), prompt.tools)
-        segment.turns[-1] = Turn(completion, tokens)
+        segment.turns[-1] = dataclasses.replace(segment.turns[-1], observation_tokens=tokens)
 
     def _end(self, program: _Program, outcome: float | Failure) -> None:
         program.outcome = outcome
-        program.episode.close()
+        program.episode.teardown()
         ended = self._ended.setdefault(program.place, [])
         ended.append(program)
         if len(ended) == self.size:

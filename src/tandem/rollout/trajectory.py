@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ def flatten(
     turns: Sequence[Turn],
     outcome: float | Failure,
     segment: int = 0,
+    counts: Mapping[str, int] | None = None,
 ) -> Trajectory:
     """One trajectory of T = prompt + completions + observations tokens, in the order they entered the context.
 
@@ -43,7 +44,7 @@ def flatten(
         stop_reason=turns[-1].completion.stop_reason if turns else None,
         failure=outcome if isinstance(outcome, Failure) else None,
         seconds=sum(turn.completion.finished_s - turn.completion.submitted_s for turn in turns),
-        tool_calls=sum(bool(turn.observation_tokens) for turn in turns),
+        counts={"tool_calls": sum(bool(turn.observation_tokens) for turn in turns)} if counts is None else counts,
         segment=segment,
     )
 

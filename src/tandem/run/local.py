@@ -217,6 +217,8 @@ class Session:
         row: dict[str, Any] = {"step": step, **_figures(summary, report), "weights": version.digest}
         if not self.samples:  # what was read has no reward and no end of its own
             row = {name: row[name] for name in row if name not in OF_SAMPLES}
+        if self.samples and self.config.rollout.max_turns > 1:
+            row |= {"turns": summary.turns, "happened": summary.counts}
         cost = self.price.update(groups)
         if self.config.algo.price.budget is not None:
             row |= {"cost": cost, "price": self.price.price}

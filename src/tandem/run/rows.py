@@ -39,6 +39,10 @@ _OF_SAMPLES = {
     "length_max": Key("tokens", "longest"),
     "tokens": Key("tokens", "all of them"),
     "tokens_per_s": Key("tokens/s", "sampled over the seconds of rollout; null where nothing was sampled"),
+    "turns": Key("count", "mean completions a program, where rollout.max_turns is above 1"),
+    "happened/*": Key(
+        "count", "in all programs: tool_calls, malformed_calls, tool_errors, tool_timeouts, scorer_errors"
+    ),
     "cached_tokens": Key("tokens", "of prompts, found in the engine's cache"),
     "recomputed_tokens": Key("tokens", "run again after a preemption"),
     "preemptions": Key("count", "requests that gave their pages back"),

@@ -1,0 +1,195 @@
+"""Tools: typed methods of an episode that the model may call.
+
+A tool's JSON schema and the check of what the model gives it both come from its signature, by msgspec.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import math
+import typing
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from tandem.errors import TaskError
+from tandem.types import Message, ToolCall
+
+MOST_CHARACTERS = 8192  # of a tool's answer; what is longer is cut, and says so
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    deadline_s: float
+    most_characters: int
+    ends: bool
+
+
+def tool(
+    method: Method | None = None,
+    *,
+    deadline_s: float = math.inf,
+    most_characters: int = MOST_CHARACTERS,
+    ends: bool = False,
+) -> Any:
+    """Mark a method of an Episode as a tool. Its name, docstring and annotated parameters are what the model is told.
+
+    deadline_s: of an `async def`; later, it is cancelled and the model is told. most_characters: of its answer.
+    ends: a call of it ends the program.
+    """
+
+    def marked(method: Method) -> Method:
+        method._tool = _Marks(deadline_s, most_characters, ends)  # type: ignore[attr-defined]
+        return method
+
+    return marked if method is None else marked(method)
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """A tool of an episode's class.
+
+    >>> class Adder:
+    ...     @tool
+    ...     def add(self, a: int, b: int = 1) -> int:
+    ...         "Adds."
+    ...         return a + b
+    >>> tools_of(Adder)["add"].schema["function"]["parameters"]["required"]
+    ['a']
+    """
+
+    name: str
+    method: Callable[..., Any]
+    arguments: type[msgspec.Struct]
+    marks: _Marks
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        """As chat templates and servers have it."""
+        described = inspect.getdoc(self.method) or ""
+        found = msgspec.json.schema(self.arguments)
+        parameters = found["$defs"].pop(self.name)
+        parameters = {name: value for name, value in parameters.items() if name not in ("title", "description")}
+        more = {"$defs": found["$defs"]} if found["$defs"] else {}
+        return {
+            "type": "function",
+            "function": {"name": self.name, "description": described, "parameters": parameters | more},
+        }
+
+
+@functools.lru_cache(maxsize=256)
+def tools_of(kind: type[Any]) -> Mapping[str, Tool]:
+    """The tools of a class, in the order in which they were written. TaskError where a parameter has no type."""
+    found: dict[str, Tool] = {}
+    for base in reversed(kind.__mro__):
+        for name, method in vars(base).items():
+            marks = getattr(method, "_tool", None)
+            if marks is None:
+                found.pop(name, None)
+            else:
+                found[name] = Tool(name, method, _arguments(kind, name, method), marks)
+    return found
+
+
+def _arguments(kind: type, name: str, method: Callable[..., Any]) -> type[msgspec.Struct]:
+    where = f"tool {name} of {kind.__name__}"
+    try:
+        hints = typing.get_type_hints(method, include_extras=True)
+        fields: list[Any] = []
+        for parameter in list(inspect.signature(method).parameters.values())[1:]:
+            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+                raise TypeError(f"{parameter} cannot be given by name")
+            if parameter.name not in hints:
+                raise TypeError(f"parameter {parameter.name} has no type")
+            given = () if parameter.default is parameter.empty else (parameter.default,)
+            fields.append((parameter.name, hints[parameter.name], *given))
+        made = msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
+        msgspec.json.schema(made)
+    except (TypeError, NameError, ValueError) as error:
+        raise TaskError(f"{where}: {error}. Write every parameter as NAME: TYPE, of types that JSON has.") from error
+    return made
+
+
+async def respond(episode: Any, message: Message) -> tuple[list[Message], bool, Counter[str]]:
+    """Run the calls of an assistant's message, one after another: the answers, whether one ends it, and counts.
+
+    Whatever is wrong with a call, or goes wrong in it, is told to the model.
+    """
+    tools, counts, answers, ends = tools_of(type(episode)), Counter[str](), [], False  # type: ignore[arg-type]
+    for call in message.calls:
+        counts["tool_calls"] += 1
+        chosen = tools.get(call.name)
+        if chosen is None:
+            counts["malformed_calls"] += 1
+            said = f"error: there is no tool {call.name!r}. Tools: {', '.join(tools)}."
+        else:
+            said, wrong = await _run(episode, chosen, call)
+            counts.update([wrong] if wrong else [])
+            ends = ends or (chosen.marks.ends and not wrong)
+        answers.append(Message("tool", said, call_id=call.id, more={"name": call.name}))
+    for reason in message.faults:
+        counts["malformed_calls"] += 1
+        answers.append(Message("tool", f"error: {reason}", more={"name": "unreadable"}))
+    return answers, ends, counts
+
+
+async def _run(episode: Any, chosen: Tool, call: ToolCall) -> tuple[str, str]:
+    """What a tool answers, and the count that a fault goes to."""
+    try:
+        given = msgspec.convert(dict(call.arguments), chosen.arguments)
+    except msgspec.ValidationError as error:
+        return f"error: {call.name}: {error}", "malformed_calls"
+    try:
+        value = chosen.method(episode, **msgspec.structs.asdict(given))
+        if inspect.isawaitable(value):
+            limit_s = chosen.marks.deadline_s
+            async with asyncio.timeout(None if math.isinf(limit_s) else limit_s) as timeout:
+                value = await value
+    except TimeoutError as error:
+        if inspect.iscoroutinefunction(chosen.method) and timeout.expired():
+            return f"error: {call.name} took longer than {limit_s:g} s", "tool_timeouts"
+        return _raised(call.name, error), "tool_errors"
+    except Exception as error:  # noqa: BLE001 - recorded boundary: told to the model, and counted
+        return _raised(call.name, error), "tool_errors"
+    return shown(value, chosen.marks.most_characters), ""
+
+
+def _raised(name: str, error: Exception) -> str:
+    return shown(f"error: {name} raised {type(error).__name__}: {error}", MOST_CHARACTERS)
+
+
+def shown(value: Any, most: int) -> str:
+    """A tool's answer as text of at most `most` characters and a line that says so.
+
+    >>> shown({"a": 1.5}, 99), shown(b"\\xff\\x00", 99), shown("abcdef", 3)
+    ('{"a":1.5}', '(2 bytes that are no text)', 'abc\\n(cut: 3 of 6 characters)')
+    """
+    if isinstance(value, bytes | bytearray):
+        try:
+            value = bytes(value).decode()
+        except UnicodeDecodeError:
+            value = f"({len(value)} bytes that are no text)"
+    if not isinstance(value, str):
+        try:
+            value = msgspec.json.encode(value).decode()
+        except (TypeError, ValueError, RecursionError):
+            value = repr(value)
+    value = value.encode("utf-8", "replace").decode()  # halves of characters
+    return value if len(value) <= most else f"{value[:most]}\n(cut: {most} of {len(value)} characters)"
+
+
+def schemas(kind: type) -> tuple[Mapping[str, Any], ...]:
+    """Of all tools of a class, for `Prompt.tools`."""
+    return tuple(one.schema for one in tools_of(kind).values())
+
+
+def is_async(kind: type, names: Sequence[str]) -> bool:
+    """Whether one of these methods, or a tool, is `async def`."""
+    methods = [getattr(kind, name) for name in names] + [one.method for one in tools_of(kind).values()]
+    return any(inspect.iscoroutinefunction(method) for method in methods)

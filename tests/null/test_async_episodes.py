@@ -1,0 +1,233 @@
+"""Asynchronous episodes: many in one child, each call with a deadline of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tandem.engine.driver import Driver
+from tandem.errors import TaskError
+from tandem.program.config import TaskConfig
+from tandem.program.pool import EnvironmentPool
+from tandem.program.render import Renderer
+from tandem.rollout.config import RolloutConfig
+from tandem.rollout.group import summarise
+from tandem.rollout.rollout import Rollouts
+from tandem.types import Failure, Message, ToolCall
+from tests.null.test_rollout import FakeEngine, Letters, spell
+
+USER = '''
+import asyncio
+import os
+import time
+from pathlib import Path
+from tandem.program.environment import Environment, Episode, Step, tool
+from tandem.types import Message, Prompt
+
+class Shop(Episode):
+    open = 0
+
+    async def setup(self):
+        Shop.open += 1
+        self.held = 0
+        if self.prompt.record["index"] == 7:
+            raise RuntimeError("no shop")
+
+    @tool
+    async def take(self, count: int, seconds: float = 0.0) -> int:
+        """Takes."""
+        await asyncio.sleep(seconds)
+        self.held += count
+        return self.held
+
+    @tool
+    def block(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    @tool
+    def die(self) -> None:
+        os._exit(3)
+
+    async def observe(self, turns):
+        if not turns[-1].calls:
+            return Step(None, reward=0.25, state=str(self.held))
+        step = await self.respond(turns[-1])
+        return Step(step.messages, reward=self.held, state="counter")
+
+    async def score(self, turns):
+        if turns[-1].content == "stuck":
+            await asyncio.sleep(60)
+        return self.earned if turns[-1].content != "bad" else float("nan")
+
+    async def teardown(self):
+        with Path(self.prompt.record["log"]).open("a") as file:
+            file.write(f"{self.prompt.id} {self.held} {Shop.open}\\\\n")
+
+class Shops(Environment):
+    episodes = Shop
+
+    def __init__(self, log):
+        self.log = log
+
+    def prompt(self, split, index):
+        return Prompt(f"{split}{index}", (Message("user", f"{split}{index}"),), {"log": self.log, "index": index})
+
+class Unnamed(Shops):
+    episodes = None
+
+    def episode(self, prompt):
+        return Shop(prompt)
+'''
+
+
+def make(folder: Path, name: str = "Shops", **changes) -> EnvironmentPool:
+    (folder / "shops.py").write_text(USER.replace("\\\\", "\\"))
+    task = TaskConfig(f"{folder}/shops.py:{name}", parameters=(("log", str(folder / "log")),), heldout_size=0)
+    return EnvironmentPool(dataclasses.replace(task, **changes))
+
+
+@pytest.fixture
+def pool(tmp_path: Path):
+    made = make(tmp_path, workers=1)
+    yield made
+    made.close()
+
+
+def calls(name: str, **arguments) -> Message:
+    return Message("assistant", "", (ToolCall(name, arguments),))
+
+
+def test_waits_overlap_in_one_child(pool: EnvironmentPool, tmp_path: Path) -> None:
+    """A hundred tools that sleep for a quarter of a second are answered one after the other, or by a process each."""
+    prompts = pool.batch(0, 100)
+    began_s = time.monotonic()
+    episodes = [pool.episode(dataclasses.replace(p, record={**p.record, "index": 0}), 1e12) for p in prompts]
+    for episode in episodes:
+        episode.said.append(calls("take", count=2, seconds=0.25))
+    found = [future.result(60) for future in [episode.observe() for episode in episodes]]
+    assert [one.messages[0].content for one in found] == ["2"] * 100
+    assert time.monotonic() - began_s < 20.0  # 25 s one after the other
+    assert [(one.reward, one.state, one.counts) for one in found] == [(2.0, "counter", {"tool_calls": 1})] * 100
+    assert len(pool._workers.children) == 1
+    for episode in episodes:
+        episode.said.append(Message("assistant", "done"))
+    assert {future.result(60).messages for future in [episode.observe() for episode in episodes]} == {None}
+    assert {future.result(60) for future in [episode.score() for episode in episodes]} == {2.25}
+    for episode in episodes:
+        episode.teardown()
+    pool.close()
+    log = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert len({line[0] for line in log}) == 100 and {line[1] for line in log} == {"2"} and log[-1][2] == "100"
+
+
+def test_a_call_past_its_deadline_is_cancelled_alone(tmp_path: Path) -> None:
+    """A tool that hangs takes its neighbours with it, or is waited for by its own program for ever."""
+    pool = make(tmp_path, workers=1, reward_deadline_s=0.5)
+    slow, beside = (pool.episode(prompt, 1e12) for prompt in pool.batch(0, 2))
+    beside.said.append(calls("take", count=1))
+    assert beside.observe().result(30).messages[0].content == "1"
+    slow.said.append(calls("take", count=1, seconds=60.0))
+    late = slow.observe()
+    assert late.result(30) == Failure("deadline", "environment took longer than 0.5 s (task.reward_deadline_s)")
+    beside.said.append(calls("take", count=1))
+    assert beside.observe().result(30).messages[0].content == "2"  # it kept its state
+    beside.said.append(Message("assistant", "stuck"))
+    assert beside.score().result(30) == Failure("deadline", "reward took longer than 0.5 s (task.reward_deadline_s)")
+    pool.close()
+
+
+@pytest.mark.parametrize("how", ["block", "die"])
+def test_a_child_that_is_held_up_or_dies(tmp_path: Path, how: str) -> None:
+    """A plain function that blocks the event loop, or the end of its process, leaves other programs waiting."""
+    pool = make(tmp_path, workers=1, reward_deadline_s=0.5)
+    bad, beside, after = (pool.episode(prompt, 1e12) for prompt in pool.batch(0, 3))
+    beside.said.append(calls("take", count=1, seconds=0.4))
+    bad.said.append(calls(how, **({"seconds": 60.0} if how == "block" else {})))
+    futures = beside.observe(), bad.observe()
+    found = [future.result(30) for future in futures]
+    if how == "block":
+        late = Failure("deadline", "environment took longer than 0.5 s (task.reward_deadline_s)")
+        assert found[1] == late and found[0] in (late, Failure("environment", f"its process ended: {late.reason}"))
+    else:
+        assert found == [Failure("environment", "its process ended: it died (exit code 3)")] * 2
+    beside.said.append(calls("take", count=1))
+    assert isinstance(beside.observe().result(30), Failure)
+    after.said.append(calls("take", count=4))
+    assert after.observe().result(30).messages[0].content == "4"
+    pool.close()
+
+
+def test_a_program_that_is_withdrawn_ends_its_call_first(pool: EnvironmentPool, tmp_path: Path) -> None:
+    """Teardown runs while a tool still changes what it gives back, or waits for it to end."""
+    episode = pool.episode(pool.prompt(0), 1e12)
+    episode.said.append(calls("take", count=5, seconds=60.0))
+    future = episode.observe()
+    other = pool.episode(pool.prompt(1), 1e12)
+    other.said.append(calls("take", count=1))
+    assert other.observe().result(30).messages[0].content == "1"  # the first is in its tool by now
+    episode.teardown()
+    assert future.result(30) == Failure("environment", "it was withdrawn")
+    pool.close()
+    assert (tmp_path / "log").read_text().split()[:2] == ["Shops/train/0", "0"]
+
+
+def test_a_grader_that_breaks_pays_what_the_task_says(tmp_path: Path) -> None:
+    """An answer that breaks its grader escapes its lesson: it is left out of the batch."""
+    for paid in (None, -1.0):
+        pool = make(tmp_path, workers=1, reward_on_error=paid, reward_deadline_s=0.5)
+        for said, reason in (("bad", "returned nan"), ("stuck", "took longer than 0.5 s")):
+            episode = pool.episode(pool.prompt(0), 1e12)
+            episode.said.append(Message("assistant", said))
+            found = episode.score().result(30)
+            if paid is None:
+                assert isinstance(found, Failure) and reason in found.reason and not episode.counts
+            else:
+                assert found == -1.0 and episode.counts == {"scorer_errors": 1}
+        pool.close()
+
+
+def test_a_setup_that_fails_is_its_own_programs(pool: EnvironmentPool) -> None:
+    """A sandbox that does not come up for one program ends the run, or passes for an answer."""
+    episode = pool.episode(pool.prompt(7), 1e12)
+    episode.said.append(calls("take", count=1))
+    assert episode.observe().result(30) == Failure("environment", "raised RuntimeError: no shop")
+
+
+def test_async_methods_must_be_announced(tmp_path: Path) -> None:
+    """An environment whose coroutines nobody runs, for want of a line in its class."""
+    pool = make(tmp_path, "Unnamed", workers=1)
+    episode = pool.episode(pool.prompt(0), 1e12)
+    episode.said.append(Message("assistant", "a"))
+    with pytest.raises(TaskError, match="write `episodes = Shop` in the environment's class"):
+        episode.observe().result(30)
+    pool.close()
+
+
+class Calling(Renderer):
+    """Reads a call out of {...}."""
+
+    def prompt_tokens(self, messages, tools=()):
+        assert [schema["function"]["name"] for schema in tools] == ["take", "block", "die"]
+        return super().prompt_tokens(messages)
+
+
+def test_a_step_of_programs_with_tools(pool: EnvironmentPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards of turns, states or counts that are lost between the environment and the trajectory."""
+    from tandem.rollout import rollout
+
+    def heard(role, content):
+        return Message(role, content, (ToolCall("take", json.loads(content)),) if content.startswith("{") else ())
+
+    monkeypatch.setattr(rollout, "Message", heard)
+    engine = FakeEngine(lambda request: spell('{"count": 3}' if request.id.endswith("/0") else "done"))
+    config = RolloutConfig(samples_per_prompt=2, max_turns=4, max_new_tokens=20, deadline_s=60.0)
+    groups = Rollouts(Driver(engine), Calling(Letters()), pool, config, run_seed=1).collect(0, pool.batch(0, 2))
+    everyone = [t for group in groups for t in group.trajectories]
+    assert [t.reward for t in everyone] == [3.25] * 4 and [dict(t.counts) for t in everyone] == [{"tool_calls": 1}] * 4
+    summary = summarise(groups)
+    assert (summary.turns, summary.counts) == (2.0, {"tool_calls": 4})
+    assert [request.priority for request in engine.seen[:4]] == [0] * 4 and engine.seen[-1].priority == 1
