@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import threading
 import time
 from pathlib import Path
 
@@ -231,3 +233,20 @@ def test_a_step_of_programs_with_tools(pool: EnvironmentPool, monkeypatch: pytes
     summary = summarise(groups)
     assert (summary.turns, summary.counts) == (2.0, {"tool_calls": 4})
     assert [request.priority for request in engine.seen[:4]] == [0] * 4 and engine.seen[-1].priority == 1
+
+
+def test_a_thousand_programs_are_open_at_once(pool: EnvironmentPool) -> None:
+    """A process, a thread or a megabyte for each program that waits for its tool: a thousand take a machine."""
+    episodes = [pool.episode(dataclasses.replace(pool.prompt(0), id=f"p{n}"), 1e12) for n in range(1000)]
+    threads = threading.active_count()
+    for episode in episodes:
+        episode.said.append(calls("take", count=1, seconds=3.0))
+    futures = [episode.observe() for episode in episodes]
+    (child,) = pool._workers.children
+    watched = pool.episode(pool.prompt(1), 1e12)
+    watched.said.append(calls("take", count=1))
+    assert watched.observe().result(30).messages[0].content == "1"  # all before it are in their tools by now
+    assert not any(future.done() for future in futures) and threading.active_count() <= threads + 2
+    resident = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{child.popen.pid}/status").read_text())
+    assert int(resident[0]) < 250_000  # of 1 GB for all
+    assert {future.result(60).messages[0].content for future in futures} == {"1"}

