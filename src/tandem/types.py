@@ -239,6 +239,7 @@ class Trajectory:
     seconds: float = 0.0  # from the submission of each turn's request to its end, summed over the turns
     counts: Mapping[str, int] = field(default_factory=dict)  # of its program, with its first segment: tool_calls, ...
     segment: int = 0  # of its program, in order; all have the program's reward and failure
+    cause: str = ""  # why a segment after the first began: "fold", or what a rendered history changed
 
     @property
     def id(self) -> str:

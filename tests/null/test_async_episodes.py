@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import threading
 import time
@@ -210,23 +209,18 @@ def test_async_methods_must_be_announced(tmp_path: Path) -> None:
 
 
 class Calling(Renderer):
-    """Reads a call out of {...}."""
+    """Its tools are those of the episode."""
 
     def prompt_tokens(self, messages, tools=()):
         assert [schema["function"]["name"] for schema in tools] == ["take", "block", "die"]
         return super().prompt_tokens(messages)
 
 
-def test_a_step_of_programs_with_tools(pool: EnvironmentPool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_of_programs_with_tools(pool: EnvironmentPool) -> None:
     """Rewards of turns, states or counts that are lost between the environment and the trajectory."""
-    from tandem.rollout import rollout
-
-    def heard(role, content):
-        return Message(role, content, (ToolCall("take", json.loads(content)),) if content.startswith("{") else ())
-
-    monkeypatch.setattr(rollout, "Message", heard)
-    engine = FakeEngine(lambda request: spell('{"count": 3}' if request.id.endswith("/0") else "done"))
-    config = RolloutConfig(samples_per_prompt=2, max_turns=4, max_new_tokens=20, deadline_s=60.0)
+    called = "```python\ntake(count=3)\n```"
+    engine = FakeEngine(lambda request: spell(called if request.id.endswith("/0") else "done"))
+    config = RolloutConfig(samples_per_prompt=2, max_turns=4, max_new_tokens=40, deadline_s=60.0)
     groups = Rollouts(Driver(engine), Calling(Letters()), pool, config, run_seed=1).collect(0, pool.batch(0, 2))
     everyone = [t for group in groups for t in group.trajectories]
     assert [t.reward for t in everyone] == [3.25] * 4 and [dict(t.counts) for t in everyone] == [{"tool_calls": 1}] * 4

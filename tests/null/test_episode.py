@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from pathlib import Path
 
@@ -18,11 +17,10 @@ from tandem.program.environment import Fold
 from tandem.program.episode import checked_step
 from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer
-from tandem.rollout import rollout
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.group import summarise
 from tandem.rollout.rollout import Rollouts
-from tandem.types import Completion, Failure, Message, Request, StopReason, ToolCall, Trajectory
+from tandem.types import Completion, Failure, Message, Request, StopReason, Trajectory
 from tests.null.test_rollout import DOCS, FakeEngine, Letters, spell
 from tests.samples import column, trained
 
@@ -174,7 +172,7 @@ def test_groups_come_as_they_end(pool: EnvironmentPool) -> None:
     assert not engine.live
 
 
-def test_documented_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_episode(tmp_path: Path) -> None:
     """The environment with tools that users copy from docs/add_a_task.md does not run, or its tools do not reach the
     template."""
     (tmp_path / "ledger_task.py").write_text(re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1])
@@ -185,18 +183,16 @@ def test_documented_episode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             named = "".join(tool["function"]["name"] for tool in tools)
             return [*map(ord, named), *super().render_messages(messages, add_generation_prompt)]
 
-    def heard(role, content):
-        return Message(role, content, (ToolCall("pay", json.loads(content)),) if content.startswith("{") else ())
-
-    monkeypatch.setattr(rollout, "Message", heard)
-    answers = {"0": '{"amount": 3}', "1": '{"amount": 2}'}
+    three, two = (f"```python\npay(amount={amount})\n```" for amount in (3, 2))
+    answers = {"0": three, "1": two}
     engine = FakeEngine(lambda request: spell(answers.get(request.id[-1], "done")))
     (group, other) = Rollouts(Driver(engine), Renderer(Told()), pool, CONFIG, run_seed=1).collect(0, pool.batch(0, 2))
     assert [t.reward for t in group.trajectories] == [1.0] * 3 and {t.reward for t in other.trajectories} == {0.0}
     told = Letters().decode(column(group.trajectories[0], "tokens")).replace("\0", "")
-    assert told == 'pay<u>Spend 5.\n<a>{"amount": 3}\n<u>2 left\n<a>{"amount": 2}\n<u>0 left\n<a>done'
-    with pytest.raises(ModelError, match="chat template leaves them out"):
-        Rollouts(Driver(engine), Renderer(Letters()), pool, CONFIG, run_seed=1).collect(0, pool.batch(0, 1))
+    assert told == f"pay<u>Spend 5.\n<a>{three}\n<u>2 left\n<a>{two}\n<u>0 left\n<a>done"
+    (group,) = Rollouts(Driver(engine), Renderer(Letters()), pool, CONFIG, run_seed=1).collect(0, pool.batch(0, 1))
+    told = Letters().decode(column(group.trajectories[0], "tokens"))
+    assert told.startswith("<u>You can call these functions:\n\ndef pay(amount: int):") and "<u>Spend 5." in told
     pool.close()
 
 

@@ -42,6 +42,9 @@ class Letters:
     def decode(self, tokens: Sequence[int], /) -> str:
         return "".join(NAMES.get(token) or chr(token) for token in tokens)
 
+    def spelt(self, messages, /) -> int:
+        return 0
+
     def render_messages(self, messages, add_generation_prompt, /, *, tools=()) -> list[int]:
         tokens: list[int] = []
         for message in messages:

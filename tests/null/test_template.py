@@ -299,6 +299,7 @@ CHAT = "{% for m in messages %}<|s|>{{ m.role }}\n{{ m.content }}<|e|><think>\n\
 
 
 def spelt(one: Tokenizer, *messages: Message) -> list[str]:
+    one.spelt_as_text = False
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         before = one.encode(one.render_text(messages))
@@ -323,6 +324,7 @@ def test_a_question_that_spells_control_tokens() -> None:
 def test_a_task_that_spells_control_tokens() -> None:
     """Only typed prompts are looked at: a task's question, or what a tool answers between turns, is not."""
     one = tokenizer(CHAT, ("<|s|>", "<|e|>"))
+    one.spelt_as_text = False
     renderer = Renderer(one)
     with pytest.warns(TandemWarning, match="the message 'a <|s|>' spells"):
         renderer.prompt_tokens((Message("user", "a <|s|>"),))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -28,10 +29,12 @@ def chat(
     from tandem.run.parts import build_parts
     from tandem.types import Message, Request, Sampling
 
-    messages = asked_as(model)[0] if system is None else [Message("system", system)] if system else []
+    task = replace(asked_as(model), format="chat")
+    said = task.system if system is None else system
+    messages = [Message("system", said)] if said else []
     if system is None and messages:
         print(SYSTEM_SAID.format(messages[0].content), file=sys.stderr)
-    parts = build_parts(ModelConfig(model), EngineConfig(), learns=False, form="chat")
+    parts = build_parts(ModelConfig(model), EngineConfig(), learns=False, task=task)
     driver, tokenizer = Driver(parts.engine), parts.tokenizer
     stops = tokenizer.stop_token_ids
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=stops)

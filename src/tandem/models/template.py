@@ -20,9 +20,10 @@ import jinja2
 from jinja2 import TemplateError
 from jinja2.compiler import CodeGenerator
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-__all__ = ["TemplateError", "render"]
+__all__ = ["TemplateError", "render", "variables"]
 
 DEADLINE_S = 5.0  # of one rendering; a prompt of SmolLM2 takes 15 us
 MAX_CHARACTERS, MAX_ENTRIES, MAX_INTEGER = 1 << 24, 1 << 20, 1 << 64  # of a value: beyond any prompt
@@ -45,6 +46,16 @@ def render(source: str, now: datetime, variables: Mapping[str, Any]) -> str:
     if any(address not in str(variables) for address in _ADDRESS.findall(text)):
         raise TemplateError(f"it writes an object, not its text: {_ADDRESS.split(text)[0][-60:]} at 0x...")
     return text
+
+
+def variables(source: str) -> set[str]:
+    """The names that a template reads and does not set, but for those that every template has.
+
+    >>> sorted(variables("{% if x is defined %}{{ y }}{% endif %}{% set z = range(2) %}{{ z }}"))
+    ['x', 'y']
+    """
+    environment = _compile(source).environment
+    return find_undeclared_variables(environment.parse(source)) - {*environment.globals}
 
 
 class _Checked(CodeGenerator):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import tempfile
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,14 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem import env
-from tandem.errors import ModelError, TandemWarning
+from tandem.errors import ConfigError, ModelError, TandemWarning
 from tandem.models.added_tokens import SPECIAL_NAMES, add_tokens
 from tandem.models.fields import Fields, flag, listed, optional, read_json, shown, table, text, token_id
+from tandem.models.spelt import Spelling
 
 if TYPE_CHECKING:
     import tokenizers
 
     from tandem.models.gguf import GgufFile
+    from tandem.models.spelt import Rows
     from tandem.types import Message
 
 ANSWER = "20417"  # nothing a template trims or respells
@@ -52,7 +53,8 @@ class Tokenizer:
     """A model's tokeniser. Special tokens are never added unasked: what encode gives is the text's own ids.
 
     `settings` is tokenizer_config.json without the chat template; `stop_ids` are the ids that end a turn besides the
-    tokeniser's own eos and what the template ends a turn with. `now` is what templates see; a run sets its own.
+    tokeniser's own eos and what the template ends a turn with. `now` and `arguments` are what templates see beside the
+    messages, and `spelt_as_text` says what becomes of control tokens that a message spells; a run sets its own.
     """
 
     def __init__(
@@ -73,6 +75,8 @@ class Tokenizer:
         self.chat_template = chat_template
         self.origin = origin
         self.now = datetime.now()
+        self.arguments: Mapping[str, Any] = {}
+        self.spelt_as_text = True
         names = {name: _text(settings[name]) for name in SPECIAL_NAMES if settings.get(name) is not None}
         self.special_tokens = names if special_tokens is None else dict(special_tokens)
         # As Transformers: for byte-pair vocabularies the setting is not meant, and would take spaces from the text.
@@ -152,7 +156,12 @@ class Tokenizer:
         if not messages:
             raise ModelError("there are no messages to render; give at least one.")
         rows = _rows(messages)
-        variables: dict[str, Any] = {"messages": rows, "tools": list(tools) or None, "documents": None}
+        variables: dict[str, Any] = {
+            "documents": None,
+            **self.arguments,
+            "messages": rows,
+            "tools": list(tools) or None,
+        }
         variables["add_generation_prompt"] = add_generation_prompt
         try:
             return render(source, self.now, self.special_tokens | variables)
@@ -173,11 +182,39 @@ class Tokenizer:
         template: str | None = None,
         tools: Sequence[Mapping[str, Any]] = (),
     ) -> list[int]:
-        """Token ids of `render_text`. Warns, once a token, of a control token that a message spells."""
-        for row in _rows(messages):
-            if row.get("role") != "assistant" and isinstance(row.get("content"), str):
-                self._warn_of_spelt(row["content"])
-        return self.encode(self.render_text(messages, add_generation_prompt, template, tools))
+        """Token ids of `render_text`; a control token that a message spells is text.
+
+        Unless `spelt_as_text`: then it is one, as if the template had written it, with a warning, once a token.
+        """
+        if not self.spelt_as_text:
+            self._warn_of_spelt(messages)
+        rows, mark = self._marked(messages)
+        text = self.render_text(rows, add_generation_prompt, template, tools)
+        return self._spelling.encode(text, mark, False) if mark else self.encode(text)
+
+    def join_messages(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
+        """Token ids of the messages as plain text, a blank line between, after the tokeniser's own bos."""
+        rows, mark = self._marked(messages)
+        text = "\n\n".join(row["content"] for row in rows)
+        return self._spelling.encode(text, mark, True) if mark else self.encode(text, True)
+
+    def spelt(self, messages: Sequence[Message | Mapping[str, Any]]) -> int:
+        """How often the messages, all but an assistant's, spell a control token."""
+        return len(self._spelling.found(_rows(messages)))
+
+    def take_arguments(self, arguments: Mapping[str, Any], called: str) -> None:
+        """Variables for the chat template, beside the messages. ConfigError for one that it does not read."""
+        from tandem.models.template import variables
+
+        given = {"messages", "tools", "add_generation_prompt", "strftime_now", *SPECIAL_NAMES}
+        reads = sorted(variables(self.chat_template) - given) if arguments and self.chat_template is not None else []
+        for name in arguments:
+            if name not in reads:
+                raise ConfigError(
+                    f"{called} has {name}, which the chat template of {self.origin} does not read. "
+                    f"It reads {', '.join(reads) or 'none'}."
+                )
+        self.arguments = dict(arguments)
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja, which Transformers loads."""
@@ -188,26 +225,26 @@ class Tokenizer:
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
     @cached_property
-    def _controls(self) -> re.Pattern[str]:
-        """What spells a control token: a special one, or an added one that the chat template writes."""
-        written = self.chat_template or ""
-        tokens = [
-            token.content
-            for token in self.backend.get_added_tokens_decoder().values()
-            if token.special or (token.content in written and not token.content.isspace())
-        ]
-        return re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+    def _spelling(self) -> Spelling:
+        return Spelling(self.backend, self.chat_template or "")
 
-    def _warn_of_spelt(self, content: str) -> None:
-        found = set() if self.backend.encode_special_tokens else set(self._controls.findall(content)) - self._warned
-        if found:
-            self._warned |= found
-            warnings.warn(
-                f"the message {shown(content)} spells {', '.join(map(repr, sorted(found)))}: the model reads control "
-                "tokens there, as if the chat template had written them. Said once for each token.",
-                TandemWarning,
-                stacklevel=4,
-            )
+    def _marked(self, messages: Sequence[Message | Mapping[str, Any]]) -> tuple[Rows, str]:
+        """The messages for the template, and the mark that breaks the control tokens that they spell."""
+        rows = _rows(messages)
+        return self._spelling.marked(rows) if self.spelt_as_text else (rows, "")
+
+    def _warn_of_spelt(self, messages: Sequence[Message | Mapping[str, Any]]) -> None:
+        for row in _rows(messages):
+            found = set(self._spelling.found([row])) - self._warned
+            if found and not self.backend.encode_special_tokens:
+                self._warned |= found
+                warnings.warn(
+                    f"the message {shown(row.get('content'))} spells {', '.join(map(repr, sorted(found)))}: the model "
+                    "reads control tokens there, as if the chat template had written them "
+                    "(task.control_tokens=as_template). Said once for each token.",
+                    TandemWarning,
+                    stacklevel=4,
+                )
 
     def _after_answer(self) -> list[int]:
         """What the chat template puts after an assistant's answer; nothing where it takes no such conversation."""
@@ -424,8 +461,16 @@ def _template(folder: Path, fields: Fields) -> str | None:
 
 
 def _rows(messages: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """As templates have them: without keys that have no value, and reasoning under both names that templates read it by
+    (gpt-oss's: thinking), as Transformers' apply_chat_template has it.
+    """
     rows = [dict(one) if isinstance(one, Mapping) else one.row() for one in messages]
-    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+    rows = [{name: value for name, value in row.items() if value is not None} for row in rows]
+    for place, row in enumerate(rows):
+        found = next((row[name] for name in ("reasoning_content", "thinking", "reasoning") if name in row), None)
+        if found is not None:
+            rows[place] = {"thinking": found, **row, "reasoning_content": found}
+    return rows
 
 
 def _text(token: Any) -> str:

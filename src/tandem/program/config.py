@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ MAX_REWARD = 1e9  # squares of it, summed over a batch and over a model's weight
 Reward = Annotated[float, Interval(ge=-MAX_REWARD, le=MAX_REWARD)]
 Scalar = int | float | str | bool
 Format = Literal["auto", "chat", "plain"]
+ToolFormat = Literal["auto", "hermes", "qwen3_coder", "llama3", "mistral", "harmony", "fenced"]
+ControlTokens = Literal["text", "as_template"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +49,11 @@ class TaskConfig:
     system: str = ""  # system message put first where a prompt has none; empty leaves the template's own
     template: str = "{question}"  # the user message, reasoning_gym and jsonl; of the first also texts of its metadata
     format: Format = "auto"  # of prompts: chat (by the model's template), plain (text alone); auto: chat where it can
+    tool_format: ToolFormat = "auto"  # of calls in what the model writes; auto: as its chat template writes them
+    control_tokens: ControlTokens = "text"  # spelt in a message: they stay text, or are read, as_template
+    template_arguments: tuple[
+        tuple[str, Scalar], ...
+    ] = ()  # for the chat template: enable_thinking=false; JSON in a text
     reward: str = "score"  # the environment's own score, or one of tandem.program.reward.REWARDS
     train_size: Count = 0  # training prompts before they repeat; 0: the whole file, or without end
     heldout_size: Count = 128  # distinct questions kept for evaluation, never trained on
@@ -68,6 +76,7 @@ class TaskConfig:
             self.environment == "reasoning_gym" and PLACE.search(self.template)
         ):
             raise ConfigError(f"task.template is {self.template!r}. It must hold {{question}}.")
+        self.arguments()
         for name in ("system", "template", "path", "heldout_path", "question_field", "answer_field"):
             if half := half_character(getattr(self, name)):
                 raise ConfigError(f"task.{name} {half}")
@@ -89,6 +98,25 @@ class TaskConfig:
             text = f"another task than {self.label}: its {settings} are dropped. Set them where the new one needs them."
             warnings.warn(text, TandemWarning, stacklevel=2)
         return fresh
+
+    def arguments(self) -> dict[str, Any]:
+        """`template_arguments` by name; a text that is a JSON list or object stands for that.
+
+        >>> TaskConfig(template_arguments=(("documents", '[{"text": "a"}]'), ("enable_thinking", False))).arguments()
+        {'documents': [{'text': 'a'}], 'enable_thinking': False}
+        """
+        found: dict[str, Any] = {}
+        for name, value in self.template_arguments:
+            if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+                try:
+                    found[name] = json.loads(value)
+                except ValueError as error:
+                    raise ConfigError(
+                        f"task.template_arguments: {name} begins as JSON, and is none: {error}. Mend it."
+                    ) from None
+            else:
+                found[name] = value
+        return found
 
     @property
     def label(self) -> str:

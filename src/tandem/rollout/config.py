@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from annotated_types import Gt, Interval
 
@@ -29,6 +29,7 @@ class RolloutConfig:
     min_p: Annotated[float, Interval(ge=0, lt=1)] = 0.0  # keep tokens of this share of the likeliest's probability
     max_new_tokens: Positive = 64  # tokens at most, a turn
     stop_strings: tuple[str, ...] = ()  # texts that end a turn, beside the tokeniser's stop tokens
+    history: Literal["append", "render"] = "append"  # later turns: behind the sampled tokens, or all rendered anew
     max_turns: Positive = 1  # completions a program may make; 1 never asks the environment to observe
     returning_first: bool = True  # programs that come back from their environment run before those that begin
     deadline_s: Annotated[float, Gt(0)] = 600.0  # seconds for rollouts and rewards; what is left fails with a reason

@@ -11,10 +11,11 @@ import contextlib
 import dataclasses
 import queue
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any, Literal, Protocol
 
 from tandem.engine.driver import GRACE_S, Driver
@@ -24,6 +25,7 @@ from tandem.program.environment import Fold
 from tandem.program.episode import Observed
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
+from tandem.rollout.history import split_cause
 from tandem.rollout.trajectory import flatten
 from tandem.trace import Trace
 from tandem.types import Failure, Group, Message, Prompt, Request, StopReason, Trajectory, Turn
@@ -58,6 +60,7 @@ class _Segment:
     seed: int
     messages: Sequence[Message]  # that `start` renders
     begun: int = 0  # of what was said since the prompt: before it
+    cause: str = ""  # see Trajectory
     turns: list[Turn] = field(default_factory=list)
 
     @property
@@ -65,6 +68,12 @@ class _Segment:
         """The tokens of the next request: all of it, token for token."""
         parts = ((*turn.completion.tokens, *turn.observation_tokens) for turn in self.turns)
         return (*self.start, *(token for part in parts for token in part))
+
+    @property
+    def starts(self) -> list[int]:
+        """Where in its context each turn begins."""
+        lengths = (len(turn.completion.columns) + len(turn.observation_tokens) for turn in self.turns[:-1])
+        return [*accumulate(lengths, initial=len(self.start))]
 
 
 @dataclass(slots=True, eq=False)
@@ -87,10 +96,22 @@ class _Program:
     def trajectories(self) -> list[Trajectory]:
         assert self.outcome is not None, self.id
         observations = sum(bool(turn.observation_tokens) for segment in self.segments for turn in segment.turns)
-        counts = {"tool_calls": observations, **self.episode.counts}
+        counts = Counter({"tool_calls": observations, **self.episode.counts})
+        if unreadable := sum(len(message.faults) for message in self.episode.said):
+            counts["unreadable_calls"] = unreadable
+        counts.update(f"split_{segment.cause}" for segment in self.segments if segment.cause not in ("", "fold"))
         return [
-            flatten(
-                self.id, self.prompt.id, segment.start, segment.turns, self.outcome, number, {} if number else counts
+            dataclasses.replace(
+                flatten(
+                    self.id,
+                    self.prompt.id,
+                    segment.start,
+                    segment.turns,
+                    self.outcome,
+                    number,
+                    {} if number else counts,
+                ),
+                cause=segment.cause,
             )
             for number, segment in enumerate(self.segments)
         ]
@@ -273,7 +294,7 @@ class _Step:
         """What came back for a program."""
         if asked == "engine":
             program.turns.append(Turn(answer))
-            program.episode.said.append(Message("assistant", self.by.renderer.text(answer.tokens)))
+            self._say(program, answer.tokens)
             if answer.stop_reason is StopReason.ABORTED:
                 self._end(program, Failure("engine", "its request was withdrawn"))
             elif answer.stop_reason is StopReason.FAILED:
@@ -290,6 +311,12 @@ class _Step:
                 self._grade(program)
             else:
                 self._continue(program, answer.messages)
+
+    def _say(self, program: _Program, tokens: Sequence[int]) -> None:
+        """A completion, as the message that the environment reads."""
+        tools, said = program.prompt.tools, program.episode.said
+        parsed = self.by.config.history == "render"
+        said.append(self.by.renderer.message(tokens, tools, len(said), parsed=parsed))
 
     def _grade(self, program: _Program) -> None:
         with self.by.trace.span("reward"):  # those of linear cost are computed here
@@ -314,13 +341,31 @@ class _Step:
         renderer, segment, prompt = self.by.renderer, program.segments[-1], program.prompt
         if isinstance(observed, Fold):
             start = renderer.prompt_tokens(observed.messages, prompt.tools)
-            seed = derive_seed(segment.seed, len(program.segments), prompt.id, 0)
-            program.segments.append(_Segment(start, seed, tuple(observed.messages), len(program.episode.said)))
+            self._begin(program, start, tuple(observed.messages), "fold")
+            return
+        if self.by.config.history == "render":
+            self._render(program)
             return
         completion = segment.turns[-1].completion
         said = program.episode.said[segment.begun : len(program.episode.said) - len(observed) - 1]
         tokens = renderer.observation_tokens(completion.tokens, observed, (*segment.messages, *said), prompt.tools)
         segment.turns[-1] = dataclasses.replace(segment.turns[-1], observation_tokens=tokens)
+
+    def _render(self, program: _Program) -> None:
+        """The whole conversation, behind the last turn where it goes on from there, else as the start of a segment."""
+        renderer, segment = self.by.renderer, program.segments[-1]
+        messages = (*segment.messages, *program.episode.said[segment.begun :])
+        whole, context = renderer.conversation_tokens(messages, program.prompt.tools), segment.context
+        said = [message for message in program.episode.said[segment.begun :] if message.role == "assistant"]
+        if cause := split_cause(renderer, context, whole, segment.starts, said):
+            self._begin(program, whole, messages, cause)
+        else:
+            segment.turns[-1] = dataclasses.replace(segment.turns[-1], observation_tokens=whole[len(context) :])
+
+    def _begin(self, program: _Program, start: tuple[int, ...], messages: tuple[Message, ...], cause: str) -> None:
+        """A segment of a program's own noise."""
+        seed = derive_seed(program.segments[-1].seed, len(program.segments), program.prompt.id, 0)
+        program.segments.append(_Segment(start, seed, messages, len(program.episode.said), cause))
 
     def _end(self, program: _Program, outcome: float | Failure) -> None:
         program.outcome = outcome

@@ -62,7 +62,7 @@ def trajectory_rows(groups: Iterable[Group], decode: Callable[[list[int]], str])
                 "segment": trajectory.segment,
                 "prompt_id": trajectory.prompt_id,
                 "prompt": [message.row() for message in group.prompt.messages],
-                **({"context": decode(_context(trajectory))} if trajectory.segment else {}),
+                **({"cause": trajectory.cause, "context": decode(_context(trajectory))} if trajectory.segment else {}),
                 "answer": group.prompt.record.get("answer"),
                 "text": decode(trajectory.columns["tokens"][_first_sampled(trajectory) :].tolist()),
                 "reward": None if trajectory.failure else trajectory.reward,

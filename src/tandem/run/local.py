@@ -152,8 +152,9 @@ class Session:
 
     def rollout(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """Groups of a step; what the engine's scheduler did for them is counted for the row."""
-        before = self.parts.engine.stats
+        before, spelt = self.parts.engine.stats, self.parts.renderer.spelt_tokens
         groups = self.rollouts.collect(step, prompts)
+        self.trace.count("spelt_tokens", self.parts.renderer.spelt_tokens - spelt)
         after = self.parts.engine.stats
         for name in (*SCHEDULED, *(DRAFTED if self.config.engine.draft_tokens else ())):
             self.trace.count(name, getattr(after, name) - getattr(before, name))
@@ -377,7 +378,7 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
         pool = EnvironmentPool(config.task)
         closing.callback(pool.close)
         folder = closing.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
-        parts = build_parts(config.model, config.engine, config.sync.lag, config, form=config.task.format)
+        parts = build_parts(config.model, config.engine, config.sync.lag, config, task=config.task)
         pool.ready()
         if folder is None:  # only now, so that a wrong model or task leaves no folder behind
             folder = closing.enter_context(RunFolder.create(path, config, keep=keep))
@@ -433,7 +434,7 @@ def evaluate_model(config: RunConfig) -> Evaluation:
     check_counts(config)
     pool = EnvironmentPool(config.task)
     try:
-        parts = build_parts(config.model, config.engine, learns=False, form=config.task.format)
+        parts = build_parts(config.model, config.engine, learns=False, task=config.task)
         parts.tokenizer.now = started(Path(config.model.source)) or parts.tokenizer.now
         pool.ready()
         prompts = pool.heldout[: config.evaluation.prompts]

@@ -11,12 +11,13 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, get_args
 
+from tandem.config import override
 from tandem.engine.config import EngineConfig
 from tandem.engine.driver import Driver
 from tandem.errors import ConfigError, RunFolderError, nearest
 from tandem.models.config import ModelConfig
 from tandem.numerics.random import derive_seed
-from tandem.program.config import Format
+from tandem.program.config import Format, TaskConfig
 from tandem.rollout.config import RolloutConfig
 from tandem.run.asked import conversations, drawing
 from tandem.run.parts import Parts, build_parts
@@ -144,22 +145,28 @@ def load(
         raise ConfigError(f"form is {form!r}.{nearest(str(form), get_args(Format))}")
     if not isinstance(engine, EngineConfig | None):
         raise ConfigError(f"engine is {engine!r}; wanted an EngineConfig, or None for its defaults.")
-    opening, own = asked_as(config.source)
-    form = own if form == "auto" else form
-    return Model(build_parts(config, engine or EngineConfig(), learns=False, form=form), opening)
+    task = asked_as(config.source)
+    opening = [Message("system", task.system)] if task.system else []
+    if form == "plain" or (form == "auto" and task.format == "plain"):  # who writes all of the text writes its tokens
+        task = TaskConfig(format="plain", control_tokens="as_template")
+    elif form == "chat":
+        task = replace(task, format="chat")
+    return Model(build_parts(config, engine or EngineConfig(), learns=False, task=task), opening)
 
 
-def asked_as(source: str) -> tuple[list[Message], Format]:
-    """The system message that a run's prompts had and how they were written; none and "auto" for what is no run."""
+def asked_as(source: str) -> TaskConfig:
+    """How a run's prompts were written: its system message, format, control tokens, template arguments. The defaults
+    for what is no run.
+    """
     folder = Path(source)
     if not ((folder / "config.json").is_file() and (folder / "checkpoints").is_dir()):
-        return [], "auto"
+        return TaskConfig()
     try:  # these settings alone, so that a run of another version of tandem can be asked too
         task = json.loads((folder / "config.json").read_text(encoding="utf-8"))["task"]
-        system, form = str(task["system"]), task.get("format", "auto")
+        known = {name: task[name] for name in ("format", "control_tokens", "template_arguments") if name in task}
+        return override(TaskConfig(system=str(task["system"])), known)
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise RunFolderError(f"{folder / 'config.json'} names no task.system ({error}). Restore the file.") from error
-    return [Message("system", system)] if system else [], form
 
 
 def request_id(index: int, prompt: str) -> str:

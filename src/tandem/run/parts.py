@@ -15,7 +15,7 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.layout import KvLayout
 from tandem.engine.runner import DecoderRunner, dtype_name
-from tandem.errors import ConfigError, ModelError, TandemWarning
+from tandem.errors import ConfigError, TandemWarning
 from tandem.kernels.build.load import matrix_unit
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.codes import described, hold_codes
@@ -24,8 +24,8 @@ from tandem.models.decoder import Decoder
 from tandem.models.tokenizer import Tokenizer
 from tandem.plan.footprint import Asked
 from tandem.plan.memory import Plan, plan_memory
-from tandem.program.config import Format
-from tandem.program.render import Renderer
+from tandem.program.config import TaskConfig
+from tandem.program.render import Renderer, renderer_of
 from tandem.run.config import RunConfig
 from tandem.run.folder import latest_checkpoint
 from tandem.sync.departures import check_engine, of_engine, without_departures
@@ -63,17 +63,6 @@ def resolve_source(source: str) -> str:
     return str(saved.path)
 
 
-def is_plain(tokenizer: Tokenizer, form: Format) -> bool:
-    """Whether prompts go in as plain text; ModelError where `form` asks for a template that the model lacks."""
-    if form == "chat" and tokenizer.chat_template is None:
-        raise ModelError(
-            f"{tokenizer.origin} has no chat template, and chat was asked for. Use the instruct version of the "
-            "model, put a chat_template.jinja beside its tokenizer.json, or give plain text: task.format=plain, or "
-            "generate --raw."
-        )
-    return form == "plain" or tokenizer.chat_template is None
-
-
 def plan_parts(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
@@ -98,7 +87,7 @@ def plan_parts(
     prompt_tokens = 1
     if run is not None and run.task.environment == "reasoning_gym":  # whose prompts have this system message, or none
         system = (Message("system", run.task.system),) if run.task.system else ()
-        renderer = Renderer(tokenizer, is_plain(tokenizer, run.task.format))
+        renderer = renderer_of(tokenizer, run.task)
         prompt_tokens = max(1, len(renderer.prompt_tokens((*system, Message("user", "")))))
     asked = Asked(
         checkpoint.spec,
@@ -122,22 +111,23 @@ def build_parts(
     run: RunConfig | None = None,
     *,
     learns: bool = True,
-    form: Format = "auto",
+    task: TaskConfig | None = None,
 ) -> Parts:
     """Load the model and put an engine on it. ModelError, ConfigError, CapacityError for what the user can mend.
 
     The engine shares the learner's decoder unless its weights are rounded, of another dtype, or `lag` updates old.
     `run`: what will train it, whose memory is planned for. Without `learns` that decoder keeps the codes of a quantised
-    file, at the same bits, and of other matrices the packed form alone; nothing can train or save it. `form`: how
-    prompts are written, see TaskConfig.format.
+    file, at the same bits, and of other matrices the packed form alone; nothing can train or save it. `task`: how
+    prompts are written (its format, control tokens, template arguments) and calls are read.
     """
     torch.set_num_threads(env.num_threads())
     checkpoint = open_checkpoint(resolve_source(model.source))
     spec = checkpoint.spec
     check_engine(spec, config)
     tokenizer = checkpoint.load_tokenizer()
-    renderer = Renderer(tokenizer, is_plain(tokenizer, form))
-    if renderer.plain and form == "auto":
+    task = task or TaskConfig()
+    renderer = renderer_of(tokenizer, task)
+    if renderer.plain and task.format == "auto":
         warnings.warn(f"{model.source} has no chat template: prompts are plain text.", TandemWarning, stacklevel=2)
     memory = plan_parts(checkpoint, tokenizer, model, config, lag, run, learns=learns)
     memory.check()
@@ -200,6 +190,8 @@ def _build(
         "weights": version.digest,
         "codes": described(serving),
         "prompts": "plain text" if renderer.plain else "chat template",
+        "tools": "described in a system message" if renderer.describes else "told by the chat template",
+        "tool_format": renderer.format,
         "memory": memory.record(),
     }
     return Parts(decoder, tokenizer, renderer, engine, exact_engine, publisher, memory, plan)

@@ -31,6 +31,7 @@ _OF_SAMPLES = {
     "reward": Key("reward", "mean over the trajectories that could be graded; null where none could"),
     "reward_std": Key("reward", "standard deviation of the same"),
     "zero_variance": Key("share", "graded groups whose rewards are all equal"),
+    "spelt_tokens": Key("count", "control tokens that prompts, users and tools spelt: see task.control_tokens"),
     "truncated": Key("share", "trajectories cut at rollout.max_new_tokens"),
     "trajectories": Key("count", "of the step; for texts, the texts"),
     "failed": Key("count", "trajectories without a grade"),
@@ -41,7 +42,9 @@ _OF_SAMPLES = {
     "tokens_per_s": Key("tokens/s", "sampled over the seconds of rollout; null where nothing was sampled"),
     "turns": Key("count", "mean completions a program, where rollout.max_turns is above 1"),
     "happened/*": Key(
-        "count", "in all programs: tool_calls, malformed_calls, tool_errors, tool_timeouts, scorer_errors"
+        "count",
+        "in all programs: tool_calls, malformed_calls, unreadable_calls, tool_errors, tool_timeouts, scorer_errors, "
+        "and split_CAUSE where rollout.history=render changed what was said",
     ),
     "cached_tokens": Key("tokens", "of prompts, found in the engine's cache"),
     "recomputed_tokens": Key("tokens", "run again after a preemption"),
