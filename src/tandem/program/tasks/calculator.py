@@ -55,6 +55,19 @@ def _value(node: ast.expr) -> int | float:
     return value
 
 
+# Said before the question: a model of 135 M parameters makes no call from a description alone (13 in 128 programs).
+EXAMPLE = (
+    Message("user", "What is 23 * 5?"),
+    Message("assistant", "```python\n23 * 5\n```"),
+    Message("tool", "115"),
+    Message("assistant", "23 * 5 = 115"),
+    Message("user", "What is 14 + 230 + 8?"),
+    Message("assistant", "```python\n14 + 230 + 8\n```"),
+    Message("tool", "252"),
+    Message("assistant", "14 + 230 + 8 = 252"),
+)
+
+
 class WithCalculator(Episode):
     """Pays for the last number of the final answer."""
 
@@ -74,8 +87,9 @@ class Calculator(Environment):
 
     episodes = WithCalculator
 
-    def __init__(self, digits: int = 3, seed: int = 0) -> None:
+    def __init__(self, digits: int = 3, example: bool = True, seed: int = 0) -> None:
         self.digits = digits  # of a sum's terms, at most
+        self.shown = EXAMPLE if example else ()
         self.seed = seed
 
     def prompt(self, split: str, index: int) -> Prompt:
@@ -86,7 +100,9 @@ class Calculator(Environment):
         else:
             terms = [rng.randrange(10, 10**self.digits) for _ in range(3)]
             asked, answer = " + ".join(map(str, terms)), sum(terms)
-        return Prompt(f"{split}/{index}", (Message("user", f"What is {asked}?"),), {"answer": answer, "asked": asked})
+        return Prompt(
+            f"{split}/{index}", (*self.shown, Message("user", f"What is {asked}?")), {"answer": answer, "asked": asked}
+        )
 
     def solution(self, prompt: Prompt) -> str:
         return f"{prompt.record['asked']} = {prompt.record['answer']}"
