@@ -348,3 +348,20 @@ def test_sentencepiece_or_vocab_files_are_converted(tmp_path: Path) -> None:
     loaded = load_tokenizer(tmp_path)
     assert loaded.encode("ab<|endoftext|>") == [256, 257]
     assert loaded.eos_token_id == 257
+
+
+def test_message_keys_as_transformers_has_them() -> None:
+    """A template asks whether a key is there that has no value, or reads reasoning under its other name."""
+    template = (
+        "{% for m in messages %}{{ 'yes' if m.tool_calls is defined else 'no' }} {{ m.reasoning_content }} "
+        "{{ m.thinking }} {{ m.reasoning }};{% endfor %}"
+    )
+    messages = [
+        {"role": "assistant", "content": "4", "tool_calls": None, "reasoning_content": "sum"},
+        {"role": "assistant", "content": "4", "thinking": "a", "reasoning": "b"},
+        {"role": "assistant", "content": "4", "reasoning": "c", "tool_calls": []},
+    ]
+    backend = Backend(models.BPE())
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    wanted = theirs.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert Tokenizer(backend, {}, template).render_text(messages) == wanted == "no sum sum ;no a a b;yes c c c;"

@@ -72,6 +72,7 @@ RUNS: dict[str, str] = {
     "tandem train smollm2_arithmetic_cpu --set task.environment=jsonl --set task.path=train.jsonl "
     "--set task.heldout_path=test.jsonl --set task.reward=math_verify --set rollout.max_new_tokens=256": "",
     "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2": "",
+    "tandem train smollm2_arithmetic_cpu --set rollout.history=render": "",
     "tandem study": "",
     "tandem study staleness --seeds 0": "tandem study staleness --seeds 0 --out staleness",
 }
@@ -85,6 +86,7 @@ FILES = {
     "def reinforce": "reinforce.py",
     "SMOLLM3 = Family(": "smollm3.py",
     "transformers.SmolLM3Config(": "compared.py",
+    "hermes = FORMATS[": "formats.py",
 }
 LISTED: dict[str, str] = {
     "steps = 40": "read by tests/null/test_settings.py",
@@ -284,6 +286,11 @@ def test_a_family_is_added_as_the_page_says(home: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(home)
     exec(compile((home / "compared.py").read_text(), "compared.py", "exec"), {})
     assert "largest difference" in capsys.readouterr().out
+
+
+def test_a_call_goes_both_ways_as_the_page_says(home: Path) -> None:
+    """The page's call is written or read otherwise, or its fault is another."""
+    exec(compile((home / "formats.py").read_text(), "formats.py", "exec"), {})
 
 
 def test_a_loss_is_added_as_the_page_says(home: Path, tmp_path: Path) -> None:

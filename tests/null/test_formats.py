@@ -164,6 +164,9 @@ MALFORMED = {
         ("```python\nx = f(n=1)\n```", "line 1 is 'x = f(n=1)', not the call of a tool"),
         ('```json\n{"name": "f", "arguments": {"a": }}\n```', "JSON is broken"),
         (f"```python\nf(a={DEEP}\n```", "it is no Python"),
+        (f"```python\nf(a={'-' * 100_000}1)\n```", "it is no Python"),
+        (f"```python\nf{'.a' * 100_000}()\n```", "it is no Python"),
+        (f"```python\nf(a=1{'+1' * 3_000})\n```", "it is"),
     ],
 }
 
@@ -272,7 +275,12 @@ def test_fenced_code_and_what_is_declared() -> None:
     wrong = parse("```python\nprint(add(1, 2))\n```", tools)
     assert wrong.faults == ("tool call 1: there is no tool print; there are add",) and not wrong.calls
     runs = [*tools, *declared(ToolCall("python", {"source": ""}))]
-    assert called(parse(code, runs).calls) == [("python", {"source": code[10:-3]})]
+    assert called(parse(code, runs).calls) == [("python", {"source": code[10:-4]})]
+    write = FORMATS["fenced"].write
+    for source in ("print(2)", "17 * 25\n\n", "a = 1\n```\nb", "add(1, 2)", "python(source='x')", "", "x ="):
+        calls = [ToolCall("python", {"source": source})]
+        assert called(parse(write(calls, runs), runs).calls) == called(calls)
+    assert write([ToolCall("python", {"source": "17 * 25"})], runs) == "```python\n17 * 25\n```"
     assert called(parse("```python\nadd(1, 2)\n```", runs).calls) == [("add", {"a": 1, "b": 2})]
 
 

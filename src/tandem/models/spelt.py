@@ -49,6 +49,10 @@ class Spelling:
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     @cached_property
+    def _firsts(self) -> frozenset[str]:
+        return frozenset(text[0] for text in self.controls.values())
+
+    @cached_property
     def _beginnings(self) -> Mapping[str, Sequence[str]]:
         """Of control tokens, by their last character: what follows a content may complete one."""
         found: dict[str, list[str]] = {}
@@ -58,7 +62,8 @@ class Spelling:
 
     def found(self, rows: Rows) -> list[str]:
         """The control tokens that messages spell, all but an assistant's: what a model wrote are its own tokens."""
-        return [token for row in rows for text in _texts(row) for token in self._spelt.findall(text)]
+        texts = (text for row in rows for text in _texts(row) if self._may(text))
+        return [token for text in texts for token in self._spelt.findall(text)]
 
     def marked(self, rows: Rows) -> tuple[Rows, str]:
         """The messages with each control token in them broken by a mark, and the mark; "" where there is none."""
@@ -73,10 +78,8 @@ class Spelling:
         whole = self.backend.encode(text, add_special_tokens=False)
         pieces, start, own = [], 0, [*self.backend.encode("", add_special_tokens=add_special_tokens).ids]
         for token, (begin, end) in zip(whole.ids, whole.offsets, strict=True):
-            covered = text[begin:end]  # with the white space that some tokens take in
-            if token in self.controls and mark not in covered:
-                before, after = covered[: -len(covered.lstrip())], covered[len(covered.rstrip()) :]
-                pieces += [text[start:begin].replace(mark, ""), before, f"{mark}{self.controls[token]}{mark}", after]
+            if token in self.controls and mark not in text[begin:end]:
+                pieces += [text[start:begin].replace(mark, ""), f"{mark}{self.controls[token]}{mark}"]
                 start = end
                 own.append(token)
         pieces.append(text[start:].replace(mark, ""))
@@ -93,10 +96,14 @@ class Spelling:
 
     def _reads(self, text: str) -> bool:
         """Whether a control token is read in `text`, or could be where more follows."""
-        if self._spelt.search(text) or self._begun(text):
+        if self._may(text) and (self._spelt.search(text) or self._begun(text)):
             return True
         normalizer = self.backend.normalizer
         return normalizer is not None and self._spelt.search(normalizer.normalize_str(text)) is not None
+
+    def _may(self, text: str) -> bool:
+        """Whether a control token could begin in `text`: for speed."""
+        return any(first in text for first in self._firsts)
 
     def _begun(self, text: str) -> str:
         """The longest beginning of a control token that `text` ends with."""

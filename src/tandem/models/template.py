@@ -49,13 +49,18 @@ def render(source: str, now: datetime, variables: Mapping[str, Any]) -> str:
 
 
 def variables(source: str) -> set[str]:
-    """The names that a template reads and does not set, but for those that every template has.
+    """The names that a template reads, but for those that every template has and its own: names that it sets, unless it
+    asks whether they are defined.
 
-    >>> sorted(variables("{% if x is defined %}{{ y }}{% endif %}{% set z = range(2) %}{{ z }}"))
+    >>> sorted(variables("{% if x is not defined %}{% set x = 1 %}{% endif %}{% if y %}{% set z = 1 %}{% endif %}"))
     ['x', 'y']
     """
     environment = _compile(source).environment
-    return find_undeclared_variables(environment.parse(source)) - {*environment.globals}
+    tree = environment.parse(source)
+    own = {node.name for node in tree.find_all(jinja2.nodes.Name) if node.ctx == "store"}
+    asked = [node.node for node in tree.find_all(jinja2.nodes.Test) if node.name in ("defined", "undefined")]
+    own -= {node.name for node in asked if isinstance(node, jinja2.nodes.Name)}
+    return find_undeclared_variables(tree) - {*environment.globals} - own
 
 
 class _Checked(CodeGenerator):

@@ -203,11 +203,17 @@ class Tokenizer:
         return len(self._spelling.found(_rows(messages)))
 
     def take_arguments(self, arguments: Mapping[str, Any], called: str) -> None:
-        """Variables for the chat template, beside the messages. ConfigError for one that it does not read."""
-        from tandem.models.template import variables
+        """Variables for the chat template, beside the messages. ConfigError for one that it does not read.
+
+        ModelError where the template cannot be read.
+        """
+        from tandem.models.template import TemplateError, variables
 
         given = {"messages", "tools", "add_generation_prompt", "strftime_now", *SPECIAL_NAMES}
-        reads = sorted(variables(self.chat_template) - given) if arguments and self.chat_template is not None else []
+        try:
+            reads = sorted(variables(self.chat_template or "") - given) if arguments else []
+        except TemplateError as error:
+            raise ModelError(f"the chat template of {self.origin} cannot be read: {error}. Mend it.") from error
         for name in arguments:
             if name not in reads:
                 raise ConfigError(

@@ -144,7 +144,7 @@ class Renderer:
         """
         self.spelt_tokens += self.tokenizer.spelt(messages)
         if tools and self.describes:
-            messages = self._plainly(messages)
+            messages = self._plainly(messages, tools)
             if before is not None:
                 before, tools = self._told(before, tools)
         asked: Sequence[Message] = _QUESTION
@@ -215,7 +215,7 @@ class Renderer:
         if not tools or not self.describes:
             return messages, tools
         words = describe(tools, self._reads.write)
-        messages = self._plainly(messages)
+        messages = self._plainly(messages, tools)
         if messages and messages[0].role == "system":
             return (replace(messages[0], content=f"{messages[0].content}\n\n{words}"), *messages[1:]), ()
         if self._takes_system:
@@ -229,12 +229,12 @@ class Renderer:
         except ModelError:
             return False
 
-    def _plainly(self, messages: Sequence[Message]) -> tuple[Message, ...]:
+    def _plainly(self, messages: Sequence[Message], tools: Tools) -> tuple[Message, ...]:
         """Messages for a template that knows no tools: calls as the text they were, results as a user's message."""
         plain: list[Message] = []
         for message in messages:
             if message.calls:
-                text = self._reads.write(message.calls, ())
+                text = self._reads.write(message.calls, tools)
                 message = replace(message, content="\n".join(filter(None, (message.content, text))), calls=())
             if message.role == "tool":
                 message = Message("user", message.content)

@@ -77,7 +77,10 @@ def _type(schema: Mapping[str, Any]) -> str:
 
 def _example(function: Mapping[str, Any]) -> ToolCall:
     declared, required = _parameters(function)
-    return ToolCall(str(function["name"]), {name: _value(declared[name]) for name in required if name in declared})
+    given = {name: _value(declared[name]) for name in required if name in declared}
+    if function["name"] == "python" and list(given.values()) == ["text"]:
+        given = dict.fromkeys(given, "print(2 + 3)")
+    return ToolCall(str(function["name"]), given)
 
 
 def _value(schema: Mapping[str, Any]) -> Any:

@@ -15,6 +15,7 @@ import keyword
 import re
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tandem.program.formats.parsed import (
@@ -67,13 +68,17 @@ def parse(text: str, tools: Tools = ()) -> Parsed:
 
 
 def write(calls: Sequence[ToolCall], tools: Tools = ()) -> str:
-    """As Python, or as JSON where a name is none of Python's.
+    """As Python, or as JSON where a name is none of Python's; code for the tool `python` as it stands.
 
     >>> print(write([ToolCall("add", {"a": 1, "from": "x"})]))
     ```python
     add(a=1, **{'from': 'x'})
     ```
     """
+    if len(calls) == 1 and (code := _code(calls[0], tools)):
+        text = f"```python\n{code}\n```"
+        if parse(text, tools).calls == (replace(calls[0], id=""),):
+            return text
     if all(all(map(_plain, call.name.split("."))) for call in calls):
         return "\n".join(["```python", *map(_written, calls), "```"])
     values = [{"name": call.name, "arguments": dict(call.arguments)} for call in calls]
@@ -90,8 +95,7 @@ def python_calls(code: str, tools: Tools) -> list[ToolCall] | None:
         return _calls_of(code, tools)
     except Malformed as error:
         if "python" in declared:
-            key = next(iter(properties(tools, "python") or ()), "code")
-            return [checked("python", {key: code})]
+            return [checked("python", {_code_name(tools): code.removesuffix("\n")})]
         if tools and not any(re.search(rf"(?<![\w.]){re.escape(name)}\s*\(", code) for name in declared):
             return None
         raise error
@@ -105,7 +109,7 @@ def _calls_of(code: str, tools: Tools) -> list[ToolCall]:
     except SyntaxError as error:
         raise Malformed(f"it is no Python: {error.msg}, line {error.lineno}") from None
     except (ValueError, RecursionError, MemoryError) as error:
-        raise Malformed(f"it is no Python: {error}") from None
+        raise Malformed(f"it is no Python: {str(error) or 'it nests too deep'}") from None
     try:
         return [_call_of(statement, tools) for statement in body]
     except RecursionError:
@@ -166,6 +170,17 @@ def _json_calls(code: str, tools: Tools) -> list[ToolCall] | None:
 
 def _is_call(value: dict[str, Any], tools: Tools) -> bool:
     return "name" in value and ("arguments" in value or "parameters" in value or value["name"] in names(tools))
+
+
+def _code_name(tools: Tools) -> str:
+    return next(iter(properties(tools, "python") or ()), "code")
+
+
+def _code(call: ToolCall, tools: Tools) -> str:
+    """What the tool `python` is given, where it is given code alone."""
+    declared = call.name == "python" and "python" in names(tools)
+    code = call.arguments.get(_code_name(tools)) if declared and len(call.arguments) == 1 else ""
+    return code if isinstance(code, str) else ""
 
 
 def _written(call: ToolCall) -> str:
