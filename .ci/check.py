@@ -21,7 +21,7 @@ from pathlib import Path
 # A module imports only from rows above its own, and from its own folder.
 ROWS: tuple[tuple[str, ...], ...] = (
     ("columns", "types", "errors", "config", "env", "trace"),
-    ("numerics",),
+    ("numerics", "sandbox"),
     ("kernels",),
     ("models",),
     ("algo", "engine", "program"),

@@ -19,6 +19,7 @@ WIDTH, ROW, BOX_W, BOX_H, GAP = 920, 92, 150, 58, 30
 ROOMS: dict[str, tuple[int, str, str]] = {
     "nouns": (2, "", "types, columns, errors"),
     "numerics": (2, "", "noise, hashes, rounding"),
+    "sandbox": (4, "", "code that may do harm"),
     "kernels": (2, "", "C++, Triton, references"),
     "models": (2, "", "one decoder, its families"),
     "program": (4, "1", "prompts, environments"),

@@ -46,6 +46,10 @@ class EnvironmentFailure(WorldError):
     """An environment or a reward raised, hung past its deadline or returned no finite number."""
 
 
+class SandboxError(WorldError):
+    """Code that nobody vouches for cannot be run here, or its sandbox ended under it."""
+
+
 class KernelError(WorldError):
     """A kernel could not be compiled or failed its self-check."""
 

@@ -14,6 +14,7 @@ from annotated_types import Interval
 
 from tandem.config import AboveZero, Count, Positive, section
 from tandem.errors import ConfigError, TandemWarning, nearest
+from tandem.sandbox.config import SandboxConfig
 
 REWARD_NAMES = ("score", "last_number", "exact", "math_verify")
 
@@ -60,6 +61,8 @@ class TaskConfig:
     seed: int = 0  # of the prompts, apart from the run's seed: runs with other seeds see the same task
     reward_deadline_s: AboveZero = 10.0  # seconds for one call of a reward or an environment
     reward_on_error: Reward | None = None  # for an answer that breaks its grader; none: its program fails, untrained
+    memory_bytes: Positive = 4 << 30  # own data of one child: a grader that takes more gets a MemoryError
+    sandbox: SandboxConfig = SandboxConfig()  # where code of the model runs, if the environment runs any
     workers: Positive = 4  # child processes at most that answer for environments; another comes up where calls wait
 
     def __post_init__(self) -> None:

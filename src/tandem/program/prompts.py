@@ -21,13 +21,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from tandem.errors import TaskError, nearest
+from tandem.errors import ConfigError, SandboxError, TaskError, nearest
 from tandem.program.config import PLACE, TaskConfig, half_character
 from tandem.program.environment import Environment
 from tandem.program.episode import fault
 from tandem.program.reward import clipped, extract_answer, last_number_in, math_verify, one_number, refusal
 from tandem.program.tools import schemas
 from tandem.program.worked import worked
+from tandem.sandbox.pool import SandboxPool, check
 from tandem.types import Message, Prompt
 
 CHUNK_DRAWS = 4096  # draws of one reasoning-gym data set before its seed changes; some limit their size, to 20,000
@@ -397,9 +398,15 @@ def load_user(config: TaskConfig) -> Environment:
         raise TaskError(f"task.environment: {where} has no {attribute!r}.{nearest(attribute, names)}")
     arguments: dict[str, Any] = dict(config.parameters)
     try:
-        if "seed" in inspect.signature(build).parameters:
+        wanted = inspect.signature(build).parameters
+        if "seed" in wanted:
             arguments.setdefault("seed", config.seed)
+        if "sandbox" in wanted:
+            check(config.sandbox)
+            arguments["sandbox"] = SandboxPool(config.sandbox)
         environment = build(**arguments)
+    except (ConfigError, SandboxError) as error:
+        raise TaskError(str(error)) from error
     except Exception as error:  # recorded boundary: the constructor is the user's code
         raise TaskError(f"task.environment {config.environment}({arguments}): {_reason(error)}") from error
     missing = [name for name in ("prompt", "reward") if not callable(getattr(environment, name, None))]

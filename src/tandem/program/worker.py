@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import resource
 import threading
 import time
 from collections.abc import Coroutine
@@ -147,6 +148,7 @@ def main(fileno: int, parent: int) -> None:
 def _serve(connection: Connection) -> None:
     """A TaskConfig first, answered with whether calls may overlap."""
     config: TaskConfig = connection.recv()
+    resource.setrlimit(resource.RLIMIT_DATA, (config.memory_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     os.dup2(2, 1)  # what a user's environment prints must not land between the parent's --json lines
     calls: list[Calls] = []
 

@@ -1,0 +1,284 @@
+"""In the sandbox of the tests: runs them against a program that is in another one.
+
+Each module of the program is a stand-in here. What the tests call is called there, with values; what comes back is
+compared here, by the tests. The program never sees a test or an expected value, and nothing of it runs here.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import os
+import signal
+import sys
+import types
+import unittest
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+from tandem.sandbox.values import decode, encode
+
+FORWARDED = (
+    *("__len__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__iter__", "__next__", "__bool__"),
+    *("__str__", "__int__", "__float__", "__index__", "__enter__", "__exit__", "__add__", "__sub__", "__mul__"),
+    *("__truediv__", "__floordiv__", "__mod__", "__pow__", "__neg__", "__abs__", "__and__", "__or__", "__xor__"),
+)
+ANSWERED = (ValueError, TypeError, LookupError, RecursionError, ArithmeticError)
+
+
+class Gone(BaseException):
+    """The program ended, answered nonsense or took too long; no `except Exception` of a test takes it."""
+
+
+class ProgramError(Exception):
+    """What the program raised, where it is of no built-in kind."""
+
+
+class Line:
+    """The way to the program, through who started both."""
+
+    def __init__(self) -> None:
+        self.answers = os.dup(1)
+        os.dup2(2, 1)  # what tests print is no message
+        self.orders = os.fdopen(os.dup(0), "rb")
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        self.turn = 0
+        self.lives = 0  # programs that were started
+        self.lost = ""  # what became of the last one, until another is there
+        self.errors: dict[str, type[Exception]] = {}
+
+    def say(self, message: dict[str, Any]) -> None:
+        left = memoryview(json.dumps(message).encode() + b"\n")
+        while left:
+            left = left[os.write(self.answers, left) :]
+
+    def ask(self, *do: Any) -> dict[str, Any]:
+        self.turn += 1
+        self.say({"ask": {"do": do, "turn": self.turn}})
+        while True:
+            answer = self.heard()
+            if answer.get("turn") == self.turn:
+                break
+        if "raised" in answer:
+            try:
+                error = self.error(answer["raised"])(str(answer.get("text", "")))
+            except ANSWERED:
+                raise self.gone("answered nonsense") from None
+            raise error
+        return answer
+
+    def heard(self) -> dict[str, Any]:
+        line = self.orders.readline()
+        if not line:
+            os._exit(1)
+        try:
+            answer = json.loads(line)
+        except ANSWERED:
+            raise self.gone("answered nonsense") from None
+        if not isinstance(answer, dict):
+            raise self.gone("answered nonsense")
+        if "gone" in answer:
+            raise self.gone(str(answer["gone"]))
+        return answer
+
+    def gone(self, reason: str) -> Gone:
+        """For a test that goes on in spite of it too, it has failed."""
+        self.lost = self.lost or f"the program {reason}"
+        return Gone(self.lost)
+
+    def again(self) -> None:
+        """Another program in place of one that ended or hangs."""
+        self.say({"again": True})
+        while True:
+            try:
+                if "fresh" in self.heard():
+                    self.lives, self.lost = self.lives + 1, ""
+                    return
+            except Gone:
+                continue
+
+    def value(self, code: Any) -> Any:
+        try:
+            return decode(code, self.stand_in)
+        except ANSWERED:
+            raise self.gone("answered with what is no value") from None
+
+    def stand_in(self, code: list[Any]) -> Any:
+        letter, number, rest = code
+        if letter == "x":
+            return self.error(rest)
+        return Remote(self, int(number), str(rest))
+
+    def error(self, names: list[str]) -> type[Exception]:
+        """The class that stands for an exception of the program: of the built-in kind that it is of."""
+        own = str(names[0])
+        bases = [getattr(builtins, str(name).removeprefix("builtins."), None) for name in names]
+        base = next((b for b in bases if isinstance(b, type) and issubclass(b, Exception)), ProgramError)
+        if own == f"builtins.{base.__name__}":
+            return base
+        if own not in self.errors:
+            parent = ProgramError if base is Exception else base
+            self.errors[own] = type(own.rpartition(".")[2], (parent,), {})
+        return self.errors[own]
+
+
+class Remote:
+    """Something of the program that is no plain value. It is never equal to anything: only plain values compare."""
+
+    def __init__(self, line: Line, number: int, kind: str) -> None:
+        self.__dict__.update(_line=line, _number=number, _kind=kind, _life=line.lives)
+
+    def _ask(self, *do: Any) -> dict[str, Any]:
+        if self._life != self._line.lives:
+            raise self._line.gone("ended, and this was of the one before")
+        return self._line.ask(do[0], self._number, *do[1:])
+
+    def _call(self, name: str, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        answer = self._ask("call", name, encode([list(arguments), named], code_of))
+        after = self._line.value(answer.get("after"))
+        if not (isinstance(after, list) and len(after) == 2 and [type(each) for each in after] == [list, dict]):
+            raise self._line.gone("answered nonsense")
+        for mine, theirs in [*zip(arguments, after[0], strict=False), *((named[k], after[1].get(k)) for k in named)]:
+            changed(mine, theirs)
+        return self._line.value(answer.get("value"))
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        return self._call("__call__", arguments, named)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._line.value(self._ask("attribute", name).get("value"))
+
+    def __repr__(self) -> str:
+        return f"<{self._kind} of the program>"
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError(f"a {self._kind} of the program cannot be compared: compare plain values")
+
+    __hash__ = object.__hash__
+
+
+def _forwarded(name: str) -> Any:
+    return lambda self, *arguments: self._call(name, arguments, {})
+
+
+for _name in FORWARDED:
+    setattr(Remote, _name, _forwarded(_name))
+
+
+def code_of(value: Any) -> list[Any]:
+    if isinstance(value, Remote):
+        return ["h", value._number, ""]
+    raise TypeError(f"a {type(value).__name__} cannot be given to the program: only plain values can")
+
+
+def changed(mine: Any, theirs: Any) -> None:
+    """Change an argument in place as the program did."""
+    if type(mine) is not type(theirs) or isinstance(mine, Remote) or mine == theirs:
+        return
+    if isinstance(mine, list | bytearray):
+        mine[:] = theirs
+    elif isinstance(mine, dict | set):
+        mine.clear()
+        mine.update(theirs)
+
+
+class StandIns:
+    """Finds the program's modules for the tests' imports."""
+
+    def __init__(self, line: Line, names: list[str]) -> None:
+        self.line, self.names = line, names
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name.partition(".")[0] not in self.names:
+            return None
+        return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        remote = self.line.value(self.line.ask("import", spec.name).get("value"))
+        if not isinstance(remote, Remote):
+            raise self.line.gone("answered nonsense")
+        module = StandIn(spec.name)
+        module.__dict__["_remote"] = remote
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+class StandIn(types.ModuleType):
+    def __getattr__(self, name: str) -> Any:
+        if name == "__all__":
+            names = self.__dict__["_remote"]._ask("names").get("value")
+            return self.__dict__["_remote"]._line.value(names)
+        return getattr(self.__dict__["_remote"], name)
+
+
+def test_names(source: str) -> Iterator[tuple[str, str]]:
+    """(class or "", function) of each test of a file."""
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+            yield "", node.name
+        if isinstance(node, ast.ClassDef):
+            for inner in node.body:
+                if isinstance(inner, ast.FunctionDef) and inner.name.startswith("test"):
+                    yield node.name, inner.name
+
+
+def run_test(space: dict[str, Any], owner: str, name: str) -> None:
+    if not owner:
+        space[name]()
+        return
+    kind = space[owner]
+    if not issubclass(kind, unittest.TestCase):
+        getattr(kind(), name)()
+        return
+    outcome = unittest.TestResult()
+    kind(name).run(outcome)
+    for _, text in [*outcome.failures, *outcome.errors, *outcome.skipped]:
+        raise AssertionError(text.strip().splitlines()[-1] if text.strip() else "skipped")
+    if not outcome.wasSuccessful():
+        raise AssertionError("it was to fail, and did not")
+
+
+class Judge:
+    """Loads the tests and runs them one after the other, each within its time."""
+
+    def __init__(self, told: dict[str, Any]) -> None:
+        self.told, self.line = told, Line()
+        sys.meta_path.insert(0, StandIns(self.line, told["modules"]))  # type: ignore[arg-type]
+        signal.signal(signal.SIGALRM, self.late)
+        self.space: dict[str, Any] = {}
+        self.loaded = False
+
+    def late(self, *_: Any) -> None:
+        raise self.line.gone(f"took longer than {self.told['test_seconds']:g} s")
+
+    def load(self) -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] in self.told["modules"]]:
+            del sys.modules[name]
+        self.space = {"__name__": "tests"}
+        exec(compile(self.told["tests"], "tests", "exec"), self.space)
+        self.loaded = True
+
+    def run(self) -> None:
+        for owner, name in test_names(self.told["tests"]):
+            reason = ""
+            try:
+                signal.setitimer(signal.ITIMER_REAL, self.told["test_seconds"])
+                try:
+                    if not self.loaded:
+                        self.load()
+                    run_test(self.space, owner, name)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except BaseException as error:  # noqa: BLE001 - a test's failure is its result
+                reason = f"{type(error).__name__}: {error}"[:500]
+            if self.line.lost:
+                reason, self.loaded = self.line.lost, False
+                self.line.again()
+            self.line.say({"test": f"{owner}.{name}".lstrip("."), "reason": reason})
+        self.line.say({"over": True})

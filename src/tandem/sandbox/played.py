@@ -1,0 +1,86 @@
+"""In the sandbox of a program under test: imports its modules and calls what the tests call, by values.
+
+Nothing here is trusted: the program shares this interpreter and may answer what it likes. All that it can give is a
+value, which the tests in the other sandbox look at.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import operator
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from tandem.sandbox.values import decode, encode
+
+OPERATIONS = {"__bool__": bool, "__iter__": iter, "__contains__": operator.contains, "__str__": str}
+
+
+def operation(aim: Any, name: str) -> Callable[..., Any]:
+    """What Python does for a special method; TypeError where the object has none."""
+    found: Any = OPERATIONS.get(name) or getattr(type(aim), name, None)
+    if found is None:
+        raise TypeError(f"{type(aim).__name__} has no {name}")
+    return found
+
+
+class Player:
+    def __init__(self) -> None:
+        self.held: list[Any] = []  # what is no plain value, by number
+
+    def hold(self, value: Any) -> list[Any]:
+        self.held.append(value)
+        number = len(self.held) - 1
+        if isinstance(value, type) and issubclass(value, Exception):
+            return ["x", number, self.kind(value)]
+        return ["h", number, type(value).__name__]
+
+    def kind(self, error: type[BaseException]) -> list[str]:
+        """Names of an exception's classes, its own first."""
+        return [f"{each.__module__}.{each.__qualname__}" for each in error.__mro__ if issubclass(each, Exception)]
+
+    def given(self, code: Any) -> Any:
+        return decode(code, lambda rest: self.held[rest[1]])
+
+    def do(self, asked: dict[str, Any]) -> dict[str, Any]:
+        kind, first, *rest = asked["do"]
+        if kind == "import":
+            return {"value": self.hold(importlib.import_module(first))}
+        aim = self.held[first]
+        if kind == "attribute":
+            return {"value": encode(getattr(aim, rest[0]), self.hold)}
+        if kind == "names":
+            return {"value": encode([name for name in dir(aim) if not name.startswith("_")], self.hold)}
+        name, code = rest
+        arguments, named = self.given(code)
+        if name == "__call__":
+            value = aim(*arguments, **named)
+        else:
+            value = operation(aim, name)(aim, *arguments)
+        # What a call changed in its arguments is seen by the caller, as in one interpreter.
+        return {"value": encode(value, self.hold), "after": encode([arguments, named], self.hold)}
+
+    def answer(self, line: bytes) -> dict[str, Any]:
+        asked = json.loads(line)
+        try:
+            answer = self.do(asked)
+        except Exception as error:  # noqa: BLE001 - what the program raises is its answer
+            answer = {"raised": self.kind(type(error)), "text": str(error)[:1000]}
+        return {**answer, "turn": asked["turn"]}
+
+
+def play() -> None:
+    answers = os.dup(1)
+    os.dup2(2, 1)  # what the program prints is none of the answers
+    orders = os.fdopen(os.dup(0), "rb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    sys.path.insert(0, os.getcwd())
+    player = Player()
+    for line in orders:
+        left = memoryview(json.dumps(player.answer(line)).encode() + b"\n")
+        while left:
+            left = left[os.write(answers, left) :]
