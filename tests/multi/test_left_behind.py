@@ -117,18 +117,25 @@ def test_files_that_are_traps() -> None:
     assert {got for got in said.values() if not isinstance(got, OSError)} == {("mine", "before")}
 
 
-def left_behind() -> tuple[set[str], int, list[str]]:
-    """Processes of sandboxes, mounts that this process sees, and files in the folder for temporary ones."""
-    found = set()
+def tree(root: int) -> set[int]:
+    """A process's descendants."""
+    parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_bytes()
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if b"--as-pid-1" in words or b"PR_SET_CHILD_SUBREAPER" in words:
-            found.add(folder.name)
+    found = {root}
+    while more := {each for each, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {root}
+
+
+def left_behind() -> tuple[set[int], int, list[str]]:
+    """What this process started and still runs, its mounts, and folders of sandboxes that are none."""
     mounts = len(Path("/proc/self/mountinfo").read_text().splitlines())
-    return found, mounts, sorted(name for name in os.listdir(tempfile.gettempdir()) if "tandem-unsandboxed" in name)
+    temporary = os.listdir(tempfile.gettempdir())
+    return tree(os.getpid()), mounts, sorted(name for name in temporary if name.startswith("tandem-unsandboxed"))
 
 
 def test_nothing_is_left_behind() -> None:
@@ -179,29 +186,28 @@ import asyncio, os, sys
 from tandem.sandbox.config import SandboxConfig
 from tandem.sandbox.pool import SandboxPool
 async def main():
-    box = await SandboxPool(SandboxConfig(), warm=1).open()
-    print(box._started.popen.pid, flush=True)
-    await box.run(["sleep", "60"], seconds=60.0)
+    pool = SandboxPool(SandboxConfig(seconds=60.0), warm=1)
+    box = await pool.open()
+    print("open", flush=True)
+    await box.run(["sleep", "60"])
 asyncio.run(main())
 """
 
 
 def test_a_sandbox_ends_with_its_owner() -> None:
     """Sandboxes that run on after the process that they belong to was killed."""
-    before = left_behind()[0]
-    path = os.pathsep.join(sys.path)
-    owner = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.path[:] = {path!r}.split(':')\n{OWNER}"], stdout=subprocess.PIPE
-    )
-    assert owner.stdout is not None and owner.stdout.readline().strip().isdigit()
-    assert left_behind()[0] > before
+    code = f"import sys; sys.path[:] = {sys.path!r}\n{OWNER}"
+    owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert owner.stdout is not None and owner.stdout.readline() == b"open\n"
+    until = time.monotonic() + 30
+    while len(started := tree(owner.pid)) < 5 and time.monotonic() < until:  # two sandboxes of two, and the command
+        time.sleep(0.05)
     owner.kill()
     owner.wait()
     owner.stdout.close()
-    until = time.monotonic() + 30
-    while left_behind()[0] != before and time.monotonic() < until:
+    while (left := [pid for pid in started if Path(f"/proc/{pid}").exists()]) and time.monotonic() < until:
         time.sleep(0.05)
-    assert left_behind()[0] == before
+    assert len(started) >= 5 and not left
 
 
 def test_it_is_of_use() -> None:

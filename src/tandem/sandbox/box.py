@@ -88,7 +88,11 @@ class Sandbox:
         left behind does, up to the end of the next command that is not."""
         order = self._order(argv, seconds, background=background)
         async with self._lock:
-            return await self._whole(self._ran(order, stdin.encode()), order["seconds"] + GRACE_S)
+            try:
+                exchange = self._exchange(order, stdin.encode())
+                return result(*await self._whole(exchange, order["seconds"] + GRACE_S))
+            except SandboxError:  # as where the machine ran out of memory: the command's doing until shown otherwise
+                return Result(None, "", "", "sandbox", 0.0)
 
     async def talk(self, argv: Sequence[str], seconds: float | None = None) -> Conversation:
         """Start a command whose stdout is read as it comes. No other command runs until its `end`."""
@@ -131,12 +135,6 @@ class Sandbox:
             return await self._receive()
         except (EOFError, OSError) as error:
             raise SandboxError("the sandbox has ended") from error
-
-    async def _ran(self, order: dict[str, Any], stdin: bytes) -> Result:
-        try:
-            return result(*await self._exchange(order, stdin))
-        except SandboxError:  # as when the machine ran out of memory
-            return Result(None, "", "", "sandbox", 0.0)
 
     async def _whole(self, exchange: Any, seconds: float) -> Any:
         """An exchange to its end: one that is given up leaves a sandbox of no use."""

@@ -24,10 +24,10 @@ TEST_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class TestResult:
+class Verdict:
     """What became of one test; `reason` says why it failed.
 
-    >>> TestResult("test_add", False, "AssertionError: ").passed
+    >>> Verdict("test_add", False, "AssertionError: ").passed
     False
     """
 
@@ -38,7 +38,7 @@ class TestResult:
 
 async def grade_tests(
     pool: SandboxPool, files: Mapping[str, str], tests: str, test_seconds: float = TEST_S
-) -> list[TestResult]:
+) -> list[Verdict]:
     """Run the `test...` functions and the methods of test classes in the source `tests` against the program `files`.
 
     The tests import the program's modules by their names in `files` and compare plain values: what a call returned,
@@ -63,8 +63,8 @@ async def grade_tests(
     return [_result(name, verdicts.get(name, relay.missing)) for name in names]
 
 
-def _result(name: str, reason: str) -> TestResult:
-    return TestResult(name, not reason, reason)
+def _result(name: str, reason: str) -> Verdict:
+    return Verdict(name, not reason, reason)
 
 
 class _Relay:
@@ -131,10 +131,10 @@ def _text(name: str) -> str:
     return "\n".join([*lines, {"judge": "Judge(json.loads(sys.argv[1])).run()", "played": "play()"}[name]])
 
 
-def earned(results: list[TestResult]) -> float:
+def earned(results: list[Verdict]) -> float:
     """The share of tests passed.
 
-    >>> earned([TestResult("a", True), TestResult("b", False)])
+    >>> earned([Verdict("a", True), Verdict("b", False)])
     0.5
     """
     return sum(each.passed for each in results) / len(results)

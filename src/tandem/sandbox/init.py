@@ -200,7 +200,7 @@ class Init:
                 most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
                 limits = min(amount, most), min(amount + (name == "RLIMIT_CPU"), most)
                 resource.setrlimit(getattr(resource, name), limits)
-            os.nice(5)  # who holds the limits goes first
+            os.setpriority(os.PRIO_PROCESS, 0, 5)  # who holds the limits goes first
             os.chdir(self.work)
             os.execvpe(asked["argv"][0], asked["argv"], self.environment)
         except BaseException as error:  # noqa: BLE001 - between fork and exec nothing may go on
@@ -261,6 +261,8 @@ class Init:
 
     def excess(self) -> str:
         """The limit that all processes together are past, or ""."""
+        if self.alone and sum(map(str.isdigit, os.listdir("/proc"))) > self.settings["processes"] + 1:
+            return "processes"  # before a look at each: there may be many more by then
         others = self.others()
         if sum(threads for threads, _ in others.values()) > self.settings["processes"]:
             return "processes"

@@ -79,6 +79,7 @@ def play() -> None:
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     sys.path.insert(0, os.getcwd())
+    sys.dont_write_bytecode = True
     player = Player()
     for line in orders:
         left = memoryview(json.dumps(player.answer(line)).encode() + b"\n")
