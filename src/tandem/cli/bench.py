@@ -20,14 +20,15 @@ class Work(str, Enum):
     PROFILE = "profile"
     SWEEP = "sweep"
     GPU = "gpu"
+    SANDBOX = "sandbox"
 
 
-ALONE = (Work.PROFILE, Work.SWEEP, Work.GPU)  # have no peers
+ALONE = (Work.PROFILE, Work.SWEEP, Work.GPU, Work.SANDBOX)  # have no peers
 WORKS_HELP = (
     "What to measure; agents: programs with slow tools; parity: the price of exactness; "
     "profile: where the time goes, by operation; "
     "sweep: decoding over the number of sequences and over the context; "
-    "gpu: random Llamas on a CUDA device."
+    "gpu: random Llamas on a CUDA device; sandbox: starts, commands, what a thousand leave behind."
 )
 
 
@@ -53,10 +54,11 @@ def bench(
     if json:
         print(jsonlib.dumps(result, indent=1))
     else:
-        {Work.PROFILE: _show_profile, Work.SWEEP: _show_sweep}.get(work, _show)(result)
-        limits = result["limits"]
-        rates = limits["matrix FLOP/s"] / 1e12, limits["memory bytes/s"] / 1e9
-        print(f"limits: {rates[0]:.2f} TFLOP/s bf16, {rates[1]:.1f} GB/s read")
+        shown = {Work.PROFILE: _show_profile, Work.SWEEP: _show_sweep, Work.SANDBOX: _show_sandbox}
+        shown.get(work, _show)(result)
+        if limits := result.get("limits"):
+            rates = limits["matrix FLOP/s"] / 1e12, limits["memory bytes/s"] / 1e9
+            print(f"limits: {rates[0]:.2f} TFLOP/s bf16, {rates[1]:.1f} GB/s read")
     if result.get("failure"):
         raise WorldError(result["failure"])
     if out is not None:
@@ -94,6 +96,10 @@ def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:
         from tandem.bench.sweep import sweep
 
         return sweep()
+    if work is Work.SANDBOX:
+        from tandem.bench.sandbox import sandbox
+
+        return sandbox()
     from tandem.bench.beside import bench as beside
 
     return beside(work.value, peers, rounds)
@@ -154,6 +160,21 @@ def _show_profile(result: dict[str, Any]) -> None:
             cells = (f"{1e3 * row['seconds']:,.3f}", share, f"{row['calls']:,.0f}", *rates, _share(row))
             table.add_row(row["operation"], *cells, style="dim" if row["kind"] == "host" else None)
         Console().print(table)
+
+
+def _show_sandbox(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="tandem bench sandbox")
+    for column in ("work", "median", "95 %", "of"):
+        table.add_column(column, justify="left" if column == "work" else "right")
+    for row in result["rows"]:
+        cells = [f"{row['mb']:.1f} MB", ""] if "mb" in row else [f"{row[f'{k}_ms']:.1f} ms" for k in ("median", "p95")]
+        table.add_row(row["work"], *cells, f"{row['count']}")
+    Console().print(table)
+    left = ", ".join(f"{count} {name}" for name, count in result["left"].items())
+    print(f"left behind by {result['runs']:,} in {result['runs_s']:.0f} s: {left}")
 
 
 def _show_sweep(result: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -297,6 +298,22 @@ def check_cache() -> Iterator[Finding]:
         yield Finding("cache", "ok", f"{folder}, {free / 1e9:.0f} GB free")
 
 
+def check_sandbox() -> Iterator[Finding]:
+    """A sandbox is started, for what is installed may be refused by the system."""
+    from tandem.errors import SandboxError
+    from tandem.sandbox.config import SandboxConfig
+    from tandem.sandbox.pool import check
+
+    began = time.perf_counter()
+    try:
+        check(SandboxConfig())
+    except SandboxError as error:
+        advice = "only tasks that run code of the model need it; docs/run_untrusted_code.md"
+        yield Finding("sandbox", "absent", str(error), advice)
+        return
+    yield Finding("sandbox", "ok", f"bubblewrap ran Python in one within {1e3 * (time.perf_counter() - began):.0f} ms")
+
+
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_python,
     check_torch,
@@ -306,4 +323,5 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_packages,
     check_demo_model,
     check_cache,
+    check_sandbox,
 )

@@ -6,13 +6,13 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -125,14 +125,7 @@ def start(config: SandboxConfig) -> Future[Started]:
 @cache
 def starter(process_id: int) -> ThreadPoolExecutor:
     """The one thread of this process that starts sandboxes (a fork has none of its parent's)."""
-    return ThreadPoolExecutor(1, thread_name_prefix="sandbox", initializer=_first)
-
-
-def _first() -> None:
-    """Root's sandboxes have no limit of the kernel's on processes (counts_processes): what counts them goes first."""
-    if os.getuid() == 0:
-        with suppress(OSError):
-            os.setpriority(os.PRIO_PROCESS, 0, -10)  # of this thread and of what it starts
+    return ThreadPoolExecutor(1, thread_name_prefix="sandbox")
 
 
 def _start(config: SandboxConfig) -> Started:
@@ -155,7 +148,7 @@ def init_text() -> str:
     return Path(__file__).with_name("init.py").read_text(encoding="utf-8")
 
 
-def settings(config: SandboxConfig, work: str, folders: tuple[str, ...], path: str) -> str:
+def settings(config: SandboxConfig, work: str, folders: tuple[str, ...], path: str, user: int = 0) -> str:
     """What the first process is told of limits and of the commands' environment."""
     rlimits = {
         "RLIMIT_CPU": config.cpu_seconds,
@@ -164,23 +157,31 @@ def settings(config: SandboxConfig, work: str, folders: tuple[str, ...], path: s
         "RLIMIT_NOFILE": 256,
         "RLIMIT_CORE": 0,
     }
-    if counts_processes():
-        rlimits["RLIMIT_NPROC"] = config.processes
+    if user or (os.getuid() and config.backend == "bubblewrap" and counts_by_namespace()):
+        rlimits["RLIMIT_NPROC"] = config.processes + 1  # with the first one
     environment = {"PATH": path, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
-    told: dict[str, Any] = {"work": work, "folders": folders, "rlimits": rlimits, "environment": environment}
+    told: dict[str, Any] = {
+        "user": user,
+        "work": work,
+        "folders": folders,
+        "rlimits": rlimits,
+        "environment": environment,
+    }
     told |= {name: getattr(config, name) for name in ("memory_bytes", "processes", "files", "output_bytes")}
     return json.dumps(told)
 
 
-def counts_processes() -> bool:
-    """Whether RLIMIT_NPROC is of a sandbox alone: since Linux 5.14 it counts within a user namespace. Never for root:
-    its limit is ignored, in a namespace too, where it stands for another user."""
-    release = tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2])
-    return os.getuid() != 0 and release >= (5, 14)
+def counts_by_namespace() -> bool:
+    """Whether RLIMIT_NPROC is of a sandbox alone, though the user is not: since Linux 5.14."""
+    return tuple(int(number) for number in re.findall(r"\d+", platform.release())[:2]) >= (5, 14)
 
 
 def bubblewrap(config: SandboxConfig) -> Command:
-    """A root of this machine's programs and its Python, read-only, and folders of its own."""
+    """A root of this machine's programs and its Python, read-only, and folders of its own.
+
+    Where root starts it, commands have a user id that nothing else has, in place of a user namespace: root's own id in
+    one is still root to the kernel, which then ignores its limit on processes and opens /proc/sys for writing.
+    """
     program = shutil.which("bwrap", path=env.foreign().get("PATH"))
     if program is None:
         raise SandboxError(f"task.sandbox.backend=bubblewrap: bwrap is not installed. {INSTALL}.")
@@ -189,9 +190,14 @@ def bubblewrap(config: SandboxConfig) -> Command:
     reader, writer = os.pipe()
     os.write(writer, calls.program())  # far less than a pipe holds
     os.close(writer)
-    argv = [program, "--unshare-user", "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
+    user = unused_user() if os.getuid() == 0 else 0
+    argv = [program, "--unshare-ipc", "--unshare-pid", "--unshare-net", "--unshare-uts"]
     argv += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--as-pid-1", "--cap-drop", "ALL"]
-    argv += ["--uid", f"{USER_ID}", "--gid", f"{USER_ID}", "--hostname", "sandbox", "--seccomp", f"{reader}"]
+    if user:
+        argv += [word for name in ("SETUID", "SETGID", "CHOWN") for word in ("--cap-add", f"CAP_{name}")]
+    else:
+        argv += ["--unshare-user", "--uid", f"{USER_ID}", "--gid", f"{USER_ID}"]
+    argv += ["--hostname", "sandbox", "--seccomp", f"{reader}"]
     argv += ["--ro-bind", "/usr", "/usr"]
     for top in ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"):
         if os.path.islink(top):
@@ -202,16 +208,25 @@ def bubblewrap(config: SandboxConfig) -> Command:
         argv += ["--ro-bind-try", path, path]
     for path in (*(f"{each}" for each in (prefix, python.parent.parent)), *config.paths):
         if not Path(path).is_relative_to("/usr") and path != "/":
+            for parent in reversed(Path(path).parents[:-1]):
+                argv += ["--perms", "0755", "--dir", f"{parent}"]
             argv += ["--ro-bind", path, path]
     argv += ["--proc", "/proc", "--dev", "/dev", "--dir", BIN, "--symlink", f"{python}", f"{BIN}/python"]
     argv += ["--symlink", f"{python}", f"{BIN}/python3"]
     size = ["--size", f"{config.file_bytes}", "--tmpfs"]
     argv += [*size, "/dev/shm", *size, TEMPORARY, *size, WORK]
-    # The root and /dev are in memory too and can be written, with no limit; /proc/sys can, where root starts it.
+    # The root and /dev are in memory too and can be written, with no limit.
     argv += ["--remount-ro", "/proc", "--remount-ro", "/dev", "--remount-ro", "/", "--chdir", WORK, "--"]
     argv += [f"{python}", "-I", "-S", "-c", init_text()]
-    argv += [settings(config, WORK, (TEMPORARY, "/dev/shm"), f"{BIN}:/usr/bin:/bin")]
+    argv += [settings(config, WORK, (TEMPORARY, "/dev/shm"), f"{BIN}:/usr/bin:/bin", user)]
     return Command(tuple(argv), {}, WORK, (reader,))
+
+
+def unused_user() -> int:
+    """A user id that no other sandbox and nobody else has: beyond those that are given to people, where there are."""
+    known = int(Path("/proc/self/uid_map").read_text().split()[2])
+    first, last = (1 << 30, 1 << 31) if known > 1 << 31 else (20_000, 60_000)
+    return first + secrets.randbelow(last - first)
 
 
 def container(config: SandboxConfig) -> Command:

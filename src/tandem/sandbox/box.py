@@ -59,13 +59,13 @@ class Sandbox:
             self._reader, self._writer = await asyncio.open_connection(sock=self._started.socket, limit=READ_BYTES)
             answer, _ = await asyncio.wait_for(self._receive(), START_S)
             assert answer == {"ready": True}, answer
+        except TimeoutError as error:  # an OSError too
+            await self.close()
+            raise SandboxError(f"a sandbox did not come up within {START_S:g} s. Is the machine overloaded?") from error
         except (EOFError, OSError) as error:
             fault = await asyncio.get_running_loop().run_in_executor(enders(), self._started.fault)
             await self.close()
             raise fault from error
-        except TimeoutError as error:
-            await self.close()
-            raise SandboxError(f"a sandbox did not come up within {START_S:g} s. Is the machine overloaded?") from error
         except BaseException:
             await self.close()
             raise

@@ -24,7 +24,8 @@ from typing import Any
 HEADER = struct.Struct(">II")  # bytes of JSON, bytes that follow it
 TICK_S = 0.02  # between two looks at what runs
 CHUNK = 1 << 16
-PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 4, 36
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER = 1, 4, 36
+CAPABILITY_VERSION = 0x20080522
 PAGE = resource.getpagesize()
 
 
@@ -393,7 +394,16 @@ class Watch:
 def main(settings: dict[str, Any]) -> None:
     import ctypes
 
-    prctl = ctypes.CDLL(None).prctl
+    libc = ctypes.CDLL(None)
+    prctl = libc.prctl
+    if settings["user"]:
+        for folder in (settings["work"], *settings["folders"]):
+            os.chown(folder, settings["user"], settings["user"])
+        os.setgroups([])
+        os.setresgid(*[settings["user"]] * 3)
+        os.setresuid(*[settings["user"]] * 3)
+        libc.capset((ctypes.c_uint32 * 2)(CAPABILITY_VERSION, 0), (ctypes.c_uint32 * 6)())  # nor inherited
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # as it was before
     if prctl(PR_SET_DUMPABLE, 0, 0, 0, 0):
         raise OSError("prctl(PR_SET_DUMPABLE) failed")
     prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
