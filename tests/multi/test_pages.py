@@ -68,6 +68,7 @@ RUNS: dict[str, str] = {
     "tandem train smollm2_arithmetic_cpu --set model.source=tiny --set task.system= "
     '--set "task.template={expression} ="': "",
     "tandem train smollm2_arithmetic_cpu --set task.environment=double.py:Double": "",
+    "tandem train smollm2_arithmetic_cpu --set task.environment=code_task.py:Code --set task.sandbox.seconds=2": "",
     "tandem train smollm2_arithmetic_cpu --set task.name=products --set task.parameters=max_terms=2,max_digits=1": "",
     "tandem train smollm2_arithmetic_cpu --set task.environment=jsonl --set task.path=train.jsonl "
     "--set task.heldout_path=test.jsonl --set task.reward=math_verify --set rollout.max_new_tokens=256": "",
@@ -83,6 +84,7 @@ FILES = {
     "class Reverse": "reverse.py",
     "class Purse": "ledger_task.py",
     "class Written": "written.py",
+    "class Code(": "code_task.py",
     "def reinforce": "reinforce.py",
     "SMOLLM3 = Family(": "smollm3.py",
     "transformers.SmolLM3Config(": "compared.py",
@@ -90,6 +92,7 @@ FILES = {
 }
 LISTED: dict[str, str] = {
     "steps = 40": "read by tests/null/test_settings.py",
+    "apt-get install bubblewrap": "installs it; .ci/run does",
     "pip install tensorboard trackio wandb": "brings packages from the network",
     "tandem train smollm2_arithmetic_cpu --set track.to=tensorboard,trackio,wandb --set track.project=sums": (
         "needs those packages; tests/null/test_track.py"
