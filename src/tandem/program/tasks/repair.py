@@ -8,12 +8,13 @@ and, where known, `failing` (names of the hidden tests that fail before; else th
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from tandem.program.environment import Environment, Episode, tool
 from tandem.program.tasks.lines import read_lines
 from tandem.program.tasks.planted import planted
 from tandem.sandbox.box import Sandbox
-from tandem.sandbox.grade import TestResult, grade_tests
+from tandem.sandbox.grade import Verdict, grade_tests
 from tandem.sandbox.pool import SandboxPool
 from tandem.types import Message, Prompt
 
@@ -105,7 +106,7 @@ class Repairing(Episode):
         failing = {one.name for one in await self._graded() if not one.passed}
         return 0.0 if failing - self.failing else 1.0 - len(failing) / len(self.failing)
 
-    async def _graded(self) -> list[TestResult]:
+    async def _graded(self) -> list[Verdict]:
         return await grade_tests(self.sandbox, self.files, self.prompt.record["hidden"])
 
     def _file(self, path: str) -> str:
@@ -126,7 +127,7 @@ class Repair(Environment):
     def prompt(self, split: str, index: int) -> Prompt:
         if self.rows:
             row = self.rows[index % len(self.rows) if split == "train" else -1 - index % len(self.rows)]
-            record = {name: row.get(name) for name in (*FIELDS, "failing")}
+            record: dict[str, Any] = {name: row.get(name) for name in (*FIELDS, "failing")}
         else:
             made = planted(random.Random(f"{self.seed}/{split}/{index}"))
             record = {
