@@ -74,11 +74,13 @@ RUNS: dict[str, str] = {
     "--set task.heldout_path=test.jsonl --set task.reward=math_verify --set rollout.max_new_tokens=256": "",
     "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2": "",
     "tandem train smollm2_arithmetic_cpu --set rollout.history=render": "",
+    "tandem train smollm2_arithmetic_cpu --set task.environment=units.py:Units --set task.reward_on_error=0": "",
     "tandem study": "",
     "tandem study staleness --seeds 0": "tandem study staleness --seeds 0 --out staleness",
 }
 # A snippet's first definition -> the file that it is saved as.
 FILES = {
+    "class Units(": "units.py",
     "tandem.load(": "library.py",
     "class Double": "double.py",
     "class Reverse": "reverse.py",

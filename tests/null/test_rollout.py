@@ -31,7 +31,7 @@ from tests.samples import column, ended, trained
 
 STOP, USER, ANSWER, END = 0, 1, 2, 3  # what the chat template of Letters writes around contents
 NAMES = {STOP: "", USER: "<u>", ANSWER: "<a>", END: "\n"}
-DOCS = Path(__file__).parents[2] / "docs" / "add_a_task.md"
+DOCS = Path(__file__).parents[2] / "docs" / "write_an_environment.md"
 
 
 class Letters:
@@ -360,7 +360,7 @@ def test_evaluation_by_hand() -> None:
 
 
 def test_documented_environment(tmp_path: Path) -> None:
-    """The example that users copy from docs/add_a_task.md does not run, or is longer than 20 lines."""
+    """The example that users copy from docs/write_an_environment.md does not run, or is longer than 20 lines."""
     code = re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[0]
     assert len([line for line in code.splitlines() if line.strip()]) <= 20
     (tmp_path / "reverse.py").write_text(code)

@@ -411,7 +411,7 @@ def load_user(config: TaskConfig) -> Environment:
         raise TaskError(f"task.environment {config.environment}({arguments}): {_reason(error)}") from error
     missing = [name for name in ("prompt", "reward") if not callable(getattr(environment, name, None))]
     if missing:
-        raise TaskError(f"task.environment {config.environment} lacks {' and '.join(missing)}; see docs/add_a_task.md.")
+        raise TaskError(f"task.environment {config.environment} lacks {' and '.join(missing)}; see docs/write_an_environment.md.")
     return environment
 
 
