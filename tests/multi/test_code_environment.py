@@ -6,6 +6,7 @@ import asyncio
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -94,10 +95,16 @@ def test_the_page_grades(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     monkeypatch.setattr(sys, "path", [*sys.path])
     task = load_user(TaskConfig(f"{tmp_path}/code_task.py:Code"))
 
-    async def graded(text: str) -> float:
-        return await task.graded(text)  # type: ignore[attr-defined]
+    async def played(text: str) -> tuple[str, float]:
+        episode: Any = task.episode(task.prompt("train", 0))
+        await episode.setup()
+        said = await episode.run(text + "\nprint('ran')")
+        paid = await episode.score((Message("assistant", text),))
+        await episode.teardown()
+        return said, paid
 
-    texts = ["def add(a, b): return a + b", "def add(a, b): return 5", "import os; os._exit(0)"]
-    assert [asyncio.run(graded(text)) for text in texts] == [1.0, 0.5, 0.0]
-    prompt = task.prompt("train", 0)
-    assert [task.reward(prompt, text) for text in ("x = 1", "x =")] == [0.1, 0.0]
+    async def all_played() -> list[tuple[str, float]]:
+        texts = ["def add(a, b): return a + b", "def add(a, b): return 5", "import os; os._exit(0)"]
+        return [await played(text) for text in texts]
+
+    assert asyncio.run(all_played()) == [("ran\n", 1.0), ("ran\n", 0.5), ("", 0.0)]

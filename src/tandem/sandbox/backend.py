@@ -12,7 +12,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import weakref
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -85,17 +87,14 @@ class Started:
             theirs.close()
             for descriptor in command.inherits:
                 os.close(descriptor)
+        # Where nobody ends it: with whoever held it, or with this process.
+        self._gone = weakref.finalize(self, _drop, self.popen, self.socket, stderr, command.folder)
 
     def end(self) -> None:
         """Wait until it is gone: its first process leaves where its socket is closed. Otherwise kill it."""
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.popen.wait(END_S)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            self.popen.wait()
-        self.stderr.close()
-        if self.command.folder:
-            shutil.rmtree(self.command.folder, ignore_errors=True)
+        self._gone()
 
     def fault(self) -> SandboxError:
         """Why it did not come up, once its socket has ended."""
@@ -111,6 +110,15 @@ class Started:
         return SandboxError(
             f"task.sandbox.backend={self.config.backend}: no sandbox starts: {reason[-500:]}. {advice}."
         )
+
+
+def _drop(popen: subprocess.Popen[bytes], inside: socket.socket, stderr: IO[bytes], folder: str) -> None:
+    inside.close()
+    popen.kill()  # nothing where it has ended
+    popen.wait()
+    stderr.close()
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def start(config: SandboxConfig) -> Future[Started]:
