@@ -401,3 +401,21 @@ def test_nothing_measured_is_an_error(monkeypatch, capsys):
     assert main(["bench", "engine"]) == 1
     out, err = capsys.readouterr()
     assert out == "" and "tandem's own bench" in err
+
+
+def test_sandboxes_are_measured(monkeypatch, capsys):
+    """A row without its unit, or processes that are left behind and not counted."""
+    from tandem.bench import sandbox as sandboxes
+    from tandem.sandbox.config import SandboxConfig
+
+    plain = SandboxConfig("unsandboxed_subprocess")
+    for name, count in (("STARTS", 2), ("AT_ONCE", 2), ("BATCHES", 1), ("RUNS", 3)):
+        monkeypatch.setattr(sandboxes, name, count)
+    monkeypatch.setattr(sandboxes, "SandboxConfig", lambda: plain)
+    assert main(["bench", "sandbox", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["left"] == {"processes": 0, "mounts": 0, "files": 0, "descriptors": 0} and result["runs"] == 3
+    assert all(row.get("median_ms", row.get("mb", 0.0)) > 0 for row in result["rows"])
+    assert main(["bench", "sandbox"]) == 0
+    shown = capsys.readouterr().out
+    assert "start, prepared" in shown and "left behind by 3 in" in shown and "0 processes" in shown

@@ -114,7 +114,7 @@ def _there() -> dict[str, int]:
     return {
         "processes": len(_tree(os.getpid())) - 1,
         "mounts": len(Path("/proc/self/mountinfo").read_text().splitlines()),
-        "files": len(os.listdir(tempfile.gettempdir())),
+        "files": sum(name.startswith("tandem-") for name in os.listdir(tempfile.gettempdir())),
         "descriptors": len(os.listdir("/proc/self/fd")),
     }
 

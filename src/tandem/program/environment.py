@@ -90,7 +90,7 @@ class Environment:
     It lives in a process of its own, which is killed and started again when a call overruns
     `task.reward_deadline_s`, so nothing may depend on what an earlier call left behind, but in an `episode`. What a
     reward needs goes into `Prompt.record`. `task.parameters` become the keyword arguments of the class, and `seed`
-    (task.seed) too where its constructor takes one.
+    (task.seed) too where its constructor takes one; `sandbox`, where it does, is a pool of sandboxes (task.sandbox).
     """
 
     episodes: type[Episode] | None = None  # the class of its runs, opened with the prompt; its tools are the prompt's
