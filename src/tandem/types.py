@@ -240,6 +240,7 @@ class Trajectory:
     counts: Mapping[str, int] = field(default_factory=dict)  # of its program, with its first segment: tool_calls, ...
     segment: int = 0  # of its program, in order; all have the program's reward and failure
     cause: str = ""  # why a segment after the first began: "fold", or what a rendered history changed
+    said: tuple[Message, ...] = ()  # by the model and the environment since the segment's start, as its tokens have it
 
     @property
     def id(self) -> str:

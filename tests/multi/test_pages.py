@@ -52,10 +52,16 @@ RUNS: dict[str, str] = {
     "tandem eval RECIPE|RUN_DIR|MODEL [--task gsm8k --path FILE.jsonl] [--json]": (
         "tandem eval {run} --task gsm8k --path test.jsonl --json --set rollout.max_new_tokens=8"
     ),
+    "tandem rollout RECIPE [--programs N] [--split heldout]": (
+        "tandem rollout smollm2_arithmetic_cpu --programs 2 --split heldout"
+    ),
+    "tandem rollout smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2 "
+    "--programs 16": "",
     'tandem generate MODEL "prompt" ...': "tandem generate {run} 'What is 3 + 4?' 'Hi.' --max-new-tokens 8",
     "tandem chat MODEL": f"tandem chat {MODEL} --max-new-tokens 8",
     "tandem generate MODEL --file PROMPTS.jsonl --temperature 1 --top-p 0.9 -n 4 --json": "",
     "tandem report RUN_DIR ...": "tandem report {run} {run} --out both.html",
+    "tandem report RUN_DIR --trajectories": "tandem report {run} --trajectories",
     "tandem recipes [RECIPE] [--setting TEXT]": "tandem recipes smollm2_arithmetic_cpu --setting lr",
     "tandem --version": "",
     "tandem study [NAME]": "tandem study",
@@ -203,7 +209,7 @@ def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n"))
         program, *words = shlex.split(text)
         assert program == "tandem"
-        if words[0] == "train":
+        if words[0] in ("train", "rollout"):
             shutil.rmtree(out, ignore_errors=True)
             words += ["--out", out, *small(home, text)]
         assert main.main(words) == 0, text

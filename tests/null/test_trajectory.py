@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from itertools import count
 
 import pytest
@@ -13,8 +14,21 @@ from scipy.stats import binomtest
 from tandem.columns import Columns
 from tandem.rollout.evaluate import wilson_interval
 from tandem.rollout.group import summarise
-from tandem.rollout.trajectory import flatten, trajectory_rows
-from tandem.types import Completion, Failure, Group, Message, Prompt, StopReason, Trajectory, Turn
+from tandem.rollout.pieces import Pieces
+from tandem.rollout.rows import add_credit, trajectory_rows
+from tandem.rollout.trajectory import flatten
+from tandem.types import (
+    Completion,
+    Failure,
+    Group,
+    Message,
+    Prompt,
+    Sample,
+    StopReason,
+    ToolCall,
+    Trajectory,
+    Turn,
+)
 from tests.samples import column
 
 PROGRAMS = count()
@@ -108,6 +122,10 @@ def test_wilson_without_trials() -> None:
     assert wilson_interval(0, 0) == (0.0, 1.0)
 
 
+def spelt(ids: list[int]) -> str:
+    return "".join(chr(i) for i in ids)
+
+
 def test_trajectory_rows_decode_what_was_sampled():
     """The prompt shown as the model's answer, or a failure with a reward of zero."""
     prompt = Prompt("p", (Message("user", "1 + 2?"),), {"answer": "3"})
@@ -115,13 +133,50 @@ def test_trajectory_rows_decode_what_was_sampled():
     good = Trajectory("p/0", "p", said, reward=1.0, stop_reason=StopReason.STOP_TOKEN)
     nothing = Columns.of(tokens=(9, 8), loss_mask=(False, False))
     bad = Trajectory("p/1", "p", nothing, failure=Failure("reward", "nan"))
-    plain, failed = trajectory_rows([Group(prompt, (good, bad))], lambda ids: "".join(chr(i) for i in ids))
+    folded = dataclasses.replace(good, segment=1)
+    pieces = Pieces(spelt)
+    plain, failed, later = trajectory_rows([Group(prompt, (good, bad, folded))], pieces, keep_tokens=False)
     assert plain == {
         "program_id": "p/0", "segment": 0, "prompt_id": "p", "prompt": [{"role": "user", "content": "1 + 2?"}],
         "answer": "3",
         "text": "3\x074", "reward": 1.0, "sampled_tokens": 2, "stop_reason": "stop_token", "failure": None,
     }  # fmt: skip
     assert (failed["reward"], failed["text"], failed["failure"]) == (None, "", {"where": "reward", "reason": "nan"})
-    folded = dataclasses.replace(good, segment=1)
-    (row,) = trajectory_rows([Group(prompt, (folded,))], lambda ids: "".join(chr(i) for i in ids))
-    assert (row["segment"], row["context"], row["text"]) == (1, "\t\x08", "3\x074")
+    assert (later["segment"], later["context"], later["text"]) == (1, "\t\x08", "3\x074")
+    kept, failed, later = trajectory_rows([Group(prompt, (good, bad, folded))], pieces)
+    tokens = {"ids": [9, 8, 51, 7, 52], "chars": [1] * 5, "sampled": [2, 1, 1, 1]}
+    assert kept == plain | {"context": "\t\x08", "tokens": tokens}
+    assert failed["tokens"] == {"ids": [9, 8], "chars": [1, 1], "sampled": [2]}
+    assert later == kept | {"segment": 1}
+
+
+def test_rows_of_tokens_by_hand() -> None:
+    """Log-probs, versions or credit of other tokens; an advantage for what was not trained."""
+    call = ToolCall("add", {"a": 1})
+    said = (Message("assistant", "34", (call,)), Message("tool", "!", call_id="c1"), Message("assistant", "5"))
+    columns = Columns.of(tokens=(51, 52), logprobs=(-0.12345, -0.0), versions=(3, 4))
+    again = Columns.of(tokens=(53,), logprobs=(-2.0,), versions=(4,))
+    turns = (
+        Turn(Completion("r", columns, StopReason.STOP_TOKEN), (33,)),
+        Turn(Completion("r", again, StopReason.LENGTH)),
+    )
+    flat = dataclasses.replace(flatten("p/0/0", "p", (), turns, 1.0), said=said)
+    rows = trajectory_rows(
+        [Group(Prompt("p", ()), (flat, dataclasses.replace(flat, program_id="p/0/1")))], Pieces(spelt)
+    )
+    assert rows[0]["tokens"] == {
+        "ids": [51, 52, 33, 53], "chars": [1, 1, 1, 1], "sampled": [0, 2, 1, 1],
+        "logprobs": [-0.123, 0.0, -2.0], "versions": [3, 1, 4, 2],
+    }  # fmt: skip
+    assert math.copysign(1, rows[0]["tokens"]["logprobs"][1]) == 1  # "-0.0" is a byte more
+    assert rows[0]["said"] == [
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]},
+        {"role": "tool", "tool_call_id": "c1"},
+        {"role": "assistant"},
+    ]
+    advantages = Columns.of(
+        tokens=(51, 52, 33, 53), loss_mask=(True, True, False, True), advantages=(0.5, 0.5, 0.0, -1.00049)
+    )
+    add_credit(rows, [Sample("p/0/0/0", "p", advantages)])
+    assert rows[0]["tokens"]["advantages"] == [0.5, 2, -1.0, 1]
+    assert "advantages" not in rows[1]["tokens"]

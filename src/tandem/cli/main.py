@@ -21,7 +21,7 @@ import typer
 
 import tandem
 from tandem import env
-from tandem.cli import bench, catalogue, chat, doctor, eval, generate, report, study, train
+from tandem.cli import bench, catalogue, chat, doctor, eval, generate, report, rollout, study, train
 from tandem.errors import TandemWarning, UserError, WorldError, nearest
 from tandem.run import outlet
 
@@ -37,6 +37,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
+app.command("rollout")(rollout.rollout)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("report")(report.report)
@@ -45,7 +46,7 @@ app.command("bench")(bench.bench)
 app.command("study")(study.study)
 app.command("doctor")(doctor.doctor)
 
-KEEPING = ("train", "study")  # verbs that store what they also print: without a reader they go on, and are fine
+KEEPING = ("train", "rollout", "study")  # verbs that store what they print: without a reader they go on, and are fine
 
 
 def versions(root: Path = Path(tandem.__file__).parents[2]) -> str:

@@ -17,6 +17,12 @@ def report(
     out: Annotated[
         Path | None, typer.Option(metavar="HTML", help="The page that compares several runs; comparison.html here.")
     ] = None,
+    trajectories: Annotated[
+        bool, typer.Option("--trajectories", help="Write trajectories.html too: the run's programs, turn by turn.")
+    ] = False,
+    steps: Annotated[
+        str, typer.Option(metavar="A-B", help="Steps of that page; all, or as many of the last ones as it holds.")
+    ] = "",
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> int:
     """Write report.html and the plots into a run folder and print its figures; of several runs, one page over all."""
@@ -24,17 +30,24 @@ def report(
     from tandem.errors import ConfigError
     from tandem.report.html import write_report
     from tandem.report.metrics import alarms, read_metrics, summary
+    from tandem.report.trajectories import write_trajectories_page
 
+    if steps and not trajectories:
+        raise ConfigError(f"--steps {steps} is of the page of trajectories. Add --trajectories, or drop --steps.")
+    if len(run_dirs) > 1 and trajectories:
+        raise ConfigError("--trajectories is of one run, and several are given. Give one.")
     if len(run_dirs) > 1:
         return _compare(run_dirs, out or Path("comparison.html"), json)
     if out is not None:
         raise ConfigError(f"--out {out} is for several runs; the report of one is written into its folder. Drop --out.")
     run_dir = run_dirs[0]
+    programs = write_trajectories_page(run_dir, steps) if trajectories else None
     page = write_report(run_dir)
     rows = read_metrics(run_dir / "metrics.jsonl")
     figures, warnings = summary(rows), alarms(rows)
     if json:
-        print(jsonlib.dumps({**figures, "alarms": warnings, "report": str(page)}, indent=1))
+        pages = {"report": str(page)} | ({"trajectories": str(programs.path)} if programs else {})
+        print(jsonlib.dumps({**figures, "alarms": warnings, **pages}, indent=1))
         return 0
 
     from rich.console import Console
@@ -44,6 +57,10 @@ def report(
     for warning in warnings:
         console.print(f"alarm: {warning}", markup=False, style="yellow")
     console.print(f"wrote {page}", markup=False)
+    if programs:
+        console.print(f"wrote {programs.path}", markup=False)
+        if programs.note:
+            console.print(programs.note, markup=False)
     return 0
 
 

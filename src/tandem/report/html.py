@@ -19,6 +19,7 @@ from tandem.report import drift, metrics, plots, units
 from tandem.report.live import held_out
 from tandem.report.metrics import Row
 
+READER = "trajectories.html"  # the page of report/trajectories.py
 _LAST_STEPS = 12
 _SHOWN_TRAJECTORIES = 3  # of the best, and of the worst
 _TEXT_LIMIT = 2_000  # characters of a prompt or an answer shown
@@ -29,6 +30,7 @@ _ALTERNATIVES = {
     "entropy": "Entropy of the policy by step",
     "time": "Seconds of each step by phase",
     "update": "Gradient norm, learning rate and clipped share by step",
+    "agents": "Turns, tool calls and what else happened in programs, by step",
     "limits": "KL, truncated share and peak memory by step",
     "budget": "Error budget by step: staleness, mismatch and sampling",
 }
@@ -85,6 +87,7 @@ def render_report(
         sampled=metrics.measure(rows) == "reward",
         failures=failures(folder),
         sampled_step=sampled_step,
+        reader=READER if (folder / READER).exists() else None,
         best=best,
         worst=worst,
         ledger=_json(folder / "ledger.json"),
@@ -148,6 +151,7 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # heading, key,
     ("loss", "loss", units.decimal),
     ("length", "length", partial(units.decimal, digits=1)),
     ("longest", "length_max", units.count),
+    ("turns", "turns", partial(units.decimal, digits=1)),
     ("entropy", "entropy", units.decimal),
     ("KL", "kl", units.decimal),
     ("gradient", "grad_norm", partial(units.decimal, digits=2)),

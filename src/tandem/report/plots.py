@@ -327,6 +327,17 @@ def update_figure(rows: Sequence[Row]) -> Figure:
     return strips_figure("The updates", UPDATE, [("", rows)])
 
 
+def agents_figure(rows: Sequence[Row]) -> Figure:
+    """What programs of several turns did: turns, and what happened in them by name, a program."""
+    happened = [
+        {name: n / (row.get("trajectories") or 1) for name, n in row.get("happened", {}).items()} for row in rows
+    ]
+    names = dict.fromkeys(name for counts in happened for name in counts)
+    curves: list[Curve] = [("turns", "turns", 1.0), *((name, name.replace("_", " "), 1.0) for name in names)]
+    counted = [{**row, **counts} for row, counts in zip(rows, happened, strict=True)]
+    return strips_figure("Programs of several turns: counts a program", curves, [("", counted)])
+
+
 def limits_figure(rows: Sequence[Row]) -> Figure:
     """What tells trouble: KL of learner against behaviour, answers cut at their longest, peak memory."""
     return strips_figure("Drift and limits", LIMITS, [("", rows)])
@@ -339,6 +350,7 @@ FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "entropy": entropy_figure,
     "time": time_figure,
     "update": update_figure,
+    "agents": agents_figure,
     "limits": limits_figure,
     "budget": budget_figure,
 }

@@ -33,6 +33,7 @@ class RolloutConfig:
     max_turns: Positive = 1  # completions a program may make; 1 never asks the environment to observe
     returning_first: bool = True  # programs that come back from their environment run before those that begin
     deadline_s: Annotated[float, Gt(0)] = 600.0  # seconds for rollouts and rewards; what is left fails with a reason
+    keep_tokens: bool = True  # in trajectories/: ids, log-probs and credit of each token, which the page colours
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:  # logits are divided in fp32

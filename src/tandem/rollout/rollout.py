@@ -100,20 +100,16 @@ class _Program:
         if unreadable := sum(len(message.faults) for message in self.episode.said):
             counts["unreadable_calls"] = unreadable
         counts.update(f"split_{segment.cause}" for segment in self.segments if segment.cause not in ("", "fold"))
-        return [
-            dataclasses.replace(
-                flatten(
-                    self.id,
-                    self.prompt.id,
-                    segment.start,
-                    segment.turns,
-                    self.outcome,
-                    number,
-                    {} if number else counts,
-                ),
-                cause=segment.cause,
+        flat = [
+            flatten(
+                self.id, self.prompt.id, segment.start, segment.turns, self.outcome, number, {} if number else counts
             )
             for number, segment in enumerate(self.segments)
+        ]
+        said, ends = self.episode.said, [*(segment.begun for segment in self.segments[1:]), None]
+        return [
+            dataclasses.replace(one, cause=segment.cause, said=tuple(said[segment.begun : end]))
+            for one, segment, end in zip(flat, self.segments, ends, strict=True)
         ]
 
 

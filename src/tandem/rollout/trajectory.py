@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from tandem.columns import Columns
-from tandem.types import Failure, Group, Trajectory, Turn
+from tandem.types import Failure, Trajectory, Turn
 
 
 def flatten(
@@ -47,39 +46,3 @@ def flatten(
         counts={"tool_calls": sum(bool(turn.observation_tokens) for turn in turns)} if counts is None else counts,
         segment=segment,
     )
-
-
-def trajectory_rows(groups: Iterable[Group], decode: Callable[[list[int]], str]) -> list[dict[str, Any]]:
-    """A row a trajectory for `write_trajectories`; `decode` turns token ids into text.
-
-    `text` is everything after the prompt, observations included; `context` what a segment after the first begins with.
-    """
-    rows = []
-    for group in groups:
-        for trajectory in group.trajectories:
-            row: dict[str, Any] = {
-                "program_id": trajectory.program_id,
-                "segment": trajectory.segment,
-                "prompt_id": trajectory.prompt_id,
-                "prompt": [message.row() for message in group.prompt.messages],
-                **({"cause": trajectory.cause, "context": decode(_context(trajectory))} if trajectory.segment else {}),
-                "answer": group.prompt.record.get("answer"),
-                "text": decode(trajectory.columns["tokens"][_first_sampled(trajectory) :].tolist()),
-                "reward": None if trajectory.failure else trajectory.reward,
-                "sampled_tokens": trajectory.num_sampled,
-                "stop_reason": trajectory.stop_reason.value if trajectory.stop_reason else None,
-                "failure": None,
-            }
-            if trajectory.failure:
-                row["failure"] = {"where": trajectory.failure.where, "reason": trajectory.failure.reason}
-            rows.append(row)
-    return rows
-
-
-def _context(trajectory: Trajectory) -> list[int]:
-    return trajectory.columns["tokens"][: _first_sampled(trajectory)].tolist()
-
-
-def _first_sampled(trajectory: Trajectory) -> int:
-    mask = trajectory.columns["loss_mask"]
-    return int(mask.argmax()) if mask.any() else len(mask)

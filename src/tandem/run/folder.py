@@ -35,7 +35,7 @@ C = TypeVar("C")
 
 # Of a resumed run's config: how far it goes, what is shown, and what changes no token, reward or weight.
 _TARGETS, _BIT_FOR_BIT = ("evaluation.stop_accuracy", "evaluation.stop_reward"), ("task.workers", "engine.draft_tokens")
-MAY_DIFFER = ("steps", "alarms", "track", *_TARGETS, *_BIT_FOR_BIT)
+MAY_DIFFER = ("steps", "alarms", "track", "rollout.keep_tokens", *_TARGETS, *_BIT_FOR_BIT)
 
 _STEP = re.compile(r"step-(\d+)")
 _ASIDE = re.compile(r"\.step-(\d+)\.(partial|replaced|pruned)")
@@ -151,7 +151,7 @@ class RunFolder:
     def write_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
         """One line a trajectory (see `trajectory_rows`) in trajectories/step-N.jsonl, replacing an earlier one."""
         path = self.trajectories(step)
-        _write_whole(path, "".join(_line(row) for row in rows), sync=False)
+        _write_whole(path, "".join(map(_short_line, rows)), sync=False)
         return path
 
     def trajectories(self, step: int) -> Path:
@@ -409,6 +409,14 @@ def _plain(value: Any) -> Any:
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(_plain(row), allow_nan=False) + "\n"
+
+
+def _short_line(row: Mapping[str, Any]) -> str:
+    """Without blanks; a row of finite numbers, as nearly all are, is not walked through in Python."""
+    try:
+        return json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n"
+    except (ValueError, TypeError):
+        return json.dumps(_plain(row), allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -30,8 +30,9 @@ from tandem.plan.memory import Plan, check_counts, peak_bytes
 from tandem.program.pool import EnvironmentPool
 from tandem.rollout.evaluate import Evaluation, evaluate
 from tandem.rollout.group import RolloutSummary, summarise
+from tandem.rollout.pieces import Pieces
 from tandem.rollout.rollout import Rollouts
-from tandem.rollout.trajectory import trajectory_rows
+from tandem.rollout.rows import add_credit, trajectory_rows
 from tandem.rollout.written import texts, written
 from tandem.run import outlet
 from tandem.run.clock import WallClock, started
@@ -55,7 +56,7 @@ Row = Mapping[str, Any]
 
 SAVE_SHARE = 200  # a save by time waits for this many times what the last one took: after the first, 0.5 % of a run
 
-OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated")  # keys of a row
+OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated", "turns", "happened")  # keys of a row
 SCHEDULED = ("cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages")  # of engine.stats, in a step's row
 DRAFTED = ("drafted_tokens", "accepted_tokens")
 
@@ -104,6 +105,8 @@ class Session:
         self.reasons: Counter[str] = Counter()  # of those that were not
         self.settled = (0, 0)  # the last step with a row, and the optimiser's updates then
         self.saved_s, self.save_took_s = time.monotonic(), 0.0
+        self.pieces = Pieces(parts.tokenizer.decode)
+        self.kept: list[dict[str, Any]] = []  # rows of the step's trajectories, until their credit is known
         self.clock = WallClock()
         self.row_started_s = self.clock.started_s
         objective = OBJECTIVES[config.objective](config)
@@ -166,7 +169,8 @@ class Session:
         return written(prompts, self.pool.solutions(prompts), self.parts.renderer, positions)
 
     def keep(self, step: int, groups: Sequence[Group]) -> None:
-        self.folder.write_trajectories(step, trajectory_rows(groups, self.parts.tokenizer.decode))
+        self.kept = trajectory_rows(groups, self.pieces, self.config.rollout.keep_tokens)
+        self.folder.write_trajectories(step, self.kept)
 
     def rest(self) -> None:
         """The engine's memory is the learner's from here on; fails where a request is live."""
@@ -215,11 +219,12 @@ class Session:
         summary = summarise(groups)
         self.graded += summary.trajectories - summary.failed
         self.reasons.update(dict(summary.failures))
-        row: dict[str, Any] = {"step": step, **_figures(summary, report), "weights": version.digest}
+        if self.config.rollout.keep_tokens:
+            add_credit(self.kept, batch.samples)
+            self.folder.write_trajectories(step, self.kept)
+        row: dict[str, Any] = {"step": step, **figures(self.config, summary, report), "weights": version.digest}
         if not self.samples:  # what was read has no reward and no end of its own
             row = {name: row[name] for name in row if name not in OF_SAMPLES}
-        if self.samples and self.config.rollout.max_turns > 1:
-            row |= {"turns": summary.turns, "happened": summary.counts}
         cost = self.price.update(groups)
         if self.config.algo.price.budget is not None:
             row |= {"cost": cost, "price": self.price.price}
@@ -343,7 +348,8 @@ class Session:
         self.folder.write_ledger(self.ledger.close({"main": self.clock.seconds() + discarded}))
 
 
-def _figures(summary: RolloutSummary, report: LearnerReport | None) -> dict[str, Any]:
+def figures(config: RunConfig, summary: RolloutSummary, report: LearnerReport | None) -> dict[str, Any]:
+    """A row of what was sampled, and of what was learned of it."""
     row: dict[str, Any] = {
         "reward": summary.reward,
         "reward_std": summary.reward_std,
@@ -356,6 +362,8 @@ def _figures(summary: RolloutSummary, report: LearnerReport | None) -> dict[str,
         "tokens": summary.tokens,
         "zero_variance": summary.zero_variance,
     }
+    if config.rollout.max_turns > 1:
+        row |= {"turns": summary.turns, "happened": summary.counts}
     if report is not None:
         found = report.measured
         row |= {name: value for name, value in found.metrics.items() if name != "tokens"}

@@ -1,0 +1,108 @@
+"""Trajectories as lines of `trajectories/step-N.jsonl`; docs/configs.md lists the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from tandem.columns import Array
+from tandem.rollout.pieces import Pieces
+from tandem.types import Group, Message, Sample, Trajectory
+
+DECIMALS = 3  # of a log-prob
+
+
+def trajectory_rows(groups: Iterable[Group], pieces: Pieces, keep_tokens: bool = True) -> list[dict[str, Any]]:
+    """A row a trajectory for `write_trajectories`; `tokens` of a row is what is known of each, where they are kept.
+
+    `text` is everything after the prompt, observations included; `context` what the model read before, which a first
+    segment's row has with its tokens only: without them the prompt's messages say it.
+    """
+    rows = []
+    for group in groups:
+        contexts: dict[bytes, tuple[str, list[int]]] = {}  # siblings read the same
+        for trajectory in group.trajectories:
+            tokens = trajectory.columns["tokens"]
+            first = _first_sampled(trajectory)
+            before, ids = tokens[:first], tokens[first:].tolist()
+            read = keep_tokens or trajectory.segment > 0
+            if read and before.tobytes() not in contexts:
+                context = pieces.decode(before.tolist())
+                contexts[before.tobytes()] = context, pieces.lengths(before.tolist(), context) if keep_tokens else []
+            context, lengths = contexts.get(before.tobytes(), ("", []))
+            text = pieces.decode(ids)
+            row: dict[str, Any] = {
+                "program_id": trajectory.program_id,
+                "segment": trajectory.segment,
+                "prompt_id": trajectory.prompt_id,
+                "prompt": [message.row() for message in group.prompt.messages],
+                **({"cause": trajectory.cause} if trajectory.segment else {}),
+                **({"context": context} if read else {}),
+                "answer": group.prompt.record.get("answer"),
+                "text": text,
+                "reward": None if trajectory.failure else trajectory.reward,
+                "sampled_tokens": trajectory.num_sampled,
+                "stop_reason": trajectory.stop_reason.value if trajectory.stop_reason else None,
+                "failure": None,
+            }
+            if trajectory.failure:
+                row["failure"] = {"where": trajectory.failure.where, "reason": trajectory.failure.reason}
+            if any(trajectory.counts.values()):
+                row["counts"] = dict(trajectory.counts)
+            if trajectory.said:
+                row["said"] = [_without_content(message) for message in trajectory.said]
+            if keep_tokens:
+                row["tokens"] = _kept(trajectory, [*lengths, *pieces.lengths(ids, text)])
+            rows.append(row)
+    return rows
+
+
+def add_credit(rows: Iterable[dict[str, Any]], samples: Iterable[Sample]) -> None:
+    """What the learner was given, into rows that keep tokens; a row that it was not given stays without."""
+    by_id = {sample.id: sample.columns for sample in samples}
+    for row in rows:
+        columns = by_id.get(f"{row['program_id']}/{row['segment']}")
+        if columns is not None and "advantages" in columns and "tokens" in row:
+            row["tokens"]["advantages"] = _runs(columns["advantages"][columns["loss_mask"]].round(DECIMALS))
+
+
+def _kept(trajectory: Trajectory, lengths: list[int]) -> dict[str, Any]:
+    columns = trajectory.columns
+    mask = columns["loss_mask"]
+    runs = _runs(mask)
+    kept: dict[str, Any] = {
+        "ids": columns["tokens"].tolist(),
+        "chars": lengths,
+        "sampled": [*([0] if runs[:1] == [True] else []), *runs[1::2]],
+    }
+    if "logprobs" in columns:
+        kept["logprobs"] = (columns["logprobs"][mask].round(DECIMALS) + 0.0).tolist()  # -0.0 is 0.0
+    if "versions" in columns:
+        kept["versions"] = _runs(columns["versions"][mask])
+    return kept
+
+
+def _runs(values: Array) -> list[Any]:
+    """[value, how many, next value, how many, ...]
+
+    >>> _runs(np.array([7, 7, 9]))
+    [7, 2, 9, 1]
+    """
+    if not len(values):
+        return []
+    starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
+    counts = np.diff(np.append(starts, len(values)))
+    return [part for run in zip(values[starts].tolist(), counts.tolist(), strict=True) for part in run]
+
+
+def _without_content(message: Message) -> dict[str, Any]:
+    """Who spoke, the calls of tools, and what was wrong with them; what was said is in the text."""
+    spoken = {name: value for name, value in message.row().items() if name != "content"}
+    return spoken | ({"faults": list(message.faults)} if message.faults else {})
+
+
+def _first_sampled(trajectory: Trajectory) -> int:
+    mask = trajectory.columns["loss_mask"]
+    return int(mask.argmax()) if mask.any() else len(mask)
