@@ -281,6 +281,15 @@ def test_lengths_and_entropy_figures():
     assert list(line.get_xdata()) == [1, 2, 4, 5, 6, 7, 8, 9, 10, 11, 12]
 
 
+def test_what_happened_in_programs_is_drawn_a_program():
+    """Counts of a step drawn as they are, so that a larger step looks as if its programs did more; a name left out."""
+    rows = [row(1, 0.1, turns=2.5, happened={"tool_calls": 64}), row(2, 0.2, turns=3.0, happened={"splits": 32})]
+    strips = {axes.get_ylabel(): axes.get_lines()[0] for axes in plots.agents_figure(rows).axes}
+    drawn = {name: list(zip(*line.get_data(), strict=True)) for name, line in strips.items()}
+    assert drawn == {"turns": [(1, 2.5), (2, 3.0)], "tool calls": [(1, 0.5)], "splits": [(2, 0.25)]}
+    assert not plots.shows(plots.agents_figure(run_rows()))
+
+
 @pytest.mark.parametrize("name", plots.FIGURES)
 def test_every_figure_is_labelled(name):
     """An axis without its unit; a picture that cannot be drawn before the first step."""

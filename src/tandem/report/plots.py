@@ -329,12 +329,12 @@ def update_figure(rows: Sequence[Row]) -> Figure:
 
 def agents_figure(rows: Sequence[Row]) -> Figure:
     """What programs of several turns did: turns, and what happened in them by name, a program."""
-    happened = [
-        {name: n / (row.get("trajectories") or 1) for name, n in row.get("happened", {}).items()} for row in rows
-    ]
-    names = dict.fromkeys(name for counts in happened for name in counts)
+    names = dict.fromkeys(name for row in rows for name in row.get("happened") or ())
     curves: list[Curve] = [("turns", "turns", 1.0), *((name, name.replace("_", " "), 1.0) for name in names)]
-    counted = [{**row, **counts} for row, counts in zip(rows, happened, strict=True)]
+    counted = []
+    for row in rows:
+        programs = row.get("trajectories") or 1
+        counted.append({**row, **{name: number / programs for name, number in (row.get("happened") or {}).items()}})
     return strips_figure("Programs of several turns: counts a program", curves, [("", counted)])
 
 

@@ -167,7 +167,7 @@ async function showProgram() {
   const words = [`step ${one.step}`, `sibling ${siblings.indexOf(one) + 1} of ${siblings.length}`, `${one.tokens} sampled tokens`];
   const turns = rows.reduce((sum, each) => sum + (each.tokens ? each.tokens.sampled.filter((_, place) => place % 2).length : 0), 0);
   if (turns > 1) words.push(`${turns} turns`);
-  for (const [name, count] of Object.entries(row.counts ?? {})) if (count) words.push(`${count} ${name.replaceAll("_", " ")}`);
+  for (const [name, count] of Object.entries(row.counts ?? {})) if (count) words.push(`${count} ${(count === 1 ? name.replace(/s$/, "") : name).replaceAll("_", " ")}`);
   const last = rows.at(-1).stop_reason;
   if (last) words.push(`ended by ${last.replaceAll("_", " ")}`);
   if (row.answer != null) words.push(`expected ${row.answer}`);

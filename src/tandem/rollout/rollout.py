@@ -37,7 +37,9 @@ class Playing(Protocol):
     """What rollouts need of an episode: program/pool.py has the one that runs elsewhere."""
 
     said: list[Message]  # since the prompt; `observe` adds what it observes
-    counts: Mapping[str, int]  # of what happened so far
+
+    @property
+    def counts(self) -> Mapping[str, int]: ...  # of what happened so far
 
     def observe(self) -> Future[Observed | Failure]: ...
 
