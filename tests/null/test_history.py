@@ -17,8 +17,9 @@ from tandem.program.formats.choose import FORMATS
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.group import summarise
+from tandem.rollout.pieces import Pieces
 from tandem.rollout.rollout import Rollouts
-from tandem.rollout.trajectory import trajectory_rows
+from tandem.rollout.rows import trajectory_rows
 from tandem.types import Group, Message, Prompt, Trajectory
 from tests.null.test_render import CHATML, byte_tokenizer
 from tests.null.test_rollout import FakeEngine
@@ -273,7 +274,7 @@ def test_a_history_that_a_template_changes_is_split(template: str, answer: str, 
         )
         start = Renderer(tokenizer).conversation_tokens((*group.prompt.messages, *said[:2]), group.prompt.tools)
         assert tokenizer.decode(start) == text_of(tokenizer, second, False)
-        row = trajectory_rows([group], tokenizer.decode)[1]
+        row = trajectory_rows([group], Pieces(tokenizer.decode))[1]
         assert row["cause"] == cause and row["context"] == tokenizer.decode(start)
 
 

@@ -147,7 +147,7 @@ def test_trajectory_rows_decode_what_was_sampled():
     tokens = {"ids": [9, 8, 51, 7, 52], "chars": [1] * 5, "sampled": [2, 1, 1, 1]}
     assert kept == plain | {"context": "\t\x08", "tokens": tokens}
     assert failed["tokens"] == {"ids": [9, 8], "chars": [1, 1], "sampled": [2]}
-    assert later == kept | {"segment": 1}
+    assert later == kept | {"segment": 1, "cause": ""}
 
 
 def test_rows_of_tokens_by_hand() -> None:

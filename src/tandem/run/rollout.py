@@ -69,7 +69,7 @@ def roll_out(
     with ExitStack() as leaving:
         pool = EnvironmentPool(config.task)
         leaving.callback(pool.close)
-        parts = build_parts(config.model, config.engine, learns=False, form=config.task.format)
+        parts = build_parts(config.model, config.engine, learns=False, task=config.task)
         pool.ready()
         folder = leaving.enter_context(RunFolder.create(out, config))
         now = parts.tokenizer.now = started(folder.path) or parts.tokenizer.now
