@@ -94,3 +94,22 @@ def test_a_long_text_is_decoded_in_parts() -> None:
     ids = list(("ab" * 1000 + "é" + "cd" * 1000).encode())
     assert Pieces(decode).lengths(ids, bytes(ids).decode()) == [1] * 2000 + [0, 1] + [1] * 2000
     assert max(asked) <= 4 and sum(asked) < 8 * len(ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_of_known_tokens_are_not_decoded_again(kind: str) -> None:
+    """A run in which every token of every step is decoded by itself: SentencePiece's first space hides a mistake."""
+    backend, asked = KINDS[kind], []
+
+    def decode(ids: list[int]) -> str:
+        asked.append(ids)
+        return backend.decode(ids, skip_special_tokens=False)
+
+    words = ["the", "##n", "a"] if kind == "wordpiece" else ["the", "▁the", "▁a"]
+    byte = "" if kind != "byte_level" else "Ġ"
+    ids = [backend.token_to_id(word.replace("▁", byte) if byte else word) for word in words]
+    pieces, text = Pieces(decode), backend.decode(ids, skip_special_tokens=False)
+    first = pieces.lengths(ids, text)
+    assert asked
+    asked.clear()
+    assert pieces.lengths(ids, text) == first and not asked

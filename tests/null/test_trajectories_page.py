@@ -22,7 +22,7 @@ from tandem.rollout.trajectory import flatten
 from tandem.types import Completion, Failure, Group, Message, Prompt, Sample, StopReason, ToolCall, Trajectory, Turn
 from tests.browser import PROGRAM, Browser
 
-HOSTILE = "<script>document.title = 'taken'</script><img src=http://example.invalid/x onerror=y>"
+HOSTILE = "<script>document.title = 'taken'</script><img src=http://example.invalid/x onerror=y>" + "a" * 300
 NAN_FAILURE = Failure("reward", "returned <nan>")
 
 
