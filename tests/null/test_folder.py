@@ -223,6 +223,14 @@ def test_metrics_survive_a_torn_line_and_rewind(tmp_path):
     assert json.loads((path / "trajectories/step-0.jsonl").read_text()) == {"text": "\u2028é", "reward": None}
 
 
+def test_keys_are_added_to_the_lines_that_they_are_of(tmp_path):
+    """Credit in another trajectory's line, or a text that breaks the line."""
+    with RunFolder.create(tmp_path / "run", Config()) as folder:
+        path = folder.write_trajectories(1, iter([{"a": "\u2028é\n}"}, {"a": 2}, {"a": 3}]))
+        folder.extend_trajectories(1, [{"b": [0.5, 2]}, {}, {"b": float("nan"), "c": 1}])
+    assert lines(path) == [{"a": "\u2028é\n}", "b": [0.5, 2]}, {"a": 2}, {"a": 3, "b": None, "c": 1}]
+
+
 def test_what_is_set_aside_is_never_lost_or_counted_twice(tmp_path):
     """A second resume from one checkpoint writes over what the first set aside, or its ledger forgets that."""
     with RunFolder.create(tmp_path / "run", Config()) as folder:

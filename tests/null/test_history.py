@@ -274,7 +274,7 @@ def test_a_history_that_a_template_changes_is_split(template: str, answer: str, 
         )
         start = Renderer(tokenizer).conversation_tokens((*group.prompt.messages, *said[:2]), group.prompt.tools)
         assert tokenizer.decode(start) == text_of(tokenizer, second, False)
-        row = trajectory_rows([group], Pieces(tokenizer.decode))[1]
+        row = list(trajectory_rows([group], Pieces(tokenizer.decode)))[1]
         assert row["cause"] == cause and row["context"] == tokenizer.decode(start)
 
 

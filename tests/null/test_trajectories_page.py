@@ -17,7 +17,7 @@ from tandem.columns import Columns
 from tandem.errors import ConfigError, RunFolderError
 from tandem.report.trajectories import write_trajectories_page
 from tandem.rollout.pieces import Pieces
-from tandem.rollout.rows import add_credit, trajectory_rows
+from tandem.rollout.rows import credits, trajectory_rows
 from tandem.rollout.trajectory import flatten
 from tandem.types import Completion, Failure, Group, Message, Prompt, Sample, StopReason, ToolCall, Trajectory, Turn
 from tests.browser import PROGRAM, Browser
@@ -83,10 +83,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pieces = Pieces(spell)
     for step in (2, 3, 4):
         made = groups(step)
-        rows = trajectory_rows(made, pieces, keep_tokens=step > 2)
+        rows = list(trajectory_rows(made, pieces, keep_tokens=step > 2))
         if step == 4:
             plain, tool, folded = made[0].trajectories
-            add_credit(rows, [credited(plain, -1.5), credited(tool, 0.75), credited(folded, 0.75)])
+            ids = [f"{row['program_id']}/{row['segment']}" for row in rows]
+            found = credits(ids, [credited(plain, -1.5), credited(tool, 0.75), credited(folded, 0.75)])
+            rows = [row | more for row, more in zip(rows, found, strict=True)]
         if step == 2:
             for row in rows:
                 row.pop("segment"), row.pop("said", None), row.pop("context", None)

@@ -15,7 +15,7 @@ from tandem.columns import Columns
 from tandem.rollout.evaluate import wilson_interval
 from tandem.rollout.group import summarise
 from tandem.rollout.pieces import Pieces
-from tandem.rollout.rows import add_credit, trajectory_rows
+from tandem.rollout.rows import credits, trajectory_rows
 from tandem.rollout.trajectory import flatten
 from tandem.types import (
     Completion,
@@ -161,9 +161,7 @@ def test_rows_of_tokens_by_hand() -> None:
         Turn(Completion("r", again, StopReason.LENGTH)),
     )
     flat = dataclasses.replace(flatten("p/0/0", "p", (), turns, 1.0), said=said)
-    rows = trajectory_rows(
-        [Group(Prompt("p", ()), (flat, dataclasses.replace(flat, program_id="p/0/1")))], Pieces(spelt)
-    )
+    rows = list(trajectory_rows([Group(Prompt("p", ()), (flat,))], Pieces(spelt)))
     assert rows[0]["tokens"] == {
         "ids": [51, 52, 33, 53], "chars": [1, 1, 1, 1], "sampled": [0, 2, 1, 1],
         "logprobs": [-0.123, 0.0, -2.0], "versions": [3, 1, 4, 2],
@@ -177,6 +175,5 @@ def test_rows_of_tokens_by_hand() -> None:
     advantages = Columns.of(
         tokens=(51, 52, 33, 53), loss_mask=(True, True, False, True), advantages=(0.5, 0.5, 0.0, -1.00049)
     )
-    add_credit(rows, [Sample("p/0/0/0", "p", advantages)])
-    assert rows[0]["tokens"]["advantages"] == [0.5, 2, -1.0, 1]
-    assert "advantages" not in rows[1]["tokens"]
+    found = credits(["p/0/0/0", "p/0/1/0"], [Sample("p/0/0/0", "p", advantages)])
+    assert found == [{"advantages": [0.5, 2, -1.0, 1]}, {}]

@@ -179,7 +179,7 @@ async function showProgram() {
 
 // The size of a step's largest advantage: programs of a step are coloured by one scale.
 const largestCredit = (all) =>
-  all.flatMap((row) => (row.tokens?.advantages ?? []).filter((_, place) => place % 2 === 0)).reduce((most, one) => Math.max(most, Math.abs(one)), 0);
+  all.flatMap((row) => (row.advantages ?? []).filter((_, place) => place % 2 === 0)).reduce((most, one) => Math.max(most, Math.abs(one)), 0);
 
 function segment(row, rows, most) {
   const made = element("section");
@@ -240,9 +240,9 @@ function turn(part, model, messages) {
 
 // The tokens of a row: their text, what is known of them and a span that shows it.
 function tokensOf(row, most) {
-  const { ids, chars, sampled, logprobs, versions, advantages } = row.tokens;
+  const { ids, chars, sampled, logprobs, versions } = row.tokens;
   const characters = Array.from((row.context ?? "") + row.text); // counted as Python does: by code point
-  const version = unrolled(versions), advantage = unrolled(advantages);
+  const version = unrolled(versions), advantage = unrolled(row.advantages);
   const drawn = sampled.flatMap((length, place) => Array(length).fill(place % 2 === 1));
   let at = 0, number = -1;
   return ids.map((id, position) => {
@@ -291,7 +291,7 @@ function legend(rows, most) {
   else if (state.color === "logprob") made.append("sure", bar("transparent, color-mix(in srgb, var(--rare) 62%, transparent)"), `rare: log-prob −${RAREST} or less`);
   else if (state.color === "advantage") {
     made.append(`less likely${most ? ` (−${decimal(most)})` : ""}`, bar("color-mix(in srgb, var(--down) 52%, transparent), transparent, color-mix(in srgb, var(--up) 52%, transparent)"), `more likely${most ? ` (${decimal(most)})` : ""}`);
-    if (!rows.some((row) => row.tokens?.advantages)) made.append("· not trained: its advantage is 0, it failed, or it was left out");
+    if (!rows.some((row) => row.advantages)) made.append("· not trained: its advantage is 0, it failed, or it was left out");
   }
   return made;
 }

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from tandem.columns import Array
+from tandem.columns import Array, Columns
 from tandem.rollout.pieces import Pieces
 from tandem.types import Group, Message, Sample, Trajectory
 
 DECIMALS = 3  # of a log-prob
 
 
-def trajectory_rows(groups: Iterable[Group], pieces: Pieces, keep_tokens: bool = True) -> list[dict[str, Any]]:
+def trajectory_rows(groups: Iterable[Group], pieces: Pieces, keep_tokens: bool = True) -> Iterator[dict[str, Any]]:
     """A row a trajectory for `write_trajectories`; `tokens` of a row is what is known of each, where they are kept.
 
     `text` is everything after the prompt, observations included; `context` what the model read before, which a first
     segment's row has with its tokens only: without them the prompt's messages say it.
     """
-    rows = []
     for group in groups:
         contexts: dict[bytes, tuple[str, list[int]]] = {}  # siblings read the same
         for trajectory in group.trajectories:
@@ -55,17 +54,17 @@ def trajectory_rows(groups: Iterable[Group], pieces: Pieces, keep_tokens: bool =
                 row["said"] = [_without_content(message) for message in trajectory.said]
             if keep_tokens:
                 row["tokens"] = _kept(trajectory, [*lengths, *pieces.lengths(ids, text)])
-            rows.append(row)
-    return rows
+            yield row
 
 
-def add_credit(rows: Iterable[dict[str, Any]], samples: Iterable[Sample]) -> None:
-    """What the learner was given, into rows that keep tokens; a row that it was not given stays without."""
-    by_id = {sample.id: sample.columns for sample in samples}
-    for row in rows:
-        columns = by_id.get(f"{row['program_id']}/{row['segment']}")
-        if columns is not None and "advantages" in columns and "tokens" in row:
-            row["tokens"]["advantages"] = _runs(columns["advantages"][columns["loss_mask"]].round(DECIMALS))
+def credits(ids: Iterable[str], samples: Iterable[Sample]) -> list[dict[str, Any]]:
+    """What the rows of these trajectories get once the learner has its batch; nothing where one was not in it."""
+    given = {sample.id: sample.columns for sample in samples if "advantages" in sample.columns}
+    return [{"advantages": _credit(given[name])} if name in given else {} for name in ids]
+
+
+def _credit(columns: Columns) -> list[Any]:
+    return _runs(columns["advantages"][columns["loss_mask"]].round(DECIMALS))
 
 
 def _kept(trajectory: Trajectory, lengths: list[int]) -> dict[str, Any]:

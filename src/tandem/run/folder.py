@@ -154,6 +154,13 @@ class RunFolder:
         _write_whole(path, "".join(map(_short_line, rows)), sync=False)
         return path
 
+    def extend_trajectories(self, step: int, more: Iterable[Mapping[str, Any]]) -> None:
+        """Further keys of each line that `write_trajectories` wrote, in order."""
+        lines = self.trajectories(step).read_text(encoding="utf-8").splitlines()
+        pairs = zip(lines, more, strict=True)
+        added = [f"{line[:-1]},{_short_line(keys)[1:]}" if keys else f"{line}\n" for line, keys in pairs]
+        _write_whole(self.trajectories(step), "".join(added), sync=False)
+
     def trajectories(self, step: int) -> Path:
         """Where a step's trajectories lie."""
         return self.path / "trajectories" / f"step-{step}.jsonl"

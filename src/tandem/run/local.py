@@ -32,7 +32,7 @@ from tandem.rollout.evaluate import Evaluation, evaluate
 from tandem.rollout.group import RolloutSummary, summarise
 from tandem.rollout.pieces import Pieces
 from tandem.rollout.rollout import Rollouts
-from tandem.rollout.rows import add_credit, trajectory_rows
+from tandem.rollout.rows import credits, trajectory_rows
 from tandem.rollout.written import texts, written
 from tandem.run import outlet
 from tandem.run.clock import WallClock, started
@@ -106,7 +106,7 @@ class Session:
         self.settled = (0, 0)  # the last step with a row, and the optimiser's updates then
         self.saved_s, self.save_took_s = time.monotonic(), 0.0
         self.pieces = Pieces(parts.tokenizer.decode)
-        self.kept: list[dict[str, Any]] = []  # rows of the step's trajectories, until their credit is known
+        self.kept: list[str] = []  # trajectories that have a row, in its order
         self.clock = WallClock()
         self.row_started_s = self.clock.started_s
         objective = OBJECTIVES[config.objective](config)
@@ -169,8 +169,8 @@ class Session:
         return written(prompts, self.pool.solutions(prompts), self.parts.renderer, positions)
 
     def keep(self, step: int, groups: Sequence[Group]) -> None:
-        self.kept = trajectory_rows(groups, self.pieces, self.config.rollout.keep_tokens)
-        self.folder.write_trajectories(step, self.kept)
+        self.folder.write_trajectories(step, trajectory_rows(groups, self.pieces, self.config.rollout.keep_tokens))
+        self.kept = [trajectory.id for group in groups for trajectory in group.trajectories]
 
     def rest(self) -> None:
         """The engine's memory is the learner's from here on; fails where a request is live."""
@@ -220,8 +220,7 @@ class Session:
         self.graded += summary.trajectories - summary.failed
         self.reasons.update(dict(summary.failures))
         if self.config.rollout.keep_tokens:
-            add_credit(self.kept, batch.samples)
-            self.folder.write_trajectories(step, self.kept)
+            self.folder.extend_trajectories(step, credits(self.kept, batch.samples))
         row: dict[str, Any] = {"step": step, **figures(self.config, summary, report), "weights": version.digest}
         if not self.samples:  # what was read has no reward and no end of its own
             row = {name: row[name] for name in row if name not in OF_SAMPLES}
