@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from hypothesis import strategies as st
 
 from tandem.columns import Columns
-from tandem.types import Completion, Microbatch, Request, Sample, Trajectory
+from tandem.rollout.trajectory import flatten
+from tandem.types import Completion, Microbatch, Request, Sample, StopReason, Trajectory, Turn
 
 SCORED = ("reference_logprobs", "proximal_logprobs", "source_logprobs")  # columns that a forward pass fills in
 
@@ -73,6 +74,56 @@ def owners_of(microbatch: Microbatch) -> list[str]:
     """Of each prediction: the sample that it is of."""
     counts = zip(microbatch.sample_ids, microbatch.sample_tokens.tolist(), strict=True)
     return [name for name, count in counts for _ in range(count)]
+
+
+@dataclass(frozen=True)
+class DrawnTurn:
+    sampled: int  # tokens
+    observed: int
+    reward: float
+    state: str
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A program as it was played: turns by segment, and the score of the whole."""
+
+    segments: tuple[list[DrawnTurn], ...]
+    score: float
+
+
+@st.composite
+def drawn_programs(draw: st.DrawFn) -> Drawn:
+    """Several segments of several turns, some of which sampled nothing; rewards and states of steps, or none."""
+    turns = st.builds(
+        DrawnTurn,
+        st.sampled_from([1, 2, 3, 0]),
+        st.integers(0, 3),
+        st.sampled_from([0.0, 0.0, 0.5, -0.25]),
+        st.sampled_from(["", "here", "there"]),
+    )
+    segments = draw(st.lists(st.lists(turns, min_size=1, max_size=3), min_size=1, max_size=3))
+    return Drawn(tuple(segments), draw(st.sampled_from([0.0, 1.0, 0.3])))
+
+
+SAMPLED, OBSERVED, ASKED = 100, 200, 300  # below these: tokens of completions, of observations, of prompts
+
+
+def program_of(drawn: Drawn, number: int, prompt: str) -> list[Trajectory]:
+    """Its segments as rollouts flatten them; a token's id tells who wrote it."""
+    found, first = [], 0
+    for s, segment in enumerate(drawn.segments):
+        turns = []
+        for t, turn in enumerate(segment):
+            tokens = [(7 * number + 3 * t + k) % SAMPLED for k in range(turn.sampled)]
+            columns = Columns.of(tokens=tokens, logprobs=[-1.0] * len(tokens), versions=[0] * len(tokens))
+            said = Completion(f"{number}/{s}/{t}", columns, StopReason.STOP_TOKEN)
+            observed = tuple(SAMPLED + (11 * t + k) % (OBSERVED - SAMPLED) for k in range(turn.observed))
+            turns.append(Turn(said, observed, turn.reward, turn.state))
+        asked = (OBSERVED, OBSERVED + 1 + s)
+        found.append(flatten(f"{prompt}/0/{number}", prompt, asked, turns, drawn.score, s, first))
+        first += len(segment)
+    return found
 
 
 Forest = tuple[list[int], list[int], list[int], list[list[int]]]

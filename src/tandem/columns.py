@@ -42,6 +42,11 @@ COLUMNS: Mapping[str, Column] = {
     "reference_logprobs": Column(np.float64, "of the reference policy, where a KL term asks for them"),
     "proximal_logprobs": Column(np.float64, "the learner's own, before the step's first update"),
     "source_logprobs": Column(np.float64, "the learner's forward under the weights that sampled"),
+    "turns": Column(np.int32, "turn of its program that sampled the token; -1: none did", absent=-1),
+    "step_rewards": Column(np.float64, "at the last token of a turn: what it earned", absent=0.0),
+    "states": Column(object, "text, at the last token of a turn: the state that it was taken in", absent=""),
+    "values": Column(np.float64, "the critic's, before the token, by its weights before the step's first update"),
+    "returns": Column(np.float64, "what the critic should have said"),
 }
 
 

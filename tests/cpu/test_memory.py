@@ -184,7 +184,7 @@ def test_an_offloaded_optimiser_has_the_same_bits(
             if update == 1:  # go on from what was saved
                 saved = {name: tensor.clone() for name, tensor in optimiser.tensors()}
                 optimiser = Optimiser(make_decoder(dtype, seed=1), config)
-                decoder = optimiser.decoder
+                decoder = optimiser.model
                 optimiser.load(saved, 2)
         made[place] = dict(optimiser.tensors()), {name: weight.value for name, weight in decoder.weights()}
     for wanted, found in zip(*made.values(), strict=True):

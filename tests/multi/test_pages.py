@@ -81,6 +81,9 @@ RUNS: dict[str, str] = {
     "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2": "",
     "tandem train smollm2_arithmetic_cpu --set rollout.history=render": "",
     "tandem train smollm2_arithmetic_cpu --set task.environment=units.py:Units --set task.reward_on_error=0": "",
+    "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2 "
+    "--set algo.credit=step": "",
+    "tandem train smollm2_arithmetic_cpu --set algo.advantage=gae": "",
     "tandem study": "",
     "tandem study staleness --seeds 0": "tandem study staleness --seeds 0 --out staleness",
 }
@@ -106,7 +109,9 @@ LISTED: dict[str, str] = {
         "needs those packages; tests/null/test_track.py"
     ),
     "tandem train smollm2_arithmetic_cpu --set algo.loss=reinforce": "run by test_a_loss_is_added_as_the_page_says",
-    "tandem bench {engine,learner,step,parity} [--peer CMD]... [--json]": "takes minutes; tests/null/test_bench.py",
+    "tandem bench {engine,learner,tree,step,parity} [--peer CMD]... [--json]": (
+        "takes minutes; tests/null/test_bench.py"
+    ),
     "tandem bench {profile,sweep} [--json]": "takes minutes; tests/cpu/test_profile.py",
     "tandem bench gpu [--json]": "needs a GPU",
     "tandem bench sandbox [--json]": "takes minutes; tests/null/test_bench.py",

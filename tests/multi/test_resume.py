@@ -316,10 +316,10 @@ def before(original):
 saving = 0
 save = checkpoint.save
 
-def second(directory, optimiser, tokenizer, state):
+def second(directory, decoder, optimisers, tokenizer, state):
     global saving
     saving = int(state.step > 3)
-    save(directory, optimiser, tokenizer, state)
+    save(directory, decoder, optimisers, tokenizer, state)
 
 checkpoint.save = second
 for module, name in ((os, "fsync"), (shutil, "rmtree"), (Path, "rename"), (checkpoint, "save_file"),
@@ -391,8 +391,8 @@ def test_a_save_by_time_that_fails_ends_nothing(
     config = override(saved_config(whole, local.RunConfig), {"checkpoint.every": "0", "steps": "5"})
     save, tried = local.saved_state.save, []
 
-    def full(directory: Path, optimiser: Any, tokenizer: Any, state: Any) -> None:
-        save(directory, optimiser, tokenizer, state)
+    def full(directory: Path, decoder: Any, optimisers: Any, tokenizer: Any, state: Any) -> None:
+        save(directory, decoder, optimisers, tokenizer, state)
         tried.append(state.step)
         if state.step < 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -79,7 +79,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     texts = override(tiny_arithmetic(), SMALL)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunningEpisode, "score", grade)  # rewards that differ within a group
-        return {"next_token": of(texts), "policy_gradient": of(override(texts, POLICY))}
+        with_critic = override(texts, {**POLICY, "algo.advantage": "gae", "steps": "2"})
+        return {"next_token": of(texts), "policy_gradient": of(override(texts, POLICY)) | of(with_critic)}
 
 
 def test_every_key_of_a_row_is_in_the_table(found) -> None:

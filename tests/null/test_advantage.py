@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,18 +14,17 @@ from hypothesis import strategies as st
 
 from tandem.algo.advantage import (
     ADVANTAGES,
-    STD_FLOOR,
-    Fates,
-    GroupedCounts,
-    GroupedValues,
+    FATES,
+    Selection,
     samples_from_groups,
 )
 from tandem.algo.config import AlgoConfig, check_group_size
+from tandem.algo.credit import STD_FLOOR, GroupedCounts, GroupedValues
 from tandem.algo.pack import PromptTotal
 from tandem.algo.price import PriceConfig
 from tandem.columns import Columns
 from tandem.errors import ConfigError, NonFiniteError
-from tandem.types import Failure, Group, Prompt, Trajectory
+from tandem.types import Failure, Group, Prompt, StopReason, Trajectory
 from tests.samples import column, having, trained
 
 
@@ -43,6 +44,8 @@ def reference_advantages(name: str, rewards: GroupedValues, tokens: GroupedCount
                 row.append(reward - statistics.mean(others) if others else 0.0)
             elif name == "dr_grpo":
                 row.append(reward - statistics.mean(group))
+            elif name == "best":
+                row.append(1.0 if reward == max(group) and any(other < reward for other in group) else 0.0)
             elif name == "grpo":
                 std = statistics.stdev(group) if others else 0.0
                 row.append((reward - statistics.mean(group)) / (std + STD_FLOOR))
@@ -81,11 +84,25 @@ def group(prompt: str, rewards: list[float], lengths: list[int] | None = None, f
     )
 
 
+def fates(selection: Selection) -> dict[str, int]:
+    """Trajectories by what became of them."""
+    return dict(Counter(selection.fates.values()))
+
+
+def token_fates(selection: Selection, groups: Sequence[Group]) -> dict[str, int]:
+    """Sampled tokens by what became of their trajectory."""
+    found: Counter[str] = Counter()
+    for t in (t for one in groups for t in one.trajectories):
+        found[selection.fates[t.id]] += t.num_sampled
+    return dict(found)
+
+
 HAND_WORKED = {
     # Group (1, 0, 0, 0): mean 1/4, squared deviations 9/16 + 3/16 = 3/4, sample std sqrt(3/4 / 3) = 1/2.
     # Group (2, 1): mean 3/2, sample std sqrt(1/2).
     "grpo": [[1.5, -0.5, -0.5, -0.5], [math.sqrt(0.5), -math.sqrt(0.5)]],
     "dr_grpo": [[0.75, -0.25, -0.25, -0.25], [0.5, -0.5]],
+    "best": [[1.0, 0.0, 0.0, 0.0], [1.0, 0.0]],
     "rloo": [[1.0, -1 / 3, -1 / 3, -1 / 3], [1.0, -1.0]],
     # Tokens 1, 1, 1, 1 and 3, 1: values 1, 0, 0, 0, 2, 2, 2, 1: mean 1, population variance 6/8.
     "reinforce_pp": [
@@ -166,13 +183,12 @@ def test_equal_rewards_give_exactly_zero(name: str) -> None:
 
 def test_failed_trajectories_are_in_no_statistic() -> None:
     """A failed trajectory's reward shifts its group's mean, or its tokens the denominators."""
-    selection = samples_from_groups(
-        AlgoConfig(advantage="dr_grpo"), [group("p", [1.0, 0.0, 50.0], lengths=[2, 4, 7], failed=(2,))]
-    )
+    groups = [group("p", [1.0, 0.0, 50.0], lengths=[2, 4, 7], failed=(2,))]
+    selection = samples_from_groups(AlgoConfig(advantage="dr_grpo"), groups)
     assert [column(sample, "advantages")[-1] for sample in selection.samples] == [0.5, -0.5]
     assert selection.prompts == (PromptTotal("p", tokens=6, samples=2),)
-    assert selection.trajectories == Fates(trained=2, failed=1)
-    assert selection.tokens == Fates(trained=6, failed=7)
+    assert fates(selection) == {"trained": 2, "failed": 1}
+    assert token_fates(selection, groups) == {"trained": 6, "failed": 7}
 
 
 def test_zero_advantage_samples_count_in_the_denominators() -> None:
@@ -181,8 +197,8 @@ def test_zero_advantage_samples_count_in_the_denominators() -> None:
     selection = samples_from_groups(AlgoConfig(), groups)
     assert [sample.id for sample in selection.samples] == ["p/0/0", "p/2/0"]
     assert selection.prompts == (PromptTotal("p", 6, 3), PromptTotal("q", 11, 2))
-    assert selection.trajectories == Fates(trained=2, zero_advantage=3)
-    assert selection.tokens == Fates(trained=4, zero_advantage=13)
+    assert fates(selection) == {"trained": 2, "zero_advantage": 3}
+    assert token_fates(selection, groups) == {"trained": 4, "zero_advantage": 13}
 
 
 def test_kl_keeps_zero_advantage_samples() -> None:
@@ -190,7 +206,7 @@ def test_kl_keeps_zero_advantage_samples() -> None:
     config = AlgoConfig(kl="k2", kl_weight=0.1)
     selection = samples_from_groups(config, [group("p", [1.0, 0.5, 0.0]), group("q", [1.0, 1.0])])
     assert len(selection.samples) == 5
-    assert selection.trajectories == Fates(trained=5)
+    assert fates(selection) == {"trained": 5}
 
 
 def test_filter_takes_zero_variance_groups_out_of_the_batch() -> None:
@@ -199,7 +215,29 @@ def test_filter_takes_zero_variance_groups_out_of_the_batch() -> None:
     selection = samples_from_groups(config, [group("p", [1.0, 0.0]), group("q", [9.0, 9.0])])
     assert [column(sample, "advantages")[-1] for sample in selection.samples] == pytest.approx([1.0, -1.0], rel=1e-5)
     assert selection.prompts == (PromptTotal("p", 4, 2),)
-    assert selection.trajectories == Fates(trained=2, zero_advantage=2)
+    assert fates(selection) == {"trained": 2, "filtered": 2}
+
+
+def test_filter_takes_truncated_programs_out_of_the_denominators_alone() -> None:
+    """A cut program is trained on, or its reward is lost to its group's statistics, or it still scales the gradient."""
+    one = group("p", [1.0, 0.0, 0.0])
+    cut = [replace(one.trajectories[0], stop_reason=StopReason.LENGTH), *one.trajectories[1:]]
+    config = AlgoConfig(advantage="dr_grpo", filter_truncated=True)
+    selection = samples_from_groups(config, [replace(one, trajectories=tuple(cut))])
+    assert fates(selection) == {"truncated": 1, "trained": 2}
+    assert [column(sample, "advantages")[-1] for sample in selection.samples] == pytest.approx([-1 / 3] * 2)
+    assert selection.prompts == (PromptTotal("p", 4, 2),)
+
+
+def test_best_keeps_the_best_of_each_group() -> None:
+    """Rejection sampling trains on what it rejected, or on a group in which nothing was better."""
+    groups = [group("p", [0.2, 0.9, 0.9]), group("q", [0.0, 0.0])]
+    selection = samples_from_groups(AlgoConfig(advantage="best"), groups)
+    assert [(sample.id, column(sample, "advantages")[-1]) for sample in selection.samples] == [
+        ("p/1/0", 1.0),
+        ("p/2/0", 1.0),
+    ]
+    assert fates(selection) == {"trained": 2, "zero_advantage": 3}
 
 
 def test_empty_and_lone_trajectories() -> None:
@@ -209,7 +247,7 @@ def test_empty_and_lone_trajectories() -> None:
         [group("p", [1.0, 0.0], lengths=[0, 2]), group("q", [1.0, 0.0], failed=(1,)), group("r", [1.0], failed=(0,))],
     )
     assert [sample.id for sample in selection.samples] == ["p/1/0"]
-    assert selection.trajectories == Fates(trained=1, zero_advantage=1, masked=1, failed=2)
+    assert fates(selection) == {"trained": 1, "zero_advantage": 1, "masked": 1, "failed": 2}
     assert [total.prompt_id for total in selection.prompts] == ["p", "q"]
     assert samples_from_groups(AlgoConfig(advantage="reinforce_pp"), []).samples == ()
 
@@ -239,10 +277,9 @@ def test_every_trajectory_and_token_has_one_fate(name: str, filtered: bool, kl: 
     )
     selection = samples_from_groups(config, groups)
     members = [t for one in groups for t in one.trajectories]
-    assert selection.trajectories.total == len(members)
-    assert selection.tokens.total == sum(t.num_sampled for t in members)
-    assert selection.trajectories.trained == len(selection.samples)
-    assert selection.tokens.trained == sum(len(trained(sample)) for sample in selection.samples)
+    assert sorted(selection.fates) == sorted(t.id for t in members) and set(fates(selection)) <= set(FATES)
+    assert fates(selection).get("trained", 0) == len(selection.samples)
+    assert token_fates(selection, groups).get("trained", 0) == sum(len(trained(s)) for s in selection.samples)
 
 
 def test_sample_copies_the_trajectory() -> None:
@@ -269,7 +306,7 @@ def test_what_the_sampler_kept_reaches_the_sample() -> None:
         assert column(sample, name) == value, name
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"])
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "best"])
 def test_one_sample_a_group_is_refused(name: str) -> None:
     """GRPO with one sample a group runs for hours with every advantage zero."""
     with pytest.raises(ConfigError, match="samples_per_prompt"):
@@ -280,6 +317,7 @@ def test_one_sample_a_group_is_refused(name: str) -> None:
 def test_group_size_of_batch_estimators() -> None:
     """REINFORCE++ needs no group, but the zero-variance filter would drop all of its batch."""
     check_group_size(AlgoConfig(advantage="reinforce_pp"), 1)
+    check_group_size(AlgoConfig(advantage="gae"), 1)
     with pytest.raises(ConfigError, match="filter_zero_variance"):
         check_group_size(AlgoConfig(advantage="reinforce_pp", filter_zero_variance=True), 1)
 
@@ -299,6 +337,13 @@ def test_group_size_of_batch_estimators() -> None:
         ({"constant_tokens": 64}, "constant_tokens"),
         ({"aggregation": "constant_mean", "constant_tokens": 0}, "1 or more"),
         ({"updates_per_step": 0}, "updates_per_step"),
+        ({"advantage": "gae", "credit": "step"}, "algo.credit is 'step'"),
+        ({"advantage": "reinforce_pp", "credit": "gigpo"}, "compares no group"),
+        ({"discount": 0.9}, "algo.discount is 0.9, but only"),
+        ({"credit": "step", "step_weight": 0.5}, "algo.step_weight"),
+        ({"gae_lambda": 0.9}, "algo.gae_lambda"),
+        ({"gae_step": "turn"}, "algo.gae_step is turn"),
+        ({"advantage": "gae", "discount": 1.5}, "algo.discount is 1.5"),
     ],
 )
 def test_wrong_config_is_refused(fields: dict, says: str) -> None:

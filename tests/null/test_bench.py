@@ -250,7 +250,7 @@ def test_a_flag_without_use_is_refused(monkeypatch, capsys):
     for work in ("sweep", "profile", "gpu"):
         assert main(["bench", work, "--peer", "ls"]) == 2
         assert (
-            f"`bench {work}`, which has no peers. Use one of engine, learner, step, agents, parity."
+            f"`bench {work}`, which has no peers. Use one of engine, learner, tree, step, agents, parity."
             in capsys.readouterr().err
         )
 

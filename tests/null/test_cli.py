@@ -49,7 +49,7 @@ def test_flags_are_frozen() -> None:
         (["train", "r", "--otu", "d"], "tandem train has no flag --otu. Did you mean --out"),
         (["--verson"], "tandem has no flag --verson."),
         (["train"], "RECIPE"),
-        (["bench", "engin"], "'engine', 'learner', 'step'"),
+        (["bench", "engin"], "'engine', 'learner', 'tree', 'step'"),
         (["generate", "m", "p", "--seed", "x"], "--seed"),
         (["generate", "m", "p", "--seed", "1" + 23 * "0"], "less than or equal to 9223372036854775807"),
         (["generate", "m", "p", "--temperature", "inf"], "--temperature"),

@@ -12,7 +12,7 @@ from tandem.columns import Columns
 from tandem.run.ledger import FATES, Ledger
 from tandem.types import Failure, Group, Prompt, Sample, StopReason, Trajectory
 
-SHAPES = st.sampled_from(["trained", "zero_advantage", "failed", "aborted", "masked"])
+SHAPES = st.sampled_from(["trained", "zero_advantage", "filtered", "truncated", "failed", "aborted", "masked"])
 
 
 @given(
@@ -26,7 +26,7 @@ SHAPES = st.sampled_from(["trained", "zero_advantage", "failed", "aborted", "mas
 def test_ledger_closes_without_remainder(shapes, in_flight, steps, spare_s):
     """A token counted twice or not at all; seconds that do not sum to the wall clock."""
     expected = dict.fromkeys(FATES, 0)
-    trajectories, samples = [], []
+    trajectories, samples, fates = [], [], {}
     for place, (fate, sampled) in enumerate(shapes):
         expected[fate] += sampled
         reason = StopReason.ABORTED if fate == "aborted" else StopReason.LENGTH
@@ -34,11 +34,12 @@ def test_ledger_closes_without_remainder(shapes, in_flight, steps, spare_s):
         size = sampled + 2
         columns = Columns.of(tokens=(1,) * size, loss_mask=(False, False) + (True,) * sampled)
         trajectories.append(Trajectory(str(place), "p", columns, 1.0, reason, failure))
+        fates[trajectories[-1].id] = "failed" if fate == "aborted" else "trained" if fate == "masked" else fate
         if fate in ("trained", "masked"):
             credited = columns.having(advantages=(float(fate == "trained"),) * size)
             samples.append(Sample(f"{place}/0", "p", credited))
     ledger = Ledger()
-    counts = ledger.record([Group(Prompt("p", ()), tuple(trajectories))], samples)
+    counts = ledger.record([Group(Prompt("p", ()), tuple(trajectories))], samples, fates)
     assert counts == expected
     for seconds in steps:
         ledger.spend(seconds)
@@ -67,10 +68,10 @@ def test_ledger_refuses_what_cannot_be():
     columns = Columns.of(tokens=(1, 2), loss_mask=(False, True))
     sample = Sample("p/0/0", "p", columns.having(advantages=(0.0, 1.0)))
     with pytest.raises(AssertionError, match="without a trajectory"):
-        ledger.record([], [sample])
+        ledger.record([], [sample], {})
     bad = Trajectory("p/0", "p", columns, failure=Failure("reward", "nan"))
     with pytest.raises(AssertionError, match="failed, yet it was trained"):
-        ledger.record([Group(Prompt("p", ()), (bad,))], [sample])
+        ledger.record([Group(Prompt("p", ()), (bad,))], [sample], {"p/0/0": "trained"})
 
 
 def test_ledger_counts_what_an_interruption_cost():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tracemalloc
 from collections import Counter
@@ -13,11 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.algo import pack as pack_module
 from tandem.algo.pack import (
     CONTEXT,
     PromptTotal,
+    _balanced,
     _Batch,
-    _cost,
+    _first_fit,
     _units,
     canonical,
     count_prompts,
@@ -209,7 +212,10 @@ def filled(sample: Sample) -> Sample:
     count = len(sample.columns)
     scored = {name: [100.0 * k + p for p in range(count)] for k, name in enumerate(SCORED)}
     kept = [bytes([p]) for p in range(count)]
-    every = having(sample, **scored, kept=kept, unfiltered_logprobs=[900.0 + p for p in range(count)])
+    of_turns = {"turns": range(count), "states": [f"state {p}" for p in range(count)]}
+    earned = {name: [base + p for p in range(count)] for name, base in (("step_rewards", 1e3), ("values", 2e3))}
+    more = {"unfiltered_logprobs": [900.0 + p for p in range(count)], "returns": [3e3 + p for p in range(count)]}
+    every = having(sample, **scored, kept=kept, **of_turns, **earned, **more)
     assert set(every.columns.arrays) == set(COLUMNS)
     return every
 
@@ -231,7 +237,7 @@ def test_a_batch_that_is_partly_filtered() -> None:
     plain = make_sample("p/0", "p", (1, 2, 3), (False, True, True))
     (m,) = pack([plain], count_prompts([plain]), 8)
     assert set(m.predictions.arrays) == {"tokens", "advantages", "logprobs"}
-    other = without(filled(make_sample("q/0", "q", (4, 5, 6), (False, False, True))), *SCORED)
+    other = without(filled(make_sample("q/0", "q", (4, 5, 6), (False, False, True))), *SCORED, "values", "returns")
     (m,) = pack([plain, other], count_prompts([plain, other]), 8)
     assert m.predictions["kept"].tolist() == [b"", b"", bytes([2])]
     assert m.predictions["unfiltered_logprobs"].tolist() == [*column(plain, "logprobs")[1:], 902.0]
@@ -355,14 +361,80 @@ def test_a_long_sample_weighs_what_it_attends_to() -> None:
     assert len(heavy.tokens_T) < 0.9 * max(len(m.tokens_T) for m in found)
 
 
-@given(batches())
+@given(batches(), st.integers(1, 60), st.sampled_from([1, 3]))
 @settings(max_examples=100, deadline=None)
-def test_costs_are_those_of_the_rows(samples: list[Sample]) -> None:
+def test_costs_are_those_of_the_rows(samples: list[Sample], budget: int, branch: int) -> None:
     """A shared prompt counted once a sibling, or its siblings' rows as if they attended to their own alone."""
     batch = _Batch.of(samples)
     assert batch.rows == [max(trained(sample)) for sample in samples]
-    for size, members in _units(samples, batch, 10_000):
-        chosen = [samples[i] for i in members]
-        (microbatch,) = pack(chosen, count_prompts(chosen), 10_000)
-        assert len(microbatch.tokens_T) == size
-        assert _cost(size, [batch.rows[i] for i in members]) == pytest.approx(cost_of(microbatch))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack_module, "BRANCH", branch)
+        units = _units(samples, batch, budget)
+        found = pack(samples, count_prompts(samples), budget)
+    assert sorted(index for unit in units for index in unit.members) == list(range(len(samples)))
+    assert all(unit.rows <= budget or len(unit.members) == 1 for unit in units)
+    assert sum(unit.rows for unit in units) == sum(len(m.tokens_T) for m in found)
+    assert sum(unit.cost for unit in units) == pytest.approx(sum(map(cost_of, found)))
+
+
+def fewest_rows(samples: list[Sample]) -> int:
+    """Distinct beginnings of the samples of each prompt: a row each is the least that any tree takes."""
+    begun = {
+        (sample.prompt_id, tuple(column(sample, "tokens")[: end + 1]))
+        for sample in samples
+        for end in range(max(trained(sample)))
+    }
+    return len(begun)
+
+
+@given(batches())
+@settings(max_examples=150, deadline=None)
+def test_a_tree_runs_each_beginning_once(samples: list[Sample]) -> None:
+    """Turns of a program, or siblings, that share more than their prompt are run as copies of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack_module, "BRANCH", 1)
+        found = pack(samples, count_prompts(samples), 10_000)
+    assert predictions(found) == expected_predictions(samples)
+    assert sum(len(m.tokens_T) for m in found) == fewest_rows(samples)
+
+
+def test_turns_of_a_program_by_hand() -> None:
+    """A program whose context starts anew each turn is trained as copies: 3 x 40 tokens of context for one."""
+    system, first, second = tuple(range(20)), tuple(range(100, 120)), tuple(range(200, 220))
+    contexts = {"a/0": system, "a/1": system + first, "a/2": system + first + second, "b/0": system}
+    samples = [
+        make_sample(f"{name}", "p", context + (7, 8 + n), (False,) * len(context) + (True, True))
+        for n, (name, context) in enumerate(contexts.items())
+    ]
+    (m,) = pack(samples, count_prompts(samples), 1000)
+    assert m.sample_ids == ("a/0", "a/1", "a/2", "b/0")
+    # The system message; 7 after it for a/0; what a/1 and a/2 share; 7 after that for a/1; a/2's own; 7 for b/0.
+    assert np.diff(m.segments_S).tolist() == [20, 1, 20, 1, 21, 1]
+    assert m.first_S.tolist() == [0, 20, 20, 40, 40, 20] and m.parent_S.tolist() == [-1, 0, 0, 2, 2, 0]
+    assert predictions([m]) == expected_predictions(samples)
+
+
+def test_a_tree_of_many_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program of hundreds of turns, each of which begins with all before it, ends in a RecursionError."""
+    monkeypatch.setattr(pack_module, "BRANCH", 1)
+    samples = [make_sample(f"p/{t}", "p", tuple(range(t)), (False,) * (t - 1) + (True,)) for t in range(2, 600)]
+    (m,) = pack(samples, count_prompts(samples), 10**9)
+    assert len(m.tokens_T) < sum(len(s.columns) - 1 for s in samples)
+    assert sorted(m.predictions["tokens"].tolist()) == list(range(1, 599))
+    assert (m.tokens_T[m.rows_N] == m.predictions["tokens"] - 1).all()
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(10, 30))
+@settings(max_examples=150, deadline=None)
+def test_balance_against_every_way_to_deal_out(sizes: list[int], capacity: int) -> None:
+    """Bins whose dearest costs more than the bound of longest-first over the best way there is, found by trying all."""
+    bins = _balanced(sizes, [float(size) for size in sizes], capacity)
+    assert sorted(index for chosen in bins for index in chosen) == list(range(len(sizes)))
+    spent = [sum(sizes[index] for index in chosen) for chosen in bins]
+    assert max(spent) <= capacity
+    best = min(
+        max(sum(size for size, bin_ in zip(sizes, dealt, strict=True) if bin_ == b) for b in range(len(bins)))
+        for dealt in itertools.product(range(len(bins)), repeat=len(sizes))
+    )
+    first_fit = max(sum(sizes[index] for index in chosen) for chosen in _first_fit(sizes, capacity))
+    assert max(spent) <= max(best * (4 / 3 - 1 / (3 * len(bins))), best) + 1e-9 or max(spent) == first_fit

@@ -56,7 +56,7 @@ def test_flatten_keeps_every_token(prompt: list[int], played: list[Turn]) -> Non
             expected.append((token, True, logprob, version))
         expected += [(token, False, 0.0, -1) for token in turn.observation_tokens]
     names = ("tokens", "loss_mask", "logprobs", "versions")
-    assert set(flat.columns.arrays) == set(names)
+    assert set(flat.columns.arrays) - {"turns"} == set(names) and ("turns" in flat.columns) == (len(played) > 1)
     assert list(zip(*(column(flat, name) for name in names), strict=True)) == expected
     assert flat.num_sampled == sum(len(turn.completion.tokens) for turn in played)
     assert flat.stop_reason == (played[-1].completion.stop_reason if played else None)
@@ -74,6 +74,7 @@ def test_flatten_by_hand() -> None:
     assert column(flat, "loss_mask") == [False, False, True, True, False, False, True, True, True]
     assert column(flat, "logprobs") == [0.0, 0.0, -0.1, -0.2, 0.0, 0.0, -0.3, -0.4, -0.5]
     assert column(flat, "versions") == [-1, -1, 3, 3, -1, -1, 3, 4, 4]
+    assert column(flat, "turns") == [-1, -1, 0, 0, -1, -1, 1, 1, 1]
     assert flat.failure == Failure("reward", "returned nan") and flat.stop_reason is StopReason.LENGTH
 
 

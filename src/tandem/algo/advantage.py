@@ -1,64 +1,65 @@
 """Groups to samples: rewards become advantages, and what carries no gradient is left out and counted.
 
-Only outcome rewards are read: every trained token of a program, in whichever segment, gets the program's advantage,
-and a group's statistics count its programs.
+A group's statistics count its programs, however many segments they have. Which of a program's tokens get what of its
+advantage says credit.py.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import get_args
 
-import numpy as np
-
 from tandem.algo.config import Advantage, AlgoConfig
+from tandem.algo.credit import (
+    CREDITS,
+    OF_TURNS,
+    ROUNDING,
+    STD_FLOOR,
+    Batch,
+    Estimator,
+    GroupedCounts,
+    GroupedValues,
+    Turns,
+    at_tokens,
+    with_rewards,
+)
 from tandem.algo.pack import PromptTotal, count_predictions, merge_totals
 from tandem.algo.price import charged_reward
+from tandem.columns import Columns
 from tandem.errors import NonFiniteError
-from tandem.types import Group, Sample, Trajectory
+from tandem.types import Group, Sample, StopReason, Trajectory
 
-STD_FLOOR = 1e-6  # added to every standard deviation that divides
 MAX_CHARGED = 1e12  # a reward less its price; its square, summed over a batch, stays far inside a float
-ROUNDING = 1e-12  # a deviation below this share of the largest value is the mean's rounding, and is 0
-
-GroupedValues = Sequence[Sequence[float]]  # one row a group, one value a program that did not fail
-GroupedCounts = Sequence[Sequence[int]]  # trained tokens of each
-Estimator = Callable[[GroupedValues, GroupedCounts], list[list[float]]]
 
 
-@dataclass(frozen=True, slots=True)
-class Fates:
-    """What became of trajectories, or of their sampled tokens. The fields sum to all there were.
-
-    >>> Fates(trained=90, zero_advantage=30, failed=8).total
-    128
-    """
-
-    trained: int = 0  # reached the learner
-    zero_advantage: int = 0  # no gradient: advantage 0 without a KL term, or a filtered group
-    masked: int = 0  # no sampled token
-    failed: int = 0  # Trajectory.failure is set
-
-    @property
-    def total(self) -> int:
-        return self.trained + self.zero_advantage + self.masked + self.failed
+FATES = {
+    "trained": "reached the learner",
+    "zero_advantage": "no gradient: its advantage is 0, and there is no KL term",
+    "filtered": "its group left the batch: all rewards were equal (algo.filter_zero_variance)",
+    "truncated": "cut at rollout.max_new_tokens, and left out (algo.filter_truncated)",
+    "masked": "no sampled token",
+    "failed": "Trajectory.failure is set",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Selection:
     """What a step's groups give the learner.
 
-    >>> Selection((), (), Fates(), Fates()).samples
-    ()
+    >>> Selection(()).count("trained")
+    0
     """
 
     samples: tuple[Sample, ...]  # to train, in the groups' order
-    prompts: tuple[PromptTotal, ...]  # of the whole batch, untrained zero-advantage samples included
-    trajectories: Fates
-    tokens: Fates
+    prompts: tuple[PromptTotal, ...] = ()  # of the whole batch, untrained zero-advantage samples included
+    fates: Mapping[str, str] = field(default_factory=dict)  # of each trajectory by its id: what became of it, FATES
+
+    def count(self, fate: str) -> int:
+        """Trajectories that met it."""
+        return sum(met == fate for met in self.fates.values())
 
 
 def grpo(rewards: GroupedValues, tokens: GroupedCounts) -> list[list[float]]:
@@ -104,14 +105,30 @@ def reinforce_pp_baseline(rewards: GroupedValues, tokens: GroupedCounts) -> list
     return _normalise_tokens([_centre(group) for group in rewards], tokens)
 
 
+def best(rewards: GroupedValues, tokens: GroupedCounts) -> list[list[float]]:
+    """A_i = 1 for the best of the group, equals included, 0 for the others and where all are equal.
+
+    Rejection sampling: the policy is fitted to what is kept of n. RAFT, Dong et al., arXiv 2304.06767; with rewards of
+    0 and 1 what RAFT++ keeps of mixed groups, Xiong et al., arXiv 2504.11343.
+    """
+    return [[float(value == max(group) > min(group)) for value in group] for group in rewards]
+
+
 ADVANTAGES: dict[str, Estimator] = {
     "grpo": grpo,
     "dr_grpo": dr_grpo,
     "rloo": rloo,
     "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline,
+    "best": best,
 }
-assert {*ADVANTAGES} == {*get_args(Advantage)}, f"config.Advantage names {get_args(Advantage)}, here: {[*ADVANTAGES]}"
+LEARNED = {"gae"}  # by a critic, after it has scored the batch: credit.with_gae
+assert {*ADVANTAGES} | LEARNED == {*get_args(Advantage)}, f"config.Advantage names {get_args(Advantage)}"
+
+
+def has_spread(config: AlgoConfig, group: Group, price: float) -> bool:
+    """Whether its programs that did not fail earned different rewards, what they cost taken off."""
+    return len({charged_reward(config.price, p, price) for p in group.programs if p[0].failure is None}) > 1
 
 
 def samples_from_groups(config: AlgoConfig, groups: Sequence[Group], price: float = 0.0) -> Selection:
@@ -122,14 +139,15 @@ def samples_from_groups(config: AlgoConfig, groups: Sequence[Group], price: floa
     Failed trajectories are in no statistic and no denominator. A zero-advantage sample adds nothing to the policy
     term, so it is not run, but it counts in the denominators: the gradient is that of the whole batch. With a KL
     term it has a gradient and is run. `filter_zero_variance` takes groups whose rewards are all equal out of the
-    batch, statistics and denominators included, whatever the terms.
+    batch, statistics and denominators included, whatever the terms; `filter_truncated` takes programs out of the
+    denominators alone. Where a critic gives the advantages (`gae`) all are run, with what their turns earned.
     """
-    fates: dict[str, list[Trajectory]] = {"trained": [], "zero_advantage": [], "masked": [], "failed": []}
+    fates: dict[str, str] = {}
     survivors: list[list[tuple[Trajectory, ...]]] = []  # programs, each by its segments
     rewards_by_group: list[list[float]] = []
     for group in groups:
         kept = [program for program in group.programs if program[0].failure is None]
-        fates["failed"].extend(trajectory for trajectory in group.trajectories if trajectory.failure is not None)
+        fates |= {trajectory.id: "failed" for trajectory in group.trajectories if trajectory.failure is not None}
         rewards = [charged_reward(config.price, program, price) for program in kept]
         largest = max(map(abs, rewards), default=0.0)
         if not largest <= MAX_CHARGED:  # NaN too
@@ -138,44 +156,55 @@ def samples_from_groups(config: AlgoConfig, groups: Sequence[Group], price: floa
                 f"statistic holds. Its price is {price:g}: lower algo.price.rate or raise algo.price.budget."
             )
         if config.filter_zero_variance and len(set(rewards)) <= 1:
-            for trajectory in itertools.chain.from_iterable(kept):
-                fates["zero_advantage" if trajectory.num_sampled else "masked"].append(trajectory)
+            fates |= {t.id: "filtered" if t.num_sampled else "masked" for t in itertools.chain.from_iterable(kept)}
             continue
         survivors.append(kept)
         rewards_by_group.append(rewards)
-    counts = [[[count_predictions(t.columns) for t in program] for program in kept] for kept in survivors]
-    advantages = ADVANTAGES[config.advantage](rewards_by_group, [list(map(sum, numbers)) for numbers in counts])
-    samples = []
-    for kept, values in zip(survivors, advantages, strict=True):
-        for program, value in zip(kept, values, strict=True):
-            for trajectory in program:
-                fate = _fate(config, trajectory, value)
-                fates[fate].append(trajectory)
-                if fate == "trained":
-                    samples.append(_sample(trajectory, value))
-    return Selection(
-        samples=tuple(samples),
-        prompts=merge_totals(
-            PromptTotal(trajectory.prompt_id, count, 1)
-            for kept, numbers in zip(survivors, counts, strict=True)
-            for program, each in zip(kept, numbers, strict=True)
-            for trajectory, count in zip(program, each, strict=True)
-        ),
-        trajectories=Fates(**{fate: len(members) for fate, members in fates.items()}),
-        tokens=Fates(**{fate: sum(t.num_sampled for t in members) for fate, members in fates.items()}),
-    )
+    credited = _credited(config, survivors, rewards_by_group)
+    samples, totals = list[Sample](), list[PromptTotal]()
+    for program, columns in zip(itertools.chain.from_iterable(survivors), credited, strict=True):
+        cut = config.filter_truncated and program[-1].stop_reason is StopReason.LENGTH
+        for trajectory, known in zip(program, columns, strict=True):
+            fates[trajectory.id] = fate = _fate(config, trajectory, known, cut)
+            if fate == "trained":
+                samples.append(Sample(trajectory.id, trajectory.prompt_id, known))
+            if fate != "truncated":
+                totals.append(PromptTotal(trajectory.prompt_id, count_predictions(known), 1))
+    return Selection(tuple(samples), merge_totals(totals), fates)
 
 
-def _fate(config: AlgoConfig, trajectory: Trajectory, advantage: float) -> str:
+def _credited(
+    config: AlgoConfig, survivors: Sequence[Sequence[tuple[Trajectory, ...]]], rewards: GroupedValues
+) -> Iterable[list[Columns]]:
+    """Columns of each program's segments, with advantages, or with rewards for the critic to make them of."""
+    counts = [[sum(count_predictions(t.columns) for t in program) for program in kept] for kept in survivors]
+    turned = [
+        [Turns.of(program, reward) for program, reward in zip(kept, values, strict=True)]
+        for kept, values in zip(survivors, rewards, strict=True)
+    ]
+    programs = zip(itertools.chain.from_iterable(survivors), itertools.chain.from_iterable(turned), strict=True)
+    if config.needs_critic:
+        return [[with_rewards(t.columns, turns) for t in program] for program, turns in programs]
+    batch = Batch(ADVANTAGES[config.advantage], rewards, counts, turned)
+    advantages = itertools.chain.from_iterable(CREDITS[config.credit](config, batch))
+    return [
+        [
+            t.columns.without(*OF_TURNS).having(
+                advantages=at_tokens(t.columns, dict(zip(turns.numbers, values, strict=True)))
+            )
+            for t in program
+        ]
+        for (program, turns), values in zip(programs, advantages, strict=True)
+    ]
+
+
+def _fate(config: AlgoConfig, trajectory: Trajectory, columns: Columns, cut: bool) -> str:
     if trajectory.num_sampled == 0:
         return "masked"
-    return "trained" if advantage != 0.0 or config.kl != "none" else "zero_advantage"
-
-
-def _sample(trajectory: Trajectory, advantage: float) -> Sample:
-    columns = trajectory.columns
-    credited = columns.having(advantages=np.where(columns["loss_mask"], advantage, 0.0))
-    return Sample(trajectory.id, trajectory.prompt_id, credited)
+    if cut:
+        return "truncated"
+    moved = config.needs_critic or config.kl != "none" or columns["advantages"].any()
+    return "trained" if moved else "zero_advantage"
 
 
 def _centre(values: Sequence[float]) -> list[float]:

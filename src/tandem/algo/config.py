@@ -12,7 +12,8 @@ from tandem.algo.price import PriceConfig
 from tandem.config import Amount, Positive, Share, section
 from tandem.errors import ConfigError
 
-Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline"]
+Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "best", "gae"]
+Credit = Literal["trajectory", "step", "gigpo"]
 Loss = Literal["ppo", "gspo", "cispo"]
 Kl = Literal["none", "k1", "k2", "k3"]
 Aggregation = Literal["token_mean", "sequence_mean", "prompt_mean", "constant_mean"]
@@ -26,7 +27,7 @@ CLIP_RANGES: dict[Loss, tuple[float, float]] = {  # a loss without a line here c
     "gspo": (3e-4, 4e-4),  # GSPO, arXiv 2507.18071, section 5.1: a ratio averaged over a sequence moves far less
     "cispo": (1.0, 4.0),  # weight in [0, 5]: no lower bound, arXiv 2506.13585; it gives no upper one, 5 is ours
 }
-GROUP_ADVANTAGES: frozenset[Advantage] = frozenset({"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline"})
+GROUP_ADVANTAGES: frozenset[Advantage] = frozenset({"grpo", "dr_grpo", "rloo", "reinforce_pp_baseline", "best"})
 WEIGHT_RANGES: dict[CorrectionWeight, tuple[float, float]] = {
     "none": (0.0, math.inf),
     "token_tis": (0.0, 2.0),
@@ -109,7 +110,12 @@ class AlgoConfig:
     (0.0003, 0.0004)
     """
 
-    advantage: Advantage = "grpo"  # rewards of a group to credit; formulas in docs/algorithms.md
+    advantage: Advantage = "grpo"  # rewards to credit, within groups or (gae) by a critic; docs/algorithms.md
+    credit: Credit = "trajectory"  # what is compared: whole programs, their turns, or turns in equal states too (gigpo)
+    discount: Share = 1.0  # of a later step's reward: a turn, or what algo.gae_step says
+    step_weight: Amount = 1.0  # of the advantage among equal states, beside the program's (gigpo)
+    gae_lambda: Share = 1.0  # 1: returns less the critic's value; lower: more of the critic's own estimates
+    gae_step: Literal["token", "turn"] = "token"  # what a critic judges
     loss: Loss = "ppo"  # credit to gradient: clipped ratio of tokens, of sequences (gspo), weights (cispo)
     clip_low: Share | None = None  # ratio below 1 - clip_low is clipped; None takes the loss's own, CLIP_RANGES
     clip_high: Amount | None = None  # ratio above 1 + clip_high is clipped; None takes the loss's own, CLIP_RANGES
@@ -118,6 +124,7 @@ class AlgoConfig:
     aggregation: Aggregation = "token_mean"  # how token losses are averaged
     constant_tokens: Positive | None = None  # divisor of a sample's token sum under constant_mean (Dr. GRPO)
     filter_zero_variance: bool = False  # groups of equal rewards leave the batch, denominators included
+    filter_truncated: bool = False  # programs cut at rollout.max_new_tokens leave it, but not their group's statistics
     updates_per_step: Positive = 1  # optimiser updates a step; the step's prompts are dealt out among them
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     rare_weight: Share = 0.0  # a: advantages of a token are scaled by 1 - a + a * pi(token); 0 scales none
@@ -139,6 +146,27 @@ class AlgoConfig:
                 f"algo.aggregation is {self.aggregation!r} with algo.constant_tokens {self.constant_tokens}: "
                 "constant_mean, and only it, needs constant_tokens. Set it to rollout.max_new_tokens."
             )
+        self._check_credit()
+
+    def _check_credit(self) -> None:
+        gae = self.advantage == "gae"
+        if self.credit != "trajectory" and self.advantage in ("gae", "reinforce_pp"):
+            why = "credits each step by itself" if gae else "compares no group, and so no turns of one"
+            raise ConfigError(
+                f"algo.credit is {self.credit!r}, but algo.advantage {self.advantage!r} {why}. Set algo.credit to "
+                "trajectory, or algo.advantage to grpo, dr_grpo, rloo or reinforce_pp_baseline."
+            )
+        for name, used, needs in (
+            ("discount", gae or self.credit != "trajectory", "algo.credit step or gigpo, or algo.advantage gae"),
+            ("step_weight", self.credit == "gigpo", "algo.credit gigpo"),
+            ("gae_lambda", gae, "algo.advantage gae"),
+            ("gae_step", gae, "algo.advantage gae"),
+        ):
+            value, unused = getattr(self, name), "token" if name == "gae_step" else 1.0
+            if not used and value != unused:
+                raise ConfigError(
+                    f"algo.{name} is {value}, but only {needs} reads it. Set that, or algo.{name} to {unused}."
+                )
 
     @property
     def clip_range(self) -> tuple[float, float]:
@@ -154,6 +182,11 @@ class AlgoConfig:
         """Whether samples must carry `reference_logprobs`."""
         return self.kl != "none"
 
+    @property
+    def needs_critic(self) -> bool:
+        """Whether samples must carry `values` and `returns`."""
+        return self.advantage == "gae"
+
 
 def check_group_size(config: AlgoConfig, samples_per_prompt: int) -> None:
     """Refuse what has no signal with one sample a prompt. Raises ConfigError."""
@@ -163,7 +196,7 @@ def check_group_size(config: AlgoConfig, samples_per_prompt: int) -> None:
         raise ConfigError(
             f"algo.advantage {config.advantage!r} compares the samples of a prompt, and rollout.samples_per_prompt is "
             "1: every advantage would be 0. Set rollout.samples_per_prompt to 2 or more (8 is usual), "
-            "or algo.advantage to reinforce_pp."
+            "or algo.advantage to reinforce_pp or gae."
         )
     if config.filter_zero_variance:
         raise ConfigError(

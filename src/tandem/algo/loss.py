@@ -191,11 +191,21 @@ def policy_loss(
     return LossResult(loss, {"loss": loss.detach(), **sums}, maxima, corrected)
 
 
+def clipped_value_loss(value_N: Tensor, before_N: Tensor, returns_N: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """loss_n = max((V_n - R_n)^2, (V_old,n + clip(V_n - V_old,n, -c, c) - R_n)^2) / 2, and where the clip acts on it.
+
+    PPO's value clipping as in OpenAI's baselines (ppo2) and Engstrom et al., arXiv 2005.12729, section 3.
+    """
+    free_N = (value_N - returns_N).square()
+    bound_N = (before_N + (value_N - before_N).clamp(-clip, clip) - returns_N).square()
+    return torch.maximum(free_N, bound_N) / 2.0, (bound_N > free_N).detach()
+
+
 def summarise(results: Iterable[LossResult]) -> dict[str, float]:
     """The batch's metrics from its microbatches' results: means over the trained predictions, and maxima.
 
     "loss" is the batch's loss, "ratio*" the ratio that is clipped. "kl" (k3) and "mismatch" (largest |log ratio|) are
-    of learner against behaviour, unclamped; "kl_reference" and "entropy" where measured.
+    of learner against behaviour, unclamped; "kl_reference", "entropy" and a critic's where measured.
     """
     sums: dict[str, float] = {}
     maxima: dict[str, float] = {}

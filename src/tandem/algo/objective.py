@@ -141,6 +141,8 @@ class PolicyGradient:
         self.columns = frozenset({"tokens", "loss_mask", "logprobs", "advantages"})
         if algo.needs_reference:
             self.columns |= {"reference_logprobs"}
+        if algo.needs_critic:
+            self.columns |= {"values", "returns"}
         self.alarms = alarms or AlarmConfig()
         self.exact = exact
         check_correctable(self.alarms, algo.correction)

@@ -1,4 +1,4 @@
-"""Samples to microbatches under a token budget, the rows of a common prompt shared.
+"""Samples to microbatches under a token budget, the rows that samples of a prompt begin with shared: a tree.
 
 A position needs a row of the decoder only where its output predicts a trained token or where a later row attends
 to it, so a sample's rows are the positions before its last trained token.
@@ -6,6 +6,8 @@ to it, so a sample's rows are the positions before its last trained token.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,9 @@ from tandem.columns import COLUMNS, Array, Columns, ranges
 from tandem.types import Denominators, Microbatch, Sample
 
 CONTEXT = 3072  # positions whose attention costs what the products of a row do: 2 P / (4 H D layers), SmolLM2-135M
+
+BRANCH = 16  # rows that a branch below what all samples of a prompt share must save; a segment more is not free
+DEEPEST = 100  # branches below one another
 
 UNUSED = ("loss_mask", "versions")  # of a prediction: all are trained, and no loss asks for the version
 
@@ -112,10 +117,11 @@ def pack(
 
     `prompts` are the totals of the whole batch, samples that are not trained included; they give the global
     denominators. With `share_prefix` the samples of a prompt stay together where the budget allows, and the rows
-    of the tokens they begin with are run once: one segment for the prefix, one for each sample's own rows (none
-    where a sample has no row of its own). A sample is never split; one longer than the budget gets a microbatch
+    of the tokens they begin with are run once: one segment for what all of them share, one for what some of them share
+    beyond it (at least BRANCH rows saved), and so on, and one for each sample's own rows (none where a sample has no
+    row of its own). A sample is never split; one longer than the budget gets a microbatch
     of its own. The predictions of a sample are contiguous in N, in order of position. The result depends only on
-    the arguments and keeps the samples' order inside a microbatch.
+    the arguments; samples are in the order of the tree, which is theirs where only what all share is shared.
     """
     assert budget_tokens >= 1, f"budget_tokens is {budget_tokens}"
     if not samples:
@@ -124,17 +130,17 @@ def pack(
     if share_prefix:
         units = _units(samples, batch, budget_tokens)
     else:
-        units = [(size, [index]) for index, size in enumerate(batch.rows)]
-    costs = [_cost(size, [batch.rows[i] for i in members]) for size, members in units]
+        units = [_Branch.leaf(index, 0, rows) for index, rows in enumerate(batch.rows)]
+    sizes = [unit.rows for unit in units]
     of_prompt = {total.prompt_id: total.tokens for total in prompts}
     totals = denominators(prompts)
     microbatches = []
-    for chosen in _balanced([size for size, _ in units], costs, budget_tokens):
-        blocks = sorted(units[index][1] for index in chosen)
-        members = [index for block in blocks for index in block]
+    for chosen in _balanced(sizes, [unit.cost for unit in units], budget_tokens):
+        trees = sorted((units[index] for index in chosen), key=lambda tree: tree.members)
+        members = [index for tree in trees for index in tree.members]
         microbatches.append(
             Microbatch(
-                **_lay_out(batch, blocks),
+                **_lay_out(batch, trees, members),
                 members=np.array(members, dtype=np.int32),
                 sample_ids=tuple(samples[index].id for index in members),
                 prompt_tokens=np.array([of_prompt[samples[index].prompt_id] for index in members], dtype=np.int32),
@@ -167,41 +173,123 @@ class _Batch(NamedTuple):
         assert not len(begun), f"sample {samples[begun[0]].id}: nothing predicts the first token of a sequence"
         return cls(columns, start_B, trained, first_B, (trained[first_B[1:] - 1] - start_B).tolist())
 
-    def common_prefix(self, members: Sequence[int]) -> int:
-        """Tokens that all of some samples begin with, at most the rows of each."""
-        limit = min(self.rows[index] for index in members)
-        tokens, first = self.columns["tokens"], self.start_B[members[0]]
-        for index in members[1:]:
-            start = self.start_B[index]
-            apart = tokens[first : first + limit] != tokens[start : start + limit]
-            limit = int(apart.argmax()) if apart.any() else limit
-        return limit
+    def rows_of(self, index: int) -> Array:
+        """Tokens at the rows of a sample."""
+        start = self.start_B[index]
+        return self.columns["tokens"][start : start + self.rows[index]]
+
+    def in_common(self, one: int, other: int) -> int:
+        """Rows that two samples begin with."""
+        limit = min(self.rows[one], self.rows[other])
+        apart = self.rows_of(one)[:limit] != self.rows_of(other)[:limit]
+        return int(apart.argmax()) if apart.any() else limit
 
 
-def _lay_out(batch: _Batch, blocks: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """Rows, segments and predictions of a microbatch; the members of a block share the rows of what they begin with."""
+class _Branch(NamedTuple):
+    """Rows [first, end) of what its samples have in common, and what goes on from there; a leaf is a sample's own."""
+
+    members: list[int]  # samples, in the order of the tree
+    first: int
+    end: int
+    parts: tuple[_Branch, ...]
+
+    @classmethod
+    def leaf(cls, index: int, first: int, end: int) -> _Branch:
+        return cls([index], first, end, ())
+
+    @classmethod
+    def over(cls, parts: Iterable[_Branch], first: int, end: int) -> _Branch:
+        """The one of which `parts`, each from `end` on, go on."""
+        ordered = tuple(sorted(parts))  # by their samples
+        if len(ordered) == 1:
+            return ordered[0]._replace(first=first)
+        return cls([index for part in ordered for index in part.members], first, end, ordered)
+
+    @property
+    def rows(self) -> int:
+        return self.end - self.first + sum(part.rows for part in self.parts)
+
+    @property
+    def _attended(self) -> int:
+        """Twice the positions that its rows attend to, themselves included."""
+        return self.end * (self.end + 1) - self.first * (self.first + 1) + sum(part._attended for part in self.parts)
+
+    @property
+    def cost(self) -> float:
+        """In rows: a row that attends to CONTEXT positions costs twice a row that attends to none."""
+        return self.rows + self._attended / 2 / CONTEXT
+
+
+def _tree(batch: _Batch, members: Sequence[int]) -> _Branch:
+    """The samples of a prompt over the rows that all begin with, and below it over those that some begin with."""
+    # Whoever begins alike is side by side in the order of the bytes: equal tokens have equal ones.
+    order = sorted(members, key=lambda index: (batch.rows_of(index).tobytes(), index))
+    common = [batch.in_common(one, other) for one, other in itertools.pairwise(order)]
+
+    def parts(start: int, stop: int, end: int, depth: int) -> list[_Branch]:
+        """What goes on after `end` rows that samples order[start : stop] share."""
+        if stop - start == 1 or depth == DEEPEST:
+            return [_Branch.leaf(index, end, batch.rows[index]) for index in order[start:stop]]
+        least = min(common[start : stop - 1])
+        saves = depth == 0 or (stop - start - 1) * (least - end) >= BRANCH
+        cuts = [start, *(i + 1 for i in range(start, stop - 1) if common[i] == least), stop]
+        at = least if saves else end
+        below = [part for one, other in itertools.pairwise(cuts) for part in parts(one, other, at, depth + 1)]
+        return [_Branch.over(below, end, at)] if saves else below
+
+    (tree,) = parts(0, len(order), 0, 0)
+    return tree
+
+
+def _units(samples: Sequence[Sample], batch: _Batch, budget_tokens: int) -> list[_Branch]:
+    """Trees of samples of one prompt, each placed as a whole."""
+    by_prompt: dict[str, list[int]] = {}
+    for index, sample in enumerate(samples):
+        by_prompt.setdefault(sample.prompt_id, []).append(index)
+    return [unit for members in by_prompt.values() for unit in _pieces(_tree(batch, members), budget_tokens)]
+
+
+def _pieces(tree: _Branch, capacity: int) -> list[_Branch]:
+    """A tree in parts of at most `capacity` rows, each over a copy of what it goes on from."""
+    if not tree.parts:
+        return [tree]
+    own = tree.end - tree.first
+    parts = [piece for part in tree.parts for piece in _pieces(part, capacity - own)]
+    if not own:
+        return parts
+    chosen = _first_fit([part.rows for part in parts], capacity - own)
+    return [_Branch.over((parts[i] for i in members), tree.first, tree.end) for members in chosen]
+
+
+def _lay_out(batch: _Batch, trees: Sequence[_Branch], members: Sequence[int]) -> dict[str, Any]:
+    """Rows, segments and predictions of a microbatch."""
     segments: list[tuple[int, int, int, int]] = []  # place of the first token, rows, first position, parent
-    shared: list[tuple[int, int, int]] = []  # of each sample: row of the prefix, its length, row of the rest
-    row = 0
-    for members in blocks:
-        prefix = batch.common_prefix(members) if len(members) > 1 else 0
-        parent, prefix_row = -1, row
-        if prefix:
+    runs: list[tuple[int, int, int]] = []  # of each sample in turn: its place, a run's first position, the row there
+    leaves = itertools.count()
+
+    def lay(branch: _Branch, parent: int, row: int, above: tuple[tuple[int, int], ...]) -> int:
+        """Rows so far, after those of a branch."""
+        first, own = branch.first, branch.end - branch.first
+        if own:
+            above, parent_of = (*above, (first, row)), parent
             parent = len(segments)
-            segments.append((int(batch.start_B[members[0]]), prefix, 0, -1))
-            row += prefix
-        for index in members:
-            shared.append((prefix_row, prefix, row))
-            if own := batch.rows[index] - prefix:
-                segments.append((int(batch.start_B[index]) + prefix, own, prefix, parent))
-                row += own
+            segments.append((int(batch.start_B[branch.members[0]]) + first, own, first, parent_of))
+        if not branch.parts:
+            place = next(leaves)
+            runs.extend((place, *run) for run in above)
+        return functools.reduce(lambda end, part: lay(part, parent, end, above), branch.parts, row + own)
+
+    functools.reduce(lambda row, tree: lay(tree, -1, row, ()), trees, 0)
     start_S, rows_S, first_S, parent_S = np.array(segments, dtype=np.int64).T
-    members_B = np.array([index for members in blocks for index in members])
+    members_B = np.array(members)
     counts_B = np.diff(batch.first_B)[members_B]
     predicted = batch.trained[ranges(batch.first_B[:-1][members_B], counts_B)]
-    prefix_row_N, prefix_N, own_row_N = np.repeat(np.array(shared, dtype=np.int64), counts_B, axis=0).T
-    position_N = predicted - np.repeat(batch.start_B[members_B], counts_B) - 1
-    rows_N = np.where(position_N < prefix_N, prefix_row_N + position_N, own_row_N + position_N - prefix_N)
+    place_N = np.repeat(np.arange(len(members)), counts_B)
+    position_N = predicted - batch.start_B[members_B][place_N] - 1
+    place_R, first_R, row_R = np.array(runs, dtype=np.int64).T
+    longest = int(position_N.max()) + 1
+    run_N = np.searchsorted(place_R * longest + first_R, place_N * longest + position_N, side="right") - 1
+    rows_N = row_R[run_N] + position_N - first_R[run_N]
     places_T = ranges(start_S, rows_S)
     named = [name for name in batch.columns.arrays if COLUMNS[name].rows]
     at_rows = Columns({name: batch.columns[name] for name in named})
@@ -215,34 +303,6 @@ def _lay_out(batch: _Batch, blocks: Sequence[Sequence[int]]) -> dict[str, Any]:
         "predictions": batch.columns.without(*UNUSED, *named).take(predicted),
         "sample_tokens": counts_B.astype(np.int32),
     }
-
-
-def _units(samples: Sequence[Sample], batch: _Batch, budget_tokens: int) -> list[tuple[int, list[int]]]:
-    """(rows, indices of samples of one prompt) that are placed together."""
-    rows = batch.rows
-    by_prompt: dict[str, list[int]] = {}
-    for index, sample in enumerate(samples):
-        by_prompt.setdefault(sample.prompt_id, []).append(index)
-    units: list[tuple[int, list[int]]] = []
-    for members in by_prompt.values():
-        prefix = batch.common_prefix(members)
-        if prefix == 0 or len(members) == 1:
-            units.extend((rows[i], [i]) for i in members)
-            continue
-        own = [rows[i] - prefix for i in members]
-        for chosen in _first_fit(own, budget_tokens - prefix):
-            units.append((prefix + sum(own[j] for j in chosen), sorted(members[j] for j in chosen)))
-    return units
-
-
-def _cost(size: int, lengths: Sequence[int]) -> float:
-    """Of a unit of `size` rows, in rows: samples of `lengths` rows each, of which they share what exceeds `size`.
-
-    A row that attends to CONTEXT positions costs twice a row that attends to none.
-    """
-    prefix = 0 if len(lengths) == 1 else (sum(lengths) - size) // (len(lengths) - 1)
-    attended = sum(length * (length + 1) - prefix * (prefix + 1) for length in lengths) + prefix * (prefix + 1)
-    return size + attended / 2 / CONTEXT
 
 
 def _balanced(sizes: Sequence[int], costs: Sequence[float], capacity: int) -> list[list[int]]:

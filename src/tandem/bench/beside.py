@@ -33,7 +33,7 @@ from tandem.bench.gpu import check_device, gpu
 from tandem.bench.gpu import measure as measure_device
 from tandem.bench.peers import Figure, Side, beside_limit, peer_side, run_side
 from tandem.bench.roofline import SMOLLM2, Machine, measure, timed
-from tandem.bench.work import MODEL, answer, build_engine, build_learner, random_requests
+from tandem.bench.work import MODEL, answer, build_engine, build_learner, folded_programs, random_requests
 from tandem.errors import WorldError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ DECODES = ((64, 128), (16, 64), (1, 128), (256, 64))  # prompts at once, new tok
 PROMPT_TOKENS = 47  # of a prompt of these
 PREFILL = (16, 1024)  # prompts, tokens each
 TRAIN = (16, 256)  # samples, tokens each
+TURNS = (4, 6, 256, 64)  # programs of a group, turns of each, tokens of their prompt, tokens that a turn samples
 GROUPS = (8, 512, 16, 32)  # prompts, tokens each, samples of each, new tokens each
 AGAINST = {"decode 256x64": "decode 64x128"}  # works whose rate is also given over that of another of tandem's own
 PARITY_DECODES = ((64, 128), (1, 128))
@@ -127,6 +128,19 @@ def _learner(machine: Machine) -> Iterator[Figure]:
     yield from beside_limit(f"train {TRAIN[0]}x{TRAIN[1]}", least_s, times_s, TRAIN[0] * TRAIN[1])
 
 
+def _tree(_: Machine) -> Iterator[Figure]:
+    """A group whose context starts anew at each turn, as a tree and as copies."""
+    from tandem.algo.pack import count_prompts
+
+    learner, _samples = build_learner(1, 2)
+    samples = folded_programs(*TURNS, SMOLLM2.vocab_size)
+    totals, shared = count_prompts(samples), learner.config
+    for peer, share in (("tandem", True), ("copies", False)):
+        learner.config = replace(shared, share_prefix=share)
+        step_s = min(timed(lambda: learner.step(samples, totals)) for _ in range(REPEATS))
+        yield Figure(peer, f"train turns {'x'.join(map(str, TURNS))}", step_s, "s")
+
+
 def _run(work: str, new: int, **parts: Any) -> Iterator[Figure]:
     """The time of each step of a run on sums, 16 prompts of 8 answers each; `parts` of its config."""
     from tandem.models.config import ModelConfig
@@ -182,6 +196,7 @@ def _parity(kernels: Kernels, machine: Machine) -> Iterator[Figure]:
 WORKS: dict[str, Sequence[Callable[[Machine], Iterator[Figure]]]] = {
     "engine": (_engine, _codes),
     "learner": (_learner,),
+    "tree": (_tree,),
     "step": (_step,),
     "agents": (agents,),
     "parity": (partial(_parity, "exact"),),

@@ -68,6 +68,31 @@ def random_samples(count: int, length: int, vocab: int) -> list[Sample]:
     return samples
 
 
+def folded_programs(count: int, turns: int, asked: int, said: int, vocab: int) -> list[Sample]:
+    """A group of `count` programs whose context starts anew at each of their turns, as under templates that drop what
+    was thought: `asked` tokens, then of each earlier turn half of its `said` tokens and as many of an answer."""
+    from tandem.columns import Columns
+    from tandem.types import Sample
+
+    rng = random.Random(0)
+
+    def words(length: int) -> list[int]:
+        return [rng.randrange(vocab) for _ in range(length)]
+
+    start, samples = words(asked), []
+    for i in range(count):
+        context = start
+        for t in range(turns):
+            thought, kept = words(said - said // 2), words(said // 2)
+            mask = [False] * len(context) + [True] * said
+            columns = Columns.of(
+                tokens=[*context, *thought, *kept], loss_mask=mask, advantages=mask, logprobs=[-10.0 * m for m in mask]
+            )
+            samples.append(Sample(f"p/{i}/{t}", "p", columns))
+            context = [*context, *kept, *words(said // 2)]
+    return samples
+
+
 def random_requests(count: int, length: int, vocab_size: int, new: int, rng: random.Random) -> list[Request]:
     """Prompts of random tokens, each to be answered by `new` tokens."""
     from tandem.types import Request, Sampling

@@ -14,6 +14,7 @@ import typer
 class Work(str, Enum):
     ENGINE = "engine"
     LEARNER = "learner"
+    TREE = "tree"
     STEP = "step"
     AGENTS = "agents"
     PARITY = "parity"
@@ -25,8 +26,8 @@ class Work(str, Enum):
 
 ALONE = (Work.PROFILE, Work.SWEEP, Work.GPU, Work.SANDBOX)  # have no peers
 WORKS_HELP = (
-    "What to measure; agents: programs with slow tools; parity: the price of exactness; "
-    "profile: where the time goes, by operation; "
+    "What to measure; tree: the learner on turns that share their context, beside copies; agents: programs with slow "
+    "tools; parity: the price of exactness; profile: where the time goes, by operation; "
     "sweep: decoding over the number of sequences and over the context; "
     "gpu: random Llamas on a CUDA device; sandbox: starts, commands, what a thousand leave behind."
 )

@@ -48,6 +48,7 @@ class Asked:
     coded_bytes: int = 0  # of the checkpoint's codes, where nothing is to learn and they can be kept
     prompt_tokens: int = 1  # of a prompt, at least
     addresses: bool = False  # what is limited is addresses, and they are kept where memory is given back
+    critic: ModelSpec | None = None  # that learns beside the policy, where it has a model of its own
     serves: bool = False  # nothing is to learn: matrices keep the form that products read
 
     @property

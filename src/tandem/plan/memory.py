@@ -399,6 +399,12 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
         yield Line("reference model", count * compute + packed_bytes(spec, model), LOADED, place)
     yield Line("rollouts of a step", rollout_bytes(asked), LOADED)
     rows = run.learner.microbatch_tokens
+    if asked.critic is not None:
+        critic = sum(map(prod, expected_shapes(asked.critic).values()))
+        yield Line("critic", critic * compute + packed_bytes(asked.critic, model), LOADED, place)
+        yield Line("critic's gradients and optimiser", 16 * critic, LOADED, place)
+        kept = activation_bytes(asked.critic, rows, compute, checkpointing)
+        yield Line("critic's activations of a microbatch", kept, ("learn",), place)
     kept = activation_bytes(spec, rows, compute, checkpointing)
     yield Line("activations of a microbatch", kept, ("learn",), place)
     yield Line("head of a microbatch", head_bytes(spec, rows, compute, place), ("learn",), place)

@@ -411,7 +411,9 @@ def load_user(config: TaskConfig) -> Environment:
         raise TaskError(f"task.environment {config.environment}({arguments}): {_reason(error)}") from error
     missing = [name for name in ("prompt", "reward") if not callable(getattr(environment, name, None))]
     if missing:
-        raise TaskError(f"task.environment {config.environment} lacks {' and '.join(missing)}; see docs/write_an_environment.md.")
+        raise TaskError(
+            f"task.environment {config.environment} lacks {' and '.join(missing)}; see docs/write_an_environment.md."
+        )
     return environment
 
 

@@ -102,17 +102,15 @@ class _Program:
         if unreadable := sum(len(message.faults) for message in self.episode.said):
             counts["unreadable_calls"] = unreadable
         counts.update(f"split_{segment.cause}" for segment in self.segments if segment.cause not in ("", "fold"))
-        flat = [
-            flatten(
-                self.id, self.prompt.id, segment.start, segment.turns, self.outcome, number, {} if number else counts
-            )
-            for number, segment in enumerate(self.segments)
-        ]
-        said, ends = self.episode.said, [*(segment.begun for segment in self.segments[1:]), None]
-        return [
-            dataclasses.replace(one, cause=segment.cause, said=tuple(said[segment.begun : end]))
-            for one, segment, end in zip(flat, self.segments, ends, strict=True)
-        ]
+        found, first_turn = list[Trajectory](), 0
+        ends = [*(segment.begun for segment in self.segments[1:]), None]
+        for number, (segment, end) in enumerate(zip(self.segments, ends, strict=True)):
+            known = (segment.start, segment.turns, self.outcome, number, {} if number else counts, first_turn)
+            flat = flatten(self.id, self.prompt.id, *known)
+            said = tuple(self.episode.said[segment.begun : end])
+            found.append(dataclasses.replace(flat, cause=segment.cause, said=said))
+            first_turn += len(segment.turns)
+        return found
 
 
 Asked = Literal["engine", "environment", "reward"]

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from tandem.algo.advantage import Fates, Selection
-from tandem.algo.pack import count_predictions, count_prompts
+from tandem.algo.advantage import Selection
+from tandem.algo.pack import count_prompts
 from tandem.columns import Columns
 from tandem.errors import CapacityError
 from tandem.program.render import Renderer
@@ -37,5 +37,4 @@ def written(prompts: Sequence[Prompt], solutions: Sequence[str], renderer: Rende
 def texts(groups: Sequence[Group]) -> Selection:
     """All of written groups, to train."""
     samples = tuple(Sample(t.id, t.prompt_id, t.columns) for group in groups for t in group.trajectories)
-    tokens = sum(count_predictions(sample.columns) for sample in samples)
-    return Selection(samples, count_prompts(samples), Fates(trained=len(samples)), Fates(trained=tokens))
+    return Selection(samples, count_prompts(samples), {sample.id: "trained" for sample in samples})

@@ -17,7 +17,7 @@ from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.rollout.config import RolloutConfig
 from tandem.sync.config import SyncConfig
-from tandem.train.config import LearnerConfig
+from tandem.train.config import CriticConfig, LearnerConfig
 
 Learned = Literal["policy_gradient", "next_token"]
 Accuracy = Annotated[float, Interval(gt=0, le=1)]
@@ -105,6 +105,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
+    critic: CriticConfig = field(default_factory=CriticConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -125,10 +126,25 @@ def check_training(config: RunConfig) -> None:
     """Refuse, before any weight is loaded, what cannot be trained. Raises ConfigError."""
     if config.objective == "policy_gradient":
         _check_sampling(config)
+    _check_critic(config)
     if config.learner.optimiser_offload == "host" and config.model.device == "cpu":
         raise ConfigError(
             "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "
             "to none, or to disk to keep it in a file."
+        )
+
+
+def _check_critic(config: RunConfig) -> None:
+    learns = config.objective == "policy_gradient" and config.algo.needs_critic
+    if not learns and config.critic != CriticConfig():
+        raise ConfigError(
+            f"a critic is configured, but with objective {config.objective!r} and algo.advantage "
+            f"{config.algo.advantage!r} nothing asks it. Set algo.advantage to gae, or leave critic.* out."
+        )
+    if config.critic.warmup_steps >= config.steps and learns:
+        raise ConfigError(
+            f"critic.warmup_steps is {config.critic.warmup_steps} of {config.steps} steps, so the policy would never "
+            "learn. Set critic.warmup_steps below steps."
         )
 
 
@@ -139,4 +155,9 @@ def _check_sampling(config: RunConfig) -> None:
     if rollout.temperature == 0:
         raise ConfigError(
             "rollout.temperature is 0: greedy samples of a prompt are all alike and teach nothing. Set it above 0."
+        )
+    if rollout.redraws and not config.algo.filter_zero_variance:
+        raise ConfigError(
+            f"rollout.redraws is {rollout.redraws}: other prompts are drawn for groups of equal rewards, but "
+            "those stay in the batch. Set algo.filter_zero_variance to true, or rollout.redraws to 0."
         )

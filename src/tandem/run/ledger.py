@@ -14,7 +14,9 @@ from tandem.types import Group, Sample, StopReason, Trajectory
 FATES = {
     "trained": "reached a gradient",
     "masked": "in a trained sample, without advantage",
-    "zero_advantage": "every trajectory of the group scored the same",
+    "zero_advantage": "an advantage of 0: the whole group scored the same, or others of it were kept",
+    "filtered": "of a group whose rewards were equal, which left the batch",
+    "truncated": "cut at rollout.max_new_tokens, and left out",
     "failed": "the environment, the reward or the deadline gave no score",
     "aborted": "withdrawn before the end",
     "discarded": "of steps after the checkpoint that a resumed run started from",
@@ -37,8 +39,9 @@ class Ledger:
     tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
     nanoseconds: dict[str, dict[str, int]] = field(default_factory=dict)  # worker -> phase -> ns
 
-    def record(self, groups: Iterable[Group], samples: Iterable[Sample]) -> dict[str, int]:
-        """Give each sampled token of a step's groups its fate; `samples` are those that the learner took.
+    def record(self, groups: Iterable[Group], samples: Iterable[Sample], fates: Mapping[str, str]) -> dict[str, int]:
+        """Give each sampled token of a step's groups its fate; `samples` are those that the learner took, `fates` those
+        of all trajectories (algo.advantage.FATES).
 
         Returns this step's counts by fate. A sample whose id is in no group is an error of the caller.
         """
@@ -49,7 +52,7 @@ class Ledger:
                 sampled = trajectory.num_sampled
                 sample = trained.pop(trajectory.id, None)
                 if sample is None:
-                    counts[_fate(trajectory)] += sampled
+                    counts[_fate(trajectory, fates)] += sampled
                     continue
                 assert trajectory.failure is None, f"{trajectory.id} failed, yet it was trained"
                 reached = int((sample.columns["loss_mask"] & (sample.columns["advantages"] != 0.0)).sum())
@@ -115,10 +118,10 @@ class Ledger:
         }
 
 
-def _fate(trajectory: Trajectory) -> str:
+def _fate(trajectory: Trajectory, fates: Mapping[str, str]) -> str:
     if trajectory.stop_reason is StopReason.ABORTED:
         return "aborted"
-    return "failed" if trajectory.failure else "zero_advantage"
+    return fates[trajectory.id]
 
 
 def _closed(worker: str, phases: Mapping[str, int], wall_ns: int) -> dict[str, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, get_args
 
-from tandem.algo.advantage import Selection, samples_from_groups
+from tandem.algo.advantage import FATES, Selection, has_spread, samples_from_groups
 from tandem.algo.objective import NextToken, Objective, PolicyGradient
 from tandem.algo.price import Lagrangian
 from tandem.engine.driver import Driver
@@ -48,6 +48,8 @@ from tandem.sync.departures import declaration, is_exact
 from tandem.trace import Totals, Trace
 from tandem.train import checkpoint as saved_state
 from tandem.train.checkpoint import Part, RunState
+from tandem.train.config import Checkpointing, LearnerConfig
+from tandem.train.critic import Critic
 from tandem.train.score import versions_of, with_logprobs, with_sources
 from tandem.train.step import Learner, LearnerReport
 from tandem.types import Group, Prompt, WeightVersion
@@ -112,10 +114,11 @@ class Session:
         objective = OBJECTIVES[config.objective](config)
         self.learner = Learner(
             parts.decoder,
-            dataclasses.replace(config.learner, activation_checkpointing="on" if parts.memory.checkpointing else "off"),
+            self._learning(),
             objective,
-            config.steps * objective.updates_per_step,
+            (config.steps - config.critic.warmup_steps) * objective.updates_per_step,
             self.trace,
+            self._critic() if "values" in objective.columns else None,
         )
         self.price = Lagrangian(config.algo.price)
         self.stream = PromptStream(pool)
@@ -125,14 +128,34 @@ class Session:
             "clock": self.clock,
             "price": self.price,
         }
+        self.optimisers = {"optimiser": self.learner.optimiser}  # by their files in a checkpoint
+        if self.learner.critic is not None:
+            self.saved_parts["critic"] = self.learner.critic
+            self.optimisers["critic"] = self.learner.critic.optimiser
         self.course = Course(config.evaluation)
         self.rollouts = Rollouts(Driver(parts.engine), parts.renderer, pool, config.rollout, config.seed, self.trace)
         self.samples = objective.samples  # the engine does, and rewards and fates are theirs
-        self.reference = self._reference() if "reference_logprobs" in objective.columns else None
+        self.reference = self._frozen(config.model.source) if "reference_logprobs" in objective.columns else None
 
-    def _reference(self) -> Decoder:
-        source = open_checkpoint(resolve_source(self.config.model.source))
-        return Decoder(source.spec, self.config.model.dtype, self.config.model.device).load(source.tensors())
+    def _frozen(self, source: str) -> Decoder:
+        """A model beside the policy, of the same dtype and device."""
+        checkpoint = open_checkpoint(resolve_source(source))
+        return Decoder(checkpoint.spec, self.config.model.dtype, self.config.model.device).load(checkpoint.tensors())
+
+    def _critic(self) -> Critic:
+        own, policy = self.config.critic.model, self.parts.decoder
+        trunk = self._frozen(own) if own else policy
+        if trunk.spec.vocab_size != policy.spec.vocab_size:
+            raise ConfigError(
+                f"critic.model {own} has {trunk.spec.vocab_size} tokens and the policy {policy.spec.vocab_size}: they "
+                "have to read the same. Choose a model of the policy's family, or an empty critic.model."
+            )
+        return Critic(trunk, self.config.critic, self._learning(), own=bool(own))
+
+    def _learning(self) -> LearnerConfig:
+        """What of the config the plan decides, decided."""
+        kept: Checkpointing = "on" if self.parts.memory.checkpointing else "off"
+        return dataclasses.replace(self.config.learner, activation_checkpointing=kept)
 
     def stages(self) -> Stages:
         return Stages(
@@ -154,9 +177,17 @@ class Session:
         return self.stream.take(self.config.rollout.prompts_per_step)
 
     def rollout(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
-        """Groups of a step; what the engine's scheduler did for them is counted for the row."""
+        """Groups of a step; what the engine's scheduler did for them is counted for the row.
+
+        Where rollout.redraws asks for it, prompts are drawn again in place of groups whose rewards are equal.
+        """
         before, spelt = self.parts.engine.stats, self.parts.renderer.spelt_tokens
         groups = self.rollouts.collect(step, prompts)
+        for _ in range(self.config.rollout.redraws):
+            spread = sum(has_spread(self.config.algo, group, self.price.price) for group in groups)
+            if spread >= len(prompts):
+                break
+            groups += self.rollouts.collect(step, self.stream.take(len(prompts) - spread))
         self.trace.count("spelt_tokens", self.parts.renderer.spelt_tokens - spelt)
         after = self.parts.engine.stats
         for name in (*SCHEDULED, *(DRAFTED if self.config.engine.draft_tokens else ())):
@@ -187,6 +218,8 @@ class Session:
                 samples = with_logprobs("reference_logprobs", self.reference, samples, batch.prompts, *given)
             if self.samples and versions_of(samples) - {publisher.version.step}:  # texts were drawn by no version
                 samples = with_sources(publisher.sources(), samples, batch.prompts, *given)
+            if self.learner.critic is not None:
+                samples = self.learner.critic.credit(self.config.algo, samples, batch.prompts)
         return dataclasses.replace(batch, samples=samples)
 
     def learn(self, step: int, batch: Selection) -> LearnerReport | None:
@@ -229,7 +262,8 @@ class Session:
             row |= {"cost": cost, "price": self.price.price}
         row["trained_samples"] = len(batch.samples)
         if self.samples:
-            self.ledger.record(groups, batch.samples)
+            row["dropped"] = {fate: count for fate in FATES if fate != "trained" and (count := batch.count(fate))}
+            self.ledger.record(groups, batch.samples, batch.fates)
         self.course.sampled(row.get("reward"))
         last, asked, best = step == self.config.steps or bool(self.course.reached), self.config.evaluation, False
         try:
@@ -293,7 +327,7 @@ class Session:
         with self.trace.span("checkpoint"), self.folder.checkpoint(step) as directory:
             parts = {name: part.state() for name, part in self.saved_parts.items()}
             state = RunState(step, self.learner.optimiser.updates, version.digest, parts)
-            saved_state.save(directory, self.learner.optimiser, self.parts.tokenizer, state)
+            saved_state.save(directory, self.parts.decoder, self.optimisers, self.parts.tokenizer, state)
             self.parts.publisher.save(directory)
             saved_state.seal(directory)
         self.saved_s = time.monotonic()
@@ -320,7 +354,7 @@ class Session:
 
     def _load(self, saved: SavedCheckpoint) -> int:
         """The state of a checkpoint; returns its step."""
-        state = saved_state.load(saved.path, self.learner.optimiser)
+        state = saved_state.load(saved.path, self.optimisers)
         self.parts.publisher.load(saved.path)
         version = self.parts.publisher.publish(state.step)
         if version.digest != state.weights:

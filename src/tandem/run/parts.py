@@ -89,6 +89,7 @@ def plan_parts(
         system = (Message("system", run.task.system),) if run.task.system else ()
         renderer = renderer_of(tokenizer, run.task)
         prompt_tokens = max(1, len(renderer.prompt_tokens((*system, Message("user", "")))))
+    critic = run.critic.model if run is not None else ""
     asked = Asked(
         checkpoint.spec,
         model,
@@ -99,6 +100,7 @@ def plan_parts(
         coded_bytes,
         prompt_tokens,
         env.limits_addresses(),
+        open_checkpoint(resolve_source(critic)).spec if critic else None,
         serves=not learns,
     )
     return plan_memory(asked, host_bytes, device_bytes)

@@ -35,6 +35,7 @@ _OF_SAMPLES = {
     "truncated": Key("share", "trajectories cut at rollout.max_new_tokens"),
     "trajectories": Key("count", "of the step; for texts, the texts"),
     "failed": Key("count", "trajectories without a grade"),
+    "dropped/*": Key("count", "trajectories that the learner did not take, by cause"),
     "failures": Key("list", "`N x where: reason`, most frequent first"),
     "length": Key("tokens", "mean sampled a trajectory; for texts, mean of a solution"),
     "length_max": Key("tokens", "longest"),
@@ -69,6 +70,10 @@ _OF_THE_LEARNER = {
     "ratio_max": Key("1", "its largest"),
     "ratio_error": Key("1", "largest of its distance from 1"),
     "kl_reference": Key("nats", "of learner to reference a token, where algo.kl is set"),
+    "value_loss": Key("reward^2", "half the squared error of the critic, clipped, where algo.advantage is gae"),
+    "value_clip_fraction": Key("share", "trained tokens whose value loss was clipped"),
+    "explained_variance": Key("share", "of the returns, by the critic before the step; below 0: worse than their mean"),
+    "critic_grad_norm": Key("1", "of the critic, before clipping, of the last update"),
     "corrected": Key("0 or 1", "whether an alarm turned the correction on"),
 }
 _OF_THE_DRIFT = {

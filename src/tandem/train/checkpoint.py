@@ -2,6 +2,7 @@
 
 config.json model.safetensors tokenizer.json ...     what Transformers loads
 optimiser-00001.safetensors ...                      fp32 master weights and moments
+critic-00001.safetensors ...                         the same of a critic, where there is one
 state.json                                           step, weights, and the state of each part by its name
 manifest.json                                        the hash of each other file, without which none is believed
 """
@@ -21,13 +22,14 @@ from safetensors.torch import save_file
 
 from tandem.errors import CheckpointError, RunFolderError
 from tandem.models.checkpoint import save_checkpoint
+from tandem.models.decoder import Decoder
 from tandem.models.tokenizer import Tokenizer
 from tandem.numerics.digest import file_hash
 from tandem.train.config import SHARD_BYTES
 from tandem.train.optimiser import Optimiser
 
 MANIFEST = "manifest.json"
-RESUMES = re.compile(r"optimiser-|stale-|state\.json")  # files that only a resumed run reads
+RESUMES = re.compile(r"optimiser-|critic-|stale-|state\.json")  # files that only a resumed run reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,13 +97,16 @@ def _shards(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, t
         yield shard
 
 
-def save(directory: Path, optimiser: Optimiser, tokenizer: Tokenizer, state: RunState) -> None:
-    """Write a checkpoint into an empty directory; the caller renames it into place."""
-    decoder = optimiser.decoder
+def save(
+    directory: Path, decoder: Decoder, optimisers: Mapping[str, Optimiser], tokenizer: Tokenizer, state: RunState
+) -> None:
+    """Write a checkpoint into an empty directory; the caller renames it into place. `optimisers` by their files' names:
+    "optimiser" is the decoder's, "critic" that of a critic."""
     dtype = str(decoder.dtype).removeprefix("torch.")
     save_checkpoint(directory, decoder.spec, dict(decoder.export()), tokenizer, dtype)
-    for number, shard in enumerate(_shards(optimiser.tensors()), start=1):
-        save_file(shard, directory / f"optimiser-{number:05d}.safetensors")
+    for name, optimiser in optimisers.items():
+        for number, shard in enumerate(_shards(optimiser.tensors()), start=1):
+            save_file(shard, directory / f"{name}-{number:05d}.safetensors")
     (directory / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
 
 
@@ -138,19 +143,23 @@ def verify(directory: Path, *, resumes: bool = True) -> None:
             )
 
 
-def _read(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    for path in sorted(directory.glob("optimiser-*.safetensors")):
+def _read(directory: Path, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in sorted(directory.glob(f"{name}-*.safetensors")):
         with safe_open(path, framework="pt") as shard:
             for name in shard.keys():  # a safe_open cannot be iterated itself
                 yield name, shard.get_tensor(name)
 
 
-def load(directory: Path, optimiser: Optimiser) -> RunState:
-    """Restore optimiser and decoder. RunFolderError where a file is damaged, CheckpointError where it is another's."""
+def load(directory: Path, optimisers: Mapping[str, Optimiser]) -> RunState:
+    """Restore optimisers and what they train.
+
+    RunFolderError where a file is damaged, CheckpointError where it is another's.
+    """
     verify(directory)
     try:
         state = RunState(**_before_parts(json.loads((directory / "state.json").read_text(encoding="utf-8"))))
-        optimiser.load(_read(directory), state.updates)
+        for name, optimiser in optimisers.items():
+            optimiser.load(_read(directory, name), state.updates)
     except (OSError, ValueError, TypeError, LookupError, SafetensorError) as error:
         raise CheckpointError(
             f"the checkpoint {directory} cannot be read: {error}. Remove it to go on from the one before."

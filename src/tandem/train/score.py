@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,17 @@ from tandem.models.view import PackView
 from tandem.types import Microbatch, Sample
 
 
+def hidden_states(
+    decoder: Decoder, microbatch: Microbatch, tensors: MicrobatchTensors, checkpointing: bool = False
+) -> torch.Tensor:
+    """[N, M], normed: what the head reads to predict a microbatch's targets."""
+    for what, ids in (("tokens", microbatch.tokens_T), ("targets", microbatch.predictions["tokens"])):
+        # a device would read beyond
+        check_range(torch.tensor(ids), decoder.spec.vocab_size, f"{what} of {', '.join(microbatch.sample_ids)}:")
+    view = PackView(microbatch.segments_S, microbatch.first_S, microbatch.parent_S, decoder.device)
+    return decoder.forward(tensors.tokens_T, view, tensors.rows_N, checkpointing=checkpointing)
+
+
 def forward(
     decoder: Decoder,
     microbatch: Microbatch,
@@ -26,11 +37,7 @@ def forward(
     checkpointing: bool = False,
 ) -> Outputs:
     """Of a microbatch's targets."""
-    for what, ids in (("tokens", microbatch.tokens_T), ("targets", microbatch.predictions["tokens"])):
-        # a device would read beyond
-        check_range(torch.tensor(ids), decoder.spec.vocab_size, f"{what} of {', '.join(microbatch.sample_ids)}:")
-    view = PackView(microbatch.segments_S, microbatch.first_S, microbatch.parent_S, decoder.device)
-    hidden_NM = decoder.forward(tensors.tokens_T, view, tensors.rows_N, checkpointing=checkpointing)
+    hidden_NM = hidden_states(decoder, microbatch, tensors, checkpointing)
     kept = None if tensors.kept_N is None else tensors.kept_N.tolist()
     logprobs_N, entropy_N = token_logprobs(hidden_NM, decoder.head, tensors.targets_N, temperature, kept=kept)
     return Outputs(logprobs_N, entropy_N, hidden_NM, decoder.head)
@@ -51,10 +58,21 @@ def with_logprobs(
     temperature: float,
 ) -> tuple[Sample, ...]:
     """The samples with their column `name` filled in for the trained tokens (0.0 elsewhere), by `decoder`."""
+    return with_column(name, lambda m: score(decoder, m, temperature), samples, prompts, budget_tokens)
+
+
+def with_column(
+    name: str,
+    score: Callable[[Microbatch], torch.Tensor],
+    samples: Sequence[Sample],
+    prompts: Sequence[PromptTotal],
+    budget_tokens: int,
+) -> tuple[Sample, ...]:
+    """The samples with their column `name` filled in for the trained tokens (0.0 elsewhere), by what gives it [N]."""
     filled = [np.zeros(len(sample.columns)) for sample in samples]
     for microbatch in pack(samples, prompts, budget_tokens):
-        logprobs = score(decoder, microbatch, temperature).double().cpu().numpy()
-        parts = np.split(logprobs, np.cumsum(microbatch.sample_tokens)[:-1])
+        scores = score(microbatch).double().cpu().numpy()
+        parts = np.split(scores, np.cumsum(microbatch.sample_tokens)[:-1])
         for index, part in zip(microbatch.members, parts, strict=True):
             filled[index][samples[index].columns["loss_mask"]] = part
     return tuple(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from tandem.algo.loss import LossResult
@@ -15,6 +15,7 @@ from tandem.errors import ConfigError, NonFiniteError
 from tandem.models.decoder import Decoder
 from tandem.trace import Trace
 from tandem.train.config import LearnerConfig
+from tandem.train.critic import Critic, explained_variance
 from tandem.train.optimiser import Optimiser
 from tandem.train.score import forward, with_logprobs
 from tandem.train.score import score as score
@@ -54,6 +55,7 @@ class Learner:
         objective: Objective,
         total_updates: int,
         trace: Trace | None = None,
+        critic: Critic | None = None,
     ) -> None:
         self.decoder = decoder
         self.config = config
@@ -61,6 +63,7 @@ class Learner:
         self.total_updates = total_updates
         self.trace = trace or Trace()  # span "update": norm, clipping, AdamW and packing of the weights
         self.optimiser = Optimiser(decoder, config)
+        self.critic = critic
 
     def backward(self, microbatch: Microbatch) -> LossResult:
         """Add a microbatch's gradients. NonFiniteError, naming the samples, where its loss is not finite."""
@@ -73,7 +76,11 @@ class Learner:
         logprobs_N = outputs.logprobs_N
         logprobs_N.retain_grad()
         result = by.loss(outputs, batch)
-        value = float(result.loss.detach())
+        loss = result.loss
+        if self.critic is not None:
+            valued = self.critic.loss(microbatch, batch, outputs.hidden_NM)
+            loss, result = loss + valued.loss, result._replace(sums=result.sums | valued.sums)
+        value = float(loss.detach())
         if not bool(logprobs_N.isfinite().all()):
             value = math.nan  # which a mask can hide
         if not math.isfinite(value):
@@ -81,13 +88,18 @@ class Learner:
                 f"the loss of a microbatch is {value}; its samples: {', '.join(microbatch.sample_ids)}. "
                 "No update was made. Lower learner.lr, or look at these trajectories."
             )
-        result.loss.backward()
+        loss.backward()
         return result, by.observe(logprobs_N, batch, result, microbatch.sample_ids)
 
     def _gradients(self, microbatches: Sequence[Microbatch], by: ObjectiveStep) -> _Gradients:
-        self.optimiser.zero_grad()
+        self._zero_grad()
         results, observed = zip(*(self._backward(microbatch, by) for microbatch in microbatches), strict=True)
         return _Gradients(list(results), list(observed), sum(len(m.tokens_T) for m in microbatches))
+
+    def _zero_grad(self) -> None:
+        self.optimiser.zero_grad()
+        if self.critic is not None:
+            self.critic.optimiser.zero_grad()
 
     def _pack(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> list[Microbatch]:
         return pack(samples, prompts, self.config.microbatch_tokens, self.config.share_prefix)
@@ -101,6 +113,10 @@ class Learner:
                     f"{', '.join(sample.id for sample in samples)}. No update was made. Lower learner.lr, or compute "
                     "in float32 with model.dtype."
                 )
+            if self.critic is not None:
+                self.critic_norm = self.critic.apply()
+                if not self.critic.warm:
+                    return norm, 0.0
             lr = self.config.rate(self.optimiser.updates, self.total_updates)
             self.optimiser.step(lr, norm)
             return norm, lr
@@ -141,5 +157,10 @@ class Learner:
             found = self._gradients(self._pack(members, totals), by)
             norm, lr = self._apply(members)
             rows, results = rows + found.rows, results + found.results
-        self.optimiser.zero_grad()
-        return LearnerReport(by.measured(results), norm, lr, len(results), rows)
+        self._zero_grad()
+        measured = by.measured(results)
+        if self.critic is not None:
+            self.critic.steps += 1
+            known = {"explained_variance": explained_variance(samples), "critic_grad_norm": self.critic_norm}
+            measured = replace(measured, metrics=measured.metrics | known)
+        return LearnerReport(measured, norm, lr, len(results), rows)
