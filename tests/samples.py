@@ -121,7 +121,7 @@ def program_of(drawn: Drawn, number: int, prompt: str) -> list[Trajectory]:
             observed = tuple(SAMPLED + (11 * t + k) % (OBSERVED - SAMPLED) for k in range(turn.observed))
             turns.append(Turn(said, observed, turn.reward, turn.state))
         asked = (OBSERVED, OBSERVED + 1 + s)
-        found.append(flatten(f"{prompt}/0/{number}", prompt, asked, turns, drawn.score, s, first))
+        found.append(flatten(f"{prompt}/0/{number}", prompt, asked, turns, drawn.score, s, first_turn=first))
         first += len(segment)
     return found
 
