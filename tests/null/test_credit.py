@@ -117,7 +117,8 @@ def test_gigpo_by_hand() -> None:
     opens = Drawn(([turn(2, 0.0, "hall"), turn(1, 0.0, "door")],), 1.0)
     back = Drawn(([turn(1, 0.0, "hall"), turn(1, -0.5, "door"), turn(1, 0.0, "street")],), 0.0)
     config = AlgoConfig(advantage="dr_grpo", credit="gigpo", discount=0.5, step_weight=2.0)
-    first, second = samples_from_groups(config, [group_of([opens, back])]).samples
+    elsewhere = group_of([opens, Drawn(([turn(1, 9.0, "hall")],), 9.0)], "q")
+    first, second, *_ = samples_from_groups(config, [group_of([opens, back]), elsewhere]).samples
     assert [column(first, "advantages")[p] for p in trained(first)] == [0.5 + 0.625, 0.5 + 0.625, 0.5 + 1.25]
     assert [column(second, "advantages")[p] for p in trained(second)] == [-0.5 - 0.625, -0.5 - 1.25, -0.5]
 
