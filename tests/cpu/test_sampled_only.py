@@ -55,7 +55,7 @@ def said_by_the_policy(programs: Sequence[Drawn]) -> set[tuple[str, int, int]]:
 
 @pytest.mark.parametrize("share", [True, False])
 @pytest.mark.parametrize("name", SETTINGS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(programs=st.lists(drawn_programs(), min_size=2, max_size=4))
 def test_gradients_at_every_position_and_token(name: str, share: bool, programs: list[Drawn]) -> None:
     """A loss reads the log-prob of a token that a tool, a user or a prompt wrote, at whatever place it stands."""

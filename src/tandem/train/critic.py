@@ -115,7 +115,7 @@ class Critic:
         """`hidden_NM` are the policy's."""
         if self.model.own:
             hidden_NM = hidden_states(self.model.trunk, microbatch, batch, self._checkpointing)
-        elif self.config.trunk_gradient == 0.0 or not self.warm:
+        elif self.config.trunk_gradient == 0.0:
             hidden_NM = hidden_NM.detach()
         else:
             hidden_NM = _Scaled.apply(hidden_NM, self.config.trunk_gradient)
