@@ -108,6 +108,67 @@ def test_prompts_are_drawn_again_for_groups_of_equal_rewards(tmp_path: Path, mon
     assert [row["trajectories"] for row in rows_of(folder)] == [36, 36]  # 3 prompts, 3 draws of 4
 
 
+WALK = '''
+from tandem.program.environment import Environment, Fold, Step
+from tandem.types import Message, Prompt
+
+
+class Walk(Environment):
+    """The context starts anew at each turn, with where one stands in it."""
+
+    def prompt(self, split, index):
+        return Prompt(f"{split}/{index}", (Message("user", f"walk {index}, please. " * 2),), {})
+
+    def reward(self, prompt, text):
+        return 0.0
+
+    def observe(self, prompt, turns):
+        said = [message.content for message in turns if message.role == "assistant"]
+        at = sum(map(ord, said[-1])) % 2
+        again = [*prompt.messages, Message("user", f"you stand at door {at} of two")]
+        return Step(Fold(again), reward=at / 4, state=f"turn {len(said)}")
+'''
+
+
+@pytest.mark.parametrize("credit", ["step", "gigpo"])
+def test_turns_have_credit_of_their_own_and_the_bits_of_the_engine(
+    credit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a step earned is lost on its way, all turns get one advantage, or a branch of the tree has other bits."""
+    (tmp_path / "walk.py").write_text(WALK)
+    given, select = [], local.samples_from_groups
+
+    def spied(*arguments: Any) -> Any:
+        given.append((arguments[1], select(*arguments)))
+        return given[-1][1]
+
+    monkeypatch.setattr(local, "samples_from_groups", spied)
+    changes = {
+        "task.environment": f"{tmp_path / 'walk.py'}:Walk",
+        "rollout.max_turns": "3",
+        "rollout.prompts_per_step": "2",
+        "algo.credit": credit,
+        "algo.discount": "0.5",
+        "steps": "2",
+    }
+    _, folder = local.train(config_of(changes), out=tmp_path / "run", resume=None, display=Silent())
+    rows = [row for row in rows_of(folder) if row["step"]]
+    assert [row["mismatch"] for row in rows] == [0.0, 0.0] and all(row["ratio_error"] == 0.0 for row in rows)
+    groups, selection = given[0]
+    program = groups[0].programs[0]
+    assert [t.columns["turns"].max() for t in program[1:]] == [1, 2] and "turns" not in program[0].columns
+    assert {s for t in program[:2] for s in t.columns["states"] if s} == {"turn 1", "turn 2"}
+    of_program: dict[str, set[float]] = {}
+    for sample in selection.samples:
+        found = sample.columns["advantages"][sample.columns["loss_mask"]]
+        assert len(set(found.tolist())) == 1
+        of_program.setdefault(sample.id.rpartition("/")[0], set()).add(found[0])
+    assert any(len(values) > 1 for values in of_program.values())
+    for (_, batch), row in zip(given, rows, strict=True):
+        alone = sum(max(s.columns["loss_mask"].nonzero()[0]) for s in batch.samples)
+        assert row["learner_rows"] < 0.7 * alone
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
