@@ -21,6 +21,31 @@ Call = tuple[int, str, tuple[Any, ...], float]  # number, one of worker.Calls, i
 # it cancelled the call at its deadline, ("late", None); then the seconds that the call waited to be begun.
 Answer = tuple[int, str, Any, float]
 
+_OWN = "import sys; sys.path[:] = paths\nfrom tandem.program.worker import main; main(theirs, parent)"
+# In another interpreter: its own packages come first, what tandem needs is found behind them; but no torch, which
+# packages of environments import where it is there.
+_GUEST = """
+import importlib.util, sys
+
+def refuse(reason):
+    from multiprocessing.connection import Connection
+    Connection(theirs).send((0, "task_error", "task.python %s %s" % (python, reason), 0.0))
+    sys.exit(1)
+
+own = sys.implementation.cache_tag
+if own != tag:
+    refuse("is %s and tandem runs in %s. Make the environment with the same Python." % (own, tag))
+if importlib.util.find_spec("torch") is None:
+    sys.modules["torch"] = None
+sys.path[:] = [path for path in sys.path if path] + [path for path in paths if path not in sys.path]
+try:
+    from tandem.program.worker import main
+except ImportError as error:
+    advice = "%s -m pip install %s" % (python, error.name) if error.name else "Mend that package there."
+    refuse("cannot hold environments: %s: %s. %s" % (type(error).__name__, error, advice))
+main(theirs, parent)
+"""
+
 
 class Child:
     """One child process and the pipe to it. It starts at once, so that its imports overlap with what comes next."""
@@ -30,18 +55,27 @@ class Child:
         self.concurrent = False  # calls may overlap: its episodes are asynchronous
         self.reason = ""  # why it was ended
         self.connection, theirs = multiprocessing.Pipe()
+        python = os.path.expanduser(config.python)
         # sys.path travels, so that the child finds the package and the user's modules wherever the parent did.
-        code = (
-            f"import sys; sys.path[:] = {sys.path!r}\n"
-            f"from tandem.program.worker import main; main({theirs.fileno()}, {os.getpid()})"
-        )
+        come = f"theirs, parent, paths = {theirs.fileno()}, {os.getpid()}, {sys.path!r}\n"
+        come += f"tag, python = {sys.implementation.cache_tag!r}, {python!r}\n"
         # A session of its own: Ctrl-C is the parent's to answer, and the kill reaches what the child started.
-        self.popen = subprocess.Popen(
-            [sys.executable, "-c", code], pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        try:
+            self.popen = subprocess.Popen(
+                [python or sys.executable, "-c", come + (_GUEST if python else _OWN)],
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        except OSError as error:
+            if not python:
+                raise
+            advice = "Give the interpreter of a virtual environment: task.python=DIR/bin/python"
+            raise TaskError(f"task.python {config.python} cannot be run: {error.strerror}. {advice}") from error
         theirs.close()
         self._finalizer = weakref.finalize(self, _kill, self.popen, self.connection)
-        self.connection.send(config)
+        with contextlib.suppress(OSError):  # it has ended already; who waits for its answer finds that
+            self.connection.send(config)
 
     def send(self, call: Call) -> None:
         """Ask."""

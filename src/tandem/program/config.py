@@ -64,6 +64,7 @@ class TaskConfig:
     memory_bytes: Positive = 4 << 30  # own data of one child: a grader that takes more gets a MemoryError
     sandbox: SandboxConfig = SandboxConfig()  # where code of the model runs, if the environment runs any
     workers: Positive = 4  # child processes at most that answer for environments; another comes up where calls wait
+    python: str = ""  # their interpreter, of a virtual environment with other packages (same Python); empty: tandem's
 
     def __post_init__(self) -> None:
         if self.environment not in ("reasoning_gym", "jsonl") and not _is_reference(self.environment):
@@ -80,7 +81,7 @@ class TaskConfig:
         ):
             raise ConfigError(f"task.template is {self.template!r}. It must hold {{question}}.")
         self.arguments()
-        for name in ("system", "template", "path", "heldout_path", "question_field", "answer_field"):
+        for name in ("system", "template", "path", "heldout_path", "question_field", "answer_field", "python"):
             if half := half_character(getattr(self, name)):
                 raise ConfigError(f"task.{name} {half}")
         if self.is_user and self.template != "{question}":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +111,9 @@ class Environment:
         """The reward of a whole conversation after the prompt; unless written, that of the last thing it said."""
         said = [message.content for message in turns if message.role == "assistant"]
         return self.reward(prompt, said[-1])
+
+    key: Callable[[Prompt], str] | None = None
+    """What makes two prompts the same question, so that no held-out one is trained on; None: all that they say."""
 
     def observe(self, prompt: Prompt, turns: tuple[Message, ...]) -> Sequence[Message] | Fold | None:
         """The messages that follow `turns` (what was said since the prompt), or None where the program ends."""

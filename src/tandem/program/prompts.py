@@ -87,8 +87,9 @@ class DrawnPrompts:
     def __init__(self, config: TaskConfig, environment: Environment) -> None:
         self.config = config
         self.environment = environment
+        self.key: Callable[[Prompt], str] = getattr(environment, "key", None) or question_key
         self.heldout = self._heldout()
-        self._heldout_keys = {question_key(prompt) for prompt in self.heldout}
+        self._heldout_keys = {self.key(prompt) for prompt in self.heldout}
         # A space that the held-out questions exhaust, and answers of no use to the reward, show before any training.
         for prompt in (*self.heldout, self.train(0)) if self.heldout or config.reward != "score" else ():
             if reason := refusal(config.reward, prompt):
@@ -99,7 +100,7 @@ class DrawnPrompts:
         position = index % self.config.train_size if self.config.train_size else index
         for attempt in range(ATTEMPTS):
             prompt = self._drawn("train", position + attempt * STRIDE)
-            if question_key(prompt) not in self._heldout_keys:
+            if self.key(prompt) not in self._heldout_keys:
                 return dataclasses.replace(prompt, id=f"{self.config.label}/train/{index}")
         raise TaskError(
             f"task {self.config.label}: {ATTEMPTS} draws in a row are held out, so nothing is left to train on. "
@@ -113,7 +114,7 @@ class DrawnPrompts:
         for draw in range(2 * wanted):
             prompt = self._drawn("heldout", draw)
             name = f"{self.config.label}/heldout/{len(chosen)}"
-            chosen.setdefault(question_key(prompt), dataclasses.replace(prompt, id=name))
+            chosen.setdefault(self.key(prompt), dataclasses.replace(prompt, id=name))
             if len(chosen) == wanted:
                 break
         if len(chosen) < wanted:
@@ -405,6 +406,8 @@ def load_user(config: TaskConfig) -> Environment:
             check(config.sandbox)
             arguments["sandbox"] = SandboxPool(config.sandbox)
         environment = build(**arguments)
+    except TaskError:
+        raise
     except (ConfigError, SandboxError) as error:
         raise TaskError(str(error)) from error
     except Exception as error:  # recorded boundary: the constructor is the user's code
