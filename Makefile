@@ -1,6 +1,7 @@
 # Every target does its own set-up: a virtual environment in .venv, made anew where what it holds was asked for otherwise.
 #   make demo      install, then train SmolLM2 on arithmetic (tandem train smollm2_arithmetic_cpu)
 #   make test      install, then the whole CPU test suite
+#   make test-others  the adapters against the real packages, each in an environment of its own; OTHERS='gym' for some
 #   make check     ruff, mypy, the shape of the house
 #   make bench     speed; PEER_ENGINE, PEER_LEARNER and PEER_STEP are commands to run beside; then where the time goes
 # ARGS='...' goes to the command that a target runs.
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
-.PHONY: demo test check bench install format
+.PHONY: demo test test-others check bench install format
 .DEFAULT_GOAL := test
 
 install: $(STAMP)
@@ -36,6 +37,16 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest --doctest-modules src/tandem tests $(ARGS)
+
+OTHERS ?= gym textarena openenv verifiers
+test-others: $(STAMP) $(OTHERS:%=.venv-others/%/installed)
+	$(BIN)/python -m pytest tests/others $(ARGS)
+
+.venv-others/%/installed: tests/others/%.txt | $(BIN)/python
+	rm -rf .venv-others/$*
+	$(BIN)/python -m venv .venv-others/$*
+	.venv-others/$*/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	touch $@
 
 check: $(STAMP)
 	$(BIN)/ruff check .

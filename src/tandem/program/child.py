@@ -11,8 +11,10 @@ import subprocess
 import sys
 import weakref
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+import tandem
 from tandem.errors import EnvironmentFailure, TaskError
 from tandem.program.config import TaskConfig
 
@@ -21,23 +23,31 @@ Call = tuple[int, str, tuple[Any, ...], float]  # number, one of worker.Calls, i
 # it cancelled the call at its deadline, ("late", None); then the seconds that the call waited to be begun.
 Answer = tuple[int, str, Any, float]
 
+HOME = str(Path(tandem.__file__).parents[1])
+NEEDED = ("tandem", "numpy", "msgspec", "annotated_types")  # by tandem.program, which loads no torch
 _OWN = "import sys; sys.path[:] = paths\nfrom tandem.program.worker import main; main(theirs, parent)"
-# In another interpreter: its own packages come first, what tandem needs is found behind them; but no torch, which
-# packages of environments import where it is there.
+# In another interpreter: what tandem needs (NEEDED) and that environment lacks is found where it runs, and so are the
+# user's own modules; no other package of tandem's environment, for many import what they happen to find.
 _GUEST = """
-import importlib.util, sys
+import sys
+from importlib.machinery import PathFinder
 
 def refuse(reason):
     from multiprocessing.connection import Connection
     Connection(theirs).send((0, "task_error", "task.python %s %s" % (python, reason), 0.0))
     sys.exit(1)
 
+class Behind:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        return PathFinder.find_spec(name, paths, target) if name in needed else None
+
 own = sys.implementation.cache_tag
 if own != tag:
     refuse("is %s and tandem runs in %s. Make the environment with the same Python." % (own, tag))
-if importlib.util.find_spec("torch") is None:
-    sys.modules["torch"] = None
-sys.path[:] = [path for path in sys.path if path] + [path for path in paths if path not in sys.path]
+sys.meta_path.append(Behind)
+mine = [path for path in sys.path if path]
+sys.path[:] = mine + [path for path in paths if "-packages" not in path and path not in mine]
 try:
     from tandem.program.worker import main
 except ImportError as error:
@@ -57,8 +67,8 @@ class Child:
         self.connection, theirs = multiprocessing.Pipe()
         python = os.path.expanduser(config.python)
         # sys.path travels, so that the child finds the package and the user's modules wherever the parent did.
-        come = f"theirs, parent, paths = {theirs.fileno()}, {os.getpid()}, {sys.path!r}\n"
-        come += f"tag, python = {sys.implementation.cache_tag!r}, {python!r}\n"
+        come = f"theirs, parent, paths = {theirs.fileno()}, {os.getpid()}, {[*sys.path, HOME]!r}\n"
+        come += f"tag, python, needed = {sys.implementation.cache_tag!r}, {python!r}, {NEEDED!r}\n"
         # A session of its own: Ctrl-C is the parent's to answer, and the kill reaches what the child started.
         try:
             self.popen = subprocess.Popen(

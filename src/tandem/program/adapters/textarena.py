@@ -14,6 +14,7 @@ from tandem.program.environment import Environment, Episode, Step
 from tandem.types import Message, Prompt
 
 PIN = "textarena==0.7.4"
+ATTEMPTS, STRIDE = 64, 1_000_003  # seeds for one prompt, where games end before the model's seat has a turn
 MOST_MOVES = 1000  # of others between two turns of the model
 _MOVE = re.compile(r"\[[^\[\]\n]{1,40}\]")
 
@@ -52,12 +53,17 @@ class TextArena(Environment):
         _Game(self, 0, 0)
 
     def prompt(self, split: str, index: int) -> Prompt:
-        seed = seed_of(self.seed, split, index)
-        seat = self.seat if self.seat >= 0 else seed % self.players
-        game = _Game(self, seed, seat)
-        text, state = game.go_on()
-        if game.over:
-            raise TaskError(f"{self.id} with seed {seed} is over before seat {seat} has a turn. Choose another seat.")
+        for attempt in range(ATTEMPTS):
+            seed = seed_of(self.seed, split, index + attempt * STRIDE)
+            seat = self.seat if self.seat >= 0 else seed % self.players
+            game = _Game(self, seed, seat)
+            text, state = game.go_on()
+            if not game.over:
+                break
+        else:
+            raise TaskError(
+                f"{ATTEMPTS} games of {self.id} are over before seat {seat} has a turn. Choose another seat."
+            )
         record = {"seed": seed, "seat": seat, "first": text, "state": state}
         return Prompt(f"{split}/{index}", (Message("user", text),), record)
 

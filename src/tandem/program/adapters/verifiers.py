@@ -117,6 +117,7 @@ class _Run(Episode):
         super().__init__(prompt)
         self.hub, self.play = hub, _Play(hub)
         self.answered = 0  # turns of the model that verifiers has
+        self.heard = 0  # that were observed
         self.over = False
 
     async def setup(self) -> None:
@@ -130,6 +131,7 @@ class _Run(Episode):
 
     async def observe(self, turns: tuple[Message, ...]) -> Step:
         message = turns[-1]
+        self.heard = spoken(turns)
         self.counts["tool_calls"] += len(message.calls)
         self.counts["malformed_calls"] += len(message.faults)
         told = [Message("tool", f"error: {reason}", more={"name": "unreadable"}) for reason in message.faults]
@@ -160,9 +162,8 @@ class _Run(Episode):
 
     async def score(self, turns: tuple[Message, ...]) -> float:
         if not self.over:  # cut by rollout.max_turns, or a turn by rollout.max_new_tokens
-            last = turns[-1]
-            if last.role == "assistant" and not (last.faults and not last.calls):
-                await self._said(last)
+            if spoken(turns) > self.heard:
+                await self._said(turns[-1])
             await self.hub.thread.later(self.play.cut())
         return await self.hub.thread.later(self.play.reward())
 
@@ -287,6 +288,10 @@ def resolved(taskset: str, env: str, options: Mapping[str, Any]) -> tuple[Any, s
     played = {"harness": sys.modules[HARNESS].ChatConfig(id=HARNESS), "runtime": SubprocessConfig()}
     changes = {name: one.model_copy(update=played) for name, one in agents.items()}
     return config.model_copy(update=changes), policies[0]
+
+
+def spoken(turns: Sequence[Message]) -> int:
+    return sum(message.role == "assistant" for message in turns)
 
 
 def called(call: ToolCall, id: str) -> dict[str, Any]:
