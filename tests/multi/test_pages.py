@@ -101,7 +101,19 @@ FILES = {
     "transformers.SmolLM3Config(": "compared.py",
     "hermes = FORMATS[": "formats.py",
 }
+OTHERS = "needs a package in an environment of its own; tests/others"
+ADAPTED = "tandem train smollm2_arithmetic_cpu --set task.environment=tandem.program.adapters."
 LISTED: dict[str, str] = {
+    "python3.11 -m venv others/gym": OTHERS,
+    f"{ADAPTED}gym:GymText --set task.python=others/gym/bin/python --set rollout.max_turns=20 "
+    "--set task.heldout_size=32 "
+    "--set task.parameters=id=Taxi-v4,render_mode=ansi,actions=south/north/east/west/pickup/dropoff": OTHERS,
+    f"{ADAPTED}textarena:TextArena --set task.python=others/textarena/bin/python --set rollout.max_turns=10 "
+    "--set task.heldout_size=32 --set task.parameters=id=TicTacToe-v0,players=2,seat=-1": OTHERS,
+    f"{ADAPTED}openenv:OpenEnv --set task.python=others/openenv/bin/python --set rollout.max_turns=8 "
+    "--set task.heldout_size=32 --set task.parameters=url=http://127.0.0.1:8000": OTHERS,
+    f"{ADAPTED}verifiers:Verifiers --set task.python=others/verifiers/bin/python --set rollout.max_turns=8 "
+    "--set task.heldout_size=32 --set task.parameters=taskset=my-taskset,taskset.size=1000": OTHERS,
     "steps = 40": "read by tests/null/test_settings.py",
     "apt-get install bubblewrap": "installs it; .ci/run does",
     "pip install tensorboard trackio wandb": "brings packages from the network",

@@ -90,7 +90,7 @@ def played(episode: Any, words: list[str]) -> list[Any]:
 
 def test_a_gym_style_environment_is_stepped_by_names() -> None:
     """An action that is stepped though the model named none, a colour that is lost, an end that is not one."""
-    task = gym.GymText(make="tests.null.test_adapters:Line", actions="left, right", patience=2, length=3, seed=5)
+    task = gym.GymText(make="tests.null.test_adapters:Line", actions="left/ right", patience=2, length=3, seed=5)
     prompt = next(p for p in (task.prompt("train", i) for i in range(9)) if p.record["first"] == "[red .]..")
     assert prompt.messages[0].content.startswith("Answer with one action on the last line. Actions: left, right.\n\n")
     run = task.episode(prompt)
@@ -165,7 +165,7 @@ def gym_of_lines(**parameters: Any) -> gym.GymText:
         ({"id": "A-v1", "make": "a:b"}, "one of them"),
         ({"make": "tests.null.test_adapters"}, "Write package.module:name"),
         ({"make": "tests.null.test_adapters:Nothing"}, "Write package.module:name"),
-        ({"make": "tests.null.test_adapters:Line", "actions": "a,b,c"}, "actions names 3, and the action space is"),
+        ({"make": "tests.null.test_adapters:Line", "actions": "a/b/c"}, "actions names 3, and the action space is"),
     ],
 )
 def test_wrong_parameters_are_told(parameters: dict[str, str], said: str) -> None:
@@ -176,7 +176,7 @@ def test_wrong_parameters_are_told(parameters: dict[str, str], said: str) -> Non
 
 def test_a_step_of_programs_in_a_gym() -> None:
     """What the environment said is trained on, or its rewards do not reach the trajectory."""
-    parameters = (("actions", "left,right"), ("length", 3))
+    parameters = (("actions", "left/right"), ("length", 3))
     config = TaskConfig("tests.null.test_adapters:gym_of_lines", parameters=parameters, heldout_size=0, workers=1)
     pool = EnvironmentPool(config)
     prompts = [prompt for prompt in pool.batch(0, 9) if prompt.record["first"] == "[red .].."][:1]

@@ -72,7 +72,7 @@ def test_the_pins_are_those_of_the_adapters(adapter: str) -> None:
 
 def test_gymnasium_taxi(pools: Any) -> None:
     """A taxi's passenger or destination, which its drawing tells by colour alone, is lost."""
-    pool = pools("gym", 8, id="Taxi-v4", render_mode="ansi", actions="south,north,east,west,pickup,dropoff")
+    pool = pools("gym", 8, id="Taxi-v4", render_mode="ansi", actions="south/north/east/west/pickup/dropoff")
     assert len({prompt.messages[0].content for prompt in pool.heldout}) == 8
     prompt = pool.prompt(0)
     drawn = prompt.record["first"]
@@ -89,7 +89,7 @@ def test_gymnasium_taxi(pools: Any) -> None:
 
 def test_gymnasium_cut_and_numbers(pools: Any) -> None:
     """The time limit of gymnasium's wrapper passes for an end, or observations of numbers for texts."""
-    pool = pools("gym", id="FrozenLake-v1", render_mode="ansi", actions="left,down,right,up", max_episode_steps=2)
+    pool = pools("gym", id="FrozenLake-v1", render_mode="ansi", actions="left/down/right/up", max_episode_steps=2)
     seen, reward, counts = talk(pool, pool.prompt(0), "left", "left")
     assert seen[0].messages and seen[1].messages is None and counts == {"cut_by_environment": 1} and reward == 0.0
     pool = pools(

@@ -22,7 +22,7 @@ class GymText(Environment):
 
     id: of `gymnasium.make` ("module:id" imports the module first). make: "package.module:callable" in its place, given
     the options and, where it takes one, the `seed`. instructions: the first message's text, before the observation.
-    actions: names of a Discrete space's actions in order, "left,down,right,up". patience: so many texts in a row that
+    actions: names of a Discrete space's actions in order, "left/down/right/up". patience: so many texts in a row that
     are no action end the run. hidden: a seed draws more than the first observation shows, so prompts of other seeds are
     other questions. Any other parameter is an option of `make`.
 
@@ -47,7 +47,7 @@ class GymText(Environment):
         self.first = (id,) if id else ()
         self.options, self.seed, self.patience = options, seed, patience
         self.instructions, self.hidden = instructions, hidden
-        self.names = [name.strip() for name in actions.split(",") if name.strip()]
+        self.names = [name.strip() for name in actions.split("/") if name.strip()]
         made, _ = self.begun(0)
         self.allowed = allowed(made, self.names)
         close(made)
