@@ -290,6 +290,10 @@ def test_a_text_in_other_pieces_is_split() -> None:
     assert [one.columns["tokens"][one.columns["loss_mask"]].tolist() for one in group.trajectories] == [pieces, pieces]
     seeds = {request.seed for request in engine.seen}
     assert len(seeds) == 2
+    counted = Renderer(tokenizer)
+    spells = Scripts(Message("tool", "<|im_end|>"))
+    Rollouts(Driver(engine), counted, spells, config, run_seed=1).collect(0, prompts)
+    assert counted.spelt_tokens == 1
 
 
 def test_three_turns_are_split_and_joined() -> None:

@@ -92,11 +92,13 @@ class Renderer:
 
     def prompt_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[int, ...]:
         """The messages as the model expects them, up to where it is to answer."""
-        self.spelt_tokens += self.tokenizer.spelt(messages)
-        return self.conversation_tokens(messages, tools)
+        return self.conversation_tokens(messages, tools, messages)
 
-    def conversation_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[int, ...]:
-        """`prompt_tokens` of messages that have been counted."""
+    def conversation_tokens(
+        self, messages: Sequence[Message], tools: Tools = (), new: Sequence[Message] = ()
+    ) -> tuple[int, ...]:
+        """`prompt_tokens` of messages of which `new` have not been rendered before."""
+        self.spelt_tokens += self.tokenizer.spelt(new)
         messages, tools = self._told(messages, tools)
         return tuple(self._render(messages, True, tools))
 

@@ -340,18 +340,18 @@ class _Step:
             self._begin(program, start, tuple(observed.messages), "fold")
             return
         if self.by.config.history == "render":
-            self._render(program)
+            self._render(program, observed)
             return
         completion = segment.turns[-1].completion
         said = program.episode.said[segment.begun : len(program.episode.said) - len(observed) - 1]
         tokens = renderer.observation_tokens(completion.tokens, observed, (*segment.messages, *said), prompt.tools)
         segment.turns[-1] = dataclasses.replace(segment.turns[-1], observation_tokens=tokens)
 
-    def _render(self, program: _Program) -> None:
+    def _render(self, program: _Program, observed: Sequence[Message]) -> None:
         """The whole conversation, behind the last turn where it goes on from there, else as the start of a segment."""
         renderer, segment = self.by.renderer, program.segments[-1]
         messages = (*segment.messages, *program.episode.said[segment.begun :])
-        whole, context = renderer.conversation_tokens(messages, program.prompt.tools), segment.context
+        whole, context = renderer.conversation_tokens(messages, program.prompt.tools, observed), segment.context
         said = [message for message in program.episode.said[segment.begun :] if message.role == "assistant"]
         if cause := split_cause(renderer, context, whole, segment.starts, said):
             self._begin(program, whole, messages, cause)
