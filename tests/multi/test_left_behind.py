@@ -164,7 +164,12 @@ def test_nothing_is_left_behind() -> None:
 def test_a_sandbox_outlives_the_thread_that_asked_for_it() -> None:
     """bubblewrap's --die-with-parent, which ends a sandbox with the thread that started it."""
     started: list[backend.Started] = []
-    thread = threading.Thread(target=lambda: started.append(backend.start(LIMITS).result()))
+
+    def ask() -> None:
+        started.append(backend.start(LIMITS).result())
+        time.sleep(0.5)  # it comes up, and has asked the kernel to end with who started it
+
+    thread = threading.Thread(target=ask)
     thread.start()
     thread.join()
 
