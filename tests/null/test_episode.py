@@ -173,7 +173,7 @@ def test_groups_come_as_they_end(pool: EnvironmentPool) -> None:
 
 
 def test_documented_episode(tmp_path: Path) -> None:
-    """The environment with tools that users copy from docs/write_an_environment.md does not run, or its tools do not reach the
+    """The environment with tools that users copy from the page does not run, or its tools do not reach the
     template."""
     (tmp_path / "ledger_task.py").write_text(re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[1])
     pool = EnvironmentPool(TaskConfig(f"{tmp_path}/ledger_task.py:Spend", heldout_size=2))
