@@ -36,7 +36,7 @@ demo: $(STAMP)
 	$(BIN)/tandem train smollm2_arithmetic_cpu $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --doctest-modules src/tandem tests $(ARGS)
+	$(BIN)/python -m pytest --doctest-modules src/tandem tests --ignore=tests/others $(ARGS)
 
 OTHERS ?= gym textarena openenv verifiers
 test-others: $(STAMP) $(OTHERS:%=.venv-others/%/installed)
