@@ -178,3 +178,16 @@ def test_rows_of_tokens_by_hand() -> None:
     )
     found = credits(["p/0/0/0", "p/0/1/0"], [Sample("p/0/0/0", "p", advantages)])
     assert found == [{"advantages": [0.5, 2, -1.0, 1]}, {}]
+
+
+def test_what_a_turn_earned_stands_at_its_message() -> None:
+    """A step's reward shown at another turn, or at none: the page colours what the model did by it."""
+    turns = []
+    for number, (earned, observation) in enumerate([(0.5, (9,)), (0.0, ()), (-1.0, (9, 9))]):
+        columns = Columns.of(tokens=(number, 7), logprobs=(0.0, 0.0), versions=(0, 0))
+        turns.append(Turn(Completion("r", columns, StopReason.LENGTH), observation, reward=earned))
+    flat = flatten("p/0/0", "p", (1,), turns, 1.0)
+    said = tuple(Message(role, "x") for role in ("assistant", "tool", "assistant", "assistant", "tool"))
+    group = Group(Prompt("p", (Message("user", "?"),)), (dataclasses.replace(flat, said=said),))
+    (row,) = trajectory_rows([group], Pieces(lambda ids: "".join(map(str, ids))))
+    assert [one.get("reward") for one in row["said"]] == [0.5, None, None, -1.0, None]

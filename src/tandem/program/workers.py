@@ -369,15 +369,15 @@ class Workers:
             return True
         began_s = time.monotonic()
         answer = child.receive(max(0.0, min(self.start_deadline_s, until_s - began_s)))
-        ended = child.ended()
-        if answer is None and child.alive() and time.monotonic() >= until_s:
+        ended, hung = child.ended(), child.alive()
+        if answer is None and hung and time.monotonic() >= until_s:
             return False
         if answer is None or answer[1] != "value":
             with self._changed:
                 self._replace(place, "it did not come up")
         if answer is None:
-            limit = f"within {self.start_deadline_s:g} s"
-            raise EnvironmentFailure(f"task {self.config.label}: its process did not come up {limit} ({ended})")
+            late = f"did not come up within {self.start_deadline_s:g} s" if hung else "ended as it came up"
+            raise EnvironmentFailure(f"task {self.config.label}: its process {late} ({ended})")
         child.concurrent = unwrapped(answer, self.config.label)
         self._start_s, child.started = time.monotonic() - began_s, True
         if child.concurrent:

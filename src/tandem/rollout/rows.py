@@ -51,7 +51,7 @@ def trajectory_rows(groups: Iterable[Group], pieces: Pieces, keep_tokens: bool =
             if any(trajectory.counts.values()):
                 row["counts"] = dict(trajectory.counts)
             if trajectory.said:
-                row["said"] = [_without_content(message) for message in trajectory.said]
+                row["said"] = _said(trajectory)
             if keep_tokens:
                 row["tokens"] = _kept(trajectory, [*lengths, *pieces.lengths(ids, text)])
             yield row
@@ -94,6 +94,20 @@ def _runs(values: Array) -> list[Any]:
     starts = np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]]))
     counts = np.diff(np.append(starts, len(values)))
     return [part for run in zip(values[starts].tolist(), counts.tolist(), strict=True) for part in run]
+
+
+def _said(trajectory: Trajectory) -> list[dict[str, Any]]:
+    """Who spoke, and what the model's turns earned by themselves."""
+    spoken = [_without_content(message) for message in trajectory.said]
+    if (earned := trajectory.columns.get("step_rewards")) is not None:
+        turns = trajectory.columns.get("turns")
+        numbers = np.where(trajectory.columns["loss_mask"], 0, -1) if turns is None else turns
+        ends = np.flatnonzero(
+            (numbers >= 0) & (numbers != np.append(numbers[1:], -1))
+        )  # its reward is at its last token
+        for said, reward in zip([one for one in spoken if one["role"] == "assistant"], earned[ends], strict=False):
+            said |= {"reward": float(reward)} if reward else {}
+    return spoken
 
 
 def _without_content(message: Message) -> dict[str, Any]:
