@@ -84,6 +84,8 @@ RUNS: dict[str, str] = {
     "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2 "
     "--set algo.credit=step": "",
     "tandem train smollm2_arithmetic_cpu --set algo.advantage=gae": "",
+    "tandem rollout smollm2_calculator_cpu --set task.environment=tandem.program.tasks.repair:Repair "
+    "--set task.parameters=example=true --set rollout.max_turns=6 --set rollout.max_new_tokens=96": "",
     "tandem study": "",
     "tandem study staleness --seeds 0": "tandem study staleness --seeds 0 --out staleness",
 }
@@ -116,6 +118,11 @@ LISTED: dict[str, str] = {
     "--set task.heldout_size=32 --set task.parameters=taskset=my-taskset,taskset.size=1000": OTHERS,
     "steps = 40": "read by tests/null/test_settings.py",
     "apt-get install bubblewrap": "installs it; .ci/run does",
+    "tandem train smollm2_calculator_cpu": "takes minutes; tests/null/test_async_episodes.py plays its kind",
+    "tandem rollout smollm2_calculator_cpu --set task.environment=tandem.program.tasks.humaneval:HumanEval "
+    "--set task.parameters=path=HumanEval.jsonl.gz --set rollout.max_new_tokens=256": (
+        "needs that file; tests/multi/test_code_tasks.py"
+    ),
     "pip install tensorboard trackio wandb": "brings packages from the network",
     "tandem train smollm2_arithmetic_cpu --set track.to=tensorboard,trackio,wandb --set track.project=sums": (
         "needs those packages; tests/null/test_track.py"

@@ -39,6 +39,35 @@ LINES = 120  # of a file that `read` shows
 FOUND = 20  # lines that `search` shows
 
 
+# Two repairs said before the question: a model of 135 M parameters makes no call from a description alone.
+_ASKED = "A test of {path} fails. Find the bug and mend it with the tools.\n\n{path}:\n{text}\n\ntest_{path}:\n{test}"
+EXAMPLE = tuple(
+    message
+    for path, text, test, old, new in (
+        (
+            "double.py",
+            "def double(x):\n    return x * 3",
+            "from double import double\n\ndef test_0():\n    assert double(4) == 8",
+            "return x * 3",
+            "return x * 2",
+        ),
+        (
+            "smaller.py",
+            "def smaller(a, b):\n    if a > b:\n        return a\n    return b",
+            "from smaller import smaller\n\ndef test_0():\n    assert smaller(3, 7) == 3",
+            "if a > b:",
+            "if a < b:",
+        ),
+    )
+    for message in (
+        Message("user", _ASKED.format(path=path, text=text, test=test)),
+        Message("assistant", f"```python\nedit(path={path!r}, old={old!r}, new={new!r})\n```"),
+        Message("tool", "done"),
+        Message("assistant", "It is mended."),
+    )
+)
+
+
 class Repairing(Episode):
     """Tools to look, to change and to try."""
 
@@ -116,12 +145,16 @@ class Repairing(Episode):
 
 
 class Repair(Environment):
-    """Problems of a file, or planted ones. `shows`: the files and the tests stand in the prompt."""
+    """Problems of a file, or planted ones. `shows`: the files and the tests stand in the prompt; `example`: so do two
+    repairs."""
 
     episodes = Repairing
 
-    def __init__(self, sandbox: SandboxPool, path: str = "", shows: bool = True, seed: int = 0) -> None:
+    def __init__(
+        self, sandbox: SandboxPool, path: str = "", shows: bool = True, example: bool = False, seed: int = 0
+    ) -> None:
         self.sandbox, self.shows, self.seed = sandbox, shows, seed
+        self.example = EXAMPLE if example else ()
         self.rows = read_lines(path, FIELDS) if path else []
 
     def prompt(self, split: str, index: int) -> Prompt:
@@ -141,7 +174,7 @@ class Repair(Environment):
         asked = [f"{record['issue']} Find the bug and mend it with the tools."]
         for path, text in {**record["files"], **record["tests"]}.items() if self.shows else ():
             asked.append(f"{path}:\n{text.rstrip()}")
-        return Prompt(f"{split}/{index}", (Message("user", "\n\n".join(asked)),), record)
+        return Prompt(f"{split}/{index}", (*self.example, Message("user", "\n\n".join(asked))), record)
 
     def episode(self, prompt: Prompt) -> Repairing:
         return Repairing(prompt, self.sandbox)
