@@ -406,7 +406,7 @@ def test_updates_have_their_own_denominators() -> None:
 def test_every_named_choice_exists() -> None:
     """A name that the config allows has no function behind it."""
     assert set(LOSSES) == set(get_args(Loss))
-    assert set(ADVANTAGES) == set(get_args(Advantage))
+    assert {"gae", *ADVANTAGES} == set(get_args(Advantage))  # a critic's: algo/credit.py
     assert {"none", *KL_ESTIMATORS} == set(get_args(Kl))
     assert {name for name, _ in AGGREGATIONS} == set(get_args(Aggregation))
 

