@@ -295,6 +295,6 @@ def test_turns_flatten_by_hand():
     flat = flatten("p/0/0", "p", (1,), (Turn(filtered, (8, 9)), Turn(plain)), 1.0)
     assert column(flat, "kept") == [b"", ids(5, 6), ids(2), b"", b"", b"", b""]
     assert column(flat, "unfiltered_logprobs") == [0.0, -0.3, -0.4, 0.0, 0.0, -0.5, -0.6]
-    assert (flat.seconds, flat.counts) == (3.5, {"tool_calls": 1})
+    assert (flat.seconds, flat.counts) == (3.5, {"observations": 1})
     bare = flatten("p/0/0", "p", (1,), (Turn(plain, (3,)),), 1.0)
-    assert "kept" not in bare.columns and "unfiltered_logprobs" not in bare.columns and bare.counts["tool_calls"] == 1
+    assert "kept" not in bare.columns and "unfiltered_logprobs" not in bare.columns and bare.counts["observations"] == 1

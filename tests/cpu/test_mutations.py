@@ -166,7 +166,7 @@ class Plain:
         return Message("assistant", "")
 
     def episode(self, prompt, until_s, /):
-        return SimpleNamespace(said=[], counts={}, score=lambda: ended(0.0), teardown=lambda: None)
+        return SimpleNamespace(said=[], counts={}, score=lambda unheard: ended(0.0), teardown=lambda: None)
 
 
 def siblings(parity, make) -> None:

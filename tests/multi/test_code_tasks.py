@@ -91,7 +91,8 @@ def test_a_wrong_line_is_named(tmp_path: Path) -> None:
     for row, reason in (
         ({**ROW, "entry_point": 7}, "line 2: its 'entry_point' is 7; wanted: str"),
         ({**ROW, "test": "def check("}, "its prompt or test is no Python"),
-        ({**ROW, "test": "def other(c): pass"}, "its test has no function check"),
+        ({**ROW, "test": "def other(c): pass"}, "line 2: its test has no function check"),
+        ({**ROW, "test": "def check(c):\n    assert True"}, "line 2: its check.candidate. asserts nothing"),
     ):
         made = pool(tmp_path, HUMANEVAL, ROW, row)
         with pytest.raises(TaskError, match=reason):
@@ -105,6 +106,10 @@ def test_what_an_answer_amounts_to() -> None:
     assert program(ROW["prompt"], "halves", two).endswith(
         "def half(x: int) -> int:\n    return x // 2\n\ndef halves(xs):\n    return xs\n"
     )
+    for fence in ("```Python\n", "```python3\n", "  ```py\n"):
+        assert (
+            program("", "halves", f"{fence}def halves(xs):\r\n    return xs\n```") == "def halves(xs):\n    return xs\n"
+        )
     assert program(ROW["prompt"], "halves", "    return xs\n") == ROW["prompt"] + "    return xs\n"
 
 
@@ -126,6 +131,21 @@ def test_all_of_humaneval_is_right_by_its_own_solutions(tmp_path: Path) -> None:
     assert dict(zip(chosen, rewards, strict=True)) == dict.fromkeys(chosen, 1.0)
     assert all("def test_0" in hidden_tests(row) for row in rows)
     made.close()
+
+
+def test_a_wrong_repair_is_named(tmp_path: Path) -> None:
+    """A line that ends the run in the middle, or fails every program of it."""
+    good = {"files": {"a.py": "x = 1\n"}, "tests": {}, "hidden": "def test_a(): assert False", "issue": "x"}
+    for change, reason in (
+        ({"files": {"a.py": 5}}, "line 2: 'a.py' is 5; wanted: a path inside the folder"),
+        ({"files": {"../a.py": ""}}, "line 2: '../a.py' is ''; wanted: a path inside"),
+        ({"hidden": "def ("}, "line 2: its hidden tests are no Python"),
+        ({"hidden": "x = 1"}, "line 2: its hidden tests have no function"),
+    ):
+        made = pool(tmp_path, REPAIR, good, {**good, **change})
+        with pytest.raises(TaskError, match=reason):
+            made.ready()
+        made.close()
 
 
 def test_planted_bugs_are_noticed_and_can_be_mended() -> None:

@@ -43,7 +43,7 @@ CRITICS = {
 def graded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewards that differ within a group, of a model that can do nothing."""
 
-    def grade(self: RunningEpisode) -> Future[float]:
+    def grade(self: RunningEpisode, unheard: int = 0) -> Future[float]:
         return ended(float(sum(map(ord, self.said[-1].content)) % 11) / 10)
 
     monkeypatch.setattr(RunningEpisode, "score", grade)
@@ -91,7 +91,7 @@ def test_prompts_are_drawn_again_for_groups_of_equal_rewards(tmp_path: Path, mon
     """A batch shrinks as prompts are solved, what was drawn in vain is in no count, or drawing never ends."""
     seen: dict[str, int] = {}
 
-    def grade(self: RunningEpisode) -> Future[float]:
+    def grade(self: RunningEpisode, unheard: int = 0) -> Future[float]:
         number = seen.setdefault(self.prompt.id, len(seen))
         return ended(1.0 if number % 2 else float(sum(map(ord, self.said[-1].content)) % 11))
 

@@ -264,7 +264,7 @@ def test_values():
 def test_objects():
     stack = Stack(1)
     stack.push((2, 3))
-    assert len(stack) == 2 and stack.pop() == (2, 3) and list(stack + stack) == [1, 1] and 1 in stack
+    assert len(stack) == 2 and stack.pop() == (2, 3) and list(stack + stack) == [1, 1]
     assert Stack.size == objects.Stack.size == 3 and stack.held == [1] and not Stack()
 
 def test_errors():
@@ -300,6 +300,7 @@ class Case(unittest.TestCase):
     def test_wrong(self): self.assertEqual(self.value, 6)
 
 def test_compares(): assert Stack() == Stack()
+def test_asks_it(): assert 7 in Stack(7)
 
 def test_gives_a_function(): same(lambda: 1)
 
@@ -320,6 +321,7 @@ def test_what_tests_may_use() -> None:
         "Case.test_skipped": "AssertionError: later",
         "Case.test_wrong": "AssertionError: AssertionError: 5 != 6",
         "test_compares": "TypeError: a Stack of the program cannot be compared: compare plain values",
+        "test_asks_it": "TypeError: __contains__ of a Stack of the program and a value: compare plain values",
         "test_gives_a_function": "TypeError: a function cannot be given to the program: only plain values can",
         "test_is_not_there": "AttributeError: module 'objects' has no attribute 'nothing'",
     }

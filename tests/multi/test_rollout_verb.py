@@ -45,7 +45,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def graded(self: RunningEpisode) -> Future[float]:
+def graded(self: RunningEpisode, unheard: int = 0) -> Future[float]:
     """Rewards that differ within a group."""
     return ended(float(sum(map(ord, self.said[-1].content)) % 11))
 
@@ -141,7 +141,7 @@ def test_nothing_graded_is_an_exit_code_of_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A broken reward that looks like a good rollout to the script that tries it."""
-    monkeypatch.setattr(RunningEpisode, "score", lambda self: ended(Failure("reward", "no grader")))
+    monkeypatch.setattr(RunningEpisode, "score", lambda self, unheard: ended(Failure("reward", "no grader")))
     words = ["rollout", "tiny_arithmetic", "--split", "heldout", "--programs", "2", *WORDS, "--out", f"{tmp_path}/x"]
     assert main.main(words) == 1
     said = capsys.readouterr().out
@@ -170,7 +170,7 @@ class Playing:
         self.said: list[Message] = []
         self.future: Future[Any] = Future()
 
-    def observe(self) -> Future[Any]:
+    def observe(self, last: bool = False, /) -> Future[Any]:
         self.future = Future()
         return self.future
 

@@ -179,13 +179,13 @@ class Script:
         self.counts: Counter[str] = Counter()
         kept.append(self.said)
 
-    def observe(self) -> Future:
+    def observe(self, last=False, /) -> Future:
         if not self.after:
             return ended(Observed(None))
         self.said.append(self.after.pop(0))
         return ended(Observed((self.said[-1],)))
 
-    def score(self) -> Future:
+    def score(self, unheard=0, /) -> Future:
         return ended(1.0)
 
     def teardown(self) -> None:
@@ -313,7 +313,7 @@ def test_faults_reach_the_environment_and_the_row() -> None:
     tokenizer, group, said = played(chatml(CALLED), [wrong, CALL], [TOOL], "append")
     assert said[0].faults[0].startswith("tool call 1: its JSON is broken") and said[0].content == wrong
     assert not said[2].faults and said[2].calls[0].name == "add"
-    assert summarise([group]).counts == {"tool_calls": 1, "unreadable_calls": 1}
+    assert summarise([group]).counts == {"tool_calls": 0, "unreadable_calls": 1}
     assert "faults" not in said[0].row() and wrong in text_of(tokenizer, group.trajectories[0], True)
 
 

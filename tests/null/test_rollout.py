@@ -112,16 +112,17 @@ class Counted:
         self.said: list[Message] = []
         self.counts: dict[str, int] = {}
 
-    def score(self):
-        text = self.said[-1].content
+    def score(self, unheard=0):
+        text = self.said[len(self.said) - 1 - unheard].content
         return ended(Failure("reward", "returned nan") if "x" in text else float(len(text)))
 
-    def observe(self):
+    def observe(self, last=False):
         if "y" in self.said[-1].content:
             return ended(Failure("environment", "raised"))
         if len(self.said) >= 2 * self.by.more:
             return ended(Observed(None))
-        self.said.append(Message("user", "go"))
+        if not last:
+            self.said.append(Message("user", "go"))
         return ended(Observed((Message("user", "go"),)))
 
     def teardown(self) -> None:
@@ -312,7 +313,7 @@ def test_deadline_before_a_program_starts(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_capacity() -> None:
-    """A prompt that does not fit leaves its siblings in the engine; a conversation that outgrows it stops the run."""
+    """A prompt that does not fit leaves its siblings in the engine; one that outgrows it stops the run, or escapes."""
     engine = FakeEngine(lambda request: spell("ab"), capacity=5)
     long = Prompt("long", (Message("user", "much too long"),))
     with pytest.raises(CapacityError, match="engine.kv_memory_bytes"):
@@ -320,8 +321,8 @@ def test_capacity() -> None:
     assert not engine.live
     config = replace(CONFIG, max_turns=2)
     (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(9), config, run_seed=1).collect(0, prompts(1))
-    failure = group.trajectories[0].failure
-    assert failure is not None and failure.where == "engine" and failure.reason.startswith("turn 2 does not fit")
+    first = group.trajectories[0]
+    assert first.failure is None and first.reward == 2.0 and first.counts == {"observations": 1, "context_limit": 1}
     assert column(group.trajectories[0], "loss_mask")[5:8] == [True, True, True]
 
 

@@ -150,6 +150,11 @@ class AlgoConfig:
 
     def _check_credit(self) -> None:
         gae = self.advantage == "gae"
+        if self.credit != "trajectory" and self.filter_zero_variance:
+            raise ConfigError(
+                f"algo.filter_zero_variance is on with algo.credit {self.credit!r}: programs of equal rewards may "
+                "differ by their steps, and would be lost. Turn one of them off."
+            )
         if self.credit != "trajectory" and self.advantage in ("gae", "reinforce_pp"):
             why = "credits each step by itself" if gae else "compares no group, and so no turns of one"
             raise ConfigError(

@@ -46,7 +46,8 @@ def cost(unit: Unit, trajectory: Trajectory) -> float:
     """
     if unit == "tokens":
         return float(trajectory.num_sampled)
-    return trajectory.seconds if unit == "seconds" else float(trajectory.counts.get("tool_calls", 0))
+    calls = trajectory.counts.get("tool_calls", trajectory.counts.get("observations", 0))  # of a task without tools
+    return trajectory.seconds if unit == "seconds" else float(calls)
 
 
 def charged_reward(config: PriceConfig, program: Sequence[Trajectory], price: float) -> float:

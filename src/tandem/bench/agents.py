@@ -116,8 +116,8 @@ class _Told:
         playing = self.pool.episode(prompt, until_s)
         observe = playing.observe
 
-        def told() -> Future[Any]:
-            future = observe()
+        def told(last: bool = False) -> Future[Any]:
+            future = observe(last)
             future.add_done_callback(lambda _: self.watched.ready(f"{prompt.id}/{self.step}"))
             return future
 

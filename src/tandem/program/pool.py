@@ -132,18 +132,21 @@ class RunningEpisode:
         self._config = config
         self._observer, self._ask = observer, ask
 
-    def observe(self) -> Future[Observed | Failure]:
-        """What the environment says next, None where the program ends, or a Failure."""
+    def observe(self, last: bool = False) -> Future[Observed | Failure]:
+        """What the environment says next, None where the program ends, or a Failure.
+
+        `last`: no turn follows, so what it says is not added to what was said.
+        """
         if self._observer is None:
             return _done(Observed(None))
-        return self._observer(Asked("observe", (), "environment", self.until_s, self))
+        return self._observer(Asked("observe", (last,), "environment", self.until_s, self))
 
-    def score(self) -> Future[float | Failure]:
-        """The reward, or why there is none."""
+    def score(self, unheard: int = 0) -> Future[float | Failure]:
+        """The reward, or why there is none. `unheard`: messages at the end that the model has not read."""
         if self._config.reward in INLINE:
             found = inline_reward(REWARDS[self._config.reward], self.prompt, last_text(self.said))
             return _done(self.paid(found) if isinstance(found, Failure) else found)
-        return self._ask(Asked("score", (), "reward", self.until_s, self))
+        return self._ask(Asked("score", (unheard,), "reward", self.until_s, self))
 
     def paid(self, failure: Failure) -> float | Failure:
         """What task.reward_on_error gives for an answer that broke its grader."""

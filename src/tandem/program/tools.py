@@ -20,7 +20,7 @@ import msgspec
 from tandem.errors import TaskError
 from tandem.types import Message, ToolCall
 
-MOST_CHARACTERS = 8192  # of a tool's answer; what is longer is cut, and says so
+MOST_CHARACTERS = 2048  # of a tool's answer; what is longer is cut, and says so
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -99,6 +99,10 @@ def tools_of(kind: type[Any]) -> Mapping[str, Tool]:
 
 def _arguments(kind: type, name: str, method: Callable[..., Any]) -> type[msgspec.Struct]:
     where = f"tool {name} of {kind.__name__}"
+    if method._tool.deadline_s != math.inf and not inspect.iscoroutinefunction(method):  # type: ignore[attr-defined]
+        raise TaskError(
+            f"{where} has a deadline_s and is a plain `def`, which nobody can cancel: write it `async def`."
+        )
     try:
         hints = typing.get_type_hints(method, include_extras=True)
         fields: list[Any] = []

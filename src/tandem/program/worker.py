@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tandem.errors import TaskError
+from tandem.errors import SandboxError, TaskError
 from tandem.program import prompts
 from tandem.program.child import Call
 from tandem.program.config import TaskConfig
@@ -58,6 +58,10 @@ class _Play:
         return not isinstance(self.episode, Stateless)
 
 
+class Unplayed(Exception):
+    """What an episode stands on failed, not the answer that it was to judge."""
+
+
 class Calls:
     """What the parent may ask for, by name. Each value can be pickled whatever the user's code returned."""
 
@@ -90,23 +94,30 @@ class Calls:
     def solution(self, prompt: Prompt) -> str:
         return prompts.solution(self.source, prompt)
 
-    async def observe(self, number: int, opened: Prompt | None, news: tuple[Message, ...]) -> tuple[Observed, bool]:
-        """What follows in an episode, and whether it holds state. `opened`: its prompt, where it is new here."""
+    async def observe(
+        self, number: int, opened: Prompt | None, news: tuple[Message, ...], last: bool = False
+    ) -> tuple[Observed, bool]:
+        """What follows in an episode, and whether it holds state.
+
+        `opened`: its prompt, where it is new here. `last`: what it says is heard by nobody.
+        """
         play = await self._played(number, opened, news)
         observed = checked_step(await _awaited(play.episode.observe(tuple(play.turns))))
         play.episode.earned += observed.reward
-        if observed.messages is not None:
+        if observed.messages is not None and not last:
             play.turns.extend(observed.messages if isinstance(observed.messages, tuple) else observed.messages.messages)
         return replace(observed, counts=checked_counts(play.episode.counts)), play.has_state
 
     async def score(
-        self, number: int, opened: Prompt | None, news: tuple[Message, ...]
-    ) -> tuple[float | Failure, bool]:
-        """The reward: the named function of the last text, or the episode's own."""
+        self, number: int, opened: Prompt | None, news: tuple[Message, ...], unheard: int = 0
+    ) -> tuple[float | Failure, bool, dict[str, int]]:
+        """The named function's reward of the last text, or the episode's own; whether it holds state; its counts."""
         play = await self._played(number, opened, news)
         if self.config.reward != "score":
-            return checked_reward(REWARDS[self.config.reward](play.prompt, last_text(play.turns))), play.has_state
-        return checked_reward(await _awaited(play.episode.score(tuple(play.turns)))), play.has_state
+            paid = REWARDS[self.config.reward](play.prompt, last_text(play.turns))
+        else:
+            paid = await _awaited(play.episode.score(tuple(play.turns[: len(play.turns) - unheard])))
+        return checked_reward(paid), play.has_state, checked_counts(play.episode.counts)
 
     async def teardown(self, number: int) -> None:
         if (play := self.plays.pop(number, None)) is None:
@@ -129,7 +140,10 @@ class Calls:
         play = self.plays[number]
         play.task = asyncio.current_task() if self.concurrent else None
         if opened is not None:
-            await _awaited(play.episode.setup())
+            try:
+                await _awaited(play.episode.setup())
+            except Exception as error:
+                raise Unplayed(one_line(error)) from error
         play.turns.extend(news)
         return play
 
@@ -207,6 +221,8 @@ async def _answered(function: Any, arguments: tuple[Any, ...]) -> tuple[str, Any
         raise
     except TaskError as error:
         return ("task_error", str(error))
+    except (Unplayed, SandboxError) as error:
+        return ("unplayed", str(error))
     except BaseException as error:  # noqa: BLE001 - recorded boundary: sys.exit is no Exception
         return ("raised", one_line(error))
 
@@ -237,6 +253,8 @@ def _answer(function: Any) -> tuple[str, Any]:
         return ("value", function())
     except TaskError as error:
         return ("task_error", str(error))
+    except (Unplayed, SandboxError) as error:
+        return ("unplayed", str(error))
     except BaseException as error:  # noqa: BLE001 - recorded boundary: sys.exit is no Exception
         return ("raised", one_line(error))
 

@@ -290,9 +290,9 @@ class Workers:
         _, kind, value, waited_s = answer
         if waited_s > BUSY_S:
             self.grow()
-        if kind == "raised":
-            call.broken = True
-            return Failure(call.where, value)
+        if kind in ("raised", "unplayed"):
+            call.broken = kind == "raised"
+            return Failure(call.where if call.broken else "environment", value)
         if kind == "late":
             return self._late(call, limit_s)
         found = unwrapped(answer, self.config.label)
@@ -334,15 +334,18 @@ class Workers:
             return (episode.number,)
         opened, news = (episode.prompt if episode.sent == 0 else None), tuple(episode.said[episode.sent :])
         episode.sent = len(episode.said)
-        return (episode.number, opened, news)
+        return (episode.number, opened, news, *call.arguments)
 
     def _heard(self, episode: RunningEpisode, call: Asked, value: Any) -> Any:
         if call.method == "teardown":
             return None
+        if call.method == "score":
+            result, episode.lasts, episode.counts = value
+            return result
         result, episode.lasts = value
         if call.method == "observe":
             episode.counts = result.counts
-            if (messages := result.messages) is not None:
+            if (messages := result.messages) is not None and not call.arguments[0]:
                 episode.said.extend(messages if isinstance(messages, tuple) else messages.messages)
                 episode.sent = len(episode.said)
         return result

@@ -41,9 +41,9 @@ class Playing(Protocol):
     @property
     def counts(self) -> Mapping[str, int]: ...  # of what happened so far
 
-    def observe(self) -> Future[Observed | Failure]: ...
+    def observe(self, last: bool = False, /) -> Future[Observed | Failure]: ...
 
-    def score(self) -> Future[float | Failure]: ...
+    def score(self, unheard: int = 0, /) -> Future[float | Failure]: ...
 
     def teardown(self) -> None: ...
 
@@ -88,6 +88,7 @@ class _Program:
     episode: Playing
     segments: list[_Segment]
     requests: int = 0
+    limits: dict[str, int] = field(default_factory=dict)  # that ended it, as counts
     outcome: float | Failure | None = None  # None while it runs
 
     @property
@@ -98,7 +99,8 @@ class _Program:
     def trajectories(self) -> list[Trajectory]:
         assert self.outcome is not None, self.id
         observations = sum(bool(turn.observation_tokens) for segment in self.segments for turn in segment.turns)
-        counts = Counter({"tool_calls": observations, **self.episode.counts})
+        seen = {"tool_calls": 0} if self.prompt.tools else {"observations": observations}
+        counts = Counter({**seen, **self.episode.counts, **self.limits})
         if unreadable := sum(len(message.faults) for message in self.episode.said):
             counts["unreadable_calls"] = unreadable
         counts.update(f"split_{segment.cause}" for segment in self.segments if segment.cause not in ("", "fold"))
@@ -295,8 +297,9 @@ class _Step:
                 self._end(program, Failure("engine", "its request was withdrawn"))
             elif answer.stop_reason is StopReason.FAILED:
                 self._end(program, Failure("engine", answer.failure))
-            elif program.requests < self.by.config.max_turns:
-                self._waits.ask(program, "environment", program.episode.observe())
+            elif self.by.config.max_turns > 1 or program.prompt.tools:
+                last = program.requests >= self.by.config.max_turns  # it acts on that one too, and is heard no more
+                self._waits.ask(program, "environment", program.episode.observe(last))
             else:
                 self._grade(program)
         elif asked == "reward" or isinstance(answer, Failure):
@@ -304,6 +307,9 @@ class _Step:
         else:
             program.turns[-1] = dataclasses.replace(program.turns[-1], reward=answer.reward, state=answer.state)
             if answer.messages is None:
+                self._grade(program)
+            elif program.requests >= self.by.config.max_turns:
+                program.limits["turn_limit"] = 1
                 self._grade(program)
             else:
                 self._continue(program, answer.messages)
@@ -314,9 +320,9 @@ class _Step:
         parsed = self.by.config.history == "render"
         said.append(self.by.renderer.message(tokens, tools, len(said), parsed=parsed))
 
-    def _grade(self, program: _Program) -> None:
+    def _grade(self, program: _Program, unheard: int = 0) -> None:
         with self.by.trace.span("reward"):  # those of linear cost are computed here
-            future = program.episode.score()
+            future = program.episode.score(unheard)
         self._waits.ask(program, "reward", future)
 
     def _continue(self, program: _Program, observed: tuple[Message, ...] | Fold) -> None:
@@ -327,10 +333,11 @@ class _Step:
             return
         try:
             self._submit(program)
-        except CapacityError as error:  # the prompt did fit: this conversation has outgrown the engine
+        except CapacityError:  # the prompt did fit: this conversation has outgrown the engine, and is graded as it is
             if not program.turns:
                 program.segments.pop()
-            self._end(program, Failure("engine", f"turn {program.requests} does not fit: {error}"))
+            program.limits["context_limit"] = 1
+            self._grade(program, len(observed.messages if isinstance(observed, Fold) else observed))
 
     def _append(self, program: _Program, observed: tuple[Message, ...] | Fold) -> None:
         """Tokens of an observation, behind the last turn or as the start of a segment."""

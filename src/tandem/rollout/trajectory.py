@@ -47,7 +47,7 @@ def flatten(
         stop_reason=turns[-1].completion.stop_reason if turns else None,
         failure=outcome if isinstance(outcome, Failure) else None,
         seconds=sum(turn.completion.finished_s - turn.completion.submitted_s for turn in turns),
-        counts={"tool_calls": sum(bool(turn.observation_tokens) for turn in turns)} if counts is None else counts,
+        counts={"observations": sum(bool(turn.observation_tokens) for turn in turns)} if counts is None else counts,
         segment=segment,
     )
 

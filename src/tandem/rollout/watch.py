@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from tandem.rollout.rollout import Episodes, Playing
@@ -53,11 +54,11 @@ class _Episode:
         self.turns = 0
         self.known = False  # its reward, or why there is none
 
-    def observe(self) -> Future[Any]:
-        return self._ask(self.playing.observe, rewards=False)
+    def observe(self, last: bool = False) -> Future[Any]:
+        return self._ask(partial(self.playing.observe, last), rewards=False)
 
-    def score(self) -> Future[float | Failure]:
-        return self._ask(self.playing.score, rewards=True)
+    def score(self, unheard: int = 0) -> Future[float | Failure]:
+        return self._ask(partial(self.playing.score, unheard), rewards=True)
 
     @property
     def counts(self) -> Mapping[str, int]:

@@ -24,7 +24,7 @@ class SandboxConfig:
     """
 
     backend: Backend = "bubblewrap"  # container: Docker or Podman; refuse: nothing runs
-    seconds: AboveZero = 10.0  # of a command, by the clock on the wall
+    seconds: AboveZero = 6.0  # of a command, by the clock on the wall; below task.reward_deadline_s
     cpu_seconds: Positive = 10  # of one process, of the processor
     memory_bytes: Positive = 512 << 20  # of all processes and files together, and of one process's own data
     processes: Positive = 64  # with their threads

@@ -21,9 +21,13 @@ from typing import Any
 from tandem.sandbox.values import decode, encode
 
 FORWARDED = (
-    *("__len__", "__getitem__", "__setitem__", "__delitem__", "__contains__", "__iter__", "__next__", "__bool__"),
-    *("__str__", "__int__", "__float__", "__index__", "__enter__", "__exit__", "__add__", "__sub__", "__mul__"),
-    *("__truediv__", "__floordiv__", "__mod__", "__pow__", "__neg__", "__abs__", "__and__", "__or__", "__xor__"),
+    *("__len__", "__getitem__", "__setitem__", "__delitem__", "__iter__", "__next__", "__bool__", "__str__", "__int__"),
+    *("__float__", "__index__", "__enter__", "__exit__", "__neg__", "__abs__"),
+)
+# Between the program's own things alone: with a test's value they would show it what is expected, and take its word.
+BETWEEN = (
+    *("__contains__", "__add__", "__sub__", "__mul__", "__truediv__", "__floordiv__", "__mod__", "__pow__"),
+    *("__and__", "__or__", "__xor__"),
 )
 ANSWERED = (ValueError, TypeError, LookupError, RecursionError, ArithmeticError)
 
@@ -165,8 +169,19 @@ def _forwarded(name: str) -> Any:
     return lambda self, *arguments: self._call(name, arguments, {})
 
 
+def _between(name: str) -> Any:
+    def call(self: Remote, *arguments: Any) -> Any:
+        if not all(isinstance(one, Remote) for one in arguments):
+            raise TypeError(f"{name} of a {self._kind} of the program and a value: compare plain values")
+        return self._call(name, arguments, {})
+
+    return call
+
+
 for _name in FORWARDED:
     setattr(Remote, _name, _forwarded(_name))
+for _name in BETWEEN:
+    setattr(Remote, _name, _between(_name))
 
 
 def code_of(value: Any) -> list[Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +22,9 @@ from tandem.types import Message, Prompt
 
 FIELDS = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
 MODULE = "solution"
-_FENCE = re.compile(r"^```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:^```|\Z)", re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(
+    r"^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE
+)
 
 
 def hidden_tests(row: dict[str, Any]) -> str:
@@ -29,7 +32,7 @@ def hidden_tests(row: dict[str, Any]) -> str:
 
     What stands between them is in every test after it. Helpers of the prompt are the prompt's own, not the answer's.
     """
-    place = f"task {row['task_id']}"
+    place = f"task {row['task_id']}" + (f", line {row['line']}" if "line" in row else "")
     try:
         body = ast.parse(row["test"]).body
         given = ast.parse(row["prompt"] + row.get("canonical_solution", "    pass\n")).body
@@ -40,8 +43,12 @@ def hidden_tests(row: dict[str, Any]) -> str:
         raise TaskError(f"{place}: its test has no function check(candidate). Mend or remove the line.")
     helpers = [one for one in given if not (isinstance(one, ast.FunctionDef) and one.name == row["entry_point"])]
     before = [*helpers, *(one for one in body if one is not check)]
-    entry = ast.parse(f"from {MODULE} import {row['entry_point']} as {check.args.args[0].arg}").body
-    return ast.unparse(ast.Module([*before, *entry, *_split(check.body)], []))
+    tests = list(_split(check.body))
+    if not tests:
+        raise TaskError(f"{place}: its check(candidate) asserts nothing. Mend or remove the line.")
+    name = row["entry_point"]  # some tests call it by its own name
+    entry = ast.parse(f"from {MODULE} import {name}\n{check.args.args[0].arg} = {name}").body
+    return ast.unparse(ast.Module([*before, *entry, *tests], []))
 
 
 def _split(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
@@ -49,6 +56,8 @@ def _split(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
     shared: list[ast.stmt] = []
     number = 0
     for statement in body:
+        if isinstance(statement, ast.Assert) and isinstance(statement.test, ast.Constant):
+            continue  # `assert True`, which any program would be paid for
         if not any(isinstance(node, ast.Assert) for node in ast.walk(statement)):
             shared.append(statement)
             continue
@@ -67,7 +76,8 @@ def program(prompt: str, entry_point: str, text: str) -> str:
     'def one():\\n    return 1'
     """
     defines = re.compile(rf"^def {re.escape(entry_point)}\b", re.MULTILINE)
-    blocks = [*_FENCE.findall(text), text]
+    text = text.replace("\r\n", "\n")
+    blocks = [*(textwrap.dedent(block) for block in _FENCE.findall(text)), text]
     code = next((block for block in reversed(blocks[:-1]) if defines.search(block)), blocks[0])
     if not defines.search(code):
         return prompt + code

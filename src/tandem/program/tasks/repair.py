@@ -10,11 +10,14 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from tandem.errors import TaskError
 from tandem.program.environment import Environment, Episode, tool
+from tandem.program.reward import clipped
 from tandem.program.tasks.lines import read_lines
 from tandem.program.tasks.planted import planted
 from tandem.sandbox.box import Sandbox
 from tandem.sandbox.grade import Verdict, grade_tests
+from tandem.sandbox.judge import test_names
 from tandem.sandbox.pool import SandboxPool
 from tandem.types import Message, Prompt
 
@@ -84,6 +87,8 @@ class Repairing(Episode):
         self.failing = set(record.get("failing") or ())
         if not self.failing:
             self.failing = {one.name for one in await self._graded() if not one.passed}
+        if not self.failing:
+            raise ValueError("none of its hidden tests fails before anything is mended")
 
     async def teardown(self) -> None:
         if self.box is not None:
@@ -144,6 +149,21 @@ class Repairing(Episode):
         return self.files[path]
 
 
+def checked(path: str, row: dict[str, Any]) -> dict[str, Any]:
+    """A line of a task file; TaskError where its files are no texts in the folder, or its tests are no Python."""
+    place = f"{path}, line {row['line']}"
+    for name, text in [*row["files"].items(), *row["tests"].items()]:
+        if not isinstance(text, str) or name.startswith("/") or ".." in name.split("/"):
+            raise TaskError(f"{place}: {name!r} is {clipped(text)}; wanted: a path inside the folder, and a text.")
+    try:
+        found = list(test_names(row["hidden"]))
+    except (SyntaxError, ValueError) as error:
+        raise TaskError(f"{place}: its hidden tests are no Python ({error}). Mend or remove the line.") from error
+    if not found:
+        raise TaskError(f"{place}: its hidden tests have no function whose name begins with test.")
+    return row
+
+
 class Repair(Environment):
     """Problems of a file, or planted ones. `shows`: the files and the tests stand in the prompt; `example`: so do two
     repairs."""
@@ -155,7 +175,7 @@ class Repair(Environment):
     ) -> None:
         self.sandbox, self.shows, self.seed = sandbox, shows, seed
         self.example = EXAMPLE if example else ()
-        self.rows = read_lines(path, FIELDS) if path else []
+        self.rows = [checked(path, row) for row in read_lines(path, FIELDS)] if path else []
 
     def prompt(self, split: str, index: int) -> Prompt:
         if self.rows:
