@@ -103,7 +103,7 @@ def test_prompts_are_drawn_again_for_groups_of_equal_rewards(tmp_path: Path, mon
         assert row["dropped"]["filtered"] % 4 == 0 and row["trained_samples"] > 8
     ledger = json.loads((folder / "ledger.json").read_text())["tokens"]
     assert ledger["filtered"] > 0 and ledger["total"] == sum(row["tokens"] for row in rows_of(folder))
-    monkeypatch.setattr(RunningEpisode, "score", lambda self: ended(1.0))
+    monkeypatch.setattr(RunningEpisode, "score", lambda self, unheard: ended(1.0))
     _, folder = local.train(config, out=tmp_path / "equal", resume=None, display=Silent())
     assert [row["trajectories"] for row in rows_of(folder)] == [36, 36]  # 3 prompts, 3 draws of 4
 

@@ -134,7 +134,7 @@ LISTED: dict[str, str] = {
         "needs those packages; tests/null/test_track.py"
     ),
     "tandem train smollm2_arithmetic_cpu --set algo.loss=reinforce": "run by test_a_loss_is_added_as_the_page_says",
-    "tandem bench {engine,learner,tree,step,parity} [--peer CMD]... [--json]": (
+    "tandem bench {engine,learner,tree,step,agents,parity} [--peer CMD]... [--json]": (
         "takes minutes; tests/null/test_bench.py"
     ),
     "tandem bench {profile,sweep} [--json]": "takes minutes; tests/cpu/test_profile.py",
