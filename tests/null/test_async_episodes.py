@@ -244,3 +244,22 @@ def test_a_thousand_programs_are_open_at_once(pool: EnvironmentPool) -> None:
     resident = re.findall(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{child.popen.pid}/status").read_text())
     assert int(resident[0]) < 250_000  # of 1 GB for all
     assert {future.result(60).messages[0].content for future in futures} == {"1"}
+
+
+def test_a_setup_that_fails_is_no_wrong_answer(tmp_path: Path) -> None:
+    """Where a program's first call is for its reward, a sandbox that does not come up is paid as a wrong answer."""
+    pool = make(tmp_path, workers=1, reward_on_error=0.0)
+    episode = pool.episode(pool.prompt(7), 1e12)
+    episode.said.append(Message("assistant", "a"))
+    assert episode.score().result(30) == Failure("environment", "raised RuntimeError: no shop") and not episode.counts
+    pool.close()
+
+
+def test_the_last_turn_acts(pool: EnvironmentPool) -> None:
+    """A tool called in the last turn that is allowed never runs, and what it earned is lost."""
+    engine = FakeEngine(lambda request: spell("```python\ntake(count=3)\n```"))
+    config = RolloutConfig(samples_per_prompt=2, max_turns=1, max_new_tokens=40, deadline_s=60.0)
+    (group,) = Rollouts(Driver(engine), Calling(Letters()), pool, config, run_seed=1).collect(0, pool.batch(0, 1))
+    for trajectory in group.trajectories:
+        assert trajectory.reward == 3.0 and dict(trajectory.counts) == {"tool_calls": 1, "turn_limit": 1}
+        assert trajectory.num_turns == 1 and bool(trajectory.columns["loss_mask"][-1])  # nobody heard what it said

@@ -219,12 +219,16 @@ async def _answered(function: Any, arguments: tuple[Any, ...]) -> tuple[str, Any
         return ("value", await _awaited(function(*arguments)))
     except asyncio.CancelledError:
         raise
-    except TaskError as error:
-        return ("task_error", str(error))
-    except (Unplayed, SandboxError) as error:
-        return ("unplayed", str(error))
     except BaseException as error:  # noqa: BLE001 - recorded boundary: sys.exit is no Exception
-        return ("raised", one_line(error))
+        return _told(error)
+
+
+def _told(error: BaseException) -> tuple[str, Any]:
+    if isinstance(error, TaskError):
+        return ("task_error", str(error))
+    if isinstance(error, Unplayed | SandboxError):
+        return ("unplayed", str(error))
+    return ("raised", one_line(error))
 
 
 def driven(value: Any) -> Any:
@@ -251,12 +255,8 @@ def _send(connection: Connection, number: int, kind: str, value: Any, waited_s: 
 def _answer(function: Any) -> tuple[str, Any]:
     try:
         return ("value", function())
-    except TaskError as error:
-        return ("task_error", str(error))
-    except (Unplayed, SandboxError) as error:
-        return ("unplayed", str(error))
     except BaseException as error:  # noqa: BLE001 - recorded boundary: sys.exit is no Exception
-        return ("raised", one_line(error))
+        return _told(error)
 
 
 def _leave_with(parent: int) -> None:
