@@ -196,7 +196,7 @@ def test_a_program_turn_by_turn(browser: Browser, page: Path) -> None:
     words = texts(browser, ".words span")
     assert words[:4] == ["step 4", "sibling 2 of 2", "16 sampled tokens", "3 turns"] and {
         "expected 6",
-        "1 tool call",
+        "1 observation",
     } <= {*words}
     assert texts(browser, ".head b") == ["1"]
     assert "advantage 0.75" in texts(browser, ".who span") and "mean log-prob −2" in texts(browser, ".who span")
