@@ -172,7 +172,7 @@ class Workers:
         self.idle = 0  # threads that wait for a call
         self._changed = threading.Condition()  # guards all but the children's pipes
         self._waiting = _Waiting(config.reward_deadline_s)
-        self._flights: dict[Child, _Flight] = {}  # of the concurrent ones
+        self._flights: dict[Child, _Flight] = {}  # of the concurrent ones that live
         self._receivers: list[threading.Thread] = []  # of their answers
         self._start_s = 0.0  # that the last child was waited for
         self._closed = False
@@ -266,7 +266,8 @@ class Workers:
             episode.home, episode.sent = child, 0
         if child.concurrent:
             limit_s = min(self.config.reward_deadline_s, max(0.0, call.until_s - time.monotonic()))
-            begun = self._flights[child].begin(call, self._arguments(call), limit_s)
+            flight = self._flights.get(child)  # none: it has ended meanwhile
+            begun = flight is not None and flight.begin(call, self._arguments(call), limit_s)
             return _LATER if begun else Failure(call.where, f"its process ended: {child.reason}")
         began_s = time.monotonic()
         child.send((0, call.method, self._arguments(call), limit_s))
@@ -319,6 +320,7 @@ class Workers:
         with self._changed:
             self._replace(place, "the task was closed" if self._closed else reason)
             self._changed.notify_all()
+        self._flights.pop(child, None)
         for call, _ in flight.rest():
             if call.episode is not None:
                 call.episode.lasts = True  # what it held is gone
