@@ -262,7 +262,8 @@ EXCESSES = {
             except BlockingIOError: pass
         time.sleep(0.5)
         count = sum(name.isdigit() for name in os.listdir("/proc"))
-        print("ok" if count <= 25 else count) if os.getpid() == first else None
+        print("ok" if count <= 25 else count, flush=True) if os.getpid() == first else None
+        os._exit(0)  # an interpreter's end writes to pages that it shares, and 24 at once would need more memory
         """,
     ),
     "processes that end": (

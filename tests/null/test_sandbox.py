@@ -10,6 +10,7 @@ import platform
 import re
 import stat
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,6 +27,7 @@ from tandem.program.config import TaskConfig
 from tandem.sandbox import backend, calls
 from tandem.sandbox.box import Result, Sandbox
 from tandem.sandbox.config import SandboxConfig
+from tandem.sandbox.init import share
 from tandem.sandbox.pool import SandboxPool, check, run_once
 from tandem.sandbox.values import decode, encode
 
@@ -342,3 +344,16 @@ def test_no_code_does_harm(code: Any) -> None:
         decode(code, refuse)
     except (ValueError, TypeError, LookupError):
         pass
+
+
+def test_memory_of_a_process_that_ended_is_nobody_s() -> None:
+    """Many processes that end at once and are killed for memory: each counted with what it held when it was seen."""
+    held = 50 * MB
+    running = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
+    assert 0 < share(running.pid, (1, held)) < held
+    assert running.stdin is not None
+    running.stdin.close()
+    os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOWAIT)
+    assert share(running.pid, (1, held)) == 0  # not reaped yet
+    running.wait()
+    assert share(running.pid, (1, held)) == 0

@@ -281,12 +281,17 @@ class Init:
 
 
 def share(pid: int, seen: tuple[int, int]) -> int:
-    """Bytes of a process, what it shares divided by those that share it; all where it does not let itself be read."""
+    """Bytes of a process, what it shares divided by those that share it; all where it does not let itself be read.
+
+    None of one that ended since it was seen: many that end at once would be killed for the memory that they gave back.
+    """
     try:
         with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
             for line in file:
                 if line.startswith(b"Pss:"):
                     return 1024 * int(line.split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
     except OSError:
         pass
     return seen[1]
