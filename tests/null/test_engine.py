@@ -31,6 +31,7 @@ actions = st.one_of(
     st.tuples(st.just("receive"), st.integers(0, 2)),
     st.tuples(st.just("step"), st.integers(1, 4)),
     st.tuples(st.just("fail")),
+    st.tuples(st.just("follow"), st.integers(0, 9), st.integers(0, 9), st.lists(st.integers(0, 1), max_size=3)),
 )
 
 
@@ -101,6 +102,12 @@ class Play:
         if verb == "submit":
             for request in group(name, *rest):
                 self.submit(request)
+        elif verb == "follow":
+            which, most, said = rest
+            if self.done:  # another turn, or another way on from the midst of one
+                completion = list(self.done.values())[which % len(self.done)]
+                context = [*self.requests[completion.request_id].tokens, *completion.tokens[:most], *said]
+                self.submit(group(name, context, 1, 3)[0])
         elif verb == "abort":
             self.lands()
             if live := list(self.engine.scheduler.live):

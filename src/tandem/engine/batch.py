@@ -126,3 +126,8 @@ class Sequence:
             recomputed_tokens=self.recomputed_tokens,
             failure=failure,
         )
+
+
+def stops_by_token(sequence: Sequence) -> StopReason | None:
+    """STOP_TOKEN where the last token is one of the request's stop tokens."""
+    return StopReason.STOP_TOKEN if sequence.tokens[-1] in sequence.request.sampling.stop_token_ids else None

@@ -15,13 +15,13 @@ from typing import NamedTuple, Protocol
 
 from tandem.columns import Columns
 from tandem.engine.admit import check_request
-from tandem.engine.batch import INITIAL, Batch, Sampled, Stats
+from tandem.engine.batch import INITIAL, Batch, Sampled, Stats, stops_by_token
 from tandem.engine.batch import Sequence as LiveSequence
 from tandem.engine.config import EngineConfig
 from tandem.engine.draft import Drafter, prompt_lookup
 from tandem.engine.integrity import check_integrity
 from tandem.engine.layout import KvLayout
-from tandem.engine.schedule import Scheduler, stops_by_token
+from tandem.engine.schedule import Scheduler
 from tandem.errors import ConfigError, NonFiniteError
 from tandem.types import Completion, Request, StopReason, WeightVersion
 

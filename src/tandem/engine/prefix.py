@@ -97,6 +97,10 @@ class PrefixIndex:
             tables.append([named[keys[b]] if b >= first or b < sinks else NULL for b in range(hit)])
         return tables
 
+    def pages(self, key: bytes) -> list[int]:
+        """The page of each group that has the name; NULL where none has."""
+        return [named.get(key, NULL) for named in self._page]
+
     def hit(self, pages: Iterable[int]) -> None:
         """One more holder of pages that `match` gave, each the more worth for it."""
         worth = self._worth

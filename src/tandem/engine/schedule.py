@@ -26,7 +26,8 @@ The rules, all of them:
   running sequence is about to compute is *promised*; a waiting request whose next block is promised waits for it. A
   promise ends when the block is indexed, its maker stops or is preempted, or the weights change.
 * The last token of a context is always run, for its logits. So siblings share floor((prompt - 1) / page_tokens) blocks;
-  what lies between is promised like a block, and copied from a sibling that ran it and still runs (engine/tails.py).
+  what lies between is promised like a block, and copied from a sibling that ran it and still runs (engine/tails.py),
+  or, as far as it is the same, from where another ended behind the same blocks, such as the turn before.
 * A sequence is *pure* while all its keys and values come from the current weights. Only pure sequences index blocks.
 """
 
@@ -35,9 +36,10 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 
 from tandem.engine.admit import Admission, length_limit
-from tandem.engine.batch import INITIAL, MIXED, Batch, Sampled, Sequence, Stats, Work
+from tandem.engine.batch import INITIAL, MIXED, Batch, Sampled, Sequence, Stats, Work, stops_by_token
 from tandem.engine.config import EngineConfig
 from tandem.engine.draft import Drafter, prompt_lookup
 from tandem.engine.layout import WHOLE, KvLayout, pages_for
@@ -45,18 +47,11 @@ from tandem.engine.order import Order
 from tandem.engine.pages import PagePool
 from tandem.engine.prefix import NULL, PrefixIndex, extend_keys, root_key
 from tandem.engine.tables import PageTables
-from tandem.engine.tails import Tails, tail_key
+from tandem.engine.tails import Ends, Tails, tail_key
 from tandem.errors import ConfigError
 from tandem.types import Completion, Request, StopReason, WeightVersion
 
-
-def stops_by_token(sequence: Sequence) -> StopReason | None:
-    """STOP_TOKEN where the last token is one of the request's stop tokens."""
-    return StopReason.STOP_TOKEN if sequence.tokens[-1] in sequence.request.sampling.stop_token_ids else None
-
-
-def _arrival(sequence: Sequence) -> int:
-    return sequence.arrival
+BY_ARRIVAL = attrgetter("arrival")
 
 
 class Scheduler:
@@ -98,6 +93,7 @@ class Scheduler:
         self._shared: list[int] = []
         self._copies: dict[int, int] = {}
         self.tails = Tails()
+        self.ends = Ends(self.index)
         self._stats = Stats()
         self._arrivals = 0
 
@@ -152,6 +148,7 @@ class Scheduler:
         for sequence in self.running:
             sequence.root, sequence.keys, sequence.tail = MIXED, [], None
         self.tails.clear()
+        self.ends.clear()
 
     def empty(self) -> None:
         """Nothing is live: what pages hold is lost, and none of it is found again."""
@@ -178,7 +175,7 @@ class Scheduler:
         if decodes and budget:
             budget = self._draft(decodes, budget)
         num_tokens = self.config.batch_tokens - budget
-        self.planned = Batch(works, self.version, num_tokens, self._named, self._shared, self._copies)
+        self.planned = Batch(works, self.version, num_tokens, self._named.copy(), self._shared, self._copies)
         return self.planned
 
     def _make_room(self) -> None:
@@ -204,7 +201,7 @@ class Scheduler:
         self.running.remove(sequence)
         sequence.reached = max(sequence.reached, sequence.computed)
         self._give_up_pages(sequence)
-        insort(self.waiting, sequence, key=_arrival)
+        insort(self.waiting, sequence, key=BY_ARRIVAL)
         self._stats.preemptions += 1
 
     def _price(self, sequence: Sequence) -> tuple[float, int]:
@@ -314,12 +311,16 @@ class Scheduler:
         sequence.computed = sequence.pages.blocks * self.config.page_tokens
         most = (len(sequence.tokens) - 1) // self.config.page_tokens
         source = self.tails.pages(sequence.tail, most) if sequence.pages.blocks == most else []
-        if source and self.pool.num_available >= len(source):
+        same = len(sequence.tokens) - 1 - sequence.computed
+        if not source or self.pool.num_available < len(source):
+            if sequence.tail is not None:
+                self.promised.setdefault(sequence.tail, sequence)
+            same, source = self.ends.borrow(sequence)
+            self._shared += source
+        if source:
             sequence.pages.extend(1)
-            self._copies.update(zip((table[most] for table in sequence.pages.tables), source, strict=True))
-            sequence.computed = len(sequence.tokens) - 1
-        elif sequence.tail is not None:
-            self.promised.setdefault(sequence.tail, sequence)
+            self._copies.update(zip((table[-1] for table in sequence.pages.tables), source, strict=True))
+            sequence.computed += same
         self.order.charge(sequence, sequence.computed)
         if sequence.started_s is None:
             sequence.started_s = now
@@ -327,7 +328,7 @@ class Scheduler:
             self._stats.cached_tokens += sequence.computed
         for key in sequence.keys[sequence.pages.blocks :]:
             self.promised.setdefault(key, sequence)
-        insort(self.running, sequence, key=_arrival)
+        insort(self.running, sequence, key=BY_ARRIVAL)
 
     def commit(self, batch: Batch, sampled: Sampled, now: float) -> list[Completion]:
         """Takes what a planned batch gave; returns the requests it finished."""
@@ -339,7 +340,8 @@ class Scheduler:
         assert batch is self.planned, "a batch is advanced once, with nothing between its plan and that"
         assert self.advanced is None, "the batch before is to be resolved first"
         self.planned, self.advanced = None, batch
-        self._named, self._shared, self._copies = [], [], {}
+        self._named, self._shared, self._copies = self._named[len(batch.named) :], [], {}
+        self.ends.give_back()
         live, page_tokens, stats = self.live, self.config.page_tokens, self._stats
         draws = 0
         for work in batch.works:
@@ -360,7 +362,9 @@ class Scheduler:
             if start // page_tokens != end // page_tokens and sequence.root != MIXED:
                 self._index_blocks(sequence, start // page_tokens)
             if sequence.tail is not None and start < len(sequence.request.tokens) <= end:
-                self._offer_tail(sequence)
+                if self.promised.get(sequence.tail) is sequence:
+                    del self.promised[sequence.tail]
+                self.tails.offer(sequence)
             if end >= pages.frees_at:
                 pages.free_unseen(end)
             if work.draws:
@@ -417,6 +421,8 @@ class Scheduler:
                     failure = failed[draw]
                     self._unname(sequence, work)
                     stats.failed += 1
+                else:
+                    self._named += self.ends.leave(sequence)
                 finished.append(sequence.completion(reason, now, failure))
                 self._end(sequence)
         if finished:
@@ -479,13 +485,6 @@ class Scheduler:
         for key in sequence.keys[work.start // size : (work.start + len(work.tokens)) // size]:
             self.index.unname(key)
 
-    def _offer_tail(self, sequence: Sequence) -> None:
-        """A sequence has run its prompt: siblings may copy its end."""
-        assert sequence.tail is not None
-        if self.promised.get(sequence.tail) is sequence:
-            del self.promised[sequence.tail]
-        self.tails.offer(sequence)
-
     def _give_up_pages(self, sequence: Sequence) -> None:
         """A sequence stops running: its unkept promises are withdrawn, its pages released. It keeps its tokens."""
         assert sequence.pages is not None
@@ -493,6 +492,7 @@ class Scheduler:
             if key is not None and self.promised.get(key) is sequence:
                 del self.promised[key]
         self.tails.withdraw(sequence)
+        self.ends.give_back(sequence)
         self.order.charge(sequence, 0)
         sequence.pages.release()
         sequence.pages = None
