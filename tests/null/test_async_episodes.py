@@ -53,6 +53,26 @@ class Shop(Episode):
     def die(self) -> None:
         os._exit(3)
 
+    @tool
+    async def cling(self) -> None:
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except BaseException:
+                pass
+
+    @tool
+    async def leave(self, how: str) -> None:
+        async def leaves():
+            raise KeyboardInterrupt if how == "interrupt" else SystemExit(4)
+        if how == "task":
+            await asyncio.create_task(leaves())
+        if how == "unawaited":
+            self.left = asyncio.create_task(leaves())
+            await asyncio.sleep(0.05)
+            return
+        await leaves()
+
     async def observe(self, turns):
         if not turns[-1].calls:
             return Step(None, reward=0.25, state=str(self.held))
@@ -162,6 +182,46 @@ def test_a_child_that_is_held_up_or_dies(tmp_path: Path, how: str) -> None:
     pool.close()
 
 
+def test_a_call_that_swallows_its_cancellation_is_left_behind(tmp_path: Path) -> None:
+    """A bare `except` around an await ends its process at the deadline, and a hundred other programs with it."""
+    pool = make(tmp_path, workers=1, reward_deadline_s=0.5)
+    clings, beside, after = (pool.episode(prompt, 1e12) for prompt in pool.batch(0, 3))
+    beside.said.append(calls("take", count=1))
+    assert beside.observe().result(30).messages[0].content == "1"
+    (child,) = pool._workers.children
+    clings.said.append(calls("cling"))
+    reason = "environment took longer than 0.5 s (task.reward_deadline_s), and swallowed its cancellation"
+    assert clings.observe().result(30) == Failure("deadline", reason)
+    clings.said.append(calls("take", count=1))  # its state is in the hands of the call that runs on
+    found = Failure("environment", "an earlier call of it runs on: it swallowed its cancellation")
+    assert clings.observe().result(30) == found
+    clings.teardown()
+    for episode, held in ((beside, "2"), (after, "1")):
+        episode.said.append(calls("take", count=1))
+        assert episode.observe().result(30).messages[0].content == held
+    assert pool._workers.children == [child] and child.alive()
+    pool.close()
+    assert (tmp_path / "log").read_text().startswith("Shops/train/0 0")  # what it held is given back all the same
+
+
+@pytest.mark.parametrize("how", ["exit", "interrupt", "task", "unawaited"])
+def test_who_leaves_leaves_alone(tmp_path: Path, how: str) -> None:
+    """sys.exit() in a tool, or in a task that it started, ends the process and with it the other programs."""
+    pool = make(tmp_path, workers=1)
+    leaves, beside = (pool.episode(prompt, 1e12) for prompt in pool.batch(0, 2))
+    beside.said.append(calls("take", count=1, seconds=0.3))
+    late = beside.observe()
+    leaves.said.append(calls("leave", how=how))
+    found = leaves.observe().result(30)
+    reason = "raised KeyboardInterrupt" if how == "interrupt" else "raised SystemExit: 4"
+    if how == "unawaited":
+        assert found.messages[0].content == "null"
+    else:
+        assert found == Failure("environment", reason)
+    assert late.result(30).messages[0].content == "1"
+    pool.close()
+
+
 def test_a_program_that_is_withdrawn_ends_its_call_first(pool: EnvironmentPool, tmp_path: Path) -> None:
     """Teardown runs while a tool still changes what it gives back, or waits for it to end."""
     episode = pool.episode(pool.prompt(0), 1e12)
@@ -208,11 +268,14 @@ def test_async_methods_must_be_announced(tmp_path: Path) -> None:
     pool.close()
 
 
+NAMES = ["take", "block", "die", "cling", "leave"]
+
+
 class Calling(Renderer):
     """Its tools are those of the episode."""
 
     def prompt_tokens(self, messages, tools=()):
-        assert [schema["function"]["name"] for schema in tools] == ["take", "block", "die"]
+        assert [schema["function"]["name"] for schema in tools] == NAMES
         return super().prompt_tokens(messages)
 
 

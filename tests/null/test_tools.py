@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Literal
+import dataclasses
+import enum
+from typing import Annotated, Any, Literal, TypedDict
 
 import msgspec
 import pytest
@@ -123,6 +125,187 @@ def test_what_cannot_be_a_tool_is_named() -> None:
     for kind, reason in ((Untyped, "tool go of Untyped: parameter x has no type"), (Many, "cannot be given by name")):
         with pytest.raises(TaskError, match=reason):
             tools_of(kind)
+
+
+def test_static_and_class_methods_are_tools() -> None:
+    """A tool that is left out of the prompt for the order of its decorators, or that loses its first parameter."""
+
+    class Plain(Episode):
+        base = 10
+
+        @tool
+        @staticmethod
+        def one(a: int) -> int:
+            """One."""
+            return a
+
+        @staticmethod
+        @tool
+        async def two(a: int) -> int:
+            return a
+
+        @tool(ends=True)
+        @classmethod
+        def three(cls, a: int) -> int:
+            return cls.base + a
+
+        @classmethod
+        @tool
+        def four(cls, a: int) -> int:
+            return cls.base + a
+
+    found = {schema["function"]["name"]: schema["function"] for schema in schemas(Plain)}
+    assert [*found] == ["one", "two", "three", "four"] and found["one"]["description"] == "One."
+    assert {tuple(one["parameters"]["required"]) for one in found.values()} == {("a",)}
+    assert is_async(Plain, [])
+    message = Message("assistant", "", tuple(ToolCall(name, {"a": 1}) for name in found))
+    answers, ends, _ = asyncio.run(respond(Plain(PROMPT), message))
+    assert [answer.content for answer in answers] == ["1", "1", "11", "11"] and ends
+
+
+class Colour(enum.Enum):
+    RED = "r"
+    BLUE = "b"
+
+
+@dataclasses.dataclass
+class Node:
+    name: str
+    under: list[Node] = dataclasses.field(default_factory=list)
+
+
+class Place(TypedDict):
+    x: int
+    y: float
+
+
+class Model:
+    """As a class of a package that msgspec does not know."""
+
+
+INTEGER, NUMBER, TEXT, NULL = ({"type": name} for name in ("integer", "number", "string", "null"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "default", "wanted"),
+    [
+        (int | None, (), {"anyOf": [INTEGER, NULL]}),
+        (str | None, (None,), {"anyOf": [TEXT, NULL], "default": None}),
+        (int | str, (), {"anyOf": [INTEGER, TEXT]}),
+        (Literal["a", "b"], ("b",), {"enum": ["a", "b"], "default": "b"}),
+        (Colour, (Colour.RED,), {"$ref": "#/$defs/Colour", "default": "r"}),
+        (list[int], ([1],), {"type": "array", "items": INTEGER, "default": [1]}),
+        (dict[str, float], ({"a": 1.5},), {"type": "object", "additionalProperties": NUMBER, "default": {"a": 1.5}}),
+        (dict[str, list[int]], (), {"type": "object", "additionalProperties": {"type": "array", "items": INTEGER}}),
+        (Node, (), {"$ref": "#/$defs/Node"}),
+        (Place, (), {"$ref": "#/$defs/Place"}),
+        (int, (None,), "the default None of parameter it is no value of its type"),
+        (float, (float("inf"),), "the default inf of parameter it is no value of its type"),
+        (int, (object(),), "the default <object .*> of parameter it is no value of its type"),
+        (Model, (), "parameter it: type <class '.*Model'> is not supported"),
+        (list[int] | tuple[int, int], (), "parameter it: Type unions may not contain more than one array-like"),
+    ],
+)  # fmt: skip
+def test_a_parameter_has_a_schema_or_an_error_with_its_name(kind: Any, default: tuple, wanted: Any) -> None:
+    """A schema that says otherwise than the annotation, or an error that leaves out which tool and parameter."""
+
+    class Typed(Episode):
+        @tool
+        def go(self, it): ...
+
+    function = Typed.go
+    function.__annotations__["it"], function.__defaults__ = kind, default or None
+    if isinstance(wanted, str):
+        with pytest.raises(TaskError, match=f"^tool go of Typed: {wanted}"):
+            tools_of(Typed)
+        return
+    parameters = schemas(Typed)[0]["function"]["parameters"]
+    assert parameters["properties"]["it"] == wanted and parameters["required"] == ([] if default else ["it"])
+    if "$ref" in wanted:
+        assert wanted["$ref"].rpartition("/")[2] in parameters["$defs"]
+
+
+def test_a_default_that_a_tool_changes_is_new_in_each_call() -> None:
+    """A list that one program's call appends to is another's default."""
+
+    class Appends(Episode):
+        @tool
+        def go(self, to: list[int] = [0]) -> list[int]:  # noqa: B006
+            to.append(1)
+            return to
+
+    message = Message("assistant", "", (ToolCall("go", {}), ToolCall("go", {"to": []}), ToolCall("go", {})))
+    answers, _, _ = asyncio.run(respond(Appends(PROMPT), message))
+    assert [answer.content for answer in answers] == ["[0,1]", "[1]", "[0,1]"]
+
+
+def test_a_docstring_describes_its_parameters() -> None:
+    """What a docstring says of parameters never reaches their schema, or is told twice."""
+
+    class Told(Episode):
+        @tool
+        def go(self, a: Annotated[int, msgspec.Meta(description="mine")], b: str = "x", way: Node | None = None) -> int:
+            """Goes.
+
+            Args:
+                a: Theirs.
+                b (str): Words: many,
+                    and more.
+                way: Where.
+
+            Returns:
+                Nothing.
+            """
+            return a
+
+        @tool
+        def come(self, a: int) -> int:
+            """Comes.
+
+            Args:
+                a: One.
+                gone: No parameter of it.
+            """
+            return a
+
+    go, come = (schema["function"] for schema in schemas(Told))
+    assert go["description"] == "Goes.\n\nReturns:\n    Nothing."
+    said = {name: value.get("description") for name, value in go["parameters"]["properties"].items()}
+    assert said == {"a": "mine", "b": "Words: many, and more.", "way": "Where."}
+    assert "gone: No parameter" in come["description"] and "description" not in come["parameters"]["properties"]["a"]
+
+
+def test_what_is_no_tool_is_refused_where_it_is_marked() -> None:
+    """A property or a number of seconds that makes a tool fail in each call, or an episode that cannot be asked."""
+    for wrong in (property(lambda self: 1), "name", int):
+        with pytest.raises(TaskError, match="@tool marks .*, which is no method"):
+            tool(wrong)
+    for marks in ({"deadline_s": 0.0}, {"most_characters": 0}):
+        with pytest.raises(TaskError, match="both must be above 0"):
+            tool(**marks)
+
+    class Scores(Episode):
+        @tool
+        def score(self, turns: int): ...
+
+    with pytest.raises(TaskError, match="tool score of Scores has the name of a method that tandem calls"):
+        tools_of(Scores)
+
+
+def test_a_tool_that_swallows_its_deadline_was_late() -> None:
+    """An answer after the tool's deadline passes for one in time where the tool swallowed its cancellation."""
+
+    class Clings(Episode):
+        @tool(deadline_s=0.02)
+        async def go(self) -> str:
+            try:
+                await asyncio.sleep(30)
+            except asyncio.CancelledError:
+                return "done"
+            return "woke"
+
+    answers, _, counts = asyncio.run(respond(Clings(PROMPT), Message("assistant", "", (ToolCall("go", {}),))))
+    assert answers[0].content == "error: go took longer than 0.02 s" and counts["tool_timeouts"] == 1
 
 
 def test_a_tool_taken_back_or_replaced_by_a_subclass() -> None:

@@ -20,9 +20,10 @@ from tandem.program.config import TaskConfig
 
 Call = tuple[int, str, tuple[Any, ...], float]  # number, one of worker.Calls, its arguments, seconds that it may take
 # What the child sends, behind the call's number: ("value", x), ("raised", one line), ("task_error", message) or, where
-# it cancelled the call at its deadline, ("late", None); then the seconds that the call waited to be begun.
+# it cancelled the call at its deadline, ("late", what more to say); then the seconds that the call waited to be begun.
 Answer = tuple[int, str, Any, float]
 
+GRACE_S = 2.0  # for a call that was cancelled at its deadline to end, before it is left behind
 HOME = str(Path(tandem.__file__).parents[1])
 NEEDED = ("tandem", "numpy", "msgspec", "annotated_types")  # by tandem.program, which loads no torch
 _OWN = "import sys; sys.path[:] = paths\nfrom tandem.program.worker import main; main(theirs, parent)"

@@ -6,6 +6,7 @@ A tool's JSON schema and the check of what the model gives it both come from its
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import inspect
 import math
@@ -13,14 +14,16 @@ import typing
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
 from tandem.errors import TaskError
+from tandem.program.docstring import described
 from tandem.types import Message, ToolCall
 
 MOST_CHARACTERS = 2048  # of a tool's answer; what is longer is cut, and says so
+ASKED = ("setup", "observe", "respond", "score", "teardown")  # of an episode
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
@@ -44,7 +47,12 @@ def tool(
     ends: a call of it ends the program.
     """
 
+    if deadline_s <= 0 or most_characters < 1:
+        raise TaskError(f"@tool(deadline_s={deadline_s}, most_characters={most_characters}): both must be above 0.")
+
     def marked(method: Method) -> Method:
+        if not inspect.isfunction(_function(method)):
+            raise TaskError(f"@tool marks {method!r}, which is no method. Write it right above `def` or `async def`.")
         method._tool = _Marks(deadline_s, most_characters, ends)  # type: ignore[attr-defined]
         return method
 
@@ -72,14 +80,16 @@ class Tool:
     @property
     def schema(self) -> Mapping[str, Any]:
         """As chat templates and servers have it."""
-        described = inspect.getdoc(self.method) or ""
+        text, said = described(inspect.getdoc(self.method) or "", self.arguments.__struct_fields__)
         found = msgspec.json.schema(self.arguments)
-        parameters = found["$defs"].pop(self.name)
+        parameters = found["$defs"].pop(found["$ref"].rpartition("/")[2])
         parameters = {name: value for name, value in parameters.items() if name not in ("title", "description")}
+        for name, words in said.items():
+            parameters["properties"][name].setdefault("description", words)
         more = {"$defs": found["$defs"]} if found["$defs"] else {}
         return {
             "type": "function",
-            "function": {"name": self.name, "description": described, "parameters": parameters | more},
+            "function": {"name": self.name, "description": text, "parameters": parameters | more},
         }
 
 
@@ -89,35 +99,60 @@ def tools_of(kind: type[Any]) -> Mapping[str, Tool]:
     found: dict[str, Tool] = {}
     for base in reversed(kind.__mro__):
         for name, method in vars(base).items():
-            marks = getattr(method, "_tool", None)
+            function = _function(method)
+            marks = getattr(method, "_tool", None) or getattr(function, "_tool", None)
             if marks is None:
                 found.pop(name, None)
             else:
-                found[name] = Tool(name, method, _arguments(kind, name, method), marks)
+                given = _arguments(kind, name, function, marks, bound=not isinstance(method, staticmethod))
+                found[name] = Tool(name, function, given, marks)
     return found
 
 
-def _arguments(kind: type, name: str, method: Callable[..., Any]) -> type[msgspec.Struct]:
+def _function(method: Any) -> Any:
+    """Of a static or a class method, what it wraps."""
+    return method.__func__ if isinstance(method, staticmethod | classmethod) else method
+
+
+def _arguments(kind: type, name: str, method: Callable[..., Any], marks: _Marks, bound: bool) -> type[msgspec.Struct]:
     where = f"tool {name} of {kind.__name__}"
-    if method._tool.deadline_s != math.inf and not inspect.iscoroutinefunction(method):  # type: ignore[attr-defined]
+    if name in ASKED:
+        raise TaskError(f"{where} has the name of a method that tandem calls. Name the tool otherwise.")
+    if marks.deadline_s != math.inf and not inspect.iscoroutinefunction(method):
         raise TaskError(
             f"{where} has a deadline_s and is a plain `def`, which nobody can cancel: write it `async def`."
         )
     try:
         hints = typing.get_type_hints(method, include_extras=True)
-        fields: list[Any] = []
-        for parameter in list(inspect.signature(method).parameters.values())[1:]:
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
-                raise TypeError(f"{parameter} cannot be given by name")
-            if parameter.name not in hints:
-                raise TypeError(f"parameter {parameter.name} has no type")
-            given = () if parameter.default is parameter.empty else (parameter.default,)
-            fields.append((parameter.name, hints[parameter.name], *given))
-        made = msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
-        msgspec.json.schema(made)
+        parameters = list(inspect.signature(method).parameters.values())[bound:]
+        fields = [_field(parameter, hints) for parameter in parameters]
+        return msgspec.defstruct(name, fields, kw_only=True, forbid_unknown_fields=True)
     except (TypeError, NameError, ValueError) as error:
         raise TaskError(f"{where}: {error}. Write every parameter as NAME: TYPE, of types that JSON has.") from error
-    return made
+
+
+def _field(parameter: inspect.Parameter, hints: Mapping[str, Any]) -> tuple[str, Any, Any]:
+    """A parameter as a field of its tool's arguments; TypeError where JSON cannot give it."""
+    name, default = parameter.name, parameter.default
+    if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD, parameter.POSITIONAL_ONLY):
+        raise TypeError(f"parameter {parameter} cannot be given by name")
+    if name not in hints:
+        raise TypeError(f"parameter {name} has no type")
+    try:
+        msgspec.json.schema(hints[name])
+    except TypeError as error:
+        raise TypeError(f"parameter {name}: {str(error).splitlines()[-1]}") from error
+    if default is parameter.empty:
+        return name, hints[name], msgspec.field()
+    try:
+        plain = msgspec.json.decode(msgspec.json.encode(default))
+        msgspec.convert(plain, hints[name])
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"the default {default!r} of parameter {name} is no value of its type ({error})") from error
+    if type(default).__hash__ is not None:
+        return name, hints[name], msgspec.field(default=default)
+    shown: Any = Annotated[hints[name], msgspec.Meta(extra_json_schema={"default": plain})]  # a factory's is not shown
+    return name, shown, msgspec.field(default_factory=lambda: copy.deepcopy(default))  # for each call its own
 
 
 async def respond(episode: Any, message: Message) -> tuple[list[Message], bool, Counter[str]]:
@@ -150,11 +185,13 @@ async def _run(episode: Any, chosen: Tool, call: ToolCall) -> tuple[str, str]:
     except msgspec.ValidationError as error:
         return f"error: {call.name}: {error}", "malformed_calls"
     try:
-        value = chosen.method(episode, **msgspec.structs.asdict(given))
+        value = getattr(episode, call.name)(**msgspec.structs.asdict(given))
         if inspect.isawaitable(value):
             limit_s = chosen.marks.deadline_s
             async with asyncio.timeout(None if math.isinf(limit_s) else limit_s) as timeout:
                 value = await value
+            if timeout.expired():  # it swallowed its cancellation, and came to an end
+                raise TimeoutError
     except TimeoutError as error:
         if inspect.iscoroutinefunction(chosen.method) and timeout.expired():
             return f"error: {call.name} took longer than {limit_s:g} s", "tool_timeouts"

@@ -21,7 +21,7 @@ from typing import Any
 
 from tandem.errors import SandboxError, TaskError
 from tandem.program import prompts
-from tandem.program.child import Call
+from tandem.program.child import GRACE_S, Call
 from tandem.program.config import TaskConfig
 from tandem.program.environment import Episode
 from tandem.program.episode import (
@@ -124,7 +124,8 @@ class Calls:
             return
         if play.task is not None and not play.task.done():  # its program was withdrawn meanwhile
             play.task.cancel()
-            await asyncio.wait([play.task])
+            grace_s = min(GRACE_S, self.config.reward_deadline_s / 2)  # the rest is for giving back what it holds
+            await asyncio.wait([play.task], timeout=grace_s)
         await _awaited(play.episode.teardown())
 
     async def _played(self, number: int, opened: Prompt | None, news: tuple[Message, ...]) -> _Play:
@@ -138,6 +139,8 @@ class Calls:
                 )
             self.plays[number] = _Play(episode, opened)
         play = self.plays[number]
+        if play.task is not None and not play.task.done():
+            raise Unplayed("an earlier call of it runs on: it swallowed its cancellation")
         play.task = asyncio.current_task() if self.concurrent else None
         if opened is not None:
             try:
@@ -174,15 +177,24 @@ def _serve(connection: Connection) -> None:
     if not calls:
         return
     if calls[0].concurrent:
-        asyncio.run(_serve_many(connection, calls[0]))
+        _run(_serve_many(connection, calls[0]))
         return
     while True:
         number, method, arguments, _ = connection.recv()
         _send(connection, number, *_answer(lambda: driven(getattr(calls[0], method)(*arguments))), 0.0)  # noqa: B023
 
 
+def _run(serving: Coroutine[Any, Any, None]) -> None:
+    """As asyncio.run, and on from where a task of the user's ended the loop by sys.exit: who awaits it is told."""
+    with asyncio.Runner() as runner:
+        main_task = runner.get_loop().create_task(serving)
+        while not main_task.done():
+            with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                runner.get_loop().run_until_complete(main_task)
+
+
 async def _serve_many(connection: Connection, calls: Calls) -> None:
-    """Every call is a task of its own, cancelled at its deadline."""
+    """Every call is a task of its own, cancelled at its deadline; one that does not end by that is left behind."""
     loop, arrived = asyncio.get_running_loop(), asyncio.Queue[tuple[Call, float] | None]()
 
     def read() -> None:
@@ -196,15 +208,14 @@ async def _serve_many(connection: Connection, calls: Calls) -> None:
     async def serve(call: Call, came_s: float) -> None:
         number, method, arguments, limit_s = call
         waited_s = time.monotonic() - came_s
-        try:
-            async with asyncio.timeout(limit_s) as timeout:
-                answer = await _answered(getattr(calls, method), arguments)
-        except TimeoutError:
-            assert timeout.expired()
-            answer = ("late", None)
-        except asyncio.CancelledError:
-            answer = ("raised", "it was withdrawn")
-        _send(connection, number, *answer, waited_s)
+        task = loop.create_task(_answered(getattr(calls, method), arguments))
+        if (await asyncio.wait([task], timeout=limit_s))[0]:
+            kind, value = ("raised", "it was withdrawn") if task.cancelled() else task.result()
+        else:
+            task.cancel()
+            ended, _ = await asyncio.wait([task], timeout=GRACE_S)
+            kind, value = "late", "" if ended else "and swallowed its cancellation"
+        _send(connection, number, kind, value, waited_s)
 
     threading.Thread(target=read, daemon=True).start()
     tasks: set[asyncio.Task[None]] = set()

@@ -5,7 +5,8 @@ calls that wait go to another. An episode with state lives in one child and dies
 next. A child more comes up, to `task.workers`, where one is busy and calls wait.
 
 Where episodes are asynchronous, a child has all its calls at once and cancels those that overrun their deadline; one
-that does not answer within GRACE_S after that is held up by some call, and ends with all its episodes.
+that swallows its cancellation is left behind, and only its program fails. A child that says nothing of a late call for
+GRACE_S and ANSWER_S is held up by some call, and ends with all its episodes.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tandem.errors import EnvironmentFailure
-from tandem.program.child import Answer, Child, unwrapped
+from tandem.program.child import GRACE_S, Answer, Child, unwrapped
 from tandem.program.config import TaskConfig
 from tandem.types import Failure
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 START_DEADLINE_S = 120.0  # imports (reasoning-gym: 1 s warm, 4 s cold), the user's constructor and the held-out prompts
 CLOSE_S = 5.0  # for episodes to give back what they hold, at the end of a run
 BUSY_S = 0.1  # of one call, until another child takes those that wait: most rewards take a millisecond
-GRACE_S = 2.0  # for an asynchronous child to answer that a call was late
+ANSWER_S = 2.0  # after GRACE_S, for an asynchronous child to answer that a call was late
 POLL_S = 0.5  # between looks at deadlines, where no answer comes
 
 
@@ -138,7 +139,7 @@ class _Flight:
                 return False
             number = next(self._numbers)
             self._calls[number] = call, limit_s
-            self._due_s[number] = time.monotonic() + limit_s + GRACE_S
+            self._due_s[number] = time.monotonic() + limit_s + GRACE_S + ANSWER_S
         self.child.send((number, call.method, arguments, limit_s))
         return True
 
@@ -295,7 +296,7 @@ class Workers:
             call.broken = kind == "raised"
             return Failure(call.where if call.broken else "environment", value)
         if kind == "late":
-            return self._late(call, limit_s)
+            return self._late(call, limit_s, value)
         found = unwrapped(answer, self.config.label)
         if call.episode is not None:
             found = self._heard(call.episode, call, found)
@@ -358,11 +359,13 @@ class Workers:
             return Failure(call.where, f"its process died ({child.ended()})")
         return self._late(call, limit_s)
 
-    def _late(self, call: Asked, limit_s: float) -> Failure:
+    def _late(self, call: Asked, limit_s: float, what: str = "") -> Failure:
         short = limit_s < self.config.reward_deadline_s
         call.broken = not short
         setting = "its share of rollout.deadline_s" if short else "task.reward_deadline_s"
-        return Failure("deadline", f"{call.where} took longer than {limit_s:.3g} s ({setting})")
+        return Failure(
+            "deadline", f"{call.where} took longer than {limit_s:.3g} s ({setting}){f', {what}' * bool(what)}"
+        )
 
     def _up(self, place: int, until_s: float) -> bool:
         """Whether the child is there, its task built; not where it is still coming up at `until_s`.
