@@ -67,7 +67,7 @@ class Message:
     {'role': 'user', 'content': 'What is 1 + 2?'}
     """
 
-    role: str  # "system", "user", "assistant" or "tool"
+    role: str  # "system", "user", "assistant" or "tool"; "developer", where a template knows one
     content: str
     calls: tuple[ToolCall, ...] = ()  # of tools, by an assistant
     call_id: str = ""  # of the call that a tool's message answers

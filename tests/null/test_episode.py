@@ -13,7 +13,7 @@ from tandem.algo.config import AlgoConfig
 from tandem.engine.driver import Driver
 from tandem.errors import ModelError
 from tandem.program.config import TaskConfig
-from tandem.program.environment import Fold
+from tandem.program.environment import Fold, Step
 from tandem.program.episode import checked_step
 from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer
@@ -234,6 +234,7 @@ def test_what_follows_a_fold_is_rendered_after_it(pool: EnvironmentPool) -> None
     [
         ([Message(None, "x")], "has role None; text is needed"),
         ([Message("user", 5)], "has content 5; text is needed"),
+        ([Message("ipython", "4")], "has role 'ipython'. Allowed: system, developer, user, assistant, tool"),
         ([Message("tool", "4", call_id=7)], "has call_id 7"),
         ([Message("assistant", "", calls=("add",))], "a tuple of tandem.types.ToolCall is needed"),
         ([Message("user", "x", more={"content": "y"})], "has 'content' among its further keys"),
@@ -246,4 +247,22 @@ def test_what_follows_a_fold_is_rendered_after_it(pool: EnvironmentPool) -> None
 def test_messages_that_no_template_takes_are_named(value: object, says: str) -> None:
     """A message of the wrong make reaches the template, which raises far from who wrote it, or lets it overwrite."""
     with pytest.raises(ValueError, match=re.escape(says)):
+        checked_step(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("more", "observe returned 'more'; a list of tandem.types.Message or None is needed. Write [Message("),
+        (Fold("more"), "observe returned 'more'; a list of"),
+        (Step("more"), "observe returned 'more'; a list of"),
+        (7, "observe returned 7; a list of tandem.types.Message or None is needed"),
+        (True, "observe returned True; a list of"),
+        ({"role": "user"}, "observe returned {'role': 'user'}; a list of"),
+        ([{"role": "user", "content": "x"}], "observe returned ({'role': 'user', 'content': 'x'},); a list of"),
+    ],
+)
+def test_what_is_no_messages_is_named_as_it_was_returned(value: object, says: str) -> None:
+    """A text that comes back in letters, a number that is "not iterable": nothing that says what to return."""
+    with pytest.raises(TypeError, match=re.escape(says)):
         checked_step(value)

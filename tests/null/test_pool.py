@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tandem import env
 from tandem.errors import EnvironmentFailure, TaskError
-from tandem.program import workers
+from tandem.program import printed, workers
 from tandem.program.config import TaskConfig
 from tandem.program.episode import Observed, checked_reward, inline_reward
 from tandem.program.pool import EnvironmentPool, RunningEpisode
@@ -57,6 +57,9 @@ class Odd:
             sleeper = subprocess.Popen(["sleep", "60"])
             open(prompt.record["path"], "w").write(str(sleeper.pid))
             sleeper.wait()
+        if text == "flood":
+            for number in range(20_000):
+                print(number)
         if text == "die":
             os._exit(3)
         if text == "exit":
@@ -249,6 +252,34 @@ def test_output_stays_off_stdout(source: Path, capfd: pytest.CaptureFixture[str]
     printing.close()
     shown = capfd.readouterr()
     assert shown.out == "" and "grading fine" in shown.err
+
+
+def test_a_flood_of_output_is_bounded(source: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An environment that prints without end fills the terminal or the log; or why its process died is lost in it."""
+    printing = EnvironmentPool(TaskConfig(f"{source}:Odd", heldout_size=0, workers=1))
+    assert grades_of(printing, [said("fine"), said("flood"), said("fine")]) == [0.5, 0.5, 0.5]
+    printing.close()
+    shown = capfd.readouterr().err
+    assert shown.startswith("grading fine\ngrading flood\n0") and shown.endswith("grading fine\n")
+    assert len(shown) < printed.MOST_BYTES + printed.LAST_BYTES + 300
+    lost = 2 * len("grading fine\n") + len("grading flood\n") + sum(len(f"{n}\n") for n in range(20_000))
+    assert "tandem: task Odd printed 16 KiB; what it prints more is left out for a minute\n" in shown
+    assert f"tandem: task Odd printed {lost - printed.MOST_BYTES:,} bytes more; the last:\n" in shown
+
+
+def test_output_is_shown_again_after_a_minute() -> None:
+    """A task that once printed much is silent for the rest of a run of days."""
+    shown: list[bytes] = []
+    seen = printed.Printed("t", shown.append)
+    for second in range(0, 200, 20):
+        seen.take(b"a" * (8 << 10), float(second))
+    assert (
+        sum(text.count(b"a") for text in shown if b"tandem" not in text)
+        == 4 * printed.MOST_BYTES - (8 << 10) + 3 * printed.LAST_BYTES
+    )
+    assert sum(b"8,192 bytes more" in text for text in shown) == 3
+    seen.tell()
+    assert sum(b"bytes more" in text for text in shown) == 3
 
 
 def test_start_that_hangs_or_fails(source: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import tandem
 from tandem.errors import EnvironmentFailure, TaskError
 from tandem.program.config import TaskConfig
+from tandem.program.printed import follow
 
 Call = tuple[int, str, tuple[Any, ...], float]  # number, one of worker.Calls, its arguments, seconds that it may take
 # What the child sends, behind the call's number: ("value", x), ("raised", one line), ("task_error", message) or, where
@@ -76,6 +77,8 @@ class Child:
                 [python or sys.executable, "-c", come + (_GUEST if python else _OWN)],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,  # what a user's environment prints must not land between --json's lines
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
         except OSError as error:
@@ -84,6 +87,8 @@ class Child:
             advice = "Give the interpreter of a virtual environment: task.python=DIR/bin/python"
             raise TaskError(f"task.python {config.python} cannot be run: {error.strerror}. {advice}") from error
         theirs.close()
+        assert self.popen.stdout is not None
+        self.printed = follow(self.popen.stdout, config.label)
         self._finalizer = weakref.finalize(self, _kill, self.popen, self.connection)
         with contextlib.suppress(OSError):  # it has ended already; who waits for its answer finds that
             self.connection.send(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from tandem.program.environment import Environment, Episode, Fold, Step
 from tandem.program.reward import clipped
 from tandem.types import Failure, Message, Prompt, ToolCall
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 1 << 20  # of an observation: it is rendered while the engine waits
 
 
@@ -71,9 +72,12 @@ def _messages(value: Any) -> tuple[Message, ...] | Fold | None:
     messages = value.messages if isinstance(value, Fold) else value
     if messages is None:
         return None
-    messages = messages if isinstance(messages, Message) else tuple(messages)
-    if isinstance(messages, Message) or not all(isinstance(message, Message) for message in messages):
-        raise TypeError(f"observe returned {clipped(messages)}; a list of tandem.types.Message or None is needed")
+    if not isinstance(messages, Message | str | bytes | Mapping) and isinstance(messages, Iterable):
+        messages = tuple(messages)
+    if not isinstance(messages, tuple) or not all(isinstance(message, Message) for message in messages):
+        advice = '. Write [Message("user", TEXT)]' if isinstance(messages, str) else ""
+        wanted = "a list of tandem.types.Message or None is needed"
+        raise TypeError(f"observe returned {clipped(messages)}; {wanted}{advice}")
     if len(messages) > MAX_MESSAGES:
         raise ValueError(f"observe returned {len(messages):,} messages; allowed are {MAX_MESSAGES}")
     for message in messages:
@@ -104,6 +108,8 @@ def fault(message: Message) -> str:
             return f"has {name} {clipped(value)}; text is needed"
         if half := half_character(value):
             return half
+    if message.role not in ROLES:
+        return f"has role {clipped(message.role)}. Allowed: {', '.join(ROLES)}"
     if not isinstance(message.calls, tuple) or not all(isinstance(call, ToolCall) for call in message.calls):
         return f"has calls {clipped(message.calls)}; a tuple of tandem.types.ToolCall is needed"
     if not isinstance(message.faults, tuple) or not all(isinstance(one, str) for one in message.faults):

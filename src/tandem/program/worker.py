@@ -12,6 +12,7 @@ import contextlib
 import inspect
 import os
 import resource
+import sys
 import threading
 import time
 from collections.abc import Coroutine
@@ -166,7 +167,7 @@ def _serve(connection: Connection) -> None:
     """A TaskConfig first, answered with whether calls may overlap."""
     config: TaskConfig = connection.recv()
     resource.setrlimit(resource.RLIMIT_DATA, (config.memory_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]))
-    os.dup2(2, 1)  # what a user's environment prints must not land between the parent's --json lines
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # a pipe, and the end is by a signal
     calls: list[Calls] = []
 
     def build() -> bool:

@@ -213,6 +213,7 @@ class Workers:
             thread.join(10.0)
         for child in self.children:
             child.kill()
+            child.printed.join(1.0)  # longer where a process of another session holds the pipe
         while call := self._waiting.next(None):
             call.future.set_result(Failure(call.where, "the task was closed"))
 
