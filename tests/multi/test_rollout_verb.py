@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import threading
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from tandem.errors import ConfigError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.program.pool import RunningEpisode
 from tandem.recipes.tiny_arithmetic import tiny_arithmetic
+from tandem.report import programs
 from tandem.report.programs import ProgramsTable
 from tandem.rollout.watch import Progress, Watched
 from tandem.run import local
 from tandem.run import rollout as alone
+from tandem.run.counted import SCHEDULED
 from tandem.run.parts import resolve_source
 from tandem.types import Failure, Message, Prompt
 from tests.display import Silent
@@ -72,6 +75,10 @@ def test_a_rollout_has_the_programs_of_the_first_step(
     assert "3 train prompts x 4 programs, no training" in said.err
     (kept,) = rows(folder / "metrics.jsonl")
     assert kept.items() <= row.items() and kept["tokens_per_s"] > 0
+    (of_training,) = rows(trained / "metrics.jsonl")
+    for name in ("spelt_tokens", *SCHEDULED):
+        assert kept[name] == of_training[name], name
+    assert kept["cached_tokens"] > 0
     of_run = rows(trained / "trajectories/step-1.jsonl")
     of_rollout = rows(folder / "trajectories/step-0.jsonl")
     assert [one["prompt"] for one in of_rollout] == [one["prompt"] for one in of_run]
@@ -155,10 +162,13 @@ def test_ctrl_c_keeps_what_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
     progress = Progress(12)
     config = override(tiny_arithmetic(), SMALL)
 
-    def stop() -> None:
+    def stop(self: Any, step: int, prompts: Any) -> Any:
+        yield next(run(self, step, prompts))
         raise KeyboardInterrupt
 
-    code, row = alone.roll_out(config, "train", tmp_path / "run", progress, stop)
+    run = alone.Rollouts.run
+    monkeypatch.setattr(alone.Rollouts, "run", stop)
+    code, row = alone.roll_out(config, "train", tmp_path / "run", progress)
     assert code == 130 and row is not None and row["trajectories"] == 4
     assert len(rows(tmp_path / "run/trajectories/step-0.jsonl")) == 4
 
@@ -211,10 +221,28 @@ def test_the_table_counts_what_programs_do() -> None:
     for wanted in ("title", "3 of 4 ended, 0 running", "turns 4 (1.3 a program)", "tokens 1,234", "reward 0.500"):
         assert wanted in text, text
     assert "failed 2: 1 x reward: returned nan; 1 x engine or deadline" in text
-    log = io.StringIO()
-    with ProgramsTable(progress, "title", log) as table:
-        table.ended()  # within seconds of the start, and not the last
+
+
+def test_a_log_has_lines_before_any_group_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log that is silent for as long as the slowest program of a group takes; or that leaves out how it ended."""
+    monkeypatch.setattr(programs, "_LINE_S", 0.01)
+    written = threading.Event()
+
+    class Log(io.StringIO):
+        def write(self, text: str) -> int:
+            if text.startswith("programs 0 of 4"):
+                written.set()
+            return super().write(text)
+
+    log, progress = Log(), Progress(4)
+    with ProgramsTable(progress, "title", log):
+        progress.begun = 4
+        assert written.wait(30.0)
         progress.ended = 4
-        table.ended()
     lines = log.getvalue().splitlines()
-    assert lines[0] == "title" and len(lines) == 2 and lines[1].startswith("programs 4 of 4 ended")
+    assert lines[0] == "title" and lines[1].startswith("programs 0 of 4 ended, 4 running")
+    assert lines[-1].startswith("programs 4 of 4 ended, 0 running")
+    quiet = io.StringIO()
+    with ProgramsTable(progress, "title", quiet, quiet=True):
+        pass
+    assert quiet.getvalue() == ""

@@ -44,8 +44,9 @@ def rollout(
     from tandem.report.live import failed
     from tandem.report.programs import ProgramsTable
     from tandem.report.trajectories import write_trajectories_page
-    from tandem.report.units import decimal
+    from tandem.report.units import count, decimal
     from tandem.rollout.watch import Progress
+    from tandem.run.counted import COUNTED
     from tandem.run.rollout import roll_out, sized
     from tandem.sync.departures import declaration
 
@@ -54,8 +55,8 @@ def rollout(
     folder = out or Path("runs") / f"{config.name}-rollout-{time.strftime('%Y%m%d-%H%M%S')}"
     title = f"{config.name}  {prompts} {split.value} prompts x {group} programs, no training  {declaration(config)}"
     progress = Progress(prompts * group)
-    with ProgramsTable(progress, title, quiet=json) as table:
-        code, row = roll_out(config, split.value, folder, progress, table.ended)
+    with ProgramsTable(progress, title, quiet=json):
+        code, row = roll_out(config, split.value, folder, progress)
     if row is None:
         print(f"tandem: stopped before a group had ended; {folder} keeps no program", file=sys.stderr)
         return code
@@ -68,5 +69,8 @@ def rollout(
     print("  ".join(filter(None, facts)))
     for reason in row["failures"][1:]:
         print(f"  {reason}")
+    print("  ".join(f"{name} {count(row[name])}" for name in COUNTED if name in row))
+    if happened := row.get("happened"):
+        print("  ".join(f"{name} {count(number)}" for name, number in happened.items()))
     print(f"run folder {folder}, page {page.path}")
     return code

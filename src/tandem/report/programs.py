@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -32,32 +33,40 @@ class ProgramsTable:
         self.title = title
         self._stream = sys.stdout if stream is None else stream
         self._quiet = quiet
-        self._started_s = self._said_s = time.monotonic()
+        self._started_s = time.monotonic()
         self._console = Console(file=self._stream)
         self._live: Live | None = None
+        self._over = threading.Event()
+        self._lines: threading.Thread | None = None
         if not quiet and self._console.is_terminal and not self._console.is_dumb_terminal:
             self._live = Live(get_renderable=self.render, console=self._console, refresh_per_second=4)
 
     def __enter__(self) -> ProgramsTable:
-        self._started_s = self._said_s = time.monotonic()
+        self._started_s = time.monotonic()
         if self._live:
             self._live.start()
         else:
             print(self.title, file=sys.stderr if self._quiet else self._stream, flush=True)
+        if not (self._live or self._quiet):
+            self._lines = threading.Thread(target=self._write_lines, name="lines of a rollout", daemon=True)
+            self._lines.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._live:
             self._live.stop()
+        if self._lines:
+            self._over.set()
+            self._lines.join()
+            self._line()
 
-    def ended(self) -> None:
-        """A group has ended: a log has a line where the last one is some seconds old, or nothing is left to come."""
-        now = time.monotonic()
-        if self._live or self._quiet:
-            return
-        if now - self._said_s >= _LINE_S or self.progress.ended == self.progress.programs:
-            self._said_s = now
-            print("  ".join(f"{name} {text}" for name, text in self.facts()), file=self._stream, flush=True)
+    def _write_lines(self) -> None:
+        while not self._over.wait(_LINE_S):
+            if self.progress.begun:  # until then a model is loaded
+                self._line()
+
+    def _line(self) -> None:
+        print("  ".join(f"{name} {text}" for name, text in self.facts()), file=self._stream, flush=True)
 
     def facts(self) -> list[tuple[str, str]]:
         """What is known now, by name."""

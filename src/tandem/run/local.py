@@ -37,6 +37,7 @@ from tandem.rollout.written import texts, written
 from tandem.run import outlet
 from tandem.run.clock import WallClock, started
 from tandem.run.config import Learned, RunConfig, check_training
+from tandem.run.counted import counted
 from tandem.run.course import Course, mark_best
 from tandem.run.folder import RunFolder, SavedCheckpoint, check_new
 from tandem.run.ledger import Ledger
@@ -59,9 +60,6 @@ Row = Mapping[str, Any]
 SAVE_SHARE = 200  # a save by time waits for this many times what the last one took: after the first, 0.5 % of a run
 
 OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated", "turns", "happened")  # keys of a row
-SCHEDULED = ("cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages")  # of engine.stats, in a step's row
-DRAFTED = ("drafted_tokens", "accepted_tokens")
-
 
 # `objective` of a config -> what the learner is given.
 OBJECTIVES: Mapping[str, Callable[[RunConfig], Objective]] = {
@@ -181,17 +179,13 @@ class Session:
 
         Where rollout.redraws asks for it, prompts are drawn again in place of groups whose rewards are equal.
         """
-        before, spelt = self.parts.engine.stats, self.parts.renderer.spelt_tokens
-        groups = self.rollouts.collect(step, prompts)
-        for _ in range(self.config.rollout.redraws):
-            spread = sum(has_spread(self.config.algo, group, self.price.price) for group in groups)
-            if spread >= len(prompts):
-                break
-            groups += self.rollouts.collect(step, self.stream.take(len(prompts) - spread))
-        self.trace.count("spelt_tokens", self.parts.renderer.spelt_tokens - spelt)
-        after = self.parts.engine.stats
-        for name in (*SCHEDULED, *(DRAFTED if self.config.engine.draft_tokens else ())):
-            self.trace.count(name, getattr(after, name) - getattr(before, name))
+        with counted(self.parts, self.trace, bool(self.config.engine.draft_tokens)):
+            groups = self.rollouts.collect(step, prompts)
+            for _ in range(self.config.rollout.redraws):
+                spread = sum(has_spread(self.config.algo, group, self.price.price) for group in groups)
+                if spread >= len(prompts):
+                    break
+                groups += self.rollouts.collect(step, self.stream.take(len(prompts) - spread))
         return groups
 
     def read(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
@@ -395,7 +389,7 @@ def figures(config: RunConfig, summary: RolloutSummary, report: LearnerReport | 
         "tokens": summary.tokens,
         "zero_variance": summary.zero_variance,
     }
-    if config.rollout.max_turns > 1:
+    if config.rollout.max_turns > 1 or any(summary.counts.values()):
         row |= {"turns": summary.turns, "happened": summary.counts}
     if report is not None:
         found = report.measured

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from tandem.rollout.rows import trajectory_rows
 from tandem.rollout.watch import Progress, Watched
 from tandem.run.clock import started
 from tandem.run.config import RunConfig
+from tandem.run.counted import counted
 from tandem.run.folder import RunFolder, check_new
 from tandem.run.local import figures
 from tandem.run.parts import build_parts
@@ -55,12 +56,10 @@ def sized(config: RunConfig, programs: int | None, split: Split) -> RunConfig:
     return config
 
 
-def roll_out(
-    config: RunConfig, split: Split, out: Path, progress: Progress, ended: Callable[[], None]
-) -> tuple[int, dict[str, Any] | None]:
+def roll_out(config: RunConfig, split: Split, out: Path, progress: Progress) -> tuple[int, dict[str, Any] | None]:
     """Run the programs of a step; returns the exit code and the row, None where it was stopped before a group ended.
 
-    `ended` is called as groups end. Ctrl-C keeps the groups that have.
+    Ctrl-C keeps the groups that have ended.
     """
     check_counts(config)
     check_new(out)
@@ -84,12 +83,12 @@ def roll_out(
         leaving.enter_context(parts.memory.foreseen())
         running = cast(Generator[Group, None, None], rollouts.run(STEP, prompts))
         leaving.callback(running.close)  # before the pool: what runs is withdrawn
-        try:
-            for group in running:
-                groups.append(group)
-                ended()
-        except KeyboardInterrupt:
-            stopped = True
+        with counted(parts, trace, bool(config.engine.draft_tokens)):
+            try:
+                for group in running:
+                    groups.append(group)
+            except KeyboardInterrupt:
+                stopped = True
         if not groups:
             return STOPPED, None
         places = {prompt.id: place for place, prompt in enumerate(prompts)}
@@ -98,8 +97,9 @@ def roll_out(
         folder.write_trajectories(STEP, kept)
         summary = summarise(groups)
         row = {"step": STEP, **figures(config, summary, None), "weights": parts.engine.version.digest}
-        seconds, _ = totals.take()
+        seconds, counts = totals.take()
         spent, sampling = time.perf_counter() - began_s, seconds.get("rollout", 0.0)
+        row |= counts
         row["tokens_per_s"] = row["tokens"] / sampling if sampling else None
         row["seconds"] = seconds | {"other": max(0.0, spent - sum(seconds.values()))}
         row |= {"time_s": spent, "peak_memory_bytes": peak_bytes()}

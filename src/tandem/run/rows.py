@@ -41,7 +41,7 @@ _OF_SAMPLES = {
     "length_max": Key("tokens", "longest"),
     "tokens": Key("tokens", "all of them"),
     "tokens_per_s": Key("tokens/s", "sampled over the seconds of rollout; null where nothing was sampled"),
-    "turns": Key("count", "mean completions a program, where rollout.max_turns is above 1"),
+    "turns": Key("count", "mean completions a program, where rollout.max_turns is above 1 or tools are called"),
     "happened/*": Key(
         "count",
         "in all programs: tool_calls, malformed_calls, unreadable_calls, tool_errors, tool_timeouts, scorer_errors, "

@@ -1,0 +1,27 @@
+"""What the engine and the renderer did for a step's rollouts, counted for its row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tandem.run.parts import Parts
+from tandem.trace import Trace
+
+SCHEDULED = ("cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages")  # of engine.stats, in a step's row
+DRAFTED = ("drafted_tokens", "accepted_tokens")
+COUNTED = ("spelt_tokens", *SCHEDULED, *DRAFTED)
+
+
+@contextmanager
+def counted(parts: Parts, trace: Trace, drafts: bool) -> Iterator[None]:
+    """Counts what happens meanwhile, rollouts that are stopped included."""
+    names = (*SCHEDULED, *(DRAFTED if drafts else ()))
+    before, spelt = parts.engine.stats, parts.renderer.spelt_tokens
+    try:
+        yield
+    finally:
+        trace.count("spelt_tokens", parts.renderer.spelt_tokens - spelt)
+        after = parts.engine.stats
+        for name in names:
+            trace.count(name, getattr(after, name) - getattr(before, name))
