@@ -166,7 +166,8 @@ def rollout_bytes(asked: Asked) -> int:
     filters = rollout.top_k or rollout.top_p < 1 or rollout.min_p
     sampled = SAMPLED_BYTES + (SET_BYTES + 4 * min(rollout.top_k or 32, asked.spec.vocab_size) if filters else 0)
     program = PROGRAM_BYTES + PROMPT_BYTES * asked.prompt_tokens
-    program += sampled * min(rollout.max_turns * rollout.max_new_tokens, longest)
+    most = rollout.max_turns * rollout.max_new_tokens
+    program += sampled * min(most, rollout.max_program_tokens or most, longest)
     return program * max(rollout.prompts_per_step * rollout.samples_per_prompt, asked.run.evaluation.prompts)
 
 

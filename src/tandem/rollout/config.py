@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Gt, Interval
 
-from tandem.config import Count, Positive, section
+from tandem.config import Amount, Count, Positive, section
 from tandem.errors import ConfigError
 from tandem.types import Sampling
 
@@ -32,6 +32,8 @@ class RolloutConfig:
     stop_strings: tuple[str, ...] = ()  # texts that end a turn, beside the tokeniser's stop tokens
     history: Literal["append", "render"] = "append"  # later turns: behind the sampled tokens, or all rendered anew
     max_turns: Positive = 1  # completions a program may make; 1 never asks the environment to observe
+    max_program_tokens: Count = 0  # sampled in all turns of a program, at most; 0: as its turns and the context allow
+    max_program_s: Amount = 0.0  # from a program's first token on, after which it takes no turn; 0: no limit
     returning_first: bool = True  # programs that come back from their environment run before those that begin
     deadline_s: Annotated[float, Gt(0)] = 600.0  # seconds for rollouts and rewards; what is left fails with a reason
     keep_tokens: bool = True  # in trajectories/: ids, log-probs and credit of each token, which the page colours

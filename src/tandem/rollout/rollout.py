@@ -28,7 +28,7 @@ from tandem.rollout.config import RolloutConfig
 from tandem.rollout.history import split_cause
 from tandem.rollout.trajectory import flatten
 from tandem.trace import Trace
-from tandem.types import Failure, Group, Message, Prompt, Request, StopReason, Trajectory, Turn
+from tandem.types import Completion, Failure, Group, Message, Prompt, Request, StopReason, Trajectory, Turn
 
 AHEAD = 4096  # programs that the engine has to choose from and to share prompts among; others are made as these end
 
@@ -88,6 +88,8 @@ class _Program:
     episode: Playing
     segments: list[_Segment]
     requests: int = 0
+    sampled: int = 0  # tokens, in all turns that have ended
+    last: str = ""  # the limit for which no turn follows
     limits: dict[str, int] = field(default_factory=dict)  # that ended it, as counts
     outcome: float | Failure | None = None  # None while it runs
 
@@ -283,7 +285,10 @@ class _Step:
     def _submit(self, program: _Program) -> None:
         # One seed for all turns: noise is keyed by absolute position, and no position of a segment is sampled twice.
         segment = program.segments[-1]
-        given = (f"{program.id}/{program.requests}", program.id, segment.context, self.by.sampling, segment.seed)
+        sampling, most = self.by.sampling, self.by.config.max_program_tokens
+        if most and most - program.sampled < sampling.max_new_tokens:
+            sampling = dataclasses.replace(sampling, max_new_tokens=most - program.sampled)
+        given = (f"{program.id}/{program.requests}", program.id, segment.context, sampling, segment.seed)
         program.requests += 1
         priority = int(program.requests > 1 and self.by.config.returning_first)
         self._waits.submit(program, Request(*given, priority=priority, group=f"{program.prompt.id}/{self.step}"))
@@ -293,12 +298,13 @@ class _Step:
         if asked == "engine":
             program.turns.append(Turn(answer))
             self._say(program, answer.tokens)
+            self._limit(program, answer)
             if answer.stop_reason is StopReason.ABORTED:
                 self._end(program, Failure("engine", "its request was withdrawn"))
             elif answer.stop_reason is StopReason.FAILED:
                 self._end(program, Failure("engine", answer.failure))
             elif self.by.config.max_turns > 1 or program.prompt.tools:
-                last = program.requests >= self.by.config.max_turns  # it acts on that one too, and is heard no more
+                last = bool(program.last)  # it acts on that one too, and is heard no more
                 self._waits.ask(program, "environment", program.episode.observe(last))
             else:
                 self._grade(program)
@@ -308,11 +314,24 @@ class _Step:
             program.turns[-1] = dataclasses.replace(program.turns[-1], reward=answer.reward, state=answer.state)
             if answer.messages is None:
                 self._grade(program)
-            elif program.requests >= self.by.config.max_turns:
-                program.limits["turn_limit"] = 1
+            elif program.last:
+                program.limits[program.last] = 1
                 self._grade(program)
             else:
                 self._continue(program, answer.messages)
+
+    def _limit(self, program: _Program, answer: Completion) -> None:
+        """Whether it has reached a limit: with this turn it ends."""
+        config, first = self.by.config, program.segments[0].turns[0].completion
+        program.sampled += len(answer.columns)
+        if config.max_program_tokens and program.sampled >= config.max_program_tokens:
+            program.last = "token_limit"
+            if answer.stop_reason is StopReason.LENGTH:  # in the middle of the turn
+                program.limits[program.last] = 1
+        elif program.requests >= config.max_turns:
+            program.last = "turn_limit"
+        elif config.max_program_s and self.by.clock() - first.started_s >= config.max_program_s:
+            program.last = "time_limit"
 
     def _say(self, program: _Program, tokens: Sequence[int]) -> None:
         """A completion, as the message that the environment reads."""

@@ -45,7 +45,8 @@ _OF_SAMPLES = {
     "happened/*": Key(
         "count",
         "in all programs: tool_calls, malformed_calls, unreadable_calls, tool_errors, tool_timeouts, scorer_errors, "
-        "and split_CAUSE where rollout.history=render changed what was said",
+        "turn_limit, token_limit, time_limit and context_limit where one ended a program, and split_CAUSE "
+        "where rollout.history=render changed what was said",
     ),
     "cached_tokens": Key("tokens", "of prompts, found in the engine's cache"),
     "recomputed_tokens": Key("tokens", "run again after a preemption"),
