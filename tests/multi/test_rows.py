@@ -40,6 +40,7 @@ POLICY = {
     "rollout.samples_per_prompt": "4",
     "rollout.top_p": "0.9",
     "rollout.max_turns": "2",
+    "rollout.extra_prompts": "1",
     "engine.draft_tokens": "2",
     "sync.lag": "1",
     "algo.kl": "k3",

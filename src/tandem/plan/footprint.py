@@ -168,7 +168,8 @@ def rollout_bytes(asked: Asked) -> int:
     program = PROGRAM_BYTES + PROMPT_BYTES * asked.prompt_tokens
     most = rollout.max_turns * rollout.max_new_tokens
     program += sampled * min(most, rollout.max_program_tokens or most, longest)
-    return program * max(rollout.prompts_per_step * rollout.samples_per_prompt, asked.run.evaluation.prompts)
+    groups = rollout.prompts_per_step + rollout.extra_prompts
+    return program * max(groups * rollout.samples_per_prompt, asked.run.evaluation.prompts)
 
 
 def activation_bytes(spec: ModelSpec, rows: int, itemsize: int, checkpointing: bool) -> int:

@@ -211,6 +211,7 @@ def check_counts(run: RunConfig) -> None:
     for name, count, others, each in (
         ("rollout.samples_per_prompt", rollout.samples_per_prompt, rollout.prompts_per_step, PROGRAM_BYTES),
         ("rollout.prompts_per_step", rollout.prompts_per_step, rollout.samples_per_prompt, PROGRAM_BYTES),
+        ("rollout.extra_prompts", rollout.extra_prompts, rollout.samples_per_prompt, PROGRAM_BYTES),
         ("evaluation.prompts", run.evaluation.prompts, 1, PROGRAM_BYTES),
         ("task.heldout_size", run.task.heldout_size, 1, HELDOUT_BYTES),
     ):
@@ -261,7 +262,8 @@ def _check_pool(asked: Asked) -> None:
             f"rollout.max_new_tokens {run.rollout.max_new_tokens} after a prompt, of {asked.prompt_tokens} tokens or "
             f"more, take {least} bytes at once"
         )
-        wanted *= min(run.rollout.prompts_per_step * run.rollout.samples_per_prompt, asked.engine.max_sequences)
+        groups = run.rollout.prompts_per_step + run.rollout.extra_prompts
+        wanted *= min(groups * run.rollout.samples_per_prompt, asked.engine.max_sequences)
     raise CapacityError(
         f"engine.kv_memory_bytes is {given}, but {why}; no weight was read. Set engine.kv_memory_bytes={wanted}"
         f"{', where all rollouts of a step run at once' if wanted > least else ''}, or to 0 to leave it to the plan."

@@ -24,6 +24,7 @@ class RolloutConfig:
     prompts_per_step: Positive = 16  # each with its own group
     samples_per_prompt: Positive = 8  # the group whose rewards are compared
     redraws: Count = 0  # times that a step draws other prompts for groups of equal rewards, until none is lacking
+    extra_prompts: Count = 0  # prompts run beyond those of a batch, which the first groups to end make (first.py)
     temperature: float = 1.0  # 0 takes the most likely token
     top_k: Annotated[int, Interval(ge=0, le=2**31 - 1)] = 0  # keep this many most likely tokens; 0 keeps all
     top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0  # keep the smallest set whose mass reaches this

@@ -18,13 +18,15 @@ from dataclasses import dataclass, field
 from itertools import accumulate, islice
 from typing import Any, Literal, Protocol
 
-from tandem.engine.driver import GRACE_S, Driver
+from tandem.columns import Columns
+from tandem.engine.driver import GRACE_S, Driver, OnTokens
 from tandem.errors import CapacityError, EngineError, ModelError
 from tandem.numerics.random import derive_seed
 from tandem.program.environment import Fold
 from tandem.program.episode import Observed
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
+from tandem.rollout.first import End, First
 from tandem.rollout.history import split_cause
 from tandem.rollout.trajectory import flatten
 from tandem.trace import Trace
@@ -89,9 +91,18 @@ class _Program:
     segments: list[_Segment]
     requests: int = 0
     sampled: int = 0  # tokens, in all turns that have ended
+    drawn: int = 0  # in the one that has not, where somebody counts
     last: str = ""  # the limit for which no turn follows
     limits: dict[str, int] = field(default_factory=dict)  # that ended it, as counts
     outcome: float | Failure | None = None  # None while it runs
+
+    @property
+    def request_id(self) -> str:
+        """Of its last request."""
+        return f"{self.id}/{self.requests - 1}"
+
+    def count(self, new: Columns) -> None:
+        self.drawn += len(new)
 
     @property
     def turns(self) -> list[Turn]:
@@ -136,9 +147,9 @@ class _Waits:
         self.asked[program] = asked
         future.add_done_callback(lambda ended: self._answered(program, ended))
 
-    def submit(self, program: _Program, request: Request) -> None:
+    def submit(self, program: _Program, request: Request, on_tokens: OnTokens | None = None) -> None:
         """Wait for the engine."""
-        future = self.driver.submit(request)
+        future = self.driver.submit(request, on_tokens)
         self.requests[request.id] = program
         self.asked[program] = "engine"
         future.add_done_callback(lambda ended: self._ended.put((program, request.id, ended)))
@@ -162,8 +173,17 @@ class _Waits:
         while not self._ended.empty():
             program, request_id, future = self._ended.get()
             self.requests.pop(request_id, None)
-            found.append((program, self.asked.pop(program), future))
+            if (asked := self.asked.pop(program, None)) is not None:
+                found.append((program, asked, future))
         return found
+
+    def drop(self, program: _Program) -> bool:
+        """Wait for its environment no more, or have the engine answer soon; whether nothing comes any more."""
+        if self.asked[program] != "engine":
+            del self.asked[program]
+            return True
+        self.driver.abort(program.request_id)
+        return False
 
     def _wait(self, wait_s: float) -> None:
         with contextlib.suppress(queue.Empty):
@@ -183,7 +203,8 @@ class _Waits:
                     self._wait(left_s)
             while not self._ended.empty():
                 program, _, future = self._ended.get()
-                found[program] = future
+                if program in self.asked:  # not dropped
+                    found[program] = future
         left, self.asked, self.requests = self.asked, {}, {}
         return [(program, asked, found.get(program)) for program, asked in left.items()]
 
@@ -216,19 +237,20 @@ class Rollouts:
         self.clock = clock
         self.sampling = config.sampling(renderer.stop_token_ids)
 
-    def collect(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
-        """All groups of a step, in the prompts' order."""
-        groups = {group.prompt.id: group for group in self.run(step, prompts)}
-        return [groups[prompt.id] for prompt in prompts]
+    def collect(self, step: int, prompts: Sequence[Prompt], first: First | None = None) -> list[Group]:
+        """All groups of a step, or the first, in the prompts' order."""
+        groups = {group.prompt.id: group for group in self.run(step, prompts, first)}
+        return [groups[prompt.id] for prompt in prompts if prompt.id in groups]
 
-    def run(self, step: int, prompts: Sequence[Prompt]) -> Iterator[Group]:
+    def run(self, step: int, prompts: Sequence[Prompt], first: First | None = None) -> Iterator[Group]:
         """One group of samples_per_prompt programs for each prompt, as they end; closed early, it withdraws the rest.
 
+        Where the `first` make a batch, they come when it is full; the others are withdrawn, and counted in the trace.
         Whatever goes wrong in one program is its trajectories' Failure. CapacityError where a prompt does not fit the
         engine; nothing of this step is then left in it.
         """
         assert len({prompt.id for prompt in prompts}) == len(prompts), "prompt ids repeat within a step"
-        running = _Step(self, step, prompts)
+        running = _Step(self, step, prompts, first)
         try:
             while running.left:
                 with self.trace.span("rollout"):
@@ -241,7 +263,7 @@ class Rollouts:
 class _Step:
     """The programs of one step."""
 
-    def __init__(self, rollouts: Rollouts, step: int, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, rollouts: Rollouts, step: int, prompts: Sequence[Prompt], first: First | None) -> None:
         self.by = rollouts
         self.step = step
         self.prompts = prompts
@@ -252,35 +274,51 @@ class _Step:
         self._programs = self._made()
         self._ended: dict[int, list[_Program]] = {}  # of groups that have not ended, by place
         self._groups: list[Group] = []  # that have, and were not given
+        self._first = first
+        self._running: dict[int, list[_Program]] = {}  # where the first make the batch: of groups that have not ended
+        self._late: set[int] = set()  # places of groups that were withdrawn
+        self._extra = Counter(extra_programs=0, extra_tokens=0)
 
     def advance(self) -> list[Group]:
         """The groups that end next."""
-        while not self._groups:
+        while self.left and not self._groups:
             if self.by.clock() >= self.until_s:
                 self._expire()
-                break
-            waiting = sum(asked != "reward" for asked in self._waits.asked.values())
-            for program in islice(self._programs, AHEAD - waiting):
-                self._submit(program)
-            for program, asked, future in self._waits.ended(self.until_s - self.by.clock()):
-                self._take(program, asked, future.result(0))
+            else:
+                self._progress()
+            if self._first is not None:
+                self._race(self._first)
         given, self._groups = self._groups, []
         return given
 
+    def _progress(self) -> None:
+        """What is to be begun, and what comes back next."""
+        waiting = sum(asked != "reward" for asked in self._waits.asked.values())
+        for program in islice(self._programs, AHEAD - waiting):
+            self._submit(program)
+        for program, asked, future in self._waits.ended(self.until_s - self.by.clock()):
+            self._take(program, asked, future.result(0))
+
     def withdraw(self) -> None:
         """Nothing of this step stays in the engine or with environments."""
-        for program, _, _ in self._waits.withdraw():
-            program.episode.teardown()
+        for program, _, future in self._waits.withdraw():
+            self._leave(program, _known(future))
+        if self._first is not None:
+            for name, number in self._extra.items():
+                self.by.trace.count(name, number)
 
     def _made(self) -> Iterator[_Program]:
         """Programs in order, siblings together."""
         for place, prompt in enumerate(self.prompts):
             tokens = self.by.renderer.prompt_tokens(prompt.messages, prompt.tools)
-            for sibling in range(self.size):
+            for sibling in range(self.size if place not in self._late else 0):
                 seed = derive_seed(self.by.run_seed, self.step, prompt.id, sibling)
                 episode = self.by.environments.episode(prompt, self.until_s)
                 segments = [_Segment(tokens, seed, prompt.messages)]
-                yield _Program(f"{prompt.id}/{self.step}/{sibling}", place, prompt, episode, segments)
+                program = _Program(f"{prompt.id}/{self.step}/{sibling}", place, prompt, episode, segments)
+                if self._first is not None:
+                    self._running.setdefault(place, []).append(program)
+                yield program
 
     def _submit(self, program: _Program) -> None:
         # One seed for all turns: noise is keyed by absolute position, and no position of a segment is sampled twice.
@@ -288,13 +326,17 @@ class _Step:
         sampling, most = self.by.sampling, self.by.config.max_program_tokens
         if most and most - program.sampled < sampling.max_new_tokens:
             sampling = dataclasses.replace(sampling, max_new_tokens=most - program.sampled)
-        given = (f"{program.id}/{program.requests}", program.id, segment.context, sampling, segment.seed)
         program.requests += 1
+        given = (program.request_id, program.id, segment.context, sampling, segment.seed)
         priority = int(program.requests > 1 and self.by.config.returning_first)
-        self._waits.submit(program, Request(*given, priority=priority, group=f"{program.prompt.id}/{self.step}"))
+        request = Request(*given, priority=priority, group=f"{program.prompt.id}/{self.step}")
+        self._waits.submit(program, request, program.count if self._first is not None else None)
 
     def _take(self, program: _Program, asked: Asked, answer: Any) -> None:
         """What came back for a program."""
+        if program.place in self._late:
+            self._leave(program, answer)
+            return
         if asked == "engine":
             program.turns.append(Turn(answer))
             self._say(program, answer.tokens)
@@ -323,7 +365,7 @@ class _Step:
     def _limit(self, program: _Program, answer: Completion) -> None:
         """Whether it has reached a limit: with this turn it ends."""
         config, first = self.by.config, program.segments[0].turns[0].completion
-        program.sampled += len(answer.columns)
+        program.sampled, program.drawn = program.sampled + len(answer.columns), 0
         if config.max_program_tokens and program.sampled >= config.max_program_tokens:
             program.last = "token_limit"
             if answer.stop_reason is StopReason.LENGTH:  # in the middle of the turn
@@ -396,19 +438,59 @@ class _Step:
         ended.append(program)
         if len(ended) == self.size:
             ended = sorted(self._ended.pop(program.place), key=lambda one: int(one.id.rpartition("/")[2]))
-            self._groups.append(Group(program.prompt, tuple(t for one in ended for t in one.trajectories)))
+            group = Group(program.prompt, tuple(t for one in ended for t in one.trajectories))
             self.left -= 1
+            if self._first is None:
+                self._groups.append(group)
+            else:
+                self._first.end(_end_of(self._running.pop(program.place)), group)
+
+    def _race(self, first: First) -> None:
+        """Withdraw the groups that will not be of the batch; where no other runs, give those that are."""
+        for place, siblings in list(self._running.items()):
+            if first.late(_end_of(siblings)):
+                del self._running[place]
+                self._late.add(place)
+                self.left -= 1
+                self._extra.update(extra_programs=self.size, extra_tokens=sum(one.sampled for one in siblings))
+                for program in siblings:
+                    if program.outcome is None and self._waits.drop(program):
+                        program.episode.teardown()
+        if not self.left:
+            self._groups, beyond = first.split()
+            for group in beyond:
+                tokens = sum(trajectory.num_sampled for trajectory in group.trajectories)
+                self._extra.update(extra_programs=self.size, extra_tokens=tokens)
+
+    def _leave(self, program: _Program, answer: Any) -> None:
+        """A program that is withdrawn, with what the engine had of its last turn."""
+        if program.place in self._late and isinstance(answer, Completion):
+            self._extra["extra_tokens"] += len(answer.columns)
+        program.episode.teardown()
 
     def _expire(self) -> None:
         """The deadline has passed: what is left is withdrawn, or not started, and fails; what was graded stays."""
         late = Failure("deadline", f"generation took longer than {self.by.config.deadline_s:g} s (rollout.deadline_s)")
         for program, asked, future in self._waits.withdraw():
-            known = None if future is None or future.exception(0) is not None else future.result(0)
+            known = _known(future)
+            if program.place in self._late:
+                self._leave(program, known)
+                continue
             if asked == "engine" and known is not None and known.tokens:
                 program.turns.append(Turn(known))
             self._end(program, known if asked == "reward" and known is not None else late)
         for program in self._programs:
             self._end(program, late)
+
+
+def _end_of(siblings: Sequence[_Program]) -> End:
+    """When they end, at the earliest."""
+    return End(max(one.sampled + one.drawn for one in siblings), siblings[0].place)
+
+
+def _known(future: Future[Any] | None) -> Any:
+    """What has come, if it has."""
+    return None if future is None or future.exception(0) is not None else future.result(0)
 
 
 def _nothing() -> None:

@@ -18,7 +18,7 @@ FATES = {
     "filtered": "of a group whose rewards were equal, which left the batch",
     "truncated": "cut at rollout.max_new_tokens, and left out",
     "failed": "the environment, the reward or the deadline gave no score",
-    "aborted": "withdrawn before the end",
+    "aborted": "withdrawn before the end, or of a group beyond the batch (rollout.extra_prompts)",
     "discarded": "of steps after the checkpoint that a resumed run started from",
     "in_flight": "sampled, but in no trajectory when the run ended",
 }

@@ -29,6 +29,7 @@ from tandem.models.decoder import Decoder
 from tandem.plan.memory import Plan, check_counts, peak_bytes
 from tandem.program.pool import EnvironmentPool
 from tandem.rollout.evaluate import Evaluation, evaluate
+from tandem.rollout.first import First
 from tandem.rollout.group import RolloutSummary, summarise
 from tandem.rollout.pieces import Pieces
 from tandem.rollout.rollout import Rollouts
@@ -172,21 +173,32 @@ class Session:
         )
 
     def prompts(self, step: int) -> Sequence[Prompt]:
-        return self.stream.take(self.config.rollout.prompts_per_step)
+        asked = self.config.rollout
+        return self.stream.take(asked.prompts_per_step + (asked.extra_prompts if self.samples else 0))
 
     def rollout(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """Groups of a step; what the engine's scheduler did for them is counted for the row.
 
-        Where rollout.redraws asks for it, prompts are drawn again in place of groups whose rewards are equal.
+        Where rollout.extra_prompts are asked for, the first groups to end are the step's; where rollout.redraws are,
+        prompts are drawn again in place of groups whose rewards are equal.
         """
+        asked, groups, lacking = self.config.rollout, list[Group](), self.config.rollout.prompts_per_step
         with counted(self.parts, self.trace, bool(self.config.engine.draft_tokens)):
-            groups = self.rollouts.collect(step, prompts)
-            for _ in range(self.config.rollout.redraws):
-                spread = sum(has_spread(self.config.algo, group, self.price.price) for group in groups)
-                if spread >= len(prompts):
+            for draw in range(1 + asked.redraws):
+                if draw:
+                    prompts = self.stream.take(lacking + asked.extra_prompts)
+                first = First(lacking, self.usable) if asked.extra_prompts else None
+                groups += self.rollouts.collect(step, prompts, first)
+                lacking = asked.prompts_per_step - sum(map(self.usable, groups))
+                if lacking <= 0:
                     break
-                groups += self.rollouts.collect(step, self.stream.take(len(prompts) - spread))
         return groups
+
+    def usable(self, group: Group) -> bool:
+        """Whether it counts towards the batch: something of it was graded, and stays in."""
+        if self.config.algo.filter_zero_variance:
+            return has_spread(self.config.algo, group, self.price.price)
+        return any(trajectory.failure is None for trajectory in group.trajectories)
 
     def read(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """The task's own solutions in place of rollouts."""
@@ -298,6 +310,7 @@ class Session:
         now = time.perf_counter()
         seconds, counts = self.totals.take()
         self.ledger.spend(seconds)
+        self.ledger.tokens["aborted"] += int(counts.get("extra_tokens", 0))
         rollout_s = seconds.get("rollout", 0.0)
         if "tokens" in row:
             row["tokens_per_s"] = row["tokens"] / rollout_s if rollout_s else None

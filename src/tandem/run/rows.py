@@ -52,6 +52,8 @@ _OF_SAMPLES = {
     "recomputed_tokens": Key("tokens", "run again after a preemption"),
     "preemptions": Key("count", "requests that gave their pages back"),
     "evicted_pages": Key("count", "cached pages given to others"),
+    "extra_programs": Key("count", "of groups beyond the batch, where rollout.extra_prompts is set"),
+    "extra_tokens": Key("tokens", "that those had sampled; in no other key"),
     "drafted_tokens": Key("tokens", "tried before they were drawn, where engine.draft_tokens is set"),
     "accepted_tokens": Key("tokens", "of those, drawn"),
     "cost": Key("algo.price", "mean cost a trajectory, where algo.price has a budget"),
