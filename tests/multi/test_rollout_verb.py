@@ -197,7 +197,8 @@ def test_the_table_counts_what_programs_do() -> None:
     made = iter(playing)
     pool = type("Pool", (), {"episode": lambda self, prompt, until_s: next(made)})()
     progress = Progress(4, sampled=lambda: 1234)
-    watched = Watched(pool, progress)
+    heard: list[str] = []
+    watched = Watched(pool, progress, lambda prompt: heard.append(prompt.id))
     running = [watched.episode(Prompt("p", ()), 0.0) for _ in playing]
     for episode in running:
         episode.said.append(Message("assistant", "hm"))
@@ -205,12 +206,16 @@ def test_the_table_counts_what_programs_do() -> None:
     running[1].score()
     assert (progress.begun, progress.running, progress.asked, progress.turns) == (3, 3, 2, 2)
     playing[0].future.set_result((Message("user", "go on"),))
+    assert heard == ["p"]
     playing[1].future.set_result(0.5)
     running[1].teardown()
     running[0].said.append(Message("assistant", "ah"))
     running[0].score()
     playing[0].future.set_result(Failure("reward", "returned nan"))
     running[0].teardown()
+    running[2].observe(True)
+    playing[2].future.set_result(None)
+    assert heard == ["p"]  # nothing follows a last turn or a reward
     running[2].teardown()  # the engine gave it up
     assert (progress.ended, progress.running, progress.asked, progress.turns) == (3, 0, 0, 4)
     assert progress.rewards == [0.5]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from tandem.bench.peers import Figure
@@ -20,7 +19,7 @@ WORK = f"agents {PROGRAMS}x{TURNS}x{NEW}"
 REPEATS = 2
 
 
-class Watched:
+class Timed:
     """An engine, and the seconds in which it stood still while a program could run.
 
     A program can run from when its environment has answered (`ready`) until a step begins after its request came; one
@@ -66,6 +65,7 @@ def agents(_: Machine) -> Iterator[Figure]:
     from tandem.program.pool import EnvironmentPool
     from tandem.rollout.config import RolloutConfig
     from tandem.rollout.rollout import Rollouts
+    from tandem.rollout.watch import Progress, Watched
 
     parts = build_engine()
     config = RolloutConfig(samples_per_prompt=1, max_turns=TURNS, max_new_tokens=NEW)
@@ -73,10 +73,9 @@ def agents(_: Machine) -> Iterator[Figure]:
     try:
         prompts = pool.batch(0, (REPEATS + 1) * PROGRAMS)
         for attempt in range(REPEATS + 1):
-            watched = Watched(parts.engine)
-            rollouts = Rollouts(
-                Driver(watched), parts.renderer, _Told(pool, watched, attempt), config, run_seed=attempt
-            )
+            timed = Timed(parts.engine)
+            watched = Watched(pool, Progress(PROGRAMS), lambda prompt: timed.ready(f"{prompt.id}/{attempt}"))  # noqa: B023
+            rollouts = Rollouts(Driver(timed), parts.renderer, watched, config, run_seed=attempt)
             before, began_s = parts.engine.stats.run_tokens, time.perf_counter()
             groups = rollouts.collect(attempt, prompts[attempt * PROGRAMS : (attempt + 1) * PROGRAMS])
             spent_s = time.perf_counter() - began_s
@@ -84,9 +83,7 @@ def agents(_: Machine) -> Iterator[Figure]:
             assert all(one.failure is None for one in ended), [one.failure for one in ended]
             if attempt:  # the first warms up
                 yield Figure("tandem", WORK, spent_s, "s")
-                yield Figure(
-                    "tandem", f"{WORK}: idle while one could run", max(watched.idle_s / spent_s, 1e-9), "share"
-                )
+                yield Figure("tandem", f"{WORK}: idle while one could run", max(timed.idle_s / spent_s, 1e-9), "share")
                 again = parts.engine.stats.run_tokens - before - sum(map(least_run, ended))
                 yield Figure("tandem", f"{WORK}: run again", max(again / sum(map(prefixes, ended)), 1e-9), "share")
     finally:
@@ -104,22 +101,3 @@ def prefixes(trajectory: Trajectory) -> int:
     mask = trajectory.columns["loss_mask"]
     ends = [place for place in range(1, len(mask)) if mask[place - 1] and not mask[place]]  # where observations begin
     return sum(end - 1 for end in ends)
-
-
-class _Told:
-    """An environment pool whose answers are told to a Watched engine."""
-
-    def __init__(self, pool: Any, watched: Watched, step: int) -> None:
-        self.pool, self.watched, self.step = pool, watched, step
-
-    def episode(self, prompt: Any, until_s: float, /) -> Any:
-        playing = self.pool.episode(prompt, until_s)
-        observe = playing.observe
-
-        def told(last: bool = False) -> Future[Any]:
-            future = observe(last)
-            future.add_done_callback(lambda _: self.watched.ready(f"{prompt.id}/{self.step}"))
-            return future
-
-        playing.observe = told
-        return playing

@@ -33,29 +33,34 @@ class Progress:
 
 
 class Watched:
-    """Episodes of `pool`, counted in `progress`."""
+    """Episodes of `pool`, counted in `progress`; `goes_on` is told the prompt of each whose turn was answered."""
 
-    def __init__(self, pool: Episodes, progress: Progress) -> None:
+    def __init__(self, pool: Episodes, progress: Progress, goes_on: Callable[[Prompt], None] | None = None) -> None:
         self.pool = pool
         self.progress = progress
+        self.goes_on = goes_on
         self.lock = threading.Lock()  # environments answer on threads of their own
 
     def episode(self, prompt: Prompt, until_s: float, /) -> Playing:
         with self.lock:
             self.progress.begun += 1
-        return _Episode(self, self.pool.episode(prompt, until_s))
+        return _Episode(self, prompt, self.pool.episode(prompt, until_s))
 
 
 class _Episode:
-    def __init__(self, by: Watched, playing: Playing) -> None:
+    def __init__(self, by: Watched, prompt: Prompt, playing: Playing) -> None:
         self.by = by
+        self.prompt = prompt
         self.playing = playing
         self.said = playing.said
         self.turns = 0
         self.known = False  # its reward, or why there is none
 
     def observe(self, last: bool = False) -> Future[Any]:
-        return self._ask(partial(self.playing.observe, last), rewards=False)
+        future = self._ask(partial(self.playing.observe, last), rewards=False)
+        if (told := self.by.goes_on) is not None and not last:
+            future.add_done_callback(lambda _: told(self.prompt))
+        return future
 
     def score(self, unheard: int = 0) -> Future[float | Failure]:
         return self._ask(partial(self.playing.score, unheard), rewards=True)
