@@ -27,6 +27,7 @@ import os
 import time
 from pathlib import Path
 from tandem.program.environment import Environment, Episode, Step, tool
+from tandem.errors import SandboxError
 from tandem.types import Message, Prompt
 
 class Shop(Episode):
@@ -80,6 +81,8 @@ class Shop(Episode):
         return Step(step.messages, reward=self.held, state="counter")
 
     async def score(self, turns):
+        if turns[-1].content == "box":
+            raise SandboxError("no box")
         if turns[-1].content == "stuck":
             await asyncio.sleep(60)
         return self.earned if turns[-1].content != "bad" else float("nan")
@@ -179,6 +182,7 @@ def test_a_child_that_is_held_up_or_dies(tmp_path: Path, how: str) -> None:
     assert isinstance(beside.observe().result(30), Failure)
     after.said.append(calls("take", count=4))
     assert after.observe().result(30).messages[0].content == "4"
+    assert [*pool._workers._flights] == pool._workers.children  # nothing is kept of the one that died
     pool.close()
 
 
@@ -315,6 +319,9 @@ def test_a_setup_that_fails_is_no_wrong_answer(tmp_path: Path) -> None:
     episode = pool.episode(pool.prompt(7), 1e12)
     episode.said.append(Message("assistant", "a"))
     assert episode.score().result(30) == Failure("environment", "raised RuntimeError: no shop") and not episode.counts
+    episode = pool.episode(pool.prompt(1), 1e12)
+    episode.said.append(Message("assistant", "box"))
+    assert episode.score().result(30) == Failure("environment", "no box") and not episode.counts
     pool.close()
 
 

@@ -314,7 +314,7 @@ def test_deadline_before_a_program_starts(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_capacity() -> None:
     """A prompt that does not fit leaves its siblings in the engine; one that outgrows it stops the run, or escapes."""
-    engine = FakeEngine(lambda request: spell("ab"), capacity=5)
+    engine = FakeEngine(lambda request: spell("abc"), capacity=5)
     long = Prompt("long", (Message("user", "much too long"),))
     with pytest.raises(CapacityError, match="engine.kv_memory_bytes"):
         Rollouts(Driver(engine), Renderer(Letters()), Counting(), CONFIG, run_seed=1).collect(0, [*prompts(1), long])
@@ -322,8 +322,9 @@ def test_capacity() -> None:
     config = replace(CONFIG, max_turns=2)
     (group,) = Rollouts(Driver(engine), Renderer(Letters()), Counting(9), config, run_seed=1).collect(0, prompts(1))
     first = group.trajectories[0]
-    assert first.failure is None and first.reward == 2.0 and first.counts == {"observations": 1, "context_limit": 1}
-    assert column(group.trajectories[0], "loss_mask")[5:8] == [True, True, True]
+    assert first.failure is None and first.counts == {"observations": 1, "context_limit": 1}
+    assert first.reward == 3.0  # of what the model said, not of the "go" that it could not read
+    assert column(group.trajectories[0], "loss_mask")[5:9] == [True] * 4
 
 
 def test_lost_request_is_noticed() -> None:
