@@ -9,7 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tandem.columns import Columns
@@ -98,6 +98,7 @@ def by_hand(groups: list[Group], enough: int) -> list[str]:
     ahead=st.sampled_from([2, 5, 4096]),
     threaded=st.booleans(),
 )
+@example(count=7, enough=1, samples=3, turns=2, seed=283, ahead=2, threaded=False)  # late before its last sibling began
 def test_the_batch_is_the_first_by_the_clock_of_tokens(
     count: int, enough: int, samples: int, turns: int, seed: int, ahead: int, threaded: bool
 ) -> None:

@@ -311,7 +311,9 @@ class _Step:
         """Programs in order, siblings together."""
         for place, prompt in enumerate(self.prompts):
             tokens = self.by.renderer.prompt_tokens(prompt.messages, prompt.tools)
-            for sibling in range(self.size if place not in self._late else 0):
+            for sibling in range(self.size):
+                if place in self._late:
+                    break
                 seed = derive_seed(self.by.run_seed, self.step, prompt.id, sibling)
                 episode = self.by.environments.episode(prompt, self.until_s)
                 segments = [_Segment(tokens, seed, prompt.messages)]
