@@ -18,7 +18,7 @@ from tandem.models.decoder import Decoder
 from tandem.numerics.compare import same_bits
 from tandem.numerics.digest import tensor_digest
 from tandem.train.config import CriticConfig, LearnerConfig
-from tandem.train.critic import Critic, ValueModel, explained_variance
+from tandem.train.critic import Critic, ValueModel, judged
 from tandem.train.step import Learner
 from tandem.types import Sample
 from tests.samples import having, trained
@@ -149,12 +149,12 @@ def test_a_critic_learns_what_states_are_worth(make_decoder: MakeDecoder, own: b
     assert found[0]["explained_variance"] == 0.0 < found[-1]["explained_variance"] <= 1.0
 
 
-def test_explained_variance_by_hand() -> None:
+def test_what_a_critic_knew_by_hand() -> None:
     """Untrained tokens are counted, or the variance is about zero. Returns 1, 3; values 1, 2: 1 - (1/4) / 1."""
     columns = Columns.of(tokens=(1, 2, 3), loss_mask=(False, True, True), values=(9, 1, 2), returns=(-9, 1, 3))
     sample = Sample("p/0/0/0", "p", columns)
-    assert explained_variance([sample]) == 0.75
-    assert explained_variance([having(sample, returns=(5.0, 1.0, 1.0))]) == 0.0
+    assert judged([sample]) == {"explained_variance": 0.75, "values_mean": 1.5, "returns_mean": 2.0}
+    assert judged([having(sample, returns=(5.0, 1.0, 1.0))])["explained_variance"] == 0.0
     assert trained(sample) == [1, 2]
 
 

@@ -19,7 +19,12 @@ from tandem.report.metrics import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-STRIPS = (("The answers", plots.ANSWERS), ("The updates", plots.UPDATE), ("Drift and limits", plots.LIMITS))
+STRIPS = (
+    ("The answers", plots.ANSWERS),
+    ("The updates", plots.UPDATE),
+    ("The critic", plots.CRITIC),
+    ("Drift and limits", plots.LIMITS),
+)
 Lines = list[tuple[str, list[str]]]  # (what, one text a run)
 
 

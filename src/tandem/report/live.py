@@ -53,6 +53,8 @@ def step_line(row: Row, total_steps: int, left_s: float | None) -> str:
         parts.append(f"length {decimal(row.get('length'), 1)} (max {count(row.get('length_max'))})")
         parts.append(f"entropy {decimal(row.get('entropy'))}")
         parts.append(f"KL {divergence(row.get('kl'))}")
+        if "explained_variance" in row:
+            parts.append(f"critic {percent(row['explained_variance'])}")
         parts.append(f"{count(row.get('tokens_per_s'))} tok/s")
     elif "loss" in row:
         parts += [f"loss {decimal(row['loss'])}", f"length {decimal(row.get('length'), 1)}"]
@@ -202,6 +204,8 @@ class LiveTable:
         columns = ["step", name, "length", "max", "entropy", "KL", "tok/s", "time"]
         if width >= 90:
             columns += ["equal groups", "failed", "gradient", "held-out"]
+            if any("explained_variance" in row for row in self._rows):
+                columns.insert(-1, "critic")
         if name == "loss":  # nothing is sampled
             columns = [column for column in columns if column not in ("KL", "tok/s", "equal groups", "failed")]
         for column in columns:
@@ -220,6 +224,7 @@ class LiveTable:
                 "equal groups": percent(row.get("zero_variance")),
                 "failed": count(row.get("failed")),
                 "gradient": decimal(row.get("grad_norm"), 2),
+                "critic": percent(row.get("explained_variance")),
                 "held-out": _scored(row["evaluation"]) if row.get("evaluation") else "",
             }
             table.add_row(*(cells[column] for column in columns), style="red" if row.get("failed") else "")

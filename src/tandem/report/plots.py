@@ -285,6 +285,11 @@ ANSWERS: tuple[Curve, ...] = (
     ("entropy", "entropy, nats", 1.0),
     ("tokens_per_s", "tokens/s", 1.0),
 )
+CRITIC: tuple[Curve, ...] = (
+    ("value_loss", "value loss", 1.0),
+    ("explained_variance", "explained var.", 1.0),
+    ("returns_mean", "mean return", 1.0),
+)
 LIMITS: tuple[Curve, ...] = (
     ("kl", "KL, nats", 1.0),
     ("truncated", "cut off, share", 1.0),
@@ -310,7 +315,7 @@ def strips_figure(title: str, curves: Sequence[Curve], runs: Sequence[tuple[str,
             axes.update_datalim([(steps[0], 1.08 * max(drawn))] if drawn else [])
         axes.autoscale_view()
         axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=_floor(name, axes))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9, steps=[1, 2, 5, 10]))
         if place == 0:
@@ -320,6 +325,12 @@ def strips_figure(title: str, curves: Sequence[Curve], runs: Sequence[tuple[str,
     drawn_on[-1].set_xlabel(STEPS)
     figure.align_ylabels()
     return figure
+
+
+def _floor(name: str, axes: Axes) -> float:
+    """0, or the lowest value below it; -1 for a share of a variance, which has no lower end."""
+    low = min(0.0, axes.dataLim.y0)
+    return max(-1.0, low) if name == "explained_variance" else low
 
 
 def update_figure(rows: Sequence[Row]) -> Figure:
@@ -338,6 +349,21 @@ def agents_figure(rows: Sequence[Row]) -> Figure:
     return strips_figure("Programs of several turns: counts a program", curves, [("", counted)])
 
 
+def critic_figure(rows: Sequence[Row]) -> Figure:
+    """A critic's loss, what it knew of the returns' variance, and the mean of its values beside that of the returns."""
+    figure = strips_figure("The critic", CRITIC, [("", rows)])
+    axes = figure.axes[-1]
+    steps, values = series(training(rows), "values_mean")
+    if steps:
+        (returns,) = axes.get_lines()
+        returns.set_label("returns")
+        axes.set_ylabel("mean, reward")
+        axes.plot(steps, values, color=VERMILLION, linestyle="--", linewidth=1.4, label="values")
+        axes.set_ylim(bottom=min(axes.get_ylim()[0], *values))
+        axes.legend(loc="best", ncols=2)
+    return figure
+
+
 def limits_figure(rows: Sequence[Row]) -> Figure:
     """What tells trouble: KL of learner against behaviour, answers cut at their longest, peak memory."""
     return strips_figure("Drift and limits", LIMITS, [("", rows)])
@@ -350,6 +376,7 @@ FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "entropy": entropy_figure,
     "time": time_figure,
     "update": update_figure,
+    "critic": critic_figure,
     "agents": agents_figure,
     "limits": limits_figure,
     "budget": budget_figure,

@@ -76,6 +76,8 @@ _OF_THE_LEARNER = {
     "value_loss": Key("reward^2", "half the squared error of the critic, clipped, where algo.advantage is gae"),
     "value_clip_fraction": Key("share", "trained tokens whose value loss was clipped"),
     "explained_variance": Key("share", "of the returns, by the critic before the step; below 0: worse than their mean"),
+    "values_mean": Key("reward", "of the critic before the step, over the trained tokens"),
+    "returns_mean": Key("reward", "of what its values should have been"),
     "critic_grad_norm": Key("1", "of the critic, before clipping, of the last update"),
     "corrected": Key("0 or 1", "whether an alarm turned the correction on"),
 }

@@ -147,8 +147,9 @@ class Critic:
         self.optimiser.updates, self.steps = int(state["updates"]), int(state["steps"])
 
 
-def explained_variance(samples: Sequence[Sample]) -> float:
-    """1 - Var(returns - values) / Var(returns) over the trained tokens; 0 where the returns do not vary.
+def judged(samples: Sequence[Sample]) -> dict[str, float]:
+    """Means of values and returns over the trained tokens, and 1 - Var(returns - values) / Var(returns), which is 0
+    where the returns do not vary.
 
     1: the critic knew them; 0: no better than their mean; below: worse.
     """
@@ -157,4 +158,9 @@ def explained_variance(samples: Sequence[Sample]) -> float:
         for name in ("values", "returns")
     )
     spread = float(np.var(returns))
-    return 1.0 - float(np.var(returns - values)) / spread if spread > 0.0 else 0.0
+    explained = 1.0 - float(np.var(returns - values)) / spread if spread > 0.0 else 0.0
+    return {
+        "explained_variance": explained,
+        "values_mean": float(np.mean(values)),
+        "returns_mean": float(np.mean(returns)),
+    }

@@ -15,7 +15,7 @@ from tandem.errors import ConfigError, NonFiniteError
 from tandem.models.decoder import Decoder
 from tandem.trace import Trace
 from tandem.train.config import LearnerConfig
-from tandem.train.critic import Critic, explained_variance
+from tandem.train.critic import Critic, judged
 from tandem.train.optimiser import Optimiser
 from tandem.train.score import forward, with_logprobs
 from tandem.train.score import score as score
@@ -161,6 +161,6 @@ class Learner:
         measured = by.measured(results)
         if self.critic is not None:
             self.critic.steps += 1
-            known = {"explained_variance": explained_variance(samples), "critic_grad_norm": self.critic_norm}
+            known = judged(samples) | {"critic_grad_norm": self.critic_norm}
             measured = replace(measured, metrics=measured.metrics | known)
         return LearnerReport(measured, norm, lr, len(results), rows)
