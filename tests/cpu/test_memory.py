@@ -46,17 +46,20 @@ import json, sys
 from dataclasses import replace
 from tandem import env
 env.limit_spinning()
+from tandem.algo.config import AlgoConfig
 from tandem.algo.objective import PolicyGradient
 from tandem.algo.pack import count_prompts
 from tandem.columns import Columns
 from tandem.engine.config import EngineConfig
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.config import ModelConfig
+from tandem.models.decoder import Decoder
 from tandem.program.config import TaskConfig
 from tandem.run.config import RunConfig
 from tandem.plan.memory import peak_bytes, resident_bytes
 from tandem.run.parts import build_parts, plan_parts
-from tandem.train.config import LearnerConfig
+from tandem.train.config import CriticConfig, LearnerConfig
+from tandem.train.critic import Critic
 from tandem.train.step import Learner
 from tandem.types import Request, Sample, Sampling
 
@@ -66,12 +69,15 @@ run = RunConfig("memory", 1, model, engine=engine, task=TaskConfig("jsonl", path
 checkpoint = open_checkpoint(sys.argv[1])
 tokenizer = checkpoint.load_tokenizer()
 
-def planned(**learner):
+def planned(critic=None, **learner):
     given = replace(run, learner=replace(run.learner, **learner)) if learner else None
+    if critic is not None:
+        given = replace(given, algo=AlgoConfig(advantage="gae"), critic=critic)
     return plan_parts(checkpoint, tokenizer, model, engine, 0, given).peak()[0]
 
 alone, kept, again = planned(), planned(activation_checkpointing="off"), planned(activation_checkpointing="on")
 away = planned(activation_checkpointing="on", optimiser_offload="disk")
+judged = {own: planned(CriticConfig(sys.argv[1] if own else ""), activation_checkpointing="off") for own in (0, 1)}
 del checkpoint
 parts = build_parts(model, engine)
 length, wanted = 512, parts.plan["kv_capacity_tokens"]
@@ -93,9 +99,15 @@ samples = [
     for i, row in enumerate(rows)
 ]
 
-def learn(stage, plan, **settings):
-    config = replace(run.learner, **settings)
-    Learner(parts.decoder, config, PolicyGradient(run.algo, 1.0), 10).step(samples, count_prompts(samples))
+def learn(stage, plan, critic=None, **settings):
+    config, algo, given = replace(run.learner, **settings), run.algo, samples
+    if critic is not None:
+        algo = AlgoConfig(advantage="gae")
+        critic = Critic(critic, CriticConfig(), config, own=critic is not parts.decoder)
+        earned = [replace(s, columns=s.columns.having(step_rewards=s.columns["advantages"])) for s in samples]
+        given = critic.credit(algo, earned, count_prompts(samples))
+    learner = Learner(parts.decoder, config, PolicyGradient(algo, 1.0), 10, critic=critic)
+    learner.step(given, count_prompts(samples))
     parts.publisher.publish(1)
     before, grads = resident_bytes(), [weight.grad for _, weight in parts.decoder.weights()]
     written = [grad.fill_(0.0).nbytes for grad in grads]
@@ -107,6 +119,11 @@ def learn(stage, plan, **settings):
 learn("on disk", away, activation_checkpointing="on", optimiser_offload="disk")
 learn("computed again", again, activation_checkpointing="on")
 learn("kept", kept, activation_checkpointing="off")
+learn("head", judged[0], parts.decoder, activation_checkpointing="off")
+checkpoint = open_checkpoint(sys.argv[1])
+trunk = Decoder(checkpoint.spec, model.dtype, model.device).load(checkpoint.tensors())
+del checkpoint
+learn("critic", judged[1], trunk, activation_checkpointing="off")
 print(json.dumps([seen, given_back]))
 """
 
@@ -139,7 +156,7 @@ def test_a_plan_is_what_is_then_used(model: Path, tmp_path: Path) -> None:
     seen, given_back = json.loads(done.stdout)
     for stage, (planned, used) in seen.items():
         assert abs(planned / used - 1) < 0.1, f"{stage}: planned {planned / 1e6:.0f} MB, used {used / 1e6:.0f} MB"
-    assert list(given_back) == ["pages", "on disk", "computed again", "kept"]
+    assert list(given_back) == ["pages", "on disk", "computed again", "kept", "head", "critic"]
     for what, (held, freed) in given_back.items():  # pages, and the gradients after a learner's step
         assert freed > 0.9 * held, f"{what}: {freed / 1e6:.0f} MB of {held / 1e6:.0f} MB were given back"
 

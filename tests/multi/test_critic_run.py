@@ -33,7 +33,13 @@ SMALL = {
     "learner.warmup_steps": "0",
 }
 CRITICS = {
-    "head": {"critic.warmup_steps": "1", "algo.gae_lambda": "0.9"},
+    "head": {
+        "critic.warmup_steps": "1",
+        "algo.gae_lambda": "0.9",
+        "algo.kl": "k1",
+        "algo.kl_weight": "0.1",
+        "algo.kl_in_reward": "true",
+    },
     "head and trunk": {"critic.trunk_gradient": "0.5", "algo.updates_per_step": "2"},
     "model": {"critic.model": f"{MODEL},seed=1", "critic.lr": "1e-3", "algo.gae_step": "turn"},
 }

@@ -343,6 +343,8 @@ def test_group_size_of_batch_estimators() -> None:
         ({"credit": "step", "step_weight": 0.5}, "algo.step_weight"),
         ({"gae_lambda": 0.9}, "algo.gae_lambda"),
         ({"gae_step": "turn"}, "algo.gae_step is turn"),
+        ({"kl": "k1", "kl_weight": 0.1, "kl_in_reward": True}, "algo.kl_in_reward is on with algo.advantage 'grpo'"),
+        ({"advantage": "gae", "kl_in_reward": True}, "algo.kl 'none'"),
         ({"advantage": "gae", "discount": 1.5}, "algo.discount is 1.5"),
     ],
 )

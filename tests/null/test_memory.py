@@ -97,6 +97,28 @@ def test_what_only_serves_has_one_form() -> None:
         assert sizes(plan_memory(other, PLENTY, base_bytes=0))["weights"] == 2 * COUNT
 
 
+def test_a_critic_is_planned() -> None:
+    """A critic's optimiser is held where the run keeps its own on disk, its values are free, or it is never let go."""
+    config = RunConfig(
+        "sums", 1, MODEL, algo=AlgoConfig(advantage="gae"), task=TaskConfig("jsonl", path="x"), learner=LearnerConfig()
+    )
+    head = replace(asked(), run=config)
+    alone, found = (sizes(plan_memory(a, PLENTY, base_bytes=0)) for a in (head, replace(head, critic=SPEC)))
+    assert alone["values of a microbatch"] == 16 * 1024 * 32 and found["values of a microbatch"] == 32 * 1024 * 32
+    assert {name for name in found if "critic" in name} == {
+        "critic", "critic's gradients", "critic's optimiser (weights in fp32, two moments)",
+        "critic's activations of a microbatch",
+    }  # fmt: skip
+    assert found["critic"] == 2 * COUNT + 2 * PACKED and found["critic's gradients"] == found["gradients"]
+    assert found["critic's optimiser (weights in fp32, two moments)"] == 12 * COUNT
+    away = replace(config, learner=LearnerConfig(optimiser_offload="disk"))
+    plan = plan_memory(replace(head, run=away, critic=SPEC), PLENTY, base_bytes=0)
+    held = {line.name: (line.phases, line.mapped) for line in plan.lines if "optimiser" in line.name}
+    assert len(held) == 2 and set(held.values()) == {(("update",), True)}
+    assert "critic.model= (a head on the policy)" in dict(plan.savings)
+    assert "critic's gradients" not in {line.name for line in plan.lines if "generate" in line.phases}
+
+
 def test_activations_are_kept_while_they_fit() -> None:
     """A run pays for recomputing with memory to spare, or is refused though recomputing would fit."""
     wide = asked(microbatch_tokens=100_000)

@@ -121,6 +121,7 @@ class AlgoConfig:
     clip_high: Amount | None = None  # ratio above 1 + clip_high is clipped; None takes the loss's own, CLIP_RANGES
     kl: Kl = "none"  # estimator of the KL to the reference policy, added to the loss
     kl_weight: Amount = 0.0  # its coefficient
+    kl_in_reward: bool = False  # taken off each token's reward before a critic judges it, in place of added to the loss
     aggregation: Aggregation = "token_mean"  # how token losses are averaged
     constant_tokens: Positive | None = None  # divisor of a sample's token sum under constant_mean (Dr. GRPO)
     filter_zero_variance: bool = False  # groups of equal rewards leave the batch, denominators included
@@ -160,6 +161,12 @@ class AlgoConfig:
             raise ConfigError(
                 f"algo.credit is {self.credit!r}, but algo.advantage {self.advantage!r} {why}. Set algo.credit to "
                 "trajectory, or algo.advantage to grpo, dr_grpo, rloo or reinforce_pp_baseline."
+            )
+        if self.kl_in_reward and not (gae and self.needs_reference):
+            raise ConfigError(
+                f"algo.kl_in_reward is on with algo.advantage {self.advantage!r} and algo.kl {self.kl!r}: only gae "
+                "gives tokens rewards of their own. Set algo.advantage to gae and algo.kl to k1, or leave "
+                "algo.kl_in_reward false."
             )
         for name, used, needs in (
             ("discount", gae or self.credit != "trajectory", "algo.credit step or gigpo, or algo.advantage gae"),

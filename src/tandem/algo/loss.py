@@ -174,7 +174,8 @@ def policy_loss(
     sums: dict[str, Tensor] = {"clipped": (terms.clipped_N & corrected.kept_N).sum()}
     if config.kl != "none":
         kl_N = KL_ESTIMATORS[config.kl](learner_N, batch["reference_logprobs"])
-        per_token_N = per_token_N + config.kl_weight * kl_N
+        if not config.kl_in_reward:
+            per_token_N = per_token_N + config.kl_weight * kl_N
         sums["kl_reference"] = kl_N.detach().sum()
     if entropy_N is not None:
         sums["entropy"] = entropy_N.detach().double().sum()

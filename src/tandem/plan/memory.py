@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 LIBRARY_BYTES = 24 << 20  # compiled kernels, threads' stacks and what else is first touched after the plan: measured
 CHILD_BYTES = 120 << 20  # a task's child: reasoning_gym's sums take 115 MiB
 MARGIN = 0.9  # of what is available, for what the program may choose to fill
+VALUE_BYTES = (
+    16  # a critic's head, of a number of a hidden state in fp64 (16.5 measured); twice where it has a gradient
+)
 POOL_BYTES = 4 << 30  # most that the CPU's pool takes unasked
 LEAST_POOL_BYTES = 256 << 20  # activations are kept only where this much is left for pages
 
@@ -330,9 +333,13 @@ def _variants(asked: Asked, plan: Plan) -> Iterator[tuple[str, Asked]]:
     away = "host" if model.device == "cuda" else "disk"
     if run.learner.optimiser_offload == "none":
         yield f"learner.optimiser_offload={away}", learning(optimiser_offload=away)
+    if asked.critic is not None:
+        head = replace(run, critic=replace(run.critic, model=""))
+        yield "critic.model= (a head on the policy)", replace(asked, critic=None, run=head)
     if run.algo.needs_reference:
-        algo = replace(run.algo, kl="none", kl_weight=0.0)
-        yield "algo.kl=none and algo.kl_weight=0", replace(asked, run=replace(run, algo=algo))
+        algo = replace(run.algo, kl="none", kl_weight=0.0, kl_in_reward=False)
+        reward = " and algo.kl_in_reward=false" if run.algo.kl_in_reward else ""
+        yield f"algo.kl=none and algo.kl_weight=0{reward}", replace(asked, run=replace(run, algo=algo))
 
 
 def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) -> Iterator[Line]:
@@ -381,22 +388,29 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
         yield from _learner_lines(asked, checkpointing, place)
 
 
+def _optimiser_lines(asked: Asked, whose: str, count: int, place: Literal["host", "device"]) -> Iterator[Line]:
+    """Of a model of `count` weights that learns."""
+    assert asked.run is not None
+    offload = asked.run.learner.optimiser_offload
+    yield Line(f"{whose}gradients", 4 * count, ("learn", "update") if asked.takes_turns else LOADED, place)
+    sliced = offload == "disk" and not asked.addresses
+    yield Line(
+        f"{whose}optimiser (weights in fp32, two moments)",
+        12 * min(count, SLICE if sliced else count),
+        ("update",) if sliced else LOADED,
+        "host" if offload == "host" else place,
+        mapped=sliced,
+    )
+
+
 def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "device"]) -> Iterator[Line]:
     """What training adds."""
     spec, model, run = asked.spec, asked.model, asked.run
     assert run is not None
     shapes = expected_shapes(spec).values()
     count = sum(map(prod, shapes))
-    compute, offload = SIZES[model.dtype], run.learner.optimiser_offload
-    yield Line("gradients", 4 * count, ("learn", "update") if asked.takes_turns else LOADED, place)
-    sliced = offload == "disk" and not asked.addresses
-    yield Line(
-        "optimiser (weights in fp32, two moments)",
-        12 * min(count, SLICE if sliced else count),
-        ("update",) if sliced else LOADED,
-        "host" if offload == "host" else place,
-        mapped=sliced,
-    )
+    compute = SIZES[model.dtype]
+    yield from _optimiser_lines(asked, "", count, place)
     if run.algo.needs_reference:
         yield Line("reference model", count * compute + packed_bytes(spec, model), LOADED, place)
     yield Line("rollouts of a step", rollout_bytes(asked), LOADED)
@@ -404,9 +418,12 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
     if asked.critic is not None:
         critic = sum(map(prod, expected_shapes(asked.critic).values()))
         yield Line("critic", critic * compute + packed_bytes(asked.critic, model), LOADED, place)
-        yield Line("critic's gradients and optimiser", 16 * critic, LOADED, place)
+        yield from _optimiser_lines(asked, "critic's ", critic, place)
         kept = activation_bytes(asked.critic, rows, compute, checkpointing)
         yield Line("critic's activations of a microbatch", kept, ("learn",), place)
+    if run.algo.needs_critic:
+        each = VALUE_BYTES * (2 if asked.critic or run.critic.trunk_gradient else 1)
+        yield Line("values of a microbatch", each * rows * (asked.critic or spec).width, ("learn",), place)
     kept = activation_bytes(spec, rows, compute, checkpointing)
     yield Line("activations of a microbatch", kept, ("learn",), place)
     yield Line("head of a microbatch", head_bytes(spec, rows, compute, place), ("learn",), place)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tandem.algo.config import AlgoConfig
 from tandem.algo.credit import with_gae
-from tandem.algo.loss import clipped_value_loss
+from tandem.algo.loss import KL_ESTIMATORS, clipped_value_loss
 from tandem.algo.pack import PromptTotal
 from tandem.algo.tensors import MicrobatchTensors, to_tensors
 from tandem.errors import NonFiniteError
@@ -59,7 +59,8 @@ class ValueModel:
             head = head.requires_grad_()
             head.register_hook(self._take)
         wide_NM = hidden_NM.double()
-        return (wide_NM / wide_NM.norm(dim=1, keepdim=True)) @ head[:-1] + head[-1]
+        # A product's sums would depend on how many rows there are: a value would have other bits in another pack.
+        return (wide_NM * head[:-1]).sum(dim=1) / wide_NM.norm(dim=1) + head[-1]
 
     def _take(self, gradient: Tensor) -> None:
         assert self.head.grad is not None
@@ -109,6 +110,8 @@ class Critic:
                 batch = to_tensors(microbatch, self.model.trunk.device)
                 return self.model(hidden_states(self.model.trunk, microbatch, batch))
 
+        if algo.kl_in_reward:
+            samples = [_charged(algo, sample) for sample in samples]
         return with_gae(algo, with_column("values", score, samples, prompts, self.learner.microbatch_tokens))
 
     def loss(self, microbatch: Microbatch, batch: MicrobatchTensors, hidden_NM: Tensor) -> ValueLoss:
@@ -145,6 +148,17 @@ class Critic:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Counts; the tensors come from files of their own (train/checkpoint.py)."""
         self.optimiser.updates, self.steps = int(state["updates"]), int(state["steps"])
+
+
+def _charged(algo: AlgoConfig, sample: Sample) -> Sample:
+    """r_t - kl_weight KL(behaviour, reference)_t at each trained token; 0 of a token whose behaviour is not known."""
+    columns = sample.columns
+    mask = columns["loss_mask"]
+    behaviour_N, reference_N = (torch.tensor(columns[name][mask]) for name in ("logprobs", "reference_logprobs"))
+    kl_N = KL_ESTIMATORS[algo.kl](behaviour_N, reference_N)
+    rewards = columns["step_rewards"].copy()
+    rewards[mask] -= algo.kl_weight * torch.where(behaviour_N.isfinite(), kl_N, 0.0).numpy()
+    return dataclasses.replace(sample, columns=columns.having(step_rewards=rewards))
 
 
 def judged(samples: Sequence[Sample]) -> dict[str, float]:
