@@ -41,7 +41,7 @@ CRITICS = {
         "algo.kl_in_reward": "true",
     },
     "head and trunk": {"critic.trunk_gradient": "0.5", "algo.updates_per_step": "2"},
-    "model": {"critic.model": f"{MODEL},seed=1", "critic.lr": "1e-3", "algo.gae_step": "turn"},
+    "model": {"critic.model": f"{MODEL},seed=1", "critic.model_lr": "1e-3", "algo.gae_step": "turn"},
 }
 
 

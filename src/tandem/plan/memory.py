@@ -334,7 +334,7 @@ def _variants(asked: Asked, plan: Plan) -> Iterator[tuple[str, Asked]]:
     if run.learner.optimiser_offload == "none":
         yield f"learner.optimiser_offload={away}", learning(optimiser_offload=away)
     if asked.critic is not None:
-        head = replace(run, critic=replace(run.critic, model=""))
+        head = replace(run, critic=replace(run.critic, model="", model_lr=None))
         yield "critic.model= (a head on the policy)", replace(asked, critic=None, run=head)
     if run.algo.needs_reference:
         algo = replace(run.algo, kl="none", kl_weight=0.0, kl_in_reward=False)

@@ -66,12 +66,18 @@ class CriticConfig:
     """
 
     model: str = ""  # a model of its own, as model.source; empty: a linear head on the policy's hidden states
-    lr: Share | None = None  # learning rate, constant; none: 0.01 for a head, learner.lr for a model of its own
+    lr: Share = 1e-2  # learning rate of the head, constant; its inputs have length 1, so a policy's rate moves nothing
+    model_lr: Share | None = None  # of a model of its own, constant; none: learner.lr
     clip: Annotated[float, Gt(0)] = 0.2  # values may move this far in a step before their loss is cut; inf: never
     trunk_gradient: Share = 0.0  # of the value loss's gradient, what reaches the policy's layers; 0: the head alone
     warmup_steps: Count = 0  # first steps of the run, in which only the critic learns
 
     def __post_init__(self) -> None:
+        if self.model_lr is not None and not self.model:
+            raise ConfigError(
+                f"critic.model_lr is {self.model_lr}, but without critic.model only the head learns. Set critic.lr, or "
+                "critic.model to a model of its own."
+            )
         if self.model and self.trunk_gradient:
             raise ConfigError(
                 f"critic.trunk_gradient is {self.trunk_gradient}, but critic.model {self.model!r} has layers of its "

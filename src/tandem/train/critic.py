@@ -28,7 +28,7 @@ from tandem.train.optimiser import Optimiser
 from tandem.train.score import hidden_states, with_column
 from tandem.types import Microbatch, Sample
 
-HEAD_RATE = 1e-2  # of a head alone
+HEAD = "value"  # the head's name among the weights
 
 
 class _Scaled(torch.autograd.Function):
@@ -69,7 +69,7 @@ class ValueModel:
     def weights(self) -> Iterator[tuple[str, Weight]]:
         if self.own:
             yield from self.trunk.weights()
-        yield "value", self.head
+        yield HEAD, self.head
 
     def repack(self) -> None:
         if self.own:
@@ -90,9 +90,8 @@ class Critic:
         self.config = config
         self.learner = learner
         self.model = ValueModel(trunk, own=own)
-        rate = config.lr if config.lr is not None else learner.lr if own else HEAD_RATE
-        self.optimiser = Optimiser(self.model, dataclasses.replace(learner, lr=rate))
-        self.rate = rate
+        self.optimiser = Optimiser(self.model, learner)
+        self.rate = learner.lr if config.model_lr is None else config.model_lr
         self.steps = 0  # in which it has learned
 
     @property
@@ -137,9 +136,10 @@ class Critic:
         if not math.isfinite(norm):
             raise NonFiniteError(
                 f"the gradient norm of the critic is {norm} at its update {self.optimiser.updates}; the loss was "
-                "finite. The critic was not updated. Lower critic.lr."
+                "finite. The critic was not updated. Lower critic.lr"
+                f"{' or critic.model_lr' if self.model.own else ''}."
             )
-        self.optimiser.step(self.rate, norm)
+        self.optimiser.step(self.rate, norm, {HEAD: self.config.lr})
         return norm
 
     def state(self) -> dict[str, Any]:

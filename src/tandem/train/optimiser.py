@@ -7,6 +7,7 @@ the cache folder, of which a slice is in memory at a time. The CPU's kernel give
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -79,14 +80,17 @@ class Optimiser:
         """Euclidean norm of all gradients; not finite where one of them is not."""
         return grad_norm([grad for _, _, grad in self._weights()])
 
-    def step(self, lr: float, norm: float) -> None:
-        """One AdamW update with gradients scaled to `grad_clip` where `norm` exceeds it; rounds into the model."""
+    def step(self, lr: float, norm: float, others: Mapping[str, float] = MappingProxyType({})) -> None:
+        """One AdamW update with gradients scaled to `grad_clip` where `norm` exceeds it; rounds into the model.
+
+        `others`: rates of weights, by name, that `lr` is not for.
+        """
         config = self.config
         self.updates += 1
         scale = min(1.0, config.grad_clip / norm) if norm > 0 else 1.0
         for name, weight, grad in self._weights():
             decay = config.weight_decay if weight.value.dim() == 2 else 0.0
-            hyper = Hyper(lr, config.beta1, config.beta2, config.eps, decay, self.updates, scale)
+            hyper = Hyper(others.get(name, lr), config.beta1, config.beta2, config.eps, decay, self.updates, scale)
             self._update(self.state[name], grad, weight.value, hyper)
         self.model.repack()
 
