@@ -10,6 +10,7 @@ from typing import Any
 from tandem.sandbox import calls
 from tandem.sandbox.box import Result
 from tandem.sandbox.config import SandboxConfig
+from tandem.sandbox.grade import Verdict, grade_tests
 from tandem.sandbox.pool import SandboxPool
 
 MB = 1 << 20
@@ -22,6 +23,7 @@ LIMITS = SandboxConfig(
     files=500,
     output_bytes=100_000,
 )
+GRADING = SandboxConfig(seconds=20.0, memory_bytes=128 * MB, output_bytes=100_000)
 PRELUDE = """
 import ctypes, errno, mmap, os, resource, signal, socket, struct, subprocess, sys, threading, time
 leaks = []
@@ -64,3 +66,19 @@ def inside(work: Any, config: SandboxConfig = LIMITS) -> Any:
 
 def python(code: str, config: SandboxConfig = LIMITS) -> Result:
     return inside(lambda box: box.run(["python", "-S", "-c", PRELUDE + textwrap.dedent(code)]), config)
+
+
+def graded(
+    files: dict[str, str] | str, tests: str, test_seconds: float = 5.0, limits: SandboxConfig = GRADING
+) -> list[Verdict]:
+    """The verdicts of `tests` on a program; a text is its double.py."""
+    files = {"double.py": files} if isinstance(files, str) else files
+
+    async def ran() -> list[Verdict]:
+        pool = SandboxPool(limits, warm=0)
+        try:
+            return await grade_tests(pool, files, textwrap.dedent(tests), test_seconds)
+        finally:
+            await pool.close()
+
+    return asyncio.run(ran())

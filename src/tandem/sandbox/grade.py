@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tandem.errors import SandboxError, TaskError
 from tandem.sandbox.box import Conversation, Sandbox
-from tandem.sandbox.judge import test_names
+from tandem.sandbox.listed import test_names
 from tandem.sandbox.pool import SandboxPool
 
 MESSAGE_BYTES = 1 << 20  # of one call or answer
@@ -41,12 +41,14 @@ async def grade_tests(
 ) -> list[Verdict]:
     """Run the `test...` functions and the methods of test classes in the source `tests` against the program `files`.
 
+    docs/run_untrusted_code.md has what they may be; one of a kind that is not run fails, and its reason says so.
+
     The tests import the program's modules by their names in `files` and compare plain values: what a call returned,
     an exception's kind, an argument that it changed. All together have the time of one command
     (`task.sandbox.seconds`). A test that no verdict came of has failed. TaskError where the source holds no test.
     """
     try:
-        names = [".".join(filter(None, pair)) for pair in test_names(tests)]
+        names = [test.title for test in test_names(tests)]
     except (SyntaxError, ValueError, RecursionError) as error:
         raise TaskError(f"the tests are no Python: {error}") from error
     if not names:
@@ -122,10 +124,10 @@ class _Relay:
 
 @cache
 def _text(name: str) -> str:
-    """The source of the program in a sandbox, with the one module that it shares."""
+    """The source of the program in a sandbox, with the modules that it needs."""
     folder = Path(__file__).parent
     lines = ["from __future__ import annotations"]
-    for each in ("values", name):
+    for each in ("values", "listed", name):
         text = (folder / f"{each}.py").read_text(encoding="utf-8")
         lines += [line for line in text.splitlines() if not line.startswith(("from tandem", "from __future__"))]
     return "\n".join([*lines, {"judge": "Judge(json.loads(sys.argv[1])).run()", "played": "play()"}[name]])

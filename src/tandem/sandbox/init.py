@@ -201,7 +201,7 @@ class Init:
                 most = sys.maxsize if hard == resource.RLIM_INFINITY else hard
                 limits = min(amount, most), min(amount + (name == "RLIMIT_CPU"), most)
                 resource.setrlimit(getattr(resource, name), limits)
-            os.setpriority(os.PRIO_PROCESS, 0, 5)  # who holds the limits goes first
+            os.nice(5)  # who holds the limits goes first
             os.chdir(self.work)
             os.execvpe(asked["argv"][0], asked["argv"], self.environment)
         except BaseException as error:  # noqa: BLE001 - between fork and exec nothing may go on

@@ -6,18 +6,22 @@ compared here, by the tests. The program never sees a test or an expected value,
 
 from __future__ import annotations
 
-import ast
+import asyncio
 import builtins
+import inspect
 import json
 import os
 import signal
 import sys
+import threading
 import types
 import unittest
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Generator, Iterator
 from importlib.machinery import ModuleSpec
 from typing import Any
 
+from tandem.sandbox.listed import Test, test_names
 from tandem.sandbox.values import decode, encode
 
 FORWARDED = (
@@ -30,6 +34,7 @@ BETWEEN = (
     *("__and__", "__or__", "__xor__"),
 )
 ANSWERED = (ValueError, TypeError, LookupError, RecursionError, ArithmeticError)
+NAME = "__tests__"  # of the tests' module: no program's
 
 
 class Gone(BaseException):
@@ -52,6 +57,7 @@ class Line:
         self.lives = 0  # programs that were started
         self.lost = ""  # what became of the last one, until another is there
         self.errors: dict[str, type[Exception]] = {}
+        self.lock = threading.RLock()  # tests may have threads; the program answers one call at a time
 
     def say(self, message: dict[str, Any]) -> None:
         left = memoryview(json.dumps(message).encode() + b"\n")
@@ -59,12 +65,13 @@ class Line:
             left = left[os.write(self.answers, left) :]
 
     def ask(self, *do: Any) -> dict[str, Any]:
-        self.turn += 1
-        self.say({"ask": {"do": do, "turn": self.turn}})
-        while True:
-            answer = self.heard()
-            if answer.get("turn") == self.turn:
-                break
+        with self.lock:
+            self.turn += 1
+            self.say({"ask": {"do": do, "turn": self.turn}})
+            while True:
+                answer = self.heard()
+                if answer.get("turn") == self.turn:
+                    break
         if "raised" in answer:
             try:
                 error = self.error(answer["raised"])(str(answer.get("text", "")))
@@ -156,6 +163,13 @@ class Remote:
             raise AttributeError(name)
         return self._line.value(self._ask("attribute", name).get("value"))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._ask("set", name, encode(value, code_of))
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from asyncio.sleep(0).__await__()
+        return self._line.value(self._ask("await").get("value"))
+
     def __repr__(self) -> str:
         return f"<{self._kind} of the program>"
 
@@ -231,28 +245,51 @@ class StandIn(types.ModuleType):
             return self.__dict__["_remote"]._line.value(names)
         return getattr(self.__dict__["_remote"], name)
 
-
-def test_names(source: str) -> Iterator[tuple[str, str]]:
-    """(class or "", function) of each test of a file."""
-    for node in ast.parse(source).body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
-            yield "", node.name
-        if isinstance(node, ast.ClassDef):
-            for inner in node.body:
-                if isinstance(inner, ast.FunctionDef) and inner.name.startswith("test"):
-                    yield node.name, inner.name
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__") or isinstance(value, types.ModuleType):  # what an import writes
+            super().__setattr__(name, value)
+        else:
+            setattr(self.__dict__["_remote"], name, value)
 
 
-def run_test(space: dict[str, Any], owner: str, name: str) -> None:
-    if not owner:
-        space[name]()
-        return
-    kind = space[owner]
-    if not issubclass(kind, unittest.TestCase):
-        getattr(kind(), name)()
-        return
+def made_tests(space: dict[str, Any]) -> Iterator[str]:
+    """Titles of the tests that a loaded file has of its own."""
+    for name, value in space.items():
+        if getattr(value, "__module__", "") != NAME:
+            continue
+        if isinstance(value, types.FunctionType) and name.startswith("test"):
+            yield name
+        if isinstance(value, type) and issubclass(value, unittest.TestCase):
+            yield from (f"{name}.{test}" for test in unittest.TestLoader().getTestCaseNames(value))
+
+
+class Unfit(Exception):
+    """Why a test was not run as it is meant."""
+
+
+def ended(value: Any) -> None:
+    """Take what a test function returned: a coroutine is run, and nothing else may be left."""
+    if inspect.iscoroutine(value):
+        value = asyncio.run(value)
+    if isinstance(value, Generator) or inspect.isasyncgen(value):
+        raise Unfit("it yields, so that nothing of it ran")
+    if value is not None:
+        raise Unfit(f"it returned a {type(value).__name__}: a test asserts, and returns nothing")
+
+
+def called(function: Any, given: Any) -> None:
+    """Call a set-up as pytest does, which may take one argument or none; None is none."""
+    if function is not None:
+        ended(function(given) if inspect.signature(function).parameters else function())
+
+
+def run_case(kind: type[unittest.TestCase], name: str) -> None:
+    if inspect.iscoroutinefunction(getattr(kind, name)) and not issubclass(kind, unittest.IsolatedAsyncioTestCase):
+        raise Unfit("it is `async def`, which a TestCase does not run: use unittest.IsolatedAsyncioTestCase")
     outcome = unittest.TestResult()
-    kind(name).run(outcome)
+    with warnings.catch_warnings():  # a test that returns something: a generator, say, of which nothing ran
+        warnings.filterwarnings("error", "It is deprecated to return a value", DeprecationWarning)
+        kind(name).run(outcome)
     for _, text in [*outcome.failures, *outcome.errors, *outcome.skipped]:
         raise AssertionError(text.strip().splitlines()[-1] if text.strip() else "skipped")
     if not outcome.wasSuccessful():
@@ -264,10 +301,12 @@ class Judge:
 
     def __init__(self, told: dict[str, Any]) -> None:
         self.told, self.line = told, Line()
+        self.tests = test_names(told["tests"])
         sys.meta_path.insert(0, StandIns(self.line, told["modules"]))  # type: ignore[arg-type]
         signal.signal(signal.SIGALRM, self.late)
         self.space: dict[str, Any] = {}
         self.loaded = False
+        self.set_up: tuple[str, BaseException | None] = "", None  # the class that is, and what its set-up raised
 
     def late(self, *_: Any) -> None:
         raise self.line.gone(f"took longer than {self.told['test_seconds']:g} s")
@@ -275,25 +314,110 @@ class Judge:
     def load(self) -> None:
         for name in [name for name in sys.modules if name.partition(".")[0] in self.told["modules"]]:
             del sys.modules[name]
-        self.space = {"__name__": "tests"}
+        module = sys.modules[NAME] = types.ModuleType(NAME)
+        self.space, self.set_up = module.__dict__, ("", None)
         exec(compile(self.told["tests"], "tests", "exec"), self.space)
+        if made := {*made_tests(self.space)} - {test.title for test in self.tests}:
+            raise Unfit(f"{min(made)} is made while the file runs: only tests that stand in it, at its top, are seen")
+        for name in ("setUpModule", "setup_module"):
+            called(self.space.get(name), module)
         self.loaded = True
 
-    def run(self) -> None:
-        for owner, name in test_names(self.told["tests"]):
-            reason = ""
+    def class_up(self, owner: str) -> None:
+        """The set-up of a class, once for all of its tests."""
+        if self.set_up[0] != owner:
+            kind, self.set_up = self.space[owner], (owner, None)
             try:
-                signal.setitimer(signal.ITIMER_REAL, self.told["test_seconds"])
-                try:
-                    if not self.loaded:
-                        self.load()
-                    run_test(self.space, owner, name)
-                finally:
-                    signal.setitimer(signal.ITIMER_REAL, 0)
-            except BaseException as error:  # noqa: BLE001 - a test's failure is its result
-                reason = f"{type(error).__name__}: {error}"[:500]
+                if not issubclass(kind, unittest.TestCase):
+                    called(getattr(kind, "setup_class", None), kind)
+                elif not getattr(kind, "__unittest_skip__", False):
+                    kind.setUpClass()
+            except BaseException as error:  # noqa: BLE001 - it is raised for each of its tests
+                self.set_up = owner, error
+        if self.set_up[1] is not None:
+            raise self.set_up[1]
+
+    def class_down(self) -> None:
+        (owner, failed), self.set_up = self.set_up, ("", None)
+        kind = self.space.get(owner)
+        if kind is None:
+            return
+        if not issubclass(kind, unittest.TestCase):
+            if failed is None:
+                called(getattr(kind, "teardown_class", None), kind)
+            return
+        try:
+            if failed is None and not getattr(kind, "__unittest_skip__", False):
+                kind.tearDownClass()
+        finally:
+            kind.doClassCleanups()
+        for _, error, _ in kind.tearDown_exceptions:
+            raise error
+
+    def module_down(self) -> None:
+        try:
+            for name in ("tearDownModule", "teardown_module"):
+                called(self.space.get(name), sys.modules[NAME])
+        finally:
+            unittest.doModuleCleanups()  # type: ignore[attr-defined]
+
+    def one(self, test: Test) -> None:
+        if test.wrong:
+            raise Unfit(test.wrong)
+        if not self.loaded:
+            self.load()
+        if not test.owner:
+            function = self.space[test.name]
+            called(self.space.get("setup_function"), function)
+            try:
+                ended(function())
+            finally:
+                called(self.space.get("teardown_function"), function)
+            return
+        self.class_up(test.owner)
+        kind = self.space[test.owner]
+        if issubclass(kind, unittest.TestCase):
+            run_case(kind, test.name)
+            return
+        made = kind()
+        method = getattr(made, test.name)
+        called(getattr(made, "setup_method", None), method)
+        try:
+            ended(method())
+        finally:
+            called(getattr(made, "teardown_method", None), method)
+
+    def reason(self, part: Callable[[], None]) -> str:
+        """Why a part of a test failed, or "". What was lost with the program is that of all that follows."""
+        if self.line.lost:
+            return self.line.lost
+        try:
+            signal.setitimer(signal.ITIMER_REAL, self.told["test_seconds"])
+            try:
+                part()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except Unfit as error:
+            return str(error)[:500]
+        except BaseException as error:  # noqa: BLE001 - a test's failure is its result
+            return self.line.lost or f"{type(error).__name__}: {error}"[:500]
+        return self.line.lost
+
+    def parts(self, place: int) -> Iterator[Callable[[], None]]:
+        """A test, and what is to be torn down behind it."""
+        yield lambda: self.one(self.tests[place])
+        following = self.tests[place + 1].owner if place + 1 < len(self.tests) else None
+        if self.loaded and following != self.tests[place].owner:
+            yield self.class_down
+        if self.loaded and following is None:
+            yield self.module_down
+
+    def run(self) -> None:
+        for place, test in enumerate(self.tests):
+            reasons = [self.reason(part) for part in self.parts(place)]
+            reason = next(filter(None, reasons), "")
             if self.line.lost:
                 reason, self.loaded = self.line.lost, False
                 self.line.again()
-            self.line.say({"test": f"{owner}.{name}".lstrip("."), "reason": reason})
+            self.line.say({"test": test.title, "reason": reason})
         self.line.say({"over": True})

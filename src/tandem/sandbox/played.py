@@ -6,6 +6,7 @@ value, which the tests in the other sandbox look at.
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import json
 import operator
@@ -27,9 +28,14 @@ def operation(aim: Any, name: str) -> Callable[..., Any]:
     return found
 
 
+async def finished(aim: Any) -> Any:
+    return await aim
+
+
 class Player:
     def __init__(self) -> None:
         self.held: list[Any] = []  # what is no plain value, by number
+        self.loop = asyncio.new_event_loop()
 
     def hold(self, value: Any) -> list[Any]:
         self.held.append(value)
@@ -54,6 +60,11 @@ class Player:
             return {"value": encode(getattr(aim, rest[0]), self.hold)}
         if kind == "names":
             return {"value": encode([name for name in dir(aim) if not name.startswith("_")], self.hold)}
+        if kind == "set":
+            setattr(aim, rest[0], self.given(rest[1]))
+            return {"value": None}
+        if kind == "await":
+            return {"value": encode(self.loop.run_until_complete(finished(aim)), self.hold)}
         name, code = rest
         arguments, named = self.given(code)
         if name == "__call__":

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 DEPTH = 100
+LARGE = 1 << 64  # from here on an integer goes as hexadecimal digits: decimal ones end at 4,300
 
 
 def encode(value: Any, other: Callable[[Any], list[Any]], depth: int = DEPTH) -> Any:
@@ -19,6 +20,8 @@ def encode(value: Any, other: Callable[[Any], list[Any]], depth: int = DEPTH) ->
     """
     if value is None or isinstance(value, bool):
         return value
+    if isinstance(value, int) and not -LARGE < (value := int(value)) < LARGE:
+        return ["i", hex(value)]
     for plain in (int, float, str):
         if isinstance(value, plain):
             return plain(value)
@@ -52,6 +55,8 @@ def decode(code: Any, other: Callable[[list[Any]], Any], depth: int = DEPTH) -> 
         return {decode(key, other, depth - 1): decode(each, other, depth - 1) for key, each in rest}
     if letter in ("b", "y"):
         return (bytes if letter == "b" else bytearray).fromhex(rest[0])
+    if letter == "i":
+        return int(rest[0], 16)
     return complex(*rest) if letter == "c" else other(code)
 
 

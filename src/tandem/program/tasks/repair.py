@@ -17,7 +17,7 @@ from tandem.program.tasks.lines import read_lines
 from tandem.program.tasks.planted import planted
 from tandem.sandbox.box import Sandbox
 from tandem.sandbox.grade import Verdict, grade_tests
-from tandem.sandbox.judge import test_names
+from tandem.sandbox.listed import test_names
 from tandem.sandbox.pool import SandboxPool
 from tandem.types import Message, Prompt
 

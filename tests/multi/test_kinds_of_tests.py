@@ -1,0 +1,219 @@
+"""Regression caught: a test of a kind that the grader does not run, and that passes; one of a usual kind that fails."""
+
+from __future__ import annotations
+
+import pytest
+
+from tandem.sandbox.grade import Verdict
+from tests.sandboxes import graded
+
+PROGRAM = """
+import asyncio
+
+LIMIT = 3
+CALLS = []
+
+def same(value):
+    CALLS.append(value)
+    return value
+
+def calls():
+    return len(CALLS)
+
+async def later(value):
+    await asyncio.sleep(0)
+    return value
+
+class Held:
+    value = 1
+
+def limit():
+    return LIMIT
+"""
+FIXTURES = """
+import asyncio
+import unittest
+import double
+from double import Held, calls, later, limit, same
+
+SEEN = []
+
+def setUpModule(): SEEN.append("module")
+def tearDownModule(): assert SEEN.count("class") == 2 and SEEN.count("module") == 1, SEEN
+
+class Case(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.value = same(5)
+        SEEN.append("class")
+        cls.addClassCleanup(SEEN.append, "cleaned")
+    @classmethod
+    def tearDownClass(cls): SEEN.append("down")
+    def test_value(self): self.assertEqual(self.value, 5)
+    def test_once(self): self.assertEqual(SEEN, ["module", "class"])
+
+class Inherits(Case):
+    test_once = None
+    def test_again(self): self.assertEqual((self.value, SEEN), (5, ["module", "class", "down", "cleaned", "class"]))
+
+class TestPlain:
+    def setup_class(cls): cls.made = []
+    def setup_method(self, method): self.made.append(same(1))
+    def teardown_method(self): self.made.append(2)
+    def test_first(self): assert self.made == [1]
+    def test_second(self): assert self.made == [1, 2, 1]
+
+class Shared:
+    def test_shared(self): assert same(self.given) == self.given
+
+class TestShares(Shared):
+    given = 7
+
+class FailsToSetUp(unittest.TestCase):
+    @classmethod
+    def setUpClass(cls): raise ValueError("no ground")
+    def test_a(self): self.assertEqual(same(1), 1)
+    def test_b(self): self.assertEqual(same(1), 1)
+
+class FailsToTearDown(unittest.TestCase):
+    @classmethod
+    def tearDownClass(cls): raise ValueError("not clean")
+    def test_a(self): self.assertEqual(same(1), 1)
+    def test_b(self): self.assertEqual(same(1), 1)
+
+class Awaits(unittest.IsolatedAsyncioTestCase):
+    async def asyncSetUp(self): self.value = await later(4)
+    async def test_value(self): self.assertEqual(self.value, 4)
+    async def test_wrong(self): self.assertEqual(self.value, 5)
+
+async def test_awaits(): assert await later(2) == 2 and await asyncio.gather(later(1), later(2)) == [1, 2]
+async def test_awaits_wrong(): assert await later(2) == 3
+
+def test_sets():
+    held = Held()
+    held.value, double.LIMIT = 8, 5
+    assert (held.value, Held.value, limit(), double.LIMIT) == (8, 1, 5, 5)
+
+def test_large(): assert same(10**5000) == 10**5000 and same(-(2**64)) == -(2**64)
+def test_twice(): assert same(1) == 2
+def test_twice(): assert same(1) == 1
+"""
+FIXTURES_SAID = {
+    **dict.fromkeys(("Case.test_value", "Case.test_once", "Inherits.test_value", "Inherits.test_again"), ""),
+    **dict.fromkeys(("TestPlain.test_first", "TestPlain.test_second", "TestShares.test_shared"), ""),
+    **dict.fromkeys(("FailsToSetUp.test_a", "FailsToSetUp.test_b"), "ValueError: no ground"),
+    "FailsToTearDown.test_a": "",
+    "FailsToTearDown.test_b": "ValueError: not clean",
+    "Awaits.test_value": "",
+    "Awaits.test_wrong": "AssertionError: AssertionError: 4 != 5",
+    "test_awaits": "",
+    "test_awaits_wrong": "AssertionError: ",
+    **dict.fromkeys(("test_sets", "test_large", "test_twice"), ""),
+}
+
+
+def test_what_is_set_up() -> None:
+    """A set-up of a module, a class or a method that never runs, or runs for each test; an `async def` that passes
+    without running; a test of a base class that is lost."""
+    results = graded(PROGRAM, FIXTURES)
+    assert {each.name: each.reason for each in results} == FIXTURES_SAID and len(results) == len(FIXTURES_SAID)
+
+
+# A file with a test of it that must not pass -> why it failed.
+UNFIT = {
+    "a generator": ("def test_it(): yield", "it yields, so that nothing of it ran"),
+    "one of a class": ("class TestIt:\n    def test_it(self): yield", "it yields, so that nothing of it ran"),
+    "one of a TestCase": (
+        "import unittest\nclass It(unittest.TestCase):\n    def test_it(self): yield",
+        "AssertionError: DeprecationWarning: It is deprecated to return a value that is not None from a test case",
+    ),
+    "an async generator": ("async def test_it(): yield", "it yields, so that nothing of it ran"),
+    "async in a TestCase": (
+        "import unittest\nclass It(unittest.TestCase):\n    async def test_it(self): assert same(1) == 2",
+        "it is `async def`, which a TestCase does not run: use unittest.IsolatedAsyncioTestCase",
+    ),
+    "a comparison that nobody looks at": (
+        "def test_it(): return same(1) == 2",
+        "it returned a bool: a test asserts, and returns nothing",
+    ),
+    "nothing": ('def test_it():\n    "Tests."\n    pass', "it tests nothing"),
+    "a constant": ("def test_it(): assert True", "it tests nothing"),
+    "a fixture": (
+        "def test_it(tmp_path): assert same(1) == 1",
+        "it takes arguments (tmp_path), as pytest's fixtures: nothing here gives them",
+    ),
+    "a skip": ("import unittest\ndef test_it(): raise unittest.SkipTest('later')", "SkipTest: later"),
+    "a class that is skipped": (
+        "import unittest\n@unittest.skip('later')\nclass It(unittest.TestCase):\n    def test_it(self): same(1)",
+        "AssertionError: later",
+    ),
+    "parameters": (
+        "import pytest\n@pytest.mark.parametrize('n', [1])\ndef test_it(n): assert same(n) == n",
+        "it has the mark pytest.mark.parametrize: pytest's marks are not understood here",
+    ),
+    "a marked class": (
+        "from pytest import mark\n@mark.skip\nclass TestIt:\n    def test_it(self): assert same(1) == 2",
+        "it has the mark mark.skip: pytest's marks are not understood here",
+    ),
+    "a marked file": (
+        "import pytest\npytestmark = pytest.mark.skip\ndef test_it(): assert same(1) == 1",
+        "the file has a pytestmark: pytest's marks are not understood here",
+    ),
+    "a fixture for all": (
+        "import pytest\n@pytest.fixture(autouse=True)\ndef ground(): yield\ndef test_it(): assert same(1) == 1",
+        "ground is a fixture for every test: pytest's are not understood here",
+    ),
+    "tests made in a loop": (
+        "for n in range(2): exec(f'def test_{n}(): assert same(1) == 2')\ndef test_it(): assert same(1) == 1",
+        "test_0 is made while the file runs: only tests that stand in it, at its top, are seen",
+    ),
+    "methods made in a loop": (
+        (
+            "import unittest\nclass It(unittest.TestCase):\n    def test_it(self): same(1)\n"
+            "It.test_more = lambda self: self.assertEqual(same(1), 2)"
+        ),
+        "It.test_more is made while the file runs: only tests that stand in it, at its top, are seen",
+    ),
+    "a wrong subtest": (
+        (
+            "import unittest\nclass It(unittest.TestCase):\n    def test_it(self):\n"
+            "        with self.subTest(n=1): self.assertEqual(same(1), 2)"
+        ),
+        "AssertionError: AssertionError: 1 != 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", UNFIT)
+def test_what_is_not_run(kind: str) -> None:
+    """A test that passes for any program, since nothing of it is run; or one that fails without a word why."""
+    tests, reason = UNFIT[kind]
+    (verdict,) = graded(PROGRAM, f"from double import same\n{tests}")
+    assert verdict.name.endswith("test_it") and not verdict.passed
+    assert verdict.reason == reason or (reason in verdict.reason and "Deprecation" in reason), verdict
+
+
+def test_a_lost_program_is_set_up_again() -> None:
+    """A class whose set-up was of a program that ended, so that its other tests fail; or that is torn down twice."""
+    program = "import os\ndef same(value): return value\ndef leave(): os._exit(0)\n"
+    tests = """
+        import unittest
+        from double import leave, same
+        class Case(unittest.TestCase):
+            @classmethod
+            def setUpClass(cls): cls.value = same([1])
+            def test_a(self): leave()
+            def test_b(self): self.assertEqual(self.value, [1])
+        class Leaves(unittest.TestCase):
+            @classmethod
+            def setUpClass(cls): leave()
+            def test_a(self): self.assertEqual(same(1), 1)
+        def test_c(): assert same(1) == 1
+        """
+    ended = "the program ended, or answered with more than a message may have"
+    assert graded(program, tests) == [
+        Verdict("Case.test_a", False, ended),
+        Verdict("Case.test_b", True),
+        Verdict("Leaves.test_a", False, ended),
+        Verdict("test_c", True),
+    ]
