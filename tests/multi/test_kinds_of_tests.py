@@ -217,3 +217,9 @@ def test_a_lost_program_is_set_up_again() -> None:
         Verdict("Leaves.test_a", False, ended),
         Verdict("test_c", True),
     ]
+
+
+def test_many_tests() -> None:
+    """Tests of more than 128 KB, which no argument of a command takes, as those of HumanEval+."""
+    tests = f"from double import same\ndef test_long(): assert same({'x' * 300_000!r}) == {'x' * 300_000!r}\n"
+    assert graded("def same(value): return value", tests) == [Verdict("test_long", True)]

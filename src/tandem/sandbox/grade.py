@@ -20,6 +20,7 @@ from tandem.sandbox.listed import test_names
 from tandem.sandbox.pool import SandboxPool
 
 MESSAGE_BYTES = 1 << 20  # of one call or answer
+TOLD = "told.json"  # in the tests' sandbox: an argument may have 128 KB
 TEST_S = 2.0  # of one test: some that hang leave time for the others
 
 
@@ -55,8 +56,8 @@ async def grade_tests(
         raise TaskError("the tests have no function whose name begins with test")
     modules = sorted({path.partition("/")[0].removesuffix(".py") for path in files})
     told = {"tests": tests, "modules": modules, "test_seconds": test_seconds}
-    async with pool.sandbox() as bench, pool.sandbox(files) as stage:
-        relay = _Relay(stage, await bench.talk(["python", "-I", "-c", _text("judge"), json.dumps(told)]))
+    async with pool.sandbox({TOLD: json.dumps(told)}) as bench, pool.sandbox(files) as stage:
+        relay = _Relay(stage, await bench.talk(["python", "-I", "-c", _text("judge")]))
         try:
             verdicts = await relay.verdicts()
         finally:
@@ -130,7 +131,7 @@ def _text(name: str) -> str:
     for each in ("values", "listed", name):
         text = (folder / f"{each}.py").read_text(encoding="utf-8")
         lines += [line for line in text.splitlines() if not line.startswith(("from tandem", "from __future__"))]
-    return "\n".join([*lines, {"judge": "Judge(json.loads(sys.argv[1])).run()", "played": "play()"}[name]])
+    return "\n".join([*lines, {"judge": f"Judge(json.load(open({TOLD!r}))).run()", "played": "play()"}[name]])
 
 
 def earned(results: list[Verdict]) -> float:
