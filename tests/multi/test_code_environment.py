@@ -105,6 +105,9 @@ def test_the_page_grades(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
     async def all_played() -> list[tuple[str, float]]:
         texts = ["def add(a, b): return a + b", "def add(a, b): return 5", "import os; os._exit(0)"]
-        return [await played(text) for text in texts]
+        fenced = f"Like this:\n\n```python\n{texts[0]}\n```\n\nand so\n\n```python\nprint(add(2, 3))\n```\n"
+        return [await played(text) for text in (*texts, fenced)]
 
-    assert asyncio.run(all_played()) == [("ran\n", 1.0), ("ran\n", 0.5), ("", 0.0)]
+    found = asyncio.run(all_played())
+    assert found[:3] == [("ran\n", 1.0), ("ran\n", 0.5), ("", 0.0)]
+    assert found[3][1] == 1.0  # in a block, as most models write it

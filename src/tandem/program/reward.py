@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import logging
 import re
+import textwrap
 import unicodedata
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -17,6 +18,9 @@ from tandem.types import Prompt
 
 Reward = Callable[[Prompt, str], float]
 
+_FENCE = re.compile(
+    r"^[ \t]*```[ \t]*(?:(?:python3?|py)\b[^\n]*)?\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE
+)
 _BRACE = re.compile(r"\\boxed\{|\{|\}")
 _ONE_SIGN = str.maketrans(dict.fromkeys("\u2212\u2013", "-") | dict.fromkeys("\t\u00a0\u2007\u2009\u202f", " "))
 _RAISED = "⁰¹²³⁴⁵⁶⁷⁸⁹"
@@ -115,6 +119,20 @@ def extract_answer(text: str) -> str:
         after = text.rsplit("####", 1)[1].strip()
         return after.splitlines()[0].strip() if after else ""
     return text.strip()
+
+
+def extract_code(text: str, name: str = "") -> str:
+    """The Python that `text` answers with: its last fenced block that defines `name` (or, without one, anything), else
+    its first block; without a block the whole text.
+
+    >>> extract_code("So:\\n```python\\ndef f(): return 1\\n```\\nand then\\n```\\nf()\\n```")
+    'def f(): return 1\\n'
+    """
+    named = re.escape(name) or r"\w+"
+    defines = re.compile(rf"^(?:(?:async[ \t]+)?def|class)[ \t]+{named}\b|^{named}[ \t]*=[^=]", re.MULTILINE)
+    text = text.replace("\r\n", "\n")
+    blocks = [textwrap.dedent(block) for block in _FENCE.findall(text)]
+    return next((block for block in reversed(blocks) if defines.search(block)), blocks[0] if blocks else text)
 
 
 def last_number(prompt: Prompt, text: str) -> float:

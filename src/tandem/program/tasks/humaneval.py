@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import ast
 import re
-import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from tandem.errors import TaskError
 from tandem.program.environment import Environment, Episode, Step
+from tandem.program.reward import extract_code
 from tandem.program.tasks.lines import read_lines
 from tandem.sandbox.grade import earned, grade_tests
 from tandem.sandbox.pool import SandboxPool
@@ -22,9 +22,6 @@ from tandem.types import Message, Prompt
 
 FIELDS = {"task_id": str, "prompt": str, "entry_point": str, "test": str}
 MODULE = "solution"
-_FENCE = re.compile(
-    r"^[ \t]*```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL | re.IGNORECASE
-)
 
 
 def hidden_tests(row: dict[str, Any]) -> str:
@@ -69,16 +66,13 @@ def _split(body: list[ast.stmt]) -> Iterator[ast.FunctionDef]:
 
 
 def program(prompt: str, entry_point: str, text: str) -> str:
-    """The Python file that an answer amounts to: its last fenced block that defines the function, or else the whole of
-    it; where that does not define the function, behind the prompt.
+    """The Python file that an answer amounts to: its code; where that does not define the function, behind the prompt.
 
     >>> program("def one():\\n", "one", "    return 1")
     'def one():\\n    return 1'
     """
     defines = re.compile(rf"^def {re.escape(entry_point)}\b", re.MULTILINE)
-    text = text.replace("\r\n", "\n")
-    blocks = [*(textwrap.dedent(block) for block in _FENCE.findall(text)), text]
-    code = next((block for block in reversed(blocks[:-1]) if defines.search(block)), blocks[0])
+    code = extract_code(text, entry_point)
     if not defines.search(code):
         return prompt + code
     head = prompt[: found.start()] if (found := defines.search(prompt)) else ""
