@@ -83,6 +83,20 @@ def test_any_calls_are_read_back(calls: list[ToolCall], name: str) -> None:
     assert not found.faults and called(found.calls) == called(calls)
 
 
+@settings(max_examples=100, deadline=None)
+@given(calls=drawn, name=st.sampled_from(sorted({*FORMATS} - {"harmony"})), thoughts=texts)
+def test_no_call_is_made_in_a_thought(calls: list[ToolCall], name: str, thoughts: str) -> None:
+    """A call that a model only thinks of is made; or one behind its thoughts is not."""
+    one = FORMATS[name]
+    said = one.write(calls, ())
+    opening, closing = ("[THINK]", "[/THINK]") if name == "mistral" else ("<think>", "</think>")
+    if any(tag in json.dumps([dict(call.arguments) for call in calls]) + thoughts for tag in (opening, closing)):
+        return
+    found = one.parse(f"{opening}{thoughts}\n{said}\n{closing}{said}", ())
+    assert called(found.calls) == called(calls) and not found.faults
+    assert not one.parse(f"{opening}{thoughts}\n{said}", ()).calls  # cut within
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     text=st.lists(
@@ -121,6 +135,7 @@ def test_no_text_ends_a_program(text: str, name: str) -> None:
 
 
 DEEP = "[" * 100_000
+ONE = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
 MALFORMED = {
     "hermes": [
         ('<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>', "JSON is broken at character 36"),
@@ -133,30 +148,55 @@ MALFORMED = {
         ('<tool_call>{"name": "f", "arguments": {"a": 1e999}}</tool_call>', "cannot be written as JSON"),
         (f'<tool_call>{{"name": "f", "arguments": {DEEP}', "cannot be read"),
         ("<tool_call>", "JSON is broken at character 1"),
+        ('<tool_call>{"name": "f", "arguments": {"a": 1, "a": 2}}</tool_call>', "a is given twice"),
+        ('<tool_call>{"name": "f", "name": "g", "arguments": {}}</tool_call>', "name is given twice"),
+        ('<tool_call>{"name": "f", "arguments": {"a": {"b": 1, "b": 1}}}</tool_call>', "b is given twice"),
+        (f'<tool_call>{{"name": "f", "arguments": {{"a": {"9" * 5000}}}}}</tool_call>', "a number of 5,000 digits"),
+        ('<tool_call>[{"name": "f", "arguments": {}}]</tool_call>', "not an object with name and arguments"),
+        ('<tool_call>{"name": "f", "arguments": {}}</tool_c', "behind its end stands '</tool_c'"),
     ],
     "qwen3_coder": [
         ('<tool_call>{"name": "f", "arguments": {}}</tool_call>', "not <function=NAME>"),
         ("<tool_call><function=f><parameter=a>1", "parameter a has no </parameter>"),
         ("<tool_call><function=f>a=1</function></tool_call>", "behind its end stands 'a=1"),
         ("<tool_call><function=f><parameter=n>many</parameter></function></tool_call>", "n is 'many', not integer"),
+        (
+            "<tool_call><function=f><parameter=a>1</parameter><parameter=a>2</parameter></function></tool_call>",
+            "parameter a is given twice",
+        ),
+        ("<tool_call><function=f><parameter=a>1</parameter>", "it ends before its </function>"),
     ],
     "llama3": [
         ('{"name": "f", "parameters": {"a": }}', "JSON is broken"),
         ('{"name": "f", "parameters": {}} {"name": 1}', "it has no name"),
         ('<|python_tag|>{"name": "f"} so', "behind its end stands 'so'"),
         ("<|python_tag|>x = 1", "not the call of a tool"),
+        ('{"name": "f", "parameters": {"a": 1', "JSON is broken"),
+        ('{"name": "f", "parameters": {"a": 1, "a": 2}}', "a is given twice"),
+        ('{"name": "f", "parameters": [1]}', "the arguments of f are '[1]'"),
+        ('{"name": "f", "parameters": {}} and so on', "behind its end stands 'and so on'"),
+        ("<|python_tag|>", "'' calls no tool"),
     ],
     "mistral": [
         ('[TOOL_CALLS][{"name": "f", "arguments": {}}', "JSON is broken"),
         ("[TOOL_CALLS]f{}", "neither a list of calls nor NAME[ARGS]"),
         ("[TOOL_CALLS]f[ARGS]a=1", "JSON is broken at character 1, at 'a=1'"),
         ("[TOOL_CALLS]f[ARGS][1]", "the arguments of f are '[1]', not an object"),
+        ("[TOOL_CALLS]f", "neither a list of calls nor NAME[ARGS]"),
+        ("[TOOL_CALLS][]", "its list has no call"),
+        ('[TOOL_CALLS]f[ARGS]{"a": 1, "a": 1}', "a is given twice"),
     ],
     "harmony": [
         ("<|channel|>commentary to=functions.f <|constrain|>json<|message|>a=1<|call|>", "JSON is broken"),
         ("<|channel|>commentary to=functions.f<|message|>{} and<|call|>", "behind its end stands ' and"),
+        ("<|channel|>commentary to=functions.f <|constrain|>json", "it ends before its <|message|>"),
+        ('<|channel|>commentary to=functions.f<|message|>{"a": 1, "a": 1}<|call|>', "a is given twice"),
     ],
     "fenced": [
+        ("```python\nf(a=1, a=2)\n```", "a is given twice"),
+        ("```python\nf(a=1, **{'a': 2})\n```", "a is given twice"),
+        ("```python\nf(a=[{'b': 1, 'b': 2}])\n```", "b is given twice"),
+        ('```json\n{"name": "f", "arguments": {"a": 1, "a": 2}}\n```', "a is given twice"),
         ("```python\nf(a=1\n```", "no Python: '(' was never closed, line 1"),
         ("```python\nf(a=x)\n```", "a of f is 'x', not a literal value"),
         ("```python\nf(1)\n```", "the arguments of f need their names"),
@@ -207,7 +247,25 @@ def test_a_call_beside_a_malformed_one() -> None:
             "",
             [("f", {"b": True})],
         ),
+        ("hermes", f"So <think>{ONE}</think> 4 {ONE}", f"So <think>{ONE}</think> 4", "", [("f", {"a": 1})]),
+        ("hermes", f"Say <think>, or {ONE}", "Say <think>, or", "", [("f", {"a": 1})]),
+        (
+            "fenced",
+            "So <think>\n```python\nf(a=1)\n```\n</think>\n```python\nf(a=2)\n```",
+            "So <think>\n```python\nf(a=1)\n```\n</think>",
+            "",
+            [("f", {"a": 2})],
+        ),
+        ("fenced", "```python\n# nothing\n```\n4", "```python\n# nothing\n```\n4", "", []),
         ("llama3", '{"city": "Bonn"}', '{"city": "Bonn"}', "", []),
+        ("llama3", '{"name": "Ann", "age": 3}', '{"name": "Ann", "age": 3}', "", []),
+        ("llama3", '{"name": "Ann", "age": ', '{"name": "Ann", "age": ', "", []),
+        ("llama3", '{"type": "cat", "name": "Tom"}', '{"type": "cat", "name": "Tom"}', "", []),
+        ("llama3", '[{"name": "f", "parameters": {}}]', '[{"name": "f", "parameters": {}}]', "", []),
+        ("llama3", 'As in {"name": "f", "parameters": {}}', 'As in {"name": "f", "parameters": {}}', "", []),
+        ("llama3", '{"parameters": {"a": 1}, "name": "f"}', "", "", [("f", {"a": 1})]),
+        ("llama3", '{"type": "function", "name": "f", "parameters": {}}', "", "", [("f", {})]),
+        ("llama3", '{"name": "tool"}', "", "", [("tool", {})]),
         ("llama3", '<|python_tag|>search.call(query="a")<|eom_id|>', "", "", [("search", {"query": "a"})]),
         (
             "llama3",
@@ -261,7 +319,8 @@ def test_a_call_beside_a_malformed_one() -> None:
 )
 def test_by_hand(name: str, text: str, content: str, reasoning: str, calls: list[Any]) -> None:
     """What models write around their calls (reasoning, a preamble, an end, code that calls nothing) goes elsewhere."""
-    found = FORMATS[name].parse(text, ())
+    tools = declared(ToolCall("tool", {})) if '"tool"' in text else ()
+    found = FORMATS[name].parse(text, tools)
     assert (found.content, found.reasoning, called(found.calls), found.faults) == (content, reasoning, calls, ())
 
 

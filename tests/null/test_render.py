@@ -164,3 +164,11 @@ def test_what_follows_is_that_of_the_real_conversation() -> None:
     for _ in range(2):  # found to differ from a made-up conversation's, then known to
         following = renderer.observation_tokens(tokenizer.encode("x<|im_end|>"), AGAIN, asked, tools)
         assert tokenizer.decode(following) == "hiuser:And now?>"
+
+
+def test_calls_with_one_id() -> None:
+    """Two calls of a turn whose answers nobody can tell apart, since the model gave both one id."""
+    renderer = Renderer(byte_tokenizer(CHATML), tool_format="hermes")
+    calls = [f'<tool_call>{{"name": "f", "arguments": {{}}, "id": "{one}"}}</tool_call>' for one in ("a", "b", "a")]
+    said = renderer.message(renderer.tokenizer.encode("".join(calls)), (), 2)
+    assert [call.id for call in said.calls] == ["000002000", "b", "000002002"]

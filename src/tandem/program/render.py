@@ -117,15 +117,17 @@ class Renderer:
     def message(self, tokens: Sequence[int], tools: Tools = (), number: int = 0, *, parsed: bool = False) -> Message:
         """What sampled tokens say, as a message: taken apart where there are tools, a format is set, or `parsed`.
 
-        `number`: of messages before it; calls that the model gave no id get one of it, nine digits (which Mistral's
-        templates ask for).
+        `number`: of messages before it; calls that the model gave no id, or one twice, get one of it, nine digits
+        (which Mistral's templates ask for).
         """
         text = self.text(tokens)
         if not (tools or parsed or self.tool_format != "auto"):
             return Message("assistant", text)
         found = self._parsed(text, tools)
+        ids = [call.id for call in found.calls]
         calls = tuple(
-            call if call.id else replace(call, id=f"{number:06d}{place:03d}") for place, call in enumerate(found.calls)
+            call if call.id and ids.count(call.id) == 1 else replace(call, id=f"{number:06d}{place:03d}")
+            for place, call in enumerate(found.calls)
         )
         more = {"reasoning_content": found.reasoning} if found.reasoning else {}
         return Message("assistant", found.content, calls, more=more, faults=found.faults)

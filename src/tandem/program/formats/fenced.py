@@ -23,10 +23,12 @@ from tandem.program.formats.parsed import (
     Parsed,
     Tools,
     as_call,
+    behind_thought,
     checked,
     dumps,
     fault,
     names,
+    once,
     properties,
     quoted,
     read_json,
@@ -50,7 +52,11 @@ def parse(text: str, tools: Tools = ()) -> Parsed:
     calls: list[ToolCall] = []
     faults: list[str] = []
     place = 0
+    thinks = 0  # where a think block ends that was seen
     for found in _FENCE.finditer(text):
+        thinks = max(thinks, behind_thought(text, max(place, thinks), found.start()))
+        if found.start() < thinks:
+            continue
         language, code = found[1].lower(), found[2]
         read = python_calls if language in _PYTHON else _json_calls if language in _JSON else None
         try:
@@ -92,7 +98,7 @@ def python_calls(code: str, tools: Tools) -> list[ToolCall] | None:
     """
     declared = names(tools)
     try:
-        return _calls_of(code, tools)
+        return _calls_of(code, tools) or None  # comments
     except Malformed as error:
         if "python" in declared:
             return [checked("python", {_code_name(tools): code.removesuffix("\n")})]
@@ -124,23 +130,26 @@ def _call_of(statement: ast.stmt, tools: Tools) -> ToolCall:
     declared = properties(tools, name)
     if tools and declared is None:
         raise Malformed(f"there is no tool {name}; there are {', '.join(names(tools))}")
-    arguments: dict[str, Any] = {}
     keys = list(declared or ())
     if len(value.args) > len(keys):
         raise Malformed(f"the arguments of {name} need their names, as in {name}(NAME=VALUE)")
-    for key, given in zip(keys, value.args, strict=False):
-        arguments[key] = _literal(name, key, given)
+    arguments = [(key, _literal(name, key, given)) for key, given in zip(keys, value.args, strict=False)]
     for one in value.keywords:
         found = _literal(name, one.arg or "**", one.value)
         if one.arg is None and not isinstance(found, dict):
             raise Malformed(f"what {name} is given by ** is no dictionary")
-        arguments |= found if one.arg is None else {one.arg: found}
-    return checked(name, arguments)
+        arguments += found.items() if one.arg is None else [(one.arg, found)]
+    return checked(name, once(arguments))
 
 
 def _literal(name: str, key: str, node: ast.expr) -> Any:
     try:
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Dict):
+                once([(ast.literal_eval(one), None) for one in inner.keys if one is not None])
         return ast.literal_eval(node)
+    except Malformed:
+        raise
     except (ValueError, TypeError, SyntaxError, MemoryError):
         raise Malformed(f"{key} of {name} is {quoted(ast.unparse(node))}, not a literal value") from None
 

@@ -31,6 +31,8 @@ def parse(text: str, tools: Tools = ()) -> Parsed:
     while place < len(text):
         behind = text.find(MESSAGE, place)
         if behind < 0:
+            if _TO.search(text, place):
+                faults.append(fault(len(calls) + len(faults), Malformed(f"it ends before its {MESSAGE}")))
             content.append(text[place:].removeprefix(f"{START}assistant"))
             break
         header, body = text[place:behind], behind + len(MESSAGE)

@@ -1,6 +1,7 @@
 """Llama 3: the whole answer is {"name": ..., "parameters": {...}}, or what stands behind <|python_tag|>.
 
 Several calls are several objects with a semicolon between; behind the tag also Python, as its built-in tools write it.
+Without the tag nothing but its form says that an object is a call: another object is an answer.
 """
 
 from __future__ import annotations
@@ -10,12 +11,23 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tandem.program.formats.fenced import python_calls
-from tandem.program.formats.parsed import Malformed, Parsed, Tools, as_call, dumps, fault, quoted, read_json, thought
+from tandem.program.formats.parsed import (
+    Malformed,
+    Parsed,
+    Tools,
+    as_call,
+    dumps,
+    fault,
+    names,
+    quoted,
+    read_json,
+    thought,
+)
 from tandem.types import ToolCall
 
 TAG = "<|python_tag|>"
 ENDS = ("<|eom_id|>", "<|eot_id|>")
-_CALL = re.compile(r'\s*\{\s*"(?:name|type)"\s*:')
+_ARGUMENTS = re.compile(r'"(?:parameters|arguments)"\s*:')
 
 
 def parse(text: str, tools: Tools = ()) -> Parsed:
@@ -29,7 +41,7 @@ def parse(text: str, tools: Tools = ()) -> Parsed:
     before, tag, said = text.partition(TAG)
     if not tag:
         before, said = "", text
-    if not (tag or _CALL.match(said)):
+    if not (tag or _calls(said, tools)):
         return Parsed(text, reasoning)
     try:
         calls = _objects(said) if said.lstrip().startswith("{") else _python(said, tools)
@@ -44,6 +56,20 @@ def write(calls: Sequence[ToolCall], tools: Tools = ()) -> str:
     '{"name": "add", "parameters": {"a": 1}}'
     """
     return "; ".join(dumps({"name": call.name, "parameters": dict(call.arguments)}) for call in calls)
+
+
+def _calls(text: str, tools: Tools) -> bool:
+    """Whether an answer without the tag is meant as a call: an object with name and parameters, or of a tool's name."""
+    if not text.lstrip().startswith("{"):
+        return False
+    try:
+        value, _ = read_json(text)
+    except Malformed:
+        value = text
+    known = names(tools)
+    if isinstance(value, dict):
+        return value.get("name") in known or ("name" in value and ("parameters" in value or "arguments" in value))
+    return '"name"' in text and (bool(_ARGUMENTS.search(text)) or any(f'"{name}"' in text for name in known))
 
 
 def _objects(text: str) -> list[ToolCall]:

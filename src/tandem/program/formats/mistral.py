@@ -46,6 +46,8 @@ def _read(text: str, inside: int) -> tuple[list[ToolCall], int]:
     rest = text[inside:].lstrip()
     if rest[:1] in ("[", "{"):
         value, end = read_json(text, inside)
+        if value == []:
+            raise Malformed("its list has no call")
         return [as_call(one) for one in (value if isinstance(value, list) else [value])], end
     head, found, _ = text[inside:].partition(ARGUMENTS)
     name, _, call_id = head.partition(ID)

@@ -11,6 +11,7 @@ from tandem.types import ToolCall
 
 Tools = Sequence[Mapping[str, Any]]  # JSON schemas of functions, as chat templates take them
 
+MOST_DIGITS = 4300  # of an integer: Python reads no longer one
 SHOWN = 30  # characters of a malformed call that its fault quotes
 
 
@@ -44,6 +45,14 @@ def thought(text: str, opening: str = "<think>", closing: str = "</think>") -> t
     return reasoning.strip("\n"), rest.lstrip("\n")
 
 
+def behind_thought(text: str, place: int, start: int) -> int:
+    """Where a think block ends that begins between `place` and `start`: no call stands in one. 0 where none does."""
+    for opening, closing in (("<think>", "</think>"), ("[THINK]", "[/THINK]")):
+        if 0 <= (begins := text.find(opening, place, start)) and (ends := text.find(closing, begins)) > start:
+            return ends + len(closing)
+    return 0
+
+
 def read_json(text: str, start: int = 0) -> tuple[Any, int]:
     """The JSON value at `start` behind white space, and where it ends. Malformed says what is wrong with it.
 
@@ -56,7 +65,7 @@ def read_json(text: str, start: int = 0) -> tuple[Any, int]:
     except json.JSONDecodeError as error:
         place = f"character {error.pos - start + 1}, at {quoted(text[error.pos :])}"
         raise Malformed(f"its JSON is broken at {place}: {error.msg}") from None
-    except (ValueError, RecursionError) as error:
+    except (Malformed, RecursionError) as error:
         raise Malformed(f"its JSON cannot be read: {error}") from None
 
 
@@ -64,7 +73,22 @@ def _constant(name: str) -> None:
     raise Malformed(f"{name} is no JSON number")
 
 
-_DECODER = json.JSONDecoder(parse_constant=_constant)
+def _integer(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise Malformed(f"it has a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def once(pairs: Sequence[tuple[Any, Any]]) -> dict[Any, Any]:
+    """An object from its keys and values; Malformed where a key stands twice, and nobody can know which is meant."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise Malformed(f"{next(key for key in keys if keys.count(key) > 1)} is given twice")
+    return found
+
+
+_DECODER = json.JSONDecoder(parse_constant=_constant, parse_int=_integer, object_pairs_hook=once)
 
 
 def checked(name: Any, arguments: Any, id: Any = "") -> ToolCall:
@@ -120,6 +144,10 @@ def scan(
     faults: list[str] = []
     place = 0
     while (start := text.find(opening, place)) >= 0:
+        if (behind := behind_thought(text, place, start)) > 0:
+            rest.append(text[place:behind])
+            place = behind
+            continue
         rest.append(text[place:start])
         inside = start + len(opening)
         try:

@@ -81,9 +81,13 @@ def _read(text: str, inside: int, tools: Tools) -> tuple[list[ToolCall], int]:
         if end < 0:
             raise Malformed(f"parameter {given[1]} has no </parameter>")
         key, value = given[1].strip(), text[given.end() : end]
+        if key in arguments:
+            raise Malformed(f"parameter {key} is given twice")
         arguments[key] = _value(key, value.removeprefix("\n").removesuffix("\n"), declared.get(key))
         place = end + len("</parameter>")
     call = checked(name, arguments)
+    if not text[place:].strip():  # there may have been more of it
+        raise Malformed("it ends before its </function>")
     return [call], read_after(text, read_after(text, place, "</function>"), CLOSING)
 
 
