@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import pytest
 
 from tandem.sandbox.grade import Verdict
@@ -223,3 +225,53 @@ def test_many_tests() -> None:
     """Tests of more than 128 KB, which no argument of a command takes, as those of HumanEval+."""
     tests = f"from double import same\ndef test_long(): assert same({'x' * 300_000!r}) == {'x' * 300_000!r}\n"
     assert graded("def same(value): return value", tests) == [Verdict("test_long", True)]
+
+
+def test_what_a_program_raises() -> None:
+    """An exception that arrives as another one, without its arguments or its words; or that ends the program."""
+    program = """
+        import argparse, json, sys
+        class Own(ValueError):
+            def __init__(self, place, why):
+                self.place = place
+                super().__init__(place, why)
+            def __str__(self): return f"{self.args[1]} at {self.place}"
+        def own(): raise Own(3, "bad")
+        def key(): return {}["x"]
+        def decoded(): return bytes([255]).decode()
+        def read(): return json.loads("{")
+        def left(code): sys.exit(code)
+        def parsed(): argparse.ArgumentParser().parse_args(["--no"])
+        def group(): raise ExceptionGroup("several", [ValueError(1)])
+        def opened(): open("none")
+        """
+    tests = """
+        import unittest
+        from double import *
+        class Case(unittest.TestCase):
+            def test_own(self):
+                with self.assertRaisesRegex(Own, "^bad at 3$") as caught: own()
+                self.assertEqual(caught.exception.args, (3, "bad"))
+                with self.assertRaises(ValueError): own()
+            def test_key(self):
+                with self.assertRaises(KeyError) as caught: key()
+                self.assertEqual((caught.exception.args, str(caught.exception)), (("x",), "'x'"))
+            def test_decoded(self):
+                with self.assertRaises(UnicodeDecodeError) as caught: decoded()
+                self.assertEqual(caught.exception.start, 0)
+            def test_read(self):
+                with self.assertRaisesRegex(ValueError, "line 1 column 2"): read()
+            def test_left(self):
+                with self.assertRaises(SystemExit) as caught: left(3)
+                self.assertEqual(caught.exception.code, 3)
+            def test_left_well(self): left(0)
+            def test_parsed(self):
+                with self.assertRaises(SystemExit): parsed()
+            def test_group(self):
+                with self.assertRaisesRegex(Exception, "several"): group()
+            def test_opened(self):
+                with self.assertRaises(FileNotFoundError) as caught: opened()
+                self.assertEqual(caught.exception.errno, 2)
+        """
+    failed = {each.name: each.reason for each in graded(textwrap.dedent(program), tests) if not each.passed}
+    assert failed == {"Case.test_left_well": "AssertionError: SystemExit: 0"}

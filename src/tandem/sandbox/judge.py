@@ -18,6 +18,7 @@ import types
 import unittest
 import warnings
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -56,7 +57,7 @@ class Line:
         self.turn = 0
         self.lives = 0  # programs that were started
         self.lost = ""  # what became of the last one, until another is there
-        self.errors: dict[str, type[Exception]] = {}
+        self.errors: dict[str, type[BaseException]] = {}
         self.lock = threading.RLock()  # tests may have threads; the program answers one call at a time
 
     def say(self, message: dict[str, Any]) -> None:
@@ -73,12 +74,22 @@ class Line:
                 if answer.get("turn") == self.turn:
                     break
         if "raised" in answer:
-            try:
-                error = self.error(answer["raised"])(str(answer.get("text", "")))
-            except ANSWERED:
-                raise self.gone("answered nonsense") from None
-            raise error
+            raise self.raised(answer)
         return answer
+
+    def raised(self, answer: dict[str, Any]) -> BaseException:
+        """What the program raised: of its kind, with its arguments where they are plain, else with its text."""
+        try:
+            kind, text = self.error(answer["raised"]), str(answer.get("text", ""))
+            for arguments in (self.value(answer.get("arguments")), (text,)):
+                if isinstance(arguments, tuple):
+                    with suppress(TypeError):
+                        made = kind(*arguments)
+                        made.__dict__["_text"] = text
+                        return made
+        except ANSWERED:
+            return self.gone("answered nonsense")
+        return ProgramError(text)
 
     def heard(self) -> dict[str, Any]:
         line = self.orders.readline()
@@ -122,16 +133,16 @@ class Line:
             return self.error(rest)
         return Remote(self, int(number), str(rest))
 
-    def error(self, names: list[str]) -> type[Exception]:
+    def error(self, names: list[str]) -> type[BaseException]:
         """The class that stands for an exception of the program: of the built-in kind that it is of."""
         own = str(names[0])
         bases = [getattr(builtins, str(name).removeprefix("builtins."), None) for name in names]
-        base = next((b for b in bases if isinstance(b, type) and issubclass(b, Exception)), ProgramError)
+        base = next((b for b in bases if isinstance(b, type) and issubclass(b, (Exception, SystemExit))), ProgramError)
         if own == f"builtins.{base.__name__}":
             return base
         if own not in self.errors:
             parent = ProgramError if base is Exception else base
-            self.errors[own] = type(own.rpartition(".")[2], (parent,), {})
+            self.errors[own] = type(own.rpartition(".")[2], (parent,), {"__str__": lambda self: self.__dict__["_text"]})
         return self.errors[own]
 
 

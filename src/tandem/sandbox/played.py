@@ -17,6 +17,7 @@ from typing import Any
 
 from tandem.sandbox.values import decode, encode
 
+RAISED = (Exception, SystemExit)  # what a program may raise and go on
 OPERATIONS = {"__bool__": bool, "__iter__": iter, "__contains__": operator.contains, "__str__": str}
 
 
@@ -26,6 +27,10 @@ def operation(aim: Any, name: str) -> Callable[..., Any]:
     if found is None:
         raise TypeError(f"{type(aim).__name__} has no {name}")
     return found
+
+
+def unplain(value: Any) -> list[Any]:
+    raise TypeError(f"a {type(value).__name__} is no plain value")
 
 
 async def finished(aim: Any) -> Any:
@@ -40,13 +45,13 @@ class Player:
     def hold(self, value: Any) -> list[Any]:
         self.held.append(value)
         number = len(self.held) - 1
-        if isinstance(value, type) and issubclass(value, Exception):
+        if isinstance(value, type) and issubclass(value, RAISED):
             return ["x", number, self.kind(value)]
         return ["h", number, type(value).__name__]
 
     def kind(self, error: type[BaseException]) -> list[str]:
         """Names of an exception's classes, its own first."""
-        return [f"{each.__module__}.{each.__qualname__}" for each in error.__mro__ if issubclass(each, Exception)]
+        return [f"{each.__module__}.{each.__qualname__}" for each in error.__mro__ if issubclass(each, RAISED)]
 
     def given(self, code: Any) -> Any:
         return decode(code, lambda rest: self.held[rest[1]])
@@ -78,8 +83,13 @@ class Player:
         asked = json.loads(line)
         try:
             answer = self.do(asked)
-        except Exception as error:  # noqa: BLE001 - what the program raises is its answer
+        except RAISED as error:
             answer = {"raised": self.kind(type(error)), "text": str(error)[:1000]}
+            try:
+                json.dumps(arguments := encode(error.args, unplain))
+                answer["arguments"] = arguments
+            except Exception:  # noqa: BLE001 - not plain: the text says it
+                pass
         return {**answer, "turn": asked["turn"]}
 
 
