@@ -143,6 +143,61 @@ CHEATS = {
         Odd.__module__, Odd.__qualname__ = "builtins", "SystemExit"
         def twice(n): raise Odd
         """,
+    "an end by another name": "def twice(n): raise KeyboardInterrupt",
+    "an end by a thread": """
+        import os, threading, time
+        threading.Thread(target=lambda: (time.sleep(0.05), os._exit(0))).start()
+        def twice(n): time.sleep(0.2)
+        """,
+    "a skip by its name": """
+        class SkipTest(Exception): pass
+        SkipTest.__module__, SkipTest.__qualname__ = "unittest.case", "SkipTest"
+        def twice(n): raise SkipTest
+        """,
+    "its argument": "def twice(n): return n",
+    "a generator": "def twice(n): yield 2 * n",
+    "a coroutine": "async def twice(n): return 2 * n",
+    "no number": "def twice(n): return float('nan')",
+    "a large number": "def twice(n): return 10**300_000",
+    "a list without end": """
+        class Endless(list):
+            def __iter__(self):
+                while True: yield 4
+        def twice(n): return Endless()
+        """,
+    "a class that lies": """
+        class Lies(str):
+            __class__ = int
+            def __eq__(self, other): return True
+            def __add__(self, other): return self
+            def __hash__(self): return hash(4)
+        def twice(n): return Lies()
+        """,
+    "recursion": "def twice(n): return twice(n)",
+    "more memory than there is": "def twice(n): return len(bytearray(10**11))",
+    "two of it": "import os\ndef twice(n): os.fork()",
+    "another player": """
+        import gc
+        for each in gc.get_objects():
+            if type(each).__name__ == "Player":
+                type(each).do = lambda self, asked: {"value": ["x", 0, ["builtins.AssertionError"]]}
+        """,
+    "other values": """
+        import __main__
+        __main__.encode = lambda *_: ["t", True, ["i", "0x1"], ["h", 0, "int"]]
+        def twice(n): return None
+        """,
+    "an error that is none": """
+        import gc
+        for each in gc.get_objects():
+            if type(each).__name__ == "Player":
+                type(each).answer = lambda self, line: {"raised": [], "arguments": 7, "turn": 1}
+        """,
+    "what the tests were told": """
+        for place in ("told.json", "/tmp/told.json"):
+            open(place, "w").write('{"tests": "def test_small(): pass"}')
+        def twice(n): return None
+        """,
     "its own output": "def twice(n):\n    while True: print('x' * 1000)",
 }
 
