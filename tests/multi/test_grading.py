@@ -194,8 +194,10 @@ CHEATS = {
                 type(each).answer = lambda self, line: {"raised": [], "arguments": 7, "turn": 1}
         """,
     "what the tests were told": """
-        for place in ("told.json", "/tmp/told.json"):
-            open(place, "w").write('{"tests": "def test_small(): pass"}')
+        for place in ("told.json", "../told.json"):
+            try: file = open(place, "w")
+            except OSError: continue
+            file.write('{"tests": "def test_small(): pass"}')
         def twice(n): return None
         """,
     "its own output": "def twice(n):\n    while True: print('x' * 1000)",

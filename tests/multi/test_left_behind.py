@@ -264,5 +264,6 @@ def test_a_command_that_is_given_up() -> None:
 def test_in_a_run_of_low_priority() -> None:
     """Commands that cannot start where the run itself has a lower priority than they are given (`nice`)."""
     code = "from tandem.sandbox.config import *; from tandem.sandbox.pool import *; check(SandboxConfig()); print('ok')"
-    done = subprocess.run(["nice", "-n", "12", sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    argv, source = ["nice", "-n", "12", sys.executable, "-c", code], Path(__file__).parents[2] / "src"
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, cwd=source)
     assert done.stdout == "ok\n", done.stderr[-500:]

@@ -157,9 +157,11 @@ def test_a_container(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backend, "interpreter", lambda: Path("python3"))
     done = run_once(config, [sys.executable, "-c", "print(open('a').read())"], {"a": "text"})
     assert (done.stdout, done.exit_code) == ("text\n", 0), done
+    done = run_once(config, [sys.executable, "-c", "import socket; socket.socket(16, socket.SOCK_RAW)"])
+    assert "Address family not supported" in done.stderr  # the first process laid the filter on
     words = json.loads(record.read_text())
     memory = str(164 * MB)
-    tmpfs = f"rw,exec,nosuid,nodev,mode=1777,size={MB},nr_inodes=10"
+    tmpfs = f"rw,exec,nosuid,nodev,mode=1777,size={MB}"
     pairs = list(zip(words, words[1:], strict=False))
     for pair in (
         ("--network", "none"),
@@ -168,14 +170,38 @@ def test_a_container(program: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("--user", "1000:1000"),
         ("--memory", memory),
         ("--memory-swap", memory),
-        ("--pids-limit", "72"),
+        ("--pids-limit", "65"),
         ("--shm-size", str(MB)),
-        ("--tmpfs", f"{backend.WORK}:{tmpfs}"),
+        ("--tmpfs", f"{backend.CONTAINER_WORK}:{tmpfs}"),
         ("--tmpfs", f"{backend.TEMPORARY}:{tmpfs}"),
         (image, "-I"),
     ):
         assert pair in pairs, pair
     assert words[0] == "run" and {"--rm", "--read-only", "--interactive"} < {*words} and "--privileged" not in words
+    of_podman = {"--read-only-tmpfs=false", "--no-hosts"}  # which Docker does not know
+    assert {*words} & of_podman == (of_podman if program == "podman" else set())
+
+
+HANGS = """#!/bin/sh
+echo "$@" >> {record}
+[ "$1" = rm ] || exec sleep 600
+"""
+
+
+def test_a_container_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container that goes on, or stays listed, since the client that started it had to be killed."""
+    record = tmp_path / "words"
+    executable(tmp_path / "podman", HANGS.format(record=record))
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(backend, "END_S", 0.1)
+    started = backend.start(SandboxConfig("container", image="x")).result()
+    until = time.monotonic() + 30
+    while not (record.exists() and "--name " in record.read_text()) and time.monotonic() < until:
+        time.sleep(0.01)
+    started.end()
+    said = record.read_text()
+    name = said.split("--name ")[1].split()[0]
+    assert said.splitlines()[-1] == f"rm --force {name}" and name.startswith("tandem-")
 
 
 def test_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +212,9 @@ def test_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     (finding,) = doctor.check_sandbox()
     assert (finding.status, finding.fatal) == ("absent", False) and "apt-get install bubblewrap" in finding.found
     with pytest.raises(SandboxError, match="neither docker nor podman is found"):
+        check(SandboxConfig("container", image="x"))
+    executable(tmp_path / "docker", "#!/bin/sh\necho Cannot connect to the Docker daemon at unix >&2\nexit 1\n")
+    with pytest.raises(SandboxError, match="Docker's daemon does not run: start it, or take docker out of PATH"):
         check(SandboxConfig("container", image="x"))
     with pytest.raises(ConfigError, match="task.sandbox.backend=refuse, and this task runs code"):
         check(SandboxConfig("refuse"))

@@ -30,7 +30,10 @@ TEMPORARY = "/".join(("", "tmp"))
 BIN = "/run/python"  # a folder with `python` in it
 USER_ID = 1000
 INSTALL = "Debian, Ubuntu: apt-get install bubblewrap; or use task.sandbox.backend=container"
+CONTAINER_WORK = "/".join(("", "tandem"))  # a folder that an image has keeps its owner, and is not to be written
+CONTAINER_PROCESSES = 16  # at least: the runtime starts the first one with threads of its own
 CONTAINER_MEMORY_BYTES = 64 << 20  # more than its processes may have: the limits inside act first
+REMOVE_S = 30.0  # for a container to be removed
 END_S = 5.0  # for a sandbox to be gone once its orders have ended
 
 # What bubblewrap says -> what to do.
@@ -48,19 +51,24 @@ REMEDIES = {
         "a container hides parts of /proc. Start it with --security-opt systempaths=unconfined (Docker), "
         "--security-opt unmask=ALL (Podman)"
     ),
+    r"Cannot connect to the Docker daemon": (
+        "Docker's daemon does not run: start it, or take docker out of PATH where podman is to be used"
+    ),
     r"Unknown option": "bubblewrap is older than 0.7: install a newer one",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """What is started, with what it inherits, and the folder that is removed after it."""
+    """What is started, with what it inherits, the folder that is removed after it, and what ends it where it has to be
+    killed."""
 
     argv: tuple[str, ...]
     environment: dict[str, str]
     work: str
     inherits: tuple[int, ...] = ()
     folder: str = ""
+    remove: tuple[str, ...] = ()
 
 
 class Started:
@@ -88,7 +96,7 @@ class Started:
             for descriptor in command.inherits:
                 os.close(descriptor)
         # Where nobody ends it: with whoever held it, or with this process.
-        self._gone = weakref.finalize(self, _drop, self.popen, self.socket, stderr, command.folder)
+        self._gone = weakref.finalize(self, _drop, self.popen, self.socket, stderr, command)
 
     def end(self) -> None:
         """Wait until it is gone: its first process leaves where its socket is closed. Otherwise kill it."""
@@ -112,13 +120,19 @@ class Started:
         )
 
 
-def _drop(popen: subprocess.Popen[bytes], inside: socket.socket, stderr: IO[bytes], folder: str) -> None:
+def _drop(popen: subprocess.Popen[bytes], inside: socket.socket, stderr: IO[bytes], command: Command) -> None:
     inside.close()
+    lives = popen.poll() is None
     popen.kill()  # nothing where it has ended
     popen.wait()
     stderr.close()
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)
+    if lives and command.remove:  # a container outlives the client that started it
+        with suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(
+                command.remove, env=command.environment, capture_output=True, stdin=subprocess.DEVNULL, timeout=REMOVE_S
+            )
+    if command.folder:
+        shutil.rmtree(command.folder, ignore_errors=True)
 
 
 def start(config: SandboxConfig) -> Future[Started]:
@@ -169,6 +183,9 @@ def settings(config: SandboxConfig, work: str, folders: tuple[str, ...], path: s
         rlimits["RLIMIT_NPROC"] = config.processes + 1  # with the first one
     environment = {"PATH": path, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"}
     told: dict[str, Any] = {
+        "filters": {each: calls.program(each).hex() for each in calls.MACHINES}
+        if config.backend == "container"
+        else {},
         "user": user,
         "work": work,
         "folders": folders,
@@ -238,7 +255,10 @@ def unused_user() -> int:
 
 
 def container(config: SandboxConfig) -> Command:
-    """The same in a container of Docker or Podman."""
+    """The same in a container of Docker or Podman, whose first process lays the filter on itself.
+
+    Podman would lay writable folders over a read-only root, and this machine's names into /etc/hosts.
+    """
     path = env.foreign().get("PATH")
     program = next(filter(None, (shutil.which(name, path=path) for name in ("docker", "podman"))), None)
     if program is None:
@@ -247,18 +267,21 @@ def container(config: SandboxConfig) -> Command:
             "task.sandbox.backend=bubblewrap."
         )
     memory = config.memory_bytes + CONTAINER_MEMORY_BYTES
-    argv = [program, "run", "--rm", "--interactive", "--network", "none", "--read-only", "--cap-drop", "ALL"]
-    argv += ["--security-opt", "no-new-privileges", "--user", f"{USER_ID}:{USER_ID}", "--hostname", "sandbox"]
-    argv += ["--memory", f"{memory}", "--memory-swap", f"{memory}", "--pids-limit", f"{config.processes + 8}"]
-    argv += ["--shm-size", f"{config.file_bytes}"]
-    for folder in (TEMPORARY, WORK):
-        options = f"rw,exec,nosuid,nodev,mode=1777,size={config.file_bytes},nr_inodes={config.files + 1}"
-        argv += ["--tmpfs", f"{folder}:{options}"]
+    name = f"tandem-{secrets.token_hex(8)}"
+    argv = [program, "run", "--rm", "--interactive", "--name", name, "--network", "none", "--read-only"]
+    argv += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--user", f"{USER_ID}:{USER_ID}"]
+    argv += ["--hostname", "sandbox", "--memory", f"{memory}", "--memory-swap", f"{memory}"]
+    argv += ["--pids-limit", f"{max(config.processes + 1, CONTAINER_PROCESSES)}", "--shm-size", f"{config.file_bytes}"]
+    if Path(program).name == "podman":
+        argv += ["--read-only-tmpfs=false", "--no-hosts"]
+    for folder in (TEMPORARY, CONTAINER_WORK):
+        argv += ["--tmpfs", f"{folder}:rw,exec,nosuid,nodev,mode=1777,size={config.file_bytes}"]
     for path in config.paths:
         argv += ["--volume", f"{path}:{path}:ro"]
-    argv += ["--workdir", WORK, "--entrypoint", "python3", config.image, "-I", "-S", "-c", init_text()]
-    argv += [settings(config, WORK, (TEMPORARY, "/dev/shm"), "/usr/local/bin:/usr/bin:/bin")]
-    return Command(tuple(argv), env.foreign(), WORK)
+    told = settings(config, CONTAINER_WORK, (TEMPORARY, "/dev/shm"), "/usr/local/bin:/usr/bin:/bin")
+    argv += ["--workdir", CONTAINER_WORK, "--entrypoint", "python3", config.image, "-I", "-S", "-c", init_text(), told]
+    remove = (program, "rm", "--force", name)
+    return Command(tuple(argv), env.foreign(), CONTAINER_WORK, remove=remove)
 
 
 def refuse(config: SandboxConfig) -> Command:

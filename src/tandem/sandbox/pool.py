@@ -74,7 +74,7 @@ def check(config: SandboxConfig) -> None:
     async def tried() -> Result:
         pool = SandboxPool(config, warm=0)
         async with pool.sandbox() as box:
-            return await box.run(["python", "-c", "print(6 * 7)"])
+            return await box.run(["python", "-c", "open('written', 'w').close(); print(6 * 7)"])
 
     done = asyncio.run_coroutine_threadsafe(tried(), _background()).result(CHECK_S)
     if (done.exit_code, done.stdout, done.reason) != (0, "42\n", ""):
