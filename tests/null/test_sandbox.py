@@ -137,7 +137,8 @@ def executable(path: Path, text: str) -> None:
 FAKE = """#!{python}
 import json, os, sys
 words = sys.argv[1:]
-json.dump(words, open({record!r}, "w"))
+with open(f"{record}.{{os.getpid()}}", "w") as file: json.dump(words, file)
+if words[0] == "run": os.replace(file.name, {record!r})
 told = json.loads(words[-1])
 told["work"] = {work!r}
 os.execv({python!r}, [{python!r}, *words[words.index("-I"):-1], json.dumps(told)])
