@@ -1,4 +1,4 @@
-"""Code tasks: problems that are graded by tests the program can't reach, and repairs."""
+"""Functions to be written, graded by tests that the program can't reach."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from tandem.errors import TaskError
 from tandem.program.config import TaskConfig
 from tandem.program.pool import EnvironmentPool
 from tandem.program.tasks.humaneval import hidden_tests, program
-from tandem.program.tasks.planted import planted
-from tandem.types import Message, Prompt, ToolCall
+from tandem.types import Message, Prompt
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "humaneval" / "HumanEval.jsonl.gz"
 ROW = {
@@ -43,19 +42,14 @@ def played(made: EnvironmentPool, prompt: Prompt, *said: Message) -> tuple[list[
     told = []
     for message in said:
         episode.said.append(message)
-        found = episode.observe().result(60)
+        found = episode.observe(last=message is said[-1]).result(60)
         told += [one.content for one in found.messages or ()]
     reward = episode.score().result(60)
     episode.teardown()
     return told, reward
 
 
-def calls(name: str, **arguments) -> Message:
-    return Message("assistant", "", (ToolCall(name, arguments),))
-
-
 HUMANEVAL = "tandem.program.tasks.humaneval:HumanEval"
-REPAIR = "tandem.program.tasks.repair:Repair"
 
 
 @pytest.mark.parametrize(("said", "paid"), [(RIGHT, 1.0), (EMPTY, 1 / 3), ("no idea", 0.0), ("x = (", 0.0)])
@@ -79,10 +73,11 @@ def test_a_program_that_claims_to_pass_does_not(tmp_path: Path) -> None:
 
 
 def test_another_attempt_is_told_how_many_pass(tmp_path: Path) -> None:
-    """The hidden tests or their values told to the program, or an attempt more than was asked for."""
-    made = pool(tmp_path, HUMANEVAL, ROW, attempts=2)
-    told, reward = played(made, made.prompt(0), Message("assistant", EMPTY), Message("assistant", RIGHT))
-    assert told == ["1 of 3 hidden tests pass. Write the whole function again."] and reward == 1.0
+    """The hidden tests or their values told to the program, or another attempt asked for where all pass."""
+    made = pool(tmp_path, HUMANEVAL, ROW)
+    told, reward = played(made, made.prompt(0), *(Message("assistant", text) for text in (EMPTY, "no idea", RIGHT)))
+    again = "of 3 hidden tests pass. Write the whole function again."
+    assert told == [f"1 {again}", f"0 {again}"] and reward == 1.0
     made.close()
 
 
@@ -130,86 +125,4 @@ def test_all_of_humaneval_is_right_by_its_own_solutions(tmp_path: Path) -> None:
     rewards = [future.result(120) for future in [episode.score() for episode in episodes]]
     assert dict(zip(chosen, rewards, strict=True)) == dict.fromkeys(chosen, 1.0)
     assert all("def test_0" in hidden_tests(row) for row in rows)
-    made.close()
-
-
-def test_a_wrong_repair_is_named(tmp_path: Path) -> None:
-    """A line that ends the run in the middle, or fails every program of it."""
-    good = {"files": {"a.py": "x = 1\n"}, "tests": {}, "hidden": "def test_a(): assert False", "issue": "x"}
-    for change, reason in (
-        ({"files": {"a.py": 5}}, "line 2: 'a.py' is 5; wanted: a path inside the folder"),
-        ({"files": {"../a.py": ""}}, "line 2: '../a.py' is ''; wanted: a path inside"),
-        ({"hidden": "def ("}, "line 2: its hidden tests are no Python"),
-        ({"hidden": "x = 1"}, "line 2: its hidden tests have no function"),
-    ):
-        made = pool(tmp_path, REPAIR, good, {**good, **change})
-        with pytest.raises(TaskError, match=reason):
-            made.ready()
-        made.close()
-
-
-def test_planted_bugs_are_noticed_and_can_be_mended() -> None:
-    """A bug that no shown test sees, or two lines that differ."""
-    seen = set()
-    for seed in range(200):
-        made = planted(random.Random(seed))
-        differ = [a for a, b in zip(made.right.splitlines(), made.broken.splitlines(), strict=True) if a != b]
-        assert len(differ) == 1 and made.right.splitlines()[made.line - 1] == differ[0]
-        scope: dict = {"__name__": "m"}
-        name = made.path.removesuffix(".py")
-        exec(made.broken, scope)
-        shown = made.shown.replace(f"from {name} import {name}\n", "")
-        exec(shown, scope)
-        failed = 0
-        for key in [key for key in scope if key.startswith("test_")]:
-            try:
-                scope[key]()
-            except (AssertionError, IndexError, ZeroDivisionError):
-                failed += 1
-        assert failed > 0
-        seen.add((name, made.broken))
-    assert len(seen) > 20
-
-
-def test_a_repair_by_its_tools(tmp_path: Path) -> None:
-    """Edits that do not reach the files that are graded, tests that the program may see but not run, or a whole reward
-    for a module that breaks what was right."""
-    made = pool(tmp_path, REPAIR)
-    prompt = made.prompt(3)
-    (path,) = prompt.record["files"]
-    problem = planted(random.Random("0/train/3"))
-    old, new = (text.splitlines()[problem.line - 1] for text in (problem.broken, problem.right))
-    told, reward = played(
-        made,
-        prompt,
-        calls("read", path=path),
-        calls("search", text=old.strip()),
-        calls("run"),
-        calls("edit", path=path, old=old, new=new),
-        calls("run"),
-        Message("assistant", "done"),
-    )
-    assert f"{problem.line}: {old}" in told[0] and told[1] == f"{path}:{problem.line}: {old}"
-    assert "FAILED test_" in told[2] and told[3:] == ["done", "all tests pass"] and reward == 1.0
-    assert played(made, prompt, calls("run"), Message("assistant", "all tests pass"))[1] == 0.0
-    spoilt = calls("edit", path=path, old=problem.broken.splitlines()[-1], new="    return None")
-    assert played(made, prompt, spoilt)[1] == 0.0
-    told, _ = played(made, prompt, calls("edit", path=path, old="nowhere", new=""), calls("read", path="/etc/passwd"))
-    assert "stands 0 times" in told[0] and "there is no /etc/passwd" in told[1]
-    made.close()
-
-
-def test_a_repair_of_a_file(tmp_path: Path) -> None:
-    """Problems of a user's own, whose failing tests nobody has listed."""
-    row = {
-        "files": {"shop/__init__.py": "", "shop/till.py": "def change(paid, due):\n    return due - paid\n"},
-        "tests": {"test_till.py": "from shop.till import change\n\ndef test_it():\n    assert change(5, 3) == 2\n"},
-        "hidden": "from shop.till import change\n\ndef test_a():\n    assert change(9, 4) == 5\n\n"
-        "def test_b():\n    assert change(1, 1) == 0\n",
-        "issue": "change gives a negative amount.",
-    }
-    made = pool(tmp_path, REPAIR, row)
-    mend = calls("edit", path="shop/till.py", old="due - paid", new="paid - due")
-    told, reward = played(made, made.prompt(0), calls("run"), mend, calls("run"))
-    assert "FAILED test_till.test_it, line 4" in told[0] and told[2] == "all tests pass" and reward == 1.0
     made.close()

@@ -36,7 +36,7 @@ REAL = (
     "engine.weights=int4",
     "double.py:Double",
     "code_task.py:Code",
-    "tasks.repair:Repair",
+    "smollm2_repair_cpu",
     "tandem chat",
 )  # run with SmolLM2, all else with a random model
 TINY = {
@@ -90,8 +90,8 @@ RUNS: dict[str, str] = {
     "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2 "
     "--set algo.credit=step": "",
     "tandem train smollm2_arithmetic_cpu --set algo.advantage=gae": "",
-    "tandem rollout smollm2_calculator_cpu --set task.environment=tandem.program.tasks.repair:Repair "
-    "--set task.parameters=example=true --set rollout.max_turns=6 --set rollout.max_new_tokens=96": "",
+    "tandem rollout smollm2_repair_cpu": "tandem rollout smollm2_repair_cpu --programs 4",
+    "tandem rollout smollm2_repair_cpu --set task.parameters=path=problems --set rollout.max_turns=6": "",
     "tandem study": "",
     "tandem study staleness --seeds 0": "tandem study staleness --seeds 0 --out staleness",
 }
@@ -122,9 +122,11 @@ LISTED: dict[str, str] = {
     "--set task.heldout_size=32 --set task.parameters=url=http://127.0.0.1:8000": OTHERS,
     f"{ADAPTED}verifiers:Verifiers --set task.python=others/verifiers/bin/python --set rollout.max_turns=8 "
     "--set task.heldout_size=32 --set task.parameters=taskset=my-taskset,taskset.size=1000": OTHERS,
+    "problems/till/repo/": "a folder; tests/multi/test_repair.py",
     "steps = 40": "read by tests/null/test_settings.py",
     "apt-get install bubblewrap": "installs it; .ci/run does",
     "tandem train smollm2_calculator_cpu": "takes minutes; tests/null/test_async_episodes.py plays its kind",
+    "tandem train smollm2_repair_cpu": "takes minutes; tests/multi/test_repair.py plays its programs",
     "tandem rollout smollm2_calculator_cpu --set task.environment=tandem.program.tasks.humaneval:HumanEval "
     "--set task.parameters=path=HumanEval.jsonl.gz --set rollout.max_new_tokens=256": (
         "needs that file; tests/multi/test_code_tasks.py"
@@ -224,6 +226,12 @@ def home(tmp_path_factory: pytest.TempPathFactory, write_model: Any) -> Path:
         rows = [{"question": f"What is {n} + 2?", "answer": f"{n} + 2 = {n + 2}\n#### {n + 2}"} for n in range(9)]
         rows = [{**row, "question": f"{first}: {row['question']}"} for row in rows]
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for number in range(5):
+        problem = folder / "problems" / f"till{number}"
+        (problem / "repo").mkdir(parents=True)
+        (problem / "repo/till.py").write_text("def change(paid, due):\n    return due - paid\n")
+        (problem / "hidden.py").write_text("from till import change\n\ndef test_it():\n    assert change(5, 3) == 2\n")
+        (problem / "issue.md").write_text(f"Till {number} gives a negative amount.\n")
     (folder / "PROMPTS.jsonl").write_text('{"prompt": "What is 3 + 4?"}\n{"prompt": "Hi."}\n')
     (folder / "MODEL").symlink_to("model")
     shutil.copytree(ROOT / "studies" / "staleness", folder / "staleness")

@@ -80,16 +80,14 @@ def program(prompt: str, entry_point: str, text: str) -> str:
 
 
 class Writing(Episode):
-    """One answer, or several, each after how many tests the one before passed."""
+    """An answer a turn, each after how many tests the one before passed, until all do (or `rollout.max_turns`)."""
 
-    def __init__(self, prompt: Prompt, sandbox: SandboxPool, attempts: int, partial: bool) -> None:
+    def __init__(self, prompt: Prompt, sandbox: SandboxPool, partial: bool) -> None:
         super().__init__(prompt)
-        self.sandbox, self.attempts, self.partial = sandbox, attempts, partial
+        self.sandbox, self.partial = sandbox, partial
+        self.graded: tuple[str, tuple[int, int]] | None = None  # what was graded last
 
     async def observe(self, turns: tuple[Message, ...]) -> Step:
-        said = sum(turn.role == "assistant" for turn in turns)
-        if said >= self.attempts:
-            return Step(None)
         passed, count = await self._passed(turns[-1].content)
         if passed == count:
             return Step(None)
@@ -100,10 +98,12 @@ class Writing(Episode):
         return passed / count if self.partial else float(passed == count)
 
     async def _passed(self, text: str) -> tuple[int, int]:
-        row = self.prompt.record
-        code = program(row["prompt"], row["entry_point"], text)
-        results = await grade_tests(self.sandbox, {f"{MODULE}.py": code}, row["tests"])
-        return round(earned(results) * len(results)), len(results)
+        if self.graded is None or self.graded[0] != text:
+            row = self.prompt.record
+            code = program(row["prompt"], row["entry_point"], text)
+            results = await grade_tests(self.sandbox, {f"{MODULE}.py": code}, row["tests"])
+            self.graded = text, (round(earned(results) * len(results)), len(results))
+        return self.graded[1]
 
 
 class HumanEval(Environment):
@@ -111,10 +111,10 @@ class HumanEval(Environment):
 
     episodes = Writing
 
-    def __init__(self, path: str, sandbox: SandboxPool, attempts: int = 1, partial: bool = True) -> None:
+    def __init__(self, path: str, sandbox: SandboxPool, partial: bool = True) -> None:
         self.rows = read_lines(path, FIELDS)
         self.tests = [hidden_tests(row) for row in self.rows]
-        self.sandbox, self.attempts, self.partial = sandbox, attempts, partial
+        self.sandbox, self.partial = sandbox, partial
 
     def prompt(self, split: str, index: int) -> Prompt:
         place = index % len(self.rows) if split == "train" else -1 - index % len(self.rows)
@@ -127,7 +127,7 @@ class HumanEval(Environment):
         return Prompt(row["task_id"], (Message("user", asked),), record)
 
     def episode(self, prompt: Prompt) -> Writing:
-        return Writing(prompt, self.sandbox, self.attempts, self.partial)
+        return Writing(prompt, self.sandbox, self.partial)
 
     def solution(self, prompt: Prompt) -> str | None:
         written = prompt.record["solution"]
