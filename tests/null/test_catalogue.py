@@ -75,7 +75,7 @@ def test_a_recipe_shows_its_values(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert main(["recipes", "--setting", "lerner.lr"]) == 2
     assert "Did you mean learner.lr" in capsys.readouterr().err
-    assert main(["recipes", "smollm2"]) == 2 and RECIPE in capsys.readouterr().err
+    assert main(["recipes", "smollm2_arithmetics"]) == 2 and RECIPE in capsys.readouterr().err
 
 
 def test_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
