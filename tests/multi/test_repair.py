@@ -13,6 +13,7 @@ from tandem.program.config import TaskConfig
 from tandem.program.pool import EnvironmentPool
 from tandem.program.tasks.planted import SPLITS, Problem, planted
 from tandem.program.tasks.problems import read_problems
+from tandem.program.tasks.repair import Repair
 from tandem.types import Message, Prompt, ToolCall
 
 REPAIR = "tandem.program.tasks.repair:Repair"
@@ -184,6 +185,45 @@ def test_what_a_repair_is_paid(tmp_path: Path, written: str, paid: float) -> Non
     made.close()
 
 
+def test_tests_of_any_kind_are_run() -> None:
+    """Tests in classes passed over as if they passed, a skipped one that fails, or a fault without its place."""
+    tests = """import unittest
+from a import one
+
+def helper(x):
+    assert x == 1, f"got {x}"
+
+class TestOne:
+    def test_a(self):
+        helper(one())
+
+class Old(unittest.TestCase):
+    def setUp(self):
+        self.wanted = 2
+    def test_b(self):
+        self.assertEqual(one(), self.wanted)
+    @unittest.skip("not now")
+    def test_c(self):
+        raise ValueError
+"""
+    row = {"files": {"a.py": "def one():\n    return 2\n"}, "hidden": "def test_a(): assert False", "issue": "x"}
+    prompt = Prompt(
+        "p", (Message("user", "x"),), {**row, "tests": {"test_a.py": tests, "sub/test_b.py": "import gone"}}
+    )
+    made = pool()
+    told, _ = played(made, prompt, calls("run"), calls("edit", path="a.py", old="2", new="1"), calls("run"))
+    assert told[0].splitlines() == [
+        "FAILED sub.test_b: ModuleNotFoundError: No module named 'gone'",
+        'FAILED test_a.TestOne.test_a, line 5: assert x == 1, f"got {x}"  AssertionError got 2',
+        "2 failed",
+    ]
+    assert told[2].splitlines()[1:] == [
+        "FAILED test_a.Old.test_b, line 15: self.assertEqual(one(), self.wanted)  AssertionError 1 != 2",
+        "2 failed",
+    ]
+    made.close()
+
+
 @pytest.mark.parametrize("form", ["folder", "lines"])
 def test_a_repair_of_ones_own(tmp_path: Path, form: str) -> None:
     """Problems of a user's own, in either form, that lose a file, a test or the issue on the way."""
@@ -203,6 +243,20 @@ def test_a_repair_of_ones_own(tmp_path: Path, form: str) -> None:
     assert "FAILED tests.test_till.test_it, line 4" in told[0] and told[2] == "all tests pass" and reward == 1.0
     assert "4:     assert change(5, 3) == 2" in told[3]
     made.close()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"edit": "texts"}, "edit is 'texts'. Did you mean text"),
+        ({"most_lines": -1}, "most_lines is -1. Allowed: 0"),
+        ({"path": "nowhere"}, "nowhere cannot be read"),
+    ],
+)
+def test_a_wrong_parameter_is_named(parameters: dict, reason: str) -> None:
+    """A value that fails every prompt of a run, one after the other."""
+    with pytest.raises(TaskError, match=reason):
+        Repair(None, **parameters)  # type: ignore[arg-type]
 
 
 def test_a_wrong_problem_is_named(tmp_path: Path) -> None:

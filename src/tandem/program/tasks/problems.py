@@ -104,4 +104,4 @@ def _checked(row: dict[str, Any], place: str) -> dict[str, Any]:
         raise TaskError(f"{place}: its 'failing' is {clipped(failing)}; wanted: names of hidden tests.")
     if unknown := [name for name in failing if name not in found]:
         raise TaskError(f"{place}: no hidden test is called {unknown[0]!r}; there are {clipped(', '.join(found))}.")
-    return {name: row.get(name) for name in (*FIELDS, "failing")}
+    return {"place": place} | {name: row.get(name) for name in (*FIELDS, "failing")}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import random
+from pathlib import Path
 
 from tandem.errors import TaskError, nearest
 from tandem.program.environment import Environment, Episode, tool
@@ -20,28 +21,7 @@ from tandem.types import Message, Prompt
 PART = 0.2  # paid for a repair of a part, times the part
 LINES = 120  # of a file that `read` shows
 FOUND = 20  # lines that `search` shows
-# Runs the test functions of the files given, without a test package: a line for each that fails.
-_RUN = """
-import importlib, sys, traceback
-failed = count = 0
-for module in sys.argv[1:]:
-    try:
-        tests = list(vars(importlib.import_module(module)).items())
-    except BaseException as error:
-        failed += 1
-        print(f"FAILED {module}: {type(error).__name__}: {error}")
-        continue
-    for name, test in tests:
-        if name.startswith("test") and callable(test):
-            count += 1
-            try:
-                test()
-            except BaseException as error:
-                failed += 1
-                place = traceback.extract_tb(error.__traceback__)[-1]
-                print(f"FAILED {module}.{name}, line {place.lineno}: {place.line}  {type(error).__name__} {error}")
-print(f"{failed} failed" if failed else "all tests pass" if count else "there are no tests to run")
-"""
+_TRIED = (Path(__file__).parent / "tried.py").read_text(encoding="utf-8")
 
 # Repairs said before the question: a model of 135 M parameters makes no call from a description alone.
 _DOUBLE = ("double.py", "def double(x):\n    return x * 3", "double(4) gives 12. It should be 8.")
@@ -92,7 +72,8 @@ class Repairing(Episode):
         if not self.failing:
             self.failing = {one.name for one in await self._graded() if not one.passed}
         if not self.failing:
-            raise ValueError("none of its hidden tests fails before anything is mended")
+            place = record.get("place") or "the problem"
+            raise ValueError(f"{place}: none of its hidden tests fails before anything is mended")
 
     async def teardown(self) -> None:
         if self.box is not None:
@@ -138,7 +119,7 @@ class Repairing(Episode):
     async def _ran(self) -> str:
         assert self.box is not None
         modules = [path.removesuffix(".py").replace("/", ".") for path in sorted(self.prompt.record["tests"])]
-        done = await self.box.run(["python", "-c", _RUN, *modules])
+        done = await self.box.run(["python", "-c", _TRIED, *modules])
         said = done.stdout.strip() or done.stderr.strip()[-500:] or f"ended with {done.exit_code}"
         return f"{said}\n({done.reason})" if done.reason else said
 
@@ -251,6 +232,8 @@ class Repair(Environment):
     ) -> None:
         if edit not in _KINDS:
             raise TaskError(f"task.parameters: edit is {edit!r}.{nearest(edit, tuple(_KINDS))}")
+        if most_lines < 0:
+            raise TaskError(f"task.parameters: most_lines is {most_lines}. Allowed: 0 (any) or more.")
         self.sandbox, self.shows, self.most_lines, self.seed = sandbox, shows, most_lines, seed
         self.episodes = _KINDS[edit]
         self.example = worked(edit) if example else ()
