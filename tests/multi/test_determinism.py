@@ -28,6 +28,7 @@ from tandem.program.pool import RunningEpisode
 from tandem.rollout.config import RolloutConfig
 from tandem.run import local
 from tandem.run.config import EvaluationConfig, RunConfig
+from tandem.run.counted import SCHEDULED
 from tandem.train.config import LearnerConfig
 from tests.display import Silent
 from tests.samples import ended
@@ -139,7 +140,7 @@ def test_the_engines_limits(config: RunConfig, plain: Finished, tmp_path: Path, 
     limits, happened = ENGINES[name]
     done = run(replace(config, engine=replace(config.engine, **limits)), tmp_path / "run")
     assert happened(done.stats), done.stats
-    for name in local.SCHEDULED:
+    for name in SCHEDULED:
         assert sum(row[name] for row in done.rows) == getattr(done.stats, name), name
     done.same(plain)
 
