@@ -250,7 +250,7 @@ def test_a_repair_of_ones_own(tmp_path: Path, form: str) -> None:
     [
         ({"edit": "texts"}, "edit is 'texts'. Did you mean text"),
         ({"most_lines": -1}, "most_lines is -1. Allowed: 0"),
-        ({"path": "nowhere"}, "nowhere cannot be read"),
+        ({"path": "nowhere"}, "nowhere is not there. Give a folder"),
     ],
 )
 def test_a_wrong_parameter_is_named(parameters: dict, reason: str) -> None:

@@ -29,6 +29,8 @@ _ISSUE = "A test fails."
 
 def read_problems(path: str) -> list[dict[str, Any]]:
     """Those of a folder, by name, or of a file of JSON lines; TaskError says which is broken, and how."""
+    if not Path(path).exists():
+        raise TaskError(f"{path} is not there. Give a folder that holds a folder for each problem, or a .jsonl file.")
     if not Path(path).is_dir():
         return [_checked(row, f"{path}, line {row.pop('line')}") for row in read_lines(path, FIELDS)]
     folders = sorted(each for each in Path(path).iterdir() if each.is_dir() and not each.name.startswith("."))
