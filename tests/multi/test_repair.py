@@ -261,7 +261,12 @@ def test_a_wrong_parameter_is_named(parameters: dict, reason: str) -> None:
 
 def test_a_wrong_problem_is_named(tmp_path: Path) -> None:
     """A line that ends the run in the middle, or fails every program of it."""
-    good = {"files": {"a.py": "x = 1\n"}, "tests": {}, "hidden": "def test_a(): assert False", "issue": "x"}
+    good = {
+        "files": {"a.py": "x = 1\n"},
+        "tests": {},
+        "hidden": "import a\ndef test_a(): assert a.x == 2",
+        "issue": "x",
+    }
     for change, reason in (
         ({"files": {"a.py": 5}}, "line 2: 'a.py' is 5; wanted: a path inside the folder"),
         ({"files": {"../a.py": ""}}, "line 2: '../a.py' is ''; wanted: a path inside"),
@@ -269,6 +274,7 @@ def test_a_wrong_problem_is_named(tmp_path: Path) -> None:
         ({"files": {"a.py": "x" * (5 << 20)}}, "line 2: its files have 5,242,880 characters; allowed are 4,194,304"),
         ({"hidden": "def ("}, "line 2: its hidden tests are no Python"),
         ({"hidden": "x = 1"}, "line 2: its hidden tests have no function"),
+        ({"hidden": "def test_a(tmp_path): assert tmp_path"}, "line 2: its hidden test test_a cannot be run: it takes"),
         ({"failing": "test_a"}, "line 2: its 'failing' is 'test_a'; wanted: names"),
         ({"failing": ["test_b"]}, "line 2: no hidden test is called 'test_b'; there are 'test_a'"),
     ):

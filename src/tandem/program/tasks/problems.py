@@ -96,9 +96,14 @@ def _checked(row: dict[str, Any], place: str) -> dict[str, Any]:
     if (size := sum(len(text) for text in [*row["files"].values(), *row["tests"].values()])) > MOST_BYTES:
         raise TaskError(f"{place}: its files have {size:,} characters; allowed are {MOST_BYTES:,}. Leave some out.")
     try:
-        found = [".".join(filter(None, pair)) for pair in test_names(row["hidden"])]
+        tests = test_names(row["hidden"])
     except (SyntaxError, ValueError) as error:
         raise TaskError(f"{place}: its hidden tests are no Python ({error}). Mend or remove it.") from error
+    found = [test.title for test in tests]
+    if wrong := [test for test in tests if test.wrong]:
+        raise TaskError(
+            f"{place}: its hidden test {wrong[0].title} cannot be run: {wrong[0].wrong}. Mend or remove it."
+        )
     if not found:
         raise TaskError(f"{place}: its hidden tests have no function whose name begins with test.")
     failing = row.get("failing") or []
