@@ -68,6 +68,7 @@ RUNS: dict[str, str] = {
     "tandem generate MODEL --file PROMPTS.jsonl --temperature 1 --top-p 0.9 -n 4 --json": "",
     "tandem report RUN_DIR ...": "tandem report {run} {run} --out both.html",
     "tandem report RUN_DIR --trajectories": "tandem report {run} --trajectories",
+    "tandem report RUN_DIR ... --scaling": "tandem report {run} {run} --scaling --out both.html",
     "tandem recipes [RECIPE] [--setting TEXT]": "tandem recipes smollm2_arithmetic_cpu --setting lr",
     "tandem --version": "",
     "tandem study [NAME]": "tandem study",
@@ -147,6 +148,7 @@ LISTED: dict[str, str] = {
     "tandem study staleness --time": "takes minutes of a quiet machine",
     "prompt -> program -> request -> tokens -> trajectory -> batch -> loss -> weights -> engine": "a picture",
     "groups --samples_from_groups--> samples --pack--> microbatches --policy_loss--> loss": "a picture",
+    "R(C) = R0 + (A - R0) / (1 + (Cmid / C)^B)": "an equation",
     "decode = prefill = chunked = whole = prefix hit = any page size = packed = alone = among 256 = engine = learner": (
         "an equation"
     ),

@@ -9,7 +9,7 @@ among them, and of the keys and values that its queries see. What is elementwise
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,3 +146,21 @@ def group_cost(spec: ModelSpec, prompts: int, length: int, samples: int, own: fl
     """One decode step of groups, `own` tokens behind a shared prompt, whose keys and values are read once a group."""
     step = decode_cost(spec, prompts * samples, length + own)
     return Cost(step.flop, step.bytes - prompts * (samples - 1) * length * kv_bytes(spec))
+
+
+def step_flop(spec: ModelSpec, row: Mapping[str, Any]) -> float:
+    """Operations of a step, by its row of metrics.jsonl: what the engine ran for its programs, and the learner's
+    forward and twice that backward; attention by the step's mean lengths. Evaluation and other models are left out."""
+    layers, head = 2 * layer_parameters(spec), 2 * spec.vocab_size * spec.width
+    sampled = row["tokens"]
+    run = row.get("run_tokens", sampled)
+    requests = max(1.0, (row.get("trajectories") or 0) * (row.get("turns") or 1))
+    behind = (row.get("cached_tokens") or 0) / requests
+    flop = run * layers + sampled * head + requests * pairs(run / requests, behind) * attention_flop(spec)
+    rows, trained, samples = (row.get(name) or 0 for name in ("learner_rows", "trained_tokens", "trained_samples"))
+    if rows and samples:
+        own, shared = trained / samples, max(0, rows - trained)  # rows of prompts and of what tools said
+        before = max(0.0, behind + run / requests - own)
+        met = samples * pairs(own, before) + shared * before / 2
+        flop += 3 * (rows * layers + trained * head + met * attention_flop(spec))
+    return float(flop)

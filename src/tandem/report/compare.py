@@ -48,7 +48,7 @@ class Compared:
 def compare(folders: Sequence[Path]) -> Compared:
     """The runs in `folders`. RunFolderError where one holds no metrics or a damaged config."""
     rows = tuple(metrics.read_metrics(folder) for folder in folders)
-    configs = [_config(folder) for folder in folders]
+    configs = [read_config(folder) for folder in folders]
     summaries = tuple(metrics.summary(of_run) for of_run in rows)
     flat = [dict(flattened(config)) for config in configs]
     known = dict.fromkeys(name for config in flat for name in config)
@@ -98,8 +98,11 @@ def _ends(figures: Mapping[str, Any], name: str, what: str) -> str:
     return f"{first} -> {last} ({what})"
 
 
-def write_page(compared: Compared, path: Path) -> None:
-    """Write one HTML file that opens offline. WorldError where it cannot be written."""
+def write_page(compared: Compared, path: Path, scaling: Mapping[str, Any] | None = None) -> None:
+    """Write one HTML file that opens offline, with the section `scaling` of scaling_page where it is given.
+
+    WorldError where it cannot be written.
+    """
     curves = list(zip(compared.names, compared.rows, strict=True))
     draws: list[tuple[str, Callable[[], Figure]]] = [
         ("Reward and held-out accuracy", partial(plots.reward_curves_figure, curves, "Reward of each run")),
@@ -117,6 +120,7 @@ def write_page(compared: Compared, path: Path) -> None:
             for title, draw in draws
             if plots.shows(draw())
         ],
+        scaling=scaling,
         beside="",
     )
     try:
@@ -125,7 +129,8 @@ def write_page(compared: Compared, path: Path) -> None:
         raise WorldError(f"{path} could not be written: {error.strerror}. Choose another place with --out.") from error
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run's config.json; empty where there is none. RunFolderError where it is damaged."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

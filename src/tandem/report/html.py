@@ -37,11 +37,12 @@ _ALTERNATIVES = {
 }
 
 
-def write_report(folder: Path | str, config_diff: Sequence[str] = ()) -> Path:
+def write_report(folder: Path | str, config_diff: Sequence[str] = (), scaling: Mapping[str, Any] | None = None) -> Path:
     """Write the PNGs and report.html of the run in `folder`; returns the path of report.html.
 
-    `config_diff`: lines of tandem.config.diff(recipe, config), shown as what this run changed. Raises RunFolderError
-    where the folder holds no metrics. Needs no lock: a running run can be reported on.
+    `config_diff`: lines of tandem.config.diff(recipe, config), shown as what this run changed. `scaling`: the section
+    of scaling_page. Raises RunFolderError where the folder holds no metrics. Needs no lock: a running run can be
+    reported on.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -52,7 +53,7 @@ def write_report(folder: Path | str, config_diff: Sequence[str] = ()) -> Path:
         light = plots.save_plots(rows, folder)
         pictures = [(name, path.read_bytes(), _dark(name, rows)) for name, path in light.items()]
     path = folder / "report.html"
-    path.write_text(render_report(folder, rows, pictures, config_diff))
+    path.write_text(render_report(folder, rows, pictures, config_diff, scaling))
     return path
 
 
@@ -65,6 +66,7 @@ def render_report(
     rows: Sequence[Row],
     pictures: Sequence[tuple[str, bytes, bytes]] = (),
     config_diff: Sequence[str] = (),
+    scaling: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as text with `pictures` (name, light PNG, dark PNG). The template escapes all that the model wrote."""
     template = page_template("report.html.jinja")
@@ -83,6 +85,7 @@ def render_report(
         drift=drift.drift_table(rows, config.get("alarms") or {}),
         by_length=drift.by_length(rows),
         alarms=metrics.alarms(rows),
+        scaling=scaling,
         figures=[inlined(_ALTERNATIVES[name], light, dark) for name, light, dark in pictures],
         steps=last_steps(rows),
         sampled=metrics.measure(rows) == "reward",

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from tandem.run.parts import Parts
 from tandem.trace import Trace
 
-SCHEDULED = ("cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages")  # of engine.stats, in a step's row
+# Of engine.stats, in a step's row.
+SCHEDULED = ("run_tokens", "cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages")
 DRAFTED = ("drafted_tokens", "accepted_tokens")
 COUNTED = ("spelt_tokens", *SCHEDULED, *DRAFTED)
 

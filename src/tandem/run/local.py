@@ -26,6 +26,7 @@ from tandem.errors import (
 )
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
+from tandem.models.hf_config import to_hf_config
 from tandem.plan.memory import Plan, check_counts, peak_bytes
 from tandem.program.pool import EnvironmentPool
 from tandem.rollout.evaluate import Evaluation, evaluate
@@ -431,7 +432,8 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
         if folder is None:  # only now, so that a wrong model or task leaves no folder behind
             folder = closing.enter_context(RunFolder.create(path, config, keep=keep))
         now = parts.tokenizer.now = started(folder.path) or parts.tokenizer.now
-        folder.write_plan(parts.plan | {"numerics": declaration(config), "started": now.isoformat()})
+        model = {"model": to_hf_config(parts.decoder.spec, config.model.dtype)}
+        folder.write_plan(parts.plan | model | {"numerics": declaration(config), "started": now.isoformat()})
         with parts.memory.foreseen():
             return _sit(config, folder, pool, parts, display), folder.path
 

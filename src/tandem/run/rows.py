@@ -48,6 +48,7 @@ _OF_SAMPLES = {
         "turn_limit, token_limit, time_limit and context_limit where one ended a program, and split_CAUSE "
         "where rollout.history=render changed what was said",
     ),
+    "run_tokens": Key("tokens", "run by the engine: prompts but for what was cached, sampled, drafted, run again"),
     "cached_tokens": Key("tokens", "of prompts, found in the engine's cache"),
     "recomputed_tokens": Key("tokens", "run again after a preemption"),
     "preemptions": Key("count", "requests that gave their pages back"),

@@ -1,0 +1,133 @@
+"""What report/scaling.py found, as lines of a table and as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from tandem.report import plots, units
+from tandem.report.html import inlined
+from tandem.report.scaling import BACKTEST, MORE, NEAR, WRITERS, InUnit, Scaling, gain_text
+
+AHEAD = 1 + MORE[-1]  # of the cost so far, how far curves are drawn
+_CURVE_POINTS = 160
+
+
+def table(scaling: Scaling) -> list[list[str]]:
+    """A line of headings, then a line a figure with a text a unit; empty where nothing was fitted."""
+    fits = list(scaling.fits.values())
+    if not fits:
+        return []
+    lines = [["", *(f"by {one.unit}" for one in fits)]]
+    lines.append(["cost so far", *(WRITERS[one.unit](one.now) for one in fits)])
+    for name, what in (
+        ("R0", "R0, at no cost"),
+        ("A", "A, where it ends"),
+        ("Cmid", "Cmid, half of the way"),
+        ("B", "B, steepness"),
+    ):
+        lines.append([what, *(_parameter(one, name) for one in fits)])
+    for more in MORE:
+        lines.append([f"gain for {more:.0%} more".replace("%", " %"), *(gain_text(one.gains[more]) for one in fits)])
+    lines.append([f"{NEAR:.0%} of the way at".replace("%", " %"), *(_near(one) for one in fits)])
+    lines.append([f"foretold at {BACKTEST:.0%}".replace("%", " %"), *(_backtest(one) for one in fits)])
+    lines.append(["advice", *(one.advice for one in fits)])
+    return lines
+
+
+def _parameter(one: InUnit, name: str) -> str:
+    write = WRITERS[one.unit] if name == "Cmid" else units.decimal
+    text = one.parameters[name].text(write)
+    return text if one.known or name != "A" else f"not known: {text}"
+
+
+def _near(one: InUnit) -> str:
+    return units.BLANK if one.near is None else one.near.text(WRITERS[one.unit])
+
+
+def _backtest(one: InUnit) -> str:
+    tested = one.backtest
+    if tested is None:
+        return "too few rows"
+    return f"{units.percent(tested.share)} of {tested.later} rows in the band, {units.decimal(tested.width, 2)} wide"
+
+
+def headline(scaling: Scaling) -> str:
+    """The advice in a sentence."""
+    return f"{scaling.name}: {scaling.advice}. {scaling.because[:1].upper()}{scaling.because[1:]}."
+
+
+def section(found: Sequence[Scaling]) -> dict[str, Any]:
+    """What the pages show of it."""
+    draw = partial(scaling_figure, found)
+    entries = [
+        {"headline": headline(one), "measure": one.measure, "runs": one.runs, "table": table(one), "notes": one.notes}
+        for one in found
+    ]
+    return {
+        "entries": entries,
+        "picture": inlined(
+            "Reward by cost with its curve, band and asymptote", plots.png(draw), plots.png(draw, dark=True)
+        ),
+    }
+
+
+def scaling_figure(found: Sequence[Scaling]) -> Figure:
+    """A plot a unit: rows, curve and band up to twice the cost so far, and the asymptote with its interval."""
+    shown = [unit for unit in WRITERS if any(unit in one.fits for one in found)]
+    shown = (
+        shown or [unit for unit in WRITERS if any(unit in course.cost for one in found for course in one.courses)][:1]
+    )
+    figure = Figure(figsize=(3.6 * max(2, len(shown)), 3.7))
+    FigureCanvasAgg(figure)
+    drawn_on = figure.subplots(1, max(1, len(shown)), sharey=True, squeeze=False)[0]
+    for axes, unit in zip(drawn_on, shown, strict=False):
+        for place, one in enumerate(found):
+            _draw(axes, unit, one, place)
+        axes.set_xscale("log")
+        axes.set_xlabel({"tokens": "sampled tokens", "seconds": "seconds", "FLOP": "FLOP"}[unit])
+    measures = dict.fromkeys(one.measure for one in found)
+    drawn_on[0].set_ylabel(", ".join(measures))
+    values = [value for one in found for course in one.courses for value in course.value]
+    if values and min(values) >= 0 and max(values) <= 1:
+        drawn_on[0].set_ylim(-0.02, 1.03)
+    handles, labels = drawn_on[0].get_legend_handles_labels()
+    kept = dict(zip(labels, handles, strict=True))
+    figure.legend(kept.values(), kept.keys(), loc="outside upper right", ncols=4)
+    return figure
+
+
+def _draw(axes: Axes, unit: str, one: Scaling, place: int) -> None:
+    colour = plots.SERIES[place % len(plots.SERIES)]
+    courses = [course for course in one.courses if unit in course.cost and len(course.value)]
+    spent = np.concatenate([course.cost[unit] for course in courses]) if courses else np.empty(0)
+    if not (spent > 0).any():
+        return
+    least = float(spent[spent > 0].min())
+    for course in courses:
+        for free in (True, False):  # what cost nothing stands at the left end, hollow
+            at = course.cost[unit] <= 0 if free else course.cost[unit] > 0
+            cost = np.full(at.sum(), least / 2) if free else course.cost[unit][at]
+            look: dict[str, Any] = {"markerfacecolor": "none"} if free else {"alpha": 0.55, "markeredgewidth": 0}
+            axes.plot(cost, course.value[at], linestyle="none", marker="o", markersize=3, color=colour, **look)
+    fitted = one.fits.get(unit)
+    if fitted is None:
+        return
+    name = one.name if len(one.runs) == 1 else f"{one.name} ({len(one.runs)} runs)"
+    cost = np.geomspace(least / 2, AHEAD * fitted.now, _CURVE_POINTS)
+    low, high = fitted.fit.band(cost)
+    axes.fill_between(cost, low, high, color=colour, alpha=0.14, linewidth=0, label="band of rows, 95 %")
+    curve, past = fitted.fit.best.at(cost)[0], cost <= fitted.now
+    axes.plot(cost[past], curve[past], color=colour, label=name)
+    axes.plot(cost[~past], curve[~past], color=colour, linestyle=":", label="foretold")
+    if fitted.known:
+        end = fitted.parameters["A"]
+        axes.axhline(end.value, color=colour, linewidth=1.0, linestyle="--", label="asymptote A, 95 %")
+        axes.axhspan(end.low, end.high, color=colour, alpha=0.10, linewidth=0)
+    axes.axvline(fitted.now, color=plots.GREY, linewidth=0.8)
