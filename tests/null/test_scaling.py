@@ -120,6 +120,11 @@ def test_advice():
     for number in (0, 1, 2, 11):
         advice, because = advised(drawn(0, number, (0.1, 0.8, 3.0, 2.0)))
         assert advice == "cannot tell" and ("too few" in because or "no row" in because)
+    runs = {"long": rows_of(drawn(0, 60, (0.1, 0.8, 10.0, 3.0))), "short": rows_of(drawn(0, 1, (0.1, 0.8, 10.0, 3.0)))}
+    assert "1 rows of a run are too few" in scaled("both", runs, {}).because
+    same = [{**row, "reward": -1.0} if "reward" in row else row for row in rows_of(drawn(0, 30, (0.1, 0.8, 10.0, 3.0)))]
+    found = scaled("same", {"same": same}, {})
+    assert found.advice == "cannot tell" and "flat at -1" in found.because
     slow = np.cumsum(np.random.default_rng(3).normal(0, 0.02, 60)) + 0.5
     assert (
         advised(Points(np.arange(60.0), np.clip(slow, 0, 1), np.zeros(60, int), *(2 * [np.full(60, np.nan)])))[0]
@@ -249,4 +254,4 @@ def test_the_command(tmp_path, capsys):
     assert both["units"]["tokens"]["now"] == 79_000 and both["units"]["tokens"]["backtest"]["later"] > 80
     assert told["scaling_picture"] == str(tmp_path / "both-scaling.png") and (tmp_path / "both-scaling.png").exists()
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", out.read_text()))
-    assert "6 rows are too few: a fit needs 12" in text and "Cost and quality" in text
+    assert "6 rows of a run are too few: a fit needs 12" in text and "Cost and quality" in text

@@ -242,12 +242,10 @@ def _notes(courses: Sequence[Course], runs: Mapping[str, Sequence[Row]], held_ou
 
 def _lacking(points: Points) -> str:
     """Why nothing can be fitted; empty where it can."""
-    if len(points.value) < LEAST_ROWS * len(np.unique(points.run)):
-        each = "" if points.run.max() == 0 else " a run"
-        return f"{len(points.value)} rows are too few: a fit needs {LEAST_ROWS}{each}"
-    if points.cost.max() <= 0:
-        return "nothing was spent"
-    return ""
+    fewest = min(int((points.run == run).sum()) for run in np.unique(points.run))
+    if fewest < LEAST_ROWS:
+        return f"{fewest} rows of a run are too few: a fit needs {LEAST_ROWS}"
+    return "" if points.cost.max() > 0 else "nothing was spent"
 
 
 def in_unit(unit: str, points: Points) -> InUnit:

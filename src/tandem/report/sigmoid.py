@@ -75,7 +75,8 @@ class Points:
         low, high = float(self.value.min()), float(self.value.max())
         if low >= 0 and high <= 1:
             return 0.0, 1.0
-        return low - 4 * (high - low), high + 4 * (high - low)
+        beyond = 4 * (high - low) or 1.0
+        return low - beyond, high + beyond
 
     def take(self, kept: NDArray[np.bool_]) -> Points:
         cost, value, run, spread, count = self.cost, self.value, self.run, self.spread, self.count
