@@ -51,7 +51,7 @@ def report(
     run_dir = run_dirs[0]
     programs = write_trajectories_page(run_dir, steps) if trajectories else None
     fits = _scaling(run_dirs, run_dir / "scaling.png") if scaling else None
-    page = write_report(run_dir, scaling=fits and fits.section)
+    page = write_report(run_dir, scaling=fits.section if fits else None)
     rows = read_metrics(run_dir / "metrics.jsonl")
     figures, warnings = summary(rows), alarms(rows)
     if json:
@@ -156,7 +156,7 @@ def _compare(folders: list[Path], out: Path, scaling: bool, json: bool) -> int:
 
     compared = compare(folders)
     fits = _scaling(folders, out.with_name(f"{out.stem}-scaling.png")) if scaling else None
-    write_page(compared, out, fits and fits.section)
+    write_page(compared, out, fits.section if fits else None)
     if json:
         print(jsonlib.dumps({**compared.record(), **(fits.record() if fits else {}), "report": str(out)}, indent=1))
         return 0
