@@ -114,23 +114,20 @@ def test_time_left_is_the_median_of_the_last_ten():
 
 
 def test_alarms_name_metric_value_threshold_and_step():
-    """A collapse, a flood of failures or a policy mismatch that no one is told of; noise on a good run."""
+    """A flood of failures or a policy mismatch that no one is told of; noise on a good run."""
     rows = run_rows()
     assert alarms(rows) == []
     rows[3]["failed"] = 64
     for number in (4, 6, 9):
         rows[number]["alarms"] = [f"k3 0.{number} > 0.01; most of it in p/3"]
-    rows[5]["zero_variance"] = 0.95
     rows[7]["alarms"] = ["ESS 0.2 < 0.5"]
-    rows += [row(step, 0.1) for step in range(13, 18)] + [row(18, None)]
+    rows.append(row(13, None))
     text = "\n".join(alarms(rows))
     assert "step 3: failed trajectories 50% > 10%" in text
     assert "step 4: k3 0.4 > 0.01; most of it in p/3 (and in 2 later steps)" in text and "k3 0.6" not in text
-    assert "step 5: groups without variance 95% > 90%" in text
     assert "step 7: ESS 0.2 < 0.5" in text
-    assert "reward over the last five steps 0.100" in text and "below its best, 0.500 at steps 8-12" in text
-    assert "step 18: reward is not a number" in text
-    assert len(alarms(rows)) == 6
+    assert "step 13: reward is not a number" in text
+    assert len(alarms(rows)) == 4
 
 
 def test_sparkline_scale():

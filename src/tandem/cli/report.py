@@ -36,6 +36,7 @@ def report(
     """Write report.html and the plots into a run folder and print its figures; of several runs, one page over all."""
     from tandem import env
     from tandem.errors import ConfigError
+    from tandem.report.advice import advise
     from tandem.report.html import write_report
     from tandem.report.metrics import alarms, read_metrics, summary
     from tandem.report.trajectories import write_trajectories_page
@@ -53,10 +54,11 @@ def report(
     fits = _scaling(run_dirs, run_dir / "scaling.png") if scaling else None
     page = write_report(run_dir, scaling=fits.section if fits else None)
     rows = read_metrics(run_dir / "metrics.jsonl")
-    figures, warnings = summary(rows), alarms(rows)
+    figures, warnings, advisories = summary(rows), alarms(rows), advise(rows)
     if json:
         pages = {"report": str(page)} | ({"trajectories": str(programs.path)} if programs else {})
-        print(jsonlib.dumps({**figures, "alarms": warnings, **(fits.record() if fits else {}), **pages}, indent=1))
+        seen = {"alarms": warnings, "advisories": [advisory.record() for advisory in advisories]}
+        print(jsonlib.dumps({**figures, **seen, **(fits.record() if fits else {}), **pages}, indent=1))
         return 0
 
     from rich.console import Console
@@ -65,6 +67,8 @@ def report(
     console.print(_table(figures))
     for warning in warnings:
         console.print(f"alarm: {warning}", markup=False, style="yellow")
+    for advisory in advisories:
+        console.print(f"advisory {advisory.advice()}", markup=False, style="yellow")
     if fits:
         fits.print(console)
     console.print(f"wrote {page}", markup=False)

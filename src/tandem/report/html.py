@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -16,12 +17,16 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
 from tandem.errors import RunFolderError
 from tandem.report import drift, metrics, plots, units
+from tandem.report.advice import follow
+from tandem.report.evidence import Evidence
+from tandem.report.history import MEASURES, History
 from tandem.report.live import held_out
 from tandem.report.metrics import Row
 
 READER = "trajectories.html"  # the page of report/trajectories.py
 _LAST_STEPS = 12
 _SHOWN_TRAJECTORIES = 3  # of the best, and of the worst
+_CURVE_POINTS = 240  # of an advisory's drawing
 _TEXT_LIMIT = 2_000  # characters of a prompt or an answer shown
 _ALTERNATIVES = {
     "reward": "Mean reward of each step and held-out accuracy",
@@ -72,6 +77,7 @@ def render_report(
     template = page_template("report.html.jinja")
     config, plan = _json(folder / "config.json"), _json(folder / "plan.json")
     sampled_step, best, worst = _sampled(folder)
+    advisor = follow(rows)
     return template.render(
         name=config.get("name") or folder.resolve().name,
         beside="; the pictures lie beside it as PNG",
@@ -86,6 +92,7 @@ def render_report(
         by_length=drift.by_length(rows),
         alarms=metrics.alarms(rows),
         scaling=scaling,
+        advisories=[(one, curve(advisor.history, one.evidence)) for one in advisor.advisories],
         figures=[inlined(_ALTERNATIVES[name], light, dark) for name, light, dark in pictures],
         steps=last_steps(rows),
         sampled=metrics.measure(rows) == "reward",
@@ -146,6 +153,28 @@ def tiles(summary: Mapping[str, Any], planned_bytes: int | None) -> list[tuple[s
     else:
         shown.append(("Trained tokens", units.count(summary["trained_tokens"]), trained))
     return shown
+
+
+def curve(history: History, evidence: Evidence) -> dict[str, Any] | None:
+    """A measure over the run, for a drawing of 100 x 100: its points, and where the evidence begins and ends.
+
+    None where the evidence is of no series.
+    """
+    steps, values = history.series(evidence.measure)
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    if len(values) < 2:
+        return None
+    thin = range(0, len(values), math.ceil(len(values) / _CURVE_POINTS))
+
+    def across(step: int) -> float:
+        return 100 * (step - steps[0]) / (steps[-1] - steps[0])
+
+    up = [95 - 90 * (values[at] - low) / (high - low) if high > low else 50.0 for at in thin]
+    points = " ".join(f"{across(steps[at]):.1f},{y:.1f}" for at, y in zip(thin, up, strict=True))
+    written = {name: MEASURES[evidence.measure].write(value) for name, value in (("low", low), ("high", high))}
+    left = max(0.0, across(evidence.first))
+    spoken = {"label": MEASURES[evidence.measure].label, "steps": f"{steps[0]} to {steps[-1]}"}
+    return {"points": points, "left": left, "width": across(evidence.last) - left, **written, **spoken}
 
 
 _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # heading, key, how its value is written

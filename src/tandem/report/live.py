@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from tandem.report.advice import Advisor
 from tandem.report.metrics import Row, evaluations, measure, seconds_by_phase, series, step_s, time_left_s, training
 from tandem.report.units import BLANK, count, decimal, duration, gigabytes, percent
 
@@ -22,6 +23,7 @@ SPARKS = "▁▂▃▄▅▆▇█"
 PHASE_COLOURS = ("blue", "dark_orange", "green", "magenta", "cyan")
 _ROWS_SHOWN = 10
 _LINES_AROUND = 12  # title, table frame, curves, time, progress, notes
+_ADVISORIES_SHOWN = 3
 
 
 def sparkline(values: Sequence[float], width: int, low: float | None = None, high: float | None = None) -> str:
@@ -138,6 +140,9 @@ class LiveTable:
         self._title = title
         self._as_json = as_json
         self._rows: list[Row] = list(rows)
+        self._advisor = Advisor()
+        for row in rows:
+            self._advisor.take(row)
         self._note = ""
         self._started_s = time.monotonic()
         self._console = Console(file=self._stream)
@@ -172,6 +177,8 @@ class LiveTable:
         else:
             left = time_left_s(self._rows, self._total)
             self._print(step_line(row, self._total, left))
+        for advisory in self._advisor.take(row):
+            self.note(f"advisory {advisory.advice()}")
 
     def note(self, text: str) -> None:
         """Show a line about what goes on. On a terminal it stays until the next row; safe in a signal handler."""
@@ -190,6 +197,8 @@ class LiveTable:
         if training(self._rows):
             parts += [self._table(), *self._curves()]
         parts.append(self._progress())
+        standing = self._advisor.standing[-_ADVISORIES_SHOWN:]
+        parts += [Text(f"advisory {advisory.line()}", style="yellow") for advisory in standing]
         if self._note:
             parts.append(Text(self._note, style="italic"))
         for part in parts:
@@ -210,7 +219,8 @@ class LiveTable:
             columns = [column for column in columns if column not in ("KL", "tok/s", "equal groups", "failed")]
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
-        shown = max(1, min(_ROWS_SHOWN, self._console.height - _LINES_AROUND))
+        around = _LINES_AROUND + min(_ADVISORIES_SHOWN, len(self._advisor.standing))
+        shown = max(1, min(_ROWS_SHOWN, self._console.height - around))
         for row in self._rows[-shown:]:
             cells = {
                 "step": str(row["step"]),

@@ -14,8 +14,6 @@ from tandem.errors import RunFolderError
 Row = Mapping[str, Any]
 
 FAILED_SHARE_ALARM = 0.10  # of a step's trajectories
-ZERO_VARIANCE_ALARM = 0.90  # of a step's groups: nearly nothing to learn from
-REWARD_DROP_ALARM = 0.15  # last five steps below the best five in a row
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -161,7 +159,8 @@ def _largest(rows: Iterable[Row], name: str) -> float | None:
 
 
 def alarms(rows: Sequence[Row]) -> list[str]:
-    """What a careful reader would stop at, one line each, with the metric, its value, its threshold and the step.
+    """What a careful reader would stop at in a single step, one line each, with the metric, its value, its threshold
+    and the step. What only the course says is an advisory (advice.py).
 
     Rows may bring their own lines under "alarms".
     """
@@ -176,21 +175,6 @@ def alarms(rows: Sequence[Row]) -> list[str]:
             f"step {worst['step']}: failed trajectories {_failed_share(worst):.0%} > {FAILED_SHARE_ALARM:.0%}; "
             "their reasons are listed under Failures"
         )
-    flat = [row for row in trained if (row.get("zero_variance") or 0) > ZERO_VARIANCE_ALARM]
-    if flat:
-        lines.append(
-            f"step {flat[0]['step']}: groups without variance {flat[0]['zero_variance']:.0%} > "
-            f"{ZERO_VARIANCE_ALARM:.0%} in {len(flat)} of {len(trained)} steps; little is left to learn from"
-        )
-    steps, rewards = series(trained, "reward")
-    if len(rewards) >= 10:
-        means = [statistics.fmean(rewards[i : i + 5]) for i in range(len(rewards) - 4)]
-        best = max(range(len(means)), key=means.__getitem__)
-        if means[best] - means[-1] > REWARD_DROP_ALARM:
-            lines.append(
-                f"step {steps[-1]}: reward over the last five steps {means[-1]:.3f} is more than {REWARD_DROP_ALARM} "
-                f"below its best, {means[best]:.3f} at steps {steps[best]}-{steps[best + 4]}"
-            )
     return lines
 
 
