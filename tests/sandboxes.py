@@ -1,4 +1,4 @@
-"""A sandbox with tight limits, and code in it."""
+"""A sandbox with tight limits, and code in it; programs that are played by hand."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import platform
 import textwrap
 from typing import Any
 
+from tandem.program.pool import EnvironmentPool
 from tandem.sandbox import calls
 from tandem.sandbox.box import Result
 from tandem.sandbox.config import SandboxConfig
 from tandem.sandbox.grade import Verdict, grade_tests
 from tandem.sandbox.pool import SandboxPool
+from tandem.types import Message, Prompt
 
 MB = 1 << 20
 LIMITS = SandboxConfig(
@@ -82,3 +84,16 @@ def graded(
             await pool.close()
 
     return asyncio.run(ran())
+
+
+def played(made: EnvironmentPool, prompt: Prompt, *said: Message) -> tuple[list[str], float]:
+    """What followed each turn, and the reward."""
+    episode = made.episode(prompt, 1e12)
+    told = []
+    for message in said:
+        episode.said.append(message)
+        found = episode.observe(last=message is said[-1]).result(60)
+        told += [one.content for one in found.messages or ()]
+    reward = episode.score().result(60)
+    episode.teardown()
+    return told, reward

@@ -13,7 +13,8 @@ from tandem.errors import TaskError
 from tandem.program.config import TaskConfig
 from tandem.program.pool import EnvironmentPool
 from tandem.program.tasks.humaneval import hidden_tests, program
-from tandem.types import Message, Prompt
+from tandem.types import Message
+from tests.sandboxes import played
 
 SHARED = Path(__file__).parents[3] / "shared" / "data" / "humaneval" / "HumanEval.jsonl.gz"
 ROW = {
@@ -34,19 +35,6 @@ def pool(tmp_path: Path, name: str, *rows: dict, **parameters) -> EnvironmentPoo
         (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
         parameters["path"] = str(tmp_path / "tasks.jsonl")
     return EnvironmentPool(TaskConfig(name, parameters=tuple(parameters.items()), heldout_size=0))
-
-
-def played(made: EnvironmentPool, prompt: Prompt, *said: Message) -> tuple[list[str], float]:
-    """What followed each turn, and the reward."""
-    episode = made.episode(prompt, 1e12)
-    told = []
-    for message in said:
-        episode.said.append(message)
-        found = episode.observe(last=message is said[-1]).result(60)
-        told += [one.content for one in found.messages or ()]
-    reward = episode.score().result(60)
-    episode.teardown()
-    return told, reward
 
 
 HUMANEVAL = "tandem.program.tasks.humaneval:HumanEval"

@@ -15,6 +15,7 @@ from tandem.program.tasks.planted import SPLITS, Problem, planted
 from tandem.program.tasks.problems import read_problems
 from tandem.program.tasks.repair import Repair
 from tandem.types import Message, Prompt, ToolCall
+from tests.sandboxes import played
 
 REPAIR = "tandem.program.tasks.repair:Repair"
 TILL = "def change(paid, due):\n    return due - paid\n\n\ndef vat(price):\n    return price // 5\n"
@@ -34,19 +35,6 @@ def test_vat():
 
 def pool(**parameters) -> EnvironmentPool:
     return EnvironmentPool(TaskConfig(REPAIR, parameters=tuple(parameters.items()), heldout_size=0))
-
-
-def played(made: EnvironmentPool, prompt: Prompt, *said: Message) -> tuple[list[str], float]:
-    """What followed each turn, and the reward."""
-    episode = made.episode(prompt, 1e12)
-    told = []
-    for message in said:
-        episode.said.append(message)
-        found = episode.observe(last=message is said[-1]).result(60)
-        told += [one.content for one in found.messages or ()]
-    reward = episode.score().result(60)
-    episode.teardown()
-    return told, reward
 
 
 def calls(name: str, **arguments) -> Message:
