@@ -293,7 +293,7 @@ def kept_deviation(correlation: float, block: int) -> float:
     """How much wider a mean of an AR(1) series is than one of its blocks laid end to end in any order.
 
     >>> kept_deviation(0.0, 1), round(kept_deviation(0.5, 7), 3)
-    (1.0, 1.112)
+    (1.0, 1.11)
     """
     rho = min(max(correlation, 0.0), 0.9)
     whole = (1 + rho) / (1 - rho)
