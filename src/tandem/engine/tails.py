@@ -7,7 +7,7 @@ this is 1,800 of 6,000 rows before the first decode.
 
 A program's next turn goes on where the last one ended, in the midst of a page. That page gets a name as its sequence
 ends, like a block's; who starts behind the same blocks copies it and goes on after the tokens that are its own too.
-Over six turns of 32 tokens this is 2 % of what is run.
+Over six turns of 32 tokens this was 2.3 % of the prefixes.
 """
 
 from __future__ import annotations
