@@ -29,9 +29,8 @@ from tandem.run.config import EvaluationConfig, RunConfig, check_training
 from tandem.train.config import LearnerConfig
 from tests.display import Silent
 from tests.samples import ended
+from tests.tables import check_table
 
-DOCS = Path(__file__).parents[2] / "docs" / "parity.md"
-BEGIN, END = "<!-- departures: written by tests -->", "<!-- end of departures -->"
 STEPS = 3
 DEPARTURES: dict[str, dict[str, str]] = {
     "int4 weights": {"engine.weights": "int4", "engine.weight_group": "16"},
@@ -185,12 +184,4 @@ def table(refusals: Mapping[str, str]) -> str:
 
 def test_the_table_in_the_docs_is_this_one(refusals, request):
     """Docs that promise a combination which nothing tests, or hide one that is refused."""
-    text = DOCS.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1] if END in rest else ""
-    written = f"{before}{BEGIN}\n\n{table(refusals)}\n\n{END}{after or chr(10)}"
-    if request.config.getoption("--write-docs"):
-        DOCS.write_text(written)
-    assert text == written or request.config.getoption("--write-docs"), (
-        "docs/parity.md is not what the tests run; write it with: pytest tests/multi/test_departures.py --write-docs"
-    )
+    check_table(request, "docs/parity.md", "departures", table(refusals))

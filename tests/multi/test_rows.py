@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +21,8 @@ from tandem.run.config import RunConfig
 from tandem.run.rows import KEYS
 from tests.display import Silent
 from tests.samples import ended
+from tests.tables import check_table
 
-DOCS = Path(__file__).parents[2] / "docs" / "configs.md"
-BEGIN, END = "<!-- rows: written by tests -->", "<!-- end of rows -->"
 OPEN = {name.removesuffix("/*") for name in KEYS if name.endswith("/*")}  # objects whose keys are names of parts
 SMALL = {
     "steps": "2",
@@ -111,11 +109,4 @@ def table() -> str:
 
 def test_the_table_in_the_docs_is_this_one(request: pytest.FixtureRequest) -> None:
     """Docs that lack a key of a row, or give it another unit."""
-    text = DOCS.read_text()
-    before, rest = text.split(BEGIN)
-    written = f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
-    if request.config.getoption("--write-docs"):
-        DOCS.write_text(written)
-    assert text == written or request.config.getoption("--write-docs"), (
-        "docs/configs.md is not run/rows.py; write it with: pytest tests/multi/test_rows.py --write-docs"
-    )
+    check_table(request, "docs/configs.md", "rows", table())

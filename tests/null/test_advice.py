@@ -23,10 +23,9 @@ from tandem.report.html import curve, render_report
 from tandem.report.live import LiveTable
 from tandem.report.rules import RULES, _difference
 from tests.courses import Noise, Row
+from tests.tables import check_table
 
 ROOT = Path(__file__).parents[2]
-DOCS = ROOT / "docs" / "advisories.md"
-BEGIN, END = "<!-- advisories: written by tests -->", "<!-- end of advisories -->"
 
 
 def over(step: int, first: float, last: float, begin: int = 60, end: int = 140) -> float:
@@ -235,14 +234,7 @@ def table() -> str:
 
 def test_the_table_in_the_docs_is_this_one(request: pytest.FixtureRequest) -> None:
     """Docs that lack an advisory, or tell another level than the code has."""
-    text = DOCS.read_text()
-    before, rest = text.split(BEGIN)
-    written = f"{before}{BEGIN}\n\n{table()}\n\n{END}{rest.split(END)[1]}"
-    if request.config.getoption("--write-docs"):
-        DOCS.write_text(written)
-    assert text == written or request.config.getoption("--write-docs"), (
-        "docs/advisories.md is not report/rules.py; write it with: pytest tests/null/test_advice.py --write-docs"
-    )
+    check_table(request, "docs/advisories.md", "advisories", table())
 
 
 def test_a_log_a_terminal_and_a_page_show_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
