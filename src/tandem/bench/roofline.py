@@ -11,10 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
+from tandem.models.hf_config import from_hf_config
 from tandem.models.parts import kept_bytes, layer_slots
 from tandem.models.spec import ModelSpec
+from tandem.report.kept import read_object
 
 SMOLLM2 = ModelSpec(
     "llama",
@@ -164,3 +168,12 @@ def step_flop(spec: ModelSpec, row: Mapping[str, Any]) -> float:
         met = samples * pairs(own, before) + shared * before / 2
         flop += 3 * (rows * layers + trained * head + met * attention_flop(spec))
     return float(flop)
+
+
+def flop_of(folder: Path) -> Callable[[Mapping[str, Any]], float] | None:
+    """The operations of a step of the run in `folder`, by its row; None where nothing there says what its model is."""
+    model = read_object(folder / "plan.json").get("model")
+    saved = next(iter((folder / "checkpoints").glob("step-*/config.json")), None)
+    if model is None and saved is not None:  # a run of before plan.json said it
+        model = read_object(saved)
+    return None if model is None else partial(step_flop, from_hf_config(model))

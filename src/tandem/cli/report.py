@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.table import Table
-
-    from tandem.report.scaling import Scaling
 
 
 def report(
@@ -35,10 +30,13 @@ def report(
 ) -> int:
     """Write report.html and the plots into a run folder and print its figures; of several runs, one page over all."""
     from tandem import env
+    from tandem.bench.roofline import flop_of
     from tandem.errors import ConfigError
     from tandem.report.advice import advise
+    from tandem.report.compare import compare
     from tandem.report.html import write_report
     from tandem.report.metrics import alarms, read_metrics, summary
+    from tandem.report.scaling_page import write_fits
     from tandem.report.trajectories import write_trajectories_page
 
     if steps and not trajectories:
@@ -51,7 +49,7 @@ def report(
         raise ConfigError(f"--out {out} is for several runs; the report of one is written into its folder. Drop --out.")
     run_dir = run_dirs[0]
     programs = write_trajectories_page(run_dir, steps) if trajectories else None
-    fits = _scaling(run_dirs, run_dir / "scaling.png") if scaling else None
+    fits = write_fits(compare(run_dirs), run_dir / "scaling.png", flop_of) if scaling else None
     page = write_report(run_dir, scaling=fits.section if fits else None)
     rows = read_metrics(run_dir / "metrics.jsonl")
     figures, warnings, advisories = summary(rows), alarms(rows), advise(rows)
@@ -90,76 +88,18 @@ def _table(figures: dict[str, Any]) -> Table:
     return table
 
 
-@dataclass(frozen=True)
-class _Fits:
-    """What `--scaling` found: for the pages, as JSON, and in the terminal."""
-
-    found: list[Scaling]
-    section: dict[str, Any]
-    picture: Path
-
-    def record(self) -> dict[str, Any]:
-        return {"scaling": [one.record() for one in self.found], "scaling_picture": str(self.picture)}
-
-    def print(self, console: Console) -> None:
-        from rich.table import Table
-
-        for entry in self.section["entries"]:
-            console.print(f"\n{entry['headline']}", markup=False, style="bold")
-            headings, *lines = entry["table"] or [[]]
-            table = Table(*headings, box=None, padding=(0, 2, 0, 0))
-            for line in lines:
-                table.add_row(*line)
-            if lines:
-                console.print(table)
-            for note in entry["notes"]:
-                console.print(note, markup=False, style="dim")
-        console.print(f"wrote {self.picture}", markup=False)
-
-
-def _scaling(folders: list[Path], picture: Path) -> _Fits:
-    """Fit the runs, and write the picture."""
-    from base64 import b64decode
-
-    from tandem.errors import WorldError
-    from tandem.report.compare import compare
-    from tandem.report.scaling import fits_of
-    from tandem.report.scaling_page import section
-
-    found = fits_of(compare(folders), _flop)
-    shown = section(found)
-    try:
-        picture.write_bytes(b64decode(shown["picture"]["light"]))
-    except OSError as error:
-        raise WorldError(f"{picture} could not be written: {error.strerror}. Make room, or free the place.") from error
-    return _Fits(found, shown, picture)
-
-
-def _flop(folder: Path) -> Callable[[Mapping[str, Any]], float] | None:
-    """The operations of a step of the run in `folder`, by its row; None where nothing there says what its model is."""
-    from functools import partial
-
-    from tandem.bench.roofline import step_flop
-    from tandem.models.hf_config import from_hf_config
-
-    plan = folder / "plan.json"
-    model = jsonlib.loads(plan.read_text(encoding="utf-8")).get("model") if plan.exists() else None
-    saved = next(iter((folder / "checkpoints").glob("step-*/config.json")), None)
-    if model is None and saved is not None:  # a run of before plan.json said it
-        model = jsonlib.loads(saved.read_text(encoding="utf-8"))
-    return None if model is None else partial(step_flop, from_hf_config(model))
-
-
 def _compare(folders: list[Path], out: Path, scaling: bool, json: bool) -> int:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     from tandem import env
+    from tandem.bench.roofline import flop_of
     from tandem.report.compare import compare, write_page
+    from tandem.report.scaling_page import write_fits
 
     compared = compare(folders)
-    fits = _scaling(folders, out.with_name(f"{out.stem}-scaling.png")) if scaling else None
+    fits = write_fits(compared, out.with_name(f"{out.stem}-scaling.png"), flop_of) if scaling else None
     write_page(compared, out, fits.section if fits else None)
     if json:
         print(jsonlib.dumps({**compared.record(), **(fits.record() if fits else {}), "report": str(out)}, indent=1))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tandem.errors import RunFolderError, WorldError
 from tandem.report import metrics, plots, units
 from tandem.report.html import flattened, inlined, page_template
+from tandem.report.kept import read_object, write_file
 from tandem.report.live import held_out
 from tandem.report.metrics import Row
 
@@ -48,7 +47,7 @@ class Compared:
 def compare(folders: Sequence[Path]) -> Compared:
     """The runs in `folders`. RunFolderError where one holds no metrics or a damaged config."""
     rows = tuple(metrics.read_metrics(folder) for folder in folders)
-    configs = [read_config(folder) for folder in folders]
+    configs = [read_object(folder / "config.json") for folder in folders]
     summaries = tuple(metrics.summary(of_run) for of_run in rows)
     flat = [dict(flattened(config)) for config in configs]
     known = dict.fromkeys(name for config in flat for name in config)
@@ -123,20 +122,7 @@ def write_page(compared: Compared, path: Path, scaling: Mapping[str, Any] | None
         scaling=scaling,
         beside="",
     )
-    try:
-        path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise WorldError(f"{path} could not be written: {error.strerror}. Choose another place with --out.") from error
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """A run's config.json; empty where there is none. RunFolderError where it is damaged."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise RunFolderError(f"{path} is damaged: {error}. Restore the file.") from error
-    return config if isinstance(config, dict) else {}
+    write_file(path, page, "Choose another place with --out.")
 
 
 def _names(folders: Sequence[Path], configs: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:

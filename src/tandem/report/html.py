@@ -6,7 +6,7 @@ import base64
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from importlib import resources
@@ -20,6 +20,7 @@ from tandem.report import drift, metrics, plots, units
 from tandem.report.advice import follow
 from tandem.report.evidence import Evidence
 from tandem.report.history import MEASURES, History
+from tandem.report.kept import read_object, read_trajectories, trajectory_files, write_file
 from tandem.report.live import held_out
 from tandem.report.metrics import Row
 
@@ -57,9 +58,8 @@ def write_report(folder: Path | str, config_diff: Sequence[str] = (), scaling: M
     if metrics.training(rows):
         light = plots.save_plots(rows, folder)
         pictures = [(name, path.read_bytes(), _dark(name, rows)) for name, path in light.items()]
-    path = folder / "report.html"
-    path.write_text(render_report(folder, rows, pictures, config_diff, scaling))
-    return path
+    page = render_report(folder, rows, pictures, config_diff, scaling)
+    return write_file(folder / "report.html", page)
 
 
 def _dark(name: str, rows: Sequence[Row]) -> bytes:
@@ -75,7 +75,7 @@ def render_report(
 ) -> str:
     """The page as text with `pictures` (name, light PNG, dark PNG). The template escapes all that the model wrote."""
     template = page_template("report.html.jinja")
-    config, plan = _json(folder / "config.json"), _json(folder / "plan.json")
+    config, plan = read_object(folder / "config.json"), read_object(folder / "plan.json")
     sampled_step, best, worst = _sampled(folder)
     advisor = follow(rows)
     return template.render(
@@ -101,7 +101,7 @@ def render_report(
         reader=READER if (folder / READER).exists() else None,
         best=best,
         worst=worst,
-        ledger=_json(folder / "ledger.json"),
+        ledger=read_object(folder / "ledger.json"),
         config=flattened(config),
         config_diff=list(config_diff),
     )
@@ -227,8 +227,8 @@ def agreement(rows: Sequence[Row]) -> str | None:
 def failures(folder: Path) -> list[tuple[str, str, int]]:
     """(where, reason, how many) over all steps, most frequent first."""
     counted: Counter[tuple[str, str]] = Counter()
-    for path in sorted((folder / "trajectories").glob("step-*.jsonl")):
-        for row in _trajectories(path):
+    for path in trajectory_files(folder).values():
+        for row in read_trajectories(path):
             if failure := row.get("failure"):
                 counted[failure["where"], failure["reason"]] += 1
     return [(where, reason, number) for (where, reason), number in counted.most_common()]
@@ -250,11 +250,11 @@ def flattened(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, st
 
 def _sampled(folder: Path) -> tuple[int | None, list[dict[str, Any]], list[dict[str, Any]]]:
     """(step, best, worst) trajectories of the last step that kept any; none is in both lists."""
-    paths = {int(path.stem.removeprefix("step-")): path for path in (folder / "trajectories").glob("step-*.jsonl")}
+    paths = trajectory_files(folder)
     if not paths:
         return None, [], []
     step = max(paths)
-    scored = [row for row in _trajectories(paths[step]) if row.get("reward") is not None]
+    scored = [row for row in read_trajectories(paths[step]) if row.get("reward") is not None]
     scored.sort(key=lambda row: (-row["reward"], row["program_id"]))
     best = _spread(scored, _SHOWN_TRAJECTORIES)
     chosen = {row["program_id"] for row in best}
@@ -284,12 +284,6 @@ def _shortened(text: str) -> str:
     return text if len(text) <= _TEXT_LIMIT else f"{text[:_TEXT_LIMIT]} … ({len(text) - _TEXT_LIMIT:,} more characters)"
 
 
-def _trajectories(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(errors="replace") as file:
-        for line in file:
-            yield json.loads(line)
-
-
 def inlined(alternative: str, light: bytes, dark: bytes) -> dict[str, str]:
     """A picture as a page's template takes it."""
     texts = {"light": base64.b64encode(light).decode(), "dark": base64.b64encode(dark).decode()}
@@ -299,7 +293,3 @@ def inlined(alternative: str, light: bytes, dark: bytes) -> dict[str, str]:
 def _finished(folder: Path) -> str:
     changed = (folder / "metrics.jsonl").stat().st_mtime
     return datetime.fromtimestamp(changed).strftime("%Y-%m-%d %H:%M")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text()) if path.exists() else {}

@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from tandem.report.kept import write_file
 from tandem.report.metrics import Row, graded, measure, seconds_by_phase, series, training
 
 # Places in the colour cycle of the style, so that the dark style can brighten them.
@@ -411,6 +412,5 @@ def save_plots(rows: Sequence[Row], folder: Path | str) -> dict[str, Path]:
     for name, figure in FIGURES.items():
         if (name == "budget" and not drifted) or not shows(figure(rows)):
             continue
-        paths[name] = folder / f"{name}.png"
-        paths[name].write_bytes(png(partial(figure, rows)))
+        paths[name] = write_file(folder / f"{name}.png", png(partial(figure, rows)))
     return paths

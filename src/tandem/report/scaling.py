@@ -15,12 +15,14 @@ from typing import Any, Literal
 import numpy as np
 
 from tandem.report import metrics, units
-from tandem.report.compare import Compared, read_config
+from tandem.report.compare import Compared
+from tandem.report.kept import read_object
 from tandem.report.metrics import Row
 from tandem.report.sigmoid import PARAMETERS, Array, Fit, Points, fit, interval
 
 Advice = Literal["continue", "stop", "cannot tell"]
 Flop = Callable[[Row], float]  # operations of a step, by its row
+FlopOf = Callable[[Path], Flop | None]  # of a run's folder: bench/roofline.py
 
 LEAST_ROWS = 12  # three a parameter; of rows that say something new
 LEAST_EVALUATIONS = 8  # from here on held-out accuracy is fitted, not the training reward
@@ -342,12 +344,12 @@ def backtest(points: Points) -> BackTest | None:
     return BackTest(len(first.value), len(rest.value), float(inside.mean()), float((high - low).mean()))
 
 
-def fits_of(compared: Compared, flop_of: Callable[[Path], Flop | None]) -> list[Scaling]:
+def fits_of(compared: Compared, flop_of: FlopOf) -> list[Scaling]:
     """The fits of runs, those of one config (but for its seed) together."""
     together: dict[str, list[int]] = {}
     folders = compared.folders
     for place, folder in enumerate(folders):
-        config = {name: value for name, value in read_config(folder).items() if name != "seed"}
+        config = {name: value for name, value in read_object(folder / "config.json").items() if name != "seed"}
         together.setdefault(json.dumps(config, sort_keys=True) if config else str(place), []).append(place)
     found = []
     for places in together.values():

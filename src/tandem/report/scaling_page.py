@@ -1,19 +1,26 @@
-"""What report/scaling.py found, as lines of a table and as a picture."""
+"""What report/scaling.py found, as lines of a table and as a picture; in pages, as JSON and in a terminal."""
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
 
 from tandem.report import plots, units
+from tandem.report.compare import Compared
 from tandem.report.html import inlined
-from tandem.report.scaling import BACKTEST, MORE, NEAR, WRITERS, InUnit, Scaling, gain_text
+from tandem.report.kept import write_file
+from tandem.report.scaling import BACKTEST, MORE, NEAR, WRITERS, FlopOf, InUnit, Scaling, fits_of, gain_text
 
 AHEAD = 1 + MORE[-1]  # of the cost so far, how far curves are drawn
 _CURVE_POINTS = 160
@@ -131,3 +138,36 @@ def _draw(axes: Axes, unit: str, one: Scaling, place: int) -> None:
         axes.axhline(end.value, color=colour, linewidth=1.0, linestyle="--", label="asymptote A, 95 %")
         axes.axhspan(end.low, end.high, color=colour, alpha=0.10, linewidth=0)
     axes.axvline(fitted.now, color=plots.GREY, linewidth=0.8)
+
+
+@dataclass(frozen=True, slots=True)
+class Fits:
+    """The fits of runs: for a page, as JSON, and in a terminal."""
+
+    found: Sequence[Scaling]
+    section: dict[str, Any]
+    picture: Path
+
+    def record(self) -> dict[str, Any]:
+        return {"scaling": [one.record() for one in self.found], "scaling_picture": str(self.picture)}
+
+    def print(self, console: Console) -> None:
+        for entry in self.section["entries"]:
+            console.print(f"\n{entry['headline']}", markup=False, style="bold")
+            headings, *lines = entry["table"] or [[]]
+            shown = Table(*headings, box=None, padding=(0, 2, 0, 0))
+            for line in lines:
+                shown.add_row(*line)
+            if lines:
+                console.print(shown)
+            for note in entry["notes"]:
+                console.print(note, markup=False, style="dim")
+        console.print(f"wrote {self.picture}", markup=False)
+
+
+def write_fits(compared: Compared, picture: Path, flop_of: FlopOf) -> Fits:
+    """Fit runs, and write the picture."""
+    found = fits_of(compared, flop_of)
+    shown = section(found)
+    write_file(picture, b64decode(shown["picture"]["light"]), "Make room, or free the place.")
+    return Fits(found, shown, picture)

@@ -9,15 +9,16 @@ from __future__ import annotations
 import base64
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from tandem.errors import ConfigError, RunFolderError, WorldError
+from tandem.errors import ConfigError, RunFolderError
 from tandem.report.html import READER, page_template
+from tandem.report.kept import read_object, read_trajectories, trajectory_files, write_file
 
 PAGE_BYTES = 64_000_000  # of the steps: a browser opens a file of this size in about a second
 _QUESTION = 120  # characters of a prompt in the list
@@ -94,7 +95,7 @@ def write_trajectories_page(folder: Path | str, steps: str = "", limit_bytes: in
     RunFolderError where the folder keeps no trajectories, or none of those steps. Needs no lock.
     """
     folder = Path(folder)
-    found = {int(path.stem.removeprefix("step-")): path for path in (folder / "trajectories").glob("step-*.jsonl")}
+    found = trajectory_files(folder)
     if not found:
         raise RunFolderError(f"{folder} keeps no trajectories. Give a folder that `tandem train` or `rollout` made.")
     first, last = steps_asked(steps) if steps else (min(found), max(found))
@@ -105,7 +106,7 @@ def write_trajectories_page(folder: Path | str, steps: str = "", limit_bytes: in
     index, size = _Index(), 0
     read: dict[int, list[Row]] = {}
     for step in reversed(asked):
-        rows = list(_rows(found[step]))
+        rows = list(read_trajectories(found[step]))
         block = _block(rows)
         size += len(block)
         if size > limit_bytes and blocks:
@@ -116,7 +117,7 @@ def write_trajectories_page(folder: Path | str, steps: str = "", limit_bytes: in
         index.add(step, read[step])
     written = Written(folder / READER, shown, tuple(step for step in asked if step not in blocks))
     page = page_template("trajectories.html.jinja").render(
-        name=_name(folder),
+        name=str(read_object(folder / "config.json").get("name") or folder.resolve().name),
         folder=folder.resolve().name,
         note=written.note,
         beside="",
@@ -124,10 +125,7 @@ def write_trajectories_page(folder: Path | str, steps: str = "", limit_bytes: in
         blocks=[(step, blocks[step]) for step in shown],
         script=resources.files("tandem.report").joinpath("trajectories.js").read_text(encoding="utf-8"),
     )
-    try:
-        written.path.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise WorldError(f"{written.path} could not be written: {error.strerror}. Free some space.") from error
+    write_file(written.path, page)
     return written
 
 
@@ -152,16 +150,6 @@ def spelt(steps: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _rows(path: Path) -> Iterator[Row]:
-    for number, line in enumerate(path.read_text(errors="replace").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            row["program_id"], row["prompt_id"]
-        except (ValueError, TypeError, KeyError) as error:
-            raise RunFolderError(f"{path} is damaged: line {number} is no trajectory. Remove it to go on.") from error
-        yield row
-
-
 def _of_index(row: Row) -> Row:
     """Without what only the block holds: a run's index is in memory at once, its rows are not."""
     return {name: value for name, value in row.items() if name not in ("text", "tokens", "context", "said")}
@@ -170,12 +158,3 @@ def _of_index(row: Row) -> Row:
 def _block(content: Any) -> str:
     """JSON, compressed, as text that HTML leaves alone."""
     return base64.b64encode(zlib.compress(json.dumps(content, separators=(",", ":")).encode(), 6)).decode()
-
-
-def _name(folder: Path) -> str:
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise RunFolderError(f"{path} is damaged: {error}. Restore the file.") from error
-    return str(config.get("name") or folder.resolve().name)
