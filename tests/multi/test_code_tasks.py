@@ -74,6 +74,10 @@ def test_a_wrong_line_is_named(tmp_path: Path) -> None:
     for row, reason in (
         ({**ROW, "entry_point": 7}, "line 2: its 'entry_point' is 7; wanted: str"),
         ({**ROW, "test": "def check("}, "its prompt or test is no Python"),
+        ({**ROW, "test": "-" * 100_000 + "1"}, "its prompt or test is no Python"),
+        ({**ROW, "entry_point": "no name"}, "line 2: its prompt defines no function 'no name'"),
+        ({**ROW, "entry_point": "other"}, "line 2: its prompt defines no function 'other'"),
+        ({**ROW, "canonical_solution": 5}, "line 2: its 'canonical_solution' is 5; wanted: str, or nothing"),
         ({**ROW, "test": "def other(c): pass"}, "line 2: its test has no function check"),
         ({**ROW, "test": "def check(c):\n    assert True"}, "line 2: its check.candidate. asserts nothing"),
     ):
@@ -81,6 +85,15 @@ def test_a_wrong_line_is_named(tmp_path: Path) -> None:
         with pytest.raises(TaskError, match=reason):
             made.ready()
         made.close()
+
+
+def test_a_file_as_other_tools_write_it(tmp_path: Path) -> None:
+    """A mark before the first line, or a solution that is null, ends the run."""
+    made = pool(tmp_path, HUMANEVAL, {**ROW, "canonical_solution": None})
+    (path,) = tmp_path.glob("*.jsonl")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert made.prompt(0).record["entry_point"] == ROW["entry_point"]
+    made.close()
 
 
 def test_what_an_answer_amounts_to() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import random
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 from tandem.errors import TaskError
 from tandem.program.config import TaskConfig
 from tandem.program.pool import EnvironmentPool
+from tandem.program.prompts import DrawnPrompts
 from tandem.program.tasks.planted import SPLITS, Problem, planted
 from tandem.program.tasks.problems import read_problems
-from tandem.program.tasks.repair import Repair
+from tandem.program.tasks.repair import Repair, _replaced
 from tandem.types import Message, Prompt, ToolCall
 from tests.sandboxes import played
 
@@ -31,6 +33,54 @@ def test_b():
 def test_vat():
     assert vat(10) == 2
 """
+
+
+FAILED = "assert one() == 1  AssertionError"
+RIGHT = "def test_a(self): assert one() == self.right"
+KINDS = {  # of tests of a function that gives 2: what is said of them, or nothing
+    "coroutine": (f"test_a, line 3: {FAILED}", "async def test_a():\n    assert one() == 1"),
+    "generator": ("test_a: TypeError it yields", "def test_a():\n    yield\n    assert one() == 1"),
+    "fixture": ("test_a: TypeError test_a() missing 1", "def test_a(tmp_path):\n    assert one() == 2"),
+    "coroutine of a case": (
+        "A.test_a: DeprecationWarning It is",
+        "class A(unittest.TestCase):\n    async def test_a(self):\n        assert one() == 1",
+    ),
+    "coroutine of an asynchronous case": (
+        f"A.test_a, line 4: {FAILED}",
+        "class A(unittest.IsolatedAsyncioTestCase):\n    async def test_a(self):\n        assert one() == 1",
+    ),
+    "part": (
+        f"A.test_a (n=1), line 4: with self.subTest(n=1): {FAILED}",
+        "class A(unittest.TestCase):\n    def test_a(self):\n        with self.subTest(n=1): assert one() == 1",
+    ),
+    "to fail": (
+        "",
+        "class A(unittest.TestCase):\n    @unittest.expectedFailure\n    def test_a(self): assert one() == 1",
+    ),
+    "to fail, and does not": (
+        "A.test_a: AssertionError it was to fail",
+        "class A(unittest.TestCase):\n    @unittest.expectedFailure\n    def test_a(self): assert one() == 2",
+    ),
+    "setUpClass": (
+        "",
+        f"class A(unittest.TestCase):\n    setUpClass = classmethod(lambda cls: setattr(cls, 'right', 2))\n    {RIGHT}",
+    ),
+    "setup_class": (
+        "",
+        f"class TestA:\n    test_data = [1]\n    def setup_class(cls): cls.right = 2\n    {RIGHT}",
+    ),
+    "setup_method": (
+        "",
+        f"class TestA:\n    def setup_method(self): self.right = 2\n    {RIGHT}",
+    ),
+    "setup_module": ("", "def setup_module(m): m.right = 2\ndef test_a(): assert one() == right"),
+    "teardown_function": (
+        f"test_a, line 2: def teardown_function(): {FAILED}",
+        "def teardown_function(): assert one() == 1\ndef test_a(): assert one() == 2",
+    ),
+    "base": ("", f"class Base:\n    {RIGHT}\nclass TestA(Base): right = 2"),
+}
+WRONG_PATHS = ("../a.py", "/a.py", "", ".", "a/", "./a.py", "a//b.py", "a" * 256)
 
 
 def pool(**parameters) -> EnvironmentPool:
@@ -129,7 +179,8 @@ def test_a_repair_by_whole_functions() -> None:
     """A function put in another's place, one that loses its decorators or what stands around it, or code that is put
     nowhere without a word."""
     before = "import functools\n\n\n@functools.cache\ndef one(x):\n    return x\n\n\nclass Two:\n    pass\n\n\nz = 1\n"
-    row = {"files": {"a.py": before, "b.py": "def other(): return 0\n"}, "tests": {}, "hidden": "", "issue": "x"}
+    row: dict = {"files": {"a.py": before, "b.py": "def other(): return 0\n", "c.py": "\0"}}
+    row |= {"tests": {}, "issue": "x"}
     prompt = Prompt("p", (Message("user", "x"),), {**row, "hidden": "def test_a(): assert False"})
     made = pool(edit="function")
     told, _ = played(
@@ -152,6 +203,18 @@ def test_a_repair_by_whole_functions() -> None:
     assert "line 1 is no function or class" in told[5]
     assert "it is no Python" in told[6] and "there is no function in it" in told[7]
     made.close()
+
+
+@pytest.mark.parametrize("end", ["\r", "\r\n", "\n", "\x0c\n", "\x1c\n", "\u2028\n"])
+def test_lines_are_those_of_python(end: str) -> None:
+    """A function put beside its place, where what ends a line for Python does not for us, or the other way round."""
+    text = f'said = """a{end}b"""\n\ndef one():\n    return 1\n\ndef two():\n    return 2'
+    code = f'def other():\n    return """{end}"""\n\n@staticmethod\ndef two():\n    return 3'
+    before: dict = {}
+    after: dict = {}
+    exec(text, before)
+    exec(_replaced(text, ast.parse(text).body[2], code, ast.parse(code).body[1]), after)
+    assert (after["one"](), after["two"](), after["said"]) == (1, 3, before["said"])
 
 
 @pytest.mark.parametrize(
@@ -212,6 +275,19 @@ class Old(unittest.TestCase):
     made.close()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_kinds_of_tests_that_can_be_read(kind: str) -> None:
+    """A test of which nothing ran is said to pass, or one fails whose set-up was passed over: none can be mended."""
+    said, test = KINDS[kind]
+    text = f"import unittest; from a import one\n{test}\n"
+    row = {"files": {"a.py": "def one():\n    return 2\n"}, "hidden": "def test_a(): assert False", "issue": "x"}
+    made = pool()
+    told, _ = played(made, Prompt("p", (Message("user", "x"),), {**row, "tests": {"test_a.py": text}}), calls("run"))
+    made.close()
+    assert told[0] == "all tests pass" if not said else told[0].startswith(f"FAILED test_a.{said}"), told
+    assert not said or told[0].endswith("\n1 failed")
+
+
 @pytest.mark.parametrize("form", ["folder", "lines"])
 def test_a_repair_of_ones_own(tmp_path: Path, form: str) -> None:
     """Problems of a user's own, in either form, that lose a file, a test or the issue on the way."""
@@ -257,7 +333,17 @@ def test_a_wrong_problem_is_named(tmp_path: Path) -> None:
     }
     for change, reason in (
         ({"files": {"a.py": 5}}, "line 2: 'a.py' is 5; wanted: a path inside the folder"),
-        ({"files": {"../a.py": ""}}, "line 2: '../a.py' is ''; wanted: a path inside"),
+        *(({"files": {path: ""}}, f"line 2: {path!r} is ''; wanted: a path inside") for path in WRONG_PATHS),
+        ({"files": {"a.py": "\ud800"}}, "line 2: 'a.py' is '.ud800'; wanted: a path inside the folder, and a text"),
+        ({"files": {"a": "", "a/b.py": ""}}, "line 2: 'a' is a file, and a folder with 'a/b.py' in it"),
+        (
+            {"files": {"test_a.py": ""}, "tests": {"test_a.py": ""}},
+            "line 2: 'test_a.py' stands in its files and",
+        ),
+        ({"tests": {"notes.txt": ""}}, "line 2: the test 'notes.txt' cannot be imported; wanted: a file NAME.py"),
+        ({"tests": {"v1.2/test_a.py": ""}}, "line 2: the test 'v1.2/test_a.py' cannot be imported"),
+        ({"issue": "\ud800"}, "line 2: its 'issue' holds .ud800, half of a character"),
+        ({"hidden": "-" * 100_000 + "1"}, "line 2: its hidden tests are no Python"),
         ({"files": {}}, "line 2: it has no file to be mended"),
         ({"files": {"a.py": "x" * (5 << 20)}}, "line 2: its files have 5,242,880 characters; allowed are 4,194,304"),
         ({"hidden": "def ("}, "line 2: its hidden tests are no Python"),
@@ -298,3 +384,15 @@ def test_a_wrong_folder_is_named(tmp_path: Path) -> None:
             broken.rename(place / "gone")
         with pytest.raises(TaskError, match=reason):
             read_problems(str(place / "problems"))
+
+
+def test_problems_that_say_the_same_are_told_apart(tmp_path: Path) -> None:
+    """Problems whose files are not shown are taken for one question: none is left to train on, or to be held out."""
+    rows = [{"files": {"a.py": f"x = {n}\n"}, "tests": {}, "hidden": HIDDEN, "issue": "Mend it."} for n in range(4)]
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = Repair(None, path=str(path), shows=False)  # type: ignore[arg-type]
+    made = DrawnPrompts(TaskConfig(REPAIR, heldout_size=2), task)
+    held = {prompt.record["files"]["a.py"] for prompt in made.heldout}
+    trained = {made.train(index).record["files"]["a.py"] for index in range(8)}
+    assert held == {"x = 3\n", "x = 2\n"} and trained == {"x = 0\n", "x = 1\n"}

@@ -14,7 +14,7 @@ from typing import Any
 
 from tandem.errors import TaskError
 from tandem.program.environment import Environment, Episode, Step
-from tandem.program.reward import extract_code
+from tandem.program.reward import clipped, extract_code
 from tandem.program.tasks.lines import read_lines
 from tandem.sandbox.grade import earned, grade_tests
 from tandem.sandbox.pool import SandboxPool
@@ -29,12 +29,17 @@ def hidden_tests(row: dict[str, Any]) -> str:
 
     What stands between them is in every test after it. Helpers of the prompt are the prompt's own, not the answer's.
     """
-    place = f"task {row['task_id']}" + (f", line {row['line']}" if "line" in row else "")
+    place, solution = f"task {row['task_id']}", row.get("canonical_solution") or "    pass\n"
+    place += f", line {row['line']}" if "line" in row else ""
+    if not isinstance(solution, str):
+        raise TaskError(f"{place}: its 'canonical_solution' is {clipped(solution)}; wanted: str, or nothing.")
     try:
         body = ast.parse(row["test"]).body
-        given = ast.parse(row["prompt"] + row.get("canonical_solution", "    pass\n")).body
-    except SyntaxError as error:
+        given = ast.parse(row["prompt"] + solution).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise TaskError(f"{place}: its prompt or test is no Python ({error}). Mend or remove the line.") from error
+    if not any(isinstance(one, ast.FunctionDef) and one.name == row["entry_point"] for one in given):
+        raise TaskError(f"{place}: its prompt defines no function {row['entry_point']!r}. Mend or remove the line.")
     check = next((one for one in body if isinstance(one, ast.FunctionDef) and one.name == "check"), None)
     if check is None or len(check.args.args) != 1:
         raise TaskError(f"{place}: its test has no function check(candidate). Mend or remove the line.")
@@ -123,7 +128,7 @@ class HumanEval(Environment):
             f"Complete this function. Answer with the whole function in a ```python block.\n\n{row['prompt'].strip()}\n"
         )
         record = {"prompt": row["prompt"], "entry_point": row["entry_point"], "tests": self.tests[place]}
-        record["solution"] = row.get("canonical_solution", "")
+        record["solution"] = row.get("canonical_solution") or ""
         return Prompt(row["task_id"], (Message("user", asked),), record)
 
     def episode(self, prompt: Prompt) -> Writing:

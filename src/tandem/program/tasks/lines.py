@@ -18,7 +18,7 @@ def read_lines(path: str, wanted: Mapping[str, type]) -> list[dict[str, Any]]:
     """Objects of the file, blank lines left out; TaskError names the line and the field that is not as `wanted`."""
     try:
         with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as file:
-            text = file.read(MOST_BYTES).decode()
+            text = file.read(MOST_BYTES).decode().removeprefix("\ufeff")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise TaskError(f"{path} cannot be read: {error}. Give a .jsonl or .jsonl.gz file.") from error
     rows = []

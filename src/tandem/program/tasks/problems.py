@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tandem.errors import TaskError
+from tandem.program.config import half_character
 from tandem.program.reward import clipped
 from tandem.program.tasks.lines import read_lines
 from tandem.sandbox.listed import test_names
@@ -87,17 +88,44 @@ def collected(name: str) -> bool:
     return path.suffix == ".py" and (path.stem.startswith("test_") or path.stem.endswith("_test"))
 
 
-def _checked(row: dict[str, Any], place: str) -> dict[str, Any]:
-    for name, text in [*row["files"].items(), *row["tests"].items()]:
-        if not isinstance(text, str) or name.startswith("/") or ".." in name.split("/"):
+def _check_files(row: dict[str, Any], place: str) -> None:
+    """TaskError unless a sandbox takes each file, and Python finds each test."""
+    given, names = [*row["files"].items(), *row["tests"].items()], {*row["files"], *row["tests"]}
+    for name, text in given:
+        if not isinstance(text, str) or half_character(text) or not _is_inside(name):
             raise TaskError(f"{place}: {name!r} is {clipped(text)}; wanted: a path inside the folder, and a text.")
+        if above := {str(folder) for folder in PurePosixPath(name).parents} & names:
+            raise TaskError(f"{place}: {min(above)!r} is a file, and a folder with {name!r} in it. Rename one.")
+    if both := row["files"].keys() & row["tests"].keys():
+        raise TaskError(f"{place}: {min(both)!r} stands in its files and in its tests. Take it out of one.")
+    for name in row["tests"]:
+        if not name.endswith(".py") or "." in name.removesuffix(".py"):
+            raise TaskError(
+                f"{place}: the test {name!r} cannot be imported; wanted: a file NAME.py in folders without a dot."
+            )
     if not row["files"]:
         raise TaskError(f"{place}: it has no file to be mended, other than tests.")
-    if (size := sum(len(text) for text in [*row["files"].values(), *row["tests"].values()])) > MOST_BYTES:
+    if (size := sum(len(text) for _, text in given)) > MOST_BYTES:
         raise TaskError(f"{place}: its files have {size:,} characters; allowed are {MOST_BYTES:,}. Leave some out.")
+    for name in ("issue", "hidden"):
+        if half := half_character(row[name]):
+            raise TaskError(f"{place}: its {name!r} {half}")
+
+
+def _is_inside(path: str) -> bool:
+    """
+    >>> _is_inside("shop/till.py"), _is_inside("../till.py"), _is_inside("shop//till.py"), _is_inside("shop/")
+    (True, False, False, False)
+    """
+    plain = not half_character(path) and "\0" not in path
+    return plain and all(part not in ("", ".", "..") and len(part.encode()) < 256 for part in path.split("/"))
+
+
+def _checked(row: dict[str, Any], place: str) -> dict[str, Any]:
+    _check_files(row, place)
     try:
         tests = test_names(row["hidden"])
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise TaskError(f"{place}: its hidden tests are no Python ({error}). Mend or remove it.") from error
     found = [test.title for test in tests]
     if wrong := [test for test in tests if test.wrong]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import random
+import re
 from pathlib import Path
 
 from tandem.errors import TaskError, nearest
@@ -163,7 +164,7 @@ class ByFunction(Repairing):
         """Puts functions or classes in the place of those of their names, and runs the tests."""
         try:
             written = ast.parse(code).body
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+        except _UNREADABLE as error:
             raise ValueError(f"it is no Python: {error}") from None
         for node in written:
             if not isinstance(node, _DEFINITIONS):
@@ -173,7 +174,7 @@ class ByFunction(Repairing):
         for node in written:
             assert isinstance(node, _DEFINITIONS)
             path, old = self._definition(node.name)
-            await self._put(path, _replaced(self.files[path], old, _lines(code, node)))
+            await self._put(path, _replaced(self.files[path], old, code, node))
         return await self._ran()
 
     def _definition(self, name: str) -> tuple[str, _Definition]:
@@ -182,7 +183,7 @@ class ByFunction(Repairing):
         for path, text in self.files.items():
             try:
                 body = ast.parse(text).body if path.endswith(".py") else []
-            except SyntaxError:
+            except _UNREADABLE:
                 continue
             found += [(path, node) for node in body if isinstance(node, _DEFINITIONS) and node.name == name]
         if len(found) != 1:
@@ -192,6 +193,7 @@ class ByFunction(Repairing):
 
 
 _Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+_UNREADABLE = (SyntaxError, ValueError, RecursionError, MemoryError)  # of ast.parse
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _KINDS: dict[str, type[Repairing]] = {"text": ByText, "function": ByFunction}
 
@@ -201,14 +203,19 @@ def _span(node: _Definition) -> slice:
     return slice(first - 1, node.end_lineno)
 
 
-def _lines(text: str, node: _Definition) -> list[str]:
-    return text.split("\n")[_span(node)]
+def _lines(text: str) -> list[str]:
+    """As Python counts them, with their ends.
+
+    >>> _lines("a = 1\\rb\\x0c = 2\\r\\nc")
+    ['a = 1\\r', 'b\\x0c = 2\\r\\n', 'c']
+    """
+    return re.findall(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+", text)
 
 
-def _replaced(text: str, old: _Definition, new: list[str]) -> str:
-    lines = text.split("\n")
-    lines[_span(old)] = new
-    return "\n".join(lines)
+def _replaced(text: str, old: _Definition, code: str, new: _Definition) -> str:
+    lines = _lines(text)
+    lines[_span(old)] = ["".join(_lines(code)[_span(new)]).rstrip("\r\n") + "\n"]
+    return "".join(lines)
 
 
 class Repair(Environment):
@@ -257,3 +264,7 @@ class Repair(Environment):
 
     def episode(self, prompt: Prompt) -> Repairing:
         return self.episodes(prompt, self.sandbox)
+
+    def key(self, prompt: Prompt) -> str:
+        """The same problem is the same question, whether its files are shown or not."""
+        return asked(prompt.record["files"], prompt.record["issue"])
