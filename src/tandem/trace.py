@@ -16,6 +16,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +109,16 @@ class Trace:
                 stack[-1].children_s += end_s - start_s
             self_s = end_s - start_s - opened.children_s
             self._emit(SpanEvent(opened.path, start_s, end_s, self_s, failed, threading.get_ident()))
+
+    def timed(self, name: str, function: Callable[P, T]) -> Callable[P, T]:
+        """`function`, each call of it a span."""
+
+        @wraps(function)
+        def call(*args: P.args, **named: P.kwargs) -> T:
+            with self.span(name):
+                return function(*args, **named)
+
+        return call
 
     def count(self, name: str, value: float = 1) -> None:
         """Add `value` to the counter `name`."""

@@ -184,6 +184,7 @@ def policy_loss(
     ratio_N = log_ratio_N.exp()
     sums |= {"tokens": torch.ones_like(ratio_N).sum(), "ratio": ratio_N.sum()}
     sums["kl_k3"] = (torch.expm1(drift_N) - drift_N).sum()
+    sums["taken_out"] = (~corrected.kept_N & (batch["advantages"] != 0.0)).sum()
     maxima = {
         "ratio_max": ratio_N.amax(),
         "ratio_error": (ratio_N - 1.0).abs().amax(),
@@ -206,7 +207,8 @@ def summarise(results: Iterable[LossResult]) -> dict[str, float]:
     """The batch's metrics from its microbatches' results: means over the trained predictions, and maxima.
 
     "loss" is the batch's loss, "ratio*" the ratio that is clipped. "kl" (k3) and "mismatch" (largest |log ratio|) are
-    of learner against behaviour, unclamped; "kl_reference", "entropy" and a critic's where measured.
+    of learner against behaviour, unclamped; "kl_reference", "entropy" and a critic's where measured. "taken_out" counts
+    the predictions with an advantage that the correction took out.
     """
     sums: dict[str, float] = {}
     maxima: dict[str, float] = {}
@@ -216,6 +218,7 @@ def summarise(results: Iterable[LossResult]) -> dict[str, float]:
         for name, value in result.maxima.items():
             maxima[name] = max(maxima.get(name, float("-inf")), float(value))
     loss, tokens = sums.pop("loss"), sums.pop("tokens")
+    totals = {"loss": loss, "tokens": tokens} | {name: sums.pop(name) for name in ("taken_out",) if name in sums}
     names = {"kl_k3": "kl", "clipped": "clip_fraction"}
     means = {names.get(name, name): value / tokens for name, value in sums.items()}
-    return {"loss": loss, "tokens": tokens, **means, **maxima}
+    return totals | means | maxima

@@ -43,6 +43,9 @@ class Batch:
     named: list[int] = field(default_factory=list)  # pages that entered the prefix index since the last commit's batch
     shared: list[int] = field(default_factory=list)  # pages taken from the index since then, by sequences that start
     copies: dict[int, int] = field(default_factory=dict)  # page -> page to copy it from first; emptied by the runner
+    planned_s: float = 0.0
+    prefilled: int = 0  # rows of prompts that run for the first time; these two are known once it is advanced
+    recomputed: int = 0  # rows that have run before
 
     @property
     def num_draws(self) -> int:
@@ -60,7 +63,9 @@ class Sampled:
 
 @dataclass(slots=True)
 class Stats:
-    """Counts since the start. run_tokens - recomputed_tokens were run for the first time."""
+    """Counts since the start. Of run_tokens, those that are not prefilled, recomputed, dropped or of a rejected draft
+    were sampled, and ran to draw the next. The time of a batch, from its plan or the end of the last one to its draws,
+    is divided by rows."""
 
     batches: int = 0
     run_tokens: int = 0  # rows of all forward passes
@@ -68,13 +73,34 @@ class Stats:
     drafted_tokens: int = 0  # run before they were drawn
     accepted_tokens: int = 0  # of those, drawn
     cached_tokens: int = 0  # prompt tokens found in the index at first admission
+    prefilled_tokens: int = 0  # prompt tokens run for the first time
     recomputed_tokens: int = 0  # run again after a preemption
+    dropped_tokens: int = 0  # run for a request that had ended
     preemptions: int = 0
     evicted_pages: int = 0
     finished: int = 0
     failed: int = 0  # of those finished
     aborted: int = 0
     most_running: int = 0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    recomputed_s: float = 0.0
+    resolved_s: float = 0.0  # when the last batch was
+
+    def count(self, batch: Batch) -> None:
+        """A batch was advanced."""
+        self.batches += 1
+        self.run_tokens += batch.num_tokens
+        self.prefilled_tokens += batch.prefilled
+        self.recomputed_tokens += batch.recomputed
+
+    def took(self, batch: Batch, now: float) -> None:
+        """It was resolved."""
+        row_s = max(0.0, now - max(batch.planned_s, self.resolved_s)) / max(1, batch.num_tokens)
+        self.resolved_s = now
+        self.prefill_s += row_s * batch.prefilled
+        self.recomputed_s += row_s * batch.recomputed
+        self.decode_s += row_s * (batch.num_tokens - batch.prefilled - batch.recomputed)
 
 
 @dataclass(slots=True, eq=False)

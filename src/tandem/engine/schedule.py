@@ -175,7 +175,7 @@ class Scheduler:
         if decodes and budget:
             budget = self._draft(decodes, budget)
         num_tokens = self.config.batch_tokens - budget
-        self.planned = Batch(works, self.version, num_tokens, self._named.copy(), self._shared, self._copies)
+        self.planned = Batch(works, self.version, num_tokens, self._named.copy(), self._shared, self._copies, now)
         return self.planned
 
     def _make_room(self) -> None:
@@ -348,17 +348,17 @@ class Scheduler:
             sequence = live.get(work.request.id)
             if sequence is None or sequence.arrival != work.sequence:  # it ended as the batch before was resolved
                 draws += work.draws
+                stats.dropped_tokens += len(work.tokens)
                 continue
             pages, start = sequence.pages, sequence.computed
             assert pages is not None
-            end = start + len(work.tokens)
-            if work.draws > 1:
-                end -= work.draws - 1  # drafts
-            sequence.computed = end
+            sequence.computed = end = start + len(work.tokens) - (work.draws - 1 if work.draws > 1 else 0)  # drafts
             if start < sequence.reached:
                 again = min(end, sequence.reached) - start
                 sequence.recomputed_tokens += again
-                stats.recomputed_tokens += again
+                batch.recomputed += again
+            if start < (prompt := len(work.request.tokens)):
+                batch.prefilled += max(0, min(end, prompt) - max(start, sequence.reached))
             if start // page_tokens != end // page_tokens and sequence.root != MIXED:
                 self._index_blocks(sequence, start // page_tokens)
             if sequence.tail is not None and start < len(sequence.request.tokens) <= end:
@@ -370,8 +370,7 @@ class Scheduler:
             if work.draws:
                 sequence.tokens.append(-1 - draws)
                 draws += work.draws
-        stats.batches += 1
-        stats.run_tokens += batch.num_tokens
+        stats.count(batch)
 
     def resolve(self, batch: Batch, sampled: Sampled, now: float) -> list[Completion]:
         """Takes what an advanced batch drew; returns the requests that end by it."""
@@ -379,6 +378,7 @@ class Scheduler:
         lengths = {name: len(column) for name, column in (("tokens", sampled.tokens), *sampled.values.items())}
         assert set(lengths.values()) == {batch.num_draws}, f"{lengths} for {batch.num_draws} draws"
         self.advanced = None
+        self._stats.took(batch, now)
         live, stops, stats, step = self.live, self.stops, self._stats, batch.version.step
         columns, drawn, failed = list(sampled.values.items()), sampled.tokens, sampled.failed
         finished, end = list[Completion](), 0

@@ -10,6 +10,11 @@ from dataclasses import dataclass
 from tandem.types import Group, StopReason
 
 
+def program_id(prompt_id: str, step: int, sibling: int) -> str:
+    """Unique within a run."""
+    return f"{prompt_id}/{step}/{sibling}"
+
+
 @dataclass(frozen=True, slots=True)
 class RolloutSummary:
     """Figures of a step's groups. Means are None where there is nothing to average.

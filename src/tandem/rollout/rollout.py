@@ -27,6 +27,7 @@ from tandem.program.episode import Observed
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.first import End, First
+from tandem.rollout.group import program_id
 from tandem.rollout.history import split_cause
 from tandem.rollout.trajectory import flatten
 from tandem.trace import Trace
@@ -317,7 +318,7 @@ class _Step:
                 seed = derive_seed(self.by.run_seed, self.step, prompt.id, sibling)
                 episode = self.by.environments.episode(prompt, self.until_s)
                 segments = [_Segment(tokens, seed, prompt.messages)]
-                program = _Program(f"{prompt.id}/{self.step}/{sibling}", place, prompt, episode, segments)
+                program = _Program(program_id(prompt.id, self.step, sibling), place, prompt, episode, segments)
                 if self._first is not None:
                     self._running.setdefault(place, []).append(program)
                 yield program

@@ -11,13 +11,14 @@ from tandem.trace import Trace
 # Of engine.stats, in a step's row.
 SCHEDULED = ("run_tokens", "cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages")
 DRAFTED = ("drafted_tokens", "accepted_tokens")
+PASSES = ("prefill_s", "decode_s", "recomputed_s")  # of the seconds of "rollout"
 COUNTED = ("spelt_tokens", *SCHEDULED, *DRAFTED)
 
 
 @contextmanager
 def counted(parts: Parts, trace: Trace, drafts: bool) -> Iterator[None]:
     """Counts what happens meanwhile, rollouts that are stopped included."""
-    names = (*SCHEDULED, *(DRAFTED if drafts else ()))
+    names = (*SCHEDULED, *PASSES, *(DRAFTED if drafts else ()))
     before, spelt = parts.engine.stats, parts.renderer.spelt_tokens
     try:
         yield

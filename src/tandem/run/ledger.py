@@ -1,127 +1,400 @@
-"""The ledger: one fate for each sampled token, one phase for each second of each worker, and no remainder.
+"""The ledger: one fate for each sampled token, one cause for each second of each worker, and no remainder.
 
-Tokens are integers and seconds are kept as integer nanoseconds, so that both sums are exact.
+    ledger.dispatch(ids)                     programs that are sent to be sampled, before they are
+    ledger.arrive(groups)                    of those, what ended and waits for the learner (a buffer, a replay queue)
+    ledger.record(groups, samples, fates)    what became of trajectories; `samples` are those that one update took
+    ledger.reuse(samples)                    samples that a replay queue gave to a further update
+    ledger.lose(fate, tokens, ids)           sampled, but in no trajectory: withdrawn, or by an engine that died
+    ledger.meter(engine, stats)              an engine's own counts, which are the total that fates have to reach
+    ledger.spend(seconds, worker)            a worker's exclusive seconds by phase
+    ledger.close(wall_s, live_tokens)        both sums, for ledger.json
+
+From any thread. Tokens are integers and seconds integer nanoseconds, so that both sums are exact; what no fate and no
+phase claims is `unaccounted`, and a LedgerWarning where it is more than the clock explains. Each dispatched id ends
+once: LedgerError names those that end twice, that nobody dispatched, or that more updates train than `uses`.
 """
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+from tandem.errors import LedgerError, LedgerWarning
 from tandem.types import Group, Sample, StopReason, Trajectory
 
+FORMAT = 2  # of ledger.json; the first had no "format", and no count but the fates' own
 FATES = {
     "trained": "reached a gradient",
-    "masked": "in a trained sample, without advantage",
+    "masked": "in a trained sample, without advantage or taken out by algo.correction",
     "zero_advantage": "an advantage of 0: the whole group scored the same, or others of it were kept",
-    "filtered": "of a group whose rewards were equal, which left the batch",
-    "truncated": "cut at rollout.max_new_tokens, and left out",
+    "filtered": "of a group whose rewards were equal, which left the batch (algo.filter_zero_variance)",
+    "truncated": "cut at rollout.max_new_tokens, and left out (algo.filter_truncated)",
     "failed": "the environment, the reward or the deadline gave no score",
-    "aborted": "withdrawn before the end, or of a group beyond the batch (rollout.extra_prompts)",
+    "aborted": "withdrawn before the end",
+    "stale": "older than the lag allows, and dropped",
+    "surplus": "of a group beyond the batch (rollout.extra_prompts)",
+    "evaluated": "answers to held-out prompts",
     "discarded": "of steps after the checkpoint that a resumed run started from",
-    "in_flight": "sampled, but in no trajectory when the run ended",
+    "interrupted": "after that checkpoint too, in a step that a kill cut off: in no row",
+    "in_flight": "of programs that had not ended, or had and waited for the learner, when the run did",
 }
-IDLE = "idle/other"  # the part of the wall clock that no phase claimed
+UNACCOUNTED = "unaccounted"
+# phase -> (kind, what the worker did)
+PHASES = {
+    "prefill": ("useful", "the engine ran context for the first time"),
+    "decode": ("useful", "the engine ran a token to draw the next"),
+    "learner": ("useful", "forward and backward, and scoring under other weights"),
+    "update": ("useful", "gradient norm, optimiser, packing of the weights"),
+    "reward": ("useful", "rewards that are computed here, or waited for"),
+    "tools": ("useful", "an environment acted"),
+    "publish": ("useful", "weights on their way to the engines"),
+    "recomputed": ("lost", "the engine ran again what it had given up: a preemption, other weights"),
+    "discarded": ("lost", "steps after the checkpoint that a resumed run started from"),
+    "interrupted": ("lost", "after that checkpoint too, in no row: what a kill cut off, and how the sitting ended"),
+    "host": ("idle", "programs between the engine's passes: rendering, reading answers, scheduling"),
+    "environment": ("idle", "no program could run before an environment answered"),
+    "weights": ("idle", "waited for the next weights"),
+    "buffer": ("idle", "waited for samples: the buffer was empty"),
+    "full_buffer": ("idle", "waited for room: the buffer was full"),
+    "lag": ("idle", "began nothing, since it would have been older than the lag allows"),
+    "startup": ("idle", "weights, kernels and environments were made ready, or a checkpoint read"),
+    "checkpoint": ("idle", "a checkpoint was written"),
+    "evaluate": ("idle", "held-out prompts were answered"),
+    "credit": ("idle", "advantages were computed, samples chosen"),
+    "rows": ("idle", "trajectories and rows were written and shown"),
+}
+KINDS = {
+    "useful": "what training needs, done for the first time",
+    "lost": "done, and to be done again",
+    "idle": "engine and learner both waited for something else",
+}
+ENGINE = {  # rows that engines ran; they sum to all of them
+    "prefilled": "context, for the first time",
+    "decoded": "sampled tokens, for the first time",
+    "recomputed": "run again after a preemption or under other weights",
+    "rejected_draft": "drafted, and not what was drawn",
+    "dropped": "one more of a request that had just ended",
+}
 _SLACK_NS = 1_000  # float seconds of one clock may exceed its wall by their rounding
+SLACK_S, SLACK_SHARE = 1.0, 0.02  # seconds between spans, of a worker: beyond both, a phase is missing
 
 
-@dataclass(slots=True)
+class Counts(Protocol):
+    """What the ledger reads of an engine's Stats."""
+
+    run_tokens: int
+    sampled_tokens: int
+    cached_tokens: int
+    prefilled_tokens: int
+    recomputed_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
+    dropped_tokens: int
+
+
 class Ledger:
     """Tokens and seconds as they happen; `close` makes both sum to their totals.
 
     >>> ledger = Ledger()
-    >>> ledger.spend({"rollout": 2.0, "learner": 1.5})
+    >>> ledger.spend({"decode": 2.0, "learner": 1.5})
     >>> ledger.close(wall_s={"main": 4.0})["seconds"]["main"]
-    {'rollout': 2.0, 'learner': 1.5, 'idle/other': 0.5, 'wall': 4.0}
+    {'decode': 2.0, 'learner': 1.5, 'unaccounted': 0.5, 'wall': 4.0}
     """
 
-    tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(FATES, 0))
-    nanoseconds: dict[str, dict[str, int]] = field(default_factory=dict)  # worker -> phase -> ns
+    def __init__(self, uses: int = 1) -> None:
+        assert uses >= 1, uses
+        self.uses = uses  # updates that may train a sample
+        self.tokens: dict[str, int] = dict.fromkeys(FATES, 0)
+        self.reused = 0  # tokens that trained again
+        self.nanoseconds: dict[str, dict[str, int]] = {}  # worker -> phase -> ns
+        self.sampled = 0  # by all engines of all sittings, as they say
+        self.metered = False  # whether they ever said
+        self.engine = dict.fromkeys((*ENGINE, "cached"), 0)
+        self.audit = dict.fromkeys(("dispatched", "ended", "trained", "reused"), 0)  # programs, programs, samples, uses
+        self.open: dict[str, None] = {}  # ids of programs that were dispatched and have not ended
+        self.held: dict[str, int] = {}  # trajectory -> its tokens: it ended, and has no fate yet
+        self.trained: dict[str, int] = {}  # sample -> updates that took it; those that further ones may take
+        self._seen: dict[str, Counts] = {}  # engine -> what it last said, in this sitting
+        self._lock = threading.RLock()
 
-    def record(self, groups: Iterable[Group], samples: Iterable[Sample], fates: Mapping[str, str]) -> dict[str, int]:
-        """Give each sampled token of a step's groups its fate; `samples` are those that the learner took, `fates` those
-        of all trajectories (algo.advantage.FATES).
+    # Tokens.
 
-        Returns this step's counts by fate. A sample whose id is in no group is an error of the caller.
+    def dispatch(self, ids: Iterable[str]) -> None:
+        """Programs are sent to be sampled; those of an engine that died are lost first, then dispatched again."""
+        ids = list(ids)
+        with self._lock:
+            again = [one for one in ids if one in self.open] or _repeated(ids)
+            _check(again, "dispatched twice, and have not ended; lose() them first, with the fate of what they sampled")
+            self.open.update(dict.fromkeys(ids))
+            self.audit["dispatched"] += len(ids)
+
+    def arrive(self, groups: Iterable[Group]) -> None:
+        """These programs have ended: all of a program's trajectories at once, which have no fate yet."""
+        with self._lock:
+            programs: dict[str, list[Trajectory]] = {}
+            for group in groups:
+                for trajectory in group.trajectories:
+                    programs.setdefault(trajectory.program_id, []).append(trajectory)
+            _check([one for one in programs if one not in self.open], "ended twice, or were never dispatched")
+            for program, trajectories in programs.items():
+                del self.open[program]
+                for trajectory in trajectories:
+                    assert trajectory.id not in self.held, trajectory.id
+                    self.held[trajectory.id] = trajectory.num_sampled
+            self.audit["ended"] += len(programs)
+
+    def record(
+        self, groups: Iterable[Group], samples: Iterable[Sample], fates: Mapping[str, str], masked: int = 0
+    ) -> dict[str, int]:
+        """Give each trajectory of `groups` its fate; `samples` are those that an update took, `fates` those of all
+        trajectories by id (algo.advantage.FATES, "stale", "surplus"), and `masked` how many of the samples' tokens with
+        an advantage a correction took out.
+
+        Programs that have not arrived do so. Returns the tokens by fate. A sample in no group is the caller's error.
         """
+        groups = list(groups)
         trained = {sample.id: sample for sample in samples}
         counts = dict.fromkeys(FATES, 0)
-        for group in groups:
-            for trajectory in group.trajectories:
-                sampled = trajectory.num_sampled
-                sample = trained.pop(trajectory.id, None)
+        with self._lock:
+            self.arrive(_without(groups, self.held))
+            trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+            _check(_repeated([one.id for one in trajectories]), "were given two fates at once")
+            for trajectory in trajectories:
+                sampled, sample = self.held.pop(trajectory.id), trained.pop(trajectory.id, None)
                 if sample is None:
                     counts[_fate(trajectory, fates)] += sampled
                     continue
                 assert trajectory.failure is None, f"{trajectory.id} failed, yet it was trained"
-                reached = int((sample.columns["loss_mask"] & (sample.columns["advantages"] != 0.0)).sum())
+                reached = reached_tokens(sample)
                 assert reached <= sampled, f"{sample.id}: {reached} trained of {sampled} sampled tokens"
                 counts["trained"] += reached
                 counts["masked"] += sampled - reached
-        assert not trained, f"trained samples without a trajectory: {sorted(trained)[:5]}"
-        for fate, number in counts.items():
-            self.tokens[fate] += number
+                self.audit["trained"] += 1
+                if self.uses > 1:
+                    self.trained[sample.id] = 1
+            assert not trained, f"trained samples without a trajectory: {sorted(trained)[:5]}"
+            assert 0 <= masked <= counts["trained"], f"{masked} masked of {counts['trained']} tokens"
+            counts["trained"] -= masked
+            counts["masked"] += masked
+            for fate, number in counts.items():
+                self.tokens[fate] += number
         return counts
 
+    def reuse(self, samples: Iterable[Sample]) -> None:
+        """A replay queue gave these to one more update: their tokens stay trained once, and count as reused."""
+        samples = list(samples)
+        with self._lock:
+            beyond = [one.id for one in samples if not 0 < self.trained.get(one.id, 0) < self.uses]
+            _check(beyond, f"were trained by more updates than {self.uses}, or by none, when they were given again")
+            for sample in samples:
+                self.trained[sample.id] += 1
+                self.reused += reached_tokens(sample)
+                if self.trained[sample.id] == self.uses:
+                    del self.trained[sample.id]
+            self.audit["reused"] += len(samples)
+
+    def retire(self, ids: Iterable[str]) -> None:
+        """A replay queue gives these samples no more."""
+        with self._lock:
+            for one in ids:
+                self.trained.pop(one, None)
+
+    def lose(self, fate: str, tokens: int, ids: Iterable[str] = ()) -> None:
+        """Tokens that are in no trajectory; `ids` are the programs that end without one."""
+        ids = list(ids)
+        with self._lock:
+            _check([one for one in ids if one not in self.open], "ended twice, or were never dispatched")
+            for one in ids:
+                del self.open[one]
+            self.audit["ended"] += len(ids)
+            self.tokens[fate] += tokens
+
+    def meter(self, engine: str, stats: Counts) -> None:
+        """An engine's counts since it was made. One that was made anew, and so counts from 0, has another name."""
+        with self._lock:
+            self.metered = True
+            before, self._seen[engine] = self._seen.get(engine), stats
+            for name, now in _rows(stats).items():
+                self.engine[name] += now - (_rows(before)[name] if before else 0)
+            self.sampled += stats.sampled_tokens - (before.sampled_tokens if before else 0)
+
+    def sampled_with(self, stats: Mapping[str, Counts]) -> int:
+        """What `sampled` would be, were it told of these; for who only looks."""
+        with self._lock:
+            seen = sum(self._seen[engine].sampled_tokens for engine in stats if engine in self._seen)
+            return self.sampled + sum(counts.sampled_tokens for counts in stats.values()) - seen
+
+    def check_ended(self) -> None:
+        """Nothing is on its way: LedgerError names programs that were dispatched and have no end."""
+        _check([*self.open, *self.held], "were dispatched, and have no fate")
+
+    # Seconds.
+
     def spend(self, seconds: Mapping[str, float], worker: str = "main") -> None:
-        """Add a worker's exclusive seconds by phase. Phases named "other" or "idle" are left to the remainder."""
-        phases = self.nanoseconds.setdefault(worker, {})
-        for phase, value in seconds.items():
-            assert value >= 0, f"{worker}: {value} s of {phase}"
-            if phase not in ("other", "idle", IDLE):
+        """Add a worker's exclusive seconds by phase (PHASES)."""
+        with self._lock:
+            phases = self.nanoseconds.setdefault(worker, {})
+            for phase, value in seconds.items():
+                assert phase in PHASES, f"{worker} spent {value} s on {phase!r}, which PHASES does not name"
+                assert value >= 0, f"{worker}: {value} s of {phase}"
                 phases[phase] = phases.get(phase, 0) + int(value * 1e9)
 
-    def discard(self, rows: Iterable[Mapping[str, Any]], worker: str = "main") -> None:
-        """Count what `RunFolder.rewind` dropped: its tokens and seconds were paid for and led nowhere.
-
-        Only for a ledger that does not hold those steps already (one restored from the checkpoint).
-        """
-        for row in rows:
-            self.tokens["discarded"] += int(row.get("tokens") or 0)
-            spent = int(sum((row.get("seconds") or {}).values()) * 1e9)
-            phases = self.nanoseconds.setdefault(worker, {})
-            phases["discarded"] = phases.get("discarded", 0) + spent
+    # Sittings.
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps; `restore` gives the ledger back."""
-        return {"tokens": dict(self.tokens), "nanoseconds": {w: dict(p) for w, p in self.nanoseconds.items()}}
+        with self._lock:
+            return {
+                "tokens": dict(self.tokens),
+                "reused": self.reused,
+                "nanoseconds": {worker: dict(phases) for worker, phases in self.nanoseconds.items()},
+                "sampled": self.sampled if self.metered else None,
+                "engine": dict(self.engine),
+                "audit": dict(self.audit),
+                "open": [*self.open],
+                "held": dict(self.held),
+                "trained": dict(self.trained),
+            }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` gave."""
-        self.tokens = dict.fromkeys(FATES, 0) | dict(state["tokens"])
-        self.nanoseconds = {worker: dict(phases) for worker, phases in state["nanoseconds"].items()}
+        """Go on from what `state` gave; of a ledger of the first format, whose total is what has a fate."""
+        with self._lock:
+            self.tokens = dict.fromkeys(FATES, 0) | dict(state["tokens"])
+            known = {worker: dict(phases) for worker, phases in state["nanoseconds"].items()}
+            self.nanoseconds = {worker: _renamed(phases) for worker, phases in known.items()}
+            sampled = state.get("sampled")
+            self.metered = sampled is not None
+            self.sampled = sum(self.tokens.values()) if sampled is None else sampled
+            self.reused = state.get("reused", 0)
+            self.engine |= state.get("engine", {})
+            self.audit |= state.get("audit", {})
+            self.open = dict.fromkeys(state.get("open", ()))
+            self.held, self.trained = dict(state.get("held", {})), dict(state.get("trained", {}))
+            self._seen = {}
 
-    def close(self, wall_s: Mapping[str, float], sampled_tokens: int | None = None) -> dict[str, Any]:
+    def discard(
+        self, rows: Iterable[Mapping[str, Any]], sampled: int = 0, wall_s: float = 0.0, worker: str = "main"
+    ) -> None:
+        """Count what `RunFolder.rewind` dropped: its tokens and seconds were paid for and led nowhere.
+
+        Only for a ledger that does not hold those steps already (one restored from the checkpoint). `sampled` and
+        `wall_s`: all that engines sampled and the worker took since that checkpoint, as run/meter.py has it; what is in
+        no row of it was interrupted.
+        """
+        tokens, spent_s = 0, 0.0
+        for row in rows:
+            tokens += int(row.get("drawn_tokens", row.get("tokens") or 0))
+            spent_s += sum((row.get("seconds") or {}).values())
+        cut = {"discarded": tokens, "interrupted": max(0, sampled - tokens)}
+        with self._lock:
+            self.sampled += sum(cut.values())
+            for fate, number in cut.items():
+                self.tokens[fate] += number
+        lost = {"discarded": spent_s, "interrupted": max(0.0, wall_s - spent_s)}
+        if any(lost.values()):
+            self.spend({phase: value for phase, value in lost.items() if value}, worker)
+
+    def lost_s(self, worker: str = "main") -> float:
+        """Seconds of a worker that its clock, which a resume sets back, does not have."""
+        phases = self.nanoseconds.get(worker, {})
+        return (phases.get("discarded", 0) + phases.get("interrupted", 0)) / 1e9
+
+    def close(self, wall_s: Mapping[str, float], live_tokens: int = 0) -> dict[str, Any]:
         """The ledger as ledger.json holds it; "nanoseconds" sum exactly, "seconds" are the same for reading.
 
-        wall_s: seconds of each worker over all sittings, discarded steps included; what no phase claimed is
-        "idle/other". sampled_tokens: how many tokens the engines sampled over all sittings; those without a fate are
-        "in_flight" (None: there are none). Fails where more was recorded than there was.
+        wall_s: seconds of each worker over all sittings, discarded ones included. live_tokens: sampled by requests that
+        engines still have. LedgerWarning where more or less is known than there was.
         """
-        tokens = dict(self.tokens)
-        accounted = sum(tokens.values())
-        total = accounted if sampled_tokens is None else sampled_tokens
-        assert accounted <= total, f"{accounted} tokens have a fate, but only {total} were sampled"
-        tokens["in_flight"] += total - accounted
-        assert set(self.nanoseconds) <= set(wall_s), f"no wall time for {set(self.nanoseconds) - set(wall_s)}"
-        nanoseconds = {}
-        for worker, wall in wall_s.items():
-            phases = _closed(worker, self.nanoseconds.get(worker, {}), int(wall * 1e9))
-            nanoseconds[worker] = phases | {"wall": sum(phases.values())}
-        return {
-            "tokens": tokens | {"total": total},
-            "trained_share": tokens["trained"] / total if total else None,
-            "nanoseconds": nanoseconds,
-            "seconds": {worker: {n: ns / 1e9 for n, ns in phases.items()} for worker, phases in nanoseconds.items()},
-            "fates": FATES,
-        }
+        with self._lock:
+            tokens = dict(self.tokens)
+            tokens["in_flight"] += live_tokens + sum(self.held.values())
+            total = self.sampled if self.metered else sum(tokens.values())
+            if rest := total - sum(tokens.values()):
+                tokens[UNACCOUNTED] = rest
+                _warn(f"the engines sampled {total} tokens, and {total - rest} have a fate: {rest} are unaccounted for")
+            assert set(self.nanoseconds) <= set(wall_s), f"no wall time for {set(self.nanoseconds) - set(wall_s)}"
+            nanoseconds = {}
+            for worker, wall in wall_s.items():
+                phases = _closed(worker, self.nanoseconds.get(worker, {}), int(wall * 1e9))
+                nanoseconds[worker] = phases | {"wall": sum(phases.values())}
+            asked = total - tokens["evaluated"]
+            return {
+                "format": FORMAT,
+                "tokens": tokens | {"total": total},
+                "trained_share": tokens["trained"] / asked if asked else None,
+                "reused_tokens": self.reused,
+                "engine": dict(self.engine),
+                "audit": self.audit | {"open": len(self.open), "waiting": len(self.held)},
+                "nanoseconds": nanoseconds,
+                "seconds": {worker: {n: ns / 1e9 for n, ns in of.items()} for worker, of in nanoseconds.items()},
+                "fates": FATES,
+                "phases": {phase: {"kind": kind, "meaning": meaning} for phase, (kind, meaning) in PHASES.items()},
+            }
+
+
+def reached_tokens(sample: Sample) -> int:
+    """Sampled tokens with an advantage."""
+    return int((sample.columns["loss_mask"] & (sample.columns["advantages"] != 0.0)).sum())
+
+
+def split_rollout(seconds: Mapping[str, float], passes: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of "rollout" as those of the engine's passes (Stats.seconds) and the host's between them.
+
+    >>> split_rollout({"rollout": 3.0, "reward": 0.5}, {"prefill": 0.5, "decode": 2.0, "recomputed": 0.0})
+    {'reward': 0.5, 'host': 0.5, 'prefill': 0.5, 'decode': 2.0}
+    """
+    whole, inside = seconds.get("rollout", 0.0), sum(passes.values())
+    fits = min(1.0, whole / inside) if inside else 0.0  # two clocks
+    parts = {phase: value * fits for phase, value in passes.items() if value}
+    rest = {phase: value for phase, value in seconds.items() if phase != "rollout"}
+    return rest | ({"host": max(0.0, whole - sum(parts.values()))} if whole else {}) | parts
+
+
+def _rows(stats: Counts) -> dict[str, int]:
+    """The rows that it ran, which sum to all of them, and tokens found in the cache."""
+    rejected = stats.drafted_tokens - stats.accepted_tokens
+    named = {
+        "prefilled": stats.prefilled_tokens,
+        "recomputed": stats.recomputed_tokens,
+        "rejected_draft": rejected,
+        "dropped": stats.dropped_tokens,
+    }
+    return named | {"decoded": stats.run_tokens - sum(named.values()), "cached": stats.cached_tokens}
+
+
+def _without(groups: Iterable[Group], held: Mapping[str, int]) -> list[Group]:
+    """What of the groups has not arrived."""
+    fresh = [(group, tuple(t for t in group.trajectories if t.id not in held)) for group in groups]
+    return [Group(group.prompt, trajectories) for group, trajectories in fresh if trajectories]
+
+
+def _repeated(ids: list[str]) -> list[str]:
+    return sorted({one for one in ids if ids.count(one) > 1}) if len(set(ids)) < len(ids) else []
+
+
+def _check(wrong: list[str], what: str) -> None:
+    if wrong:
+        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise LedgerError(f"{', '.join(wrong[:5])}{more} {what}. Each sample has one fate; this run's is lost.")
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"the ledger does not close: {what}.", LedgerWarning, stacklevel=3)
 
 
 def _fate(trajectory: Trajectory, fates: Mapping[str, str]) -> str:
     if trajectory.stop_reason is StopReason.ABORTED:
         return "aborted"
     return fates[trajectory.id]
+
+
+def _renamed(phases: dict[str, int]) -> dict[str, int]:
+    """Of the first format, which did not tell engine and host apart."""
+    if "rollout" in phases:
+        phases["host"] = phases.get("host", 0) + phases.pop("rollout")
+    return phases
 
 
 def _closed(worker: str, phases: Mapping[str, int], wall_ns: int) -> dict[str, int]:
@@ -131,5 +404,7 @@ def _closed(worker: str, phases: Mapping[str, int], wall_ns: int) -> dict[str, i
     if -_SLACK_NS * max(1, len(closed)) <= rest < 0:
         closed[max(closed, key=closed.__getitem__)] += rest
         rest = 0
-    assert rest >= 0, f"{worker}: phases claim {-rest / 1e9} s more than its wall of {wall_ns / 1e9} s: {closed}"
-    return dict(sorted(closed.items(), key=lambda entry: -entry[1])) | {IDLE: rest}
+    if rest < 0 or rest > max(SLACK_S * 1e9, SLACK_SHARE * wall_ns):
+        claimed = f"phases claim {(wall_ns - rest) / 1e9:.3f} s of its wall of {wall_ns / 1e9:.3f} s"
+        _warn(f"{worker}: {claimed}, so {rest / 1e9:.3f} s are unaccounted for")
+    return dict(sorted(closed.items(), key=lambda entry: -entry[1])) | {UNACCOUNTED: rest}

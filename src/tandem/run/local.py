@@ -31,16 +31,18 @@ from tandem.plan.memory import Plan, check_counts, peak_bytes
 from tandem.program.pool import EnvironmentPool
 from tandem.rollout.evaluate import Evaluation, evaluate
 from tandem.rollout.first import First
-from tandem.rollout.group import RolloutSummary, summarise
+from tandem.rollout.group import summarise
 from tandem.rollout.pieces import Pieces
 from tandem.rollout.rollout import Rollouts
 from tandem.rollout.rows import credits, trajectory_rows
 from tandem.rollout.written import texts, written
 from tandem.run import outlet
+from tandem.run.account import Account
 from tandem.run.clock import WallClock, started
 from tandem.run.config import Learned, RunConfig, check_training
 from tandem.run.counted import counted
 from tandem.run.course import Course, mark_best
+from tandem.run.figures import figures
 from tandem.run.folder import RunFolder, SavedCheckpoint, check_new
 from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages, run_loop
@@ -91,7 +93,13 @@ class Session:
     """The stages of one sitting, over the parts of a run."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, pool: EnvironmentPool, parts: Parts, display: Display
+        self,
+        config: RunConfig,
+        folder: RunFolder,
+        pool: EnvironmentPool,
+        parts: Parts,
+        display: Display,
+        clock: WallClock,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -109,8 +117,8 @@ class Session:
         self.saved_s, self.save_took_s = time.monotonic(), 0.0
         self.pieces = Pieces(parts.tokenizer.decode)
         self.kept: list[str] = []  # trajectories that have a row, in its order
-        self.clock = WallClock()
-        self.row_started_s = self.clock.started_s
+        self.clock, self.row_started_s = clock, clock.started_s
+        self.account = Account(self.ledger, clock, (parts.engine, parts.exact_engine), folder.path)
         objective = OBJECTIVES[config.objective](config)
         self.learner = Learner(
             parts.decoder,
@@ -161,15 +169,13 @@ class Session:
         return Stages(
             prompts=self.prompts,
             rollout=self.rollout if self.samples else self.read,
-            credit=lambda groups: (
-                samples_from_groups(self.config.algo, groups, self.price.price) if self.samples else texts(groups)
-            ),
-            keep=self.keep,
+            credit=self.trace.timed("credit", self.credit),
+            keep=self.trace.timed("rows", self.keep),
             rest=self.rest,
             score=self.score,
             learn=self.learn,
             publish=self.publish,
-            record=self.record,
+            record=self.trace.timed("rows", self.record),
             stop=lambda: self.stopping.requested or bool(self.course.reached),
         )
 
@@ -189,6 +195,7 @@ class Session:
                 if draw:
                     prompts = self.stream.take(lacking + asked.extra_prompts)
                 first = First(lacking, self.usable) if asked.extra_prompts else None
+                self.account.dispatch(step, prompts, asked.samples_per_prompt)
                 groups += self.rollouts.collect(step, prompts, first)
                 lacking = asked.prompts_per_step - sum(map(self.usable, groups))
                 if lacking <= 0:
@@ -200,6 +207,9 @@ class Session:
         if self.config.algo.filter_zero_variance:
             return has_spread(self.config.algo, group, self.price.price)
         return any(trajectory.failure is None for trajectory in group.trajectories)
+
+    def credit(self, groups: Sequence[Group]) -> Selection:
+        return samples_from_groups(self.config.algo, groups, self.price.price) if self.samples else texts(groups)
 
     def read(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """The task's own solutions in place of rollouts."""
@@ -247,7 +257,8 @@ class Session:
         with self.trace.span("evaluate"):
             prompts = self.pool.heldout[: self.config.evaluation.prompts]
             driver = Driver(self.parts.exact_engine)
-            result, _ = evaluate(driver, self.parts.renderer, self.pool, prompts, self.config.rollout, step=step)
+            result, groups = evaluate(driver, self.parts.renderer, self.pool, prompts, self.config.rollout, step=step)
+            self.ledger.lose("evaluated", sum(answer.num_sampled for group in groups for answer in group.trajectories))
             if self.parts.exact_engine is not self.parts.engine:
                 self.parts.exact_engine.release_memory()
         return dataclasses.asdict(result)
@@ -270,7 +281,7 @@ class Session:
         row["trained_samples"] = len(batch.samples)
         if self.samples:
             row["dropped"] = {fate: count for fate in FATES if fate != "trained" and (count := batch.count(fate))}
-            self.ledger.record(groups, batch.samples, batch.fates)
+            self.ledger.record(groups, batch.samples, batch.fates, int(row.get("taken_out", 0)))
         self.course.sampled(row.get("reward"))
         last, asked, best = step == self.config.steps or bool(self.course.reached), self.config.evaluation, False
         try:
@@ -310,8 +321,7 @@ class Session:
         """Complete a row with counts, times and memory, and hand it to folder, ledger and display."""
         now = time.perf_counter()
         seconds, counts = self.totals.take()
-        self.ledger.spend(seconds)
-        self.ledger.tokens["aborted"] += int(counts.get("extra_tokens", 0))
+        row["drawn_tokens"] = self.account.settle(seconds, counts)
         rollout_s = seconds.get("rollout", 0.0)
         if "tokens" in row:
             row["tokens_per_s"] = row["tokens"] / rollout_s if rollout_s else None
@@ -352,7 +362,7 @@ class Session:
         """Go back to the newest checkpoint; returns its step, 0 where there is none. Says what is set aside."""
         saved = self.folder.latest_checkpoint()
         aside = self.folder.rewind(-1 if saved is None else self._load(saved))
-        self.ledger.discard(aside.rows)
+        self.account.resume(aside.rows)
         if aside.steps:
             since = "there is no checkpoint" if saved is None else f"the newest checkpoint is of step {saved.step}"
             steps = "-".join(map(str, dict.fromkeys((aside.steps[0], aside.steps[-1]))))
@@ -384,35 +394,7 @@ class Session:
     def finish(self) -> None:
         """Close the ledger."""
         seconds, _ = self.totals.take()
-        self.ledger.spend(seconds)
-        discarded = self.ledger.nanoseconds.get("main", {}).get("discarded", 0) / 1e9
-        self.folder.write_ledger(self.ledger.close({"main": self.clock.seconds() + discarded}))
-
-
-def figures(config: RunConfig, summary: RolloutSummary, report: LearnerReport | None) -> dict[str, Any]:
-    """A row of what was sampled, and of what was learned of it."""
-    row: dict[str, Any] = {
-        "reward": summary.reward,
-        "reward_std": summary.reward_std,
-        "trajectories": summary.trajectories,
-        "failed": summary.failed,
-        "failures": list(summary.reasons),
-        "length": summary.length,
-        "length_max": summary.length_max,
-        "truncated": summary.truncated,
-        "tokens": summary.tokens,
-        "zero_variance": summary.zero_variance,
-    }
-    if config.rollout.max_turns > 1 or any(summary.counts.values()):
-        row |= {"turns": summary.turns, "happened": summary.counts}
-    if report is not None:
-        found = report.measured
-        row |= {name: value for name, value in found.metrics.items() if name != "tokens"}
-        row |= {"trained_tokens": int(found.metrics["tokens"]), "learner_rows": report.rows}
-        row |= {"grad_norm": report.grad_norm, "lr": report.lr, "microbatches": report.microbatches}
-        row |= {"error_budget": found.error_budget, "by_length": found.by_length}
-        row["alarms"] = [alarm.text() for alarm in found.alarms]
-    return row
+        self.folder.write_ledger(self.account.close(seconds))
 
 
 def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: Display) -> tuple[int, Path]:
@@ -423,6 +405,7 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
     path = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if resume is None:
         check_new(path)
+    clock = WallClock()
     with ExitStack() as closing:
         pool = EnvironmentPool(config.task)
         closing.callback(pool.close)
@@ -435,7 +418,7 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
         model = {"model": to_hf_config(parts.decoder.spec, config.model.dtype)}
         folder.write_plan(parts.plan | model | {"numerics": declaration(config), "started": now.isoformat()})
         with parts.memory.foreseen():
-            return _sit(config, folder, pool, parts, display), folder.path
+            return _sit(Session(config, folder, pool, parts, display, clock)), folder.path
 
 
 def plan(config: RunConfig) -> Plan:
@@ -445,11 +428,12 @@ def plan(config: RunConfig) -> Plan:
     return plan_parts(checkpoint, checkpoint.load_tokenizer(), config.model, config.engine, config.sync.lag, config)
 
 
-def _sit(config: RunConfig, folder: RunFolder, pool: EnvironmentPool, parts: Parts, display: Display) -> int:
-    session = Session(config, folder, pool, parts, display)
-    with display, session.stopping:
+def _sit(session: Session) -> int:
+    config, folder, parts, display = session.config, session.folder, session.parts, session.display
+    with display, session.stopping, session.account:
         done = session.restore()
         session.follow()
+        session.row_started_s = session.account.begin()
         if done == 0 and config.evaluation.prompts:
             saving, session.stopping.ahead = session.stopping.ahead, "nothing to save yet; the evaluation ends first"
             session.write({"step": 0, "evaluation": session.evaluate(0), "weights": parts.exact_engine.version.digest})

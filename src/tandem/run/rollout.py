@@ -21,8 +21,8 @@ from tandem.rollout.watch import Progress, Watched
 from tandem.run.clock import started
 from tandem.run.config import RunConfig
 from tandem.run.counted import counted
+from tandem.run.figures import figures
 from tandem.run.folder import RunFolder, check_new
-from tandem.run.local import figures
 from tandem.run.parts import build_parts
 from tandem.sync.departures import declaration
 from tandem.trace import Totals, Trace

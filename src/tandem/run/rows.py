@@ -53,6 +53,10 @@ _OF_SAMPLES = {
     "recomputed_tokens": Key("tokens", "run again after a preemption"),
     "preemptions": Key("count", "requests that gave their pages back"),
     "evicted_pages": Key("count", "cached pages given to others"),
+    "drawn_tokens": Key("tokens", "by all engines since the row before, in an evaluation and by extra programs too"),
+    "prefill_s": Key("s", "of seconds/rollout: the engine's passes over context, for the first time"),
+    "decode_s": Key("s", "the same over tokens to draw the next; a pass that holds both is divided by rows"),
+    "recomputed_s": Key("s", "the same over what it had run before"),
     "extra_programs": Key("count", "of groups beyond the batch, where rollout.extra_prompts is set"),
     "extra_tokens": Key("tokens", "that those had sampled; in no other key"),
     "drafted_tokens": Key("tokens", "tried before they were drawn, where engine.draft_tokens is set"),
@@ -63,6 +67,7 @@ _OF_SAMPLES = {
 _OF_THE_LEARNER = {
     "trained_samples": Key("count", "samples in the batch"),
     "trained_tokens": Key("tokens", "in the loss, all updates"),
+    "taken_out": Key("tokens", "with an advantage, in the samples, that algo.correction took out of the loss"),
     "learner_rows": Key("tokens", "run forward and backward, prompts too"),
     "microbatches": Key("count", "of all updates"),
     "loss": Key("objective", "of the batch; nats a token under next_token"),
