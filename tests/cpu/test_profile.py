@@ -16,10 +16,10 @@ from tandem.algo.pack import count_prompts
 from tandem.bench import profile as profiles
 from tandem.bench import sweep
 from tandem.bench.profile import KERNELS, REST
-from tandem.bench.roofline import Cost, Machine, kv_bytes
 from tandem.columns import Columns
 from tandem.kernels.build import load
 from tandem.kernels.forward import KINDS
+from tandem.plan.roofline import Cost, Machine, kv_bytes
 from tandem.train.config import LearnerConfig
 from tandem.train.step import Learner
 from tandem.types import Sample

@@ -12,9 +12,9 @@ import pytest
 from tandem.bench import beside as benches
 from tandem.bench.beside import compare
 from tandem.bench.peers import Figure, Side, beside_limit, peer_side, run_side
-from tandem.bench.roofline import Machine
 from tandem.cli.main import main
 from tandem.errors import ConfigError, WorldError
+from tandem.plan.roofline import Machine
 from tandem.report.throughput import throughput_figure, throughput_png
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-from tandem.bench.roofline import step_flop
 from tandem.cli.main import main
 from tandem.models.hf_config import to_hf_config
 from tandem.models.spec import ModelSpec
+from tandem.plan.roofline import step_flop
 from tandem.report import sigmoid
 from tandem.report.scaling import backtest, course, scaled
 from tandem.report.sigmoid import Points, fit, interval

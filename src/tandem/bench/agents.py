@@ -10,8 +10,8 @@ from tandem.bench.peers import Figure
 from tandem.bench.work import build_engine
 
 if TYPE_CHECKING:
-    from tandem.bench.roofline import Machine
     from tandem.engine.engine import Engine
+    from tandem.plan.roofline import Machine
     from tandem.types import Completion, Request, Trajectory
 
 PROGRAMS, TURNS, NEW = 64, 6, 32  # at once, completions of each, new tokens of each

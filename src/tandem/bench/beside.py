@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem import env
-from tandem.bench import roofline
 from tandem.bench.agents import agents
 from tandem.bench.gpu import check_device, gpu
 from tandem.bench.gpu import measure as measure_device
 from tandem.bench.peers import Figure, Side, beside_limit, peer_side, run_side
-from tandem.bench.roofline import SMOLLM2, Machine, measure, timed
 from tandem.bench.work import MODEL, answer, build_engine, build_learner, folded_programs, random_requests
 from tandem.errors import WorldError
+from tandem.plan import roofline
+from tandem.plan.roofline import SMOLLM2, Machine, measure, timed
 
 if TYPE_CHECKING:
     from tandem.models.config import Kernels

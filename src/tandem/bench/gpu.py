@@ -14,12 +14,12 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tandem.bench import roofline
 from tandem.bench.peers import Figure, beside_limit
-from tandem.bench.roofline import Machine, timed
 from tandem.bench.work import answer, learner_on, random_requests, random_samples
 from tandem.errors import ConfigError
 from tandem.models.spec import ModelSpec
+from tandem.plan import roofline
+from tandem.plan.roofline import Machine, timed
 
 if TYPE_CHECKING:
     from tandem.engine.engine import Engine

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from tandem.bench.roofline import Cost, Machine, decode_cost, measure, pairs, prefill_cost, timed, train_cost
 from tandem.bench.sweep import fill_pages, start_decoding, stop_decoding
 from tandem.bench.work import build_engine, build_learner, random_requests
+from tandem.plan.roofline import Cost, Machine, decode_cost, measure, pairs, prefill_cost, timed, train_cost
 
 if TYPE_CHECKING:
     from tandem.engine.engine import Engine

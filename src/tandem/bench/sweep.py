@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from tandem.bench.roofline import SMOLLM2, Machine, decode_cost, kv_bytes, measure, timed
 from tandem.bench.work import MODEL, random_requests
+from tandem.plan.roofline import SMOLLM2, Machine, decode_cost, kv_bytes, measure, timed
 
 if TYPE_CHECKING:
     from tandem.engine.batch import Batch, Sampled

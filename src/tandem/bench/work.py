@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from tandem.bench.roofline import timed
+from tandem.plan.roofline import timed
 
 if TYPE_CHECKING:
     from tandem.engine.engine import Engine

@@ -26,28 +26,32 @@ def report(
     scaling: Annotated[
         bool, typer.Option("--scaling", help="Fit reward by cost, foretell more of it, and say whether to go on.")
     ] = False,
+    ledger: Annotated[
+        bool, typer.Option("--ledger", help="What became of each token and second, with ledger.html and its pictures.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> int:
     """Write report.html and the plots into a run folder and print its figures; of several runs, one page over all."""
     from tandem import env
-    from tandem.bench.roofline import flop_of
     from tandem.errors import ConfigError
     from tandem.report.advice import advise
     from tandem.report.compare import compare
     from tandem.report.html import write_report
     from tandem.report.metrics import alarms, read_metrics, summary
-    from tandem.report.scaling_page import write_fits
+    from tandem.report.scaling_page import flop_of, write_fits
     from tandem.report.trajectories import write_trajectories_page
 
     if steps and not trajectories:
         raise ConfigError(f"--steps {steps} is of the page of trajectories. Add --trajectories, or drop --steps.")
-    if len(run_dirs) > 1 and trajectories:
-        raise ConfigError("--trajectories is of one run, and several are given. Give one.")
+    if len(run_dirs) > 1 and (trajectories or ledger):
+        raise ConfigError(f"--{'ledger' if ledger else 'trajectories'} is of one run, and several are given. Give one.")
     if len(run_dirs) > 1:
         return _compare(run_dirs, out or Path("comparison.html"), scaling, json)
     if out is not None:
         raise ConfigError(f"--out {out} is for several runs; the report of one is written into its folder. Drop --out.")
     run_dir = run_dirs[0]
+    if ledger:
+        return _ledger(run_dir, json)
     programs = write_trajectories_page(run_dir, steps) if trajectories else None
     fits = write_fits(compare(run_dirs), run_dir / "scaling.png", flop_of) if scaling else None
     page = write_report(run_dir, scaling=fits.section if fits else None)
@@ -77,6 +81,34 @@ def report(
     return 0
 
 
+def _ledger(folder: Path, json: bool) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from tandem import env
+    from tandem.report.ledger import write_ledger_page
+
+    found = write_ledger_page(folder)
+    if json:
+        print(jsonlib.dumps(found, indent=1))
+        return 0
+    console = Console(no_color=env.no_color())
+    for title in [title for title, lines in found.items() if isinstance(lines, list)]:
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        table.add_column("tokens" if title == "tokens" else f"seconds of {title}")
+        for heading in ("", "share"):
+            table.add_column(heading, justify="right")
+        table.add_column("")
+        for line in found[title]:
+            amount = f"{line['amount']:,}" if title == "tokens" else f"{line['amount']:,.1f}"
+            table.add_row(line["name"], amount, f"{100 * line['share']:.1f} %", line["meaning"])
+        console.print(table)
+    goodput = found["goodput"]
+    console.print(goodput if isinstance(goodput, str) else f"goodput {100 * goodput['share']:.2f} %", markup=False)
+    console.print(f"wrote {found['page']}", markup=False)
+    return 0
+
+
 def _table(figures: dict[str, Any]) -> Table:
     from rich.table import Table
 
@@ -94,9 +126,8 @@ def _compare(folders: list[Path], out: Path, scaling: bool, json: bool) -> int:
     from rich.table import Table
 
     from tandem import env
-    from tandem.bench.roofline import flop_of
     from tandem.report.compare import compare, write_page
-    from tandem.report.scaling_page import write_fits
+    from tandem.report.scaling_page import flop_of, write_fits
 
     compared = compare(folders)
     fits = write_fits(compared, out.with_name(f"{out.stem}-scaling.png"), flop_of) if scaling else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64decode
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from tandem.models.hf_config import from_hf_config
+from tandem.plan.roofline import step_flop
 from tandem.report import plots, units
 from tandem.report.compare import Compared
 from tandem.report.html import inlined
-from tandem.report.kept import write_file
+from tandem.report.kept import read_object, write_file
 from tandem.report.scaling import BACKTEST, MORE, NEAR, WRITERS, FlopOf, InUnit, Scaling, fits_of, gain_text
 
 AHEAD = 1 + MORE[-1]  # of the cost so far, how far curves are drawn
@@ -171,3 +173,12 @@ def write_fits(compared: Compared, picture: Path, flop_of: FlopOf) -> Fits:
     shown = section(found)
     write_file(picture, b64decode(shown["picture"]["light"]), "Make room, or free the place.")
     return Fits(found, shown, picture)
+
+
+def flop_of(folder: Path) -> Callable[[Mapping[str, Any]], float] | None:
+    """The operations of a step of the run in `folder`, by its row; None where nothing there says what its model is."""
+    model = read_object(folder / "plan.json").get("model")
+    saved = next(iter((folder / "checkpoints").glob("step-*/config.json")), None)
+    if model is None and saved is not None:  # a run of before plan.json said it
+        model = read_object(saved)
+    return None if model is None else partial(step_flop, from_hf_config(model))

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from tandem.engine.engine import Engine
+from tandem.plan.roofline import machine_name
 from tandem.rollout.group import program_id
 from tandem.run.clock import WallClock
 from tandem.run.counted import PASSES
@@ -70,4 +71,5 @@ class Account:
     def close(self, seconds: Mapping[str, float]) -> dict[str, Any]:
         """The ledger, closed."""
         self.settle(seconds, {})
-        return self.ledger.close({"main": self.clock.seconds() + self.ledger.lost_s()})
+        closed = self.ledger.close({"main": self.clock.seconds() + self.ledger.lost_s()})
+        return closed | {"machine": machine_name()}

@@ -49,6 +49,7 @@ from tandem.run.loop import Stages, run_loop
 from tandem.run.parts import Parts, build_parts, plan_parts, resolve_source
 from tandem.run.stop import StopSignal
 from tandem.run.stream import PromptStream
+from tandem.run.useful import useful_work
 from tandem.sync.departures import declaration, is_exact
 from tandem.trace import Totals, Trace
 from tandem.train import checkpoint as saved_state
@@ -281,6 +282,9 @@ class Session:
         row["trained_samples"] = len(batch.samples)
         if self.samples:
             row["dropped"] = {fate: count for fate in FATES if fate != "trained" and (count := batch.count(fate))}
+            if report is not None:
+                updates = self.learner.objective.updates_per_step
+                row["useful"] = useful_work(self.parts.decoder.spec, batch.samples, updates)
             self.ledger.record(groups, batch.samples, batch.fates, int(row.get("taken_out", 0)))
         self.course.sampled(row.get("reward"))
         last, asked, best = step == self.config.steps or bool(self.course.reached), self.config.evaluation, False

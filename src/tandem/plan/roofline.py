@@ -8,17 +8,15 @@ among them, and of the keys and values that its queries see. What is elementwise
 
 from __future__ import annotations
 
+import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from tandem.models.hf_config import from_hf_config
+from tandem import env
 from tandem.models.parts import kept_bytes, layer_slots
 from tandem.models.spec import ModelSpec
-from tandem.report.kept import read_object
 
 SMOLLM2 = ModelSpec(
     "llama",
@@ -74,6 +72,11 @@ def timed(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def machine_name() -> str:
+    """What tells this machine's rates from another's."""
+    return f"{platform.node()}, {platform.machine()}, {env.num_threads()} threads"
 
 
 def measure() -> Machine:
@@ -139,11 +142,16 @@ def prefill_cost(spec: ModelSpec, prompts: int, length: int) -> Cost:
     return Cost(flop, BYTES * parameters(spec) + prompts * length * kv_bytes(spec))
 
 
+def train_bytes(spec: ModelSpec) -> float:
+    """What an update has to move."""
+    return parameters(spec) * (2 * BYTES + 8 + 24 + BYTES)
+
+
 def train_cost(spec: ModelSpec, samples: int, length: int) -> Cost:
     """Forward and twice that backward, and AdamW: gradients written and read, master weights and moments (fp32) both
     ways, weights written."""
     flop = 2 * samples * length * parameters(spec) + samples * pairs(length) * attention_flop(spec)
-    return Cost(3 * flop, parameters(spec) * (2 * BYTES + 8 + 24 + BYTES))
+    return Cost(3 * flop, train_bytes(spec))
 
 
 def group_cost(spec: ModelSpec, prompts: int, length: int, samples: int, own: float) -> Cost:
@@ -168,12 +176,3 @@ def step_flop(spec: ModelSpec, row: Mapping[str, Any]) -> float:
         met = samples * pairs(own, before) + shared * before / 2
         flop += 3 * (rows * layers + trained * head + met * attention_flop(spec))
     return float(flop)
-
-
-def flop_of(folder: Path) -> Callable[[Mapping[str, Any]], float] | None:
-    """The operations of a step of the run in `folder`, by its row; None where nothing there says what its model is."""
-    model = read_object(folder / "plan.json").get("model")
-    saved = next(iter((folder / "checkpoints").glob("step-*/config.json")), None)
-    if model is None and saved is not None:  # a run of before plan.json said it
-        model = read_object(saved)
-    return None if model is None else partial(step_flop, from_hf_config(model))
