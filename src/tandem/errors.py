@@ -79,16 +79,12 @@ class DeliveryError(WorldError):
     """The engine does not serve what the learner published."""
 
 
-class LedgerError(WorldError):
-    """A sample has two fates, or none: it was trained twice, or nobody dispatched it."""
-
-
 class TandemWarning(RuntimeWarning):
     """What the user should know of what tandem does; the command line prints it on one line."""
 
 
 class LedgerWarning(TandemWarning):
-    """The ledger does not close: tokens or seconds are unaccounted for. An error in tests."""
+    """The ledger does not close: tokens, seconds or samples are unaccounted for. An error in tests."""
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

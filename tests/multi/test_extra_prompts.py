@@ -64,7 +64,7 @@ def test_a_run_takes_the_same_groups_twice(tmp_path: Path, monkeypatch: pytest.M
             prompts = {int(one["prompt_id"].rpartition("/")[2]) for one in kept}
             assert len(prompts) == 3 and prompts <= set(range(8 * (row["step"] - 1), 8 * row["step"]))
         ledger = json.loads((folder / "ledger.json").read_text())["tokens"]
-        assert ledger["aborted"] == sum(row["extra_tokens"] for row in rows)
+        assert ledger["surplus"] == sum(row["extra_tokens"] for row in rows)
         assert ledger["total"] == sum(row["tokens"] + row["extra_tokens"] for row in rows)
     assert found[0] == found[1] == found[2]
     assert found[0][0][0] != found[0][1][0]

@@ -69,6 +69,7 @@ RUNS: dict[str, str] = {
     "tandem report RUN_DIR ...": "tandem report {run} {run} --out both.html",
     "tandem report RUN_DIR --trajectories": "tandem report {run} --trajectories",
     "tandem report RUN_DIR ... --scaling": "tandem report {run} {run} --scaling --out both.html",
+    "tandem report RUN --ledger": "tandem report {run} --ledger",
     "tandem recipes [RECIPE] [--setting TEXT]": "tandem recipes smollm2_arithmetic_cpu --setting lr",
     "tandem --version": "",
     "tandem study [NAME]": "tandem study",

@@ -270,7 +270,7 @@ def test_without_a_checkpoint_nothing_is_lost(recipe: Path, whole: Path, interru
     assert (aside / "metrics.jsonl").read_text() == before and str(aside) in result.stderr
     assert {path.name: path.read_bytes() for path in aside.glob("step-*")} == kept
     ledger = json.loads((folder / "ledger.json").read_text())
-    assert ledger["tokens"]["discarded"] == sum(json.loads(row).get("tokens", 0) for row in before.splitlines()) > 0
+    assert ledger["tokens"]["discarded"] == sum(json.loads(row)["drawn_tokens"] for row in before.splitlines()) > 0
     same_run(folder, whole)
 
 

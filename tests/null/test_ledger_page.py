@@ -11,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tandem.cli.main import main
 from tandem.columns import Columns
 from tandem.engine.batch import Stats
-from tandem.errors import RunFolderError
 from tandem.models.spec import ModelSpec
 from tandem.plan.roofline import Machine, kv_bytes, layer_parameters, parameters
 from tandem.report import ledger as page
-from tandem.run.ledger import ENGINE, FATES, KINDS, PHASES, Ledger
+from tandem.report.html import write_report
+from tandem.run.ledger import AUDIT, ENGINE, FATES, KINDS, PHASES, Ledger
 from tandem.run.useful import useful_work
 from tandem.types import Sample
 
@@ -36,6 +37,7 @@ def table(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 TABLES = {
     "fates": table(("fate", "meaning"), [(f"`{fate}`", meaning) for fate, meaning in FATES.items()]),
     "rows of engines": table(("rows", "of what"), [(f"`{name}`", meaning) for name, meaning in ENGINE.items()]),
+    "audit": table(("count", "of what"), [(f"`{name}`", meaning) for name, meaning in AUDIT.items()]),
     "phases": table(
         ("phase", "kind", "what the worker did"),
         [(f"`{phase}`", kind, meaning) for phase, (kind, meaning) in PHASES.items()],
@@ -79,34 +81,66 @@ def run(folder: Path, machine: str = "") -> None:
     (folder / "config.json").write_text("{}")
 
 
-def test_the_page_has_both_waterfalls_and_the_goodput(tmp_path: Path) -> None:
+def test_the_report_has_both_waterfalls_and_the_goodput(tmp_path: Path) -> None:
     """A bar that does not begin where the one above ends; an ESS of a step that is lost; no picture."""
     run(tmp_path)
     (tmp_path / "roofline.json").write_text(json.dumps({"flop_s": 2.0, "bytes_s": 10.0}))
-    found = page.write_ledger_page(tmp_path)
-    assert [(line["name"], line["share"]) for line in found["tokens"]] == [("stale", 0.3), ("trained", 0.7)]
-    assert [line["name"] for line in found["rollout"]] == ["full_buffer", "unaccounted", "decode"]
-    assert [line["name"] for line in found["learner"]] == ["unaccounted", "discarded", "learner"]
-    assert found["goodput"]["share"] == pytest.approx((0.5 * 3.0 + 4.0) / 10.0)
-    ledger = page.read_ledger(tmp_path)
-    drawn = page.waterfall_figure("", "tokens", page.token_lines(ledger), 1.0)
+    found = page.section(tmp_path)
+    assert [(line.name, line.share) for line in found.tables["tokens"]] == [("stale", 0.3), ("trained", 0.7)]
+    assert [line.name for line in found.tables["rollout"]] == ["full_buffer", "unaccounted", "decode"]
+    assert [line.name for line in found.tables["learner"]] == ["unaccounted", "discarded", "learner"]
+    assert found.goodput is not None and found.goodput.share == pytest.approx((0.5 * 3.0 + 4.0) / 10.0)
+    drawn = page.waterfall_figure("", "tokens", found.tables["tokens"])
     bars = [(bar.get_x(), bar.get_width()) for bar in drawn.axes[0].patches]
     assert bars == [(0, 100), (70, 30), (0, 70)]
+    html = write_report(tmp_path).read_text()
     for name in ("ledger_tokens", "ledger_seconds_rollout", "ledger_seconds_learner"):
         assert (tmp_path / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
-    assert "goodput" in (tmp_path / "ledger.html").read_text()
+    assert "Goodput 55.00 %" in html and html.count("What became of") >= 3
 
 
-def test_no_goodput_of_another_machine_and_no_page_of_an_old_ledger(tmp_path: Path) -> None:
-    """The rates of this machine taken for another's; a ledger that proves nothing shown as one that closes."""
-    run(tmp_path, "far away, 96 threads")
-    assert "no goodput: the run was on far away, 96 threads" in page.write_ledger_page(tmp_path)["goodput"]
-    (tmp_path / "ledger.json").write_text('{"tokens": {"total": 3}}')
-    with pytest.raises(RunFolderError, match="the format of a version before"):
-        page.read_ledger(tmp_path)
+def test_the_ledger_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`tandem report RUN --ledger` that says nothing of tokens, seconds or goodput, or not in JSON."""
+    run(tmp_path)
+    (tmp_path / "roofline.json").write_text(json.dumps({"flop_s": 2.0, "bytes_s": 10.0}))
+    assert main(["report", str(tmp_path), "--ledger"]) == 0
+    printed = capsys.readouterr().out
+    assert "seconds of learner" in printed and "goodput 55.00 %" in printed
+    stale = next(line.split() for line in printed.splitlines() if line.split()[:1] == ["stale"])
+    assert stale[:4] == ["stale", "30", "30.0", "%"]
+    assert main(["report", str(tmp_path), "--ledger", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["ledger"]
+    assert found["goodput"]["share"] == pytest.approx(0.55) and found["audit"]["lost"] == 0
+    assert found["rollout"][0] == {
+        "name": "full_buffer", "amount": 3.5, "share": 0.35, "kind": "idle", "meaning": PHASES["full_buffer"][1]
+    }  # fmt: skip
+    assert main(["report", str(tmp_path), str(tmp_path), "--ledger"]) == 2
     (tmp_path / "ledger.json").unlink()
-    with pytest.raises(RunFolderError, match="it is written as a run ends"):
-        page.read_ledger(tmp_path)
+    assert main(["report", str(tmp_path), "--ledger"]) == 2
+    assert "it is written as a run ends" in capsys.readouterr().err
+
+
+def test_no_goodput_of_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rates of this machine taken for another's; measured by every report, or again and again."""
+    measured: list[Machine] = []
+    monkeypatch.setattr(page, "measure", lambda: measured.append(Machine(2.0, 10.0)) or measured[0])
+    run(tmp_path, "far away, 96 threads")
+    assert "no goodput: the run was on far away, 96 threads" in page.section(tmp_path, measures=True).headline()
+    run(tmp_path, page.machine_name())
+    assert "--ledger` measures this machine's roofline" in page.section(tmp_path).headline() and not measured
+    for _ in range(2):
+        assert page.section(tmp_path, measures=True).headline().startswith("goodput 55.00 %")
+    assert len(measured) == 1
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert "no row says what was useful" in page.section(tmp_path).headline()
+
+
+def test_a_ledger_of_a_version_before_is_shown(tmp_path: Path) -> None:
+    """A report of an old run that ends in a KeyError."""
+    run(tmp_path)
+    old = {"tokens": {"trained": 3, "total": 3}, "fates": {}, "seconds": {"main": {"rollout": 2.0, "wall": 2.0}}}
+    (tmp_path / "ledger.json").write_text(json.dumps(old))
+    assert "a machine that it does not name" in write_report(tmp_path).read_text()
 
 
 def test_useful_work_by_brute_force() -> None:

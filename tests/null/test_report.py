@@ -22,7 +22,7 @@ from tandem.report import metrics, plots
 from tandem.report.html import agreement, failures, render_report, write_report
 from tandem.report.live import LiveTable, sparkline, step_line
 from tandem.report.metrics import alarms, read_metrics, summary, time_left_s
-from tandem.run.ledger import Ledger
+from tandem.run.ledger import Ledger, split_rollout
 
 
 def row(step: int, reward: float | None, **changes: object) -> dict:
@@ -341,9 +341,10 @@ def run_folder(path: Path) -> Path:
         (path / f"trajectories/step-{step}.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rows))
     ledger = Ledger()
     for entry in run_rows():
-        ledger.spend(entry["seconds"])
-    ledger.tokens["trained"] = 15_000
-    (path / "ledger.json").write_text(json.dumps(ledger.close({"main": 50.0}, sampled_tokens=19_200)))
+        known = {phase: seconds for phase, seconds in entry["seconds"].items() if phase != "other"}
+        ledger.spend(split_rollout(known, {}))
+    ledger.lose("trained", 15_000)
+    (path / "ledger.json").write_text(json.dumps(ledger.close({"main": 46.0}, live_tokens=4_200)))
     return path
 
 
@@ -379,14 +380,14 @@ def test_report_holds_the_run_and_escapes_the_model(tmp_path):
     assert {tag for tag, _ in page.tags} & {"script", "b", "link", "iframe"} <= {"b"}
     assert not [a for tag, a in page.tags if any(name.startswith("on") for name in a)]
     images = [a for tag, a in page.tags if tag in ("img", "source")]
-    assert len(images) == 12 and all((a.get("src") or a["srcset"]).startswith("data:image/png;base64,") for a in images)
+    assert len(images) == 16 and all((a.get("src") or a["srcset"]).startswith("data:image/png;base64,") for a in images)
     assert "http" not in source
     assert HOSTILE in "".join(page.words) and "<script" not in source
     for wanted in (
         "tiny <recipe>", "step 12 of 12", "weights digest12", "0.500", "first 5: 0.150", "62.0 %", "95 %: 55.1 to 68.5",
         "before: 8.0 % [5.0, 12.6] of 200", "19.2 k", "800 a second of rollout", "2.00 GB", "equal to the last bit",
         "Sampled in step 12", "deadline over 5 s 1", "reward returned <nan> 3", "15,000", "78.1 %", "in flight",
-        "4,200", "19,200", "idle/other", "learner.lr: 1e-05 -> 2e-05 <", "What is 16 + 1? <b>",
+        "4,200", "19,200", "unaccounted", "learner.lr: 1e-05 -> 2e-05 <", "What is 16 + 1? <b>",
     ):  # fmt: skip
         assert wanted in text, wanted
     assert "Look at these" not in text

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from tandem import env
 from tandem.bench.agents import agents
+from tandem.bench.books import spent_in
 from tandem.bench.gpu import check_device, gpu
 from tandem.bench.gpu import measure as measure_device
 from tandem.bench.peers import Figure, Side, beside_limit, peer_side, run_side
@@ -169,10 +170,15 @@ def _run(work: str, new: int, **parts: Any) -> Iterator[Figure]:
 
 
 def _step(_: Machine) -> Iterator[Figure]:
+    from tandem.run.account import Account
+    from tandem.run.ledger import Ledger
     from tandem.train.config import LearnerConfig
 
-    task = {"template": "{question} Answer with just the number."}
-    return _run("grpo step 16x8x64", 64, steps=6, task=task, learner=LearnerConfig(lr=5e-6))
+    task, work = {"template": "{question} Answer with just the number."}, "grpo step 16x8x64"
+    with spent_in(Account, Ledger) as spent:
+        steps = list(_run(work, 64, steps=6, task=task, learner=LearnerConfig(lr=5e-6)))
+    yield from steps
+    yield Figure("tandem", f"{work}: its ledger", max(spent.seconds / sum(step.value for step in steps), 1e-9), "share")
 
 
 def _demo(kernels: Kernels) -> Iterator[Figure]:

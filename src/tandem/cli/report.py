@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
+
+    from tandem.report.ledger import Section
 
 
 def report(
@@ -27,7 +30,7 @@ def report(
         bool, typer.Option("--scaling", help="Fit reward by cost, foretell more of it, and say whether to go on.")
     ] = False,
     ledger: Annotated[
-        bool, typer.Option("--ledger", help="What became of each token and second, with ledger.html and its pictures.")
+        bool, typer.Option("--ledger", help="Say what became of each token and each second, and the goodput.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> int:
@@ -37,6 +40,7 @@ def report(
     from tandem.report.advice import advise
     from tandem.report.compare import compare
     from tandem.report.html import write_report
+    from tandem.report.ledger import section
     from tandem.report.metrics import alarms, read_metrics, summary
     from tandem.report.scaling_page import flop_of, write_fits
     from tandem.report.trajectories import write_trajectories_page
@@ -50,17 +54,17 @@ def report(
     if out is not None:
         raise ConfigError(f"--out {out} is for several runs; the report of one is written into its folder. Drop --out.")
     run_dir = run_dirs[0]
-    if ledger:
-        return _ledger(run_dir, json)
     programs = write_trajectories_page(run_dir, steps) if trajectories else None
     fits = write_fits(compare(run_dirs), run_dir / "scaling.png", flop_of) if scaling else None
-    page = write_report(run_dir, scaling=fits.section if fits else None)
+    fates = section(run_dir, measures=True) if ledger else None
+    page = write_report(run_dir, scaling=fits.section if fits else None, ledger=fates)
     rows = read_metrics(run_dir / "metrics.jsonl")
     figures, warnings, advisories = summary(rows), alarms(rows), advise(rows)
     if json:
         pages = {"report": str(page)} | ({"trajectories": str(programs.path)} if programs else {})
         seen = {"alarms": warnings, "advisories": [advisory.record() for advisory in advisories]}
-        print(jsonlib.dumps({**figures, **seen, **(fits.record() if fits else {}), **pages}, indent=1))
+        asked = (fits.record() if fits else {}) | ({"ledger": fates.record()} if fates else {})
+        print(jsonlib.dumps({**figures, **seen, **asked, **pages}, indent=1))
         return 0
 
     from rich.console import Console
@@ -73,6 +77,8 @@ def report(
         console.print(f"advisory {advisory.advice()}", markup=False, style="yellow")
     if fits:
         fits.print(console)
+    if fates:
+        _print_ledger(console, fates)
     console.print(f"wrote {page}", markup=False)
     if programs:
         console.print(f"wrote {programs.path}", markup=False)
@@ -81,32 +87,19 @@ def report(
     return 0
 
 
-def _ledger(folder: Path, json: bool) -> int:
-    from rich.console import Console
+def _print_ledger(console: Console, found: Section) -> None:
     from rich.table import Table
 
-    from tandem import env
-    from tandem.report.ledger import write_ledger_page
-
-    found = write_ledger_page(folder)
-    if json:
-        print(jsonlib.dumps(found, indent=1))
-        return 0
-    console = Console(no_color=env.no_color())
-    for title in [title for title, lines in found.items() if isinstance(lines, list)]:
-        table = Table(box=None, padding=(0, 2, 0, 0))
-        table.add_column("tokens" if title == "tokens" else f"seconds of {title}")
-        for heading in ("", "share"):
-            table.add_column(heading, justify="right")
-        table.add_column("")
-        for line in found[title]:
-            amount = f"{line['amount']:,}" if title == "tokens" else f"{line['amount']:,.1f}"
-            table.add_row(line["name"], amount, f"{100 * line['share']:.1f} %", line["meaning"])
+    for title, lines in found.tables.items():
+        name = "tokens" if title == "tokens" else f"seconds of {title}"
+        table = Table(name, "", "share", "", box=None, padding=(0, 2, 0, 0))
+        for column in table.columns[1:3]:
+            column.justify = "right"
+        for line in lines:
+            amount = f"{line.amount:,}" if title == "tokens" else f"{line.amount:,.1f}"
+            table.add_row(line.name, amount, f"{100 * line.share:.1f} %", line.meaning)
         console.print(table)
-    goodput = found["goodput"]
-    console.print(goodput if isinstance(goodput, str) else f"goodput {100 * goodput['share']:.2f} %", markup=False)
-    console.print(f"wrote {found['page']}", markup=False)
-    return 0
+    console.print(found.headline(), markup=False, style="bold")
 
 
 def _table(figures: dict[str, Any]) -> Table:

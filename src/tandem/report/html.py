@@ -21,6 +21,7 @@ from tandem.report.advice import follow
 from tandem.report.evidence import Evidence
 from tandem.report.history import MEASURES, History
 from tandem.report.kept import read_object, read_trajectories, trajectory_files, write_file
+from tandem.report.ledger import Section, section
 from tandem.report.live import held_out
 from tandem.report.metrics import Row
 
@@ -43,12 +44,17 @@ _ALTERNATIVES = {
 }
 
 
-def write_report(folder: Path | str, config_diff: Sequence[str] = (), scaling: Mapping[str, Any] | None = None) -> Path:
+def write_report(
+    folder: Path | str,
+    config_diff: Sequence[str] = (),
+    scaling: Mapping[str, Any] | None = None,
+    ledger: Section | None = None,
+) -> Path:
     """Write the PNGs and report.html of the run in `folder`; returns the path of report.html.
 
     `config_diff`: lines of tandem.config.diff(recipe, config), shown as what this run changed. `scaling`: the section
-    of scaling_page. Raises RunFolderError where the folder holds no metrics. Needs no lock: a running run can be
-    reported on.
+    of scaling_page. `ledger`: that of report/ledger.py, where it was read already. Raises RunFolderError where the
+    folder holds no metrics. Needs no lock: a running run can be reported on.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -58,7 +64,11 @@ def write_report(folder: Path | str, config_diff: Sequence[str] = (), scaling: M
     if metrics.training(rows):
         light = plots.save_plots(rows, folder)
         pictures = [(name, path.read_bytes(), _dark(name, rows)) for name, path in light.items()]
-    page = render_report(folder, rows, pictures, config_diff, scaling)
+    if ledger is None and (folder / "ledger.json").is_file():
+        ledger = section(folder)
+    for name, (_, draw) in ledger.pictures.items() if ledger else ():
+        write_file(folder / f"{name}.png", plots.png(draw))
+    page = render_report(folder, rows, pictures, config_diff, scaling, ledger)
     return write_file(folder / "report.html", page)
 
 
@@ -72,6 +82,7 @@ def render_report(
     pictures: Sequence[tuple[str, bytes, bytes]] = (),
     config_diff: Sequence[str] = (),
     scaling: Mapping[str, Any] | None = None,
+    ledger: Section | None = None,
 ) -> str:
     """The page as text with `pictures` (name, light PNG, dark PNG). The template escapes all that the model wrote."""
     template = page_template("report.html.jinja")
@@ -101,7 +112,11 @@ def render_report(
         reader=READER if (folder / READER).exists() else None,
         best=best,
         worst=worst,
-        ledger=read_object(folder / "ledger.json"),
+        ledger=ledger,
+        ledger_figures=[
+            inlined(title, plots.png(draw), plots.png(draw, dark=True))
+            for title, draw in (ledger.pictures.values() if ledger else ())
+        ],
         config=flattened(config),
         config_diff=list(config_diff),
     )

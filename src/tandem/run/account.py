@@ -1,32 +1,62 @@
-"""A sitting's side of the ledger: its clock, its engines' counts, and what earlier sittings left."""
+"""A run's side of the ledger: the clocks of its workers, its engines' counts, and what earlier sittings left."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
-from tandem.engine.engine import Engine
 from tandem.plan.roofline import machine_name
 from tandem.rollout.group import program_id
 from tandem.run.clock import WallClock
 from tandem.run.counted import PASSES
-from tandem.run.ledger import Ledger, split_rollout
+from tandem.run.ledger import Counts, Ledger, split_rollout
 from tandem.run.meter import Meter, Reading, last_reading
+from tandem.trace import Totals, Trace
 from tandem.types import Prompt
+
+MAIN = "main"  # the worker that writes rows
+
+
+class Metered(Protocol):
+    """What an account needs of an engine."""
+
+    @property
+    def stats(self) -> Counts: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """Since the last time."""
+
+    seconds: dict[str, float]  # of MAIN, by span
+    counts: dict[str, float]  # of all workers' traces
+    drawn_tokens: int  # by all engines
+    workers: dict[str, dict[str, float]]  # of the others: seconds by phase
 
 
 class Account:
-    """What the one worker of a run in one process, "main", tells its ledger. Open from `begin` on."""
+    """What the workers of a run tell its ledger. Open from `begin` on.
 
-    def __init__(self, ledger: Ledger, clock: WallClock, engines: Iterable[Engine], folder: Path) -> None:
+    `trace` has the spans of MAIN. Every other worker of this process has `worker` around all that it does. A span that
+    is open when a checkpoint is written is not in it, so spans of other workers are short: a wait is one of many.
+    """
+
+    def __init__(self, ledger: Ledger, clock: WallClock, folder: Path) -> None:
         self.ledger = ledger
         self.clock = clock
-        self.engines = {f"engine {number}": engine for number, engine in enumerate(dict.fromkeys(engines), start=1)}
         self.folder = folder
+        self.engines: dict[str, Metered] = {}
         self.meter: Meter | None = None
+        self._totals = {MAIN: Totals()}
+        self.trace = Trace([self._totals[MAIN]], clock.now)
+        self._earlier_s = {MAIN: 0.0}  # worker -> its wall in earlier sittings, with what was set aside of them
+        self._lock = threading.Lock()
+        self._left: dict[str, float | None] = {}  # worker of this sitting -> when it left; None: it is at work
 
     def __enter__(self) -> Account:
         return self
@@ -35,41 +65,108 @@ class Account:
         if self.meter is not None:
             self.meter.close()
 
+    # Sittings.
+
+    def state(self) -> dict[str, Any]:
+        self._pass_absent()
+        return self.ledger.state() | {"walls": self.walls()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.ledger.restore(state)
+        self._earlier_s = dict(state.get("walls") or {})
+
     def resume(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """The ledger and the clock are a checkpoint's, or new; these rows came after it, and were set aside."""
+        if MAIN not in self._earlier_s:  # of a version that knew one worker
+            lost = self.ledger.nanoseconds.get(MAIN, {}).get("discarded", 0)
+            self._earlier_s[MAIN] = self.clock.earlier_s + lost / 1e9
         last = last_reading(self.folder) or Reading(0, 0.0)
-        since_s = last.wall_s - self.clock.earlier_s - self.ledger.lost_s()
-        self.ledger.discard(rows, last.sampled - self.ledger.sampled, since_s)
+        since_s = last.wall_s - self._earlier_s[MAIN]
+        lost_s = self.ledger.discard(rows, last.sampled - self.ledger.sampled, since_s, self._earlier_s)
+        self._earlier_s = {worker: wall_s + lost_s for worker, wall_s in self._earlier_s.items()}
 
-    def begin(self) -> float:
+    def begin(self, engines: Mapping[str, Metered]) -> float:
         """All is ready: what came before was start-up. Returns the time, of the clock that rows have."""
-        now = time.perf_counter()
+        self.engines |= engines
+        now = self.clock.now()
         self.ledger.spend({"startup": now - self.clock.started_s})
         self.meter = Meter(self.folder, self.reading)
         return now
 
+    def walls(self) -> dict[str, float]:
+        """Seconds of each worker, all sittings. One that came or went has all of a sitting that it was in."""
+        sitting_s = self.clock.now() - self.clock.started_s
+        here = {MAIN, *self._left}
+        return {
+            worker: self._earlier_s.get(worker, 0.0) + (sitting_s if worker in here else 0.0)
+            for worker in {**self._earlier_s, **dict.fromkeys(here)}
+        }
+
     def reading(self) -> Reading:
         """From any thread."""
-        stats = {name: engine.stats for name, engine in self.engines.items()}
-        return Reading(self.ledger.sampled_with(stats), self.clock.seconds() + self.ledger.lost_s())
+        stats = {name: engine.stats for name, engine in self.engines.copy().items()}
+        return Reading(self.ledger.sampled_with(stats), self.walls()[MAIN])
+
+    # Workers.
+
+    @contextmanager
+    def worker(self, name: str) -> Iterator[Trace]:
+        """A worker is at work; its seconds are the spans of the trace, or what the ledger is told."""
+        assert self._left.get(name, 0.0) is not None and name != MAIN, f"two workers are called {name}"
+        self._pass_absent()
+        with self._lock:
+            if name not in self._left:
+                self.ledger.spend({"startup": self.clock.now() - self.clock.started_s}, name)
+            totals = self._totals.setdefault(name, Totals())
+            self._left[name] = None
+        try:
+            yield Trace([totals], self.clock.now)
+        finally:
+            self._left[name] = self.clock.now()
 
     def dispatch(self, step: int, prompts: Sequence[Prompt], siblings: int) -> None:
         """Programs are about to begin."""
         self.ledger.dispatch(program_id(prompt.id, step, one) for prompt in prompts for one in range(siblings))
 
-    def settle(self, seconds: Mapping[str, float], counts: Mapping[str, float]) -> int:
-        """At a row, by the trace's totals since the last. Returns the tokens that engines sampled since then."""
-        self.ledger.spend(split_rollout(seconds, {name.removesuffix("_s"): counts.get(name, 0.0) for name in PASSES}))
-        withdrawn = [*self.ledger.open] if "extra_programs" in counts else []
-        self.ledger.lose("surplus", int(counts.get("extra_tokens", 0)), withdrawn)
-        self.ledger.check_ended()
+    def engine_died(self, name: str, returned: int) -> None:
+        """An engine that draws no more: of what it had drawn, `returned` tokens came back in completions.
+
+        Its programs ask elsewhere. An engine in its place has another name.
+        """
+        stats = self.engines.pop(name).stats
+        self.ledger.meter(name, stats)
+        self.ledger.lose("crashed", stats.sampled_tokens - returned)
+
+    def settle(self) -> Settled:
+        """At a row."""
+        found, all_counts, main_s = dict[str, dict[str, float]](), dict[str, float](), dict[str, float]()
+        for worker, totals in self._totals.copy().items():
+            seconds, counts = totals.take()
+            passes = {name.removesuffix("_s"): counts.get(name, 0.0) for name in PASSES}
+            found[worker] = split_rollout(seconds, passes)
+            self.ledger.spend(found[worker], worker)
+            if worker == MAIN:
+                main_s = seconds
+            for name, number in counts.items():
+                all_counts[name] = all_counts.get(name, 0) + number
         before = self.ledger.sampled
         for name, engine in self.engines.items():
             self.ledger.meter(name, engine.stats)
-        return self.ledger.sampled - before
+        del found[MAIN]
+        return Settled(main_s, all_counts, self.ledger.sampled - before, found)
 
-    def close(self, seconds: Mapping[str, float]) -> dict[str, Any]:
-        """The ledger, closed."""
-        self.settle(seconds, {})
-        closed = self.ledger.close({"main": self.clock.seconds() + self.ledger.lost_s()})
-        return closed | {"machine": machine_name()}
+    def _pass_absent(self) -> None:
+        with self._lock:
+            now = self.clock.now()
+            for worker, left in self._left.items():
+                if left is not None:
+                    self.ledger.spend({"down": now - left}, worker)
+                    self._left[worker] = now
+
+    def close(self, live_tokens: int = 0) -> dict[str, Any]:
+        """The ledger, closed. live_tokens: drawn of programs that have not ended; they count as in flight."""
+        working = [worker for worker, left in self._left.items() if left is None]
+        assert not working, f"at work: {working}"
+        self.settle()
+        self._pass_absent()
+        return self.ledger.close(self.walls(), live_tokens) | {"machine": machine_name()}

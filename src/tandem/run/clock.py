@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,15 @@ def started(folder: Path) -> datetime | None:
 
 
 class WallClock:
-    """Seconds that a run has taken, earlier sittings included; `now` is a time on time.perf_counter's clock."""
+    """Seconds that a run has taken, earlier sittings included, by the clock of its sitting."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
         self.earlier_s = 0.0
-        self.started_s = time.perf_counter()
+        self.started_s = now()
 
     def seconds(self, now: float | None = None) -> float:
-        return self.earlier_s + (time.perf_counter() if now is None else now) - self.started_s
+        return self.earlier_s + (self.now() if now is None else now) - self.started_s
 
     def state(self) -> dict[str, Any]:
         return {"wall_s": self.seconds()}

@@ -4,14 +4,16 @@
     ledger.arrive(groups)                    of those, what ended and waits for the learner (a buffer, a replay queue)
     ledger.record(groups, samples, fates)    what became of trajectories; `samples` are those that one update took
     ledger.reuse(samples)                    samples that a replay queue gave to a further update
-    ledger.lose(fate, tokens, ids)           sampled, but in no trajectory: withdrawn, or by an engine that died
+    ledger.lose(fate, tokens, ids)           sampled, but in no trajectory: withdrawn, or a worker died with it
+    ledger.check(running, waiting)           what the workers have in hand is what has no fate
     ledger.meter(engine, stats)              an engine's own counts, which are the total that fates have to reach
     ledger.spend(seconds, worker)            a worker's exclusive seconds by phase
     ledger.close(wall_s, live_tokens)        both sums, for ledger.json
 
 From any thread. Tokens are integers and seconds integer nanoseconds, so that both sums are exact; what no fate and no
-phase claims is `unaccounted`, and a LedgerWarning where it is more than the clock explains. Each dispatched id ends
-once: LedgerError names those that end twice, that nobody dispatched, or that more updates train than `uses`.
+phase claims is `unaccounted`, and a LedgerWarning where it is more than the clock explains. Each dispatched program
+ends once, and each sample is trained by as many updates as `uses` allows: a LedgerWarning names those that are lost,
+that end or are trained beyond that, and `audit` counts them. A LedgerWarning is an error in tests.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from tandem.errors import LedgerError, LedgerWarning
+import numpy as np
+
+from tandem.columns import Columns
+from tandem.errors import LedgerWarning
 from tandem.types import Group, Sample, StopReason, Trajectory
 
 FORMAT = 2  # of ledger.json; the first had no "format", and no count but the fates' own
@@ -33,8 +38,9 @@ FATES = {
     "truncated": "cut at rollout.max_new_tokens, and left out (algo.filter_truncated)",
     "failed": "the environment, the reward or the deadline gave no score",
     "aborted": "withdrawn before the end",
+    "crashed": "by a worker that died before it handed them over",
     "stale": "older than the lag allows, and dropped",
-    "surplus": "of a group beyond the batch (rollout.extra_prompts)",
+    "surplus": "of a group beyond the batch (rollout.extra_prompts), or that a policy did not choose",
     "evaluated": "answers to held-out prompts",
     "discarded": "of steps after the checkpoint that a resumed run started from",
     "interrupted": "after that checkpoint too, in a step that a kill cut off: in no row",
@@ -60,6 +66,7 @@ PHASES = {
     "full_buffer": ("idle", "waited for room: the buffer was full"),
     "lag": ("idle", "began nothing, since it would have been older than the lag allows"),
     "startup": ("idle", "weights, kernels and environments were made ready, or a checkpoint read"),
+    "down": ("idle", "it was not at work: it had died, or had nothing left to do"),
     "checkpoint": ("idle", "a checkpoint was written"),
     "evaluate": ("idle", "held-out prompts were answered"),
     "credit": ("idle", "advantages were computed, samples chosen"),
@@ -68,7 +75,7 @@ PHASES = {
 KINDS = {
     "useful": "what training needs, done for the first time",
     "lost": "done, and to be done again",
-    "idle": "engine and learner both waited for something else",
+    "idle": "waited, or did what no gradient needs; the phase is the cause",
 }
 ENGINE = {  # rows that engines ran; they sum to all of them
     "prefilled": "context, for the first time",
@@ -77,6 +84,16 @@ ENGINE = {  # rows that engines ran; they sum to all of them
     "rejected_draft": "drafted, and not what was drawn",
     "dropped": "one more of a request that had just ended",
 }
+AUDIT = {
+    "dispatched": "programs that were sent to be sampled, each time",
+    "ended": "of those, the ones with an end",
+    "trained": "samples that an update took",
+    "reused": "further updates that took one",
+    "lost": "programs and trajectories that nobody had any more",
+    "strange": "programs that ended twice, or that nobody had dispatched, or dispatched twice at once",
+    "beyond": "samples that were trained again without leave",
+}
+KNOWN = 65_536  # trained samples whose ids are kept, so that one that comes again is seen
 _SLACK_NS = 1_000  # float seconds of one clock may exceed its wall by their rounding
 SLACK_S, SLACK_SHARE = 1.0, 0.02  # seconds between spans, of a worker: beyond both, a phase is missing
 
@@ -112,45 +129,44 @@ class Ledger:
         self.sampled = 0  # by all engines of all sittings, as they say
         self.metered = False  # whether they ever said
         self.engine = dict.fromkeys((*ENGINE, "cached"), 0)
-        self.audit = dict.fromkeys(("dispatched", "ended", "trained", "reused"), 0)  # programs, programs, samples, uses
+        self.audit = dict.fromkeys(AUDIT, 0)
+        self.ages: dict[str, dict[int, int]] = {}  # fate -> updates since a token was drawn -> tokens
         self.open: dict[str, None] = {}  # ids of programs that were dispatched and have not ended
         self.held: dict[str, int] = {}  # trajectory -> its tokens: it ended, and has no fate yet
-        self.trained: dict[str, int] = {}  # sample -> updates that took it; those that further ones may take
+        self.trained: dict[str, int] = {}  # sample -> updates that took it, the last KNOWN samples
         self._seen: dict[str, Counts] = {}  # engine -> what it last said, in this sitting
         self._lock = threading.RLock()
 
     # Tokens.
 
     def dispatch(self, ids: Iterable[str]) -> None:
-        """Programs are sent to be sampled; those of an engine that died are lost first, then dispatched again."""
+        """Programs are sent to be sampled; those of a worker that died are lost first, then dispatched again."""
         ids = list(ids)
         with self._lock:
             again = [one for one in ids if one in self.open] or _repeated(ids)
-            _check(again, "dispatched twice, and have not ended; lose() them first, with the fate of what they sampled")
+            self._check(again, "strange", "dispatched twice; lose() a program before it is dispatched again")
             self.open.update(dict.fromkeys(ids))
             self.audit["dispatched"] += len(ids)
 
     def arrive(self, groups: Iterable[Group]) -> None:
         """These programs have ended: all of a program's trajectories at once, which have no fate yet."""
         with self._lock:
-            programs: dict[str, list[Trajectory]] = {}
-            for group in groups:
-                for trajectory in group.trajectories:
-                    programs.setdefault(trajectory.program_id, []).append(trajectory)
-            _check([one for one in programs if one not in self.open], "ended twice, or were never dispatched")
-            for program, trajectories in programs.items():
-                del self.open[program]
-                for trajectory in trajectories:
-                    assert trajectory.id not in self.held, trajectory.id
-                    self.held[trajectory.id] = trajectory.num_sampled
-            self.audit["ended"] += len(programs)
+            arrived = [trajectory for group in groups for trajectory in group.trajectories]
+            self._end(dict.fromkeys(trajectory.program_id for trajectory in arrived))
+            for trajectory in arrived:
+                self.held[trajectory.id] = self.held.get(trajectory.id, 0) + trajectory.num_sampled
 
     def record(
-        self, groups: Iterable[Group], samples: Iterable[Sample], fates: Mapping[str, str], masked: int = 0
+        self,
+        groups: Iterable[Group],
+        samples: Iterable[Sample],
+        fates: Mapping[str, str],
+        masked: int = 0,
+        version: int | None = None,
     ) -> dict[str, int]:
         """Give each trajectory of `groups` its fate; `samples` are those that an update took, `fates` those of all
         trajectories by id (algo.advantage.FATES, "stale", "surplus"), and `masked` how many of the samples' tokens with
-        an advantage a correction took out.
+        an advantage a correction took out. `version`: of the learner's weights when this was decided, for `ages`.
 
         Programs that have not arrived do so. Returns the tokens by fate. A sample in no group is the caller's error.
         """
@@ -160,26 +176,35 @@ class Ledger:
         with self._lock:
             self.arrive(_without(groups, self.held))
             trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-            _check(_repeated([one.id for one in trajectories]), "were given two fates at once")
+            assert not (twice := _repeated([one.id for one in trajectories])), f"{twice[:5]}: two fates at once"
+            self._check(
+                [one for one in trained if one in self.trained], "beyond", "trained again; give them to reuse()"
+            )
             for trajectory in trajectories:
                 sampled, sample = self.held.pop(trajectory.id), trained.pop(trajectory.id, None)
                 if sample is None:
-                    counts[_fate(trajectory, fates)] += sampled
+                    fate = _fate(trajectory, fates)
+                    counts[fate] += sampled
+                    self._age(fate, trajectory.columns, trajectory.columns["loss_mask"], version)
                     continue
                 assert trajectory.failure is None, f"{trajectory.id} failed, yet it was trained"
-                reached = reached_tokens(sample)
+                reached_N, sampled_N = _reached(sample), sample.columns["loss_mask"]
+                reached = int(reached_N.sum())
                 assert reached <= sampled, f"{sample.id}: {reached} trained of {sampled} sampled tokens"
                 counts["trained"] += reached
                 counts["masked"] += sampled - reached
+                self._age("trained", sample.columns, reached_N, version)
+                self._age("masked", sample.columns, sampled_N & ~reached_N, version)
                 self.audit["trained"] += 1
-                if self.uses > 1:
-                    self.trained[sample.id] = 1
+                self.trained[sample.id] = self.trained.pop(sample.id, 0) + 1
             assert not trained, f"trained samples without a trajectory: {sorted(trained)[:5]}"
             assert 0 <= masked <= counts["trained"], f"{masked} masked of {counts['trained']} tokens"
             counts["trained"] -= masked
             counts["masked"] += masked
             for fate, number in counts.items():
                 self.tokens[fate] += number
+            while len(self.trained) > KNOWN:
+                del self.trained[next(iter(self.trained))]
         return counts
 
     def reuse(self, samples: Iterable[Sample]) -> None:
@@ -187,29 +212,55 @@ class Ledger:
         samples = list(samples)
         with self._lock:
             beyond = [one.id for one in samples if not 0 < self.trained.get(one.id, 0) < self.uses]
-            _check(beyond, f"were trained by more updates than {self.uses}, or by none, when they were given again")
+            self._check(beyond, "beyond", f"reused, which {self.uses} updates have trained, or none, or it was retired")
             for sample in samples:
-                self.trained[sample.id] += 1
+                self.trained[sample.id] = self.trained.get(sample.id, 0) + 1
                 self.reused += reached_tokens(sample)
-                if self.trained[sample.id] == self.uses:
-                    del self.trained[sample.id]
             self.audit["reused"] += len(samples)
 
     def retire(self, ids: Iterable[str]) -> None:
         """A replay queue gives these samples no more."""
         with self._lock:
-            for one in ids:
-                self.trained.pop(one, None)
+            self.trained.update({one: self.uses for one in ids if one in self.trained})
 
     def lose(self, fate: str, tokens: int, ids: Iterable[str] = ()) -> None:
         """Tokens that are in no trajectory; `ids` are the programs that end without one."""
-        ids = list(ids)
         with self._lock:
-            _check([one for one in ids if one not in self.open], "ended twice, or were never dispatched")
-            for one in ids:
-                del self.open[one]
-            self.audit["ended"] += len(ids)
+            self._end(ids)
             self.tokens[fate] += tokens
+
+    def check(self, running: Iterable[str] = (), waiting: Iterable[str] = ()) -> None:
+        """Programs that run and trajectories that wait for the learner are all that has no fate: what nobody has is
+        lost, and its tokens stay unaccounted for. Call it while nothing is handed from one worker to another."""
+        running, waiting = set(running), set(waiting)
+        with self._lock:
+            lost = [one for one in self.open if one not in running] + [one for one in self.held if one not in waiting]
+            strange = sorted(running - set(self.open)) + sorted(waiting - set(self.held))
+            self.open = {one: None for one in self.open if one in running}
+            self.held = {one: tokens for one, tokens in self.held.items() if one in waiting}
+            self._check(lost, "lost", "lost: dispatched or arrived, without a fate, and nobody has it")
+            self._check(strange, "strange", "at work on, which nobody dispatched, or has its fate")
+
+    def _end(self, programs: Iterable[str]) -> None:
+        programs = list(programs)
+        self._check([one for one in programs if one not in self.open], "strange", "ended, which was not on its way")
+        for one in programs:
+            self.open.pop(one, None)
+        self.audit["ended"] += len(programs)
+
+    def _age(self, fate: str, columns: Columns, mask_N: np.ndarray, version: int | None) -> None:
+        if version is None or "versions" not in columns:
+            return
+        ages, counts = np.unique(version - columns["versions"][mask_N], return_counts=True)
+        of = self.ages.setdefault(fate, {})
+        for age, count in zip(ages.tolist(), counts.tolist(), strict=True):
+            of[age] = of.get(age, 0) + count
+
+    def _check(self, wrong: list[str], count: str, what: str) -> None:
+        if wrong:
+            self.audit[count] += len(wrong)
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            _warn(f"{', '.join(wrong[:5])}{more} {what}")
 
     def meter(self, engine: str, stats: Counts) -> None:
         """An engine's counts since it was made. One that was made anew, and so counts from 0, has another name."""
@@ -225,10 +276,6 @@ class Ledger:
         with self._lock:
             seen = sum(self._seen[engine].sampled_tokens for engine in stats if engine in self._seen)
             return self.sampled + sum(counts.sampled_tokens for counts in stats.values()) - seen
-
-    def check_ended(self) -> None:
-        """Nothing is on its way: LedgerError names programs that were dispatched and have no end."""
-        _check([*self.open, *self.held], "were dispatched, and have no fate")
 
     # Seconds.
 
@@ -253,6 +300,7 @@ class Ledger:
                 "sampled": self.sampled if self.metered else None,
                 "engine": dict(self.engine),
                 "audit": dict(self.audit),
+                "ages": {fate: dict(ages) for fate, ages in self.ages.items()},
                 "open": [*self.open],
                 "held": dict(self.held),
                 "trained": dict(self.trained),
@@ -270,18 +318,24 @@ class Ledger:
             self.reused = state.get("reused", 0)
             self.engine |= state.get("engine", {})
             self.audit |= state.get("audit", {})
+            ages = state.get("ages", {}).items()
+            self.ages = {fate: {int(age): number for age, number in of.items()} for fate, of in ages}
             self.open = dict.fromkeys(state.get("open", ()))
             self.held, self.trained = dict(state.get("held", {})), dict(state.get("trained", {}))
             self._seen = {}
 
     def discard(
-        self, rows: Iterable[Mapping[str, Any]], sampled: int = 0, wall_s: float = 0.0, worker: str = "main"
-    ) -> None:
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        sampled: int = 0,
+        wall_s: float = 0.0,
+        workers: Iterable[str] = ("main",),
+    ) -> float:
         """Count what `RunFolder.rewind` dropped: its tokens and seconds were paid for and led nowhere.
 
         Only for a ledger that does not hold those steps already (one restored from the checkpoint). `sampled` and
-        `wall_s`: all that engines sampled and the worker took since that checkpoint, as run/meter.py has it; what is in
-        no row of it was interrupted.
+        `wall_s`: all that engines sampled and each of the workers took since that checkpoint, as run/meter.py has it;
+        what is in no row of it was interrupted. Returns the seconds, of each worker.
         """
         tokens, spent_s = 0, 0.0
         for row in rows:
@@ -293,13 +347,9 @@ class Ledger:
             for fate, number in cut.items():
                 self.tokens[fate] += number
         lost = {"discarded": spent_s, "interrupted": max(0.0, wall_s - spent_s)}
-        if any(lost.values()):
+        for worker in workers if any(lost.values()) else ():
             self.spend({phase: value for phase, value in lost.items() if value}, worker)
-
-    def lost_s(self, worker: str = "main") -> float:
-        """Seconds of a worker that its clock, which a resume sets back, does not have."""
-        phases = self.nanoseconds.get(worker, {})
-        return (phases.get("discarded", 0) + phases.get("interrupted", 0)) / 1e9
+        return sum(lost.values())
 
     def close(self, wall_s: Mapping[str, float], live_tokens: int = 0) -> dict[str, Any]:
         """The ledger as ledger.json holds it; "nanoseconds" sum exactly, "seconds" are the same for reading.
@@ -325,6 +375,7 @@ class Ledger:
                 "tokens": tokens | {"total": total},
                 "trained_share": tokens["trained"] / asked if asked else None,
                 "reused_tokens": self.reused,
+                "ages": {fate: dict(sorted(of.items())) for fate, of in self.ages.items()},
                 "engine": dict(self.engine),
                 "audit": self.audit | {"open": len(self.open), "waiting": len(self.held)},
                 "nanoseconds": nanoseconds,
@@ -336,7 +387,11 @@ class Ledger:
 
 def reached_tokens(sample: Sample) -> int:
     """Sampled tokens with an advantage."""
-    return int((sample.columns["loss_mask"] & (sample.columns["advantages"] != 0.0)).sum())
+    return int(_reached(sample).sum())
+
+
+def _reached(sample: Sample) -> np.ndarray:
+    return sample.columns["loss_mask"] & (sample.columns["advantages"] != 0.0)
 
 
 def split_rollout(seconds: Mapping[str, float], passes: Mapping[str, float]) -> dict[str, float]:
@@ -372,12 +427,6 @@ def _without(groups: Iterable[Group], held: Mapping[str, int]) -> list[Group]:
 
 def _repeated(ids: list[str]) -> list[str]:
     return sorted({one for one in ids if ids.count(one) > 1}) if len(set(ids)) < len(ids) else []
-
-
-def _check(wrong: list[str], what: str) -> None:
-    if wrong:
-        more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise LedgerError(f"{', '.join(wrong[:5])}{more} {what}. Each sample has one fate; this run's is lost.")
 
 
 def _warn(what: str) -> None:

@@ -51,7 +51,6 @@ from tandem.run.stop import StopSignal
 from tandem.run.stream import PromptStream
 from tandem.run.useful import useful_work
 from tandem.sync.departures import declaration, is_exact
-from tandem.trace import Totals, Trace
 from tandem.train import checkpoint as saved_state
 from tandem.train.checkpoint import Part, RunState
 from tandem.train.config import Checkpointing, LearnerConfig
@@ -108,9 +107,10 @@ class Session:
         self.parts = parts
         self.display = display
         self.stopping = StopSignal(display.note)
-        self.totals = Totals()
-        self.trace = Trace([self.totals])
+        self.clock, self.row_started_s = clock, clock.started_s
         self.ledger = Ledger()
+        self.account = Account(self.ledger, clock, folder.path)
+        self.trace = self.account.trace
         self.alarmed: set[str] = set()  # metrics whose alarm has been shown
         self.graded = 0  # trajectories of this sitting
         self.reasons: Counter[str] = Counter()  # of those that were not
@@ -118,8 +118,6 @@ class Session:
         self.saved_s, self.save_took_s = time.monotonic(), 0.0
         self.pieces = Pieces(parts.tokenizer.decode)
         self.kept: list[str] = []  # trajectories that have a row, in its order
-        self.clock, self.row_started_s = clock, clock.started_s
-        self.account = Account(self.ledger, clock, (parts.engine, parts.exact_engine), folder.path)
         objective = OBJECTIVES[config.objective](config)
         self.learner = Learner(
             parts.decoder,
@@ -133,7 +131,7 @@ class Session:
         self.stream = PromptStream(pool)
         self.saved_parts: dict[str, Part] = {
             "prompts": self.stream,
-            "ledger": self.ledger,
+            "ledger": self.account,
             "clock": self.clock,
             "price": self.price,
         }
@@ -285,7 +283,8 @@ class Session:
             if report is not None:
                 updates = self.learner.objective.updates_per_step
                 row["useful"] = useful_work(self.parts.decoder.spec, batch.samples, updates)
-            self.ledger.record(groups, batch.samples, batch.fates, int(row.get("taken_out", 0)))
+            taken_out = int(row.get("taken_out", 0))
+            self.ledger.record(groups, batch.samples, batch.fates, taken_out, version=self.settled[0])
         self.course.sampled(row.get("reward"))
         last, asked, best = step == self.config.steps or bool(self.course.reached), self.config.evaluation, False
         try:
@@ -324,8 +323,12 @@ class Session:
     def write(self, row: dict[str, Any]) -> None:
         """Complete a row with counts, times and memory, and hand it to folder, ledger and display."""
         now = time.perf_counter()
-        seconds, counts = self.totals.take()
-        row["drawn_tokens"] = self.account.settle(seconds, counts)
+        settled = self.account.settle()
+        seconds, counts = settled.seconds, settled.counts
+        row["drawn_tokens"] = settled.drawn_tokens
+        if "extra_programs" in counts:
+            self.ledger.lose("surplus", int(counts["extra_tokens"]), self.ledger.open)
+        self.ledger.check()
         rollout_s = seconds.get("rollout", 0.0)
         if "tokens" in row:
             row["tokens_per_s"] = row["tokens"] / rollout_s if rollout_s else None
@@ -397,8 +400,7 @@ class Session:
 
     def finish(self) -> None:
         """Close the ledger."""
-        seconds, _ = self.totals.take()
-        self.folder.write_ledger(self.account.close(seconds))
+        self.folder.write_ledger(self.account.close())
 
 
 def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: Display) -> tuple[int, Path]:
@@ -437,7 +439,8 @@ def _sit(session: Session) -> int:
     with display, session.stopping, session.account:
         done = session.restore()
         session.follow()
-        session.row_started_s = session.account.begin()
+        engines = dict.fromkeys((parts.engine, parts.exact_engine))
+        session.row_started_s = session.account.begin({f"engine {n}": one for n, one in enumerate(engines, start=1)})
         if done == 0 and config.evaluation.prompts:
             saving, session.stopping.ahead = session.stopping.ahead, "nothing to save yet; the evaluation ends first"
             session.write({"step": 0, "evaluation": session.evaluate(0), "weights": parts.exact_engine.version.digest})

@@ -1,0 +1,170 @@
+"""The account of a run's workers: whatever they do, and whoever dies, each of their seconds has one cause."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.engine.batch import Stats
+from tandem.run.account import MAIN, Account
+from tandem.run.clock import WallClock
+from tandem.run.ledger import PHASES, UNACCOUNTED, Ledger
+from tandem.run.meter import NAME
+from tandem.trace import Trace
+
+WORKERS = ("rollout 1", "rollout 2")
+BUSY = {MAIN: ("learner", "update", "publish", "buffer", "rows"), "": ("decode", "full_buffer", "weights", "lag")}
+
+
+@dataclass
+class Sitting:
+    """Workers that are always in some span, on a clock that a test moves; their seconds are summed here too."""
+
+    folder: Path
+    at_s: float = 100.0
+    account: Account = field(init=False)
+    expected: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(lambda: defaultdict(float)))
+    saved: tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, float]]] | None = None  # ledger, clock, expected
+    rows: list[dict[str, Any]] = field(default_factory=list)  # since then
+    drawn: int = 0  # in all sittings
+    row_drawn: int = 0
+
+    def begin(self, startup_s: float) -> None:
+        self.clock = WallClock(lambda: self.at_s)
+        self.account = Account(Ledger(), self.clock, self.folder)
+        if self.saved is not None:
+            self.account.restore(json.loads(json.dumps(self.saved[0])))
+            self.clock.restore(self.saved[1])
+        self.account.resume(self.rows)
+        self.rows = []
+        self.engine = SimpleNamespace(stats=Stats())
+        self.at_s += startup_s
+        self.expected[MAIN]["startup"] += startup_s
+        self.since = {MAIN: self.clock.started_s}  # when each worker's span began, or that it is not at work
+        self.left: dict[str, float | None] = {}
+        self.spans: dict[str, tuple[Trace, ExitStack, ExitStack, str]] = {}
+        self.row_s = self.account.begin({"engine 1": self.engine})
+        self.spans[MAIN] = self.account.trace, ExitStack(), ExitStack(), ""
+        self.switch(MAIN, 0)
+
+    def switch(self, worker: str, choice: int) -> None:
+        """Another span."""
+        trace, life, span, phase = self.spans[worker]
+        span.close()
+        if phase:
+            self.expected[worker][phase] += self.at_s - self.since[worker]
+        phase = (phases := BUSY.get(worker, BUSY[""]))[choice % len(phases)]
+        span = ExitStack()
+        span.enter_context(trace.span(phase))
+        self.spans[worker], self.since[worker] = (trace, life, span, phase), self.at_s
+
+    def comes(self, worker: str) -> None:
+        if worker not in self.left:
+            self.expected[worker]["startup"] += self.at_s - self.clock.started_s
+        self.absent()
+        life, self.left[worker] = ExitStack(), None
+        self.spans[worker] = life.enter_context(self.account.worker(worker)), life, ExitStack(), ""
+        self.switch(worker, 0)
+
+    def goes(self, worker: str) -> None:
+        """It ends, or dies."""
+        self.switch(worker, 0)
+        _, life, span, _ = self.spans.pop(worker)
+        span.close()
+        life.close()
+        self.left[worker] = self.at_s
+
+    def absent(self) -> None:
+        for worker, left in self.left.items():
+            if left is not None:
+                self.expected[worker]["down"] += self.at_s - left
+                self.left[worker] = self.at_s
+
+    def row(self) -> None:
+        self.switch(MAIN, 4)
+        settled = self.account.settle()
+        assert settled.drawn_tokens == self.drawn - self.row_drawn
+        self.account.ledger.lose("trained", settled.drawn_tokens)
+        self.row_drawn = self.drawn
+        self.rows.append({"seconds": settled.seconds, "drawn_tokens": settled.drawn_tokens})
+
+    def save(self) -> None:
+        for worker in self.spans:
+            self.switch(worker, 1)
+        self.absent()
+        self.row()
+        state = self.account.state(), self.clock.state()
+        self.rows = []
+        self.saved = *state, json.loads(json.dumps(self.expected))
+
+    def kill(self) -> None:
+        """The whole run, at once; then it resumes, from what was saved."""
+        before = self.saved[2] if self.saved else {}
+        self.expected = defaultdict(lambda: defaultdict(float))
+        for worker, phases in before.items():
+            self.expected[worker] |= phases
+        self.account.__exit__(None, None, None)  # the meter's last line
+        was_s = json.loads((self.folder / NAME).read_text())["wall_s"]
+        known = self.saved[0]["walls"] if self.saved else {MAIN: 0.0}
+        rows_s = sum(sum(row["seconds"].values()) for row in self.rows)
+        for worker in known:
+            for phase, lost in (("discarded", rows_s), ("interrupted", was_s - known[MAIN] - rows_s)):
+                self.expected[worker][phase] = self.expected[worker].get(phase, 0.0) + lost
+        self.at_s += 1000.0  # nobody's
+        self.row_drawn = self.drawn
+        self.begin(0.5)
+
+
+EVENT = st.tuples(
+    st.sampled_from(["wait", *3 * ["switch"], *4 * ["come or go"], "row", "save", "kill"]),
+    st.sampled_from(WORKERS),
+    st.integers(0, 9),
+    st.floats(0.0, 20.0),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(EVENT, max_size=40))
+def test_every_second_of_every_worker_has_a_cause(tmp_path_factory: pytest.TempPathFactory, events: Any) -> None:
+    """Workers that wait, die, come back and are killed with the run: a second of one that has no phase, or two."""
+    run = Sitting(tmp_path_factory.mktemp("run"))
+    run.begin(2.5)
+    for event, worker, number, seconds in events:
+        run.at_s += seconds
+        run.drawn += number
+        run.engine.stats = Stats(sampled_tokens=run.engine.stats.sampled_tokens + number)
+        if event == "switch":
+            name = worker if worker in run.spans else MAIN
+            run.switch(name, number)
+        elif event == "come or go":
+            (run.goes if worker in run.spans else run.comes)(worker)
+        elif event in ("row", "save", "kill"):
+            getattr(run, event)()
+    for worker in [*run.spans]:
+        if worker != MAIN:
+            run.goes(worker)
+    run.at_s += 1.0
+    run.row()
+    run.spans[MAIN][2].close()
+    closed = run.account.close()
+    run.account.__exit__(None, None, None)
+    run.absent()
+    assert set(closed["seconds"]) == {worker for worker, phases in run.expected.items() if phases}
+    for worker, phases in closed["nanoseconds"].items():
+        rest = {name: ns for name, ns in phases.items() if name not in ("wall", UNACCOUNTED)}
+        assert phases["wall"] == sum(rest.values()) + phases[UNACCOUNTED]
+        assert set(rest) <= set(PHASES)
+        wanted = {phase: value for phase, value in run.expected[worker].items() if value > 1e-6}
+        found = {phase: ns / 1e9 for phase, ns in rest.items() if ns > 1000}
+        assert found == pytest.approx(wanted, abs=1e-5)
+        assert phases[UNACCOUNTED] <= 1e5
+    assert closed["tokens"]["total"] == run.drawn and UNACCOUNTED not in closed["tokens"]
