@@ -86,7 +86,9 @@ def command(*arguments: object) -> dict[str, Any]:
 
 
 def train(*arguments: object, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(**command(*arguments), check=False, timeout=WAIT_S, preexec_fn=before)
+    done = subprocess.run(**command(*arguments), check=False, timeout=WAIT_S, preexec_fn=before)
+    assert "does not close" not in done.stderr, done.stderr
+    return done
 
 
 @contextmanager
@@ -147,9 +149,23 @@ def interrupted(recipe: Path) -> Path:
     return folder
 
 
+def fates(folder: Path) -> dict[str, int]:
+    """Tokens of a ledger that closes, but for what kills and resumes cost."""
+    ledger = json.loads((folder / "ledger.json").read_text())
+    tokens = ledger["tokens"]
+    assert tokens.pop("total") == sum(tokens.values()) and "unaccounted" not in tokens
+    for phases in ledger["nanoseconds"].values():
+        assert phases.pop("wall") == sum(phases.values())
+    assert {name: ledger["audit"][name] for name in ("lost", "strange", "beyond", "open", "waiting")} == {
+        "lost": 0, "strange": 0, "beyond": 0, "open": 0, "waiting": 0
+    }  # fmt: skip
+    return {fate: number for fate, number in tokens.items() if fate not in ("discarded", "interrupted")}
+
+
 def same_run(folder: Path, whole: Path) -> None:
     assert weights(folder) == weights(whole)
     assert saved(folder) == saved(whole)
+    assert fates(folder) == fates(whole)
 
 
 def test_a_config_gives_its_weights(recipe: Path, whole: Path, tmp_path: Path) -> None:

@@ -65,6 +65,9 @@ class PagedMemory:
     sampled_by: dict[str, list[int]] = field(default_factory=dict)  # request -> version step of each generated token
     run_tokens: int = 0
     prompt_tokens_run: int = 0
+    reached: dict[int, int] = field(default_factory=dict)  # sequence -> its tokens that were ever run, or found
+    prefilled: int = 0  # of prompts, for the first time
+    recomputed: int = 0
     copied: int = 0  # pages
     stands: set[int] = field(default_factory=set)  # chains of tokens that are no draft, or were drawn
     summed: set[int] = field(default_factory=set)  # pages as they got a name
@@ -131,6 +134,10 @@ class PagedMemory:
             assert work.tokens[: end - work.start] == context[work.start : end] and (work.draws == 0) == (
                 end < len(context)
             )
+            before, prompt = self.reached.get(work.sequence, 0), len(work.request.tokens)
+            self.recomputed += max(0, min(end, before) - work.start)
+            self.prefilled += max(0, min(end, prompt) - max(work.start, before))
+            self.reached[work.sequence] = max(before, end)
             context += work.tokens[end - work.start :]
             self.read(work, work.start, work.start)
             self.most_pages = max(self.most_pages, sum(page >= 0 for table in work.tables for page in table))
@@ -175,6 +182,7 @@ class PagedMemory:
                 self.sampled_by.setdefault(work.request.id, []).append(version)
                 stands = length < end and context[length] == token
         self.wrong_drafts += end - last
+        self.reached[work.sequence] = max(self.reached[work.sequence], last)
         context[last:] = [following]
         del past[last:]
 

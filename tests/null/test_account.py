@@ -15,9 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.batch import Stats
-from tandem.run.account import MAIN, Account
+from tandem.run.account import Account
 from tandem.run.clock import WallClock
-from tandem.run.ledger import PHASES, UNACCOUNTED, Ledger
+from tandem.run.ledger import MAIN, PHASES, UNACCOUNTED, Ledger
 from tandem.run.meter import NAME
 from tandem.trace import Trace
 
@@ -69,7 +69,8 @@ class Sitting:
 
     def comes(self, worker: str) -> None:
         if worker not in self.left:
-            self.expected[worker]["startup"] += self.at_s - self.clock.started_s
+            self.expected[worker]["startup"] += self.row_s - self.clock.started_s
+            self.expected[worker]["down"] += self.at_s - self.row_s
         self.absent()
         life, self.left[worker] = ExitStack(), None
         self.spans[worker] = life.enter_context(self.account.worker(worker)), life, ExitStack(), ""
@@ -95,7 +96,8 @@ class Sitting:
         assert settled.drawn_tokens == self.drawn - self.row_drawn
         self.account.ledger.lose("trained", settled.drawn_tokens)
         self.row_drawn = self.drawn
-        self.rows.append({"seconds": settled.seconds, "drawn_tokens": settled.drawn_tokens})
+        named = {"seconds": settled.seconds, "workers": settled.workers}
+        self.rows.append({**named, "drawn_tokens": settled.drawn_tokens})
 
     def save(self) -> None:
         for worker in self.spans:
@@ -115,10 +117,14 @@ class Sitting:
         self.account.__exit__(None, None, None)  # the meter's last line
         was_s = json.loads((self.folder / NAME).read_text())["wall_s"]
         known = self.saved[0]["walls"] if self.saved else {MAIN: 0.0}
-        rows_s = sum(sum(row["seconds"].values()) for row in self.rows)
         for worker in known:
-            for phase, lost in (("discarded", rows_s), ("interrupted", was_s - known[MAIN] - rows_s)):
-                self.expected[worker][phase] = self.expected[worker].get(phase, 0.0) + lost
+            rest_s = was_s - known[MAIN]
+            for row in self.rows:
+                main = {"discarded": sum(row["seconds"].values())}
+                for phase, seconds in (main if worker == MAIN else row["workers"].get(worker, {})).items():
+                    self.expected[worker][phase] = self.expected[worker].get(phase, 0.0) + seconds
+                    rest_s -= seconds
+            self.expected[worker]["interrupted"] = self.expected[worker].get("interrupted", 0.0) + rest_s
         self.at_s += 1000.0  # nobody's
         self.row_drawn = self.drawn
         self.begin(0.5)

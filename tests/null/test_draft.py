@@ -85,7 +85,9 @@ def test_an_end_among_drafts_is_the_end(end: str) -> None:
     }
     assert (done.stop_reason, done.tokens, done.failure) == wanted[end]
     assert len(done.logprobs) == len(done.tokens) and s.pool.num_available == s.pool.num_pages
-    assert s.stats.accepted_tokens == {"stop": 1, "limit": 2}.get(end, 0)  # a last token that was drafted is not run
+    # A last token that was drafted is not run; of one that fails, the drafts before it are.
+    assert s.stats.accepted_tokens == {"stop": 1, "limit": 2, "failed": 1}.get(end, 0)
+    assert s.stats.drafted_tokens == len(drawn) - 1
 
 
 def test_drafts_take_what_is_left() -> None:

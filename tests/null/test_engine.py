@@ -156,6 +156,12 @@ def test_every_request_gives_what_it_gives_alone(made: tuple[Engine, PagedMemory
     assert stats.finished + stats.aborted == len(play.requests)
     assert stats.failed == sum(completion.stop_reason is StopReason.FAILED for completion in play.done.values())
     assert stats.sampled_tokens == sum(len(completion.tokens) for completion in play.done.values())
+    if type(runner) is PagedMemory or not any(action[0] == "fail" for action in script):
+        assert (stats.prefilled_tokens, stats.recomputed_tokens) == (runner.prefilled, runner.recomputed)
+        undrawn = [len(one.tokens) - (one.stop_reason is not StopReason.FAILED) for one in play.done.values()]
+        rejected = stats.drafted_tokens - stats.accepted_tokens
+        named = runner.prefilled + runner.recomputed + rejected + stats.dropped_tokens
+        assert stats.run_tokens - named == sum(max(0, rows) for rows in undrawn)
 
 
 @given(

@@ -20,7 +20,11 @@ ROW |= {"sampled_tokens": 1, "stop_reason": "stop_token", "answer": "4", "failur
 def folder(tmp_path: Path) -> Path:
     """A run's, with all that reports read."""
     (tmp_path / "trajectories").mkdir()
-    for name, content in (("config", {"name": "sums"}), ("plan", {}), ("ledger", {"tokens": {"total": 0}, "seconds": {}})):
+    for name, content in (
+        ("config", {"name": "sums"}),
+        ("plan", {}),
+        ("ledger", {"tokens": {"total": 0}, "seconds": {}}),
+    ):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in Noise(1).run(14)))
     (tmp_path / "trajectories/step-1.jsonl").write_text(json.dumps(ROW) + "\n")

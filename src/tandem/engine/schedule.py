@@ -413,8 +413,11 @@ class Scheduler:
                 if draw == end or reason is not None or token != work.tokens[draw - end]:
                     break
                 tokens.append(-1 - draw)
-            if work.draws > 1 and reason is not StopReason.FAILED:
-                self._keep_drafts(sequence, work)
+            if work.draws > 1:
+                stats.drafted_tokens += work.draws - 1
+                stats.accepted_tokens += len(tokens) - (reason is not StopReason.FAILED) - work.start - 1
+                if reason is not StopReason.FAILED:
+                    self._keep_drafts(sequence, work)
             if reason is not None:
                 failure = ""
                 if reason is StopReason.FAILED:
@@ -471,8 +474,6 @@ class Scheduler:
         pages, size, first = sequence.pages, self.config.page_tokens, sequence.computed // self.config.page_tokens
         assert pages is not None
         sequence.computed = end = len(sequence.tokens) - 1  # the last was drawn and not run
-        self._stats.drafted_tokens += work.draws - 1
-        self._stats.accepted_tokens += end - work.start - 1
         if first != end // size and sequence.root != MIXED:
             self._index_blocks(sequence, first)
         if end >= pages.frees_at:

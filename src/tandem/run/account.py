@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,10 @@ from tandem.plan.roofline import machine_name
 from tandem.rollout.group import program_id
 from tandem.run.clock import WallClock
 from tandem.run.counted import PASSES
-from tandem.run.ledger import Counts, Ledger, split_rollout
+from tandem.run.ledger import MAIN, Counts, Ledger, split_rollout
 from tandem.run.meter import Meter, Reading, last_reading
 from tandem.trace import Totals, Trace
 from tandem.types import Prompt
-
-MAIN = "main"  # the worker that writes rows
 
 
 class Metered(Protocol):
@@ -52,6 +50,7 @@ class Account:
         self.folder = folder
         self.engines: dict[str, Metered] = {}
         self.meter: Meter | None = None
+        self.begun_s = clock.started_s
         self._totals = {MAIN: Totals()}
         self.trace = Trace([self._totals[MAIN]], clock.now)
         self._earlier_s = {MAIN: 0.0}  # worker -> its wall in earlier sittings, with what was set aside of them
@@ -75,7 +74,7 @@ class Account:
         self.ledger.restore(state)
         self._earlier_s = dict(state.get("walls") or {})
 
-    def resume(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def resume(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The ledger and the clock are a checkpoint's, or new; these rows came after it, and were set aside."""
         if MAIN not in self._earlier_s:  # of a version that knew one worker
             lost = self.ledger.nanoseconds.get(MAIN, {}).get("discarded", 0)
@@ -83,15 +82,15 @@ class Account:
         last = last_reading(self.folder) or Reading(0, 0.0)
         since_s = last.wall_s - self._earlier_s[MAIN]
         lost_s = self.ledger.discard(rows, last.sampled - self.ledger.sampled, since_s, self._earlier_s)
-        self._earlier_s = {worker: wall_s + lost_s for worker, wall_s in self._earlier_s.items()}
+        self._earlier_s = {worker: wall_s + lost_s[worker] for worker, wall_s in self._earlier_s.items()}
 
     def begin(self, engines: Mapping[str, Metered]) -> float:
         """All is ready: what came before was start-up. Returns the time, of the clock that rows have."""
         self.engines |= engines
-        now = self.clock.now()
-        self.ledger.spend({"startup": now - self.clock.started_s})
+        self.begun_s = self.clock.now()
+        self.ledger.spend({"startup": self.begun_s - self.clock.started_s})
         self.meter = Meter(self.folder, self.reading)
-        return now
+        return self.begun_s
 
     def walls(self) -> dict[str, float]:
         """Seconds of each worker, all sittings. One that came or went has all of a sitting that it was in."""
@@ -116,7 +115,8 @@ class Account:
         self._pass_absent()
         with self._lock:
             if name not in self._left:
-                self.ledger.spend({"startup": self.clock.now() - self.clock.started_s}, name)
+                seconds = self.begun_s - self.clock.started_s, self.clock.now() - self.begun_s
+                self.ledger.spend(dict(zip(("startup", "down"), seconds, strict=True)), name)
             totals = self._totals.setdefault(name, Totals())
             self._left[name] = None
         try:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ from tandem.columns import Columns
 from tandem.errors import LedgerWarning
 from tandem.types import Group, Sample, StopReason, Trajectory
 
+MAIN = "main"  # the worker that writes rows
 FORMAT = 2  # of ledger.json; the first had no "format", and no count but the fates' own
 FATES = {
     "trained": "reached a gradient",
@@ -65,6 +66,7 @@ PHASES = {
     "buffer": ("idle", "waited for samples: the buffer was empty"),
     "full_buffer": ("idle", "waited for room: the buffer was full"),
     "lag": ("idle", "began nothing, since it would have been older than the lag allows"),
+    "cores": ("idle", "waited for processors on which another worker computed"),
     "startup": ("idle", "weights, kernels and environments were made ready, or a checkpoint read"),
     "down": ("idle", "it was not at work: it had died, or had nothing left to do"),
     "checkpoint": ("idle", "a checkpoint was written"),
@@ -134,6 +136,7 @@ class Ledger:
         self.open: dict[str, None] = {}  # ids of programs that were dispatched and have not ended
         self.held: dict[str, int] = {}  # trajectory -> its tokens: it ended, and has no fate yet
         self.trained: dict[str, int] = {}  # sample -> updates that took it, the last KNOWN samples
+        self._set_aside: dict[str, int] = {}  # fate -> tokens, as this sitting began
         self._seen: dict[str, Counts] = {}  # engine -> what it last said, in this sitting
         self._lock = threading.RLock()
 
@@ -279,7 +282,7 @@ class Ledger:
 
     # Seconds.
 
-    def spend(self, seconds: Mapping[str, float], worker: str = "main") -> None:
+    def spend(self, seconds: Mapping[str, float], worker: str = MAIN) -> None:
         """Add a worker's exclusive seconds by phase (PHASES)."""
         with self._lock:
             phases = self.nanoseconds.setdefault(worker, {})
@@ -325,31 +328,43 @@ class Ledger:
             self._seen = {}
 
     def discard(
-        self,
-        rows: Iterable[Mapping[str, Any]],
-        sampled: int = 0,
-        wall_s: float = 0.0,
-        workers: Iterable[str] = ("main",),
-    ) -> float:
+        self, rows: Sequence[Mapping[str, Any]], sampled: int = 0, wall_s: float = 0.0, workers: Iterable[str] = (MAIN,)
+    ) -> dict[str, float]:
         """Count what `RunFolder.rewind` dropped: its tokens and seconds were paid for and led nowhere.
 
         Only for a ledger that does not hold those steps already (one restored from the checkpoint). `sampled` and
         `wall_s`: all that engines sampled and each of the workers took since that checkpoint, as run/meter.py has it;
-        what is in no row of it was interrupted. Returns the seconds, of each worker.
+        what is in no row of it was interrupted. Of MAIN, the steps' seconds are discarded; other workers' are as the
+        rows have them: where what they sampled was lost, the tokens say so. Returns the seconds of each worker.
         """
-        tokens, spent_s = 0, 0.0
+        tokens, spent = 0, {worker: dict[str, float]() for worker in workers}
         for row in rows:
             tokens += int(row.get("drawn_tokens", row.get("tokens") or 0))
-            spent_s += sum((row.get("seconds") or {}).values())
+            main = {"discarded": sum((row.get("seconds") or {}).values())}
+            for worker, phases in {**row.get("workers", {}), MAIN: main}.items():
+                for phase, seconds in phases.items() if worker in spent else ():
+                    spent[worker][phase] = spent[worker].get(phase, 0.0) + seconds
         cut = {"discarded": tokens, "interrupted": max(0, sampled - tokens)}
         with self._lock:
             self.sampled += sum(cut.values())
+            self._set_aside = cut
             for fate, number in cut.items():
                 self.tokens[fate] += number
-        lost = {"discarded": spent_s, "interrupted": max(0.0, wall_s - spent_s)}
-        for worker in workers if any(lost.values()) else ():
-            self.spend({phase: value for phase, value in lost.items() if value}, worker)
-        return sum(lost.values())
+        for worker, phases in spent.items():
+            phases["interrupted"] = max(0.0, wall_s - sum(phases.values()))
+            if some := {phase: seconds for phase, seconds in phases.items() if seconds}:
+                self.spend(some, worker)
+        return {worker: sum(phases.values()) for worker, phases in spent.items()}
+
+    def found(self, tokens: int) -> None:
+        """Of what this sitting set aside, a journal gives back: they get their fates anew."""
+        with self._lock:
+            for fate, number in self._set_aside.items():
+                back = min(tokens, number)
+                self.tokens[fate] -= back
+                self._set_aside[fate] -= back
+                tokens -= back
+            self.sampled += tokens  # of the meter's last half second
 
     def close(self, wall_s: Mapping[str, float], live_tokens: int = 0) -> dict[str, Any]:
         """The ledger as ledger.json holds it; "nanoseconds" sum exactly, "seconds" are the same for reading.
