@@ -11,7 +11,8 @@ from tandem.engine.driver import Driver
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.group import summarise
-from tandem.rollout.rollout import Episodes, Rollouts
+from tandem.rollout.program import Episodes
+from tandem.rollout.rollout import Rollouts
 from tandem.trace import Trace
 from tandem.types import Group, Prompt
 

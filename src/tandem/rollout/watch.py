@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from tandem.rollout.rollout import Episodes, Playing
+from tandem.rollout.program import Episodes, Playing
 from tandem.types import Failure, Prompt
 
 
