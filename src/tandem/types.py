@@ -140,6 +140,7 @@ class Request:
     priority: int = 0  # the higher starts first
     adapter: str = ""  # LoRA adapter; none but "" is served yet
     group: str = ""  # siblings, whose lengths tell each other's; "" has none
+    carried: int = 0  # of its last tokens: drawn by an earlier request, which this one goes on with
 
 
 @dataclass(frozen=True, slots=True)

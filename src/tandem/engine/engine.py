@@ -261,7 +261,8 @@ class Engine:
         strings = sequence.request.sampling.stop_strings
         if reason is None and strings and self.decode is not None:
             longest = max(map(len, strings))
-            text = decoded_tail(self.decode, sequence.tokens, len(sequence.request.tokens), longest)
+            drawn_from = len(sequence.request.tokens) - sequence.request.carried
+            text = decoded_tail(self.decode, sequence.tokens, drawn_from, longest)
             if any(string in text for string in strings):
                 return StopReason.STOP_STRING
         return reason

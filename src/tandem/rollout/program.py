@@ -13,7 +13,7 @@ from typing import Protocol
 from tandem.columns import Columns
 from tandem.program.episode import Observed
 from tandem.rollout.trajectory import flatten
-from tandem.types import Failure, Message, Prompt, Trajectory, Turn
+from tandem.types import Completion, Failure, Message, Prompt, Trajectory, Turn
 
 
 class Playing(Protocol):
@@ -73,6 +73,8 @@ class Program:
     requests: int = 0
     sampled: int = 0  # tokens, in all turns that have ended
     drawn: int = 0  # in the one that has not, where somebody counts
+    carried: Completion | None = None  # what was drawn of the turn before its request was withdrawn, to go on later
+    unheard: int = 0  # messages since its last turn that no turn answers, where there is none
     last: str = ""  # the limit for which no turn follows
     limits: dict[str, int] = field(default_factory=dict)  # that ended it, as counts
     outcome: float | Failure | None = None  # None while it runs
@@ -80,7 +82,8 @@ class Program:
     @property
     def request_id(self) -> str:
         """Of its last request."""
-        return f"{self.id}/{self.requests - 1}"
+        again = f"+{len(self.carried.columns)}" if self.carried is not None else ""
+        return f"{self.id}/{self.requests - 1}{again}"
 
     @property
     def group(self) -> str:

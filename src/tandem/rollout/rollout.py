@@ -14,11 +14,10 @@ from itertools import islice
 from typing import Any
 
 from tandem.engine.driver import Driver
-from tandem.numerics.random import derive_seed
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.first import End, First
-from tandem.rollout.program import Episodes, Program, Segment
+from tandem.rollout.program import Episodes, Program
 from tandem.rollout.turns import Turns
 from tandem.rollout.waits import known
 from tandem.trace import Trace
@@ -132,14 +131,9 @@ class _Step:
     def _made(self) -> Iterator[Program]:
         """Programs in order, siblings together."""
         for place, prompt in enumerate(self.prompts):
-            tokens = self.by.renderer.prompt_tokens(prompt.messages, prompt.tools)
-            for sibling in range(self.size):
+            for program in self._turns.made(self.step, place, prompt, self.until_s):
                 if place in self._late:
                     break
-                seed = derive_seed(self.by.run_seed, self.step, prompt.id, sibling)
-                episode = self.by.environments.episode(prompt, self.until_s)
-                segments = [Segment(tokens, seed, prompt.messages)]
-                program = Program(f"{prompt.id}/{self.step}/{sibling}", place, prompt, episode, segments)
                 if self._first is not None:
                     self._running.setdefault(place, []).append(program)
                 yield program

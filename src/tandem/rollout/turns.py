@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tandem.columns import Columns
 from tandem.errors import CapacityError, ModelError
 from tandem.numerics.random import derive_seed
 from tandem.program.environment import Fold
@@ -13,7 +14,7 @@ from tandem.rollout.group import program_id
 from tandem.rollout.history import split_cause
 from tandem.rollout.program import Program, Segment
 from tandem.rollout.waits import Asked, Waits
-from tandem.types import Completion, Failure, Message, Request, StopReason, Turn
+from tandem.types import Completion, Failure, Message, Prompt, Request, StopReason, Turn
 
 if TYPE_CHECKING:
     from tandem.rollout.rollout import Rollouts
@@ -23,6 +24,9 @@ class Turns:
     """What is asked for programs, of the engine and of environments, and what becomes of the answers.
 
     end: called with a program that ends and its reward, or why it has none. counts: whether `Program.drawn` is kept.
+
+    Between `hold` and `go_on` the engine has nothing of them, and its weights may change. A turn that was in the midst
+    goes on behind what was drawn, over keys and values that the present weights compute.
     """
 
     def __init__(self, by: Rollouts, end: Callable[[Program, float | Failure], None], counts: bool = False) -> None:
@@ -30,23 +34,75 @@ class Turns:
         self.waits = Waits(by.driver, by.trace)
         self.end = end
         self.counts = counts
+        self._held: list[Program] | None = None  # what is to be asked of the engine when it may be
+
+    def made(self, step: int, place: int, prompt: Prompt, until_s: float) -> Iterator[Program]:
+        """The programs of a prompt."""
+        tokens = self.by.renderer.prompt_tokens(prompt.messages, prompt.tools)
+        for sibling in range(self.by.config.samples_per_prompt):
+            seed = derive_seed(self.by.run_seed, step, prompt.id, sibling)
+            segments = [Segment(tokens, seed, prompt.messages)]
+            episode = self.by.environments.episode(prompt, until_s)
+            yield Program(f"{prompt.id}/{step}/{sibling}", place, prompt, episode, segments)
 
     def submit(self, program: Program) -> None:
-        """Ask for its next turn. CapacityError where its context has outgrown the engine."""
+        """Ask for its next turn, or the rest of one. CapacityError where its context has outgrown the engine."""
+        if self._held is not None:
+            self._held.append(program)
+            return
+        segment, sampling, most = program.segments[-1], self.by.sampling, self.by.config.max_program_tokens
+        drawn: tuple[int, ...] = ()
+        if program.carried is None:
+            program.requests += 1
+        else:
+            drawn = program.carried.tokens
+        left = sampling.max_new_tokens - len(drawn)
+        if most:
+            left = min(left, most - program.sampled - len(drawn))
+        if left != sampling.max_new_tokens:
+            sampling = dataclasses.replace(sampling, max_new_tokens=left)
         # One seed for all turns: noise is keyed by absolute position, and no position of a segment is sampled twice.
-        segment = program.segments[-1]
-        sampling, most = self.by.sampling, self.by.config.max_program_tokens
-        if most and most - program.sampled < sampling.max_new_tokens:
-            sampling = dataclasses.replace(sampling, max_new_tokens=most - program.sampled)
-        program.requests += 1
-        given = (program.request_id, program.id, segment.context, sampling, segment.seed)
-        priority = int(program.requests > 1 and self.by.config.returning_first)
-        request = Request(*given, priority=priority, group=program.group)
+        given = (program.request_id, program.id, (*segment.context, *drawn), sampling, segment.seed)
+        priority = int(self.by.config.returning_first and (program.requests > 1 or program.carried is not None))
+        request = Request(*given, priority=priority, group=program.group, carried=len(drawn))
         self.waits.submit(program, request, program.count if self.counts else None)
+
+    def hold(self) -> None:
+        """Have the engine give back what it is drawing, and ask nothing of it until `go_on`."""
+        assert self._held is None, "held twice"
+        self._held = []
+        for request_id in self.waits.requests:
+            self.by.driver.abort(request_id)
+        while self.waits.requests:
+            for program, asked, future in self.waits.ended(0.0):
+                self.take(program, asked, future.result(0))
+
+    def go_on(self) -> None:
+        """Ask for what was held back."""
+        assert self._held is not None, "not held"
+        held, self._held = self._held, None
+        for program in held:
+            self._go_on(program, 0)
+
+    def drop(self, program: Program) -> None:
+        """Ask nothing more for it, while held."""
+        assert self._held is not None, "not held"
+        if program in self._held:
+            self._held.remove(program)
+            if program.carried is not None:  # what it has of the turn
+                program.turns.append(Turn(program.carried))
+        else:
+            self.waits.drop(program)
 
     def take(self, program: Program, asked: Asked, answer: Any) -> None:
         """What came back for a program."""
         if asked == "engine":
+            if program.carried is not None:
+                answer, program.carried = joined(program.carried, answer), None
+            if self._held is not None and answer.stop_reason is StopReason.ABORTED:
+                program.carried = answer
+                self._held.append(program)
+                return
             program.turns.append(Turn(answer))
             self._say(program, answer.tokens)
             self._limit(program, answer)
@@ -101,13 +157,18 @@ class Turns:
         except ModelError as error:  # the template does not take what this environment said
             self.end(program, Failure("environment", str(error)))
             return
+        self._go_on(program, len(observed.messages if isinstance(observed, Fold) else observed))
+
+    def _go_on(self, program: Program, unheard: int) -> None:
+        """unheard: messages that came since its last turn."""
+        program.unheard = unheard or program.unheard
         try:
             self.submit(program)
         except CapacityError:  # the prompt did fit: this conversation has outgrown the engine, and is graded as it is
             if not program.turns:
                 program.segments.pop()
             program.limits["context_limit"] = 1
-            self._grade(program, len(observed.messages if isinstance(observed, Fold) else observed))
+            self._grade(program, program.unheard)
 
     def _append(self, program: Program, observed: tuple[Message, ...] | Fold) -> None:
         """Tokens of an observation, behind the last turn or as the start of a segment."""
@@ -139,3 +200,22 @@ class Turns:
         """A segment of a program's own noise."""
         seed = derive_seed(program.segments[-1].seed, len(program.segments), program.prompt.id, 0)
         program.segments.append(Segment(start, seed, messages, len(program.episode.said), cause))
+
+
+def joined(first: Completion, then: Completion) -> Completion:
+    """A turn that two requests drew, one behind the other.
+
+    >>> from tandem.types import Completion, StopReason
+    >>> parts = [Completion("r", Columns.of(tokens=(n,)), StopReason.ABORTED, n, n, n + 1.0, n) for n in (5, 7)]
+    >>> whole = joined(*parts); whole.tokens, whole.started_s, whole.finished_s, whole.cached_tokens
+    ((5, 7), 5, 8.0, 12)
+    """
+    parts = [one.columns for one in (first, then) if len(one.columns)]
+    return dataclasses.replace(
+        then,
+        columns=Columns.concat(parts) if parts else then.columns,
+        submitted_s=first.submitted_s,
+        started_s=first.started_s,
+        cached_tokens=first.cached_tokens + then.cached_tokens,
+        recomputed_tokens=first.recomputed_tokens + then.recomputed_tokens,
+    )

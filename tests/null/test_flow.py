@@ -1,0 +1,145 @@
+"""Programs that go on over updates: their tokens, the versions that drew them, and what is left behind."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tandem.columns import Columns
+from tandem.engine.driver import Driver
+from tandem.errors import CapacityError
+from tandem.program.render import Renderer
+from tandem.rollout.config import RolloutConfig
+from tandem.rollout.flow import Flow
+from tandem.rollout.rollout import Rollouts
+from tandem.types import Completion, Group, Request, StopReason
+from tests.null.test_rollout import STOP, Counting, Letters, prompts
+
+LETTERS = "abcdefgh"
+
+
+class Typing:
+    """Draws a token a step for each live request, by its seed and whole context; says which version drew each."""
+
+    def __init__(self, capacity: int = 10_000) -> None:
+        self.live: dict[str, tuple[Request, list[int], list[int]]] = {}
+        self.version = 0
+        self.capacity = capacity
+        self.seen: list[str] = []
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.live)
+
+    def check(self, request: Request, /) -> None:
+        if len(request.tokens) + request.sampling.max_new_tokens > self.capacity:
+            raise CapacityError(f"{request.id} does not fit")
+
+    def submit(self, request: Request, /) -> None:
+        assert request.id not in self.live and request.sampling.max_new_tokens > 0
+        self.live[request.id] = request, [], []
+        self.seen.append(request.id)
+
+    def drawn(self, request_id: str, first: int, /) -> Columns:
+        _, tokens, versions = self.live[request_id]
+        return Columns.of(tokens=tokens[first:], versions=versions[first:])
+
+    def _ended(self, request_id: str, reason: StopReason) -> Completion:
+        _, tokens, versions = self.live.pop(request_id)
+        columns = Columns.of(tokens=tokens, versions=versions, logprobs=[-0.5] * len(tokens))
+        return Completion(request_id, columns, reason)
+
+    def abort(self, request_id: str, /) -> Completion | None:
+        return self._ended(request_id, StopReason.ABORTED) if request_id in self.live else None
+
+    def step(self) -> list[Completion]:
+        done = []
+        for request_id, (request, tokens, versions) in list(self.live.items()):
+            number = hash((request.seed, *request.tokens, *tokens))
+            tokens.append(STOP if number % 6 == 0 else ord(LETTERS[number % 8]))
+            versions.append(self.version)
+            if tokens[-1] == STOP:
+                done.append(self._ended(request_id, StopReason.STOP_TOKEN))
+            elif len(tokens) == request.sampling.max_new_tokens:
+                done.append(self._ended(request_id, StopReason.LENGTH))
+        return done
+
+
+def through(flow: Flow, engine: Typing, count: int, random: Random) -> list[Group]:
+    """All groups, begun a few at a time, the version changed at drawn moments."""
+    waiting, groups = prompts(count), list[Group]()
+    while waiting or len(flow):
+        if waiting and (not len(flow) or random.random() < 0.3):
+            flow.begin(3, waiting.pop(0))
+        if random.random() < 0.3:
+            with flow.held():
+                assert not engine.live
+                engine.version += 1
+                if waiting and random.random() < 0.3:
+                    flow.begin(3, waiting.pop(0))
+        groups += flow.advance(0.0)
+    return groups
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    count=st.integers(1, 6),
+    samples=st.integers(1, 3),
+    turns=st.integers(1, 3),
+    most=st.sampled_from([0, 7]),
+    capacity=st.sampled_from([60, 10_000]),
+    seed=st.integers(0, 10**6),
+)
+def test_updates_change_nothing_but_the_versions(
+    count: int, samples: int, turns: int, most: int, capacity: int, seed: int
+) -> None:
+    """A turn that loses or repeats tokens at an update, gets more of them than its limit, or tells no version apart."""
+    config = RolloutConfig(samples_per_prompt=samples, max_turns=turns, max_new_tokens=9, max_program_tokens=most)
+    made: list[Any] = []
+    for _ in range(2):
+        engine = Typing(capacity)
+        made.append((engine, Rollouts(Driver(engine), Renderer(Letters()), Counting(2), config, run_seed=seed)))  # type: ignore[arg-type]
+    (_, plain), (engine, updated) = made
+    alone = {group.prompt.id: group for group in plain.collect(3, prompts(count))}
+    flow = Flow(updated)
+    groups = through(flow, engine, count, Random(seed))
+    assert not engine.live and sorted(alone) == sorted(group.prompt.id for group in groups)
+    assert updated.environments.closed == plain.environments.closed == count * samples  # type: ignore[attr-defined]
+    changed = 0
+    for group in groups:
+        wanted = alone[group.prompt.id].trajectories
+        assert len(wanted) == len(group.trajectories)
+        for found, one in zip(group.trajectories, wanted, strict=True):
+            columns, plainly = found.columns, one.columns
+            assert columns["tokens"].tolist() == plainly["tokens"].tolist()
+            assert columns["loss_mask"].tolist() == plainly["loss_mask"].tolist()
+            assert (found.reward, found.stop_reason, found.failure) == (one.reward, one.stop_reason, one.failure)
+            assert (found.counts, found.said) == (one.counts, one.said)
+            versions = columns["versions"][columns["loss_mask"]].tolist()
+            assert versions == sorted(versions)
+            changed += len(set(versions)) > 1
+    assert changed or engine.version < 3
+
+
+def test_at_the_deadline_a_program_fails_alone() -> None:
+    """A program that never ends keeps its group open for ever, or fails those that began later."""
+    now = [0.0]
+    engine = Typing()
+    config = RolloutConfig(samples_per_prompt=2, max_new_tokens=1_000, deadline_s=10.0)
+    flow = Flow(Rollouts(Driver(engine), Renderer(Letters()), Counting(), config, run_seed=0, clock=lambda: now[0]))  # type: ignore[arg-type]
+    engine.step = list  # type: ignore[method-assign]
+    first, second = prompts(2)
+    flow.begin(1, first)
+    assert flow.advance(0.0) == []
+    now[0] = 8.0
+    flow.begin(1, second)
+    now[0] = 10.0
+    (group,) = flow.advance(0.0)
+    assert group.prompt.id == "p0"
+    assert {t.failure.where for t in group.trajectories if t.failure} == {"deadline"}
+    assert len(flow) == 1 and len(engine.live) == 2
+    flow.withdraw()
+    assert not engine.live and not len(flow)
