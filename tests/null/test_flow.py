@@ -140,6 +140,6 @@ def test_at_the_deadline_a_program_fails_alone() -> None:
     (group,) = flow.advance(0.0)
     assert group.prompt.id == "p0"
     assert {t.failure.where for t in group.trajectories if t.failure} == {"deadline"}
-    assert len(flow) == 1 and len(engine.live) == 2
+    assert len(flow) == 1 and flow.advance(0.0) == [] and len(engine.live) == 2
     flow.withdraw()
     assert not engine.live and not len(flow)
