@@ -75,6 +75,14 @@ class EngineError(WorldError):
     """The engine takes no more requests, or did not answer in time; says why."""
 
 
+class WorkerError(WorldError):
+    """A worker died, stands still or answers what can't be: which one, and in which phase."""
+
+    def __init__(self, worker: str, phase: str, reason: str) -> None:
+        super().__init__(f"worker {worker}, phase {phase}: {reason}")
+        self.worker, self.phase, self.reason = worker, phase, reason
+
+
 class DeliveryError(WorldError):
     """The engine does not serve what the learner published."""
 

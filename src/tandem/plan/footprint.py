@@ -73,9 +73,14 @@ class Asked:
         return compiled and self.dtype == "bfloat16" and self.model.kernels == "exact"
 
     @property
+    def beside(self) -> bool:
+        """Whether the engine works while the learner does."""
+        return self.run is not None and self.run.asynchrony.mode != "sync"
+
+    @property
     def shares(self) -> bool:
         """Whether engine and learner have one decoder."""
-        return not (self.rounded or self.lag)
+        return not (self.rounded or self.lag or self.beside)
 
     @property
     def form(self) -> Literal["codes", "packed", "both"]:
@@ -88,7 +93,8 @@ class Asked:
     @property
     def takes_turns(self) -> bool:
         """Whether engine and learner give back what only they need while the other works."""
-        return self.run is not None and self.model.device == "cpu" and sys.platform == "linux" and not self.addresses
+        apart = self.model.device == "cpu" and sys.platform == "linux" and not self.addresses
+        return self.run is not None and apart and not self.beside
 
     @property
     def page_phases(self) -> tuple[Phase, ...]:
@@ -98,7 +104,7 @@ class Asked:
     @property
     def two_engines(self) -> bool:
         """Whether evaluation has an engine of its own, on the learner's weights."""
-        return bool(self.lag or of_engine(self.model, self.engine))
+        return bool(self.lag or self.beside or of_engine(self.model, self.engine))
 
 
 def num_pools(asked: Asked) -> int:

@@ -40,6 +40,7 @@ from tandem.plan.footprint import (
     rounded_bytes,
     step_bytes,
 )
+from tandem.rollout.config import AsyncConfig
 from tandem.train.config import SHARD_BYTES, SLICE, Checkpointing
 
 if TYPE_CHECKING:
@@ -314,6 +315,8 @@ def _variants(asked: Asked, plan: Plan) -> Iterator[tuple[str, Asked]]:
         yield "engine.weights=same and engine.dtype=same", replace(asked, engine=same)
     if asked.lag:
         yield "sync.lag=0", replace(asked, lag=0)
+    if asked.beside:
+        yield "asynchrony.mode=sync", replace(asked, run=replace(run, asynchrony=AsyncConfig()))  # type: ignore[type-var]
     if run is None:
         return
 
@@ -382,7 +385,7 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
     if asked.lag:
         yield Line("weights held back", (asked.lag + 1) * whole, LOADED, place)
     yield Line("pages of keys and values", pool_bytes * num_pools(asked), asked.page_phases, place)
-    yield Line("a step's activations", step_bytes(asked), ("generate",), place)
+    yield Line("a step's activations", step_bytes(asked), LOADED if asked.beside else ("generate",), place)
     yield Line("weights compared", (count if asked.lag else largest) * compute, ("load", "publish"), place)
     if run is not None:
         yield from _learner_lines(asked, checkpointing, place)

@@ -56,3 +56,51 @@ class RolloutConfig:
             stop_token_ids=stop_token_ids,
             stop_strings=self.stop_strings,
         )
+
+
+Mode = Literal["sync", "one_off", "full"]
+Order = Literal["fifo", "window", "completion", "drop"]
+AtUpdate = Literal["carry", "keep", "restart", "finish"]
+
+
+@dataclass(frozen=True, slots=True)
+@section("asynchrony")
+class AsyncConfig:
+    """How far rollouts run ahead of the learner. P: rollout.prompts_per_step groups. docs/asynchrony.md.
+
+    >>> AsyncConfig(mode="full", lag=2).most_lag, AsyncConfig(mode="one_off").most_lag
+    (2, 1)
+    """
+
+    mode: Mode = "sync"  # sync: they take turns; one_off: a batch ahead; full: (lag + 1) P groups run or wait
+    lag: Count = 1  # updates that the weights behind a group's first token may trail the learner's, in mode full
+    order: Order = "fifo"  # in which groups are learned; window and completion favour those that end early
+    window: Positive = 1  # of order window: any of this many groups, from the oldest that nothing was learned of
+    at_update: AtUpdate = "carry"  # programs that run: go on (keys and values anew, or kept), begin anew, or end first
+    by_load: bool = True  # a group begins where the engine has no request waiting; else as soon as there is room
+    replay_uses: Positive = 1  # batches that a group may be in
+    replay_groups: Count = 0  # most that are kept for another use; 0: as many as the lag allows
+    replay_lag: Count = 4  # updates that what is used again may trail
+    replay_order: Literal["oldest", "newest", "random", "spread"] = "oldest"  # of those kept; spread: of rewards
+
+    def __post_init__(self) -> None:
+        if self.window != 1 and self.order != "window":
+            raise ConfigError(
+                f"asynchrony.window is {self.window}, and asynchrony.order is {self.order!r}, which has none. Set "
+                "asynchrony.order to window, or leave asynchrony.window at 1."
+            )
+        if self.mode == "one_off" and (self.order, self.at_update) != ("fifo", "carry"):
+            raise ConfigError(
+                "asynchrony.mode is one_off: batches are learned in order and end before the weights change. Leave "
+                "asynchrony.order and asynchrony.at_update out, or set asynchrony.mode to full."
+            )
+
+    @property
+    def most_lag(self) -> int:
+        """S."""
+        return {"sync": 0, "one_off": 1, "full": self.lag}[self.mode]
+
+    @property
+    def ends_first(self) -> bool:
+        """Whether nothing may run while the weights change."""
+        return self.mode == "one_off" or self.at_update == "finish"

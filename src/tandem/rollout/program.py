@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Protocol
 
+import numpy as np
+
 from tandem.columns import Columns
 from tandem.program.episode import Observed
 from tandem.rollout.trajectory import flatten
@@ -78,6 +80,24 @@ class Program:
     last: str = ""  # the limit for which no turn follows
     limits: dict[str, int] = field(default_factory=dict)  # that ended it, as counts
     outcome: float | Failure | None = None  # None while it runs
+    observed: list[Observed] = field(default_factory=list)  # that its environment said, in order
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(version, tokens that it drew), in the order of drawing; the versions' order too."""
+        said = [turn.completion for segment in self.segments for turn in segment.turns]
+        counts = Counter[int]()
+        for completion in (*said, *([self.carried] if self.carried is not None else [])):
+            if not len(completion.columns):
+                continue
+            for version, count in zip(*np.unique(completion.columns["versions"], return_counts=True), strict=True):
+                counts[int(version)] += int(count)
+        return sorted(counts.items())
+
+    @property
+    def drawn_tokens(self) -> int:
+        """Tokens of all its turns, of the one that has not ended too."""
+        return sum(count for _, count in self.spans)
 
     @property
     def request_id(self) -> str:
@@ -115,3 +135,96 @@ class Program:
             found.append(dataclasses.replace(flat, cause=segment.cause, said=said))
             first_turn += len(segment.turns)
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What came of a program from outside, and which version drew how much of it: enough to have it again.
+
+    >>> Played("p/1/0", ((0, 3), (1, 2)), (), (), 1.0).spans
+    ((0, 3), (1, 2))
+    """
+
+    id: str
+    spans: tuple[tuple[int, int], ...]  # (version, tokens)
+    said: tuple[Message, ...]  # since the prompt, by the model and its environment
+    observed: tuple[Observed, ...]  # one a turn that the environment heard
+    outcome: float | Failure
+    requests: int = 1
+    limits: Mapping[str, int] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, program: Program) -> Played:
+        assert program.outcome is not None, program.id
+        heard = (tuple(program.episode.said), tuple(program.observed), program.outcome)
+        return cls(program.id, tuple(program.spans), *heard, program.requests, program.limits, program.episode.counts)
+
+
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """A program that runs, as it is kept: tokens so far, from which its keys and values are computed again.
+
+    An environment with a state is not kept: its program begins anew.
+    """
+
+    id: str
+    prompt: Prompt
+    segments: tuple[Segment, ...]
+    said: tuple[Message, ...]
+    observed: tuple[Observed, ...]
+    counts: Mapping[str, int]
+    asked: str  # what it waits for: engine, environment, reward; "": its group's siblings
+    requests: int
+    sampled: int
+    carried: Completion | None
+    unheard: int
+    last: str
+    limits: dict[str, int]
+    outcome: float | Failure | None
+    anew: bool = False  # its environment had a state
+
+    @classmethod
+    def of(cls, program: Program, asked: str) -> Paused:
+        episode = program.episode
+        anew = program.outcome is None and bool(getattr(episode, "lasts", False))
+        return cls(
+            program.id,
+            program.prompt,
+            tuple(program.segments),
+            tuple(episode.said),
+            tuple(program.observed),
+            dict(episode.counts),
+            asked,
+            program.requests,
+            program.sampled,
+            program.carried,
+            program.unheard,
+            program.last,
+            program.limits,
+            program.outcome,
+            anew,
+        )
+
+    def program(self, episode: Playing) -> Program:
+        """Going on in a new run of its environment."""
+        segments = [dataclasses.replace(segment, turns=list(segment.turns)) for segment in self.segments]
+        if self.anew:
+            first = dataclasses.replace(segments[0], turns=[])
+            return Program(self.id, 0, self.prompt, episode, [first])
+        episode.said.extend(self.said)
+        return Program(
+            self.id,
+            0,
+            self.prompt,
+            episode,
+            segments,
+            requests=self.requests,
+            sampled=self.sampled,
+            carried=self.carried,
+            unheard=self.unheard,
+            last=self.last,
+            limits=dict(self.limits),
+            outcome=self.outcome,
+            observed=list(self.observed),
+        )

@@ -34,6 +34,10 @@ class Turns:
         self.waits = Waits(by.driver, by.trace)
         self.end = end
         self.counts = counts
+        self.allowed: Callable[[Program], int | None] = _any  # tokens that a program may draw before the next `go_on`
+        self.overtime = self._overtime  # whether a program has run for its seconds
+        self.later: list[Program] = []  # that have drawn what they may
+        self._cut: set[Program] = set()  # whose request ends with what they may draw
         self._held: list[Program] | None = None  # what is to be asked of the engine when it may be
 
     def made(self, step: int, place: int, prompt: Prompt, until_s: float) -> Iterator[Program]:
@@ -50,6 +54,10 @@ class Turns:
         if self._held is not None:
             self._held.append(program)
             return
+        may = self.allowed(program)
+        if may is not None and may <= 0:
+            self.later.append(program)
+            return
         segment, sampling, most = program.segments[-1], self.by.sampling, self.by.config.max_program_tokens
         drawn: tuple[int, ...] = ()
         if program.carried is None:
@@ -59,6 +67,9 @@ class Turns:
         left = sampling.max_new_tokens - len(drawn)
         if most:
             left = min(left, most - program.sampled - len(drawn))
+        if may is not None and may < left:
+            left = may
+            self._cut.add(program)
         if left != sampling.max_new_tokens:
             sampling = dataclasses.replace(sampling, max_new_tokens=left)
         # One seed for all turns: noise is keyed by absolute position, and no position of a segment is sampled twice.
@@ -80,30 +91,51 @@ class Turns:
     def go_on(self) -> None:
         """Ask for what was held back."""
         assert self._held is not None, "not held"
-        held, self._held = self._held, None
+        held, self._held, self.later = [*self._held, *self.later], None, []
         for program in held:
             self._go_on(program, 0)
 
     def drop(self, program: Program) -> None:
         """Ask nothing more for it, while held."""
         assert self._held is not None, "not held"
-        if program in self._held:
-            self._held.remove(program)
-            if program.carried is not None:  # what it has of the turn
-                program.turns.append(Turn(program.carried))
+        if program in self._held or program in self.later:
+            (self._held if program in self._held else self.later).remove(program)
+            self.keep(program)
         else:
             self.waits.drop(program)
+
+    def keep(self, program: Program) -> None:
+        """What it has of a turn that does not end."""
+        if program.carried is not None:
+            program.turns.append(Turn(program.carried))
+            program.carried = None
+
+    def again(self, program: Program, asked: str) -> None:
+        """Ask once more for what it waited for, in another process."""
+        if asked == "environment":
+            self.waits.ask(program, "environment", program.episode.observe(bool(program.last)))
+        elif asked == "reward":
+            self._grade(program)
+        else:
+            self.submit(program)
 
     def take(self, program: Program, asked: Asked, answer: Any) -> None:
         """What came back for a program."""
         if asked == "engine":
             if program.carried is not None:
                 answer, program.carried = joined(program.carried, answer), None
+            cut = program in self._cut
+            self._cut.discard(program)
+            if cut and answer.stop_reason is StopReason.LENGTH:
+                program.carried = answer
+                (self.later if self._held is None else self._held).append(program)
+                return
             if self._held is not None and answer.stop_reason is StopReason.ABORTED:
                 program.carried = answer
                 self._held.append(program)
                 return
             program.turns.append(Turn(answer))
+            program.unheard = 0
             self._say(program, answer.tokens)
             self._limit(program, answer)
             if answer.stop_reason is StopReason.ABORTED:
@@ -118,6 +150,7 @@ class Turns:
         elif asked == "reward" or isinstance(answer, Failure):
             self.end(program, answer)
         else:
+            program.observed.append(answer)
             program.turns[-1] = dataclasses.replace(program.turns[-1], reward=answer.reward, state=answer.state)
             if answer.messages is None:
                 self._grade(program)
@@ -129,7 +162,7 @@ class Turns:
 
     def _limit(self, program: Program, answer: Completion) -> None:
         """Whether it has reached a limit: with this turn it ends."""
-        config, first = self.by.config, program.segments[0].turns[0].completion
+        config = self.by.config
         program.sampled, program.drawn = program.sampled + len(answer.columns), 0
         if config.max_program_tokens and program.sampled >= config.max_program_tokens:
             program.last = "token_limit"
@@ -137,8 +170,12 @@ class Turns:
                 program.limits[program.last] = 1
         elif program.requests >= config.max_turns:
             program.last = "turn_limit"
-        elif config.max_program_s and self.by.clock() - first.started_s >= config.max_program_s:
+        elif self.overtime(program):
             program.last = "time_limit"
+
+    def _overtime(self, program: Program) -> bool:
+        most_s, first = self.by.config.max_program_s, program.segments[0].turns[0].completion
+        return most_s > 0 and self.by.clock() - first.started_s >= most_s
 
     def _say(self, program: Program, tokens: Sequence[int]) -> None:
         """A completion, as the message that the environment reads."""
@@ -146,9 +183,9 @@ class Turns:
         parsed = self.by.config.history == "render"
         said.append(self.by.renderer.message(tokens, tools, len(said), parsed=parsed))
 
-    def _grade(self, program: Program, unheard: int = 0) -> None:
+    def _grade(self, program: Program) -> None:
         with self.by.trace.span("reward"):  # those of linear cost are computed here
-            future = program.episode.score(unheard)
+            future = program.episode.score(program.unheard)
         self.waits.ask(program, "reward", future)
 
     def _continue(self, program: Program, observed: tuple[Message, ...] | Fold) -> None:
@@ -168,7 +205,7 @@ class Turns:
             if not program.turns:
                 program.segments.pop()
             program.limits["context_limit"] = 1
-            self._grade(program, program.unheard)
+            self._grade(program)
 
     def _append(self, program: Program, observed: tuple[Message, ...] | Fold) -> None:
         """Tokens of an observation, behind the last turn or as the start of a segment."""
@@ -200,6 +237,10 @@ class Turns:
         """A segment of a program's own noise."""
         seed = derive_seed(program.segments[-1].seed, len(program.segments), program.prompt.id, 0)
         program.segments.append(Segment(start, seed, messages, len(program.episode.said), cause))
+
+
+def _any(program: Program) -> None:
+    return None
 
 
 def joined(first: Completion, then: Completion) -> Completion:

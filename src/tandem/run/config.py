@@ -15,7 +15,7 @@ from tandem.engine.config import EngineConfig
 from tandem.errors import ConfigError
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
-from tandem.rollout.config import RolloutConfig
+from tandem.rollout.config import AsyncConfig, RolloutConfig
 from tandem.sync.config import SyncConfig
 from tandem.train.config import CriticConfig, LearnerConfig
 
@@ -106,6 +106,7 @@ class RunConfig:
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
+    asynchrony: AsyncConfig = field(default_factory=AsyncConfig)
     sync: SyncConfig = field(default_factory=SyncConfig)
     alarms: AlarmConfig = field(default_factory=AlarmConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -127,11 +128,33 @@ def check_training(config: RunConfig) -> None:
     if config.objective == "policy_gradient":
         _check_sampling(config)
     _check_critic(config)
+    _check_asynchrony(config)
     if config.learner.optimiser_offload == "host" and config.model.device == "cpu":
         raise ConfigError(
             "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "
             "to none, or to disk to keep it in a file."
         )
+
+
+def _check_asynchrony(config: RunConfig) -> None:
+    if config.asynchrony.mode == "sync":
+        if config.asynchrony != AsyncConfig():
+            raise ConfigError(
+                "asynchrony is configured, but asynchrony.mode is sync. Set asynchrony.mode to full or one_off, or "
+                "leave the others out."
+            )
+        return
+    refused = {
+        "objective": (config.objective, "policy_gradient"),
+        "sync.lag": (config.sync.lag, 0),
+        "rollout.extra_prompts": (config.rollout.extra_prompts, 0),
+    }
+    for name, (value, wanted) in refused.items():
+        if value != wanted:
+            raise ConfigError(
+                f"{name} is {value} and asynchrony.mode {config.asynchrony.mode}: that goes with {wanted} alone. Set "
+                f"it so, or asynchrony.mode to sync."
+            )
 
 
 def _check_critic(config: RunConfig) -> None:

@@ -1,410 +1,35 @@
-"""A run in one process: the stages of the loop, its checkpoints and its rows."""
+"""A run in one process: its parts, a sitting over them, and what it ends with."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, get_args
 
-from tandem.algo.advantage import FATES, Selection, has_spread, samples_from_groups
-from tandem.algo.objective import NextToken, Objective, PolicyGradient
-from tandem.algo.price import Lagrangian
 from tandem.engine.driver import Driver
-from tandem.errors import (
-    AlarmError,
-    CheckpointError,
-    ConfigError,
-    NonFiniteError,
-    ParityError,
-    RunFolderError,
-    TandemError,
-)
+from tandem.errors import CheckpointError, ConfigError, TandemError
 from tandem.models.checkpoint import open_checkpoint
-from tandem.models.decoder import Decoder
 from tandem.models.hf_config import to_hf_config
-from tandem.plan.memory import Plan, check_counts, peak_bytes
+from tandem.plan.memory import Plan, check_counts
 from tandem.program.pool import EnvironmentPool
 from tandem.rollout.evaluate import Evaluation, evaluate
-from tandem.rollout.first import First
-from tandem.rollout.group import summarise
-from tandem.rollout.pieces import Pieces
-from tandem.rollout.rollout import Rollouts
-from tandem.rollout.rows import credits, trajectory_rows
-from tandem.rollout.written import texts, written
-from tandem.run import outlet
-from tandem.run.account import Account
+from tandem.run.asynchronous import AsyncSession
 from tandem.run.clock import WallClock, started
-from tandem.run.config import Learned, RunConfig, check_training
-from tandem.run.counted import counted
-from tandem.run.course import Course, mark_best
-from tandem.run.figures import figures
-from tandem.run.folder import RunFolder, SavedCheckpoint, check_new
-from tandem.run.ledger import Ledger
-from tandem.run.loop import Stages, run_loop
-from tandem.run.parts import Parts, build_parts, plan_parts, resolve_source
-from tandem.run.stop import StopSignal
-from tandem.run.stream import PromptStream
-from tandem.run.useful import useful_work
-from tandem.sync.departures import declaration, is_exact
-from tandem.train import checkpoint as saved_state
-from tandem.train.checkpoint import Part, RunState
-from tandem.train.config import Checkpointing, LearnerConfig
-from tandem.train.critic import Critic
-from tandem.train.score import versions_of, with_logprobs, with_sources
-from tandem.train.step import Learner, LearnerReport
-from tandem.types import Group, Prompt, WeightVersion
-
-Row = Mapping[str, Any]
-
-SAVE_SHARE = 200  # a save by time waits for this many times what the last one took: after the first, 0.5 % of a run
-
-OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated", "turns", "happened")  # keys of a row
-
-# `objective` of a config -> what the learner is given.
-OBJECTIVES: Mapping[str, Callable[[RunConfig], Objective]] = {
-    "policy_gradient": lambda config: PolicyGradient(
-        config.algo, config.rollout.temperature, config.alarms, exact=is_exact(config)
-    ),
-    "next_token": lambda config: NextToken(),
-}
-assert {*OBJECTIVES} == {*get_args(Learned)}, f"run/config.py names {get_args(Learned)}, here: {[*OBJECTIVES]}"
+from tandem.run.config import RunConfig, check_training
+from tandem.run.folder import RunFolder, check_new
+from tandem.run.loop import run_loop
+from tandem.run.parts import build_parts, plan_parts, resolve_source
+from tandem.run.session import Display, Session
+from tandem.sync.departures import declaration
 
 
-class Display(Protocol):
-    """Where a run's rows are shown."""
+def train(
+    config: RunConfig, *, out: Path | None, resume: Path | None, display: Display, last: int | None = None
+) -> tuple[int, Path]:
+    """Run a config, new in `out` or on from `resume`; returns the exit code and the run folder.
 
-    def __enter__(self) -> Any: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
-    ) -> None: ...
-
-    def update(self, row: Row) -> None: ...
-
-    def note(self, text: str) -> None: ...
-
-
-class Session:
-    """The stages of one sitting, over the parts of a run."""
-
-    def __init__(
-        self,
-        config: RunConfig,
-        folder: RunFolder,
-        pool: EnvironmentPool,
-        parts: Parts,
-        display: Display,
-        clock: WallClock,
-    ) -> None:
-        self.config = config
-        self.folder = folder
-        self.pool = pool
-        self.parts = parts
-        self.display = display
-        self.stopping = StopSignal(display.note)
-        self.clock, self.row_started_s = clock, clock.started_s
-        self.ledger = Ledger()
-        self.account = Account(self.ledger, clock, folder.path)
-        self.trace = self.account.trace
-        self.alarmed: set[str] = set()  # metrics whose alarm has been shown
-        self.graded = 0  # trajectories of this sitting
-        self.reasons: Counter[str] = Counter()  # of those that were not
-        self.settled = (0, 0)  # the last step with a row, and the optimiser's updates then
-        self.saved_s, self.save_took_s = time.monotonic(), 0.0
-        self.pieces = Pieces(parts.tokenizer.decode)
-        self.kept: list[str] = []  # trajectories that have a row, in its order
-        objective = OBJECTIVES[config.objective](config)
-        self.learner = Learner(
-            parts.decoder,
-            self._learning(),
-            objective,
-            (config.steps - config.critic.warmup_steps) * objective.updates_per_step,
-            self.trace,
-            self._critic() if "values" in objective.columns else None,
-        )
-        self.price = Lagrangian(config.algo.price)
-        self.stream = PromptStream(pool)
-        self.saved_parts: dict[str, Part] = {
-            "prompts": self.stream,
-            "ledger": self.account,
-            "clock": self.clock,
-            "price": self.price,
-        }
-        self.optimisers = {"optimiser": self.learner.optimiser}  # by their files in a checkpoint
-        if self.learner.critic is not None:
-            self.saved_parts["critic"] = self.learner.critic
-            self.optimisers["critic"] = self.learner.critic.optimiser
-        self.course = Course(config.evaluation)
-        self.rollouts = Rollouts(Driver(parts.engine), parts.renderer, pool, config.rollout, config.seed, self.trace)
-        self.samples = objective.samples  # the engine does, and rewards and fates are theirs
-        self.reference = self._frozen(config.model.source) if "reference_logprobs" in objective.columns else None
-
-    def _frozen(self, source: str) -> Decoder:
-        """A model beside the policy, of the same dtype and device."""
-        checkpoint = open_checkpoint(resolve_source(source))
-        return Decoder(checkpoint.spec, self.config.model.dtype, self.config.model.device).load(checkpoint.tensors())
-
-    def _critic(self) -> Critic:
-        own, policy = self.config.critic.model, self.parts.decoder
-        trunk = self._frozen(own) if own else policy
-        if trunk.spec.vocab_size != policy.spec.vocab_size:
-            raise ConfigError(
-                f"critic.model {own} has {trunk.spec.vocab_size} tokens and the policy {policy.spec.vocab_size}: they "
-                "have to read the same. Choose a model of the policy's family, or an empty critic.model."
-            )
-        return Critic(trunk, self.config.critic, self._learning(), own=bool(own))
-
-    def _learning(self) -> LearnerConfig:
-        """What of the config the plan decides, decided."""
-        kept: Checkpointing = "on" if self.parts.memory.checkpointing else "off"
-        return dataclasses.replace(self.config.learner, activation_checkpointing=kept)
-
-    def stages(self) -> Stages:
-        return Stages(
-            prompts=self.prompts,
-            rollout=self.rollout if self.samples else self.read,
-            credit=self.trace.timed("credit", self.credit),
-            keep=self.trace.timed("rows", self.keep),
-            rest=self.rest,
-            score=self.score,
-            learn=self.learn,
-            publish=self.publish,
-            record=self.trace.timed("rows", self.record),
-            stop=lambda: self.stopping.requested or bool(self.course.reached),
-        )
-
-    def prompts(self, step: int) -> Sequence[Prompt]:
-        asked = self.config.rollout
-        return self.stream.take(asked.prompts_per_step + (asked.extra_prompts if self.samples else 0))
-
-    def rollout(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
-        """Groups of a step; what the engine's scheduler did for them is counted for the row.
-
-        Where rollout.extra_prompts are asked for, the first groups to end are the step's; where rollout.redraws are,
-        prompts are drawn again in place of groups whose rewards are equal.
-        """
-        asked, groups, lacking = self.config.rollout, list[Group](), self.config.rollout.prompts_per_step
-        with counted(self.parts, self.trace, bool(self.config.engine.draft_tokens)):
-            for draw in range(1 + asked.redraws):
-                if draw:
-                    prompts = self.stream.take(lacking + asked.extra_prompts)
-                first = First(lacking, self.usable) if asked.extra_prompts else None
-                self.account.dispatch(step, prompts, asked.samples_per_prompt)
-                groups += self.rollouts.collect(step, prompts, first)
-                lacking = asked.prompts_per_step - sum(map(self.usable, groups))
-                if lacking <= 0:
-                    break
-        return groups
-
-    def usable(self, group: Group) -> bool:
-        """Whether it counts towards the batch: something of it was graded, and stays in."""
-        if self.config.algo.filter_zero_variance:
-            return has_spread(self.config.algo, group, self.price.price)
-        return any(trajectory.failure is None for trajectory in group.trajectories)
-
-    def credit(self, groups: Sequence[Group]) -> Selection:
-        return samples_from_groups(self.config.algo, groups, self.price.price) if self.samples else texts(groups)
-
-    def read(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
-        """The task's own solutions in place of rollouts."""
-        positions = self.parts.decoder.spec.max_position
-        return written(prompts, self.pool.solutions(prompts), self.parts.renderer, positions)
-
-    def keep(self, step: int, groups: Sequence[Group]) -> None:
-        self.folder.write_trajectories(step, trajectory_rows(groups, self.pieces, self.config.rollout.keep_tokens))
-        self.kept = [trajectory.id for group in groups for trajectory in group.trajectories]
-
-    def rest(self) -> None:
-        """The engine's memory is the learner's from here on; fails where a request is live."""
-        with self.trace.span("learner"):
-            self.parts.engine.release_memory()
-
-    def score(self, batch: Selection) -> Selection:
-        """The batch under the reference policy, and under the weights that sampled it where those are older."""
-        samples, given = batch.samples, (self.config.learner.microbatch_tokens, self.config.rollout.temperature)
-        publisher = self.parts.publisher
-        assert publisher.version is not None
-        with self.trace.span("learner"):
-            if self.reference is not None:
-                samples = with_logprobs("reference_logprobs", self.reference, samples, batch.prompts, *given)
-            if self.samples and versions_of(samples) - {publisher.version.step}:  # texts were drawn by no version
-                samples = with_sources(publisher.sources(), samples, batch.prompts, *given)
-            if self.learner.critic is not None:
-                samples = self.learner.critic.credit(self.config.algo, samples, batch.prompts)
-        return dataclasses.replace(batch, samples=samples)
-
-    def learn(self, step: int, batch: Selection) -> LearnerReport | None:
-        """One step of the learner."""
-        with self.trace.span("learner"):
-            try:
-                return self.learner.step(batch.samples, batch.prompts)
-            except (NonFiniteError, AlarmError, ParityError) as error:
-                kept = self.folder.trajectories(step)
-                raise type(error)(f"step {step}: {error} The step's trajectories are kept in {kept}.") from error
-
-    def publish(self, step: int) -> WeightVersion:
-        with self.trace.span("publish"):
-            return self.parts.publisher.publish(step)
-
-    def evaluate(self, step: int) -> dict[str, Any]:
-        """Held-out greedy accuracy."""
-        with self.trace.span("evaluate"):
-            prompts = self.pool.heldout[: self.config.evaluation.prompts]
-            driver = Driver(self.parts.exact_engine)
-            result, groups = evaluate(driver, self.parts.renderer, self.pool, prompts, self.config.rollout, step=step)
-            self.ledger.lose("evaluated", sum(answer.num_sampled for group in groups for answer in group.trajectories))
-            if self.parts.exact_engine is not self.parts.engine:
-                self.parts.exact_engine.release_memory()
-        return dataclasses.asdict(result)
-
-    def record(
-        self, step: int, groups: Sequence[Group], batch: Selection, report: LearnerReport | None, version: WeightVersion
-    ) -> None:
-        """Evaluate where it is due, write and show the step's row, save where it is due. The end saves in any case."""
-        summary = summarise(groups)
-        self.graded += summary.trajectories - summary.failed
-        self.reasons.update(dict(summary.failures))
-        if self.config.rollout.keep_tokens:
-            self.folder.extend_trajectories(step, credits(self.kept, batch.samples))
-        row: dict[str, Any] = {"step": step, **figures(self.config, summary, report), "weights": version.digest}
-        if not self.samples:  # what was read has no reward and no end of its own
-            row = {name: row[name] for name in row if name not in OF_SAMPLES}
-        cost = self.price.update(groups)
-        if self.config.algo.price.budget is not None:
-            row |= {"cost": cost, "price": self.price.price}
-        row["trained_samples"] = len(batch.samples)
-        if self.samples:
-            row["dropped"] = {fate: count for fate in FATES if fate != "trained" and (count := batch.count(fate))}
-            if report is not None:
-                updates = self.learner.objective.updates_per_step
-                row["useful"] = useful_work(self.parts.decoder.spec, batch.samples, updates)
-            taken_out = int(row.get("taken_out", 0))
-            self.ledger.record(groups, batch.samples, batch.fates, taken_out, version=self.settled[0])
-        self.course.sampled(row.get("reward"))
-        last, asked, best = step == self.config.steps or bool(self.course.reached), self.config.evaluation, False
-        try:
-            if asked.prompts and (last or (asked.every and step % asked.every == 0)):
-                row["evaluation"] = self.evaluate(step)
-                best = self.course.evaluated(step, row["evaluation"]) and self.config.checkpoint.best
-        finally:  # the update is done, whatever becomes of its evaluation
-            self.write(row | ({"reached": self.course.reached} if self.course.reached else {}))
-        self.announce(step, report)
-        if self.course.reached:
-            self.display.note(f"step {step}: {self.course.reached}; the run ends here")
-        if best or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
-            self.save(step, version)
-        elif self.time_to_save():
-            try:
-                self.save(step, version)
-            except CheckpointError as error:  # nobody asked for this one: the run goes on, and tries again in time
-                self.saved_s = time.monotonic()
-                self.display.note(str(error))
-        if best:
-            mark_best(self.folder.path / "checkpoints", step)
-            self.folder.prune()
-
-    def time_to_save(self) -> bool:
-        """Whether a checkpoint is due, of whatever step this is."""
-        minutes, waited_s = self.config.checkpoint.minutes, time.monotonic() - self.saved_s
-        return minutes > 0 and waited_s >= max(60 * minutes, SAVE_SHARE * self.save_took_s)
-
-    def announce(self, step: int, report: LearnerReport | None) -> None:
-        """The first time that a metric's alarm fires, in full; the rows have all of them."""
-        for alarm in report.measured.alarms if report is not None else ():
-            if alarm.metric not in self.alarmed:
-                self.alarmed.add(alarm.metric)
-                self.display.note(f"alarm, step {step}: {alarm.text()}")
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Complete a row with counts, times and memory, and hand it to folder, ledger and display."""
-        now = time.perf_counter()
-        settled = self.account.settle()
-        seconds, counts = settled.seconds, settled.counts
-        row["drawn_tokens"] = settled.drawn_tokens
-        if "extra_programs" in counts:
-            self.ledger.lose("surplus", int(counts["extra_tokens"]), self.ledger.open)
-        self.ledger.check()
-        rollout_s = seconds.get("rollout", 0.0)
-        if "tokens" in row:
-            row["tokens_per_s"] = row["tokens"] / rollout_s if rollout_s else None
-        row |= counts
-        spent = now - self.row_started_s
-        row["seconds"] = seconds | {"other": max(0.0, spent - sum(seconds.values()))}
-        row["time_s"] = self.clock.seconds(now)
-        row["peak_memory_bytes"] = peak_bytes()
-        if outlet.LOST:
-            row["output_lost"] = dict(outlet.LOST)
-        self.row_started_s = now
-        self.folder.append_metrics(row)
-        self.settled = row["step"], self.learner.optimiser.updates
-        self.stream.settle()
-        self.display.update(row)
-
-    def save(self, step: int, version: WeightVersion) -> None:
-        """A checkpoint after `step`."""
-        started_s = time.monotonic()
-        self.parts.engine.release_memory()
-        with self.trace.span("checkpoint"), self.folder.checkpoint(step) as directory:
-            parts = {name: part.state() for name, part in self.saved_parts.items()}
-            state = RunState(step, self.learner.optimiser.updates, version.digest, parts)
-            saved_state.save(directory, self.parts.decoder, self.optimisers, self.parts.tokenizer, state)
-            self.parts.publisher.save(directory)
-            saved_state.seal(directory)
-        self.saved_s = time.monotonic()
-        self.save_took_s = self.saved_s - started_s
-
-    def save_newest(self, version: WeightVersion) -> None:
-        """A checkpoint of the last finished step, unless there is one, or an update has begun since."""
-        saved = self.folder.latest_checkpoint()
-        settled = self.settled == (version.step, self.learner.optimiser.updates)
-        if settled and version.step and (saved is None or saved.step < version.step):
-            self.save(version.step, version)
-
-    def restore(self) -> int:
-        """Go back to the newest checkpoint; returns its step, 0 where there is none. Says what is set aside."""
-        saved = self.folder.latest_checkpoint()
-        aside = self.folder.rewind(-1 if saved is None else self._load(saved))
-        self.account.resume(aside.rows)
-        if aside.steps:
-            since = "there is no checkpoint" if saved is None else f"the newest checkpoint is of step {saved.step}"
-            steps = "-".join(map(str, dict.fromkeys((aside.steps[0], aside.steps[-1]))))
-            self.display.note(f"{since}: what is there of step {steps} was set aside in {aside.path}")
-        self.saved_s = time.monotonic()
-        return 0 if saved is None else saved.step
-
-    def _load(self, saved: SavedCheckpoint) -> int:
-        """The state of a checkpoint; returns its step."""
-        state = saved_state.load(saved.path, self.optimisers)
-        self.parts.publisher.load(saved.path)
-        version = self.parts.publisher.publish(state.step)
-        if version.digest != state.weights:
-            raise RunFolderError(
-                f"the weights of {saved.path} hash to {version.digest[:12]}, not to the {state.weights[:12]} that were "
-                "saved: the files were changed. Remove this checkpoint to go on from the one before."
-            )
-        saved_state.restore_parts(self.saved_parts, state.parts, saved.path)
-        self.settled = state.step, state.updates
-        return state.step
-
-    def follow(self) -> None:
-        """Take up the course of earlier sittings."""
-        for row in self.folder.rows():
-            self.course.take(row)
-        if self.course.reached:
-            self.display.note(f"{self.course.reached}, so nothing is left to do. To go on, set evaluation.stop_* anew.")
-
-    def finish(self) -> None:
-        """Close the ledger."""
-        self.folder.write_ledger(self.account.close())
-
-
-def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: Display) -> tuple[int, Path]:
-    """Run a config, new in `out` or on from `resume`; returns the exit code and the run folder."""
+    last: the step after which it ends, where that is not config.steps, by which the learning rate falls.
+    """
     check_training(config)
     check_counts(config)
     keep = config.checkpoint.keep
@@ -412,19 +37,21 @@ def train(config: RunConfig, *, out: Path | None, resume: Path | None, display: 
     if resume is None:
         check_new(path)
     clock = WallClock()
-    with ExitStack() as closing:
+    with ExitStack() as leaving:
         pool = EnvironmentPool(config.task)
-        closing.callback(pool.close)
-        folder = closing.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
+        leaving.callback(pool.close)
+        folder = leaving.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
         parts = build_parts(config.model, config.engine, config.sync.lag, config, task=config.task)
         pool.ready()
         if folder is None:  # only now, so that a wrong model or task leaves no folder behind
-            folder = closing.enter_context(RunFolder.create(path, config, keep=keep))
+            folder = leaving.enter_context(RunFolder.create(path, config, keep=keep))
         now = parts.tokenizer.now = started(folder.path) or parts.tokenizer.now
         model = {"model": to_hf_config(parts.decoder.spec, config.model.dtype)}
         folder.write_plan(parts.plan | model | {"numerics": declaration(config), "started": now.isoformat()})
         with parts.memory.foreseen():
-            return _sit(Session(config, folder, pool, parts, display, clock)), folder.path
+            kind = Session if config.asynchrony.mode == "sync" else AsyncSession
+            session = kind(config, folder, pool, parts, display, clock)
+            return _sit(session, config.steps if last is None else last), folder.path
 
 
 def plan(config: RunConfig) -> Plan:
@@ -434,9 +61,9 @@ def plan(config: RunConfig) -> Plan:
     return plan_parts(checkpoint, checkpoint.load_tokenizer(), config.model, config.engine, config.sync.lag, config)
 
 
-def _sit(session: Session) -> int:
+def _sit(session: Session, steps: int) -> int:
     config, folder, parts, display = session.config, session.folder, session.parts, session.display
-    with display, session.stopping, session.account:
+    with display, session.stopping, session.account, closing(session):
         done = session.restore()
         session.follow()
         engines = dict.fromkeys((parts.engine, parts.exact_engine))
@@ -447,7 +74,7 @@ def _sit(session: Session) -> int:
             session.stopping.ahead = saving
         try:
             stages = session.stages()
-            last = done if stages.stop() else run_loop(stages, done + 1, config.steps)
+            last = done if stages.stop() else run_loop(stages, done + 1, steps)
         except (TandemError, OSError, RuntimeError, MemoryError):
             with suppress(CheckpointError):  # where a disk is full, the first error says so
                 session.save_newest(parts.exact_engine.version)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -135,7 +135,14 @@ def build_parts(
     memory.check()
     config = replace(config, kv_memory_bytes=memory.kv_memory_bytes)
     with memory.foreseen():
-        return _build(checkpoint, tokenizer, renderer, model, config, lag, memory, learns=learns)
+        beside = run is not None and run.asynchrony.mode != "sync"
+        return _build(checkpoint, tokenizer, renderer, model, config, memory, _Use(lag, beside, learns))
+
+
+class _Use(NamedTuple):
+    lag: int  # updates that the engine's weights trail
+    beside: bool  # the engine works while the learner does
+    learns: bool
 
 
 def _build(
@@ -144,18 +151,18 @@ def _build(
     renderer: Renderer,
     model: ModelConfig,
     config: EngineConfig,
-    lag: int,
     memory: Plan,
-    *,
-    learns: bool,
+    use: _Use,
 ) -> Parts:
+    lag, beside, learns = use
     spec = checkpoint.spec
     decoder = Decoder(spec, model.dtype, model.device, model.kernels)
     dtype = model.dtype if config.dtype == "same" else config.dtype
     rounded = config.weights != "same" or dtype != model.dtype
     held = frozenset() if learns or rounded or lag else hold_codes(decoder, checkpoint)
     decoder.load(checkpoint.tensors(held))
-    serving = Decoder(spec, dtype, model.device, model.kernels) if rounded or lag else decoder
+    apart = rounded or lag or beside  # the engine has weights of its own
+    serving = Decoder(spec, dtype, model.device, model.kernels) if apart else decoder
     source = (Decoder(spec, model.dtype, model.device, model.kernels) if rounded else serving) if lag else None
 
     def engine_on(decoder: Decoder, config: EngineConfig) -> Engine:
@@ -165,7 +172,7 @@ def _build(
         return Engine(runner, config, num_pages, max_context=spec.max_position, decode=tokenizer.decode)
 
     engine = engine_on(serving, config)
-    exact = not (lag or of_engine(model, config))
+    exact = not (lag or beside or of_engine(model, config))
     exact_engine = engine if exact else engine_on(decoder, without_departures(config))
     on_learner = [exact_engine] if exact or serving is not decoder else [engine, exact_engine]
     receivers: list[Receiver] = [Shared("what runs on the learner's weights", decoder, *on_learner)]

@@ -22,6 +22,10 @@ class PromptStream:
         self.cursor += count
         return prompts
 
+    def skip(self, cursor: int) -> None:
+        """All before `cursor` were taken, by an earlier sitting."""
+        self.cursor = max(self.cursor, cursor)
+
     def settle(self) -> None:
         """What was taken so far has met its fate."""
         self.settled = self.cursor

@@ -71,6 +71,11 @@ def departures(config: RunConfig) -> tuple[Departure, ...]:
     if config.sync.lag:
         what = f"the engine's weights are {config.sync.lag} updates old"
         found.append(Departure(f"sync.lag={config.sync.lag}", what, "staleness"))
+    if lag := config.asynchrony.most_lag:
+        what = f"tokens are drawn up to {lag} updates before they are learned"
+        found.append(Departure(f"asynchrony.mode={config.asynchrony.mode}", what, "staleness"))
+    if config.asynchrony.at_update == "keep":
+        found.append(Departure("asynchrony.at_update=keep", "keys and values of older weights stay", "mismatch"))
     rollout = config.rollout
     for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
         value = getattr(rollout, name)

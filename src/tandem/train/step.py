@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -64,12 +64,14 @@ class Learner:
         self.trace = trace or Trace()  # span "update": norm, clipping, AdamW and packing of the weights
         self.optimiser = Optimiser(decoder, config)
         self.critic = critic
+        self.between: Callable[[], None] = _nothing  # called before each microbatch
 
     def backward(self, microbatch: Microbatch) -> LossResult:
         """Add a microbatch's gradients. NonFiniteError, naming the samples, where its loss is not finite."""
         return self._backward(microbatch, self.objective.begin())[0]
 
     def _backward(self, microbatch: Microbatch, by: ObjectiveStep) -> tuple[LossResult, Any]:
+        self.between()
         checkpointing = self.config.activation_checkpointing == "on"
         batch = to_tensors(microbatch, self.decoder.device)
         outputs = forward(self.decoder, microbatch, batch, self.objective.temperature, checkpointing)
@@ -164,3 +166,7 @@ class Learner:
             known = judged(samples) | {"critic_grad_norm": self.critic_norm}
             measured = replace(measured, metrics=measured.metrics | known)
         return LearnerReport(measured, norm, lr, len(results), rows)
+
+
+def _nothing() -> None:
+    """Between two microbatches, where nobody waits."""

@@ -1,0 +1,205 @@
+"""Groups between rollouts and the learner: which may begin, which a step takes, and what becomes of the others.
+
+No thread, no clock: what is chosen is a function of the order in which groups began and ended. P is the groups of a
+step, S the most updates that a group may trail, W the window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from tandem.numerics.random import derive_seed
+from tandem.rollout.config import AsyncConfig
+from tandem.rollout.flow import Ended
+from tandem.types import Group
+
+
+@dataclass(slots=True)
+class Waiting:
+    """A group that has ended.
+
+    >>> from tandem.types import Prompt
+    >>> Waiting(3, Ended("p/1", Group(Prompt("p", ()), ()), ()), 0).uses
+    0
+    """
+
+    number: int  # in the order in which groups began
+    ended: Ended
+    begun_at: int  # version of the engine when it began
+    uses: int = 0  # batches that it was in
+
+    @property
+    def version(self) -> int:
+        """The oldest that drew of it."""
+        first = self.ended.first_version
+        return self.begun_at if first is None else first
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What a step takes, by number.
+
+    >>> Choice(1, (0, 1)).numbers
+    (0, 1)
+    """
+
+    step: int
+    numbers: tuple[int, ...]  # of the batch
+    again: tuple[int, ...] = ()  # of the batch too: groups that were in one before
+    stale: tuple[int, ...] = ()  # dropped: too old
+    unusable: tuple[int, ...] = ()  # ended since the last step, and replaced by others: their rewards are equal
+    evicted: tuple[int, ...] = ()  # kept for another use, and let go
+
+
+class Queue:
+    """Bounded: (S + 1) P groups run, wait or are learned at most, and `replay_groups` are kept for another use."""
+
+    def __init__(self, size: int, config: AsyncConfig, run_seed: int = 0, redraws: int = 0) -> None:
+        self.size = size
+        self.config = config
+        self.run_seed = run_seed
+        self.redraws = redraws
+        self.begun = 0  # groups, ever; the next one's number
+        self.replaced = 0  # of these, stale or unusable: others began in their place
+        self.running: dict[int, int] = {}  # number -> version of the engine when it began
+        self.waiting: dict[int, Waiting] = {}  # in the order in which they ended
+        self.unusable: dict[int, Waiting] = {}
+        self.chosen: tuple[int, ...] = ()  # that are being learned
+        self.kept: dict[int, Waiting] = {}  # for another use, in the order of their last
+        self.redrawn = 0  # in the present step
+
+    @property
+    def step(self) -> int:
+        """Of the next group to begin: its seeds are those that a loop in steps would give it."""
+        return 1 + (self.begun - self.replaced) // self.size
+
+    @property
+    def fresh(self) -> int:
+        """Groups of a batch that were in none before, where enough are kept for the others."""
+        return math.ceil(self.size / self.config.replay_uses)
+
+    @property
+    def capacity(self) -> int:
+        """Groups that run, wait or are learned at most: (S + 1) P, of P those that are used for the first time."""
+        return max(self.size, (self.config.most_lag + 1) * self.fresh)
+
+    @property
+    def room(self) -> int:
+        """Groups that may begin."""
+        return self.capacity - len(self.running) - len(self.waiting) - len(self.chosen)
+
+    def begin(self, version: int) -> int:
+        """The number of a group that begins."""
+        number = self.begun
+        self.begun += 1
+        self.running[number] = version
+        return number
+
+    def end(self, number: int, ended: Ended, usable: bool = True) -> Waiting:
+        """A group has ended. Not usable: another begins in its place, `redraws` times P in a step at most."""
+        entry = Waiting(number, ended, self.running.pop(number))
+        if not usable and self.redrawn < self.redraws * self.size:
+            self.redrawn += 1
+            self.replaced += 1
+            self.unusable[number] = entry
+        else:
+            self.waiting[number] = entry
+        return entry
+
+    def choose(self, step: int) -> Choice | None:
+        """What step `step` takes, where there is enough. It learns on version step - 1."""
+        stale = [n for n, one in self.waiting.items() if self._lag(step, one) > self.config.most_lag]
+        stale = stale if self.config.order == "drop" else []
+        fresh = [number for number in self.waiting if number not in stale]
+        kept = [one for one in self.kept.values() if self._lag(step, one) <= self.config.replay_lag]
+        again = self._again(step, kept, self.size - self.fresh)
+        numbers = self._fresh(fresh, self.size - len(again), stale)
+        if numbers is None:
+            return Choice(step, (), stale=tuple(stale)) if stale else None
+        evicted = [one.number for one in self.kept.values() if one not in kept]
+        spent = {number for number in again if self.kept[number].uses + 1 >= self.config.replay_uses}
+        left = [number for number in self.kept if number not in spent and number not in evicted]
+        more = 0 if self.config.replay_uses == 1 else len(numbers)
+        excess = max(0, len(left) + more - self.config.replay_groups) if self.config.replay_groups else 0
+        evicted += [number for number in left if number not in again][:excess]
+        return Choice(step, tuple(numbers), tuple(again), tuple(stale), tuple(self.unusable), tuple(evicted))
+
+    def take(self, choice: Choice) -> list[Waiting]:
+        """The groups of a choice, which they leave the queue for; empty where it only drops."""
+        for number in choice.stale:
+            del self.waiting[number]
+        self.replaced += len(choice.stale)
+        if not choice.numbers:
+            return []
+        assert not self.chosen, f"step {choice.step} begins before {self.chosen} were learned"
+        for number in choice.evicted:
+            del self.kept[number]
+        again = [self.kept.pop(number) for number in choice.again]
+        fresh = [self.waiting.pop(number) for number in choice.numbers]
+        unusable = [self.unusable.pop(number) for number in choice.unusable]
+        self.redrawn = 0
+        self.chosen = choice.numbers
+        if self.config.order in ("fifo", "window"):
+            for one in fresh:
+                lag = self._lag(choice.step, one)
+                assert lag <= self.bound, f"group {one.number} trails step {choice.step} by {lag} > {self.bound}"
+        for one in [*again, *fresh]:
+            one.uses += 1
+            if one.uses < self.config.replay_uses:
+                self.kept[one.number] = one
+        return [*fresh, *again, *unusable]
+
+    def learned(self) -> None:
+        """The update of what was chosen is published: as many may begin."""
+        self.chosen = ()
+
+    @property
+    def bound(self) -> int:
+        """Updates that a group trails at most when it is first learned, in fifo order and in a window: S + ceil((W - 1) / P)
+        where each is learned once."""
+        window = self.config.window if self.config.order == "window" else 1
+        return math.ceil(self.capacity / self.fresh) - 1 + math.ceil((window - 1) / self.fresh)
+
+    def _lag(self, step: int, one: Waiting) -> int:
+        return step - 1 - one.version
+
+    def _fresh(self, ended: Sequence[int], count: int, stale: Sequence[int]) -> list[int] | None:
+        """`count` of those that ended, in the order of the config; None where there are too few."""
+        if self.config.order in ("completion", "drop"):
+            return list(ended[:count]) if len(ended) >= count else None
+        open_ = sorted([*self.running, *ended])
+        window = self.config.window if self.config.order == "window" else 1
+        found: list[int] = []
+        while len(found) < count:
+            allowed = set(open_[:window])  # the oldest that nothing was learned of, and those behind it
+            first = next((number for number in ended if number in allowed and number not in found), None)
+            if first is None:
+                return None
+            found.append(first)
+            open_.remove(first)
+        return found
+
+    def _again(self, step: int, kept: Sequence[Waiting], most: int) -> list[int]:
+        order = list(kept)
+        if self.config.replay_order == "newest":
+            order.reverse()
+        elif self.config.replay_order == "random":
+            Random(derive_seed(self.run_seed, step, "replay", 0)).shuffle(order)
+        elif self.config.replay_order == "spread":
+            order.sort(key=lambda one: -spread(one.ended.group))
+        return [one.number for one in order[:most]]
+
+
+def spread(group: Group) -> float:
+    """Variance of its programs' rewards.
+
+    >>> from tandem.types import Prompt
+    >>> spread(Group(Prompt("p", ()), ()))
+    0.0
+    """
+    rewards = [program[0].reward for program in group.programs if program[0].failure is None]
+    mean = math.fsum(rewards) / len(rewards) if rewards else 0.0
+    return math.fsum((reward - mean) ** 2 for reward in rewards) / len(rewards) if rewards else 0.0

@@ -1,0 +1,473 @@
+"""A run whose rollouts go on while it learns: the stages of the loop over a thread that samples.
+
+The thread owns the flow (rollout/flow.py) and with it the engine; the main thread owns the learner. They meet in the
+queue (rollout/queue.py), and where the weights change, at a moment between two steps of the engine. Where both compute
+on the same cores they take turns, a step of the engine and a microbatch at a time: each then has all of the cores, and
+neither waits for one that sleeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tandem import env
+from tandem.algo.advantage import Selection
+from tandem.engine.driver import Driver
+from tandem.errors import CheckpointError, RunFolderError, WorkerError
+from tandem.rollout.config import AsyncConfig
+from tandem.rollout.flow import Ended, Flow
+from tandem.rollout.program import Paused
+from tandem.rollout.queue import Choice, Queue, Waiting
+from tandem.rollout.rollout import Rollouts
+from tandem.run.counted import counted
+from tandem.run.journal import FACTS, Fact, Journal, Read, packed, unpacked
+from tandem.run.loop import Stages
+from tandem.run.session import Session
+from tandem.sync.departures import of_engine
+from tandem.trace import Totals, Trace
+from tandem.train.score import versions_of
+from tandem.train.step import LearnerReport
+from tandem.types import Completion, Group, Prompt, Request, Sample, WeightVersion
+
+WAIT_S = 0.05  # of the thread, for environments or for room
+LOOK_S = 1.0  # of the learner, at whether the thread lives
+SAVED = "rollouts.msgpack"  # in a checkpoint
+
+
+class Cores:
+    """Whose turn it is to compute: first come, first served."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._next = self._serving = 0
+
+    def __enter__(self) -> None:
+        with self._changed:
+            mine = self._next
+            self._next += 1
+            self._changed.wait_for(lambda: self._serving == mine)
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._serving += 1
+            self._changed.notify_all()
+
+    def give_way(self) -> None:
+        """Who holds them lets those go first who wait."""
+        with self._changed:
+            if self._next == self._serving + 1:
+                return
+        self.__exit__()
+        self.__enter__()
+
+
+class Taking:
+    """An engine that takes the cores for a step."""
+
+    def __init__(self, engine: Any, cores: Cores) -> None:
+        self.engine = engine
+        self.cores = cores
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.engine.has_work)
+
+    def check(self, request: Request, /) -> None:
+        self.engine.check(request)
+
+    def submit(self, request: Request, /) -> None:
+        self.engine.submit(request)
+
+    def abort(self, request_id: str, /) -> Completion | None:
+        return self.engine.abort(request_id)  # type: ignore[no-any-return]
+
+    def drawn(self, request_id: str, first: int, /) -> Any:
+        return self.engine.drawn(request_id, first)
+
+    def step(self) -> list[Completion]:
+        with self.cores:
+            return self.engine.step()  # type: ignore[no-any-return]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Kept:
+    """What a checkpoint has of rollouts.
+
+    >>> Kept(0, 0, 0, (), (), (), (), ()).begun
+    0
+    """
+
+    journal_bytes: int  # of facts before it
+    begun: int
+    replaced: int
+    running: tuple[tuple[int, int], ...]  # number, version
+    groups: tuple[tuple[int, str], ...]  # number, id
+    waiting: tuple[Waiting, ...]
+    kept: tuple[Waiting, ...]
+    paused: tuple[tuple[str, tuple[Paused, ...]], ...]
+    unusable: tuple[Waiting, ...] = ()
+    redrawn: int = 0
+
+
+class AsyncSession(Session):
+    """The stages of one sitting, with a thread that samples."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__(*parts)
+        config: AsyncConfig = self.config.asynchrony
+        asked = self.config.rollout
+        self.queue = Queue(asked.prompts_per_step, config, self.config.seed, asked.redraws)
+        self.numbers: dict[str, int] = {}  # group id -> number, of those that run
+        self.unbegun: dict[int, tuple[int, int]] = {}  # number -> step and prompt, of those that an earlier sitting ran
+        self.paused: dict[str, tuple[Paused, ...]] = {}  # by group id, of a checkpoint
+        self.history: deque[Fact] = deque()  # of an earlier sitting, that are lived through again
+        self.earlier: Read | None = None
+        self.sampled = Totals()
+        self.cores: Cores | None = Cores() if self.config.model.device == "cpu" else None
+        engine = self.parts.engine if self.cores is None else Taking(self.parts.engine, self.cores)
+        given = (Driver(engine), self.parts.renderer, self.pool, asked, self.config.seed, Trace([self.sampled]))
+        self.rollouts = Rollouts(*given)
+        self.flow = Flow(self.rollouts)
+        if self.cores is not None:
+            self.learner.between = self.cores.give_way
+        self.journal: Journal | None = None
+        self.restarted_tokens = 0  # of programs that began anew
+        self._changed = threading.Condition()  # guards the next five
+        self._wanted = 0  # times that the main thread wants what the thread has
+        self._rolling = False  # the thread has it
+        self._ending = False
+        self._draining = False  # nothing begins
+        self._failed: BaseException | None = None
+        self._turned_s = time.monotonic()
+        self._thread: threading.Thread | None = None
+
+    def stages(self) -> Stages:
+        return dataclasses.replace(super().stages(), prompts=lambda _: (), rollout=self.gather, rest=lambda: None)
+
+    # The thread.
+
+    def _roll(self) -> None:
+        torch.set_num_threads(env.num_threads())
+        try:
+            with counted(self.parts, self.rollouts.trace, bool(self.config.engine.draft_tokens)):
+                while True:
+                    with self._changed:
+                        self._changed.wait_for(lambda: self._ending or not self._wanted)
+                        if self._ending:
+                            return
+                        self._rolling = True
+                    try:
+                        idle = self._turn()
+                    finally:
+                        with self._changed:
+                            self._rolling, self._turned_s = False, time.monotonic()
+                            self._changed.notify_all()
+                    if idle:
+                        with self.rollouts.trace.span("full_buffer"), self._changed:
+                            self._changed.wait(WAIT_S)
+        except BaseException as error:  # noqa: BLE001 - recorded boundary: the main thread raises it
+            with self._changed:
+                self._failed = error
+                self._changed.notify_all()
+
+    def _turn(self) -> bool:
+        """Begin what may, and a step; whether there was nothing to do."""
+        with self.rollouts.trace.span("rollout"):
+            while self.queue.room > 0 and not self._draining and self._has_load():
+                place = self.stream.cursor
+                (prompt,) = self.stream.take(1)
+                self._begin(place, prompt)
+            if not len(self.flow):
+                return True
+            for ended in self.flow.advance(WAIT_S):
+                self._end(ended)
+        return False
+
+    def _has_load(self) -> bool:
+        """Whether the engine would run a group at once."""
+        return not (self.config.asynchrony.by_load and self.parts.engine.scheduler.waiting)
+
+    def _begin(self, place: int, prompt: Prompt) -> None:
+        step, version = self.queue.step, self.parts.engine.version.step
+        number = self.queue.begin(version)
+        group = self.flow.begin(step, prompt)
+        self.numbers[group] = number
+        assert self.journal is not None
+        self.journal.begin(number, group, step, place, version)
+
+    def _end(self, ended: Ended) -> None:
+        usable = not self.config.rollout.redraws or self.usable(ended.group)
+        number = self.numbers.pop(ended.id)
+        assert self.journal is not None
+        self.journal.end(number, ended, usable)
+        self.queue.end(number, ended, usable)
+
+    # What the main thread asks of it.
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """The thread does nothing meanwhile."""
+        with self._changed:
+            self._wanted += 1
+            self._changed.wait_for(lambda: not self._rolling or self._failed is not None)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._wanted -= 1
+                self._changed.notify_all()
+
+    def start(self) -> None:
+        """Begin what an earlier sitting had begun, and sample from now on."""
+        assert self._thread is None
+        self.flow.resume([(name, paused) for name, paused in self.paused.items()])
+        for number, (step, place) in sorted(self.unbegun.items()):
+            group = self.flow.begin(step, self.pool.prompt(place))
+            self.numbers[group] = number
+        self.paused, self.unbegun = {}, {}
+        self._turned_s = time.monotonic()
+        self._thread = threading.Thread(target=self._roll, name="rollouts", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """No thread, nothing in the engine or with environments."""
+        with self._changed:
+            self._ending = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(self.config.rollout.deadline_s)
+        self.flow.withdraw()
+        if self.journal is not None:
+            self.journal.close()
+
+    def _wait(self, phase: str) -> None:
+        """For something to end, a little. WorkerError where the thread can't."""
+        with self._changed:
+            if self._failed is None:
+                self._changed.wait(LOOK_S)
+            failed, turned_s = self._failed, self._turned_s
+        if failed is not None:
+            if isinstance(failed, Exception):
+                raise failed
+            raise WorkerError("rollouts", phase, f"its thread ended: {failed!r}") from failed
+        most_s = self.config.rollout.deadline_s
+        if time.monotonic() - turned_s > most_s:
+            raise WorkerError("rollouts", phase, f"a step of the engine has taken {most_s:g} s (rollout.deadline_s)")
+
+    def gather(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
+        """The groups of a step, as they were chosen before or as soon as there are enough."""
+        with self.trace.span("buffer"):
+            while (groups := self._lived(step)) is None:
+                if self._thread is None:
+                    self.start()
+                with self.parked():
+                    choice = self.queue.choose(step)
+                    found = self._take(choice) if choice is not None else []
+                if found:
+                    return [one.ended.group for one in found]
+                if self.stopping.requested and self.stopping.received is not None:
+                    self.stopping.ahead = "the groups of this step are waited for"
+                self._wait("rollout")
+        return groups
+
+    def _take(self, choice: Choice) -> list[Waiting]:
+        assert self.journal is not None
+        self.journal.choose(choice.step, choice.numbers, choice.again, choice.stale)
+        return self.queue.take(choice)
+
+    def publish(self, step: int) -> WeightVersion:
+        with self.trace.span("publish"):
+            if self._thread is None:  # lived through again
+                version = self.parts.publisher.publish(step)
+                self.queue.learned()
+                self._compare(step, version)
+                return version
+            if self.config.asynchrony.ends_first:
+                self._drain()
+            with self.parked():
+                version = self._published(step)
+                self.queue.learned()
+                assert self.journal is not None
+                self.journal.update(step, version.digest)
+                self._draining = False
+        return version
+
+    def _published(self, step: int) -> WeightVersion:
+        if self.config.asynchrony.at_update == "keep":
+            return self.parts.publisher.publish(step)
+        with self.flow.held():
+            if self.config.asynchrony.at_update == "restart":
+                self.restarted_tokens += self.flow.restart()
+            return self.parts.publisher.publish(step)
+
+    def _drain(self) -> None:
+        self._draining = True
+        while True:
+            with self.parked():
+                if not len(self.flow):
+                    return
+            self._wait("publish")
+
+    def sources(self, samples: tuple[Sample, ...], *given: Any) -> tuple[Sample, ...]:
+        """Log-probs under the version that drew each token: the engine's own, where it computes the learner's bits."""
+        if self.config.asynchrony.at_update == "keep" or of_engine(self.config.model, self.config.engine):
+            return super().sources(samples, *given)
+        if not versions_of(samples) - {self.learned_on}:
+            return samples
+        return tuple(
+            dataclasses.replace(one, columns=one.columns.having(source_logprobs=one.columns["logprobs"]))
+            for one in samples
+        )
+
+    def score(self, batch: Selection) -> Selection:
+        with self.cores or contextlib.nullcontext():
+            return super().score(batch)
+
+    def learn(self, step: int, batch: Selection) -> LearnerReport | None:
+        with self.cores or contextlib.nullcontext():
+            return super().learn(step, batch)
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        with self.parked():
+            return super().evaluate(step)
+
+    # Checkpoints, and what came after them.
+
+    def save(self, step: int, version: WeightVersion) -> None:
+        with self.parked(), self.flow.held():
+            super().save(step, version)
+
+    def save_more(self, directory: Path) -> None:
+        super().save_more(directory)
+        assert self.journal is not None
+        self.journal.sync()
+        queue = self.queue
+        paused = [*((name, tuple(ones)) for name, ones in self.flow.pause()), *self.paused.items()]
+        (directory / SAVED).write_bytes(
+            packed(
+                Kept(
+                    self.journal.size() if not self.history else self.lived_bytes,
+                    queue.begun,
+                    queue.replaced,
+                    tuple(queue.running.items()),
+                    tuple((number, name) for name, number in self.numbers.items()),
+                    tuple(queue.waiting.values()),
+                    tuple(queue.kept.values()),
+                    tuple(paused),
+                    tuple(queue.unusable.values()),
+                    queue.redrawn,
+                )
+            )
+        )
+
+    def restore(self) -> int:
+        """To the newest checkpoint; what the journal has behind it is lived through again, step by step."""
+        done = super().restore()
+        folder = self.folder.path
+        self.lived_bytes = 0
+        saved = self.folder.latest_checkpoint()
+        kept = self._kept(saved.path) if saved is not None else None
+        if (folder / FACTS).is_file():
+            self.earlier = Read(folder)
+            self.earlier.mend()
+            if self.earlier.cut:
+                self.display.note(f"the journal was cut: {self.earlier.cut}; the run goes on from there")
+            self.history.extend(self.earlier.after(kept.journal_bytes if kept is not None else 0))
+        self.journal = Journal(folder)
+        if self.history and self.history[0].kind == "start":
+            self.history.popleft()
+        elif self.earlier is None:
+            version = self.parts.publisher.version
+            assert version is not None
+            self.journal.start({}, version.digest)
+        return done
+
+    def _kept(self, directory: Path) -> Kept:
+        try:
+            kept = unpacked((directory / SAVED).read_bytes(), Kept)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{directory / SAVED} cannot be read: {error}. Remove the checkpoint to go on from the one before."
+            ) from error
+        queue = self.queue
+        queue.begun, queue.replaced, queue.redrawn = kept.begun, kept.replaced, kept.redrawn
+        queue.running = dict(kept.running)
+        queue.waiting = {one.number: one for one in kept.waiting}
+        queue.kept = {one.number: one for one in kept.kept}
+        queue.unusable = {one.number: one for one in kept.unusable}
+        self.numbers = {name: number for number, name in kept.groups}
+        self.paused = dict(kept.paused)
+        self.lived_bytes = kept.journal_bytes
+        return kept
+
+    def _lived(self, step: int) -> list[Group] | None:
+        """The groups that an earlier sitting chose for a step; None where it did not come so far."""
+        while self.history:
+            fact = self.history.popleft()
+            if fact.kind == "choose":
+                choice = Choice(fact["step"], tuple(fact["numbers"]), tuple(fact["again"]), tuple(fact["stale"]))
+                if choice.numbers and choice.step != step:
+                    raise RunFolderError(
+                        f"{self.folder.path / FACTS} chooses for step {choice.step} where step {step} is due: it is of "
+                        "another run, or was changed. Restore it."
+                    )
+                choice = dataclasses.replace(choice, unusable=tuple(self.queue.unusable))
+                found = self.queue.take(choice)
+                if found:
+                    return [one.ended.group for one in found]
+            else:
+                self._live(fact)
+        return None
+
+    def _live(self, fact: Fact) -> None:
+        """A fact between two choices."""
+        assert self.earlier is not None
+        if fact.kind == "begin":
+            number = self.queue.begin(fact["version"])
+            assert number == fact["number"], (number, fact)
+            self.numbers[fact["group"]] = number
+            self.unbegun[number] = fact["step"], fact["prompt"]
+            self.stream.skip(fact["prompt"] + 1)
+        elif fact.kind == "end":
+            self.queue.end(fact["number"], self.earlier.ended(fact), fact["usable"])
+            self.numbers.pop(fact["group"])
+            self.unbegun.pop(fact["number"], None)
+            self.paused.pop(fact["group"], None)
+
+    def _compare(self, step: int, version: WeightVersion) -> None:
+        """With the hash that the earlier sitting came to."""
+        while self.history:
+            fact = self.history.popleft()
+            if fact.kind == "update":
+                if (fact["step"], fact["weights"]) != (step, version.digest):
+                    raise RunFolderError(
+                        f"step {step} was learned again and gave the weights {version.digest[:12]}, and the journal "
+                        f"has {fact['weights'][:12]}: another version of tandem, of its kernels, or a changed file. "
+                        "Resume where the run was started."
+                    )
+                return
+            self._live(fact)
+        assert self.journal is not None
+        self.journal.update(step, version.digest)
+
+    @property
+    def learned_on(self) -> int:
+        """The version that the present step learns on."""
+        version = self.parts.publisher.version
+        assert version is not None
+        return version.step
+
+    def finish(self) -> None:
+        with contextlib.suppress(RuntimeError):
+            self.sampled.take()
+        super().finish()

@@ -1,0 +1,216 @@
+"""The journal of an asynchronous run: each fact that scheduling and the outside decided, in order.
+
+    journal.jsonl     a fact a line: start, begin, end, choose, update, resume
+    journal.bin       the groups that ended, whole; an `end` says where, and their hash
+
+Weights, seeds and these facts fix all tokens and all later weights. An `end` names which version drew how many tokens
+of each program; an `update` names the hash of the weights, so that a repetition is checked at each step.
+
+A line counts where it is whole, and an `end` where its group is: a run that was killed in the middle of one goes on,
+and is repeated, up to there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import xxhash
+
+from tandem.errors import RunFolderError, WorldError
+from tandem.rollout.flow import Ended
+
+T = TypeVar("T")
+FACTS, GROUPS = "journal.jsonl", "journal.bin"
+VERSION = 1
+
+
+def packed(value: Any) -> bytes:
+    """Nouns as MessagePack; arrays as their bytes."""
+    return msgspec.msgpack.encode(value, enc_hook=_array_out)
+
+
+def unpacked(content: bytes, kind: type[T]) -> T:
+    """
+    >>> from tandem.columns import Columns
+    >>> unpacked(packed(Columns.of(tokens=(1, 2))), Columns)["tokens"].tolist()
+    [1, 2]
+    """
+    return msgspec.msgpack.decode(content, type=kind, dec_hook=_array_in)
+
+
+def _array_out(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [value.dtype.str, value.shape, value.tolist() if value.dtype == object else value.tobytes()]
+    raise TypeError(f"{type(value).__name__} cannot be kept")
+
+
+def _array_in(kind: type, value: Any) -> Any:
+    if kind is not np.ndarray:
+        raise TypeError(f"{kind.__name__} cannot be read")
+    dtype, shape, content = value
+    if dtype == "|O":
+        array = np.empty(shape, object)
+        array[:] = content
+        array.flags.writeable = False
+        return array
+    return np.frombuffer(content, dtype).reshape(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One line.
+
+    >>> Fact({"fact": "begin", "number": 0}).kind
+    'begin'
+    """
+
+    values: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        return str(self.values["fact"])
+
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
+
+
+class Journal:
+    """Written by one process, from any thread that holds the run's turn; a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.seconds = 0.0  # spent writing
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        self._facts = os.open(folder / FACTS, flags, 0o644)
+        self._groups = os.open(folder / GROUPS, flags, 0o644)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for descriptor in (self._facts, self._groups):
+            os.close(descriptor)
+
+    def start(self, config: Mapping[str, Any], weights: str) -> None:
+        self._write(fact="start", version=VERSION, config=dict(config), weights=weights)
+
+    def resume(self, step: int) -> None:
+        """What follows goes on from the checkpoint of `step`; what ended since is in the journal before."""
+        self._write(fact="resume", step=step)
+
+    def begin(self, number: int, group: str, step: int, prompt: int, version: int) -> None:
+        """prompt: its place in the run's order of prompts."""
+        self._write(fact="begin", number=number, group=group, step=step, prompt=prompt, version=version)
+
+    def end(self, number: int, ended: Ended, usable: bool) -> None:
+        content = packed(ended)
+        at = os.fstat(self._groups).st_size
+        self._all(self._groups, content, GROUPS)
+        spans = {one.id: one.spans for one in ended.played}
+        where = {"at": at, "bytes": len(content), "hash": xxhash.xxh3_128_hexdigest(content)}
+        self._write(fact="end", number=number, group=ended.id, usable=usable, spans=spans, **where)
+
+    def choose(self, step: int, numbers: Sequence[int], again: Sequence[int], stale: Sequence[int]) -> None:
+        self._write(fact="choose", step=step, numbers=numbers, again=again, stale=stale)
+
+    def update(self, step: int, weights: str) -> None:
+        self._write(fact="update", step=step, weights=weights)
+
+    def size(self) -> int:
+        """Bytes of facts: what a checkpoint remembers, to know what came after it."""
+        return os.fstat(self._facts).st_size
+
+    def sync(self) -> None:
+        """On disk, for a checkpoint."""
+        os.fsync(self._groups)
+        os.fsync(self._facts)
+
+    def _write(self, **values: Any) -> None:
+        self._all(self._facts, json.dumps(values, separators=(",", ":")).encode() + b"\n", FACTS)
+
+    def _all(self, descriptor: int, content: bytes, name: str) -> None:
+        start = os.fstat(descriptor).st_size
+        rest = memoryview(content)
+        try:
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        except OSError as error:
+            os.ftruncate(descriptor, start)
+            raise WorldError(
+                f"{self.folder / name} could not be written: {error.strerror}. Free some space, then continue with "
+                f"--resume {self.folder}."
+            ) from error
+
+
+class Read:
+    """A journal as it was written, up to where it is whole. `cut`: why not all of it, or ""."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.facts: list[Fact] = []
+        self.cut = ""
+        self.whole_bytes = 0  # of facts
+        try:
+            content = (folder / FACTS).read_bytes()
+        except FileNotFoundError:
+            raise RunFolderError(
+                f"{folder} has no {FACTS}: asynchronous runs alone have one. A run in steps is repeated by its config."
+            ) from None
+        groups = (folder / GROUPS).stat().st_size if (folder / GROUPS).is_file() else 0
+        for line in content.splitlines(keepends=True):
+            fact = _fact(line)
+            if fact is None:
+                self.cut = f"line {len(self.facts) + 1} of {FACTS} is not whole"
+                break
+            if fact.kind == "end" and fact["at"] + fact["bytes"] > groups:
+                self.cut = f"group {fact['number']} of line {len(self.facts) + 1} is not whole in {GROUPS}"
+                break
+            self.facts.append(fact)
+            self.whole_bytes += len(line)
+
+    def mend(self) -> None:
+        """Drop what is not whole, so that the next fact begins a line."""
+        os.truncate(self.folder / FACTS, self.whole_bytes)
+
+    def after(self, size: int) -> Iterator[Fact]:
+        """The facts behind the first `size` bytes."""
+        seen = 0
+        content = (self.folder / FACTS).read_bytes()
+        for fact, line in zip(self.facts, content.splitlines(keepends=True), strict=False):
+            if seen >= size:
+                yield fact
+            seen += len(line)
+
+    def ended(self, fact: Fact) -> Ended:
+        """The group of an `end`. RunFolderError where its bytes are not those that were written."""
+        with (self.folder / GROUPS).open("rb") as file:
+            file.seek(fact["at"])
+            content = file.read(fact["bytes"])
+        if xxhash.xxh3_128_hexdigest(content) != fact["hash"]:
+            raise RunFolderError(
+                f"{self.folder / GROUPS} was changed: group {fact['number']} does not hash to what {FACTS} says. "
+                "Restore the file."
+            )
+        return unpacked(content, Ended)
+
+
+def _fact(line: bytes) -> Fact | None:
+    """None where the line is torn."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return Fact(values) if isinstance(values, dict) and "fact" in values else None
