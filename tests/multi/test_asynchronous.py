@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tandem.config import override
 from tandem.engine.config import EngineConfig
+from tandem.errors import RunFolderError
 from tandem.kernels.build.toolchain import compiler
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
@@ -17,6 +19,7 @@ from tandem.rollout.config import RolloutConfig
 from tandem.run import local
 from tandem.run.config import EvaluationConfig, RunConfig
 from tandem.run.journal import Read
+from tandem.run.replay import Repeated, replay
 from tandem.train.config import LearnerConfig
 from tests.display import Silent
 from tests.multi.test_goldens import TASK
@@ -92,3 +95,70 @@ def test_each_arm_learns(tiny: RunConfig, tmp_path: Path, arm: str) -> None:
     assert len(set(chosen)) == len(chosen)
     ended = {fact["number"] for fact in read.facts if fact.kind == "end"}
     assert set(chosen) <= ended
+    if arm == "keep":
+        with pytest.raises(RunFolderError, match="at_update=keep"):
+            repeated(tmp_path / "run")
+        return
+    for workers in (1, 2):
+        again = repeated(tmp_path / "run", workers)
+        assert [(one.recorded, one.found, one.other_groups) for one in again] == [(one, one, 0) for one in found]
+
+
+def repeated(folder: Path, workers: int = 1) -> list[Repeated]:
+    return replay(folder, workers=workers, on_step=lambda _: None, note=lambda _: None)
+
+
+def test_a_run_in_steps_is_repeated_too(tiny: RunConfig, tmp_path: Path) -> None:
+    """A verb that knows asynchronous runs alone, or a run that hangs on more than its config."""
+    found = trained(tiny, tmp_path / "run")
+    assert [(one.recorded, one.found) for one in repeated(tmp_path / "run")] == [(one, one) for one in found]
+
+
+def changed(folder: Path, change: Callable[[list[dict[str, Any]]], None]) -> None:
+    """The journal's facts, changed by hand."""
+    path = folder / "journal.jsonl"
+    facts = [json.loads(line) for line in path.read_text().splitlines()]
+    change(facts)
+    path.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+
+
+def test_another_choice_parts_there(tiny: RunConfig, tmp_path: Path) -> None:
+    """A repetition that reads the hashes from the journal, or that a changed choice does not reach."""
+    config = override(tiny, {**FULL, "asynchrony.order": "completion", "rollout.max_turns": "2"})
+    trained(config, tmp_path / "run")
+
+    def change(facts: list[dict[str, Any]]) -> None:
+        place, choice = next((i, f) for i, f in enumerate(facts) if f["fact"] == "choose" and f["step"] == 2)
+        chosen = {number for fact in facts if fact["fact"] == "choose" for number in fact["numbers"]}
+        left = [f["number"] for f in facts[:place] if f["fact"] == "end" and f["number"] not in chosen]
+        later = next(f for f in facts[place + 1 :] if f["fact"] == "choose")
+        if left:
+            choice["numbers"][0] = left[0]
+        else:  # all were chosen: two steps change a group that had ended by then
+            ended = {f["number"] for f in facts[:place] if f["fact"] == "end"}
+            at = next((i for i, number in enumerate(later["numbers"]) if number in ended), None)
+            if at is None:
+                choice["numbers"].pop()
+            else:
+                choice["numbers"][0], later["numbers"][at] = later["numbers"][at], choice["numbers"][0]
+
+    changed(tmp_path / "run", change)
+    same = [one.same for one in repeated(tmp_path / "run")]
+    assert same == [True, False, False, False]
+
+
+def test_a_journal_that_was_cut_is_repeated_to_the_cut(tiny: RunConfig, tmp_path: Path) -> None:
+    """A torn line, or a group that was not written whole, taken for a fact; or a repetition that gives up."""
+    found = trained(override(tiny, FULL), tmp_path / "run")
+    path = tmp_path / "run" / "journal.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    third = next(i for i, line in enumerate(lines) if b'"update","step":3' in line)
+    path.write_bytes(b"".join(lines[:third]) + lines[third][:-7])
+    notes: list[str] = []
+    again = replay(tmp_path / "run", on_step=lambda _: None, note=notes.append)
+    assert [one.found for one in again] == found[:2]
+    assert "the journal was cut" in notes[0] and f"line {third + 1}" in notes[0]
+    groups = tmp_path / "run" / "journal.bin"
+    groups.write_bytes(groups.read_bytes()[:-5])
+    read = Read(tmp_path / "run")
+    assert all(fact["at"] + fact["bytes"] <= groups.stat().st_size for fact in read.facts if fact.kind == "end")

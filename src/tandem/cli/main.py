@@ -21,7 +21,7 @@ import typer
 
 import tandem
 from tandem import env
-from tandem.cli import bench, catalogue, chat, doctor, eval, generate, report, rollout, study, train
+from tandem.cli import bench, catalogue, chat, doctor, eval, generate, replay, report, rollout, study, train
 from tandem.errors import TandemWarning, UserError, WorldError, nearest
 from tandem.run import outlet
 
@@ -38,6 +38,7 @@ app = typer.Typer(
 app.command("train")(train.train)
 app.command("eval")(eval.evaluate)
 app.command("rollout")(rollout.rollout)
+app.command("replay")(replay.replay)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("report")(report.report)

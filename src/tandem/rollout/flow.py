@@ -49,6 +49,11 @@ class Flow:
         return len(self._siblings)
 
     @property
+    def stalled(self) -> bool:
+        """Whether nothing is waited for: what runs has drawn what it may."""
+        return not (self.turns.waits.asked or self._ended)
+
+    @property
     def drawn_tokens(self) -> int:
         """By the programs of groups that run."""
         return sum(program.drawn_tokens for siblings in self._siblings.values() for program in siblings)

@@ -158,8 +158,10 @@ class Queue:
 
     @property
     def bound(self) -> int:
-        """Updates that a group trails at most when it is first learned, in fifo order and in a window: S + ceil((W - 1) / P)
-        where each is learned once."""
+        """Updates that a group trails at most when it is first learned, in fifo order and in a window.
+
+        S + ceil((W - 1) / P), where each is learned once.
+        """
         window = self.config.window if self.config.order == "window" else 1
         return math.ceil(self.capacity / self.fresh) - 1 + math.ceil((window - 1) / self.fresh)
 

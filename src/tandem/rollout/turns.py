@@ -10,7 +10,6 @@ from tandem.columns import Columns
 from tandem.errors import CapacityError, ModelError
 from tandem.numerics.random import derive_seed
 from tandem.program.environment import Fold
-from tandem.rollout.group import program_id
 from tandem.rollout.history import split_cause
 from tandem.rollout.program import Program, Segment
 from tandem.rollout.waits import Asked, Waits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import torch
 
 from tandem import env
 from tandem.engine.admit import count_pages
+from tandem.engine.batch import INITIAL
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.layout import KvLayout
@@ -32,7 +34,7 @@ from tandem.sync.departures import check_engine, of_engine, without_departures
 from tandem.sync.publish import Publisher
 from tandem.sync.receive import BITS, Copied, Receiver, Shared
 from tandem.train.checkpoint import MANIFEST, verify
-from tandem.types import Message
+from tandem.types import Message, WeightVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,7 @@ class Parts:
     publisher: Publisher
     memory: Plan
     plan: dict[str, Any]  # what the program decided, for plan.json
+    another: Callable[[], Engine]  # one more that samples, on the same weights
 
 
 def resolve_source(source: str) -> str:
@@ -165,11 +168,13 @@ def _build(
     serving = Decoder(spec, dtype, model.device, model.kernels) if apart else decoder
     source = (Decoder(spec, model.dtype, model.device, model.kernels) if rounded else serving) if lag else None
 
-    def engine_on(decoder: Decoder, config: EngineConfig) -> Engine:
+    def engine_on(decoder: Decoder, config: EngineConfig, version: WeightVersion = INITIAL) -> Engine:
         layout = KvLayout.for_engine(spec, config, dtype_name(decoder.dtype))
         num_pages = count_pages(config.kv_memory_bytes, layout.groups[0].token_bytes, config.page_tokens)
         runner = DecoderRunner(decoder, num_pages, config.page_tokens, config)
-        return Engine(runner, config, num_pages, max_context=spec.max_position, decode=tokenizer.decode)
+        return Engine(
+            runner, config, num_pages, max_context=spec.max_position, decode=tokenizer.decode, version=version
+        )
 
     engine = engine_on(serving, config)
     exact = not (lag or beside or of_engine(model, config))
@@ -203,4 +208,14 @@ def _build(
         "tool_format": renderer.format,
         "memory": memory.record(),
     }
-    return Parts(decoder, tokenizer, renderer, engine, exact_engine, publisher, memory, plan)
+    return Parts(
+        decoder,
+        tokenizer,
+        renderer,
+        engine,
+        exact_engine,
+        publisher,
+        memory,
+        plan,
+        lambda: engine_on(serving, config, engine.version),
+    )

@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, get_args
@@ -23,14 +22,12 @@ from tandem.errors import (
     NonFiniteError,
     ParityError,
     RunFolderError,
-    TandemError,
 )
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
-from tandem.models.hf_config import to_hf_config
-from tandem.plan.memory import Plan, check_counts, peak_bytes
+from tandem.plan.memory import peak_bytes
 from tandem.program.pool import EnvironmentPool
-from tandem.rollout.evaluate import Evaluation, evaluate
+from tandem.rollout.evaluate import evaluate
 from tandem.rollout.first import First
 from tandem.rollout.group import summarise
 from tandem.rollout.pieces import Pieces
@@ -39,19 +36,19 @@ from tandem.rollout.rows import credits, trajectory_rows
 from tandem.rollout.written import texts, written
 from tandem.run import outlet
 from tandem.run.account import Account
-from tandem.run.clock import WallClock, started
-from tandem.run.config import Learned, RunConfig, check_training
+from tandem.run.clock import WallClock
+from tandem.run.config import Learned, RunConfig
 from tandem.run.counted import counted
 from tandem.run.course import Course, mark_best
 from tandem.run.figures import figures
-from tandem.run.folder import RunFolder, SavedCheckpoint, check_new
+from tandem.run.folder import RunFolder, SavedCheckpoint
 from tandem.run.ledger import Ledger
-from tandem.run.loop import Stages, run_loop
-from tandem.run.parts import Parts, build_parts, plan_parts, resolve_source
+from tandem.run.loop import Stages
+from tandem.run.parts import Parts, resolve_source
 from tandem.run.stop import StopSignal
 from tandem.run.stream import PromptStream
 from tandem.run.useful import useful_work
-from tandem.sync.departures import declaration, is_exact
+from tandem.sync.departures import is_exact
 from tandem.train import checkpoint as saved_state
 from tandem.train.checkpoint import Part, RunState
 from tandem.train.config import Checkpointing, LearnerConfig
