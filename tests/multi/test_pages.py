@@ -70,6 +70,8 @@ RUNS: dict[str, str] = {
     "tandem report RUN_DIR --trajectories": "tandem report {run} --trajectories",
     "tandem report RUN_DIR ... --scaling": "tandem report {run} {run} --scaling --out both.html",
     "tandem report RUN --ledger": "tandem report {run} --ledger",
+    "tandem train smollm2_arithmetic_cpu --set asynchrony.mode=full --set asynchrony.lag=1 --out runs/ahead": "",
+    "tandem replay runs/ahead": "tandem replay {run}",
     "tandem recipes [RECIPE] [--setting TEXT]": "tandem recipes smollm2_arithmetic_cpu --setting lr",
     "tandem --version": "",
     "tandem study [NAME]": "tandem study",

@@ -51,11 +51,15 @@ POLICY = {
     "steps": "6",
 }
 
+AHEAD = {"asynchrony.mode": "full", "sync.lag": "0", "rollout.extra_prompts": "0"}
+
 
 def keys(row: Mapping[str, Any]) -> Iterator[str]:
     for name, value in row.items():
         if name in OPEN:
             yield f"{name}/*"
+        elif name == "workers":
+            yield f"{name}/*/*"
         elif isinstance(value, dict):
             yield from (f"{name}/{key}" for key in value)
         elif isinstance(value, list) and value and isinstance(value[0], dict):
@@ -79,7 +83,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunningEpisode, "score", grade)  # rewards that differ within a group
         with_critic = override(texts, {**POLICY, "algo.advantage": "gae", "steps": "2"})
-        return {"next_token": of(texts), "policy_gradient": of(override(texts, POLICY)) | of(with_critic)}
+        ahead = override(texts, {**POLICY, **AHEAD, "steps": "2"})
+        policy = of(override(texts, POLICY)) | of(with_critic) | of(ahead)
+        return {"next_token": of(texts), "policy_gradient": policy}
 
 
 def test_every_key_of_a_row_is_in_the_table(found) -> None:

@@ -82,6 +82,10 @@ class Flow:
             else:
                 for program, asked, future in self.turns.waits.ended(min(wait_s, first - self.by.clock())):
                     self.turns.take(program, asked, future.result(0))
+        return self.ended()
+
+    def ended(self) -> list[Ended]:
+        """Groups that have, where nothing is to go on."""
         ended, self._ended = self._ended, []
         return ended
 

@@ -63,6 +63,12 @@ class Segment:
         return [*accumulate(lengths, initial=len(self.start))]
 
 
+def drawn(segments: Sequence[Segment], carried: Completion | None) -> list[Columns]:
+    """All that was sampled, with that of a turn that has not ended."""
+    said = [turn.completion.columns for segment in segments for turn in segment.turns]
+    return [columns for columns in (*said, *([carried.columns] if carried is not None else [])) if len(columns)]
+
+
 @dataclass(slots=True, eq=False)
 class Program:
     """One program while it runs."""
@@ -85,19 +91,16 @@ class Program:
     @property
     def spans(self) -> list[tuple[int, int]]:
         """(version, tokens that it drew), in the order of drawing; the versions' order too."""
-        said = [turn.completion for segment in self.segments for turn in segment.turns]
         counts = Counter[int]()
-        for completion in (*said, *([self.carried] if self.carried is not None else [])):
-            if not len(completion.columns):
-                continue
-            for version, count in zip(*np.unique(completion.columns["versions"], return_counts=True), strict=True):
+        for columns in drawn(self.segments, self.carried):
+            for version, count in zip(*np.unique(columns["versions"], return_counts=True), strict=True):
                 counts[int(version)] += int(count)
         return sorted(counts.items())
 
     @property
     def drawn_tokens(self) -> int:
         """Tokens of all its turns, of the one that has not ended too."""
-        return sum(count for _, count in self.spans)
+        return sum(map(len, drawn(self.segments, self.carried)))
 
     @property
     def request_id(self) -> str:
@@ -188,11 +191,14 @@ class Paused:
     def of(cls, program: Program, asked: str) -> Paused:
         episode = program.episode
         anew = program.outcome is None and bool(getattr(episode, "lasts", False))
+        said = list(episode.said)
+        while asked == "environment" and said[-1].role != "assistant":  # it has answered, and nobody took it
+            said.pop()
         return cls(
             program.id,
             program.prompt,
             tuple(program.segments),
-            tuple(episode.said),
+            tuple(said),
             tuple(program.observed),
             dict(episode.counts),
             asked,
@@ -205,6 +211,10 @@ class Paused:
             program.outcome,
             anew,
         )
+
+    @property
+    def drawn_tokens(self) -> int:
+        return sum(map(len, drawn(self.segments, self.carried)))
 
     def program(self, episode: Playing) -> Program:
         """Going on in a new run of its environment."""

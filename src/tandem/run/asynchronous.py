@@ -29,74 +29,21 @@ from tandem.rollout.flow import Ended, Flow
 from tandem.rollout.program import Paused
 from tandem.rollout.queue import Choice, Queue, Waiting
 from tandem.rollout.rollout import Rollouts
+from tandem.run.cores import Cores, Taking
 from tandem.run.counted import counted
 from tandem.run.journal import FACTS, Fact, Journal, Read, packed, unpacked
+from tandem.run.ledger import reached_tokens
 from tandem.run.loop import Stages
 from tandem.run.session import Session
 from tandem.sync.departures import of_engine
-from tandem.trace import Totals, Trace
+from tandem.trace import Trace
 from tandem.train.score import versions_of
 from tandem.train.step import LearnerReport
-from tandem.types import Completion, Group, Prompt, Request, Sample, WeightVersion
+from tandem.types import Group, Prompt, Sample, WeightVersion
 
 WAIT_S = 0.05  # of the thread, for environments or for room
 LOOK_S = 1.0  # of the learner, at whether the thread lives
 SAVED = "rollouts.msgpack"  # in a checkpoint
-
-
-class Cores:
-    """Whose turn it is to compute: first come, first served."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._next = self._serving = 0
-
-    def __enter__(self) -> None:
-        with self._changed:
-            mine = self._next
-            self._next += 1
-            self._changed.wait_for(lambda: self._serving == mine)
-
-    def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._serving += 1
-            self._changed.notify_all()
-
-    def give_way(self) -> None:
-        """Who holds them lets those go first who wait."""
-        with self._changed:
-            if self._next == self._serving + 1:
-                return
-        self.__exit__()
-        self.__enter__()
-
-
-class Taking:
-    """An engine that takes the cores for a step."""
-
-    def __init__(self, engine: Any, cores: Cores) -> None:
-        self.engine = engine
-        self.cores = cores
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self.engine.has_work)
-
-    def check(self, request: Request, /) -> None:
-        self.engine.check(request)
-
-    def submit(self, request: Request, /) -> None:
-        self.engine.submit(request)
-
-    def abort(self, request_id: str, /) -> Completion | None:
-        return self.engine.abort(request_id)  # type: ignore[no-any-return]
-
-    def drawn(self, request_id: str, first: int, /) -> Any:
-        return self.engine.drawn(request_id, first)
-
-    def step(self) -> list[Completion]:
-        with self.cores:
-            return self.engine.step()  # type: ignore[no-any-return]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,16 +79,19 @@ class AsyncSession(Session):
         self.paused: dict[str, tuple[Paused, ...]] = {}  # by group id, of a checkpoint
         self.history: deque[Fact] = deque()  # of an earlier sitting, that are lived through again
         self.earlier: Read | None = None
-        self.sampled = Totals()
+        self.rolled = Trace([], self.clock.now)  # what the thread's worker of the account keeps
+        self.reused: set[str] = set()  # programs of the present batch that were in one before
+        self.stale_groups = 0
+        self.ledger.uses = config.replay_uses
         self.cores: Cores | None = Cores() if self.config.model.device == "cpu" else None
-        engine = self.parts.engine if self.cores is None else Taking(self.parts.engine, self.cores)
-        given = (Driver(engine), self.parts.renderer, self.pool, asked, self.config.seed, Trace([self.sampled]))
+        engine = self.parts.engine if self.cores is None else Taking(self.parts.engine, self.cores, self.rolled)
+        given = (Driver(engine), self.parts.renderer, self.pool, asked, self.config.seed, self.rolled)
         self.rollouts = Rollouts(*given)
         self.flow = Flow(self.rollouts)
         if self.cores is not None:
-            self.learner.between = self.cores.give_way
+            self.learner.between = self._give_way
+        self.lags: dict[str, float] = {}  # of the present step's groups
         self.journal: Journal | None = None
-        self.restarted_tokens = 0  # of programs that began anew
         self._changed = threading.Condition()  # guards the next five
         self._wanted = 0  # times that the main thread wants what the thread has
         self._rolling = False  # the thread has it
@@ -154,15 +104,22 @@ class AsyncSession(Session):
     def stages(self) -> Stages:
         return dataclasses.replace(super().stages(), prompts=lambda _: (), rollout=self.gather, rest=lambda: None)
 
+    def _give_way(self) -> None:
+        assert self.cores is not None
+        with self.trace.span("cores"):
+            self.cores.give_way()
+
     # The thread.
 
     def _roll(self) -> None:
         torch.set_num_threads(env.num_threads())
         try:
-            with counted(self.parts, self.rollouts.trace, bool(self.config.engine.draft_tokens)):
+            with self.account.worker("rollouts") as trace:
+                self.rolled.sinks[:] = trace.sinks
                 while True:
-                    with self._changed:
-                        self._changed.wait_for(lambda: self._ending or not self._wanted)
+                    with self.rolled.span("parked"), self._changed:
+                        while self._wanted and not self._ending:
+                            self._changed.wait(WAIT_S)
                         if self._ending:
                             return
                         self._rolling = True
@@ -173,7 +130,7 @@ class AsyncSession(Session):
                             self._rolling, self._turned_s = False, time.monotonic()
                             self._changed.notify_all()
                     if idle:
-                        with self.rollouts.trace.span("full_buffer"), self._changed:
+                        with self.rolled.span("weights" if self._draining else "full_buffer"), self._changed:
                             self._changed.wait(WAIT_S)
         except BaseException as error:  # noqa: BLE001 - recorded boundary: the main thread raises it
             with self._changed:
@@ -182,7 +139,7 @@ class AsyncSession(Session):
 
     def _turn(self) -> bool:
         """Begin what may, and a step; whether there was nothing to do."""
-        with self.rollouts.trace.span("rollout"):
+        with self.rolled.span("rollout"), counted(self.parts, self.rolled, bool(self.config.engine.draft_tokens)):
             while self.queue.room > 0 and not self._draining and self._has_load():
                 place = self.stream.cursor
                 (prompt,) = self.stream.take(1)
@@ -193,6 +150,11 @@ class AsyncSession(Session):
                 self._end(ended)
         return False
 
+    def _end_all(self) -> None:
+        """What ended as it was held."""
+        for ended in self.flow.ended():
+            self._end(ended)
+
     def _has_load(self) -> bool:
         """Whether the engine would run a group at once."""
         return not (self.config.asynchrony.by_load and self.parts.engine.scheduler.waiting)
@@ -200,6 +162,7 @@ class AsyncSession(Session):
     def _begin(self, place: int, prompt: Prompt) -> None:
         step, version = self.queue.step, self.parts.engine.version.step
         number = self.queue.begin(version)
+        self.account.dispatch(step, (prompt,), self.config.rollout.samples_per_prompt)
         group = self.flow.begin(step, prompt)
         self.numbers[group] = number
         assert self.journal is not None
@@ -211,6 +174,7 @@ class AsyncSession(Session):
         assert self.journal is not None
         self.journal.end(number, ended, usable)
         self.queue.end(number, ended, usable)
+        self.ledger.arrive([ended.group])
 
     # What the main thread asks of it.
 
@@ -230,6 +194,10 @@ class AsyncSession(Session):
     def start(self) -> None:
         """Begin what an earlier sitting had begun, and sample from now on."""
         assert self._thread is None
+        for paused in self.paused.values():
+            for one in paused:
+                if one.anew:
+                    self.ledger.lose("interrupted", one.drawn_tokens)
         self.flow.resume([(name, paused) for name, paused in self.paused.items()])
         for number, (step, place) in sorted(self.unbegun.items()):
             group = self.flow.begin(step, self.pool.prompt(place))
@@ -239,13 +207,16 @@ class AsyncSession(Session):
         self._thread = threading.Thread(target=self._roll, name="rollouts", daemon=True)
         self._thread.start()
 
-    def close(self) -> None:
-        """No thread, nothing in the engine or with environments."""
+    def _end_thread(self) -> None:
         with self._changed:
             self._ending = True
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(self.config.rollout.deadline_s)
+
+    def close(self) -> None:
+        """No thread, nothing in the engine or with environments."""
+        self._end_thread()
         self.flow.withdraw()
         if self.journal is not None:
             self.journal.close()
@@ -274,7 +245,7 @@ class AsyncSession(Session):
                     choice = self.queue.choose(step)
                     found = self._take(choice) if choice is not None else []
                 if found:
-                    return [one.ended.group for one in found]
+                    return self._given(found)
                 if self.stopping.requested and self.stopping.received is not None:
                     self.stopping.ahead = "the groups of this step are waited for"
                 self._wait("rollout")
@@ -283,7 +254,50 @@ class AsyncSession(Session):
     def _take(self, choice: Choice) -> list[Waiting]:
         assert self.journal is not None
         self.journal.choose(choice.step, choice.numbers, choice.again, choice.stale)
-        return self.queue.take(choice)
+        return self._leave(choice)
+
+    def _leave(self, choice: Choice) -> list[Waiting]:
+        """What is chosen leaves the queue; what is dropped has its fate."""
+        stale = [self.queue.waiting[number].ended.group for number in choice.stale]
+        self.stale_groups += len(stale)
+        fates = {trajectory.id: "stale" for group in stale for trajectory in group.trajectories}
+        self.ledger.record(stale, [], fates, version=self.learned_on)
+        found = self.queue.take(choice)
+        again = [one for one in found if one.number in choice.again]
+        self.reused = {trajectory.id for one in again for trajectory in one.ended.group.trajectories}
+        return found
+
+    def _given(self, found: Sequence[Waiting]) -> list[Group]:
+        lags = [self.learned_on - one.version for one in found]
+        self.lags = {"lag": sum(lags) / len(lags), "lag_max": max(lags)}
+        return [one.ended.group for one in found]
+
+    def account_for(self, groups: Sequence[Group], batch: Selection, taken_out: int) -> None:
+        fresh = [group for group in groups if not any(one.id in self.reused for one in group.trajectories)]
+        samples = [sample for sample in batch.samples if sample.id not in self.reused]
+        again = [sample for sample in batch.samples if sample.id in self.reused]
+        reached = sum(map(reached_tokens, samples))
+        all_reached = reached + sum(map(reached_tokens, again))
+        share = taken_out * reached // all_reached if all_reached else 0  # of the fresh ones, where some are not
+        self.ledger.record(fresh, samples, batch.fates, share, version=self.settled[0])
+        self.ledger.reuse([sample for sample in again if sample.id in self.ledger.trained])
+
+    def check_ledger(self) -> None:
+        size = self.config.rollout.samples_per_prompt
+        with self.parked():
+            unbegun = [name for name, number in self.numbers.items() if number in self.unbegun]
+            paused = [one.id for ones in self.paused.values() for one in ones]
+            running = [*self.flow.program_ids, *paused, *(f"{name}/{one}" for name in unbegun for one in range(size))]
+            held = [*self.queue.waiting.values(), *self.queue.unusable.values()]
+            waiting = [trajectory.id for one in held for trajectory in one.ended.group.trajectories]
+            self.ledger.check(running, waiting)
+
+    def write(self, row: dict[str, Any]) -> None:
+        counts = {"running_groups": len(self.flow), "waiting_groups": len(self.queue.waiting)}
+        if row["step"]:
+            row |= self.lags | counts | {"stale_groups": self.stale_groups}
+        self.stale_groups = 0
+        super().write(row)
 
     def publish(self, step: int) -> WeightVersion:
         with self.trace.span("publish"):
@@ -307,7 +321,7 @@ class AsyncSession(Session):
             return self.parts.publisher.publish(step)
         with self.flow.held():
             if self.config.asynchrony.at_update == "restart":
-                self.restarted_tokens += self.flow.restart()
+                self.ledger.lose("aborted", self.flow.restart())
             return self.parts.publisher.publish(step)
 
     def _drain(self) -> None:
@@ -345,6 +359,7 @@ class AsyncSession(Session):
 
     def save(self, step: int, version: WeightVersion) -> None:
         with self.parked(), self.flow.held():
+            self._end_all()
             super().save(step, version)
 
     def save_more(self, directory: Path) -> None:
@@ -422,9 +437,8 @@ class AsyncSession(Session):
                         "another run, or was changed. Restore it."
                     )
                 choice = dataclasses.replace(choice, unusable=tuple(self.queue.unusable))
-                found = self.queue.take(choice)
-                if found:
-                    return [one.ended.group for one in found]
+                if found := self._leave(choice):
+                    return self._given(found)
             else:
                 self._live(fact)
         return None
@@ -432,14 +446,20 @@ class AsyncSession(Session):
     def _live(self, fact: Fact) -> None:
         """A fact between two choices."""
         assert self.earlier is not None
+        size = self.config.rollout.samples_per_prompt
         if fact.kind == "begin":
             number = self.queue.begin(fact["version"])
             assert number == fact["number"], (number, fact)
             self.numbers[fact["group"]] = number
+            self.ledger.dispatch(f"{fact['group']}/{one}" for one in range(size))
             self.unbegun[number] = fact["step"], fact["prompt"]
             self.stream.skip(fact["prompt"] + 1)
         elif fact.kind == "end":
-            self.queue.end(fact["number"], self.earlier.ended(fact), fact["usable"])
+            ended = self.earlier.ended(fact)
+            self.queue.end(fact["number"], ended, fact["usable"])
+            self.ledger.arrive([ended.group])
+            before = sum(one.drawn_tokens for one in self.paused.get(fact["group"], ()))
+            self.ledger.reclaim(sum(one.num_sampled for one in ended.group.trajectories) - before)
             self.numbers.pop(fact["group"])
             self.unbegun.pop(fact["number"], None)
             self.paused.pop(fact["group"], None)
@@ -468,6 +488,10 @@ class AsyncSession(Session):
         return version.step
 
     def finish(self) -> None:
-        with contextlib.suppress(RuntimeError):
-            self.sampled.take()
-        super().finish()
+        """Close the ledger: what runs on has been drawn, and is in flight."""
+        self._end_thread()
+        with self.flow.held():
+            self._end_all()
+            self.check_ledger()
+            paused = sum(one.drawn_tokens for ones in self.paused.values() for one in ones)
+            self.folder.write_ledger(self.account.close(self.flow.drawn_tokens + paused))

@@ -87,8 +87,9 @@ def _sit(session: Session, steps: int) -> int:
             return session.stopping.exit_code
         if session.reasons and not session.graded:
             reasons = "; ".join(f"{count} x {reason}" for reason, count in session.reasons.most_common(3))
-            steps = f"steps {done + 1} to {last}"
-            display.note(f"no trajectory of {steps} could be graded, so nothing was learned: {reasons}")
+            display.note(
+                f"no trajectory of steps {done + 1} to {last} could be graded, so nothing was learned: {reasons}"
+            )
             return 1
     return 0
 

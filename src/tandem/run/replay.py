@@ -18,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tandem.algo.advantage import Selection
 from tandem.engine.driver import Driver
 from tandem.errors import RunFolderError
 from tandem.program.episode import Observed
@@ -27,7 +28,7 @@ from tandem.rollout.program import Episodes, Played, Playing, Program
 from tandem.rollout.queue import Choice, Queue
 from tandem.rollout.rollout import Rollouts
 from tandem.run import local
-from tandem.run.clock import started
+from tandem.run.clock import WallClock, started
 from tandem.run.config import CheckpointConfig, EvaluationConfig, RunConfig, TrackConfig
 from tandem.run.folder import RunFolder, saved_config
 from tandem.run.journal import FACTS, Fact, Read
@@ -262,6 +263,12 @@ class ReplaySession(Session):
             for one in samples
         )
 
+    def account_for(self, groups: Sequence[Group], batch: Selection, taken_out: int) -> None:
+        """The run's own ledger has it."""
+
+    def check_ledger(self) -> None:
+        """As above."""
+
     def close(self) -> None:
         for flow in self.flows:
             flow.withdraw()
@@ -347,6 +354,8 @@ def _by_journal(
         pool.ready()
         parts.tokenizer.now = started(run) or parts.tokenizer.now
         folder = leaving.enter_context(RunFolder.create(aside, config))
-        session = ReplaySession(config, folder, pool, parts, Quiet(), read=read, workers=workers, on_step=on_step)
+        session = ReplaySession(
+            config, folder, pool, parts, Quiet(), WallClock(), read=read, workers=workers, on_step=on_step
+        )
         leaving.callback(session.close)
         run_loop(session.stages(), 1, last)

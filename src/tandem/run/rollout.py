@@ -24,7 +24,6 @@ from tandem.run.counted import counted
 from tandem.run.figures import figures
 from tandem.run.folder import RunFolder, check_new
 from tandem.run.parts import build_parts
-from tandem.run.session import figures
 from tandem.sync.departures import declaration
 from tandem.trace import Totals, Trace
 from tandem.types import Group
