@@ -54,6 +54,7 @@ class Account:
         self._totals = {MAIN: Totals()}
         self.trace = Trace([self._totals[MAIN]], clock.now)
         self._earlier_s = {MAIN: 0.0}  # worker -> its wall in earlier sittings, with what was set aside of them
+        self._drawn = 0  # tokens since the last row
         self._lock = threading.Lock()
         self._left: dict[str, float | None] = {}  # worker of this sitting -> when it left; None: it is at work
 
@@ -67,7 +68,9 @@ class Account:
     # Sittings.
 
     def state(self) -> dict[str, Any]:
+        """With what engines have drawn by now, for programs that are kept with it."""
         self._pass_absent()
+        self._meter_engines()
         return self.ledger.state() | {"walls": self.walls()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -149,11 +152,16 @@ class Account:
                 main_s = seconds
             for name, number in counts.items():
                 all_counts[name] = all_counts.get(name, 0) + number
+        self._meter_engines()
+        drawn, self._drawn = self._drawn, 0
+        del found[MAIN]
+        return Settled(main_s, all_counts, drawn, found)
+
+    def _meter_engines(self) -> None:
         before = self.ledger.sampled
         for name, engine in self.engines.items():
             self.ledger.meter(name, engine.stats)
-        del found[MAIN]
-        return Settled(main_s, all_counts, self.ledger.sampled - before, found)
+        self._drawn += self.ledger.sampled - before
 
     def _pass_absent(self) -> None:
         with self._lock:

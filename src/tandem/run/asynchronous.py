@@ -459,7 +459,7 @@ class AsyncSession(Session):
             self.queue.end(fact["number"], ended, fact["usable"])
             self.ledger.arrive([ended.group])
             before = sum(one.drawn_tokens for one in self.paused.get(fact["group"], ()))
-            self.ledger.reclaim(sum(one.num_sampled for one in ended.group.trajectories) - before)
+            self.ledger.found(sum(one.num_sampled for one in ended.group.trajectories) - before)
             self.numbers.pop(fact["group"])
             self.unbegun.pop(fact["number"], None)
             self.paused.pop(fact["group"], None)

@@ -64,7 +64,6 @@ PHASES = {
     "environment": ("idle", "no program could run before an environment answered"),
     "weights": ("idle", "waited for the next weights"),
     "parked": ("idle", "stood still while batches were chosen, weights changed, a checkpoint was written"),
-    "cores": ("idle", "waited for the cores, which another worker had"),
     "buffer": ("idle", "waited for samples: the buffer was empty"),
     "full_buffer": ("idle", "waited for room: the buffer was full"),
     "lag": ("idle", "began nothing, since it would have been older than the lag allows"),
@@ -233,15 +232,6 @@ class Ledger:
         with self._lock:
             self._end(ids)
             self.tokens[fate] += tokens
-
-    def reclaim(self, tokens: int) -> None:
-        """Of what a kill had cut off, as many were kept after all: they will have a fate of their own."""
-        with self._lock:
-            for fate in ("interrupted", "discarded"):
-                kept = min(tokens, self.tokens[fate])
-                self.tokens[fate] -= kept
-                tokens -= kept
-            self.sampled += tokens  # drawn since the last reading
 
     def check(self, running: Iterable[str] = (), waiting: Iterable[str] = ()) -> None:
         """Programs that run and trajectories that wait for the learner are all that has no fate: what nobody has is
