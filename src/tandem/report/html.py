@@ -150,14 +150,13 @@ def tiles(summary: Mapping[str, Any], planned_bytes: int | None) -> list[tuple[s
     shown = [(measured.capitalize(), last, means if sampled else f"nats per token, {means}")]
     if before:
         latest = after or before
-        was = f"; before: {held_out(before)}" if after else "; not evaluated again"
-        if latest.get("prompts") == 0:
-            accuracy, found = None, held_out(latest)
-        else:
-            known = latest.get("low") is not None
-            interval = f"95 %: {100 * latest['low']:.1f} to {100 * latest['high']:.1f}" if known else ""
-            accuracy, found = latest["accuracy"], f"{interval}; mean reward {units.decimal(latest.get('reward'))}"
-        shown.append(("Held-out accuracy", units.percent(accuracy, 1), found + was))
+        accuracy, said = (None, [held_out(latest)]) if latest.get("prompts") == 0 else (latest["accuracy"], [])
+        if accuracy is not None and latest.get("low") is not None:
+            said.append(f"95 %: {100 * latest['low']:.1f} to {100 * latest['high']:.1f}")
+        if accuracy is not None and latest.get("reward") is not None:
+            said.append(f"mean reward {units.decimal(latest['reward'])}")
+        said.append(f"before: {held_out(before)}" if after else "not evaluated again")
+        shown.append(("Held-out accuracy", units.percent(accuracy, 1), "; ".join(said)))
     shown.append(("Steps", units.count(summary["steps"]), f"in {units.duration(summary['wall_s'])}"))
     if sampled:
         shown.append(("Sampled tokens", units.count(summary["tokens"]), f"{rate} a second of rollout"))

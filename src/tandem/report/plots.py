@@ -111,13 +111,18 @@ def draw_axes(title: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
+def fitted(labels: Sequence[str], columns: int, width: float = 6.0) -> tuple[list[str], int]:
+    """The labels of a legend, long ones without their beginning, and in how many columns they fit that many inches."""
+    labels = [label if len(label) <= _NAME else f"…{label[1 - _NAME :]}" for label in labels]
+    return labels, max(1, min(columns, int(_LEGEND * width / 6.0) // max(map(len, labels), default=1)))
+
+
 def draw_legend(axes: Axes, columns: int = 4, reverse: bool = False) -> None:
     """Above the plot, where no curve is hidden by it. Long names lose their beginning; many make the figure higher."""
     handles, labels = axes.get_legend_handles_labels()
     if reverse:
         handles, labels = handles[::-1], labels[::-1]
-    labels = [label if len(label) <= _NAME else f"…{label[1 - _NAME :]}" for label in labels]
-    columns = max(1, min(columns, _LEGEND // max(map(len, labels), default=1)))
+    labels, columns = fitted(labels, columns)
     lines = 1 + (len(labels) - 1) // columns
     figure = axes.get_figure(root=True)
     if figure is not None and lines > 2:
@@ -392,9 +397,22 @@ def png(draw: Callable[[], Figure], dark: bool = False) -> bytes:
     """
     with mpl.rc_context({**STYLE, **(DARK if dark else {})}):
         buffer = io.BytesIO()
+        figure = draw()
+        _show_points(figure)
         # No date in the file: the same rows give the same bytes.
-        draw().savefig(buffer, format="png", metadata={"Software": None})
+        figure.savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()
+
+
+def _show_points(figure: Figure) -> None:
+    """A run of one step has no lines: its points are marked, on an axis of whole steps."""
+    for axes in figure.axes:
+        for line in axes.get_lines():
+            if len(line.get_xdata()) == 1 and line.get_marker() == "None":  # type: ignore[arg-type]
+                line.set(marker="o", markersize=5)
+        if axes.get_xscale() == "linear" and 0.0 <= axes.dataLim.width < 1.0:  # nothing has a width below 0
+            middle = (axes.dataLim.x0 + axes.dataLim.x1) / 2
+            axes.set_xlim(middle - 1.0, middle + 1.0)
 
 
 def shows(figure: Figure) -> bool:

@@ -108,7 +108,8 @@ def scaling_figure(found: Sequence[Scaling]) -> Figure:
         drawn_on[0].set_ylim(-0.02, 1.03)
     handles, labels = drawn_on[0].get_legend_handles_labels()
     kept = dict(zip(labels, handles, strict=True))
-    figure.legend(kept.values(), kept.keys(), loc="outside upper right", ncols=4)
+    names, columns = plots.fitted([*kept], 4, figure.get_figwidth())
+    figure.legend(kept.values(), names, loc="outside upper right", ncols=columns)
     return figure
 
 
