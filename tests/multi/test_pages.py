@@ -148,6 +148,7 @@ LISTED: dict[str, str] = {
     "tandem bench {profile,sweep} [--json]": "takes minutes; tests/cpu/test_profile.py",
     "tandem bench gpu [--json]": "needs a GPU",
     "tandem bench sandbox [--json]": "takes minutes; tests/null/test_bench.py",
+    "tandem bench publish [--json]": "takes a minute; tests/multi/test_publish_apart.py",
     "tandem study staleness": "takes hours; tests/multi/test_study.py runs a small study",
     "tandem study staleness --time": "takes minutes of a quiet machine",
     "prompt -> program -> request -> tokens -> trajectory -> batch -> loss -> weights -> engine": "a picture",

@@ -22,14 +22,16 @@ class Work(str, Enum):
     SWEEP = "sweep"
     GPU = "gpu"
     SANDBOX = "sandbox"
+    PUBLISH = "publish"
 
 
-ALONE = (Work.PROFILE, Work.SWEEP, Work.GPU, Work.SANDBOX)  # have no peers
+ALONE = (Work.PROFILE, Work.SWEEP, Work.GPU, Work.SANDBOX, Work.PUBLISH)  # have no peers
 WORKS_HELP = (
     "What to measure; tree: the learner on turns that share their context, beside copies; agents: programs with slow "
     "tools; parity: the price of exactness; profile: where the time goes, by operation; "
     "sweep: decoding over the number of sequences and over the context; "
-    "gpu: random Llamas on a CUDA device; sandbox: starts, commands, what a thousand leave behind."
+    "gpu: random Llamas on a CUDA device; sandbox: starts, commands, what a thousand leave behind; "
+    "publish: weights to another process, whole and what a step changed."
 )
 
 
@@ -55,7 +57,12 @@ def bench(
     if json:
         print(jsonlib.dumps(result, indent=1))
     else:
-        shown = {Work.PROFILE: _show_profile, Work.SWEEP: _show_sweep, Work.SANDBOX: _show_sandbox}
+        shown = {
+            Work.PROFILE: _show_profile,
+            Work.SWEEP: _show_sweep,
+            Work.SANDBOX: _show_sandbox,
+            Work.PUBLISH: _show_publish,
+        }
         shown.get(work, _show)(result)
         if limits := result.get("limits"):
             rates = limits["matrix FLOP/s"] / 1e12, limits["memory bytes/s"] / 1e9
@@ -101,6 +108,10 @@ def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:
         from tandem.bench.sandbox import sandbox
 
         return sandbox()
+    if work is Work.PUBLISH:
+        from tandem.bench.publish import publish
+
+        return publish()
     from tandem.bench.beside import bench as beside
 
     return beside(work.value, peers, rounds)
@@ -176,6 +187,20 @@ def _show_sandbox(result: dict[str, Any]) -> None:
     Console().print(table)
     left = ", ".join(f"{count} {name}" for name, count in result["left"].items())
     print(f"left behind by {result['runs']:,} in {result['runs_s']:.0f} s: {left}")
+
+
+def _show_publish(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"tandem bench publish: {result['weights_bytes'] / 1e6:,.0f} MB of weights")
+    for column in ("work", "changed", "publish", "receive", "of"):
+        table.add_column(column, justify="left" if column == "work" else "right")
+    for row in result["rows"]:
+        times = (f"{row[name]:.1f} ms" for name in ("publish_ms", "receive_ms"))
+        table.add_row(row["work"], f"{row['changed']:.3%}", *times, f"{row['count']}")
+    Console().print(table)
+    print(f"publish: without the hash of what is published, {result['hash_ms']:.1f} ms; receive: with the hash of all")
 
 
 def _show_sweep(result: dict[str, Any]) -> None:

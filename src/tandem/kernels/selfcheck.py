@@ -19,6 +19,7 @@ from tandem import env
 from tandem.kernels import (
     adamw,
     attention,
+    changes,
     codes,
     gradient,
     head,
@@ -229,10 +230,25 @@ def _page_sum() -> Iterator[Comparison]:
     yield Comparison("sums", torch.tensor(low), torch.tensor(high))
 
 
+def _changes() -> Iterator[Comparison]:
+    """Blocks of all three streams, and one that is not full."""
+    now = normal(3 * changes.BLOCK + 70, dtype=torch.bfloat16).view(torch.int16)
+    base = now.clone()
+    for first, step in ((0, 1000), (changes.BLOCK, 7), (2 * changes.BLOCK, 1), (3 * changes.BLOCK + 3, 66)):
+        base[first : first + changes.BLOCK : step] ^= 1
+    got = changes.code_changes(now, base, torch.empty_like(now))
+    wanted = changes.code_changes_reference(now, base)
+    yield Comparison("counts", got.counts, wanted.counts)
+    yield Comparison("streams", got.streams, wanted.streams)
+    changes.apply_changes(base, got)
+    yield Comparison("words", base, now)
+
+
 # forward.cpp composes what is checked here; it is called with whole decoders, which lie above this folder.
 CHECKS |= {
     "adamw": _each(_adamw),
     "attention": _each(_attention),
+    "changes": _changes,
     "codes": _codes,
     "forward": tuple,
     "gradient": _each(_gradient),

@@ -56,7 +56,7 @@ class Shared:
         assert not any(engine.has_work for engine in self.engines), (
             f"{self.name}: weights changed under running requests"
         )
-        check(self.name, version, _only(self.name, version, sets).hashes, _served(self.decoder))
+        check(self.name, version, policy_of(self.name, version, sets).hashes, _served(self.decoder))
         for engine in self.engines:
             engine.receive(version)
 
@@ -89,7 +89,7 @@ class Copied:
     def receive(self, version: WeightVersion, sets: Mapping[str, Weights]) -> None:
         if version == self.engine.version:
             return
-        sent = _only(self.name, version, sets)
+        sent = policy_of(self.name, version, sets)
         check(self.name, version, sent.hashes, sent.tensors.items())
         if self.source is not None and self.source is not self.decoder:
             for _ in _load(self.source, sent.tensors.items()):
@@ -111,7 +111,8 @@ class Copied:
         return {} if self.source is None else {self.engine.version.step: self.source}
 
 
-def _only(receiver: str, version: WeightVersion, sets: Mapping[str, Weights]) -> Weights:
+def policy_of(receiver: str, version: WeightVersion, sets: Mapping[str, Weights]) -> Weights:
+    """The one set that a receiver of the policy alone is sent. DeliveryError for others."""
     if set(sets) != {POLICY}:
         raise DeliveryError(
             f"after update {version.step} {receiver} was sent the weights {', '.join(sorted(sets)) or 'of nothing'}; "
