@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-
 from tandem.bench.roofline import flop_of
+
 from tandem.report import plots
 from tandem.report.compare import compare, write_page
 from tandem.report.html import write_report
