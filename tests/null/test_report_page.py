@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from tandem.bench.roofline import flop_of
+from tandem.plan.roofline import flop_of
 
 from tandem.report import plots
 from tandem.report.compare import compare, write_page
