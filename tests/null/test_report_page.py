@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from tandem.plan.roofline import flop_of
 
 from tandem.report import plots
 from tandem.report.compare import compare, write_page
 from tandem.report.html import write_report
 from tandem.report.scaling import fits_of
-from tandem.report.scaling_page import scaling_figure, write_fits
+from tandem.report.scaling_page import flop_of, scaling_figure, write_fits
 from tests.browser import PROGRAM, Browser
 from tests.courses import Noise
 from tests.null.test_advice import FAULTS

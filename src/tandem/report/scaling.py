@@ -22,7 +22,7 @@ from tandem.report.sigmoid import PARAMETERS, Array, Fit, Points, fit, interval
 
 Advice = Literal["continue", "stop", "cannot tell"]
 Flop = Callable[[Row], float]  # operations of a step, by its row
-FlopOf = Callable[[Path], Flop | None]  # of a run's folder: bench/roofline.py
+FlopOf = Callable[[Path], Flop | None]  # of a run's folder: report/scaling_page.py
 
 LEAST_ROWS = 12  # three a parameter; of rows that say something new
 LEAST_EVALUATIONS = 8  # from here on held-out accuracy is fitted, not the training reward
