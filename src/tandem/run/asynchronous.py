@@ -8,7 +8,6 @@ neither waits for one that sleeps.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
 import time
@@ -103,6 +102,19 @@ class AsyncSession(Session):
 
     def stages(self) -> Stages:
         return dataclasses.replace(super().stages(), prompts=lambda _: (), rollout=self.gather, rest=lambda: None)
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """The learner has the cores."""
+        if self.cores is None:
+            yield
+            return
+        with self.trace.span("cores"):
+            self.cores.__enter__()
+        try:
+            yield
+        finally:
+            self.cores.__exit__()
 
     def _give_way(self) -> None:
         assert self.cores is not None
@@ -344,11 +356,11 @@ class AsyncSession(Session):
         )
 
     def score(self, batch: Selection) -> Selection:
-        with self.cores or contextlib.nullcontext():
+        with self._computing():
             return super().score(batch)
 
     def learn(self, step: int, batch: Selection) -> LearnerReport | None:
-        with self.cores or contextlib.nullcontext():
+        with self._computing():
             return super().learn(step, batch)
 
     def evaluate(self, step: int) -> dict[str, Any]:
