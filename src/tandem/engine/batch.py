@@ -74,7 +74,7 @@ class Stats:
     accepted_tokens: int = 0  # of those, drawn
     cached_tokens: int = 0  # prompt tokens found in the index at first admission
     prefilled_tokens: int = 0  # prompt tokens run for the first time
-    recomputed_tokens: int = 0  # run again after a preemption
+    recomputed_tokens: int = 0  # run again after a preemption, or under other weights
     dropped_tokens: int = 0  # run for a request that had ended
     preemptions: int = 0
     evicted_pages: int = 0
@@ -124,9 +124,13 @@ class Sequence:
     spans: list[tuple[int, int]] = field(default_factory=list)  # (weight step, first generated token it sampled)
     cached_tokens: int = 0
     recomputed_tokens: int = 0
-    reached: int = 0  # most tokens ever computed before a preemption
+    reached: int = 0  # most tokens ever computed before a preemption, or by the request that this one goes on from
     submitted_batch: int = 0  # batches run before it was submitted
     charged: int = 0  # tokens that were charged to its program, see engine/order.py
+
+    def __post_init__(self) -> None:
+        if self.request.carried:
+            self.reached = len(self.request.tokens) - 1
 
     def drawn(self, first: int) -> Columns:
         """The generated tokens from the first-th on, and what is known of them."""

@@ -51,7 +51,7 @@ _OF_SAMPLES = {
     ),
     "run_tokens": Key("tokens", "run by the engine: prompts but for what was cached, sampled, drafted, run again"),
     "cached_tokens": Key("tokens", "of prompts, found in the engine's cache"),
-    "recomputed_tokens": Key("tokens", "run again after a preemption"),
+    "recomputed_tokens": Key("tokens", "run again after a preemption, or under other weights"),
     "preemptions": Key("count", "requests that gave their pages back"),
     "evicted_pages": Key("count", "cached pages given to others"),
     "drawn_tokens": Key("tokens", "by all engines since the row before, in an evaluation and by extra programs too"),
