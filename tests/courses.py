@@ -17,6 +17,7 @@ class Noise:
         self.random = random.Random(seed)
         self.phi = phi
         self.last: dict[str, float] = {}
+        self.lengths = random.Random(f"lengths {seed}")  # whose tests have no memory, whatever lengths have
 
     def __call__(self, name: str, level: float, deviation: float) -> float:
         fresh = self.random.gauss(0.0, math.sqrt(1.0 - self.phi**2))
@@ -30,8 +31,9 @@ class Noise:
     def row(self, step: int) -> Row:
         tokens = int(128 * self("length", 60.0, 6.0))
         rollout = 2.0 * math.exp(self("speed", 0.0, 0.2))
-        calls = self.share("calls", 0.9, 256)
+        calls, z = self.share("calls", 0.9, 256), self.lengths.gauss(0.0, 1.0)
         return {
+            "fairness": {"z": z, "longer": 0.5 + 0.1 * z},
             "step": step, "reward": self.share("reward", 0.5, 128) / 128, "reward_std": self("std", 0.45, 0.03),
             "entropy": math.exp(self("entropy", -0.7, 0.3)), "length": tokens / 128, "tokens": tokens,
             "truncated": self.share("truncated", 0.05, 128) / 128, "trajectories": 128,

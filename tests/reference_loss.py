@@ -44,6 +44,9 @@ def _token_losses(config: AlgoConfig, sample: Sample, learner: Tensor) -> list[T
     behaviour, advantages = sample.columns["logprobs"].tolist(), sample.columns["advantages"].tolist()
     reference = sample.columns.get("reference_logprobs")
     weights = reference_weights(config.correction, *_rho_pairs(sample, learner))
+    selection = sample.columns.get("selection_weights")
+    if selection is not None:
+        weights = [weight * float(selection[p]) for weight, p in zip(weights, positions, strict=True)]
     broken = not all(math.isfinite(behaviour[p]) for p in positions)
     old = [behaviour[p] for p in positions]
     if config.correction.form == "decoupled":

@@ -22,7 +22,7 @@ from tandem.algo.tensors import MicrobatchTensors, to_tensors
 from tandem.columns import Columns
 from tandem.types import Group, Microbatch, Prompt, Sample, Trajectory
 from tests.reference_loss import reference_loss
-from tests.samples import column, owners_of, paths_of, trained
+from tests.samples import column, having, owners_of, paths_of, trained
 
 AGGREGATIONS = [("token_mean", None), ("sequence_mean", None), ("prompt_mean", None), ("constant_mean", 7)]
 VOCAB = 11
@@ -237,6 +237,20 @@ def test_loss_and_gradient_equal_reference(loss: str, aggregation: str, constant
         torch.testing.assert_close(grad, wanted_grad, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.parametrize("kl", ["none", "k3"])
+def test_selection_weights_multiply_the_whole_loss_of_a_sample(kl: str) -> None:
+    """A weight that misses the KL term, reaches another sample's tokens in a shared pack, or gets a gradient."""
+    config = config_of("ppo", "sequence_mean", None, kl)
+    weighed = {"p0": 0.5, "p1": 2.0, "p2": 1.25}
+    samples = [having(one, selection_weights=[weighed[one.prompt_id]] * len(one.columns)) for one in random_samples(1)]
+    microbatches = pack(samples, count_prompts(samples), 25)
+    value, grad = gradient(lambda w: packed_loss(config, w, microbatches)[0], 1)
+    wanted, wanted_grad = gradient(lambda w: reference_with_model(config, w, samples), 1)
+    plain, _ = gradient(lambda w: reference_with_model(config, w, random_samples(1)), 1)
+    assert value == pytest.approx(wanted, rel=1e-12) and abs(value - plain) > 0.01
+    torch.testing.assert_close(grad, wanted_grad, rtol=1e-10, atol=1e-13)
+
+
 def microbatches_of(samples: list[Sample], count: int, share: bool) -> list[Microbatch]:
     """Exactly `count` microbatches, of whole samples dealt out in turn (siblings land apart)."""
     prompts = count_prompts(samples)
@@ -333,6 +347,7 @@ def test_metrics_by_hand() -> None:
         "ratio_max": 2.0,
         "ratio_error": 1.0,
         "mismatch": math.log(4.0),
+        "taken_out": 0.0,
     }
     assert metrics == pytest.approx(expected, abs=1e-15)
 

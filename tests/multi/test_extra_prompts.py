@@ -90,3 +90,36 @@ def test_redraws_draw_extra_prompts_too(tmp_path: Path, monkeypatch: pytest.Monk
     assert sum(len(distinct) > 1 for distinct in rewards.values()) == 3  # as many as the batch needs, and no more
     assert row["dropped"]["filtered"] == 4 * (len(rewards) - 3) and row["trajectories"] == 4 * len(rewards)
     assert row["extra_programs"] >= 4 * (len(seen) - len(rewards))
+
+
+def test_weights_of_a_race_are_the_same_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights by what was seen of withdrawn groups, which depends on the machine; or that no loss ever sees."""
+    random, found = Random(2), {}
+
+    def slowly(self: RunningEpisode, unheard: int = 0) -> Future[float]:
+        future: Future[float] = Future()
+        threading.Timer(random.random() / 50, future.set_result, [paid(self)]).start()
+        return future
+
+    for place, weights in enumerate(("none", "inverse", "inverse")):
+        monkeypatch.setattr(
+            RunningEpisode, "score", slowly if place == 2 else lambda self, unheard=0: ended(paid(self))
+        )
+        lengths = {"rollout.stop_strings": json.dumps([*"0123456789abcdefghijklmnopqrstuvwxyz"])}
+        lengths |= {"rollout.samples_per_prompt": "2", "rollout.max_new_tokens": "40", "rollout.prompts_per_step": "8"}
+        settings = {**SMALL, **lengths, "steps": "3", "algo.fairness.weights": weights}
+        config = override(tiny_arithmetic(), settings)
+        _, folder = local.train(config, out=tmp_path / str(place), resume=None, display=Silent())
+        rows = rows_of(folder / "metrics.jsonl")
+        found[place] = [row["weights"] for row in rows]
+        for row in rows:
+            parts, fairness = row["lengths"], row["fairness"]
+            assert sum(line["dispatched"] for line in parts) == 26 and sum(line["kept"] for line in parts) == 16
+            assert fairness["longer"] > 0.5 and fairness["kept_length"] < fairness["dispatched_length"]
+            assert all(
+                0 <= line["keep_low"] <= line["keep"] <= line["keep_high"] <= 1 for line in parts if line["keep"]
+            )
+            assert ("weight_max" in fairness) == (weights == "inverse")
+            if weights == "inverse":
+                assert fairness["weight_max"] > 1 and fairness["weighted_length"] > fairness["kept_length"]
+    assert found[1] == found[2] and found[0] != found[1]

@@ -90,6 +90,7 @@ RUNS: dict[str, str] = {
     "--set task.heldout_path=test.jsonl --set task.reward=math_verify --set rollout.max_new_tokens=256": "",
     "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2": "",
     "tandem train smollm2_arithmetic_cpu --set rollout.history=render": "",
+    "tandem train smollm2_arithmetic_cpu --set rollout.extra_prompts=4 --set algo.fairness.weights=inverse": "",
     "tandem train smollm2_arithmetic_cpu --set task.environment=units.py:Units --set task.reward_on_error=0": "",
     "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2 "
     "--set algo.credit=step": "",
@@ -153,6 +154,8 @@ LISTED: dict[str, str] = {
     "tandem study staleness --time": "takes minutes of a quiet machine",
     "prompt -> program -> request -> tokens -> trajectory -> batch -> loss -> weights -> engine": "a picture",
     "groups --samples_from_groups--> samples --pack--> microbatches --policy_loss--> loss": "a picture",
+    "R_i = #{j: l_j < l_i} - #{j: l_j > l_i},": "an equation",
+    "E W = mean(k) sum(S_g) / s": "an equation",
     "R(C) = R0 + (A - R0) / (1 + (Cmid / C)^B)": "an equation",
     "decode = prefill = chunked = whole = prefix hit = any page size = packed = alone = among 256 = engine = learner": (
         "an equation"

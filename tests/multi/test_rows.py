@@ -44,6 +44,7 @@ POLICY = {
     "algo.kl": "k3",
     "algo.kl_weight": "0.01",
     "algo.price.budget": "4",
+    "algo.fairness.weights": "inverse",
     "alarms.action": "correct",
     "algo.correction.form": "decoupled",
     "algo.correction.weight": "token_tis",

@@ -62,6 +62,11 @@ def counted(row: Row, name: str, share: float) -> None:
     row["happened"][name] = round(over(row["step"], 0.02, share) * row["happened"]["tool_calls"])
 
 
+def lost(row: Row) -> None:
+    row["fairness"]["z"] += over(row["step"], 0.0, 3.0)
+    row["fairness"]["longer"] += over(row["step"], 0.0, 0.3)
+
+
 def budget(row: Row, name: str) -> None:
     row["error_budget"][name] *= over(row["step"], 1.0, 6.0)
 
@@ -77,6 +82,7 @@ FAULTS: Mapping[str, Callable[[Row], None]] = {
     "length_growth": lambda row: times(row, "length", over(row["step"], 1.0, 3.0)),
     "length_fall": lambda row: times(row, "length", over(row["step"], 1.0, 0.3)),
     "truncation": lambda row: set_to(row, "truncated", over(row["step"], 0.05, 0.4)),
+    "length_bias": lost,
     "ess_collapse": lambda row: times(row, "ess", over(row["step"], 1.0, 0.6)),
     "staleness": lambda row: budget(row, "staleness"),
     "mismatch_growth": lambda row: budget(row, "mismatch"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from tandem.columns import Columns
-from tandem.rollout.evaluate import wilson_interval
+from tandem.numerics.interval import wilson_interval
 from tandem.rollout.group import summarise
 from tandem.rollout.pieces import Pieces
 from tandem.rollout.rows import credits, trajectory_rows

@@ -19,6 +19,7 @@ Kl = Literal["none", "k1", "k2", "k3"]
 Aggregation = Literal["token_mean", "sequence_mean", "prompt_mean", "constant_mean"]
 Form = Literal["bypass", "decoupled"]
 CorrectionWeight = Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mis"]
+LengthWeights = Literal["none", "inverse"]
 Reject = Literal["geometric", "k3", "veto", "probability"]
 Ceiling = Annotated[float, Interval(ge=1, lt=math.inf)]
 
@@ -98,6 +99,20 @@ class CorrectionConfig:
         return self.form == "decoupled" or bool(self.reject)
 
 
+@dataclass(frozen=True, slots=True)
+@section("algo.fairness")
+class FairnessConfig:
+    """Whether what is trained is as long as what was asked for (docs/fairness.md); measured in any case.
+
+    >>> FairnessConfig(weights="inverse").most
+    5.0
+    """
+
+    weights: LengthWeights = "none"  # inverse: a group counts 1 / (probability that one of its length is kept)
+    most: Ceiling = 5.0  # upper bound of such a weight, before the weights of a step are made 1 on average
+    steps: Positive = 32  # the last ones, whose groups tell how long groups are and which are kept
+
+
 NAIVE = CorrectionConfig(form="decoupled")  # the practice that ignores the mismatch
 
 
@@ -130,6 +145,7 @@ class AlgoConfig:
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     rare_weight: Share = 0.0  # a: advantages of a token are scaled by 1 - a + a * pi(token); 0 scales none
     price: PriceConfig = field(default_factory=PriceConfig)
+    fairness: FairnessConfig = field(default_factory=FairnessConfig)
 
     def __post_init__(self) -> None:
         if self.kl == "none" and self.kl_weight != 0.0:

@@ -4,7 +4,8 @@
 
 `coefficient_n` is the aggregation's, from the batch's global denominators, which masks leave as they are. `weight_n`
 (the correction's, no gradient) turns an expectation under the behaviour policy into one under the
-learner, so it multiplies both terms. The ratio is learner over `old_N`: behaviour in the bypass form of the
+learner, so it multiplies both terms; so does the column selection_weights, where a batch has it, which turns one over
+what was kept into one over what was dispatched. The ratio is learner over `old_N`: behaviour in the bypass form of the
 correction, proximal in the decoupled form. Everything is fp64, so the split into microbatches meets rounding only where
 the gradient is cast back to the log-probs' dtype.
 """
@@ -45,6 +46,7 @@ class LossResult(NamedTuple):
     sums: dict[str, Tensor]  # detached scalars that add over microbatches; "tokens" counts the predictions
     maxima: dict[str, Tensor]  # detached scalars whose maximum over microbatches is the batch's
     correction: Correction | None  # of its predictions, where the objective has one
+    clipped_N: Tensor | None = None  # bool: of its predictions, where the loss clips
 
 
 def ppo(logprobs_N: Tensor, old: Old, low: float, high: float) -> Terms:
@@ -171,7 +173,8 @@ def policy_loss(
     old = Old(old_N, advantages_N, batch.sample_N, batch.sample_tokens)
     terms = LOSSES[config.loss](learner_N, old, *config.clip_range)
     per_token_N = terms.loss_N
-    sums: dict[str, Tensor] = {"clipped": (terms.clipped_N & corrected.kept_N).sum()}
+    clipped_N = terms.clipped_N & corrected.kept_N
+    sums: dict[str, Tensor] = {"clipped": clipped_N.sum()}
     if config.kl != "none":
         kl_N = KL_ESTIMATORS[config.kl](learner_N, batch["reference_logprobs"])
         if not config.kl_in_reward:
@@ -179,7 +182,10 @@ def policy_loss(
         sums["kl_reference"] = kl_N.detach().sum()
     if entropy_N is not None:
         sums["entropy"] = entropy_N.detach().double().sum()
-    loss = (coefficients_N * corrected.weight_N * per_token_N).sum()
+    weight_N, selection_N = corrected.weight_N, batch.get("selection_weights")
+    if selection_N is not None:
+        weight_N = weight_N * selection_N
+    loss = (coefficients_N * weight_N * per_token_N).sum()
     log_ratio_N, drift_N = learner_N.detach() - old_N, learner_N.detach() - behaviour_N
     ratio_N = log_ratio_N.exp()
     sums |= {"tokens": torch.ones_like(ratio_N).sum(), "ratio": ratio_N.sum()}
@@ -190,7 +196,7 @@ def policy_loss(
         "ratio_error": (ratio_N - 1.0).abs().amax(),
         "mismatch": drift_N.abs().amax(),
     }
-    return LossResult(loss, {"loss": loss.detach(), **sums}, maxima, corrected)
+    return LossResult(loss, {"loss": loss.detach(), **sums}, maxima, corrected, clipped_N)
 
 
 def clipped_value_loss(value_N: Tensor, before_N: Tensor, returns_N: Tensor, clip: float) -> tuple[Tensor, Tensor]:

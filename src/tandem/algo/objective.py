@@ -17,6 +17,7 @@ import torch
 
 from tandem.algo.alarm import NAMED_TRAJECTORIES, Alarm, AlarmConfig, check, check_correctable
 from tandem.algo.config import NAIVE, AlgoConfig
+from tandem.algo.correct import sample_sum
 from tandem.algo.drift import Drift, Observations, join, measure
 from tandem.algo.loss import LossResult, policy_loss, summarise
 from tandem.algo.tensors import MicrobatchTensors
@@ -40,6 +41,7 @@ class Measured:
     error_budget: dict[str, float] = field(default_factory=dict)  # by cause
     by_length: tuple[dict[str, float], ...] = ()  # by length decile
     alarms: tuple[Alarm, ...] = ()
+    clipped: dict[str, float] = field(default_factory=dict)  # sample id -> share of its tokens, where the loss clips
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,6 +163,7 @@ class PolicyStep:
         self.correction = NAIVE if self.held else self.algo.correction
         self.fired: tuple[Alarm, ...] = ()
         self.drift: Drift | None = None
+        self.clipped: dict[str, float] = {}
 
     def prepare(self, samples: tuple[Sample, ...], score: Score) -> tuple[Sample, ...]:
         if self.algo.updates_per_step > 1 and (self.held or self.algo.correction.needs_proximal):
@@ -173,7 +176,9 @@ class PolicyStep:
     def observe(
         self, logprobs_N: torch.Tensor, batch: MicrobatchTensors, result: LossResult, sample_ids: tuple[str, ...]
     ) -> Observations:
-        assert logprobs_N.grad is not None and result.correction is not None
+        assert logprobs_N.grad is not None and result.correction is not None and result.clipped_N is not None
+        numbers = sample_sum(result.clipped_N.double(), batch.sample_tokens) / batch.sample_tokens
+        self.clipped |= zip(sample_ids, numbers.tolist(), strict=True)
 
         def array(tensor: torch.Tensor | None, otherwise: torch.Tensor) -> np.ndarray:
             return (otherwise if tensor is None else tensor).detach().double().cpu().numpy()
@@ -216,7 +221,7 @@ class PolicyStep:
         metrics = {**summarise(results), **drift, "kl": drift["k3"], "mismatch": drift["abs_max"]}
         if self.held:
             metrics["corrected"] = float(bool(self.fired))
-        return Measured(metrics, self.drift.error_budget, self.drift.by_length, self.fired)
+        return Measured(metrics, self.drift.error_budget, self.drift.by_length, self.fired, self.clipped)
 
 
 def check_parity(seen: Observations, results: Sequence[LossResult]) -> None:

@@ -22,6 +22,7 @@ from tandem.report.evidence import Evidence
 from tandem.report.history import MEASURES, History
 from tandem.report.kept import read_object, read_trajectories, trajectory_files, write_file
 from tandem.report.ledger import Section, section
+from tandem.report.lengths import lengths_section
 from tandem.report.live import held_out
 from tandem.report.metrics import Row
 
@@ -101,6 +102,7 @@ def render_report(
         agreement=agreement(rows),
         drift=drift.drift_table(rows, config.get("alarms") or {}),
         by_length=drift.by_length(rows),
+        lengths=lengths_section(rows),
         alarms=metrics.alarms(rows),
         scaling=scaling,
         advisories=[(one, curve(advisor.history, one.evidence)) for one in advisor.advisories],

@@ -10,6 +10,7 @@ from itertools import pairwise
 from statistics import NormalDist
 from typing import NamedTuple
 
+from tandem.numerics.interval import wilson_interval
 from tandem.report.evidence import (
     FULL_MARKS,
     RISEN,
@@ -24,7 +25,7 @@ from tandem.report.evidence import (
     with_text,
 )
 from tandem.report.history import History, written
-from tandem.report.trend import LATEST, LEAST, LIKELY
+from tandem.report.trend import CRITICAL, LATEST, LEAST, LIKELY
 
 EQUAL_GROUPS = 2 / 3  # of the groups: so many teach nothing
 RARE_ALARMS = LATEST // 2  # of the last rows in which one metric's alarm fired
@@ -32,6 +33,7 @@ SPIKES, SPIKE_ROWS, SPIKE_SPREAD, SPIKE_FACTOR = 3, 100, 6.0, 4.0
 CLEAR = 3.0  # of z: a rise of the training reward that makes a fall elsewhere a hint of hacking
 FALL_RATE = 1e-3  # of a fall of the held-out accuracy that is none, over all pairs of evaluations
 SLOWER = 4 / 3
+LONGER = 0.6  # of the pairs of a program that was left out and one that was kept: the former is the longer
 GROWN = 12  # of the last LATEST rows in which the peak of memory rose
 
 Look = Callable[[History], Evidence | None]
@@ -89,16 +91,11 @@ def _held_out_fall(history: History) -> Evidence | None:
 def _difference(a: float, of_a: int, b: float, of_b: int, z: float) -> tuple[float, float]:
     """Newcombe's interval (his method 10) of a / of_a - b / of_b."""
     p, q = a / of_a, b / of_b
-    (p_low, p_high), (q_low, q_high) = _wilson(p, of_a, z), _wilson(q, of_b, z)
+    (p_low, p_high), (q_low, q_high) = wilson_interval(a, of_a, z), wilson_interval(b, of_b, z)
     return (
         p - q - math.hypot(p - p_low, q_high - q),
         p - q + math.hypot(p_high - p, q - q_low),
     )
-
-
-def _wilson(share: float, of: int, z: float) -> tuple[float, float]:
-    middle, half = share + z * z / (2 * of), z * math.sqrt(share * (1 - share) / of + z * z / (4 * of * of))
-    return (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
 
 
 def _reward_hacking(history: History) -> Evidence | None:
@@ -174,6 +171,29 @@ def _failures(history: History) -> Evidence | None:
     return found and with_text(found, found.text + (f"; most: {history.failure}" if history.failure else ""))
 
 
+def _length_bias(history: History) -> Evidence | None:
+    """The rank-sum tests of the last steps as one (Stouffer): whatever lengths do from step to step, each z has mean 0
+    and variance 1 given the lengths of its step, where fates have nothing to do with them."""
+    steps, found = history.series("left_out_z")
+    longer = sorted(history.values["left_out_longer"][-LATEST:])
+    if len(found) < LEAST:
+        return None
+    z, median = math.fsum(found[-LATEST:]) / math.sqrt(LATEST), statistics.median(longer)
+    if z < CRITICAL or median < LONGER:
+        return None
+    share, low, high, began = (
+        written("left_out_longer", value) for value in (median, longer[5], longer[14], history.began("left_out_longer"))
+    )
+    text = (
+        f"of a program that was left out of the batch and one that was kept, the former was the longer in {share} "
+        f"[{low}, {high}] of the pairs of a step (steps {steps[-LATEST]} to {steps[-1]}, {began} in the first); the "
+        f"tests of these {LATEST} steps by group together give z = {z:.1f}"
+    )
+    size = (median - 0.5) / (LONGER - 0.5)
+    ends = history.began("left_out_longer"), median, longer[5], longer[14]
+    return Evidence("left_out_longer", steps[-LATEST], steps[-1], *ends, "level", text, size)
+
+
 def _tools_abandoned(history: History) -> Evidence | None:
     found = history.values["calls"] and history.began("calls")
     if not found or found < 0.2:
@@ -223,7 +243,7 @@ def _alarms_repeated(history: History) -> Evidence | None:
     named = ", ".join(f"{metric} in {number}" for metric, number in often)
     text = f"of the last {len(latest)} steps the alarm fired of {named}; the last: {last_text}"
     share = often[0][1] / len(latest)
-    low, high = _wilson(share, len(latest), LIKELY)
+    low, high = wilson_interval(often[0][1], len(latest), LIKELY)
     return Evidence("alarms", first, last, 0.0, share, low, high, "level", text, often[0][1] / RARE_ALARMS)
 
 
@@ -312,6 +332,17 @@ RULES: tuple[Rule, ...] = (
         "Answers that would have been right earn nothing because they were cut, and the policy learns from that.",
         "A larger `rollout.max_new_tokens`, `algo.filter_truncated`, `rollout.stop_strings` for a model that "
         "doesn't end.",
+    ),
+    Rule(
+        "length_bias",
+        _length_bias,
+        "programs that are left out of the batch (late, stale, truncated, failed) are longer than those that are kept "
+        "in 60 % of pairs or more, surely over 20 steps",
+        "What is trained is shorter than what was asked for, and so mostly easier: the policy is not taught where it "
+        "has to think for long.",
+        "Fewer `rollout.extra_prompts`, or `algo.fairness.weights` `inverse`, which gives those that are kept in spite "
+        "of their length the weight of the others; a larger `rollout.max_new_tokens` or `rollout.deadline_s`, "
+        "`algo.filter_truncated` off. Which lengths are lost says the table of tenths in the report.",
     ),
     Rule(
         "ess_collapse",

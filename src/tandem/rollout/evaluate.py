@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tandem.engine.driver import Driver
+from tandem.numerics.interval import wilson_interval
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.group import summarise
@@ -17,7 +17,6 @@ from tandem.trace import Trace
 from tandem.types import Group, Prompt
 
 PORTION = 256  # prompts that share rollout.deadline_s: a whole file takes longer than a step
-Z_95 = 1.959963984540054  # normal quantile at 0.975
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +61,3 @@ def evaluate(
     accuracy = right / graded if graded else 0.0
     means = (summary.reward, summary.length)
     return Evaluation(accuracy, low, high, graded, summary.failed, *means, summary.reasons), groups
-
-
-def wilson_interval(right: int, trials: int, z: float = Z_95) -> tuple[float, float]:
-    """The score interval of a proportion: where |p - right/trials| = z sqrt(p (1 - p) / trials).
-
-    Wilson, "Probable inference, the law of succession, and statistical inference", JASA 22 (1927).
-    (0, 1) for no trials.
-
-    >>> [round(bound, 3) for bound in wilson_interval(5, 10)]
-    [0.237, 0.763]
-    """
-    assert 0 <= right <= trials, (right, trials)
-    if trials == 0:
-        return 0.0, 1.0
-    share, spread = right / trials, z * z / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = z * math.sqrt(share * (1 - share) / trials + spread / (4 * trials)) / (1 + spread)
-    # At 0 and all right the bound is exactly 0 or 1; rounding must not leave it a hair inside or outside.
-    return (0.0 if right == 0 else centre - half), (1.0 if right == trials else centre + half)

@@ -157,9 +157,9 @@ class _Step:
         for place, siblings in list(self._running.items()):
             if first.late(_end_of(siblings)):
                 del self._running[place]
-                self._late.add(place)
-                self.left -= 1
+                self._late, self.left = self._late | {place}, self.left - 1
                 self._extra.update(extra_programs=self.size, extra_tokens=sum(one.sampled for one in siblings))
+                first.withdrawn.append((place, {one.id: one.sampled + one.drawn for one in siblings}))
                 for program in siblings:
                     if program.outcome is None and self._turns.waits.drop(program):
                         program.episode.teardown()

@@ -22,7 +22,7 @@ import torch
 from tandem import env
 from tandem.algo.advantage import Selection
 from tandem.engine.driver import Driver
-from tandem.errors import CheckpointError, RunFolderError, WorkerError
+from tandem.errors import RunFolderError, WorkerError
 from tandem.rollout.config import AsyncConfig
 from tandem.rollout.flow import Ended, Flow
 from tandem.rollout.program import Paused
@@ -30,7 +30,8 @@ from tandem.rollout.queue import Choice, Queue, Waiting
 from tandem.rollout.rollout import Rollouts
 from tandem.run.cores import Cores, Taking
 from tandem.run.counted import counted
-from tandem.run.journal import FACTS, Fact, Journal, Read, packed, unpacked
+from tandem.run.journal import FACTS, Fact, Journal, Read
+from tandem.run.kept import Kept
 from tandem.run.ledger import reached_tokens
 from tandem.run.loop import Stages
 from tandem.run.session import Session
@@ -42,27 +43,6 @@ from tandem.types import Group, Prompt, Sample, WeightVersion
 
 WAIT_S = 0.05  # of the thread, for environments or for room
 LOOK_S = 1.0  # of the learner, at whether the thread lives
-SAVED = "rollouts.msgpack"  # in a checkpoint
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Kept:
-    """What a checkpoint has of rollouts.
-
-    >>> Kept(0, 0, 0, (), (), (), (), ()).begun
-    0
-    """
-
-    journal_bytes: int  # of facts before it
-    begun: int
-    replaced: int
-    running: tuple[tuple[int, int], ...]  # number, version
-    groups: tuple[tuple[int, str], ...]  # number, id
-    waiting: tuple[Waiting, ...]
-    kept: tuple[Waiting, ...]
-    paused: tuple[tuple[str, tuple[Paused, ...]], ...]
-    unusable: tuple[Waiting, ...] = ()
-    redrawn: int = 0
 
 
 class AsyncSession(Session):
@@ -378,24 +358,9 @@ class AsyncSession(Session):
         super().save_more(directory)
         assert self.journal is not None
         self.journal.sync()
-        queue = self.queue
         paused = [*((name, tuple(ones)) for name, ones in self.flow.pause()), *self.paused.items()]
-        (directory / SAVED).write_bytes(
-            packed(
-                Kept(
-                    self.journal.size() if not self.history else self.lived_bytes,
-                    queue.begun,
-                    queue.replaced,
-                    tuple(queue.running.items()),
-                    tuple((number, name) for name, number in self.numbers.items()),
-                    tuple(queue.waiting.values()),
-                    tuple(queue.kept.values()),
-                    tuple(paused),
-                    tuple(queue.unusable.values()),
-                    queue.redrawn,
-                )
-            )
-        )
+        size = self.lived_bytes if self.history else self.journal.size()
+        Kept.of(size, self.queue, self.numbers, paused).write(directory)
 
     def restore(self) -> int:
         """To the newest checkpoint; what the journal has behind it is lived through again, step by step."""
@@ -420,18 +385,8 @@ class AsyncSession(Session):
         return done
 
     def _kept(self, directory: Path) -> Kept:
-        try:
-            kept = unpacked((directory / SAVED).read_bytes(), Kept)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{directory / SAVED} cannot be read: {error}. Remove the checkpoint to go on from the one before."
-            ) from error
-        queue = self.queue
-        queue.begun, queue.replaced, queue.redrawn = kept.begun, kept.replaced, kept.redrawn
-        queue.running = dict(kept.running)
-        queue.waiting = {one.number: one for one in kept.waiting}
-        queue.kept = {one.number: one for one in kept.kept}
-        queue.unusable = {one.number: one for one in kept.unusable}
+        kept = Kept.read(directory)
+        kept.fill(self.queue)
         self.numbers = {name: number for number, name in kept.groups}
         self.paused = dict(kept.paused)
         self.lived_bytes = kept.journal_bytes

@@ -40,6 +40,7 @@ from tandem.run.clock import WallClock
 from tandem.run.config import Learned, RunConfig
 from tandem.run.counted import counted
 from tandem.run.course import Course, mark_best
+from tandem.run.fairness import Fairness
 from tandem.run.figures import figures
 from tandem.run.folder import RunFolder, SavedCheckpoint
 from tandem.run.ledger import Ledger
@@ -137,6 +138,9 @@ class Session:
         if self.learner.critic is not None:
             self.saved_parts["critic"] = self.learner.critic
             self.optimisers["critic"] = self.learner.critic.optimiser
+        self.fairness = Fairness(config.algo, config.rollout)
+        if config.rollout.extra_prompts:
+            self.saved_parts["fairness"] = self.fairness
         self.course = Course(config.evaluation)
         self.rollouts = Rollouts(Driver(parts.engine), parts.renderer, pool, config.rollout, config.seed, self.trace)
         self.samples = objective.samples  # the engine does, and rewards and fates are theirs
@@ -191,7 +195,7 @@ class Session:
             for draw in range(1 + asked.redraws):
                 if draw:
                     prompts = self.stream.take(lacking + asked.extra_prompts)
-                first = First(lacking, self.usable) if asked.extra_prompts else None
+                first = self.fairness.race(First(lacking, self.usable)) if asked.extra_prompts else None
                 self.account.dispatch(step, prompts, asked.samples_per_prompt)
                 groups += self.rollouts.collect(step, prompts, first)
                 lacking = asked.prompts_per_step - sum(map(self.usable, groups))
@@ -206,7 +210,9 @@ class Session:
         return any(trajectory.failure is None for trajectory in group.trajectories)
 
     def credit(self, groups: Sequence[Group]) -> Selection:
-        return samples_from_groups(self.config.algo, groups, self.price.price) if self.samples else texts(groups)
+        if not self.samples:
+            return texts(groups)
+        return self.fairness.weigh(groups, samples_from_groups(self.config.algo, groups, self.price.price))
 
     def read(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """The task's own solutions in place of rollouts."""
@@ -289,6 +295,7 @@ class Session:
             if report is not None:
                 updates = self.learner.objective.updates_per_step
                 row["useful"] = useful_work(self.parts.decoder.spec, batch.samples, updates)
+            row |= self.fairness.row(step, report)
             taken_out = int(row.get("taken_out", 0))
             self.account_for(groups, batch, taken_out)
         self.course.sampled(row.get("reward"))

@@ -29,7 +29,7 @@ from tandem.train.config import SHARD_BYTES
 from tandem.train.optimiser import Optimiser
 
 MANIFEST = "manifest.json"
-RESUMES = re.compile(r"optimiser-|critic-|stale-|state\.json")  # files that only a resumed run reads
+RESUMES = re.compile(r"optimiser-|critic-|stale-|rollouts\.|state\.json")  # files that only a resumed run reads
 
 
 @dataclass(frozen=True, slots=True)
