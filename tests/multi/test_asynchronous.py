@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,12 @@ import pytest
 
 from tandem.config import override
 from tandem.engine.config import EngineConfig
-from tandem.errors import RunFolderError
+from tandem.errors import RunFolderError, WorkerError, WorldError
 from tandem.kernels.build.toolchain import compiler
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.rollout.config import RolloutConfig
-from tandem.run import local
+from tandem.run import asynchronous, local
 from tandem.run.config import EvaluationConfig, RunConfig
 from tandem.run.journal import Read
 from tandem.run.replay import Repeated, replay
@@ -162,3 +165,47 @@ def test_a_journal_that_was_cut_is_repeated_to_the_cut(tiny: RunConfig, tmp_path
     groups.write_bytes(groups.read_bytes()[:-5])
     read = Read(tmp_path / "run")
     assert all(fact["at"] + fact["bytes"] <= groups.stat().st_size for fact in read.facts if fact.kind == "end")
+
+
+def test_a_disk_that_fills_ends_the_run_and_it_goes_on(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A journal with half a fact in its midst, or an error of the thread that nobody sees."""
+    config, write, room = override(tiny, FULL), os.write, 40_000
+
+    def full(descriptor: int, content: Any) -> int:
+        nonlocal room
+        if "journal" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            if room <= 0:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            room -= len(content)
+            content = content[: max(1, room)]
+        return write(descriptor, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(WorldError, match="journal.*Free some space"):
+            local.train(config, out=tmp_path / "run", resume=None, display=Silent())
+    before = len(Read(tmp_path / "run").facts)
+    code, _ = local.train(config, out=None, resume=tmp_path / "run", display=Silent())
+    read = Read(tmp_path / "run")
+    assert code == 0 and not read.cut and len(read.facts) > before > 2
+    assert all(one.same for one in repeated(tmp_path / "run"))
+
+
+def test_an_engine_that_stands_still_is_said(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of the engine that never ends, and a learner that waits for it for ever."""
+    monkeypatch.setattr(asynchronous, "LOOK_S", 0.05)
+    monkeypatch.setattr(asynchronous, "GRACE_S", 0.1)
+    stuck, step = threading.Event(), asynchronous.Taking.step
+
+    def stand(self: Any) -> Any:
+        return stuck.wait(60.0) if self.engine.stats.sampled_tokens > 500 else step(self)
+
+    monkeypatch.setattr(asynchronous.Taking, "step", stand)
+    config = override(tiny, {**FULL, "rollout.deadline_s": "2"})
+    try:
+        with pytest.raises(WorkerError, match="worker rollouts, phase .*: a step of the engine has taken 2 s"):
+            local.train(config, out=tmp_path / "run", resume=None, display=Silent())
+    finally:
+        stuck.set()

@@ -13,7 +13,7 @@ from tandem.config import override
 from tandem.errors import ConfigError
 from tandem.program.pool import RunningEpisode
 from tandem.recipes.tiny_arithmetic import tiny_arithmetic
-from tandem.run import local
+from tandem.run import local, session
 from tandem.run.config import RunConfig
 from tests.display import Silent
 from tests.multi.test_goldens import digest
@@ -142,13 +142,13 @@ def test_turns_have_credit_of_their_own_and_the_bits_of_the_engine(
 ) -> None:
     """What a step earned is lost on its way, all turns get one advantage, or a branch of the tree has other bits."""
     (tmp_path / "walk.py").write_text(WALK)
-    given, select = [], local.samples_from_groups
+    given, select = [], session.samples_from_groups
 
     def spied(*arguments: Any) -> Any:
         given.append((arguments[1], select(*arguments)))
         return given[-1][1]
 
-    monkeypatch.setattr(local, "samples_from_groups", spied)
+    monkeypatch.setattr(session, "samples_from_groups", spied)
     changes = {
         "task.environment": f"{tmp_path / 'walk.py'}:Walk",
         "rollout.max_turns": "3",

@@ -25,7 +25,7 @@ import pytest
 
 from tandem.config import override
 from tandem.errors import EnvironmentFailure
-from tandem.run import local
+from tandem.run import local, session
 from tandem.run.config import CheckpointConfig
 from tandem.run.folder import latest_checkpoint, saved_config
 from tests.display import Silent
@@ -405,7 +405,7 @@ def test_a_save_by_time_that_fails_ends_nothing(
 ) -> None:
     """A disk with room for one checkpoint ends, after five minutes, a run that would have been stored at its end."""
     config = override(saved_config(whole, local.RunConfig), {"checkpoint.every": "0", "steps": "5"})
-    save, tried = local.saved_state.save, []
+    save, tried = session.saved_state.save, []
 
     def full(directory: Path, decoder: Any, optimisers: Any, tokenizer: Any, state: Any) -> None:
         save(directory, decoder, optimisers, tokenizer, state)
@@ -413,7 +413,7 @@ def test_a_save_by_time_that_fails_ends_nothing(
         if state.step < 5:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(local.saved_state, "save", full)
+    monkeypatch.setattr(session.saved_state, "save", full)
     monkeypatch.setattr(local.Session, "time_to_save", lambda self: True)
     code, folder = local.train(config, out=tmp_path / "run", resume=None, display=Silent())
     assert code == 0 and tried == [1, 2, 3, 4, 5]

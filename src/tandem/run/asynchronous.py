@@ -21,7 +21,7 @@ import torch
 
 from tandem import env
 from tandem.algo.advantage import Selection
-from tandem.engine.driver import Driver
+from tandem.engine.driver import GRACE_S, Driver
 from tandem.errors import RunFolderError, WorkerError
 from tandem.rollout.config import AsyncConfig
 from tandem.rollout.flow import Ended, Flow
@@ -114,12 +114,12 @@ class AsyncSession(Session):
                             self._changed.wait(WAIT_S)
                         if self._ending:
                             return
-                        self._rolling = True
+                        self._rolling, self._turned_s = True, time.monotonic()
                     try:
                         idle = self._turn()
                     finally:
                         with self._changed:
-                            self._rolling, self._turned_s = False, time.monotonic()
+                            self._rolling = False
                             self._changed.notify_all()
                     if idle:
                         with self.rolled.span("weights" if self._draining else "full_buffer"), self._changed:
@@ -172,11 +172,15 @@ class AsyncSession(Session):
 
     @contextmanager
     def parked(self) -> Iterator[None]:
-        """The thread does nothing meanwhile."""
+        """The thread does nothing meanwhile. WorkerError where it does not come to rest."""
         with self._changed:
             self._wanted += 1
-            self._changed.wait_for(lambda: not self._rolling or self._failed is not None)
         try:
+            while True:
+                with self._changed:
+                    if self._changed.wait_for(lambda: not self._rolling or self._failed is not None, LOOK_S):
+                        break
+                self._check_thread("park")
             yield
         finally:
             with self._changed:
@@ -204,12 +208,13 @@ class AsyncSession(Session):
             self._ending = True
             self._changed.notify_all()
         if self._thread is not None:
-            self._thread.join(self.config.rollout.deadline_s)
+            self._thread.join(GRACE_S)
 
     def close(self) -> None:
         """No thread, nothing in the engine or with environments."""
         self._end_thread()
-        self.flow.withdraw()
+        if self._thread is None or not self._thread.is_alive():  # else the engine is in a step that does not end
+            self.flow.withdraw()
         if self.journal is not None:
             self.journal.close()
 
@@ -218,13 +223,16 @@ class AsyncSession(Session):
         with self._changed:
             if self._failed is None:
                 self._changed.wait(LOOK_S)
-            failed, turned_s = self._failed, self._turned_s
+        self._check_thread(phase)
+
+    def _check_thread(self, phase: str) -> None:
+        failed = self._failed
         if failed is not None:
             if isinstance(failed, Exception):
                 raise failed
             raise WorkerError("rollouts", phase, f"its thread ended: {failed!r}") from failed
         most_s = self.config.rollout.deadline_s
-        if time.monotonic() - turned_s > most_s:
+        if self._rolling and time.monotonic() - self._turned_s > most_s:
             raise WorkerError("rollouts", phase, f"a step of the engine has taken {most_s:g} s (rollout.deadline_s)")
 
     def gather(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
