@@ -288,13 +288,21 @@ def test_start_that_hangs_or_fails(source: Path, tmp_path: Path) -> None:
     with pytest.raises(EnvironmentFailure, match=re.escape("did not come up within 0.5 s (it hung)")):
         hung.ready()
     (tmp_path / "broken.py").write_text("import nothing_of_this_name\n")
+    (tmp_path / "needs.py").write_text(
+        "class Needs:\n    def __init__(self, path, sandbox, seed, size=3):\n        pass\n"
+        "class Any:\n    def __init__(self, **more):\n        pass\n"
+    )
     (tmp_path / "thing.py").write_text("class Thing:\n    pass\n\ndef leave():\n    raise SystemExit(2)\n")
     for environment, parameters, reason in (
         (f"{tmp_path}/none.py:A", (), "no file"),
         (f"{tmp_path}/broken.py:A", (), "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
         ("nothing_of_this_name:A", (), "No module named"),
         (f"{source}:Old", (), "has no 'Old'. Did you mean Odd"),
-        (f"{source}:Odd", (("fast", 1),), "unexpected keyword argument 'fast'"),
+        (f"{source}:Odd", (("fast", 1),), "task.parameters: Odd takes no 'fast'. Allowed: slow"),
+        (f"{tmp_path}/needs.py:Needs", (), "task.parameters: Needs needs a value of 'path'. Give it: --set task.param"),
+        (f"{tmp_path}/needs.py:Needs", (("pth", "x"),), "task.parameters: Needs takes no 'pth'. Did you mean path"),
+        (f"{tmp_path}/needs.py:Needs", (("path", "x"), ("sandbox", 1)), "task.parameters: Needs takes no 'sandbox'"),
+        (f"{tmp_path}/needs.py:Any", (("other", 1),), "lacks prompt and reward"),
         (f"{tmp_path}/thing.py:Thing", (), "lacks prompt and reward"),
     ):
         with pytest.raises(TaskError, match=re.escape(reason)):

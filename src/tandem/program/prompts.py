@@ -386,6 +386,26 @@ def _field(row: Mapping[str, Any], setting: str, name: str, place: str) -> str:
     return f"{Decimal(str(value)):f}" if isinstance(value, float) else str(value).strip()
 
 
+def _arguments(config: TaskConfig, name: str, build: Callable[..., Any]) -> dict[str, Any]:
+    """What the user's class is made with; TaskError where task.parameters have what it does not take, or lack one."""
+    wanted, arguments = inspect.signature(build).parameters, dict[str, Any](config.parameters)
+    named = [one for one in wanted.values() if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)]
+    allowed = [one.name for one in named if one.name != "sandbox"]
+    for parameter in arguments:
+        if parameter not in allowed and not any(one.kind is one.VAR_KEYWORD for one in wanted.values()):
+            raise TaskError(f"task.parameters: {name} takes no {parameter!r}.{nearest(parameter, allowed)}")
+    if "seed" in wanted:
+        arguments.setdefault("seed", config.seed)
+    for one in named:
+        if one.default is one.empty and one.name not in ("sandbox", *arguments):
+            advice = f"--set task.parameters={one.name}=VALUE"
+            raise TaskError(f"task.parameters: {name} needs a value of {one.name!r}. Give it: {advice}")
+    if "sandbox" in wanted:
+        check(config.sandbox)
+        arguments["sandbox"] = SandboxPool(config.sandbox)
+    return arguments
+
+
 def load_user(config: TaskConfig) -> Environment:
     """The user's environment; TaskError where it cannot be found or built."""
     where, attribute = config.environment.rsplit(":", 1)
@@ -397,21 +417,15 @@ def load_user(config: TaskConfig) -> Environment:
     if not callable(build):
         names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]
         raise TaskError(f"task.environment: {where} has no {attribute!r}.{nearest(attribute, names)}")
-    arguments: dict[str, Any] = dict(config.parameters)
     try:
-        wanted = inspect.signature(build).parameters
-        if "seed" in wanted:
-            arguments.setdefault("seed", config.seed)
-        if "sandbox" in wanted:
-            check(config.sandbox)
-            arguments["sandbox"] = SandboxPool(config.sandbox)
-        environment = build(**arguments)
+        environment = build(**_arguments(config, attribute, build))
     except TaskError:
         raise
     except (ConfigError, SandboxError) as error:
         raise TaskError(str(error)) from error
     except Exception as error:  # recorded boundary: the constructor is the user's code
-        raise TaskError(f"task.environment {config.environment}({arguments}): {_reason(error)}") from error
+        parameters = dict(config.parameters)
+        raise TaskError(f"task.environment {config.environment}({parameters}): {_reason(error)}") from error
     missing = [name for name in ("prompt", "reward") if not callable(getattr(environment, name, None))]
     if missing:
         raise TaskError(

@@ -58,7 +58,8 @@ class ProgramsTable:
         if self._lines:
             self._over.set()
             self._lines.join()
-            self._line()
+            if self.progress.begun:  # else the task was wrong, and says why
+                self._line()
 
     def _write_lines(self) -> None:
         while not self._over.wait(_LINE_S):
