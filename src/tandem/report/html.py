@@ -40,6 +40,7 @@ _ALTERNATIVES = {
     "update": "Gradient norm, learning rate and clipped share by step",
     "critic": "A critic's loss, explained variance, and the means of values and returns, by step",
     "agents": "Turns, tool calls and what else happened in programs, by step",
+    "ahead": "Lag of the learned groups, and groups that run, wait or were dropped, by step",
     "limits": "KL, truncated share and peak memory by step",
     "budget": "Error budget by step: staleness, mismatch and sampling",
 }

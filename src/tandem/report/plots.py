@@ -370,6 +370,19 @@ def critic_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+AHEAD: list[Curve] = [
+    ("lag", "lag, updates", 1.0),
+    ("running_groups", "groups that run", 1.0),
+    ("waiting_groups", "that wait", 1.0),
+    ("stale_groups", "dropped", 1.0),
+]
+
+
+def ahead_figure(rows: Sequence[Row]) -> Figure:
+    """How far rollouts ran ahead: updates between a group's first token and its step, and groups in each state."""
+    return strips_figure("Ahead of the learner", AHEAD, [("", rows)])
+
+
 def limits_figure(rows: Sequence[Row]) -> Figure:
     """What tells trouble: KL of learner against behaviour, answers cut at their longest, peak memory."""
     return strips_figure("Drift and limits", LIMITS, [("", rows)])
@@ -384,6 +397,7 @@ FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "update": update_figure,
     "critic": critic_figure,
     "agents": agents_figure,
+    "ahead": ahead_figure,
     "limits": limits_figure,
     "budget": budget_figure,
 }

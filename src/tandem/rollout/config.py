@@ -77,7 +77,7 @@ class AsyncConfig:
     order: Order = "fifo"  # in which groups are learned; window and completion favour those that end early
     window: Positive = 1  # of order window: any of this many groups, from the oldest that nothing was learned of
     at_update: AtUpdate = "carry"  # programs that run: go on (keys and values anew, or kept), begin anew, or end first
-    by_load: bool = True  # a group begins where the engine has no request waiting; else as soon as there is room
+    by_load: bool = True  # groups begin where the engine has none waiting and the learner needs more
     replay_uses: Positive = 1  # batches that a group may be in
     replay_groups: Count = 0  # most that are kept for another use; 0: as many as the lag allows
     replay_lag: Count = 4  # updates that what is used again may trail

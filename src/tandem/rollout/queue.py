@@ -86,10 +86,14 @@ class Queue:
         """Groups that run, wait or are learned at most: (S + 1) P, of P those that are used for the first time."""
         return max(self.size, (self.config.most_lag + 1) * self.fresh)
 
+    def __len__(self) -> int:
+        """Groups that run, wait or are being learned."""
+        return len(self.running) + len(self.waiting) + len(self.chosen)
+
     @property
     def room(self) -> int:
         """Groups that may begin."""
-        return self.capacity - len(self.running) - len(self.waiting) - len(self.chosen)
+        return self.capacity - len(self)
 
     def begin(self, version: int) -> int:
         """The number of a group that begins."""

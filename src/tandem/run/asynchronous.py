@@ -69,6 +69,8 @@ class AsyncSession(Session):
         self.flow = Flow(self.rollouts)
         if self.cores is not None:
             self.learner.between = self._give_way
+        self.least = min(2 * asked.prompts_per_step, self.queue.capacity)  # a batch that is learned, and the next
+        self.limit = self.least  # groups that run, wait or are learned, by load
         self.lags: dict[str, float] = {}  # of the present step's groups
         self.journal: Journal | None = None
         self._changed = threading.Condition()  # guards the next five
@@ -132,7 +134,7 @@ class AsyncSession(Session):
     def _turn(self) -> bool:
         """Begin what may, and a step; whether there was nothing to do."""
         with self.rolled.span("rollout"), counted(self.parts, self.rolled, bool(self.config.engine.draft_tokens)):
-            while self.queue.room > 0 and not self._draining and self._has_load():
+            while self.queue.room > 0 and not self._draining and self._may_begin():
                 place = self.stream.cursor
                 (prompt,) = self.stream.take(1)
                 self._begin(place, prompt)
@@ -147,9 +149,11 @@ class AsyncSession(Session):
         for ended in self.flow.ended():
             self._end(ended)
 
-    def _has_load(self) -> bool:
-        """Whether the engine would run a group at once."""
-        return not (self.config.asynchrony.by_load and self.parts.engine.scheduler.waiting)
+    def _may_begin(self) -> bool:
+        """Whether the engine would run a group at once, and the learner seems to need one."""
+        if not self.config.asynchrony.by_load:
+            return True
+        return len(self.queue) < self.limit and not self.parts.engine.scheduler.waiting
 
     def _begin(self, place: int, prompt: Prompt) -> None:
         step, version = self.queue.step, self.parts.engine.version.step
@@ -237,6 +241,7 @@ class AsyncSession(Session):
 
     def gather(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
         """The groups of a step, as they were chosen before or as soon as there are enough."""
+        waited = False
         with self.trace.span("buffer"):
             while (groups := self._lived(step)) is None:
                 if self._thread is None:
@@ -245,11 +250,18 @@ class AsyncSession(Session):
                     choice = self.queue.choose(step)
                     found = self._take(choice) if choice is not None else []
                 if found:
+                    self._adapt(waited)
                     return self._given(found)
+                waited = True
                 if self.stopping.requested and self.stopping.received is not None:
                     self.stopping.ahead = "the groups of this step are waited for"
                 self._wait("rollout")
         return groups
+
+    def _adapt(self, waited: bool) -> None:
+        """More groups at once where the learner had to wait for its batch; fewer, and so newer ones, where not."""
+        more, fewer = self.limit + max(1, self.limit // 4), self.limit - max(1, self.limit // 8)
+        self.limit = min(more, self.queue.capacity) if waited else max(fewer, self.least)
 
     def _take(self, choice: Choice) -> list[Waiting]:
         assert self.journal is not None
