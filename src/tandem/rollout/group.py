@@ -10,9 +10,14 @@ from dataclasses import dataclass
 from tandem.types import Group, StopReason
 
 
-def program_id(prompt_id: str, step: int, sibling: int) -> str:
+def group_id(prompt_id: str, step: int) -> str:
     """Unique within a run."""
-    return f"{prompt_id}/{step}/{sibling}"
+    return f"{prompt_id}/{step}"
+
+
+def program_id(prompt_id: str, step: int, sibling: int) -> str:
+    """Of a group's."""
+    return f"{group_id(prompt_id, step)}/{sibling}"
 
 
 @dataclass(frozen=True, slots=True)

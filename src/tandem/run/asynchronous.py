@@ -22,16 +22,17 @@ import torch
 from tandem import env
 from tandem.algo.advantage import Selection
 from tandem.engine.driver import GRACE_S, Driver
-from tandem.errors import RunFolderError, WorkerError
+from tandem.errors import RunFolderError, WorkerError, WorldError
 from tandem.rollout.config import AsyncConfig
 from tandem.rollout.flow import Ended, Flow
+from tandem.rollout.group import group_id
 from tandem.rollout.program import Paused
 from tandem.rollout.queue import Choice, Queue, Waiting
 from tandem.rollout.rollout import Rollouts
 from tandem.run.cores import Cores, Taking
 from tandem.run.counted import counted
 from tandem.run.journal import FACTS, Fact, Journal, Read
-from tandem.run.kept import Kept
+from tandem.run.kept import Begun, Kept
 from tandem.run.ledger import reached_tokens
 from tandem.run.loop import Stages
 from tandem.run.session import Session
@@ -53,8 +54,8 @@ class AsyncSession(Session):
         config: AsyncConfig = self.config.asynchrony
         asked = self.config.rollout
         self.queue = Queue(asked.prompts_per_step, config, self.config.seed, asked.redraws)
-        self.numbers: dict[str, int] = {}  # group id -> number, of those that run
-        self.unbegun: dict[int, tuple[int, int]] = {}  # number -> step and prompt, of those that an earlier sitting ran
+        self.begun: dict[str, Begun] = {}  # by group id, what runs
+        self.unbegun: dict[str, Begun] = {}  # of that: what an earlier sitting ran, and nothing was kept of
         self.paused: dict[str, tuple[Paused, ...]] = {}  # by group id, of a checkpoint
         self.history: deque[Fact] = deque()  # of an earlier sitting, that are lived through again
         self.earlier: Read | None = None
@@ -157,18 +158,28 @@ class AsyncSession(Session):
 
     def _begin(self, place: int, prompt: Prompt) -> None:
         step, version = self.queue.step, self.parts.engine.version.step
-        number = self.queue.begin(version)
-        self.account.dispatch(step, (prompt,), self.config.rollout.samples_per_prompt)
-        group = self.flow.begin(step, prompt)
-        self.numbers[group] = number
+        group, number = group_id(prompt.id, step), self.queue.begun
         assert self.journal is not None
-        self.journal.begin(number, group, step, place, version)
+        try:
+            self.journal.begin(number, group, step, place, version)
+        except WorldError:
+            self.stream.cursor = place
+            raise
+        assert self.queue.begin(version) == number
+        self.account.dispatch(step, (prompt,), self.config.rollout.samples_per_prompt)
+        self.begun[group] = Begun(number, step, place)
+        assert self.flow.begin(step, prompt) == group
 
     def _end(self, ended: Ended) -> None:
         usable = not self.config.rollout.redraws or self.usable(ended.group)
-        number = self.numbers.pop(ended.id)
+        number = self.begun[ended.id].number
         assert self.journal is not None
-        self.journal.end(number, ended, usable)
+        try:
+            self.journal.end(number, ended, usable)
+        except WorldError:  # for a checkpoint it runs, and has nothing: it is drawn again
+            self.ledger.lose("interrupted", sum(one.num_sampled for one in ended.group.trajectories))
+            raise
+        del self.begun[ended.id]
         self.queue.end(number, ended, usable)
         self.ledger.arrive([ended.group])
 
@@ -199,9 +210,8 @@ class AsyncSession(Session):
                 if one.anew:
                     self.ledger.lose("interrupted", one.drawn_tokens)
         self.flow.resume([(name, paused) for name, paused in self.paused.items()])
-        for number, (step, place) in sorted(self.unbegun.items()):
-            group = self.flow.begin(step, self.pool.prompt(place))
-            self.numbers[group] = number
+        for group, (_, step, place) in sorted(self.unbegun.items(), key=lambda entry: entry[1]):
+            assert self.flow.begin(step, self.pool.prompt(place)) == group, group
         self.paused, self.unbegun = {}, {}
         self._turned_s = time.monotonic()
         self._thread = threading.Thread(target=self._roll, name="rollouts", daemon=True)
@@ -297,9 +307,9 @@ class AsyncSession(Session):
     def check_ledger(self) -> None:
         size = self.config.rollout.samples_per_prompt
         with self.parked():
-            unbegun = [name for name, number in self.numbers.items() if number in self.unbegun]
             paused = [one.id for ones in self.paused.values() for one in ones]
-            running = [*self.flow.program_ids, *paused, *(f"{name}/{one}" for name in unbegun for one in range(size))]
+            again = [f"{name}/{one}" for name in self.unbegun for one in range(size)]
+            running = [*self.flow.program_ids, *paused, *again]
             held = [*self.queue.waiting.values(), *self.queue.unusable.values()]
             waiting = [trajectory.id for one in held for trajectory in one.ended.group.trajectories]
             self.ledger.check(running, waiting)
@@ -372,6 +382,7 @@ class AsyncSession(Session):
     def save(self, step: int, version: WeightVersion) -> None:
         with self.parked(), self.flow.held():
             self._end_all()
+            self.stream.settle()
             super().save(step, version)
 
     def save_more(self, directory: Path) -> None:
@@ -380,7 +391,7 @@ class AsyncSession(Session):
         self.journal.sync()
         paused = [*((name, tuple(ones)) for name, ones in self.flow.pause()), *self.paused.items()]
         size = self.lived_bytes if self.history else self.journal.size()
-        Kept.of(size, self.queue, self.numbers, paused).write(directory)
+        Kept.of(size, self.queue, self.begun, paused).write(directory)
 
     def restore(self) -> int:
         """To the newest checkpoint; what the journal has behind it is lived through again, step by step."""
@@ -407,8 +418,9 @@ class AsyncSession(Session):
     def _kept(self, directory: Path) -> Kept:
         kept = Kept.read(directory)
         kept.fill(self.queue)
-        self.numbers = {name: number for number, name in kept.groups}
+        self.begun = dict(kept.groups)
         self.paused = dict(kept.paused)
+        self.unbegun = {group: one for group, one in self.begun.items() if group not in self.paused}
         self.lived_bytes = kept.journal_bytes
         return kept
 
@@ -437,9 +449,8 @@ class AsyncSession(Session):
         if fact.kind == "begin":
             number = self.queue.begin(fact["version"])
             assert number == fact["number"], (number, fact)
-            self.numbers[fact["group"]] = number
+            self.begun[fact["group"]] = self.unbegun[fact["group"]] = Begun(number, fact["step"], fact["prompt"])
             self.ledger.dispatch(f"{fact['group']}/{one}" for one in range(size))
-            self.unbegun[number] = fact["step"], fact["prompt"]
             self.stream.skip(fact["prompt"] + 1)
         elif fact.kind == "end":
             ended = self.earlier.ended(fact)
@@ -447,8 +458,8 @@ class AsyncSession(Session):
             self.ledger.arrive([ended.group])
             before = sum(one.drawn_tokens for one in self.paused.get(fact["group"], ()))
             self.ledger.found(sum(one.num_sampled for one in ended.group.trajectories) - before)
-            self.numbers.pop(fact["group"])
-            self.unbegun.pop(fact["number"], None)
+            del self.begun[fact["group"]]
+            self.unbegun.pop(fact["group"], None)
             self.paused.pop(fact["group"], None)
 
     def _compare(self, step: int, version: WeightVersion) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tandem.errors import CheckpointError
 from tandem.rollout.program import Paused
@@ -12,6 +13,14 @@ from tandem.rollout.queue import Queue, Waiting
 from tandem.run.journal import packed, unpacked
 
 SAVED = "rollouts.msgpack"
+
+
+class Begun(NamedTuple):
+    """A group that runs."""
+
+    number: int  # in the order in which groups began
+    step: int  # whose seeds it has
+    place: int  # of its prompt, in the run's order
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +34,7 @@ class Kept:
     begun: int  # these, and the waiting ones: see Queue
     replaced: int
     running: tuple[tuple[int, int], ...]  # number, version
-    groups: tuple[tuple[int, str], ...]  # number, id, of those that run
+    groups: tuple[tuple[str, Begun], ...]  # by id, of those that run
     waiting: tuple[Waiting, ...]
     again: tuple[Waiting, ...]  # kept for another use
     paused: tuple[tuple[str, tuple[Paused, ...]], ...]  # by group
@@ -37,16 +46,16 @@ class Kept:
         cls,
         journal_bytes: int,
         queue: Queue,
-        numbers: Mapping[str, int],
+        begun: Mapping[str, Begun],
         paused: Sequence[tuple[str, tuple[Paused, ...]]],
     ) -> Kept:
-        """numbers: of the groups that run."""
+        """begun: the groups that run."""
         return cls(
             journal_bytes,
             queue.begun,
             queue.replaced,
             tuple(queue.running.items()),
-            tuple((number, name) for name, number in numbers.items()),
+            tuple(begun.items()),
             tuple(queue.waiting.values()),
             tuple(queue.kept.values()),
             tuple(paused),
