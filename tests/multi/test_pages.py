@@ -98,6 +98,7 @@ RUNS: dict[str, str] = {
     "tandem train smollm2_arithmetic_cpu --set steps=60 --set algo.advantage=gae": "",
     "tandem rollout smollm2_repair_cpu": "tandem rollout smollm2_repair_cpu --programs 4",
     "tandem rollout smollm2_repair_cpu --set task.parameters=path=problems --set rollout.max_turns=6": "",
+    "tandem train tiny_chains --out runs/chains": "",
     "tandem study": "",
     "tandem study staleness --seeds 0": "tandem study staleness --seeds 0 --out staleness",
 }
@@ -150,6 +151,7 @@ LISTED: dict[str, str] = {
     "tandem bench gpu [--json]": "needs a GPU",
     "tandem bench sandbox [--json]": "takes minutes; tests/null/test_bench.py",
     "tandem bench publish [--json]": "takes a minute; tests/multi/test_publish_apart.py",
+    "tandem study length_bias": "takes hours; tests/multi/test_study.py runs a small study",
     "tandem study staleness": "takes hours; tests/multi/test_study.py runs a small study",
     "tandem study staleness --time": "takes minutes of a quiet machine",
     "prompt -> program -> request -> tokens -> trajectory -> batch -> loss -> weights -> engine": "a picture",

@@ -60,7 +60,6 @@ class AsyncSession(Session):
         self.history: deque[Fact] = deque()  # of an earlier sitting, that are lived through again
         self.earlier: Read | None = None
         self.rolled = Trace([], self.clock.now)  # what the thread's worker of the account keeps
-        self.reused: set[str] = set()  # programs of the present batch that were in one before
         self.stale_groups = 0
         self.ledger.uses = config.replay_uses
         self.cores: Cores | None = Cores() if self.config.model.device == "cpu" else None
@@ -282,6 +281,7 @@ class AsyncSession(Session):
         """What is chosen leaves the queue; what is dropped has its fate."""
         stale = [self.queue.waiting[number].ended.group for number in choice.stale]
         self.stale_groups += len(stale)
+        self.fairness.drop(stale)
         fates = {trajectory.id: "stale" for group in stale for trajectory in group.trajectories}
         self.ledger.record(stale, [], fates, version=self.learned_on)
         found = self.queue.take(choice)

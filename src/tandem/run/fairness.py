@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tandem.algo.advantage import Selection
-from tandem.algo.config import AlgoConfig
 from tandem.algo.lengths import LOST, Dispatched, by_tenths, compare, of_group
 from tandem.algo.propensity import Keep, Weights, inverse, keep_probabilities
-from tandem.rollout.config import RolloutConfig
 from tandem.rollout.first import First
+from tandem.run.config import RunConfig
 from tandem.train.step import LearnerReport
 from tandem.types import Group, Sample
 
@@ -38,11 +37,14 @@ class Ended(NamedTuple):
 class Fairness:
     """Takes each step's groups, whatever became of them; knows what the loss makes of it and what the row says."""
 
-    def __init__(self, config: AlgoConfig, rollout: RolloutConfig) -> None:
-        self.config = config
+    def __init__(self, run: RunConfig) -> None:
+        self.config, rollout = run.algo, run.rollout
+        self.drops = run.asynchrony.mode == "full" and run.asynchrony.order == "drop"
+        self.lasts = bool(rollout.extra_prompts) or self.drops  # else nothing is estimated from earlier steps
         self.most = rollout.max_program_tokens or rollout.max_turns * rollout.max_new_tokens  # tokens of a program
-        self.past: deque[list[Ended]] = deque(maxlen=config.fairness.steps)
+        self.past: deque[list[Ended]] = deque(maxlen=self.config.fairness.steps)
         self.races: list[First] = []  # of this step
+        self.stale: list[Dispatched] = []  # dropped since the step before
         self.groups: Sequence[Dispatched] = ()  # settled in this step
         self.keep: Mapping[str, Keep] = {}
         self.weights: Weights | None = None
@@ -53,17 +55,25 @@ class Fairness:
         self.races.append(first)
         return first
 
-    def weigh(self, groups: Sequence[Group], batch: Selection, lost: Sequence[Dispatched] = ()) -> Selection:
-        """The batch made of `groups`; `lost` are others that were settled in this step, beside those of its races."""
+    def drop(self, groups: Sequence[Group]) -> None:
+        """Groups that nothing is learned of, since they are older than the lag allows."""
+        self.stale += [of_group(group, late="stale") for group in groups]
+
+    def weigh(self, groups: Sequence[Group], batch: Selection, again: Collection[str] = ()) -> Selection:
+        """The batch made of `groups`, beside what else was settled in this step; `again` are trajectories that were in
+        a batch before, whose groups were settled then."""
         raced = [one for race in self.races for one in race.dispatched(batch.fates, self.most)]
-        self.races = []
-        self.groups = [*(raced or [of_group(group, batch.fates) for group in groups]), *lost]
+        kept = raced or [of_group(group, batch.fates) for group in groups]
+        every = [dataclasses.replace(one, keep=None) if self.drops else one for one in (*kept, *self.stale)]
+        before = {one.rpartition("/")[0].rpartition("/")[0] for one in again}
+        self.groups = [one for one in every if one.id not in before]
+        self.races, self.stale = [], []
         self.samples, self.weights = batch.samples, None
         self.past.append([Ended(one.clock, one.ended, one.usable, one.kept) for one in self.groups])
-        self.keep = keep_probabilities(self.groups, self.past)
+        self.keep = keep_probabilities(every, self.past)
         if self.config.fairness.weights == "none":
             return batch
-        units = {one.id: self._units(one) for one in self.groups}
+        units = {one.id: self._units(one) for one in every}
         self.weights = inverse(self.keep, units, self.config.fairness.most)
         return dataclasses.replace(batch, samples=tuple(self._weighed(sample) for sample in batch.samples))
 

@@ -184,7 +184,10 @@ class ReplaySession(Session):
                     choice = Choice(fact["step"], tuple(fact["numbers"]), tuple(fact["again"]), tuple(fact["stale"]))
                     assert not choice.numbers or choice.step == step, (choice, step)
                     choice = dataclasses.replace(choice, unusable=tuple(self.queue.unusable))
+                    self.fairness.drop([self.queue.waiting[number].ended.group for number in choice.stale])
                     if found := self.queue.take(choice):
+                        again = [one.ended.group for one in found if one.number in choice.again]
+                        self.reused = {trajectory.id for group in again for trajectory in group.trajectories}
                         return [one.ended.group for one in found]
                 else:
                     self._follow(fact)

@@ -138,8 +138,9 @@ class Session:
         if self.learner.critic is not None:
             self.saved_parts["critic"] = self.learner.critic
             self.optimisers["critic"] = self.learner.critic.optimiser
-        self.fairness = Fairness(config.algo, config.rollout)
-        if config.rollout.extra_prompts:
+        self.reused: set[str] = set()  # trajectories of the present batch that were in one before
+        self.fairness = Fairness(config)
+        if self.fairness.lasts:
             self.saved_parts["fairness"] = self.fairness
         self.course = Course(config.evaluation)
         self.rollouts = Rollouts(Driver(parts.engine), parts.renderer, pool, config.rollout, config.seed, self.trace)
@@ -212,7 +213,8 @@ class Session:
     def credit(self, groups: Sequence[Group]) -> Selection:
         if not self.samples:
             return texts(groups)
-        return self.fairness.weigh(groups, samples_from_groups(self.config.algo, groups, self.price.price))
+        batch = samples_from_groups(self.config.algo, groups, self.price.price)
+        return self.fairness.weigh(groups, batch, self.reused)
 
     def read(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """The task's own solutions in place of rollouts."""
