@@ -269,6 +269,7 @@ class Group:
 
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]  # of G programs, a program's segments side by side
+    stopped: bool = False  # before all of its programs began: the rest would hardly have differed
 
     @property
     def programs(self) -> list[tuple[Trajectory, ...]]:

@@ -158,6 +158,13 @@ LISTED: dict[str, str] = {
     "groups --samples_from_groups--> samples --pack--> microbatches --policy_loss--> loss": "a picture",
     "R_i = #{j: l_j < l_i} - #{j: l_j > l_i},": "an equation",
     "E W = mean(k) sum(S_g) / s": "an equation",
+    "tandem train smollm2_arithmetic_cpu --set select.window=256 --set select.fresh=32 --set select.first_samples=4 "
+    "--set rollout.samples_per_prompt=16 --set algo.filter_zero_variance=true": (
+        "tests/multi/test_spending.py runs it small"
+    ),
+    "k (n - k) / (n (n - 1)),    estimates    w = E[p (1 - p)]": "an equation",
+    "E[p (1 - p)]        = a b / (s (s + 1))                          the predicted variance": "an equation",
+    "pi_i = floor n / C + c v_i^power,    at most 1;    sum of pi_i = n": "an equation",
     "R(C) = R0 + (A - R0) / (1 + (Cmid / C)^B)": "an equation",
     "decode = prefill = chunked = whole = prefix hit = any page size = packed = alone = among 256 = engine = learner": (
         "an equation"

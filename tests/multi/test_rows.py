@@ -53,6 +53,15 @@ POLICY = {
 }
 
 AHEAD = {"asynchrony.mode": "full", "sync.lag": "0", "rollout.extra_prompts": "0"}
+SPENT = {
+    "objective": "policy_gradient",
+    "rollout.samples_per_prompt": "4",
+    "rollout.redraws": "1",
+    "algo.filter_zero_variance": "true",
+    "select.window": "8",
+    "select.fresh": "3",
+    "select.first_samples": "2",
+}
 
 
 def keys(row: Mapping[str, Any]) -> Iterator[str]:
@@ -85,7 +94,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         patch.setattr(RunningEpisode, "score", grade)  # rewards that differ within a group
         with_critic = override(texts, {**POLICY, "algo.advantage": "gae", "steps": "2"})
         ahead = override(texts, {**POLICY, **AHEAD, "steps": "2"})
-        policy = of(override(texts, POLICY)) | of(with_critic) | of(ahead)
+        spent = override(texts, SPENT)
+        policy = of(override(texts, POLICY)) | of(with_critic) | of(ahead) | of(spent)
         return {"next_token": of(texts), "policy_gradient": policy}
 
 

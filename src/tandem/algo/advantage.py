@@ -6,11 +6,14 @@ advantage says credit.py.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
+
+import numpy as np
 
 from tandem.algo.config import Advantage, AlgoConfig
 from tandem.algo.credit import (
@@ -38,6 +41,7 @@ MAX_CHARGED = 1e12  # a reward less its price; its square, summed over a batch, 
 FATES = {
     "trained": "reached the learner",
     "zero_advantage": "no gradient: its advantage is 0, and there is no KL term",
+    "decided": "no gradient: its group was stopped, since the rest would hardly have differed (select.first_samples)",
     "filtered": "its group left the batch: all rewards were equal (algo.filter_zero_variance)",
     "truncated": "cut at rollout.max_new_tokens, and left out (algo.filter_truncated)",
     "masked": "no sampled token",
@@ -144,6 +148,7 @@ def samples_from_groups(config: AlgoConfig, groups: Sequence[Group], price: floa
     """
     fates: dict[str, str] = {}
     survivors: list[list[tuple[Trajectory, ...]]] = []  # programs, each by its segments
+    stopped: set[str] = set()  # trajectories of groups that were
     rewards_by_group: list[list[float]] = []
     for group in groups:
         kept = [program for program in group.programs if program[0].failure is None]
@@ -155,8 +160,11 @@ def samples_from_groups(config: AlgoConfig, groups: Sequence[Group], price: floa
                 f"prompt {group.prompt.id}: a reward after its price is {largest:g} in size; beyond {MAX_CHARGED:g} no "
                 f"statistic holds. Its price is {price:g}: lower algo.price.rate or raise algo.price.budget."
             )
+        if group.stopped:
+            stopped |= {trajectory.id for trajectory in group.trajectories}
         if config.filter_zero_variance and len(set(rewards)) <= 1:
-            fates |= {t.id: "filtered" if t.num_sampled else "masked" for t in itertools.chain.from_iterable(kept)}
+            left = "decided" if group.stopped else "filtered"
+            fates |= {t.id: left if t.num_sampled else "masked" for t in itertools.chain.from_iterable(kept)}
             continue
         survivors.append(kept)
         rewards_by_group.append(rewards)
@@ -165,12 +173,23 @@ def samples_from_groups(config: AlgoConfig, groups: Sequence[Group], price: floa
     for program, columns in zip(itertools.chain.from_iterable(survivors), credited, strict=True):
         cut = config.filter_truncated and program[-1].stop_reason is StopReason.LENGTH
         for trajectory, known in zip(program, columns, strict=True):
-            fates[trajectory.id] = fate = _fate(config, trajectory, known, cut)
+            fate = _fate(config, trajectory, known, cut)
+            fates[trajectory.id] = fate = "decided" if fate == "zero_advantage" and trajectory.id in stopped else fate
             if fate == "trained":
                 samples.append(Sample(trajectory.id, trajectory.prompt_id, known))
             if fate != "truncated":
                 totals.append(PromptTotal(trajectory.prompt_id, count_predictions(known), 1))
     return Selection(tuple(samples), merge_totals(totals), fates)
+
+
+def weighed(batch: Selection, weight: Callable[[str], float]) -> Selection:
+    """The batch with each sample's terms of the loss times the weight of its prompt id. Denominators stay."""
+    samples = []
+    for sample in batch.samples:
+        before, own = sample.columns.get("selection_weights"), np.full(len(sample.columns), weight(sample.prompt_id))
+        columns = sample.columns.having(selection_weights=own if before is None else own * before)
+        samples.append(dataclasses.replace(sample, columns=columns))
+    return dataclasses.replace(batch, samples=tuple(samples))
 
 
 def _credited(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Gt, Interval
+from annotated_types import Ge, Gt, Interval
 
-from tandem.config import Amount, Count, Positive, section
+from tandem.config import AboveZero, Amount, Count, Positive, Share, section
 from tandem.errors import ConfigError
 from tandem.types import Sampling
 
@@ -104,3 +104,40 @@ class AsyncConfig:
     def ends_first(self) -> bool:
         """Whether nothing may run while the weights change."""
         return self.mode == "one_off" or self.at_update == "finish"
+
+
+@dataclass(frozen=True, slots=True)
+@section("select")
+class SelectConfig:
+    """What sampling is spent on: which prompts a step asks, and which groups it goes on with (docs/spending.md).
+
+    >>> SelectConfig().on
+    False
+    """
+
+    window: Count = 0  # prompts that a step chooses among, by the predicted variance of their rewards; 0: the next ones
+    fresh: Count = 16  # of them that make place for the task's next ones after each step
+    floor: Annotated[float, Interval(gt=0, le=1)] = 0.2  # share of a step's prompts that is drawn evenly
+    power: Amount = 1.0  # of the predicted variance; 0 draws all evenly
+    half_life: AboveZero = 10.0  # steps after which a reward counts half in what is believed of a prompt
+    bucket: str = ""  # field of a prompt's record that says how hard it is; empty: its text with each digit as 0
+    first_samples: Count = 0  # samples of a group that are drawn first, the rest where they may differ; 0: all at once
+    error: Share = 0.1  # probability, at most, that the rest of a group that is stopped would have differed
+    audit: Share = 0.0  # share of the groups to be stopped that run on, which measures that
+    weigh: bool = False  # learn of each group by 1 over the probability of having been asked, as if none was chosen
+    weight_max: Annotated[float, Ge(1)] = 10.0  # of those weights; what is beyond is cut
+
+    def __post_init__(self) -> None:
+        if self.weigh and not self.on:
+            raise ConfigError("select.weigh is on, but nothing is chosen. Set select.window, or leave it out.")
+        if self.window and not 0 < self.fresh <= self.window:
+            raise ConfigError(f"select.fresh is {self.fresh} of a select.window of {self.window}. Allowed: 1 to that.")
+        if self.first_samples == 1:
+            raise ConfigError("select.first_samples is 1, of which no spread is seen. Allowed: 0, or 2 or more.")
+        if self.audit and not self.first_samples:
+            raise ConfigError("select.audit is set, but no group is stopped. Set select.first_samples.")
+
+    @property
+    def on(self) -> bool:
+        """Whether anything is chosen."""
+        return self.window > 0 or self.first_samples > 0

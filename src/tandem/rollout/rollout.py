@@ -16,6 +16,7 @@ from typing import Any
 from tandem.engine.driver import Driver
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
+from tandem.rollout.early import Early
 from tandem.rollout.first import End, First
 from tandem.rollout.program import Episodes, Program
 from tandem.rollout.turns import Turns
@@ -54,20 +55,25 @@ class Rollouts:
         self.clock = clock
         self.sampling = config.sampling(renderer.stop_token_ids)
 
-    def collect(self, step: int, prompts: Sequence[Prompt], first: First | None = None) -> list[Group]:
+    def collect(
+        self, step: int, prompts: Sequence[Prompt], first: First | None = None, early: Early | None = None
+    ) -> list[Group]:
         """All groups of a step, or the first, in the prompts' order."""
-        groups = {group.prompt.id: group for group in self.run(step, prompts, first)}
+        groups = {group.prompt.id: group for group in self.run(step, prompts, first, early)}
         return [groups[prompt.id] for prompt in prompts if prompt.id in groups]
 
-    def run(self, step: int, prompts: Sequence[Prompt], first: First | None = None) -> Iterator[Group]:
+    def run(
+        self, step: int, prompts: Sequence[Prompt], first: First | None = None, early: Early | None = None
+    ) -> Iterator[Group]:
         """One group of samples_per_prompt programs for each prompt, as they end; closed early, it withdraws the rest.
 
         Where the `first` make a batch, they come when it is full; the others are withdrawn, and counted in the trace.
+        With `early`, a group's programs begin in parts, and some never.
         Whatever goes wrong in one program is its trajectories' Failure. CapacityError where a prompt does not fit the
         engine; nothing of this step is then left in it.
         """
         assert len({prompt.id for prompt in prompts}) == len(prompts), "prompt ids repeat within a step"
-        running = _Step(self, step, prompts, first)
+        running = _Step(self, step, prompts, first, early)
         try:
             while running.left:
                 with self.trace.span("rollout"):
@@ -80,7 +86,9 @@ class Rollouts:
 class _Step:
     """The programs of one step."""
 
-    def __init__(self, rollouts: Rollouts, step: int, prompts: Sequence[Prompt], first: First | None) -> None:
+    def __init__(
+        self, rollouts: Rollouts, step: int, prompts: Sequence[Prompt], first: First | None, early: Early | None
+    ) -> None:
         self.by = rollouts
         self.step = step
         self.prompts = prompts
@@ -89,6 +97,10 @@ class _Step:
         self.left = len(prompts)  # groups
         self._turns = Turns(rollouts, self._end, counts=first is not None)
         self._programs = self._made()
+        self._early = early
+        self._rest: dict[int, Iterator[Program]] = {}  # siblings that have not begun, by place
+        self._begun = Counter[int]()  # siblings, by place
+        self._expired = False
         self._ended: dict[int, list[Program]] = {}  # of groups that have not ended, by place
         self._groups: list[Group] = []  # that have, and were not given
         self._first = first
@@ -112,7 +124,7 @@ class _Step:
         """What is to be begun, and what comes back next."""
         waits = self._turns.waits
         waiting = sum(asked != "reward" for asked in waits.asked.values())
-        for program in islice(self._programs, AHEAD - waiting):
+        for program in islice(self._programs, max(0, AHEAD - waiting)):
             self._turns.submit(program)
         for program, asked, future in waits.ended(self.until_s - self.by.clock()):
             if program.place in self._late:
@@ -131,21 +143,34 @@ class _Step:
     def _made(self) -> Iterator[Program]:
         """Programs in order, siblings together."""
         for place, prompt in enumerate(self.prompts):
-            for program in self._turns.made(self.step, place, prompt, self.until_s):
-                if place in self._late:
-                    break
-                if self._first is not None:
-                    self._running.setdefault(place, []).append(program)
-                yield program
+            self._rest[place] = self._turns.made(self.step, place, prompt, self.until_s)
+            yield from self._part(place, self.size if self._early is None else self._early.part)
+
+    def _part(self, place: int, count: int) -> Iterator[Program]:
+        """The next siblings of a group."""
+        self._begun[place] += count
+        for _ in range(count):
+            if place in self._late:
+                break
+            program = next(self._rest[place])
+            if self._first is not None:
+                self._running.setdefault(place, []).append(program)
+            yield program
 
     def _end(self, program: Program, outcome: float | Failure) -> None:
         program.outcome = outcome
         program.episode.teardown()
         ended = self._ended.setdefault(program.place, [])
         ended.append(program)
-        if len(ended) == self.size:
-            ended = sorted(self._ended.pop(program.place), key=lambda one: int(one.id.rpartition("/")[2]))
-            group = Group(program.prompt, tuple(t for one in ended for t in one.trajectories))
+        if len(ended) == self._begun[program.place]:
+            ended = sorted(ended, key=lambda one: int(one.id.rpartition("/")[2]))
+            stopped = len(ended) < self.size and not self._expired
+            group = Group(program.prompt, tuple(t for one in ended for t in one.trajectories), stopped)
+            if self._early is not None and not self._expired and (more := self._early.next(group)):
+                for sibling in self._part(program.place, more):
+                    self._turns.submit(sibling)
+                return
+            del self._ended[program.place], self._rest[program.place]
             self.left -= 1
             if self._first is None:
                 self._groups.append(group)
@@ -177,6 +202,7 @@ class _Step:
 
     def _expire(self) -> None:
         """The deadline has passed: what is left is withdrawn, or not started, and fails; what was graded stays."""
+        self._expired = True
         late = Failure("deadline", f"generation took longer than {self.by.config.deadline_s:g} s (rollout.deadline_s)")
         for program, asked, future in self._turns.waits.withdraw():
             came = known(future)

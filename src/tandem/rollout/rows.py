@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,14 @@ from tandem.types import Group, Message, Sample, Trajectory
 DECIMALS = 3  # of a log-prob
 
 
-def trajectory_rows(groups: Iterable[Group], pieces: Pieces, keep_tokens: bool = True) -> Iterator[dict[str, Any]]:
+def trajectory_rows(
+    groups: Iterable[Group],
+    pieces: Pieces,
+    keep_tokens: bool = True,
+    facts: Callable[[str], dict[str, Any]] = lambda prompt_id: {},
+) -> Iterator[dict[str, Any]]:
     """A row a trajectory for `write_trajectories`; `tokens` of a row is what is known of each, where they are kept.
+    `facts` has further keys by prompt id.
 
     `text` is everything after the prompt, observations included; `context` what the model read before, which a first
     segment's row has with its tokens only: without them the prompt's messages say it.
@@ -45,6 +51,7 @@ def trajectory_rows(groups: Iterable[Group], pieces: Pieces, keep_tokens: bool =
                 "sampled_tokens": trajectory.num_sampled,
                 "stop_reason": trajectory.stop_reason.value if trajectory.stop_reason else None,
                 "failure": None,
+                **facts(trajectory.prompt_id),
             }
             if trajectory.failure:
                 row["failure"] = {"where": trajectory.failure.where, "reason": trajectory.failure.reason}

@@ -131,6 +131,11 @@ class Account:
         """Programs are about to begin."""
         self.ledger.dispatch(program_id(prompt.id, step, one) for prompt in prompts for one in range(siblings))
 
+    def interrupt(self) -> None:
+        """Nobody goes on with what runs or waits."""
+        self._meter_engines()
+        self.ledger.interrupt()
+
     def engine_died(self, name: str, returned: int) -> None:
         """An engine that draws no more: of what it had drawn, `returned` tokens came back in completions.
 

@@ -385,6 +385,9 @@ class AsyncSession(Session):
             self.stream.settle()
             super().save(step, version)
 
+    def give_up(self) -> None:
+        """Nothing: a checkpoint has the programs, which go on."""
+
     def save_more(self, directory: Path) -> None:
         super().save_more(directory)
         assert self.journal is not None

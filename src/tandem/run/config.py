@@ -15,10 +15,11 @@ from tandem.engine.config import EngineConfig
 from tandem.errors import ConfigError
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
-from tandem.rollout.config import AsyncConfig, RolloutConfig
+from tandem.rollout.config import AsyncConfig, RolloutConfig, SelectConfig
 from tandem.sync.config import SyncConfig
 from tandem.train.config import CriticConfig, LearnerConfig
 
+OF_GROUPS = {"grpo", "dr_grpo", "rloo", "best"}  # advantages that are 0 where a group's rewards are equal
 Learned = Literal["policy_gradient", "next_token"]
 Accuracy = Annotated[float, Interval(gt=0, le=1)]
 Finite = Annotated[float, Interval(gt=-math.inf, lt=math.inf)]
@@ -102,6 +103,7 @@ class RunConfig:
     objective: Learned = "policy_gradient"  # or next_token: of the task's own solutions; nothing is sampled to train on
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
@@ -129,6 +131,7 @@ def check_training(config: RunConfig) -> None:
         _check_sampling(config)
     _check_critic(config)
     _check_asynchrony(config)
+    _check_select(config)
     if config.learner.optimiser_offload == "host" and config.model.device == "cpu":
         raise ConfigError(
             "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "
@@ -147,6 +150,8 @@ def _check_asynchrony(config: RunConfig) -> None:
     refused = {
         "objective": (config.objective, "policy_gradient"),
         "sync.lag": (config.sync.lag, 0),
+        "select.window": (config.select.window, 0),
+        "select.first_samples": (config.select.first_samples, 0),
         "rollout.extra_prompts": (config.rollout.extra_prompts, 0),
     }
     for name, (value, wanted) in refused.items():
@@ -168,6 +173,27 @@ def _check_critic(config: RunConfig) -> None:
         raise ConfigError(
             f"critic.warmup_steps is {config.critic.warmup_steps} of {config.steps} steps, so the policy would never "
             "learn. Set critic.warmup_steps below steps."
+        )
+
+
+def _check_select(config: RunConfig) -> None:
+    """Refuse what is chosen for a gradient that is not of its group, or is not chosen at all."""
+    select, algo, asked = config.select, config.algo, config.rollout
+    if select.on and config.objective != "policy_gradient":
+        raise ConfigError(f"select.* chooses what is sampled, and objective {config.objective!r} samples nothing.")
+    draws = asked.prompts_per_step + asked.extra_prompts
+    if 0 < select.window < draws:
+        raise ConfigError(f"select.window is {select.window}, but a step asks {draws} prompts. Raise select.window.")
+    if select.first_samples and (algo.advantage not in OF_GROUPS or algo.credit != "trajectory" or algo.kl != "none"):
+        raise ConfigError(
+            "select.first_samples stops groups of equal rewards, which have a gradient under algo.advantage "
+            f"{algo.advantage!r}, algo.credit {algo.credit!r} and algo.kl {algo.kl!r}. Choose an advantage of "
+            f"{', '.join(sorted(OF_GROUPS))}, credit trajectory and no KL term, or leave select.first_samples out."
+        )
+    if select.first_samples >= asked.samples_per_prompt:
+        raise ConfigError(
+            f"select.first_samples is {select.first_samples} of {asked.samples_per_prompt} samples a prompt "
+            "(rollout.samples_per_prompt), so no group could be stopped. Lower it, or raise the other."
         )
 
 

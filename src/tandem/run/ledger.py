@@ -35,6 +35,7 @@ FATES = {
     "trained": "reached a gradient",
     "masked": "in a trained sample, without advantage or taken out by algo.correction",
     "zero_advantage": "an advantage of 0: the whole group scored the same, or others of it were kept",
+    "decided": "of a group that was stopped, since the rest would hardly have differed (select.first_samples)",
     "filtered": "of a group whose rewards were equal, which left the batch (algo.filter_zero_variance)",
     "truncated": "cut at rollout.max_new_tokens, and left out (algo.filter_truncated)",
     "failed": "the environment, the reward or the deadline gave no score",
@@ -232,6 +233,12 @@ class Ledger:
         with self._lock:
             self._end(ids)
             self.tokens[fate] += tokens
+
+    def interrupt(self) -> None:
+        """Programs that run, and what they or ended ones have sampled without a fate, lead nowhere."""
+        with self._lock:
+            self.tokens["interrupted"] += self.sampled - sum(self.tokens.values())
+            self.open, self.held = {}, {}
 
     def check(self, running: Iterable[str] = (), waiting: Iterable[str] = ()) -> None:
         """Programs that run and trajectories that wait for the learner are all that has no fate: what nobody has is

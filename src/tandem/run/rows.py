@@ -89,6 +89,19 @@ _OF_SAMPLES = {
     "lengths/keep_high": Key("share", "upper end"),
     "lengths/age": Key("count", "mean updates between the weights that sampled a token and those that learn it"),
     "lengths/clipped": Key("share", "mean share of clipped tokens of the trained ones"),
+    "redrawn_groups": Key("count", "drawn in place of groups of equal rewards, where rollout.redraws is set"),
+    "task_reward": Key(
+        "reward", "estimated mean over the task's prompts, from those that select.window chose; unbiased"
+    ),
+    "selection/predicted": Key("share", "of the chosen groups that were expected to have unequal rewards"),
+    "selection/met": Key("share", "that had"),
+    "selection/repeated": Key("share", "of the chosen prompts that had been asked before"),
+    "selection/weight_max": Key("1", "largest weight that undoes the choice, cut at select.weight_max"),
+    "selection/ess": Key("share", "effective prompts of the chosen ones under those weights"),
+    "stopped_groups": Key("count", "that ended before all of their programs began, where select.first_samples is set"),
+    "spared_programs": Key("count", "of those groups, never begun"),
+    "audited_groups": Key("count", "that should have been stopped and ran on (select.audit)"),
+    "audited_wrong": Key("count", "of those, with unequal rewards in the end"),
     "cost": Key("algo.price", "mean cost a trajectory, where algo.price has a budget"),
     "price": Key("reward/cost", "of the Lagrangian after the step"),
 }

@@ -29,7 +29,7 @@ from tandem.plan.memory import peak_bytes
 from tandem.program.pool import EnvironmentPool
 from tandem.rollout.evaluate import evaluate
 from tandem.rollout.first import First
-from tandem.rollout.group import summarise
+from tandem.rollout.group import program_id, summarise
 from tandem.rollout.pieces import Pieces
 from tandem.rollout.rollout import Rollouts
 from tandem.rollout.rows import credits, trajectory_rows
@@ -46,6 +46,7 @@ from tandem.run.folder import RunFolder, SavedCheckpoint
 from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages
 from tandem.run.parts import Parts, resolve_source
+from tandem.run.spending import Spending
 from tandem.run.stop import StopSignal
 from tandem.run.stream import PromptStream
 from tandem.run.useful import useful_work
@@ -128,12 +129,16 @@ class Session:
         )
         self.price = Lagrangian(config.algo.price)
         self.stream = PromptStream(pool)
+        size, seed = config.rollout.samples_per_prompt, config.seed
+        self.spending = Spending(self.stream, config.select, size, seed, self.differ)
         self.saved_parts: dict[str, Part] = {
             "prompts": self.stream,
             "ledger": self.account,
             "clock": self.clock,
             "price": self.price,
         }
+        if config.select.on:
+            self.saved_parts["spending"] = self.spending
         self.optimisers = {"optimiser": self.learner.optimiser}  # by their files in a checkpoint
         if self.learner.critic is not None:
             self.saved_parts["critic"] = self.learner.critic
@@ -183,7 +188,7 @@ class Session:
 
     def prompts(self, step: int) -> Sequence[Prompt]:
         asked = self.config.rollout
-        return self.stream.take(asked.prompts_per_step + (asked.extra_prompts if self.samples else 0))
+        return self.spending.take(step, asked.prompts_per_step + (asked.extra_prompts if self.samples else 0))
 
     def rollout(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """Groups of a step; what the engine's scheduler did for them is counted for the row.
@@ -194,11 +199,15 @@ class Session:
         asked, groups, lacking = self.config.rollout, list[Group](), self.config.rollout.prompts_per_step
         with counted(self.parts, self.trace, bool(self.config.engine.draft_tokens)):
             for draw in range(1 + asked.redraws):
+                if asked.redraws:
+                    self.trace.count("redrawn_groups", lacking if draw else 0)
                 if draw:
-                    prompts = self.stream.take(lacking + asked.extra_prompts)
+                    prompts = self.spending.take(step, lacking + asked.extra_prompts)
                 first = self.fairness.race(First(lacking, self.usable)) if asked.extra_prompts else None
                 self.account.dispatch(step, prompts, asked.samples_per_prompt)
-                groups += self.rollouts.collect(step, prompts, first)
+                found = self.rollouts.collect(step, prompts, first, self.spending.early(step))
+                self.account_for_spared(step, found)
+                groups += found
                 lacking = asked.prompts_per_step - sum(map(self.usable, groups))
                 if lacking <= 0:
                     break
@@ -207,14 +216,17 @@ class Session:
     def usable(self, group: Group) -> bool:
         """Whether it counts towards the batch: something of it was graded, and stays in."""
         if self.config.algo.filter_zero_variance:
-            return has_spread(self.config.algo, group, self.price.price)
+            return self.differ(group)
         return any(trajectory.failure is None for trajectory in group.trajectories)
+
+    def differ(self, group: Group) -> bool:
+        return has_spread(self.config.algo, group, self.price.price)
 
     def credit(self, groups: Sequence[Group]) -> Selection:
         if not self.samples:
             return texts(groups)
         batch = samples_from_groups(self.config.algo, groups, self.price.price)
-        return self.fairness.weigh(groups, batch, self.reused)
+        return self.spending.weigh(self.fairness.weigh(groups, batch, self.reused))
 
     def read(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """The task's own solutions in place of rollouts."""
@@ -222,7 +234,8 @@ class Session:
         return written(prompts, self.pool.solutions(prompts), self.parts.renderer, positions)
 
     def keep(self, step: int, groups: Sequence[Group]) -> None:
-        self.folder.write_trajectories(step, trajectory_rows(groups, self.pieces, self.config.rollout.keep_tokens))
+        kept = self.config.rollout.keep_tokens
+        self.folder.write_trajectories(step, trajectory_rows(groups, self.pieces, kept, self.spending.facts))
         self.kept = [trajectory.id for group in groups for trajectory in group.trajectories]
 
     def rest(self) -> None:
@@ -300,6 +313,7 @@ class Session:
             row |= self.fairness.row(step, report)
             taken_out = int(row.get("taken_out", 0))
             self.account_for(groups, batch, taken_out)
+            row |= self.spending.learn(groups)
         self.course.sampled(row.get("reward"))
         last, asked, best = step == self.config.steps or bool(self.course.reached), self.config.evaluation, False
         try:
@@ -326,6 +340,14 @@ class Session:
     def account_for(self, groups: Sequence[Group], batch: Selection, taken_out: int) -> None:
         """What became of a step's tokens; taken_out: of those with an advantage, by a correction."""
         self.ledger.record(groups, batch.samples, batch.fates, taken_out, version=self.settled[0])
+
+    def account_for_spared(self, step: int, groups: Sequence[Group]) -> None:
+        """The programs of stopped groups that never began."""
+        size = self.config.rollout.samples_per_prompt
+        for group in groups:
+            begun = len(group.programs)
+            if group.stopped:
+                self.ledger.lose("decided", 0, [program_id(group.prompt.id, step, n) for n in range(begun, size)])
 
     def check_ledger(self) -> None:
         """Between two steps nothing is without a fate."""
@@ -367,6 +389,7 @@ class Session:
         self.row_started_s = now
         self.folder.append_metrics(row)
         self.settled = row["step"], self.learner.optimiser.updates
+        self.spending.settle()
         self.stream.settle()
         self.display.update(row)
 
@@ -387,11 +410,17 @@ class Session:
         """Files of a checkpoint beside the learner's."""
         self.parts.publisher.save(directory)
 
+    def give_up(self) -> None:
+        """What a step that failed has sampled leads nowhere: a resumed run begins it anew."""
+        if self.ledger.open:
+            self.account.interrupt()
+
     def save_newest(self, version: WeightVersion) -> None:
         """A checkpoint of the last finished step, unless there is one, or an update has begun since."""
         saved = self.folder.latest_checkpoint()
         settled = self.settled == (version.step, self.learner.optimiser.updates)
         if settled and version.step and (saved is None or saved.step < version.step):
+            self.give_up()
             self.save(version.step, version)
 
     def restore(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from tandem.report.units import BLANK, decimal, percent
 from tandem.study.result import (
@@ -13,6 +14,7 @@ from tandem.study.result import (
     mean_of,
     measured,
     runs_of,
+    same_steps,
     step_seconds,
     timed_alone,
 )
@@ -41,6 +43,7 @@ def arms_table(result: Result) -> str:
                 "held-out before": percent(mean_of(run["before"] for run in runs), 1),
                 "held-out after": percent(mean_of(run["after"] for run in runs), 1),
                 "s a step": decimal(step_seconds(result, arm), 2),
+                **_spent(result, arm, runs),
                 **{
                     name: decimal(mean_of(value for run in runs for value in run["series"].get(name, ())))
                     for name in ("k3", "ess", "masked")
@@ -48,6 +51,20 @@ def arms_table(result: Result) -> str:
             }
         )
     return _markdown(rows)
+
+
+def _spent(result: Result, arm: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What a run took, where arms have other steps, and what share of its tokens reached a gradient, where known."""
+    shares = [run.get("trained_share") for run in runs]
+    known = any(run.get("trained_share") is not None for run in result["runs"])
+    steps = {} if same_steps(result) else {"steps": str(arm["steps"]), "seconds": _seconds(runs)}
+    return steps | ({"tokens with a gradient": percent(mean_of(shares))} if known else {})
+
+
+def _seconds(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Mean of the runs' seconds of work; a series may hold means of several steps."""
+    found = [run["steps"] * mean for run in runs if (mean := mean_of(run["series"].get("seconds", ()))) is not None]
+    return decimal(mean_of(found), 0)
 
 
 def differences_table(result: Result) -> str:
@@ -79,6 +96,12 @@ def _markdown(rows: Sequence[Mapping[str, str]]) -> str:
 
 def _settings(overrides: Mapping[str, str]) -> str:
     return ", ".join(f"`{name}={value}`" for name, value in overrides.items()) or "nothing"
+
+
+def _equal(result: Result) -> str:
+    if same_steps(result):
+        return "Every arm has the same steps, prompts and samples."
+    return "Arms have other steps, so that their runs take as many seconds: see the table."
 
 
 def chance_note(result: Result) -> str:
@@ -131,7 +154,7 @@ def readme(result: Result, reading: str) -> str:
         "## What was run",
         (
             f"Recipe `{result['recipe']}` with {_settings(result['common'])}; {result['steps']} steps; seeds "
-            f"{', '.join(map(str, result['seeds']))}. Every arm has the same steps, prompts and samples.{lacking}"
+            f"{', '.join(map(str, result['seeds']))}. {_equal(result)}{lacking}"
         ),
         _markdown(arms),
         (

@@ -71,6 +71,8 @@ def run_entry(arm: str, seed: int, outcome: Mapping[str, Any], rows: Sequence[Ma
     for name in dict.fromkeys(name for budget in budgets for name in budget):
         series[f"error_budget.{name}"] = [budget.get(name) for budget in budgets]
     series["seconds"] = [working_s(row) for row in trained]
+    drawn = sum(row.get("tokens", 0) + row.get("extra_tokens", 0) for row in trained)
+    rewards = [row.get("reward") if row.get("task_reward") is None else row["task_reward"] for row in trained]
     rounded = {name: list(map(_rounded, values)) for name, values in series.items()}
     return {
         "arm": arm,
@@ -80,7 +82,8 @@ def run_entry(arm: str, seed: int, outcome: Mapping[str, Any], rows: Sequence[Ma
         "after": _accuracy(evaluated[-1]) if finished else None,
         "heldout_prompts": evaluated[0]["prompts"] if evaluated else 0,
         "seconds_per_step": _rounded(median_s(trained)),
-        "reward": [_rounded(row.get("reward")) for row in trained],
+        "trained_share": _rounded(sum(row.get("trained_tokens", 0) for row in trained) / drawn) if drawn else None,
+        "reward": [_rounded(reward) for reward in rewards],
         "series": {name: values for name, values in rounded.items() if any(value is not None for value in values)},
     }
 
@@ -95,13 +98,14 @@ def collect(study: Study, recipe: str, planned: Sequence[Planned], out: Path, co
         alone_s = timed_s(out, arm)
         timed = {} if alone_s is None else {"quiet_seconds_per_step": float(f"{alone_s:.4g}")}
         overrides = next(one.arm.overrides for one in planned if one.arm.name == arm)
-        arms.append({"name": arm, "label": arm, "panel": "", "overrides": dict(overrides), **timed})
+        steps = next(one.config.steps for one in planned if one.arm.name == arm)
+        arms.append({"name": arm, "label": arm, "panel": "", "overrides": dict(overrides), "steps": steps, **timed})
     facts = {
         "study": study.name,
         "question": study.question,
         "recipe": recipe,
         "common": dict(study.common),
-        "steps": planned[0].config.steps,
+        "steps": max(one.config.steps for one in planned),
         "seeds": list(dict.fromkeys(one.seed for one in planned)),
         "baseline": study.baseline,
         "command": command,
@@ -194,6 +198,11 @@ def step_seconds(result: Result, arm: Mapping[str, Any]) -> float | None:
         return float(arm["quiet_seconds_per_step"])
     known = [run["seconds_per_step"] for run in runs_of(result, arm["name"]) if run["seconds_per_step"] is not None]
     return statistics.median(known) if known else None
+
+
+def same_steps(result: Result) -> bool:
+    """Whether every arm has as many steps; else they are to take as many seconds."""
+    return len({arm.get("steps") for arm in result["arms"]}) < 2
 
 
 def failures(result: Result) -> list[str]:

@@ -24,6 +24,7 @@ class Arm:
     label: str  # in the figure; within a panel where there is one
     overrides: Mapping[str, str] = field(default_factory=dict)  # dotted name -> text, as --set takes them
     panel: str = ""  # of the figure, for studies of many arms; empty: in every panel
+    steps: int | None = None  # where arms take as many seconds and not as many steps: of this one; None: the study's
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", self.name):
@@ -124,7 +125,8 @@ def plan(
     planned = []
     for seed in seeds:
         for arm in arms:
-            settings = {**study.common, **arm.overrides, "steps": str(steps), "seed": str(seed)}
+            own = steps if arm.steps is None else max(1, round(arm.steps * steps / study.steps))
+            settings = {**study.common, **arm.overrides, "steps": str(own), "seed": str(seed)}
             try:
                 config = override(base, settings)
                 check_training(config)
