@@ -140,14 +140,17 @@ class AsyncSession(Session):
                 self._begin(place, prompt)
             if not len(self.flow):
                 return True
-            for ended in self.flow.advance(WAIT_S):
-                self._end(ended)
+            self._end_all(self.flow.advance(WAIT_S))
         return False
 
-    def _end_all(self) -> None:
-        """What ended as it was held."""
-        for ended in self.flow.ended():
-            self._end(ended)
+    def _end_all(self, ended: Sequence[Ended]) -> None:
+        for place, one in enumerate(ended):
+            try:
+                self._end(one)
+            except WorldError:  # what could not be written runs, for a checkpoint, and has nothing: it is drawn again
+                lost = [trajectory for other in ended[place:] for trajectory in other.group.trajectories]
+                self.ledger.lose("interrupted", sum(trajectory.num_sampled for trajectory in lost))
+                raise
 
     def _may_begin(self) -> bool:
         """Whether the engine would run a group at once, and the learner seems to need one."""
@@ -173,11 +176,7 @@ class AsyncSession(Session):
         usable = not self.config.rollout.redraws or self.usable(ended.group)
         number = self.begun[ended.id].number
         assert self.journal is not None
-        try:
-            self.journal.end(number, ended, usable)
-        except WorldError:  # for a checkpoint it runs, and has nothing: it is drawn again
-            self.ledger.lose("interrupted", sum(one.num_sampled for one in ended.group.trajectories))
-            raise
+        self.journal.end(number, ended, usable)
         del self.begun[ended.id]
         self.queue.end(number, ended, usable)
         self.ledger.arrive([ended.group])
@@ -381,7 +380,7 @@ class AsyncSession(Session):
 
     def save(self, step: int, version: WeightVersion) -> None:
         with self.parked(), self.flow.held():
-            self._end_all()
+            self._end_all(self.flow.ended())
             self.stream.settle()
             super().save(step, version)
 
@@ -492,7 +491,7 @@ class AsyncSession(Session):
         """Close the ledger: what runs on has been drawn, and is in flight."""
         self._end_thread()
         with self.flow.held():
-            self._end_all()
+            self._end_all(self.flow.ended())
             self.check_ledger()
             paused = sum(one.drawn_tokens for ones in self.paused.values() for one in ones)
             self.folder.write_ledger(self.account.close(self.flow.drawn_tokens + paused))
