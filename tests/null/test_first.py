@@ -12,15 +12,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tandem.algo.lengths import Dispatched, Race
 from tandem.columns import Columns
 from tandem.engine.driver import Driver
 from tandem.program.render import Renderer
 from tandem.rollout import rollout
 from tandem.rollout.config import RolloutConfig
-from tandem.rollout.first import First
+from tandem.rollout.first import End, First
 from tandem.rollout.rollout import Rollouts
 from tandem.trace import Totals, Trace
-from tandem.types import Completion, Failure, Group, Request, StopReason
+from tandem.types import Completion, Failure, Group, Prompt, Request, StopReason, Trajectory
 from tests.null.test_rollout import Counted, Counting, FakeEngine, Letters, noise, prompts, spell
 
 
@@ -158,3 +159,32 @@ def test_equal_ends_go_by_the_prompts() -> None:
         racing = Rollouts(Driver(engine), Renderer(Letters()), Counting(), config, run_seed=1)
         groups = racing.collect(0, prompts(3), First(2, usable))
         assert [group.prompt.id for group in groups] == ["p0", "p1"]
+
+
+@given(st.lists(st.integers(1, 6), min_size=3, max_size=7), st.integers(1, 3), st.data())
+@settings(max_examples=60, deadline=None)
+def test_what_is_told_of_a_race_is_no_matter_of_time(ends: list[int], enough: int, drawn: st.DataObject) -> None:
+    """Lengths and ends of groups beyond the batch that differ with how far they came until they were withdrawn."""
+
+    def told(late_end: bool) -> list[Dispatched]:
+        first = First(enough, lambda group: True)
+        order = sorted(range(len(ends)), key=lambda place: (ends[place], place))
+        for place in order[:enough] + (order[enough:] if late_end else []):
+            known = Columns.of(tokens=[0] * (ends[place] + 1), loss_mask=[False] + [True] * ends[place])
+            part = Trajectory(f"{place}/0/0", str(place), known)
+            first.end(End(ends[place], place), Group(Prompt(str(place), ()), (part,)))
+        for place in [] if late_end else order[enough:]:
+            assert first.until is not None
+            so_far = drawn.draw(st.integers(first.until.tokens, ends[place]))
+            first.withdrawn.append((place, {f"{place}/0/0": so_far}))
+        fates = {f"{place}/0/0/0": "trained" for place in order[:enough]}
+        return sorted(first.dispatched(fates, most=6), key=lambda one: one.id)
+
+    found = told(late_end=False)
+    assert found == told(late_end=True) and len(found) == len(ends)
+    last = max(one.clock for one in found if one.kept)
+    limit = max(one.end for one in found if one.kept)
+    for one in found:
+        assert one.race == Race(len(ends) - 1, min(enough, len(ends))) or enough > len(ends)
+        assert one.kept == (one.fates == ("trained",)) and (one.kept or one.ended == (limit == 6))
+        assert one.kept or (one.clock == last) != (limit == 6)

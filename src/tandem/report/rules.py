@@ -340,9 +340,10 @@ RULES: tuple[Rule, ...] = (
         "in 60 % of pairs or more, surely over 20 steps",
         "What is trained is shorter than what was asked for, and so mostly easier: the policy is not taught where it "
         "has to think for long.",
-        "Fewer `rollout.extra_prompts`, or `algo.fairness.weights` `inverse`, which gives those that are kept in spite "
-        "of their length the weight of the others; a larger `rollout.max_new_tokens` or `rollout.deadline_s`, "
-        "`algo.filter_truncated` off. Which lengths are lost says the table of tenths in the report.",
+        "`asynchrony.order` `window` or `fifo`, a larger `asynchrony.lag`, fewer `rollout.extra_prompts`; or "
+        "`algo.fairness.weights` `inverse`, which gives those that are kept in spite of their length the weight of the "
+        "others; a larger `rollout.max_new_tokens` or `rollout.deadline_s`, `algo.filter_truncated` off. Which lengths "
+        "are lost says the table of tenths in the report.",
     ),
     Rule(
         "ess_collapse",
