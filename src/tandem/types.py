@@ -141,6 +141,7 @@ class Request:
     adapter: str = ""  # LoRA adapter; none but "" is served yet
     group: str = ""  # siblings, whose lengths tell each other's; "" has none
     carried: int = 0  # of its last tokens: drawn by an earlier request, which this one goes on with
+    ran: int = 0  # of its tokens, the first so many: that earlier requests of its program had run
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ class PagedMemory:
     prompt_tokens_run: int = 0
     reached: dict[int, int] = field(default_factory=dict)  # sequence -> its tokens that were ever run, or found
     prefilled: int = 0  # of prompts, for the first time
+    repeated: int = 0
     recomputed: int = 0
     copied: int = 0  # pages
     stands: set[int] = field(default_factory=set)  # chains of tokens that are no draft, or were drawn
@@ -136,7 +137,9 @@ class PagedMemory:
             )
             before, prompt = self.reached.get(work.sequence, 0), len(work.request.tokens)
             self.recomputed += max(0, min(end, before) - work.start)
-            self.prefilled += max(0, min(end, prompt) - max(work.start, before))
+            for position in range(max(work.start, before), min(end, prompt)):
+                self.prefilled += position >= work.request.ran
+                self.repeated += position < work.request.ran
             self.reached[work.sequence] = max(before, end)
             context += work.tokens[end - work.start :]
             self.read(work, work.start, work.start)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import threading
 from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -14,12 +16,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.columns import Columns
 from tandem.engine.batch import Stats
 from tandem.run.account import Account
 from tandem.run.clock import WallClock
 from tandem.run.ledger import MAIN, PHASES, UNACCOUNTED, Ledger
 from tandem.run.meter import NAME
 from tandem.trace import Trace
+from tandem.types import Group, Prompt, StopReason, Trajectory
 
 WORKERS = ("rollout 1", "rollout 2")
 BUSY = {MAIN: ("learner", "update", "publish", "buffer", "rows"), "": ("decode", "full_buffer", "weights", "lag")}
@@ -174,3 +178,46 @@ def test_every_second_of_every_worker_has_a_cause(tmp_path_factory: pytest.TempP
         assert found == pytest.approx(wanted, abs=1e-5)
         assert phases[UNACCOUNTED] <= 1e5
     assert closed["tokens"]["total"] == run.drawn and UNACCOUNTED not in closed["tokens"]
+
+
+def test_workers_of_several_threads_share_a_ledger(tmp_path: Path) -> None:
+    """A token or a second lost between two threads."""
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        account = Account(ledger := Ledger(), WallClock(), tmp_path)
+        engines = {f"engine {n}": SimpleNamespace(stats=Stats()) for n in range(4)}
+        account.begin(engines)
+
+        def roll(name: str) -> None:
+            engine = engines[name]
+            with account.worker(name) as trace:
+                for number in range(40):
+                    with trace.span("rollout"):
+                        program = f"{name}/{number}"
+                        ledger.dispatch([program])
+                        engine.stats = Stats(sampled_tokens=engine.stats.sampled_tokens + 3, run_tokens=1)
+                        columns = Columns.of(tokens=(1, 1, 1), loss_mask=(True,) * 3, versions=(0, 0, 1))
+                        ended = Trajectory(program, "p", columns, 1.0, StopReason.LENGTH, None)
+                        ledger.arrive(groups := [Group(Prompt("p", ()), (ended,))])
+                    ledger.record(groups, [], {ended.id: "stale"}, version=2)
+
+        threads = [threading.Thread(target=roll, args=(name,)) for name in engines]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            account.settle()
+            account.state()
+            assert account.reading().sampled <= 4 * 40 * 3
+        for thread in threads:
+            thread.join()
+        ledger.check()
+        with account:
+            closed = account.close()
+    finally:
+        sys.setswitchinterval(before_s)
+    assert closed["tokens"]["stale"] == closed["tokens"]["total"] == 4 * 40 * 3 and UNACCOUNTED not in closed["tokens"]
+    assert closed["ages"] == {"stale": {1: 160, 2: 320}} and closed["audit"]["ended"] == 160
+    assert set(closed["nanoseconds"]) == {MAIN, *engines}
+    for phases in closed["nanoseconds"].values():
+        assert phases.pop("wall") == sum(phases.values()) and min(phases.values()) >= 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -107,7 +107,8 @@ class Play:
             if self.done:  # another turn, or another way on from the midst of one
                 completion = list(self.done.values())[which % len(self.done)]
                 context = [*self.requests[completion.request_id].tokens, *completion.tokens[:most], *said]
-                self.submit(group(name, context, 1, 3)[0])
+                ran = len(context) - len(said) - 1
+                self.submit(replace(group(name, context, 1, 3)[0], ran=max(0, ran)))
         elif verb == "abort":
             self.lands()
             if live := list(self.engine.scheduler.live):
@@ -157,10 +158,11 @@ def test_every_request_gives_what_it_gives_alone(made: tuple[Engine, PagedMemory
     assert stats.failed == sum(completion.stop_reason is StopReason.FAILED for completion in play.done.values())
     assert stats.sampled_tokens == sum(len(completion.tokens) for completion in play.done.values())
     if type(runner) is PagedMemory or not any(action[0] == "fail" for action in script):
-        assert (stats.prefilled_tokens, stats.recomputed_tokens) == (runner.prefilled, runner.recomputed)
+        assert stats.prefilled_tokens == runner.prefilled and stats.repeated_tokens == runner.repeated
+        assert stats.recomputed_tokens == runner.recomputed
         undrawn = [len(one.tokens) - (one.stop_reason is not StopReason.FAILED) for one in play.done.values()]
         rejected = stats.drafted_tokens - stats.accepted_tokens
-        named = runner.prefilled + runner.recomputed + rejected + stats.dropped_tokens
+        named = runner.prefilled + runner.repeated + runner.recomputed + rejected + stats.dropped_tokens
         assert stats.run_tokens - named == sum(max(0, rows) for rows in undrawn)
 
 

@@ -31,6 +31,8 @@ class Typing:
         self.version = 0
         self.capacity = capacity
         self.seen: list[str] = []
+        self.ran: dict[str, list[int]] = {}  # program -> the longest context that was run for it
+        self.told = True  # whether each request said how much of it was
 
     @property
     def has_work(self) -> bool:
@@ -42,6 +44,10 @@ class Typing:
 
     def submit(self, request: Request, /) -> None:
         assert request.id not in self.live and request.sampling.max_new_tokens > 0
+        ran = self.ran.setdefault(request.program_id, [])
+        same = next((place for place, (a, b) in enumerate(zip(ran, request.tokens, strict=False)) if a != b), len(ran))
+        assert request.ran <= same, f"{request.id}: {same} tokens were run, not {request.ran}"
+        self.told = self.told and request.ran == same
         self.live[request.id] = request, [], []
         self.seen.append(request.id)
 
@@ -50,7 +56,9 @@ class Typing:
         return Columns.of(tokens=tokens[first:], versions=versions[first:])
 
     def _ended(self, request_id: str, reason: StopReason) -> Completion:
-        _, tokens, versions = self.live.pop(request_id)
+        request, tokens, versions = self.live.pop(request_id)
+        if tokens:
+            self.ran[request.program_id] = [*request.tokens, *tokens[:-1]]
         columns = Columns.of(tokens=tokens, versions=versions, logprobs=[-0.5] * len(tokens))
         return Completion(request_id, columns, reason)
 
@@ -108,6 +116,7 @@ def test_updates_change_nothing_but_the_versions(
     alone = {group.prompt.id: group for group in plain.collect(3, prompts(count))}
     flow = Flow(updated)
     groups = [ended.group for ended in through(flow, engine, count, Random(seed))]
+    assert engine.told
     assert not engine.live and sorted(alone) == sorted(group.prompt.id for group in groups)
     assert updated.environments.closed == plain.environments.closed == count * samples  # type: ignore[attr-defined]
     changed = 0
@@ -157,14 +166,16 @@ def test_paused_it_goes_on_elsewhere(count: int, turns: int, after: int, seed: i
         return Rollouts(Driver(Typing()), Renderer(Letters()), Counting(2), config, run_seed=seed)  # type: ignore[arg-type]
 
     alone = {group.prompt.id: group for group in rollouts().collect(3, prompts(count))}
-    flow, found = Flow(rollouts()), list[Ended]()
+    here, there = rollouts(), rollouts()
+    there.driver.engine.ran = here.driver.engine.ran  # type: ignore[attr-defined]
+    flow, found = Flow(here), list[Ended]()
     for prompt in prompts(count):
         flow.begin(3, prompt)
     for _ in range(after):
         found += flow.advance(0.0)
     flow.turns.hold()
     found += flow.ended()
-    content, other = packed(flow.pause()), Flow(rollouts())
+    content, other = packed(flow.pause()), Flow(there)
     other.resume(unpacked(content, list[tuple[str, list[Paused]]]))
     while len(other):
         found += other.advance(0.0)

@@ -374,14 +374,15 @@ def test_an_engine_s_rows_close_too():
     ledger = Ledger()
     stats = Stats(
         run_tokens=100, sampled_tokens=40, cached_tokens=7, prefilled_tokens=30, recomputed_tokens=12,
-        drafted_tokens=20, accepted_tokens=11, dropped_tokens=3,
+        drafted_tokens=20, accepted_tokens=11, dropped_tokens=3, repeated_tokens=2,
     )  # fmt: skip
     ledger.meter("first", stats)
     ledger.meter("first", replace(stats, run_tokens=105, sampled_tokens=45))
     ledger.meter("second", stats)
     rows: Mapping[str, int] = ledger.engine
     assert rows == {
-        "prefilled": 60, "decoded": 97, "recomputed": 24, "rejected_draft": 18, "dropped": 6, "cached": 14
+        "prefilled": 60, "decoded": 93, "recomputed": 24, "repeated": 4, "rejected_draft": 18, "dropped": 6,
+        "cached": 14,
     }  # fmt: skip
     assert sum(rows.values()) - rows["cached"] == 205 and ledger.sampled == 85
     assert ledger.sampled_with({"first": replace(stats, sampled_tokens=47)}) == 87

@@ -44,8 +44,19 @@ class Batch:
     shared: list[int] = field(default_factory=list)  # pages taken from the index since then, by sequences that start
     copies: dict[int, int] = field(default_factory=dict)  # page -> page to copy it from first; emptied by the runner
     planned_s: float = 0.0
-    prefilled: int = 0  # rows of prompts that run for the first time; these two are known once it is advanced
-    recomputed: int = 0  # rows that have run before
+    prefilled: int = 0  # rows of prompts that run for the first time; these three are known once it is advanced
+    recomputed: int = 0  # rows that ran before a preemption
+    repeated: int = 0  # rows of prompts that an earlier request had run
+
+    def tell(self, sequence: Sequence, start: int, end: int) -> None:
+        """What the rows of a sequence are that do not just follow a draw."""
+        again = max(0, min(end, sequence.reached) - start)
+        sequence.recomputed_tokens += again
+        self.recomputed += again
+        end, known = min(end, len(sequence.request.tokens)), min(end, sequence.request.ran)
+        fresh = max(start, sequence.reached)
+        self.repeated += max(0, known - fresh)
+        self.prefilled += max(0, end - max(fresh, known))
 
     @property
     def num_draws(self) -> int:
@@ -63,9 +74,9 @@ class Sampled:
 
 @dataclass(slots=True)
 class Stats:
-    """Counts since the start. Of run_tokens, those that are not prefilled, recomputed, dropped or of a rejected draft
-    were sampled, and ran to draw the next. The time of a batch, from its plan or the end of the last one to its draws,
-    is divided by rows."""
+    """Counts since the start. Of run_tokens, those that are not prefilled, recomputed, repeated, dropped or of a
+    rejected draft were sampled, and ran to draw the next. The time of a batch, from its plan or the end of the last one
+    to its draws, is divided by rows."""
 
     batches: int = 0
     run_tokens: int = 0  # rows of all forward passes
@@ -74,7 +85,8 @@ class Stats:
     accepted_tokens: int = 0  # of those, drawn
     cached_tokens: int = 0  # prompt tokens found in the index at first admission
     prefilled_tokens: int = 0  # prompt tokens run for the first time
-    recomputed_tokens: int = 0  # run again after a preemption, or under other weights
+    recomputed_tokens: int = 0  # run again after a preemption
+    repeated_tokens: int = 0  # run again for a program: the cache had them no more, or the weights changed
     dropped_tokens: int = 0  # run for a request that had ended
     preemptions: int = 0
     evicted_pages: int = 0
@@ -93,14 +105,16 @@ class Stats:
         self.run_tokens += batch.num_tokens
         self.prefilled_tokens += batch.prefilled
         self.recomputed_tokens += batch.recomputed
+        self.repeated_tokens += batch.repeated
 
     def took(self, batch: Batch, now: float) -> None:
         """It was resolved."""
         row_s = max(0.0, now - max(batch.planned_s, self.resolved_s)) / max(1, batch.num_tokens)
         self.resolved_s = now
         self.prefill_s += row_s * batch.prefilled
-        self.recomputed_s += row_s * batch.recomputed
-        self.decode_s += row_s * (batch.num_tokens - batch.prefilled - batch.recomputed)
+        again = batch.recomputed + batch.repeated
+        self.recomputed_s += row_s * again
+        self.decode_s += row_s * (batch.num_tokens - batch.prefilled - again)
 
 
 @dataclass(slots=True, eq=False)
@@ -124,13 +138,9 @@ class Sequence:
     spans: list[tuple[int, int]] = field(default_factory=list)  # (weight step, first generated token it sampled)
     cached_tokens: int = 0
     recomputed_tokens: int = 0
-    reached: int = 0  # most tokens ever computed before a preemption, or by the request that this one goes on from
+    reached: int = 0  # most tokens ever computed before a preemption
     submitted_batch: int = 0  # batches run before it was submitted
     charged: int = 0  # tokens that were charged to its program, see engine/order.py
-
-    def __post_init__(self) -> None:
-        if self.request.carried:
-            self.reached = len(self.request.tokens) - 1
 
     def drawn(self, first: int) -> Columns:
         """The generated tokens from the first-th on, and what is known of them."""

@@ -353,12 +353,8 @@ class Scheduler:
             pages, start = sequence.pages, sequence.computed
             assert pages is not None
             sequence.computed = end = start + len(work.tokens) - (work.draws - 1 if work.draws > 1 else 0)  # drafts
-            if start < sequence.reached:
-                again = min(end, sequence.reached) - start
-                sequence.recomputed_tokens += again
-                batch.recomputed += again
-            if start < (prompt := len(work.request.tokens)):
-                batch.prefilled += max(0, min(end, prompt) - max(start, sequence.reached))
+            if start < sequence.reached or start < len(work.request.tokens):
+                batch.tell(sequence, start, end)
             if start // page_tokens != end // page_tokens and sequence.root != MIXED:
                 self._index_blocks(sequence, start // page_tokens)
             if sequence.tail is not None and start < len(sequence.request.tokens) <= end:

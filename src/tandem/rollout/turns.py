@@ -72,9 +72,12 @@ class Turns:
         if left != sampling.max_new_tokens:
             sampling = dataclasses.replace(sampling, max_new_tokens=left)
         # One seed for all turns: noise is keyed by absolute position, and no position of a segment is sampled twice.
-        given = (program.request_id, program.id, (*segment.context, *drawn), sampling, segment.seed)
+        tokens = (*segment.context, *drawn)
+        new = 1 if drawn else 1 + len(segment.turns[-1].observation_tokens) if segment.turns else len(tokens)
+        given = (program.request_id, program.id, tokens, sampling, segment.seed)
         priority = int(self.by.config.returning_first and (program.requests > 1 or program.carried is not None))
-        request = Request(*given, priority=priority, group=program.group, carried=len(drawn))
+        ran = max(0, len(tokens) - new)
+        request = Request(*given, priority=priority, group=program.group, carried=len(drawn), ran=ran)
         self.waits.submit(program, request, program.count if self.counts else None)
 
     def hold(self) -> None:

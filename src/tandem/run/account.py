@@ -125,7 +125,8 @@ class Account:
         try:
             yield Trace([totals], self.clock.now)
         finally:
-            self._left[name] = self.clock.now()
+            with self._lock:
+                self._left[name] = self.clock.now()
 
     def dispatch(self, step: int, prompts: Sequence[Prompt], siblings: int) -> None:
         """Programs are about to begin."""

@@ -84,7 +84,8 @@ KINDS = {
 ENGINE = {  # rows that engines ran; they sum to all of them
     "prefilled": "context, for the first time",
     "decoded": "sampled tokens, for the first time",
-    "recomputed": "run again after a preemption or under other weights",
+    "recomputed": "run again after a preemption",
+    "repeated": "context that its program had run before: the cache had it no more, or the weights changed",
     "rejected_draft": "drafted, and not what was drawn",
     "dropped": "one more of a request that had just ended",
 }
@@ -110,6 +111,7 @@ class Counts(Protocol):
     cached_tokens: int
     prefilled_tokens: int
     recomputed_tokens: int
+    repeated_tokens: int
     drafted_tokens: int
     accepted_tokens: int
     dropped_tokens: int
@@ -436,6 +438,7 @@ def _rows(stats: Counts) -> dict[str, int]:
     named = {
         "prefilled": stats.prefilled_tokens,
         "recomputed": stats.recomputed_tokens,
+        "repeated": stats.repeated_tokens,
         "rejected_draft": rejected,
         "dropped": stats.dropped_tokens,
     }
