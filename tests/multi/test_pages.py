@@ -130,6 +130,7 @@ LISTED: dict[str, str] = {
     f"{ADAPTED}verifiers:Verifiers --set task.python=others/verifiers/bin/python --set rollout.max_turns=8 "
     "--set task.heldout_size=32 --set task.parameters=taskset=my-taskset,taskset.size=1000": OTHERS,
     "cost(w) = max(F_w / P, B_w / β)": "an equation; tests/null/test_ledger_page.py",
+    "F_prefill = 2 c L + a·pairs(c)": "equations; tests/null/test_ledger_page.py",
     "problems/till/repo/": "a folder; tests/multi/test_repair.py",
     "steps = 40": "read by tests/null/test_settings.py",
     "apt-get install bubblewrap": "installs it; .ci/run does",
