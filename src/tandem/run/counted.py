@@ -9,7 +9,7 @@ from tandem.run.parts import Parts
 from tandem.trace import Trace
 
 # Of engine.stats, in a step's row.
-SCHEDULED = ("run_tokens", "cached_tokens", "recomputed_tokens", "preemptions", "evicted_pages")
+SCHEDULED = ("run_tokens", "cached_tokens", "recomputed_tokens", "repeated_tokens", "preemptions", "evicted_pages")
 DRAFTED = ("drafted_tokens", "accepted_tokens")
 PASSES = ("prefill_s", "decode_s", "recomputed_s")  # of the seconds of "rollout"
 COUNTED = ("spelt_tokens", *SCHEDULED, *DRAFTED)
