@@ -71,6 +71,7 @@ class AsyncSession(Session):
             self.learner.between = self._give_way
         self.least = min(2 * asked.prompts_per_step, self.queue.capacity)  # a batch that is learned, and the next
         self.limit = self.least  # groups that run, wait or are learned, by load
+        self.starved = False  # since the last batch the engine had nothing to run
         self.lags: dict[str, float] = {}  # of the present step's groups
         self.journal: Journal | None = None
         self._changed = threading.Condition()  # guards the next five
@@ -141,6 +142,7 @@ class AsyncSession(Session):
             if not len(self.flow):
                 return True
             self._end_all(self.flow.advance(WAIT_S))
+            self.starved |= not self.parts.engine.has_work
         return False
 
     def _end_all(self, ended: Sequence[Ended]) -> None:
@@ -267,9 +269,10 @@ class AsyncSession(Session):
         return groups
 
     def _adapt(self, waited: bool) -> None:
-        """More groups at once where the learner had to wait for its batch; fewer, and so newer ones, where not."""
+        """More groups at once where the learner had to wait and the engine had nothing to run; else fewer, newer."""
         more, fewer = self.limit + max(1, self.limit // 4), self.limit - max(1, self.limit // 8)
-        self.limit = min(more, self.queue.capacity) if waited else max(fewer, self.least)
+        self.limit = min(more, self.queue.capacity) if waited and self.starved else max(fewer, self.least)
+        self.starved = False
 
     def _take(self, choice: Choice) -> list[Waiting]:
         assert self.journal is not None
