@@ -72,6 +72,11 @@ RUNS: dict[str, str] = {
     "tandem report RUN --ledger": "tandem report {run} --ledger",
     "tandem train smollm2_arithmetic_cpu --set asynchrony.mode=full --set asynchrony.lag=1 --out runs/ahead": "",
     "tandem replay runs/ahead": "tandem replay {run}",
+    "tandem train smollm2_arithmetic_cpu --set asynchrony.mode=full --set asynchrony.lag=2 "
+    "--set asynchrony.order=window --set asynchrony.window=8 --set steps=10 --out runs/walk": "",
+    "tandem train smollm2_arithmetic_cpu --resume runs/walk": "tandem train smollm2_arithmetic_cpu --resume {run}",
+    "tandem report runs/walk --ledger": "tandem report {run} --ledger",
+    "tandem replay runs/walk": "tandem replay {run}",
     "tandem recipes [RECIPE] [--setting TEXT]": "tandem recipes smollm2_arithmetic_cpu --setting lr",
     "tandem --version": "",
     "tandem study [NAME]": "tandem study",
@@ -119,6 +124,7 @@ FILES = {
 OTHERS = "needs a package in an environment of its own; tests/others"
 ADAPTED = "tandem train smollm2_arithmetic_cpu --set task.environment=tandem.program.adapters."
 LISTED: dict[str, str] = {
+    "step 1": "what tandem replay prints",
     "python3.11 -m venv others/gym": OTHERS,
     f"{ADAPTED}gym:GymText --set task.python=others/gym/bin/python --set rollout.max_turns=20 "
     "--set task.heldout_size=32 "
