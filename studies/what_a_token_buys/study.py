@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from tandem.study.study import Arm, Study
 
-CHOSEN = {"select.window": "256", "select.fresh": "32"}
-STOPPED = {"select.first_samples": "4", "select.error": "0.2", "rollout.samples_per_prompt": "16"}
-FILLED = {"algo.filter_zero_variance": "true", "rollout.redraws": "2"}
 FILTERED = {"algo.filter_zero_variance": "true"}
+FILLED = FILTERED | {"rollout.redraws": "2"}
+CHOSEN = FILTERED | {"select.window": "256", "select.fresh": "32"}
+STOPPED = FILTERED | {"select.first_samples": "4", "select.error": "0.2", "rollout.samples_per_prompt": "16"}
+ALL = CHOSEN | STOPPED | {"rollout.prompts_per_step": "8"}
 
 
 def study() -> Study:
-    """The demo as it is, with each stage alone, and with all."""
+    """The demo as it is, with each stage alone, and with choice and stop together."""
     return Study(
         name="what_a_token_buys",
         question="In the demo 72 % of the sampled tokens are of groups whose rewards are all equal, and teach nothing. "
@@ -19,10 +20,11 @@ def study() -> Study:
         recipe="smollm2_arithmetic_cpu",
         arms=(
             Arm("plain", "as it is"),
-            Arm("chosen", "prompts chosen", CHOSEN | FILTERED, steps=150),
-            Arm("stopped", "groups stopped early", STOPPED | FILTERED, steps=130),
-            Arm("filled", "batch filled", FILLED, steps=120),
-            Arm("all", "chosen and stopped", CHOSEN | STOPPED | FILTERED, steps=120),
+            Arm("filled", "batch filled", FILLED, steps=90),
+            Arm("chosen", "prompts chosen", CHOSEN, steps=130),
+            Arm("stopped", "groups stopped early", STOPPED, steps=120),
+            Arm("all", "chosen and stopped", ALL, steps=150),
+            Arm("all_fast", "the same, twice the rate", ALL | {"learner.lr": "4e-5"}, steps=150),
         ),
         baseline="plain",
         steps=150,

@@ -48,6 +48,31 @@ def test_plan(tmp_path: Path) -> None:
     assert found[3].folder == tmp_path / "fast" / "seed-5"
 
 
+def test_an_arm_has_steps_of_its_own(tmp_path: Path) -> None:
+    """Arms of equal seconds that are run for equal steps, or a shortened study whose arms are not shortened alike; a
+    page that says they had the same."""
+    made = replace(STUDY, arms=(STUDY.arms[0], replace(STUDY.arms[1], steps=15)))
+    assert [one.config.steps for one in planned(tmp_path, made)[:2]] == [20, 15]
+    assert [one.config.steps for one in planned(tmp_path, made, steps=8)[:2]] == [8, 6]
+    result = report.collect(made, "sums", planned(tmp_path, made), tmp_path, "tandem study rate")
+    assert [arm["steps"] for arm in result["arms"]] == [20, 15] and "as many seconds" in readme(result, "")
+
+
+def test_a_chosen_run_is_compared_by_the_task_s_reward() -> None:
+    """A run that asks hard prompts held against one that asks all, by the mean over what it asked."""
+    row = {
+        "step": 1,
+        "reward": 0.4,
+        "tokens": 80,
+        "trained_tokens": 60,
+        "extra_tokens": 20,
+        "seconds": {"rollout": 2.0},
+    }
+    rows = [row, {**row, "step": 2, "task_reward": 0.7}, {**row, "step": 3, "task_reward": None}]
+    entry = report.run_entry("fast", 4, {"status": "finished", "reason": None, "steps": 3}, rows)
+    assert entry["reward"] == [0.4, 0.7, 0.4] and entry["trained_share"] == 0.6
+
+
 def test_wrong_arm_stops_before_the_first_run(tmp_path: Path) -> None:
     """A wrong setting of the last arm noticed after hours, or without the arm's name."""
     with pytest.raises(ConfigError, match=r"study rate, arm bad: .*learner\.lr"):
