@@ -79,7 +79,8 @@ class Fairness:
 
     def _units(self, group: Dispatched) -> int:
         """What the loss averages over: its tokens, programs or prompts, of those that are in the denominators."""
-        counted = [n for n, fate in zip(group.tokens, group.fates, strict=True) if fate not in NO_UNITS]
+        gone = NO_UNITS | ({"decided"} if self.config.filter_zero_variance else set())
+        counted = [n for n, fate in zip(group.tokens, group.fates, strict=True) if fate not in gone]
         if self.config.aggregation == "token_mean":
             return sum(counted)
         return int(bool(counted)) if self.config.aggregation == "prompt_mean" else len(counted)
