@@ -158,7 +158,11 @@ LISTED: dict[str, str] = {
     "tandem bench gpu [--json]": "needs a GPU",
     "tandem bench sandbox [--json]": "takes minutes; tests/null/test_bench.py",
     "tandem bench publish [--json]": "takes a minute; tests/multi/test_publish_apart.py",
+<<<<<<< HEAD
     "tandem study length_bias": "takes hours; tests/multi/test_study.py runs a small study",
+=======
+    "tandem bench ahead [--json]": "takes minutes; tests/multi/test_ahead.py",
+>>>>>>> 166b36d (bench ahead, studies of what asynchrony gains; the step-time algebra)
     "tandem study staleness": "takes hours; tests/multi/test_study.py runs a small study",
     "tandem study staleness --time": "takes minutes of a quiet machine",
     "prompt -> program -> request -> tokens -> trajectory -> batch -> loss -> weights -> engine": "a picture",

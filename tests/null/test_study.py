@@ -286,7 +286,7 @@ def test_own_studies(name: str, tmp_path: Path) -> None:
     if (home / "result.json").exists():
         result = json.loads((home / "result.json").read_text())
         again = report.complete(result, chosen, result["runs"])
-        page = readme(again, chosen.reading)
+        page = readme(again, chosen.reading, chosen.section(again).text if chosen.section is not None else "")
         assert (home / "README.md").read_text() == page, f"write it anew: tandem study {name} --seeds 0"
         assert report.dumps(again) == (home / "result.json").read_text()
 

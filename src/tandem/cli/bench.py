@@ -23,15 +23,17 @@ class Work(str, Enum):
     GPU = "gpu"
     SANDBOX = "sandbox"
     PUBLISH = "publish"
+    AHEAD = "ahead"
 
 
-ALONE = (Work.PROFILE, Work.SWEEP, Work.GPU, Work.SANDBOX, Work.PUBLISH)  # have no peers
+ALONE = (Work.PROFILE, Work.SWEEP, Work.GPU, Work.SANDBOX, Work.PUBLISH, Work.AHEAD)  # have no peers
 WORKS_HELP = (
     "What to measure; tree: the learner on turns that share their context, beside copies; agents: programs with slow "
     "tools; parity: the price of exactness; profile: where the time goes, by operation; "
     "sweep: decoding over the number of sequences and over the context; "
     "gpu: random Llamas on a CUDA device; sandbox: starts, commands, what a thousand leave behind; "
-    "publish: weights to another process, whole and what a step changed."
+    "publish: weights to another process, whole and what a step changed; "
+    "ahead: sampling while learning beside the loop in steps, its journal's cost, a kill."
 )
 
 
@@ -62,6 +64,7 @@ def bench(
             Work.SWEEP: _show_sweep,
             Work.SANDBOX: _show_sandbox,
             Work.PUBLISH: _show_publish,
+            Work.AHEAD: _show_ahead,
         }
         shown.get(work, _show)(result)
         if limits := result.get("limits"):
@@ -112,6 +115,10 @@ def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:
         from tandem.bench.publish import publish
 
         return publish()
+    if work is Work.AHEAD:
+        from tandem.bench.ahead import ahead
+
+        return ahead()
     from tandem.bench.beside import bench as beside
 
     return beside(work.value, peers, rounds)
@@ -201,6 +208,31 @@ def _show_publish(result: dict[str, Any]) -> None:
         table.add_row(row["work"], f"{row['changed']:.3%}", *times, f"{row['count']}")
     Console().print(table)
     print(f"publish: without the hash of what is published, {result['hash_ms']:.1f} ms; receive: with the hash of all")
+
+
+def _show_ahead(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="tandem bench ahead: samples a second")
+    for column in ("tools", "in steps", "while it learns", "ratio", "wanted"):
+        table.add_column(column, justify="left" if column == "tools" else "right")
+    for row in result["rows"]:
+        rates = (f"{row['sync']:.1f}", f"{row['full']:.1f}")
+        table.add_row(row["work"], *rates, f"{row['ratio']:.2f} x", f"{row['wanted']:.2f} x")
+    Console().print(table)
+    for run in result["runs"]:
+        print(f"{run['arm']}: {run['step_s']:.2f} s a step, reward {run['reward']:.3f}")
+        for worker, phases in run["phases"].items():
+            longest = sorted(phases.items(), key=lambda one: -one[1])[:8]
+            print(f"    {worker}: " + ", ".join(f"{phase} {spent:.2f}" for phase, spent in longest))
+    books, resume = result["books"], result["resume"]
+    print(f"journal and ledger: {books['share']:.2%} of the run (wanted: under {books['wanted']:.0%})")
+    print(
+        f"killed with {resume['programs']} programs open: the first new token {resume['first_token_s']:.1f} s after "
+        f"its resume (wanted: under {resume['wanted_s']:g}); of {resume['finished']} groups that had ended "
+        f"{resume['lost']} were lost, {resume['sampled_again']} sampled again, {resume['trained_twice']} trained twice"
+    )
 
 
 def _show_sweep(result: dict[str, Any]) -> None:

@@ -130,15 +130,20 @@ def _list(json: bool) -> int:
 def _write(chosen: Study, result: dict[str, Any], folders: list[Path], json: bool) -> None:
     """result.json, figure.png and README.md into each folder, and the tables to the reader."""
     from tandem.study import page
-    from tandem.study.figure import study_png
+    from tandem.study.figure import compact, study_png
     from tandem.study.result import dumps, failures
 
-    picture = study_png(result)
+    section = chosen.section(result) if chosen.section is not None else None
+    pictures = {"figure.png": study_png(result)}
+    if section is not None:
+        pictures |= {name: compact(draw) for name, draw in section.pictures.items()}
+    text = page.readme(result, chosen.reading, section.text if section is not None else "")
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "result.json").write_text(dumps(result), encoding="utf-8")
-        (folder / "figure.png").write_bytes(picture)
-        (folder / "README.md").write_text(page.readme(result, chosen.reading), encoding="utf-8")
+        for picture, content in pictures.items():
+            (folder / picture).write_bytes(content)
+        (folder / "README.md").write_text(text, encoding="utf-8")
     if json:
         runs = [{key: value for key, value in run.items() if key != "series"} for run in result["runs"]]
         print(jsonlib.dumps({**result, "runs": runs, "written": [str(folder) for folder in folders]}, indent=1))

@@ -6,7 +6,7 @@ import io
 import itertools
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -137,9 +137,14 @@ def study_figure(result: Result) -> Figure:
 
 def study_png(result: Result) -> bytes:
     """The figure, small enough to be committed."""
+    return compact(lambda: study_figure(result))
+
+
+def compact(draw: Callable[[], Figure]) -> bytes:
+    """A picture of few colours."""
     from PIL import Image
 
-    picture = Image.open(io.BytesIO(png(lambda: study_figure(result)))).convert("RGB")
+    picture = Image.open(io.BytesIO(png(draw))).convert("RGB")
     buffer = io.BytesIO()
     picture.quantize(COLOURS, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
     return buffer.getvalue()

@@ -116,8 +116,8 @@ def chance_note(result: Result) -> str:
     )
 
 
-def readme(result: Result, reading: str) -> str:
-    """The study's page."""
+def readme(result: Result, reading: str, section: str = "") -> str:
+    """The study's page; section: a part that is its own."""
     arms = [{"arm": f"`{arm['name']}`", "sets": _settings(arm["overrides"])} for arm in result["arms"]]
     wanted = len(result["arms"]) * len(result["seeds"])
     missing = wanted - len(result["runs"])
@@ -150,6 +150,7 @@ def readme(result: Result, reading: str) -> str:
         "## Paired differences",
         f"Within a seed, then a two-sided 95 % Student interval over seeds. {chance_note(result)}",
         differences_table(result),
+        *([section] if section else []),
         *(["## Failed runs", failed] if failed else []),
         "## What was run",
         (

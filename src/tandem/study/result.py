@@ -6,6 +6,7 @@ import json
 import math
 import platform
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +15,10 @@ from typing import Any
 from tandem import env
 from tandem.errors import RunFolderError
 from tandem.kernels.build.toolchain import processor_name
+from tandem.plan import roofline
+from tandem.report.ledger import goodput
 from tandem.report.metrics import evaluations, training
+from tandem.run.ledger import MAIN
 from tandem.study.runs import median_s, rows_of, timed_s, working_s
 from tandem.study.study import Planned, Study
 
@@ -62,8 +66,15 @@ def _accuracy(evaluation: Mapping[str, Any]) -> float | None:
     return _rounded(evaluation["accuracy"]) if evaluation.get("prompts") != 0 else None  # 0 where none was graded
 
 
-def run_entry(arm: str, seed: int, outcome: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What result.json holds of one run."""
+def run_entry(
+    arm: str,
+    seed: int,
+    outcome: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    machine: roofline.Machine | None = None,
+) -> dict[str, Any]:
+    """What result.json holds of one run; where a machine is given also its workers' seconds by phase, means of the
+    steps behind the first, and what was useful of each step at the machine's roofline."""
     trained, evaluated = training(rows), evaluations(rows)
     finished = len(evaluated) > 1 and outcome["status"] == "finished"
     budgets = [row.get("error_budget") or {} for row in trained]
@@ -71,8 +82,13 @@ def run_entry(arm: str, seed: int, outcome: Mapping[str, Any], rows: Sequence[Ma
     for name in dict.fromkeys(name for budget in budgets for name in budget):
         series[f"error_budget.{name}"] = [budget.get(name) for budget in budgets]
     series["seconds"] = [working_s(row) for row in trained]
+<<<<<<< HEAD
     drawn = sum(row.get("tokens", 0) + row.get("extra_tokens", 0) for row in trained)
     rewards = [row.get("reward") if row.get("task_reward") is None else row["task_reward"] for row in trained]
+=======
+    if machine is not None:
+        series["useful_s"] = [goodput([row], machine, 1.0).share for row in trained]
+>>>>>>> 166b36d (bench ahead, studies of what asynchrony gains; the step-time algebra)
     rounded = {name: list(map(_rounded, values)) for name, values in series.items()}
     return {
         "arm": arm,
@@ -82,9 +98,26 @@ def run_entry(arm: str, seed: int, outcome: Mapping[str, Any], rows: Sequence[Ma
         "after": _accuracy(evaluated[-1]) if finished else None,
         "heldout_prompts": evaluated[0]["prompts"] if evaluated else 0,
         "seconds_per_step": _rounded(median_s(trained)),
+<<<<<<< HEAD
         "trained_share": _rounded(sum(row.get("trained_tokens", 0) for row in trained) / drawn) if drawn else None,
         "reward": [_rounded(reward) for reward in rewards],
+=======
+        **({} if machine is None else {"phases": _phases(trained[1:])}),
+        "reward": [_rounded(row.get("reward")) for row in trained],
+>>>>>>> 166b36d (bench ahead, studies of what asynchrony gains; the step-time algebra)
         "series": {name: values for name, values in rounded.items() if any(value is not None for value in values)},
+    }
+
+
+def _phases(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Worker -> phase -> mean seconds a step."""
+    found: dict[str, Counter[str]] = {}
+    for row in rows:
+        for worker, spent in {MAIN: row["seconds"], **row.get("workers", {})}.items():
+            found.setdefault(worker, Counter()).update(spent)
+    return {
+        worker: {phase: _rounded(whole / len(rows)) for phase, whole in spent.most_common()}
+        for worker, spent in found.items()
     }
 
 
@@ -115,7 +148,9 @@ def collect(study: Study, recipe: str, planned: Sequence[Planned], out: Path, co
         f"Python {platform.python_version()}",
         "arms": arms,
     }
-    return complete(facts, study, [run_entry(one.arm.name, one.seed, what, rows_of(one.folder)) for one, what in ended])
+    machine = roofline.measure() if study.section is not None and ended else None
+    entries = [run_entry(one.arm.name, one.seed, what, rows_of(one.folder), machine) for one, what in ended]
+    return complete(facts, study, entries)
 
 
 def complete(facts: Result, study: Study, runs: Sequence[Run]) -> dict[str, Any]:

@@ -7,11 +7,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tandem.config import dump, override
 from tandem.errors import ConfigError, nearest
 from tandem.run.config import RunConfig, check_training
+
+if TYPE_CHECKING:
+    from tandem.study.step_time import Section
 
 OWN = ("steps", "seed")  # what the study itself sets
 
@@ -51,6 +54,7 @@ class Study:
     seeds: tuple[int, ...] = (0, 1, 2)
     compare: tuple[tuple[str, str], ...] = ()  # arms to test against each other; empty: each against the baseline
     reading: str = ""  # by hand, once there is a result
+    section: Callable[[Mapping[str, Any]], Section] | None = None  # of the page, drawn from the result
 
     def __post_init__(self) -> None:
         known = [arm.name for arm in self.arms]

@@ -1,0 +1,46 @@
+"""What it gains to sample while learning, with tools that take their time and without."""
+
+from __future__ import annotations
+
+from tandem.bench.slow_tools import longest_wait_s
+from tandem.study.step_time import StepTimes
+from tandem.study.study import Arm, Study
+
+SIZES = 8, 8  # groups of a step, programs of each
+LAG = 2
+MODES = {
+    "sync": ("in steps", {}),
+    "one_off": ("one off", {"asynchrony.mode": "one_off"}),
+    "full": (f"full, lag {LAG}", {"asynchrony.mode": "full", "asynchrony.lag": str(LAG)}),
+}
+WAITS = {"waits": "tools 0.2 to 5 s", "none": "no waits"}
+
+
+def study() -> Study:
+    """Three modes, each with tools that sleep and with the same tools that answer at once."""
+    arms = [
+        Arm(f"{mode}_{waits}", label, {"task.parameters": f"waits={str(waits != 'none').lower()}", **sets}, panel=panel)
+        for waits, panel in WAITS.items()
+        for mode, (label, sets) in MODES.items()
+    ]
+    return Study(
+        name="async_gain",
+        question="How long is a step, and how much of it is useful, where rollouts and learning take turns, overlap "
+        "by a batch, or flow; does the step-time algebra say so before; and does a sample teach as much?",
+        recipe="tiny_digits",
+        common={
+            "rollout.prompts_per_step": str(SIZES[0]),
+            "rollout.samples_per_prompt": str(SIZES[1]),
+            "checkpoint.minutes": "0",
+        },
+        arms=tuple(arms),
+        baseline="sync_none",
+        compare=tuple((f"{mode}_{waits}", f"sync_{waits}") for waits in WAITS for mode in MODES if mode != "sync"),
+        steps=16,
+        shows_not="A model of 0.9 million parameters and a task that any model learns: what old weights cost in "
+        "quality shows here only where it is large. Two cores that engine and learner share: with processors of "
+        "their own, computing would overlap too. One shape of waits, one wait a program.",
+        section=StepTimes(
+            "sync_none", longest_wait_s, tuple(f"{mode}_waits" for mode in MODES), SIZES, skipped=LAG + 1
+        ),
+    )
