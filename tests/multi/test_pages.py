@@ -124,6 +124,7 @@ FILES = {
 OTHERS = "needs a package in an environment of its own; tests/others"
 ADAPTED = "tandem train smollm2_arithmetic_cpu --set task.environment=tandem.program.adapters."
 LISTED: dict[str, str] = {
+    "k (n - k) / (n (n - 1)),": "an equation; tests/null/test_choose.py",
     "step 1": "what tandem replay prints",
     "python3.11 -m venv others/gym": OTHERS,
     f"{ADAPTED}gym:GymText --set task.python=others/gym/bin/python --set rollout.max_turns=20 "
@@ -158,11 +159,8 @@ LISTED: dict[str, str] = {
     "tandem bench gpu [--json]": "needs a GPU",
     "tandem bench sandbox [--json]": "takes minutes; tests/null/test_bench.py",
     "tandem bench publish [--json]": "takes a minute; tests/multi/test_publish_apart.py",
-<<<<<<< HEAD
     "tandem study length_bias": "takes hours; tests/multi/test_study.py runs a small study",
-=======
     "tandem bench ahead [--json]": "takes minutes; tests/multi/test_ahead.py",
->>>>>>> 166b36d (bench ahead, studies of what asynchrony gains; the step-time algebra)
     "tandem study staleness": "takes hours; tests/multi/test_study.py runs a small study",
     "tandem study staleness --time": "takes minutes of a quiet machine",
     "prompt -> program -> request -> tokens -> trajectory -> batch -> loss -> weights -> engine": "a picture",
@@ -173,9 +171,8 @@ LISTED: dict[str, str] = {
     "--set rollout.samples_per_prompt=16 --set algo.filter_zero_variance=true": (
         "tests/multi/test_spending.py runs it small"
     ),
-    "k (n - k) / (n (n - 1)),    estimates    w = E[p (1 - p)]": "an equation",
-    "E[p (1 - p)]        = a b / (s (s + 1))                          the predicted variance": "an equation",
-    "pi_i = floor n / C + c v_i^power,    at most 1;    sum of pi_i = n": "an equation",
+    "E[p (1 - p)]": "an equation",
+    "pi_i = floor n / C + c v_i^power,": "an equation",
     "R(C) = R0 + (A - R0) / (1 + (Cmid / C)^B)": "an equation",
     "decode = prefill = chunked = whole = prefix hit = any page size = packed = alone = among 256 = engine = learner": (
         "an equation"

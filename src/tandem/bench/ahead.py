@@ -245,7 +245,7 @@ def _first_token() -> list[float]:
             drawn.append(time.time())
         return done
 
-    Engine.step = seen  # type: ignore[method-assign]
+    Engine.step = seen  # type: ignore[method-assign,assignment]
     return drawn
 
 

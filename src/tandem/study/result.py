@@ -82,13 +82,10 @@ def run_entry(
     for name in dict.fromkeys(name for budget in budgets for name in budget):
         series[f"error_budget.{name}"] = [budget.get(name) for budget in budgets]
     series["seconds"] = [working_s(row) for row in trained]
-<<<<<<< HEAD
     drawn = sum(row.get("tokens", 0) + row.get("extra_tokens", 0) for row in trained)
     rewards = [row.get("reward") if row.get("task_reward") is None else row["task_reward"] for row in trained]
-=======
     if machine is not None:
         series["useful_s"] = [goodput([row], machine, 1.0).share for row in trained]
->>>>>>> 166b36d (bench ahead, studies of what asynchrony gains; the step-time algebra)
     rounded = {name: list(map(_rounded, values)) for name, values in series.items()}
     return {
         "arm": arm,
@@ -98,13 +95,9 @@ def run_entry(
         "after": _accuracy(evaluated[-1]) if finished else None,
         "heldout_prompts": evaluated[0]["prompts"] if evaluated else 0,
         "seconds_per_step": _rounded(median_s(trained)),
-<<<<<<< HEAD
         "trained_share": _rounded(sum(row.get("trained_tokens", 0) for row in trained) / drawn) if drawn else None,
         "reward": [_rounded(reward) for reward in rewards],
-=======
         **({} if machine is None else {"phases": _phases(trained[1:])}),
-        "reward": [_rounded(row.get("reward")) for row in trained],
->>>>>>> 166b36d (bench ahead, studies of what asynchrony gains; the step-time algebra)
         "series": {name: values for name, values in rounded.items() if any(value is not None for value in values)},
     }
 
