@@ -439,6 +439,7 @@ def test_falling_idle_costs_nothing_that_grows_with_the_pages(monkeypatch: pytes
     check(engine.generate([request])[0], request, runner)
 
 
+@settings(deadline=None)
 @given(
     vocab=st.integers(1, 1000),
     tokens=st.lists(st.integers(-(2**70), 2**70) | st.integers(-3, 1003), min_size=1, max_size=9),
