@@ -196,7 +196,7 @@ def figure(timed: list[Timed]) -> Figure:
     panels = drawn.subplots(1, 2 if known else 1, squeeze=False, sharey=True)[0]
     places = range(len(timed))
     goodput = [tuple(100 * share for share in one.goodput or (0.0, 0.0)) for one in timed]
-    sides: list[list[tuple[float, float]]] = [[(one.predicted_s, one.measured_s) for one in timed], goodput]
+    sides: list[list[tuple[float, ...]]] = [[(one.predicted_s, one.measured_s) for one in timed], goodput]
     for axes, pairs, label in zip(panels, sides, ("seconds a step", "goodput, %"), strict=False):
         for shift, name, colour, values in zip(
             (-0.19, 0.19), ("predicted", "measured"), (plots.GREY, plots.BLUE), zip(*pairs, strict=True), strict=True
