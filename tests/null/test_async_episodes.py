@@ -100,6 +100,14 @@ class Shops(Environment):
     def prompt(self, split, index):
         return Prompt(f"{split}{index}", (Message("user", f"{split}{index}"),), {"log": self.log, "index": index})
 
+class Slow(Episode):
+    async def respond(self, message):
+        await asyncio.sleep(0.3)
+        return Step(None, reward=1.0)
+
+class Slows(Shops):
+    episodes = Slow
+
 class Unnamed(Shops):
     episodes = None
 
@@ -146,6 +154,21 @@ def test_waits_overlap_in_one_child(pool: EnvironmentPool, tmp_path: Path) -> No
     pool.close()
     log = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
     assert len({line[0] for line in log}) == 100 and {line[1] for line in log} == {"2"} and log[-1][2] == "100"
+
+
+def test_a_respond_of_its_own_may_wait(tmp_path: Path) -> None:
+    """An `async def respond` that is run to its end without a loop: its first `await` of a sleep fails the program."""
+    made = make(tmp_path, "Slows", workers=1)
+    try:
+        episodes = [made.episode(made.prompt(index)) for index in range(8)]
+        began_s = time.monotonic()
+        for episode in episodes:
+            episode.said.append(Message("assistant", "go"))
+        heard = [asked.result(30.0) for asked in [episode.observe() for episode in episodes]]
+        assert [getattr(one, "reward", one) for one in heard] == [1.0] * 8
+        assert time.monotonic() - began_s < 8 * 0.3
+    finally:
+        made.close()
 
 
 def test_a_call_past_its_deadline_is_cancelled_alone(tmp_path: Path) -> None:

@@ -63,6 +63,11 @@ class Unplayed(Exception):
     """What an episode stands on failed, not the answer that it was to judge."""
 
 
+def _awaits(kind: type[Episode]) -> bool:
+    """Whether an episode has methods or tools that are `async def`; a `respond` of its own is."""
+    return is_async(kind, METHODS) or kind.respond is not Episode.respond
+
+
 class Calls:
     """What the parent may ask for, by name. Each value can be pickled whatever the user's code returned."""
 
@@ -71,7 +76,7 @@ class Calls:
         self.config = config
         self.plays: dict[int, _Play] = {}  # by the episode's number
         kind = getattr(source.environment, "episodes", None)
-        self.concurrent = kind is not None and is_async(kind, METHODS)
+        self.concurrent = kind is not None and _awaits(kind)
         if prompts.uses_math_verify(config):
             try:
                 import math_verify  # noqa: F401 - now, so that no call pays for the import out of its share
@@ -132,7 +137,7 @@ class Calls:
     async def _played(self, number: int, opened: Prompt | None, news: tuple[Message, ...]) -> _Play:
         if opened is not None:
             episode = open_episode(self.source.environment, opened)
-            if not self.concurrent and is_async(type(episode), METHODS):
+            if not self.concurrent and _awaits(type(episode)):
                 name = type(episode).__name__
                 raise TaskError(
                     f"{name} has methods that are `async def`, and its environment does not name it: write "
