@@ -299,7 +299,7 @@ RULES: tuple[Rule, ...] = (
         "two thirds of the groups or more have equal rewards in 18 of 20 steps, at a mean reward below 0.95",
         "Most of what is sampled teaches nothing: prompts are too easy or too hard for the group, or all "
         "answers are the same.",
-        "`rollout.redraws`, more `rollout.samples_per_prompt`, a task of the right difficulty "
+        "`select.window`, `rollout.redraws`, more `rollout.samples_per_prompt`, a task of the right difficulty "
         "(`task.parameters`), a reward with steps in place of all or nothing.",
     ),
     Rule(
