@@ -44,7 +44,7 @@ def test_the_distributions_stand_side_by_side(tmp_path):
     weighed = lengths_section(rows_with(weights=True))
     assert weighed is not None and "48.0 of the kept under their weights" in weighed["text"]
     text = re.sub(r"\s+", " ", " ".join(Page(render_report(run_folder(tmp_path / "run"), rows_with())).words))
-    assert "Lengths asked for, and lengths trained Mean tokens a program: 50.0 dispatched, 40.0 kept, 30.0" in text
+    assert "Lengths asked for, and lengths trained Mean tokens a program: 50.0 asked for, 40.0 kept, 30.0" in text
     assert "91 to 100 50 % 0.50 [0.25, 0.75] – –" in text and "41 to 50 100 % 1.00 2.00 25.0 %" in text
 
 

@@ -59,10 +59,9 @@ def _text(rows: Sequence[Row]) -> str:
     def figures(name: str) -> list[float]:
         return [row["fairness"][name] for row in rows if row["fairness"].get(name) is not None]
 
-    means = {
-        name: statistics.fmean(of) for name in ("dispatched", "kept", "trained") if (of := figures(f"{name}_length"))
-    }
-    text = "Mean tokens a program: " + ", ".join(f"{decimal(value, 1)} {name}" for name, value in means.items())
+    said = {"dispatched": "asked for", "kept": "kept", "trained": "trained"}
+    means = {word: statistics.fmean(of) for name, word in said.items() if (of := figures(f"{name}_length"))}
+    text = "Mean tokens a program: " + ", ".join(f"{decimal(value, 1)} {word}" for word, value in means.items())
     if weighted := figures("weighted_length"):
         text += f", {decimal(statistics.fmean(weighted), 1)} of the kept under their weights"
     if not (z := figures("z")):
