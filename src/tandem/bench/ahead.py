@@ -82,7 +82,7 @@ def config_of(arm: str) -> RunConfig:
         task=replace(task, heldout_size=1),
         rollout=RolloutConfig(GROUPS, SAMPLES, max_new_tokens=40, max_turns=3),
         engine=EngineConfig(kv_memory_bytes=256 << 20),
-        learner=LearnerConfig(lr=2e-5, beta2=0.99),
+        learner=LearnerConfig(lr=1e-9, beta2=0.99),  # each step is the same work
         evaluation=EvaluationConfig(prompts=0),
         checkpoint=CheckpointConfig(minutes=0.0),
         asynchrony=AsyncConfig("full", lag=LAG) if mode == "full" else AsyncConfig(),

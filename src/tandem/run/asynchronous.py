@@ -183,8 +183,6 @@ class AsyncSession(Session):
         self.queue.end(number, ended, usable)
         self.ledger.arrive([ended.group])
 
-    # What the main thread asks of it.
-
     @contextmanager
     def parked(self) -> Iterator[None]:
         """The thread does nothing meanwhile. WorkerError where it does not come to rest."""
@@ -307,14 +305,14 @@ class AsyncSession(Session):
         self.ledger.reuse([sample for sample in again if sample.id in self.ledger.trained])
 
     def check_ledger(self) -> None:
-        size = self.config.rollout.samples_per_prompt
-        with self.parked():
-            paused = [one.id for ones in self.paused.values() for one in ones]
-            again = [f"{name}/{one}" for name in self.unbegun for one in range(size)]
-            running = [*self.flow.program_ids, *paused, *again]
-            held = [*self.queue.waiting.values(), *self.queue.unusable.values()]
-            waiting = [trajectory.id for one in held for trajectory in one.ended.group.trajectories]
-            self.ledger.check(running, waiting)
+        """With each checkpoint and at the end; between, the thread is not stopped for it."""
+
+    def _check_all(self) -> None:
+        """While held: what has no fate runs, or waits in the queue."""
+        running = [f"{name}/{one}" for name in self.begun for one in range(self.config.rollout.samples_per_prompt)]
+        held = [*self.queue.waiting.values(), *self.queue.unusable.values()]
+        waiting = [trajectory.id for one in held for trajectory in one.ended.group.trajectories]
+        self.ledger.check(running, waiting)
 
     def write(self, row: dict[str, Any]) -> None:
         counts = {"running_groups": len(self.flow), "waiting_groups": len(self.queue.waiting)}
@@ -384,6 +382,7 @@ class AsyncSession(Session):
     def save(self, step: int, version: WeightVersion) -> None:
         with self.parked(), self.flow.held():
             self._end_all(self.flow.ended())
+            self._check_all()
             self.stream.settle()
             super().save(step, version)
 
@@ -495,6 +494,6 @@ class AsyncSession(Session):
         self._end_thread()
         with self.flow.held():
             self._end_all(self.flow.ended())
-            self.check_ledger()
+            self._check_all()
             paused = sum(one.drawn_tokens for ones in self.paused.values() for one in ones)
             self.folder.write_ledger(self.account.close(self.flow.drawn_tokens + paused))
