@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from tandem.run.session import Display
 
 ROUNDS = 2  # of both sides, in turns
-GROUPS, SAMPLES = 8, 8  # of a step
+SIZE = {"waits": (4, 4), "none": (8, 8)}  # groups of a step and samples of each; few, so that waits are what is long
 LAG = 2
-STEPS = {"sync/waits": 4, "full/waits": 7, "sync/none": 5, "full/none": 7}  # that count
+STEPS = {"sync/waits": 5, "full/waits": 8, "sync/none": 4, "full/none": 4}  # that count
 OPEN = 4, 8  # groups of a step and samples of each, where a run is killed: with a lag of 1, 64 programs
 KILL_AFTER = 2  # steps
 LEFT_S = 1.0  # between a checkpoint and the kill
@@ -80,7 +80,7 @@ def config_of(arm: str) -> RunConfig:
         steps=STEPS[arm] + (LAG + 1 if mode == "full" else 1),
         model=ModelConfig(MODEL),
         task=replace(task, heldout_size=1),
-        rollout=RolloutConfig(GROUPS, SAMPLES, max_new_tokens=40, max_turns=3),
+        rollout=RolloutConfig(*SIZE[waits], max_new_tokens=40, max_turns=3),
         engine=EngineConfig(kv_memory_bytes=256 << 20),
         learner=LearnerConfig(lr=1e-9, beta2=0.99),  # each step is the same work
         evaluation=EvaluationConfig(prompts=0),

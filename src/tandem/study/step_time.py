@@ -195,12 +195,12 @@ def figure(timed: list[Timed]) -> Figure:
     known = all(one.goodput for one in timed)
     panels = drawn.subplots(1, 2 if known else 1, squeeze=False, sharey=True)[0]
     places = range(len(timed))
-    goodput = [tuple(100 * share for share in one.goodput or (0.0, 0.0)) for one in timed]
-    sides: list[list[tuple[float, ...]]] = [[(one.predicted_s, one.measured_s) for one in timed], goodput]
-    for axes, pairs, label in zip(panels, sides, ("seconds a step", "goodput, %"), strict=False):
-        for shift, name, colour, values in zip(
-            (-0.19, 0.19), ("predicted", "measured"), (plots.GREY, plots.BLUE), zip(*pairs, strict=True), strict=True
-        ):
+    goodput = [one.goodput or (0.0, 0.0) for one in timed]
+    sides = [([one.predicted_s for one in timed], [one.measured_s for one in timed])]
+    sides += [([100 * expected for expected, _ in goodput], [100 * found for _, found in goodput])]
+    looks = ((-0.19, "predicted", plots.GREY), (0.19, "measured", plots.BLUE))
+    for axes, pair, label in zip(panels, sides, ("seconds a step", "goodput, %"), strict=False):
+        for (shift, name, colour), values in zip(looks, pair, strict=True):
             bars = axes.barh([place + shift for place in places], values, height=0.36, color=colour, label=name)
             axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=8.5)
         axes.set_xlabel(label)
