@@ -40,6 +40,7 @@ POLICY = {
     "rollout.max_turns": "2",
     "rollout.extra_prompts": "1",
     "engine.draft_tokens": "2",
+    "engine.replicas": "2",
     "sync.lag": "1",
     "algo.kl": "k3",
     "algo.kl_weight": "0.01",
@@ -70,6 +71,8 @@ def keys(row: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}/*"
         elif name == "workers":
             yield f"{name}/*/*"
+        elif name == "engines":
+            yield from {f"{name}/*/{key}" for counts in value.values() for key in counts}
         elif isinstance(value, dict):
             yield from (f"{name}/{key}" for key in value)
         elif isinstance(value, list) and value and isinstance(value[0], dict):

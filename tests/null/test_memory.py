@@ -68,6 +68,17 @@ def test_figures_by_hand() -> None:
     assert "the task's child" not in found and "engine's own weights" not in found
 
 
+def test_each_engine_that_samples_has_pages() -> None:
+    """Pages of the second engine left out, or planned where nothing is trained; a way to save that is not told."""
+    two = EngineConfig(kv_memory_bytes=1 << 20, replicas=2)
+    plan = plan_memory(asked(engine=two), PLENTY, base_bytes=0)
+    assert sizes(plan)["pages of keys and values"] == 2 << 20
+    ahead = replace(asked(engine=two), lag=1, model=replace(MODEL, device="cuda"))
+    assert sizes(plan_memory(ahead, PLENTY, PLENTY, base_bytes=0))["pages of keys and values"] == 3 << 20
+    assert sizes(plan_memory(asked(run=False, engine=two), PLENTY, base_bytes=0))["pages of keys and values"] == 1 << 20
+    assert ("engine.replicas=1", 1 << 20) in plan_memory(asked(engine=two), 1000, base_bytes=0).savings
+
+
 def test_what_departs_has_weights_of_its_own() -> None:
     """Stale or rounded weights are whole decoders, and what waits to be served is kept: none of it is in the plan."""
     plain = asked()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 
 from tandem.config import Amount, Count, Positive, section
 from tandem.errors import ConfigError
@@ -33,6 +33,8 @@ class EngineConfig:
     lookahead_tokens: Count = 64  # what admission expects a sequence to grow by, until requests have ended to tell
     order: Rule = "arrival"  # who starts first: who came first, has most to generate, or whose program had least
     draft_tokens: Count = 0  # most tokens a step tries beyond a sequence's next; what is drawn is the same (draft.py)
+    replicas: Positive = 1  # engines that sample in training, on the same weights; each has its own pages
+    answer_s: Annotated[float, Gt(0)] = 600.0  # what a replica has not answered by then is asked of another too
     share_prefixes: bool = True  # off: every prompt is computed from its first token
     # Departures: each makes the policy that samples another one than the learner's. Default: none.
     dtype: Dtype = "same"  # compute in another dtype than model.dtype

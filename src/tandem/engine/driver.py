@@ -63,6 +63,20 @@ class _Asked:
     given: int = 0  # tokens that on_tokens had
 
 
+class Endpoint(Protocol):
+    """What rollouts ask: a Driver, or several behind one Router (rollout/router.py)."""
+
+    def submit(self, request: Request, on_tokens: OnTokens | None = None) -> Future[Completion]: ...
+
+    def abort(self, request_id: str) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def progress(self, seen: int, wait_s: float) -> int: ...
+
+    def close(self, deadline_s: float) -> None: ...
+
+
 class Driver:
     """The one owner of an engine: nobody else steps it meanwhile."""
 
@@ -119,6 +133,20 @@ class Driver:
         self._inbox.append((act, future))
         self._changed.notify_all()
 
+    def wake(self) -> None:
+        """Who waits in `progress` looks again."""
+        self._count()
+
+    @property
+    def threaded(self) -> bool:
+        """Whether a thread drives."""
+        return self._thread is not None
+
+    def apply(self) -> None:
+        """What was asked, without a step; where no thread drives."""
+        assert not self.threaded, "the thread does"
+        self._turn(steps=False)
+
     def progress(self, seen: int, wait_s: float) -> int:
         """How many requests and calls have ended; waits, at most wait_s, for more than `seen`.
 
@@ -174,12 +202,12 @@ class Driver:
                 self._end_all(EngineError(f"the engine's thread ended: {type(error).__name__}: {error}"))
                 return
 
-    def _turn(self) -> None:
+    def _turn(self, steps: bool = True) -> None:
         """Applies what was asked, runs a step, and hands out what it gave."""
         try:
             for _ in range(len(self._inbox)):
                 self._inbox.popleft()[0]()
-            if self._running:
+            if self._running and steps:
                 self._step()
         except Exception as error:  # recorded boundary: the reason goes to all who wait
             stopped = EngineError(f"the engine stopped: {type(error).__name__}: {error}")

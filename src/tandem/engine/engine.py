@@ -104,6 +104,7 @@ class Engine:
         self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version, runner.layout, drafter)
         self._undelivered: list[Completion] = []  # finished while nobody who wants them asked
         self._flight: Flight | None = None
+        self.dead = False  # see give_up
         self._sound: WeightVersion | None = None  # the last weights that something was drawn with
 
     @property
@@ -171,6 +172,12 @@ class Engine:
         """Between phases, with nothing live: the memory of all pages is the system's until they are written again."""
         self._land()
         self.scheduler.empty()
+        self.runner.release_memory()
+
+    def give_up(self) -> None:
+        """It failed, and is in no known state: nothing more is asked of it, no weights reach it, it holds no memory."""
+        self.dead = True
+        self._flight, self._undelivered = None, []
         self.runner.release_memory()
 
     def step(self) -> list[Completion]:

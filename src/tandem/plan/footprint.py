@@ -109,7 +109,8 @@ class Asked:
 
 def num_pools(asked: Asked) -> int:
     """Of pages that are held at once: where evaluation has an engine of its own, the two may take turns too."""
-    return 2 if asked.two_engines and not asked.takes_turns else 1
+    sampling = asked.engine.replicas if asked.run is not None else 1
+    return sampling + int(asked.two_engines and not asked.takes_turns)
 
 
 def least_pool_bytes(asked: Asked) -> int:

@@ -305,6 +305,8 @@ def _variants(asked: Asked, plan: Plan) -> Iterator[tuple[str, Asked]]:
     pool = plan.kv_memory_bytes // 4
     if pool >= least_pool_bytes(asked):
         yield f"engine.kv_memory_bytes={pool}", replace(asked, engine=replace(engine, kv_memory_bytes=pool))
+    if engine.replicas > 1 and run is not None:
+        yield "engine.replicas=1", replace(asked, engine=replace(engine, replicas=1))
     if engine.batch_tokens >= 2 * engine.max_sequences:
         half = engine.batch_tokens // 2
         yield f"engine.batch_tokens={half}", replace(asked, engine=replace(engine, batch_tokens=half))

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tandem.engine.driver import Driver
+from tandem.engine.driver import Endpoint
 from tandem.numerics.interval import wilson_interval
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
@@ -38,7 +38,7 @@ class Evaluation:
 
 
 def evaluate(
-    driver: Driver,
+    driver: Endpoint,
     renderer: Renderer,
     environments: Episodes,
     prompts: Sequence[Prompt],

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
-from tandem.engine.driver import Driver
+from tandem.engine.driver import Endpoint
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.early import Early
@@ -38,7 +38,7 @@ class Rollouts:
 
     def __init__(
         self,
-        driver: Driver,
+        driver: Endpoint,
         renderer: Renderer,
         environments: Episodes,
         config: RolloutConfig,

@@ -18,6 +18,8 @@ from tandem.types import Completion, Failure, Message, Prompt, Request, StopReas
 if TYPE_CHECKING:
     from tandem.rollout.rollout import Rollouts
 
+HOLD_S = 0.05  # between looks at engines that have threads, while they give back what they are drawing
+
 
 class Turns:
     """What is asked for programs, of the engine and of environments, and what becomes of the answers.
@@ -87,7 +89,7 @@ class Turns:
         for request_id in self.waits.requests:
             self.by.driver.abort(request_id)
         while self.waits.requests:
-            for program, asked, future in self.waits.ended(0.0):
+            for program, asked, future in self.waits.ended(HOLD_S):
                 self.take(program, asked, future.result(0))
 
     def go_on(self) -> None:

@@ -8,8 +8,7 @@ import time
 from concurrent.futures import Future
 from typing import Any, Literal
 
-from tandem.engine.driver import GRACE_S, Driver, OnTokens
-from tandem.errors import EngineError
+from tandem.engine.driver import GRACE_S, Endpoint, OnTokens
 from tandem.rollout.program import Program
 from tandem.trace import Trace
 from tandem.types import Request
@@ -20,7 +19,7 @@ Asked = Literal["engine", "environment", "reward"]
 class Waits:
     """The answers that programs wait for, of the engine and of environments."""
 
-    def __init__(self, driver: Driver, trace: Trace) -> None:
+    def __init__(self, driver: Endpoint, trace: Trace) -> None:
         self.driver = driver
         self.trace = trace
         self.requests: dict[str, Program] = {}  # in the engine, by request id
@@ -43,8 +42,7 @@ class Waits:
     def _answered(self, program: Program, ended: Future[Any]) -> None:
         self._ended.put((program, "", ended))
         if self.requests:
-            with contextlib.suppress(EngineError):  # it stopped: its requests end with the reason
-                self.driver.call(_nothing)  # an end for which `progress` waits where the driver has a thread
+            self.driver.wake()
 
     def ended(self, wait_s: float) -> list[tuple[Program, Asked, Future[Any]]]:
         """Those that ended since the last call. A step of the engine, or a wait of at most wait_s where it is idle."""
@@ -98,7 +96,3 @@ class Waits:
 def known(future: Future[Any] | None) -> Any:
     """What has come, if it has."""
     return None if future is None or future.exception(0) is not None else future.result(0)
-
-
-def _nothing() -> None:
-    """Asked of a driver to wake who waits for it."""

@@ -142,8 +142,9 @@ class Account:
 
         Its programs ask elsewhere. An engine in its place has another name.
         """
-        stats = self.engines.pop(name).stats
-        self.ledger.meter(name, stats)
+        self._meter_engines()
+        with self._lock:
+            stats = self.engines.pop(name).stats
         self.ledger.lose("crashed", stats.sampled_tokens - returned)
 
     def settle(self) -> Settled:
@@ -164,10 +165,11 @@ class Account:
         return Settled(main_s, all_counts, drawn, found)
 
     def _meter_engines(self) -> None:
-        before = self.ledger.sampled
-        for name, engine in self.engines.items():
-            self.ledger.meter(name, engine.stats)
-        self._drawn += self.ledger.sampled - before
+        with self._lock:  # an engine may die in another thread
+            before = self.ledger.sampled
+            for name, engine in self.engines.items():
+                self.ledger.meter(name, engine.stats)
+            self._drawn += self.ledger.sampled - before
 
     def _pass_absent(self) -> None:
         with self._lock:

@@ -12,7 +12,7 @@ import dataclasses
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ import torch
 
 from tandem import env
 from tandem.algo.advantage import Selection
-from tandem.engine.driver import GRACE_S, Driver
+from tandem.engine.driver import GRACE_S, Drivable
+from tandem.engine.engine import Engine
 from tandem.errors import RunFolderError, WorkerError, WorldError
 from tandem.rollout.config import AsyncConfig
 from tandem.rollout.flow import Ended, Flow
@@ -31,6 +32,7 @@ from tandem.rollout.queue import Choice, Queue, Waiting
 from tandem.rollout.rollout import Rollouts
 from tandem.run.cores import Cores, Taking
 from tandem.run.counted import counted
+from tandem.run.engines import endpoint, living, serves
 from tandem.run.journal import FACTS, Fact, Journal, Read
 from tandem.run.kept import Begun, Kept
 from tandem.run.ledger import reached_tokens
@@ -63,8 +65,10 @@ class AsyncSession(Session):
         self.stale_groups = 0
         self.ledger.uses = config.replay_uses
         self.cores: Cores | None = Cores() if self.config.model.device == "cpu" else None
-        engine = self.parts.engine if self.cores is None else Taking(self.parts.engine, self.cores, self.rolled)
-        given = (Driver(engine), self.parts.renderer, self.pool, asked, self.config.seed, self.rolled)
+        cores, rolled = self.cores, self.rolled
+        takes: Callable[[Engine], Drivable] = (lambda one: Taking(one, cores, rolled)) if cores else lambda one: one
+        self.rolling = endpoint(self.parts, self.account, self.display.note, takes)
+        given = (self.rolling, self.parts.renderer, self.pool, asked, self.config.seed, self.rolled)
         self.rollouts = Rollouts(*given)
         self.flow = Flow(self.rollouts)
         if self.cores is not None:
@@ -142,7 +146,7 @@ class AsyncSession(Session):
             if not len(self.flow):
                 return True
             self._end_all(self.flow.advance(WAIT_S))
-            self.starved |= not self.parts.engine.has_work
+            self.starved |= any(not one.has_work for one in living(self.parts))
         return False
 
     def _end_all(self, ended: Sequence[Ended]) -> None:
@@ -155,13 +159,13 @@ class AsyncSession(Session):
                 raise
 
     def _may_begin(self) -> bool:
-        """Whether the engine would run a group at once, and the learner seems to need one."""
+        """Whether an engine would run a group at once, and the learner seems to need one."""
         if not self.config.asynchrony.by_load:
             return True
-        return len(self.queue) < self.limit and not self.parts.engine.scheduler.waiting
+        return len(self.queue) < self.limit and any(not one.scheduler.waiting for one in living(self.parts))
 
     def _begin(self, place: int, prompt: Prompt) -> None:
-        step, version = self.queue.step, self.parts.engine.version.step
+        step, version = self.queue.step, serves(self.parts).step
         group, number = group_id(prompt.id, step), self.queue.begun
         assert self.journal is not None
         try:
@@ -414,9 +418,7 @@ class AsyncSession(Session):
         if self.history and self.history[0].kind == "start":
             self.history.popleft()
         elif self.earlier is None:
-            version = self.parts.publisher.version
-            assert version is not None
-            self.journal.start({}, version.digest)
+            self.journal.start({}, self.weights_version.digest)
         return done
 
     def _kept(self, directory: Path) -> Kept:
@@ -485,9 +487,7 @@ class AsyncSession(Session):
     @property
     def learned_on(self) -> int:
         """The version that the present step learns on."""
-        version = self.parts.publisher.version
-        assert version is not None
-        return version.step
+        return self.weights_version.step
 
     def finish(self) -> None:
         """Close the ledger: what runs on has been drawn, and is in flight."""

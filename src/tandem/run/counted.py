@@ -19,11 +19,11 @@ COUNTED = ("spelt_tokens", *SCHEDULED, *DRAFTED)
 def counted(parts: Parts, trace: Trace, drafts: bool) -> Iterator[None]:
     """Counts what happens meanwhile, rollouts that are stopped included."""
     names = (*SCHEDULED, *PASSES, *(DRAFTED if drafts else ()))
-    before, spelt = parts.engine.stats, parts.renderer.spelt_tokens
+    before, spelt = [engine.stats for engine in parts.sampling], parts.renderer.spelt_tokens
     try:
         yield
     finally:
         trace.count("spelt_tokens", parts.renderer.spelt_tokens - spelt)
-        after = parts.engine.stats
+        after = [engine.stats for engine in parts.sampling]
         for name in names:
-            trace.count(name, getattr(after, name) - getattr(before, name))
+            trace.count(name, sum(getattr(one, name) for one in after) - sum(getattr(one, name) for one in before))

@@ -34,7 +34,8 @@ from tandem.run.lock import LOCK_NAME, FolderLock
 C = TypeVar("C")
 
 # Of a resumed run's config: how far it goes, what is shown, and what changes no token, reward or weight.
-_TARGETS, _BIT_FOR_BIT = ("evaluation.stop_accuracy", "evaluation.stop_reward"), ("task.workers", "engine.draft_tokens")
+_TARGETS = ("evaluation.stop_accuracy", "evaluation.stop_reward")
+_BIT_FOR_BIT = ("task.workers", "engine.draft_tokens", "engine.replicas", "engine.answer_s")
 MAY_DIFFER = ("steps", "alarms", "track", "rollout.keep_tokens", *_TARGETS, *_BIT_FOR_BIT)
 
 _STEP = re.compile(r"step-(\d+)")

@@ -40,7 +40,7 @@ FATES = {
     "truncated": "cut at rollout.max_new_tokens, and left out (algo.filter_truncated)",
     "failed": "the environment, the reward or the deadline gave no score",
     "aborted": "withdrawn before the end",
-    "crashed": "by a worker that died before it handed them over",
+    "crashed": "by a worker that died before it handed them over, or after another had",
     "stale": "older than the lag allows, and dropped",
     "surplus": "of a group beyond the batch (rollout.extra_prompts), or that a policy did not choose",
     "evaluated": "answers to held-out prompts",

@@ -16,6 +16,7 @@ from tandem.rollout.evaluate import Evaluation, evaluate
 from tandem.run.asynchronous import AsyncSession
 from tandem.run.clock import WallClock, started
 from tandem.run.config import RunConfig, check_training
+from tandem.run.engines import named
 from tandem.run.folder import RunFolder, check_new
 from tandem.run.loop import run_loop
 from tandem.run.parts import build_parts, plan_parts, resolve_source
@@ -66,20 +67,19 @@ def _sit(session: Session, steps: int) -> int:
     with display, session.stopping, session.account, closing(session):
         done = session.restore()
         session.follow()
-        engines = dict.fromkeys((parts.engine, parts.exact_engine))
-        session.row_started_s = session.account.begin({f"engine {n}": one for n, one in enumerate(engines, start=1)})
+        session.row_started_s = session.account.begin(named(parts))
         if done == 0 and config.evaluation.prompts:
             saving, session.stopping.ahead = session.stopping.ahead, "nothing to save yet; the evaluation ends first"
-            session.write({"step": 0, "evaluation": session.evaluate(0), "weights": parts.exact_engine.version.digest})
+            session.write({"step": 0, "evaluation": session.evaluate(0), "weights": session.weights_version.digest})
             session.stopping.ahead = saving
         try:
             stages = session.stages()
             last = done if stages.stop() else run_loop(stages, done + 1, steps)
         except (TandemError, OSError, RuntimeError, MemoryError):
             with suppress(CheckpointError):  # where a disk is full, the first error says so
-                session.save_newest(parts.exact_engine.version)
+                session.save_newest(session.weights_version)
             raise
-        session.save_newest(parts.exact_engine.version)
+        session.save_newest(session.weights_version)
         session.finish()
         if session.stopping.requested and last < config.steps:
             if last == 0:

@@ -50,6 +50,12 @@ class Parts:
     memory: Plan
     plan: dict[str, Any]  # what the program decided, for plan.json
     another: Callable[[], Engine]  # one more that samples, on the same weights
+    others: tuple[Engine, ...] = ()  # that sample too, where engine.replicas are asked for
+
+    @property
+    def sampling(self) -> tuple[Engine, ...]:
+        """The engines that sample, dead ones too."""
+        return (self.engine, *self.others)
 
 
 def resolve_source(source: str) -> str:
@@ -177,13 +183,15 @@ def _build(
         )
 
     engine = engine_on(serving, config)
+    others = tuple(engine_on(serving, config) for _ in range(config.replicas - 1)) if learns else ()
     exact = not (lag or beside or of_engine(model, config))
     exact_engine = engine if exact else engine_on(decoder, without_departures(config))
-    on_learner = [exact_engine] if exact or serving is not decoder else [engine, exact_engine]
+    on_learner = [exact_engine] if serving is not decoder else [engine, *others, *([] if exact else [exact_engine])]
     receivers: list[Receiver] = [Shared("what runs on the learner's weights", decoder, *on_learner)]
     if serving is not decoder:
         bits, group = BITS.get(config.weights, 0), config.weight_group
-        receivers.append(Copied("the engine", serving, engine, bits=bits, group=group, lag=lag, source=source))
+        copied = Copied("the engine", serving, engine, *others, bits=bits, group=group, lag=lag, source=source)
+        receivers.append(copied)
     publisher = Publisher(decoder, receivers)
     version = publisher.publish(0)
     if not learns and serving is decoder:
@@ -218,4 +226,5 @@ def _build(
         memory,
         plan,
         lambda: engine_on(serving, config, engine.version),
+        others,
     )

@@ -313,6 +313,7 @@ def replay(run: Path, *, workers: int = 1, on_step: OnStep, note: Callable[[str]
 
     quiet = dataclasses.replace(
         config,
+        engine=dataclasses.replace(config.engine, replicas=1),
         evaluation=EvaluationConfig(prompts=0),
         checkpoint=CheckpointConfig(minutes=0.0),
         track=TrackConfig(),

@@ -63,6 +63,11 @@ _OF_SAMPLES = {
     "extra_tokens": Key("tokens", "that those had sampled; in no other key"),
     "drafted_tokens": Key("tokens", "tried before they were drawn, where engine.draft_tokens is set"),
     "accepted_tokens": Key("tokens", "of those, drawn"),
+    "engines/*/requests": Key(
+        "count", "that the engine was asked for since the row before; where engine.replicas are set"
+    ),
+    "engines/*/again": Key("count", "of those, asked of another before, which died or had not answered in time"),
+    "engines/*/tokens": Key("tokens", "that it handed over"),
     "lag": Key("count", "mean updates between the version of a group's first token and the one that it is learned on"),
     "lag_max": Key("count", "the most of them; these five where asynchrony.mode is not sync"),
     "running_groups": Key("count", "begun and not ended, as the row is written"),

@@ -32,6 +32,7 @@ from tandem.rollout.first import First
 from tandem.rollout.group import program_id, summarise
 from tandem.rollout.pieces import Pieces
 from tandem.rollout.rollout import Rollouts
+from tandem.rollout.router import Router
 from tandem.rollout.rows import credits, trajectory_rows
 from tandem.rollout.written import texts, written
 from tandem.run import outlet
@@ -40,6 +41,7 @@ from tandem.run.clock import WallClock
 from tandem.run.config import Learned, RunConfig
 from tandem.run.counted import counted
 from tandem.run.course import Course, mark_best
+from tandem.run.engines import endpoint, living
 from tandem.run.fairness import Fairness
 from tandem.run.figures import figures
 from tandem.run.folder import RunFolder, SavedCheckpoint
@@ -148,7 +150,8 @@ class Session:
         if self.fairness.lasts:
             self.saved_parts["fairness"] = self.fairness
         self.course = Course(config.evaluation)
-        self.rollouts = Rollouts(Driver(parts.engine), parts.renderer, pool, config.rollout, config.seed, self.trace)
+        asked = endpoint(parts, self.account, display.note)
+        self.rollouts = Rollouts(asked, parts.renderer, pool, config.rollout, config.seed, self.trace)
         self.samples = objective.samples  # the engine does, and rewards and fates are theirs
         self.reference = self._frozen(config.model.source) if "reference_logprobs" in objective.columns else None
 
@@ -241,7 +244,12 @@ class Session:
     def rest(self) -> None:
         """The engine's memory is the learner's from here on; fails where a request is live."""
         with self.trace.span("learner"):
-            self.parts.engine.release_memory()
+            self.release_memory()
+
+    def release_memory(self) -> None:
+        """Of the engines that sample."""
+        for engine in living(self.parts):
+            engine.release_memory()
 
     def score(self, batch: Selection) -> Selection:
         """The batch under the reference policy, and under the weights that sampled it where those are older."""
@@ -259,11 +267,16 @@ class Session:
         self, samples: tuple[Sample, ...], prompts: Sequence[PromptTotal], budget_tokens: int, temperature: float
     ) -> tuple[Sample, ...]:
         """With log-probs under the versions that drew them, where those are older than the learner's."""
-        publisher = self.parts.publisher
-        assert publisher.version is not None
-        if not versions_of(samples) - {publisher.version.step}:
+        if not versions_of(samples) - {self.weights_version.step}:
             return samples
-        return with_sources(publisher.sources(), samples, prompts, budget_tokens, temperature)
+        return with_sources(self.parts.publisher.sources(), samples, prompts, budget_tokens, temperature)
+
+    @property
+    def weights_version(self) -> WeightVersion:
+        """The learner's, as it was last published."""
+        version = self.parts.publisher.version
+        assert version is not None
+        return version
 
     def learn(self, step: int, batch: Selection) -> LearnerReport | None:
         """One step of the learner."""
@@ -282,10 +295,11 @@ class Session:
         """Held-out greedy accuracy."""
         with self.trace.span("evaluate"):
             prompts = self.pool.heldout[: self.config.evaluation.prompts]
-            driver = Driver(self.parts.exact_engine)
-            result, groups = evaluate(driver, self.parts.renderer, self.pool, prompts, self.config.rollout, step=step)
+            own = self.parts.exact_engine is not self.parts.engine
+            asked = Driver(self.parts.exact_engine) if own else self.rollouts.driver
+            result, groups = evaluate(asked, self.parts.renderer, self.pool, prompts, self.config.rollout, step=step)
             self.ledger.lose("evaluated", sum(answer.num_sampled for group in groups for answer in group.trajectories))
-            if self.parts.exact_engine is not self.parts.engine:
+            if own:
                 self.parts.exact_engine.release_memory()
         return dataclasses.asdict(result)
 
@@ -384,6 +398,8 @@ class Session:
         row["seconds"] = seconds | {"other": max(0.0, spent - sum(seconds.values()))}
         row["time_s"] = self.clock.seconds(now)
         row["peak_memory_bytes"] = peak_bytes()
+        if isinstance(self.rollouts.driver, Router):
+            row["engines"] = self.rollouts.driver.settle()
         if outlet.LOST:
             row["output_lost"] = dict(outlet.LOST)
         self.row_started_s = now
@@ -396,7 +412,7 @@ class Session:
     def save(self, step: int, version: WeightVersion) -> None:
         """A checkpoint after `step`."""
         started_s = time.monotonic()
-        self.parts.engine.release_memory()
+        self.release_memory()
         with self.trace.span("checkpoint"), self.folder.checkpoint(step) as directory:
             parts = {name: part.state() for name, part in self.saved_parts.items()}
             state = RunState(step, self.learner.optimiser.updates, version.digest, parts)

@@ -53,19 +53,18 @@ class Shared:
         self.name, self.decoder, self.engines = name, decoder, engines
 
     def receive(self, version: WeightVersion, sets: Mapping[str, Weights]) -> None:
-        assert not any(engine.has_work for engine in self.engines), (
-            f"{self.name}: weights changed under running requests"
-        )
+        living = [engine for engine in self.engines if not engine.dead]
+        assert not any(engine.has_work for engine in living), f"{self.name}: weights changed under running requests"
         check(self.name, version, policy_of(self.name, version, sets).hashes, _served(self.decoder))
-        for engine in self.engines:
+        for engine in living:
             engine.receive(version)
 
     def sources(self) -> Mapping[int, Decoder]:
-        return {engine.version.step: self.decoder for engine in self.engines}
+        return {engine.version.step: self.decoder for engine in self.engines if not engine.dead}
 
 
 class Copied:
-    """An engine with a decoder of its own: `bits` 8 or 4 are what matrices are rounded to, 0 leaves them.
+    """Engines with a decoder of their own: `bits` 8 or 4 are what matrices are rounded to, 0 leaves them.
 
     source: a decoder that holds what came before rounding, where the weights trail the learner's; `decoder` itself
     where nothing is rounded.
@@ -75,19 +74,18 @@ class Copied:
         self,
         name: str,
         decoder: Decoder,
-        engine: Engine,
-        *,
+        *engines: Engine,
         bits: int = 0,
         group: int = 0,
         lag: int = 0,
         source: Decoder | None = None,
     ) -> None:
         assert (lag > 0) == (source is not None), (lag, source)
-        self.name, self.decoder, self.engine = name, decoder, engine
+        self.name, self.decoder, self.engines = name, decoder, engines
         self.bits, self.group, self.lag, self.source = bits, group, lag, source
 
     def receive(self, version: WeightVersion, sets: Mapping[str, Weights]) -> None:
-        if version == self.engine.version:
+        if version == self._serves:
             return
         sent = policy_of(self.name, version, sets)
         check(self.name, version, sent.hashes, sent.tensors.items())
@@ -97,7 +95,9 @@ class Copied:
             check(f"{self.name} (source)", version, sent.hashes, _served(self.source))
         rounded = tensor_hashes(_load(self.decoder, self._rounded(sent.tensors)))
         check(self.name, version, rounded, _served(self.decoder))
-        self.engine.receive(version)
+        for engine in self.engines:
+            if not engine.dead:
+                engine.receive(version)
 
     def _rounded(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor | Quantised]]:
         """Embedding, head and norms keep their precision."""
@@ -108,7 +108,11 @@ class Copied:
                 yield name, tensor.to(self.decoder.dtype)
 
     def sources(self) -> Mapping[int, Decoder]:
-        return {} if self.source is None else {self.engine.version.step: self.source}
+        return {} if self.source is None else {self._serves.step: self.source}
+
+    @property
+    def _serves(self) -> WeightVersion:
+        return next((engine.version for engine in self.engines if not engine.dead), self.engines[0].version)
 
 
 def policy_of(receiver: str, version: WeightVersion, sets: Mapping[str, Weights]) -> Weights:

@@ -1,0 +1,420 @@
+"""Requests to several engines, asked as one: which engine has what, and what becomes of it where one dies or is late.
+
+    router = Router([Replica("engine 1", Driver(one), lambda: one.version, capacity_tokens), ...])
+    future = router.submit(request)
+
+A request's tokens depend on its seed, its positions and the weights, never on the engine. So what an engine has when it
+dies is asked of another; what it has not answered by a deadline is asked of another too, and whoever answers first has
+answered: a future ends once. The answer that nobody waits for any more is dropped, and its tokens are told.
+
+Which engine: the one that has the group, so that siblings and later turns find their prefix. A group that none has: the
+one that was sent the longest prefix of it, and of these the one of least load: tokens that its requests may come to
+hold, over those that it has room for. An engine that is overloaded is passed over for the least loaded. For a new group
+that is one of more than OVERLOAD times the least load, both with this request; a group that has an engine moves only
+where that has no room for it, too. So what an engine is asked for is, with it, at most OVERLOAD times what the least
+loaded would have, or at most what it has room for.
+
+All serve one version. An engine that serves an older one than another does missed a publication: it is asked for
+nothing until it has it. One that is late is asked last, until it answers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+
+from tandem.columns import Columns
+from tandem.engine.driver import GRACE_S, Driver, OnTokens
+from tandem.engine.prefix import extend_keys, root_key
+from tandem.errors import ConfigError, EngineError, TandemError, WorkerError
+from tandem.types import Completion, Request, StopReason, WeightVersion
+
+OVERLOAD = 2.0  # times the least load
+MOST_BLOCKS = 1 << 16  # of prefixes that an engine is remembered to have been sent
+MOST_GROUPS = 1 << 14  # that are remembered to have an engine
+DEATHS = (EngineError, WorkerError)  # of an engine, not of a request
+
+Died = Callable[["Replica", Exception], None]
+
+
+class Replica:
+    """An engine, as the router knows it."""
+
+    def __init__(
+        self,
+        name: str,
+        driver: Driver,
+        serves: Callable[[], WeightVersion],
+        capacity_tokens: int,
+        page_tokens: int = 16,
+    ) -> None:
+        self.name, self.driver, self.serves = name, driver, serves
+        self.capacity_tokens, self.page_tokens = capacity_tokens, page_tokens
+        self.dead = ""  # why it is asked no more
+        self.late = False  # it has not answered something in time, and nothing since
+        self.open: dict[str, _Try] = {}  # by their own ids, those that nobody waits for among them
+        self.tokens = 0  # that these may come to hold
+        self.returned_tokens = 0  # in all that it answered
+        self.counts = Counter[str]()  # since the last `settle`
+        self._blocks: OrderedDict[bytes, None] = OrderedDict()
+
+    def load(self, more_tokens: int = 0) -> float:
+        """What it was asked for, over what it has room for.
+
+        >>> from tandem.engine.batch import INITIAL
+        >>> Replica("engine 1", None, lambda: INITIAL, 1000).load(250)
+        0.25
+        """
+        return (self.tokens + more_tokens) / self.capacity_tokens
+
+    def prefix(self, keys: Iterable[bytes]) -> int:
+        """How many of these blocks it was sent, from the first on."""
+        return sum(1 for _ in itertools.takewhile(self._blocks.__contains__, keys))
+
+    def sent(self, keys: Iterable[bytes]) -> None:
+        for key in keys:
+            self._blocks[key] = None
+            self._blocks.move_to_end(key)
+        while len(self._blocks) > MOST_BLOCKS:
+            self._blocks.popitem(last=False)
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A request that has no answer yet."""
+
+    request: Request
+    on_tokens: OnTokens | None
+    future: Future[Completion]
+    tries: list[_Try] = field(default_factory=list)  # that have not come back
+    tried: list[Replica] = field(default_factory=list)
+    given: int = 0  # tokens that on_tokens had
+    done: bool = False
+    withdrawn: bool = False
+    streaming: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def most_tokens(self) -> int:
+        return len(self.request.tokens) + self.request.sampling.max_new_tokens
+
+
+@dataclass(slots=True, eq=False)
+class _Try:
+    """A request at an engine."""
+
+    id: str
+    asked: _Asked
+    replica: Replica
+    until_s: float
+    given: int = 0  # tokens that it streamed
+    ended: bool = False
+
+
+class Router:
+    """What a Driver is to rollouts, over several. Who waits calls `progress`: it drives engines that have no thread,
+    and looks at the deadlines.
+
+    answer_s: after which what an engine has not answered is asked of another too. died: told of each engine that did,
+    once, from whichever thread found out. dropped: told of tokens that came and that nobody waited for.
+    """
+
+    def __init__(
+        self,
+        replicas: Iterable[Replica],
+        answer_s: float = float("inf"),
+        died: Died = lambda replica, error: None,
+        dropped: Callable[[int], None] = lambda tokens: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.replicas = list(replicas)
+        self.answer_s = answer_s
+        self.died, self.dropped = died, dropped
+        self.clock = clock
+        self._changed = threading.Condition()  # guards all that follows, and what replicas and requests have
+        self._open: dict[str, _Asked] = {}  # by request id
+        self._homes: OrderedDict[str, Replica] = OrderedDict()  # by group
+        self._due: deque[_Try] = deque()  # in the order of their deadlines
+        self._leaving: deque[tuple[float, _Asked]] = deque()  # withdrawn: until when an engine may take to say so
+        self._unwanted = set[Replica]()  # that have what nobody waits for
+        self._numbers = itertools.count(1)
+        self._ended = 0
+        self._stopped = ""
+
+    def join(self, replica: Replica) -> None:
+        """One more engine, or one in place of a dead one; its name is its own."""
+        with self._changed:
+            assert replica.name not in {one.name for one in self.replicas}, replica.name
+            self.replicas.append(replica)
+            waiting = [one for one in self._open.values() if all(there.replica.late for there in one.tries)]
+        for asked in waiting:
+            self._ask(asked)
+
+    @property
+    def living(self) -> list[Replica]:
+        return [replica for replica in self.replicas if not replica.dead]
+
+    def submit(self, request: Request, on_tokens: OnTokens | None = None) -> Future[Completion]:
+        """As Driver's. EngineError where no engine is left."""
+        future: Future[Completion] = Future()
+        future.set_running_or_notify_cancel()
+        asked = _Asked(request, on_tokens, future)
+        with self._changed:
+            if self._stopped:
+                raise EngineError(self._stopped)
+            if request.id in self._open:
+                raise ConfigError(f"request id {request.id!r} is in use by a live request; ids must be unique.")
+            self._open[request.id] = asked
+        try:
+            if not self._ask(asked):
+                raise self._none_left()
+        except TandemError:
+            with self._changed:
+                self._open.pop(request.id, None)
+            raise
+        return future
+
+    def abort(self, request_id: str) -> None:
+        """As Driver's; where no engine says within GRACE_S what it has, that is nothing."""
+        with self._changed:
+            asked = self._open.get(request_id)
+            if asked is None or asked.withdrawn:
+                return
+            asked.withdrawn = True
+            self._leaving.append((self.clock() + GRACE_S, asked))
+            tries = list(asked.tries)
+        for one in tries:
+            one.replica.driver.abort(one.id)
+
+    def wake(self) -> None:
+        """As Driver's."""
+        with self._changed:
+            self._count()
+
+    def progress(self, seen: int, wait_s: float) -> int:
+        """As Driver's: each engine without a thread that has something makes a step."""
+        driven = False
+        for replica in [one for one in self.replicas if one.open and not one.driver.threaded]:
+            driven = True
+            with suppress(Exception):  # it stopped: its requests ended with the reason, and are elsewhere now
+                replica.driver.progress(seen, wait_s)
+        self._look()
+        self._let_go()
+        if not driven:
+            with self._changed:
+                until_s = min([one.until_s for one in itertools.islice(self._due, 1)] + [self._leaves_s()])
+                left_s = max(0.0, min(wait_s, until_s - self.clock()))
+                self._changed.wait_for(lambda: self._ended != seen or not self._open, min(left_s, 1e6))
+            self._look()
+        return self._ended
+
+    def settle(self) -> dict[str, dict[str, int]]:
+        """By engine, since the last call: requests that it was asked for, those of them that another had been asked for
+        before (again), and tokens that it answered with."""
+        with self._changed:
+            found = {
+                one.name: {name: one.counts[name] for name in ("requests", "again", "tokens")}
+                for one in self.replicas
+                if one.counts or not one.dead
+            }
+            for one in self.replicas:
+                one.counts.clear()
+        return found
+
+    def close(self, deadline_s: float) -> None:
+        """As Driver's."""
+        with self._changed:
+            self._stopped = "the router was closed: it takes no more requests."
+        failed = []
+        for replica in self.replicas:
+            try:
+                replica.driver.close(deadline_s)
+            except EngineError as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
+
+    # Which engine.
+
+    def _choose(self, asked: _Asked) -> Replica | None:
+        """And that the group is there from now on."""
+        group, more = asked.request.group, asked.most_tokens
+        living = self.living
+        newest = max((one.serves().step for one in living), default=0)
+        may = [one for one in living if one not in asked.tried and one.serves().step == newest]
+        may = [one for one in may if not one.late] or may
+        if not may:
+            return None
+        least = min(may, key=lambda one: one.load(more))
+        bound = OVERLOAD * least.load(more)
+        home = self._homes.get(group)
+        if home in may and not (home.load(more) > bound and home.load(more) > 1):
+            self._homes.move_to_end(group)
+            return home
+        keys: list[bytes] = []
+        extend_keys(keys, root_key(least.serves()), asked.request.tokens, least.page_tokens)
+        fits = [one for one in may if one.load(more) <= bound]
+        chosen = max(fits, key=lambda one: (one.prefix(keys), -one.load(more)))
+        chosen.sent(keys)
+        if group:
+            self._homes[group] = chosen
+            self._homes.move_to_end(group)
+            if len(self._homes) > MOST_GROUPS:
+                self._homes.popitem(last=False)
+        return chosen
+
+    def _ask(self, asked: _Asked) -> bool:
+        """Of an engine that was not asked yet; False where there is none."""
+        while True:
+            with self._changed:
+                if asked.done or asked.withdrawn:
+                    return True
+                replica = self._choose(asked)
+                if replica is None:
+                    return False
+                name = f"{asked.request.id}@{next(self._numbers)}"
+                one = _Try(name, asked, replica, self.clock() + self.answer_s)
+                again = bool(asked.tried)
+                asked.tries.append(one)
+                asked.tried.append(replica)
+                replica.open[name] = one
+                replica.tokens += asked.most_tokens
+            stream = partial(self._stream, one) if asked.on_tokens is not None else None
+            try:
+                future = replica.driver.submit(dataclasses.replace(asked.request, id=name), stream)
+            except TandemError as error:
+                with self._changed:
+                    self._leave(one)
+                if not isinstance(error, DEATHS):
+                    raise
+                self._die(replica, error)
+                continue
+            with self._changed:
+                replica.counts.update(requests=1, again=int(again))
+                self._due.append(one)
+                unwanted = asked.done or asked.withdrawn
+            if unwanted:
+                replica.driver.abort(name)
+            future.add_done_callback(partial(self._came, one))
+            return True
+
+    # What comes back.
+
+    def _stream(self, one: _Try, columns: Columns) -> None:
+        """What nobody had yet, in order, whichever engine draws it first."""
+        asked = one.asked
+        with asked.streaming:
+            one.given += len(columns)
+            new = min(len(columns), one.given - asked.given)
+            if asked.done or new <= 0 or asked.on_tokens is None:
+                return
+            asked.given = one.given
+            asked.on_tokens(columns.slice(len(columns) - new))
+
+    def _came(self, one: _Try, future: Future[Completion]) -> None:
+        error, asked, replica = future.exception(), one.asked, one.replica
+        died = bool(replica.dead) or isinstance(error, DEATHS)
+        if isinstance(error, DEATHS):
+            self._die(replica, error)
+        outcome: Completion | BaseException | None = error if not died else None
+        dropped = 0
+        with self._changed:
+            self._leave(one)
+            if outcome is None and not died:
+                outcome = dataclasses.replace(future.result(), request_id=asked.request.id)
+                tokens = len(outcome.columns)
+                replica.late = False
+                replica.returned_tokens += tokens
+                replica.counts["tokens"] += tokens
+                dropped = tokens if asked.done else 0
+        if dropped:
+            self.dropped(dropped)
+        if outcome is not None:
+            self._end(asked, outcome)
+        elif asked.withdrawn and not asked.tries:
+            self._end(asked, self._nothing(asked))
+        elif not asked.done and not self._ask(asked) and not asked.tries:
+            self._end(asked, self._none_left())
+
+    def _leave(self, one: _Try) -> None:
+        """It is at its engine no more."""
+        if not one.ended:
+            one.ended = True
+            del one.replica.open[one.id]
+            one.replica.tokens -= one.asked.most_tokens
+            one.asked.tries.remove(one)
+
+    def _end(self, asked: _Asked, outcome: Completion | BaseException) -> None:
+        """Once. Others that were asked are told that nobody waits."""
+        with self._changed:
+            if asked.done:
+                return
+            asked.done = True
+            del self._open[asked.request.id]
+            others = list(asked.tries)
+        for one in others:
+            one.replica.driver.abort(one.id)
+            self._unwanted.add(one.replica)
+        if isinstance(outcome, Completion):
+            asked.future.set_result(outcome)
+        else:
+            asked.future.set_exception(outcome)
+        with self._changed:
+            self._count()
+
+    def _die(self, replica: Replica, error: Exception) -> None:
+        with self._changed:
+            if replica.dead:
+                return
+            replica.dead = str(error)
+        self.died(replica, error)
+
+    def _none_left(self) -> EngineError:
+        dead = "; ".join(f"{one.name}: {one.dead}" for one in self.replicas if one.dead)
+        return EngineError(f"no engine is left to ask. {dead or 'All were asked for this request.'}")
+
+    def _nothing(self, asked: _Asked) -> Completion:
+        now = self.clock()
+        nothing = Columns.of(tokens=(), logprobs=(), versions=())
+        return Completion(asked.request.id, nothing, StopReason.ABORTED, now, now, now)
+
+    def _count(self) -> None:
+        self._ended += 1
+        self._changed.notify_all()
+
+    # Deadlines.
+
+    def _look(self) -> None:
+        now, late, left = self.clock(), list[_Try](), list[_Asked]()
+        with self._changed:
+            while self._due and (self._due[0].ended or self._due[0].until_s <= now):
+                one = self._due.popleft()
+                if not (one.ended or one.asked.done or one.asked.withdrawn):
+                    one.replica.late = True
+                    late.append(one)
+            while self._leaving and (self._leaving[0][1].done or self._leaving[0][0] <= now):
+                asked = self._leaving.popleft()[1]
+                if not asked.done:
+                    left.append(asked)
+        for one in late:
+            self._ask(one.asked)
+        for asked in left:
+            self._end(asked, self._nothing(asked))
+
+    def _let_go(self) -> None:
+        """Nothing that nobody waits for stays in an engine without a thread."""
+        while self._unwanted:
+            replica = self._unwanted.pop()
+            if not replica.driver.threaded:
+                with suppress(Exception):  # as above
+                    replica.driver.apply()
+
+    def _leaves_s(self) -> float:
+        return self._leaving[0][0] if self._leaving else float("inf")

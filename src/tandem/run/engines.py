@@ -1,0 +1,61 @@
+"""The engines of a run that sample, as its rollouts ask them: one by its driver, several by a router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tandem.engine.driver import Drivable, Driver
+from tandem.engine.engine import Engine
+from tandem.rollout.router import Replica, Router
+from tandem.run.account import Account
+from tandem.run.parts import Parts
+from tandem.types import WeightVersion
+
+
+def named(parts: Parts) -> dict[str, Engine]:
+    """By the names that the ledger and rows have: those that sample first."""
+    engines = dict.fromkeys((*parts.sampling, parts.exact_engine))
+    return {f"engine {number}": engine for number, engine in enumerate(engines, start=1)}
+
+
+def living(parts: Parts) -> list[Engine]:
+    """Those that sample and did not die."""
+    return [engine for engine in parts.sampling if not engine.dead]
+
+
+def serves(parts: Parts) -> WeightVersion:
+    """What they draw with."""
+    return next((engine.version for engine in living(parts)), parts.engine.version)
+
+
+def endpoint(
+    parts: Parts,
+    account: Account,
+    note: Callable[[str], None],
+    driven: Callable[[Engine], Drivable] = lambda engine: engine,
+) -> Driver | Router:
+    """What rollouts ask. `driven`: what a driver steps in place of an engine.
+
+    Of an engine that died, what it had drawn beyond what it handed over has `crashed`; the others go on.
+    """
+    if not parts.others:
+        return Driver(driven(parts.engine))
+    engines = {name: engine for name, engine in named(parts).items() if engine in parts.sampling}
+
+    def died(replica: Replica, error: Exception) -> None:
+        engines[replica.name].give_up()
+        account.engine_died(replica.name, replica.returned_tokens)
+        left = sum(not engine.dead for engine in engines.values())
+        note(f"{replica.name} died, and what it had is asked of the {left} that are left: {error}")
+
+    def replica(name: str, engine: Engine) -> Replica:
+        config, pool = engine.scheduler.config, engine.scheduler.pool
+        capacity = pool.num_pages * config.page_tokens // len(engine.runner.layout.groups)
+        return Replica(name, Driver(driven(engine)), lambda: engine.version, capacity, config.page_tokens)
+
+    return Router(
+        [replica(name, engine) for name, engine in engines.items()],
+        parts.engine.scheduler.config.answer_s,
+        died,
+        lambda tokens: account.ledger.lose("crashed", tokens),
+    )
