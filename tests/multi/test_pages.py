@@ -71,6 +71,7 @@ RUNS: dict[str, str] = {
     "tandem report RUN_DIR ... --scaling": "tandem report {run} {run} --scaling --out both.html",
     "tandem report RUN --ledger": "tandem report {run} --ledger",
     "tandem train smollm2_arithmetic_cpu --set asynchrony.mode=full --set asynchrony.lag=1 --out runs/ahead": "",
+    "tandem replay RUN_DIR [--workers N]": "tandem replay {run}",
     "tandem replay runs/ahead": "tandem replay {run}",
     "tandem train smollm2_arithmetic_cpu --set asynchrony.mode=full --set asynchrony.lag=2 "
     "--set asynchrony.order=window --set asynchrony.window=8 --set steps=10 --out runs/walk": "",
