@@ -70,7 +70,7 @@ def test_at_lag_0_it_is_the_loop_in_steps(tiny: RunConfig, tmp_path: Path, turns
     assert trained(ahead, tmp_path / "async") == plain and len(set(plain)) == STEPS
 
 
-FULL = {"asynchrony.mode": "full", "asynchrony.lag": "2"}
+FULL = {"asynchrony.mode": "full", "asynchrony.lag": "2", "asynchrony.by_load": "false"}
 ARMS: dict[str, dict[str, str]] = {
     "one off": {"asynchrony.mode": "one_off"},
     "fifo": FULL,

@@ -46,7 +46,7 @@ def tiny() -> RunConfig:
         learner=LearnerConfig(lr=3e-3, microbatch_tokens=300),
         evaluation=EvaluationConfig(prompts=0),
         checkpoint=CheckpointConfig(every=4),
-        asynchrony=AsyncConfig(mode="full", lag=2, order="completion"),
+        asynchrony=AsyncConfig(mode="full", lag=2, order="completion", by_load=False),
     )
 """
 

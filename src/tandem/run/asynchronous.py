@@ -75,7 +75,7 @@ class AsyncSession(Session):
             self.learner.between = self._give_way
         self.least = min(2 * asked.prompts_per_step, self.queue.capacity)  # a batch that is learned, and the next
         self.limit = self.least  # groups that run, wait or are learned, by load
-        self.starved = False  # since the last batch the engine had nothing to run
+        self.starves = self.starved = False  # the engine had nothing to run: before the last batch, and since
         self.lags: dict[str, float] = {}  # of the present step's groups
         self.journal: Journal | None = None
         self._changed = threading.Condition()  # guards the next five
@@ -107,8 +107,6 @@ class AsyncSession(Session):
         assert self.cores is not None
         with self.trace.span("cores"):
             self.cores.give_way()
-
-    # The thread.
 
     def _roll(self) -> None:
         torch.set_num_threads(env.num_threads())
@@ -146,7 +144,7 @@ class AsyncSession(Session):
             if not len(self.flow):
                 return True
             self._end_all(self.flow.advance(WAIT_S))
-            self.starved |= any(not one.has_work for one in living(self.parts))
+            self.starved |= len(self.flow) > 0 and any(not one.has_work for one in living(self.parts))
         return False
 
     def _end_all(self, ended: Sequence[Ended]) -> None:
@@ -160,8 +158,11 @@ class AsyncSession(Session):
 
     def _may_begin(self) -> bool:
         """Whether an engine would run a group at once, and the learner seems to need one."""
-        if not self.config.asynchrony.by_load:
+        asked = self.config.asynchrony
+        if not asked.by_load:
             return True
+        if self.cores is not None and asked.mode == "full" and self.queue.chosen and not (self.starves or self.starved):
+            return False  # it would end no sooner, and be computed again under new weights
         return len(self.queue) < self.limit and any(not one.scheduler.waiting for one in living(self.parts))
 
     def _begin(self, place: int, prompt: Prompt) -> None:
@@ -274,7 +275,7 @@ class AsyncSession(Session):
         """More groups at once where the learner had to wait and the engine had nothing to run; else fewer, newer."""
         more, fewer = self.limit + max(1, self.limit // 4), self.limit - max(1, self.limit // 8)
         self.limit = min(more, self.queue.capacity) if waited and self.starved else max(fewer, self.least)
-        self.starved = False
+        self.starves, self.starved = self.starved, False
 
     def _take(self, choice: Choice) -> list[Waiting]:
         assert self.journal is not None
@@ -312,7 +313,6 @@ class AsyncSession(Session):
         """With each checkpoint and at the end; between, the thread is not stopped for it."""
 
     def _check_all(self) -> None:
-        """While held: what has no fate runs, or waits in the queue."""
         running = [f"{name}/{one}" for name in self.begun for one in range(self.config.rollout.samples_per_prompt)]
         held = [*self.queue.waiting.values(), *self.queue.unusable.values()]
         waiting = [trajectory.id for one in held for trajectory in one.ended.group.trajectories]
