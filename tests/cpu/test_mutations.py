@@ -485,7 +485,7 @@ MUTATIONS: dict[str, Mutation] = {
     "noise: of the rank": (filters, everywhere("tandem.engine.runner.sample", noise_by_rank)),
     "seeds: one for all siblings": (
         siblings,
-        everywhere("tandem.rollout.rollout.derive_seed", lambda true, run, step, prompt, _: true(run, step, prompt, 0)),
+        everywhere("tandem.rollout.turns.derive_seed", lambda true, run, step, prompt, _: true(run, step, prompt, 0)),
     ),
     "prefix: found under other weights": (
         weights_in_turn,

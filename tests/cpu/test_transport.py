@@ -206,7 +206,7 @@ def test_an_engine_apart_serves_what_the_learner_publishes(make_decoder):
     publisher = Publisher(learner, [Remote("away", here)])
 
     class Engine:
-        version, has_work = None, False
+        version, has_work, dead = None, False, False
 
         def receive(self, newest) -> None:
             self.version = newest

@@ -24,8 +24,8 @@ SHOWN = 60  # characters of a shape; of a longer one, its hash
 class Belief(NamedTuple):
     """Beta(right, wrong): where a prompt's success rate p lies.
 
-    >>> Belief(1.0, 1.0).mean, Belief(1.0, 1.0).differs(2), Belief(2.0, 2.0).after(1.0, 3.0)
-    (0.5, 0.33333333333333337, Belief(right=3.0, wrong=5.0))
+    >>> Belief(1.0, 1.0).mean, round(Belief(1.0, 1.0).differs(2), 6), Belief(2.0, 2.0).after(1.0, 3.0)
+    (0.5, 0.333333, Belief(right=3.0, wrong=5.0))
     """
 
     right: float
