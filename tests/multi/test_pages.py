@@ -75,7 +75,7 @@ RUNS: dict[str, str] = {
     "tandem replay runs/ahead": "tandem replay {run}",
     "tandem train smollm2_arithmetic_cpu --set asynchrony.mode=full --set asynchrony.lag=2 "
     "--set asynchrony.order=window --set asynchrony.window=8 --set steps=10 --out runs/walk": "",
-    "tandem train smollm2_arithmetic_cpu --resume runs/walk": "tandem train smollm2_arithmetic_cpu --resume {run}",
+    "tandem train smollm2_arithmetic_cpu --set engine.replicas=2 --out runs/two": "",
     "tandem report runs/walk --ledger": "tandem report {run} --ledger",
     "tandem replay runs/walk": "tandem replay {run}",
     "tandem recipes [RECIPE] [--setting TEXT]": "tandem recipes smollm2_arithmetic_cpu --setting lr",
@@ -104,7 +104,6 @@ RUNS: dict[str, str] = {
     "tandem train smollm2_arithmetic_cpu --set steps=60 --set algo.advantage=gae": "",
     "tandem rollout smollm2_repair_cpu": "tandem rollout smollm2_repair_cpu --programs 4",
     "tandem rollout smollm2_repair_cpu --set task.parameters=path=problems --set rollout.max_turns=6": "",
-    "tandem train tiny_chains --out runs/chains": "",
     "tandem study": "",
     "tandem study staleness --seeds 0": "tandem study staleness --seeds 0 --out staleness",
 }
@@ -125,6 +124,8 @@ FILES = {
 OTHERS = "needs a package in an environment of its own; tests/others"
 ADAPTED = "tandem train smollm2_arithmetic_cpu --set task.environment=tandem.program.adapters."
 LISTED: dict[str, str] = {
+    "tandem train smollm2_arithmetic_cpu --resume runs/walk": "tests/multi/test_asynchronous_resume.py",
+    "tandem train tiny_chains --out runs/chains": "takes an hour; tests/multi/test_fairness_run.py",
     "k (n - k) / (n (n - 1)),": "an equation; tests/null/test_choose.py",
     "step 1": "what tandem replay prints",
     "python3.11 -m venv others/gym": OTHERS,
