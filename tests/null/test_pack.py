@@ -214,7 +214,8 @@ def filled(sample: Sample) -> Sample:
     kept = [bytes([p]) for p in range(count)]
     of_turns = {"turns": range(count), "states": [f"state {p}" for p in range(count)]}
     earned = {name: [base + p for p in range(count)] for name, base in (("step_rewards", 1e3), ("values", 2e3))}
-    more = {"unfiltered_logprobs": [900.0 + p for p in range(count)], "returns": [3e3 + p for p in range(count)]}
+    bases = (("unfiltered_logprobs", 900.0), ("returns", 3e3), ("selection_weights", 4e3))
+    more = {name: [base + p for p in range(count)] for name, base in bases}
     every = having(sample, **scored, kept=kept, **of_turns, **earned, **more)
     assert set(every.columns.arrays) == set(COLUMNS)
     return every
@@ -237,7 +238,13 @@ def test_a_batch_that_is_partly_filtered() -> None:
     plain = make_sample("p/0", "p", (1, 2, 3), (False, True, True))
     (m,) = pack([plain], count_prompts([plain]), 8)
     assert set(m.predictions.arrays) == {"tokens", "advantages", "logprobs"}
-    other = without(filled(make_sample("q/0", "q", (4, 5, 6), (False, False, True))), *SCORED, "values", "returns")
+    other = without(
+        filled(make_sample("q/0", "q", (4, 5, 6), (False, False, True))),
+        *SCORED,
+        "values",
+        "returns",
+        "selection_weights",
+    )
     (m,) = pack([plain, other], count_prompts([plain, other]), 8)
     assert m.predictions["kept"].tolist() == [b"", b"", bytes([2])]
     assert m.predictions["unfiltered_logprobs"].tolist() == [*column(plain, "logprobs")[1:], 902.0]
