@@ -87,7 +87,6 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.seconds = 0.0  # spent writing
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         self._facts = os.open(folder / FACTS, flags, 0o644)
         self._groups = os.open(folder / GROUPS, flags, 0o644)
