@@ -38,11 +38,9 @@ from tandem.run.kept import Begun, Kept
 from tandem.run.ledger import reached_tokens
 from tandem.run.loop import Stages
 from tandem.run.session import Session
-from tandem.sync.departures import of_engine
 from tandem.trace import Trace
-from tandem.train.score import versions_of
 from tandem.train.step import LearnerReport
-from tandem.types import Group, Prompt, Sample, WeightVersion
+from tandem.types import Group, Prompt, WeightVersion
 
 WAIT_S = 0.05  # of the thread, for environments or for room
 LOOK_S = 1.0  # of the learner, at whether the thread lives
@@ -357,17 +355,6 @@ class AsyncSession(Session):
                 if not len(self.flow):
                     return
             self._wait("publish")
-
-    def sources(self, samples: tuple[Sample, ...], *given: Any) -> tuple[Sample, ...]:
-        """Log-probs under the version that drew each token: the engine's own, where it computes the learner's bits."""
-        if self.config.asynchrony.at_update == "keep" or of_engine(self.config.model, self.config.engine):
-            return super().sources(samples, *given)
-        if not versions_of(samples) - {self.learned_on}:
-            return samples
-        return tuple(
-            dataclasses.replace(one, columns=one.columns.having(source_logprobs=one.columns["logprobs"]))
-            for one in samples
-        )
 
     def score(self, batch: Selection) -> Selection:
         with self._computing():

@@ -35,8 +35,7 @@ from tandem.run.journal import FACTS, Fact, Read
 from tandem.run.loop import Stages, run_loop
 from tandem.run.parts import build_parts
 from tandem.run.session import Session
-from tandem.train.score import versions_of
-from tandem.types import Failure, Group, Message, Prompt, Sample, WeightVersion
+from tandem.types import Failure, Group, Message, Prompt, WeightVersion
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,14 +256,6 @@ class ReplaySession(Session):
         self.on_step(Repeated(step, fact["weights"], version.digest, self.others))
         self.others = 0
         return version
-
-    def sources(self, samples: tuple[Sample, ...], *given: Any) -> tuple[Sample, ...]:
-        if not versions_of(samples) - {self.version}:
-            return samples
-        return tuple(
-            dataclasses.replace(one, columns=one.columns.having(source_logprobs=one.columns["logprobs"]))
-            for one in samples
-        )
 
     def account_for(self, groups: Sequence[Group], batch: Selection, taken_out: int) -> None:
         """The run's own ledger has it."""

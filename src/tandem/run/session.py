@@ -52,7 +52,7 @@ from tandem.run.spending import Spending
 from tandem.run.stop import StopSignal
 from tandem.run.stream import PromptStream
 from tandem.run.useful import useful_work
-from tandem.sync.departures import is_exact
+from tandem.sync.departures import is_exact, of_engine
 from tandem.train import checkpoint as saved_state
 from tandem.train.checkpoint import Part, RunState
 from tandem.train.config import Checkpointing, LearnerConfig
@@ -269,6 +269,10 @@ class Session:
         """With log-probs under the versions that drew them, where those are older than the learner's."""
         if not versions_of(samples) - {self.weights_version.step}:
             return samples
+        asked = self.config.asynchrony
+        if asked.mode != "sync" and asked.at_update != "keep" and not of_engine(self.config.model, self.config.engine):
+            own = [one.columns.having(source_logprobs=one.columns["logprobs"]) for one in samples]  # the learner's bits
+            return tuple(dataclasses.replace(one, columns=columns) for one, columns in zip(samples, own, strict=True))
         return with_sources(self.parts.publisher.sources(), samples, prompts, budget_tokens, temperature)
 
     @property
