@@ -81,6 +81,7 @@ ARMS: dict[str, dict[str, str]] = {
     "finish": {**FULL, "asynchrony.at_update": "finish"},
     "keep": {**FULL, "asynchrony.at_update": "keep"},
     "again": {**FULL, "asynchrony.replay_uses": "2"},
+    "stream": {**FULL, "asynchrony.stream": "true", "asynchrony.order": "completion", "asynchrony.replay_uses": "2"},
 }
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from tandem.algo.config import Aggregation, AlgoConfig, CorrectionConfig, Kl, Loss
 from tandem.algo.correct import Correction, correct, rare_factor, ratio, sample_sum
 from tandem.algo.tensors import MicrobatchTensors
+from tandem.types import Denominators
 
 
 class Old(NamedTuple):
@@ -125,6 +126,13 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": k1, "k2": 
 assert {"none", *KL_ESTIMATORS} == {*get_args(Kl)}, f"config.Kl names {get_args(Kl)}, KL_ESTIMATORS {[*KL_ESTIMATORS]}"
 
 
+def divisor(aggregation: Aggregation, totals: Denominators) -> int:
+    """The whole batch's part of `coefficients`: what the sum over its samples, or predictions, is divided by."""
+    if aggregation == "token_mean":
+        return totals.tokens
+    return totals.prompts if aggregation == "prompt_mean" else totals.samples
+
+
 def coefficients(aggregation: Aggregation, batch: MicrobatchTensors, constant_tokens: int | None = None) -> Tensor:
     """(N,) weight of each prediction in the batch's loss, with B, P: samples and prompts of the whole batch.
 
@@ -133,16 +141,16 @@ def coefficients(aggregation: Aggregation, batch: MicrobatchTensors, constant_to
     prompt_mean     1 / (P * tokens of the prompt's samples)     ScaleRL, arXiv 2510.13786
     constant_mean   1 / (B * constant_tokens)                    Dr. GRPO, arXiv 2503.20783
     """
-    totals = batch.denominators
+    of_batch = divisor(aggregation, batch.denominators)
     if aggregation == "token_mean":
-        per_sample = torch.full_like(batch.sample_tokens, totals.tokens)
+        per_sample = torch.full_like(batch.sample_tokens, of_batch)
     elif aggregation == "sequence_mean":
-        per_sample = totals.samples * batch.sample_tokens
+        per_sample = of_batch * batch.sample_tokens
     elif aggregation == "prompt_mean":
-        per_sample = totals.prompts * batch.prompt_tokens
+        per_sample = of_batch * batch.prompt_tokens
     else:
         assert constant_tokens, f"{aggregation} with constant_tokens {constant_tokens}"
-        per_sample = torch.full_like(batch.sample_tokens, totals.samples * constant_tokens)
+        per_sample = torch.full_like(batch.sample_tokens, of_batch * constant_tokens)
     return per_sample.double().reciprocal()[batch.sample_N]
 
 

@@ -19,12 +19,12 @@ from tandem.algo.alarm import NAMED_TRAJECTORIES, Alarm, AlarmConfig, check, che
 from tandem.algo.config import NAIVE, AlgoConfig
 from tandem.algo.correct import sample_sum
 from tandem.algo.drift import Drift, Observations, join, measure
-from tandem.algo.loss import LossResult, policy_loss, summarise
+from tandem.algo.loss import LossResult, divisor, policy_loss, summarise
 from tandem.algo.tensors import MicrobatchTensors
 from tandem.errors import AlarmError, ParityError
 from tandem.kernels.linear import linear
 from tandem.kernels.weight import Weight
-from tandem.types import Sample
+from tandem.types import Denominators, Sample
 
 Score = Callable[[str], tuple[Sample, ...]]  # column -> the step's samples with it, by the learner's present weights
 
@@ -95,6 +95,10 @@ class Objective(Protocol):
 
     def begin(self) -> ObjectiveStep: ...
 
+    def divisor(self, totals: Denominators) -> int:
+        """What the loss of microbatches whose denominators are all 1 is to be divided by, once the batch is known."""
+        ...
+
 
 class NextToken:
     """Mean negative log-likelihood of the tokens in the loss mask: pre-training, and supervised fine-tuning."""
@@ -106,6 +110,9 @@ class NextToken:
 
     def begin(self) -> NextToken:
         return self
+
+    def divisor(self, totals: Denominators) -> int:
+        return totals.tokens
 
     def prepare(self, samples: tuple[Sample, ...], score: Score) -> tuple[Sample, ...]:
         return samples
@@ -151,6 +158,9 @@ class PolicyGradient:
 
     def begin(self) -> PolicyStep:
         return PolicyStep(self)
+
+    def divisor(self, totals: Denominators) -> int:
+        return divisor(self.algo.aggregation, totals)
 
 
 class PolicyStep:

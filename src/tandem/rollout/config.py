@@ -76,6 +76,7 @@ class AsyncConfig:
     lag: Count = 1  # updates that the weights behind a group's first token may trail the learner's, in mode full
     order: Order = "fifo"  # in which groups are learned; window and completion favour those that end early
     window: Positive = 1  # of order window: any of this many groups, from the oldest that nothing was learned of
+    stream: bool = False  # the learner computes the gradients of a batch's groups as these end, and updates at the last
     at_update: AtUpdate = "carry"  # programs that run: go on (keys and values anew, or kept), begin anew, or end first
     by_load: bool = True  # groups begin where the engine has none waiting and the learner needs more
     replay_uses: Positive = 1  # batches that a group may be in

@@ -47,7 +47,7 @@ class Choice:
     """
 
     step: int
-    numbers: tuple[int, ...]  # of the batch
+    numbers: tuple[int, ...]  # of the batch, or of the part of it that is there (asynchrony.stream)
     again: tuple[int, ...] = ()  # of the batch too: groups that were in one before
     stale: tuple[int, ...] = ()  # dropped: too old
     unusable: tuple[int, ...] = ()  # ended since the last step, and replaced by others: their rewards are equal
@@ -67,9 +67,30 @@ class Queue:
         self.running: dict[int, int] = {}  # number -> version of the engine when it began
         self.waiting: dict[int, Waiting] = {}  # in the order in which they ended
         self.unusable: dict[int, Waiting] = {}
-        self.chosen: tuple[int, ...] = ()  # that are being learned
+        self.parts: list[tuple[Waiting, ...]] = []  # of the present step's batch: what each choice took
+        self.due: list[tuple[Waiting, ...]] = []  # parts of it that an earlier sitting took
         self.kept: dict[int, Waiting] = {}  # for another use, in the order of their last
         self.redrawn = 0  # in the present step
+
+    @property
+    def chosen(self) -> list[int]:
+        """Groups that are learned for the first time, until the update."""
+        return [one.number for one in self.taken if one.uses == 1]
+
+    @property
+    def taken(self) -> list[Waiting]:
+        """These, and what was replaced: all that was in no batch before, and has no fate until the update."""
+        return [one for part in (*self.parts, *self.due) for one in part if one.uses <= 1]
+
+    @property
+    def had(self) -> int:
+        """Groups that the present step's batch has so far."""
+        return sum(one.uses > 0 for part in self.parts for one in part)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the present step has its batch: where it is not streamed, by one choice."""
+        return self.had >= self.size if self.config.stream else bool(self.parts)
 
     @property
     def step(self) -> int:
@@ -114,19 +135,26 @@ class Queue:
         return entry
 
     def choose(self, step: int) -> Choice | None:
-        """What step `step` takes, where there is enough. It learns on version step - 1."""
+        """What step `step` takes, where there is enough: a batch, or the groups of it that are there, and in the first
+        part those that it takes again. It learns on version step - 1."""
         stale = [n for n, one in self.waiting.items() if self._lag(step, one) > self.config.most_lag]
         stale = stale if self.config.order == "drop" else []
         fresh = [number for number in self.waiting if number not in stale]
+        if self.parts:
+            numbers = self._fresh(fresh, self.size - self.had)
+            if not (numbers or stale):
+                return None
+            return Choice(step, tuple(numbers), stale=tuple(stale), unusable=tuple(self.unusable) if numbers else ())
         kept = [one for one in self.kept.values() if self._lag(step, one) <= self.config.replay_lag]
         again = self._again(step, kept, self.size - self.fresh)
-        numbers = self._fresh(fresh, self.size - len(again), stale)
-        if numbers is None:
+        count = self.size - len(again)  # of the batch
+        numbers = self._fresh(fresh, count)
+        if not (numbers or again) if self.config.stream else len(numbers) < count:
             return Choice(step, (), stale=tuple(stale)) if stale else None
         evicted = [one.number for one in self.kept.values() if one not in kept]
         spent = {number for number in again if self.kept[number].uses + 1 >= self.config.replay_uses}
         left = [number for number in self.kept if number not in spent and number not in evicted]
-        more = 0 if self.config.replay_uses == 1 else len(numbers)
+        more = 0 if self.config.replay_uses == 1 else count
         excess = max(0, len(left) + more - self.config.replay_groups) if self.config.replay_groups else 0
         evicted += [number for number in left if number not in again][:excess]
         return Choice(step, tuple(numbers), tuple(again), tuple(stale), tuple(self.unusable), tuple(evicted))
@@ -136,16 +164,14 @@ class Queue:
         for number in choice.stale:
             del self.waiting[number]
         self.replaced += len(choice.stale)
-        if not choice.numbers:
+        if not (choice.numbers or choice.again):
             return []
-        assert not self.chosen, f"step {choice.step} begins before {self.chosen} were learned"
+        assert not self.whole, f"step {choice.step} takes more before {self.chosen} were learned"
         for number in choice.evicted:
             del self.kept[number]
         again = [self.kept.pop(number) for number in choice.again]
         fresh = [self.waiting.pop(number) for number in choice.numbers]
         unusable = [self.unusable.pop(number) for number in choice.unusable]
-        self.redrawn = 0
-        self.chosen = choice.numbers
         if self.config.order in ("fifo", "window"):
             for one in fresh:
                 lag = self._lag(choice.step, one)
@@ -154,11 +180,18 @@ class Queue:
             one.uses += 1
             if one.uses < self.config.replay_uses:
                 self.kept[one.number] = one
-        return [*fresh, *again, *unusable]
+        self.parts.append((*fresh, *again, *unusable))
+        if self.whole:
+            self.redrawn = 0
+        return [*self.parts[-1]]
+
+    def take_due(self) -> None:
+        """The next part that an earlier sitting took, and did not come to update on."""
+        self.parts.append(self.due.pop(0))
 
     def learned(self) -> None:
         """The update of what was chosen is published: as many may begin."""
-        self.chosen = ()
+        self.parts = []
 
     @property
     def bound(self) -> int:
@@ -172,18 +205,19 @@ class Queue:
     def _lag(self, step: int, one: Waiting) -> int:
         return step - 1 - one.version
 
-    def _fresh(self, ended: Sequence[int], count: int, stale: Sequence[int]) -> list[int] | None:
-        """`count` of those that ended, in the order of the config; None where there are too few."""
+    def _fresh(self, ended: Sequence[int], count: int) -> list[int]:
+        """`count` of those that ended, in the order of the config; fewer where it has no more."""
         if self.config.order in ("completion", "drop"):
-            return list(ended[:count]) if len(ended) >= count else None
+            return list(ended[:count])
         open_ = sorted([*self.running, *ended])
         window = self.config.window if self.config.order == "window" else 1
         found: list[int] = []
         while len(found) < count:
-            allowed = set(open_[:window])  # the oldest that nothing was learned of, and those behind it
+            # From the oldest that nothing was learned of, which those behind it can't pass by more than the window.
+            allowed = {number for number in open_ if number < open_[0] + window}
             first = next((number for number in ended if number in allowed and number not in found), None)
             if first is None:
-                return None
+                break
             found.append(first)
             open_.remove(first)
         return found

@@ -28,7 +28,7 @@ from tandem.rollout.config import AsyncConfig
 from tandem.rollout.flow import Ended, Flow
 from tandem.rollout.group import group_id
 from tandem.rollout.program import Paused
-from tandem.rollout.queue import Choice, Queue, Waiting
+from tandem.rollout.queue import Choice, Queue
 from tandem.rollout.rollout import Rollouts
 from tandem.run.cores import Cores, Taking
 from tandem.run.counted import counted
@@ -36,17 +36,15 @@ from tandem.run.engines import endpoint, living, serves
 from tandem.run.journal import FACTS, Fact, Journal, Read
 from tandem.run.kept import Begun, Kept
 from tandem.run.ledger import reached_tokens
-from tandem.run.loop import Stages
-from tandem.run.session import Session
+from tandem.run.parted import PartedSession
 from tandem.trace import Trace
-from tandem.train.step import LearnerReport
 from tandem.types import Group, Prompt, WeightVersion
 
 WAIT_S = 0.05  # of the thread, for environments or for room
 LOOK_S = 1.0  # of the learner, at whether the thread lives
 
 
-class AsyncSession(Session):
+class AsyncSession(PartedSession):
     """The stages of one sitting, with a thread that samples."""
 
     def __init__(self, *parts: Any) -> None:
@@ -74,6 +72,7 @@ class AsyncSession(Session):
         self.least = min(2 * asked.prompts_per_step, self.queue.capacity)  # a batch that is learned, and the next
         self.limit = self.least  # groups that run, wait or are learned, by load
         self.starves = self.starved = False  # the engine had nothing to run: before the last batch, and since
+        self.waited = False  # since it the learner had nothing to learn of
         self.lags: dict[str, float] = {}  # of the present step's groups
         self.journal: Journal | None = None
         self._changed = threading.Condition()  # guards the next five
@@ -84,9 +83,6 @@ class AsyncSession(Session):
         self._failed: BaseException | None = None
         self._turned_s = time.monotonic()
         self._thread: threading.Thread | None = None
-
-    def stages(self) -> Stages:
-        return dataclasses.replace(super().stages(), prompts=lambda _: (), rollout=self.gather, rest=lambda: None)
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
@@ -159,7 +155,7 @@ class AsyncSession(Session):
         asked = self.config.asynchrony
         if not asked.by_load:
             return True
-        if self.cores is not None and asked.mode == "full" and self.queue.chosen and not (self.starves or self.starved):
+        if self.cores is not None and asked.mode == "full" and self.queue.whole and not (self.starves or self.starved):
             return False  # it would end no sooner, and be computed again under new weights
         return len(self.queue) < self.limit and any(not one.scheduler.waiting for one in living(self.parts))
 
@@ -250,52 +246,51 @@ class AsyncSession(Session):
         if self._rolling and time.monotonic() - self._turned_s > most_s:
             raise WorkerError("rollouts", phase, f"a step of the engine has taken {most_s:g} s (rollout.deadline_s)")
 
-    def gather(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
-        """The groups of a step, as they were chosen before or as soon as there are enough."""
-        waited = False
+    def part(self, step: int) -> list[Group]:
         with self.trace.span("buffer"):
+            if self.queue.due:
+                self.queue.take_due()
+                return self.given()
             while (groups := self._lived(step)) is None:
                 if self._thread is None:
                     self.start()
                 with self.parked():
                     choice = self.queue.choose(step)
-                    found = self._take(choice) if choice is not None else []
-                if found:
-                    self._adapt(waited)
-                    return self._given(found)
-                waited = True
+                    taken = choice is not None and self._take(choice)
+                if taken:
+                    if self.queue.whole:
+                        self._adapt()
+                    return self.given()
+                self.waited = True
                 if self.stopping.requested and self.stopping.received is not None:
                     self.stopping.ahead = "the groups of this step are waited for"
                 self._wait("rollout")
         return groups
 
-    def _adapt(self, waited: bool) -> None:
+    def _adapt(self) -> None:
         """More groups at once where the learner had to wait and the engine had nothing to run; else fewer, newer."""
         more, fewer = self.limit + max(1, self.limit // 4), self.limit - max(1, self.limit // 8)
-        self.limit = min(more, self.queue.capacity) if waited and self.starved else max(fewer, self.least)
-        self.starves, self.starved = self.starved, False
+        self.limit = min(more, self.queue.capacity) if self.waited and self.starved else max(fewer, self.least)
+        self.starves, self.starved, self.waited = self.starved, False, False
 
-    def _take(self, choice: Choice) -> list[Waiting]:
+    def _take(self, choice: Choice) -> bool:
         assert self.journal is not None
         self.journal.choose(choice.step, choice.numbers, choice.again, choice.stale)
         return self._leave(choice)
 
-    def _leave(self, choice: Choice) -> list[Waiting]:
-        """What is chosen leaves the queue; what is dropped has its fate."""
+    def _leave(self, choice: Choice) -> bool:
+        """What is chosen leaves the queue, if anything is; what is dropped has its fate."""
         stale = [self.queue.waiting[number].ended.group for number in choice.stale]
         self.stale_groups += len(stale)
         self.fairness.drop(stale)
         fates = {trajectory.id: "stale" for group in stale for trajectory in group.trajectories}
         self.ledger.record(stale, [], fates, version=self.learned_on)
-        found = self.queue.take(choice)
-        again = [one for one in found if one.number in choice.again]
-        self.reused = {trajectory.id for one in again for trajectory in one.ended.group.trajectories}
-        return found
+        return bool(self.queue.take(choice))
 
-    def _given(self, found: Sequence[Waiting]) -> list[Group]:
-        lags = [self.learned_on - one.version for one in found]
+    def given(self) -> list[Group]:
+        lags = [self.learned_on - one.version for part in self.queue.parts for one in part]
         self.lags = {"lag": sum(lags) / len(lags), "lag_max": max(lags)}
-        return [one.ended.group for one in found]
+        return super().given()
 
     def account_for(self, groups: Sequence[Group], batch: Selection, taken_out: int) -> None:
         fresh = [group for group in groups if not any(one.id in self.reused for one in group.trajectories)]
@@ -313,6 +308,7 @@ class AsyncSession(Session):
     def _check_all(self) -> None:
         running = [f"{name}/{one}" for name in self.begun for one in range(self.config.rollout.samples_per_prompt)]
         held = [*self.queue.waiting.values(), *self.queue.unusable.values()]
+        held += self.queue.taken
         waiting = [trajectory.id for one in held for trajectory in one.ended.group.trajectories]
         self.ledger.check(running, waiting)
 
@@ -360,9 +356,10 @@ class AsyncSession(Session):
         with self._computing():
             return super().score(batch)
 
-    def learn(self, step: int, batch: Selection) -> LearnerReport | None:
-        with self._computing():
-            return super().learn(step, batch)
+    @contextmanager
+    def learning(self, step: int) -> Iterator[None]:
+        with self._computing(), super().learning(step):
+            yield
 
     def evaluate(self, step: int) -> dict[str, Any]:
         with self.parked():
@@ -385,14 +382,16 @@ class AsyncSession(Session):
         assert self.journal is not None
         self.journal.sync()
         paused = [*((name, tuple(ones)) for name, ones in self.flow.pause()), *self.paused.items()]
-        size = self.lived_bytes if self.history else self.journal.size()
+        size = self.journal.size()
+        if self.history:  # what is left of it is lived through by whoever resumes from here
+            assert self.earlier is not None
+            size = self.earlier.ends[len(self.earlier.facts) - len(self.history)]
         Kept.of(size, self.queue, self.begun, paused).write(directory)
 
     def restore(self) -> int:
         """To the newest checkpoint; what the journal has behind it is lived through again, step by step."""
         done = super().restore()
         folder = self.folder.path
-        self.lived_bytes = 0
         saved = self.folder.latest_checkpoint()
         kept = self._kept(saved.path) if saved is not None else None
         if (folder / FACTS).is_file():
@@ -414,7 +413,6 @@ class AsyncSession(Session):
         self.begun = dict(kept.groups)
         self.paused = dict(kept.paused)
         self.unbegun = {group: one for group, one in self.begun.items() if group not in self.paused}
-        self.lived_bytes = kept.journal_bytes
         return kept
 
     def _lived(self, step: int) -> list[Group] | None:
@@ -423,14 +421,14 @@ class AsyncSession(Session):
             fact = self.history.popleft()
             if fact.kind == "choose":
                 choice = Choice(fact["step"], tuple(fact["numbers"]), tuple(fact["again"]), tuple(fact["stale"]))
-                if choice.numbers and choice.step != step:
+                if (choice.numbers or choice.again) and choice.step != step:
                     raise RunFolderError(
                         f"{self.folder.path / FACTS} chooses for step {choice.step} where step {step} is due: it is of "
                         "another run, or was changed. Restore it."
                     )
                 choice = dataclasses.replace(choice, unusable=tuple(self.queue.unusable))
-                if found := self._leave(choice):
-                    return self._given(found)
+                if self._leave(choice):
+                    return self.given()
             else:
                 self._live(fact)
         return None

@@ -160,6 +160,41 @@ def _check_asynchrony(config: RunConfig) -> None:
                 f"{name} is {value} and asynchrony.mode {config.asynchrony.mode}: that goes with {wanted} alone. Set "
                 f"it so, or asynchrony.mode to sync."
             )
+    if config.asynchrony.stream:
+        _check_stream(config)
+
+
+def _check_stream(config: RunConfig) -> None:
+    """What a part of a batch must not hang on: the rest of it."""
+    algo = config.algo
+    whole = algo.advantage in ("reinforce_pp", "reinforce_pp_baseline", "gae")
+    refused = {
+        "algo.advantage": (algo.advantage, whole, "it is normalised over the whole batch", "grpo, dr_grpo or rloo"),
+        "algo.updates_per_step": (
+            algo.updates_per_step,
+            algo.updates_per_step > 1,
+            "the whole batch is dealt out among the updates",
+            "1",
+        ),
+        "algo.fairness.weights": (
+            algo.fairness.weights,
+            algo.fairness.weights != "none",
+            "they are 1 on average over the whole batch",
+            "none",
+        ),
+        "alarms.action": (
+            config.alarms.action,
+            config.alarms.action == "correct",
+            "the gradients of the whole batch would be computed again",
+            "warn or stop",
+        ),
+    }
+    for name, (value, is_refused, why, wanted) in refused.items():
+        if is_refused:
+            raise ConfigError(
+                f"{name} is {value} and asynchrony.stream is on: {why}, of which a part is learned before the rest has "
+                f"ended. Set {name} to {wanted}, or asynchrony.stream to false."
+            )
 
 
 def _check_critic(config: RunConfig) -> None:

@@ -159,7 +159,7 @@ class Read:
         self.folder = folder
         self.facts: list[Fact] = []
         self.cut = ""
-        self.whole_bytes = 0  # of facts
+        self.ends = [0]  # bytes of facts before each, and of all
         try:
             content = (folder / FACTS).read_bytes()
         except FileNotFoundError:
@@ -176,20 +176,15 @@ class Read:
                 self.cut = f"group {fact['number']} of line {len(self.facts) + 1} is not whole in {GROUPS}"
                 break
             self.facts.append(fact)
-            self.whole_bytes += len(line)
+            self.ends.append(self.ends[-1] + len(line))
 
     def mend(self) -> None:
         """Drop what is not whole, so that the next fact begins a line."""
-        os.truncate(self.folder / FACTS, self.whole_bytes)
+        os.truncate(self.folder / FACTS, self.ends[-1])
 
     def after(self, size: int) -> Iterator[Fact]:
         """The facts behind the first `size` bytes."""
-        seen = 0
-        content = (self.folder / FACTS).read_bytes()
-        for fact, line in zip(self.facts, content.splitlines(keepends=True), strict=False):
-            if seen >= size:
-                yield fact
-            seen += len(line)
+        return (fact for fact, start in zip(self.facts, self.ends, strict=False) if start >= size)
 
     def ended(self, fact: Fact) -> Ended:
         """The group of an `end`. RunFolderError where its bytes are not those that were written."""

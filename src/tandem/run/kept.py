@@ -40,6 +40,7 @@ class Kept:
     paused: tuple[tuple[str, tuple[Paused, ...]], ...]  # by group
     unusable: tuple[Waiting, ...] = ()
     redrawn: int = 0
+    due: tuple[tuple[Waiting, ...], ...] = ()  # parts of a batch that no update was made of
 
     @classmethod
     def of(
@@ -61,6 +62,7 @@ class Kept:
             tuple(paused),
             tuple(queue.unusable.values()),
             queue.redrawn,
+            (*queue.parts, *queue.due),
         )
 
     def write(self, directory: Path) -> None:
@@ -82,3 +84,4 @@ class Kept:
         queue.waiting = {one.number: one for one in self.waiting}
         queue.kept = {one.number: one for one in self.again}
         queue.unusable = {one.number: one for one in self.unusable}
+        queue.due = list(self.due)

@@ -33,8 +33,8 @@ from tandem.run.config import CheckpointConfig, EvaluationConfig, RunConfig, Tra
 from tandem.run.folder import RunFolder, saved_config
 from tandem.run.journal import FACTS, Fact, Read
 from tandem.run.loop import Stages, run_loop
+from tandem.run.parted import PartedSession
 from tandem.run.parts import build_parts
-from tandem.run.session import Session
 from tandem.types import Failure, Group, Message, Prompt, WeightVersion
 
 
@@ -127,7 +127,7 @@ def _done(value: Any) -> Future[Any]:
     return future
 
 
-class ReplaySession(Session):
+class ReplaySession(PartedSession):
     """The stages of a run, over a journal. `workers` engines share the groups."""
 
     def __init__(self, *parts: Any, read: Read, workers: int, on_step: OnStep) -> None:
@@ -155,9 +155,7 @@ class ReplaySession(Session):
         self.others = 0
 
     def stages(self) -> Stages:
-        return dataclasses.replace(
-            super().stages(), prompts=lambda _: (), rollout=self.gather, rest=lambda: None, stop=lambda: False
-        )
+        return dataclasses.replace(super().stages(), stop=lambda: False)
 
     def _left(self, program: Program) -> dict[int, int]:
         """Version -> tokens that it has yet to draw, by the journal."""
@@ -176,18 +174,16 @@ class ReplaySession(Session):
         played = self.played[program.id]
         return "time_limit" in played.limits and program.requests >= played.requests
 
-    def gather(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
+    def part(self, step: int) -> list[Group]:
         with self.trace.span("rollout"):
             for fact in self.facts:
                 if fact.kind == "choose":
                     choice = Choice(fact["step"], tuple(fact["numbers"]), tuple(fact["again"]), tuple(fact["stale"]))
-                    assert not choice.numbers or choice.step == step, (choice, step)
+                    assert not (choice.numbers or choice.again) or choice.step == step, (choice, step)
                     choice = dataclasses.replace(choice, unusable=tuple(self.queue.unusable))
                     self.fairness.drop([self.queue.waiting[number].ended.group for number in choice.stale])
-                    if found := self.queue.take(choice):
-                        again = [one.ended.group for one in found if one.number in choice.again]
-                        self.reused = {trajectory.id for group in again for trajectory in group.trajectories}
-                        return [one.ended.group for one in found]
+                    if self.queue.take(choice):
+                        return self.given()
                 else:
                     self._follow(fact)
         raise RunFolderError(f"{self.source.folder / FACTS} ends before step {step} is chosen.")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, get_args
@@ -282,14 +283,20 @@ class Session:
         assert version is not None
         return version
 
-    def learn(self, step: int, batch: Selection) -> LearnerReport | None:
-        """One step of the learner."""
+    @contextmanager
+    def learning(self, step: int) -> Iterator[None]:
+        """The learner computes."""
         with self.trace.span("learner"):
             try:
-                return self.learner.step(batch.samples, batch.prompts)
+                yield
             except (NonFiniteError, AlarmError, ParityError) as error:
                 kept = self.folder.trajectories(step)
                 raise type(error)(f"step {step}: {error} The step's trajectories are kept in {kept}.") from error
+
+    def learn(self, step: int, batch: Selection) -> LearnerReport | None:
+        """One step of the learner."""
+        with self.learning(step):
+            return self.learner.step(batch.samples, batch.prompts)
 
     def publish(self, step: int) -> WeightVersion:
         with self.trace.span("publish"):

@@ -80,14 +80,17 @@ class Optimiser:
         """Euclidean norm of all gradients; not finite where one of them is not."""
         return grad_norm([grad for _, _, grad in self._weights()])
 
-    def step(self, lr: float, norm: float, others: Mapping[str, float] = MappingProxyType({})) -> None:
+    def step(
+        self, lr: float, norm: float, others: Mapping[str, float] = MappingProxyType({}), unit: float = 1.0
+    ) -> None:
         """One AdamW update with gradients scaled to `grad_clip` where `norm` exceeds it; rounds into the model.
 
-        `others`: rates of weights, by name, that `lr` is not for.
+        `others`: rates of weights, by name, that `lr` is not for. The gradients are `unit` times what lies in the
+        weights; `norm` is theirs.
         """
         config = self.config
         self.updates += 1
-        scale = min(1.0, config.grad_clip / norm) if norm > 0 else 1.0
+        scale = unit * min(1.0, config.grad_clip / norm) if norm > 0 else unit
         for name, weight, grad in self._weights():
             decay = config.weight_decay if weight.value.dim() == 2 else 0.0
             hyper = Hyper(others.get(name, lr), config.beta1, config.beta2, config.eps, decay, self.updates, scale)

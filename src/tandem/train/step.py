@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from tandem.algo.loss import LossResult
 from tandem.algo.objective import Measured, Objective, ObjectiveStep
-from tandem.algo.pack import PromptTotal, canonical, pack, split_updates
+from tandem.algo.pack import PromptTotal, canonical, denominators, pack, split_updates
 from tandem.algo.tensors import to_tensors
 from tandem.errors import ConfigError, NonFiniteError
 from tandem.models.decoder import Decoder
@@ -19,7 +19,9 @@ from tandem.train.critic import Critic, judged
 from tandem.train.optimiser import Optimiser
 from tandem.train.score import forward, with_logprobs
 from tandem.train.score import score as score
-from tandem.types import Microbatch, Sample
+from tandem.types import Denominators, Microbatch, Sample
+
+ONE = Denominators(1, 1, 1)  # of a part of a batch, whose own are not known yet
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,17 @@ class _Gradients(NamedTuple):
     results: list[LossResult]
     observed: list[Any]
     rows: int
+
+
+@dataclass(slots=True)
+class Parts:
+    """A batch whose parts are learned of as they come: the gradients in the weights are of sums, not of means."""
+
+    by: ObjectiveStep
+    results: list[LossResult] = field(default_factory=list)
+    observed: list[Any] = field(default_factory=list)
+    rows: int = 0
+    samples: list[Sample] = field(default_factory=list)
 
 
 class Learner:
@@ -106,9 +119,10 @@ class Learner:
     def _pack(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> list[Microbatch]:
         return pack(samples, prompts, self.config.microbatch_tokens, self.config.share_prefix)
 
-    def _apply(self, samples: Sequence[Sample]) -> tuple[float, float]:
+    def _apply(self, samples: Sequence[Sample], unit: float = 1.0) -> tuple[float, float]:
+        """An update with `unit` times the gradients."""
         with self.trace.span("update"):
-            norm = self.optimiser.grad_norm()
+            norm = unit * self.optimiser.grad_norm()
             if not math.isfinite(norm):
                 raise NonFiniteError(
                     f"the gradient norm is {norm} at update {self.optimiser.updates}; the loss was finite. Samples: "
@@ -120,8 +134,50 @@ class Learner:
                 if not self.critic.warm:
                     return norm, 0.0
             lr = self.config.rate(self.optimiser.updates, self.total_updates)
-            self.optimiser.step(lr, norm)
+            self.optimiser.step(lr, norm, unit=unit)
             return norm, lr
+
+    def begin(self) -> Parts:
+        """A step whose batch comes in parts: `add` each, then `finish`."""
+        assert self.critic is None and self.objective.updates_per_step == 1
+        self._zero_grad()
+        return Parts(self.objective.begin())
+
+    def add(self, parts: Parts, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> None:
+        """The gradients of some samples. `prompts` are the totals of all that their prompts bring to the batch.
+
+        A prompt's share of the loss hangs on the rest of the batch by a factor alone, the same for all
+        (Objective.divisor), which `finish` applies.
+        """
+        samples, prompts = canonical(samples, prompts)
+        self._check(samples)
+        for microbatch in self._pack(samples, prompts):
+            result, observed = self._backward(replace(microbatch, denominators=ONE), parts.by)
+            parts.results.append(result)
+            parts.observed.append(observed)
+            parts.rows += len(microbatch.tokens_T)
+        parts.samples += samples
+
+    def finish(self, parts: Parts, prompts: Sequence[PromptTotal]) -> LearnerReport | None:
+        """The update; None where nothing has a gradient. `prompts` are the totals of the whole batch."""
+        if not parts.samples:
+            return None
+        unit = 1.0 / self.objective.divisor(denominators(prompts))
+        results = [one._replace(sums=one.sums | {"loss": unit * one.sums["loss"]}) for one in parts.results]
+        accepted = parts.by.accept(results, parts.observed)
+        assert accepted, "gradients of parts are not computed again"
+        norm, lr = self._apply(parts.samples, unit)
+        self._zero_grad()
+        return LearnerReport(parts.by.measured(results), norm, lr, len(results), parts.rows)
+
+    def _check(self, samples: Sequence[Sample]) -> None:
+        """ConfigError where one lacks a column."""
+        for sample in samples:
+            if lacking := sorted(self.objective.columns - sample.columns.arrays.keys()):
+                raise ConfigError(
+                    f"{type(self.objective).__name__} learns from what sample {sample.id} lacks: {', '.join(lacking)}. "
+                    "Put them in where the samples are made (Columns.having)."
+                )
 
     def step(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> LearnerReport | None:
         """The objective's `updates_per_step` updates on a batch; None where nothing has a gradient.
@@ -134,12 +190,7 @@ class Learner:
         by, objective = self.objective.begin(), self.objective
         if not samples:
             return None
-        for sample in samples:
-            if lacking := sorted(objective.columns - sample.columns.arrays.keys()):
-                raise ConfigError(
-                    f"{type(objective).__name__} learns from what sample {sample.id} lacks: {', '.join(lacking)}. "
-                    "Put them in where the samples are made (Columns.having)."
-                )
+        self._check(samples)
         budget = self.config.microbatch_tokens
 
         def scored(name: str) -> tuple[Sample, ...]:

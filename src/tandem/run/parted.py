@@ -1,0 +1,73 @@
+"""A session whose batches come in parts, in the order of its queue: one that samples ahead, and its repetition.
+
+Where asynchrony.stream is on the learner computes the gradients of a part as it comes, and updates once the batch is
+whole. A part is what one choice took, so that what is computed together is a fact of the journal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Sequence
+
+from tandem.algo.advantage import Selection, samples_from_groups
+from tandem.errors import NonFiniteError
+from tandem.rollout.queue import Queue
+from tandem.run.loop import Stages
+from tandem.run.session import Session
+from tandem.train.step import LearnerReport, Parts
+from tandem.types import Group, Prompt
+
+
+class PartedSession(Session):
+    """Stages over `part`."""
+
+    queue: Queue
+    parts_learned: Parts | None = None  # of the present step, where they are streamed
+
+    def stages(self) -> Stages:
+        stages = dataclasses.replace(super().stages(), prompts=lambda _: (), rollout=self.gather, rest=lambda: None)
+        if not self.config.asynchrony.stream:
+            return stages
+        return dataclasses.replace(stages, score=lambda batch: batch, learn=self.update)
+
+    @abstractmethod
+    def part(self, step: int) -> list[Group]:
+        """The next groups of a step's batch, as they were chosen before or as soon as there are enough."""
+
+    def given(self) -> list[Group]:
+        """The groups of the last part."""
+        again = [one.ended.group for part in self.queue.parts for one in part if one.uses > 1]
+        self.reused = {trajectory.id for group in again for trajectory in group.trajectories}
+        return [one.ended.group for one in self.queue.parts[-1]]
+
+    def gather(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
+        """The groups of a step."""
+        groups: list[Group] = []
+        if self.config.asynchrony.stream:
+            self.parts_learned = self.learner.begin()
+        while not self.queue.whole:
+            part = self.part(step)
+            groups += part
+            if self.parts_learned is not None:
+                self._add(step, self.parts_learned, part, groups)
+        return groups
+
+    def _add(self, step: int, parts: Parts, part: Sequence[Group], groups: Sequence[Group]) -> None:
+        """The gradients of a part; `groups` are those of the step so far."""
+        with self.trace.span("credit"):
+            batch = samples_from_groups(self.config.algo, part, self.price.price)
+        batch = self.score(batch)
+        try:
+            with self.learning(step):
+                self.learner.add(parts, batch.samples, batch.prompts)
+        except NonFiniteError:
+            self.keep(step, groups)  # the error says where they are
+            raise
+
+    def update(self, step: int, batch: Selection) -> LearnerReport | None:
+        """What is left of a streamed step: the batch is whole."""
+        parts, self.parts_learned = self.parts_learned, None
+        assert parts is not None
+        with self.learning(step):
+            return self.learner.finish(parts, batch.prompts)
