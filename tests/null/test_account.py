@@ -21,7 +21,7 @@ from tandem.engine.batch import Stats
 from tandem.run.account import Account
 from tandem.run.clock import WallClock
 from tandem.run.ledger import MAIN, PHASES, UNACCOUNTED, Ledger
-from tandem.run.meter import NAME
+from tandem.run.meter import EVERY_S, NAME, Meter, Reading, last_reading
 from tandem.trace import Trace
 from tandem.types import Group, Prompt, StopReason, Trajectory
 
@@ -221,3 +221,22 @@ def test_workers_of_several_threads_share_a_ledger(tmp_path: Path) -> None:
     assert set(closed["nanoseconds"]) == {MAIN, *engines}
     for phases in closed["nanoseconds"].values():
         assert phases.pop("wall") == sum(phases.values()) and min(phases.values()) >= 0
+
+
+def test_a_sitting_that_is_killed_at_once_keeps_the_count_of_the_last(tmp_path: Path) -> None:
+    """A meter that empties its file as it begins: a kill before its first line, and the next resume has lost tokens."""
+    first = Reading(12, 3.5)
+    Meter(tmp_path, lambda: first).close()
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def read() -> Reading:
+        begun.set()
+        goes_on.wait()
+        return Reading(20, 7.0)
+
+    second = Meter(tmp_path, read)
+    assert begun.wait(100 * EVERY_S), "the meter never read"
+    assert last_reading(tmp_path) == first
+    goes_on.set()
+    second.close()
+    assert last_reading(tmp_path) == Reading(20, 7.0)

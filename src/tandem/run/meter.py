@@ -40,8 +40,9 @@ class Meter:
         self._thread.join()
 
     def _run(self) -> None:
-        with suppress(OSError), self.path.open("wb", buffering=0) as file:  # a full disk is for others to tell
-            while not self._closed.wait(EVERY_S):
+        # Never cut: until the first write, what the last sitting came to is what counts.
+        with suppress(OSError), open(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666), "wb", buffering=0) as file:
+            while not self._closed.wait(EVERY_S):  # a full disk is for others to tell
                 os.pwrite(file.fileno(), _line(self.read()), 0)
             os.pwrite(file.fileno(), _line(self.read()), 0)
 
