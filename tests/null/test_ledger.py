@@ -238,7 +238,6 @@ WRONG: list[tuple[str, int, str, str, Callable[[Ledger], Any]]] = [
     ("lost", 1, "p/3 lost: dispatched or arrived", "", lambda known: known.check()),
     ("beyond", 1, "p/1/0 reused, which 1 updates have trained", "", lambda known: known.reuse([sample(ONE)])),
     ("beyond", 3, "p/2/0 reused, which 3 updates", "", lambda known: known.reuse([sample(OTHER)])),
-    ("beyond", 3, "p/1/0 reused", "retired", lambda known: known.reuse([sample(ONE)])),
     ("beyond", 3, "p/1/0 reused", "used up", lambda known: known.reuse([sample(ONE)])),
     ("beyond", 1, "p/1/0 trained again", "dispatched again", lambda known: known.record(group(ONE), [sample(ONE)], {})),
 ]
@@ -251,9 +250,7 @@ def test_no_sample_has_two_fates_or_none(count: str, uses: int, text: str, befor
     for use in (False, True):
         ledger = with_three(uses)
         ledger.meter("engine", Stats(sampled_tokens=6))
-        if before == "retired":
-            ledger.retire([ONE.id, "unknown"])
-        elif before == "used up":
+        if before == "used up":
             ledger.reuse([sample(ONE)])
             ledger.reuse([sample(ONE)])
             assert ledger.tokens["trained"] == 3 and ledger.reused == 6 and ledger.audit["reused"] == 2

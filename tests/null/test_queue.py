@@ -54,7 +54,8 @@ class Learning:
 @settings(deadline=None, max_examples=50)
 @given(st.integers(1, 4), CONFIGS, st.lists(st.tuples(st.integers(0, 30), st.booleans()), max_size=60))
 def test_a_streamed_batch_is_the_batch(size: int, config: AsyncConfig, ends: list[tuple[int, bool]]) -> None:
-    """A part that takes a group out of its order, twice, over the batch, or in place of one to be used again."""
+    """A part that takes a group out of its order, twice, over the batch, or in place of one to be used again; more that
+    are kept for another use than asked for."""
     plain, streamed = Learning(size, config), Learning(size, replace(config, stream=True))
     for place, usable in ends:
         plain.end(place, usable)
@@ -62,6 +63,7 @@ def test_a_streamed_batch_is_the_batch(size: int, config: AsyncConfig, ends: lis
         assert [sorted(batch) for batch in streamed.batches[:-1]] == [sorted(batch) for batch in plain.batches[:-1]]
         assert streamed.queue.begun == plain.queue.begun and streamed.queue.redrawn == plain.queue.redrawn
         assert sorted(streamed.queue.kept) == sorted(plain.queue.kept) or streamed.queue.parts
+        assert len(plain.queue.kept) <= config.replay_groups, plain.queue.kept
     assert all(len(batch) == size for batch in streamed.batches[:-1])
 
 

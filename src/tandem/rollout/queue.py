@@ -51,7 +51,6 @@ class Choice:
     again: tuple[int, ...] = ()  # of the batch too: groups that were in one before
     stale: tuple[int, ...] = ()  # dropped: too old
     unusable: tuple[int, ...] = ()  # ended since the last step, and replaced by others: their rewards are equal
-    evicted: tuple[int, ...] = ()  # kept for another use, and let go
 
 
 class Queue:
@@ -151,13 +150,7 @@ class Queue:
         numbers = self._fresh(fresh, count)
         if not (numbers or again) if self.config.stream else len(numbers) < count:
             return Choice(step, (), stale=tuple(stale)) if stale else None
-        evicted = [one.number for one in self.kept.values() if one not in kept]
-        spent = {number for number in again if self.kept[number].uses + 1 >= self.config.replay_uses}
-        left = [number for number in self.kept if number not in spent and number not in evicted]
-        more = 0 if self.config.replay_uses == 1 else count
-        excess = max(0, len(left) + more - self.config.replay_groups) if self.config.replay_groups else 0
-        evicted += [number for number in left if number not in again][:excess]
-        return Choice(step, tuple(numbers), tuple(again), tuple(stale), tuple(self.unusable), tuple(evicted))
+        return Choice(step, tuple(numbers), tuple(again), tuple(stale), tuple(self.unusable))
 
     def take(self, choice: Choice) -> list[Waiting]:
         """The groups of a choice, which they leave the queue for; empty where it only drops."""
@@ -167,8 +160,6 @@ class Queue:
         if not (choice.numbers or choice.again):
             return []
         assert not self.whole, f"step {choice.step} takes more before {self.chosen} were learned"
-        for number in choice.evicted:
-            del self.kept[number]
         again = [self.kept.pop(number) for number in choice.again]
         fresh = [self.waiting.pop(number) for number in choice.numbers]
         unusable = [self.unusable.pop(number) for number in choice.unusable]
@@ -180,10 +171,18 @@ class Queue:
             one.uses += 1
             if one.uses < self.config.replay_uses:
                 self.kept[one.number] = one
+        self._evict(choice.step)
         self.parts.append((*fresh, *again, *unusable))
         if self.whole:
             self.redrawn = 0
         return [*self.parts[-1]]
+
+    def _evict(self, step: int) -> None:
+        """Let go what is kept and is too old, and the oldest of what is beyond `replay_groups`."""
+        for number in [one.number for one in self.kept.values() if self._lag(step, one) > self.config.replay_lag]:
+            del self.kept[number]
+        for number in [*self.kept][: -self.config.replay_groups] if self.config.replay_groups else ():
+            del self.kept[number]
 
     def take_due(self) -> None:
         """The next part that an earlier sitting took, and did not come to update on."""

@@ -8,7 +8,6 @@ neither waits for one that sleeps.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 import time
 from collections import deque
@@ -420,14 +419,7 @@ class AsyncSession(PartedSession):
         while self.history:
             fact = self.history.popleft()
             if fact.kind == "choose":
-                choice = Choice(fact["step"], tuple(fact["numbers"]), tuple(fact["again"]), tuple(fact["stale"]))
-                if (choice.numbers or choice.again) and choice.step != step:
-                    raise RunFolderError(
-                        f"{self.folder.path / FACTS} chooses for step {choice.step} where step {step} is due: it is of "
-                        "another run, or was changed. Restore it."
-                    )
-                choice = dataclasses.replace(choice, unusable=tuple(self.queue.unusable))
-                if self._leave(choice):
+                if self._leave(self.chosen(self.folder.path / FACTS, fact, step)):
                     return self.given()
             else:
                 self._live(fact)

@@ -219,16 +219,11 @@ class Ledger:
         samples = list(samples)
         with self._lock:
             beyond = [one.id for one in samples if not 0 < self.trained.get(one.id, 0) < self.uses]
-            self._check(beyond, "beyond", f"reused, which {self.uses} updates have trained, or none, or it was retired")
+            self._check(beyond, "beyond", f"reused, which {self.uses} updates have trained, or none")
             for sample in samples:
                 self.trained[sample.id] = self.trained.get(sample.id, 0) + 1
                 self.reused += reached_tokens(sample)
             self.audit["reused"] += len(samples)
-
-    def retire(self, ids: Iterable[str]) -> None:
-        """A replay queue gives these samples no more."""
-        with self._lock:
-            self.trained.update({one: self.uses for one in ids if one in self.trained})
 
     def lose(self, fate: str, tokens: int, ids: Iterable[str] = ()) -> None:
         """Tokens that are in no trajectory; `ids` are the programs that end without one."""

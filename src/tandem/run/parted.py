@@ -9,10 +9,12 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 from tandem.algo.advantage import Selection, samples_from_groups
-from tandem.errors import NonFiniteError
-from tandem.rollout.queue import Queue
+from tandem.errors import NonFiniteError, RunFolderError
+from tandem.rollout.queue import Choice, Queue
+from tandem.run.journal import Fact
 from tandem.run.loop import Stages
 from tandem.run.session import Session
 from tandem.train.step import LearnerReport, Parts
@@ -34,6 +36,16 @@ class PartedSession(Session):
     @abstractmethod
     def part(self, step: int) -> list[Group]:
         """The next groups of a step's batch, as they were chosen before or as soon as there are enough."""
+
+    def chosen(self, path: Path, fact: Fact, step: int) -> Choice:
+        """What the journal in `path` says that a step takes. RunFolderError where another step's choice is there."""
+        numbers, again, stale = (tuple(fact[name]) for name in ("numbers", "again", "stale"))
+        if (numbers or again) and fact["step"] != step:
+            raise RunFolderError(
+                f"{path} chooses for step {fact['step']} where step {step} is due: it is of another run, or was "
+                "changed. Restore it."
+            )
+        return Choice(fact["step"], numbers, again, stale, tuple(self.queue.unusable))
 
     def given(self) -> list[Group]:
         """The groups of the last part."""

@@ -25,7 +25,7 @@ from tandem.program.episode import Observed
 from tandem.program.pool import EnvironmentPool
 from tandem.rollout.flow import Ended, Flow
 from tandem.rollout.program import Episodes, Played, Playing, Program
-from tandem.rollout.queue import Choice, Queue
+from tandem.rollout.queue import Queue
 from tandem.rollout.rollout import Rollouts
 from tandem.run import local
 from tandem.run.clock import WallClock, started
@@ -178,9 +178,7 @@ class ReplaySession(PartedSession):
         with self.trace.span("rollout"):
             for fact in self.facts:
                 if fact.kind == "choose":
-                    choice = Choice(fact["step"], tuple(fact["numbers"]), tuple(fact["again"]), tuple(fact["stale"]))
-                    assert not (choice.numbers or choice.again) or choice.step == step, (choice, step)
-                    choice = dataclasses.replace(choice, unusable=tuple(self.queue.unusable))
+                    choice = self.chosen(self.source.folder / FACTS, fact, step)
                     self.fairness.drop([self.queue.waiting[number].ended.group for number in choice.stale])
                     if self.queue.take(choice):
                         return self.given()
