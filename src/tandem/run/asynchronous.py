@@ -74,6 +74,7 @@ class AsyncSession(PartedSession):
         self.waited = False  # since it the learner had nothing to learn of
         self.lags: dict[str, float] = {}  # of the present step's groups
         self.journal: Journal | None = None
+        self._arrived = 0  # groups that ended in this sitting
         self._changed = threading.Condition()  # guards the next five
         self._wanted = 0  # times that the main thread wants what the thread has
         self._rolling = False  # the thread has it
@@ -180,6 +181,7 @@ class AsyncSession(PartedSession):
         del self.begun[ended.id]
         self.queue.end(number, ended, usable)
         self.ledger.arrive([ended.group])
+        self._arrived += 1
 
     @contextmanager
     def parked(self) -> Iterator[None]:
@@ -228,11 +230,10 @@ class AsyncSession(PartedSession):
         if self.journal is not None:
             self.journal.close()
 
-    def _wait(self, phase: str) -> None:
-        """For something to end, a little. WorkerError where the thread can't."""
+    def _wait(self, seen: int, phase: str) -> None:
+        """For more than `seen` groups to have ended, a little. WorkerError where the thread can't."""
         with self._changed:
-            if self._failed is None:
-                self._changed.wait(LOOK_S)
+            self._changed.wait_for(lambda: self._arrived > seen or self._failed is not None, LOOK_S)
         self._check_thread(phase)
 
     def _check_thread(self, phase: str) -> None:
@@ -253,6 +254,7 @@ class AsyncSession(PartedSession):
             while (groups := self._lived(step)) is None:
                 if self._thread is None:
                     self.start()
+                seen = self._arrived
                 with self.parked():
                     choice = self.queue.choose(step)
                     taken = choice is not None and self._take(choice)
@@ -263,7 +265,7 @@ class AsyncSession(PartedSession):
                 self.waited = True
                 if self.stopping.requested and self.stopping.received is not None:
                     self.stopping.ahead = "the groups of this step are waited for"
-                self._wait("rollout")
+                self._wait(seen, "rollout")
         return groups
 
     def _adapt(self) -> None:
@@ -346,10 +348,11 @@ class AsyncSession(PartedSession):
     def _drain(self) -> None:
         self._draining = True
         while True:
+            seen = self._arrived
             with self.parked():
                 if not len(self.flow):
                     return
-            self._wait("publish")
+            self._wait(seen, "publish")
 
     def score(self, batch: Selection) -> Selection:
         with self._computing():
