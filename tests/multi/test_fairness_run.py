@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tandem.algo.advantage import samples_from_groups
+from tandem.columns import Columns
 from tandem.config import override
 from tandem.engine.config import EngineConfig
 from tandem.kernels.build.toolchain import compiler
@@ -21,6 +23,7 @@ from tandem.run.config import CheckpointConfig, EvaluationConfig, RunConfig
 from tandem.run.fairness import Fairness
 from tandem.run.replay import replay
 from tandem.train.config import LearnerConfig
+from tandem.types import Group, Prompt, StopReason, Trajectory
 from tests.display import Silent
 from tests.multi.test_goldens import TASK
 
@@ -50,6 +53,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., No
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def group_of(name: str, tokens: int) -> Group:
+    """Two programs, one of which is right."""
+    mask = (False, *(True for _ in range(tokens)))
+    columns = Columns.of(
+        tokens=range(1 + tokens), loss_mask=mask, logprobs=[-0.5] * (1 + tokens), versions=[0] * (1 + tokens)
+    )
+    programs = [Trajectory(f"{name}/{one}", name, columns, float(one), StopReason.STOP_TOKEN) for one in range(2)]
+    return Group(Prompt(name, ()), tuple(programs))
 
 
 def trained(config: RunConfig, out: Path) -> list[dict[str, Any]]:
@@ -93,3 +106,23 @@ def test_the_memory_is_bounded_and_comes_back(tiny: RunConfig) -> None:
     other.restore(json.loads(json.dumps(fairness.state())))
     assert len(fairness.past) == 2 and other.past == fairness.past
     assert fairness.lasts and not Fairness(tiny).lasts
+
+
+def test_a_step_that_was_not_learned_is_weighed_again(tiny: RunConfig) -> None:
+    """A step that fails behind its weights, whose groups then count twice in the estimate of those that are resumed, or
+    whose dropped groups do not count at all."""
+    config = override(tiny, DROP | WEIGHED)
+    fairness = Fairness(config)
+    groups = [group_of(f"p{place}/1", tokens) for place, tokens in enumerate((3, 5, 5, 8))]
+    fairness.drop([groups[3]])
+    kept = groups[:3]
+    batch = samples_from_groups(config.algo, kept, 0.0)
+    first = fairness.weigh(kept, batch)
+    resumed = Fairness(config)
+    resumed.restore(json.loads(json.dumps(fairness.state())))
+    again = resumed.weigh(kept, batch)
+    weights = [[sample.columns["selection_weights"].tolist() for sample in one.samples] for one in (first, again)]
+    assert weights[0] == weights[1] and resumed.row(1, None) == fairness.row(1, None)
+    assert resumed.row(1, None)["fairness"]["z"] is not None
+    fairness.settle()
+    assert len(fairness.past) == 1 and len(fairness.past[0]) == 4 and not fairness.stale

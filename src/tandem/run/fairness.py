@@ -43,6 +43,7 @@ class Fairness:
         self.lasts = bool(rollout.extra_prompts) or self.drops  # else nothing is estimated from earlier steps
         self.most = rollout.max_program_tokens or rollout.max_turns * rollout.max_new_tokens  # tokens of a program
         self.past: deque[list[Ended]] = deque(maxlen=self.config.fairness.steps)
+        self.present: list[Ended] | None = None  # of the step that is learned
         self.races: list[First] = []  # of this step
         self.stale: list[Dispatched] = []  # dropped since the step before
         self.groups: Sequence[Dispatched] = ()  # settled in this step
@@ -67,10 +68,10 @@ class Fairness:
         every = [dataclasses.replace(one, keep=None) if self.drops else one for one in (*kept, *self.stale)]
         before = {one.rpartition("/")[0].rpartition("/")[0] for one in again}
         self.groups = [one for one in every if one.id not in before]
-        self.races, self.stale = [], []
+        self.races = []
         self.samples, self.weights = batch.samples, None
-        self.past.append([Ended(one.clock, one.ended, one.usable, one.kept) for one in self.groups])
-        self.keep = keep_probabilities(every, self.past)
+        self.present = [Ended(one.clock, one.ended, one.usable, one.kept) for one in self.groups]
+        self.keep = keep_probabilities(every, [*self.past, self.present][-self.config.fairness.steps :])
         if self.config.fairness.weights == "none":
             return batch
         units = {one.id: self._units(one) for one in every}
@@ -128,12 +129,25 @@ class Fairness:
         total = math.fsum(weight for weight, _ in pairs)
         return math.fsum(weight * tokens for weight, tokens in pairs) / total if total else None
 
+    def settle(self) -> None:
+        """The step has met its fate; one that did not is weighed again, with what it had dropped."""
+        if self.present is not None:
+            self.past.append(self.present)
+            self.present, self.stale = None, []
+
     def state(self) -> dict[str, Any]:
-        return {"past": [[list(one) for one in step] for step in self.past]}
+        stale = [dataclasses.asdict(one) for one in self.stale]
+        return {"past": [[list(one) for one in step] for step in self.past], "stale": stale}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.past.clear()
         self.past.extend([Ended(float(n), *map(bool, rest)) for n, *rest in step] for step in state["past"])
+        self.stale = [_dropped(one) for one in state.get("stale", ())]
+
+
+def _dropped(saved: Mapping[str, Any]) -> Dispatched:
+    lists = {name: tuple(saved[name]) for name in ("programs", "tokens", "fates")}
+    return Dispatched(**{**saved, **lists})
 
 
 def _by_program(values: Iterable[tuple[Sample, float]]) -> dict[str, float]:

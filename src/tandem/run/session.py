@@ -417,6 +417,7 @@ class Session:
         self.folder.append_metrics(row)
         self.settled = row["step"], self.learner.optimiser.updates
         self.spending.settle()
+        self.fairness.settle()
         self.stream.settle()
         self.display.update(row)
 
