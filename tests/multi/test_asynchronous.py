@@ -87,7 +87,8 @@ ARMS: dict[str, dict[str, str]] = {
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_each_arm_learns(tiny: RunConfig, tmp_path: Path, arm: str) -> None:
-    """An arm that hangs, loses a group, trains one twice, or leaves a journal that tells less than what happened."""
+    """An arm that hangs, loses a group, trains one twice, counts a prompt that is run anew as run for the first time,
+    or leaves a journal that tells less than what happened."""
     config = override(tiny, {**ARMS[arm], "rollout.max_turns": "2"})
     found = trained(config, tmp_path / "run")
     assert len(set(found)) == STEPS
@@ -99,6 +100,8 @@ def test_each_arm_learns(tiny: RunConfig, tmp_path: Path, arm: str) -> None:
     assert len(set(chosen)) == len(chosen)
     ended = {fact["number"] for fact in read.facts if fact.kind == "end"}
     assert set(chosen) <= ended
+    if arm == "restart":
+        assert json.loads((tmp_path / "run" / "ledger.json").read_text())["engine"]["repeated"] > 0
     if arm == "keep":
         with pytest.raises(RunFolderError, match="at_update=keep"):
             repeated(tmp_path / "run")

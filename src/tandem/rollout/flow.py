@@ -124,14 +124,15 @@ class Flow:
             for place, program in enumerate(siblings):
                 if program.outcome is not None:
                     continue
-                lost += program.drawn_tokens
+                drawn = program.drawn_tokens
+                lost += drawn
                 self.turns.drop(program)
                 program.episode.teardown()
                 until_s = self._until_s.pop(program)
                 first = program.segments[0]
                 first.turns.clear()
                 episode = self.by.environments.episode(program.prompt, until_s)
-                siblings[place] = anew = Program(program.id, 0, program.prompt, episode, [first])
+                siblings[place] = anew = Program(program.id, 0, program.prompt, episode, [first], ran=drawn > 0)
                 self._until_s[anew] = until_s
                 self.turns.submit(anew)
         return lost

@@ -87,6 +87,7 @@ class Program:
     limits: dict[str, int] = field(default_factory=dict)  # that ended it, as counts
     outcome: float | Failure | None = None  # None while it runs
     observed: list[Observed] = field(default_factory=list)  # that its environment said, in order
+    ran: bool = False  # its prompt, before it began anew
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -221,7 +222,7 @@ class Paused:
         segments = [dataclasses.replace(segment, turns=list(segment.turns)) for segment in self.segments]
         if self.anew:
             first = dataclasses.replace(segments[0], turns=[])
-            return Program(self.id, 0, self.prompt, episode, [first])
+            return Program(self.id, 0, self.prompt, episode, [first], ran=self.drawn_tokens > 0)
         episode.said.extend(self.said)
         return Program(
             self.id,

@@ -75,7 +75,10 @@ class Turns:
             sampling = dataclasses.replace(sampling, max_new_tokens=left)
         # One seed for all turns: noise is keyed by absolute position, and no position of a segment is sampled twice.
         tokens = (*segment.context, *drawn)
-        new = 1 if drawn else 1 + len(segment.turns[-1].observation_tokens) if segment.turns else len(tokens)
+        if segment.turns or drawn or (program.ran and program.requests == 1):
+            new = 1 + (len(segment.turns[-1].observation_tokens) if segment.turns and not drawn else 0)
+        else:
+            new = len(tokens)
         given = (program.request_id, program.id, tokens, sampling, segment.seed)
         priority = int(self.by.config.returning_first and (program.requests > 1 or program.carried is not None))
         ran = max(0, len(tokens) - new)
