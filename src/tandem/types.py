@@ -73,6 +73,7 @@ class Message:
     call_id: str = ""  # of the call that a tool's message answers
     more: Mapping[str, Any] = field(default_factory=dict)  # further keys for the chat template: name, reasoning_content
     faults: tuple[str, ...] = ()  # why calls that an assistant meant to make cannot be read; never rendered
+    sampled: bool = False  # a turn of the program's model: an "assistant" that a task quotes is none; never rendered
 
     def row(self) -> dict[str, Any]:
         """As chat templates and files have it; keys without a value are left out."""

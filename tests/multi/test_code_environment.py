@@ -47,7 +47,7 @@ def grades(config: TaskConfig, texts: list[str]) -> list[float | Failure]:
         pool.ready()
         episodes = [pool.episode(Prompt("p", (Message("user", "?"),), {}), math.inf) for _ in texts]
         for episode, text in zip(episodes, texts, strict=True):
-            episode.said.append(Message("assistant", text))
+            episode.said.append(Message("assistant", text, sampled=True))
         return [episode.score().result(60) for episode in episodes]
     finally:
         pool.close()
@@ -99,7 +99,7 @@ def test_the_page_grades(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
         episode: Any = task.episode(task.prompt("train", 0))
         await episode.setup()
         said = await episode.run(text + "\nprint('ran')")
-        paid = await episode.score((Message("assistant", text),))
+        paid = await episode.score((Message("assistant", text, sampled=True),))
         await episode.teardown()
         return said, paid
 

@@ -44,7 +44,7 @@ HUMANEVAL = "tandem.program.tasks.humaneval:HumanEval"
 def test_parts_of_the_tests_are_paid(tmp_path: Path, said: str, paid: float) -> None:
     """All or nothing where a part of the tests passes, or a reward for text that is no program."""
     made = pool(tmp_path, HUMANEVAL, ROW)
-    assert played(made, made.prompt(0), Message("assistant", said))[1] == pytest.approx(paid)
+    assert played(made, made.prompt(0), Message("assistant", said, sampled=True))[1] == pytest.approx(paid)
     made.close()
 
 
@@ -56,14 +56,16 @@ def test_a_program_that_claims_to_pass_does_not(tmp_path: Path) -> None:
         "def halves(xs):\n    class Same(list):\n        def __eq__(self, other): return True\n    return Same()",
         "import builtins\nbuiltins.half = lambda x: x\ndef halves(xs):\n    return xs",
     ):
-        assert played(made, made.prompt(0), Message("assistant", f"```python\n{code}\n```"))[1] == 0.0
+        assert played(made, made.prompt(0), Message("assistant", f"```python\n{code}\n```", sampled=True))[1] == 0.0
     made.close()
 
 
 def test_another_attempt_is_told_how_many_pass(tmp_path: Path) -> None:
     """The hidden tests or their values told to the program, or another attempt asked for where all pass."""
     made = pool(tmp_path, HUMANEVAL, ROW)
-    told, reward = played(made, made.prompt(0), *(Message("assistant", text) for text in (EMPTY, "no idea", RIGHT)))
+    told, reward = played(
+        made, made.prompt(0), *(Message("assistant", text, sampled=True) for text in (EMPTY, "no idea", RIGHT))
+    )
     again = "of 3 hidden tests pass. Write the whole function again."
     assert told == [f"1 {again}", f"0 {again}"] and reward == 1.0
     made.close()
@@ -122,7 +124,7 @@ def test_all_of_humaneval_is_right_by_its_own_solutions(tmp_path: Path) -> None:
     for place in chosen:
         episodes.append(made.episode(prompts[place], 1e12))
         text = f"```python\n{rows[place]['prompt']}{rows[place]['canonical_solution']}```"
-        episodes[-1].said.append(Message("assistant", text))
+        episodes[-1].said.append(Message("assistant", text, sampled=True))
     rewards = [future.result(120) for future in [episode.score() for episode in episodes]]
     assert dict(zip(chosen, rewards, strict=True)) == dict.fromkeys(chosen, 1.0)
     assert all("def test_0" in hidden_tests(row) for row in rows)

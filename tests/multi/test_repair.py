@@ -88,7 +88,7 @@ def pool(**parameters) -> EnvironmentPool:
 
 
 def calls(name: str, **arguments) -> Message:
-    return Message("assistant", "", (ToolCall(name, arguments),))
+    return Message("assistant", "", (ToolCall(name, arguments),), sampled=True)
 
 
 def problem_folder(folder: Path) -> Path:
@@ -155,11 +155,11 @@ def test_a_repair_by_its_tools() -> None:
         calls("run"),
         calls("edit", path=path, old=old, new=new),
         calls("run"),
-        Message("assistant", "done"),
+        Message("assistant", "done", sampled=True),
     )
     assert f"{problem.line}: {old}" in told[0] and told[1] == f"{path}:{problem.line}: {old}"
     assert "FAILED test_" in told[2] and told[3:] == ["done", "all tests pass"] and reward == 1.0
-    assert played(made, prompt, calls("run"), Message("assistant", "all tests pass"))[1] == 0.0
+    assert played(made, prompt, calls("run"), Message("assistant", "all tests pass", sampled=True))[1] == 0.0
     told, reward = played(
         made,
         prompt,

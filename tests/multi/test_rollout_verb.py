@@ -202,7 +202,7 @@ def test_the_table_counts_what_programs_do() -> None:
     watched = Watched(pool, progress, lambda prompt: heard.append(prompt.id))
     running = [watched.episode(Prompt("p", ()), 0.0) for _ in playing]
     for episode in running:
-        episode.said.append(Message("assistant", "hm"))
+        episode.said.append(Message("assistant", "hm", sampled=True))
     running[0].observe()
     running[1].score()
     assert (progress.begun, progress.running, progress.asked, progress.turns) == (3, 3, 2, 2)
@@ -210,7 +210,7 @@ def test_the_table_counts_what_programs_do() -> None:
     assert heard == ["p"]
     playing[1].future.set_result(0.5)
     running[1].teardown()
-    running[0].said.append(Message("assistant", "ah"))
+    running[0].said.append(Message("assistant", "ah", sampled=True))
     running[0].score()
     playing[0].future.set_result(Failure("reward", "returned nan"))
     running[0].teardown()

@@ -85,7 +85,7 @@ class Drifts(Line):
 def played(episode: Any, words: list[str]) -> list[Any]:
     """What each text is answered with."""
     episode.setup()
-    return [episode.observe((Message("assistant", word),)) for word in words]
+    return [episode.observe((Message("assistant", word, sampled=True),)) for word in words]
 
 
 def test_a_gym_style_environment_is_stepped_by_names() -> None:
@@ -289,7 +289,7 @@ def test_a_seat_in_a_game(arena: None) -> None:
     (step,) = played(run, ["<think>[3]</think>well"])  # the game's own wrapper puts it in brackets
     assert step.messages[0].content == "[GAME] an invalid move, again" and run.counts["bad_actions"] == 1
     assert step.state == "Moves: [1], [2]"
-    last = run.observe((Message("assistant", f"It is <action>[{dice[1]}]</action>"),))
+    last = run.observe((Message("assistant", f"It is <action>[{dice[1]}]</action>", sampled=True),))
     assert (last.messages, last.reward) == (None, 1.0)
     run = task.episode(prompt)
     steps = played(run, ["a", "b"])
@@ -309,7 +309,7 @@ def test_games_side_by_side_draw_for_themselves(arena: None) -> None:
         run.setup()
     for die in dice[:3]:
         for run in runs:
-            step = run.observe((Message("assistant", "[0]"),))
+            step = run.observe((Message("assistant", "[0]", sampled=True),))
             assert step.messages[0].content == f"[GAME] It shows {die}."
     assert random.getstate() == before
 
@@ -442,10 +442,10 @@ def test_a_conversation_of_verifiers_goes_on_or_starts_anew() -> None:
         trace.reward, judge.reward = float(third["content"] == "three"), 7.0
 
     said = [
-        Message("assistant", "", (ToolCall("add", {"a": 1}),)),
-        Message("assistant", "", faults=("no JSON",)),
-        Message("assistant", "two"),
-        Message("assistant", "three"),
+        Message("assistant", "", (ToolCall("add", {"a": 1}),), sampled=True),
+        Message("assistant", "", faults=("no JSON",), sampled=True),
+        Message("assistant", "two", sampled=True),
+        Message("assistant", "three", sampled=True),
     ]
     steps, reward, _ = verifiers_run(plot, said)
     assert steps[0] == [Message("tool", "2", call_id="call_0_0")]
@@ -464,7 +464,7 @@ def test_a_rollout_of_verifiers_that_is_cut_is_scored() -> None:
             messages += [answer, user("More.")]
         trace.reward = len(messages)
 
-    said = [Message("assistant", "a"), Message("assistant", "b")]
+    said = [Message("assistant", "a", sampled=True), Message("assistant", "b", sampled=True)]
     for scored in (True, False):
         steps, reward, hub = verifiers_run(plot, said, scored)
         assert steps[0] == [Message("user", "More.")] and reward == 5
@@ -480,7 +480,7 @@ def test_an_error_of_verifiers_is_no_reward_of_zero() -> None:
         trace.ok, trace.errors = False, [SimpleNamespace(type="TaskError", message="no scorer")]
 
     with pytest.raises(ValueError, match="verifiers: TaskError: no scorer"):
-        verifiers_run(plot, [Message("assistant", "a")])
+        verifiers_run(plot, [Message("assistant", "a", sampled=True)])
 
 
 def test_messages_of_verifiers() -> None:

@@ -130,7 +130,7 @@ def pool(tmp_path: Path):
 
 
 def calls(name: str, **arguments) -> Message:
-    return Message("assistant", "", (ToolCall(name, arguments),))
+    return Message("assistant", "", (ToolCall(name, arguments),), sampled=True)
 
 
 def test_waits_overlap_in_one_child(pool: EnvironmentPool, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_waits_overlap_in_one_child(pool: EnvironmentPool, tmp_path: Path) -> No
     assert [(one.reward, one.state, one.counts) for one in found] == [(2.0, "counter", {"tool_calls": 1})] * 100
     assert len(pool._workers.children) == 1
     for episode in episodes:
-        episode.said.append(Message("assistant", "done"))
+        episode.said.append(Message("assistant", "done", sampled=True))
     assert {future.result(60).messages for future in [episode.observe() for episode in episodes]} == {None}
     assert {future.result(60) for future in [episode.score() for episode in episodes]} == {2.25}
     for episode in episodes:
@@ -163,7 +163,7 @@ def test_a_respond_of_its_own_may_wait(tmp_path: Path) -> None:
         episodes = [made.episode(made.prompt(index)) for index in range(8)]
         began_s = time.monotonic()
         for episode in episodes:
-            episode.said.append(Message("assistant", "go"))
+            episode.said.append(Message("assistant", "go", sampled=True))
         heard = [asked.result(30.0) for asked in [episode.observe() for episode in episodes]]
         assert [getattr(one, "reward", one) for one in heard] == [1.0] * 8
         assert time.monotonic() - began_s < 8 * 0.3
@@ -182,7 +182,7 @@ def test_a_call_past_its_deadline_is_cancelled_alone(tmp_path: Path) -> None:
     assert late.result(30) == Failure("deadline", "environment took longer than 0.5 s (task.reward_deadline_s)")
     beside.said.append(calls("take", count=1))
     assert beside.observe().result(30).messages[0].content == "2"  # it kept its state
-    beside.said.append(Message("assistant", "stuck"))
+    beside.said.append(Message("assistant", "stuck", sampled=True))
     assert beside.score().result(30) == Failure("deadline", "reward took longer than 0.5 s (task.reward_deadline_s)")
     pool.close()
 
@@ -269,7 +269,7 @@ def test_a_grader_that_breaks_pays_what_the_task_says(tmp_path: Path) -> None:
         pool = make(tmp_path, workers=1, reward_on_error=paid, reward_deadline_s=0.5)
         for said, reason in (("bad", "returned nan"), ("stuck", "took longer than 0.5 s")):
             episode = pool.episode(pool.prompt(0), 1e12)
-            episode.said.append(Message("assistant", said))
+            episode.said.append(Message("assistant", said, sampled=True))
             found = episode.score().result(30)
             if paid is None:
                 assert isinstance(found, Failure) and reason in found.reason and not episode.counts
@@ -289,7 +289,7 @@ def test_async_methods_must_be_announced(tmp_path: Path) -> None:
     """An environment whose coroutines nobody runs, for want of a line in its class."""
     pool = make(tmp_path, "Unnamed", workers=1)
     episode = pool.episode(pool.prompt(0), 1e12)
-    episode.said.append(Message("assistant", "a"))
+    episode.said.append(Message("assistant", "a", sampled=True))
     with pytest.raises(TaskError, match="write `episodes = Shop` in the environment's class"):
         episode.observe().result(30)
     pool.close()
@@ -340,10 +340,10 @@ def test_a_setup_that_fails_is_no_wrong_answer(tmp_path: Path) -> None:
     """Where a program's first call is for its reward, a sandbox that does not come up is paid as a wrong answer."""
     pool = make(tmp_path, workers=1, reward_on_error=0.0)
     episode = pool.episode(pool.prompt(7), 1e12)
-    episode.said.append(Message("assistant", "a"))
+    episode.said.append(Message("assistant", "a", sampled=True))
     assert episode.score().result(30) == Failure("environment", "raised RuntimeError: no shop") and not episode.counts
     episode = pool.episode(pool.prompt(1), 1e12)
-    episode.said.append(Message("assistant", "box"))
+    episode.said.append(Message("assistant", "box", sampled=True))
     assert episode.score().result(30) == Failure("environment", "no box") and not episode.counts
     pool.close()
 

@@ -127,14 +127,14 @@ def test_an_overrun_takes_only_its_own_child(pool: EnvironmentPool) -> None:
     pool.config = dataclasses.replace(pool.config, reward_deadline_s=0.5)
     pool._workers.config, pool._workers._waiting.deadline_s = pool.config, 0.5
     stuck, beside, after = (pool.episode(prompt, 1e12) for prompt in pool.batch(0, 3))
-    beside.said.append(Message("assistant", "a"))
+    beside.said.append(Message("assistant", "a", sampled=True))
     assert beside.observe().result(30).messages == (Message("tool", "n1"),)
-    stuck.said.append(Message("assistant", "hang"))
+    stuck.said.append(Message("assistant", "hang", sampled=True))
     found = stuck.observe().result(30)
     assert found == Failure("deadline", "environment took longer than 0.5 s (task.reward_deadline_s)")
-    beside.said.append(Message("assistant", "a"))
+    beside.said.append(Message("assistant", "a", sampled=True))
     assert beside.observe().result(30) == Failure("environment", f"its process ended with it: {found.reason}")
-    after.said.append(Message("assistant", "a"))
+    after.said.append(Message("assistant", "a", sampled=True))
     assert after.score().result(30) == 1.0
 
 

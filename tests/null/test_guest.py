@@ -55,7 +55,7 @@ def test_its_own_packages_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyP
         prompt = pool.prompt(0)
         assert prompt.messages[0].content == f"guest parent {venv} ['numpy']"
         episode = pool.episode(prompt)
-        episode.said.append(Message("assistant", "guest"))
+        episode.said.append(Message("assistant", "guest", sampled=True))
         assert episode.score().result(30) == 1.0
     finally:
         pool.close()

@@ -162,7 +162,7 @@ def test_completions_without_tools_stay_text() -> None:
     """A reward reads another text than the model wrote, though its prompt has no tools."""
     tokenizer = byte_tokenizer(chatml(CALLED))
     text = '<think>\na\n</think>\n\n<tool_call>{"name": "f", "arguments": {}}</tool_call> ```python\nf()\n```'
-    assert Renderer(tokenizer).message(tokenizer.encode(text)) == Message("assistant", text)
+    assert Renderer(tokenizer).message(tokenizer.encode(text)) == Message("assistant", text, sampled=True)
     plain = Renderer(byte_tokenizer(CHATML)).message(tokenizer.encode(text), parsed=True)
     assert plain.content == text.partition("\n\n")[2] and plain.more == {"reasoning_content": "a"} and not plain.calls
     opened = byte_tokenizer(chatml(CALLED, generate=GENERATE.replace("assistant\n", "assistant\n<think>\n")))

@@ -92,7 +92,7 @@ def task(source: Path):
 
 
 def said(text: str) -> tuple[Prompt, tuple[Message, ...]]:
-    return PROMPT, (Message("assistant", text),)
+    return PROMPT, (Message("assistant", text, sampled=True),)
 
 
 def running(task: EnvironmentPool, conversations: list[Any], until_s: float) -> list[RunningEpisode]:
@@ -236,7 +236,7 @@ def test_prompts_that_cannot_be_had(task: EnvironmentPool) -> None:
 def test_what_a_reward_started_dies_with_it(task: EnvironmentPool, tmp_path: Path) -> None:
     """Each overrun leaves a process behind that the user's code had started."""
     prompt = Prompt("p", PROMPT.messages, {"path": str(tmp_path / "pid")})
-    (grade,) = grades_of(task, [(prompt, (Message("assistant", "grandchild"),))])
+    (grade,) = grades_of(task, [(prompt, (Message("assistant", "grandchild", sampled=True),))])
     assert isinstance(grade, Failure) and grade.where == "deadline"
     status = Path("/proc", (tmp_path / "pid").read_text(), "stat")
     until = time.monotonic() + 20  # it was sent a signal, which it takes when it gets a core
@@ -342,7 +342,12 @@ def test_math_verify_in_the_child(tmp_path: Path) -> None:
     task = EnvironmentPool(TaskConfig("jsonl", path=str(tmp_path / "a.jsonl"), heldout_size=0, reward="math_verify"))
     prompt = task.prompt(0)
     answers = ["It is \\boxed{1000}", "1,000.00", "I get 999", ""]
-    assert grades_of(task, [(prompt, (Message("assistant", text),)) for text in answers]) == [1.0, 1.0, 0.0, 0.0]
+    assert grades_of(task, [(prompt, (Message("assistant", text, sampled=True),)) for text in answers]) == [
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+    ]
     assert observed(task, [(prompt, ())]) == [Observed(None)]
     task.close()
 

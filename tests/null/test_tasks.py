@@ -360,8 +360,8 @@ def test_reasoning_gym_by_name(name: str) -> None:
     source = make_prompts(config)
     prompts = [*source.heldout, *(source.train(index) for index in (0, 1, 4095, 4096, 10_000))]
     for prompt in prompts:
-        nonsense = Message("assistant", "<answer>nonsense</answer>")
-        said = Message("assistant", f"<answer>{prompt.record['answer']}</answer>")
+        nonsense = Message("assistant", "<answer>nonsense</answer>", sampled=True)
+        said = Message("assistant", f"<answer>{prompt.record['answer']}</answer>", sampled=True)
         assert driven(Calls(source, config).score(0, prompt, (said,)))[0] == 1.0, prompt
         assert driven(Calls(source, config).score(0, prompt, (nonsense,)))[0] < 0.5, prompt
     assert source.train(4096) == make_prompts(config).train(4096)
@@ -377,7 +377,7 @@ def test_reasoning_gym_scores_unmarked_numbers() -> None:
     source = make_prompts(config)
     prompt = source.train(0)
     gold = int(prompt.record["answer"])
-    right, wrong = (Message("assistant", f"The sum is {number}.") for number in (gold, gold + 1))
+    right, wrong = (Message("assistant", f"The sum is {number}.", sampled=True) for number in (gold, gold + 1))
     assert driven(Calls(source, config).score(0, prompt, (right,)))[0] == 1.0
     assert driven(Calls(source, config).score(0, prompt, (wrong,)))[0] < 0.5
     assert re.fullmatch(r"State .*: \d\d? [+-] \d\d? =", prompt.messages[0].content)

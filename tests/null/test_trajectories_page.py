@@ -50,9 +50,9 @@ def groups(step: int) -> list[Group]:
     second = Prompt(f"train/{step}b", (Message("user", "Say é, and <b>wait</b>."),))
     call = ToolCall("add", {"a": step, "b": 2})
     said = (
-        Message("assistant", "add", (call,)),
+        Message("assistant", "add", (call,), sampled=True),
         Message("tool", "6", more={"name": "add"}),
-        Message("assistant", "It is 6"),
+        Message("assistant", "It is 6", sampled=True),
     )
     return [
         Group(first, (
@@ -200,6 +200,27 @@ def test_a_program_turn_by_turn(browser: Browser, page: Path) -> None:
     } <= {*words}
     assert texts(browser, ".head b") == ["1"]
     assert "advantage 0.75" in texts(browser, ".who span") and "mean log-prob −2" in texts(browser, ".who span")
+
+
+def test_what_the_environment_quotes_is_no_turn(browser: Browser, tmp_path: Path) -> None:
+    """An example that the environment gives stands as who spoke the model's turn, and its turn as the environment's."""
+    prompt = Prompt("train/0", (Message("user", "?"),))
+    example, call = Message("assistant", "4"), ToolCall("add", {"a": 1})
+    said = (
+        Message("assistant", "five", sampled=True), Message("user", "So:"), example,
+        Message("assistant", "six", (call,), sampled=True), replace(example, calls=(call,)),
+        Message("assistant", "7", sampled=True),
+    )  # fmt: skip
+    turns = [turn("five", -1.0, "So:4"), turn("six", -1.0, "4"), turn("7", -1.0)]
+    rows = trajectory_rows([Group(prompt, (played(prompt, 1, 0, turns, 1.0, said=said),))], Pieces(spell))
+    (tmp_path / "trajectories").mkdir()
+    (tmp_path / "config.json").write_text('{"name": "quotes"}')
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "trajectories/step-1.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    browser.open(write_trajectories_page(tmp_path).path)
+    assert texts(browser, ".who b") == ["assistant", "user, assistant", "assistant", "assistant", "assistant"]
+    calls = "[...document.querySelectorAll('.turn')].map((one) => one.querySelectorAll('.call').length)"
+    assert browser.run(calls) == [0, 0, 0, 1, 1, 0]
 
 
 def colour(browser: Browser, selector: str) -> str:

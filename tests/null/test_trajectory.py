@@ -154,7 +154,11 @@ def test_trajectory_rows_decode_what_was_sampled():
 def test_rows_of_tokens_by_hand() -> None:
     """Log-probs, versions or credit of other tokens; an advantage for what was not trained."""
     call = ToolCall("add", {"a": 1})
-    said = (Message("assistant", "34", (call,)), Message("tool", "!", call_id="c1"), Message("assistant", "5"))
+    said = (
+        Message("assistant", "34", (call,), sampled=True),
+        Message("tool", "!", call_id="c1"),
+        Message("assistant", "5", sampled=True),
+    )
     columns = Columns.of(tokens=(51, 52), logprobs=(-0.12345, -0.0), versions=(3, 4))
     again = Columns.of(tokens=(53,), logprobs=(-2.0,), versions=(4,))
     turns = (
@@ -187,7 +191,8 @@ def test_what_a_turn_earned_stands_at_its_message() -> None:
         columns = Columns.of(tokens=(number, 7), logprobs=(0.0, 0.0), versions=(0, 0))
         turns.append(Turn(Completion("r", columns, StopReason.LENGTH), observation, reward=earned))
     flat = flatten("p/0/0", "p", (1,), turns, 1.0)
-    said = tuple(Message(role, "x") for role in ("assistant", "tool", "assistant", "assistant", "tool"))
+    roles = ("assistant", "tool", "assistant", "assistant", "tool")
+    said = tuple(Message(role, "x", sampled=role == "assistant") for role in roles)
     group = Group(Prompt("p", (Message("user", "?"),)), (dataclasses.replace(flat, said=said),))
     (row,) = trajectory_rows([group], Pieces(lambda ids: "".join(map(str, ids))))
     assert [one.get("reward") for one in row["said"]] == [0.5, None, None, -1.0, None]

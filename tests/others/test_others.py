@@ -51,7 +51,7 @@ def talk(pool: EnvironmentPool, prompt: Any, *said: str | Message) -> tuple[list
     episode = pool.episode(prompt)
     seen = []
     for text in said:
-        episode.said.append(Message("assistant", text) if isinstance(text, str) else text)
+        episode.said.append(Message("assistant", text, sampled=True) if isinstance(text, str) else text)
         seen.append(episode.observe().result(60))
         assert not isinstance(seen[-1], Failure), seen[-1]
     reward = episode.score().result(60)
@@ -155,7 +155,7 @@ def test_textarena_dice_of_games_side_by_side(pools: Any) -> None:
     beside: list[list[Any]] = [[], [], []]
     for text in ("[roll]", "[hold]", "[roll]"):
         for run, seen in zip(runs, beside, strict=True):
-            run.said.append(Message("assistant", text))
+            run.said.append(Message("assistant", text, sampled=True))
             seen.append(shown(run.observe().result(60)))
     assert beside == [alone] * 3
 
@@ -178,7 +178,7 @@ def test_openenv_echo(pools: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert counts == {"bad_actions": 1}
     first, other = pool.episode(prompt), pool.episode(prompt)  # the template's server has one session
     for episode in (first, other):
-        episode.said.append(Message("assistant", "x"))
+        episode.said.append(Message("assistant", "x", sampled=True))
     assert shown(first.observe().result(60)) == "x"
     assert "max_concurrent_envs" in other.observe().result(60).reason
     first.teardown()
@@ -192,8 +192,8 @@ def test_openenv_tools(pools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = pool.prompt(0)
     (schema,) = prompt.tools
     assert schema["function"]["name"] == "raise_by" and schema["function"]["parameters"]["required"] == ["step"]
-    calls = [Message("assistant", "", (ToolCall("raise_by", {"step": step}, "c"),)) for step in (1, 2)]
-    wrong = Message("assistant", "", (ToolCall("lower", {}),), faults=("no JSON",))
+    calls = [Message("assistant", "", (ToolCall("raise_by", {"step": step}, "c"),), sampled=True) for step in (1, 2)]
+    wrong = Message("assistant", "", (ToolCall("lower", {}),), faults=("no JSON",), sampled=True)
     seen, reward, counts = talk(pool, prompt, calls[0], wrong, calls[1])
     assert seen[0].messages == (Message("tool", "at 1", call_id="c", more={"name": "raise_by"}),)
     assert [one.content.split(":")[0] for one in seen[1].messages] == ["error", "error"]
@@ -212,7 +212,7 @@ def test_verifiers_single_agent(pools: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert seen[0].messages is None and reward == 1.5
     assert talk(pool, prompt, "5")[1] == 0.5
     episode = pool.episode(prompt)
-    episode.said.append(Message("assistant", "4"))
+    episode.said.append(Message("assistant", "4", sampled=True))
     assert episode.score().result(60) == 1.5  # not observed: cut at rollout.max_turns
     episode.teardown()
 
@@ -223,9 +223,9 @@ def test_verifiers_tools(pools: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pool = pools("verifiers", taskset="sums-v1", **{"taskset.task.tools": True})
     prompt = pool.prompt(3)
     assert [schema["function"]["name"] for schema in prompt.tools] == ["add"]
-    call = Message("assistant", "I add.", (ToolCall("add", {"a": 3, "b": 1}),))
-    none = Message("assistant", "", (ToolCall("subtract", {}),))
-    unread = Message("assistant", "", faults=("no JSON",))
+    call = Message("assistant", "I add.", (ToolCall("add", {"a": 3, "b": 1}),), sampled=True)
+    none = Message("assistant", "", (ToolCall("subtract", {}),), sampled=True)
+    unread = Message("assistant", "", faults=("no JSON",), sampled=True)
     seen, reward, counts = talk(pool, prompt, call, none, unread, "4")
     assert [shown(one) for one in seen[:1]] == ["4"] and seen[0].messages[0].more == {"name": "add"}
     assert shown(seen[1]).startswith("error: there is no tool 'subtract'") and shown(seen[2]) == "error: no JSON"

@@ -101,7 +101,7 @@ class Digits(_Sleeps, Episode):
         return [Message("user", "again")]
 
     def score(self, turns: tuple[Message, ...]) -> float:
-        said = [message.content for message in turns if message.role == "assistant"][-1]
+        said = [message.content for message in turns if message.sampled][-1]
         return min(1.0, sum(map(str.isdigit, said)) / DIGITS)
 
 

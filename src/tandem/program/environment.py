@@ -109,7 +109,7 @@ class Environment:
 
     def score(self, prompt: Prompt, turns: tuple[Message, ...]) -> float:
         """The reward of a whole conversation after the prompt; unless written, that of the last thing it said."""
-        said = [message.content for message in turns if message.role == "assistant"]
+        said = [message.content for message in turns if message.sampled]
         return self.reward(prompt, said[-1])
 
     key: Callable[[Prompt], str] | None = None

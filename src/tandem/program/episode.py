@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from tandem.program.config import MAX_REWARD, half_character
@@ -55,7 +55,7 @@ def open_episode(environment: Environment, prompt: Prompt) -> Episode:
 
 def last_text(turns: Sequence[Message]) -> str:
     """What the model said last."""
-    return next(message.content for message in reversed(turns) if message.role == "assistant")
+    return next(message.content for message in reversed(turns) if message.sampled)
 
 
 def checked_step(value: Any) -> Observed:
@@ -85,11 +85,12 @@ def _messages(value: Any) -> tuple[Message, ...] | Fold | None:
             raise ValueError(f"what observe returned {wrong}")
     if (size := sum(len(message.content) for message in messages)) > MAX_CHARACTERS:
         raise ValueError(f"observe returned {size:,} characters; allowed are {MAX_CHARACTERS:,}. Cut it")
+    messages = tuple(replace(one, sampled=False) if one.sampled else one for one in messages)  # a turn said again
     if isinstance(value, Fold):
         if not messages:
             raise ValueError("observe returned a Fold without messages; a context needs one")
-        return Fold(tuple(messages))
-    return tuple(messages) or None
+        return Fold(messages)
+    return messages or None
 
 
 def checked_counts(counts: Mapping[Any, Any]) -> dict[str, int]:

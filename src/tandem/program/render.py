@@ -122,7 +122,7 @@ class Renderer:
         """
         text = self.text(tokens)
         if not (tools or parsed or self.tool_format != "auto"):
-            return Message("assistant", text)
+            return Message("assistant", text, sampled=True)
         found = self._parsed(text, tools)
         ids = [call.id for call in found.calls]
         calls = tuple(
@@ -130,7 +130,7 @@ class Renderer:
             for place, call in enumerate(found.calls)
         )
         more = {"reasoning_content": found.reasoning} if found.reasoning else {}
-        return Message("assistant", found.content, calls, more=more, faults=found.faults)
+        return Message("assistant", found.content, calls, more=more, faults=found.faults, sampled=True)
 
     def observation_tokens(
         self,

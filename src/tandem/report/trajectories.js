@@ -209,10 +209,13 @@ function segment(row, rows, most) {
   return made;
 }
 
+// An assistant's message that the environment said has `sampled: false`.
+const isTurn = (message) => message?.role === "assistant" && message.sampled !== false;
+
 // Who spoke a run of tokens: the model's next message, or all up to it.
 function speakers(said, model) {
-  if (model) return said[0]?.role === "assistant" ? [said.shift()] : [{ role: "assistant" }];
-  const end = said.findIndex((message) => message.role === "assistant");
+  if (model) return isTurn(said[0]) ? [said.shift()] : [{ role: "assistant" }];
+  const end = said.findIndex(isTurn);
   const found = said.splice(0, end < 0 ? said.length : end);
   return found.length ? found : [{ role: "environment" }];
 }

@@ -127,7 +127,7 @@ class Program:
         observations = sum(bool(turn.observation_tokens) for segment in self.segments for turn in segment.turns)
         seen = {"tool_calls": 0} if self.prompt.tools else {"observations": observations}
         counts = Counter({**seen, **self.episode.counts, **self.limits})
-        if unreadable := sum(len(message.faults) for message in self.episode.said):
+        if unreadable := sum(len(message.faults) for message in self.episode.said if message.sampled):
             counts["unreadable_calls"] = unreadable
         counts.update(f"split_{segment.cause}" for segment in self.segments if segment.cause not in ("", "fold"))
         found, first_turn = list[Trajectory](), 0
@@ -193,7 +193,7 @@ class Paused:
         episode = program.episode
         anew = program.outcome is None and bool(getattr(episode, "lasts", False))
         said = list(episode.said)
-        while asked == "environment" and said[-1].role != "assistant":  # it has answered, and nobody took it
+        while asked == "environment" and not said[-1].sampled:  # it has answered, and nobody took it
             said.pop()
         return cls(
             program.id,

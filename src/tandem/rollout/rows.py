@@ -107,19 +107,22 @@ def _said(trajectory: Trajectory) -> list[dict[str, Any]]:
     """Who spoke, and what the model's turns earned by themselves."""
     spoken = [_without_content(message) for message in trajectory.said]
     if (earned := trajectory.columns.get("step_rewards")) is not None:
-        turns = trajectory.columns.get("turns")
-        numbers = np.where(trajectory.columns["loss_mask"], 0, -1) if turns is None else turns
+        numbers = trajectory.columns.get("turns")
+        numbers = np.where(trajectory.columns["loss_mask"], 0, -1) if numbers is None else numbers
         ends = np.flatnonzero(
             (numbers >= 0) & (numbers != np.append(numbers[1:], -1))
         )  # its reward is at its last token
-        for said, reward in zip([one for one in spoken if one["role"] == "assistant"], earned[ends], strict=False):
-            said |= {"reward": float(reward)} if reward else {}
+        turns = [row for row, message in zip(spoken, trajectory.said, strict=True) if message.sampled]
+        for row, reward in zip(turns, earned[ends], strict=False):
+            row |= {"reward": float(reward)} if reward else {}
     return spoken
 
 
 def _without_content(message: Message) -> dict[str, Any]:
     """Who spoke, the calls of tools, and what was wrong with them; what was said is in the text."""
     spoken = {name: value for name, value in message.row().items() if name != "content"}
+    if message.role == "assistant" and not message.sampled:
+        spoken["sampled"] = False
     return spoken | ({"faults": list(message.faults)} if message.faults else {})
 
 

@@ -234,7 +234,7 @@ class Turns:
         renderer, segment = self.by.renderer, program.segments[-1]
         messages = (*segment.messages, *program.episode.said[segment.begun :])
         whole, context = renderer.conversation_tokens(messages, program.prompt.tools, observed), segment.context
-        said = [message for message in program.episode.said[segment.begun :] if message.role == "assistant"]
+        said = [message for message in program.episode.said[segment.begun :] if message.sampled]
         if cause := split_cause(renderer, context, whole, segment.starts, said):
             self._begin(program, whole, messages, cause)
         else:

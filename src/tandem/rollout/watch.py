@@ -97,6 +97,6 @@ class _Episode:
                 self.by.progress.rewards.append(answer)
 
     def _spoken(self) -> None:
-        turns = sum(message.role == "assistant" for message in self.said)
+        turns = sum(message.sampled for message in self.said)
         self.by.progress.turns += turns - self.turns
         self.turns = turns

@@ -30,6 +30,7 @@ from tandem.rollout.flow import Ended
 T = TypeVar("T")
 FACTS, GROUPS = "journal.jsonl", "journal.bin"
 VERSION = 1
+UNMARKED = {"role", "content", "calls", "call_id", "more", "faults"}  # a Message of before `sampled`
 
 
 def packed(value: Any) -> bytes:
@@ -43,7 +44,20 @@ def unpacked(content: bytes, kind: type[T]) -> T:
     >>> unpacked(packed(Columns.of(tokens=(1, 2))), Columns)["tokens"].tolist()
     [1, 2]
     """
-    return msgspec.msgpack.decode(content, type=kind, dec_hook=_array_in)
+    return msgspec.convert(_marked(msgspec.msgpack.decode(content)), kind, dec_hook=_array_in)
+
+
+def _marked(value: Any) -> Any:
+    """What was decoded, with a mark on the model's turns: in files of before there was one, on each assistant's."""
+    parts = value if isinstance(value, list) else ()
+    if isinstance(value, dict):
+        parts = list(value.values())
+        for message in value["said"] if isinstance(value.get("said"), list) else ():
+            if isinstance(message, dict) and message.keys() == UNMARKED:
+                message["sampled"] = message["role"] == "assistant"
+    for part in parts:
+        _marked(part)
+    return value
 
 
 def _array_out(value: Any) -> Any:

@@ -291,7 +291,7 @@ def resolved(taskset: str, env: str, options: Mapping[str, Any]) -> tuple[Any, s
 
 
 def spoken(turns: Sequence[Message]) -> int:
-    return sum(message.role == "assistant" for message in turns)
+    return sum(message.sampled for message in turns)
 
 
 def called(call: ToolCall, id: str) -> dict[str, Any]:
