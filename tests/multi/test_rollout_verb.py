@@ -145,6 +145,52 @@ def test_the_number_of_programs(programs: int | None, made: tuple[int, int] | No
             alone.sized(config, programs, "heldout")
 
 
+@pytest.mark.parametrize(
+    ("verb", "settings", "unused"),
+    [
+        ("rollout", {"rollout.max_turns": "2", "seed": "3", "engine.draft_tokens": "2"}, ""),
+        ("rollout", {"rollout.redraws": "2", "task.seed": "1"}, "rollout.redraws"),
+        ("rollout", {"rollout.extra_prompts": "2", "learner.lr": "1e-5"}, "learner.lr, rollout.extra_prompts"),
+        ("rollout", {"select.window": "64"}, "select.window"),
+        ("eval", {"rollout.max_new_tokens": "9", "evaluation.prompts": "2", "engine.page_tokens": "32"}, ""),
+        ("eval", {"rollout.temperature": "0.5", "seed": "3"}, "rollout.temperature, seed"),
+        ("eval", {"engine.weights": "int4", "evaluation.every": "2"}, "engine.weights, evaluation.every"),
+    ],
+)
+def test_a_setting_without_a_use_is_said(
+    verb: str,
+    settings: dict[str, str],
+    unused: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What a person sets to see its effect has none, and nothing says so; or what has one is said to have none."""
+
+    def stopped(*_: Any) -> None:
+        raise ConfigError("stopped")
+
+    monkeypatch.setattr(alone, "sized", stopped)
+    monkeypatch.setattr(local, "evaluate_model", stopped)
+    assert main.main([verb, "tiny_arithmetic", *[f"--set={name}={value}" for name, value in settings.items()]]) == 2
+    said = capsys.readouterr().err
+    names = ", ".join(sorted(unused.split(", ")))
+    assert (f"tandem {verb} has no use for {names}: it " in said) if unused else ("no use" not in said), said
+
+
+def test_a_recipes_own_step_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A recipe whose steps run more prompts than its batches have: the programs that are shown are not said to be
+    others."""
+    (tmp_path / "more.py").write_text(
+        "from dataclasses import replace\nfrom tandem.recipes.tiny_arithmetic import tiny_arithmetic\n"
+        "from tandem.run.config import RunConfig\ndef more() -> RunConfig:\n    config = tiny_arithmetic()\n"
+        "    return replace(config, rollout=replace(config.rollout, extra_prompts=2))\n"
+    )
+    assert main.main(["rollout", f"{tmp_path}/more.py:more", "--programs", "0"]) == 2
+    assert "tandem rollout has no use for rollout.extra_prompts: it runs" in capsys.readouterr().err
+
+
 def test_nothing_graded_is_an_exit_code_of_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 GSM8K_TEMPLATE = "{question}\nThink step by step, then end with the answer as a number."
 GSM8K_NEW_TOKENS = 256  # room for the steps; a recipe for sums has less. Of a model without a recipe too
 
+USED = ("model.", "task.", "engine.", "rollout.", "evaluation.prompts")
+OF_TRAINING = ("prompts_per_step", "samples_per_prompt", "redraws", "extra_prompts", "keep_tokens")
+OF_DRAWING = ("temperature", "top_k", "top_p", "min_p")
+OF_ENGINES = ("replicas", "answer_s", "dtype", "weights", "weight_group", "kv_dtype", "kv_window", "kv_sinks", "noise")
+UNUSED = (*(f"rollout.{name}" for name in (*OF_TRAINING, *OF_DRAWING)), *(f"engine.{name}" for name in OF_ENGINES))
+WHY = "it takes the most likely answer to each held-out prompt, by the model's own weights, and learns nothing"
+
 
 def evaluate(
     target: Annotated[
@@ -35,7 +42,7 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> int:
     """Measure greedy accuracy on held-out prompts, with a 95 % confidence interval."""
-    from tandem.cli.settings import assignments
+    from tandem.cli.settings import assignments, say_unused
     from tandem.config import override
     from tandem.errors import ConfigError
 
@@ -51,6 +58,7 @@ def evaluate(
             "jsonl with --path FILE.jsonl, or --set task.environment=..."
         )
     config = override(_with_task(read, task, path), assigned)
+    say_unused("eval", assigned, USED, UNUSED, WHY)
     asked: dict[str, int] = {}
     if path is not None and config.task.heldout_path == str(path):
         config, asked = _distinct(config)

@@ -13,6 +13,12 @@ import typer
 
 from tandem.cli.options import Assignments, ConfigFiles
 
+# Other programs than these run where a batch is to be learned of; said of a recipe's too.
+OF_A_STEP = ("rollout.redraws", "rollout.extra_prompts", "select.window", "select.first_samples")
+USED = ("name", "seed", "model.", "task.", "engine.", "rollout.")
+UNUSED = (*OF_A_STEP, "engine.replicas", "engine.answer_s")
+WHY = "it runs the programs of a step once, keeps them all, and learns nothing"
+
 
 class Split(str, Enum):
     """Whose prompts are asked."""
@@ -34,11 +40,14 @@ def rollout(
 ) -> int:
     """Run a task's programs without training, and write the page in which they are read: trajectories.html."""
     from tandem.cli.recipes import find_recipe
-    from tandem.cli.settings import assignments
-    from tandem.config import override
+    from tandem.cli.settings import assignments, say_unused
+    from tandem.config import flatten, override
 
     written = find_recipe(recipe)()
-    config = override(written, assignments(written, files or [], settings or []))
+    assigned = assignments(written, files or [], settings or [])
+    config = override(written, assigned)
+    of_step = [name for name in OF_A_STEP if flatten(config)[name]]
+    say_unused("rollout", [*assigned, *of_step], USED, UNUSED, WHY)
 
     from tandem.report.html import write_report
     from tandem.report.live import failed

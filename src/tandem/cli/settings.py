@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from tandem.config import flatten, parsed, render
 from tandem.errors import ConfigError
 
 FORMATS = (".toml", ".yaml", ".yml")
+SHOWN = 12  # settings that a line names
 
 
 class Verbatim(str):
@@ -25,6 +27,18 @@ def assignments(config: Any, files: Iterable[Path], texts: Iterable[str]) -> dic
     for path in files:
         assigned |= read_file(path, config)
     return assigned | parse_settings(texts)
+
+
+def say_unused(verb: str, names: Iterable[str], used: Sequence[str], but: Sequence[str], why: str) -> None:
+    """A line on stderr for the settings that a verb was given and has no use for: it looks as if they had been heard.
+
+    used: settings, and tables of them with a dot at the end, of which it does not use `but`.
+    """
+    heard = [name for name in names if name.startswith(tuple(used)) and name not in but]
+    left = sorted({*names}.difference(heard))
+    if left:
+        shown = ", ".join(left[:SHOWN]) + (f" and {len(left) - SHOWN} more" if len(left) > SHOWN else "")
+        print(f"tandem {verb} has no use for {shown}: {why}.", file=sys.stderr)
 
 
 def read_file(path: Path, config: Any) -> dict[str, str]:
