@@ -21,7 +21,7 @@ from tandem.program.config import TaskConfig
 from tandem.rollout.config import RolloutConfig
 from tandem.run import asynchronous, local
 from tandem.run.config import EvaluationConfig, RunConfig
-from tandem.run.journal import Read
+from tandem.run.journal import FACTS, VERSION, Journal, Read
 from tandem.run.replay import Repeated, replay
 from tandem.train.config import LearnerConfig
 from tests.display import Silent
@@ -169,6 +169,17 @@ def test_a_journal_that_was_cut_is_repeated_to_the_cut(tiny: RunConfig, tmp_path
     groups.write_bytes(groups.read_bytes()[:-5])
     read = Read(tmp_path / "run")
     assert all(fact["at"] + fact["bytes"] <= groups.stat().st_size for fact in read.facts if fact.kind == "end")
+
+
+def test_a_journal_of_another_version_is_refused(tmp_path: Path) -> None:
+    """Groups of another layout that are read for what they are not: another batch, told as repeated."""
+    with Journal(tmp_path) as journal:
+        journal.start("9f2c")
+    path = tmp_path / FACTS
+    assert not Read(tmp_path).cut
+    path.write_text(path.read_text().replace(f'"version":{VERSION}', f'"version":{VERSION - 1}'))
+    with pytest.raises(RunFolderError, match="another version of tandem"):
+        Read(tmp_path)
 
 
 @pytest.mark.parametrize("room", [26_000, 41_000, 52_000])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from tandem.columns import Columns
@@ -13,19 +12,17 @@ from tandem.engine.driver import Driver
 from tandem.program.adapters import verifiers
 from tandem.program.config import TaskConfig
 from tandem.program.environment import Environment, Fold
-from tandem.program.episode import Observed, checked_step, last_text
+from tandem.program.episode import checked_step, last_text
 from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
-from tandem.rollout.flow import Ended
 from tandem.rollout.group import summarise
 from tandem.rollout.pieces import Pieces
-from tandem.rollout.program import Paused, Played, Program, Segment
+from tandem.rollout.program import Paused, Program, Segment
 from tandem.rollout.rollout import Rollouts
 from tandem.rollout.rows import trajectory_rows
 from tandem.rollout.trajectory import flatten
 from tandem.rollout.watch import Progress, Watched
-from tandem.run.journal import packed, unpacked
 from tandem.types import Completion, Group, Message, Prompt, StopReason, ToolCall, Turn
 from tests.null.test_history import CALL, CALLED, TOOL, chatml, played
 from tests.null.test_rollout import FakeEngine, Letters, spell
@@ -144,28 +141,3 @@ def test_a_kept_program_asks_again_from_its_turn() -> None:
     program = Program("p/0/0", 0, Prompt("p", ()), episode, [Segment((1,), 0, ())])  # type: ignore[arg-type]
     assert Paused.of(program, "environment").said == (episode.said[0],)
     assert Paused.of(program, "engine").said == tuple(episode.said)
-
-
-def test_files_of_before_the_mark_are_read() -> None:
-    """A run that an older version kept goes on with no turn of the model's, or its replay asks environments anew."""
-    said = (Message("assistant", "a", sampled=True), TOOL, Message("assistant", "b", sampled=True))
-    record = {"said": [{"role": "assistant", "content": "c"}], "answer": "said"}
-    prompt = Prompt("p", (EXAMPLE, Message("user", "q")), record)
-    flat = dataclasses.replace(flatten("p/0/0", "p", (1,), (), 1.0), said=said)
-    whole = Ended("p/0", Group(prompt, (flat,)), (Played("p/0/0", (), said, (Observed((TOOL,)),), 1.0),))
-    raw = msgspec.msgpack.decode(packed(whole))
-    marks = 0
-
-    def without(value: object) -> None:
-        nonlocal marks
-        if isinstance(value, dict):
-            marks += value.pop("sampled", None) is not None
-        for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
-            without(part)
-
-    without(raw)
-    assert marks == 9 and b"sampled" not in (older := msgspec.msgpack.encode(raw))
-    for content in (packed(whole), older):
-        found = unpacked(content, Ended)
-        assert found.played == whole.played and found.group.prompt == prompt
-        assert found.group.trajectories[0].said == said

@@ -406,7 +406,7 @@ class AsyncSession(PartedSession):
         if self.history and self.history[0].kind == "start":
             self.history.popleft()
         elif self.earlier is None:
-            self.journal.start({}, self.weights_version.digest)
+            self.journal.start(self.weights_version.digest)
         return done
 
     def _kept(self, directory: Path) -> Kept:

@@ -1,6 +1,6 @@
 """The journal of an asynchronous run: each fact that scheduling and the outside decided, in order.
 
-    journal.jsonl     a fact a line: start, begin, end, choose, update, resume
+    journal.jsonl     a fact a line: start, begin, end, choose, update
     journal.bin       the groups that ended, whole; an `end` says where, and their hash
 
 Weights, seeds and these facts fix all tokens and all later weights. An `end` names which version drew how many tokens
@@ -29,8 +29,7 @@ from tandem.rollout.flow import Ended
 
 T = TypeVar("T")
 FACTS, GROUPS = "journal.jsonl", "journal.bin"
-VERSION = 1
-UNMARKED = {"role", "content", "calls", "call_id", "more", "faults"}  # a Message of before `sampled`
+VERSION = 2  # of what is packed: the first had no mark on what a model sampled
 
 
 def packed(value: Any) -> bytes:
@@ -44,20 +43,7 @@ def unpacked(content: bytes, kind: type[T]) -> T:
     >>> unpacked(packed(Columns.of(tokens=(1, 2))), Columns)["tokens"].tolist()
     [1, 2]
     """
-    return msgspec.convert(_marked(msgspec.msgpack.decode(content)), kind, dec_hook=_array_in)
-
-
-def _marked(value: Any) -> Any:
-    """What was decoded, with a mark on the model's turns: in files of before there was one, on each assistant's."""
-    parts = value if isinstance(value, list) else ()
-    if isinstance(value, dict):
-        parts = list(value.values())
-        for message in value["said"] if isinstance(value.get("said"), list) else ():
-            if isinstance(message, dict) and message.keys() == UNMARKED:
-                message["sampled"] = message["role"] == "assistant"
-    for part in parts:
-        _marked(part)
-    return value
+    return msgspec.msgpack.decode(content, type=kind, dec_hook=_array_in)
 
 
 def _array_out(value: Any) -> Any:
@@ -115,12 +101,8 @@ class Journal:
         for descriptor in (self._facts, self._groups):
             os.close(descriptor)
 
-    def start(self, config: Mapping[str, Any], weights: str) -> None:
-        self._write(fact="start", version=VERSION, config=dict(config), weights=weights)
-
-    def resume(self, step: int) -> None:
-        """What follows goes on from the checkpoint of `step`; what ended since is in the journal before."""
-        self._write(fact="resume", step=step)
+    def start(self, weights: str) -> None:
+        self._write(fact="start", version=VERSION, weights=weights)
 
     def begin(self, number: int, group: str, step: int, prompt: int, version: int) -> None:
         """prompt: its place in the run's order of prompts."""
@@ -189,6 +171,11 @@ class Read:
             if fact.kind == "end" and fact["at"] + fact["bytes"] > groups:
                 self.cut = f"group {fact['number']} of line {len(self.facts) + 1} is not whole in {GROUPS}"
                 break
+            if fact.kind == "start" and fact["version"] != VERSION:
+                raise RunFolderError(
+                    f"{folder / FACTS} was written by another version of tandem (its format is {fact['version']}, this "
+                    f"one's {VERSION}): go on with that version, or start the run anew."
+                )
             self.facts.append(fact)
             self.ends.append(self.ends[-1] + len(line))
 

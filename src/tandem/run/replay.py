@@ -149,7 +149,7 @@ class ReplaySession(PartedSession):
         for flow in self.flows:
             flow.turns.allowed = self._allowed
             flow.turns.overtime = self._overtime
-        self.facts: Iterator[Fact] = iter([fact for fact in read.facts if fact.kind not in ("start", "resume")])
+        self.facts: Iterator[Fact] = iter([fact for fact in read.facts if fact.kind != "start"])
         self.hand: dict[str, Ended] = {}  # ended here, by group
         self.version = 0
         self.others = 0
