@@ -5,6 +5,7 @@ TANDEM_KERNELS   triton: run Triton's kernels on the CPU too, as tests/gpu does 
                  reference: PyTorch in place of the C++ kernels; slow, and a row's bits depend on its batch
 TANDEM_THREADS   threads a process computes with; default OMP_NUM_THREADS, else the cores this process may use
 GOMP_SPINCOUNT   how long OpenMP spins; set to 2000 where it is not given
+RAY_ADDRESS      a cluster for workers.backend=ray to join; without it a Ray is started here, and ends with the run
 WANDB_MODE       passed on to W&B; offline where it is not given
 NO_COLOR         any text: no colours (https://no-color.org)
 XDG_CACHE_HOME   default ~/.cache
@@ -13,6 +14,7 @@ XDG_CACHE_HOME   default ~/.cache
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -166,6 +168,18 @@ def foreign() -> dict[str, str]:
 def tracking() -> dict[str, str]:
     """The environment for a tracker's process: W&B writes to disk alone where the user has not asked for more."""
     return {"WANDB_MODE": "offline", "WANDB_SILENT": "true", **foreign()}
+
+
+def ray_address() -> str:
+    """Of the cluster to join."""
+    return os.environ.get("RAY_ADDRESS", "").strip()
+
+
+def set_ray_token() -> None:
+    """A token of this process's own for a Ray that it starts, unless the user has said something of one."""
+    if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        _OURS.add("RAY_AUTH_TOKEN")
 
 
 def no_color() -> bool:

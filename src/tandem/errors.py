@@ -87,6 +87,22 @@ class DeliveryError(WorldError):
     """The engine does not serve what the learner published."""
 
 
+class WorkerDied(WorkerError):
+    """Its process ended."""
+
+
+class WorkerStalled(WorkerError):
+    """It did not answer by the deadline, and was ended."""
+
+
+class WorkerLied(WorkerError):
+    """What it answered is not what was asked for."""
+
+
+class WorkerFlooded(WorkerError):
+    """It sent more than an answer may be, or what nobody asked for, and was ended."""
+
+
 class TandemWarning(RuntimeWarning):
     """What the user should know of what tandem does; the command line prints it on one line."""
 

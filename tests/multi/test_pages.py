@@ -97,6 +97,7 @@ RUNS: dict[str, str] = {
     "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2": "",
     "tandem train smollm2_arithmetic_cpu --set rollout.history=render": "",
     "tandem train smollm2_arithmetic_cpu --set rollout.extra_prompts=4 --set algo.fairness.weights=inverse": "",
+    "tandem train smollm2_arithmetic_cpu --set workers.backend=local": "",
     "tandem train smollm2_arithmetic_cpu --set task.environment=units.py:Units --set task.reward_on_error=0": "",
     "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2 "
     "--set algo.credit=step": "",

@@ -50,6 +50,7 @@ class Asked:
     addresses: bool = False  # what is limited is addresses, and they are kept where memory is given back
     critic: ModelSpec | None = None  # that learns beside the policy, where it has a model of its own
     serves: bool = False  # nothing is to learn: matrices keep the form that products read
+    apart: bool = False  # the engine is in a process of its own
 
     @property
     def dtype(self) -> str:
@@ -80,7 +81,7 @@ class Asked:
     @property
     def shares(self) -> bool:
         """Whether engine and learner have one decoder."""
-        return not (self.rounded or self.lag or self.beside)
+        return not (self.rounded or self.lag or self.beside or self.apart)
 
     @property
     def form(self) -> Literal["codes", "packed", "both"]:

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from tandem.run.config import RunConfig
 
 LIBRARY_BYTES = 24 << 20  # compiled kernels, threads' stacks and what else is first touched after the plan: measured
+ENGINE_BYTES = 400 << 20  # Python, torch and tokeniser of the engine's process, where it has one of its own
+SHARED_WEIGHTS = 2.25  # times the weights: what sync/memory.py sets aside
 CHILD_BYTES = 120 << 20  # a task's child: reasoning_gym's sums take 115 MiB
 MARGIN = 0.9  # of what is available, for what the program may choose to fill
 VALUE_BYTES = (
@@ -379,15 +381,19 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
     own = packed_bytes(spec, model, asked.dtype)
     if asked.engine.weights != "same" and asked.holds_codes:
         yield Line("engine's packed weights, until they are codes", own, ("load",))
-        yield Line("engine's own weights", rounded_bytes(asked), LOADED)
+        yield Line("engine's own weights", rounded_bytes(asked), LOADED, own=not asked.apart)
     elif not asked.shares:
-        yield Line("engine's own weights", count * served + own, place=place)
-    if asked.rounded and asked.lag:
-        yield Line("weights before rounding", whole + packed, place=place)
+        yield Line("engine's own weights", count * served + own, place=place, own=not asked.apart)
+    if asked.rounded and (asked.lag or asked.apart):
+        yield Line("weights before rounding", whole + (packed if asked.lag else 0), place=place, own=not asked.apart)
+    if asked.apart:
+        yield Line("the engine's process", ENGINE_BYTES, own=False)
+        yield Line("weights in shared memory", int(SHARED_WEIGHTS * whole), LOADED)
     if asked.lag:
         yield Line("weights held back", (asked.lag + 1) * whole, LOADED, place)
-    yield Line("pages of keys and values", pool_bytes * num_pools(asked), asked.page_phases, place)
-    yield Line("a step's activations", step_bytes(asked), LOADED if asked.beside else ("generate",), place)
+    yield Line("pages of keys and values", pool_bytes * num_pools(asked), asked.page_phases, place, own=not asked.apart)
+    when: tuple[Phase, ...] = LOADED if asked.beside else ("generate",)
+    yield Line("a step's activations", step_bytes(asked), when, place, own=not asked.apart)
     yield Line("weights compared", (count if asked.lag else largest) * compute, ("load", "publish"), place)
     if run is not None:
         yield from _learner_lines(asked, checkpointing, place)

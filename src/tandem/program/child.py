@@ -1,4 +1,7 @@
-"""A child process of program/pool.py, seen from its parent: sent calls, waited for within a deadline, killed."""
+"""A child process, seen from its parent: sent calls, waited for within a deadline, killed.
+
+Those of program/pool.py hold environments, those of run/workers.py the rest of a run.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ from typing import Any
 
 import tandem
 from tandem.errors import EnvironmentFailure, TaskError
-from tandem.program.config import TaskConfig
 from tandem.program.printed import follow
 
 Call = tuple[int, str, tuple[Any, ...], float]  # number, one of worker.Calls, its arguments, seconds that it may take
@@ -27,7 +29,7 @@ Answer = tuple[int, str, Any, float]
 GRACE_S = 2.0  # for a call that was cancelled at its deadline to end, before it is left behind
 HOME = str(Path(tandem.__file__).parents[1])
 NEEDED = ("tandem", "numpy", "msgspec", "annotated_types")  # by tandem.program, which loads no torch
-_OWN = "import sys; sys.path[:] = paths\nfrom tandem.program.worker import main; main(theirs, parent)"
+_OWN = "import sys; sys.path[:] = paths\nfrom {module} import main; main(theirs, parent)"
 # In another interpreter: what tandem needs (NEEDED) and that environment lacks is found where it runs, and so are the
 # user's own modules; no other package of tandem's environment, for many import what they happen to find.
 _GUEST = """
@@ -60,21 +62,25 @@ main(theirs, parent)
 
 
 class Child:
-    """One child process and the pipe to it. It starts at once, so that its imports overlap with what comes next."""
+    """One child process and the pipe to it. It starts at once, so that its imports overlap with what comes next.
 
-    def __init__(self, config: TaskConfig) -> None:
+    label: what it is called where it prints. first: what it is sent first. module: whose `main` it runs. python:
+    another interpreter than this process's, for environments.
+    """
+
+    def __init__(self, label: str, first: Any, module: str = "tandem.program.worker", python: str = "") -> None:
         self.started = False  # its task is built
         self.concurrent = False  # calls may overlap: its episodes are asynchronous
         self.reason = ""  # why it was ended
         self.connection, theirs = multiprocessing.Pipe()
-        python = os.path.expanduser(config.python)
+        interpreter = os.path.expanduser(python)
         # sys.path travels, so that the child finds the package and the user's modules wherever the parent did.
         come = f"theirs, parent, paths = {theirs.fileno()}, {os.getpid()}, {[*sys.path, HOME]!r}\n"
-        come += f"tag, python, needed = {sys.implementation.cache_tag!r}, {python!r}, {NEEDED!r}\n"
+        come += f"tag, python, needed = {sys.implementation.cache_tag!r}, {interpreter!r}, {NEEDED!r}\n"
         # A session of its own: Ctrl-C is the parent's to answer, and the kill reaches what the child started.
         try:
             self.popen = subprocess.Popen(
-                [python or sys.executable, "-c", come + (_GUEST if python else _OWN)],
+                [interpreter or sys.executable, "-c", come + (_GUEST if python else _OWN.format(module=module))],
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,  # what a user's environment prints must not land between --json's lines
@@ -85,13 +91,13 @@ class Child:
             if not python:
                 raise
             advice = "Give the interpreter of a virtual environment: task.python=DIR/bin/python"
-            raise TaskError(f"task.python {config.python} cannot be run: {error.strerror}. {advice}") from error
+            raise TaskError(f"task.python {python} cannot be run: {error.strerror}. {advice}") from error
         theirs.close()
         assert self.popen.stdout is not None
-        self.printed = follow(self.popen.stdout, config.label)
+        self.printed = follow(self.popen.stdout, label)
         self._finalizer = weakref.finalize(self, _kill, self.popen, self.connection)
         with contextlib.suppress(OSError):  # it has ended already; who waits for its answer finds that
-            self.connection.send(config)
+            self.connection.send(first)
 
     def send(self, call: Call) -> None:
         """Ask."""

@@ -1,4 +1,4 @@
-"""What the child processes of program/pool.py print, passed on to this process's stderr within bounds."""
+"""What child processes print, passed on to this process's stderr within bounds."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Printed:
     """Bytes of one child, counted.
 
     >>> seen = []
-    >>> printed = Printed("sums", lambda text: seen.append(len(text)))
+    >>> printed = Printed("task sums", lambda text: seen.append(len(text)))
     >>> printed.take(b"x" * MOST_BYTES, 0.0); printed.take(b"yes\\n", 61.0); seen
     [16384, 4]
     """
@@ -41,14 +41,14 @@ class Printed:
             self.write(shown)
         if rest and not self.lost:
             more = "what it prints more is left out for a minute"
-            self.write(f"\ntandem: task {self.label} printed {MOST_BYTES >> 10} KiB; {more}\n".encode())
+            self.write(f"\ntandem: {self.label} printed {MOST_BYTES >> 10} KiB; {more}\n".encode())
         self.lost += len(rest)
         self.last = (self.last + rest)[-LAST_BYTES:]
 
     def tell(self) -> None:
         """How much was left out, and its end: where a process died, why."""
         if self.lost:
-            self.write(f"tandem: task {self.label} printed {self.lost:,} bytes more; the last:\n".encode())
+            self.write(f"tandem: {self.label} printed {self.lost:,} bytes more; the last:\n".encode())
             self.write(self.last if self.last.endswith(b"\n") else self.last + b"\n")
         self.lost, self.last = 0, b""
 

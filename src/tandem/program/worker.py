@@ -163,7 +163,7 @@ async def _awaited(value: Any) -> Any:
 
 def main(fileno: int, parent: int) -> None:
     """Serve the pipe `fileno` until the parent closes it, an answer unread or not."""
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
     with contextlib.suppress(*GONE):
         _serve(Connection(fileno))
 
@@ -276,7 +276,7 @@ def _answer(function: Any) -> tuple[str, Any]:
         return _told(error)
 
 
-def _leave_with(parent: int) -> None:
+def leave_with(parent: int) -> None:
     """End this process when its parent has gone without closing the pipe's reader, as when it is killed."""
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_S)

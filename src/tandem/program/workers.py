@@ -218,7 +218,7 @@ class Workers:
             call.future.set_result(Failure(call.where, "the task was closed"))
 
     def _born(self) -> Child:
-        child = Child(self.config)
+        child = Child(f"task {self.config.label}", self.config, python=self.config.python)
         self._waiting.bound[child] = deque()
         return child
 

@@ -66,6 +66,25 @@ class CheckpointConfig:
     best: bool = False  # save the step of best held-out accuracy too, for good: checkpoints/best leads to it
 
 
+Where = Literal["none", "local", "ray"]
+Seconds = Annotated[float, Interval(gt=0, lt=math.inf)]
+
+
+@dataclass(frozen=True, slots=True)
+@section("workers")
+class WorkersConfig:
+    """Which parts of a run have processes of their own.
+
+    >>> WorkersConfig(backend="local").restarts
+    3
+    """
+
+    backend: Where = "none"  # all in one process; or engine and reference each in one: local children, or Ray's actors
+    deadline_s: Seconds = 120.0  # of a call to a worker: publishing a version, some steps of the engine
+    start_deadline_s: Seconds = 600.0  # until a worker can be asked: its imports, its model
+    restarts: Count = 3  # workers of a run that another may take the place of; what failed once more ends it
+
+
 Sink = Literal["tensorboard", "trackio", "wandb"]
 
 
@@ -114,6 +133,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
+    workers: WorkersConfig = field(default_factory=WorkersConfig)
 
     def __post_init__(self) -> None:
         if self.checkpoint.best and not self.evaluation.repeats:
@@ -132,6 +152,16 @@ def check_training(config: RunConfig) -> None:
     _check_critic(config)
     _check_asynchrony(config)
     _check_select(config)
+    backend = config.workers.backend
+    for name, value, wanted in (
+        ("sync.lag", config.sync.lag, 0),
+        ("asynchrony.mode", config.asynchrony.mode, "sync"),
+    ):
+        if backend != "none" and value != wanted:
+            raise ConfigError(
+                f"workers.backend is {backend} and {name} {value}: an engine in a process of its own goes with "
+                f"{wanted} alone. Set it so, or workers.backend to none."
+            )
     if config.learner.optimiser_offload == "host" and config.model.device == "cpu":
         raise ConfigError(
             "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "

@@ -42,7 +42,9 @@ def train(
         pool = EnvironmentPool(config.task)
         leaving.callback(pool.close)
         folder = leaving.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
-        parts = build_parts(config.model, config.engine, config.sync.lag, config, task=config.task)
+        built = config.model, config.engine, config.sync.lag, config
+        parts = build_parts(*built, task=config.task, workers=config.workers)
+        leaving.callback(parts.close)
         pool.ready()
         if folder is None:  # only now, so that a wrong model or task leaves no folder behind
             folder = leaving.enter_context(RunFolder.create(path, config, keep=keep))

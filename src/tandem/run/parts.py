@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from tandem import env
 from tandem.engine.admit import count_pages
 from tandem.engine.batch import INITIAL
 from tandem.engine.config import EngineConfig
-from tandem.engine.engine import Engine
+from tandem.engine.engine import Decode, Engine
 from tandem.engine.layout import KvLayout
 from tandem.engine.runner import DecoderRunner, dtype_name
 from tandem.errors import ConfigError, TandemWarning
@@ -28,13 +29,20 @@ from tandem.plan.footprint import Asked
 from tandem.plan.memory import Plan, plan_memory
 from tandem.program.config import TaskConfig
 from tandem.program.render import Renderer, renderer_of
-from tandem.run.config import RunConfig
+from tandem.run.apart import EngineGiven, RemoteEngine, RemoteReference
+from tandem.run.config import RunConfig, WorkersConfig
 from tandem.run.folder import latest_checkpoint
+from tandem.run.workers import Backend, Local
 from tandem.sync.departures import check_engine, of_engine, without_departures
+from tandem.sync.memory import MemorySender
 from tandem.sync.publish import Publisher
 from tandem.sync.receive import BITS, Copied, Receiver, Shared
+from tandem.sync.transport import Remote
 from tandem.train.checkpoint import MANIFEST, verify
-from tandem.types import Message, WeightVersion
+from tandem.train.score import with_logprobs
+from tandem.types import Message, Sample, WeightVersion
+
+Scorer = Callable[..., tuple[Sample, ...]]  # (samples, prompts, rows of a microbatch, temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +59,17 @@ class Parts:
     plan: dict[str, Any]  # what the program decided, for plan.json
     another: Callable[[], Engine]  # one more that samples, on the same weights
     others: tuple[Engine, ...] = ()  # that sample too, where engine.replicas are asked for
+    workers: Backend | None = None  # where some of it lives
 
     @property
     def sampling(self) -> tuple[Engine, ...]:
         """The engines that sample, dead ones too."""
         return (self.engine, *self.others)
+
+    def close(self) -> None:
+        """End the processes that it has beside this one."""
+        if self.workers is not None:
+            self.workers.close()
 
 
 def resolve_source(source: str) -> str:
@@ -81,6 +95,7 @@ def plan_parts(
     run: RunConfig | None,
     *,
     learns: bool = True,
+    apart: bool = False,
 ) -> Plan:
     """The memory that `build_parts` takes, and where `run` is given its training too. Reads no weight."""
     host_bytes, device_bytes = env.memory_bytes()[1], 0
@@ -111,6 +126,7 @@ def plan_parts(
         env.limits_addresses(),
         open_checkpoint(resolve_source(critic)).spec if critic else None,
         serves=not learns,
+        apart=apart,
     )
     return plan_memory(asked, host_bytes, device_bytes)
 
@@ -123,13 +139,15 @@ def build_parts(
     *,
     learns: bool = True,
     task: TaskConfig | None = None,
+    workers: WorkersConfig | None = None,
 ) -> Parts:
     """Load the model and put an engine on it. ModelError, ConfigError, CapacityError for what the user can mend.
 
     The engine shares the learner's decoder unless its weights are rounded, of another dtype, or `lag` updates old.
     `run`: what will train it, whose memory is planned for. Without `learns` that decoder keeps the codes of a quantised
     file, at the same bits, and of other matrices the packed form alone; nothing can train or save it. `task`: how
-    prompts are written (its format, control tokens, template arguments) and calls are read.
+    prompts are written (its format, control tokens, template arguments) and calls are read. `workers`: the engine is in
+    a process of its own, by this backend; `Parts.close` ends it.
     """
     torch.set_num_threads(env.num_threads())
     checkpoint = open_checkpoint(resolve_source(model.source))
@@ -140,12 +158,17 @@ def build_parts(
     renderer = renderer_of(tokenizer, task)
     if renderer.plain and task.format == "auto":
         warnings.warn(f"{model.source} has no chat template: prompts are plain text.", TandemWarning, stacklevel=2)
-    memory = plan_parts(checkpoint, tokenizer, model, config, lag, run, learns=learns)
+    apart = workers is not None and workers.backend != "none"
+    learns = learns or apart  # what is published is the values of the weights
+    memory = plan_parts(checkpoint, tokenizer, model, config, lag, run, learns=learns, apart=apart)
     memory.check()
     config = replace(config, kv_memory_bytes=memory.kv_memory_bytes)
+    words = _Words(checkpoint, tokenizer, renderer)
     with memory.foreseen():
+        if workers is not None and apart:
+            return _build_apart(words, model, config, workers, memory)
         beside = run is not None and run.asynchrony.mode != "sync"
-        return _build(checkpoint, tokenizer, renderer, model, config, memory, _Use(lag, beside, learns))
+        return _build(words, model, config, memory, _Use(lag, beside, learns))
 
 
 class _Use(NamedTuple):
@@ -154,17 +177,72 @@ class _Use(NamedTuple):
     learns: bool
 
 
-def _build(
-    checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
-    renderer: Renderer,
-    model: ModelConfig,
-    config: EngineConfig,
-    memory: Plan,
-    use: _Use,
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """A model's files, and how its texts are read and written."""
+
+    checkpoint: Checkpoint
+    tokenizer: Tokenizer
+    renderer: Renderer
+
+
+def engine_on(decoder: Decoder, config: EngineConfig, decode: Decode, version: WeightVersion = INITIAL) -> Engine:
+    """An engine with the page memory that `config` has decided."""
+    layout = KvLayout.for_engine(decoder.spec, config, dtype_name(decoder.dtype))
+    num_pages = count_pages(config.kv_memory_bytes, layout.groups[0].token_bytes, config.page_tokens)
+    runner = DecoderRunner(decoder, num_pages, config.page_tokens, config)
+    return Engine(runner, config, num_pages, decoder.spec.max_position, decode=decode, version=version)
+
+
+def _backend_of(config: WorkersConfig, device: str) -> Backend:
+    """Of workers.backend, for models on `device`. ConfigError where it is not installed."""
+    if config.backend == "ray":
+        from tandem.run.ray import Ray
+
+        return Ray(gpus=int(device == "cuda"))
+    return Local()
+
+
+def _build_apart(
+    words: _Words, model: ModelConfig, config: EngineConfig, workers: WorkersConfig, memory: Plan
 ) -> Parts:
+    """With the engine in a process of its own."""
+    checkpoint, tokenizer = words.checkpoint, words.tokenizer
+    decoder = Decoder(checkpoint.spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
+    weights = {name: weight.value for name, weight in decoder.weights()}
+    backend, sender = _backend_of(workers, model.device), MemorySender(weights)
+    try:
+        given = EngineGiven(resolve_source(model.source), model, config, sender.address)
+        engine = RemoteEngine(backend, workers, given, checkpoint.spec, tokenizer.decode)
+        exact = not of_engine(model, config)
+        exact_engine = engine if exact else engine_on(decoder, without_departures(config), tokenizer.decode)
+        receivers: list[Receiver] = [Remote("the engine's process", sender, engine)]
+        if not exact:
+            receivers.append(Shared("what runs on the learner's weights", decoder, exact_engine))
+        publisher = Publisher(decoder, receivers)
+        version = publisher.publish(0)
+    except BaseException:
+        backend.close()
+        raise
+    plan = _decided(words, model, engine, decoder, version, memory)
+    plan |= {"decoders": 2, "codes": described(decoder), "workers": workers.backend}
+    return Parts(
+        decoder,
+        tokenizer,
+        words.renderer,
+        engine,
+        exact_engine,
+        publisher,
+        memory,
+        plan,
+        lambda: engine_on(decoder, config, tokenizer.decode, engine.version),
+        workers=backend,
+    )
+
+
+def _build(words: _Words, model: ModelConfig, config: EngineConfig, memory: Plan, use: _Use) -> Parts:
     lag, beside, learns = use
-    spec = checkpoint.spec
+    checkpoint, tokenizer, spec = words.checkpoint, words.tokenizer, words.checkpoint.spec
     decoder = Decoder(spec, model.dtype, model.device, model.kernels)
     dtype = model.dtype if config.dtype == "same" else config.dtype
     rounded = config.weights != "same" or dtype != model.dtype
@@ -174,18 +252,11 @@ def _build(
     serving = Decoder(spec, dtype, model.device, model.kernels) if apart else decoder
     source = (Decoder(spec, model.dtype, model.device, model.kernels) if rounded else serving) if lag else None
 
-    def engine_on(decoder: Decoder, config: EngineConfig, version: WeightVersion = INITIAL) -> Engine:
-        layout = KvLayout.for_engine(spec, config, dtype_name(decoder.dtype))
-        num_pages = count_pages(config.kv_memory_bytes, layout.groups[0].token_bytes, config.page_tokens)
-        runner = DecoderRunner(decoder, num_pages, config.page_tokens, config)
-        return Engine(
-            runner, config, num_pages, max_context=spec.max_position, decode=tokenizer.decode, version=version
-        )
-
-    engine = engine_on(serving, config)
-    others = tuple(engine_on(serving, config) for _ in range(config.replicas - 1)) if learns else ()
+    engine = engine_on(serving, config, tokenizer.decode)
+    count = config.replicas - 1 if learns else 0
+    others = tuple(engine_on(serving, config, tokenizer.decode) for _ in range(count))
     exact = not (lag or beside or of_engine(model, config))
-    exact_engine = engine if exact else engine_on(decoder, without_departures(config))
+    exact_engine = engine if exact else engine_on(decoder, without_departures(config), tokenizer.decode)
     on_learner = [exact_engine] if serving is not decoder else [engine, *others, *([] if exact else [exact_engine])]
     receivers: list[Receiver] = [Shared("what runs on the learner's weights", decoder, *on_learner)]
     if serving is not decoder:
@@ -198,8 +269,28 @@ def _build(
         for _, weight in decoder.weights():
             if weight is not decoder.embed:
                 weight.serve()
-    pool = engine.scheduler.pool
-    plan = {
+    plan = _decided(words, model, engine, decoder, version, memory)
+    plan |= {"decoders": len({id(d) for d in (decoder, serving, source) if d is not None}), "codes": described(serving)}
+    return Parts(
+        decoder,
+        tokenizer,
+        words.renderer,
+        engine,
+        exact_engine,
+        publisher,
+        memory,
+        plan,
+        lambda: engine_on(serving, config, tokenizer.decode, engine.version),
+        others,
+    )
+
+
+def _decided(
+    words: _Words, model: ModelConfig, engine: Engine, decoder: Decoder, version: WeightVersion, memory: Plan
+) -> dict[str, Any]:
+    """What plan.json says of any run."""
+    pool, config = engine.scheduler.pool, engine.scheduler.config
+    return {
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
         "kernels": "compiled" if decoder.compiled else "reference",
@@ -208,23 +299,17 @@ def _build(
         "kv_capacity_tokens": pool.num_pages * config.page_tokens // len(engine.runner.layout.groups),
         "kv_bytes_per_token": engine.runner.layout.token_bytes,
         "parameters": sum(weight.value.numel() for _, weight in decoder.weights()),
-        "decoders": len({id(d) for d in (decoder, serving, source) if d is not None}),
         "weights": version.digest,
-        "codes": described(serving),
-        "prompts": "plain text" if renderer.plain else "chat template",
-        "tools": "described in a system message" if renderer.describes else "told by the chat template",
-        "tool_format": renderer.format,
+        "prompts": "plain text" if words.renderer.plain else "chat template",
+        "tools": "described in a system message" if words.renderer.describes else "told by the chat template",
+        "tool_format": words.renderer.format,
         "memory": memory.record(),
     }
-    return Parts(
-        decoder,
-        tokenizer,
-        renderer,
-        engine,
-        exact_engine,
-        publisher,
-        memory,
-        plan,
-        lambda: engine_on(serving, config, engine.version),
-        others,
-    )
+
+
+def reference_of(parts: Parts, config: RunConfig, load: Callable[[str], Decoder]) -> Scorer:
+    """What fills in `reference_logprobs` by the model that the run began with, in a process of its own or `load`ed."""
+    if parts.workers is None:
+        return partial(with_logprobs, "reference_logprobs", load(config.model.source))
+    source = resolve_source(config.model.source)
+    return RemoteReference(parts.workers, config.workers, source, config.model).score

@@ -68,7 +68,8 @@ def roll_out(config: RunConfig, split: Split, out: Path, progress: Progress) -> 
     with ExitStack() as leaving:
         pool = EnvironmentPool(config.task)
         leaving.callback(pool.close)
-        parts = build_parts(config.model, config.engine, learns=False, task=config.task)
+        parts = build_parts(config.model, config.engine, learns=False, task=config.task, workers=config.workers)
+        leaving.callback(parts.close)
         pool.ready()
         folder = leaving.enter_context(RunFolder.create(out, config))
         now = parts.tokenizer.now = started(folder.path) or parts.tokenizer.now

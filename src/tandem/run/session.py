@@ -48,7 +48,7 @@ from tandem.run.figures import figures
 from tandem.run.folder import RunFolder, SavedCheckpoint
 from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages
-from tandem.run.parts import Parts, resolve_source
+from tandem.run.parts import Parts, reference_of, resolve_source
 from tandem.run.spending import Spending
 from tandem.run.stop import StopSignal
 from tandem.run.stream import PromptStream
@@ -58,7 +58,7 @@ from tandem.train import checkpoint as saved_state
 from tandem.train.checkpoint import Part, RunState
 from tandem.train.config import Checkpointing, LearnerConfig
 from tandem.train.critic import Critic
-from tandem.train.score import versions_of, with_logprobs, with_sources
+from tandem.train.score import versions_of, with_sources
 from tandem.train.step import Learner, LearnerReport
 from tandem.types import Group, Prompt, Sample, WeightVersion
 
@@ -154,7 +154,8 @@ class Session:
         asked = endpoint(parts, self.account, display.note)
         self.rollouts = Rollouts(asked, parts.renderer, pool, config.rollout, config.seed, self.trace)
         self.samples = objective.samples  # the engine does, and rewards and fates are theirs
-        self.reference = self._frozen(config.model.source) if "reference_logprobs" in objective.columns else None
+        referred = "reference_logprobs" in objective.columns
+        self.reference = reference_of(parts, config, self._frozen) if referred else None
 
     def _frozen(self, source: str) -> Decoder:
         """A model beside the policy, of the same dtype and device."""
@@ -257,7 +258,7 @@ class Session:
         samples, given = batch.samples, (self.config.learner.microbatch_tokens, self.config.rollout.temperature)
         with self.trace.span("learner"):
             if self.reference is not None:
-                samples = with_logprobs("reference_logprobs", self.reference, samples, batch.prompts, *given)
+                samples = self.reference(samples, batch.prompts, *given)
             if self.samples:  # texts were drawn by no version
                 samples = self.sources(samples, batch.prompts, *given)
             if self.learner.critic is not None:

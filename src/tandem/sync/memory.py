@@ -207,15 +207,20 @@ class MemorySender:
 
     def _bring(self, slot: _Slot, had: Notice | None, last: Notice | None, notice: Notice, weights: Weights) -> None:
         """The slot's image, which is two versions old, to this one: by both versions' changes where they are known."""
-        known = last is not None and last.changes is not None and notice.changes is not None
-        if had is None or last is None or not known or last.base != had.version.digest:
+        known = had is not None and last is not None and last.base == had.version.digest
+        other = self.slots[1] if slot is self.slots[0] else self.slots[0]
+        steps = [
+            (told.changes[name], name, changes)
+            for told, packed in ((last, other.changes), (notice, slot.changes))
+            if known and told is not None and told.changes is not None
+            for name, changes in split_changes(told, packed).items()
+        ]
+        if not known or notice.changes is None or any(sent(changes) != told for told, _, changes in steps):
             for name, tensor in weights.tensors.items():
                 slot.image[name].copy_(tensor)
             return
-        other = self.slots[1] if slot is self.slots[0] else self.slots[0]
-        for told, packed in ((last, other.changes), (notice, slot.changes)):
-            for name, changes in split_changes(told, packed).items():
-                apply_changes(words_of(slot.image[name]), changes)
+        for _, name, changes in steps:
+            apply_changes(words_of(slot.image[name]), changes)
 
     def close(self) -> None:
         """Readers that wait are told. The memory goes when the last of them lets it go."""

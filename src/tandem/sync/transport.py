@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
@@ -47,16 +47,27 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
+class Peer(Protocol):
+    """A receiver in another process."""
+
+    def taking(self, version: WeightVersion) -> Callable[[], None]:
+        """Have it take a version that is about to be sent. What comes back waits until it serves it, or raises."""
+        ...
+
+
 class Remote:
     """Receivers in other processes, as the publisher knows them."""
 
     lag = 0
 
-    def __init__(self, name: str, sender: Sender) -> None:
-        self.name, self.sender = name, sender
+    def __init__(self, name: str, sender: Sender, *peers: Peer) -> None:
+        self.name, self.sender, self.peers = name, sender, peers
 
     def receive(self, version: WeightVersion, sets: Mapping[str, Weights]) -> None:
+        takings = [peer.taking(version) for peer in self.peers]
         self.sender.publish(version, policy_of(self.name, version, sets))
+        for taken in takings:
+            taken()
 
     def sources(self) -> Mapping[int, Decoder]:
         return {}

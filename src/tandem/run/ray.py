@@ -1,0 +1,161 @@
+"""Workers as Ray's actors, each in a placement group of its own: on this machine, or on those of the cluster that
+RAY_ADDRESS names. (Tried with ray 2.60.)
+
+An actor gives what went wrong in it as a value. For Ray would make another exception of it, one that is an instance of
+the worker's own type too. No actor is restarted by Ray: one that is comes back without its state, and its first call
+then says that it is unavailable, not that it died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from tandem import env
+from tandem.errors import ConfigError, TandemError, WorkerDied, WorkerError
+from tandem.run.worker import answer, written
+from tandem.run.workers import MOST_BYTES, START, Spec, answered, flooded, made, stalled
+
+try:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+except ImportError as error:
+    raise ConfigError(
+        f"workers.backend is ray, and ray cannot be imported ({error}): pip install 'tandem-rl[ray]'."
+    ) from error
+
+
+class _Actor:
+    """Inside an actor: an object of a worker's class."""
+
+    def __init__(self) -> None:
+        self._works: list[Any] = []
+
+    def start(self, role: str, given: Any, threads: int) -> bytes:
+        """Make it."""
+        env.set_threads(threads)
+        return written(0, *answer(lambda: self._works.append(made(role, given))))
+
+    def ask(self, method: str, arguments: tuple[Any, ...]) -> bytes:
+        """Call it."""
+        text = written(0, *answer(lambda: getattr(self._works[0], method)(*arguments)))
+        return text if len(text) <= MOST_BYTES else written(0, "flooded", len(text))
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call to an actor."""
+
+    by: RayWorker
+    phase: str
+    deadline_s: float
+    until_s: float
+    answer: Any  # a reference to it
+
+    def result(self) -> Any:
+        """As Pending says."""
+        name, phase = self.by.spec.name, self.phase
+        try:
+            text = ray.get(self.answer, timeout=max(0.0, self.until_s - time.monotonic()))
+        except ray.exceptions.GetTimeoutError:
+            self.by.end()
+            raise stalled(name, phase, self.deadline_s) from None
+        except ray.exceptions.RayActorError as error:  # died, or unavailable where the connection to it broke
+            self.by.end()
+            told = " ".join(str(error).split())
+            raise WorkerDied(name, phase, f"its process ended ({told[:300]}).") from None
+        except ray.exceptions.RayError as error:
+            self.by.end()
+            told = " ".join(str(error).split())
+            raise WorkerError(name, phase, told[:300]) from None
+        _, kind, value = pickle.loads(text)
+        if kind == "flooded":
+            self.by.end()
+            raise flooded(name, phase)
+        return answered(kind, value, name, phase)
+
+
+class RayWorker:
+    """An actor with a processor, or a GPU, of its own."""
+
+    def __init__(self, spec: Spec, gpus: int, deadline_s: float) -> None:
+        self.spec = spec
+        until_s = time.monotonic() + deadline_s
+        needs = {"CPU": 1} | ({"GPU": gpus} if gpus else {})
+        self._group = ray.util.placement_group([needs], strategy="PACK")
+        if not self._group.wait(deadline_s):
+            ray.util.remove_placement_group(self._group)
+            what = " and ".join(f"{count} {kind}" for kind, count in needs.items())
+            raise WorkerError(
+                spec.name,
+                START,
+                f"it found no place within {deadline_s:g} s: no machine of the cluster has {what} free. Add one, end "
+                "what holds it, or raise workers.start_deadline_s.",
+            )
+        self._actor: Any = (
+            ray.remote(_Actor)
+            .options(
+                num_cpus=1,
+                num_gpus=gpus,
+                max_restarts=0,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._group),
+            )
+            .remote()
+        )
+        first = self._actor.start.remote(spec.role, spec.given, env.num_threads())
+        try:
+            _Call(self, START, deadline_s, until_s, first).result()
+        except TandemError:
+            self.end()
+            raise
+
+    def ask(self, phase: str, method: str, *arguments: Any, deadline_s: float) -> _Call:
+        """As Worker says."""
+        return _Call(self, phase, deadline_s, time.monotonic() + deadline_s, self._actor.ask.remote(method, arguments))
+
+    def end(self) -> None:
+        """As Worker says."""
+        with contextlib.suppress(ray.exceptions.RayError):  # Ray itself has ended
+            ray.kill(self._actor)
+            ray.util.remove_placement_group(self._group)
+
+
+class Ray:
+    """Actors in a cluster, or in a Ray that is started here and ends with this."""
+
+    def __init__(self, gpus: int = 0) -> None:
+        self.gpus = gpus  # of each worker
+        self._workers: list[RayWorker] = []
+        self._folder = ""  # of a Ray that was started here
+        if ray.is_initialized():
+            return
+        try:
+            if env.ray_address():
+                ray.init(log_to_driver=False)
+                return
+            # Its token is this run's own: left to itself, Ray writes one into the user's home, for good.
+            self._folder = tempfile.mkdtemp(prefix="tandem-ray-")
+            env.set_ray_token()
+            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False, _temp_dir=self._folder)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            self.close()
+            raise WorkerError("ray", START, f"it cannot be started or joined: {error}") from error
+
+    def start(self, spec: Spec, deadline_s: float) -> RayWorker:
+        """As Backend says."""
+        worker = RayWorker(spec, self.gpus, deadline_s)
+        self._workers.append(worker)
+        return worker
+
+    def close(self) -> None:
+        """As Backend says."""
+        for worker in self._workers:
+            worker.end()
+        if self._folder:
+            ray.shutdown()
+            shutil.rmtree(self._folder, ignore_errors=True)

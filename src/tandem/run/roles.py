@@ -1,0 +1,104 @@
+"""What runs inside workers (run/workers.py), a class each: made of one value, asked for its methods one at a time."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import torch
+
+from tandem import env
+from tandem.algo.pack import PromptTotal
+from tandem.engine.batch import Stats
+from tandem.errors import DeliveryError
+from tandem.models.checkpoint import open_checkpoint
+from tandem.models.config import ModelConfig
+from tandem.models.decoder import Decoder
+from tandem.run.apart import EngineGiven
+from tandem.run.parts import engine_on
+from tandem.sync.memory import MemoryReader
+from tandem.sync.receive import BITS, POLICY, Copied
+from tandem.sync.transport import Held
+from tandem.train.score import with_logprobs
+from tandem.types import Completion, Request, Sample, WeightVersion
+
+
+class EngineWorker:
+    """An engine on a decoder whose weights all come by publication."""
+
+    def __init__(self, given: EngineGiven) -> None:
+        torch.set_num_threads(env.num_threads())
+        checkpoint, model, config = open_checkpoint(given.source), given.model, given.engine
+        dtype = model.dtype if config.dtype == "same" else config.dtype
+        decoder = Decoder(checkpoint.spec, dtype, model.device, model.kernels)
+        # What arrives lies in the decoder's own weights where it is served as it comes.
+        here = model.device == "cpu" and dtype == model.dtype and config.weights == "same"
+        held = {name: weight.value for name, weight in decoder.weights()}
+        if not here:
+            kind = getattr(torch, model.dtype)
+            held = {name: torch.empty(value.shape, dtype=kind) for name, value in held.items()}
+        self.engine = engine_on(decoder, config, checkpoint.load_tokenizer().decode)
+        self._held = Held(held)
+        self._receiver = Copied(
+            "the engine", decoder, self.engine, bits=BITS.get(config.weights, 0), group=config.weight_group
+        )
+        self._reader = MemoryReader(given.address, self._held)
+
+    def clock(self) -> float:
+        return time.monotonic()
+
+    def pid(self) -> int:
+        """Its process, to look it up by."""
+        return os.getpid()
+
+    def receive(self, version: WeightVersion, timeout_s: float) -> WeightVersion:
+        """Serve what is published; which version that is. DeliveryError where it does not come, or not as it was."""
+        if self._reader.receive(timeout_s) is None:
+            raise DeliveryError(f"version {version.step} did not come within {timeout_s:g} s.")
+        assert self._held.version is not None
+        self._receiver.receive(self._held.version, {POLICY: self._held.weights})
+        return self.engine.version
+
+    def advance(self, requests: Sequence[Request], slice_s: float) -> tuple[list[Completion], Stats]:
+        """Steps with these requests beside those that run: until some end, or `slice_s` have passed."""
+        for request in requests:  # whatever follows, they are here to be withdrawn
+            self.engine.submit(request)
+        if self._held.version != self.engine.version:
+            raise DeliveryError("the weights that came last were damaged, and none whole came since.")
+        until_s, done = time.monotonic() + slice_s, list[Completion]()
+        while self.engine.has_work and not done:
+            done += self.engine.step()
+            if time.monotonic() >= until_s:
+                break
+        return done, self.engine.stats
+
+    def abort(self, request_id: str) -> Completion | None:
+        """As Engine's."""
+        return self.engine.abort(request_id)
+
+    def release_memory(self) -> None:
+        self.engine.release_memory()
+
+    def check_integrity(self) -> None:
+        self.engine.check_integrity()
+
+
+class ReferenceWorker:
+    """The reference policy."""
+
+    def __init__(self, given: tuple[str, ModelConfig]) -> None:
+        source, model = given
+        torch.set_num_threads(env.num_threads())
+        checkpoint = open_checkpoint(source)
+        self._decoder = Decoder(checkpoint.spec, model.dtype, model.device).load(checkpoint.tensors())
+
+    def pid(self) -> int:
+        """Its process, to look it up by."""
+        return os.getpid()
+
+    def score(
+        self, samples: Sequence[Sample], prompts: Sequence[PromptTotal], budget_tokens: int, temperature: float
+    ) -> tuple[Sample, ...]:
+        """With their `reference_logprobs`."""
+        return with_logprobs("reference_logprobs", self._decoder, samples, prompts, budget_tokens, temperature)

@@ -1,0 +1,331 @@
+"""An engine in a process of its own: the same tokens, the same run, whatever becomes of the process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tandem.errors import ConfigError, DeliveryError, TandemWarning, WorkerDied, WorkerLied, WorkerStalled
+from tandem.kernels.build.toolchain import compiler
+from tandem.run import local
+from tandem.run.apart import RemoteEngine, RemoteReference
+from tandem.run.config import RunConfig, WorkersConfig
+from tandem.run.parts import Parts, build_parts
+from tandem.sync.config import SyncConfig
+from tandem.types import Request, Sampling, StopReason
+from tests.display import Silent
+from tests.placed import STEPS, drawn, requests, run, same, some, tiny, tokens
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., None]) -> RunConfig:
+    return tiny(tmp_path_factory.mktemp("apart"), write_model)
+
+
+APART = WorkersConfig("local", deadline_s=20.0)
+
+
+@contextmanager
+def parts_of(config: RunConfig, workers: WorkersConfig = APART) -> Iterator[Parts]:
+    parts = build_parts(config.model, config.engine, workers=workers)
+    try:
+        yield parts
+    finally:
+        parts.close()
+
+
+@contextmanager
+def engine_of(config: RunConfig, workers: WorkersConfig = APART) -> Iterator[RemoteEngine]:
+    with parts_of(config, workers) as parts:
+        assert isinstance(parts.engine, RemoteEngine)
+        yield parts.engine
+
+
+def pid(engine: RemoteEngine) -> int:
+    return engine.seat.worker.child.popen.pid  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def here(config: RunConfig) -> list[Any]:
+    """What an engine in this process draws."""
+    found = drawn(build_parts(config.model, config.engine).engine.generate(requests()))
+    assert len({one[1]["tokens"].tobytes() for one in found}) > 8 and any(len(one[1]) == 82 for one in found)
+    return found
+
+
+def test_tokens_and_logprobs_are_those_of_an_engine_here(config, here):
+    """A request that changes on its way, or a value that is rounded."""
+    with engine_of(config) as engine:
+        assert tokens(drawn(engine.generate(requests()))) == tokens(here)
+        assert pid(engine) != os.getpid() and engine.stats.finished == 12 and engine.stats.sampled_tokens > 100
+        engine.check_integrity()
+        engine.release_memory()
+        assert tokens(drawn(engine.generate(requests()))) == tokens(here)
+
+
+def test_what_cannot_run_is_refused_here(config):
+    """A request whose refusal ends a worker, or comes as one of its faults."""
+    with engine_of(config) as engine:
+        with pytest.raises(ConfigError, match="token 7777, in place 0 of 1, is outside the vocabulary"):
+            engine.submit(Request("far", "far", (7777,), Sampling(), seed=1))
+        with pytest.raises(ConfigError, match="empty stop string"):
+            engine.submit(Request("far", "far", (7,), Sampling(stop_strings=("",)), seed=1))
+        assert not engine.has_work and engine.seat.worker.ask("rollout", "clock", deadline_s=60).result() > 0
+
+
+def test_withdrawn_requests_give_what_they_have(config, here):
+    """Tokens of a withdrawn request that are lost, or one that comes back after it was withdrawn."""
+    with engine_of(config) as engine:
+        for request in requests():
+            engine.submit(request)
+        never = engine.abort("r11")
+        assert never is not None and never.stop_reason is StopReason.ABORTED and len(never.columns) == 0
+        done = some(engine)
+        assert len(done) < 11
+        running = next(f"r{place}" for place in reversed(range(11)) if f"r{place}" not in {d.request_id for d in done})
+        part = engine.abort(running)
+        assert part is not None and part.stop_reason is StopReason.ABORTED and 0 < len(part.columns)
+        whole = next(one for one in here if one[0] == running)[1]
+        assert part.columns == whole.slice(0, len(part.columns))
+        while engine.has_work:
+            done += engine.step()
+        assert {one.request_id for one in done} == {f"r{place}" for place in range(11)} - {running}
+        assert engine.abort("r3") is None
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_another_worker_draws_the_same(config, here, fault):
+    """Requests that are lost with a worker, drawn otherwise by the next, or given twice."""
+    with engine_of(config, replace(APART, deadline_s=4.0)) as engine:
+        first = pid(engine)
+        for request in requests():
+            engine.submit(request)
+        done = some(engine)
+        assert len(done) < 12
+        os.kill(first, fault)
+        said = r"worker engine, phase rollout: (its process ended \(killed by signal 9\)|no answer came within 4 s)"
+        with pytest.warns(TandemWarning, match=f"{said}.* In its place another is started, and asked again for"):
+            while engine.has_work:
+                done += engine.step()
+        by_id = {one.request_id: one for one in done}
+        assert len(done) == 12 and pid(engine) != first and engine.seat.replaced == 1
+        assert tokens(drawn([by_id[request.id] for request in requests()])) == tokens(here)
+        assert engine.stats.finished >= 12
+
+
+def test_what_fails_again_ends_the_run(config):
+    """A worker that is started for ever, or requests that wait for one which will never come."""
+    with engine_of(config, replace(APART, restarts=1)) as engine, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for request in requests():
+            engine.submit(request)
+        engine.step()
+        os.kill(pid(engine), signal.SIGKILL)
+        engine.step()
+        os.kill(pid(engine), signal.SIGKILL)
+        with pytest.raises(WorkerDied, match="worker engine, phase rollout: its process ended") as caught:
+            for _ in range(20):
+                engine.step()
+        assert caught.value.phase == "rollout"
+        left = engine.abort(next(iter(engine._live)))  # by the driver, of what it has to end
+        assert left is not None and left.stop_reason is StopReason.ABORTED
+        engine.release_memory()
+
+
+class _Lies:
+    """A worker whose answer to `receive` names another version."""
+
+    def __init__(self, worker: Any) -> None:
+        self.worker, self.spec = worker, worker.spec
+
+    def ask(self, phase: str, method: str, *arguments: Any, deadline_s: float) -> Any:
+        pending = self.worker.ask(phase, method, *arguments, deadline_s=deadline_s)
+        if method != "receive":
+            return pending
+
+        class Lie:
+            def result(self) -> Any:
+                return replace(pending.result(), digest="0" * 32)
+
+        return Lie()
+
+    def end(self) -> None:
+        self.worker.end()
+
+
+def test_a_worker_that_serves_other_weights_is_replaced(config, here):
+    """Tokens of weights that nobody published."""
+    with parts_of(config) as parts:
+        engine = parts.engine
+        assert isinstance(engine, RemoteEngine)
+        engine.seat.worker = _Lies(engine.seat.worker)
+        with pytest.warns(
+            TandemWarning, match=r"worker engine, phase publish: it serves version 1 \(00000000\), where 1 \("
+        ):
+            version = parts.publisher.publish(1)
+        assert engine.version == version and engine.seat.replaced == 1
+        assert [one.columns["tokens"].tolist() for one in engine.generate(requests())] == [
+            one[1]["tokens"].tolist() for one in here
+        ]
+    with parts_of(config, replace(APART, restarts=0)) as parts:
+        engine = parts.engine
+        assert isinstance(engine, RemoteEngine)
+        engine.seat.worker = _Lies(engine.seat.worker)
+        with pytest.raises(WorkerLied, match="Nothing was sampled from it") as caught:
+            parts.publisher.publish(1)
+        assert (caught.value.worker, caught.value.phase) == ("engine", "publish")
+
+
+def test_weights_damaged_on_their_way_are_mended_or_named(config):
+    """Damage that is served, or that ends a run which the next copy would have mended."""
+    with parts_of(config) as parts:
+        (remote,) = parts.publisher.receivers
+        engine = parts.engine
+        first, second = remote.sender.slots  # type: ignore[attr-defined]
+        written = []
+
+        def damaged(slot: Any, image: bool) -> Callable[[Any], None]:
+            """After its bytes are written, before a reader may look at them."""
+            real = slot.tell
+
+            def tell(notice: Any) -> None:
+                real(notice)
+                slot.changes[0] ^= 1
+                if image:
+                    slot.image["layers.0.qkv"].view(-1)[5] = 7.0
+                written.append(notice)
+
+            return tell
+
+        first.tell, second.tell = damaged(first, image=False), damaged(second, image=True)
+        dict(parts.decoder.weights())["norm"].value[3] = 0.5
+        version = parts.publisher.publish(1)
+        assert engine.version == version and engine.seat.replaced == 0  # type: ignore[attr-defined]
+        dict(parts.decoder.weights())["norm"].value[3] = 0.25
+        with pytest.raises(DeliveryError, match=r"worker engine, phase publish: shared memory .*layers\.0\.qkv"):
+            parts.publisher.publish(2)
+        with pytest.raises(DeliveryError, match="the weights that came last were damaged"):
+            engine.generate(requests())
+        assert not engine.has_work and [notice.changes is not None for notice in written] == [True, True]
+
+
+def test_a_worker_stopped_before_a_version_comes(config):
+    """A learner that waits for a stopped engine, or an engine behind its learner."""
+    with parts_of(config, replace(APART, deadline_s=4.0)) as parts:
+        engine = parts.engine
+        assert isinstance(engine, RemoteEngine)
+        os.kill(pid(engine), signal.SIGSTOP)
+        with pytest.warns(TandemWarning, match="worker engine, phase publish: no answer came within 4 s"):
+            version = parts.publisher.publish(1)
+        assert engine.version == version
+        assert engine.seat.worker.ask("rollout", "clock", deadline_s=60).result() > 0
+    with parts_of(config, replace(APART, deadline_s=4.0, restarts=0)) as parts:
+        assert isinstance(parts.engine, RemoteEngine)
+        os.kill(pid(parts.engine), signal.SIGSTOP)
+        with pytest.raises(WorkerStalled) as caught:
+            parts.publisher.publish(1)
+        assert (caught.value.worker, caught.value.phase) == ("engine", "publish")
+
+
+# --- whole runs
+
+
+@pytest.fixture(scope="module")
+def plain(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(config, tmp_path_factory.mktemp("plain") / "run")
+
+
+def test_a_run_with_its_engine_apart_is_the_same_run(config, plain, tmp_path):
+    """A run whose weights hang on where its engine lives."""
+    assert len(plain) == STEPS + 1 and len({row["weights"] for row in plain}) == STEPS + 1
+    same(run(replace(config, workers=APART), tmp_path / "run"), plain)
+    assert json.loads((tmp_path / "run" / "plan.json").read_text())["workers"] == "local"
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("phase", ["rollout", "publish", "release"])
+def test_a_run_whose_engine_is_stopped_or_killed_is_the_same_run(config, plain, tmp_path, phase, fault):
+    """A run that hangs, loses a trajectory or trains one twice when its engine's process is lost."""
+    hit: list[int] = []
+
+    def watch(parts: Parts) -> None:
+        engine = parts.engine
+        assert isinstance(engine, RemoteEngine)
+        ask = engine.seat.ask
+
+        def faulty(asked: str, *given: Any, **named: Any) -> Any:
+            if asked == phase and engine.version.step == 1 and not hit and len(hits) > 2:
+                hit.append(pid(engine))
+                os.kill(pid(engine), fault)
+            hits.append(asked)
+            return ask(asked, *given, **named)
+
+        hits: list[str] = []
+        engine.seat.ask = faulty  # type: ignore[method-assign]
+
+    with pytest.warns(TandemWarning, match=f"worker engine, phase {phase}: .* In its place another is started"):
+        rows = run(replace(config, workers=replace(APART, deadline_s=4.0)), tmp_path / "run", watch)
+    assert hit
+    same(rows, plain)
+
+
+def test_a_run_whose_engine_cannot_come_back_stops(config, tmp_path):
+    """A run that ends by a traceback, hangs, or loses its newest steps with its engine."""
+
+    def watch(parts: Parts) -> None:
+        engine = parts.engine
+        assert isinstance(engine, RemoteEngine)
+        ask = engine.seat.ask
+
+        def faulty(asked: str, *given: Any, **named: Any) -> Any:
+            if asked == "rollout" and engine.version.step == 1:
+                os.kill(pid(engine), signal.SIGKILL)
+            return ask(asked, *given, **named)
+
+        engine.seat.ask = faulty  # type: ignore[method-assign]
+
+    with pytest.raises(WorkerDied, match="worker engine, phase rollout: its process ended"):
+        run(replace(config, workers=replace(APART, restarts=0)), tmp_path / "run", watch)
+    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert saved[-1] == "step-1", saved
+
+
+def test_lag_and_workers(config, tmp_path):
+    """Weights that trail, which are kept for an engine here, left out in silence for one elsewhere."""
+    with pytest.raises(
+        ConfigError, match="workers.backend is local and sync.lag 1: an engine in a process of its own goes with 0"
+    ):
+        local.train(
+            replace(config, workers=APART, sync=SyncConfig(1)), out=tmp_path / "run", resume=None, display=Silent()
+        )
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_run_whose_reference_is_stopped_or_killed_is_the_same_run(config, plain, tmp_path, monkeypatch, fault):
+    """A run that hangs with its reference policy, or goes on without its part of the loss."""
+    hit: list[int] = []
+    score = RemoteReference.score
+
+    def faulty(self: RemoteReference, *given: Any) -> Any:
+        if not hit:
+            hit.append(self.seat.ask("score", "pid").result())
+            os.kill(hit[0], fault)
+        return score(self, *given)
+
+    monkeypatch.setattr(RemoteReference, "score", faulty)
+    with pytest.warns(
+        TandemWarning, match="worker reference, phase score: .* another is started, and asked again for 24"
+    ):
+        rows = run(replace(config, workers=replace(APART, deadline_s=4.0)), tmp_path / "run")
+    assert hit
+    same(rows, plain)

@@ -1,0 +1,96 @@
+"""A tiny run, and requests, whose engine may be in this process or in another."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.algo.config import AlgoConfig
+from tandem.engine.config import EngineConfig
+from tandem.models.config import ModelConfig
+from tandem.program.config import TaskConfig
+from tandem.program.pool import RunningEpisode
+from tandem.rollout.config import RolloutConfig
+from tandem.run import local
+from tandem.run.apart import RemoteEngine
+from tandem.run.config import EvaluationConfig, RunConfig
+from tandem.run.parts import Parts
+from tandem.types import Completion, Request, Sampling
+from tests.display import Silent
+from tests.samples import ended
+
+STEPS = 3
+
+
+def tiny(folder: Path, write_model: Callable[..., None]) -> RunConfig:
+    """A run of a random model, written into a folder."""
+    write_model(folder / "model", scale=10)
+    sums = [{"question": f"{a}+{b}=" * (1 + a), "answer": str(a + b)} for a in range(6) for b in range(6)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in sums))
+    return RunConfig(
+        name="tiny",
+        steps=STEPS,
+        model=ModelConfig(str(folder / "model")),
+        task=TaskConfig("jsonl", path=str(folder / "sums.jsonl"), reward="last_number", heldout_size=8),
+        rollout=RolloutConfig(prompts_per_step=4, samples_per_prompt=6, max_new_tokens=20),
+        engine=EngineConfig(kv_memory_bytes=4 << 20),
+        algo=AlgoConfig(kl="k3", kl_weight=0.01),
+        evaluation=EvaluationConfig(prompts=4),
+    )
+
+
+def requests(count: int = 12) -> list[Request]:
+    drawn = [
+        Sampling(temperature=1.0 - place % 3 / 2, top_k=5 * (place % 2), max_new_tokens=5 + 7 * place)
+        for place in range(count)
+    ]
+    prompts = [(3 + place % 4, *range(10, 20 + place % 5)) for place in range(count)]
+    return [
+        Request(f"r{place}", f"r{place}", prompts[place], drawn[place], seed=place, group=f"g{place % 4}")
+        for place in range(count)
+    ]
+
+
+def drawn(completions: list[Completion]) -> list[Any]:
+    return [(one.request_id, one.columns, one.stop_reason, one.cached_tokens) for one in completions]
+
+
+def tokens(found: list[Any]) -> list[Any]:
+    return [one[:3] for one in found]
+
+
+def some(engine: RemoteEngine) -> list[Completion]:
+    """The first to end."""
+    while not (done := engine.step()):
+        assert engine.has_work
+    return done
+
+
+def graded(self: RunningEpisode, unheard: int = 0) -> Any:
+    """Rewards that differ within nearly every group."""
+    return ended(float(sum(map(ord, self.said[-1].content)) % 11))
+
+
+def run(config: RunConfig, out: Path, watch: Callable[[Parts], None] = lambda parts: None) -> list[dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        build = local.build_parts
+
+        def watched(*given: Any, **named: Any) -> Parts:
+            parts = build(*given, **named)
+            watch(parts)
+            return parts
+
+        patch.setattr(local, "build_parts", watched)
+        patch.setattr(RunningEpisode, "score", graded)
+        code, folder = local.train(config, out=out, resume=None, display=Silent())
+    assert code == 0
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def same(rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> None:
+    for name in ("weights", "reward", "tokens", "loss", "mismatch", "kl", "evaluation"):
+        assert [row.get(name) for row in rows] == [row.get(name) for row in plain], name
