@@ -76,6 +76,18 @@ def graded(self: RunningEpisode, unheard: int = 0) -> Any:
 
 
 def run(config: RunConfig, out: Path, watch: Callable[[Parts], None] = lambda parts: None) -> list[dict[str, Any]]:
+    """The rows of a new run; `watch` is shown its parts."""
+    return _run(config, out, None, watch)
+
+
+def resumed(config: RunConfig, out: Path) -> list[dict[str, Any]]:
+    """The rows of a run that is taken up again."""
+    return _run(config, None, out, lambda parts: None)
+
+
+def _run(
+    config: RunConfig, out: Path | None, resume: Path | None, watch: Callable[[Parts], None]
+) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         build = local.build_parts
 
@@ -86,9 +98,22 @@ def run(config: RunConfig, out: Path, watch: Callable[[Parts], None] = lambda pa
 
         patch.setattr(local, "build_parts", watched)
         patch.setattr(RunningEpisode, "score", graded)
-        code, folder = local.train(config, out=out, resume=None, display=Silent())
+        code, folder = local.train(config, out=out, resume=resume, display=Silent())
     assert code == 0
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def closes(folder: Path) -> dict[str, int]:
+    """Its tokens by fate, when each has one, each program one end and each worker's second one cause."""
+    ledger = json.loads((folder / "ledger.json").read_text())
+    tokens: dict[str, int] = ledger["tokens"]
+    assert "unaccounted" not in tokens and sum(tokens.values()) == 2 * tokens["total"] > 0, tokens
+    audit = ledger["audit"]
+    assert not any(audit[name] for name in ("lost", "strange", "beyond", "open", "waiting")), audit
+    assert audit["dispatched"] == audit["ended"] > 0 or tokens["interrupted"] + tokens["crashed"], audit
+    for worker, seconds in ledger["seconds"].items():
+        assert seconds["unaccounted"] <= max(1.0, 0.02 * seconds["wall"]), (worker, seconds)
+    return tokens
 
 
 def same(rows: list[dict[str, Any]], plain: list[dict[str, Any]]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tandem.engine.config import EngineConfig
 from tandem.errors import ConfigError, DeliveryError, TandemWarning, WorkerDied, WorkerLied, WorkerStalled
 from tandem.kernels.build.toolchain import compiler
 from tandem.run import local
@@ -22,7 +23,7 @@ from tandem.run.parts import Parts, build_parts
 from tandem.sync.config import SyncConfig
 from tandem.types import Request, Sampling, StopReason
 from tests.display import Silent
-from tests.placed import STEPS, drawn, requests, run, same, some, tiny, tokens
+from tests.placed import STEPS, closes, drawn, requests, resumed, run, same, some, tiny, tokens
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
 
@@ -252,52 +253,82 @@ def test_a_run_with_its_engine_apart_is_the_same_run(config, plain, tmp_path):
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["workers"] == "local"
 
 
+def struck(phase: str, fault: signal.Signals, hit: list[int], times: int = 1) -> Callable[[Parts], None]:
+    """The process of the first engine, when it is asked something of a phase in the second step: as it has drawn some,
+    where it is to draw."""
+
+    def watch(parts: Parts) -> None:
+        engine = parts.engine
+        assert isinstance(engine, RemoteEngine)
+        ask = engine.seat.ask
+
+        def faulty(asked: str, *given: Any, **named: Any) -> Any:
+            drew = phase != "rollout" or engine._counts.sampled_tokens > engine._returned
+            if asked == phase and (engine.version.step == 1 or hit) and len(hit) < times and drew:
+                hit.append(pid(engine))
+                os.kill(pid(engine), fault)
+            return ask(asked, *given, **named)
+
+        engine.seat.ask = faulty  # type: ignore[method-assign]
+
+    return watch
+
+
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize("phase", ["rollout", "publish", "release"])
 def test_a_run_whose_engine_is_stopped_or_killed_is_the_same_run(config, plain, tmp_path, phase, fault):
-    """A run that hangs, loses a trajectory or trains one twice when its engine's process is lost."""
+    """A run that hangs, loses a trajectory, trains one twice or has tokens without a fate when its engine's process is
+    lost."""
     hit: list[int] = []
-
-    def watch(parts: Parts) -> None:
-        engine = parts.engine
-        assert isinstance(engine, RemoteEngine)
-        ask = engine.seat.ask
-
-        def faulty(asked: str, *given: Any, **named: Any) -> Any:
-            if asked == phase and engine.version.step == 1 and not hit and len(hits) > 2:
-                hit.append(pid(engine))
-                os.kill(pid(engine), fault)
-            hits.append(asked)
-            return ask(asked, *given, **named)
-
-        hits: list[str] = []
-        engine.seat.ask = faulty  # type: ignore[method-assign]
-
     with pytest.warns(TandemWarning, match=f"worker engine, phase {phase}: .* In its place another is started"):
-        rows = run(replace(config, workers=replace(APART, deadline_s=4.0)), tmp_path / "run", watch)
-    assert hit
+        workers = replace(APART, deadline_s=4.0)
+        rows = run(replace(config, workers=workers), tmp_path / "run", struck(phase, fault, hit))
+    assert len(hit) == 1
     same(rows, plain)
+    assert (closes(tmp_path / "run")["crashed"] > 0) == (phase == "rollout")
 
 
-def test_a_run_whose_engine_cannot_come_back_stops(config, tmp_path):
-    """A run that ends by a traceback, hangs, or loses its newest steps with its engine."""
+def test_a_run_whose_engine_cannot_come_back_stops_and_resumes(config, plain, tmp_path):
+    """A run that ends by a traceback, hangs, loses its newest steps with its engine, or cannot be taken up again."""
+    out, hit = tmp_path / "run", list[int]()
+    with pytest.raises(WorkerDied, match="worker engine, phase rollout: its process ended"):
+        run(replace(config, workers=replace(APART, restarts=0)), out, struck("rollout", signal.SIGKILL, hit))
+    saved = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert saved[-1] == "step-1", saved
+    same(resumed(replace(config, workers=APART), out), plain)
+    found = closes(out)
+    assert (
+        found["interrupted"] + found["crashed"] > 0
+    )  # of what came back in the step that was cut off, and what did not
+
+
+TWO = EngineConfig(kv_memory_bytes=4 << 20, replicas=2)
+
+
+def test_two_engines_apart_learn_what_one_does_here(config, plain, tmp_path):
+    """Replicas that no request reaches, that miss a version, or of which the ledger knows one."""
+    rows = run(replace(config, engine=TWO, workers=APART), tmp_path / "run")
+    same(rows, plain)
+    asked = {name: sum(row["engines"][name]["tokens"] for row in rows) for name in ("engine 1", "engine 2")}
+    assert all(asked.values()), asked
+    assert closes(tmp_path / "run")["crashed"] == 0
+
+
+@pytest.mark.parametrize("phase", ["rollout", "publish", "release"])
+def test_one_of_two_engines_cannot_come_back(config, plain, tmp_path, phase):
+    """A run that stops with an engine while another lives, or whose ledger has what the dead one drew twice."""
+    hit, seen = list[int](), list[Parts]()
 
     def watch(parts: Parts) -> None:
-        engine = parts.engine
-        assert isinstance(engine, RemoteEngine)
-        ask = engine.seat.ask
+        seen.append(parts)
+        struck(phase, signal.SIGKILL, hit, times=2)(parts)
 
-        def faulty(asked: str, *given: Any, **named: Any) -> Any:
-            if asked == "rollout" and engine.version.step == 1:
-                os.kill(pid(engine), signal.SIGKILL)
-            return ask(asked, *given, **named)
-
-        engine.seat.ask = faulty  # type: ignore[method-assign]
-
-    with pytest.raises(WorkerDied, match="worker engine, phase rollout: its process ended"):
-        run(replace(config, workers=replace(APART, restarts=0)), tmp_path / "run", watch)
-    saved = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
-    assert saved[-1] == "step-1", saved
+    with pytest.warns(TandemWarning, match=f"worker engine 1, phase {phase}: .* In its place another is started"):
+        rows = run(replace(config, engine=TWO, workers=replace(APART, restarts=1)), tmp_path / "run", watch)
+    assert len(hit) == 2
+    same(rows, plain)
+    assert [engine.dead for engine in seen[0].sampling] == [True, False]
+    assert (closes(tmp_path / "run")["crashed"] > 0) == (phase == "rollout")
 
 
 def test_lag_and_workers(config, tmp_path):
@@ -329,3 +360,4 @@ def test_a_run_whose_reference_is_stopped_or_killed_is_the_same_run(config, plai
         rows = run(replace(config, workers=replace(APART, deadline_s=4.0)), tmp_path / "run")
     assert hit
     same(rows, plain)
+    closes(tmp_path / "run")

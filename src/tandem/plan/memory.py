@@ -378,22 +378,23 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
     if asked.form == "packed":
         yield Line("weights, until they are packed", whole - embedding, ("load",))
     yield Line("rotary tables", 2 * 4 * spec.max_position * (spec.head_size // 2), place=place)
-    own = packed_bytes(spec, model, asked.dtype)
+    own, each = packed_bytes(spec, model, asked.dtype), asked.engine.replicas if asked.apart and run is not None else 1
     if asked.engine.weights != "same" and asked.holds_codes:
-        yield Line("engine's packed weights, until they are codes", own, ("load",))
-        yield Line("engine's own weights", rounded_bytes(asked), LOADED, own=not asked.apart)
+        yield Line("engine's packed weights, until they are codes", each * own, ("load",))
+        yield Line("engine's own weights", each * rounded_bytes(asked), LOADED, own=not asked.apart)
     elif not asked.shares:
-        yield Line("engine's own weights", count * served + own, place=place, own=not asked.apart)
+        yield Line("engine's own weights", each * (count * served + own), place=place, own=not asked.apart)
     if asked.rounded and (asked.lag or asked.apart):
-        yield Line("weights before rounding", whole + (packed if asked.lag else 0), place=place, own=not asked.apart)
+        unrounded = each * (whole + (packed if asked.lag else 0))
+        yield Line("weights before rounding", unrounded, place=place, own=not asked.apart)
     if asked.apart:
-        yield Line("the engine's process", ENGINE_BYTES, own=False)
+        yield Line("the engine's process", each * ENGINE_BYTES, own=False)
         yield Line("weights in shared memory", int(SHARED_WEIGHTS * whole), LOADED)
     if asked.lag:
         yield Line("weights held back", (asked.lag + 1) * whole, LOADED, place)
     yield Line("pages of keys and values", pool_bytes * num_pools(asked), asked.page_phases, place, own=not asked.apart)
     when: tuple[Phase, ...] = LOADED if asked.beside else ("generate",)
-    yield Line("a step's activations", step_bytes(asked), when, place, own=not asked.apart)
+    yield Line("a step's activations", each * step_bytes(asked), when, place, own=not asked.apart)
     yield Line("weights compared", (count if asked.lag else largest) * compute, ("load", "publish"), place)
     if run is not None:
         yield from _learner_lines(asked, checkpointing, place)

@@ -56,20 +56,33 @@ class _Elsewhere:
 
 
 class RemoteEngine(Engine):
-    """Checks requests here, and has them run by a worker; a worker that fails is replaced."""
+    """Checks requests here, and has them run by a worker; a worker that fails is replaced.
+
+    The worker has its next slice to run while what the last one ended is read here, so that several engines which one
+    thread steps in turn run at once.
+    """
 
     def __init__(
-        self, backend: Backend, config: WorkersConfig, given: EngineGiven, spec: ModelSpec, decode: Decode
+        self,
+        backend: Backend,
+        config: WorkersConfig,
+        given: EngineGiven,
+        spec: ModelSpec,
+        decode: Decode,
+        name: str = "engine",
     ) -> None:
         dtype = given.model.dtype if given.engine.dtype == "same" else given.engine.dtype
         layout, engine = KvLayout.for_engine(spec, given.engine, dtype), given.engine
         num_pages = count_pages(engine.kv_memory_bytes, layout.groups[0].token_bytes, engine.page_tokens)
         runner = _Elsewhere(layout, spec.vocab_size)
         super().__init__(runner, engine, num_pages, max_context=spec.max_position, decode=decode)
-        self.seat = Seat(backend, Spec("engine", "tandem.run.roles:EngineWorker", given), config)
+        self.seat = Seat(backend, Spec(name, "tandem.run.roles:EngineWorker", given), config)
+        self.crashed: Callable[[int], None] = _nobody  # told of tokens that a worker took with it
         self._live: dict[str, Request] = {}
         self._new: list[Request] = []  # of these, what the worker was not asked for
+        self._slice: Pending | None = None  # that it runs; none where nothing is live
         self._counts, self._earlier = Stats(), Stats()  # of this worker, and of those before it
+        self._returned = 0  # tokens that this worker handed over
         self._lost: WorkerError | None = None  # why there is no worker
         self._begin()
 
@@ -89,7 +102,10 @@ class RemoteEngine(Engine):
 
     def _replace(self, error: WorkerError) -> None:
         """Another worker, asked for all that had not come back. Raises the last error where none may come."""
+        if taken := self._counts.sampled_tokens - self._returned:
+            self.crashed(taken)
         self._earlier, self._counts = _summed(self._earlier, self._counts), Stats()
+        self._returned, self._slice = 0, None
         again = f", and asked again for {len(self._live)} requests" if self._live else ""
         try:
             while True:
@@ -106,18 +122,21 @@ class RemoteEngine(Engine):
 
     def taking(self, version: WeightVersion) -> Callable[[], None]:
         """As sync/transport.py's Peer says. `receive` of this process's engine is what follows."""
-        asked = self._asked_for(version)
+        asked = self._asked_for(version) if self._lost is None else None
 
         def taken() -> None:
             try:
                 try:
-                    self._taken(version, asked.result())
+                    if asked is not None:
+                        self._taken(version, asked.result())
                 except DeliveryError:  # damaged on its way: whole, this time
                     self._receive(version)
                 super(RemoteEngine, self).receive(version)
             except WorkerError as error:
                 super(RemoteEngine, self).receive(version)
                 self._replace(error)
+            if self._lost is not None:
+                raise self._lost
 
         return taken
 
@@ -159,9 +178,11 @@ class RemoteEngine(Engine):
                 if (completion := self.seat.ask("rollout", "abort", request_id).result()) is None:
                     return None  # it has ended, and comes with the next step
                 del self._live[request_id]
+                if not self._live:
+                    self._undelivered += self._advanced()
                 return self._here(completion)
             except WorkerError as error:
-                del self._live[request_id]
+                self._live.pop(request_id, None)
                 with contextlib.suppress(WorkerError):
                     self._replace(error)
         self._live.pop(request_id, None)
@@ -174,13 +195,30 @@ class RemoteEngine(Engine):
         while self._live:
             if self._lost is not None:
                 raise self._lost
-            asked, self._new = tuple(self._new), []
             try:
-                ended, self._counts = self.seat.ask("rollout", "advance", asked, SLICE_S).result()
-                done += self._known(ended)
+                if self._slice is None:
+                    self._advance()
+                done += self._advanced()
+                if self._live:
+                    self._advance()
                 break
             except WorkerError as error:
                 self._replace(error)
+        return done
+
+    def _advance(self) -> None:
+        """Have it run a slice, with what is new."""
+        asked, self._new = tuple(self._new), []
+        self._slice = self.seat.ask("rollout", "advance", asked, SLICE_S)
+
+    def _advanced(self) -> list[Completion]:
+        """What ended in the slice that it runs."""
+        if self._slice is None:
+            return []
+        asked, self._slice = self._slice, None
+        ended, counts = asked.result()
+        done = self._known(ended)
+        self._counts = counts
         return done
 
     def _known(self, ended: Sequence[Completion]) -> list[Completion]:
@@ -198,6 +236,7 @@ class RemoteEngine(Engine):
 
     def _here(self, completion: Completion) -> Completion:
         """With times of this process's clock."""
+        self._returned += len(completion.columns)
         return dataclasses.replace(
             completion,
             submitted_s=completion.submitted_s - self._ahead_s,
@@ -206,17 +245,28 @@ class RemoteEngine(Engine):
         )
 
     def release_memory(self) -> None:
-        """As Engine's; where no worker is left, its memory went with it."""
+        """As Engine's; where no worker is left, its memory went with it, and whatever is asked of it next says so."""
         if self._lost is None:
             assert not self._live, f"{len(self._live)} requests are live"
             try:
                 self.seat.ask("release", "release_memory").result()
             except WorkerError as error:
-                self._replace(error)
+                with contextlib.suppress(WorkerError):
+                    self._replace(error)
+
+    def give_up(self) -> None:
+        """As Engine's."""
+        self.dead = True
+        self.seat.worker.end()
+        self._live, self._new, self._slice = {}, [], None
 
     def check_integrity(self) -> None:
         """Of the worker's engine."""
         self.seat.ask("release", "check_integrity").result()
+
+
+def _nobody(tokens: int) -> None:
+    """Where no ledger is kept."""
 
 
 def _summed(first: Stats, then: Stats) -> Stats:

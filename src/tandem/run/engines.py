@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 
 from tandem.engine.driver import Drivable, Driver
 from tandem.engine.engine import Engine
 from tandem.rollout.router import Replica, Router
 from tandem.run.account import Account
+from tandem.run.apart import RemoteEngine
 from tandem.run.parts import Parts
 from tandem.types import WeightVersion
 
@@ -38,13 +41,22 @@ def endpoint(
 
     Of an engine that died, what it had drawn beyond what it handed over has `crashed`; the others go on.
     """
+    taken = Counter[str]()  # tokens that workers of an engine took with them, each of which another has replaced
+
+    def crashed(name: str, tokens: int) -> None:
+        taken[name] += tokens
+        account.ledger.lose("crashed", tokens)
+
+    for name, engine in named(parts).items():
+        if isinstance(engine, RemoteEngine):
+            engine.crashed = partial(crashed, name)
     if not parts.others:
         return Driver(driven(parts.engine))
     engines = {name: engine for name, engine in named(parts).items() if engine in parts.sampling}
 
     def died(replica: Replica, error: Exception) -> None:
         engines[replica.name].give_up()
-        account.engine_died(replica.name, replica.returned_tokens)
+        account.engine_died(replica.name, replica.returned_tokens + taken[replica.name])
         left = sum(not engine.dead for engine in engines.values())
         note(f"{replica.name} died, and what it had is asked of the {left} that are left: {error}")
 

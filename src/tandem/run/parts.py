@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -166,7 +167,8 @@ def build_parts(
     words = _Words(checkpoint, tokenizer, renderer)
     with memory.foreseen():
         if workers is not None and apart:
-            return _build_apart(words, model, config, workers, memory)
+            engines = config if run is not None else replace(config, replicas=1)
+            return _build_apart(words, model, engines, workers, memory)
         beside = run is not None and run.asynchrony.mode != "sync"
         return _build(words, model, config, memory, _Use(lag, beside, learns))
 
@@ -213,10 +215,13 @@ def _build_apart(
     backend, sender = _backend_of(workers, model.device), MemorySender(weights)
     try:
         given = EngineGiven(resolve_source(model.source), model, config, sender.address)
-        engine = RemoteEngine(backend, workers, given, checkpoint.spec, tokenizer.decode)
+        names = [f"engine {number + 1}" for number in range(config.replicas)] if config.replicas > 1 else ["engine"]
+        with ThreadPoolExecutor() as starting:  # each takes a while to come up
+            come = partial(RemoteEngine, backend, workers, given, checkpoint.spec, tokenizer.decode)
+            engine, *others = starting.map(come, names)
         exact = not of_engine(model, config)
         exact_engine = engine if exact else engine_on(decoder, without_departures(config), tokenizer.decode)
-        receivers: list[Receiver] = [Remote("the engine's process", sender, engine)]
+        receivers: list[Receiver] = [Remote("the engine's process", sender, engine, *others)]
         if not exact:
             receivers.append(Shared("what runs on the learner's weights", decoder, exact_engine))
         publisher = Publisher(decoder, receivers)
@@ -225,7 +230,7 @@ def _build_apart(
         backend.close()
         raise
     plan = _decided(words, model, engine, decoder, version, memory)
-    plan |= {"decoders": 2, "codes": described(decoder), "workers": workers.backend}
+    plan |= {"decoders": 1 + config.replicas, "codes": described(decoder), "workers": workers.backend}
     return Parts(
         decoder,
         tokenizer,
@@ -236,7 +241,8 @@ def _build_apart(
         memory,
         plan,
         lambda: engine_on(decoder, config, tokenizer.decode, engine.version),
-        workers=backend,
+        tuple(others),
+        backend,
     )
 
 

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from tandem.errors import DeliveryError
+from tandem.errors import DeliveryError, WorkerError
 from tandem.kernels.changes import Changes, apply_changes, code_changes, is_sound, num_blocks, words_of
 from tandem.models.decoder import Decoder
 from tandem.numerics.digest import root_hash, tensor_hash, tensor_hashes
 from tandem.sync.receive import Weights, policy_of
 from tandem.sync.reshard import Shard
 from tandem.types import WeightVersion
+
+T = TypeVar("T")
 
 
 class Sender(Protocol):
@@ -50,6 +53,8 @@ class Reader(Protocol):
 class Peer(Protocol):
     """A receiver in another process."""
 
+    dead: bool  # no weights reach it any more
+
     def taking(self, version: WeightVersion) -> Callable[[], None]:
         """Have it take a version that is about to be sent. What comes back waits until it serves it, or raises."""
         ...
@@ -64,13 +69,27 @@ class Remote:
         self.name, self.sender, self.peers = name, sender, peers
 
     def receive(self, version: WeightVersion, sets: Mapping[str, Weights]) -> None:
-        takings = [peer.taking(version) for peer in self.peers]
+        """As Receiver's. WorkerError where no peer is left that serves the version."""
+        failed: list[WorkerError] = []
+        living = [peer for peer in self.peers if not peer.dead]
+        takings = list(_each([partial(peer.taking, version) for peer in living], failed))
         self.sender.publish(version, policy_of(self.name, version, sets))
-        for taken in takings:
-            taken()
+        for _ in _each(takings, failed):
+            pass
+        if failed and len(failed) == len(living):
+            raise failed[0]
 
     def sources(self) -> Mapping[int, Decoder]:
         return {}
+
+
+def _each(calls: Iterable[Callable[[], T]], failed: list[WorkerError]) -> Iterator[T]:
+    """What calls give; those of workers that failed are left out."""
+    for call in calls:
+        try:
+            yield call()
+        except WorkerError as error:
+            failed.append(error)
 
 
 @dataclass(frozen=True, slots=True)
