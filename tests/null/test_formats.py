@@ -62,7 +62,20 @@ def test_what_is_written_is_read(name: str, known: bool) -> None:
 
 
 names = st.from_regex(r"[A-Za-z_][A-Za-z0-9_]{0,8}(\.[A-Za-z_][A-Za-z0-9_]{0,8})?|[a-z]+-[a-z]+", fullmatch=True)
-texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+MARKS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<|eom_id|>", "<|call|>", "<|end|>")
+MARKS += (
+    "<|message|>",
+    "<|start|>",
+    "```python\n",
+    "\n```",
+    "</function>",
+    "</s>",
+    "</think>",
+    "}; {",
+    "\u2028",
+    "\x1c",
+)
+texts = st.text(st.characters(exclude_categories=("Cs",)), max_size=12) | st.lists(st.sampled_from(MARKS)).map("".join)
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | texts,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
@@ -81,6 +94,16 @@ def test_any_calls_are_read_back(calls: list[ToolCall], name: str) -> None:
     one = FORMATS[name]
     found = one.parse(one.write(calls, ()), ())
     assert not found.faults and called(found.calls) == called(calls)
+
+
+@settings(max_examples=200, deadline=None)
+@given(calls=drawn, name=st.sampled_from(sorted(FORMATS)), share=st.floats(0, 1))
+def test_a_cut_text_has_the_calls_before_it(calls: list[ToolCall], name: str, share: float) -> None:
+    """A call that was cut in the midst is made, with less than was meant."""
+    one = FORMATS[name]
+    whole = one.write(calls, ())
+    found = called(one.parse(whole[: int(share * len(whole))], ()).calls)
+    assert found == called(calls)[: len(found)]
 
 
 @settings(max_examples=100, deadline=None)
@@ -266,6 +289,14 @@ def test_a_call_beside_a_malformed_one() -> None:
         ("llama3", '{"parameters": {"a": 1}, "name": "f"}', "", "", [("f", {"a": 1})]),
         ("llama3", '{"type": "function", "name": "f", "parameters": {}}', "", "", [("f", {})]),
         ("llama3", '{"name": "tool"}', "", "", [("tool", {})]),
+        (
+            "llama3",
+            '{"name": "f", "parameters": {}}; {"name": "say", "parameters": {"text": "<|python_tag|>"}}',
+            "",
+            "",
+            [("f", {}), ("say", {"text": "<|python_tag|>"})],
+        ),
+        ("llama3", '{"a": 1}<|python_tag|>f.call(a=2)', '{"a": 1}', "", [("f", {"a": 2})]),
         ("llama3", '<|python_tag|>search.call(query="a")<|eom_id|>', "", "", [("search", {"query": "a"})]),
         (
             "llama3",

@@ -38,10 +38,9 @@ def parse(text: str, tools: Tools = ()) -> Parsed:
     reasoning, text = thought(text)
     for end in ENDS:
         text = text.removesuffix(end)
-    before, tag, said = text.partition(TAG)
-    if not tag:
-        before, said = "", text
-    if not (tag or _calls(said, tools)):
+    tag = text.find(TAG, _behind(text))
+    before, said = (text[:tag], text[tag + len(TAG) :]) if tag >= 0 else ("", text)
+    if tag < 0 and not _calls(said, tools):
         return Parsed(text, reasoning)
     try:
         calls = _objects(said) if said.lstrip().startswith("{") else _python(said, tools)
@@ -70,6 +69,17 @@ def _calls(text: str, tools: Tools) -> bool:
     if isinstance(value, dict):
         return value.get("name") in known or ("name" in value and ("parameters" in value or "arguments" in value))
     return '"name"' in text and (bool(_ARGUMENTS.search(text)) or any(f'"{name}"' in text for name in known))
+
+
+def _behind(text: str) -> int:
+    """Where the objects that a text begins with end: a tag that stands in one is a text of theirs."""
+    place = 0
+    while (start := len(text) - len(text[place:].lstrip(" \n\t;"))) < len(text) and text[start] == "{":
+        try:
+            _, place = read_json(text, start)
+        except Malformed:
+            break
+    return place
 
 
 def _objects(text: str) -> list[ToolCall]:
