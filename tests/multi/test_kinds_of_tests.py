@@ -275,3 +275,89 @@ def test_what_a_program_raises() -> None:
         """
     failed = {each.name: each.reason for each in graded(textwrap.dedent(program), tests) if not each.passed}
     assert failed == {"Case.test_left_well": "AssertionError: SystemExit: 0"}
+
+
+def test_what_programs_give_and_take() -> None:
+    """A right program that fails for what an object of it says of itself, for a context or a list that was changed in
+    a tuple, or for a stream that is read; one that passes by the words of its stand-in."""
+    program = """
+        LIMIT = 3
+        def limit(): return LIMIT
+        class Held:
+            def __init__(self, value=1): self.value = value
+            def __repr__(self): return f"Held({self.value})"
+            def __format__(self, form): return f"{self.value:{form}}"
+            def __invert__(self): return Held(-self.value)
+            def __round__(self, digits=0): return self.value
+            async def __aenter__(self): return self.value
+            async def __aexit__(self, *error): return None
+        class Said:
+            "Words."
+        def silent(): pass
+        def fill(pair): pair[0].append(1)
+        def count(counts): counts["a"] += 1
+        async def later(value): return value
+        async def stream(end):
+            for number in range(end): yield number
+        """
+    tests = """
+        import asyncio
+        import unittest
+        from collections import Counter
+        from unittest import mock
+        import double
+        from double import Held, Said, count, fill, later, limit, silent, stream
+
+        def test_says():
+            assert repr(Held(2)) == "Held(2)" and f"{Held(3):>3}" == "  3" and f"{[Held()]}" == "[Held(1)]"
+            assert repr(~Held(2)) == "Held(-2)" and round(Held(4)) == 4
+        def test_names(): assert (Said.__name__, silent.__name__, Said.__doc__) == ("Said", "silent", "Words.")
+        def test_no_words(): assert silent.__doc__ is None
+        def test_a_list_in_a_tuple():
+            pair = ([0],)
+            fill(pair)
+            assert pair == ([0, 1],)
+        def test_a_counter():
+            counts = Counter("a")
+            count(counts)
+            assert counts == {"a": 2}
+        def test_run(): assert asyncio.run(later(5)) == 5
+        def test_patched():
+            with mock.patch("double.LIMIT", 5):
+                assert limit() == 5
+            assert limit() == 3
+        async def test_stream(): assert [number async for number in stream(3)] == [0, 1, 2]
+        async def test_context():
+            async with Held(6) as value: assert value == 6
+        """
+    assert [each for each in graded(textwrap.dedent(program), tests) if not each.passed] == []
+
+
+def test_what_would_be_the_programs_word() -> None:
+    """A comparison that the program decides; a refusal that does not say what it refuses."""
+    program = "class Held:\n    def __lt__(self, other): return True\n    def __eq__(self, other): return True"
+    asked = {
+        "Held() < Held()": "a Held of the program cannot be compared: compare plain values",
+        "Held() == 3": "a Held of the program cannot be compared: compare plain values",
+        "3 < Held()": "a Held of the program cannot be compared: compare plain values",
+        "sorted([Held(), Held()])": "a Held of the program cannot be compared: compare plain values",
+        "isinstance(Held(), Held)": "what is of a class of the program, it would say itself: compare plain values",
+    }
+    lines = "".join(f"def test_{place}(): assert {words}\n" for place, words in enumerate(asked))
+    lines += "def test_base():\n    class Own(Held): pass\n    assert Own"
+    reasons = [each.reason for each in graded(program, f"from double import Held\n{lines}")]
+    assert reasons == [
+        *(f"TypeError: {said}" for said in asked.values()),
+        "TypeError: a class of the program cannot be the base of one of the tests",
+    ]
+
+
+def test_a_call_of_too_much_is_its_tests_alone() -> None:
+    """A test that gives the program more than a message may have takes the time of all that follow."""
+    tests = """
+        from double import size
+        def test_too_long(): assert size("x" * (1 << 20)) == 1 << 20
+        def test_long(): assert size("x" * 1_000_000) == 1_000_000
+        """
+    long, short = graded("def size(text): return len(text)", tests)
+    assert "ValueError: a call has 1,048," in long.reason and "allowed are 1,048,576" in long.reason and short.passed

@@ -18,8 +18,8 @@ from tandem.errors import SandboxError, TaskError
 from tandem.sandbox.box import Conversation, Sandbox
 from tandem.sandbox.listed import test_names
 from tandem.sandbox.pool import SandboxPool
+from tandem.sandbox.values import MESSAGE_BYTES
 
-MESSAGE_BYTES = 1 << 20  # of one call or answer
 TOLD = "told.json"  # in the tests' sandbox: an argument may have 128 KB
 TEST_S = 2.0  # of one test: some that hang leave time for the others
 

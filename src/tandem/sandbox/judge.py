@@ -23,12 +23,15 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 from tandem.sandbox.listed import Test, test_names
-from tandem.sandbox.values import decode, encode
+from tandem.sandbox.values import MESSAGE_BYTES, decode, encode
 
 FORWARDED = (
     *("__len__", "__getitem__", "__setitem__", "__delitem__", "__iter__", "__next__", "__bool__", "__str__", "__int__"),
-    *("__float__", "__index__", "__enter__", "__exit__", "__neg__", "__abs__"),
+    *("__float__", "__index__", "__enter__", "__exit__", "__neg__", "__pos__", "__abs__", "__invert__", "__round__"),
+    *("__repr__", "__format__", "__bytes__", "__aiter__", "__anext__", "__aenter__", "__aexit__"),
 )
+ORDERS = ("__eq__", "__lt__", "__le__", "__gt__", "__ge__")  # the program's word on them would be its own verdict
+NAMES = ("__name__", "__qualname__")
 # Between the program's own things alone: with a test's value they would show it what is expected, and take its word.
 BETWEEN = (
     *("__contains__", "__add__", "__sub__", "__mul__", "__truediv__", "__floordiv__", "__mod__", "__pow__"),
@@ -61,7 +64,10 @@ class Line:
         self.lock = threading.RLock()  # tests may have threads; the program answers one call at a time
 
     def say(self, message: dict[str, Any]) -> None:
+        """ValueError for a call that nobody would carry: its test alone fails."""
         left = memoryview(json.dumps(message).encode() + b"\n")
+        if len(left) > MESSAGE_BYTES:
+            raise ValueError(f"a call has {len(left):,} bytes; allowed are {MESSAGE_BYTES:,}")
         while left:
             left = left[os.write(self.answers, left) :]
 
@@ -131,7 +137,7 @@ class Line:
         letter, number, rest = code
         if letter == "x":
             return self.error(rest)
-        return Remote(self, int(number), str(rest))
+        return (Coroutine if rest == "coroutine" else Remote)(self, int(number), str(rest))
 
     def error(self, names: list[str]) -> type[BaseException]:
         """The class that stands for an exception of the program: of the built-in kind that it is of."""
@@ -170,28 +176,58 @@ class Remote:
         return self._call("__call__", arguments, named)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
+        if name.startswith("__") and name not in NAMES:
             raise AttributeError(name)
         return self._line.value(self._ask("attribute", name).get("value"))
 
+    __doc__ = property(lambda self: self._line.value(self._ask("attribute", "__doc__").get("value")))  # type: ignore[assignment]
+
     def __setattr__(self, name: str, value: Any) -> None:
         self._ask("set", name, encode(value, code_of))
+
+    def __delattr__(self, name: str) -> None:
+        self._ask("delete", name)
 
     def __await__(self) -> Generator[Any, None, Any]:
         yield from asyncio.sleep(0).__await__()
         return self._line.value(self._ask("await").get("value"))
 
-    def __repr__(self) -> str:
-        return f"<{self._kind} of the program>"
+    def __mro_entries__(self, bases: Any) -> Any:
+        raise TypeError("a class of the program cannot be the base of one of the tests")
 
-    def __eq__(self, other: object) -> bool:
-        raise TypeError(f"a {self._kind} of the program cannot be compared: compare plain values")
+    def __instancecheck__(self, instance: Any) -> bool:
+        raise TypeError("what is of a class of the program, it would say itself: compare plain values")
 
     __hash__ = object.__hash__
 
 
+class Coroutine(Remote):
+    """One that `asyncio.run` takes for what it is."""
+
+    def _steps(self) -> Generator[Any, None, Any]:
+        if "_waits" not in self.__dict__:
+            self.__dict__["_waits"] = self.__await__()
+        return self.__dict__["_waits"]
+
+    def __next__(self) -> Any:  # in place of the program's
+        return next(self._steps())
+
+    def send(self, value: Any) -> Any:
+        return self._steps().send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._steps().throw(*error)
+
+    def close(self) -> None:
+        self._steps().close()
+
+
 def _forwarded(name: str) -> Any:
     return lambda self, *arguments: self._call(name, arguments, {})
+
+
+def _refused(self: Remote, other: object) -> bool:
+    raise TypeError(f"a {self._kind} of the program cannot be compared: compare plain values")
 
 
 def _between(name: str) -> Any:
@@ -205,6 +241,8 @@ def _between(name: str) -> Any:
 
 for _name in FORWARDED:
     setattr(Remote, _name, _forwarded(_name))
+for _name in ORDERS:
+    setattr(Remote, _name, _refused)
 for _name in BETWEEN:
     setattr(Remote, _name, _between(_name))
 
@@ -217,9 +255,12 @@ def code_of(value: Any) -> list[Any]:
 
 def changed(mine: Any, theirs: Any) -> None:
     """Change an argument in place as the program did."""
-    if type(mine) is not type(theirs) or isinstance(mine, Remote) or mine == theirs:
+    if not isinstance(mine, type(theirs)) or isinstance(mine, Remote) or mine == theirs:
         return
-    if isinstance(mine, list | bytearray):
+    if isinstance(mine, tuple):
+        for one, other in zip(mine, theirs, strict=False):
+            changed(one, other)
+    elif isinstance(mine, list | bytearray):
         mine[:] = theirs
     elif isinstance(mine, dict | set):
         mine.clear()
@@ -261,6 +302,9 @@ class StandIn(types.ModuleType):
             super().__setattr__(name, value)
         else:
             setattr(self.__dict__["_remote"], name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.__dict__["_remote"], name)
 
 
 def made_tests(space: dict[str, Any]) -> Iterator[str]:

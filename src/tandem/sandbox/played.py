@@ -18,7 +18,7 @@ from typing import Any
 from tandem.sandbox.values import decode, encode
 
 RAISED = (Exception, SystemExit)  # what a program may raise and go on
-OPERATIONS = {"__bool__": bool, "__iter__": iter, "__contains__": operator.contains, "__str__": str}
+OPERATIONS = {"__bool__": bool, "__iter__": iter, "__contains__": operator.contains, "__str__": str, "__repr__": repr}
 
 
 def operation(aim: Any, name: str) -> Callable[..., Any]:
@@ -67,6 +67,9 @@ class Player:
             return {"value": encode([name for name in dir(aim) if not name.startswith("_")], self.hold)}
         if kind == "set":
             setattr(aim, rest[0], self.given(rest[1]))
+            return {"value": None}
+        if kind == "delete":
+            delattr(aim, rest[0])
             return {"value": None}
         if kind == "await":
             return {"value": encode(self.loop.run_until_complete(finished(aim)), self.hold)}

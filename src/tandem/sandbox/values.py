@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 DEPTH = 100
+MESSAGE_BYTES = 1 << 20  # of one call or answer
 LARGE = 1 << 64  # from here on an integer goes as hexadecimal digits: decimal ones end at 4,300
 
 
