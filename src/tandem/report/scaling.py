@@ -24,8 +24,7 @@ Advice = Literal["continue", "stop", "cannot tell"]
 Flop = Callable[[Row], float]  # operations of a step, by its row
 FlopOf = Callable[[Path], Flop | None]  # of a run's folder: report/scaling_page.py
 
-LEAST_ROWS = 12  # three a parameter; of rows that say something new
-LEAST_EVALUATIONS = 8  # from here on held-out accuracy is fitted, not the training reward
+LEAST_ROWS = 12  # three a parameter; of rows that say something new, and of evaluations, else the rewards are fitted
 BACKTEST = 0.3  # of the cost, from which the rest is foretold
 MORE = (0.1, 0.5, 1.0)  # of the cost so far
 WORTH, WORTH_SHARE = 0.01, 0.05  # doubling the cost should bring this, and this share of the gain so far
@@ -202,7 +201,7 @@ def scaled(
     name: str, runs: Mapping[str, Sequence[Row]], flops: Mapping[str, Flop | None], notes: Sequence[str] = ()
 ) -> Scaling:
     """The fits of runs of one config, and what they say together."""
-    held_out = all(len(metrics.graded(rows)) >= LEAST_EVALUATIONS for rows in runs.values())
+    held_out = all(len(metrics.graded(rows)) >= LEAST_ROWS for rows in runs.values())
     courses = [course(run, rows, held_out, flops.get(run)) for run, rows in runs.items()]
     measure = "held-out accuracy" if held_out else "training reward"
     told = [*_notes(courses, runs, held_out), *notes]
@@ -232,7 +231,7 @@ def _notes(courses: Sequence[Course], runs: Mapping[str, Sequence[Row]], held_ou
     told = (
         []
         if held_out
-        else [f"fitted to the training reward: {least} held-out evaluations are fewer than {LEAST_EVALUATIONS}"]
+        else [f"fitted to the training reward: {least} held-out evaluations are fewer than {LEAST_ROWS}"]
     )
     for one in courses:
         if one.unmeasured:
