@@ -5,12 +5,13 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.columns import Columns
 from tandem.engine.driver import Driver
-from tandem.errors import CapacityError
+from tandem.errors import CapacityError, KernelError
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.flow import Ended, Flow
@@ -177,6 +178,44 @@ def test_paused_it_goes_on_elsewhere(count: int, turns: int, after: int, seed: i
     found += flow.ended()
     content, other = packed(flow.pause()), Flow(there)
     other.resume(unpacked(content, list[tuple[str, list[Paused]]]))
+    while len(other):
+        found += other.advance(0.0)
+    assert sorted(ended.group.prompt.id for ended in found) == sorted(alone)
+    for ended in found:
+        for one, plain in zip(ended.group.trajectories, alone[ended.group.prompt.id].trajectories, strict=True):
+            assert one.columns["tokens"].tolist() == plain.columns["tokens"].tolist()
+            assert (one.reward, one.stop_reason, one.said) == (plain.reward, plain.stop_reason, plain.said)
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=st.integers(1, 4), after=st.integers(0, 20), dies=st.booleans(), seed=st.integers(0, 10**6))
+def test_of_an_engine_that_fails_what_runs_can_be_kept(count: int, after: int, dies: bool, seed: int) -> None:
+    """A failed step of the engine after which no checkpoint is written, or one without an answer that had come."""
+    config = RolloutConfig(samples_per_prompt=2, max_turns=3, max_new_tokens=9)
+
+    def rollouts() -> Rollouts:
+        return Rollouts(Driver(Typing()), Renderer(Letters()), Counting(2), config, run_seed=seed)  # type: ignore[arg-type]
+
+    def fail() -> list[Completion]:
+        raise ZeroDivisionError("died") if dies else KernelError("failed")
+
+    alone = {group.prompt.id: group for group in rollouts().collect(3, prompts(count))}
+    here, there = rollouts(), rollouts()
+    there.driver.engine.ran = here.driver.engine.ran  # type: ignore[attr-defined]
+    flow, found = Flow(here), list[Ended]()
+    for prompt in prompts(count):
+        flow.begin(3, prompt)
+    for _ in range(after):
+        found += flow.advance(0.0)
+    here.driver.engine.step = fail  # type: ignore[attr-defined]
+    if len(flow):
+        with pytest.raises((ZeroDivisionError, KernelError)):
+            while True:
+                found += flow.advance(0.0)
+    flow.turns.hold()
+    found += flow.ended()
+    other = Flow(there)
+    other.resume(unpacked(packed(flow.pause()), list[tuple[str, list[Paused]]]))
     while len(other):
         found += other.advance(0.0)
     assert sorted(ended.group.prompt.id for ended in found) == sorted(alone)

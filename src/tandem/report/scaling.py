@@ -229,9 +229,7 @@ def _notes(courses: Sequence[Course], runs: Mapping[str, Sequence[Row]], held_ou
     numbers = [len(metrics.graded(rows)) for rows in runs.values()]
     least = min(numbers, default=0)
     told = (
-        []
-        if held_out
-        else [f"fitted to the training reward: {least} held-out evaluations are fewer than {LEAST_ROWS}"]
+        [] if held_out else [f"fitted to the training reward: {least} held-out evaluations are fewer than {LEAST_ROWS}"]
     )
     for one in courses:
         if one.unmeasured:

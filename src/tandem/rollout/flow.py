@@ -81,6 +81,8 @@ class Flow:
                 self._expire()
             else:
                 for program, asked, future in self.turns.waits.ended(min(wait_s, first - self.by.clock())):
+                    if asked == "engine" and future.exception(0) is not None:
+                        self.turns.unanswered(program)
                     self.turns.take(program, asked, future.result(0))
         return self.ended()
 

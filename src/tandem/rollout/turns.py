@@ -86,14 +86,20 @@ class Turns:
         self.waits.submit(program, request, program.count if self.counts else None)
 
     def hold(self) -> None:
-        """Have the engine give back what it is drawing, and ask nothing of it until `go_on`."""
+        """Have the engine give back what it is drawing, and ask nothing of it until `go_on`.
+
+        A request that ended with an error gives back nothing: it is asked for again then, and told then.
+        """
         assert self._held is None, "held twice"
         self._held = []
         for request_id in self.waits.requests:
             self.by.driver.abort(request_id)
         while self.waits.requests:
             for program, asked, future in self.waits.ended(HOLD_S):
-                self.take(program, asked, future.result(0))
+                if asked == "engine" and future.exception(0) is not None:
+                    self.unanswered(program)
+                else:
+                    self.take(program, asked, future.result(0))
 
     def go_on(self) -> None:
         """Ask for what was held back."""
@@ -125,6 +131,11 @@ class Turns:
             self._grade(program)
         else:
             self.submit(program)
+
+    def unanswered(self, program: Program) -> None:
+        """Its request ended with an error: the next `go_on` asks for it again."""
+        program.requests -= program.carried is None
+        self.later.append(program)
 
     def take(self, program: Program, asked: Asked, answer: Any) -> None:
         """What came back for a program."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any, Literal
 
@@ -44,8 +45,11 @@ class Waits:
         if self.requests:
             self.driver.wake()
 
-    def ended(self, wait_s: float) -> list[tuple[Program, Asked, Future[Any]]]:
-        """Those that ended since the last call. A step of the engine, or a wait of at most wait_s where it is idle."""
+    def ended(self, wait_s: float) -> Iterator[tuple[Program, Asked, Future[Any]]]:
+        """Those that ended since the last call. A step of the engine, or a wait of at most wait_s where it is idle.
+
+        What is not taken of it comes with the next call.
+        """
         if self._ended.empty():
             if self.requests:
                 self._seen = self.driver.progress(self._seen, wait_s)
@@ -53,13 +57,11 @@ class Waits:
                 acts = "environment" in self.asked.values()
                 with self.trace.span("environment" if acts else "reward"):
                     self._wait(wait_s)
-        found = []
-        while not self._ended.empty():
+        for _ in range(self._ended.qsize()):
             program, request_id, future = self._ended.get()
             self.requests.pop(request_id, None)
             if (asked := self.asked.pop(program, None)) is not None:
-                found.append((program, asked, future))
-        return found
+                yield program, asked, future
 
     def drop(self, program: Program) -> bool:
         """Wait for its environment no more, or have the engine answer soon; whether nothing comes any more."""
