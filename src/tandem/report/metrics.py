@@ -14,6 +14,7 @@ from tandem.errors import RunFolderError
 Row = Mapping[str, Any]
 
 FAILED_SHARE_ALARM = 0.10  # of a step's trajectories
+ROLLOUT = ("host", "prefill", "decode", "recomputed")  # of what a worker does, what the main one calls rollout
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -119,7 +120,8 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     steps, last_step; measure ("reward" or "loss"); reward_first, reward_last, loss_first, loss_last: means over the
     first and last five steps that have one, the loss only where it is the measure;
     evaluation_before, evaluation_after: first and last held-out result (after is None with only one);
-    tokens, tokens_per_s (all sampled tokens over all rollout seconds), trained_samples, trained_tokens, failed;
+    tokens, tokens_per_s (all sampled tokens over the rollout seconds of all workers), trained_samples, trained_tokens,
+    failed;
     wall_s, seconds and shares by phase; peak_memory_bytes; kl_max, mismatch_max, ratio_max; weights (last digest).
     """
     trained = training(rows)
@@ -129,7 +131,9 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     seconds = seconds_by_phase(rows)
     spent = sum(seconds.values())
     tokens = sum(series(rows, "tokens")[1]) if measured == "reward" else 0  # of texts, nothing was sampled
-    rollout_s = seconds.get("rollout", 0.0)
+    drawn = sum(float(row["drawn_tokens"] if row.get("workers") else row.get("tokens") or 0) for row in trained)
+    workers = [phases for row in trained for phases in row.get("workers", {}).values()]
+    rollout_s = seconds.get("rollout", 0.0) + sum(phases.get(name, 0.0) for phases in workers for name in ROLLOUT)
     return {
         "steps": len(trained),
         "last_step": trained[-1]["step"] if trained else None,
@@ -139,7 +143,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "evaluation_before": evaluated[0] if evaluated else None,
         "evaluation_after": evaluated[-1] if len(evaluated) > 1 else None,
         "tokens": int(tokens),
-        "tokens_per_s": tokens / rollout_s if rollout_s else None,
+        "tokens_per_s": drawn / rollout_s if rollout_s else None,
         "trained_samples": int(sum(series(rows, "trained_samples")[1])),
         "trained_tokens": int(sum(series(rows, "trained_tokens")[1])),
         "failed": int(sum(series(rows, "failed")[1])),

@@ -41,7 +41,9 @@ _OF_SAMPLES = {
     "length": Key("tokens", "mean sampled a trajectory; for texts, mean of a solution"),
     "length_max": Key("tokens", "longest"),
     "tokens": Key("tokens", "all of them"),
-    "tokens_per_s": Key("tokens/s", "sampled over the seconds of rollout; null where nothing was sampled"),
+    "tokens_per_s": Key(
+        "tokens/s", "sampled over the seconds of rollout, of all workers; null where nothing was sampled"
+    ),
     "turns": Key("count", "mean completions a program, where rollout.max_turns is above 1 or tools are called"),
     "happened/*": Key(
         "count",

@@ -46,7 +46,7 @@ from tandem.run.engines import endpoint, living
 from tandem.run.fairness import Fairness
 from tandem.run.figures import figures
 from tandem.run.folder import RunFolder, SavedCheckpoint
-from tandem.run.ledger import Ledger
+from tandem.run.ledger import ROLLOUT, Ledger
 from tandem.run.loop import Stages
 from tandem.run.parts import Parts, reference_of, resolve_source
 from tandem.run.spending import Spending
@@ -400,11 +400,13 @@ class Session:
         if "extra_programs" in counts:
             self.ledger.lose("surplus", int(counts["extra_tokens"]), self.ledger.open)
         self.check_ledger()
-        rollout_s = seconds.get("rollout", 0.0)
+        rollout_s, tokens = seconds.get("rollout", 0.0), row.get("tokens")
         if settled.workers:
             row["workers"] = settled.workers
+            rollout_s = sum(phases.get(name, 0.0) for phases in settled.workers.values() for name in ROLLOUT)
+            tokens = settled.drawn_tokens
         if "tokens" in row:
-            row["tokens_per_s"] = row["tokens"] / rollout_s if rollout_s else None
+            row["tokens_per_s"] = tokens / rollout_s if rollout_s else None
         row |= counts
         spent = now - self.row_started_s
         row["seconds"] = seconds | {"other": max(0.0, spent - sum(seconds.values()))}
