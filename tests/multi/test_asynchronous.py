@@ -14,12 +14,13 @@ import pytest
 
 from tandem.config import override
 from tandem.engine.config import EngineConfig
+from tandem.engine.engine import Engine
 from tandem.errors import RunFolderError, WorkerError, WorldError
 from tandem.kernels.build.toolchain import compiler
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.rollout.config import RolloutConfig
-from tandem.run import asynchronous, local
+from tandem.run import asynchronous, cores, local
 from tandem.run.config import EvaluationConfig, RunConfig
 from tandem.run.journal import FACTS, VERSION, Journal, Read
 from tandem.run.replay import Repeated, replay
@@ -202,6 +203,8 @@ def test_a_disk_that_fills_ends_the_run_and_it_goes_on(
         patch.setattr(os, "write", full)
         with pytest.raises(WorldError, match="journal.*Free some space"):
             local.train(config, out=tmp_path / "run", resume=None, display=Silent())
+    tokens = json.loads((tmp_path / "run" / "ledger.json").read_text())["tokens"]
+    assert tokens.pop("total") == sum(tokens.values()) > 0 and "unaccounted" not in tokens
     before = len(Read(tmp_path / "run").facts)
     code, _ = local.train(config, out=None, resume=tmp_path / "run", display=Silent())
     read = Read(tmp_path / "run")
@@ -222,6 +225,35 @@ def test_an_engine_that_stands_still_is_said(tiny: RunConfig, tmp_path: Path, mo
     config = override(tiny, {**FULL, "rollout.deadline_s": "2"})
     try:
         with pytest.raises(WorkerError, match="worker rollouts, phase .*: a step of the engine has taken 2 s"):
+            local.train(config, out=tmp_path / "run", resume=None, display=Silent())
+    finally:
+        stuck.set()
+
+
+def test_one_that_has_the_cores_is_said(tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learner that waits for ever for the cores that a step of the engine does not give back."""
+    monkeypatch.setattr(cores, "LOOK_S", 0.05)
+    monkeypatch.setattr(asynchronous, "LOOK_S", 0.05)
+    monkeypatch.setattr(asynchronous, "GRACE_S", 0.1)
+    learns, stands, stuck = threading.Event(), threading.Event(), threading.Event()
+    score, step = asynchronous.AsyncSession.score, Engine.step
+
+    def scored(self: Any, batch: Any) -> Any:
+        learns.set()
+        assert stands.wait(60.0)
+        return score(self, batch)
+
+    def stand(self: Any) -> Any:
+        if learns.is_set():
+            stands.set()
+            stuck.wait(60.0)
+        return step(self)
+
+    monkeypatch.setattr(asynchronous.AsyncSession, "score", scored)
+    monkeypatch.setattr(Engine, "step", stand)
+    try:
+        with pytest.raises(WorkerError, match="worker rollouts, phase .*: a step of the engine has taken 2 s"):
+            config = override(tiny, {**FULL, "rollout.deadline_s": "2"})
             local.train(config, out=tmp_path / "run", resume=None, display=Silent())
     finally:
         stuck.set()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -11,9 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tandem.errors import RunFolderError
 from tandem.kernels.build.toolchain import compiler
 from tandem.run.journal import Read
 from tandem.run.replay import replay
@@ -58,6 +61,14 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., 
     (folder / "sums.py").write_text(TASK)
     (folder / "tiny.py").write_text(RECIPE % STEPS)
     return folder / "tiny.py"
+
+
+@pytest.fixture(scope="module")
+def finished(recipe: Path) -> Path:
+    out = recipe.parent / "finished"
+    result = train(recipe, "--out", out)
+    assert result.returncode == 0, result.stderr
+    return out
 
 
 def whole(folder: Path) -> None:
@@ -127,3 +138,83 @@ def test_stopped_it_goes_on_where_it_stood(recipe: Path, tmp_path: Path) -> None
     result = train(recipe, "--resume", out)
     assert result.returncode == 0, result.stderr
     whole(out)
+
+
+def test_an_earlier_ledger_is_no_ledger(finished: Path, tmp_path: Path) -> None:
+    """A run that was resumed and killed shows the tokens of an earlier sitting as if they were all."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    assert (out / "ledger.json").is_file()
+    how = ("--set", f"steps={STEPS + 40}", "--resume")
+    with halted_from(finished.parent / "tiny.py", out, how, updates=STEPS + 2) as running:
+        running.send_signal(signal.SIGKILL)
+    assert not (out / "ledger.json").exists()
+
+
+def damaged(folder: Path, how: str) -> None:
+    """A journal as a disk or a person leaves it; the newest checkpoint of a run of 12 steps is its last."""
+    path, groups = folder / "journal.jsonl", folder / "journal.bin"
+    lines = path.read_bytes().splitlines(keepends=True)
+    place = next(i for i, line in enumerate(lines) if b'"choose","step":3' in line)
+    if how == "a line":
+        lines[place] = b"\0" * (len(lines[place]) - 1) + b"\n"
+    elif how == "its end":
+        lines = lines[:place]
+    elif how == "groups":
+        groups.write_bytes(groups.read_bytes()[:1000])
+    path.write_bytes(b"".join(lines))
+
+
+@pytest.mark.parametrize("how", ["a line", "its end", "groups"])
+def test_a_journal_that_lost_what_a_checkpoint_knew_is_left_alone(finished: Path, tmp_path: Path, how: str) -> None:
+    """A resume that cuts the journal off behind a damaged line, and writes on as if nothing lacked."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    recipe = finished.parent / "tiny.py"
+    damaged(out, how)
+    before = (out / "journal.jsonl").read_bytes()
+    result = train(recipe, "--resume", out, "--set", f"steps={STEPS + 2}")
+    assert result.returncode == 2 and "move both away" in result.stderr and "Traceback" not in result.stderr
+    assert (out / "journal.jsonl").read_bytes() == before
+    for name in ("journal.jsonl", "journal.bin"):
+        (out / name).unlink()
+    with halted_from(recipe, out, ("--set", f"steps={STEPS + 4}", "--resume"), updates=2) as running:
+        running.send_signal(signal.SIGKILL)
+    result = train(recipe, "--resume", out, "--set", f"steps={STEPS + 4}")
+    assert result.returncode == 0, result.stderr
+    with pytest.raises(RunFolderError, match="facts before it are lost"):
+        replay(out, on_step=lambda _: None, note=lambda _: None)
+
+
+def drop(facts: list[dict[str, Any]], kind: str, place: int) -> None:
+    del facts[[i for i, fact in enumerate(facts) if fact["fact"] == kind][place]]
+
+
+CHANGES: dict[str, tuple[Callable[[list[dict[str, Any]]], object], str]] = {
+    "a group that never ended": (lambda facts: chosen(facts, 2)["numbers"].__setitem__(0, 999), "chooses group 999"),
+    "a group twice": (
+        lambda facts: chosen(facts, 3)["numbers"].append(chosen(facts, 2)["numbers"][0]),
+        "dropped before",
+    ),
+    "no begin": (lambda facts: drop(facts, "begin", 2), "begins group 3 where group 2 is due"),
+    "no update": (lambda facts: drop(facts, "update", 1), "choose of step 3 where the update of step 2"),
+    "no choice": (lambda facts: drop(facts, "choose", 1), "chooses for step 3 where step 2 is due"),
+}
+
+
+def chosen(facts: list[dict[str, Any]], step: int) -> dict[str, Any]:
+    return next(fact for fact in facts if fact["fact"] == "choose" and fact["step"] == step and fact["numbers"])
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_journal_that_contradicts_itself_is_said(finished: Path, tmp_path: Path, change: str) -> None:
+    """A repetition that ends in a traceback, or goes on over a fact that cannot be."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    path = out / "journal.jsonl"
+    facts = [json.loads(line) for line in path.read_text().splitlines()]
+    alter, said = CHANGES[change]
+    alter(facts)
+    path.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
+    with pytest.raises(RunFolderError, match=said):
+        replay(out, on_step=lambda _: None, note=lambda _: None)

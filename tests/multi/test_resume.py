@@ -362,7 +362,7 @@ def test_killed_in_a_save(recipe: Path, whole: Path, tmp_path: Path, part: int) 
 def test_what_fails_between_updates_saves(
     recipe: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
-    """An environment that dies in step 5 takes steps 1 to 4 with it; or half a step is saved as a whole one."""
+    """An environment that dies in step 5 takes steps 1 to 4 with it, and the ledger; half a step is saved as one."""
     config = saved_config(whole, local.RunConfig)
     config = override(config, {"checkpoint.every": "0", "evaluation.every": "5"})
     original = getattr(local.Session, stage)
@@ -375,6 +375,7 @@ def test_what_fails_between_updates_saves(
     monkeypatch.setattr(local.Session, stage, fails)
     with pytest.raises(EnvironmentFailure):
         local.train(config, out=tmp_path / "run", resume=None, display=Silent())
+    assert fates(tmp_path / "run")["trained"] > 0
     newest, last = latest_checkpoint(tmp_path / "run"), 5 if stage == "evaluate" else 4
     assert newest is not None and newest.step == last == max(weights(tmp_path / "run"))
     assert json.loads((newest.path / "state.json").read_text())["weights"] == weights(whole)[last]

@@ -32,7 +32,7 @@ from tandem.rollout.rollout import Rollouts
 from tandem.run.cores import Cores, Taking
 from tandem.run.counted import counted
 from tandem.run.engines import endpoint, living, serves
-from tandem.run.journal import FACTS, Fact, Journal, Read
+from tandem.run.journal import FACTS, GROUPS, Fact, Journal, Read
 from tandem.run.kept import Begun, Kept
 from tandem.run.ledger import reached_tokens
 from tandem.run.parted import PartedSession
@@ -91,16 +91,19 @@ class AsyncSession(PartedSession):
             yield
             return
         with self.trace.span("cores"):
-            self.cores.__enter__()
+            self.cores.take(self._look)
         try:
             yield
         finally:
-            self.cores.__exit__()
+            self.cores.leave()
 
     def _give_way(self) -> None:
         assert self.cores is not None
         with self.trace.span("cores"):
-            self.cores.give_way()
+            self.cores.give_way(self._look)
+
+    def _look(self) -> None:
+        self._check_thread("learn")
 
     def _roll(self) -> None:
         torch.set_num_threads(env.num_threads())
@@ -243,7 +246,8 @@ class AsyncSession(PartedSession):
                 raise failed
             raise WorkerError("rollouts", phase, f"its thread ended: {failed!r}") from failed
         most_s = self.config.rollout.deadline_s
-        if self._rolling and time.monotonic() - self._turned_s > most_s:
+        since_s = max(self._turned_s, self.cores.since_s if self.cores is not None else 0.0)  # waits are no step
+        if self._rolling and time.monotonic() - since_s > most_s:
             raise WorkerError("rollouts", phase, f"a step of the engine has taken {most_s:g} s (rollout.deadline_s)")
 
     def part(self, step: int) -> list[Group]:
@@ -398,16 +402,29 @@ class AsyncSession(PartedSession):
         kept = self._kept(saved.path) if saved is not None else None
         if (folder / FACTS).is_file():
             self.earlier = Read(folder)
-            self.earlier.mend()
-            if self.earlier.cut:
-                self.display.note(f"the journal was cut: {self.earlier.cut}; the run goes on from there")
-            self.history.extend(self.earlier.after(kept.journal_bytes if kept is not None else 0))
+            self._recall(self.earlier, kept.journal_bytes if kept is not None else 0)
+        elif kept is not None:
+            self.display.note(f"{folder / FACTS} is gone: the run goes on, and can't be repeated from its start")
         self.journal = Journal(folder)
-        if self.history and self.history[0].kind == "start":
-            self.history.popleft()
-        elif self.earlier is None:
-            self.journal.start(self.weights_version.digest)
+        if self.earlier is None or not self.earlier.facts:
+            self.journal.start(self.weights_version.digest, self.weights_version.step)
         return done
+
+    def _recall(self, earlier: Read, size: int) -> None:
+        """What the journal has behind a checkpoint that knew `size` bytes of it."""
+        first = next(iter(earlier.facts), None)
+        if first is not None and first.kind == "start" and 0 < first.values.get("step", 0) == self.weights_version.step:
+            size = 0  # it was begun here, since an older one was gone
+        if earlier.ends[-1] < size:
+            raise RunFolderError(
+                f"{earlier.folder / FACTS} is whole up to byte {earlier.ends[-1]}, and the newest checkpoint was "
+                f"written behind byte {size} of it: {earlier.cut or 'its end was cut off'}. Restore it and {GROUPS}; "
+                "or move both away: then the run goes on from the checkpoint, but can't be repeated from its start."
+            )
+        earlier.mend()
+        if earlier.cut:
+            self.display.note(f"the journal was cut: {earlier.cut}; the run goes on from there")
+        self.history.extend(fact for fact in earlier.after(size) if fact.kind != "start")
 
     def _kept(self, directory: Path) -> Kept:
         kept = Kept.read(directory)
@@ -472,6 +489,8 @@ class AsyncSession(PartedSession):
     def finish(self) -> None:
         """Close the ledger: what runs on has been drawn, and is in flight."""
         self._end_thread()
+        if self._thread is not None and self._thread.is_alive():
+            return  # in a step that does not end: what it has nobody knows
         with self.flow.held():
             self._end_all(self.flow.ended())
             self._check_all()

@@ -7,10 +7,14 @@ other's keep from running.
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Callable
 from typing import Any
 
 from tandem.trace import Trace
 from tandem.types import Completion, Request
+
+LOOK_S = 1.0  # between two looks of who waits
 
 
 class Cores:
@@ -19,25 +23,29 @@ class Cores:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._next = self._serving = 0
+        self.since_s = time.monotonic()  # the present turn began then
 
-    def __enter__(self) -> None:
+    def take(self, look: Callable[[], None] = lambda: None) -> None:
+        """look: called while another has them, and raises where that takes too long."""
         with self._changed:
             mine = self._next
             self._next += 1
-            self._changed.wait_for(lambda: self._serving == mine)
+            while not self._changed.wait_for(lambda: self._serving == mine, LOOK_S):
+                look()
+            self.since_s = time.monotonic()
 
-    def __exit__(self, *_: object) -> None:
+    def leave(self) -> None:
         with self._changed:
             self._serving += 1
             self._changed.notify_all()
 
-    def give_way(self) -> None:
+    def give_way(self, look: Callable[[], None]) -> None:
         """Who holds them lets those go first who wait."""
         with self._changed:
             if self._next == self._serving + 1:
                 return
-        self.__exit__()
-        self.__enter__()
+        self.leave()
+        self.take(look)
 
 
 class Taking:
@@ -66,8 +74,8 @@ class Taking:
 
     def step(self) -> list[Completion]:
         with self.trace.span("cores"):
-            self.cores.__enter__()
+            self.cores.take()
         try:
             return self.engine.step()  # type: ignore[no-any-return]
         finally:
-            self.cores.__exit__()
+            self.cores.leave()

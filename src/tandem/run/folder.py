@@ -149,6 +149,10 @@ class RunFolder:
         """The closed ledger: ledger.json."""
         _write_json(self.path / "ledger.json", ledger)
 
+    def drop_ledger(self) -> None:
+        """Of an earlier sitting: checkpoints have it, and the next one writes it anew."""
+        (self.path / "ledger.json").unlink(missing_ok=True)
+
     def write_trajectories(self, step: int, rows: Iterable[Mapping[str, Any]]) -> Path:
         """One line a trajectory (see `trajectory_rows`) in trajectories/step-N.jsonl, replacing an earlier one."""
         path = self.trajectories(step)

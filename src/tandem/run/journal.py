@@ -30,6 +30,13 @@ from tandem.rollout.flow import Ended
 T = TypeVar("T")
 FACTS, GROUPS = "journal.jsonl", "journal.bin"
 VERSION = 2  # of what is packed: the first had no mark on what a model sampled
+NEEDS: Mapping[Any, set[str]] = {  # fact -> what one says
+    "start": {"version", "weights"},
+    "begin": {"number", "group", "step", "prompt", "version"},
+    "end": {"number", "group", "usable", "spans", "at", "bytes", "hash"},
+    "choose": {"step", "numbers", "again", "stale"},
+    "update": {"step", "weights"},
+}
 
 
 def packed(value: Any) -> bytes:
@@ -101,8 +108,9 @@ class Journal:
         for descriptor in (self._facts, self._groups):
             os.close(descriptor)
 
-    def start(self, weights: str) -> None:
-        self._write(fact="start", version=VERSION, weights=weights)
+    def start(self, weights: str, step: int = 0) -> None:
+        """step: above 0 where an older journal is gone."""
+        self._write(fact="start", version=VERSION, step=step, weights=weights)
 
     def begin(self, number: int, group: str, step: int, prompt: int, version: int) -> None:
         """prompt: its place in the run's order of prompts."""
@@ -201,11 +209,11 @@ class Read:
 
 
 def _fact(line: bytes) -> Fact | None:
-    """None where the line is torn."""
+    """None where the line is torn, or says no fact."""
     if not line.endswith(b"\n"):
         return None
     try:
         values = json.loads(line)
     except ValueError:
         return None
-    return Fact(values) if isinstance(values, dict) and "fact" in values else None
+    return Fact(values) if isinstance(values, dict) and values.keys() >= NEEDS.get(values.get("fact"), {"?"}) else None

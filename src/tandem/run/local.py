@@ -69,6 +69,7 @@ def _sit(session: Session, steps: int) -> int:
     with display, session.stopping, session.account, closing(session):
         done = session.restore()
         session.follow()
+        folder.drop_ledger()  # until this sitting has its own
         session.row_started_s = session.account.begin(named(parts))
         if done == 0 and config.evaluation.prompts:
             saving, session.stopping.ahead = session.stopping.ahead, "nothing to save yet; the evaluation ends first"
@@ -80,6 +81,9 @@ def _sit(session: Session, steps: int) -> int:
         except (TandemError, OSError, RuntimeError, MemoryError):
             with suppress(CheckpointError):  # where a disk is full, the first error says so
                 session.save_newest(session.weights_version)
+            with suppress(TandemError, OSError):  # as above
+                session.give_up()
+                session.finish()
             raise
         session.save_newest(session.weights_version)
         session.finish()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,12 +39,18 @@ class PartedSession(Session):
         """The next groups of a step's batch, as they were chosen before or as soon as there are enough."""
 
     def chosen(self, path: Path, fact: Fact, step: int) -> Choice:
-        """What the journal in `path` says that a step takes. RunFolderError where another step's choice is there."""
+        """What the journal in `path` says that a step takes. RunFolderError where it is for another step, or of groups
+        that are not there."""
         numbers, again, stale = (tuple(fact[name]) for name in ("numbers", "again", "stale"))
+        why = "was changed, or is of another run. Restore it"
         if (numbers or again) and fact["step"] != step:
+            raise RunFolderError(f"{path} chooses for step {fact['step']} where step {step} is due: it {why}.")
+        parts = ((Counter((*numbers, *stale)), self.queue.waiting), (Counter(again), self.queue.kept))
+        absent = [n for named, there in parts for n, times in named.items() if times > 1 or n not in there]
+        if absent:
             raise RunFolderError(
-                f"{path} chooses for step {fact['step']} where step {step} is due: it is of another run, or was "
-                "changed. Restore it."
+                f"{path} chooses group {absent[0]} for step {step}, which has not ended by then, or was chosen or "
+                f"dropped before: it {why}."
             )
         return Choice(fact["step"], numbers, again, stale, tuple(self.queue.unusable))
 

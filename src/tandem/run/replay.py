@@ -189,11 +189,25 @@ class ReplaySession(PartedSession):
     def _follow(self, fact: Fact) -> None:
         if fact.kind == "begin":
             number = self.queue.begin(fact["version"])
+            if number != fact["number"]:
+                raise RunFolderError(
+                    f"{self.source.folder / FACTS} begins group {fact['number']} where group {number} is due: facts "
+                    f"before it are lost, so it can be repeated up to step {self.version} alone."
+                )
             if number in self.ended:  # else nothing was learned of it
                 prompt = self.pool.prompt(fact["prompt"])
                 group = self._flow(number).begin(fact["step"], prompt)
-                assert group == fact["group"], (group, fact["group"])
+                if group != fact["group"]:
+                    raise RunFolderError(
+                        f"{self.source.folder / FACTS} begins group {fact['group']} with the prompt of {group}: it was "
+                        "changed, or the task was. Restore it."
+                    )
         elif fact.kind == "end":
+            if fact["number"] not in self.queue.running:
+                raise RunFolderError(
+                    f"{self.source.folder / FACTS} ends group {fact['number']}, which did not begin: it was changed. "
+                    "Restore it."
+                )
             ended = self._await(fact["number"], fact["group"])
             self.others += _tokens(ended.group) != _tokens(self.ended[fact["number"]].group)
             self.queue.end(fact["number"], ended, fact["usable"])
@@ -230,11 +244,16 @@ class ReplaySession(PartedSession):
     def publish(self, step: int) -> WeightVersion:
         with self.trace.span("rollout"):
             for fact in self.facts:
-                if fact.kind == "update":
+                if fact.kind in ("update", "choose"):
                     break
                 self._follow(fact)
             else:
                 raise RunFolderError(f"{self.source.folder / FACTS} ends before step {step} was learned.")
+            if (fact.kind, fact["step"]) != ("update", step):
+                raise RunFolderError(
+                    f"{self.source.folder / FACTS} has a {fact.kind} of step {fact['step']} where the update of step "
+                    f"{step} is due: it was changed. Restore it."
+                )
             for flow in self.flows:
                 while not flow.stalled:
                     self._advance(flow)
