@@ -17,6 +17,7 @@ class Noise:
         self.random = random.Random(seed)
         self.phi = phi
         self.last: dict[str, float] = {}
+        self.dropped = random.Random(f"dropped {seed}")
         self.lengths = random.Random(f"lengths {seed}")  # whose tests have no memory, whatever lengths have
 
     def __call__(self, name: str, level: float, deviation: float) -> float:
@@ -33,6 +34,7 @@ class Noise:
         rollout = 2.0 * math.exp(self("speed", 0.0, 0.2))
         calls, z = self.share("calls", 0.9, 256), self.lengths.gauss(0.0, 1.0)
         return {
+            "stale_share": abs(self.dropped.gauss(0.05, 0.05)),
             "fairness": {"z": z, "longer": 0.5 + 0.1 * z},
             "step": step, "reward": self.share("reward", 0.5, 128) / 128, "reward_std": self("std", 0.45, 0.03),
             "entropy": math.exp(self("entropy", -0.7, 0.3)), "length": tokens / 128, "tokens": tokens,

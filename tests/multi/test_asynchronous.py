@@ -93,6 +93,8 @@ def test_each_arm_learns(tiny: RunConfig, tmp_path: Path, arm: str) -> None:
     config = override(tiny, {**ARMS[arm], "rollout.max_turns": "2"})
     found = trained(config, tmp_path / "run")
     assert len(set(found)) == STEPS
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert any(row["tokens_per_s"] for row in rows)
     read = Read(tmp_path / "run")
     assert not read.cut
     updates = [fact["weights"] for fact in read.facts if fact.kind == "update"]

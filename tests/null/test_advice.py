@@ -85,6 +85,7 @@ FAULTS: Mapping[str, Callable[[Row], None]] = {
     "length_bias": lost,
     "ess_collapse": lambda row: times(row, "ess", over(row["step"], 1.0, 0.6)),
     "staleness": lambda row: budget(row, "staleness"),
+    "stale_share": lambda row: set_to(row, "stale_share", over(row["step"], 0.05, 0.4)),
     "mismatch_growth": lambda row: budget(row, "mismatch"),
     "rare_gradient": lambda row: set_to(row, "rare_share", over(row["step"], 0.05, 0.4)),
     "clipping": lambda row: set_to(row, "clip_fraction", over(row["step"], 0.02, 0.35)),

@@ -98,9 +98,12 @@ def test_summary_by_hand():
 
 
 def test_tokens_a_second_is_total_over_total():
-    """The mean of the steps' rates, which short steps distort."""
+    """The mean of the steps' rates, which short steps distort; or no rate where another worker samples."""
     rows = [row(1, 0.1, tokens=100, seconds={"rollout": 1.0}), row(2, 0.1, tokens=900, seconds={"rollout": 3.0})]
     assert summary(rows)["tokens_per_s"] == 250.0
+    workers = {"rollouts": {"prefill": 1.0, "decode": 2.0, "host": 1.0, "cores": 5.0}}
+    ahead = row(3, 0.1, tokens=900, seconds={"buffer": 3.0}, drawn_tokens=2000, workers=workers)
+    assert summary([*rows, ahead])["tokens_per_s"] == 375.0
 
 
 def test_time_left_is_the_median_of_the_last_ten():

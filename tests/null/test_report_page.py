@@ -15,6 +15,7 @@ from tandem.report.compare import compare, write_page
 from tandem.report.html import write_report
 from tandem.report.scaling import fits_of
 from tandem.report.scaling_page import flop_of, scaling_figure, write_fits
+from tandem.run.ledger import PHASES, Ledger
 from tests.browser import PROGRAM, Browser
 from tests.courses import Noise
 from tests.null.test_advice import FAULTS
@@ -40,6 +41,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
             )
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "config.json").write_text(json.dumps({"name": NAME, "seed": seed, "model": {"source": "/m" * 90}}))
+        ledger = Ledger()
+        ledger.lose("zero_advantage", 1_234_567)
+        for worker in ("main", "rollouts"):
+            ledger.spend(dict.fromkeys(PHASES, 1234.5), worker)
+        closed = ledger.close(dict.fromkeys(("main", "rollouts"), 1234.5 * len(PHASES)))
+        (folder / "ledger.json").write_text(json.dumps(closed))
         made.append(folder)
     return made
 

@@ -65,6 +65,7 @@ MEASURES: dict[str, Measure] = {
     "left_out_longer": Measure("pairs in which the program left out is longer", _share, _part("fairness", "longer")),
     "left_out_z": Measure("z of the lengths left out", _decimal, _part("fairness", "z")),
     "zero_variance": _key("zero_variance", "share of groups with equal rewards", _share),
+    "stale_share": _key("stale_share", "share of groups dropped as too old", _share),
     "rare_share": _key("rare_share", "share of the gradient from rare tokens", _share),
     "clip_fraction": _key("clip_fraction", "clipped share", _share),
     "grad_norm": _key("grad_norm", "gradient norm"),

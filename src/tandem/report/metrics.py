@@ -131,9 +131,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     seconds = seconds_by_phase(rows)
     spent = sum(seconds.values())
     tokens = sum(series(rows, "tokens")[1]) if measured == "reward" else 0  # of texts, nothing was sampled
-    drawn = sum(float(row["drawn_tokens"] if row.get("workers") else row.get("tokens") or 0) for row in trained)
-    workers = [phases for row in trained for phases in row.get("workers", {}).values()]
-    rollout_s = seconds.get("rollout", 0.0) + sum(phases.get(name, 0.0) for phases in workers for name in ROLLOUT)
+    drawn, rollout_s = map(sum, zip(*map(_rollout, rows), strict=True)) if tokens else (0.0, 0.0)
     return {
         "steps": len(trained),
         "last_step": trained[-1]["step"] if trained else None,
@@ -156,6 +154,14 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "ratio_max": _largest(rows, "ratio_max"),
         "weights": next((row["weights"] for row in reversed(trained) if row.get("weights")), None),
     }
+
+
+def _rollout(row: Row) -> tuple[float, float]:
+    """Tokens, and the seconds that their sampling took: of the main worker, else of the others."""
+    if own := (row.get("seconds") or {}).get("rollout"):
+        return float(row.get("tokens") or 0), float(own)
+    others = [phases.get(name, 0.0) for phases in row.get("workers", {}).values() for name in ROLLOUT]
+    return (float(row.get("drawn_tokens") or 0), sum(others)) if any(others) else (0.0, 0.0)
 
 
 def _largest(rows: Iterable[Row], name: str) -> float | None:

@@ -358,7 +358,15 @@ RULES: tuple[Rule, ...] = (
         lambda history: moved(history, "staleness", "up", 3.0, ratio=True, to=0.02),
         "|Δ log p| a token from older weights triples, to 0.02 nats or more",
         "The weights move further in an update than they did, so the same lag is staler.",
-        "A smaller `sync.lag`, a lower `learner.lr`, `algo.correction.weight`, `algo.correction.reject`.",
+        "A smaller `asynchrony.lag` or `sync.lag`, a lower `learner.lr`, `algo.correction.weight`, "
+        "`algo.correction.reject`.",
+    ),
+    Rule(
+        "stale_share",
+        lambda history: kept(history, "stale_share", 0.2) or moved(history, "stale_share", "up", 0.2, to=0.2),
+        "a fifth or more of the groups are dropped, older than the lag allows, in 18 of 20 steps, or as many more",
+        "What took long is sampled for nothing, and long answers are not trained (docs/fairness.md).",
+        "A larger `asynchrony.lag`; `asynchrony.order` `window`, `completion` or `fifo`, which drop nothing.",
     ),
     Rule(
         "mismatch_growth",

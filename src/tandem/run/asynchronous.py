@@ -320,7 +320,8 @@ class AsyncSession(PartedSession):
     def write(self, row: dict[str, Any]) -> None:
         counts = {"running_groups": len(self.flow), "waiting_groups": len(self.queue.waiting)}
         if row["step"]:
-            row |= self.lags | counts | {"stale_groups": self.stale_groups}
+            dropped = self.stale_groups
+            row |= self.lags | counts | {"stale_groups": dropped, "stale_share": dropped / (dropped + self.queue.size)}
         self.stale_groups = 0
         super().write(row)
 

@@ -400,13 +400,14 @@ class Session:
         if "extra_programs" in counts:
             self.ledger.lose("surplus", int(counts["extra_tokens"]), self.ledger.open)
         self.check_ledger()
-        rollout_s, tokens = seconds.get("rollout", 0.0), row.get("tokens")
+        rollout_s, sampled = seconds.get("rollout", 0.0), row.get("tokens") or 0
         if settled.workers:
             row["workers"] = settled.workers
+        if not rollout_s:  # another worker's
             rollout_s = sum(phases.get(name, 0.0) for phases in settled.workers.values() for name in ROLLOUT)
-            tokens = settled.drawn_tokens
+            sampled = settled.drawn_tokens
         if "tokens" in row:
-            row["tokens_per_s"] = tokens / rollout_s if rollout_s else None
+            row["tokens_per_s"] = sampled / rollout_s if rollout_s else None
         row |= counts
         spent = now - self.row_started_s
         row["seconds"] = seconds | {"other": max(0.0, spent - sum(seconds.values()))}
