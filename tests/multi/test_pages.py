@@ -104,7 +104,8 @@ RUNS: dict[str, str] = {
     "tandem train smollm2_arithmetic_cpu --set algo.advantage=gae": "",
     "tandem train smollm2_arithmetic_cpu --set steps=60 --set algo.advantage=gae": "",
     "tandem rollout smollm2_repair_cpu": "tandem rollout smollm2_repair_cpu --programs 4",
-    "tandem rollout smollm2_repair_cpu --set task.parameters=path=problems --set rollout.max_turns=6": "",
+    "tandem rollout smollm2_repair_cpu --set task.parameters=path=problems --set rollout.max_turns=6 "
+    "--set task.heldout_size=1 --set evaluation.prompts=1": "",
     "tandem study": "",
     "tandem study staleness --seeds 0": "tandem study staleness --seeds 0 --out staleness",
 }
