@@ -176,6 +176,11 @@ UNFIT = {
         ),
         "It.test_more is made while the file runs: only tests that stand in it, at its top, are seen",
     ),
+    "a class in a class": (
+        "class TestIt:\n    class TestInner:\n        def test_it(self): assert same(1) == 2",
+        "a class in a class is not run here: put it at the top of the file",
+    ),
+    "an end of all": ("import os\ndef test_it(): os._exit(0)", "the tests had ended (exit code 0)"),
     "a wrong subtest": (
         (
             "import unittest\nclass It(unittest.TestCase):\n    def test_it(self):\n"
@@ -361,3 +366,31 @@ def test_a_call_of_too_much_is_its_tests_alone() -> None:
         """
     long, short = graded("def size(text): return len(text)", tests)
     assert "ValueError: a call has 1,048," in long.reason and "allowed are 1,048,576" in long.reason and short.passed
+
+
+def test_what_tests_print_and_what_is_none() -> None:
+    """Tests that print end all of them by the limit on output; a class that says it is no test is run as one."""
+    tests = """
+        import unittest
+        from double import same
+        class TestBase:
+            __test__ = False
+            def test_it(self): assert same(self.given) == 2
+        class Base(unittest.TestCase):
+            __test__ = False
+            def test_it(self): self.fail()
+        class TestAsItsBase(TestBase): pass
+        class TestOne(TestBase):
+            given = 2
+            __test__ = True
+        def test_prints():
+            for _ in range(100): print("x" * 10_000)
+            assert same(1) == 1
+        def test_after(): assert same(1) == 1
+        """
+    results = graded("def same(value): return value", tests)
+    assert [(each.name, each.reason) for each in results] == [
+        ("TestOne.test_it", ""),
+        ("test_prints", ""),
+        ("test_after", ""),
+    ]

@@ -361,6 +361,7 @@ def test_a_wrong_problem_is_named(tmp_path: Path) -> None:
 def test_a_wrong_folder_is_named(tmp_path: Path) -> None:
     """A problem of a folder that is left out, or ends the run in the middle, without its path."""
     till = problem_folder(tmp_path)
+    (till / "hidden.py").write_text("\ufeff" + (till / "hidden.py").read_text())  # as some editors save it
     (till / "failing.txt").write_text("test_a\ntest_b\n")
     (row,) = read_problems(str(till.parent))
     assert row["failing"] == ["test_a", "test_b"] and set(row["files"]) == {"shop/__init__.py", "shop/till.py"}

@@ -58,12 +58,15 @@ async def grade_tests(
     told = {"tests": tests, "modules": modules, "test_seconds": test_seconds}
     async with pool.sandbox({TOLD: json.dumps(told)}) as bench, pool.sandbox(files) as stage:
         relay = _Relay(stage, await bench.talk(["python", "-I", "-c", _text("judge")]))
+        left = "no time was left for it"
         try:
             verdicts = await relay.verdicts()
         finally:
             with suppress(SandboxError):
-                await relay.judge.end()
-    return [_result(name, verdicts.get(name, relay.missing)) for name in names]
+                ended = await relay.judge.end()
+                if ended.reason != "time":
+                    left = f"the tests had ended ({ended.reason or f'exit code {ended.exit_code}'})"
+    return [_result(name, verdicts.get(name, left)) for name in names]
 
 
 def _result(name: str, reason: str) -> Verdict:
@@ -78,7 +81,6 @@ class _Relay:
         self.program: Conversation | None = None
         self.hearing: asyncio.Task[None] | None = None
         self.asked = False  # a call waits for its answer
-        self.missing = "no time was left for it"
 
     async def verdicts(self) -> dict[str, str]:
         """Test -> why it failed, or "". Those that were reached."""

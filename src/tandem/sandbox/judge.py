@@ -54,9 +54,10 @@ class Line:
 
     def __init__(self) -> None:
         self.answers = os.dup(1)
-        os.dup2(2, 1)  # what tests print is no message
         self.orders = os.fdopen(os.dup(0), "rb")
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for mine in (0, 1, 2):  # what tests print is no message, and nobody reads it
+            os.dup2(nothing, mine)
         self.turn = 0
         self.lives = 0  # programs that were started
         self.lost = ""  # what became of the last one, until another is there
@@ -310,7 +311,7 @@ class StandIn(types.ModuleType):
 def made_tests(space: dict[str, Any]) -> Iterator[str]:
     """Titles of the tests that a loaded file has of its own."""
     for name, value in space.items():
-        if getattr(value, "__module__", "") != NAME:
+        if getattr(value, "__module__", "") != NAME or not getattr(value, "__test__", True):
             continue
         if isinstance(value, types.FunctionType) and name.startswith("test"):
             yield name

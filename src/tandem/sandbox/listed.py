@@ -34,6 +34,7 @@ def test_names(source: str) -> list[Test]:
     found: dict[tuple[str, str], Test] = {}
     methods: dict[str, dict[str, str]] = {}  # class -> its tests, and what is wrong with them
     cases: set[str] = set()
+    tested: dict[str, bool] = {}  # class -> its `__test__`
     classes = [node for node in body if isinstance(node, ast.ClassDef)]
     bases = {base.id for node in classes for base in node.bases if isinstance(base, ast.Name)}
     for node in body:
@@ -53,7 +54,13 @@ def test_names(source: str) -> list[Test]:
             elif isinstance(inner, ast.Assign):  # `test_of_its_base = None`
                 for target in inner.targets:
                     own.pop(getattr(target, "id", ""), None)
+            elif isinstance(inner, ast.ClassDef) and inner.name.startswith("Test") and node.name not in cases:
+                where = "a class in a class is not run here: put it at the top of the file"
+                own |= {f"{inner.name}.{name}": where for name in _methods(inner)}
         methods[node.name] = own
+        tested[node.name] = _tested(node, next((tested[name] for name in above if name in tested), True))
+        if not tested[node.name]:
+            continue
         if node.name in cases or node.name.startswith("Test") or node.name not in bases:
             found |= {(node.name, name): Test(node.name, name, every or wrong) for name, wrong in own.items()}
     return list(found.values())
@@ -69,6 +76,18 @@ def _wrong(node: ast.FunctionDef | ast.AsyncFunctionDef, method: bool) -> str:
     if all(map(_says_nothing, node.body)):
         return "it tests nothing"
     return ""
+
+
+def _methods(node: ast.ClassDef) -> list[str]:
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [one.name for one in node.body if isinstance(one, functions) and one.name.startswith("test")]
+
+
+def _tested(node: ast.ClassDef, above: bool) -> bool:
+    """What a class says by `__test__ = ...`, or one above it."""
+    given = [one for one in node.body if isinstance(one, ast.Assign) and "__test__" in map(_dotted, one.targets)]
+    value = given[-1].value if given else None
+    return bool(value.value) if isinstance(value, ast.Constant) else above
 
 
 def _says_nothing(node: ast.stmt) -> bool:

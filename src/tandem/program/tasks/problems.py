@@ -44,7 +44,8 @@ def _read(folder: Path) -> dict[str, Any]:
     repo = folder / "repo"
     if not repo.is_dir():
         raise TaskError(f"{folder} has no folder repo with the files to be mended.")
-    row: dict[str, Any] = {"files": {}, "tests": {}, "hidden": _text(folder / "hidden.py"), "issue": _ISSUE}
+    hidden = _text(folder / "hidden.py").removeprefix("\ufeff")  # some editors write it, and Python reads past it
+    row: dict[str, Any] = {"files": {}, "tests": {}, "hidden": hidden, "issue": _ISSUE}
     for file in _files(repo):
         name = file.relative_to(repo).as_posix()
         row["tests" if collected(name) else "files"][name] = _text(file)
