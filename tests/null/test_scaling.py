@@ -170,6 +170,23 @@ def test_costs_by_hand():
     assert any("2 steps have no finite reward" in note for note in told.notes)
 
 
+def test_a_step_costs_what_was_drawn():
+    """Tokens of dropped or extra groups that cost nothing, ones that are learned again that cost again, or held-out
+    answers taken for samples."""
+    rows = [
+        {
+            "step": 0,
+            "time_s": 1.0,
+            "drawn_tokens": 40,
+            "evaluation": {"accuracy": 0.2, "prompts": 9, "failed": 1, "length": 4.0},
+        },
+        {"step": 1, "time_s": 2.0, "drawn_tokens": 130, "tokens": 100, "reward": 0.1},  # 30 of a group that is dropped
+        {"step": 2, "time_s": 3.0, "drawn_tokens": 50, "tokens": 100, "reward": 0.2},  # 50 that were learned before
+        {"step": 3, "time_s": 4.0, "drawn_tokens": 70, "tokens": 70, "reward": 0.3},
+    ]
+    assert course("run", rows, held_out=False, flop=None).cost["tokens"].tolist() == [0, 130, 180]
+
+
 def test_held_out_accuracy_where_there_is_enough_of_it():
     """A curve of the training reward that is said to be of held-out accuracy, or the other way round."""
     rows = rows_of(drawn(0, 60, (0.1, 0.8, 10.0, 3.0)))

@@ -147,7 +147,7 @@ def spent(rows: Sequence[Row], flop: Flop | None) -> dict[str, Array]:
     steps = [row for row in rows if row.get("tokens") is not None]
     costs = {}
     if steps:
-        costs["tokens"] = np.cumsum([float(row.get("tokens") or 0) for row in rows])
+        costs["tokens"] = np.cumsum([_sampled(row) for row in rows])
     if all(row.get("time_s") is not None for row in rows):
         at = np.array([0.0, *(float(row["time_s"]) for row in rows)])
         ends = np.where(np.diff(at) < 0, at[:-1], 0.0)  # of sittings whose clock the next began anew
@@ -155,6 +155,16 @@ def spent(rows: Sequence[Row], flop: Flop | None) -> dict[str, Array]:
     if steps and flop is not None:
         costs["FLOP"] = np.cumsum([flop(row) if row.get("tokens") is not None else 0.0 for row in rows])
     return costs
+
+
+def _sampled(row: Row) -> float:
+    """Tokens that a row's step cost: what engines drew by then, whatever became of it, without held-out answers. Rows
+    of older runs have those of the step's own groups alone."""
+    if "drawn_tokens" not in row:
+        return float(row.get("tokens") or 0)
+    held_out = row.get("evaluation") or {}
+    answers = int(held_out.get("prompts") or 0) + int(held_out.get("failed") or 0)
+    return max(0.0, float(row["drawn_tokens"]) - answers * float(held_out.get("length") or 0.0))
 
 
 def course(name: str, rows: Sequence[Row], held_out: bool, flop: Flop | None) -> Course:
