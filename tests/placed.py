@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,18 @@ from tandem.program.pool import RunningEpisode
 from tandem.rollout.config import RolloutConfig
 from tandem.run import local
 from tandem.run.apart import RemoteEngine
-from tandem.run.config import EvaluationConfig, RunConfig
+from tandem.run.config import EvaluationConfig, RunConfig, WorkersConfig
 from tandem.run.parts import Parts
 from tandem.types import Completion, Request, Sampling
 from tests.display import Silent
 from tests.samples import ended
 
 STEPS = 3
+APART = WorkersConfig("local", deadline_s=20.0)
+
+
+def pid(engine: RemoteEngine) -> int:
+    return engine.seat.worker.child.popen.pid  # type: ignore[attr-defined]
 
 
 def tiny(folder: Path, write_model: Callable[..., None]) -> RunConfig:
@@ -101,6 +108,27 @@ def _run(
         code, folder = local.train(config, out=out, resume=resume, display=Silent())
     assert code == 0
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def struck(phase: str, fault: signal.Signals, hit: list[int], times: int = 1) -> Callable[[Parts], None]:
+    """The process of the first engine, when it is asked something of a phase in the second step: as it has drawn some,
+    where it is to draw."""
+
+    def watch(parts: Parts) -> None:
+        engine = parts.engine
+        assert isinstance(engine, RemoteEngine)
+        ask = engine.seat.ask
+
+        def faulty(asked: str, *given: Any, **named: Any) -> Any:
+            drew = phase != "rollout" or engine._counts.sampled_tokens > engine._returned
+            if asked == phase and (engine.version.step == 1 or hit) and len(hit) < times and drew:
+                hit.append(pid(engine))
+                os.kill(pid(engine), fault)
+            return ask(asked, *given, **named)
+
+        engine.seat.ask = faulty  # type: ignore[method-assign]
+
+    return watch
 
 
 def closes(folder: Path) -> dict[str, int]:

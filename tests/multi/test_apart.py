@@ -23,7 +23,7 @@ from tandem.run.parts import Parts, build_parts
 from tandem.sync.config import SyncConfig
 from tandem.types import Request, Sampling, StopReason
 from tests.display import Silent
-from tests.placed import STEPS, closes, drawn, requests, resumed, run, same, some, tiny, tokens
+from tests.placed import APART, STEPS, closes, drawn, pid, requests, resumed, run, same, some, struck, tiny, tokens
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
 
@@ -31,9 +31,6 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernel
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., None]) -> RunConfig:
     return tiny(tmp_path_factory.mktemp("apart"), write_model)
-
-
-APART = WorkersConfig("local", deadline_s=20.0)
 
 
 @contextmanager
@@ -50,10 +47,6 @@ def engine_of(config: RunConfig, workers: WorkersConfig = APART) -> Iterator[Rem
     with parts_of(config, workers) as parts:
         assert isinstance(parts.engine, RemoteEngine)
         yield parts.engine
-
-
-def pid(engine: RemoteEngine) -> int:
-    return engine.seat.worker.child.popen.pid  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +185,7 @@ def test_weights_damaged_on_their_way_are_mended_or_named(config):
     with parts_of(config) as parts:
         (remote,) = parts.publisher.receivers
         engine = parts.engine
-        first, second = remote.sender.slots  # type: ignore[attr-defined]
+        first, second = remote.sender.sender.slots  # type: ignore[attr-defined]
         written = []
 
         def damaged(slot: Any, image: bool) -> Callable[[Any], None]:
@@ -251,27 +244,6 @@ def test_a_run_with_its_engine_apart_is_the_same_run(config, plain, tmp_path):
     assert len(plain) == STEPS + 1 and len({row["weights"] for row in plain}) == STEPS + 1
     same(run(replace(config, workers=APART), tmp_path / "run"), plain)
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["workers"] == "local"
-
-
-def struck(phase: str, fault: signal.Signals, hit: list[int], times: int = 1) -> Callable[[Parts], None]:
-    """The process of the first engine, when it is asked something of a phase in the second step: as it has drawn some,
-    where it is to draw."""
-
-    def watch(parts: Parts) -> None:
-        engine = parts.engine
-        assert isinstance(engine, RemoteEngine)
-        ask = engine.seat.ask
-
-        def faulty(asked: str, *given: Any, **named: Any) -> Any:
-            drew = phase != "rollout" or engine._counts.sampled_tokens > engine._returned
-            if asked == phase and (engine.version.step == 1 or hit) and len(hit) < times and drew:
-                hit.append(pid(engine))
-                os.kill(pid(engine), fault)
-            return ask(asked, *given, **named)
-
-        engine.seat.ask = faulty  # type: ignore[method-assign]
-
-    return watch
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])

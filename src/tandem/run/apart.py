@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tandem.columns import Columns
 from tandem.engine.admit import count_pages
@@ -24,6 +24,7 @@ from tandem.errors import DeliveryError, WorkerError, WorkerLied
 from tandem.models.config import ModelConfig
 from tandem.models.spec import ModelSpec
 from tandem.run.workers import START, Backend, Pending, Seat, Spec
+from tandem.sync.ways import Way
 from tandem.types import Completion, Request, Sample, StopReason, WeightVersion
 
 if TYPE_CHECKING:
@@ -40,7 +41,6 @@ class EngineGiven:
     source: str  # of the model, resolved
     model: ModelConfig
     engine: EngineConfig  # with the memory that the plan decided
-    address: str  # of the shared memory that its weights come by
 
 
 class _Elsewhere:
@@ -69,6 +69,7 @@ class RemoteEngine(Engine):
         given: EngineGiven,
         spec: ModelSpec,
         decode: Decode,
+        way: Way,
         name: str = "engine",
     ) -> None:
         dtype = given.model.dtype if given.engine.dtype == "same" else given.engine.dtype
@@ -77,6 +78,7 @@ class RemoteEngine(Engine):
         runner = _Elsewhere(layout, spec.vocab_size)
         super().__init__(runner, engine, num_pages, max_context=spec.max_position, decode=decode)
         self.seat = Seat(backend, Spec(name, "tandem.run.roles:EngineWorker", given), config)
+        self.way = way  # that its weights come by
         self.crashed: Callable[[int], None] = _nobody  # told of tokens that a worker took with it
         self._live: dict[str, Request] = {}
         self._new: list[Request] = []  # of these, what the worker was not asked for
@@ -91,11 +93,15 @@ class RemoteEngine(Engine):
         before_s = time.monotonic()
         there_s = self.seat.ask(START, "clock").result()
         self._ahead_s = there_s - (before_s + time.monotonic()) / 2  # another machine's clock is another
-        if self.version != INITIAL:
-            self._receive(self.version)
+        self._join(self.version)
 
-    def _receive(self, version: WeightVersion) -> None:
-        self._taken(version, self._asked_for(version).result())
+    def _join(self, version: WeightVersion) -> None:
+        """Another reader of the worker's, and by it the version whole, where there is one."""
+        name, wait_s = self.seat.spec.name, self.seat.config.deadline_s / 2
+        opened = self.seat.ask("publish", "open", self.way.address(name), wait_s)
+        _both(lambda: self.way.meet(name), opened)
+        if version != INITIAL:
+            self._taken(version, _both(lambda: self.way.again(name), self._asked_for(version)))
 
     def _asked_for(self, version: WeightVersion) -> Pending:
         return self.seat.ask("publish", "receive", version, self.seat.config.deadline_s / 2)
@@ -130,7 +136,7 @@ class RemoteEngine(Engine):
                     if asked is not None:
                         self._taken(version, asked.result())
                 except DeliveryError:  # damaged on its way: whole, this time
-                    self._receive(version)
+                    self._join(version)
                 super(RemoteEngine, self).receive(version)
             except WorkerError as error:
                 super(RemoteEngine, self).receive(version)
@@ -263,6 +269,16 @@ class RemoteEngine(Engine):
     def check_integrity(self) -> None:
         """Of the worker's engine."""
         self.seat.ask("release", "check_integrity").result()
+
+
+def _both(ours: Callable[[], None], theirs: Pending) -> Any:
+    """What a worker answers, where this process has a part in it. Where both fail, the worker says why."""
+    try:
+        ours()
+    except DeliveryError:
+        theirs.result()
+        raise
+    return theirs.result()
 
 
 def _nobody(tokens: int) -> None:

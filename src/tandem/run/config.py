@@ -16,7 +16,7 @@ from tandem.errors import ConfigError
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.rollout.config import AsyncConfig, RolloutConfig, SelectConfig
-from tandem.sync.config import SyncConfig
+from tandem.sync.config import SyncConfig, Transport
 from tandem.train.config import CriticConfig, LearnerConfig
 
 OF_GROUPS = {"grpo", "dr_grpo", "rloo", "best"}  # advantages that are 0 where a group's rewards are equal
@@ -82,7 +82,21 @@ class WorkersConfig:
     backend: Where = "none"  # all in one process; or engine and reference each in one: local children, or Ray's actors
     deadline_s: Seconds = 120.0  # of a call to a worker: publishing a version, some steps of the engine
     start_deadline_s: Seconds = 600.0  # until a worker can be asked: its imports, its model
-    restarts: Count = 3  # workers of a run that another may take the place of; what failed once more ends it
+    restarts: Count = 3  # of each: workers that another may take the place of; what fails once more is given up
+    transport: Transport = "memory"  # of weights to engines: shared memory, a folder, or a broadcast of gloo's
+    folder: str = ""  # where transport=folder writes them: one that all their machines mount
+
+    def __post_init__(self) -> None:
+        if self.backend == "none" and self.transport != "memory":
+            raise ConfigError(
+                f"workers.transport is {self.transport}, and workers.backend none: there is no other process to bring "
+                "weights to. Set workers.backend to local or ray, or leave workers.transport out."
+            )
+        if (self.transport == "folder") != bool(self.folder):
+            raise ConfigError(
+                f"workers.transport is {self.transport} and workers.folder {self.folder!r}: a folder goes with "
+                "transport folder, which needs one. Set both, or neither."
+            )
 
 
 Sink = Literal["tensorboard", "trackio", "wandb"]

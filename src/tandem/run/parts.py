@@ -35,10 +35,10 @@ from tandem.run.config import RunConfig, WorkersConfig
 from tandem.run.folder import latest_checkpoint
 from tandem.run.workers import Backend, Local
 from tandem.sync.departures import check_engine, of_engine, without_departures
-from tandem.sync.memory import MemorySender
 from tandem.sync.publish import Publisher
 from tandem.sync.receive import BITS, Copied, Receiver, Shared
 from tandem.sync.transport import Remote
+from tandem.sync.ways import Way, way_of
 from tandem.train.checkpoint import MANIFEST, verify
 from tandem.train.score import with_logprobs
 from tandem.types import Message, Sample, WeightVersion
@@ -61,6 +61,7 @@ class Parts:
     another: Callable[[], Engine]  # one more that samples, on the same weights
     others: tuple[Engine, ...] = ()  # that sample too, where engine.replicas are asked for
     workers: Backend | None = None  # where some of it lives
+    way: Way | None = None  # that weights go there
 
     @property
     def sampling(self) -> tuple[Engine, ...]:
@@ -71,6 +72,8 @@ class Parts:
         """End the processes that it has beside this one."""
         if self.workers is not None:
             self.workers.close()
+        if self.way is not None:
+            self.way.close()
 
 
 def resolve_source(source: str) -> str:
@@ -212,22 +215,25 @@ def _build_apart(
     checkpoint, tokenizer = words.checkpoint, words.tokenizer
     decoder = Decoder(checkpoint.spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
     weights = {name: weight.value for name, weight in decoder.weights()}
-    backend, sender = _backend_of(workers, model.device), MemorySender(weights)
+    backend, way = _backend_of(workers, model.device), None
     try:
-        given = EngineGiven(resolve_source(model.source), model, config, sender.address)
+        way = way_of(workers.transport, weights, workers.folder, backend.host, workers.deadline_s / 2)
+        given = EngineGiven(resolve_source(model.source), model, config)
         names = [f"engine {number + 1}" for number in range(config.replicas)] if config.replicas > 1 else ["engine"]
         with ThreadPoolExecutor() as starting:  # each takes a while to come up
-            come = partial(RemoteEngine, backend, workers, given, checkpoint.spec, tokenizer.decode)
+            come = partial(RemoteEngine, backend, workers, given, checkpoint.spec, tokenizer.decode, way)
             engine, *others = starting.map(come, names)
         exact = not of_engine(model, config)
         exact_engine = engine if exact else engine_on(decoder, without_departures(config), tokenizer.decode)
-        receivers: list[Receiver] = [Remote("the engine's process", sender, engine, *others)]
+        receivers: list[Receiver] = [Remote("the engine's process", way, engine, *others)]
         if not exact:
             receivers.append(Shared("what runs on the learner's weights", decoder, exact_engine))
         publisher = Publisher(decoder, receivers)
         version = publisher.publish(0)
     except BaseException:
         backend.close()
+        if way is not None:
+            way.close()
         raise
     plan = _decided(words, model, engine, decoder, version, memory)
     plan |= {"decoders": 1 + config.replicas, "codes": described(decoder), "workers": workers.backend}
@@ -243,6 +249,7 @@ def _build_apart(
         lambda: engine_on(decoder, config, tokenizer.decode, engine.version),
         tuple(others),
         backend,
+        way,
     )
 
 

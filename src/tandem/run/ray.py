@@ -146,6 +146,12 @@ class Ray:
             self.close()
             raise WorkerError("ray", START, f"it cannot be started or joined: {error}") from error
 
+    @property
+    def host(self) -> str:
+        """As Backend says."""
+        own = ray.get_runtime_context().get_node_id()
+        return next(str(node["NodeManagerAddress"]) for node in ray.nodes() if node["NodeID"] == own)
+
     def start(self, spec: Spec, deadline_s: float) -> RayWorker:
         """As Backend says."""
         worker = RayWorker(spec, self.gpus, deadline_s)

@@ -17,9 +17,9 @@ from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
 from tandem.run.apart import EngineGiven
 from tandem.run.parts import engine_on
-from tandem.sync.memory import MemoryReader
 from tandem.sync.receive import BITS, POLICY, Copied
-from tandem.sync.transport import Held
+from tandem.sync.transport import Held, Reader
+from tandem.sync.ways import Address, reader_of
 from tandem.train.score import with_logprobs
 from tandem.types import Completion, Request, Sample, WeightVersion
 
@@ -40,10 +40,10 @@ class EngineWorker:
             held = {name: torch.empty(value.shape, dtype=kind) for name, value in held.items()}
         self.engine = engine_on(decoder, config, checkpoint.load_tokenizer().decode)
         self._held = Held(held)
+        self._reader: Reader | None = None
         self._receiver = Copied(
             "the engine", decoder, self.engine, bits=BITS.get(config.weights, 0), group=config.weight_group
         )
-        self._reader = MemoryReader(given.address, self._held)
 
     def clock(self) -> float:
         return time.monotonic()
@@ -52,12 +52,21 @@ class EngineWorker:
         """Its process, to look it up by."""
         return os.getpid()
 
+    def open(self, address: Address, deadline_s: float) -> None:
+        """Where versions come from, the first of them whole."""
+        self._held.version = None
+        self._reader = reader_of(address, self._held, deadline_s)
+
     def receive(self, version: WeightVersion, timeout_s: float) -> WeightVersion:
         """Serve what is published; which version that is. DeliveryError where it does not come, or not as it was."""
-        if self._reader.receive(timeout_s) is None:
-            raise DeliveryError(f"version {version.step} did not come within {timeout_s:g} s.")
-        assert self._held.version is not None
-        self._receiver.receive(self._held.version, {POLICY: self._held.weights})
+        assert self._reader is not None
+        until_s = time.monotonic() + timeout_s
+        while True:  # an earlier one may come once more, whole, for another engine
+            if self._reader.receive(max(0.0, until_s - time.monotonic())) is None:
+                raise DeliveryError(f"version {version.step} did not come within {timeout_s:g} s.")
+            if self._held.version == version:
+                break
+        self._receiver.receive(version, {POLICY: self._held.weights})
         return self.engine.version
 
     def advance(self, requests: Sequence[Request], slice_s: float) -> tuple[list[Completion], Stats]:

@@ -66,6 +66,11 @@ class Worker(Protocol):
 class Backend(Protocol):
     """Where workers are placed."""
 
+    @property
+    def host(self) -> str:
+        """This machine, as they reach it."""
+        ...
+
     def start(self, spec: Spec, deadline_s: float) -> Worker:
         """Returns when it can be asked; WorkerError of phase START where it can't by the deadline."""
         ...
@@ -220,6 +225,8 @@ def answered(kind: str, value: Any, worker: str, phase: str) -> Any:
 
 class Local:
     """Children of this process."""
+
+    host = "127.0.0.1"
 
     def __init__(self) -> None:
         self._workers: list[LocalWorker] = []

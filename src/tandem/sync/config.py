@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from tandem.config import Count, section
+
+Transport = Literal["memory", "folder", "broadcast"]  # to engines in other processes (sync/ways.py)
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,6 +90,14 @@ class FileSender:
             self._prune()
         self._turn = turn
 
+    def again(self) -> None:
+        """The last version once more, whole."""
+        if self._base.notice is not None:
+            self._turn += 1
+            self._write(self._turn, self._base.notice.whole(), self._base.tensors, "whole")
+            self._since_whole = 0
+            self._prune()
+
     def _write(self, turn: int, notice: Notice, tensors: Mapping[str, Tensor], kind: str) -> None:
         path = self.folder / f"{turn:09d}-{notice.version.digest}.{kind}.safetensors"
         aside = self.folder / f"{ASIDE}{path.name}"

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tandem.errors import DeliveryError
+from tandem.kernels.changes import Changes
 from tandem.sync.receive import Weights
 from tandem.sync.transport import Base, Held, Notice, layout_of, packed_bytes, split_changes
 from tandem.types import WeightVersion
@@ -31,15 +32,17 @@ PEER = "weights by broadcast"
 class _End:
     """What both ends do. Rank 0 sends."""
 
-    def __init__(self, store: dist.Store, rank: int, ranks: int, *, deadline_s: float, name: str) -> None:
+    def __init__(self, store: dist.Store, rank: int, ranks: int, *, deadline_s: float, name: str, host: str) -> None:
         self.rank, self.ranks, self.deadline_s = rank, ranks, deadline_s
         self.store = dist.PrefixStore(f"tandem-weights/{name}", store)
         self.turn = 0
         self._broken = ""
+        gloo: Any = dist.ProcessGroupGloo  # its stub has no broadcast, and no devices
         with self.phase("making the group", "the others"):
-            self.group: Any = dist.ProcessGroupGloo(  # its stub has no broadcast
-                dist.PrefixStore("group", self.store), rank, ranks, timedelta(seconds=deadline_s)
-            )
+            options = gloo._Options()
+            options._timeout = timedelta(seconds=deadline_s)
+            options._devices = [gloo.create_device(hostname=host) if host else gloo.create_default_device()]
+            self.group = gloo(dist.PrefixStore("group", self.store), rank, ranks, options)
 
     @contextmanager
     def phase(self, what: str, peer: str) -> Iterator[None]:
@@ -69,15 +72,34 @@ class _End:
 
 
 class GroupSender(_End):
-    """Rank 0 of `ranks`."""
+    """Rank 0 of `ranks`. host: this machine, as the others reach it; "": as its own name says. base: what several
+    senders of the same versions have in common."""
 
-    def __init__(self, store: dist.Store, ranks: int, *, deadline_s: float, name: str = "0") -> None:
-        super().__init__(store, 0, ranks, deadline_s=deadline_s, name=name)
-        self._base = Base()
+    def __init__(
+        self,
+        store: dist.Store,
+        ranks: int,
+        *,
+        deadline_s: float,
+        name: str = "0",
+        host: str = "",
+        base: Base | None = None,
+    ) -> None:
+        super().__init__(store, 0, ranks, deadline_s=deadline_s, name=name, host=host)
+        self._base = base or Base()
 
     def publish(self, version: WeightVersion, weights: Weights) -> None:
+        self.send(*self._base.advance(version, weights))
+
+    def again(self) -> None:
+        """The last version, whole."""
+        if self._base.notice is not None:
+            self.send(self._base.notice.whole(), {})
+
+    def send(self, notice: Notice, changes: Mapping[str, Changes]) -> None:
+        """What the base told of its last version."""
         self.turn += 1
-        notice, changes = self._base.advance(version, weights)
+        version = notice.version
         holding = {self._held(rank) for rank in range(1, self.ranks)}
         size = sum(each.nbytes for each in changes.values())
         if holding != {notice.base} or 2 * size > sum(tensor.nbytes for tensor in self._base.tensors.values()):
@@ -126,9 +148,19 @@ class GroupSender(_End):
 class GroupReader(_End):
     """Rank 1 and on. held: what versions are brought into."""
 
-    def __init__(self, store: dist.Store, rank: int, ranks: int, held: Held, *, deadline_s: float, name: str = "0"):
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        ranks: int,
+        held: Held,
+        *,
+        deadline_s: float,
+        name: str = "0",
+        host: str = "",
+    ) -> None:
         assert 0 < rank < ranks, (rank, ranks)
-        super().__init__(store, rank, ranks, deadline_s=deadline_s, name=name)
+        super().__init__(store, rank, ranks, deadline_s=deadline_s, name=name, host=host)
         self.held = held
 
     def receive(self, timeout_s: float) -> WeightVersion | None:
@@ -176,6 +208,3 @@ class GroupReader(_End):
             self.held.version = None
             return self.held.tensors
         return {name: tensor.new_empty(self.held.whole_shape(name)) for name, tensor in self.held.tensors.items()}
-
-    def close(self) -> None:
-        """Nothing is left of it in the store once its version was heard of."""

@@ -327,6 +327,3 @@ class MemoryReader:
 
     def _overtaken(self, turn: int) -> bool:
         return int(self._control[BEGUN]) >= turn + 2
-
-    def close(self) -> None:
-        """Nothing of it is anywhere but in this process."""

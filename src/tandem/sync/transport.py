@@ -47,8 +47,6 @@ class Reader(Protocol):
         the sender is gone."""
         ...
 
-    def close(self) -> None: ...
-
 
 class Peer(Protocol):
     """A receiver in another process."""
