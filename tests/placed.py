@@ -82,18 +82,24 @@ def graded(self: RunningEpisode, unheard: int = 0) -> Any:
     return ended(float(sum(map(ord, self.said[-1].content)) % 11))
 
 
-def run(config: RunConfig, out: Path, watch: Callable[[Parts], None] = lambda parts: None) -> list[dict[str, Any]]:
-    """The rows of a new run; `watch` is shown its parts."""
-    return _run(config, out, None, watch)
+def run(
+    config: RunConfig,
+    out: Path,
+    watch: Callable[[Parts], None] = lambda parts: None,
+    score: Callable[..., Any] | None = graded,
+    last: int | None = None,
+) -> list[dict[str, Any]]:
+    """The rows of a new run; `watch` is shown its parts. score: in place of an episode's own; None: its own."""
+    return _run(config, {"out": out, "resume": None, "last": last}, watch, score)
 
 
 def resumed(config: RunConfig, out: Path) -> list[dict[str, Any]]:
     """The rows of a run that is taken up again."""
-    return _run(config, None, out, lambda parts: None)
+    return _run(config, {"out": None, "resume": out}, lambda parts: None, graded)
 
 
 def _run(
-    config: RunConfig, out: Path | None, resume: Path | None, watch: Callable[[Parts], None]
+    config: RunConfig, where: Any, watch: Callable[[Parts], None], score: Callable[..., Any] | None
 ) -> list[dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         build = local.build_parts
@@ -104,8 +110,9 @@ def _run(
             return parts
 
         patch.setattr(local, "build_parts", watched)
-        patch.setattr(RunningEpisode, "score", graded)
-        code, folder = local.train(config, out=out, resume=resume, display=Silent())
+        if score is not None:
+            patch.setattr(RunningEpisode, "score", score)
+        code, folder = local.train(config, **where, display=Silent())
     assert code == 0
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

@@ -24,7 +24,7 @@ from tandem.errors import ConfigError, nearest
 VARIABLES = ("TANDEM_CACHE", "TANDEM_KERNELS", "TANDEM_THREADS")
 MOST_THREADS = 1024  # far beyond any use; many more cannot be made
 SPIN_COUNT = "2000"
-_OURS: set[str] = set()  # variables that limit_spinning set
+_OURS: set[str] = set()  # variables that were set here
 
 
 def check(environment: Mapping[str, str] | None = None) -> None:
@@ -180,6 +180,14 @@ def set_ray_token() -> None:
     if not any(name in os.environ for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
         _OURS.add("RAY_AUTH_TOKEN")
+
+
+def quiet_ray() -> None:
+    """Before Ray is imported: it prints deaths of workers on this process's stdout, also where it was told to print no
+    worker's output; a line that matches this is left out."""
+    if "RAY_DEDUP_LOGS_SKIP_REGEX" not in os.environ:
+        os.environ["RAY_DEDUP_LOGS_SKIP_REGEX"] = "."
+        _OURS.add("RAY_DEDUP_LOGS_SKIP_REGEX")
 
 
 def no_color() -> bool:

@@ -7,7 +7,7 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from tandem.run import local
 from tandem.run.apart import RemoteEngine, RemoteReference
 from tandem.run.config import RunConfig, WorkersConfig
 from tandem.run.parts import Parts, build_parts
+from tandem.run.workers import Local
 from tandem.sync.config import SyncConfig
 from tandem.types import Request, Sampling, StopReason
 from tests.display import Silent
@@ -35,11 +36,11 @@ def config(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., 
 
 @contextmanager
 def parts_of(config: RunConfig, workers: WorkersConfig = APART) -> Iterator[Parts]:
-    parts = build_parts(config.model, config.engine, workers=workers)
-    try:
+    with (
+        closing(Local(workers)) as backend,
+        closing(build_parts(config.model, config.engine, workers=backend)) as parts,
+    ):
         yield parts
-    finally:
-        parts.close()
 
 
 @contextmanager

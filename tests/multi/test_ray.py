@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,11 +17,12 @@ pytest.importorskip("ray", reason="ray is not installed: pip install 'tandem-rl[
 
 import ray
 
+from tandem import env
 from tandem.errors import CapacityError, TandemWarning, WorkerDied, WorkerError, WorkerFlooded, WorkerStalled
 from tandem.run.config import RunConfig, WorkersConfig
 from tandem.run.ray import Ray
 from tandem.run.workers import Spec
-from tests.odd_workers import ODD
+from tests.odd_workers import ODD, Strange
 from tests.placed import run, same, tiny
 
 SOON_S, LONG_S = 3.0, 120.0
@@ -37,7 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def backend(home: Path) -> Iterator[Ray]:
-    backend = Ray()
+    backend = Ray(WorkersConfig("ray"), processors=8)
     yield backend
     backend.close()
     assert not ray.is_initialized()
@@ -149,6 +152,58 @@ def test_a_restartable_actor_is_what_ray_says_of_it(backend):
         except ray.exceptions.ActorUnavailableError:
             assert time.monotonic() < until_s
     ray.kill(actor)
+
+
+def test_a_tasks_error_is_what_ray_says_of_it(backend):
+    """Why errors of actors travel as values: Ray's exception is an instance of the worker's own type, with a traceback
+    for its text, or of no type that either side knows."""
+
+    class Raises:
+        def refuses(self) -> None:
+            raise CapacityError("7 pages")
+
+        def is_strange(self) -> None:
+            raise Strange(1, 2)
+
+    actor = ray.remote(Raises).options(num_cpus=0).remote()
+    with pytest.raises(CapacityError) as caught:
+        ray.get(actor.refuses.remote(), timeout=LONG_S)
+    assert isinstance(caught.value, ray.exceptions.RayTaskError) and type(caught.value) is not CapacityError
+    assert "ray::" in str(caught.value)
+    with pytest.raises(Exception) as strange:
+        ray.get(actor.is_strange.remote(), timeout=LONG_S)
+    assert not isinstance(strange.value, Strange)
+    ray.kill(actor)
+
+
+DIES = """
+import sys
+import time
+
+from tandem.errors import WorkerDied
+from tandem.run.config import WorkersConfig
+from tandem.run.ray import Ray
+from tandem.run.workers import Spec
+
+backend = Ray(WorkersConfig("ray"))
+worker = backend.start(Spec("engine", "tests.odd_workers:Odd", ""), 120.0)
+try:
+    worker.ask("rollout", "dies", deadline_s=120.0).result()
+except WorkerDied as error:
+    print(error, file=sys.stderr)
+time.sleep(3)  # what Ray says of it comes in its own time
+backend.close()
+"""
+
+
+def test_deaths_are_not_told_on_stdout(home):
+    """Ray's own lines among those of `--json`."""
+    root = Path(__file__).parents[2]
+    found = subprocess.run(
+        [sys.executable, "-c", DIES], cwd=root, env=env.foreign(), capture_output=True, text=True, timeout=LONG_S
+    )
+    assert "worker engine, phase rollout: its process ended" in found.stderr, found.stderr[-2000:]
+    assert found.stdout == ""
 
 
 def test_a_stopped_worker_is_named_and_ended(worker):

@@ -10,6 +10,7 @@ import pytest
 
 from tandem.errors import CapacityError, WorkerDied, WorkerError, WorkerFlooded, WorkerLied, WorkerStalled
 from tandem.run import workers
+from tandem.run.config import WorkersConfig
 from tandem.run.workers import Local, Spec
 from tests.odd_workers import ODD
 
@@ -18,7 +19,7 @@ SOON_S, LONG_S = 2.0, 120.0  # a deadline that is to pass, and one that is not
 
 @pytest.fixture
 def local() -> Iterator[Local]:
-    backend = Local()
+    backend = Local(WorkersConfig("local"))
     yield backend
     backend.close()
 

@@ -63,6 +63,11 @@ class Asked:
         return KvLayout.for_engine(self.spec, self.engine, self.dtype)
 
     @property
+    def learns_apart(self) -> bool:
+        """Whether the learner has a process of its own too."""
+        return self.apart and self.run is not None and self.run.workers.learner == "apart"
+
+    @property
     def rounded(self) -> bool:
         """Whether the engine's weights are not the learner's own."""
         return self.engine.weights != "same" or self.dtype != self.model.dtype

@@ -288,7 +288,9 @@ def _fill(asked: Asked, available_bytes: int, device_bytes: int, base_bytes: int
     wish = asked.run.learner.activation_checkpointing if asked.run is not None else "off"
 
     def plan(pool: int, checkpointing: bool) -> Plan:
-        lines = _lines(asked, base_bytes, pool, checkpointing)
+        lines = list(_lines(asked, base_bytes, pool, checkpointing))
+        if asked.learns_apart:  # this process has what it had, and no weights
+            lines[1:] = [replace(line, own=False) for line in lines[1:]]
         return Plan(tuple(lines), available_bytes, device_bytes, base_bytes, pool, checkpointing)
 
     made = plan(pool, wish == "on")
@@ -389,6 +391,8 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
         yield Line("weights before rounding", unrounded, place=place, own=not asked.apart)
     if asked.apart:
         yield Line("the engine's process", each * ENGINE_BYTES, own=False)
+        if asked.learns_apart:
+            yield Line("the learner's process", ENGINE_BYTES, own=False)
         yield Line("weights in shared memory", int(SHARED_WEIGHTS * whole), LOADED)
     if asked.lag:
         yield Line("weights held back", (asked.lag + 1) * whole, LOADED, place)

@@ -15,11 +15,14 @@ import sys
 import weakref
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import tandem
 from tandem.errors import EnvironmentFailure, TaskError
 from tandem.program.printed import follow
+
+if TYPE_CHECKING:
+    from tandem.program.config import TaskConfig
 
 Call = tuple[int, str, tuple[Any, ...], float]  # number, one of worker.Calls, its arguments, seconds that it may take
 # What the child sends, behind the call's number: ("value", x), ("raised", one line), ("task_error", message) or, where
@@ -61,6 +64,33 @@ main(theirs, parent)
 """
 
 
+class Home(Protocol):
+    """A process that holds a task, as program/workers.py asks it: a Child, or one elsewhere."""
+
+    started: bool  # its task is built
+    concurrent: bool  # calls may overlap: its episodes are asynchronous
+    reason: str  # why it was ended
+
+    def send(self, call: Call) -> None: ...
+
+    def receive(self, deadline_s: float) -> Answer | None: ...
+
+    def alive(self) -> bool: ...
+
+    def ended(self) -> str: ...
+
+    def end(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def join(self, deadline_s: float) -> None: ...
+
+
+def child_of(config: TaskConfig) -> Home:
+    """One here."""
+    return Child(f"task {config.label}", config, python=config.python)
+
+
 class Child:
     """One child process and the pipe to it. It starts at once, so that its imports overlap with what comes next.
 
@@ -69,9 +99,9 @@ class Child:
     """
 
     def __init__(self, label: str, first: Any, module: str = "tandem.program.worker", python: str = "") -> None:
-        self.started = False  # its task is built
-        self.concurrent = False  # calls may overlap: its episodes are asynchronous
-        self.reason = ""  # why it was ended
+        self.started = False
+        self.concurrent = False
+        self.reason = ""
         self.connection, theirs = multiprocessing.Pipe()
         interpreter = os.path.expanduser(python)
         # sys.path travels, so that the child finds the package and the user's modules wherever the parent did.
@@ -111,18 +141,10 @@ class Child:
         try:
             if not self.connection.poll(min(deadline_s, 1e6)):
                 return None
-            answer: Answer = self.connection.recv()
-            return answer
+            return read(self.connection.recv_bytes())
         except (EOFError, OSError):
             _end(self.popen)
             return None
-        except (AttributeError, ImportError, pickle.UnpicklingError) as error:
-            return (
-                0,
-                "raised",
-                f"its value holds an object that only the environment knows; use plain values ({error})",
-                0.0,
-            )
 
     def alive(self) -> bool:
         return self.popen.returncode is None
@@ -139,6 +161,10 @@ class Child:
     def kill(self) -> None:
         self._finalizer()
 
+    def join(self, deadline_s: float) -> None:
+        """Until what it printed is shown; longer where a process of another session holds its end."""
+        self.printed.join(deadline_s)
+
 
 def _kill(popen: subprocess.Popen[bytes], connection: Connection) -> None:
     connection.close()
@@ -151,6 +177,16 @@ def _end(popen: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(popen.pid, signal.SIGKILL)
     popen.wait()
+
+
+def read(text: bytes) -> Answer:
+    """An answer, as it came."""
+    try:
+        answer: Answer = pickle.loads(text)
+        return answer
+    except (AttributeError, ImportError, pickle.UnpicklingError) as error:
+        said = f"its value holds an object that only the environment knows; use plain values ({error})"
+        return (0, "raised", said, 0.0)
 
 
 def unwrapped(answer: Answer, label: str) -> Any:

@@ -10,12 +10,13 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from tandem.errors import EnvironmentFailure, TandemWarning, TaskError
 from tandem.program import prompts
+from tandem.program.child import child_of
 from tandem.program.config import TaskConfig
 from tandem.program.episode import Observed, inline_reward, last_text
 from tandem.program.reward import INLINE, REWARDS, clipped
@@ -23,7 +24,7 @@ from tandem.program.workers import START_DEADLINE_S, Asked, Workers
 from tandem.types import Failure, Message, Prompt
 
 if TYPE_CHECKING:
-    from tandem.program.child import Child
+    from tandem.program.child import Home
 
 FIRST_PROMPTS = 8  # training prompts whose answers are tried before a run, where there is no file of them
 
@@ -32,15 +33,20 @@ class EnvironmentPool:
     """The task of a run: its prompts by index, held-out prompts, and episodes that answer with futures.
 
     A jsonl file is read here; what needs a child starts one and returns at once. TaskError where the task is wrong:
-    here, or from `ready()` and the first use where a child builds it.
+    here, or from `ready()` and the first use where a child builds it. born: what makes a child, here or elsewhere.
     """
 
-    def __init__(self, config: TaskConfig, start_deadline_s: float = START_DEADLINE_S) -> None:
+    def __init__(
+        self,
+        config: TaskConfig,
+        start_deadline_s: float = START_DEADLINE_S,
+        born: Callable[[TaskConfig], Home] = child_of,
+    ) -> None:
         self.config = config
         # Reading a file is quick and needs no child; its math-verify rewards do, and start one when first asked.
         self._local = prompts.FilePrompts(config) if config.environment == "jsonl" else None
         self._untried = prompts.uncertain(config, self._local.prompts) if self._local is not None else []
-        self._workers = Workers(config, start_deadline_s)
+        self._workers = Workers(config, start_deadline_s, born)
         self._ids = itertools.count()
         if self._local is None or self._untried:
             self._workers.grow()
@@ -126,7 +132,7 @@ class RunningEpisode:
             Message
         ] = []  # since the prompt: who plays appends the model's; observations come by themselves
         self.counts: Mapping[str, int] = {}  # of what happened so far: tool_calls and their like
-        self.home: Child | None = None  # that knows of it
+        self.home: Home | None = None  # that knows of it
         self.sent = 0  # of `said`, to its home
         self.lasts = False  # it has state, and ends with its home
         self._config = config

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from tandem.errors import EnvironmentFailure
-from tandem.program.child import GRACE_S, Answer, Child, unwrapped
+from tandem.program.child import GRACE_S, Answer, Home, unwrapped
 from tandem.program.config import TaskConfig
 from tandem.types import Failure
 
@@ -67,7 +67,7 @@ class _Waiting:
     def __init__(self, deadline_s: float) -> None:
         self.deadline_s = deadline_s
         self.first: deque[Asked] = deque()
-        self.bound: dict[Child, deque[Asked]] = {}  # of episodes that this child knows
+        self.bound: dict[Home, deque[Asked]] = {}  # of episodes that this child knows
         self.again: deque[Asked] = deque()
         self.until_s = math.inf  # of the calls that the counts below are of
         self.answered = self.overrun = 0
@@ -86,14 +86,14 @@ class _Waiting:
         else:
             self.bound[home].append(call)
 
-    def next(self, child: Child | None) -> Asked | None:
+    def next(self, child: Home | None) -> Asked | None:
         """The call for `child` to make, out of those that wait."""
         for calls in (self.bound.get(child, ()) if child is not None else (), self.first, self.again):
             if calls:
                 return calls.popleft()  # type: ignore[union-attr]
         return None
 
-    def leave(self, child: Child) -> None:
+    def leave(self, child: Home) -> None:
         """`child` has ended: what it was to do is done by others, where it can be."""
         self.first.extendleft(reversed(self.bound.pop(child, ())))
 
@@ -124,7 +124,7 @@ class _Waiting:
 class _Flight:
     """The calls that a concurrent child has, by number."""
 
-    def __init__(self, child: Child) -> None:
+    def __init__(self, child: Home) -> None:
         self.child = child
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -165,15 +165,15 @@ class _Flight:
 class Workers:
     """Threads that hold a child each and take calls from one queue."""
 
-    def __init__(self, config: TaskConfig, start_deadline_s: float) -> None:
-        self.config = config
+    def __init__(self, config: TaskConfig, start_deadline_s: float, born: Callable[[TaskConfig], Home]) -> None:
+        self.config, self.born = config, born
         self.start_deadline_s = start_deadline_s
-        self.children: list[Child] = []  # one a thread
+        self.children: list[Home] = []  # one a thread
         self.threads: list[threading.Thread] = []
         self.idle = 0  # threads that wait for a call
         self._changed = threading.Condition()  # guards all but the children's pipes
         self._waiting = _Waiting(config.reward_deadline_s)
-        self._flights: dict[Child, _Flight] = {}  # of the concurrent ones that live
+        self._flights: dict[Home, _Flight] = {}  # of the concurrent ones that live
         self._receivers: list[threading.Thread] = []  # of their answers
         self._start_s = 0.0  # that the last child was waited for
         self._closed = False
@@ -213,12 +213,12 @@ class Workers:
             thread.join(10.0)
         for child in self.children:
             child.kill()
-            child.printed.join(1.0)  # longer where a process of another session holds the pipe
+            child.join(1.0)
         while call := self._waiting.next(None):
             call.future.set_result(Failure(call.where, "the task was closed"))
 
-    def _born(self) -> Child:
-        child = Child(f"task {self.config.label}", self.config, python=self.config.python)
+    def _born(self) -> Home:
+        child = self.born(self.config)
         self._waiting.bound[child] = deque()
         return child
 
@@ -354,7 +354,7 @@ class Workers:
                 episode.sent = len(episode.said)
         return result
 
-    def _overrun(self, call: Asked, child: Child, limit_s: float) -> Failure:
+    def _overrun(self, call: Asked, child: Home, limit_s: float) -> Failure:
         if not child.alive():
             call.broken = True
             return Failure(call.where, f"its process died ({child.ended()})")

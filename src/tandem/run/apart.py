@@ -29,7 +29,6 @@ from tandem.types import Completion, Request, Sample, StopReason, WeightVersion
 
 if TYPE_CHECKING:
     from tandem.algo.pack import PromptTotal
-    from tandem.run.config import WorkersConfig
 
 SLICE_S = 0.025  # of the engine's steps, between looks at what is asked of it meanwhile, where nothing ends earlier
 
@@ -65,7 +64,6 @@ class RemoteEngine(Engine):
     def __init__(
         self,
         backend: Backend,
-        config: WorkersConfig,
         given: EngineGiven,
         spec: ModelSpec,
         decode: Decode,
@@ -77,7 +75,7 @@ class RemoteEngine(Engine):
         num_pages = count_pages(engine.kv_memory_bytes, layout.groups[0].token_bytes, engine.page_tokens)
         runner = _Elsewhere(layout, spec.vocab_size)
         super().__init__(runner, engine, num_pages, max_context=spec.max_position, decode=decode)
-        self.seat = Seat(backend, Spec(name, "tandem.run.roles:EngineWorker", given), config)
+        self.seat = Seat(backend, Spec(name, "tandem.run.roles:EngineWorker", given))
         self.way = way  # that its weights come by
         self.crashed: Callable[[int], None] = _nobody  # told of tokens that a worker took with it
         self._live: dict[str, Request] = {}
@@ -115,6 +113,8 @@ class RemoteEngine(Engine):
         again = f", and asked again for {len(self._live)} requests" if self._live else ""
         try:
             while True:
+                if error.worker != self.seat.spec.name:  # the learner, whose part it is to send
+                    raise error
                 self.seat.replace(error, again)
                 try:
                     self._begin()
@@ -299,8 +299,8 @@ def _summed(first: Stats, then: Stats) -> Stats:
 class RemoteReference:
     """The reference policy in a process of its own."""
 
-    def __init__(self, backend: Backend, config: WorkersConfig, source: str, model: ModelConfig) -> None:
-        self.seat = Seat(backend, Spec("reference", "tandem.run.roles:ReferenceWorker", (source, model)), config)
+    def __init__(self, backend: Backend, source: str, model: ModelConfig) -> None:
+        self.seat = Seat(backend, Spec("reference", "tandem.run.roles:ReferenceWorker", (source, model)))
 
     def score(
         self, samples: Sequence[Sample], prompts: Sequence[PromptTotal], budget_tokens: int, temperature: float

@@ -67,7 +67,7 @@ class AsyncSession(PartedSession):
         self.rollouts = Rollouts(*given)
         self.flow = Flow(self.rollouts)
         if self.cores is not None:
-            self.learner.between = self._give_way
+            self.here.between = self._give_way
         self.least = min(2 * asked.prompts_per_step, self.queue.capacity)  # a batch that is learned, and the next
         self.limit = self.least  # groups that run, wait or are learned, by load
         self.starves = self.starved = False  # the engine had nothing to run: before the last batch, and since

@@ -83,15 +83,17 @@ class WorkersConfig:
     deadline_s: Seconds = 120.0  # of a call to a worker: publishing a version, some steps of the engine
     start_deadline_s: Seconds = 600.0  # until a worker can be asked: its imports, its model
     restarts: Count = 3  # of each: workers that another may take the place of; what fails once more is given up
+    learner: Literal["here", "apart"] = "here"  # apart: in a process of its own too, and the loop's has no weights
     transport: Transport = "memory"  # of weights to engines: shared memory, a folder, or a broadcast of gloo's
     folder: str = ""  # where transport=folder writes them: one that all their machines mount
 
     def __post_init__(self) -> None:
-        if self.backend == "none" and self.transport != "memory":
-            raise ConfigError(
-                f"workers.transport is {self.transport}, and workers.backend none: there is no other process to bring "
-                "weights to. Set workers.backend to local or ray, or leave workers.transport out."
-            )
+        for name, value, wanted in (("transport", self.transport, "memory"), ("learner", self.learner, "here")):
+            if self.backend == "none" and value != wanted:
+                raise ConfigError(
+                    f"workers.{name} is {value}, and workers.backend none: there is no other process. Set "
+                    f"workers.backend to local or ray, or leave workers.{name} out."
+                )
         if (self.transport == "folder") != bool(self.folder):
             raise ConfigError(
                 f"workers.transport is {self.transport} and workers.folder {self.folder!r}: a folder goes with "
@@ -176,6 +178,11 @@ def check_training(config: RunConfig) -> None:
                 f"workers.backend is {backend} and {name} {value}: an engine in a process of its own goes with "
                 f"{wanted} alone. Set it so, or workers.backend to none."
             )
+    if config.workers.learner == "apart" and config.algo.needs_critic:
+        raise ConfigError(
+            f"workers.learner is apart and algo.advantage {config.algo.advantage!r}: a critic lives with the loop. Set "
+            "workers.learner to here, or choose another advantage."
+        )
     if config.learner.optimiser_offload == "host" and config.model.device == "cpu":
         raise ConfigError(
             "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "

@@ -7,13 +7,15 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from tandem.engine.driver import Driver
-from tandem.errors import CheckpointError, ConfigError, TandemError
+from tandem.errors import CheckpointError, ConfigError, TandemError, WorkerError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.hf_config import to_hf_config
 from tandem.plan.memory import Plan, check_counts
+from tandem.program.child import child_of
 from tandem.program.pool import EnvironmentPool
 from tandem.rollout.evaluate import Evaluation, evaluate
 from tandem.run.asynchronous import AsyncSession
+from tandem.run.backends import backend_of
 from tandem.run.clock import WallClock, started
 from tandem.run.config import RunConfig, check_training
 from tandem.run.engines import named
@@ -39,11 +41,14 @@ def train(
         check_new(path)
     clock = WallClock()
     with ExitStack() as leaving:
-        pool = EnvironmentPool(config.task)
+        workers = backend_of(config)
+        if workers is not None:
+            leaving.callback(workers.close)
+        pool = EnvironmentPool(config.task, born=child_of if workers is None else workers.home)
         leaving.callback(pool.close)
         folder = leaving.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
         built = config.model, config.engine, config.sync.lag, config
-        parts = build_parts(*built, task=config.task, workers=config.workers)
+        parts = build_parts(*built, task=config.task, workers=workers)
         leaving.callback(parts.close)
         pool.ready()
         if folder is None:  # only now, so that a wrong model or task leaves no folder behind
@@ -79,7 +84,7 @@ def _sit(session: Session, steps: int) -> int:
             stages = session.stages()
             last = done if stages.stop() else run_loop(stages, done + 1, steps)
         except (TandemError, OSError, RuntimeError, MemoryError):
-            with suppress(CheckpointError):  # where a disk is full, the first error says so
+            with suppress(CheckpointError, WorkerError):  # a disk is full, a learner gone: the first error says so
                 session.save_newest(session.weights_version)
             with suppress(TandemError, OSError):  # as above
                 session.give_up()

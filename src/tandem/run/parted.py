@@ -18,7 +18,7 @@ from tandem.rollout.queue import Choice, Queue
 from tandem.run.journal import Fact
 from tandem.run.loop import Stages
 from tandem.run.session import Session
-from tandem.train.step import LearnerReport, Parts
+from tandem.train.step import Learner, LearnerReport, Parts
 from tandem.types import Group, Prompt
 
 
@@ -27,6 +27,12 @@ class PartedSession(Session):
 
     queue: Queue
     parts_learned: Parts | None = None  # of the present step, where they are streamed
+
+    @property
+    def here(self) -> Learner:
+        """The learner, which is of this process where batches come in parts."""
+        assert isinstance(self.learner, Learner), self.learner
+        return self.learner
 
     def stages(self) -> Stages:
         stages = dataclasses.replace(super().stages(), prompts=lambda _: (), rollout=self.gather, rest=lambda: None)
@@ -64,7 +70,7 @@ class PartedSession(Session):
         """The groups of a step."""
         groups: list[Group] = []
         if self.config.asynchrony.stream:
-            self.parts_learned = self.learner.begin()
+            self.parts_learned = self.here.begin()
         while not self.queue.whole:
             part = self.part(step)
             groups += part
@@ -79,7 +85,7 @@ class PartedSession(Session):
         batch = self.score(batch)
         try:
             with self.learning(step):
-                self.learner.add(parts, batch.samples, batch.prompts)
+                self.here.add(parts, batch.samples, batch.prompts)
         except NonFiniteError:
             self.keep(step, groups)  # the error says where they are
             raise
@@ -89,4 +95,4 @@ class PartedSession(Session):
         parts, self.parts_learned = self.parts_learned, None
         assert parts is not None
         with self.learning(step):
-            return self.learner.finish(parts, batch.prompts)
+            return self.here.finish(parts, batch.prompts)

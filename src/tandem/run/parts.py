@@ -31,9 +31,11 @@ from tandem.plan.memory import Plan, plan_memory
 from tandem.program.config import TaskConfig
 from tandem.program.render import Renderer, renderer_of
 from tandem.run.apart import EngineGiven, RemoteEngine, RemoteReference
-from tandem.run.config import RunConfig, WorkersConfig
+from tandem.run.config import RunConfig
 from tandem.run.folder import latest_checkpoint
-from tandem.run.workers import Backend, Local
+from tandem.run.learned import OBJECTIVES, learner_config
+from tandem.run.learning import DecoderElsewhere, LearnerGiven, RemoteLearner, RemotePublisher, RemoteWay
+from tandem.run.workers import Backend
 from tandem.sync.departures import check_engine, of_engine, without_departures
 from tandem.sync.publish import Publisher
 from tandem.sync.receive import BITS, Copied, Receiver, Shared
@@ -62,6 +64,7 @@ class Parts:
     others: tuple[Engine, ...] = ()  # that sample too, where engine.replicas are asked for
     workers: Backend | None = None  # where some of it lives
     way: Way | None = None  # that weights go there
+    learner: RemoteLearner | None = None  # where it has a process of its own
 
     @property
     def sampling(self) -> tuple[Engine, ...]:
@@ -69,9 +72,7 @@ class Parts:
         return (self.engine, *self.others)
 
     def close(self) -> None:
-        """End the processes that it has beside this one."""
-        if self.workers is not None:
-            self.workers.close()
+        """No more weights go anywhere."""
         if self.way is not None:
             self.way.close()
 
@@ -143,15 +144,15 @@ def build_parts(
     *,
     learns: bool = True,
     task: TaskConfig | None = None,
-    workers: WorkersConfig | None = None,
+    workers: Backend | None = None,
 ) -> Parts:
     """Load the model and put an engine on it. ModelError, ConfigError, CapacityError for what the user can mend.
 
     The engine shares the learner's decoder unless its weights are rounded, of another dtype, or `lag` updates old.
     `run`: what will train it, whose memory is planned for. Without `learns` that decoder keeps the codes of a quantised
     file, at the same bits, and of other matrices the packed form alone; nothing can train or save it. `task`: how
-    prompts are written (its format, control tokens, template arguments) and calls are read. `workers`: the engine is in
-    a process of its own, by this backend; `Parts.close` ends it.
+    prompts are written (its format, control tokens, template arguments) and calls are read. `workers`: where the engine
+    is, in a process of its own.
     """
     torch.set_num_threads(env.num_threads())
     checkpoint = open_checkpoint(resolve_source(model.source))
@@ -162,16 +163,16 @@ def build_parts(
     renderer = renderer_of(tokenizer, task)
     if renderer.plain and task.format == "auto":
         warnings.warn(f"{model.source} has no chat template: prompts are plain text.", TandemWarning, stacklevel=2)
-    apart = workers is not None and workers.backend != "none"
+    apart = workers is not None
     learns = learns or apart  # what is published is the values of the weights
     memory = plan_parts(checkpoint, tokenizer, model, config, lag, run, learns=learns, apart=apart)
     memory.check()
     config = replace(config, kv_memory_bytes=memory.kv_memory_bytes)
     words = _Words(checkpoint, tokenizer, renderer)
     with memory.foreseen():
-        if workers is not None and apart:
+        if workers is not None:
             engines = config if run is not None else replace(config, replicas=1)
-            return _build_apart(words, model, engines, workers, memory)
+            return _build_apart(words, model, engines, workers, run, memory)
         beside = run is not None and run.asynchrony.mode != "sync"
         return _build(words, model, config, memory, _Use(lag, beside, learns))
 
@@ -199,44 +200,49 @@ def engine_on(decoder: Decoder, config: EngineConfig, decode: Decode, version: W
     return Engine(runner, config, num_pages, decoder.spec.max_position, decode=decode, version=version)
 
 
-def _backend_of(config: WorkersConfig, device: str) -> Backend:
-    """Of workers.backend, for models on `device`. ConfigError where it is not installed."""
-    if config.backend == "ray":
-        from tandem.run.ray import Ray
-
-        return Ray(gpus=int(device == "cuda"))
-    return Local()
-
-
 def _build_apart(
-    words: _Words, model: ModelConfig, config: EngineConfig, workers: WorkersConfig, memory: Plan
+    words: _Words, model: ModelConfig, config: EngineConfig, workers: Backend, run: RunConfig | None, memory: Plan
 ) -> Parts:
-    """With the engine in a process of its own."""
-    checkpoint, tokenizer = words.checkpoint, words.tokenizer
-    decoder = Decoder(checkpoint.spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
-    weights = {name: weight.value for name, weight in decoder.weights()}
-    backend, way = _backend_of(workers, model.device), None
-    try:
-        way = way_of(workers.transport, weights, workers.folder, backend.host, workers.deadline_s / 2)
-        given = EngineGiven(resolve_source(model.source), model, config)
-        names = [f"engine {number + 1}" for number in range(config.replicas)] if config.replicas > 1 else ["engine"]
-        with ThreadPoolExecutor() as starting:  # each takes a while to come up
-            come = partial(RemoteEngine, backend, workers, given, checkpoint.spec, tokenizer.decode, way)
-            engine, *others = starting.map(come, names)
-        exact = not of_engine(model, config)
-        exact_engine = engine if exact else engine_on(decoder, without_departures(config), tokenizer.decode)
-        receivers: list[Receiver] = [Remote("the engine's process", way, engine, *others)]
+    """With the engines in processes of their own, and the learner too where workers.learner says so."""
+    checkpoint, tokenizer, asked = words.checkpoint, words.tokenizer, workers.config
+    source, exact = resolve_source(model.source), not of_engine(model, config)
+    learner: RemoteLearner | None = None
+    way: Way
+    if run is not None and asked.learner == "apart":
         if not exact:
-            receivers.append(Shared("what runs on the learner's weights", decoder, exact_engine))
-        publisher = Publisher(decoder, receivers)
+            departs = "; ".join(f"{one.what} ({one.setting})" for one in of_engine(model, config))
+            raise ConfigError(
+                f"workers.learner is apart, and the engine departs from it: {departs}. Evaluation asks the learner's "
+                "own policy, which no engine has then. Leave these out, or set workers.learner to here."
+            )
+        given = LearnerGiven(source, run, learner_config(run, memory), workers.host)
+        learner = RemoteLearner(workers, given, OBJECTIVES[run.objective](run))
+        decoder: Decoder = DecoderElsewhere(checkpoint.spec, model.dtype)
+        way = RemoteWay(learner)
+    else:
+        decoder = Decoder(checkpoint.spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
+        weights = {name: weight.value for name, weight in decoder.weights()}
+        way = way_of(asked.transport, weights, asked.folder, workers.host, asked.deadline_s / 2)
+    try:
+        names = [f"engine {number + 1}" for number in range(config.replicas)] if config.replicas > 1 else ["engine"]
+        given_engine = EngineGiven(source, model, config)
+        with ThreadPoolExecutor() as starting:  # each takes a while to come up
+            come = partial(RemoteEngine, workers, given_engine, checkpoint.spec, tokenizer.decode, way)
+            engine, *others = starting.map(come, names)
+        exact_engine = engine if exact else engine_on(decoder, without_departures(config), tokenizer.decode)
+        remote = Remote("the engine's process", way, engine, *others)
+        if learner is not None:
+            publisher: Publisher = RemotePublisher(learner, remote)
+        else:
+            shared = Shared("what runs on the learner's weights", decoder, exact_engine)
+            publisher = Publisher(decoder, [remote] if exact else [remote, shared])
         version = publisher.publish(0)
     except BaseException:
-        backend.close()
-        if way is not None:
-            way.close()
+        way.close()
         raise
-    plan = _decided(words, model, engine, decoder, version, memory)
-    plan |= {"decoders": 1 + config.replicas, "codes": described(decoder), "workers": workers.backend}
+    known = facts(decoder) if learner is None else learner.ask("start", "facts")
+    plan = _decided(words, model, engine, known, version, memory)
+    plan |= {"decoders": 1 + config.replicas, "workers": asked.backend}
     return Parts(
         decoder,
         tokenizer,
@@ -248,8 +254,9 @@ def _build_apart(
         plan,
         lambda: engine_on(decoder, config, tokenizer.decode, engine.version),
         tuple(others),
-        backend,
+        workers,
         way,
+        learner,
     )
 
 
@@ -282,8 +289,9 @@ def _build(words: _Words, model: ModelConfig, config: EngineConfig, memory: Plan
         for _, weight in decoder.weights():
             if weight is not decoder.embed:
                 weight.serve()
-    plan = _decided(words, model, engine, decoder, version, memory)
-    plan |= {"decoders": len({id(d) for d in (decoder, serving, source) if d is not None}), "codes": described(serving)}
+    known = facts(decoder) | {"codes": described(serving)}
+    plan = _decided(words, model, engine, known, version, memory)
+    plan |= {"decoders": len({id(d) for d in (decoder, serving, source) if d is not None})}
     return Parts(
         decoder,
         tokenizer,
@@ -298,20 +306,33 @@ def _build(words: _Words, model: ModelConfig, config: EngineConfig, memory: Plan
     )
 
 
+def facts(decoder: Decoder) -> dict[str, Any]:
+    """What plan.json says of weights that learn."""
+    return {
+        "kernels": "compiled" if decoder.compiled else "reference",
+        "parameters": sum(weight.value.numel() for _, weight in decoder.weights()),
+        "codes": described(decoder),
+    }
+
+
 def _decided(
-    words: _Words, model: ModelConfig, engine: Engine, decoder: Decoder, version: WeightVersion, memory: Plan
+    words: _Words,
+    model: ModelConfig,
+    engine: Engine,
+    known: dict[str, Any],
+    version: WeightVersion,
+    memory: Plan,
 ) -> dict[str, Any]:
     """What plan.json says of any run."""
     pool, config = engine.scheduler.pool, engine.scheduler.config
     return {
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
-        "kernels": "compiled" if decoder.compiled else "reference",
+        **known,
         "matrix_unit": matrix_unit() if model.device == "cpu" else model.device,
         "kv_pages": pool.num_pages,
         "kv_capacity_tokens": pool.num_pages * config.page_tokens // len(engine.runner.layout.groups),
         "kv_bytes_per_token": engine.runner.layout.token_bytes,
-        "parameters": sum(weight.value.numel() for _, weight in decoder.weights()),
         "weights": version.digest,
         "prompts": "plain text" if words.renderer.plain else "chat template",
         "tools": "described in a system message" if words.renderer.describes else "told by the chat template",
@@ -325,4 +346,4 @@ def reference_of(parts: Parts, config: RunConfig, load: Callable[[str], Decoder]
     if parts.workers is None:
         return partial(with_logprobs, "reference_logprobs", load(config.model.source))
     source = resolve_source(config.model.source)
-    return RemoteReference(parts.workers, config.workers, source, config.model).score
+    return RemoteReference(parts.workers, source, config.model).score

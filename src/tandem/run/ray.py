@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tandem import env
 from tandem.errors import ConfigError, TandemError, WorkerDied, WorkerError
@@ -22,12 +22,20 @@ from tandem.run.worker import answer, written
 from tandem.run.workers import MOST_BYTES, START, Spec, answered, flooded, made, stalled
 
 try:
+    env.quiet_ray()
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 except ImportError as error:
     raise ConfigError(
         f"workers.backend is ray, and ray cannot be imported ({error}): pip install 'tandem-rl[ray]'."
     ) from error
+
+from tandem.run.ray_tasks import RayHome
+
+if TYPE_CHECKING:
+    from tandem.program.child import Home
+    from tandem.program.config import TaskConfig
+    from tandem.run.config import WorkersConfig
 
 
 class _Actor:
@@ -128,7 +136,9 @@ class RayWorker:
 class Ray:
     """Actors in a cluster, or in a Ray that is started here and ends with this."""
 
-    def __init__(self, gpus: int = 0) -> None:
+    def __init__(self, config: WorkersConfig, gpus: int = 0, processors: int = 0) -> None:
+        """processors: that a Ray which is started here gives away, where this machine has fewer."""
+        self.config = config
         self.gpus = gpus  # of each worker
         self._workers: list[RayWorker] = []
         self._folder = ""  # of a Ray that was started here
@@ -141,7 +151,13 @@ class Ray:
             # Its token is this run's own: left to itself, Ray writes one into the user's home, for good.
             self._folder = tempfile.mkdtemp(prefix="tandem-ray-")
             env.set_ray_token()
-            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False, _temp_dir=self._folder)
+            ray.init(
+                num_cpus=max(processors, env.num_cores()),
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+                _temp_dir=self._folder,
+            )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             self.close()
             raise WorkerError("ray", START, f"it cannot be started or joined: {error}") from error
@@ -157,6 +173,10 @@ class Ray:
         worker = RayWorker(spec, self.gpus, deadline_s)
         self._workers.append(worker)
         return worker
+
+    def home(self, config: TaskConfig) -> Home:
+        """As Backend says."""
+        return RayHome(config)
 
     def close(self) -> None:
         """As Backend says."""

@@ -5,22 +5,30 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from tandem import env
 from tandem.algo.pack import PromptTotal
 from tandem.engine.batch import Stats
-from tandem.errors import DeliveryError
+from tandem.errors import CheckpointError, DeliveryError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
 from tandem.run.apart import EngineGiven
-from tandem.run.parts import engine_on
-from tandem.sync.receive import BITS, POLICY, Copied
+from tandem.run.learned import OBJECTIVES, total_updates
+from tandem.run.learning import LearnerGiven
+from tandem.run.parts import engine_on, facts
+from tandem.sync.publish import published
+from tandem.sync.receive import BITS, POLICY, Copied, Weights
 from tandem.sync.transport import Held, Reader
-from tandem.sync.ways import Address, reader_of
+from tandem.sync.ways import Address, reader_of, way_of
+from tandem.train.checkpoint import RunState
 from tandem.train.score import with_logprobs
+from tandem.train.step import Learner, LearnerReport
 from tandem.types import Completion, Request, Sample, WeightVersion
 
 
@@ -111,3 +119,66 @@ class ReferenceWorker:
     ) -> tuple[Sample, ...]:
         """With their `reference_logprobs`."""
         return with_logprobs("reference_logprobs", self._decoder, samples, prompts, budget_tokens, temperature)
+
+
+class LearnerWorker:
+    """The learner: its weights, its optimiser, and where they go."""
+
+    def __init__(self, given: LearnerGiven) -> None:
+        torch.set_num_threads(env.num_threads())
+        run, model, workers = given.run, given.run.model, given.run.workers
+        checkpoint = open_checkpoint(given.source)
+        decoder = Decoder(checkpoint.spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
+        self._tokenizer = checkpoint.load_tokenizer()
+        objective = OBJECTIVES[run.objective](run)
+        self._learner = Learner(decoder, given.learner, objective, total_updates(run, objective))
+        tensors = {name: weight.value for name, weight in decoder.weights()}
+        self._way = way_of(workers.transport, tensors, workers.folder, given.host, workers.deadline_s / 2)
+        self._due: tuple[WeightVersion, Weights] | None = None  # to be published
+
+    def pid(self) -> int:
+        """Its process, to look it up by."""
+        return os.getpid()
+
+    def step(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> tuple[LearnerReport | None, int]:
+        """As Learner's; and its updates by then."""
+        return self._learner.step(samples, prompts), self._learner.updates
+
+    def facts(self) -> dict[str, Any]:
+        """As parts.py's."""
+        return facts(self._learner.decoder)
+
+    def save(self, directory: Path, state: RunState) -> None:
+        """CheckpointError where the disk, or its folder, is not there for it."""
+        try:
+            self._learner.save(directory, self._tokenizer, state)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{directory} could not be written: {error}. Free disk space or choose another."
+            ) from error
+
+    def load(self, directory: Path) -> RunState:
+        return self._learner.load(directory)
+
+    def address(self, reader: str) -> Address:
+        """As Way's, as the next three."""
+        return self._way.address(reader)
+
+    def meet(self, reader: str) -> None:
+        self._way.meet(reader)
+
+    def again(self, reader: str) -> None:
+        self._way.again(reader)
+
+    def hashed(self, step: int) -> WeightVersion:
+        """The version that `publish` is to publish."""
+        self._due = published(self._learner.decoder, step)
+        return self._due[0]
+
+    def publish(self) -> None:
+        assert self._due is not None
+        self._way.publish(*self._due)
+
+    def close(self) -> None:
+        """Take away what would stay."""
+        self._way.close()

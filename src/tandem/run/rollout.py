@@ -12,12 +12,14 @@ from typing import Any, Literal, cast
 from tandem.engine.driver import Driver
 from tandem.errors import ConfigError
 from tandem.plan.memory import check_counts, peak_bytes
+from tandem.program.child import child_of
 from tandem.program.pool import EnvironmentPool
 from tandem.rollout.group import summarise
 from tandem.rollout.pieces import Pieces
 from tandem.rollout.rollout import Rollouts
 from tandem.rollout.rows import trajectory_rows
 from tandem.rollout.watch import Progress, Watched
+from tandem.run.backends import backend_of
 from tandem.run.clock import started
 from tandem.run.config import RunConfig
 from tandem.run.counted import counted
@@ -66,9 +68,12 @@ def roll_out(config: RunConfig, split: Split, out: Path, progress: Progress) -> 
     totals, began_s = Totals(), time.perf_counter()
     trace = Trace([totals])
     with ExitStack() as leaving:
-        pool = EnvironmentPool(config.task)
+        workers = backend_of(config)
+        if workers is not None:
+            leaving.callback(workers.close)
+        pool = EnvironmentPool(config.task, born=child_of if workers is None else workers.home)
         leaving.callback(pool.close)
-        parts = build_parts(config.model, config.engine, learns=False, task=config.task, workers=config.workers)
+        parts = build_parts(config.model, config.engine, learns=False, task=config.task, workers=workers)
         leaving.callback(parts.close)
         pool.ready()
         folder = leaving.enter_context(RunFolder.create(out, config))

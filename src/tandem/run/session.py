@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 from tandem.algo.advantage import FATES, Selection, has_spread, samples_from_groups
-from tandem.algo.objective import NextToken, Objective, PolicyGradient
 from tandem.algo.pack import PromptTotal
 from tandem.algo.price import Lagrangian
 from tandem.engine.driver import Driver
@@ -39,13 +38,15 @@ from tandem.rollout.written import texts, written
 from tandem.run import outlet
 from tandem.run.account import Account
 from tandem.run.clock import WallClock
-from tandem.run.config import Learned, RunConfig
+from tandem.run.config import RunConfig
 from tandem.run.counted import counted
 from tandem.run.course import Course, mark_best
 from tandem.run.engines import endpoint, living
 from tandem.run.fairness import Fairness
 from tandem.run.figures import figures
 from tandem.run.folder import RunFolder, SavedCheckpoint
+from tandem.run.learned import OBJECTIVES, learner_config, total_updates
+from tandem.run.learning import Learns
 from tandem.run.ledger import ROLLOUT, Ledger
 from tandem.run.loop import Stages
 from tandem.run.parts import Parts, reference_of, resolve_source
@@ -53,10 +54,9 @@ from tandem.run.spending import Spending
 from tandem.run.stop import StopSignal
 from tandem.run.stream import PromptStream
 from tandem.run.useful import useful_work
-from tandem.sync.departures import is_exact, of_engine
+from tandem.sync.departures import of_engine
 from tandem.train import checkpoint as saved_state
 from tandem.train.checkpoint import Part, RunState
-from tandem.train.config import Checkpointing, LearnerConfig
 from tandem.train.critic import Critic
 from tandem.train.score import versions_of, with_sources
 from tandem.train.step import Learner, LearnerReport
@@ -67,15 +67,6 @@ Row = Mapping[str, Any]
 SAVE_SHARE = 200  # a save by time waits for this many times what the last one took: after the first, 0.5 % of a run
 
 OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated", "turns", "happened")  # keys of a row
-
-# `objective` of a config -> what the learner is given.
-OBJECTIVES: Mapping[str, Callable[[RunConfig], Objective]] = {
-    "policy_gradient": lambda config: PolicyGradient(
-        config.algo, config.rollout.temperature, config.alarms, exact=is_exact(config)
-    ),
-    "next_token": lambda config: NextToken(),
-}
-assert {*OBJECTIVES} == {*get_args(Learned)}, f"run/config.py names {get_args(Learned)}, here: {[*OBJECTIVES]}"
 
 
 class Display(Protocol):
@@ -122,11 +113,11 @@ class Session:
         self.pieces = Pieces(parts.tokenizer.decode)
         self.kept: list[str] = []  # trajectories that have a row, in its order
         objective = OBJECTIVES[config.objective](config)
-        self.learner = Learner(
+        self.learner: Learns = parts.learner or Learner(
             parts.decoder,
-            self._learning(),
+            learner_config(config, parts.memory),
             objective,
-            (config.steps - config.critic.warmup_steps) * objective.updates_per_step,
+            total_updates(config, objective),
             self.trace,
             self._critic() if "values" in objective.columns else None,
         )
@@ -142,10 +133,8 @@ class Session:
         }
         if config.select.on:
             self.saved_parts["spending"] = self.spending
-        self.optimisers = {"optimiser": self.learner.optimiser}  # by their files in a checkpoint
         if self.learner.critic is not None:
             self.saved_parts["critic"] = self.learner.critic
-            self.optimisers["critic"] = self.learner.critic.optimiser
         self.reused: set[str] = set()  # trajectories of the present batch that were in one before
         self.fairness = Fairness(config)
         if self.fairness.lasts:
@@ -170,12 +159,7 @@ class Session:
                 f"critic.model {own} has {trunk.spec.vocab_size} tokens and the policy {policy.spec.vocab_size}: they "
                 "have to read the same. Choose a model of the policy's family, or an empty critic.model."
             )
-        return Critic(trunk, self.config.critic, self._learning(), own=bool(own))
-
-    def _learning(self) -> LearnerConfig:
-        """What of the config the plan decides, decided."""
-        kept: Checkpointing = "on" if self.parts.memory.checkpointing else "off"
-        return dataclasses.replace(self.config.learner, activation_checkpointing=kept)
+        return Critic(trunk, self.config.critic, learner_config(self.config, self.parts.memory), own=bool(own))
 
     def stages(self) -> Stages:
         return Stages(
@@ -419,7 +403,7 @@ class Session:
             row["output_lost"] = dict(outlet.LOST)
         self.row_started_s = now
         self.folder.append_metrics(row)
-        self.settled = row["step"], self.learner.optimiser.updates
+        self.settled = row["step"], self.learner.updates
         self.spending.settle()
         self.fairness.settle()
         self.stream.settle()
@@ -431,8 +415,8 @@ class Session:
         self.release_memory()
         with self.trace.span("checkpoint"), self.folder.checkpoint(step) as directory:
             parts = {name: part.state() for name, part in self.saved_parts.items()}
-            state = RunState(step, self.learner.optimiser.updates, version.digest, parts)
-            saved_state.save(directory, self.parts.decoder, self.optimisers, self.parts.tokenizer, state)
+            state = RunState(step, self.learner.updates, version.digest, parts)
+            self.learner.save(directory, self.parts.tokenizer, state)
             self.save_more(directory)
             saved_state.seal(directory)
         self.saved_s = time.monotonic()
@@ -450,7 +434,7 @@ class Session:
     def save_newest(self, version: WeightVersion) -> None:
         """A checkpoint of the last finished step, unless there is one, or an update has begun since."""
         saved = self.folder.latest_checkpoint()
-        settled = self.settled == (version.step, self.learner.optimiser.updates)
+        settled = self.settled == (version.step, self.learner.updates)
         if settled and version.step and (saved is None or saved.step < version.step):
             self.give_up()
             self.save(version.step, version)
@@ -469,7 +453,7 @@ class Session:
 
     def _load(self, saved: SavedCheckpoint) -> int:
         """The state of a checkpoint; returns its step."""
-        state = saved_state.load(saved.path, self.optimisers)
+        state = self.learner.load(saved.path)
         self.parts.publisher.load(saved.path)
         version = self.parts.publisher.publish(state.step)
         if version.digest != state.weights:

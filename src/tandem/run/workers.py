@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from tandem.errors import TandemError, TandemWarning, WorkerDied, WorkerError, WorkerFlooded, WorkerLied, WorkerStalled
-from tandem.program.child import Child
+from tandem.program.child import Child, child_of
 
 if TYPE_CHECKING:
+    from tandem.program.child import Home
+    from tandem.program.config import TaskConfig
     from tandem.run.config import WorkersConfig
 
 MOST_BYTES = 1 << 30  # of an answer: a step's completions, with the sets that they were drawn from
@@ -66,6 +68,8 @@ class Worker(Protocol):
 class Backend(Protocol):
     """Where workers are placed."""
 
+    config: WorkersConfig
+
     @property
     def host(self) -> str:
         """This machine, as they reach it."""
@@ -73,6 +77,10 @@ class Backend(Protocol):
 
     def start(self, spec: Spec, deadline_s: float) -> Worker:
         """Returns when it can be asked; WorkerError of phase START where it can't by the deadline."""
+        ...
+
+    def home(self, config: TaskConfig) -> Home:
+        """A process for environments and rewards (program/workers.py), which ends with its pool."""
         ...
 
     def close(self) -> None:
@@ -228,7 +236,8 @@ class Local:
 
     host = "127.0.0.1"
 
-    def __init__(self) -> None:
+    def __init__(self, config: WorkersConfig) -> None:
+        self.config = config
         self._workers: list[LocalWorker] = []
 
     def start(self, spec: Spec, deadline_s: float) -> LocalWorker:
@@ -242,6 +251,10 @@ class Local:
             raise
         return worker
 
+    def home(self, config: TaskConfig) -> Home:
+        """As Backend says."""
+        return child_of(config)
+
     def close(self) -> None:
         """As Backend says."""
         for worker in self._workers:
@@ -251,10 +264,10 @@ class Local:
 class Seat:
     """A worker, and another in its place where it fails, as often as `config.restarts` says."""
 
-    def __init__(self, backend: Backend, spec: Spec, config: WorkersConfig) -> None:
-        self.backend, self.spec, self.config = backend, spec, config
+    def __init__(self, backend: Backend, spec: Spec) -> None:
+        self.backend, self.spec, self.config = backend, spec, backend.config
         self.replaced = 0  # workers
-        self.worker = backend.start(spec, config.start_deadline_s)
+        self.worker = backend.start(spec, self.config.start_deadline_s)
 
     def ask(self, phase: str, method: str, *arguments: Any, times: int = 1) -> Pending:
         """A call of `times` the deadline."""

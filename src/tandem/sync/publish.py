@@ -26,6 +26,14 @@ def weight_version(decoder: Decoder, step: int) -> WeightVersion:
     return WeightVersion(step, root_hash(_published(decoder)))
 
 
+def published(decoder: Decoder, step: int) -> tuple[WeightVersion, Weights]:
+    """The decoder's present weights, and which version they are."""
+    hashes = _published(decoder)
+    return WeightVersion(step, root_hash(hashes)), Weights(
+        {name: weight.value for name, weight in decoder.weights()}, hashes
+    )
+
+
 def _published(decoder: Decoder) -> dict[str, str]:
     # A decoder that only serves codes of a file has no other value of them.
     return tensor_hashes(
@@ -54,9 +62,8 @@ class Publisher:
 
         DeliveryError where an engine would compute with something else.
         """
-        hashes = _published(self.learner)
-        version = WeightVersion(step, root_hash(hashes))
-        newest = Weights({name: weight.value for name, weight in self.learner.weights()}, hashes)
+        version, newest = published(self.learner, step)
+        hashes = newest.hashes
         if self._held.maxlen:
             clones = {name: tensor.clone() for name, tensor in newest.tensors.items()}
             self._held.append(_Snapshot(version, Weights(clones, hashes)))

@@ -67,11 +67,15 @@ class Remote:
         self.name, self.sender, self.peers = name, sender, peers
 
     def receive(self, version: WeightVersion, sets: Mapping[str, Weights]) -> None:
-        """As Receiver's. WorkerError where no peer is left that serves the version."""
+        """As Receiver's."""
+        self.exchange(version, lambda: self.sender.publish(version, policy_of(self.name, version, sets)))
+
+    def exchange(self, version: WeightVersion, send: Callable[[], None]) -> None:
+        """Have the peers take what `send` sends. WorkerError where none is left that serves the version."""
         failed: list[WorkerError] = []
         living = [peer for peer in self.peers if not peer.dead]
         takings = list(_each([partial(peer.taking, version) for peer in living], failed))
-        self.sender.publish(version, policy_of(self.name, version, sets))
+        send()
         for _ in _each(takings, failed):
             pass
         if failed and len(failed) == len(living):

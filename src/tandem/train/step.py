@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tandem.algo.loss import LossResult
@@ -13,7 +14,10 @@ from tandem.algo.pack import PromptTotal, canonical, denominators, pack, split_u
 from tandem.algo.tensors import to_tensors
 from tandem.errors import ConfigError, NonFiniteError
 from tandem.models.decoder import Decoder
+from tandem.models.tokenizer import Tokenizer
 from tandem.trace import Trace
+from tandem.train import checkpoint
+from tandem.train.checkpoint import RunState
 from tandem.train.config import LearnerConfig
 from tandem.train.critic import Critic, judged
 from tandem.train.optimiser import Optimiser
@@ -78,6 +82,25 @@ class Learner:
         self.optimiser = Optimiser(decoder, config)
         self.critic = critic
         self.between: Callable[[], None] = _nothing  # called before each microbatch
+
+    @property
+    def updates(self) -> int:
+        """Of the optimiser."""
+        return self.optimiser.updates
+
+    @property
+    def _optimisers(self) -> dict[str, Optimiser]:
+        """By their files in a checkpoint."""
+        own = {"optimiser": self.optimiser}
+        return own if self.critic is None else own | {"critic": self.critic.optimiser}
+
+    def save(self, directory: Path, tokenizer: Tokenizer, state: RunState) -> None:
+        """Weights and optimisers, with where the run stands, into a checkpoint."""
+        checkpoint.save(directory, self.decoder, self._optimisers, tokenizer, state)
+
+    def load(self, directory: Path) -> RunState:
+        """Go on from a checkpoint."""
+        return checkpoint.load(directory, self._optimisers)
 
     def backward(self, microbatch: Microbatch) -> LossResult:
         """Add a microbatch's gradients. NonFiniteError, naming the samples, where its loss is not finite."""

@@ -1,0 +1,132 @@
+"""A learner in a process of its own: the same run; and where it is lost, an error that says so and a run to go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.config import override
+from tandem.errors import CheckpointError, ConfigError, WorkerDied, WorkerStalled
+from tandem.kernels.build.toolchain import compiler
+from tandem.run.config import CheckpointConfig, RunConfig
+from tandem.run.parts import Parts
+from tests.placed import APART, STEPS, closes, resumed, run, same, struck, tiny
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
+BOTH = replace(APART, learner="apart")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., None]) -> RunConfig:
+    config = tiny(tmp_path_factory.mktemp("learner"), write_model)
+    return replace(config, checkpoint=CheckpointConfig(every=1, keep=9))
+
+
+@pytest.fixture(scope="module")
+def plain(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(config, tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.mark.parametrize("transport", ["memory", "folder", "broadcast"])
+def test_a_run_with_its_learner_apart_is_the_same_run(config, plain, tmp_path, transport):
+    """A run whose weights hang on where its learner lives, or whose checkpoints lack what a resume here needs."""
+    folder = str(tmp_path / "shared") if transport == "folder" else ""
+    workers = replace(BOTH, transport=transport, folder=folder)
+    out = tmp_path / "run"
+    same(run(replace(config, workers=workers), out, last=STEPS - 1), plain[:STEPS])
+    closes(out)
+    assert not folder or list(Path(folder).iterdir()) == []
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["workers"] == "local" and plan["parameters"] > 10_000
+    same(resumed(config, out), plain)  # by a learner here
+    closes(out)
+
+
+def test_a_run_goes_on_with_its_learner_apart(config, plain, tmp_path):
+    """A learner elsewhere that begins anew where a run is taken up, or whose learning rate does."""
+    out = tmp_path / "run"
+    run(config, out, last=STEPS - 1)
+    same(resumed(replace(config, workers=BOTH), out), plain)
+
+
+def lost(phase: str, fault: signal.Signals, hit: list[int]) -> Callable[[Parts], None]:
+    """The learner's process, when it is asked something of a phase after the first step."""
+
+    def watch(parts: Parts) -> None:
+        learner = parts.learner
+        assert learner is not None
+        ask = learner.ask
+
+        def faulty(asked: str, method: str, *given: Any, **named: Any) -> Any:
+            if asked == phase and learner.updates >= 1 and not hit:
+                version = parts.publisher.version
+                if version is not None and version.step == 1:
+                    hit.append(ask("start", "pid"))
+                    os.kill(hit[0], fault)
+            return ask(asked, method, *given, **named)
+
+        learner.ask = faulty  # type: ignore[method-assign]
+
+    return watch
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("phase", ["learn", "publish", "save"])
+def test_a_run_whose_learner_is_lost_stops_and_resumes(config, plain, tmp_path, phase, fault):
+    """A run that hangs with its learner, ends by a traceback, leaves half a checkpoint, or resumes to other weights."""
+    hit, out = list[int](), tmp_path / "run"
+    kind = WorkerDied if fault == signal.SIGKILL else WorkerStalled
+    with pytest.raises(kind, match=f"worker learner, phase {phase}: ") as caught:
+        run(replace(config, workers=replace(BOTH, deadline_s=5.0)), out, lost(phase, fault, hit))
+    assert hit and (caught.value.worker, caught.value.phase) == ("learner", phase)
+    saved = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert saved in (["step-1"], []) if phase == "save" else saved == ["step-1"], saved
+    same(resumed(replace(config, workers=BOTH), out), plain)
+    closes(out)
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_an_engine_lost_beside_a_learner_apart(config, plain, tmp_path, fault):
+    """An engine that is met again by a learner elsewhere, and gets other weights or none."""
+    hit: list[int] = []
+    workers = replace(BOTH, transport="broadcast", deadline_s=8.0)
+    with pytest.warns(match="worker engine, phase publish: .* In its place another is started"):
+        rows = run(replace(config, workers=workers), tmp_path / "run", struck("publish", fault, hit))
+    assert len(hit) == 1
+    same(rows, plain)
+    closes(tmp_path / "run")
+
+
+def test_a_checkpoint_that_cannot_be_written(config, tmp_path, monkeypatch):
+    """A full disk that comes as a learner's fault, or that stops a run in silence."""
+
+    def watch(parts: Parts) -> None:
+        learner = parts.learner
+        assert learner is not None
+        save = learner.save
+        monkeypatch.setattr(learner, "save", lambda directory, *given: save(Path("/proc/none"), *given))
+
+    with pytest.raises(CheckpointError, match="worker learner, phase save: /proc/none could not be written"):
+        run(replace(config, workers=BOTH), tmp_path / "run", watch)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"workers.backend": "none", "workers.learner": "apart"}, "workers.learner is apart, and workers.backend none"),
+        ({"engine.weights": "int8"}, "the engine departs from it: rollouts in int8 weights"),
+        ({"algo.advantage": "gae"}, "a critic lives with the loop"),
+    ],
+)
+def test_what_does_not_go_with_it(config, tmp_path, changes, said):
+    """A setting that is left out in silence, or fails in the middle of a run."""
+    base = replace(config, workers=BOTH)
+    with pytest.raises(ConfigError, match=said):
+        run(override(base, changes), tmp_path / "run")
