@@ -107,7 +107,7 @@ def _until_up(started: subprocess.Popen[bytes], log: Path) -> None:
 def _end(there: Two, where: str) -> None:
     """Everything that was started in a namespace, and what that started."""
     for sent in (signal.SIGTERM, signal.SIGKILL):
-        until_s = time.monotonic() + 15
+        until_s = time.monotonic() + 5
         while left := _ip("netns", "pids", where).split():
             for pid in left:
                 with contextlib.suppress(ProcessLookupError):

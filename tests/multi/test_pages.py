@@ -126,6 +126,9 @@ FILES = {
 OTHERS = "needs a package in an environment of its own; tests/others"
 ADAPTED = "tandem train smollm2_arithmetic_cpu --set task.environment=tandem.program.adapters."
 LISTED: dict[str, str] = {
+    "ray start --head --port=6379 --num-cpus=0": "tests/multi/test_two_machines.py",
+    "RAY_ADDRESS=FIRST:6379 tandem train smollm2_arithmetic_cpu --set workers.backend=ray --set workers.learner=apart "
+    "--set workers.transport=broadcast": "tests/multi/test_two_machines.py",
     "tandem train smollm2_arithmetic_cpu --resume runs/walk": "tests/multi/test_asynchronous_resume.py",
     "tandem train tiny_chains --out runs/chains": "takes an hour; tests/multi/test_fairness_run.py",
     "k (n - k) / (n (n - 1)),": "an equation; tests/null/test_choose.py",
