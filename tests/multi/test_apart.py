@@ -16,14 +16,11 @@ import pytest
 from tandem.engine.config import EngineConfig
 from tandem.errors import ConfigError, DeliveryError, TandemWarning, WorkerDied, WorkerLied, WorkerStalled
 from tandem.kernels.build.toolchain import compiler
-from tandem.run import local
 from tandem.run.apart import RemoteEngine, RemoteReference
 from tandem.run.config import RunConfig, WorkersConfig
 from tandem.run.parts import Parts, build_parts
 from tandem.run.workers import Local
-from tandem.sync.config import SyncConfig
 from tandem.types import Request, Sampling, StopReason
-from tests.display import Silent
 from tests.placed import APART, STEPS, closes, drawn, pid, requests, resumed, run, same, some, struck, tiny, tokens
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
@@ -302,16 +299,6 @@ def test_one_of_two_engines_cannot_come_back(config, plain, tmp_path, phase):
     same(rows, plain)
     assert [engine.dead for engine in seen[0].sampling] == [True, False]
     assert (closes(tmp_path / "run")["crashed"] > 0) == (phase == "rollout")
-
-
-def test_lag_and_workers(config, tmp_path):
-    """Weights that trail, which are kept for an engine here, left out in silence for one elsewhere."""
-    with pytest.raises(
-        ConfigError, match="workers.backend is local and sync.lag 1: an engine in a process of its own goes with 0"
-    ):
-        local.train(
-            replace(config, workers=APART, sync=SyncConfig(1)), out=tmp_path / "run", resume=None, display=Silent()
-        )
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])

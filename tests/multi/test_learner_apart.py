@@ -104,6 +104,14 @@ def test_an_engine_lost_beside_a_learner_apart(config, plain, tmp_path, fault):
     closes(tmp_path / "run")
 
 
+def test_an_engine_that_departs_from_a_learner_apart(config, tmp_path):
+    """An evaluation, which asks the learner's own policy, by the engine's rounded weights."""
+    rounded = override(config, {"engine.weights": "int8", "algo.correction.form": "decoupled"})
+    plain = run(rounded, tmp_path / "plain")
+    same(run(replace(rounded, workers=BOTH), tmp_path / "run"), plain)
+    closes(tmp_path / "run")
+
+
 def test_a_checkpoint_that_cannot_be_written(config, tmp_path, monkeypatch):
     """A full disk that comes as a learner's fault, or that stops a run in silence."""
 
@@ -121,7 +129,6 @@ def test_a_checkpoint_that_cannot_be_written(config, tmp_path, monkeypatch):
     ("changes", "said"),
     [
         ({"workers.backend": "none", "workers.learner": "apart"}, "workers.learner is apart, and workers.backend none"),
-        ({"engine.weights": "int8"}, "the engine departs from it: rollouts in int8 weights"),
         ({"algo.advantage": "gae"}, "a critic lives with the loop"),
     ],
 )

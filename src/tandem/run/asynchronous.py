@@ -59,7 +59,8 @@ class AsyncSession(PartedSession):
         self.rolled = Trace([], self.clock.now)  # what the thread's worker of the account keeps
         self.stale_groups = 0
         self.ledger.uses = config.replay_uses
-        self.cores: Cores | None = Cores() if self.config.model.device == "cpu" else None
+        shared = self.config.model.device == "cpu" and self.parts.workers is None  # by what samples and what learns
+        self.cores: Cores | None = Cores() if shared else None
         cores, rolled = self.cores, self.rolled
         takes: Callable[[Engine], Drivable] = (lambda one: Taking(one, cores, rolled)) if cores else lambda one: one
         self.rolling = endpoint(self.parts, self.account, self.display.note, takes)

@@ -168,26 +168,33 @@ def check_training(config: RunConfig) -> None:
     _check_critic(config)
     _check_asynchrony(config)
     _check_select(config)
-    backend = config.workers.backend
-    for name, value, wanted in (
-        ("sync.lag", config.sync.lag, 0),
-        ("asynchrony.mode", config.asynchrony.mode, "sync"),
-    ):
-        if backend != "none" and value != wanted:
-            raise ConfigError(
-                f"workers.backend is {backend} and {name} {value}: an engine in a process of its own goes with "
-                f"{wanted} alone. Set it so, or workers.backend to none."
-            )
-    if config.workers.learner == "apart" and config.algo.needs_critic:
-        raise ConfigError(
-            f"workers.learner is apart and algo.advantage {config.algo.advantage!r}: a critic lives with the loop. Set "
-            "workers.learner to here, or choose another advantage."
-        )
+    _check_workers(config)
     if config.learner.optimiser_offload == "host" and config.model.device == "cpu":
         raise ConfigError(
             "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "
             "to none, or to disk to keep it in a file."
         )
+
+
+def _check_workers(config: RunConfig) -> None:
+    """Refuse what needs, in the loop's process, weights that are in another."""
+    if config.workers.backend != "none" and config.sync.lag:
+        raise ConfigError(
+            f"workers.backend is {config.workers.backend} and sync.lag {config.sync.lag}: an engine in a process of "
+            "its own gets each version as it comes. Set sync.lag to 0, or workers.backend to none."
+        )
+    if config.workers.learner == "here":
+        return
+    refused = {
+        "algo.advantage": (config.algo.advantage, config.algo.needs_critic, "a critic lives with the loop"),
+        "asynchrony.stream": (True, config.asynchrony.stream, "its parts are asked for one by one"),
+        "asynchrony.at_update": ("keep", config.asynchrony.at_update == "keep", "older weights score what they drew"),
+    }
+    for name, (value, wrong, why) in refused.items():
+        if wrong:
+            raise ConfigError(
+                f"workers.learner is apart and {name} {value}: {why}. Set workers.learner to here, or {name} otherwise."
+            )
 
 
 def _check_asynchrony(config: RunConfig) -> None:

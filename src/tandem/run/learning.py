@@ -17,7 +17,7 @@ from tandem.errors import WorkerError
 from tandem.models.decoder import DTYPES, Decoder
 from tandem.run.workers import Backend, Spec
 from tandem.sync.publish import Publisher
-from tandem.sync.receive import Weights
+from tandem.sync.receive import Receiver, Weights
 from tandem.sync.transport import Remote
 from tandem.sync.ways import Address
 
@@ -141,15 +141,17 @@ class RemoteWay:
 class RemotePublisher(Publisher):
     """Of the weights that a learner elsewhere has."""
 
-    def __init__(self, learner: RemoteLearner, remote: Remote) -> None:
-        self._learner, self._remote = learner, remote
-        self.receivers = (remote,)
+    def __init__(self, learner: RemoteLearner, receivers: Sequence[Receiver]) -> None:
+        self._learner = learner
+        self.receivers = tuple(receivers)
         self.version: WeightVersion | None = None
 
     def publish(self, step: int) -> WeightVersion:
         """As Publisher's."""
         version: WeightVersion = self._learner.ask("publish", "hashed", step)
-        self._remote.exchange(version, lambda: self._learner.ask("publish", "publish"))
+        for receiver in self.receivers:
+            assert isinstance(receiver, Remote), receiver
+            receiver.exchange(version, lambda: self._learner.ask("publish", "publish"))
         self.version = version
         return version
 

@@ -205,55 +205,55 @@ def _build_apart(
 ) -> Parts:
     """With the engines in processes of their own, and the learner too where workers.learner says so."""
     checkpoint, tokenizer, asked = words.checkpoint, words.tokenizer, workers.config
-    source, exact = resolve_source(model.source), not of_engine(model, config)
+    source, spec = resolve_source(model.source), checkpoint.spec
     learner: RemoteLearner | None = None
     way: Way
     if run is not None and asked.learner == "apart":
-        if not exact:
-            departs = "; ".join(f"{one.what} ({one.setting})" for one in of_engine(model, config))
-            raise ConfigError(
-                f"workers.learner is apart, and the engine departs from it: {departs}. Evaluation asks the learner's "
-                "own policy, which no engine has then. Leave these out, or set workers.learner to here."
-            )
         given = LearnerGiven(source, run, learner_config(run, memory), workers.host)
         learner = RemoteLearner(workers, given, OBJECTIVES[run.objective](run))
-        decoder: Decoder = DecoderElsewhere(checkpoint.spec, model.dtype)
+        decoder: Decoder = DecoderElsewhere(spec, model.dtype)
         way = RemoteWay(learner)
     else:
-        decoder = Decoder(checkpoint.spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
+        decoder = Decoder(spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
         weights = {name: weight.value for name, weight in decoder.weights()}
         way = way_of(asked.transport, weights, asked.folder, workers.host, asked.deadline_s / 2)
+    beside = run is not None and run.asynchrony.mode != "sync"
+    own = bool(beside or of_engine(model, config))  # evaluation has an engine of its own
+
+    def come(name: str, engine: EngineConfig = config) -> RemoteEngine:
+        return RemoteEngine(workers, EngineGiven(source, model, engine), spec, tokenizer.decode, way, name)
+
     try:
         names = [f"engine {number + 1}" for number in range(config.replicas)] if config.replicas > 1 else ["engine"]
-        given_engine = EngineGiven(source, model, config)
         with ThreadPoolExecutor() as starting:  # each takes a while to come up
-            come = partial(RemoteEngine, workers, given_engine, checkpoint.spec, tokenizer.decode, way)
-            engine, *others = starting.map(come, names)
-        exact_engine = engine if exact else engine_on(decoder, without_departures(config), tokenizer.decode)
-        remote = Remote("the engine's process", way, engine, *others)
-        if learner is not None:
-            publisher: Publisher = RemotePublisher(learner, remote)
-        else:
-            shared = Shared("what runs on the learner's weights", decoder, exact_engine)
-            publisher = Publisher(decoder, [remote] if exact else [remote, shared])
+            coming = [starting.submit(come, name) for name in names]
+            if own and learner is not None:
+                coming.append(starting.submit(come, "evaluation", without_departures(config)))
+        engines = [one.result() for one in coming]
+        receivers: list[Receiver] = [Remote("the engine's process", way, *engines)]
+        exact_engine: Engine = engines.pop() if own and learner is not None else engines[0]
+        if own and learner is None:
+            exact_engine = engine_on(decoder, without_departures(config), tokenizer.decode)
+            receivers.append(Shared("what runs on the learner's weights", decoder, exact_engine))
+        publisher = Publisher(decoder, receivers) if learner is None else RemotePublisher(learner, receivers)
         version = publisher.publish(0)
     except BaseException:
         way.close()
         raise
     known = facts(decoder) if learner is None else learner.ask("start", "facts")
-    plan = _decided(words, model, engine, known, version, memory)
-    plan |= {"decoders": 1 + config.replicas, "workers": asked.backend}
+    plan = _decided(words, model, engines[0], known, version, memory)
+    plan |= {"decoders": len(engines) + 1 + int(own and learner is not None), "workers": asked.backend}
     return Parts(
         decoder,
         tokenizer,
         words.renderer,
-        engine,
+        engines[0],
         exact_engine,
         publisher,
         memory,
         plan,
-        lambda: engine_on(decoder, config, tokenizer.decode, engine.version),
-        tuple(others),
+        lambda: engine_on(decoder, config, tokenizer.decode, engines[0].version),
+        tuple(engines[1:]),
         workers,
         way,
         learner,
