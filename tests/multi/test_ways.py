@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +21,7 @@ from tandem.run.parts import Parts
 from tandem.sync import files
 from tandem.sync.group import GroupSender
 from tandem.sync.transport import Held
-from tandem.sync.ways import Address, reader_of
+from tandem.sync.ways import Address, InFolder, reader_of
 from tests.placed import APART, closes, run, same, struck, tiny
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
@@ -94,6 +96,35 @@ def test_what_is_damaged_on_its_way_comes_whole(config, plain, workers, tmp_path
     monkeypatch.setattr(GroupSender, "broadcast", broadcasts)
     same(run(replace(config, workers=workers), tmp_path / "run"), plain)
     assert len(damaged) == 1
+
+
+HOLDS = """
+import sys
+import time
+from pathlib import Path
+
+from tandem.sync.files import FileSender
+
+sender = FileSender(Path(sys.argv[1]))
+print("holds", flush=True)
+time.sleep(600)
+"""
+
+
+def test_what_a_killed_run_left_in_a_folder_goes(tmp_path):
+    """Weights that stay on a shared disk for ever; or those of another run that goes on, taken from under it."""
+    (tmp_path / "weights-dead").mkdir()
+    (tmp_path / "weights-dead" / "000000001-0.whole.safetensors").write_text("whole")
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path / "weights-held")], stdout=subprocess.PIPE
+    ) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == b"holds\n"
+            way = InFolder(tmp_path)
+            assert {path.name for path in tmp_path.iterdir()} == {"weights-held", way.folder.name}
+            way.close()
+        finally:
+            other.kill()
 
 
 def test_nobody_there():

@@ -133,7 +133,7 @@ class RemoteWay:
         raise AssertionError("the learner's process has the weights")
 
     def close(self) -> None:
-        """What a learner that is lost leaves in a folder stays there."""
+        """What a learner that is lost leaves in a folder goes with the next run."""
         with contextlib.suppress(WorkerError):
             self._learner.ask("close", "close")
 

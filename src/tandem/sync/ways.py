@@ -114,9 +114,14 @@ class InMemory:
 
 
 class InFolder:
-    """A folder within one that all machines mount, of this run alone; it goes with the run."""
+    """A folder within one that all machines mount, of this run alone. It goes with the run; that of a run which was
+    killed, with the next."""
 
     def __init__(self, folder: Path) -> None:
+        for left in folder.glob("weights-*"):
+            with contextlib.suppress(DeliveryError):  # of a run that goes on
+                FileSender(left).close()
+                shutil.rmtree(left, ignore_errors=True)
         self.folder = folder / f"weights-{secrets.token_hex(8)}"
         self.sender = FileSender(self.folder)
 
