@@ -125,6 +125,14 @@ def test_a_worker_that_dies_within_a_call(worker, method):
         asked(worker, "echo", 1, phase="score")
 
 
+def test_a_cluster_that_is_small_for_a_run(backend):
+    """A run that ends in its middle, when its fourth environment finds no place, without a word before."""
+    with pytest.warns(
+        TandemWarning, match=r"the cluster has \d+ processors, and this run may ask for 4096, one a worker"
+    ):
+        Ray(WorkersConfig("ray"), processors=4096)
+
+
 def test_a_restartable_actor_is_what_ray_says_of_it(backend):
     """Why actors are made without Ray's restarts: the call in flight says unavailable, and the state is gone."""
 

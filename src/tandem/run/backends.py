@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from tandem.run.learned import OBJECTIVES
 from tandem.run.workers import Backend, Local
 
 if TYPE_CHECKING:
@@ -18,5 +19,6 @@ def backend_of(config: RunConfig) -> Backend | None:
         return Local(config.workers)
     from tandem.run.ray import Ray
 
-    places = config.engine.replicas + 2 + config.task.workers  # engines; reference and learner; environments
-    return Ray(config.workers, int(config.model.device == "cuda"), places)
+    refers = "reference_logprobs" in OBJECTIVES[config.objective](config).columns
+    workers = config.engine.replicas + int(refers) + int(config.workers.learner == "apart") + config.task.workers
+    return Ray(config.workers, int(config.model.device == "cuda"), workers)

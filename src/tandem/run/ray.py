@@ -13,11 +13,12 @@ import pickle
 import shutil
 import tempfile
 import time
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tandem import env
-from tandem.errors import ConfigError, TandemError, WorkerDied, WorkerError
+from tandem.errors import ConfigError, TandemError, TandemWarning, WorkerDied, WorkerError
 from tandem.run.worker import answer, written
 from tandem.run.workers import MOST_BYTES, START, Spec, answered, flooded, made, stalled
 
@@ -137,13 +138,23 @@ class Ray:
     """Actors in a cluster, or in a Ray that is started here and ends with this."""
 
     def __init__(self, config: WorkersConfig, gpus: int = 0, processors: int = 0) -> None:
-        """processors: that a Ray which is started here gives away, where this machine has fewer."""
+        """processors: that the run's workers take, one each."""
         self.config = config
         self.gpus = gpus  # of each worker
         self._workers: list[RayWorker] = []
         self._folder = ""  # of a Ray that was started here
-        if ray.is_initialized():
-            return
+        if not ray.is_initialized():
+            self._join(processors)
+        if (there := ray.cluster_resources().get("CPU", 0)) < processors:
+            warnings.warn(
+                f"the cluster has {there:g} processors, and this run may ask for {processors}, one a worker: what "
+                "finds no place in time ends it. Add a machine, or lower task.workers or engine.replicas.",
+                TandemWarning,
+                stacklevel=2,
+            )
+
+    def _join(self, processors: int) -> None:
+        """The cluster that is named; else a Ray of this process, which gives away what is asked for."""
         try:
             if env.ray_address():
                 ray.init(log_to_driver=False)
