@@ -79,6 +79,32 @@ def test_each_engine_that_samples_has_pages() -> None:
     assert ("engine.replicas=1", 1 << 20) in plan_memory(asked(engine=two), 1000, base_bytes=0).savings
 
 
+def test_what_lives_in_other_processes() -> None:
+    """Weights of the second engine left out, what the learner's process holds planned as this one's, or memory that is
+    shared where nothing is."""
+
+    def placed(**changes: str) -> Asked:
+        plain = asked(engine=EngineConfig(kv_memory_bytes=1 << 20, replicas=2))
+        run = override(plain.run, {"workers.backend": "local", **{f"workers.{name}": v for name, v in changes.items()}})
+        return replace(plain, run=run, apart=True)
+
+    plan = plan_memory(placed(), PLENTY, base_bytes=1000)
+    assert sizes(plan)["engine's own weights"] == 2 * (2 * COUNT + 2 * PACKED)
+    assert sizes(plan)["weights in shared memory"] == int(2.25 * 2 * COUNT)
+    assert {line.name for line in plan.lines if not line.own} == {
+        "engine's own weights",
+        "the engine's process",
+        "pages of keys and values",
+        "a step's activations",
+    }
+    sent = sizes(plan_memory(placed(transport="broadcast"), PLENTY, base_bytes=1000))
+    assert "weights in shared memory" not in sent and sent["weights last sent"] == 2 * COUNT
+    both = plan_memory(placed(learner="apart"), PLENTY, base_bytes=1000)
+    assert both.peak()[0] == 1000 + LIBRARY_BYTES and both.needed()[0] > plan.needed()[0]
+    rounded = replace(placed(learner="apart"), engine=EngineConfig(kv_memory_bytes=1 << 20, dtype="float32"))
+    assert sizes(plan_memory(rounded, PLENTY, base_bytes=0))["engine's own weights"] == 2 * (4 * COUNT + 4 * PACKED)
+
+
 def test_what_departs_has_weights_of_its_own() -> None:
     """Stale or rounded weights are whole decoders, and what waits to be served is kept: none of it is in the plan."""
     plain = asked()

@@ -394,7 +394,9 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
         yield Line("the engine's process", each * ENGINE_BYTES, own=False)
         if asked.learns_apart:
             yield Line("the learner's process", ENGINE_BYTES, own=False)
-        yield Line("weights in shared memory", int(SHARED_WEIGHTS * whole), LOADED)
+        shares = run is None or run.workers.transport == "memory"
+        kept = ("weights in shared memory", int(SHARED_WEIGHTS * whole)) if shares else ("weights last sent", whole)
+        yield Line(*kept, LOADED)
     if asked.lag:
         yield Line("weights held back", (asked.lag + 1) * whole, LOADED, place)
     yield Line("pages of keys and values", pool_bytes * num_pools(asked), asked.page_phases, place, own=not asked.apart)
