@@ -50,6 +50,10 @@ class Episode:
     model's last message at the end.
     """
 
+    # False: what it says and pays hangs on its prompt, what was said, `counts` and `earned` alone, so that where its
+    # process ends, or the run is killed, another goes on with it.
+    has_state = True
+
     def __init__(self, prompt: Prompt) -> None:
         self.prompt = prompt
 

@@ -30,8 +30,23 @@ class Observed:
     counts: Mapping[str, int] = field(default_factory=dict)  # of the program, what happened so far
 
 
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An episode that a process has not seen: new, or one without state that goes on in it.
+
+    >>> Opened(Prompt("p", ())).earned
+    0.0
+    """
+
+    prompt: Prompt
+    counts: Mapping[str, int] = field(default_factory=dict)
+    earned: float = 0.0
+
+
 class Stateless(Episode):
-    """An environment that keeps nothing between calls, so that another process can go on where one ended."""
+    """An environment that keeps nothing between calls."""
+
+    has_state = False
 
     def __init__(self, environment: Environment, prompt: Prompt) -> None:
         super().__init__(prompt)

@@ -132,11 +132,17 @@ class RunningEpisode:
             Message
         ] = []  # since the prompt: who plays appends the model's; observations come by themselves
         self.counts: Mapping[str, int] = {}  # of what happened so far: tool_calls and their like
+        self.earned = 0.0  # by the turns so far
         self.home: Home | None = None  # that knows of it
         self.sent = 0  # of `said`, to its home
         self.lasts = False  # it has state, and ends with its home
         self._config = config
         self._observer, self._ask = observer, ask
+
+    def recall(self, said: Sequence[Message], counts: Mapping[str, int], earned: float) -> None:
+        """What came of it in another run of this program, with which it goes on."""
+        self.said.extend(said)
+        self.counts, self.earned = counts, earned
 
     def observe(self, last: bool = False) -> Future[Observed | Failure]:
         """What the environment says next, None where the program ends, or a Failure.

@@ -27,7 +27,7 @@ from tandem.program.config import TaskConfig
 from tandem.program.environment import Episode
 from tandem.program.episode import (
     Observed,
-    Stateless,
+    Opened,
     checked_counts,
     checked_reward,
     checked_step,
@@ -53,10 +53,6 @@ class _Play:
     prompt: Prompt
     turns: list[Message] = field(default_factory=list)
     task: asyncio.Task[Any] | None = None  # of its last call, where calls overlap
-
-    @property
-    def has_state(self) -> bool:
-        return not isinstance(self.episode, Stateless)
 
 
 class Unplayed(Exception):
@@ -101,21 +97,21 @@ class Calls:
         return prompts.solution(self.source, prompt)
 
     async def observe(
-        self, number: int, opened: Prompt | None, news: tuple[Message, ...], last: bool = False
+        self, number: int, opened: Opened | None, news: tuple[Message, ...], last: bool = False
     ) -> tuple[Observed, bool]:
         """What follows in an episode, and whether it holds state.
 
-        `opened`: its prompt, where it is new here. `last`: what it says is heard by nobody.
+        `opened`: where it is new here. `last`: what it says is heard by nobody.
         """
         play = await self._played(number, opened, news)
         observed = checked_step(await _awaited(play.episode.observe(tuple(play.turns))))
         play.episode.earned += observed.reward
         if observed.messages is not None and not last:
             play.turns.extend(observed.messages if isinstance(observed.messages, tuple) else observed.messages.messages)
-        return replace(observed, counts=checked_counts(play.episode.counts)), play.has_state
+        return replace(observed, counts=checked_counts(play.episode.counts)), play.episode.has_state
 
     async def score(
-        self, number: int, opened: Prompt | None, news: tuple[Message, ...], unheard: int = 0
+        self, number: int, opened: Opened | None, news: tuple[Message, ...], unheard: int = 0
     ) -> tuple[float | Failure, bool, dict[str, int]]:
         """The named function's reward of the last text, or the episode's own; whether it holds state; its counts."""
         play = await self._played(number, opened, news)
@@ -123,7 +119,7 @@ class Calls:
             paid = REWARDS[self.config.reward](play.prompt, last_text(play.turns))
         else:
             paid = await _awaited(play.episode.score(tuple(play.turns[: len(play.turns) - unheard])))
-        return checked_reward(paid), play.has_state, checked_counts(play.episode.counts)
+        return checked_reward(paid), play.episode.has_state, checked_counts(play.episode.counts)
 
     async def teardown(self, number: int) -> None:
         if (play := self.plays.pop(number, None)) is None:
@@ -134,16 +130,18 @@ class Calls:
             await asyncio.wait([play.task], timeout=grace_s)
         await _awaited(play.episode.teardown())
 
-    async def _played(self, number: int, opened: Prompt | None, news: tuple[Message, ...]) -> _Play:
+    async def _played(self, number: int, opened: Opened | None, news: tuple[Message, ...]) -> _Play:
         if opened is not None:
-            episode = open_episode(self.source.environment, opened)
+            episode = open_episode(self.source.environment, opened.prompt)
+            episode.earned = opened.earned
+            episode.counts.update(opened.counts)
             if not self.concurrent and _awaits(type(episode)):
                 name = type(episode).__name__
                 raise TaskError(
                     f"{name} has methods that are `async def`, and its environment does not name it: write "
                     f"`episodes = {name}` in the environment's class."
                 )
-            self.plays[number] = _Play(episode, opened)
+            self.plays[number] = _Play(episode, opened.prompt)
         play = self.plays[number]
         if play.task is not None and not play.task.done():
             raise Unplayed("an earlier call of it runs on: it swallowed its cancellation")

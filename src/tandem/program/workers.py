@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from tandem.errors import EnvironmentFailure
 from tandem.program.child import GRACE_S, Answer, Home, unwrapped
 from tandem.program.config import TaskConfig
+from tandem.program.episode import Opened
 from tandem.types import Failure
 
 if TYPE_CHECKING:
@@ -336,7 +337,8 @@ class Workers:
             return call.arguments
         if call.method == "teardown":
             return (episode.number,)
-        opened, news = (episode.prompt if episode.sent == 0 else None), tuple(episode.said[episode.sent :])
+        opened = Opened(episode.prompt, episode.counts, episode.earned) if episode.sent == 0 else None
+        news = tuple(episode.said[episode.sent :])
         episode.sent = len(episode.said)
         return (episode.number, opened, news, *call.arguments)
 
@@ -349,6 +351,7 @@ class Workers:
         result, episode.lasts = value
         if call.method == "observe":
             episode.counts = result.counts
+            episode.earned += result.reward
             if (messages := result.messages) is not None and not call.arguments[0]:
                 episode.said.extend(messages if isinstance(messages, tuple) else messages.messages)
                 episode.sent = len(episode.said)

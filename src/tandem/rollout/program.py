@@ -26,6 +26,8 @@ class Playing(Protocol):
     @property
     def counts(self) -> Mapping[str, int]: ...  # of what happened so far
 
+    def recall(self, said: Sequence[Message], counts: Mapping[str, int], earned: float, /) -> None: ...  # and go on
+
     def observe(self, last: bool = False, /) -> Future[Observed | Failure]: ...
 
     def score(self, unheard: int = 0, /) -> Future[float | Failure]: ...
@@ -223,7 +225,7 @@ class Paused:
         if self.anew:
             first = dataclasses.replace(segments[0], turns=[])
             return Program(self.id, 0, self.prompt, episode, [first], ran=self.drawn_tokens > 0)
-        episode.said.extend(self.said)
+        episode.recall(self.said, self.counts, sum(one.reward for one in self.observed))
         return Program(
             self.id,
             0,

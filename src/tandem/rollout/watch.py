@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from tandem.rollout.program import Episodes, Playing
-from tandem.types import Failure, Prompt
+from tandem.types import Failure, Message, Prompt
 
 
 @dataclass(slots=True)
@@ -55,6 +55,9 @@ class _Episode:
         self.said = playing.said
         self.turns = 0
         self.known = False  # its reward, or why there is none
+
+    def recall(self, said: Sequence[Message], counts: Mapping[str, int], earned: float) -> None:
+        self.playing.recall(said, counts, earned)
 
     def observe(self, last: bool = False) -> Future[Any]:
         future = self._ask(partial(self.playing.observe, last), rewards=False)

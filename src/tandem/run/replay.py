@@ -88,6 +88,9 @@ class _Episode:
     def counts(self) -> Mapping[str, int]:
         return self._played.counts if self._real is None else self._real.counts
 
+    def recall(self, said: Sequence[Message], counts: Mapping[str, int], earned: float) -> None:
+        raise AssertionError("a run that is repeated begins at its first step")
+
     def observe(self, last: bool = False) -> Future[Observed | Failure]:
         place, played = self._heard, self._played
         self._heard += 1

@@ -71,6 +71,8 @@ EXAMPLE = (
 class WithCalculator(Episode):
     """Pays for the last number of the final answer."""
 
+    has_state = False
+
     @tool
     def python(self, code: str) -> str:
         """Evaluates an arithmetic expression, such as 17 * 25."""
