@@ -322,3 +322,38 @@ def test_a_tool_taken_back_or_replaced_by_a_subclass() -> None:
     assert "shout" not in tools_of(Quiet) and tools_of(Quiet)["add"].schema["function"]["description"] == "Adds one."
     assert is_async(Desk, ["observe"]) and not is_async(Episode, ["observe", "score"])
     assert Environment().episodes is None
+
+
+def test_an_answer_that_nobody_can_write_is_the_tools_error() -> None:
+    """A value without an end, or a number of no text, that ends the program in place of an answer of its tool."""
+
+    class Gives(Episode):
+        @tool
+        def deep(self) -> list[object]:
+            whole: list[object] = []
+            for _ in range(50_000):
+                whole = [whole]
+            return whole
+
+        @tool
+        def large(self, digits: int) -> int:
+            return 10**digits
+
+        @tool
+        def odd(self) -> object:
+            return type("Odd", (), {"__repr__": lambda self: 1 / 0})()
+
+    calls = (ToolCall("deep", {}), ToolCall("large", {"digits": 30}), ToolCall("large", {"digits": 5000}))
+    answers, _, counts = asyncio.run(respond(Gives(PROMPT), Message("assistant", "", (*calls, ToolCall("odd", {})))))
+    assert [answer.content.partition(":")[0] for answer in answers] == ["error", str(10**30), "error", "error"]
+    assert "RecursionError" in answers[0].content and "ZeroDivisionError" in answers[3].content
+    assert counts == {"tool_calls": 4, "tool_errors": 3}
+
+
+def test_a_long_call_is_not_said_again() -> None:
+    """A context that fills with what the model itself wrote: a wrong value or name, word for word in the error."""
+    long = "x" * 10_000
+    calls = (ToolCall("shout", {"text": "a", "how": long}), ToolCall(long, {}))
+    answers, _, _ = told(*calls, faults=(f"{long} is given twice",))
+    assert all(len(answer.content) < 2_200 for answer in answers), [len(answer.content) for answer in answers]
+    assert "Tools: add, wait" in answers[1].content

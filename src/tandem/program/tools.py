@@ -20,6 +20,7 @@ import msgspec
 
 from tandem.errors import TaskError
 from tandem.program.docstring import described
+from tandem.program.formats.parsed import quoted
 from tandem.types import Message, ToolCall
 
 MOST_CHARACTERS = 2048  # of a tool's answer; what is longer is cut, and says so
@@ -166,7 +167,7 @@ async def respond(episode: Any, message: Message) -> tuple[list[Message], bool, 
         chosen = tools.get(call.name)
         if chosen is None:
             counts["malformed_calls"] += 1
-            said = f"error: there is no tool {call.name!r}. Tools: {', '.join(tools)}."
+            said = _error(f"there is no tool {quoted(call.name)}. Tools: {', '.join(tools)}.")
         else:
             said, wrong = await _run(episode, chosen, call)
             counts.update([wrong] if wrong else [])
@@ -174,7 +175,7 @@ async def respond(episode: Any, message: Message) -> tuple[list[Message], bool, 
         answers.append(Message("tool", said, call_id=call.id, more={"name": call.name}))
     for reason in message.faults:
         counts["malformed_calls"] += 1
-        answers.append(Message("tool", f"error: {reason}", more={"name": "unreadable"}))
+        answers.append(Message("tool", _error(reason), more={"name": "unreadable"}))
     return answers, ends, counts
 
 
@@ -183,7 +184,7 @@ async def _run(episode: Any, chosen: Tool, call: ToolCall) -> tuple[str, str]:
     try:
         given = msgspec.convert(dict(call.arguments), chosen.arguments)
     except msgspec.ValidationError as error:
-        return f"error: {call.name}: {error}", "malformed_calls"
+        return _error(f"{call.name}: {error}"), "malformed_calls"
     try:
         value = getattr(episode, call.name)(**msgspec.structs.asdict(given))
         if inspect.isawaitable(value):
@@ -192,17 +193,22 @@ async def _run(episode: Any, chosen: Tool, call: ToolCall) -> tuple[str, str]:
                 value = await value
             if timeout.expired():  # it swallowed its cancellation, and came to an end
                 raise TimeoutError
+        return shown(value, chosen.marks.most_characters), ""
     except TimeoutError as error:
         if inspect.iscoroutinefunction(chosen.method) and timeout.expired():
             return f"error: {call.name} took longer than {limit_s:g} s", "tool_timeouts"
         return _raised(call.name, error), "tool_errors"
     except Exception as error:  # noqa: BLE001 - recorded boundary: told to the model, and counted
         return _raised(call.name, error), "tool_errors"
-    return shown(value, chosen.marks.most_characters), ""
 
 
 def _raised(name: str, error: Exception) -> str:
-    return shown(f"error: {name} raised {type(error).__name__}: {error}", MOST_CHARACTERS)
+    return _error(f"{name} raised {type(error).__name__}: {error}")
+
+
+def _error(said: str) -> str:
+    """Whatever a model wrote into its call is not said to it again at any length."""
+    return shown(f"error: {said}", MOST_CHARACTERS)
 
 
 def shown(value: Any, most: int) -> str:
@@ -219,7 +225,7 @@ def shown(value: Any, most: int) -> str:
     if not isinstance(value, str):
         try:
             value = msgspec.json.encode(value).decode()
-        except (TypeError, ValueError, RecursionError):
+        except (TypeError, ValueError, OverflowError, RecursionError):
             value = repr(value)
     value = value.encode("utf-8", "replace").decode()  # halves of characters
     return value if len(value) <= most else f"{value[:most]}\n(cut: {most} of {len(value)} characters)"
