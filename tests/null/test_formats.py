@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import string
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from tandem.program.formats.choose import FORMATS, PROBE_CALL, format_of
 from tandem.program.formats.describe import describe
-from tandem.types import ToolCall
+from tandem.types import Message, ToolCall
 
 BFCL = Path(__file__).parents[2].parent / "shared" / "data" / "bfcl"
 
@@ -162,6 +163,10 @@ ONE = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
 MALFORMED = {
     "hermes": [
         ('<tool_call>{"name": "f", "arguments": {"a": 1}</tool_call>', "JSON is broken at character 36"),
+        (
+            f'<tool_call>{{"name": "f", "arguments": {{"a": {"[" * 500}{"]" * 500}}}}}</tool_call>',
+            "the arguments of f are nested more than 100 deep",
+        ),
         ('<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "the arguments of f are '[1]', not an object"),
         ('<tool_call>{"arguments": {}}</tool_call>', "it has no name"),
         ("<tool_call>f(1)</tool_call>", "JSON is broken at character 1, at 'f(1)</tool_call>'"),
@@ -242,6 +247,18 @@ def test_a_malformed_call_is_a_fault(name: str, text: str, reason: str) -> None:
     assert not found.calls and len(found.faults) == 1 and reason in found.faults[0], found
     assert found.faults[0].startswith("tool call 1: ") and len(found.faults[0]) < 200
     assert found.content == text  # it stays in what the model said
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_deep_call_reaches_its_environment(name: str) -> None:
+    """A call that is read, and that then ends the run on its way to the process of its environment."""
+    deep: list[Any] = []
+    for _ in range(98):
+        deep = [deep]
+    one = FORMATS[name]
+    found = one.parse(one.write([ToolCall("f", {"a": deep})], ()), ())
+    assert called(found.calls) == [("f", {"a": deep})]
+    assert pickle.loads(pickle.dumps(Message("assistant", "", found.calls))).calls == found.calls
 
 
 def test_a_call_beside_a_malformed_one() -> None:
@@ -342,6 +359,8 @@ def test_a_call_beside_a_malformed_one() -> None:
         ),
         ("harmony", "plain", "plain", "", []),
         ("fenced", "So:\n```python\nf(a=1)\nf(a=2)\n```", "So:", "", [("f", {"a": 1}), ("f", {"a": 2})]),
+        ("fenced", "So:\r\n```python\r\nf(a=1)\r\n```\r\n", "So:", "", [("f", {"a": 1})]),
+        ("fenced", "1. So:\n   ```python\n   f(a=1)\n   ```\n", "1. So:", "", [("f", {"a": 1})]),
         ("fenced", "```\nf(a=1)\n```", "```\nf(a=1)\n```", "", []),
         ("fenced", '```json\n{"name": "Ann", "age": 3}\n```', '```json\n{"name": "Ann", "age": 3}\n```', "", []),
         ("fenced", "```json\n[1, 2]\n```", "```json\n[1, 2]\n```", "", []),

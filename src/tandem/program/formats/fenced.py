@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import keyword
 import re
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -36,7 +37,11 @@ from tandem.program.formats.parsed import (
 )
 from tandem.types import ToolCall
 
-_FENCE = re.compile(r"^```[ \t]*(\w*)[^\n]*\n(.*?)(?:^```[ \t]*$\n?|\Z)", re.MULTILINE | re.DOTALL)
+# In a list a fence is indented, its end as its beginning.
+_FENCE = re.compile(
+    r"^(?P<indent>[ \t]*)```[ \t]*(?P<language>\w*)[^\n]*\n(?P<code>.*?)(?:^(?P=indent)```[ \t]*\r?$\n?|\Z)",
+    re.MULTILINE | re.DOTALL,
+)
 _PYTHON = ("python", "py", "tool_code")
 _JSON = ("json", "tool_call")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -57,7 +62,9 @@ def parse(text: str, tools: Tools = ()) -> Parsed:
         thinks = max(thinks, behind_thought(text, max(place, thinks), found.start()))
         if found.start() < thinks:
             continue
-        language, code = found[1].lower(), found[2]
+        language, code = found["language"].lower(), found["code"]
+        if found["indent"]:
+            code = textwrap.dedent(code)
         read = python_calls if language in _PYTHON else _json_calls if language in _JSON else None
         try:
             given = read(code, tools) if read is not None else None

@@ -11,6 +11,7 @@ from tandem.types import ToolCall
 
 Tools = Sequence[Mapping[str, Any]]  # JSON schemas of functions, as chat templates take them
 
+MOST_DEPTH = 100  # of nested arguments: calls go to other processes, and pickle ends at less than json does
 MOST_DIGITS = 4300  # of an integer: Python reads no longer one
 SHOWN = 30  # characters of a malformed call that its fault quotes
 
@@ -105,7 +106,20 @@ def checked(name: Any, arguments: Any, id: Any = "") -> ToolCall:
         raise Malformed(f"the arguments of {name.strip()} hold half of a character") from None
     except (TypeError, ValueError, RecursionError) as error:
         raise Malformed(f"the arguments of {name.strip()} cannot be written as JSON: {error}") from None
+    if _deeper(plain):
+        raise Malformed(f"the arguments of {name.strip()} are nested more than {MOST_DEPTH} deep")
     return ToolCall(name.strip(), plain, id if isinstance(id, str) else "")
+
+
+def _deeper(value: Any) -> bool:
+    """Whether lists and objects stand in each other more than MOST_DEPTH deep."""
+    level = [value]
+    for _ in range(MOST_DEPTH + 1):
+        parts = [list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = [each for part in parts for each in part]
+        if not level:
+            return False
+    return True
 
 
 def as_call(value: Any) -> ToolCall:
