@@ -394,3 +394,26 @@ def test_what_tests_print_and_what_is_none() -> None:
         ("test_prints", ""),
         ("test_after", ""),
     ]
+
+
+def test_a_failure_whose_words_are_the_programs() -> None:
+    """A test that fails with an object of the program ends all that follow, where that raises as it is shown."""
+    program = """
+        import time
+        def same(value): return value
+        class Raises:
+            def __str__(self): raise KeyError("no words")
+        class Hangs:
+            def __str__(self): time.sleep(3600)
+        class Says:
+            def __str__(self): return "its words"
+        """
+    tests = """
+        from double import Hangs, Raises, Says, same
+        def test_raises(): assert same(1) == 2, Raises()
+        def test_hangs(): assert same(1) == 2, Hangs()
+        def test_says(): assert same(1) == 2, Says()
+        def test_after(): assert same(1) == 1
+        """
+    reasons = [each.reason for each in graded(textwrap.dedent(program), tests, 1.0)]
+    assert reasons == ["AssertionError", "the program took longer than 1 s", "AssertionError: its words", ""]

@@ -447,17 +447,22 @@ class Judge:
         """Why a part of a test failed, or "". What was lost with the program is that of all that follows."""
         if self.line.lost:
             return self.line.lost
+        said = ""
         try:
             signal.setitimer(signal.ITIMER_REAL, self.told["test_seconds"])
             try:
-                part()
+                try:
+                    part()
+                except Unfit as error:
+                    said = str(error)
+                except BaseException as error:  # noqa: BLE001 - a test's failure is its result
+                    said = type(error).__name__
+                    said = f"{said}: {error}"  # which may hold a thing of the program, that says its own text
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-        except Unfit as error:
-            return str(error)[:500]
-        except BaseException as error:  # noqa: BLE001 - a test's failure is its result
-            return self.line.lost or f"{type(error).__name__}: {error}"[:500]
-        return self.line.lost
+        except BaseException as error:  # noqa: BLE001 - it has failed, with or without words
+            said = said or type(error).__name__
+        return self.line.lost or said[:500]
 
     def parts(self, place: int) -> Iterator[Callable[[], None]]:
         """A test, and what is to be torn down behind it."""
