@@ -103,6 +103,8 @@ RUNS: dict[str, str] = {
     "--set algo.credit=step": "",
     "tandem train smollm2_arithmetic_cpu --set algo.advantage=gae": "",
     "tandem train smollm2_arithmetic_cpu --set steps=60 --set algo.advantage=gae": "",
+    "tandem rollout smollm2_arithmetic_cpu --set task.environment=ledger_task.py:Spend --set rollout.max_turns=4 "
+    "--programs 8": "",
     "tandem rollout smollm2_repair_cpu": "tandem rollout smollm2_repair_cpu --programs 4",
     "tandem rollout smollm2_repair_cpu --set task.parameters=path=problems --set rollout.max_turns=6 "
     "--set task.heldout_size=1 --set evaluation.prompts=1": "",
