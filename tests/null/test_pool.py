@@ -137,7 +137,9 @@ def test_step_deadline(task: EnvironmentPool) -> None:
     grades_of(task, [said("fine")])
     grades = grades_of(task, [said("hang")] * 50, until_s=time.monotonic() + 0.5)
     assert all(isinstance(grade, Failure) and grade.where == "deadline" for grade in grades)
-    assert re.fullmatch(r"reward took longer than 0\.1\d* s \(its share of rollout.deadline_s\)", grades[0].reason)
+    late = r"reward took longer than (0\.\d+) s \(its share of rollout.deadline_s\)"
+    shares = [float(found[1]) for grade in grades if (found := re.fullmatch(late, grade.reason))]
+    assert shares and min(shares) < 0.3  # of 0.5, which the first do not take whole
     assert grades[-1] == Failure("deadline", "no time was left for its reward (rollout.deadline_s)")
     assert grades_of(task, [said("fine")]) == [0.5]
 
