@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tandem.config import override
-from tandem.errors import CheckpointError, ConfigError, WorkerDied, WorkerStalled
+from tandem.errors import CheckpointError, ConfigError, NonFiniteError, WorkerDied, WorkerStalled
 from tandem.kernels.build.toolchain import compiler
 from tandem.run.config import CheckpointConfig, RunConfig
 from tandem.run.parts import Parts
@@ -90,6 +90,31 @@ def test_a_run_whose_learner_is_lost_stops_and_resumes(config, plain, tmp_path, 
     assert saved in (["step-1"], []) if phase == "save" else saved == ["step-1"], saved
     same(resumed(replace(config, workers=BOTH), out), plain)
     closes(out)
+
+
+@pytest.mark.parametrize("updated", [False, True])
+def test_what_is_saved_of_a_step_that_raised(config, tmp_path, updated):
+    """Weights of a step that was half learned, saved as those of the step before; or a finished step that is not."""
+
+    def watch(parts: Parts) -> None:
+        learner = parts.learner
+        assert learner is not None
+        ask = learner.ask
+
+        def raising(phase: str, method: str, *given: Any, **named: Any) -> Any:
+            if method != "step" or learner.ask("learn", "updates") == 0:
+                return ask(phase, method, *given, **named)
+            if updated:
+                ask(phase, method, *given, **named)
+            raise NonFiniteError("the gradient norm is nan.")
+
+        learner.ask = raising  # type: ignore[method-assign]
+
+    once = replace(config, workers=BOTH, checkpoint=CheckpointConfig())
+    with pytest.raises(NonFiniteError, match=r"^step 2: the gradient norm is nan\."):
+        run(once, tmp_path / "run", watch)
+    saved = [path.name for path in (tmp_path / "run").glob("checkpoints/*")]
+    assert saved == ([] if updated else ["step-1"]), saved
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tandem.errors import WorkerError
+from tandem.errors import TandemError, WorkerError
 from tandem.models.decoder import DTYPES, Decoder
 from tandem.run.workers import Backend, Spec
 from tandem.sync.publish import Publisher
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from tandem.train.critic import Critic
     from tandem.train.step import LearnerReport
     from tandem.types import Sample, WeightVersion
+
+UNKNOWN = -1  # updates, of weights that are of no step: one began, and did not come back
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,13 @@ class RemoteLearner:
         rows = sum(len(sample.columns) for sample in samples)
         times = 2 * (self.objective.updates_per_step + rows // self.config.microbatch_tokens)
         report: LearnerReport | None
-        report, self._updates = self.ask("learn", "step", samples, prompts, times=times)
+        self._updates = UNKNOWN
+        try:
+            report, self._updates = self.ask("learn", "step", samples, prompts, times=times)
+        except TandemError:
+            with contextlib.suppress(WorkerError):
+                self._updates = self.ask("learn", "updates")
+            raise
         return report
 
     def save(self, directory: Path, tokenizer: Tokenizer, state: RunState) -> None:

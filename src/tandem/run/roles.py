@@ -144,6 +144,10 @@ class LearnerWorker:
         """As Learner's; and its updates by then."""
         return self._learner.step(samples, prompts), self._learner.updates
 
+    def updates(self) -> int:
+        """As Learner's."""
+        return self._learner.updates
+
     def facts(self) -> dict[str, Any]:
         """As parts.py's."""
         return facts(self._learner.decoder)

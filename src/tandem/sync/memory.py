@@ -260,7 +260,7 @@ class MemoryReader:
         except OSError as error:
             raise DeliveryError(
                 f"{self._peer}, opening it: {error.strerror}. The learner has ended, or runs as another user or in "
-                "another container. Start this engine beside it, or send weights by file."
+                "another container. Start this engine beside it, or set workers.transport to folder or broadcast."
             ) from error
         try:
             # Were it to shrink, reading it would end the process by a signal.
