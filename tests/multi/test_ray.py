@@ -229,8 +229,9 @@ def test_a_worker_killed_between_calls(worker):
         asked(worker, "echo", 1)
 
 
-def test_what_a_workers_own_code_raises(worker):
-    """A user's mistake as an exception of Ray's, whose text is a remote traceback; or an actor that is ended for it."""
+def test_what_a_workers_own_code_raises(worker, capsys):
+    """A user's mistake as an exception of Ray's, whose text is a remote traceback; an actor that is ended for it; or a
+    fault of its code of which nobody sees where it was."""
     with pytest.raises(
         CapacityError, match=r"^worker engine, phase rollout: 7 pages are too few; allowed: 8 or more\.$"
     ) as e:
@@ -244,6 +245,8 @@ def test_what_a_workers_own_code_raises(worker):
         with pytest.raises(WorkerError, match=f"^worker engine, phase rollout: its code .*{said}"):
             asked(worker, method)
     assert asked(worker, "echo", 7) == 7
+    shown = capsys.readouterr().err
+    assert "odd_workers.py" in shown and "in breaks" in shown and "in refuses" not in shown
 
 
 def test_a_worker_that_floods(worker):

@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import pickle
 import shutil
+import sys
 import tempfile
 import time
+import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
     from tandem.program.config import TaskConfig
     from tandem.run.config import WorkersConfig
 
+SHOWN = 16_384  # characters of a traceback
+
 
 class _Actor:
     """Inside an actor: an object of a worker's class."""
@@ -45,15 +50,23 @@ class _Actor:
     def __init__(self) -> None:
         self._works: list[Any] = []
 
-    def start(self, role: str, given: Any, threads: int) -> bytes:
+    def start(self, role: str, given: Any, threads: int) -> tuple[bytes, str]:
         """Make it."""
         env.set_threads(threads)
-        return written(0, *answer(lambda: self._works.append(made(role, given))))
+        return _told(lambda: self._works.append(made(role, given)))
 
-    def ask(self, method: str, arguments: tuple[Any, ...]) -> bytes:
+    def ask(self, method: str, arguments: tuple[Any, ...]) -> tuple[bytes, str]:
         """Call it."""
-        text = written(0, *answer(lambda: getattr(self._works[0], method)(*arguments)))
-        return text if len(text) <= MOST_BYTES else written(0, "flooded", len(text))
+        text, failed = _told(lambda: getattr(self._works[0], method)(*arguments))
+        return text if len(text) <= MOST_BYTES else written(0, "flooded", len(text)), failed
+
+
+def _told(function: Callable[[], Any]) -> tuple[bytes, str]:
+    """An answer, and the traceback of what failed: what an actor prints is in Ray's logs, which end with a Ray of this
+    process's own."""
+    failed: list[str] = []
+    text = written(0, *answer(function, lambda: failed.append(traceback.format_exc())))
+    return text, "".join(failed)[-SHOWN:]
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +83,7 @@ class _Call:
         """As Pending says."""
         name, phase = self.by.spec.name, self.phase
         try:
-            text = ray.get(self.answer, timeout=max(0.0, self.until_s - time.monotonic()))
+            text, failed = ray.get(self.answer, timeout=max(0.0, self.until_s - time.monotonic()))
         except ray.exceptions.GetTimeoutError:
             self.by.end()
             raise stalled(name, phase, self.deadline_s) from None
@@ -82,6 +95,7 @@ class _Call:
             self.by.end()
             told = " ".join(str(error).split())
             raise WorkerError(name, phase, told[:300]) from None
+        sys.stderr.write(failed)
         _, kind, value = pickle.loads(text)
         if kind == "flooded":
             self.by.end()

@@ -40,14 +40,14 @@ def serve(connection: Connection) -> None:
         connection.send_bytes(written(number, *told))
 
 
-def answer(function: Callable[[], Any]) -> tuple[str, Any]:
-    """("value", what it gives), ("raised", a TandemError), ("failed", any other in a line, printed here in full)."""
+def answer(function: Callable[[], Any], show: Callable[[], None] = traceback.print_exc) -> tuple[str, Any]:
+    """("value", what it gives), ("raised", a TandemError), ("failed", any other in a line, in full by `show`)."""
     try:
         return ("value", function())
     except TandemError as error:
         return ("raised", error)
     except BaseException as error:  # noqa: BLE001 - recorded boundary: who asked is told; sys.exit is no Exception
-        traceback.print_exc()
+        show()
         return ("failed", one_line(error))
 
 
