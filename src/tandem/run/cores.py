@@ -23,6 +23,8 @@ class Cores:
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._next = self._serving = 0
+        self._gone = set[int]()  # turns of those who did not wait for them
+        self._holder: int | None = None  # the thread that has them
         self.since_s = time.monotonic()  # the present turn began then
 
     def take(self, look: Callable[[], None] = lambda: None) -> None:
@@ -30,14 +32,28 @@ class Cores:
         with self._changed:
             mine = self._next
             self._next += 1
-            while not self._changed.wait_for(lambda: self._serving == mine, LOOK_S):
-                look()
-            self.since_s = time.monotonic()
+            try:
+                while not self._changed.wait_for(lambda: self._serving == mine, LOOK_S):
+                    look()
+            except BaseException:
+                self._gone.add(mine)
+                self._pass()
+                raise
+            self._holder, self.since_s = threading.get_ident(), time.monotonic()
 
     def leave(self) -> None:
+        """By who has them; by another it is nothing."""
         with self._changed:
+            if self._holder == threading.get_ident():
+                self._holder = None
+                self._serving += 1
+                self._pass()
+
+    def _pass(self) -> None:
+        while self._serving in self._gone:
+            self._gone.remove(self._serving)
             self._serving += 1
-            self._changed.notify_all()
+        self._changed.notify_all()
 
     def give_way(self, look: Callable[[], None]) -> None:
         """Who holds them lets those go first who wait."""
