@@ -14,6 +14,7 @@ import pytest
 from tandem.cli.main import main
 from tandem.columns import Columns
 from tandem.engine.batch import Stats
+from tandem.errors import RunFolderError
 from tandem.models.spec import ModelSpec
 from tandem.plan.roofline import Machine, kv_bytes, layer_parameters, parameters
 from tandem.report import ledger as page
@@ -141,6 +142,14 @@ def test_a_ledger_of_a_version_before_is_shown(tmp_path: Path) -> None:
     old = {"tokens": {"trained": 3, "total": 3}, "fates": {}, "seconds": {"main": {"rollout": 2.0, "wall": 2.0}}}
     (tmp_path / "ledger.json").write_text(json.dumps(old))
     assert "a machine that it does not name" in write_report(tmp_path).read_text()
+
+
+@pytest.mark.parametrize("content", ["{}", '{"tokens": {"total": 0}}', "[]", "{"])
+def test_a_damaged_ledger_is_said(tmp_path: Path, content: str) -> None:
+    """A traceback in place of the file that is damaged."""
+    (tmp_path / "ledger.json").write_text(content)
+    with pytest.raises(RunFolderError, match="ledger.json is damaged"):
+        page.read_ledger(tmp_path)
 
 
 def test_useful_work_by_brute_force() -> None:

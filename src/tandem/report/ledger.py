@@ -46,11 +46,14 @@ class Goodput:
 
 
 def read_ledger(folder: Path) -> dict[str, Any]:
-    """ledger.json; RunFolderError where it is absent."""
+    """ledger.json; RunFolderError where it is absent or damaged."""
     path = folder / "ledger.json"
     if not path.is_file():
         raise RunFolderError(f"{path} does not exist: it is written as a run ends. Resume the run, or wait for it.")
-    return read_object(path)
+    ledger = read_object(path)
+    if lacking := {"tokens", "seconds"} - ledger.keys():
+        raise RunFolderError(f"{path} is damaged: it has no {min(lacking)}. Restore it, or resume the run.")
+    return ledger
 
 
 def token_lines(ledger: Mapping[str, Any]) -> list[Line]:
@@ -96,8 +99,8 @@ def goodput(rows: Sequence[Row], machine: Machine, wall_s: float) -> Goodput:
 def machine_of(folder: Path, ledger: Mapping[str, Any], measures: bool) -> Machine | str:
     """The rates of the run's machine, measured now where it is this one and they were not before; else why not."""
     path = folder / ROOFLINE
-    if path.is_file():
-        saved = read_object(path)
+    saved = read_object(path) if path.is_file() else {}
+    if saved.get("flop_s") and saved.get("bytes_s"):
         return Machine(saved["flop_s"], saved["bytes_s"])
     config = folder / "config.json"
     device = read_object(config).get("model", {}).get("device")
