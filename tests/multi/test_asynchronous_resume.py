@@ -140,6 +140,18 @@ def test_stopped_it_goes_on_where_it_stood(recipe: Path, tmp_path: Path) -> None
     whole(out)
 
 
+def test_under_other_settings_it_goes_on(recipe: Path, tmp_path: Path) -> None:
+    """More steps, and so other learning rates: steps that are learned again have other weights than the journal, and a
+    repetition has those of the last sitting throughout."""
+    out, falls = tmp_path / "run", ("--set", "learner.schedule=linear")
+    with halted_from(recipe, out, (*falls, "--out"), updates=6) as running:  # a checkpoint of step 4
+        running.send_signal(signal.SIGKILL)
+    result = train(recipe, "--resume", out, *falls, "--set", f"steps={STEPS + 2}")
+    assert result.returncode == 0, result.stderr
+    again = replay(out, on_step=lambda _: None, note=lambda _: None)
+    assert len(again) == STEPS + 2 and all(one.same for one in again)
+
+
 def test_an_earlier_ledger_is_no_ledger(finished: Path, tmp_path: Path) -> None:
     """A run that was resumed and killed shows the tokens of an earlier sitting as if they were all."""
     out = tmp_path / "run"
@@ -182,7 +194,7 @@ def test_a_journal_that_lost_what_a_checkpoint_knew_is_left_alone(finished: Path
         running.send_signal(signal.SIGKILL)
     result = train(recipe, "--resume", out, "--set", f"steps={STEPS + 4}")
     assert result.returncode == 0, result.stderr
-    with pytest.raises(RunFolderError, match="facts before it are lost"):
+    with pytest.raises(RunFolderError, match="begins behind step 12: what came before is gone"):
         replay(out, on_step=lambda _: None, note=lambda _: None)
 
 

@@ -20,7 +20,7 @@ from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.group import summarise
 from tandem.rollout.rollout import Rollouts
-from tandem.types import Completion, Failure, Message, Request, StopReason, Trajectory
+from tandem.types import Completion, Failure, Message, Request, StopReason, ToolCall, Trajectory
 from tests.null.test_rollout import DOCS, FakeEngine, Letters, spell
 from tests.samples import column, trained
 
@@ -239,6 +239,9 @@ def test_what_follows_a_fold_is_rendered_after_it(pool: EnvironmentPool) -> None
         ([Message("assistant", "", calls=("add",))], "a tuple of tandem.types.ToolCall is needed"),
         ([Message("user", "x", more={"content": "y"})], "has 'content' among its further keys"),
         ([Message("user", "x", more={1: "y"})], "a dict with texts as keys"),
+        ([Message("user", "x", more={"tags": {1}})], "has in its further keys what JSON has not: Object of type set"),
+        ([Message("assistant", "", calls=(ToolCall("f", {"a": object}),))], "has in its call of f what JSON has not"),
+        (Step([Message("user", "x")], state="\ud800"), "the state of a Step holds \\ud800"),
         (Fold((Message("user", "\udfff"),)), "udfff"),
         ([Message("user", "x")] * 1001, "1,001 messages; allowed are 1000"),
         ([Message("user", "x" * (1 << 20)), Message("user", "y")], "1,048,577 characters; allowed are 1,048,576"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,7 +19,7 @@ from tandem.rollout.flow import Ended, Flow
 from tandem.rollout.program import Paused
 from tandem.rollout.rollout import Rollouts
 from tandem.run.journal import packed, unpacked
-from tandem.types import Completion, Request, StopReason
+from tandem.types import Completion, Message, Prompt, Request, StopReason, ToolCall
 from tests.null.test_rollout import STOP, Counting, Letters, prompts
 
 LETTERS = "abcdefgh"
@@ -223,3 +224,19 @@ def test_of_an_engine_that_fails_what_runs_can_be_kept(count: int, after: int, d
         for one, plain in zip(ended.group.trajectories, alone[ended.group.prompt.id].trajectories, strict=True):
             assert one.columns["tokens"].tolist() == plain.columns["tokens"].tolist()
             assert (one.reward, one.stop_reason, one.said) == (plain.reward, plain.stop_reason, plain.said)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**200), 2**200) | st.floats(allow_nan=False)
+    | st.text(st.characters(categories=["L", "Cs", "N"]), max_size=4) | st.floats(0, 1).map(np.float64),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab", max_size=2), inner, max_size=3),
+    max_leaves=6,
+)  # fmt: skip
+
+
+@given(record=st.dictionaries(st.text("ab", max_size=2), JSON, max_size=3))
+def test_what_json_can_say_is_kept(record: dict[str, Any]) -> None:
+    """A tool called with a number of twenty digits, or a task whose answer is one, that ends the run."""
+    call = Message("assistant", "", calls=(ToolCall("add", record),), more=record)
+    prompt = Prompt("p", (Message("user", "?"), call), record)
+    assert unpacked(packed((prompt, Columns.of(tokens=(1, 2)))), tuple[Prompt, Columns])[0] == prompt

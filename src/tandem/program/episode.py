@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -80,6 +81,8 @@ def checked_step(value: Any) -> Observed:
         raise ValueError(f"the reward of a Step {earned.reason}; a finite number is needed")
     if not isinstance(step.state, str):
         raise TypeError(f"the state of a Step is {clipped(step.state)}; text is needed")
+    if half := half_character(step.state):
+        raise ValueError(f"the state of a Step {half}")
     return Observed(_messages(step.messages), earned, step.state)
 
 
@@ -134,6 +137,12 @@ def fault(message: Message) -> str:
         return f"has more {clipped(message.more)}; a dict with texts as keys is needed"
     if taken := {"role", "content", "tool_calls", "tool_call_id"} & message.more.keys():
         return f"has {min(taken)!r} among its further keys; give it as the message's own"
+    calls = ((f"call of {call.name}", call.arguments) for call in message.calls)
+    for name, plain in (("further keys", message.more), *calls):
+        try:
+            json.dumps(dict(plain))
+        except (TypeError, ValueError, RecursionError) as error:
+            return f"has in its {name} what JSON has not: {clip(str(error))}"
     return ""
 
 
@@ -165,5 +174,5 @@ def one_line(error: BaseException) -> str:
 
 
 def clip(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split())
     return line if len(line) <= 200 else line[:197] + "..."

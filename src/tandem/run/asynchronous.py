@@ -32,7 +32,7 @@ from tandem.rollout.rollout import Rollouts
 from tandem.run.cores import Cores, Taking
 from tandem.run.counted import counted
 from tandem.run.engines import endpoint, living, serves
-from tandem.run.journal import FACTS, GROUPS, Fact, Journal, Read
+from tandem.run.journal import FACTS, Fact, Journal, Read
 from tandem.run.kept import Begun, Kept
 from tandem.run.ledger import reached_tokens
 from tandem.run.parted import PartedSession
@@ -92,7 +92,7 @@ class AsyncSession(PartedSession):
             yield
             return
         with self.trace.span("cores"):
-            self.cores.take(self._look)
+            self.cores.take(lambda: self._check_thread("learn"))
         try:
             yield
         finally:
@@ -101,10 +101,7 @@ class AsyncSession(PartedSession):
     def _give_way(self) -> None:
         assert self.cores is not None
         with self.trace.span("cores"):
-            self.cores.give_way(self._look)
-
-    def _look(self) -> None:
-        self._check_thread("learn")
+            self.cores.give_way(lambda: self._check_thread("learn"))
 
     def _roll(self) -> None:
         torch.set_num_threads(env.num_threads())
@@ -313,10 +310,13 @@ class AsyncSession(PartedSession):
 
     def _check_all(self) -> None:
         running = [f"{name}/{one}" for name in self.begun for one in range(self.config.rollout.samples_per_prompt)]
-        held = [*self.queue.waiting.values(), *self.queue.unusable.values()]
-        held += self.queue.taken
-        waiting = [trajectory.id for one in held for trajectory in one.ended.group.trajectories]
-        self.ledger.check(running, waiting)
+        self.ledger.check(running, self._waiting)
+
+    @property
+    def _waiting(self) -> list[str]:
+        """Trajectories in the queue."""
+        held = [*self.queue.waiting.values(), *self.queue.unusable.values(), *self.queue.taken]
+        return [trajectory.id for one in held for trajectory in one.ended.group.trajectories]
 
     def write(self, row: dict[str, Any]) -> None:
         counts = {"running_groups": len(self.flow), "waiting_groups": len(self.queue.waiting)}
@@ -337,9 +337,9 @@ class AsyncSession(PartedSession):
                 self._drain()
             with self.parked():
                 version = self._published(step)
-                self.queue.learned()
                 assert self.journal is not None
                 self.journal.update(step, version.digest)
+                self.queue.learned()
                 self._draining = False
         return version
 
@@ -383,7 +383,8 @@ class AsyncSession(PartedSession):
             super().save(step, version)
 
     def give_up(self) -> None:
-        """Nothing: a checkpoint has the programs, which go on."""
+        """What a step had taken that failed before its row; a checkpoint has the programs, which go on."""
+        self.ledger.interrupt_held(self._waiting)
 
     def save_more(self, directory: Path) -> None:
         super().save_more(directory)
@@ -408,8 +409,11 @@ class AsyncSession(PartedSession):
         elif kept is not None:
             self.display.note(f"{folder / FACTS} is gone: the run goes on, and can't be repeated from its start")
         self.journal = Journal(folder)
+        self.under, last = self.earlier.settings() if self.earlier is not None else ({}, None)
         if self.earlier is None or not self.earlier.facts:
-            self.journal.start(self.weights_version.digest, self.weights_version.step)
+            self.journal.start(self.weights_version.digest, self.weights_version.step, self.settings)
+        elif last != self.settings:
+            self.journal.resume(done, self.settings)
         return done
 
     def _recall(self, earlier: Read, size: int) -> None:
@@ -417,13 +421,7 @@ class AsyncSession(PartedSession):
         first = next(iter(earlier.facts), None)
         if first is not None and first.kind == "start" and 0 < first.values.get("step", 0) == self.weights_version.step:
             size = 0  # it was begun here, since an older one was gone
-        if earlier.ends[-1] < size:
-            raise RunFolderError(
-                f"{earlier.folder / FACTS} is whole up to byte {earlier.ends[-1]}, and the newest checkpoint was "
-                f"written behind byte {size} of it: {earlier.cut or 'its end was cut off'}. Restore it and {GROUPS}; "
-                "or move both away: then the run goes on from the checkpoint, but can't be repeated from its start."
-            )
-        earlier.mend()
+        earlier.mend(size)
         if earlier.cut:
             self.display.note(f"the journal was cut: {earlier.cut}; the run goes on from there")
         self.history.extend(fact for fact in earlier.after(size) if fact.kind != "start")
@@ -494,7 +492,9 @@ class AsyncSession(PartedSession):
         if self._thread is not None and self._thread.is_alive():
             return  # in a step that does not end: what it has nobody knows
         with self.flow.held():
-            self._end_all(self.flow.ended())
-            self._check_all()
-            paused = sum(one.drawn_tokens for ones in self.paused.values() for one in ones)
-            self.folder.write_ledger(self.account.close(self.flow.drawn_tokens + paused))
+            try:
+                self._end_all(self.flow.ended())
+            finally:  # what could not be written is interrupted
+                self._check_all()
+                paused = sum(one.drawn_tokens for ones in self.paused.values() for one in ones)
+                self.folder.write_ledger(self.account.close(self.flow.drawn_tokens + paused))

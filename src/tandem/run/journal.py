@@ -1,6 +1,6 @@
 """The journal of an asynchronous run: each fact that scheduling and the outside decided, in order.
 
-    journal.jsonl     a fact a line: start, begin, end, choose, update
+    journal.jsonl     a fact a line: start, begin, end, choose, update, resume
     journal.bin       the groups that ended, whole; an `end` says where, and their hash
 
 Weights, seeds and these facts fix all tokens and all later weights. An `end` names which version drew how many tokens
@@ -28,10 +28,12 @@ from tandem.errors import RunFolderError, WorldError
 from tandem.rollout.flow import Ended
 
 T = TypeVar("T")
+_INTEGER, _TEXT = 1, 2  # extensions of MessagePack
 FACTS, GROUPS = "journal.jsonl", "journal.bin"
 VERSION = 2  # of what is packed: the first had no mark on what a model sampled
 NEEDS: Mapping[Any, set[str]] = {  # fact -> what one says
     "start": {"version", "weights"},
+    "resume": {"step", "under"},
     "begin": {"number", "group", "step", "prompt", "version"},
     "end": {"number", "group", "usable", "spans", "at", "bytes", "hash"},
     "choose": {"step", "numbers", "again", "stale"},
@@ -40,8 +42,12 @@ NEEDS: Mapping[Any, set[str]] = {  # fact -> what one says
 
 
 def packed(value: Any) -> bytes:
-    """Nouns as MessagePack; arrays as their bytes."""
-    return msgspec.msgpack.encode(value, enc_hook=_array_out)
+    """Nouns as MessagePack; arrays as their bytes, and what Python's JSON has beyond it as extensions."""
+    try:
+        return msgspec.msgpack.encode(value, enc_hook=_array_out)
+    except (OverflowError, UnicodeEncodeError):
+        plain = msgspec.to_builtins(value, builtin_types=(bytes,), enc_hook=_array_out)
+        return msgspec.msgpack.encode(_beyond(plain))
 
 
 def unpacked(content: bytes, kind: type[T]) -> T:
@@ -50,12 +56,14 @@ def unpacked(content: bytes, kind: type[T]) -> T:
     >>> unpacked(packed(Columns.of(tokens=(1, 2))), Columns)["tokens"].tolist()
     [1, 2]
     """
-    return msgspec.msgpack.decode(content, type=kind, dec_hook=_array_in)
+    return msgspec.msgpack.decode(content, type=kind, dec_hook=_array_in, ext_hook=_beyond_in)
 
 
 def _array_out(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return [value.dtype.str, value.shape, value.tolist() if value.dtype == object else value.tobytes()]
+    if isinstance(value, np.generic):
+        return value.item()
     raise TypeError(f"{type(value).__name__} cannot be kept")
 
 
@@ -69,6 +77,25 @@ def _array_in(kind: type, value: Any) -> Any:
         array.flags.writeable = False
         return array
     return np.frombuffer(content, dtype).reshape(shape)
+
+
+def _beyond(value: Any) -> Any:
+    """With integers of more than 64 bits and halves of characters as extensions."""
+    if isinstance(value, dict):
+        return {key: _beyond(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_beyond(one) for one in value]
+    if isinstance(value, int) and not -(2**63) <= value < 2**64:
+        return msgspec.msgpack.Ext(_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        return msgspec.msgpack.Ext(_TEXT, value.encode("utf-8", "surrogatepass"))
+    return value
+
+
+def _beyond_in(code: int, content: memoryview) -> Any:
+    if code == _INTEGER:
+        return int.from_bytes(content, "big", signed=True)
+    return bytes(content).decode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +135,13 @@ class Journal:
         for descriptor in (self._facts, self._groups):
             os.close(descriptor)
 
-    def start(self, weights: str, step: int = 0) -> None:
-        """step: above 0 where an older journal is gone."""
-        self._write(fact="start", version=VERSION, step=step, weights=weights)
+    def start(self, weights: str, step: int = 0, under: Mapping[str, Any] | None = None) -> None:
+        """step: above 0 where an older journal is gone. under: the settings that a resume may change."""
+        self._write(fact="start", version=VERSION, step=step, weights=weights, under=under)
+
+    def resume(self, step: int, under: Mapping[str, Any]) -> None:
+        """Another sitting, under other settings; behind the checkpoint of `step` it lives through what is before."""
+        self._write(fact="resume", step=step, under=under)
 
     def begin(self, number: int, group: str, step: int, prompt: int, version: int) -> None:
         """prompt: its place in the run's order of prompts."""
@@ -187,8 +218,25 @@ class Read:
             self.facts.append(fact)
             self.ends.append(self.ends[-1] + len(line))
 
-    def mend(self) -> None:
-        """Drop what is not whole, so that the next fact begins a line."""
+    def settings(self) -> tuple[dict[int, Mapping[str, Any]], Mapping[str, Any] | None]:
+        """Step -> the settings under which it was learned, and the last ones."""
+        found, now = dict[int, Mapping[str, Any]](), None
+        for fact in self.facts:
+            if fact.kind in ("start", "resume"):
+                now = fact.values.get("under")
+            elif fact.kind == "update" and now is not None:
+                found[fact["step"]] = now
+        return found, now
+
+    def mend(self, size: int) -> None:
+        """Drop what is not whole, so that the next fact begins a line. RunFolderError where that is among the first
+        `size` bytes, which a checkpoint knows."""
+        if self.ends[-1] < size:
+            raise RunFolderError(
+                f"{self.folder / FACTS} is whole up to byte {self.ends[-1]}, and the newest checkpoint was written "
+                f"behind byte {size} of it: {self.cut or 'its end was cut off'}. Restore it and {GROUPS}; or move both "
+                "away: then the run goes on from the checkpoint, but can't be repeated from its start."
+            )
         os.truncate(self.folder / FACTS, self.ends[-1])
 
     def after(self, size: int) -> Iterator[Fact]:

@@ -22,6 +22,7 @@ from tandem.sync.transport import Remote
 from tandem.sync.ways import Address
 
 if TYPE_CHECKING:
+    from tandem.algo.alarm import AlarmConfig
     from tandem.algo.objective import Objective
     from tandem.algo.pack import PromptTotal
     from tandem.kernels.weight import Weight
@@ -59,6 +60,10 @@ class Learns(Protocol):
         ...
 
     def step(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> LearnerReport | None: ...
+
+    def under(self, total_updates: int, alarms: AlarmConfig) -> None:
+        """Other settings than its own, from the next step on."""
+        ...
 
     def save(self, directory: Path, tokenizer: Tokenizer, state: RunState) -> None: ...
 
@@ -109,6 +114,9 @@ class RemoteLearner:
                 self._updates = self.ask("learn", "updates")
             raise
         return report
+
+    def under(self, total_updates: int, alarms: AlarmConfig) -> None:
+        self.ask("learn", "under", total_updates, alarms)
 
     def save(self, directory: Path, tokenizer: Tokenizer, state: RunState) -> None:
         """Into a folder that its machine has too."""

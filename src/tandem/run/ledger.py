@@ -238,6 +238,12 @@ class Ledger:
             self.tokens["interrupted"] += self.sampled - sum(self.tokens.values())
             self.open, self.held = {}, {}
 
+    def interrupt_held(self, waiting: Iterable[str]) -> None:
+        """Trajectories that ended, but for these, lead nowhere: a step took them and failed."""
+        with self._lock:
+            for one in self.held.keys() - set(waiting):
+                self.tokens["interrupted"] += self.held.pop(one)
+
     def check(self, running: Iterable[str] = (), waiting: Iterable[str] = ()) -> None:
         """Programs that run and trajectories that wait for the learner are all that has no fate: what nobody has is
         lost, and its tokens stay unaccounted for. Call it while nothing is handed from one worker to another."""

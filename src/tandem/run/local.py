@@ -7,7 +7,7 @@ from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 from tandem.engine.driver import Driver
-from tandem.errors import CheckpointError, ConfigError, TandemError, WorkerError
+from tandem.errors import ConfigError, TandemError, WorldError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.hf_config import to_hf_config
 from tandem.plan.memory import Plan, check_counts
@@ -84,7 +84,7 @@ def _sit(session: Session, steps: int) -> int:
             stages = session.stages()
             last = done if stages.stop() else run_loop(stages, done + 1, steps)
         except (TandemError, OSError, RuntimeError, MemoryError):
-            with suppress(CheckpointError, WorkerError):  # a disk is full, a learner gone: the first error says so
+            with suppress(WorldError):  # a disk is full, a learner gone: the first error says so
                 session.save_newest(session.weights_version)
             with suppress(TandemError, OSError):  # as above
                 session.give_up()

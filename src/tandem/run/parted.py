@@ -9,13 +9,17 @@ from __future__ import annotations
 import dataclasses
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tandem.algo.advantage import Selection, samples_from_groups
+from tandem.algo.alarm import AlarmConfig
+from tandem.config import dump, load
 from tandem.errors import NonFiniteError, RunFolderError
 from tandem.rollout.queue import Choice, Queue
 from tandem.run.journal import Fact
+from tandem.run.learned import total_updates
 from tandem.run.loop import Stages
 from tandem.run.session import Session
 from tandem.train.step import Learner, LearnerReport, Parts
@@ -27,6 +31,8 @@ class PartedSession(Session):
 
     queue: Queue
     parts_learned: Parts | None = None  # of the present step, where they are streamed
+    under: Mapping[int, Mapping[str, Any]] = {}  # step -> the settings under which a journal says that it was learned
+    learns_under: Mapping[str, Any] | None = None  # None: its own
 
     @property
     def here(self) -> Learner:
@@ -66,8 +72,19 @@ class PartedSession(Session):
         self.reused = {trajectory.id for group in again for trajectory in group.trajectories}
         return [one.ended.group for one in self.queue.parts[-1]]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of what a resume may change: all that weights hang on."""
+        return {"updates": total_updates(self.config, self.learner.objective), "alarms": dump(self.config.alarms)}
+
+    def _learn_under(self, settings: Mapping[str, Any]) -> None:
+        if settings != (self.learns_under or self.settings):
+            self.learner.under(settings["updates"], load(AlarmConfig, settings["alarms"]))
+        self.learns_under = settings
+
     def gather(self, step: int, prompts: Sequence[Prompt]) -> list[Group]:
         """The groups of a step."""
+        self._learn_under(self.under.get(step, self.settings))
         groups: list[Group] = []
         if self.config.asynchrony.stream:
             self.parts_learned = self.here.begin()

@@ -138,6 +138,7 @@ class ReplaySession(PartedSession):
         self.source = read
         self.on_step = on_step
         asked = self.config.rollout
+        self.under, _ = read.settings()
         self.queue = Queue(asked.prompts_per_step, self.config.asynchrony, self.config.seed, asked.redraws)
         self.ended = {fact["number"]: read.ended(fact) for fact in read.facts if fact.kind == "end"}
         self.played = {one.id: one for ended in self.ended.values() for one in ended.played}
@@ -355,6 +356,10 @@ def _by_journal(
             "them is not in the journal, so it can't be repeated. Runs with carry, restart or finish can."
         )
     read = Read(run)
+    if read.facts and (since := read.facts[0].values.get("step", 0) if read.facts[0].kind == "start" else 0):
+        raise RunFolderError(
+            f"{run / FACTS} begins behind step {since}: what came before is gone, and can't be repeated."
+        )
     last = max((fact["step"] for fact in read.facts if fact.kind == "update"), default=0)
     if read.cut:
         note(f"the journal was cut: {read.cut}; it is repeated up to step {last}")

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from tandem import env
+from tandem.algo.alarm import AlarmConfig
 from tandem.algo.pack import PromptTotal
 from tandem.engine.batch import Stats
 from tandem.errors import CheckpointError, DeliveryError
@@ -147,6 +148,9 @@ class LearnerWorker:
     def updates(self) -> int:
         """As Learner's."""
         return self._learner.updates
+
+    def under(self, total_updates: int, alarms: AlarmConfig) -> None:
+        self._learner.under(total_updates, alarms)
 
     def facts(self) -> dict[str, Any]:
         """As parts.py's."""

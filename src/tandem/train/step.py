@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tandem.algo.alarm import AlarmConfig
 from tandem.algo.loss import LossResult
-from tandem.algo.objective import Measured, Objective, ObjectiveStep
+from tandem.algo.objective import Measured, Objective, ObjectiveStep, PolicyGradient
 from tandem.algo.pack import PromptTotal, canonical, denominators, pack, split_updates
 from tandem.algo.tensors import to_tensors
 from tandem.errors import ConfigError, NonFiniteError
@@ -201,6 +202,12 @@ class Learner:
                     f"{type(self.objective).__name__} learns from what sample {sample.id} lacks: {', '.join(lacking)}. "
                     "Put them in where the samples are made (Columns.having)."
                 )
+
+    def under(self, total_updates: int, alarms: AlarmConfig) -> None:
+        """Other settings than its own, from the next step on."""
+        self.total_updates = total_updates
+        if isinstance(self.objective, PolicyGradient):
+            self.objective.alarms = alarms
 
     def step(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> LearnerReport | None:
         """The objective's `updates_per_step` updates on a batch; None where nothing has a gradient.
