@@ -241,6 +241,7 @@ HUGE = 10**8
 COUNTS = [
     ("rollout.samples_per_prompt", HUGE, f"rollout.samples_per_prompt is {HUGE}, times 16: it takes 3.3 TB"),
     ("rollout.prompts_per_step", HUGE, f"rollout.prompts_per_step is {HUGE}, times 8: it takes 1.6 TB"),
+    ("asynchrony.lag", HUGE, f"asynchrony.lag is {HUGE}, times 128: it takes 26.2 TB"),
     ("task.heldout_size", 10**9, "task.heldout_size is 1000000000: it takes 4.1 TB"),
     ("evaluation.prompts", 10**8, "evaluation.prompts is 100000000: it takes 204.80 GB"),
 ]
@@ -252,6 +253,7 @@ def test_counts_that_no_machine_holds(monkeypatch: pytest.MonkeyPatch, name: str
     run = asked().run
     assert run is not None
     config = {name: str(value)} | ({"task.heldout_size": str(value)} if name.startswith("eval") else {})
+    config |= {"asynchrony.mode": "full"} if name.startswith("async") else {}
     monkeypatch.setattr(memory.env, "memory_bytes", lambda: (32 << 30, 32 << 30))
     if name.startswith("eval"):
         monkeypatch.setattr(memory, "HELDOUT_BYTES", 1)
@@ -271,6 +273,14 @@ def test_rollouts_are_planned(name: str) -> None:
     long = replace(asked(), run=override(asked().run, {"rollout.max_new_tokens": "9999", "rollout.max_turns": "99"}))
     bounded = sizes(plan_memory(long, PLENTY, base_bytes=0))["rollouts of a step"]
     assert bounded == 16 * 8 * (PROGRAM_BYTES + PROMPT_BYTES + SAMPLED_BYTES * 255)  # the model's positions
+    ahead = {
+        "asynchrony.mode": "full",
+        "asynchrony.lag": "2",
+        "asynchrony.replay_uses": "2",
+        "asynchrony.replay_lag": "3",
+    }
+    held = sizes(plan_memory(replace(asked(), run=override(asked().run, ahead)), PLENTY, base_bytes=0))
+    assert held["rollouts of a step"] == (3 + 4) * plain["rollouts of a step"]
     many = replace(asked(), run=override(asked().run, {"rollout.samples_per_prompt": "11000"}))
     plan = plan_memory(many, 1 << 30, base_bytes=0)
     with pytest.raises(CapacityError, match=r"rollouts of a step 1.63 GB"):

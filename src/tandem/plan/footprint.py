@@ -172,7 +172,7 @@ def step_bytes(asked: Asked) -> int:
 
 
 def rollout_bytes(asked: Asked) -> int:
-    """Of a step's rollouts as Python holds them, were all to generate as long as they may; or of an evaluation's."""
+    """Of the rollouts at once as Python holds them, were all to generate as long as they may; or of an evaluation's."""
     if asked.run is None:
         return 0
     rollout, longest = asked.run.rollout, max(1, asked.spec.max_position - asked.prompt_tokens)
@@ -181,7 +181,10 @@ def rollout_bytes(asked: Asked) -> int:
     program = PROGRAM_BYTES + PROMPT_BYTES * asked.prompt_tokens
     most = rollout.max_turns * rollout.max_new_tokens
     program += sampled * min(most, rollout.max_program_tokens or most, longest)
-    groups = rollout.prompts_per_step + rollout.extra_prompts
+    ahead = asked.run.asynchrony
+    groups = (ahead.most_lag + 1) * rollout.prompts_per_step + rollout.extra_prompts
+    if ahead.replay_uses > 1:
+        groups += ahead.replay_groups or (ahead.replay_lag + 1) * rollout.prompts_per_step
     return program * max(groups * rollout.samples_per_prompt, asked.run.evaluation.prompts)
 
 

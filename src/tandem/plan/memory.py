@@ -218,6 +218,12 @@ def check_counts(run: RunConfig) -> None:
         ("rollout.samples_per_prompt", rollout.samples_per_prompt, rollout.prompts_per_step, PROGRAM_BYTES),
         ("rollout.prompts_per_step", rollout.prompts_per_step, rollout.samples_per_prompt, PROGRAM_BYTES),
         ("rollout.extra_prompts", rollout.extra_prompts, rollout.samples_per_prompt, PROGRAM_BYTES),
+        (
+            "asynchrony.lag",
+            run.asynchrony.most_lag,
+            rollout.prompts_per_step * rollout.samples_per_prompt,
+            PROGRAM_BYTES,
+        ),
         ("evaluation.prompts", run.evaluation.prompts, 1, PROGRAM_BYTES),
         ("task.heldout_size", run.task.heldout_size, 1, HELDOUT_BYTES),
     ):
@@ -329,7 +335,10 @@ def _variants(asked: Asked, plan: Plan) -> Iterator[tuple[str, Asked]]:
     def learning(**changes: Any) -> Asked:
         return replace(asked, run=replace(run, learner=replace(run.learner, **changes)))
 
-    fits, used = plan.available_bytes // 4, rollout_bytes(asked)
+    fits, used, ahead = plan.available_bytes // 4, rollout_bytes(asked), run.asynchrony
+    if ahead.mode == "full" and ahead.lag > 1 and used > fits:
+        fewer = ahead.lag * fits // used
+        yield f"asynchrony.lag={fewer}", replace(asked, run=replace(run, asynchrony=replace(ahead, lag=fewer)))
     for name in ("samples_per_prompt", "prompts_per_step", "max_new_tokens") if used > fits else ():
         fewer = max(2, getattr(run.rollout, name) * fits // used)
         rollout = replace(run.rollout, **{name: fewer})
