@@ -116,6 +116,9 @@ class Counted:
         text = self.said[len(self.said) - 1 - unheard].content
         return ended(Failure("reward", "returned nan") if "x" in text else float(len(text)))
 
+    def recall(self, said, counts, earned, /):
+        self.said.extend(said)
+
     def observe(self, last=False):
         if "y" in self.said[-1].content:
             return ended(Failure("environment", "raised"))

@@ -16,6 +16,8 @@ from tandem.rollout.program import Paused, Played, Program
 from tandem.rollout.turns import Turns
 from tandem.types import Failure, Group, Prompt
 
+STOOD_S = 0.05  # that a deadline is put off by at least
+
 if TYPE_CHECKING:
     from tandem.rollout.rollout import Rollouts
 
@@ -43,6 +45,7 @@ class Flow:
         self._until_s: dict[Program, float] = {}  # of those that run, in the order in which they began
         self._siblings: dict[str, list[Program]] = {}  # of groups that run
         self._ended: list[Ended] = []
+        self._left_s = by.clock()  # nothing was drawn since
 
     def __len__(self) -> int:
         """Groups that run."""
@@ -65,6 +68,7 @@ class Flow:
 
     def begin(self, step: int, prompt: Prompt) -> str:
         """A group; its seeds are those of a step. CapacityError where the prompt does not fit the engine."""
+        self._put_off()
         until_s = self.by.clock() + self.by.config.deadline_s
         siblings = list(self.turns.made(step, 0, prompt, until_s))
         for program in siblings:
@@ -74,7 +78,12 @@ class Flow:
         return siblings[0].group
 
     def advance(self, wait_s: float) -> list[Ended]:
-        """Groups that have ended. A step of the engine, or a wait of at most wait_s where it has nothing to do."""
+        """Groups that have ended. A step of the engine, or a wait of at most wait_s where it has nothing to do.
+
+        Deadlines do not run between two calls, where nothing is drawn: weights change, held-out prompts are answered, a
+        checkpoint is written.
+        """
+        self._put_off()
         if self._until_s and not self._ended:
             first = next(iter(self._until_s.values()))
             if first <= self.by.clock():
@@ -84,7 +93,16 @@ class Flow:
                     if asked == "engine" and future.exception(0) is not None:
                         self.turns.unanswered(program)
                     self.turns.take(program, asked, future.result(0))
+        self._left_s = self.by.clock()
         return self.ended()
+
+    def _put_off(self) -> None:
+        """All deadlines, by what passed since it was left, where that is anything."""
+        now_s = self.by.clock()
+        stood_s, self._left_s = now_s - self._left_s, now_s
+        for program in self._until_s if stood_s > STOOD_S else ():
+            self._until_s[program] += stood_s
+            program.episode.until_s = self._until_s[program]
 
     def ended(self) -> list[Ended]:
         """Groups that have, where nothing is to go on."""

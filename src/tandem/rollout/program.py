@@ -22,6 +22,7 @@ class Playing(Protocol):
     """What rollouts need of an episode: program/pool.py has the one that runs elsewhere."""
 
     said: list[Message]  # since the prompt; `observe` adds what it observes
+    until_s: float  # none of its calls goes past it
 
     @property
     def counts(self) -> Mapping[str, int]: ...  # of what happened so far

@@ -44,15 +44,16 @@ class Watched:
     def episode(self, prompt: Prompt, until_s: float, /) -> Playing:
         with self.lock:
             self.progress.begun += 1
-        return _Episode(self, prompt, self.pool.episode(prompt, until_s))
+        return _Episode(self, prompt, self.pool.episode(prompt, until_s), until_s)
 
 
 class _Episode:
-    def __init__(self, by: Watched, prompt: Prompt, playing: Playing) -> None:
+    def __init__(self, by: Watched, prompt: Prompt, playing: Playing, until_s: float) -> None:
         self.by = by
         self.prompt = prompt
         self.playing = playing
         self.said = playing.said
+        self.until_s = until_s
         self.turns = 0
         self.known = False  # its reward, or why there is none
 

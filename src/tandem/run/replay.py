@@ -79,6 +79,7 @@ class _Episode:
 
     def __init__(self, pool: Episodes, prompt: Prompt, played: Played, until_s: float) -> None:
         self.said: list[Message] = []
+        self.until_s = until_s
         self._open = lambda: pool.episode(prompt, until_s)
         self._played = played
         self._heard = 0
