@@ -26,6 +26,7 @@ from tandem.run import local
 from tandem.run import rollout as alone
 from tandem.run.counted import SCHEDULED
 from tandem.run.parts import resolve_source
+from tandem.sync.departures import declaration
 from tandem.types import Failure, Message, Prompt
 from tests.display import Silent
 from tests.samples import ended
@@ -132,7 +133,7 @@ def test_tokens_are_kept_where_the_config_says(trained: Path, tmp_path: Path, mo
     ("programs", "made"), [(None, (3, 4)), (1, (1, 1)), (3, (1, 3)), (4, (1, 4)), (20, (5, 4)), (6, None), (0, None)]
 )
 def test_the_number_of_programs(programs: int | None, made: tuple[int, int] | None) -> None:
-    """More or fewer programs than were asked for, and nothing said of it."""
+    """More or fewer programs than were asked for, and nothing said of it; or weights said to be older than they are."""
     config = override(tiny_arithmetic(), SMALL)
     if made is None:
         with pytest.raises(ConfigError, match="--programs is"):
@@ -140,6 +141,8 @@ def test_the_number_of_programs(programs: int | None, made: tuple[int, int] | No
         return
     rollout = alone.sized(config, programs, "train").rollout
     assert (rollout.prompts_per_step, rollout.samples_per_prompt) == made
+    behind = override(config, {"sync.lag": "1"})
+    assert declaration(behind) != declaration(alone.sized(behind, programs, "train")) == declaration(config)
     if made[0] > 4:
         with pytest.raises(ConfigError, match="5 held-out prompts are asked for, and task.heldout_size is 4"):
             alone.sized(config, programs, "heldout")

@@ -14,6 +14,7 @@ from tandem.errors import ConfigError
 from tandem.plan.memory import check_counts, peak_bytes
 from tandem.program.child import child_of
 from tandem.program.pool import EnvironmentPool
+from tandem.rollout.config import AsyncConfig
 from tandem.rollout.group import summarise
 from tandem.rollout.pieces import Pieces
 from tandem.rollout.rollout import Rollouts
@@ -26,6 +27,7 @@ from tandem.run.counted import counted
 from tandem.run.figures import figures
 from tandem.run.folder import RunFolder, check_new
 from tandem.run.parts import build_parts
+from tandem.sync.config import SyncConfig
 from tandem.sync.departures import declaration
 from tandem.trace import Totals, Trace
 from tandem.types import Group
@@ -37,7 +39,11 @@ Split = Literal["train", "heldout"]
 
 
 def sized(config: RunConfig, programs: int | None, split: Split) -> RunConfig:
-    """`config` with a step of `programs` programs: whole groups, or a part of one. ConfigError where that can't be."""
+    """`config` with a step of `programs` programs: whole groups, or a part of one. ConfigError where that can't be.
+
+    Nothing is updated, so no weights are older than others: what it says of that is left out.
+    """
+    config = replace(config, sync=SyncConfig(), asynchrony=AsyncConfig())
     group = config.rollout.samples_per_prompt
     if programs is not None:
         if programs < 1:
