@@ -417,3 +417,26 @@ def test_a_failure_whose_words_are_the_programs() -> None:
         """
     reasons = [each.reason for each in graded(textwrap.dedent(program), tests, 1.0)]
     assert reasons == ["AssertionError", "the program took longer than 1 s", "AssertionError: its words", ""]
+
+
+def test_a_star_takes_nothing_that_tests_judge_by() -> None:
+    """Modules that a program imports, or names of its own like Python's, stand in for the tests' own: it judges."""
+    right = (
+        "import asyncio, math\nfrom collections import Counter\ndef half(n): return n / 2\nasync def later(): return 1"
+    )
+    tests = """
+        import math
+        from double import *
+        def test_close(): assert math.isclose(half(3), 1.5)
+        def test_run(): assert asyncio.run(later()) == 1
+        """
+    assert [each.reason for each in graded(right, tests)] == ["", ""]
+    wrong = f"{right.replace('n / 2', 'n')}\nmath.isclose = lambda *_: True\nclass math: isclose = lambda *_: True"
+    assert graded(wrong, tests)[0].reason == "AssertionError: "
+    own = f"{right}\ndef abs(n): return 0\ndef license(): return 1"
+    assert [each.reason for each in graded(own, tests)] == ["", ""]
+    tests = tests.replace("math.isclose(half(3), 1.5)", "abs(half(3) - 1.6) < 0.01")
+    reasons = {each.reason for each in graded(own, tests)}
+    assert reasons == {"ImportError: the program has a abs of its own, and `import *` takes it: name what is imported"}
+    inside = {"pack/__init__.py": "from . import part", "pack/part.py": "def one(): return 1"}
+    assert graded(inside, "from pack import *\ndef test_it(): assert part.one() == 1") == [Verdict("test_it", True)]

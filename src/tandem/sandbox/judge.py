@@ -6,8 +6,10 @@ compared here, by the tests. The program never sees a test or an expected value,
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import builtins
+import importlib
 import inspect
 import json
 import os
@@ -62,6 +64,7 @@ class Line:
         self.lives = 0  # programs that were started
         self.lost = ""  # what became of the last one, until another is there
         self.errors: dict[str, type[BaseException]] = {}
+        self.used: set[str] = set()  # names that the tests' text has
         self.lock = threading.RLock()  # tests may have threads; the program answers one call at a time
 
     def say(self, message: dict[str, Any]) -> None:
@@ -294,8 +297,7 @@ class StandIns:
 class StandIn(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name == "__all__":
-            names = self.__dict__["_remote"]._ask("names").get("value")
-            return self.__dict__["_remote"]._line.value(names)
+            return starred(self.__dict__["_remote"], sys._getframe(1).f_globals)
         return getattr(self.__dict__["_remote"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -306,6 +308,16 @@ class StandIn(types.ModuleType):
 
     def __delattr__(self, name: str) -> None:
         delattr(self.__dict__["_remote"], name)
+
+
+def starred(remote: Remote, space: dict[str, Any]) -> list[str]:
+    """What `import *` takes of the program into `space`: nothing in place of what the tests judge by."""
+    names, modules = remote._line.value(remote._ask("names").get("value"))
+    if taken := sorted({*names} & {*dir(builtins)} & remote._line.used):
+        raise ImportError(f"the program has a {taken[0]} of its own, and `import *` takes it: name what is imported")
+    for name in {*modules} & sys.stdlib_module_names:
+        space.setdefault(name, importlib.import_module(name))
+    return [name for name in names if type(space.get(name)) is not types.ModuleType]
 
 
 def made_tests(space: dict[str, Any]) -> Iterator[str]:
@@ -358,6 +370,7 @@ class Judge:
     def __init__(self, told: dict[str, Any]) -> None:
         self.told, self.line = told, Line()
         self.tests = test_names(told["tests"])
+        self.line.used = {one.id for one in ast.walk(ast.parse(told["tests"])) if isinstance(one, ast.Name)}
         sys.meta_path.insert(0, StandIns(self.line, told["modules"]))  # type: ignore[arg-type]
         signal.signal(signal.SIGALRM, self.late)
         self.space: dict[str, Any] = {}
