@@ -26,7 +26,12 @@ from tests.display import Silent
 from tests.samples import ended
 
 STEPS = 3
-APART = WorkersConfig("local", deadline_s=20.0)
+APART = WorkersConfig("local", deadline_s=60.0)
+
+
+def patience_s(fault: signal.Signals) -> float:
+    """A deadline that a stopped process is to pass, and one that is busy is not; a dead one is seen at once."""
+    return 8.0 if fault == signal.SIGSTOP else APART.deadline_s
 
 
 def pid(engine: RemoteEngine) -> int:

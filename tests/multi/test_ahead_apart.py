@@ -20,12 +20,12 @@ from tandem.run.config import RunConfig
 from tandem.run.parts import Parts
 from tests.display import Silent
 from tests.multi.test_asynchronous import FULL, STEPS, repeated, tiny
-from tests.placed import closes, pid
+from tests.placed import closes, patience_s, pid
 
 __all__ = ["tiny"]
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels' bits depend on the batch")
 TURNS = {"rollout.max_turns": "2"}
-ENGINE = {"workers.backend": "local", "workers.deadline_s": "20"}
+ENGINE = {"workers.backend": "local", "workers.deadline_s": "60"}
 BOTH = {**ENGINE, "workers.learner": "apart", "evaluation.prompts": "4", "evaluation.every": "2"}
 EVALUATED = {"evaluation.prompts": "4", "evaluation.every": "2"}
 
@@ -107,7 +107,7 @@ def test_an_engine_that_is_lost_ahead(
         return faulty
 
     monkeypatch.setattr(local, "build_parts", watched)
-    config = override(tiny, {**TURNS, **ENGINE, **FULL, "workers.deadline_s": "5"})
+    config = override(tiny, {**TURNS, **ENGINE, **FULL, "workers.deadline_s": f"{patience_s(fault)}"})
     with pytest.warns(TandemWarning, match=f"worker engine, phase {phase}: .* In its place another is started"):
         found = trained(config, tmp_path / "run")
     assert len(hit) == 1

@@ -21,7 +21,22 @@ from tandem.run.config import RunConfig, WorkersConfig
 from tandem.run.parts import Parts, build_parts
 from tandem.run.workers import Local
 from tandem.types import Request, Sampling, StopReason
-from tests.placed import APART, STEPS, closes, drawn, pid, requests, resumed, run, same, some, struck, tiny, tokens
+from tests.placed import (
+    APART,
+    STEPS,
+    closes,
+    drawn,
+    patience_s,
+    pid,
+    requests,
+    resumed,
+    run,
+    same,
+    some,
+    struck,
+    tiny,
+    tokens,
+)
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
 
@@ -98,14 +113,14 @@ def test_withdrawn_requests_give_what_they_have(config, here):
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_another_worker_draws_the_same(config, here, fault):
     """Requests that are lost with a worker, drawn otherwise by the next, or given twice."""
-    with engine_of(config, replace(APART, deadline_s=4.0)) as engine:
+    with engine_of(config, replace(APART, deadline_s=patience_s(fault))) as engine:
         first = pid(engine)
         for request in requests():
             engine.submit(request)
         done = some(engine)
         assert len(done) < 12
         os.kill(first, fault)
-        said = r"worker engine, phase rollout: (its process ended \(killed by signal 9\)|no answer came within 4 s)"
+        said = r"worker engine, phase rollout: (its process ended \(killed by signal 9\)|no answer came within 8 s)"
         with pytest.warns(TandemWarning, match=f"{said}.* In its place another is started, and asked again for"):
             while engine.has_work:
                 done += engine.step()
@@ -213,15 +228,15 @@ def test_weights_damaged_on_their_way_are_mended_or_named(config):
 
 def test_a_worker_stopped_before_a_version_comes(config):
     """A learner that waits for a stopped engine, or an engine behind its learner."""
-    with parts_of(config, replace(APART, deadline_s=4.0)) as parts:
+    with parts_of(config, replace(APART, deadline_s=patience_s(signal.SIGSTOP))) as parts:
         engine = parts.engine
         assert isinstance(engine, RemoteEngine)
         os.kill(pid(engine), signal.SIGSTOP)
-        with pytest.warns(TandemWarning, match="worker engine, phase publish: no answer came within 4 s"):
+        with pytest.warns(TandemWarning, match="worker engine, phase publish: no answer came within 8 s"):
             version = parts.publisher.publish(1)
         assert engine.version == version
         assert engine.seat.worker.ask("rollout", "clock", deadline_s=60).result() > 0
-    with parts_of(config, replace(APART, deadline_s=4.0, restarts=0)) as parts:
+    with parts_of(config, replace(APART, deadline_s=patience_s(signal.SIGSTOP), restarts=0)) as parts:
         assert isinstance(parts.engine, RemoteEngine)
         os.kill(pid(parts.engine), signal.SIGSTOP)
         with pytest.raises(WorkerStalled) as caught:
@@ -251,7 +266,7 @@ def test_a_run_whose_engine_is_stopped_or_killed_is_the_same_run(config, plain, 
     lost."""
     hit: list[int] = []
     with pytest.warns(TandemWarning, match=f"worker engine, phase {phase}: .* In its place another is started"):
-        workers = replace(APART, deadline_s=4.0)
+        workers = replace(APART, deadline_s=patience_s(fault))
         rows = run(replace(config, workers=workers), tmp_path / "run", struck(phase, fault, hit))
     assert len(hit) == 1
     same(rows, plain)
@@ -317,7 +332,7 @@ def test_a_run_whose_reference_is_stopped_or_killed_is_the_same_run(config, plai
     with pytest.warns(
         TandemWarning, match="worker reference, phase score: .* another is started, and asked again for 24"
     ):
-        rows = run(replace(config, workers=replace(APART, deadline_s=4.0)), tmp_path / "run")
+        rows = run(replace(config, workers=replace(APART, deadline_s=patience_s(fault))), tmp_path / "run")
     assert hit
     same(rows, plain)
     closes(tmp_path / "run")

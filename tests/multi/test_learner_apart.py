@@ -17,7 +17,7 @@ from tandem.errors import CheckpointError, ConfigError, NonFiniteError, WorkerDi
 from tandem.kernels.build.toolchain import compiler
 from tandem.run.config import CheckpointConfig, RunConfig
 from tandem.run.parts import Parts
-from tests.placed import APART, STEPS, closes, resumed, run, same, struck, tiny
+from tests.placed import APART, STEPS, closes, patience_s, resumed, run, same, struck, tiny
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
 BOTH = replace(APART, learner="apart")
@@ -84,7 +84,7 @@ def test_a_run_whose_learner_is_lost_stops_and_resumes(config, plain, tmp_path, 
     hit, out = list[int](), tmp_path / "run"
     kind = WorkerDied if fault == signal.SIGKILL else WorkerStalled
     with pytest.raises(kind, match=f"worker learner, phase {phase}: ") as caught:
-        run(replace(config, workers=replace(BOTH, deadline_s=5.0)), out, lost(phase, fault, hit))
+        run(replace(config, workers=replace(BOTH, deadline_s=patience_s(fault))), out, lost(phase, fault, hit))
     assert hit and (caught.value.worker, caught.value.phase) == ("learner", phase)
     saved = sorted(path.name for path in (out / "checkpoints").iterdir())
     assert saved in (["step-1"], []) if phase == "save" else saved == ["step-1"], saved
@@ -121,7 +121,7 @@ def test_what_is_saved_of_a_step_that_raised(config, tmp_path, updated):
 def test_an_engine_lost_beside_a_learner_apart(config, plain, tmp_path, fault):
     """An engine that is met again by a learner elsewhere, and gets other weights or none."""
     hit: list[int] = []
-    workers = replace(BOTH, transport="broadcast", deadline_s=8.0)
+    workers = replace(BOTH, transport="broadcast", deadline_s=patience_s(fault))
     with pytest.warns(match="worker engine, phase publish: .* In its place another is started"):
         rows = run(replace(config, workers=workers), tmp_path / "run", struck("publish", fault, hit))
     assert len(hit) == 1

@@ -22,7 +22,7 @@ from tandem.sync import files
 from tandem.sync.group import GroupSender
 from tandem.sync.transport import Held
 from tandem.sync.ways import Address, InFolder, reader_of
-from tests.placed import APART, closes, run, same, struck, tiny
+from tests.placed import APART, closes, patience_s, run, same, struck, tiny
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
 
@@ -65,7 +65,9 @@ def test_an_engine_lost_is_met_again(config, plain, workers, tmp_path, phase, fa
 
     with pytest.warns(TandemWarning, match=f"worker engine 1, phase {phase}: .* In its place another is started"):
         two = replace(config.engine, replicas=2)
-        rows = run(replace(config, engine=two, workers=replace(workers, deadline_s=8.0)), tmp_path / "run", watch)
+        rows = run(
+            replace(config, engine=two, workers=replace(workers, deadline_s=patience_s(fault))), tmp_path / "run", watch
+        )
     assert len(hit) == 1
     assert [engine.seat.replaced for engine in seen[0].sampling] == [1, 0]  # type: ignore[attr-defined]
     same(rows, plain)
