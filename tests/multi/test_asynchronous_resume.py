@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -230,3 +231,7 @@ def test_a_journal_that_contradicts_itself_is_said(finished: Path, tmp_path: Pat
     path.write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     with pytest.raises(RunFolderError, match=said):
         replay(out, on_step=lambda _: None, note=lambda _: None)
+    if change != "no update":  # without a checkpoint all of it is lived through again
+        shutil.rmtree(out / "checkpoints")
+        result = train(finished.parent / "tiny.py", "--resume", out)
+        assert result.returncode == 2 and re.search(said, result.stderr), result.stderr

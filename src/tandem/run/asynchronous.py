@@ -448,10 +448,10 @@ class AsyncSession(PartedSession):
     def _live(self, fact: Fact) -> None:
         """A fact between two choices."""
         assert self.earlier is not None
+        self.follows(self.folder.path / FACTS, fact)
         size = self.config.rollout.samples_per_prompt
         if fact.kind == "begin":
             number = self.queue.begin(fact["version"])
-            assert number == fact["number"], (number, fact)
             self.begun[fact["group"]] = self.unbegun[fact["group"]] = Begun(number, fact["step"], fact["prompt"])
             self.ledger.dispatch(f"{fact['group']}/{one}" for one in range(size))
             self.stream.skip(fact["prompt"] + 1)

@@ -87,7 +87,7 @@ def _beyond(value: Any) -> Any:
         return [_beyond(one) for one in value]
     if isinstance(value, int) and not -(2**63) <= value < 2**64:
         return msgspec.msgpack.Ext(_INTEGER, value.to_bytes(value.bit_length() // 8 + 1, "big", signed=True))
-    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+    if isinstance(value, str) and not value.isascii() and any("\ud800" <= one <= "\udfff" for one in value):
         return msgspec.msgpack.Ext(_TEXT, value.encode("utf-8", "surrogatepass"))
     return value
 

@@ -66,6 +66,16 @@ class PartedSession(Session):
             )
         return Choice(fact["step"], numbers, again, stale, tuple(self.queue.unusable))
 
+    def follows(self, path: Path, fact: Fact) -> None:
+        """RunFolderError where a group begins or ends that can't, by what the journal in `path` says before."""
+        if fact.kind == "begin" and fact["number"] != self.queue.begun:
+            why = f"begins group {fact['number']} where group {self.queue.begun} is due"
+        elif fact.kind == "end" and fact["number"] not in self.queue.running:
+            why = f"ends group {fact['number']}, which does not run"
+        else:
+            return
+        raise RunFolderError(f"{path} {why}: facts before it are lost, or it was changed. Restore it.")
+
     def given(self) -> list[Group]:
         """The groups of the last part."""
         again = [one.ended.group for part in self.queue.parts for one in part if one.uses > 1]
