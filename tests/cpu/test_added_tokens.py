@@ -12,7 +12,7 @@ from typing import Any
 import gguf
 import pytest
 import transformers
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -245,6 +245,7 @@ MORE = ["chat_template", "split_special_tokens", "clean_up_tokenization_spaces"]
 
 
 @settings(max_examples=300, deadline=None)
+@example(config={"bos_token": {}}, special={"bos_token": None}, added={})
 @given(
     config=st.dictionaries(st.sampled_from(FIELDS + MORE), JSON, max_size=3),
     special=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),

@@ -411,10 +411,10 @@ def no_repack(patch: Patch) -> None:
     """The optimiser changes the weights and not what the products read."""
     true = Optimiser.step
 
-    def broken(self, *given):
+    def broken(self, *given, **named):
         with pytest.MonkeyPatch.context() as inner:
             inner.setattr(Decoder, "repack", lambda self: None)
-            true(self, *given)
+            true(self, *given, **named)
 
     patch.setattr(Optimiser, "step", broken)
 

@@ -77,8 +77,9 @@ class Tokenizer:
         self.now = datetime.now()
         self.arguments: Mapping[str, Any] = {}
         self.spelt_as_text = True
-        names = {name: _text(settings[name]) for name in SPECIAL_NAMES if settings.get(name) is not None}
-        self.special_tokens = names if special_tokens is None else dict(special_tokens)
+        if special_tokens is None:
+            special_tokens = {name: _text(settings[name]) for name in SPECIAL_NAMES if settings.get(name) is not None}
+        self.special_tokens = dict(special_tokens)
         # As Transformers: for byte-pair vocabularies the setting is not meant, and would take spaces from the text.
         self._cleans = fields.take("clean_up_tokenization_spaces", optional(flag), False) and (
             type(backend.model).__name__ != "BPE"
