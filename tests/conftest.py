@@ -20,6 +20,18 @@ TEMPLATE = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-docs", action="store_true", help="write the tables of the docs that tests generate")
     parser.addoption("--write-goldens", action="store_true", help="write tests/goldens/runs.json as runs are now")
+    parser.addoption("--grids", action="store_true", help="run grids of cases whole, not their diagonals")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "grid: off the diagonal of a grid of cases (tests/grid.py)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--grids"):
+        for item in items:
+            if item.get_closest_marker("grid"):
+                item.add_marker(pytest.mark.skip(reason="off the diagonal of its grid: --grids runs it"))
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from tandem.run.apart import RemoteEngine
 from tandem.run.config import RunConfig
 from tandem.run.parts import Parts
 from tests.display import Silent
+from tests.grid import crossed
 from tests.multi.test_asynchronous import FULL, STEPS, repeated, tiny
 from tests.placed import closes, patience_s, pid
 
@@ -81,8 +82,7 @@ def test_weights_that_change_under_running_requests(tiny: RunConfig, tmp_path: P
     closes(tmp_path / "run", in_flight=True)
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("phase", ["rollout", "publish"])
+@pytest.mark.parametrize(("phase", "fault"), crossed(["rollout", "publish"], [signal.SIGKILL, signal.SIGSTOP]))
 def test_an_engine_that_is_lost_ahead(
     tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phase: str, fault: signal.Signals
 ) -> None:

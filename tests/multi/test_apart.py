@@ -21,6 +21,7 @@ from tandem.run.config import RunConfig, WorkersConfig
 from tandem.run.parts import Parts, build_parts
 from tandem.run.workers import Local
 from tandem.types import Request, Sampling, StopReason
+from tests.grid import crossed
 from tests.placed import (
     APART,
     STEPS,
@@ -259,8 +260,9 @@ def test_a_run_with_its_engine_apart_is_the_same_run(config, plain, tmp_path):
     assert json.loads((tmp_path / "run" / "plan.json").read_text())["workers"] == "local"
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("phase", ["rollout", "publish", "release"])
+@pytest.mark.parametrize(
+    ("phase", "fault"), crossed(["rollout", "publish", "release"], [signal.SIGKILL, signal.SIGSTOP])
+)
 def test_a_run_whose_engine_is_stopped_or_killed_is_the_same_run(config, plain, tmp_path, phase, fault):
     """A run that hangs, loses a trajectory, trains one twice or has tokens without a fate when its engine's process is
     lost."""

@@ -17,6 +17,7 @@ from tandem.errors import CheckpointError, ConfigError, NonFiniteError, WorkerDi
 from tandem.kernels.build.toolchain import compiler
 from tandem.run.config import CheckpointConfig, RunConfig
 from tandem.run.parts import Parts
+from tests.grid import crossed
 from tests.placed import APART, STEPS, closes, patience_s, resumed, run, same, struck, tiny
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
@@ -77,8 +78,7 @@ def lost(phase: str, fault: signal.Signals, hit: list[int]) -> Callable[[Parts],
     return watch
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("phase", ["learn", "publish", "save"])
+@pytest.mark.parametrize(("phase", "fault"), crossed(["learn", "publish", "save"], [signal.SIGKILL, signal.SIGSTOP]))
 def test_a_run_whose_learner_is_lost_stops_and_resumes(config, plain, tmp_path, phase, fault):
     """A run that hangs with its learner, ends by a traceback, leaves half a checkpoint, or resumes to other weights."""
     hit, out = list[int](), tmp_path / "run"

@@ -267,6 +267,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, write_model) -> RunConfig:
     )
 
 
+@pytest.mark.grid  # test_ray_tasks.py has one with all of it in actors
 def test_a_run_with_its_engine_in_an_actor_is_the_same_run(backend, config, tmp_path):
     """A run whose weights hang on where its engine lives, or on the death of an actor in the middle of its rollouts."""
     plain = run(replace(config, workers=WorkersConfig()), tmp_path / "plain")

@@ -22,6 +22,7 @@ from tandem.program.pool import EnvironmentPool
 from tandem.run.config import WorkersConfig
 from tandem.run.ray import Ray
 from tandem.types import Failure, Message
+from tests.grid import crossed
 from tests.placed import closes, run, same, tiny
 from tests.struck import PHASES
 
@@ -54,9 +55,9 @@ def played(pool: EnvironmentPool, index: int) -> list[float | Failure]:
     return [found] if isinstance(found, Failure) else [float(found)]
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("whom", ["itself", "its actor"])
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("phase", "whom", "fault"), crossed(PHASES, ["itself", "its actor"], [signal.SIGKILL, signal.SIGSTOP])
+)
 def test_an_environment_lost_in_each_phase(backend, tmp_path, phase, whom, fault):
     """A program that hangs or pays zero with its process; a pool that answers nothing more; a process left behind."""
     with closing(EnvironmentPool(struck(tmp_path, phase, whom, fault), born=backend.home)) as pool:
@@ -98,7 +99,7 @@ def test_a_cluster_without_room(tmp_path, monkeypatch, backend):
     """A task that waits, in silence, for a processor which the cluster does not have."""
     import ray
 
-    held = [ray.util.placement_group([{"CPU": ray.available_resources()["CPU"]}])]
+    held = [ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])]
     assert held[0].wait(LONG_S)
     try:
         task = struck(tmp_path, "none", "itself", signal.SIGKILL)

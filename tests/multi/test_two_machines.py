@@ -32,6 +32,7 @@ def there():
         pytest.skip(f"two network namespaces and a slow link between them cannot be made here: {said}")
 
 
+@pytest.mark.grid
 def test_a_run_over_two_machines_is_the_run_of_one(there, tmp_path, write_model):
     """An engine on another machine that looks for the weights on its own, or draws otherwise there."""
     config = tiny(tmp_path, write_model)

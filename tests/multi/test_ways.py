@@ -22,6 +22,7 @@ from tandem.sync import files
 from tandem.sync.group import GroupSender
 from tandem.sync.transport import Held
 from tandem.sync.ways import Address, InFolder, reader_of
+from tests.grid import crossed
 from tests.placed import APART, closes, patience_s, run, same, struck, tiny
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels are not batch-invariant")
@@ -52,8 +53,7 @@ def test_a_run_over_each_way_is_the_same_run(config, plain, workers, tmp_path):
         assert list(Path(workers.folder).iterdir()) == []
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("phase", ["rollout", "publish"])
+@pytest.mark.parametrize(("phase", "fault"), crossed(["rollout", "publish"], [signal.SIGKILL, signal.SIGSTOP]))
 def test_an_engine_lost_is_met_again(config, plain, workers, tmp_path, phase, fault):
     """A new engine that nobody sends the weights to, a learner that waits for the old one, or an engine beside it that
     takes what it is sent for the next version."""
