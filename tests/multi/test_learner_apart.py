@@ -66,11 +66,10 @@ def lost(phase: str, fault: signal.Signals, hit: list[int]) -> Callable[[Parts],
         ask = learner.ask
 
         def faulty(asked: str, method: str, *given: Any, **named: Any) -> Any:
-            if asked == phase and learner.updates >= 1 and not hit:
-                version = parts.publisher.version
-                if version is not None and version.step == 1:
-                    hit.append(ask("start", "pid"))
-                    os.kill(hit[0], fault)
+            version = parts.publisher.version
+            if asked == phase and not hit and version is not None and version.step == 1:
+                hit.append(ask("start", "pid"))
+                os.kill(hit[0], fault)
             return ask(asked, method, *given, **named)
 
         learner.ask = faulty  # type: ignore[method-assign]
