@@ -26,7 +26,7 @@ from tandem.trace import Trace
 from tandem.types import Group, Prompt, StopReason, Trajectory
 
 WORKERS = ("rollout 1", "rollout 2")
-BUSY = {MAIN: ("learner", "update", "publish", "buffer", "rows"), "": ("decode", "full_buffer", "weights", "lag")}
+BUSY = {MAIN: ("learner", "update", "publish", "buffer", "rows"), "": ("decode", "full_buffer", "weights")}
 
 
 @dataclass

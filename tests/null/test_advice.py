@@ -126,6 +126,17 @@ def test_a_fault_is_named(name: str) -> None:
             assert evidence.low <= evidence.end - evidence.start <= evidence.high
 
 
+def test_a_sampler_beside_the_learner_slows_down() -> None:
+    """An asynchronous run, whose rows have their sampling with another worker, that no advisory sees slow down."""
+    rows = []
+    for row in Noise(0).run():
+        slower(row)
+        rollout = row["seconds"].pop("rollout")
+        row |= {"drawn_tokens": row["tokens"], "workers": {"rollouts": {"decode": rollout, "parked": 50.0}}}
+        rows.append(row)
+    assert "slowdown" in {advisory.name for advisory in advise(rows)}
+
+
 def test_every_rule_has_a_fault_and_settings_that_exist() -> None:
     """Advice to set what no config has, or an advisory that no test has seen."""
     assert {*FAULTS} == {rule.name for rule in RULES} and len(RULES) == len({rule.name for rule in RULES})

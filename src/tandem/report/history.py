@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from tandem.report import trend as tests
+from tandem.report.metrics import sampling
 from tandem.report.trend import Trend
 from tandem.report.units import decimal, percent
 
@@ -92,12 +93,12 @@ MEASURES: dict[str, Measure] = {
     ),
     "malformed": Measure("share of calls that fit no tool", _share, _calls("malformed_calls", "unreadable_calls")),
     "tool_errors": Measure("share of calls that failed", _share, _calls("tool_errors", "tool_timeouts")),
-    "rollout": Measure("seconds of rollout", _decimal, _part("seconds", "rollout")),
+    "rollout": Measure("seconds of rollout", _decimal, lambda row: sampling(row)[1] or None),
     "learner": Measure("seconds of the learner", _decimal, _part("seconds", "learner")),
     "a_token": Measure(
         "milliseconds of rollout a sampled token",
         _decimal,
-        lambda row: _over(1e3 * (_part("seconds", "rollout")(row) or 0.0), row.get("tokens")),
+        lambda row: _over(1e3 * sampling(row)[1], sampling(row)[0]),
     ),
     "a_row": Measure(
         "milliseconds of the learner a row",

@@ -131,7 +131,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     seconds = seconds_by_phase(rows)
     spent = sum(seconds.values())
     tokens = sum(series(rows, "tokens")[1]) if measured == "reward" else 0  # of texts, nothing was sampled
-    drawn, rollout_s = map(sum, zip(*map(_rollout, rows), strict=True)) if tokens else (0.0, 0.0)
+    drawn, rollout_s = map(sum, zip(*map(sampling, rows), strict=True)) if tokens else (0.0, 0.0)
     return {
         "steps": len(trained),
         "last_step": trained[-1]["step"] if trained else None,
@@ -156,7 +156,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _rollout(row: Row) -> tuple[float, float]:
+def sampling(row: Row) -> tuple[float, float]:
     """Tokens, and the seconds that their sampling took: of the main worker, else of the others."""
     if own := (row.get("seconds") or {}).get("rollout"):
         return float(row.get("tokens") or 0), float(own)

@@ -67,7 +67,6 @@ PHASES = {
     "parked": ("idle", "stood still while batches were chosen, weights changed, a checkpoint was written"),
     "buffer": ("idle", "waited for samples: the buffer was empty"),
     "full_buffer": ("idle", "waited for room: the buffer was full"),
-    "lag": ("idle", "began nothing, since it would have been older than the lag allows"),
     "cores": ("idle", "waited for processors on which another worker computed"),
     "startup": ("idle", "weights, kernels and environments were made ready, or a checkpoint read"),
     "down": ("idle", "it was not at work: it had died, or had nothing left to do"),
