@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem import env
 from tests.placed import run
 
 HEAD, NODE, PORT = "10.203.77.1", "10.203.77.2", 6390
@@ -75,6 +76,7 @@ def cluster(there: Two, folder: Path) -> Iterator[Mapping[str, str]]:
     """A head without a processor to give, and a node; what a driver's environment needs."""
     environment = {
         **os.environ,
+        "TANDEM_CACHE": str(env.cache_dir()),
         "HOME": str(folder),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),

@@ -245,6 +245,7 @@ MORE = ["chat_template", "split_special_tokens", "clean_up_tokenization_spaces"]
 
 
 @settings(max_examples=300, deadline=None)
+@example(config={"image_token": "\ud800"}, special={}, added={})
 @example(config={"bos_token": {}}, special={"bos_token": None}, added={})
 @given(
     config=st.dictionaries(st.sampled_from(FIELDS + MORE), JSON, max_size=3),

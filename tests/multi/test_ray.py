@@ -33,6 +33,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """An empty home folder."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("home")
+        patch.setenv("TANDEM_CACHE", str(env.cache_dir()))  # else each actor builds the kernels
         patch.setenv("HOME", str(folder))
         patch.delenv("RAY_ADDRESS", raising=False)
         yield folder

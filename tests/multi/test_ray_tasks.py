@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("ray", reason="ray is not installed: pip install 'tandem-rl[ray]'")
 
+from tandem import env
 from tandem.engine.config import EngineConfig
 from tandem.errors import EnvironmentFailure, TaskError
 from tandem.kernels.build.toolchain import compiler
@@ -33,6 +34,7 @@ STRUCK = "tests.struck:Struck"
 @pytest.fixture(scope="module")
 def backend(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ray]:
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TANDEM_CACHE", str(env.cache_dir()))  # else each actor builds the kernels
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.delenv("RAY_ADDRESS", raising=False)
         with closing(Ray(WorkersConfig("ray"), processors=8)) as made:

@@ -286,7 +286,13 @@ def load_tokenizer(folder: Path, stop_ids: Iterable[int] = (), vocab_size: int |
             backend = Backend.from_str(whole)
         except Exception as error:  # the tokenizers library raises Exception itself
             raise ModelError(f"{path} cannot be read: {error}. Copy or download the file again.") from error
-        names = add_tokens(backend, folder, settings, whole)
+        try:
+            names = add_tokens(backend, folder, settings, whole)
+        except UnicodeEncodeError as error:
+            raise ModelError(
+                f"the files of {folder} name a token with half a character, {error.object!r}: no text has it. Copy the "
+                "original files again."
+            ) from error
     elif any((folder / name).is_file() for name in _SLOW_FILES):
         backend, names = _convert(folder, None)
         settings = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
