@@ -318,7 +318,7 @@ def test_one_of_two_engines_cannot_come_back(config, plain, tmp_path, phase):
     assert (closes(tmp_path / "run")["crashed"] > 0) == (phase == "rollout")
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.grid)])
 def test_a_run_whose_reference_is_stopped_or_killed_is_the_same_run(config, plain, tmp_path, monkeypatch, fault):
     """A run that hangs with its reference policy, or goes on without its part of the loss."""
     hit: list[int] = []

@@ -116,7 +116,7 @@ def test_what_is_saved_of_a_step_that_raised(config, tmp_path, updated):
     assert saved == ([] if updated else ["step-1"]), saved
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("fault", [pytest.param(signal.SIGKILL, marks=pytest.mark.grid), signal.SIGSTOP])
 def test_an_engine_lost_beside_a_learner_apart(config, plain, tmp_path, fault):
     """An engine that is met again by a learner elsewhere, and gets other weights or none."""
     hit: list[int] = []

@@ -20,6 +20,7 @@ from tandem.errors import ConfigError, TandemWarning, TaskError
 from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.program.environment import Environment
+from tandem.program.episode import Opened
 from tandem.program.prompts import (
     DrawnPrompts,
     FilePrompts,
@@ -279,7 +280,7 @@ def test_prompt_with_half_a_character() -> None:
         DrawnPrompts(TaskConfig("x:Y", heldout_size=1), Half(9))
     source = DrawnPrompts(TaskConfig("x:Y", heldout_size=0), Half(9))
     with pytest.raises(ValueError, match="half of a character"):
-        driven(Calls(source, source.config).observe(0, Prompt("x", ()), ()))
+        driven(Calls(source, source.config).observe(0, Opened(Prompt("x", ())), ()))
     with pytest.raises(ConfigError, match=r"task.system holds .udc80, half"):
         TaskConfig(system="Be \udc80.")
 
@@ -362,8 +363,8 @@ def test_reasoning_gym_by_name(name: str) -> None:
     for prompt in prompts:
         nonsense = Message("assistant", "<answer>nonsense</answer>", sampled=True)
         said = Message("assistant", f"<answer>{prompt.record['answer']}</answer>", sampled=True)
-        assert driven(Calls(source, config).score(0, prompt, (said,)))[0] == 1.0, prompt
-        assert driven(Calls(source, config).score(0, prompt, (nonsense,)))[0] < 0.5, prompt
+        assert driven(Calls(source, config).score(0, Opened(prompt), (said,)))[0] == 1.0, prompt
+        assert driven(Calls(source, config).score(0, Opened(prompt), (nonsense,)))[0] < 0.5, prompt
     assert source.train(4096) == make_prompts(config).train(4096)
     assert source.train(4096).messages != source.train(0).messages
     assert question_key(source.train(0)) != question_key(make_prompts(TaskConfig(name=name, seed=4)).train(0))
@@ -378,8 +379,8 @@ def test_reasoning_gym_scores_unmarked_numbers() -> None:
     prompt = source.train(0)
     gold = int(prompt.record["answer"])
     right, wrong = (Message("assistant", f"The sum is {number}.", sampled=True) for number in (gold, gold + 1))
-    assert driven(Calls(source, config).score(0, prompt, (right,)))[0] == 1.0
-    assert driven(Calls(source, config).score(0, prompt, (wrong,)))[0] < 0.5
+    assert driven(Calls(source, config).score(0, Opened(prompt), (right,)))[0] == 1.0
+    assert driven(Calls(source, config).score(0, Opened(prompt), (wrong,)))[0] < 0.5
     assert re.fullmatch(r"State .*: \d\d? [+-] \d\d? =", prompt.messages[0].content)
 
 
