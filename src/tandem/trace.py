@@ -21,6 +21,7 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+ROLLOUT = ("host", "prefill", "decode", "recomputed")  # what the ledger splits a worker's span "rollout" into
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import RunFolderError
+from tandem.trace import ROLLOUT
 
 Row = Mapping[str, Any]
 
 FAILED_SHARE_ALARM = 0.10  # of a step's trajectories
-ROLLOUT = ("host", "prefill", "decode", "recomputed")  # of what a worker does, what the main one calls rollout
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:

@@ -320,10 +320,9 @@ class AsyncSession(PartedSession):
 
     def write(self, row: dict[str, Any]) -> None:
         counts = {"running_groups": len(self.flow), "waiting_groups": len(self.queue.waiting)}
+        stale, self.stale_groups = self.stale_groups, 0
         if row["step"]:
-            dropped = self.stale_groups
-            row |= self.lags | counts | {"stale_groups": dropped, "stale_share": dropped / (dropped + self.queue.size)}
-        self.stale_groups = 0
+            row |= self.lags | counts | {"stale_groups": stale, "stale_share": stale / (stale + self.queue.size)}
         super().write(row)
 
     def publish(self, step: int) -> WeightVersion:

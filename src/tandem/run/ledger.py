@@ -99,7 +99,6 @@ AUDIT = {
 }
 KNOWN = 65_536  # trained samples whose ids are kept, so that one that comes again is seen
 _SLACK_NS = 1_000  # float seconds of one clock may exceed its wall by their rounding
-ROLLOUT = ("host", "prefill", "decode", "recomputed")  # what a worker's "rollout" is split into
 SLACK_S, SLACK_SHARE = 1.0, 0.02  # seconds between spans, of a worker: beyond both, a phase is missing
 
 

@@ -47,7 +47,7 @@ from tandem.run.figures import figures
 from tandem.run.folder import RunFolder, SavedCheckpoint
 from tandem.run.learned import OBJECTIVES, learner_config, total_updates
 from tandem.run.learning import Learns
-from tandem.run.ledger import ROLLOUT, Ledger
+from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages
 from tandem.run.parts import Parts, reference_of, resolve_source
 from tandem.run.spending import Spending
@@ -55,6 +55,7 @@ from tandem.run.stop import StopSignal
 from tandem.run.stream import PromptStream
 from tandem.run.useful import useful_work
 from tandem.sync.departures import of_engine
+from tandem.trace import ROLLOUT
 from tandem.train import checkpoint as saved_state
 from tandem.train.checkpoint import Part, RunState
 from tandem.train.critic import Critic
