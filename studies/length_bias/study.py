@@ -25,6 +25,7 @@ def study() -> Study:
             "evaluation.prompts": "256",
             "asynchrony.mode": "full",
             "asynchrony.lag": "2",
+            "asynchrony.by_load": "false",  # as where engines have processors of their own: (lag + 1) P groups run
         },
         arms=(
             Arm("fifo", "first in, first out"),

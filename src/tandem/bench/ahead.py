@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 ROUNDS = 2  # of both sides, in turns
 SIZE = {"waits": (4, 4), "none": (8, 8)}  # groups of a step and samples of each; few, so that waits are what is long
 LAG = 2
-STEPS = {"sync/waits": 5, "full/waits": 8, "sync/none": 4, "full/none": 4}  # that count
+STEPS = {"waits": 8, "none": 4}  # that count
+FIRST = LAG + 1  # that do not, of either side: a queue fills, and both sides' steps have the same prompts
 OPEN = 4, 8  # groups of a step and samples of each, where a run is killed: with a lag of 1, 64 programs
 KILL_AFTER = 2  # steps
 LEFT_S = 1.0  # between a checkpoint and the kill
@@ -77,7 +78,7 @@ def config_of(arm: str) -> RunConfig:
     task = TaskConfig("tandem.bench.slow_tools:SlowCalculator", parameters=(("waits", waits != "none"),))
     return RunConfig(
         "ahead",
-        steps=STEPS[arm] + (LAG + 1 if mode == "full" else 1),
+        steps=FIRST + STEPS[waits],
         model=ModelConfig(MODEL),
         task=replace(task, heldout_size=1),
         rollout=RolloutConfig(*SIZE[waits], max_new_tokens=40, max_turns=3),
@@ -100,14 +101,9 @@ def run_arm(config: RunConfig, out: Path, display: Display) -> Run:
     with spent_in(Account, Ledger, Journal) as spent:
         train(config, out=out, resume=None, display=display)
     rows, asked = read_metrics(out), config.rollout
-    found = measured(rows, skipped(config), asked.prompts_per_step * asked.samples_per_prompt)
+    found = measured(rows, FIRST, asked.prompts_per_step * asked.samples_per_prompt)
     wall_s = sum(sum(row["seconds"].values()) for row in rows)
     return found | {"books": spent.seconds / wall_s, "books_calls": spent.calls}
-
-
-def skipped(config: RunConfig) -> int:
-    """Steps before those that count: in these the queue fills."""
-    return config.asynchrony.most_lag + 1
 
 
 def measured(rows: Sequence[Run], first: int, samples: int) -> Run:

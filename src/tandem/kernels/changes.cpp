@@ -95,14 +95,26 @@ extern "C" void code_changes(const uint16_t* now, const uint16_t* base, int64_t 
     }
 }
 
+// Where each block's stream starts, and behind the last one; empty where such counts can be of no tensor of `words`.
+static std::vector<int64_t> starts_of(int64_t words, const int32_t* counts) {
+    const int64_t blocks = (words + BLOCK - 1) / BLOCK;
+    std::vector<int64_t> starts(blocks + 1);
+    for (int64_t b = 0; b < blocks; b++) {
+        Form form;
+        if (counts[b] < 0 || counts[b] > size_of(words, b)) return {};
+        starts[b + 1] = starts[b] + shortest(counts[b], size_of(words, b), form);
+    }
+    return starts;
+}
+
+extern "C" void sound_changes(int64_t words, const int32_t* counts, int64_t length, int32_t* sound) {
+    const std::vector<int64_t> starts = starts_of(words, counts);
+    *sound = !starts.empty() && starts.back() == length;
+}
+
 extern "C" void apply_changes(uint16_t* base, int64_t words, const int32_t* counts, const uint16_t* streams) {
     const int64_t blocks = (words + BLOCK - 1) / BLOCK;
-    std::vector<int64_t> starts(blocks);
-    for (int64_t b = 0, next = 0; b < blocks; b++) {
-        Form form;
-        starts[b] = next;
-        next += shortest(counts[b], size_of(words, b), form);
-    }
+    const std::vector<int64_t> starts = starts_of(words, counts);
 #pragma omp parallel for schedule(static)
     for (int64_t b = 0; b < blocks; b++) apply(base + b * BLOCK, size_of(words, b), counts[b], streams + starts[b]);
 }

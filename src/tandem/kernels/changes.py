@@ -6,6 +6,7 @@ are the shortest of three streams, which their number tells: places and values, 
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -61,9 +62,16 @@ def lengths(counts: np.ndarray, words: int) -> list[int]:
 
 def is_sound(changes: Changes, words: int) -> bool:
     """Whether they can be of a tensor of so many words: what `apply_changes` takes for granted."""
+    if len(changes.counts) != num_blocks(words):
+        return False
+    if (run := function("changes", "sound_changes", "ipip")) is not None:
+        found = ctypes.c_int32()
+        counts_B = address(changes.counts, torch.int32, num_blocks(words))
+        run(words, counts_B, len(changes.streams), ctypes.addressof(found))
+        return bool(found.value)
     counts = changes.counts.numpy()
     sizes = np.minimum(BLOCK, words - BLOCK * np.arange(num_blocks(words)))
-    if len(counts) != len(sizes) or (counts < 0).any() or (counts > sizes).any():
+    if (counts < 0).any() or (counts > sizes).any():
         return False
     return sum(lengths(counts, words)) == len(changes.streams)
 

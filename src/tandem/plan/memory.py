@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 LIBRARY_BYTES = 24 << 20  # compiled kernels, threads' stacks and what else is first touched after the plan: measured
 ENGINE_BYTES = 400 << 20  # Python, torch and tokeniser of the engine's process, where it has one of its own
-SHARED_WEIGHTS = 2.25  # times the weights: what sync/memory.py sets aside
+SHARED_WEIGHTS = 2  # times the weights: what sync/memory.py sets aside
 CHILD_BYTES = 120 << 20  # a task's child: reasoning_gym's sums take 115 MiB
 MARGIN = 0.9  # of what is available, for what the program may choose to fill
 VALUE_BYTES = (
@@ -404,7 +404,7 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
         if asked.learns_apart:
             yield Line("the learner's process", ENGINE_BYTES, own=False)
         shares = run is None or run.workers.transport == "memory"
-        kept = ("weights in shared memory", int(SHARED_WEIGHTS * whole)) if shares else ("weights last sent", whole)
+        kept = ("weights in shared memory", SHARED_WEIGHTS * whole) if shares else ("weights last sent", whole)
         yield Line(*kept, LOADED)
     if asked.lag:
         yield Line("weights held back", (asked.lag + 1) * whole, LOADED, place)

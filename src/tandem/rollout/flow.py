@@ -57,6 +57,11 @@ class Flow:
         return not (self.turns.waits.asked or self._ended)
 
     @property
+    def requests(self) -> int:
+        """That the engine has of them; a program that waits for its environment has none."""
+        return len(self.turns.waits.requests)
+
+    @property
     def drawn_tokens(self) -> int:
         """By the programs of groups that run."""
         return sum(program.drawn_tokens for siblings in self._siblings.values() for program in siblings)

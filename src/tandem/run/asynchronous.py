@@ -26,6 +26,7 @@ from tandem.errors import RunFolderError, WorkerError, WorldError
 from tandem.rollout.config import AsyncConfig
 from tandem.rollout.flow import Ended, Flow
 from tandem.rollout.group import group_id
+from tandem.rollout.load import Load
 from tandem.rollout.program import Paused
 from tandem.rollout.queue import Choice, Queue
 from tandem.rollout.rollout import Rollouts
@@ -69,10 +70,8 @@ class AsyncSession(PartedSession):
         self.flow = Flow(self.rollouts)
         if self.cores is not None:
             self.here.between = self._give_way
-        self.least = min(2 * asked.prompts_per_step, self.queue.capacity)  # a batch that is learned, and the next
-        self.limit = self.least  # groups that run, wait or are learned, by load
-        self.starves = self.starved = False  # the engine had nothing to run: before the last batch, and since
-        self.waited = False  # since it the learner had nothing to learn of
+        self.load = Load(self.queue, self.cores is not None, time.monotonic())
+        self.waited = False  # since the last batch the learner had nothing to learn of
         self.lags: dict[str, float] = {}  # of the present step's groups
         self.journal: Journal | None = None
         self._arrived = 0  # groups that ended in this sitting
@@ -138,8 +137,11 @@ class AsyncSession(PartedSession):
                 self._begin(place, prompt)
             if not len(self.flow):
                 return True
-            self._end_all(self.flow.advance(WAIT_S))
-            self.starved |= len(self.flow) > 0 and any(not one.has_work for one in living(self.parts))
+            began_s = time.monotonic()
+            starves = self.flow.requests < len(living(self.parts))
+            ended = self.flow.advance(WAIT_S)
+            self.load.idle(time.monotonic() - began_s if starves else 0.0)
+            self._end_all(ended)
         return False
 
     def _end_all(self, ended: Sequence[Ended]) -> None:
@@ -153,12 +155,10 @@ class AsyncSession(PartedSession):
 
     def _may_begin(self) -> bool:
         """Whether an engine would run a group at once, and the learner seems to need one."""
-        asked = self.config.asynchrony
-        if not asked.by_load:
+        if not self.config.asynchrony.by_load:
             return True
-        if self.cores is not None and asked.mode == "full" and self.queue.whole and not (self.starves or self.starved):
-            return False  # it would end no sooner, and be computed again under new weights
-        return len(self.queue) < self.limit and any(not one.scheduler.waiting for one in living(self.parts))
+        at_once = any(not one.scheduler.waiting for one in living(self.parts))
+        return at_once and self.load.may_begin(time.monotonic())
 
     def _begin(self, place: int, prompt: Prompt) -> None:
         step, version = self.queue.step, serves(self.parts).step
@@ -262,19 +262,14 @@ class AsyncSession(PartedSession):
                     taken = choice is not None and self._take(choice)
                 if taken:
                     if self.queue.whole:
-                        self._adapt()
+                        self.load.adapt(self.waited, time.monotonic())
+                        self.waited = False
                     return self.given()
                 self.waited = True
                 if self.stopping.requested and self.stopping.received is not None:
                     self.stopping.ahead = "the groups of this step are waited for"
                 self._wait(seen, "rollout")
         return groups
-
-    def _adapt(self) -> None:
-        """More groups at once where the learner had to wait and the engine had nothing to run; else fewer, newer."""
-        more, fewer = self.limit + max(1, self.limit // 4), self.limit - max(1, self.limit // 8)
-        self.limit = min(more, self.queue.capacity) if self.waited and self.starved else max(fewer, self.least)
-        self.starves, self.starved, self.waited = self.starved, False, False
 
     def _take(self, choice: Choice) -> bool:
         assert self.journal is not None
