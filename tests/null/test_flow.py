@@ -270,3 +270,21 @@ def test_deadlines_do_not_run_while_nothing_is_drawn() -> None:
     assert [*flow._until_s.values()] == [3710.0, 3714.0] and program.episode.until_s == 3710.0
     assert flow.advance(0.0) == flow.advance(0.0) == []
     assert now_s == 3712.0 and [ended.group.prompt.id for ended in flow.advance(0.0)] == ["p0"] and len(flow) == 1
+
+
+def test_deadlines_do_not_run_while_the_engine_waits_for_the_learner() -> None:
+    """Programs that fail since a step of the engine waited for a long microbatch on the same cores."""
+    now_s, waited_s, engine = 0.0, 0.0, Typing()
+
+    def step() -> list[Completion]:
+        nonlocal now_s, waited_s
+        now_s, waited_s = now_s + 104.0, waited_s + 100.0
+        return []
+
+    engine.step = step  # type: ignore[method-assign]
+    config = RolloutConfig(1, 1, max_new_tokens=500, deadline_s=10.0)
+    by = Rollouts(Driver(engine), Renderer(Letters()), Counting(), config, 3, clock=lambda: now_s)  # type: ignore[arg-type]
+    flow = Flow(by, waited_s=lambda: waited_s)
+    flow.begin(1, *prompts(1))
+    ended = [flow.advance(0.0) for _ in range(4)]
+    assert [len(groups) for groups in ended] == [0, 0, 0, 1] and now_s == 312.0

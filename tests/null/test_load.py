@@ -58,7 +58,7 @@ def test_no_more_than_a_batch_on_shared_cores() -> None:
 
 
 def test_a_tool_that_answers_at_once_starves_nobody() -> None:
-    """The moment in which the last program of a batch is with its environment, taken for an engine that stands still."""
+    """The moment in which the last program of a batch is with its environment, taken for a starved engine."""
     load = Load(learning(AsyncConfig("full", lag=2)), True, 0.0)
     load.idle(0.001)
     assert not load.may_begin(1.0)

@@ -37,15 +37,25 @@ class Ended:
 
 
 class Flow:
-    """The groups that run. One thread's own; what the engine of `by` has beside them is somebody else's."""
+    """The groups that run. One thread's own; what the engine of `by` has beside them is somebody else's.
 
-    def __init__(self, by: Rollouts, turns: Callable[[Rollouts, Callable[..., None]], Turns] = Turns) -> None:
+    waited_s: seconds, so far, in which the engine had to wait for the learner.
+    """
+
+    def __init__(
+        self,
+        by: Rollouts,
+        turns: Callable[[Rollouts, Callable[..., None]], Turns] = Turns,
+        waited_s: Callable[[], float] = lambda: 0.0,
+    ) -> None:
         self.by = by
+        self.waited_s = waited_s
         self.turns = turns(by, self._end)
         self._until_s: dict[Program, float] = {}  # of those that run, in the order in which they began
         self._siblings: dict[str, list[Program]] = {}  # of groups that run
         self._ended: list[Ended] = []
         self._left_s = by.clock()  # nothing was drawn since
+        self._waited_s = waited_s()  # of that, known when it was left
 
     def __len__(self) -> int:
         """Groups that run."""
@@ -85,8 +95,8 @@ class Flow:
     def advance(self, wait_s: float) -> list[Ended]:
         """Groups that have ended. A step of the engine, or a wait of at most wait_s where it has nothing to do.
 
-        Deadlines do not run between two calls, where nothing is drawn: weights change, held-out prompts are answered, a
-        checkpoint is written.
+        Deadlines do not run while nothing is drawn. Between two calls weights change, held-out prompts are answered, a
+        checkpoint is written; within one the engine waits for the learner.
         """
         self._put_off()
         if self._until_s and not self._ended:
@@ -103,8 +113,9 @@ class Flow:
 
     def _put_off(self) -> None:
         """All deadlines, by what passed since it was left, where that is anything."""
-        now_s = self.by.clock()
-        stood_s, self._left_s = now_s - self._left_s, now_s
+        now_s, waited_s = self.by.clock(), self.waited_s()
+        stood_s, self._left_s = now_s - self._left_s + waited_s - self._waited_s, now_s
+        self._waited_s = waited_s
         for program in self._until_s if stood_s > STOOD_S else ():
             self._until_s[program] += stood_s
             program.episode.until_s = self._until_s[program]

@@ -67,7 +67,7 @@ class AsyncSession(PartedSession):
         self.rolling = endpoint(self.parts, self.account, self.display.note, takes)
         given = (self.rolling, self.parts.renderer, self.pool, asked, self.config.seed, self.rolled)
         self.rollouts = Rollouts(*given)
-        self.flow = Flow(self.rollouts)
+        self.flow = Flow(self.rollouts, waited_s=lambda: cores.engine_s if cores is not None else 0.0)
         if self.cores is not None:
             self.here.between = self._give_way
         self.load = Load(self.queue, self.cores is not None, time.monotonic())

@@ -26,6 +26,7 @@ class Cores:
         self._gone = set[int]()  # turns of those who did not wait for them
         self._holder: int | None = None  # the thread that has them
         self.since_s = time.monotonic()  # the present turn began then
+        self.engine_s = 0.0  # that engines waited
 
     def take(self, look: Callable[[], None] = lambda: None) -> None:
         """look: called while another has them, and raises where that takes too long."""
@@ -89,8 +90,10 @@ class Taking:
         return self.engine.drawn(request_id, first)
 
     def step(self) -> list[Completion]:
+        began_s = time.monotonic()
         with self.trace.span("cores"):
             self.cores.take()
+        self.cores.engine_s += time.monotonic() - began_s
         try:
             return self.engine.step()  # type: ignore[no-any-return]
         finally:

@@ -5,8 +5,9 @@ could leave behind, goes with the last process that has it open, and is not limi
 MB in a container unless told otherwise). It is sealed: it can't shrink under a reader, and readers can't write.
 
 Two slots take versions in turn, each with what is told of the version and all of its weights: to look for what changed
-takes longer than to copy them (45 ms against 19 of SmolLM2's 269 MB, both on two cores). The sender waits for nobody: `BEGUN` is set before a slot is written and `WHOLE` after it, and a reader
-whose slot was begun again meanwhile starts over. Readers write nothing at all.
+takes longer than to copy them (45 ms against 19 of SmolLM2's 269 MB, both on two cores). The sender waits for nobody:
+`BEGUN` is set before a slot is written and `WHOLE` after it, and a reader whose slot was begun again meanwhile starts
+over. Readers write nothing at all.
 """
 
 from __future__ import annotations
@@ -211,7 +212,9 @@ class MemoryReader:
             # Were it to shrink, reading it would end the process by a signal.
             if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS != SEALS:
                 raise OSError(errno.EINVAL, "it is not sealed against shrinking")
-            return mmap.mmap(descriptor, 0, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ), os.readlink(self._address)
+            return mmap.mmap(descriptor, 0, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ), os.readlink(
+                self._address
+            )
         except (OSError, ValueError) as error:
             said = getattr(error, "strerror", None) or error
             raise DeliveryError(f"{self._peer}, opening it: it is no sender's: {said}. Check the address.") from error
