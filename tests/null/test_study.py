@@ -16,7 +16,7 @@ from tandem.models.config import ModelConfig
 from tandem.run.config import RunConfig
 from tandem.study import result as report
 from tandem.study import runs
-from tandem.study.figure import study_png
+from tandem.study.figure import study_figure, study_png
 from tandem.study.page import readme
 from tandem.study.study import Arm, Planned, Study, plan
 
@@ -265,6 +265,18 @@ def test_figure(tmp_path: Path, num_arms: int) -> None:
         result["runs"] += [{**result["runs"][-1], "arm": "a0"}]
     picture = study_png(result)
     assert picture[:4] == b"\x89PNG" and picture == study_png(result)
+
+
+def test_each_panel_has_its_baseline(tmp_path: Path) -> None:
+    """An arm that is compared with another than the study's baseline, drawn as one that failed."""
+    arms = [Arm(f"{mode}_{panel}", mode, panel=panel) for panel in "ab" for mode in ("slow", "fast")]
+    pairs = tuple((f"fast_{panel}", f"slow_{panel}") for panel in "ab")
+    both = replace(STUDY, arms=tuple(arms), baseline="slow_a", compare=pairs)
+    facts = report.collect(both, BASE.name, planned(tmp_path, both), tmp_path, "tandem study rate")
+    entries = [report.run_entry(arm.name, seed, FINISHED, rows(0.5)) for arm in arms for seed in STUDY.seeds]
+    figure = study_figure(report.complete(facts, both, entries))
+    labels = [[text.get_text() for text in axes.get_yticklabels()] for axes in figure.axes[2::3]]
+    assert labels == [["fast"], ["fast"]] and not [text for axes in figure.axes for text in axes.texts]
 
 
 def test_redrawn_words(tmp_path: Path) -> None:

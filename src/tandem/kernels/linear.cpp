@@ -23,15 +23,25 @@ void pack_weight(const E* weight, E* packed, int64_t n, int64_t k) {
 // What pack_weight made, back as weight[N, K].
 template <typename E>
 void unpack_weight(const E* packed, E* weight, int64_t n, int64_t k) {
-    constexpr int64_t pair = pair_of<E>();
-    const int64_t depth = padded_depth<E>(k);
+    constexpr int64_t pair = pair_of<E>(), words = 64 / sizeof(E);  // elements of one register
+    const int64_t depth = padded_depth<E>(k), panels = (n + PANEL - 1) / PANEL;
 #pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < n; row++) {
-        const E* panel = packed + row / PANEL * depth * PANEL + row % PANEL * pair;
-        E* target = weight + row * k;
-        int64_t i = 0;
-        for (; i + pair <= k; i += pair) std::memcpy((void*)(target + i), (const void*)(panel + i * PANEL), pair * sizeof(E));
-        if (i < k) target[i] = panel[i * PANEL];
+    for (int64_t p = 0; p < panels; p++) {
+        const E* panel = packed + p * depth * PANEL;
+        E* rows = weight + p * PANEL * k;
+        const int64_t count = std::min<int64_t>(PANEL, n - p * PANEL);
+        int64_t first = 0;
+#ifdef TANDEM_AVX512
+        for (; first + words <= k; first += words)
+            for (int64_t c = 0; c < count; c += 16) {
+                __m512i r[16];
+                for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(panel + (first + i * pair) * PANEL + c * pair);
+                transpose16(r);
+                for (int i = 0; i < 16 && c + i < count; i++) _mm512_storeu_si512(rows + (c + i) * k + first, r[i]);
+            }
+#endif
+        for (int64_t i = first; i < k; i++)
+            for (int64_t c = 0; c < count; c++) rows[c * k + i] = panel[i / pair * pair * PANEL + c * pair + i % pair];
     }
 }
 

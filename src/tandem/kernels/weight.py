@@ -102,8 +102,11 @@ class Weight:
             self.value = torch.empty_like(self.value, device="meta")
         return True
 
-    def served(self) -> torch.Tensor:
-        """What the matrix products read, [out, in]: recovered from `packed` or `codes`, else `value` itself."""
+    def served(self, room: torch.Tensor | None = None) -> torch.Tensor:
+        """What the matrix products read, [out, in]: recovered from `packed` or `codes`, else `value` itself.
+
+        `room`, bytes, may be what it is recovered into: fresh memory costs more than the copy.
+        """
         if self.codes is not None:
             return self.codes.values()
         if self.packed is None:
@@ -111,6 +114,6 @@ class Weight:
         unpack = kernel("linear", "unpack_weight", self.value.dtype, "ppii")
         assert unpack is not None
         rows, depth = self.value.shape
-        tensor = torch.empty_like(self.value)
+        tensor = torch.empty_like(self.value) if room is None else room[: self.value.nbytes].view(self.value.dtype)
         unpack(self.packed.data_ptr(), tensor.data_ptr(), rows, depth)
-        return tensor
+        return tensor.view(rows, depth)

@@ -32,17 +32,24 @@ def _panels(result: Result) -> dict[str, dict[str, Arm]]:
     """Panel -> label -> arm, a row of plots each; arms without a panel are in all."""
     arms: Sequence[Arm] = result["arms"]
     names = dict.fromkeys(arm["panel"] for arm in arms if arm["panel"])
-    if len(arms) <= SMALL_MULTIPLES or not names:
+    if not names or (len(arms) <= SMALL_MULTIPLES and len(_baselines(result)) == 1):
         return {"": {", ".join(filter(None, (arm["panel"], arm["label"]))): arm for arm in arms}}
     return {name: {arm["label"]: arm for arm in arms if arm["panel"] in ("", name)} for name in names}
+
+
+def _baselines(result: Result) -> set[str]:
+    """The study's, and what is compared with no other and others are with it: a panel may have its own."""
+    pairs = [(arm, against) for arm, against in result["compare"]]
+    return {result["baseline"]} | {against for _, against in pairs} - {arm for arm, _ in pairs}
 
 
 def _looks(result: Result, panels: Mapping[str, Mapping[str, Arm]]) -> dict[str, Look]:
     """Label -> colour and line, the same in every panel."""
     cycle = ((SERIES[i % len(SERIES)], LINES[(i - 1) // len(SERIES) % len(LINES)]) for i in itertools.count(1))
     looks: dict[str, Look] = {}
+    baselines = _baselines(result)
     for label, arm in ((label, arm) for arms in panels.values() for label, arm in arms.items()):
-        if label not in looks and arm["name"] == result["baseline"]:
+        if label not in looks and arm["name"] in baselines:
             looks[label] = {"color": BASELINE, "linestyle": "-", "linewidth": 2.2, "zorder": 4}
         elif label not in looks:
             colour, line = next(cycle)
@@ -71,13 +78,14 @@ def _draw_curves(axes: Sequence[Axes], result: Result, arm: Arm, look: Look, ban
 
 
 def _draw_differences(axes: Axes, result: Result, arms: Mapping[str, Arm], looks: Mapping[str, Look]) -> None:
-    """Each arm's reward minus the baseline's: a dot a seed, the mean with its interval."""
+    """Each arm's reward minus its baseline's: a dot a seed, the mean with its interval."""
+    baselines = _baselines(result)
     found = {
         one["arm"]: one
         for one in result["comparisons"]
-        if one["measure"] == "reward" and one["against"] == result["baseline"] and one["differences"]
+        if one["measure"] == "reward" and one["against"] in baselines and one["differences"]
     }
-    shown = [label for label, arm in arms.items() if arm["name"] != result["baseline"]]
+    shown = [label for label, arm in arms.items() if arm["name"] not in baselines]
     for place, label in enumerate(shown):
         name, colour = arms[label]["name"], looks[label]["color"]
         if name not in found:

@@ -126,11 +126,16 @@ def policy_of(receiver: str, version: WeightVersion, sets: Mapping[str, Weights]
 
 
 def _served(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
-    """What the forward pass reads: packed matrices and codes, and the rows of the embedding as they are looked up."""
+    """What the forward pass reads: packed matrices and codes, and the rows of the embedding as they are looked up.
+
+    Each is to be hashed before the next is taken: those that are recovered share memory.
+    """
+    sizes = [weight.value.nbytes for _, weight in decoder.weights() if weight.packed is not None]
+    room = torch.empty(max(sizes, default=0), dtype=torch.uint8)
     for name, weight in decoder.weights():
         if weight is decoder.embed and (weight.packed is not None or weight.codes is not None):
             yield "embed (rows)", weight.value
-        yield name, weight.served()
+        yield name, weight.served(room)
 
 
 def check(
