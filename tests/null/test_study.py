@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from tandem.cli import main, recipes, study
 from tandem.config import dump
 from tandem.errors import ConfigError
 from tandem.models.config import ModelConfig
+from tandem.report import plots
 from tandem.run.config import RunConfig
 from tandem.study import result as report
 from tandem.study import runs
@@ -310,3 +312,13 @@ def test_unknown_study(tmp_path: Path) -> None:
     (tmp_path / "study.py").write_text("x = 1\n")
     with pytest.raises(ConfigError, match="has no study"):
         study.find_study(str(tmp_path / "study.py"))
+
+
+def test_narrow_axes_stay_as_they_are() -> None:
+    """A curve over less than a minute squeezed into a line, since its axis was widened to whole steps."""
+    figure = Figure()
+    narrow, one = figure.subplots(1, 2)
+    narrow.plot([0.01, 0.1], [0.2, 0.4])
+    one.plot([3.0], [0.2])
+    plots.png(lambda: figure)
+    assert narrow.get_xlim()[1] < 0.2 and one.get_xlim() == (2.0, 4.0)

@@ -19,7 +19,7 @@ from tandem.plan import roofline
 from tandem.report.ledger import goodput
 from tandem.report.metrics import evaluations, training
 from tandem.run.ledger import MAIN
-from tandem.study.runs import median_s, rows_of, timed_s, working_s
+from tandem.study.runs import rows_of, step_s, timed_s, working_s
 from tandem.study.study import Planned, Study
 
 Result = Mapping[str, Any]
@@ -94,7 +94,7 @@ def run_entry(
         "before": _accuracy(evaluated[0]) if evaluated else None,
         "after": _accuracy(evaluated[-1]) if finished else None,
         "heldout_prompts": evaluated[0]["prompts"] if evaluated else 0,
-        "seconds_per_step": _rounded(median_s(trained)),
+        "seconds_per_step": _rounded(step_s(trained)),
         "trained_share": _rounded(sum(row.get("trained_tokens", 0) for row in trained) / drawn) if drawn else None,
         "reward": [_rounded(reward) for reward in rewards],
         **({} if machine is None else {"phases": _phases(trained[1:])}),

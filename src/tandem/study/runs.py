@@ -93,7 +93,7 @@ def _run_one(one: Planned, place: str, say: Say) -> bool:
     rewards = series(rows, "reward")[1][-5:]
     mean = f", reward {statistics.fmean(rewards):.3f} over the last {len(rewards)}" if rewards else ""
     ended = f"failed after {len(rows)} steps, {reason}" if reason else f"{len(rows)} steps"
-    say(f"{place}: {ended}{mean}, {decimal(median_s(rows), 2)} s a step")
+    say(f"{place}: {ended}{mean}, {decimal(step_s(rows), 2)} s a step")
     return True
 
 
@@ -129,9 +129,17 @@ def working_s(row: Mapping[str, Any]) -> float:
     return sum(seconds for phase, seconds in row["seconds"].items() if phase not in ("evaluate", "checkpoint"))
 
 
-def median_s(rows: Sequence[Mapping[str, Any]]) -> float | None:
-    """Median seconds of a step; None where no step was done."""
-    return statistics.median(map(working_s, rows)) if rows else None
+def step_s(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds of a step; None where no step was done. The median, which the machine's other work moves little; of a run
+    that samples while it learns the mean, since its batches come in bursts.
+
+    >>> [step_s([{"seconds": {"buffer": s}, **beside} for s in (1.0, 1.0, 4.0)]) for beside in ({}, {"workers": {}})]
+    [1.0, 2.0]
+    """
+    if not rows:
+        return None
+    seconds = [working_s(row) for row in rows]
+    return statistics.fmean(seconds) if "workers" in rows[0] else statistics.median(seconds)
 
 
 def time_all(planned: Sequence[Planned], out: Path, say: Say) -> bool:
@@ -150,8 +158,8 @@ def time_all(planned: Sequence[Planned], out: Path, say: Say) -> bool:
 
 
 def timed_s(out: Path, arm: str) -> float | None:
-    """Median seconds of a step where an arm was timed alone; None where it was not."""
-    return median_s([row for folder in _timed_folders(out, arm) for row in training(rows_of(folder))[1:]])
+    """Seconds of a step where an arm was timed alone; None where it was not."""
+    return step_s([row for folder in _timed_folders(out, arm) for row in training(rows_of(folder))[1:]])
 
 
 def _timed_folders(out: Path, arm: str) -> list[Path]:
