@@ -29,7 +29,12 @@ from tests.multi.test_goldens import TASK
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernels' bits depend on the batch")
 WEIGHED = {"algo.fairness.weights": "inverse"}
-DROP = {"asynchrony.mode": "full", "asynchrony.lag": "1", "asynchrony.order": "drop"}
+DROP = {
+    "asynchrony.mode": "full",
+    "asynchrony.lag": "1",
+    "asynchrony.order": "drop",
+    "asynchrony.by_load": "false",
+}
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ def test_what_lives_in_other_processes() -> None:
 
     plan = plan_memory(placed(), PLENTY, base_bytes=1000)
     assert sizes(plan)["engine's own weights"] == 2 * (2 * COUNT + 2 * PACKED)
-    assert sizes(plan)["weights in shared memory"] == int(2.25 * 2 * COUNT)
+    assert sizes(plan)["weights in shared memory"] == 2 * 2 * COUNT
     assert {line.name for line in plan.lines if not line.own} == {
         "engine's own weights",
         "the engine's process",

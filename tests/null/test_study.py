@@ -315,10 +315,11 @@ def test_unknown_study(tmp_path: Path) -> None:
 
 
 def test_narrow_axes_stay_as_they_are() -> None:
-    """A curve over less than a minute squeezed into a line, since its axis was widened to whole steps."""
+    """A curve over less than a minute squeezed into a line, since its axis was taken for one of whole steps."""
     figure = Figure()
     narrow, one = figure.subplots(1, 2)
     narrow.plot([0.01, 0.1], [0.2, 0.4])
+    narrow.set_xlim(left=0.0)
     one.plot([3.0], [0.2])
     plots.png(lambda: figure)
     assert narrow.get_xlim()[1] < 0.2 and one.get_xlim() == (2.0, 4.0)

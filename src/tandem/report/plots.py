@@ -424,7 +424,7 @@ def _show_points(figure: Figure) -> None:
         for line in axes.get_lines():
             if len(line.get_xdata()) == 1 and line.get_marker() == "None":  # type: ignore[arg-type]
                 line.set(marker="o", markersize=5)
-        if axes.get_xscale() == "linear" and axes.get_autoscalex_on() and axes.dataLim.width == 0.0:
+        if axes.get_xscale() == "linear" and axes.get_autoscalex_on() and 0.0 <= axes.dataLim.width < 1.0:
             middle = (axes.dataLim.x0 + axes.dataLim.x1) / 2
             axes.set_xlim(middle - 1.0, middle + 1.0)
 
