@@ -85,3 +85,9 @@ def test_changes_that_can_be_of_no_such_tensor(counts, words):
     assert not is_sound(changes, BLOCK)
     with pytest.raises(AssertionError):
         apply_changes(torch.zeros(BLOCK, dtype=torch.int16), changes)
+
+
+def test_counts_that_cancel_out():
+    """A negative count made up for by another block's, by which values are read from before the stream."""
+    changes = Changes(torch.tensor([-1, 1], dtype=torch.int32), torch.zeros(0, dtype=torch.int16))
+    assert not is_sound(changes, 2 * BLOCK)

@@ -84,6 +84,22 @@ def first_digest_of_zeros() -> str:
     return version(0, like(drawn()))[0].digest
 
 
+def test_a_version_overtaken_while_it_is_taken_is_not_served(memory, monkeypatch):
+    """A rank's shares, which nobody hashed, cut from memory in which the next version but one was begun."""
+    told, real = list(versions(3)), Held.take
+    memory.publish(*told[0])
+
+    def take(self, *given):
+        real(self, *given)
+        monkeypatch.setattr(Held, "take", real)
+        for each in told[1:]:
+            memory.publish(*each)
+
+    monkeypatch.setattr(Held, "take", take)
+    reader = MemoryReader(memory.address, Held(like(drawn())))
+    assert reader.receive(1.0) == told[2][0] == reader.held.version
+
+
 def test_a_byte_flipped_in_shared_memory_is_named_and_mended(memory):
     """Damage that is served, or a reader that never gets over it."""
     reader = MemoryReader(memory.address, Held(like(drawn())))

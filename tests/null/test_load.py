@@ -46,6 +46,18 @@ def test_what_begins_while_a_batch_is_learned(config: AsyncConfig, shares: bool,
     assert load.may_begin(3.0)
 
 
+def test_a_batch_of_groups_that_are_learned_again() -> None:
+    """Groups that begin beside a batch of which few are new, so that few are counted as learned."""
+    queue = learning(AsyncConfig("full", lag=2, replay_uses=2))
+    load = Load(queue, True, 0.0)
+    queue.learned()
+    queue.begin(1)
+    queue.end(2, Ended("p2/2", Group(Prompt("p2", ()), ()), ()))
+    choice = queue.choose(2)
+    assert choice is not None and len(choice.again) == 1 and len(queue.take(choice)) == 2
+    assert len(queue) == 1 and not load.may_begin(1.0)
+
+
 def test_no_more_than_a_batch_on_shared_cores() -> None:
     """Groups of the next batch that share the cores of this one's, so that all end late and run over more updates."""
     queue = Queue(2, AsyncConfig("full", lag=2))
