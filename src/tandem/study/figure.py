@@ -39,7 +39,7 @@ def _panels(result: Result) -> dict[str, dict[str, Arm]]:
 
 def _baselines(result: Result) -> set[str]:
     """The study's, and what is compared with no other and others are with it: a panel may have its own."""
-    pairs = [(arm, against) for arm, against in result["compare"]]
+    pairs = result["compare"]
     return {result["baseline"]} | {against for _, against in pairs} - {arm for arm, _ in pairs}
 
 
