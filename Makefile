@@ -1,6 +1,6 @@
 # Every target does its own set-up: a virtual environment in .venv, made anew where what it holds was asked for otherwise.
 #   make demo      install, then train SmolLM2 on arithmetic (tandem train smollm2_arithmetic_cpu)
-#   make test      install, then the whole CPU test suite
+#   make test      install, then the whole CPU test suite, two files at a time
 #   make test-others  the adapters against the real packages, each in an environment of its own; OTHERS='gym' for some
 #   make check     ruff, mypy, the shape of the house
 #   make bench     speed; PEER_ENGINE, PEER_LEARNER and PEER_STEP are commands to run beside; then where the time goes
@@ -36,7 +36,7 @@ demo: $(STAMP)
 	$(BIN)/tandem train smollm2_arithmetic_cpu $(ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest --doctest-modules src/tandem tests --ignore=tests/others $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules src/tandem tests --ignore=tests/others $(ARGS)
 
 OTHERS ?= gym textarena openenv verifiers
 test-others: $(STAMP) $(OTHERS:%=.venv-others/%/installed)

@@ -74,7 +74,8 @@ RUNS: dict[str, str] = {
     "tandem replay RUN_DIR [--workers N]": "tandem replay {run}",
     "tandem replay runs/ahead": "tandem replay {run}",
     "tandem train smollm2_arithmetic_cpu --set asynchrony.mode=full --set asynchrony.lag=2 "
-    "--set asynchrony.order=window --set asynchrony.window=8 --set steps=10 --out runs/walk": "",
+    "--set asynchrony.order=window --set asynchrony.window=8 --set asynchrony.by_load=false "
+    "--set steps=10 --out runs/walk": "",
     "tandem train smollm2_arithmetic_cpu --set engine.replicas=2 --out runs/two": "",
     "tandem report runs/walk --ledger": "tandem report {run} --ledger",
     "tandem replay runs/walk": "tandem replay {run}",

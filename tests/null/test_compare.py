@@ -47,7 +47,8 @@ def test_runs_laid_over_each_other(tmp_path, capsys):
         comparable(tmp_path / "c", name="other", extra="[new]"),
     ]
     write_rows(folders[1], [row | {"reward": 0.25} if "reward" in row else row for row in run_rows()])
-    out = tmp_path / "page.html"
+    out = tmp_path / ("a_long_folder" * 8) / "page.html"  # a path broken over lines is no path
+    out.parent.mkdir()
     assert main(["report", *map(str, folders), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "[new]" in printed and f"wrote {out}" in printed

@@ -82,7 +82,7 @@ def _show(findings: list[Finding], fatal: bool) -> None:
         )
     console = Console(no_color=env.no_color())
     console.print(table)
-    console.print("tandem cannot run here yet: mend what is missing." if fatal else "tandem runs here.")
+    console.print("tandem cannot run here yet: mend what is missing." if fatal else "tandem runs here.", soft_wrap=True)
 
 
 def _plain(text: str) -> str:

@@ -72,18 +72,18 @@ def report(
     console = Console(no_color=env.no_color())
     console.print(_table(figures))
     for warning in warnings:
-        console.print(f"alarm: {warning}", markup=False, style="yellow")
+        console.print(f"alarm: {warning}", markup=False, style="yellow", soft_wrap=True)
     for advisory in advisories:
-        console.print(f"advisory {advisory.advice()}", markup=False, style="yellow")
+        console.print(f"advisory {advisory.advice()}", markup=False, style="yellow", soft_wrap=True)
     if fits:
         fits.print(console)
     if fates:
         _print_ledger(console, fates)
-    console.print(f"wrote {page}", markup=False)
+    console.print(f"wrote {page}", markup=False, soft_wrap=True)
     if programs:
-        console.print(f"wrote {programs.path}", markup=False)
+        console.print(f"wrote {programs.path}", markup=False, soft_wrap=True)
         if programs.note:
-            console.print(programs.note, markup=False)
+            console.print(programs.note, markup=False, soft_wrap=True)
     return 0
 
 
@@ -99,7 +99,7 @@ def _print_ledger(console: Console, found: Section) -> None:
             amount = f"{line.amount:,}" if title == "tokens" else f"{line.amount:,.1f}"
             table.add_row(line.name, amount, f"{100 * line.share:.1f} %", line.meaning)
         console.print(table)
-    console.print(found.headline(), markup=False, style="bold")
+    console.print(found.headline(), markup=False, style="bold", soft_wrap=True)
 
 
 def _table(figures: dict[str, Any]) -> Table:
@@ -139,5 +139,5 @@ def _compare(folders: list[Path], out: Path, scaling: bool, json: bool) -> int:
             console.print(table)
     if fits:
         fits.print(console)
-    console.print(f"wrote {out}", markup=False)
+    console.print(f"wrote {out}", markup=False, soft_wrap=True)
     return 0

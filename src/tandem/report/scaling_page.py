@@ -156,7 +156,7 @@ class Fits:
 
     def print(self, console: Console) -> None:
         for entry in self.section["entries"]:
-            console.print(f"\n{entry['headline']}", markup=False, style="bold")
+            console.print(f"\n{entry['headline']}", markup=False, style="bold", soft_wrap=True)
             headings, *lines = entry["table"] or [[]]
             shown = Table(*headings, box=None, padding=(0, 2, 0, 0))
             for line in lines:
@@ -164,8 +164,8 @@ class Fits:
             if lines:
                 console.print(shown)
             for note in entry["notes"]:
-                console.print(note, markup=False, style="dim")
-        console.print(f"wrote {self.picture}", markup=False)
+                console.print(note, markup=False, style="dim", soft_wrap=True)
+        console.print(f"wrote {self.picture}", markup=False, soft_wrap=True)
 
 
 def write_fits(compared: Compared, picture: Path, flop_of: FlopOf) -> Fits:
