@@ -38,8 +38,8 @@ FREE = {"", "__init__", "__main__"}  # the package's own front door
 
 # Files that run on a machine without torch, and so import none; `config` means the config.py of every folder.
 TORCH_FREE = {
-    *(f"engine/{name}" for name in ("admit", "draft", "driver", "integrity", "layout", "order", "pages")),
-    *(f"engine/{name}" for name in ("prefix", "schedule", "share", "tables", "tails")),
+    *(f"engine/{name}" for name in ("admit", "costs", "draft", "driver", "integrity", "layout", "order", "pages")),
+    *(f"engine/{name}" for name in ("prefix", "queues", "schedule", "share", "tables", "tails")),
     *ROWS[0],
     "cli/main",
     "cli/recipes",

@@ -22,7 +22,7 @@ from torch.nn import functional
 from tandem.algo.config import AlgoConfig
 from tandem.algo.objective import PolicyGradient
 from tandem.algo.pack import count_prompts
-from tandem.engine import runner, schedule
+from tandem.engine import queues, runner
 from tandem.engine.driver import Driver
 from tandem.engine.schedule import Scheduler
 from tandem.kernels.build.toolchain import compiler
@@ -489,7 +489,7 @@ MUTATIONS: dict[str, Mutation] = {
     ),
     "prefix: found under other weights": (
         weights_in_turn,
-        lambda patch: patch.setattr(schedule, "root_key", lambda *named: b"any weights"),
+        lambda patch: patch.setattr(queues, "root_key", lambda *named: b"any weights"),
     ),
     "prefix: blocks of two weights": (update_in_a_prompt, named_after_an_update),
     "weights: changed and not packed": (serves_what_was_trained, no_repack),

@@ -33,29 +33,19 @@ The rules, all of them:
 
 from __future__ import annotations
 
-from bisect import insort
 from collections.abc import Callable
-from dataclasses import replace
-from operator import attrgetter
 
-from tandem.engine.admit import Admission, length_limit
-from tandem.engine.batch import INITIAL, MIXED, Batch, Sampled, Sequence, Stats, Work, stops_by_token
+from tandem.engine.batch import INITIAL, MIXED, Batch, Sampled, Sequence, Work, stops_by_token
 from tandem.engine.config import EngineConfig
 from tandem.engine.draft import Drafter, prompt_lookup
-from tandem.engine.layout import WHOLE, KvLayout, pages_for
-from tandem.engine.order import Order
-from tandem.engine.pages import PagePool
-from tandem.engine.prefix import NULL, PrefixIndex, extend_keys, root_key
-from tandem.engine.tables import PageTables
-from tandem.engine.tails import Ends, Tails, tail_key
+from tandem.engine.layout import WHOLE, KvLayout
+from tandem.engine.queues import Queues
 from tandem.errors import ConfigError
 from tandem.types import Completion, Request, StopReason, WeightVersion
 
-BY_ARRIVAL = attrgetter("arrival")
 
-
-class Scheduler:
-    """Queues, pages and prefix index of one engine.
+class Scheduler(Queues):
+    """What the requests of one engine do next.
 
     layout: the groups of layers that the runner's pages are of. max_context: positions the model has, or None. stops:
     asked after every sampled token whether it was the last; the engine adds stop strings, a simulator its own lengths;
@@ -73,42 +63,12 @@ class Scheduler:
         layout: KvLayout = WHOLE,
         drafter: Drafter = prompt_lookup,
     ) -> None:
-        self.config = config
-        self.max_context = max_context
+        super().__init__(config, num_pages, max_context, version, layout)
         self.stops = stops
-        self.layout = layout
         self.drafter = drafter
-        self.pool = PagePool(num_pages, config.page_tokens)
-        self.index = PrefixIndex(self.pool, layout)
-        self.version = version
-        self.live: dict[str, Sequence] = {}  # by request id
-        self.running: list[Sequence] = []  # by arrival
-        self.waiting: list[Sequence] = []  # by arrival
-        self.promised: dict[bytes, Sequence] = {}  # name of a block -> the running sequence that will compute it
         self.planned: Batch | None = None
         self.advanced: Batch | None = None
-        self.order = Order(config)
-        self.admission = Admission(config, layout, self.pool)
-        self._named: list[int] = []  # for the next batch; a batch that is planned again keeps them
-        self._shared: list[int] = []
-        self._copies: dict[int, int] = {}
-        self.tails = Tails()
-        self.ends = Ends(self.index)
-        self._stats = Stats()
         self._arrivals = 0
-
-    @property
-    def stats(self) -> Stats:
-        return replace(self._stats, evicted_pages=self.index.num_evicted)
-
-    def root(self, request: Request) -> bytes:
-        """What its blocks are named under, while its keys and values all come from the current weights."""
-        return root_key(self.version, request.adapter, request.tenant) if self.config.share_prefixes else MIXED
-
-    def limit(self, request: Request) -> int:
-        """Context length at which it ends. Raises as `submit`."""
-        config, pages = self.config, self.pool.num_pages
-        return length_limit(request, self.layout, pages, config.page_tokens, config.kv_memory_bytes, self.max_context)
 
     def submit(self, request: Request, now: float) -> None:
         """Queues a request. ConfigError: empty prompt, no token asked, id in use. CapacityError: it can never fit."""
@@ -197,20 +157,6 @@ class Scheduler:
             needy.discard(victim.arrival)
             self._preempt(victim)
 
-    def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        sequence.reached = max(sequence.reached, sequence.computed)
-        self._give_up_pages(sequence)
-        insort(self.waiting, sequence, key=BY_ARRIVAL)
-        self._stats.preemptions += 1
-
-    def _price(self, sequence: Sequence) -> tuple[float, int]:
-        """Tokens to compute again for each page that preempting it frees; then the latest arrival."""
-        assert sequence.pages is not None
-        kept, freed = sequence.pages.shared()
-        again = max(0, sequence.computed - kept * self.config.page_tokens)
-        return again / freed if freed else float("inf"), -sequence.arrival
-
     def _decodes(self) -> tuple[list[Work], list[Sequence]]:
         """A work for each running sequence that has one token to run, and the sequences that have more."""
         works: list[Work] = []
@@ -280,55 +226,6 @@ class Scheduler:
             self.waiting = [sequence for sequence in self.waiting if sequence.pages is None]
             self._stats.most_running = max(self._stats.most_running, len(running))
         return budget
-
-    def _hits(self, sequence: Sequence) -> list[list[int]] | None:
-        """Tables of the indexed leading blocks of a waiting sequence; None where it had better wait for the next."""
-        if sequence.awaits in self.promised:
-            return None
-        root = self.root(sequence.request)
-        if sequence.root != root:
-            sequence.root, sequence.keys, sequence.tail = root, [], None
-        if root == MIXED:
-            return [[] for _ in self.layout.groups]
-        page_tokens = self.config.page_tokens
-        extend_keys(sequence.keys, root, sequence.tokens, page_tokens)
-        most = (len(sequence.tokens) - 1) // page_tokens  # the last token is always run
-        hits = self.index.match(sequence.keys, most)
-        blocks = len(hits[0])
-        if blocks < most and sequence.keys[blocks] in self.promised:
-            sequence.awaits = sequence.keys[blocks]
-            return None
-        sequence.tail = tail_key(sequence, page_tokens)
-        if blocks == most and sequence.tail in self.promised:
-            sequence.awaits = sequence.tail
-            return None
-        return hits
-
-    def _start(self, sequence: Sequence, hits: list[list[int]], now: float) -> None:
-        """Moves a waiting sequence to running on the blocks it hits; promises those it will compute."""
-        self._shared += [page for table in hits for page in table if page != NULL]
-        sequence.pages = PageTables(self.index, hits)
-        sequence.computed = sequence.pages.blocks * self.config.page_tokens
-        most = (len(sequence.tokens) - 1) // self.config.page_tokens
-        source = self.tails.pages(sequence.tail, most) if sequence.pages.blocks == most else []
-        same = len(sequence.tokens) - 1 - sequence.computed
-        if not source or self.pool.num_available < len(source):
-            if sequence.tail is not None:
-                self.promised.setdefault(sequence.tail, sequence)
-            same, source = self.ends.borrow(sequence)
-            self._shared += source
-        if source:
-            sequence.pages.extend(1)
-            self._copies.update(zip((table[-1] for table in sequence.pages.tables), source, strict=True))
-            sequence.computed += same
-        self.order.charge(sequence, sequence.computed)
-        if sequence.started_s is None:
-            sequence.started_s = now
-            sequence.cached_tokens = sequence.computed
-            self._stats.cached_tokens += sequence.computed
-        for key in sequence.keys[sequence.pages.blocks :]:
-            self.promised.setdefault(key, sequence)
-        insort(self.running, sequence, key=BY_ARRIVAL)
 
     def commit(self, batch: Batch, sampled: Sampled, now: float) -> list[Completion]:
         """Takes what a planned batch gave; returns the requests it finished."""
@@ -441,56 +338,3 @@ class Scheduler:
         for sequence in self.running.copy():
             self._preempt(sequence)
         self.index.empty()
-
-    def _end(self, sequence: Sequence) -> None:
-        """A request ended by itself, perhaps preempted while its last token was drawn."""
-        if sequence.pages is None:
-            self.waiting.remove(sequence)
-        else:
-            self._give_up_pages(sequence)
-        self.admission.lengths.record(sequence.num_drawn)
-        self.order.ended(sequence)
-        del self.live[sequence.request.id]
-
-    def _index_blocks(self, sequence: Sequence, first: int) -> None:
-        """Names the blocks from `first` on that have just been filled, and keeps the promises for them."""
-        assert sequence.pages is not None
-        page_tokens, tables = self.config.page_tokens, sequence.pages.tables
-        if len(sequence.keys) * page_tokens < sequence.computed:
-            extend_keys(sequence.keys, sequence.root, sequence.tokens, page_tokens)
-        for block in range(first, sequence.computed // page_tokens):
-            key, prompt = sequence.keys[block], (block + 1) * page_tokens <= len(sequence.request.tokens)
-            for group, table in enumerate(tables):
-                if self.index.insert(key, group, table[block], prompt):
-                    self._named.append(table[block])
-            self.promised.pop(key, None)
-
-    def _keep_drafts(self, sequence: Sequence, work: Work) -> None:
-        """Names the blocks that drafts filled which stand now, and lets go of the pages of those that do not."""
-        pages, size, first = sequence.pages, self.config.page_tokens, sequence.computed // self.config.page_tokens
-        assert pages is not None
-        sequence.computed = end = len(sequence.tokens) - 1  # the last was drawn and not run
-        if first != end // size and sequence.root != MIXED:
-            self._index_blocks(sequence, first)
-        if end >= pages.frees_at:
-            pages.free_unseen(end)
-        pages.truncate(pages_for(end, size))
-
-    def _unname(self, sequence: Sequence, work: Work) -> None:
-        """Nothing could be drawn from what a work wrote: nobody else is to find it."""
-        size = self.config.page_tokens
-        for key in sequence.keys[work.start // size : (work.start + len(work.tokens)) // size]:
-            self.index.unname(key)
-
-    def _give_up_pages(self, sequence: Sequence) -> None:
-        """A sequence stops running: its unkept promises are withdrawn, its pages released. It keeps its tokens."""
-        assert sequence.pages is not None
-        for key in (*sequence.keys[sequence.computed // self.config.page_tokens :], sequence.tail):
-            if key is not None and self.promised.get(key) is sequence:
-                del self.promised[key]
-        self.tails.withdraw(sequence)
-        self.ends.give_back(sequence)
-        self.order.charge(sequence, 0)
-        sequence.pages.release()
-        sequence.pages = None
-        sequence.computed = 0
