@@ -11,10 +11,10 @@ def study() -> Study:
         name="length_bias",
         question="Where difficulty goes with length, what does the order in which an asynchronous run learns from its "
         "groups cost on long answers, and do inverse-propensity weights give it back?",
-        recipe="tiny_chains",
+        recipe="tiny_totals",
         common={
             "objective": "policy_gradient",
-            "model.source": "runs/chains",
+            "model.source": "runs/totals",
             "rollout.prompts_per_step": "16",
             "rollout.samples_per_prompt": "8",
             "learner.lr": "1e-4",
@@ -45,7 +45,7 @@ def study() -> Study:
         steps=60,
         seeds=(0, 1, 2, 3, 4),
         shows_not="One small model whose answers are long because they are written out step by step; thinking that is "
-        "long by choice may behave otherwise. Held-out accuracy is of the long half alone (8 to 13 terms). Completion "
+        "long by choice may behave otherwise. Held-out accuracy is of the long half alone (9 to 15 terms). Completion "
         "order loses no group but those in flight at the end, so all its weights are 1 and weighing it is the same "
         "run; the weights are shown where groups are lost, on drop.",
     )

@@ -5,26 +5,28 @@ from __future__ import annotations
 from tandem.study.study import Arm, Study
 
 FILTERED = {"algo.filter_zero_variance": "true"}
-FILLED = FILTERED | {"rollout.redraws": "2"}
-CHOSEN = FILTERED | {"select.window": "256", "select.fresh": "32"}
-STOPPED = FILTERED | {"select.first_samples": "4", "select.error": "0.2", "rollout.samples_per_prompt": "16"}
-ALL = CHOSEN | STOPPED | {"rollout.prompts_per_step": "8"}
+ALL = FILTERED | {
+    "select.window": "256",
+    "select.fresh": "32",
+    "select.first_samples": "4",
+    "select.error": "0.2",
+    "rollout.prompts_per_step": "8",
+    "rollout.samples_per_prompt": "16",
+}
 
 
 def study() -> Study:
-    """The demo as it is, with each stage alone, and with choice and stop together."""
+    """The demo as it is, with each way to have fewer tokens without a gradient."""
     return Study(
         name="what_a_token_buys",
         question="In the demo 72 % of the sampled tokens are of groups whose rewards are all equal, and teach nothing. "
-        "At equal seconds, does spending them on groups that differ raise the reward, and which stage does?",
+        "At equal seconds, does it raise the reward to spend them on groups that differ, or to give each a gradient?",
         recipe="smollm2_arithmetic_cpu",
         arms=(
             Arm("plain", "as it is"),
-            Arm("filled", "batch filled", FILLED, steps=90),
-            Arm("chosen", "prompts chosen", CHOSEN, steps=130),
-            Arm("stopped", "groups stopped early", STOPPED, steps=120),
+            Arm("all_tokens", "advantages of the batch", {"algo.advantage": "reinforce_pp"}),
             Arm("all", "chosen and stopped", ALL, steps=150),
-            Arm("all_fast", "the same, twice the rate", ALL | {"learner.lr": "4e-5"}, steps=150),
+            Arm("filled", "batch filled", FILTERED | {"rollout.redraws": "2"}, steps=90),
         ),
         baseline="plain",
         steps=150,

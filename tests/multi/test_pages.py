@@ -133,7 +133,7 @@ LISTED: dict[str, str] = {
     "RAY_ADDRESS=FIRST:6379 tandem train smollm2_arithmetic_cpu --set workers.backend=ray --set workers.learner=apart "
     "--set workers.transport=broadcast": "tests/multi/test_two_machines.py",
     "tandem train smollm2_arithmetic_cpu --resume runs/walk": "tests/multi/test_asynchronous_resume.py",
-    "tandem train tiny_chains --out runs/chains": "takes an hour; tests/multi/test_fairness_run.py",
+    "tandem train tiny_totals --out runs/totals": "takes an hour; tests/multi/test_fairness_run.py",
     "k (n - k) / (n (n - 1)),": "an equation; tests/null/test_choose.py",
     "step 1": "what tandem replay prints",
     "python3.11 -m venv others/gym": OTHERS,
