@@ -1,4 +1,4 @@
-"""Running totals of 2 to 45 digits: answers of 18 to 450 bytes, of which each step can go wrong."""
+"""Running totals of 2 to 52 digits: answers of 9 to 350 bytes, of which each step can go wrong."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from tandem.program.environment import Environment
 from tandem.program.reward import last_number
 from tandem.types import Message, Prompt
 
-LONG = 24  # digits from which a list is of the long half
+LONG = 27  # digits from which a list is of the long half
 LABELS = string.ascii_letters
 
 
 class Totals(Environment):
-    """`a3 b9 c8 =` is answered by `a 0+3=3 b 3+9=12 c 12+8=20`: the total modulo 100 of a list whose digits have names.
+    """`a3 b9 c8 =` is answered by `a3=3 b9=12 c8=20`: the total modulo 100 of a list whose digits have names.
 
-    A step looks a digit up by its name and adds it to the total before. Nothing else is to be known, so that a small
+    A step copies a digit after its name and adds it to the total before. Nothing else is to be known, so that a small
     model learns it, and an answer is right with about p^n, n its steps. Held-out lists are of the long half, so that
     the held-out accuracy is that of long answers.
     """
 
-    def __init__(self, most: int = 45) -> None:
+    def __init__(self, most: int = 52) -> None:
         self.most = most
 
     def prompt(self, split: str, index: int) -> Prompt:
@@ -35,9 +35,8 @@ class Totals(Environment):
     def solution(self, prompt: Prompt) -> str:
         total, steps = 0, []
         for label, digit in zip(LABELS, prompt.record["digits"], strict=False):
-            after = (total + digit) % 100
-            steps.append(f"{label} {total}+{digit}={after}")
-            total = after
+            total = (total + digit) % 100
+            steps.append(f"{label}{digit}={total}")
         return " ".join(steps)
 
     def reward(self, prompt: Prompt, text: str) -> float:
