@@ -49,9 +49,9 @@ def study() -> Study:
         ),
         steps=40,
         seeds=(0, 1, 2, 3, 4),
-        shows_not="One small model whose answers are long because they are written out step by step; thinking that is "
-        "long by choice may behave otherwise. Held-out accuracy is of the long half alone (27 to 52 digits). Steps were "
-        "set by what the arms sample a step, so that runs take as many seconds. Completion order loses no group but "
-        "those in flight at the end, so all its weights are 1 and weighing it is the same run; the weights are shown "
-        "where groups are lost, on drop.",
+        shows_not="One small model whose answers are long because they are written out step by step; thinking that "
+        "is long by choice may behave otherwise. Held-out accuracy is of the long half alone (27 to 52 "
+        "digits). Steps were set by what the arms sample a step, so that runs take as many seconds. "
+        "Completion order loses no group but those in flight at the end, so all its weights are 1 and "
+        "weighing it is the same run; the weights are shown where groups are lost, on drop.",
     )
