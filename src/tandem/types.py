@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 from itertools import groupby
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from tandem.columns import Array, Columns
 
@@ -125,6 +127,18 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Constraint:
+    """What a generated text has to be, as engine/constraint.py reads it.
+
+    >>> Constraint("regex", "[0-9]+").kind
+    'regex'
+    """
+
+    kind: Literal["json_schema", "json_object", "regex", "choice", "grammar"]
+    text: str = ""  # the schema, the expression, a JSON list of texts, a grammar; json_object has none
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One generation asked of an engine.
 
@@ -143,6 +157,7 @@ class Request:
     group: str = ""  # siblings, whose lengths tell each other's; "" has none
     carried: int = 0  # of its last tokens: drawn by an earlier request, which this one goes on with
     ran: int = 0  # of its tokens, the first so many: that earlier requests of its program had run
+    constraint: Constraint | None = None  # of what is generated, the carried tokens too
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +210,30 @@ def kept_ids(kept: bytes) -> memoryview:
     >>> list(kept_ids(array("I", [3, 5, 80]).tobytes()))
     [3, 5, 80]
     """
-    return memoryview(kept).cast("I")
+    if not is_mask(kept):
+        return memoryview(kept).cast("I")
+    bits_V = np.unpackbits(np.frombuffer(kept, np.uint8, len(kept) - 1), bitorder="little")
+    return memoryview(np.flatnonzero(bits_V).astype(np.uint32).tobytes()).cast("I")
+
+
+def is_mask(kept: bytes) -> bool:
+    """Whether a kept set is a bit a token of the vocabulary, in words of 32 from the lowest on, and a byte behind.
+
+    >>> is_mask(bytes([5, 0, 0, 0, 1])), list(kept_ids(bytes([5, 0, 0, 0, 1])))
+    (True, [0, 2])
+    """
+    return len(kept) % 4 == 1
+
+
+def kept_of(words_W: Array) -> bytes:
+    """The set of a mask, as ids or as the mask, whichever is shorter: at most a bit a token, where ids take 32.
+
+    >>> kept_of(np.array([5, 0], np.uint32)) == np.array([0, 2], np.uint32).tobytes()
+    True
+    """
+    if int(np.bitwise_count(words_W).sum()) > len(words_W):
+        return words_W.tobytes() + b"\1"
+    return np.flatnonzero(np.unpackbits(words_W.view(np.uint8), bitorder="little")).astype(np.uint32).tobytes()
 
 
 @dataclass(frozen=True, slots=True)

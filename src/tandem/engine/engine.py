@@ -18,6 +18,7 @@ from tandem.engine.admit import check_request
 from tandem.engine.batch import INITIAL, Batch, Sampled, Stats, stops_by_token
 from tandem.engine.batch import Sequence as LiveSequence
 from tandem.engine.config import EngineConfig
+from tandem.engine.constraint import Grammars
 from tandem.engine.draft import Drafter, prompt_lookup
 from tandem.engine.integrity import check_integrity
 from tandem.engine.layout import KvLayout
@@ -80,7 +81,7 @@ class Engine:
     Where the runner starts batches without waiting, the next one is planned and started before the draws of the last
     are asked for: the device does not wait for the host. A request that a token or a string stops runs one token more,
     which is dropped; tokens and their log-probs are the same. With engine.draft_tokens it waits: what is drafted next
-    depends on what was drawn.
+    depends on what was drawn; and so while a request with a constraint is live, whose masks do.
 
     num_pages: what the runner's page memory holds (admit.count_pages). max_context: positions of the model.
     decode: token ids -> text; needed only by requests with stop strings.
@@ -106,6 +107,8 @@ class Engine:
         self._flight: Flight | None = None
         self.dead = False  # see give_up
         self._sound: WeightVersion | None = None  # the last weights that something was drawn with
+        self.grammars: Grammars | None = None  # of its tokeniser, by whoever builds it; none: it takes no constraint
+        self._bound = set[str]()  # live requests with a constraint
 
     @property
     def has_work(self) -> bool:
@@ -125,7 +128,8 @@ class Engine:
         """Raises what `submit` would, but for an id in use. From any thread.
 
         ConfigError: empty prompt, max_new_tokens < 1, stop strings that are empty or cannot be decoded, a token or stop
-        token outside the vocabulary, a seed or filter that the sampler does not have, an adapter.
+        token outside the vocabulary, a seed or filter that the sampler does not have, an adapter, a constraint that
+        cannot be held.
         CapacityError: it could not run even alone.
         """
         strings = request.sampling.stop_strings
@@ -138,13 +142,19 @@ class Engine:
                 f"request {request.id!r} asks for adapter {request.adapter!r}, and this engine serves none. "
                 'Allowed: "", the weights themselves.'
             )
+        if request.constraint is not None and self.grammars is None:
+            raise ConfigError(f"request {request.id!r} has a constraint, but this engine was given no tokeniser.")
         check_request(request, self.vocab_size)
+        if request.constraint is not None and self.grammars is not None:
+            self.grammars.check(request)
         self.scheduler.limit(request)
 
     def submit(self, request: Request) -> None:
         """Queues a request; it runs in later steps. Raises as `check`, and ConfigError for an id in use."""
         self.check(request)
         self.scheduler.submit(request, self.clock())
+        if request.constraint is not None:
+            self._bound.add(request.id)
 
     def drawn(self, request_id: str, first: int) -> Columns:
         """What a live request has generated so far, from the first-th token on; nothing where none is live."""
@@ -194,7 +204,12 @@ class Engine:
                 f"{self.scheduler.pool.num_available} of {self.scheduler.pool.num_pages} pages available"
             )
             start: Callable[[Batch], Callable[[], Sampled]] | None = getattr(self.runner, "start", None)
-            if start is None or self.scheduler.config.draft_tokens:
+            waits = start is None or self.scheduler.config.draft_tokens > 0
+            if self._bound:
+                if not waits:
+                    self._land()  # what may be drawn next hangs on what was drawn
+                self._mask(batch)
+            if start is None or waits:
                 sampled = self._checked(self.runner.run(batch), batch)
                 done = self.scheduler.commit(batch, sampled, self.clock())
             else:
@@ -208,6 +223,11 @@ class Engine:
                 self.scheduler.pool.check_idle()
         done, self._undelivered = self._undelivered + done, []
         return done
+
+    def _mask(self, batch: Batch) -> None:
+        self._bound.intersection_update(self.scheduler.live)
+        if self._bound and self.grammars is not None:
+            self.grammars.fill(batch, self.scheduler.live)
 
     def _resolve(self) -> list[Completion]:
         """Waits for what is on the device and takes what it drew."""
@@ -226,6 +246,7 @@ class Engine:
             self._sound = batch.version
         elif sampled.failed and self._sound != batch.version:
             raise NonFiniteError(sampled.failed[0])
+        sampled.failed |= batch.barred
         return sampled
 
     def _land(self) -> None:

@@ -3,10 +3,10 @@
 A step is started behind the one before and may run tokens that this one draws: they stay on the device, and its tokens
 name them as -1 - (place among the draws).
 
-A step in which every sequence runs one token and draws one without filters is padded to a bucket, of sequences and of
-the width of page tables, and replayed as a CUDA graph, captured when its bucket is first needed. Padding has no tile
-of attention, writes no key and no value (slot -1), and what it draws is dropped; the kernels give a row the same bits
-whatever rows ride along. An update leaves the graphs as they are: weights and pages are changed in place.
+A step in which every sequence runs one token and draws one without filters or masks is padded to a bucket, of sequences
+and of the width of page tables, and replayed as a CUDA graph, captured when its bucket is first needed. Padding has no
+tile of attention, writes no key and no value (slot -1), and what it draws is dropped; the kernels give a row the same
+bits whatever rows ride along. An update leaves the graphs as they are: weights and pages are changed in place.
 
 Tested under the interpreter, where a plain call takes the place of a graph; run on no GPU yet.
 """
@@ -216,7 +216,7 @@ class DeviceSteps:
 
     @torch.inference_mode()
     def start(self, batch: Batch) -> Callable[[], Sampled]:
-        """Queue a batch; to be called for what it drew. Draws with noise or filters are waited for at once.
+        """Queue a batch; to be called for what it drew. Draws with noise, filters or masks are waited for at once.
 
         DeliveryError comes in place of what a step drew from shared pages that were wrong.
         """
@@ -226,8 +226,8 @@ class DeviceSteps:
             self._hidden(self._sent(batch, SamplingBatch.stack([], [], [])))
             found = fetch(*wrong)
             return lambda: self._checked(Sampled([], {"logprobs": []}), batch, *found())
-        sampling = sampling_of(batch.works)
-        if runner.config.noise or sampling.filters_S.any():
+        sampling = sampling_of(batch)
+        if runner.config.noise or not sampling.plain:
             sampled = runner.drawn(self._hidden(self._sent(batch, sampling)), sampling)
             self._drawn[: len(sampling)] = torch.tensor(sampled.tokens, device=self._device)
             found = fetch(*wrong)

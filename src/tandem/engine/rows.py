@@ -13,7 +13,7 @@ from tandem.errors import DeliveryError
 from tandem.kernels.sample import SamplingBatch
 
 if TYPE_CHECKING:
-    from tandem.engine.batch import Work
+    from tandem.engine.batch import Batch, Work
 
 
 A = TypeVar("A")  # an array here, or a tensor of a device
@@ -57,13 +57,15 @@ class StepRows(NamedTuple, Generic[A]):
         return StepRows(tokens_T, positions_T, slots_GT, row_start_S, first_S, table_GSP, rows_N)
 
 
-def sampling_of(works: Sequence[Work]) -> SamplingBatch:
+def sampling_of(batch: Batch) -> SamplingBatch:
     """How each row that draws does so."""
+    works = batch.works
     each = [(work, work.start + len(work.tokens) - more) for work in works for more in range(work.draws - 1, -1, -1)]
     return SamplingBatch.stack(
         [work.request.sampling for work, _ in each],
         [work.request.seed for work, _ in each],
         [position for _, position in each],
+        [batch.masks.get(draw, b"") for draw in range(len(each))] if batch.masks else (),
     )
 
 

@@ -152,7 +152,7 @@ class DecoderRunner:
             batch.copies.clear()
         rows = StepRows.of(works, self.page_tokens)
         hidden_NM = self.forward(torch.from_numpy(rows.tokens_T), self._view(rows), torch.from_numpy(rows.rows_N))
-        return self.drawn(hidden_NM, sampling_of(works)) if len(rows.rows_N) else Sampled([], {"logprobs": []})
+        return self.drawn(hidden_NM, sampling_of(batch)) if len(rows.rows_N) else Sampled([], {"logprobs": []})
 
     def drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
         """A token for each row of the final hidden states, or why it has none."""
@@ -164,7 +164,7 @@ class DecoderRunner:
             return apart(self._drawn, hidden_SM, sampling)
 
     def _drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
-        if not sampling.filters_S.any():
+        if sampling.plain:
             tokens_S, logprobs_S = draw(hidden_SM, self.decoder.head, sampling)
             return Sampled(tokens_S.tolist(), {"logprobs": logprobs_S.tolist()})
         logits_SV = self.decoder.logits(hidden_SM)

@@ -25,13 +25,14 @@ from tandem.numerics.random import Stream
 def draw(hidden_SM: Tensor, weight: Weight, batch: SamplingBatch, stream: int = Stream.TARGET) -> tuple[Tensor, Tensor]:
     """`sample(logits(hidden, weight), batch)`: tokens [S] (int64), log-probs [S] (fp32, nats). Raises as it.
 
-    A batch with a row that filters (`SamplingBatch.filters_S`) is drawn by `sample`, which needs that row whole.
+    A batch with a row that filters or has a mask (`SamplingBatch.plain`) is drawn by `sample`, which needs that row
+    whole. To draw the others here would read the head's weights twice, which costs what it saves.
     """
     if backend(hidden_SM) == "triton":
         return sample(logits(hidden_SM, weight), batch, stream)
     run = kernel("head", "draw", hidden_SM.dtype, "pippiiipppippp")
     ready = weight.packed is not None or weight.codes is not None
-    if run is None or not ready or hidden_SM.shape[1] % 2 or batch.filters_S.any():
+    if run is None or not ready or hidden_SM.shape[1] % 2 or not batch.plain:
         return sample(logits(hidden_SM, weight), batch, stream)
     rows, (vocab, depth) = len(batch), weight.value.shape
     tokens_S, logprobs_S = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)

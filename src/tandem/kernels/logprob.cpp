@@ -16,12 +16,24 @@ struct Terms {
 };
 
 // The ids that a row keeps: ids[starts[row] .. starts[row + 1]), ascending; none: all.
+// A row whose number is not negative has that mask instead, of `words` words, a bit a token.
 struct Kept {
     const int64_t* starts;  // null: every row keeps all
-    const int32_t* ids;
-    // -infinity outside the row's ids. x begins at token `first`; x itself where the row keeps all.
+    const int32_t *ids, *numbers;
+    const uint32_t* masks;
+    int64_t words;
+    // -infinity outside the row's set. x begins at token `first`; x itself where the row keeps all.
     const float* restrict_block(const float* x, int64_t row, int64_t first, float* out) const {
-        if (!starts || starts[row] == starts[row + 1]) return x;
+        if (!starts) return x;
+        if (numbers[row] >= 0) {
+            const uint32_t* mask = masks + numbers[row] * words;
+            for (int64_t i = 0; i < BLOCK_TOKENS; i++) {
+                const int64_t token = first + i;
+                out[i] = token / 32 < words && mask[token / 32] >> (token % 32) & 1 ? x[i] : -INF;
+            }
+            return out;
+        }
+        if (starts[row] == starts[row + 1]) return x;
         for (int64_t i = 0; i < BLOCK_TOKENS; i++) out[i] = -INF;
         const int32_t* end = ids + starts[row + 1];
         for (const int32_t* id = std::lower_bound(ids + starts[row], end, int32_t(first)); id < end && *id < first + BLOCK_TOKENS; id++) out[*id - first] = x[*id - first];
@@ -130,9 +142,10 @@ void backward(const Terms<E>& kept, const Chosen& chosen, const E* hidden, const
 
 #define TANDEM_LOGPROB(NAME, E)                                                                                                                      \
     void logprob_##NAME(const E* hidden, int64_t stride, const E* packed, const Codes* codes, int64_t n, int64_t vocab, int64_t depth, const float* temperature, \
-                        const int64_t* targets, const int64_t* kept_starts, const int32_t* kept_ids, E* terms, float* maxima, float* logprobs, float* entropies, \
-                        float* lse) {                                                                                                                \
-        forward(Product<E>{hidden, stride, packed, n, vocab, depth}, codes, temperature, targets, {kept_starts, kept_ids}, Terms<E>{terms, maxima}, logprobs, entropies, lse); \
+                        const int64_t* targets, const int64_t* kept_starts, const int32_t* kept_ids, const int32_t* mask_numbers, const uint32_t* masks,      \
+                        int64_t mask_words, E* terms, float* maxima, float* logprobs, float* entropies, float* lse) {                               \
+        const Kept kept{kept_starts, kept_ids, mask_numbers, masks, mask_words};                                                                    \
+        forward(Product<E>{hidden, stride, packed, n, vocab, depth}, codes, temperature, targets, kept, Terms<E>{terms, maxima}, logprobs, entropies, lse); \
     }                                                                                                                                                \
     void logprob_backward_##NAME(E* terms, float* maxima, const int64_t* targets, const float* logprobs, const float* lse, const float* grad, const E* hidden,   \
                                  const E* weight, float* dhidden, float* dweight, int64_t n, int64_t vocab, int64_t width, float temperature) {      \

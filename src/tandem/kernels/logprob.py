@@ -25,35 +25,44 @@ from tandem.kernels.choice import backend
 from tandem.kernels.gradient import accumulate_reference, wide_product
 from tandem.kernels.large import large
 from tandem.kernels.linear import logits
+from tandem.kernels.mask import mask_table
 from tandem.kernels.sample import statistics
 from tandem.kernels.sizes import KEPT_BYTES, SLAB
 from tandem.kernels.weight import Weight, matrix_addresses, padded
-from tandem.types import kept_ids
+from tandem.types import is_mask, kept_ids
 
 BLOCK = 256  # tokens, as in sample.h
 ROWS, COLUMNS = 128, 4096  # of the logits at once where no kernel is compiled
 GPU_ROWS, GPU_COLUMNS = 512, 8192  # 512 rows x 151,936 fp32 logits = 311 MB
-_SCORE = "pippiii" + "ppppppppp"
+_SCORE = "pippiii" + "ppppppi" + "ppppp"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class KeptSets:
-    """The sets that N targets were drawn from, as E pairs (row, id) in ascending order.
+    """The sets that N targets were drawn from, as E pairs (row, id) in ascending order; those that are masks, as these.
+
+    Rows with the same mask share it, so that a text of one constraint costs a number a token.
 
     >>> sets = KeptSets.build((b"", np.array([0, 2], np.uint32).tobytes()), torch.tensor([1, 2]))
     >>> sets.restrict(torch.zeros(2, 3), 0, 0).tolist()
     [[0.0, 0.0, 0.0], [0.0, -inf, 0.0]]
     """
 
-    filters_N: Tensor  # bool: the row has a set; the others keep every token
+    filters_N: Tensor  # bool: the row has pairs; the others have a mask or keep every token
     starts_N: tuple[int, ...]  # N + 1 boundaries of the rows' pairs
     rows_E: Tensor  # int32
     ids_E: Tensor  # int32
+    numbers_N: Tensor  # int32: which mask a row has; -1: none
+    masks_UW: Tensor  # int32: the bits of 32 tokens, the lowest first
 
     @classmethod
     def build(cls, kept: Sequence[bytes], targets_N: Tensor) -> KeptSets:
         """From `types.kept_ids` bytes, b"" for a row without a set. AssertionError: a target lies outside its set."""
         assert len(kept) == len(targets_N), f"{len(kept)} kept sets for {len(targets_N)} targets"
+        masks = [ids if is_mask(ids) else b"" for ids in kept]
+        vocab = max([8 * (len(mask) - 1) for mask in masks], default=0)
+        table = mask_table(masks, vocab) if vocab > 0 else None
+        kept = [b"" if is_mask(ids) else ids for ids in kept]
         sizes_N = np.array([len(ids) // 4 for ids in kept], dtype=np.int64)
         ids_E = np.frombuffer(b"".join(kept), dtype=np.uint32).astype(np.int32)
         rows_E = np.repeat(np.arange(len(kept), dtype=np.int32), sizes_N)
@@ -68,8 +77,15 @@ class KeptSets:
         )
         place = targets_N.device
         starts_N = (0, *np.cumsum(sizes_N).tolist())
-        filters_N = torch.from_numpy(sizes_N > 0).to(place)
-        return cls(filters_N, starts_N, torch.from_numpy(rows_E).to(place), torch.from_numpy(ids_E).to(place))
+        numbers_N, masks_UW = np.full(len(kept), -1, np.int32), np.zeros((0, 0), np.int32)
+        if table is not None:
+            numbers_N, masks_UW = table.numbers_S, table.words_UW.view(np.int32)
+            rows = np.flatnonzero(numbers_N >= 0)
+            lost = rows[masks_UW[numbers_N[rows], targets[rows] // 32] >> targets[rows] % 32 & 1 == 0]
+            assert not len(lost), f"row {lost[0]}: target {targets[lost[0]]} is not in the mask that it was drawn from"
+        arrays = (sizes_N > 0, rows_E, ids_E, numbers_N, masks_UW)
+        filters_N, *others = (torch.from_numpy(array).to(place) for array in arrays)
+        return cls(filters_N, starts_N, *others)
 
     def restrict(self, logits_SV: Tensor, row: int, first: int) -> Tensor:
         """-infinity, in place, outside the sets; `logits_SV` begins at row `row` and at token `first`."""
@@ -81,6 +97,11 @@ class KeptSets:
         kept_E = logits_SV[rows_E, ids_E]
         logits_SV.masked_fill_(self.filters_N[row : row + rows, None], -torch.inf)
         logits_SV[rows_E, ids_E] = kept_E
+        if len(self.masks_UW):
+            masked_R = (self.numbers_N[row : row + rows] >= 0).nonzero()[:, 0]
+            tokens_V = torch.arange(first, first + columns, device=logits_SV.device)
+            words_RV = self.masks_UW[self.numbers_N[row + masked_R].long()][:, tokens_V // 32]
+            logits_SV[masked_R] = logits_SV[masked_R].masked_fill(words_RV >> tokens_V % 32 & 1 == 0, -torch.inf)
         return logits_SV
 
     def rows(self, chosen: slice) -> KeptSets:
@@ -88,7 +109,8 @@ class KeptSets:
         starts_N = self.starts_N[chosen.start : chosen.stop + 1]
         first, last = starts_N[0], starts_N[-1]
         rows_E, ids_E = self.rows_E[first:last] - chosen.start, self.ids_E[first:last]
-        return KeptSets(self.filters_N[chosen], tuple(start - first for start in starts_N), rows_E, ids_E)
+        starts = tuple(start - first for start in starts_N)
+        return KeptSets(self.filters_N[chosen], starts, rows_E, ids_E, self.numbers_N[chosen], self.masks_UW)
 
 
 def logprob_reference(
@@ -158,8 +180,11 @@ def _score(
     maxima_CN = terms.maxima_CN if terms is not None else torch.empty(blocks, rows)
     temperature_N = torch.full((rows,), temperature)
     starts_N, ids_E = (None, None) if kept is None else (torch.tensor(kept.starts_N), kept.ids_E)
+    numbers_N, masks_UW = (None, None) if kept is None else (kept.numbers_N, kept.masks_UW)
     if ids_E is not None:
         check_range(ids_E, vocab, "ids of kept sets")
+    count, words = (0, 0) if masks_UW is None else masks_UW.shape
+    assert not count or words == -(-vocab // 32), f"masks of {words} words for {vocab} tokens"
     run(
         rows_address(hidden_NM, dtype, rows, depth),
         hidden_NM.stride(0),
@@ -169,6 +194,9 @@ def _score(
         address(targets_N, torch.int64, rows),
         address(starts_N, torch.int64, rows + 1),
         address(ids_E, torch.int32, 0 if kept is None else kept.starts_N[-1]),
+        address(numbers_N, torch.int32, rows),
+        address(masks_UW, torch.int32, count, words),
+        words,
         address(terms and terms.terms_CNB, dtype, blocks, rows, BLOCK),
         address(maxima_CN, torch.float32, blocks, rows),
         *(score_N.data_ptr() for score_N in scores),

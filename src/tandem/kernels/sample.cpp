@@ -16,7 +16,7 @@ struct Filter {
 };
 
 struct Scratch {
-    std::vector<float> maxima, sums, row, tops;
+    std::vector<float> maxima, sums, row, tops, allowed;
     std::vector<uint64_t> keys;
     std::vector<int64_t> masses;
     void reserve(int64_t blocks) {
@@ -203,6 +203,21 @@ void drop(float* x, int64_t vocab, double max, const Filter& filter, Scratch& sc
     for (int64_t i = ties; i < vocab; i++) x[i] = x[i] <= edge ? -INF : x[i];
 }
 
+// Distinct masks of `words` words, a bit a token; a row has that of its number, or none where it is negative.
+struct Masks {
+    const uint32_t* masks;  // null: no row has one
+    const int32_t* numbers;
+    int64_t words;
+    // The logits of row s, -infinity where its mask has no bit. NaN and +infinity stay: such a row is refused whatever its mask.
+    const float* apply(const float* logits, int64_t s, int64_t vocab, Scratch& scratch) const {
+        if (!masks || numbers[s] < 0) return logits;
+        const uint32_t* mask = masks + numbers[s] * words;
+        scratch.allowed.resize(vocab);
+        for (int64_t i = 0; i < vocab; i++) scratch.allowed[i] = mask[i / 32] >> (i % 32) & 1 || !(logits[i] < INF) ? logits[i] : -INF;
+        return scratch.allowed.data();
+    }
+};
+
 // The row after temperature and filters, in scratch.row, padded to whole blocks; false where it is not finite.
 bool filter_row(const float* logits, int64_t vocab, float temperature, const Filter& filter, Scratch& scratch) {
     const int64_t padded = num_blocks(vocab) * BLOCK_TOKENS;
@@ -260,19 +275,22 @@ extern "C" {
 // Each returns the first row that holds a NaN, +infinity or nothing but -infinity, or -1. `stride` is between rows of logits.
 
 int64_t tandem_sample(const float* logits, int64_t stride, int64_t rows, int64_t vocab, const float* temperature, const int32_t* top_k,
-                      const double* top_p, const double* min_p, const uint64_t* seeds, const uint32_t* positions, uint32_t stream,
-                      int64_t* tokens, float* logprobs, int threads) {
+                      const double* top_p, const double* min_p, const uint32_t* masks, const int32_t* numbers, int64_t words, const uint64_t* seeds,
+                      const uint32_t* positions, uint32_t stream, int64_t* tokens, float* logprobs, int threads) {
+    const Masks allowed{masks, numbers, words};
     return first_bad_row(rows, threads, [&](int64_t s, Scratch& scratch) {
-        return sample_row(logits + s * stride, vocab, temperature[s], {top_k[s], top_p[s], min_p[s]}, {seeds[s], positions[s], stream}, scratch,
+        return sample_row(allowed.apply(logits + s * stride, s, vocab, scratch), vocab, temperature[s], {top_k[s], top_p[s], min_p[s]}, {seeds[s], positions[s], stream}, scratch,
                           tokens[s], logprobs[s]);
     });
 }
 
 int64_t tandem_processed_logits(const float* logits, int64_t stride, int64_t rows, int64_t vocab, const float* temperature,
-                                const int32_t* top_k, const double* top_p, const double* min_p, float* out, int threads) {
+                                const int32_t* top_k, const double* top_p, const double* min_p, const uint32_t* masks, const int32_t* numbers,
+                                int64_t words, float* out, int threads) {
+    const Masks allowed{masks, numbers, words};
     return first_bad_row(rows, threads, [&](int64_t s, Scratch& scratch) {
         const Filter filter{top_k[s], top_p[s], min_p[s]};
-        if (!filter_row(logits + s * stride, vocab, temperature[s], filter, scratch)) return false;
+        if (!filter_row(allowed.apply(logits + s * stride, s, vocab, scratch), vocab, temperature[s], filter, scratch)) return false;
         std::copy_n(scratch.row.data(), vocab, out + s * vocab);
         return true;
     });

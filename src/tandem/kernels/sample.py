@@ -4,6 +4,8 @@ The token of a row is the argmax of x + Gumbel noise, which draws from softmax(x
 position, token id, stream), see `numerics/random.py`, and added in fp64; ties go to the lowest id. x is made from the
 logits in the order of Transformers (temperature, top-k, top-p, min-p; vLLM applies min-p before top-k):
 
+- A mask comes first: the logit of a token that it lacks is -infinity, as if the model had given that. A row that is not
+  finite is refused whatever its mask.
 - temperature: x = logits / temperature in fp32. 0 is greedy: the lowest id of the largest logit; the behaviour
   distribution is one-hot, so the log-prob is 0.0.
 - Tokens are ordered by x, then by lower id. top-k keeps the first k, exactly.
@@ -32,8 +34,10 @@ from torch import Tensor
 from tandem.kernels.build.load import library, remembered
 from tandem.kernels.choice import backend
 from tandem.kernels.finite import raise_if_bad
+from tandem.kernels.mask import MaskTable, mask_table, masked
 from tandem.numerics import random
 from tandem.numerics.random import Stream
+from tandem.types import kept_of
 
 if TYPE_CHECKING:
     from tandem.types import Sampling
@@ -54,9 +58,10 @@ class SamplingBatch:
     min_p_S: NDArray[np.float64]  # 0: all
     seeds_S: NDArray[np.uint64]
     positions_S: NDArray[np.uint32]  # absolute position of the token being drawn
+    masks_S: NDArray[np.object_]  # bytes: a kept set (types.kept_ids) that the token is one of; b"": all are
 
     def __post_init__(self) -> None:
-        dtypes = (np.float32, np.int32, np.float64, np.float64, np.uint64, np.uint32)
+        dtypes = (np.float32, np.int32, np.float64, np.float64, np.uint64, np.uint32, np.object_)
         for name, dtype in zip(self.__slots__, dtypes, strict=True):
             array = getattr(self, name)
             assert array.dtype == dtype and array.shape == (len(self),) and array.flags.c_contiguous, array
@@ -71,13 +76,29 @@ class SamplingBatch:
         """Rows that choose among fewer tokens by top-k, top-p or min-p; a greedy row chooses among one and does not."""
         return (self.temperature_S > 0) & ((self.top_k_S > 0) | (self.top_p_S < 1) | (self.min_p_S > 0))
 
+    @property
+    def masked_S(self) -> NDArray[np.bool_]:
+        """Rows with a mask, greedy ones too."""
+        return self.masks_S.astype(np.bool_)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every row draws from all of its logits."""
+        return not (self.masked_S.any() or self.filters_S.any())
+
     def rows(self, rows_N: NDArray[np.int64]) -> SamplingBatch:
         """The rows of these numbers, in their order."""
         return SamplingBatch(*(getattr(self, name)[rows_N] for name in self.__slots__))
 
     @classmethod
-    def stack(cls, samplings: Sequence[Sampling], seeds: Sequence[int], positions: Sequence[int]) -> SamplingBatch:
-        """One row for each of `samplings`; seeds are unsigned 64-bit, positions below 2^32."""
+    def stack(
+        cls,
+        samplings: Sequence[Sampling],
+        seeds: Sequence[int],
+        positions: Sequence[int],
+        masks: Sequence[bytes] = (),
+    ) -> SamplingBatch:
+        """One row for each of `samplings`; seeds are unsigned 64-bit, positions below 2^32. masks: none, or all."""
         return cls(
             np.array([s.temperature for s in samplings], dtype=np.float32),
             np.array([s.top_k for s in samplings], dtype=np.int32),
@@ -85,6 +106,7 @@ class SamplingBatch:
             np.array([s.min_p for s in samplings], dtype=np.float64),
             np.array(seeds, dtype=np.uint64),
             np.array(positions, dtype=np.uint32),
+            np.array(masks or [b""] * len(samplings), dtype=np.object_),
         )
 
 
@@ -101,11 +123,11 @@ def sample(logits_SV: Tensor, batch: SamplingBatch, stream: int = Stream.TARGET)
     compiled = _compiled()
     if compiled is None:
         return sample_reference(logits_SV, batch, stream)
-    rows = len(batch)
+    rows, table = len(batch), mask_table(batch.masks_S, logits_SV.shape[1])
     tokens_S, logprobs_S = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
     bad = compiled.tandem_sample(
         *_rows(logits_SV),
-        *_filters(batch),
+        *_filters(batch, table),
         batch.seeds_S.ctypes.data,
         batch.positions_S.ctypes.data,
         int(stream),
@@ -118,7 +140,7 @@ def sample(logits_SV: Tensor, batch: SamplingBatch, stream: int = Stream.TARGET)
 
 
 def processed_logits(logits_SV: Tensor, batch: SamplingBatch) -> Tensor:
-    """x [S, V] fp32: logits after temperature and filters, -infinity where dropped; greedy rows hold one 0.
+    """x [S, V] fp32: logits after mask, temperature and filters, -infinity where dropped; greedy rows hold one 0.
 
     Raises as `sample`. The learner uses it to score under a truncated distribution.
     """
@@ -129,11 +151,13 @@ def processed_logits(logits_SV: Tensor, batch: SamplingBatch) -> Tensor:
     _check(logits_SV, len(batch))
     compiled, out_SV = _compiled(), torch.empty(logits_SV.shape, dtype=torch.float32)
     if compiled is None:
+        allowed_SV = masked(logits_SV, batch.masks_S)
         for s in range(len(batch)):
-            out_SV[s] = torch.from_numpy(_filtered_row(logits_SV, batch, s))
+            out_SV[s] = torch.from_numpy(_filtered_row(allowed_SV, batch, s))
         return out_SV
+    table = mask_table(batch.masks_S, logits_SV.shape[1])
     bad = compiled.tandem_processed_logits(
-        *_rows(logits_SV), *_filters(batch), out_SV.data_ptr(), torch.get_num_threads()
+        *_rows(logits_SV), *_filters(batch, table), out_SV.data_ptr(), torch.get_num_threads()
     )
     raise_if_bad(logits_SV, bad)
     return out_SV
@@ -142,25 +166,37 @@ def processed_logits(logits_SV: Tensor, batch: SamplingBatch) -> Tensor:
 def kept_sets(
     logits_SV: Tensor, tokens_S: Tensor, batch: SamplingBatch
 ) -> tuple[list[bytes | None], list[float | None]]:
-    """What `sample` chose among where a row filters, and the log-prob of its token before the filters.
+    """What `sample` chose among where a row filters or has a mask, and the log-prob of its token before both.
 
-    Kept sets [S]: ids as unsigned 32-bit in ascending order (`types.kept_ids`), the drawn token among them.
-    Unfiltered log-probs [S], nats: log softmax(logits / temperature)[token]. None in both for a row without filters.
-    `tokens_S` is what `sample` drew from the same logits and batch.
+    Kept sets [S], as `types.kept_ids` reads them, the drawn token among them; that of a row with a mask alone is the
+    mask, the same object. Unfiltered log-probs [S], nats: log softmax(logits / temperature)[token]. None in both for a
+    row without either, and for a greedy one. `tokens_S` is what `sample` drew from the same logits and batch.
     """
     kept: list[bytes | None] = [None] * len(batch)
     unfiltered: list[float | None] = [None] * len(batch)
-    rows_N = np.flatnonzero(batch.filters_S)
+    filters_S, masked_S = batch.filters_S, batch.masked_S
+    rows_N = np.flatnonzero((filters_S | masked_S) & (batch.temperature_S > 0))
     if not len(rows_N):
         return kept, unfiltered
     picked = torch.from_numpy(rows_N).to(logits_SV.device)
     logits_NV, tokens_N, filtering = logits_SV[picked], tokens_S[picked], batch.rows(rows_N)
-    kept_NV = (processed_logits(logits_NV, filtering) > -torch.inf).cpu().numpy()
     temperature_N = torch.from_numpy(filtering.temperature_S).to(logits_SV.device)
     logprobs = token_logprobs(logits_NV, tokens_N, temperature_N).tolist()
-    for row, token, kept_V, logprob in zip(rows_N.tolist(), tokens_N.tolist(), kept_NV, logprobs, strict=True):
+    for row, logprob in zip(rows_N.tolist(), logprobs, strict=True):
+        unfiltered[row] = logprob
+        if not filters_S[row]:
+            kept[row] = batch.masks_S[row]
+    chosen_F = np.flatnonzero(filters_S[rows_N])
+    if not len(chosen_F):
+        return kept, unfiltered
+    some = torch.from_numpy(chosen_F).to(logits_SV.device)
+    kept_FV = (processed_logits(logits_NV[some], filtering.rows(chosen_F)) > -torch.inf).cpu().numpy()
+    for place, kept_V in zip(chosen_F.tolist(), kept_FV, strict=True):
+        row, token = int(rows_N[place]), int(tokens_N[place])
         assert kept_V[token], f"row {row} drew token {token}, which its filters drop"
-        kept[row], unfiltered[row] = np.flatnonzero(kept_V).astype(np.uint32).tobytes(), logprob
+        kept[row] = np.flatnonzero(kept_V).astype(np.uint32).tobytes()
+        if masked_S[row]:
+            kept[row] = kept_of(np.packbits(np.pad(kept_V, (0, -len(kept_V) % 32)), bitorder="little").view(np.uint32))
     return kept, unfiltered
 
 
@@ -204,7 +240,7 @@ def token_logprobs(logits_SV: Tensor, tokens_S: Tensor, temperature_S: Tensor | 
 
 def sample_reference(logits_SV: Tensor, batch: SamplingBatch, stream: int = Stream.TARGET) -> tuple[Tensor, Tensor]:
     """`sample`, slow and obvious: full sorts, noise for every token, the log-sum-exp in fp64."""
-    vocab = logits_SV.shape[1]
+    vocab, logits_SV = logits_SV.shape[1], masked(logits_SV, batch.masks_S)
     tokens, logprobs = [], []
     for s in range(len(batch)):
         x_V = _filtered_row(logits_SV, batch, s)
@@ -282,9 +318,11 @@ def _rows(logits_SV: Tensor) -> tuple[int, int, int, int]:
     return logits_SV.data_ptr(), logits_SV.stride(0), logits_SV.shape[0], logits_SV.shape[1]
 
 
-def _filters(batch: SamplingBatch) -> tuple[int, int, int, int]:
+def _filters(batch: SamplingBatch, table: MaskTable | None) -> tuple[int | None, ...]:
+    """Addresses; the table is to be held during the call."""
     arrays = (batch.temperature_S, batch.top_k_S, batch.top_p_S, batch.min_p_S)
-    return tuple(array.ctypes.data for array in arrays)  # type: ignore[return-value]
+    masks = (None, None, 0) if table is None else (*(x.ctypes.data for x in table), table.words_UW.shape[1])
+    return (*(array.ctypes.data for array in arrays), *masks)
 
 
 @remembered
@@ -297,8 +335,9 @@ def declare(compiled: ctypes.CDLL) -> ctypes.CDLL:
     """Give the functions of sample.cpp their argument types."""
     pointer, size, word, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_int
     rows: list[Any] = [pointer, size, size, size]
-    compiled.tandem_sample.argtypes = [*rows, *[pointer] * 6, word, pointer, pointer, threads]
-    compiled.tandem_processed_logits.argtypes = [*rows, *[pointer] * 5, threads]
+    filters: list[Any] = [*[pointer] * 6, size]
+    compiled.tandem_sample.argtypes = [*rows, *filters, pointer, pointer, word, pointer, pointer, threads]
+    compiled.tandem_processed_logits.argtypes = [*rows, *filters, pointer, threads]
     for name in ("tandem_log_sum_exp", "tandem_entropy"):
         getattr(compiled, name).argtypes = [*rows, pointer, pointer, threads]
     for name in ("tandem_sample", "tandem_processed_logits", "tandem_log_sum_exp", "tandem_entropy"):

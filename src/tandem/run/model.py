@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from tandem.config import override
 from tandem.engine.config import EngineConfig
+from tandem.engine.constraint import unmet
 from tandem.engine.driver import Driver
 from tandem.errors import ConfigError, RunFolderError, nearest
 from tandem.models.config import ModelConfig
@@ -21,7 +22,7 @@ from tandem.program.config import Format, TaskConfig
 from tandem.rollout.config import RolloutConfig
 from tandem.run.asked import conversations, drawing
 from tandem.run.parts import Parts, build_parts
-from tandem.types import Completion, Message, Request, Sampling, StopReason
+from tandem.types import Completion, Constraint, Message, Request, Sampling, StopReason
 
 Asked = str | Sequence[Message | Mapping[str, str]]  # one user message, or a conversation
 
@@ -43,6 +44,7 @@ class Answer:
     prompt_tokens: int
     completion: Completion
     logprobs: tuple[float, ...]  # of its tokens, nats, of what was drawn from; where greedy and scored, the model's own
+    unmet: str = ""  # why its text is not what the constraint asks: cut off, or what no mask holds
 
 
 class Model:
@@ -55,12 +57,21 @@ class Model:
         self.parts = parts
         self.opening = tuple(opening)
 
-    def generate(self, prompts: Sequence[Asked], *, samples: int = 1, seed: int = 0, **sampling: Any) -> list[Answer]:
+    def generate(
+        self,
+        prompts: Sequence[Asked],
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        constraint: Constraint | None = None,
+        **sampling: Any,
+    ) -> list[Answer]:
         """`samples` answers to each prompt, in order. `sampling`: fields of RolloutConfig (temperature, top_k, top_p,
-        min_p, max_new_tokens, stop_strings); by default greedy, 256 tokens at most.
+        min_p, max_new_tokens, stop_strings); by default greedy, 256 tokens at most. `constraint`: of each answer's text
+        (docs/structured.md).
         """
         asked, samples, seed = drawing(sampling, samples, seed)
-        return list(self.answers(conversations(prompts), asked, samples, seed, scored=True))
+        return list(self.answers(conversations(prompts), asked, samples, seed, scored=True, constraint=constraint))
 
     def answers(
         self,
@@ -70,6 +81,7 @@ class Model:
         seed: int,
         *,
         scored: bool = False,
+        constraint: Constraint | None = None,
     ) -> Iterator[Answer]:
         """Answers in the order of the prompts, each as soon as it and those before it are done.
 
@@ -81,7 +93,7 @@ class Model:
         if greedy:  # the same tokens: the set kept is the one that greedy takes, and has log-probs before
             sampling = replace(sampling, temperature=1.0, top_k=1)
         for request in self._requests(prompts, sampling, 1, seed):
-            engine.check(request)
+            engine.check(replace(request, constraint=constraint))
         coming, driver = self._requests(prompts, sampling, samples, seed), Driver(engine)
         order: deque[tuple[Request, Future[Completion]]] = deque()
         number = seen = 0
@@ -91,6 +103,7 @@ class Model:
                     while len(order) < AHEAD * engine.scheduler.config.max_sequences:
                         if (following := next(coming, None)) is None:
                             break
+                        following = replace(following, constraint=constraint)
                         order.append((following, driver.submit(following)))
                     if not order:
                         return
@@ -101,7 +114,8 @@ class Model:
                         column = completion.columns["unfiltered_logprobs" if greedy else "logprobs"]
                         logprobs = tuple(column.tolist())
                         tokens = len(request.tokens)
-                        yield Answer(number // samples, number % samples, text, tokens, completion, logprobs)
+                        odd = "" if constraint is None or completion.failure else unmet(constraint, text)
+                        yield Answer(number // samples, number % samples, text, tokens, completion, logprobs, odd)
                         number += 1
                     if order:
                         seen = driver.progress(seen, 0.0)

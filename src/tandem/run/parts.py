@@ -16,7 +16,8 @@ from tandem import env
 from tandem.engine.admit import count_pages
 from tandem.engine.batch import INITIAL
 from tandem.engine.config import EngineConfig
-from tandem.engine.engine import Decode, Engine
+from tandem.engine.constraint import Grammars
+from tandem.engine.engine import Engine
 from tandem.engine.layout import KvLayout
 from tandem.engine.runner import DecoderRunner, dtype_name
 from tandem.errors import ConfigError, TandemWarning
@@ -192,12 +193,14 @@ class _Words:
     renderer: Renderer
 
 
-def engine_on(decoder: Decoder, config: EngineConfig, decode: Decode, version: WeightVersion = INITIAL) -> Engine:
+def engine_on(decoder: Decoder, config: EngineConfig, tokenizer: Tokenizer, version: WeightVersion = INITIAL) -> Engine:
     """An engine with the page memory that `config` has decided."""
     layout = KvLayout.for_engine(decoder.spec, config, dtype_name(decoder.dtype))
     num_pages = count_pages(config.kv_memory_bytes, layout.groups[0].token_bytes, config.page_tokens)
     runner = DecoderRunner(decoder, num_pages, config.page_tokens, config)
-    return Engine(runner, config, num_pages, decoder.spec.max_position, decode=decode, version=version)
+    engine = Engine(runner, config, num_pages, decoder.spec.max_position, decode=tokenizer.decode, version=version)
+    engine.grammars = Grammars(tokenizer.backend.to_str, decoder.spec.vocab_size)
+    return engine
 
 
 def _build_apart(
@@ -221,7 +224,9 @@ def _build_apart(
     own = bool(beside or of_engine(model, config))  # evaluation has an engine of its own
 
     def come(name: str, engine: EngineConfig = config) -> RemoteEngine:
-        return RemoteEngine(workers, EngineGiven(source, model, engine), spec, tokenizer.decode, way, name)
+        there = RemoteEngine(workers, EngineGiven(source, model, engine), spec, tokenizer.decode, way, name)
+        there.grammars = Grammars(tokenizer.backend.to_str, spec.vocab_size)  # for its checks, which are made here
+        return there
 
     try:
         names = [f"engine {number + 1}" for number in range(config.replicas)] if config.replicas > 1 else ["engine"]
@@ -233,7 +238,7 @@ def _build_apart(
         receivers: list[Receiver] = [Remote("the engine's process", way, *engines)]
         exact_engine: Engine = engines.pop() if own and learner is not None else engines[0]
         if own and learner is None:
-            exact_engine = engine_on(decoder, without_departures(config), tokenizer.decode)
+            exact_engine = engine_on(decoder, without_departures(config), tokenizer)
             receivers.append(Shared("what runs on the learner's weights", decoder, exact_engine))
         publisher = Publisher(decoder, receivers) if learner is None else RemotePublisher(learner, receivers)
         version = publisher.publish(0)
@@ -252,7 +257,7 @@ def _build_apart(
         publisher,
         memory,
         plan,
-        lambda: engine_on(decoder, config, tokenizer.decode, engines[0].version),
+        lambda: engine_on(decoder, config, tokenizer, engines[0].version),
         tuple(engines[1:]),
         workers,
         way,
@@ -272,11 +277,11 @@ def _build(words: _Words, model: ModelConfig, config: EngineConfig, memory: Plan
     serving = Decoder(spec, dtype, model.device, model.kernels) if apart else decoder
     source = (Decoder(spec, model.dtype, model.device, model.kernels) if rounded else serving) if lag else None
 
-    engine = engine_on(serving, config, tokenizer.decode)
+    engine = engine_on(serving, config, tokenizer)
     count = config.replicas - 1 if learns else 0
-    others = tuple(engine_on(serving, config, tokenizer.decode) for _ in range(count))
+    others = tuple(engine_on(serving, config, tokenizer) for _ in range(count))
     exact = not (lag or beside or of_engine(model, config))
-    exact_engine = engine if exact else engine_on(decoder, without_departures(config), tokenizer.decode)
+    exact_engine = engine if exact else engine_on(decoder, without_departures(config), tokenizer)
     on_learner = [exact_engine] if serving is not decoder else [engine, *others, *([] if exact else [exact_engine])]
     receivers: list[Receiver] = [Shared("what runs on the learner's weights", decoder, *on_learner)]
     if serving is not decoder:
@@ -301,7 +306,7 @@ def _build(words: _Words, model: ModelConfig, config: EngineConfig, memory: Plan
         publisher,
         memory,
         plan,
-        lambda: engine_on(serving, config, tokenizer.decode, engine.version),
+        lambda: engine_on(serving, config, tokenizer, engine.version),
         others,
     )
 

@@ -47,7 +47,7 @@ class EngineWorker:
         if not here:
             kind = getattr(torch, model.dtype)
             held = {name: torch.empty(value.shape, dtype=kind) for name, value in held.items()}
-        self.engine = engine_on(decoder, config, checkpoint.load_tokenizer().decode)
+        self.engine = engine_on(decoder, config, checkpoint.load_tokenizer())
         self._held = Held(held)
         self._reader: Reader | None = None
         self._receiver = Copied(

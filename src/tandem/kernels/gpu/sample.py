@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tandem.kernels.finite import raise_if_bad
+from tandem.kernels.mask import masked
 from tandem.numerics.random import Stream
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def _filter(x_SV: Tensor, batch: SamplingBatch, rows_N: np.ndarray) -> Tensor:
 
 def _processed(logits_SV: Tensor, batch: SamplingBatch) -> Tensor:
     temperature_S = torch.from_numpy(batch.temperature_S).to(logits_SV.device)
-    x_SV = logits_SV / torch.where(temperature_S > 0, temperature_S, 1.0)[:, None]
+    x_SV = masked(logits_SV, batch.masks_S) / torch.where(temperature_S > 0, temperature_S, 1.0)[:, None]
     greedy = batch.temperature_S == 0
     filtered = ~greedy & ((batch.top_k_S > 0) | (batch.top_p_S < 1) | (batch.min_p_S > 0))
     for rows, change in ((np.flatnonzero(greedy), None), (np.flatnonzero(filtered), _filter)):
@@ -217,7 +218,7 @@ def _processed(logits_SV: Tensor, batch: SamplingBatch) -> Tensor:
 
 
 def processed_logits(logits_SV: Tensor, batch: SamplingBatch) -> Tensor:
-    """x [S, V] fp32: logits after temperature and filters, -infinity where dropped; greedy rows hold one 0."""
+    """x [S, V] fp32: logits after mask, temperature and filters, -infinity where dropped; greedy rows hold one 0."""
     x_SV = _processed(logits_SV, batch)
     _raise_if_bad(logits_SV, ~x_SV.amax(1).isfinite())
     return x_SV
@@ -236,7 +237,7 @@ def sample(logits_SV: Tensor, batch: SamplingBatch, stream: int = Stream.TARGET)
         return torch.empty(0, dtype=torch.int64, device=logits_SV.device), torch.empty(0, device=logits_SV.device)
     temperature_S = torch.from_numpy(batch.temperature_S).to(logits_SV.device)
     x_SV = logits_SV.contiguous()
-    if batch.filters_S.any():
+    if not batch.plain:
         x_SV, temperature_S = _processed(logits_SV, batch), torch.ones_like(temperature_S)
     seeds_S = torch.from_numpy(batch.seeds_S.view(np.int64)).to(logits_SV.device)
     positions_S = torch.from_numpy(batch.positions_S.astype(np.int64)).to(logits_SV.device)
