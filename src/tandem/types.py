@@ -103,6 +103,7 @@ class Prompt:
     messages: tuple[Message, ...]  # rendered by the model's chat template
     record: Mapping[str, Any] = field(default_factory=dict)  # the task's own fields, for grading
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas of functions that may be called, for the chat template
+    constraint: Constraint | None = None  # of the first turn; a Step names that of the turn behind it
 
 
 @dataclass(frozen=True, slots=True)

@@ -179,6 +179,11 @@ def refused(constraint: Constraint, reason: str) -> ConfigError:
     )
 
 
+def held(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A schema as a grammar's %json takes it: nothing of it is dropped, whatever it says itself."""
+    return {**schema, "x-guidance": {**JSON, **HELD}}
+
+
 def unmet(constraint: Constraint, text: str) -> str:
     """Why a text is not what was asked, in a line; "" where it is. By a validator of its own for JSON.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tandem.program import tools
 from tandem.program.tools import tool as tool
-from tandem.types import Message, Prompt
+from tandem.types import Constraint, Message, Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +35,7 @@ class Step:
     messages: Sequence[Message] | Fold | None = None  # None: the program ends
     reward: float = 0.0
     state: str = ""  # that the turn was taken in: turns of a group in equal states are compared (algo.credit)
+    constraint: Constraint | None = None  # what the next turn has to be (docs/structured.md)
 
 
 Observation = Sequence[Message] | Fold | Step | None

@@ -11,7 +11,7 @@ from typing import Any
 from tandem.program.config import MAX_REWARD, half_character
 from tandem.program.environment import Environment, Episode, Fold, Step
 from tandem.program.reward import clipped
-from tandem.types import Failure, Message, Prompt, ToolCall
+from tandem.types import Constraint, Failure, Message, Prompt, ToolCall
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 1 << 20  # of an observation: it is rendered while the engine waits
@@ -29,6 +29,7 @@ class Observed:
     reward: float = 0.0  # of the turn
     state: str = ""  # that the turn was taken in
     counts: Mapping[str, int] = field(default_factory=dict)  # of the program, what happened so far
+    constraint: Constraint | None = None  # of the next turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,9 @@ def checked_step(value: Any) -> Observed:
         raise TypeError(f"the state of a Step is {clipped(step.state)}; text is needed")
     if half := half_character(step.state):
         raise ValueError(f"the state of a Step {half}")
-    return Observed(_messages(step.messages), earned, step.state)
+    if not isinstance(step.constraint, Constraint | None):
+        raise TypeError(f"the constraint of a Step is {clipped(step.constraint)}; a tandem.types.Constraint is needed")
+    return Observed(_messages(step.messages), earned, step.state, constraint=step.constraint)
 
 
 def _messages(value: Any) -> tuple[Message, ...] | Fold | None:

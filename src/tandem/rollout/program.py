@@ -15,7 +15,7 @@ import numpy as np
 from tandem.columns import Columns
 from tandem.program.episode import Observed
 from tandem.rollout.trajectory import flatten
-from tandem.types import Completion, Failure, Message, Prompt, Trajectory, Turn
+from tandem.types import Completion, Constraint, Failure, Message, Prompt, Trajectory, Turn
 
 
 class Playing(Protocol):
@@ -119,6 +119,11 @@ class Program:
 
     def count(self, new: Columns) -> None:
         self.drawn += len(new)
+
+    @property
+    def constraint(self) -> Constraint | None:
+        """Of its present turn: whoever asks for a turn names it."""
+        return self.observed[-1].constraint if self.observed else self.prompt.constraint
 
     @property
     def turns(self) -> list[Turn]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tandem.columns import Columns
-from tandem.errors import CapacityError, ModelError
+from tandem.errors import CapacityError, ConfigError, ModelError
 from tandem.numerics.random import derive_seed
 from tandem.program.environment import Fold
 from tandem.rollout.history import split_cause
@@ -82,7 +82,14 @@ class Turns:
         given = (program.request_id, program.id, tokens, sampling, segment.seed)
         priority = int(self.by.config.returning_first and (program.requests > 1 or program.carried is not None))
         ran = max(0, len(tokens) - new)
-        request = Request(*given, priority=priority, group=program.group, carried=len(drawn), ran=ran)
+        request = Request(
+            *given,
+            priority=priority,
+            group=program.group,
+            carried=len(drawn),
+            ran=ran,
+            constraint=program.constraint,
+        )
         self.waits.submit(program, request, program.count if self.counts else None)
 
     def hold(self) -> None:
@@ -224,6 +231,10 @@ class Turns:
                 program.segments.pop()
             program.limits["context_limit"] = 1
             self._grade(program)
+        except ConfigError as error:
+            if not program.observed or program.constraint is None:
+                raise
+            self.end(program, Failure("environment", f"its constraint: {error}"))
 
     def _append(self, program: Program, observed: tuple[Message, ...] | Fold) -> None:
         """Tokens of an observation, behind the last turn or as the start of a segment."""

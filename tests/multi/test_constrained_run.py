@@ -1,0 +1,94 @@
+"""Training on turns of a given form: each turn has its own, and no step's log-probs differ in a bit."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tandem.cli.main import main
+
+for name in ("llguidance", "jsonschema_rs"):
+    pytest.importorskip(name, reason="constraints are those of the extra serve")
+
+TASK = """
+import json
+from tandem.program.environment import Environment, Episode, Step
+from tandem.types import Constraint, Message, Prompt
+
+SCHEMA = {"type": "object", "properties": {"word": {"type": "string", "maxLength": 6}}, "required": ["word"]}
+SCHEMA["additionalProperties"] = False
+
+class Play(Episode):
+    has_state = False
+
+    def observe(self, turns):
+        if len(turns) > 1:
+            return None
+        form = Constraint("regex", self.prompt.record["then"]) if self.prompt.record["then"] else None
+        return Step([Message("user", "Now a number.")], constraint=form)
+
+    def score(self, turns):
+        said = [turn.content for turn in turns if turn.sampled]
+        return float(sum(map(ord, "".join(said))) % 7)
+
+class Formed(Environment):
+    episodes = Play
+
+    def __init__(self, then: str = "[0-9]{2}(ab|c)", bad: bool = False):
+        self.then, self.schema = then, json.dumps(SCHEMA | ({"not": {}} if bad else {}))
+
+    def prompt(self, split, index):
+        messages = (Message("user", f"{split} {index}"),)
+        return Prompt(str(index), messages, {"then": self.then}, constraint=Constraint("json_schema", self.schema))
+"""
+
+
+@pytest.fixture
+def given(write_model: Callable[..., None], tmp_path: Path) -> list[str]:
+    write_model(tmp_path / "model", 10.0)
+    (tmp_path / "task.py").write_text(TASK)
+    settings = {
+        "model.source": tmp_path / "model",
+        "task.environment": f"{tmp_path}/task.py:Formed",
+        "task.heldout_size": 2,
+        "rollout.max_new_tokens": 100,
+        "rollout.max_turns": 2,
+        "rollout.prompts_per_step": 2,
+        "rollout.samples_per_prompt": 4,
+        "evaluation.prompts": 0,
+        "steps": 2,
+    }
+    return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+
+
+def turns(run: Path, step: int) -> list[list[str]]:
+    """What the model said in the two turns of each program."""
+    rows = map(json.loads, (run / f"trajectories/step-{step}.jsonl").read_text().splitlines())
+    return [row["text"].removesuffix("<|im_end|>").split("<|im_end|>")[:3:2] for row in rows]
+
+
+@pytest.mark.parametrize("workers", [(), ("--set", "workers.backend=local")], ids=["here", "apart"])
+def test_each_turn_has_its_form_and_the_learner_its_log_probs(given, tmp_path, capsys, workers):
+    """A turn has another's form, the form is lost on the way to an engine elsewhere, or kept sets to the learner."""
+    run = tmp_path / "run"
+    assert main(["train", "smollm2_arithmetic_cpu", "--out", str(run), *given, *workers]) == 0, capsys.readouterr().err
+    for step in (1, 2):
+        for first, second in turns(run, step):
+            assert json.loads(first).keys() == {"word"}
+            assert re.fullmatch("[0-9]{2}(ab|c)", second.rpartition("\n")[2]), second
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["mismatch"] == row["kl"] == 0.0 for row in rows)
+
+
+def test_a_form_that_cannot_be_held_is_told(given, tmp_path, capsys):
+    """A schema that cannot be held is dropped, or one of a later turn ends the run as if the config were wrong."""
+    late = ["--set", r"task.parameters=then=(a)\1"]
+    assert main(["train", "smollm2_arithmetic_cpu", "--out", str(tmp_path / "late"), *given, *late]) == 1
+    assert "environment: its constraint: request" in capsys.readouterr().out
+    early = ["--set", "task.parameters=bad=true"]
+    assert main(["train", "smollm2_arithmetic_cpu", "--out", str(tmp_path / "early"), *given, *early]) == 2
+    assert 'Unimplemented keys: ["not"]' in capsys.readouterr().err
