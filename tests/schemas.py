@@ -1,7 +1,7 @@
 """Some sixty JSON schemas with texts that fit and texts that do not, for what a backend makes of them.
 
 Texts are in the order of a schema's keys, which backends fix. Which fit is what the package `jsonschema` says, with its
-formats asserted, but for BEYOND: Python's json takes a key twice, and without more packages no format date-time is known.
+formats asserted, but for BEYOND: Python's json takes a key twice, and without more packages date-time is not known.
 """
 
 from __future__ import annotations

@@ -80,7 +80,7 @@ def shown(case: Case) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_texts_fit_as_jsonschema_says(case):
-    """The table judges backends by texts that are on the wrong side themselves; or what is read again says otherwise."""
+    """The table judges backends by texts that are on the wrong side themselves, or a text is read again as another."""
     jsonschema = pytest.importorskip("jsonschema", reason="the independent reference")
     own = jsonschema.validators.validator_for(case.schema, default=jsonschema.Draft202012Validator)
     own.check_schema(case.schema)

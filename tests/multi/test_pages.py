@@ -38,6 +38,7 @@ REAL = (
     "code_task.py:Code",
     "smollm2_repair_cpu",
     "tandem chat",
+    "--json-schema",
 )  # run with SmolLM2, all else with a random model
 TINY = {
     "steps": 1,
@@ -64,6 +65,13 @@ RUNS: dict[str, str] = {
     "tandem rollout smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2 "
     "--programs 16": "",
     'tandem generate MODEL "prompt" ...': "tandem generate {run} 'What is 3 + 4?' 'Hi.' --max-new-tokens 8",
+    'tandem generate MODEL "prompt" --json-schema FILE': (
+        f"tandem generate {MODEL} 'Describe Ada Lovelace.' --json-schema person.json"
+    ),
+    'tandem generate MODEL "Describe Ada Lovelace." --json-schema person.json': (
+        f'tandem generate {MODEL} "Describe Ada Lovelace." --json-schema person.json'
+    ),
+    'tandem generate MODEL "When was she born?" --regex "1[0-9]{3}"': "",
     "tandem chat MODEL": f"tandem chat {MODEL} --max-new-tokens 8",
     "tandem generate MODEL --file PROMPTS.jsonl --temperature 1 --top-p 0.9 -n 4 --json": "",
     "tandem report RUN_DIR ...": "tandem report {run} {run} --out both.html",
@@ -115,6 +123,8 @@ RUNS: dict[str, str] = {
 # A snippet's first definition -> the file that it is saved as.
 FILES = {
     "class Units(": "units.py",
+    'constraint=Constraint("json': "formed.py",
+    "class Years": "forms_task.py",
     "tandem.load(": "library.py",
     "class Double": "double.py",
     "class Reverse": "reverse.py",
@@ -270,6 +280,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, write_model: Any) -> Path:
         (problem / "repo/till.py").write_text("def change(paid, due):\n    return due - paid\n")
         (problem / "hidden.py").write_text("from till import change\n\ndef test_it():\n    assert change(5, 3) == 2\n")
         (problem / "issue.md").write_text(f"Till {number} gives a negative amount.\n")
+    person = {"type": "object", "properties": {"name": {"type": "string"}, "born": {"type": "integer"}}}
+    (folder / "person.json").write_text(json.dumps(person | {"required": ["name"], "additionalProperties": False}))
     (folder / "PROMPTS.jsonl").write_text('{"prompt": "What is 3 + 4?"}\n{"prompt": "Hi."}\n')
     (folder / "MODEL").symlink_to("model")
     shutil.copytree(ROOT / "studies" / "staleness", folder / "staleness")

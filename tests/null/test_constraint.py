@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import socket
 import sys
 from collections.abc import Iterable
 from itertools import product
@@ -304,3 +305,17 @@ def test_a_pattern_takes_no_time_whatever_it_is():
     """A schema that a stranger wrote holds a server by a pattern that takes exponential time."""
     schema = '{"patternProperties": {"^(a+)+$": {}}}'
     assert unmet(Constraint("json_schema", schema), json.dumps({"a" * 60 + "!": 1})) == ""
+    schema = json.dumps({"patternProperties": {r"^(a+)+\1(?=b)$": {}}})  # what only a search that goes back can match
+    assert "cannot be validated" in unmet(Constraint("json_schema", schema), json.dumps({"a" * 60 + "!": 1}))
+
+
+def test_nothing_is_fetched():
+    """A schema that a stranger wrote has the server open an address of its own network, at the door or at the end."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        listening.setblocking(False)
+        constraint = Constraint("json_schema", json.dumps({"$ref": f"http://127.0.0.1:{listening.getsockname()[1]}/x"}))
+        with pytest.raises(ConfigError):
+            grammars_of(TOKENS).check(request(constraint, stop=(1,)))
+        assert "cannot be validated" in unmet(constraint, "1")
+        with pytest.raises(BlockingIOError):
+            listening.accept()

@@ -1,8 +1,8 @@
 """What calls say of an answer's form, as a constraint: OpenAI's response_format, text.format and tools, vLLM's fields.
 
 `of_fields` reads what the answer as a whole has to be; `of_tools` what calls of tools have to be, in the format that
-the model writes them in. Both raise ConfigError that begins with the field's name. Whether the engine can hold what comes
-out says its own check.
+the model writes them in. Both raise ConfigError that begins with the field's name. Whether the engine can hold what
+comes out says its own check.
 """
 
 from __future__ import annotations
