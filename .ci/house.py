@@ -24,6 +24,7 @@ ROOMS: dict[str, tuple[int, str, str]] = {
     "models": (2, "", "one decoder, its families"),
     "program": (4, "1", "prompts, environments"),
     "engine": (2, "2", "requests to tokens"),
+    "server": (4, "", "the wire: OpenAI's protocols"),
     "rollout": (3, "3", "tokens to trajectories"),
     "algo": (0, "4", "credit, packs, losses"),
     "train": (1, "5", "losses to weights"),
