@@ -116,3 +116,26 @@ def test_the_task_of_the_page(given, tmp_path, capsys):
     for row in map(json.loads, page.read_text().splitlines()):
         first, second = row["text"].removesuffix("<|im_end|>").split("<|im_end|>")[:3:2]
         assert first in ("Ada", "Grace", "Alan") and re.fullmatch("[0-9]{4}", second.rpartition("\n")[2])
+
+
+def test_forms_outlast_updates_and_a_replay(given, tmp_path, capsys):
+    """A turn that an update cuts in two begins its form anew, or a journal forgets what its turns had to be."""
+    run = tmp_path / "run"
+    ahead = [
+        "asynchrony.mode=full",
+        "asynchrony.lag=2",
+        "asynchrony.by_load=false",
+        "steps=6",
+        "engine.max_sequences=3",
+    ]
+    words = [word for setting in ahead for word in ("--set", setting)]
+    assert main(["train", "smollm2_arithmetic_cpu", "--out", str(run), *given, *words]) == 0, capsys.readouterr().err
+    spans = 0
+    for step in range(1, 7):
+        for row in map(json.loads, (run / f"trajectories/step-{step}.jsonl").read_text().splitlines()):
+            first, second = row["text"].removesuffix("<|im_end|>").split("<|im_end|>")[:3:2]
+            assert json.loads(first).keys() == {"word"}
+            assert re.fullmatch("[0-9]{2}(ab|c)", second.rpartition("\n")[2]), second
+            spans += len(row["tokens"].get("versions", ())) > 2
+    assert spans, "no turn was drawn by two versions"
+    assert main(["replay", str(run)]) == 0, capsys.readouterr().err

@@ -61,11 +61,12 @@ def sampling_of(batch: Batch) -> SamplingBatch:
     """How each row that draws does so."""
     works = batch.works
     each = [(work, work.start + len(work.tokens) - more) for work in works for more in range(work.draws - 1, -1, -1)]
+    masks = {"masks": [batch.masks.get(draw, b"") for draw in range(len(each))]} if batch.masks else {}
     return SamplingBatch.stack(
         [work.request.sampling for work, _ in each],
         [work.request.seed for work, _ in each],
         [position for _, position in each],
-        [batch.masks.get(draw, b"") for draw in range(len(each))] if batch.masks else (),
+        **masks,
     )
 
 
