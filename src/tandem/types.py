@@ -140,6 +140,19 @@ class Constraint:
 
 
 @dataclass(frozen=True, slots=True)
+class Hints:
+    """What whoever asks knows of what follows a request. Guesses get better by it; no token depends on it.
+
+    >>> Hints(tools=("bash",), turns_left=3).tool_s is None
+    True
+    """
+
+    tools: tuple[str, ...] = ()  # that may run behind it
+    turns_left: int | None = None  # requests of its program behind it; 0: it is the last
+    tool_s: float | None = None  # what the tools will take
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One generation asked of an engine.
 
@@ -159,6 +172,7 @@ class Request:
     carried: int = 0  # of its last tokens: drawn by an earlier request, which this one goes on with
     ran: int = 0  # of its tokens, the first so many: that earlier requests of its program had run
     constraint: Constraint | None = None  # of what is generated, the carried tokens too
+    hints: Hints | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,10 @@ RUNS: dict[str, str] = {
     ),
     'tandem generate MODEL "When was she born?" --regex "1[0-9]{3}"': "",
     "tandem chat MODEL": f"tandem chat {MODEL} --max-new-tokens 8",
+    "tandem serve MODEL": f"tandem serve {MODEL} --check",
+    "tandem serve MODEL [--host ADDRESS] [--port N] [--config FILE]... [--set dotted.name=value]... [--check]": (
+        "tandem serve MODEL --port 0 --check"
+    ),
     "tandem generate MODEL --file PROMPTS.jsonl --temperature 1 --top-p 0.9 -n 4 --json": "",
     "tandem report RUN_DIR ...": "tandem report {run} {run} --out both.html",
     "tandem report RUN_DIR --trajectories": "tandem report {run} --trajectories",
@@ -132,6 +136,7 @@ FILES = {
     "class Written": "written.py",
     "class Code(": "code_task.py",
     "def reinforce": "reinforce.py",
+    "openai.OpenAI(": "ask.py",
     "SMOLLM3 = Family(": "smollm3.py",
     "transformers.SmolLM3Config(": "compared.py",
     "hermes = FORMATS[": "formats.py",
@@ -167,6 +172,7 @@ LISTED: dict[str, str] = {
     "--set task.parameters=path=HumanEval.jsonl.gz --set rollout.max_new_tokens=256": (
         "needs that file; tests/multi/test_code_tasks.py"
     ),
+    "pip install 'tandem-rl[serve]'": "brings packages from the network",
     "pip install tensorboard trackio wandb": "brings packages from the network",
     "tandem train smollm2_arithmetic_cpu --set track.to=tensorboard,trackio,wandb --set track.project=sums": (
         "needs those packages; tests/null/test_track.py"

@@ -28,7 +28,7 @@ TORCH_RANGE = ((2, 11), (2, 14))  # at least, below
 DEMO_MEMORY_BYTES = 4e9  # peak of `make demo`
 EXTRAS = {  # those of the verbs; triton has its own line
     "ray": "parts of a run on other machines (workers.backend=ray)",
-    "serve": "answers of a given form (--json-schema, --regex)",
+    "serve": "tandem serve, and answers of a given form (--json-schema, --regex)",
     "study": "the intervals of tandem study",
     "tasks": "reasoning-gym's tasks and the reward math_verify",
     "track": "rows in TensorBoard, trackio or W&B (track.to)",

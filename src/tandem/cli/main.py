@@ -21,7 +21,7 @@ import typer
 
 import tandem
 from tandem import env
-from tandem.cli import bench, catalogue, chat, doctor, eval, generate, replay, report, rollout, study, train
+from tandem.cli import bench, catalogue, chat, doctor, eval, generate, replay, report, rollout, serve, study, train
 from tandem.errors import TandemWarning, UserError, WorldError, nearest
 from tandem.run import outlet
 
@@ -41,6 +41,7 @@ app.command("rollout")(rollout.rollout)
 app.command("replay")(replay.replay)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
+app.command("serve")(serve.serve)
 app.command("report")(report.report)
 app.command("recipes")(catalogue.recipes)
 app.command("bench")(bench.bench)

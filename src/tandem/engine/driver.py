@@ -88,6 +88,7 @@ class Driver:
         self._open: dict[str, _Asked] = {}  # by request id
         self._ended = 0  # requests and calls
         self._stopped: EngineError | None = None  # why nothing more is taken
+        self._held = False  # no step is run, see hold
         self._running: dict[str, _Asked] = {}  # the engine has them; these two are the driving thread's alone
         self._streaming: dict[str, _Asked] = {}  # of these, with on_tokens
 
@@ -137,6 +138,17 @@ class Driver:
         """Who waits in `progress` looks again."""
         self._count()
 
+    def hold(self, held: bool) -> None:
+        """Whether steps wait from the next one on. What is asked between them is applied; what runs stays."""
+        with self._changed:
+            self._held = held
+            self._changed.notify_all()
+
+    @property
+    def stopped(self) -> EngineError | None:
+        """Why nothing more is taken; None while it is."""
+        return self._stopped
+
     @property
     def threaded(self) -> bool:
         """Whether a thread drives."""
@@ -166,6 +178,7 @@ class Driver:
         """
         with self._changed:
             self._stopped = self._stopped or EngineError("the engine's driver was closed: it takes no more requests.")
+            self._held = False
             self._changed.notify_all()
         self._finish(time.monotonic() + deadline_s)
         with self._changed:
@@ -190,7 +203,7 @@ class Driver:
     def _drive(self) -> None:
         while True:
             with self._changed:
-                while not (self._inbox or self._running):
+                while not (self._inbox or (self._running and not self._held)):
                     if self._stopped is not None:
                         return
                     self._changed.wait(IDLE_S)
@@ -207,7 +220,7 @@ class Driver:
         try:
             for _ in range(len(self._inbox)):
                 self._inbox.popleft()[0]()
-            if self._running and steps:
+            if self._running and steps and not self._held:
                 self._step()
         except Exception as error:  # recorded boundary: the reason goes to all who wait
             stopped = EngineError(f"the engine stopped: {type(error).__name__}: {error}")

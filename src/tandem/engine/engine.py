@@ -184,6 +184,12 @@ class Engine:
         self.scheduler.empty()
         self.runner.release_memory()
 
+    def renewed(self) -> Engine:
+        """Another on the same runner, which knows nothing of what was live here: this one is in no known state."""
+        old = self.scheduler
+        known = (old.config, old.pool.num_pages, old.max_context, self.clock, self.decode, old.version, old.drafter)
+        return Engine(self.runner, *known)
+
     def give_up(self) -> None:
         """It failed, and is in no known state: nothing more is asked of it, no weights reach it, it holds no memory."""
         self.dead = True

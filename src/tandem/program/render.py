@@ -123,7 +123,7 @@ class Renderer:
         text = self.text(tokens)
         if not (tools or parsed or self.tool_format != "auto"):
             return Message("assistant", text, sampled=True)
-        found = self._parsed(text, tools)
+        found = self.parsed(self.opened + text, tools)
         ids = [call.id for call in found.calls]
         calls = tuple(
             call if call.id and ids.count(call.id) == 1 else replace(call, id=f"{number:06d}{place:03d}")
@@ -176,15 +176,15 @@ class Renderer:
     def _reads(self) -> CallFormat:
         return FORMATS[self.format]
 
-    def _parsed(self, text: str, tools: Tools) -> Parsed:
-        text = self._opened + text
+    def parsed(self, text: str, tools: Tools) -> Parsed:
+        """A turn's text, from its reasoning's opening on, by its parts."""
         if not tools and self._reads.plain and self.tool_format == "auto":  # code that nobody could mean as a call
             reasoning, content = thought(text)
             return Parsed(content, reasoning)
         return self._reads.parse(text, tools)
 
     @cached_property
-    def _opened(self) -> str:
+    def opened(self) -> str:
         """The start of a reasoning that the template writes itself, as the model's first words are to follow it."""
         if self.plain:
             return ""

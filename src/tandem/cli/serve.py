@@ -1,0 +1,52 @@
+"""`tandem serve`: a model over HTTP, as OpenAI's clients ask for one."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tandem.cli.generate import MODEL_HELP
+from tandem.cli.options import Assignments, ConfigFiles
+
+
+def serve(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
+    host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all. Sets server.host.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 for one that is free. Sets server.port.")] = None,
+    files: ConfigFiles = None,
+    settings: Assignments = None,
+    check: Annotated[bool, typer.Option("--check", help="Say what would be served, and end.")] = False,
+) -> int:
+    """Serve a model to OpenAI's clients, until SIGTERM or Ctrl-C."""
+    from tandem.cli.settings import assignments
+    from tandem.config import override
+    from tandem.models.config import ModelConfig
+    from tandem.server.config import ServeConfig
+
+    config = ServeConfig(ModelConfig(model))
+    assigned = assignments(config, files or [], settings or [])
+    given = {"server.host": host, "server.port": None if port is None else str(port)}
+    config = override(config, {**assigned, **{name: text for name, text in given.items() if text is not None}})
+
+    from tandem.run.served import check_installed, checked, served
+
+    if check:
+        print("\n".join(checked(config)))
+        return 0
+    check_installed()
+
+    from tandem.server.desk import Desk
+    from tandem.server.listen import Listener, bound
+    from tandem.server.room import Room
+    from tandem.server.words import Words
+
+    listening = bound(config.server.host, config.server.port)  # before the weights are read: it may be taken
+    parts, opening = served(config)
+    words = Words(parts.tokenizer, parts.renderer, opening)
+    room = Room(Desk(parts.engine, config.server), words, config.server, model)
+    address, number = listening.getsockname()[:2]
+    print(f"tandem: {room.model} on http://{address}:{number}/v1", flush=True)
+    with parts.memory.foreseen():
+        Listener(room).run([listening])
+    return 0

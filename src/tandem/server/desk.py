@@ -1,0 +1,304 @@
+"""What is on its way through the engine: calls in on the event loop, their tokens back from the engine's thread.
+
+The engine's thread posts what a step drew, and wakes the loop once for all of it. A call takes what has come for it as
+one piece, however many steps that were, so a client that reads slowly costs no more than its own answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+
+from tandem.columns import Columns
+from tandem.engine.driver import Driver
+from tandem.engine.engine import Engine
+from tandem.errors import EngineError, TandemError
+from tandem.server.config import ServerConfig
+from tandem.server.refusal import Refusal, refused
+from tandem.types import Completion, Request
+
+FAILED = 3  # times in a row that the engine had to begin anew, after which it is called unhealthy
+PING_S = 15.0  # between two signs of life to a client that waits for a token
+
+log = logging.getLogger("tandem.server")
+
+
+@dataclass(slots=True, eq=False)
+class Open:
+    """A generation on its way."""
+
+    request: Request
+    call: Call
+    asked_s: float
+    first_s: float | None = None  # when its first token was seen here, where it streams
+    drawn: int = 0  # tokens seen here, where it streams
+
+
+@dataclass(slots=True)
+class Piece:
+    """What is new of one answer of a call."""
+
+    drawn: list[Columns] = field(default_factory=list)
+    completion: Completion | None = None
+
+
+class Call:
+    """The answers to one HTTP call."""
+
+    def __init__(self, desk: Desk, id: str, requests: Sequence[Request]) -> None:
+        self.id = id
+        self.requests = requests
+        self._desk = desk
+        self._place = {request.id: place for place, request in enumerate(requests)}
+        self._new: dict[int, Piece] = {}
+        self._failure: Refusal | None = None
+        self._left = len(requests)  # answers that have not ended
+        self._wake = asyncio.Event()
+        self.gone = False  # the client is
+
+    def arrived(self, request_id: str, what: Columns | Completion | Refusal) -> None:
+        """From the engine, on the loop."""
+        piece = self._new.setdefault(self._place[request_id], Piece())
+        if isinstance(what, Columns):
+            piece.drawn.append(what)
+        else:
+            self._left -= 1
+            if isinstance(what, Completion):
+                piece.completion = what
+            else:
+                self._failure = self._failure or what
+        self._wake.set()
+
+    @property
+    def over(self) -> bool:
+        """Nothing more comes."""
+        return self.gone or (self._left == 0 and not self._new)
+
+    async def pieces(self) -> dict[int, Piece]:
+        """Place of an answer -> what is new of it; nothing after PING_S, or where the client has gone. Raises what an
+        answer failed by: the others are withdrawn."""
+        if not self._wake.is_set():
+            try:
+                async with asyncio.timeout(PING_S):
+                    await self._wake.wait()
+            except TimeoutError:
+                return {}
+        self._wake.clear()
+        new, self._new = self._new, {}
+        if self._failure is not None:
+            self.withdraw()
+            raise self._failure
+        return {} if self.gone else new
+
+    async def completions(self) -> list[Completion]:
+        """All of them, in order."""
+        done: dict[int, Completion] = {}
+        while not self.over:
+            new = await self.pieces()
+            done |= {place: piece.completion for place, piece in new.items() if piece.completion is not None}
+        return [done[place] for place in sorted(done)]
+
+    def leave(self) -> None:
+        """The client has gone: what it asked for is withdrawn at once."""
+        self.gone = True
+        self.withdraw()
+        self._wake.set()
+
+    def withdraw(self) -> None:
+        for request in self.requests:
+            self._desk.abort(request.id)
+
+
+class Desk:
+    """All calls of a server, and the engine that they share. Used on the event loop alone, but for what says otherwise.
+
+    ended: told of every generation that ended by itself or was withdrawn.
+    """
+
+    def __init__(self, engine: Engine, config: ServerConfig) -> None:
+        self.config = config
+        self.driver = Driver(engine)
+        self.open: dict[str, Open] = {}
+        self.tenants: Counter[str] = Counter()  # generations on their way
+        self.ended: Callable[[Open, Completion], None] = lambda opened, completion: None
+        self.draining = False
+        self.failures = 0  # of the engine, since an answer came through
+        self._paused = asyncio.Event()
+        self._paused.set()
+        self._gated = 0  # generations that wait for the end of a pause
+        self._posted: deque[tuple[str, Columns | Future[Completion]]] = deque()
+        self._woken = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def engine(self) -> Engine:
+        engine = self.driver.engine
+        assert isinstance(engine, Engine)
+        return engine
+
+    def start(self) -> None:
+        """On the event loop that it is used on from now on."""
+        self._loop = asyncio.get_running_loop()
+        self.driver.start()
+
+    @property
+    def num_running(self) -> int:
+        """From any thread."""
+        return len(self.engine.scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Generations that have not started. From any thread."""
+        return max(0, len(self.open) - self.num_running) + self._gated
+
+    @property
+    def well(self) -> bool:
+        """Whether it takes calls, and answers them."""
+        return not self.draining and self.failures < FAILED
+
+    def admit(self, tenant: str, count: int) -> None:
+        """Refuses `count` generations more where there is no room for them: 503 while it drains, 429."""
+        config = self.config
+        if self.draining:
+            raise Refusal(503, "the server is about to end and takes no more calls.", "draining", retry_s=1)
+        for most, present, what in (
+            (config.max_requests, len(self.open) + self._gated, "server.max_requests"),
+            (config.max_waiting, self.num_waiting, "server.max_waiting"),
+            (config.tenant_requests or config.max_requests, self.tenants[tenant], "server.tenant_requests"),
+        ):
+            if present + count > most:
+                said = f"there is no room for {count} more: {present} are on their way, {most} may be ({what}). Wait."
+                raise Refusal(429, said, "rate_limit_exceeded", retry_s=config.retry_after_s)
+
+    async def ask(self, id: str, requests: Sequence[Request], streams: bool) -> Call:
+        """Asks for generations of one call. Raises Refusal; none is on its way then."""
+        tenant, count = requests[0].tenant, len(requests)
+        self.admit(tenant, count)
+        self.tenants[tenant] += count
+        self._gated += count
+        try:
+            await self._paused.wait()
+        except BaseException:
+            self.tenants[tenant] -= count
+            raise
+        finally:
+            self._gated -= count
+        call = Call(self, id, requests)
+        asked = 0
+        try:
+            for request in requests:
+                self._submit(request, call, streams)
+                asked += 1
+        except Refusal:
+            call.withdraw()
+            self.tenants[tenant] -= count - asked
+            raise
+        return call
+
+    def _submit(self, request: Request, call: Call, streams: bool) -> None:
+        post = partial(self._post, request.id)
+        if request.id in self.open:
+            said = f"request id {request.id!r} is in use by a call on its way. Choose another."
+            raise Refusal(409, said, "id_in_use")
+        self._renew()
+        try:
+            future = self.driver.submit(request, post if streams else None)
+        except TandemError as error:
+            raise refused(error) from error
+        self.open[request.id] = Open(request, call, time.monotonic())
+        future.add_done_callback(post)
+
+    def _post(self, request_id: str, what: Columns | Future[Completion]) -> None:
+        """From the engine's thread."""
+        self._posted.append((request_id, what))
+        if not self._woken:
+            self._woken = True
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(self._deliver)
+
+    def _deliver(self) -> None:
+        self._woken = False  # before the queue is read: who posts after that wakes again
+        while self._posted:
+            request_id, what = self._posted.popleft()
+            opened = self.open[request_id]
+            if isinstance(what, Columns):
+                opened.first_s = opened.first_s or time.monotonic()
+                opened.drawn += len(what)
+                opened.call.arrived(request_id, what)
+            else:
+                self._end(opened, what)
+
+    def _end(self, opened: Open, future: Future[Completion]) -> None:
+        request = opened.request
+        del self.open[request.id]
+        self.tenants[request.tenant] -= 1
+        if not self.tenants[request.tenant]:
+            del self.tenants[request.tenant]
+        error = future.exception()
+        if error is None:
+            completion = future.result()
+            self.failures = 0
+            self.ended(opened, completion)
+            if completion.failure:
+                said = f"no token could be drawn: {completion.failure}"
+                opened.call.arrived(request.id, Refusal(500, said, "not_finite"))
+            else:
+                opened.call.arrived(request.id, completion)
+        else:
+            log.error("request %s failed: %s", request.id, error, exc_info=error.__cause__)
+            told = refused(error) if isinstance(error, TandemError) and not isinstance(error, EngineError) else None
+            opened.call.arrived(
+                request.id,
+                told or Refusal(500, "the engine failed, and this request with it. Ask again.", "engine_failed"),
+            )
+            self._renew()
+
+    def _renew(self) -> None:
+        """An engine whose step raised what it should not is in no known state: another begins on the same weights."""
+        if isinstance(self.driver.stopped, EngineError) and not self.draining:
+            self.failures += 1
+            log.error("the engine begins anew: %s", self.driver.stopped)
+            self.driver = Driver(self.engine.renewed()).start()
+
+    def abort(self, request_id: str) -> None:
+        """Withdraws a generation, if it is on its way."""
+        if request_id in self.open:
+            self.driver.abort(request_id)
+
+    def pause(self) -> None:
+        """What is asked from now on waits."""
+        self._paused.clear()
+
+    def resume(self) -> None:
+        self._paused.set()
+        self.driver.hold(False)
+
+    @property
+    def paused(self) -> bool:
+        return not self._paused.is_set()
+
+    async def idle(self, deadline_s: float) -> bool:
+        """Waits for all that is on its way to end; whether it has by the deadline."""
+        until_s = time.monotonic() + deadline_s
+        while self.open and time.monotonic() < until_s:
+            await asyncio.sleep(0.02)
+        return not self.open
+
+    async def drain(self) -> None:
+        """Takes nothing more, and waits for what is on its way; what takes longer than server.drain_s is withdrawn."""
+        self.draining = True
+        self.resume()
+        if not await self.idle(self.config.drain_s):
+            for request_id in list(self.open):
+                self.driver.abort(request_id)
+            await self.idle(self.config.drain_s)
+
+    def close(self) -> None:
+        self.draining = True
+        self.driver.close(0.0)

@@ -1,0 +1,115 @@
+"""The server's sockets: uvicorn with httptools, patience with slow heads, and an end that lets calls finish."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from asyncio.events import TimerHandle
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from tandem.errors import ConfigError
+from tandem.server.app import build
+from tandem.server.room import Room
+
+BACKLOG = 4096  # connections that the system takes while the loop is busy
+
+
+def patient(head_s: float) -> type[HttpToolsProtocol]:
+    """A protocol that closes a connection on which no request has come whole `head_s` after its begin, or after its
+    last answer's keep-alive."""
+
+    class Patient(HttpToolsProtocol):
+        _due: TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self._due = self.loop.call_later(head_s, self._late)
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            if self._due is None:
+                self._due = self.loop.call_later(head_s, self._late)
+
+        def on_headers_complete(self) -> None:
+            self._in_time()
+            super().on_headers_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._in_time()
+            super().connection_lost(exc)
+
+        def _in_time(self) -> None:
+            if self._due is not None:
+                self._due.cancel()
+                self._due = None
+
+        def _late(self) -> None:
+            self._due = None
+            if not self.transport.is_closing():
+                self.transport.close()
+
+    return Patient
+
+
+class Listener(uvicorn.Server):
+    """Ends at the first SIGTERM or SIGINT when its calls have; at the second without them."""
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        config = room.config
+        super().__init__(
+            uvicorn.Config(
+                build(room),
+                http=patient(config.head_s),
+                ws="none",
+                lifespan="on",
+                log_level="error",
+                access_log=False,
+                server_header=False,
+                backlog=BACKLOG,
+                timeout_graceful_shutdown=5,
+            )
+        )
+        self._ending: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._ending is not None:
+            self.should_exit = self.force_exit = True
+        else:
+            self._loop.call_soon_threadsafe(self.end)
+
+    def end(self) -> None:
+        """On the loop: takes no more calls, and ends when those that are on their way have."""
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._drained())
+
+    async def _drained(self) -> None:
+        open_ = len(self.room.desk.open)
+        if open_:
+            print(f"tandem: ends when {open_} answers have, in {self.room.config.drain_s:g} s", file=sys.stderr)
+        await self.room.desk.drain()
+        self.should_exit = True
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket that listens. ConfigError where the address can't be had."""
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"server.host {host}, server.port {port}: {error.strerror or error}. Take another port, or end what has it."
+        ) from error
+    listening.set_inheritable(False)
+    return listening

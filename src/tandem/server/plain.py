@@ -1,0 +1,58 @@
+"""Endpoints that ask nothing of the engine: models, health, tokens of a text and back."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tandem.server import bodies
+from tandem.server.refusal import Refusal
+from tandem.server.room import Room, answer
+from tandem.server.words import messages_of, tools_of
+
+
+async def models(room: Room, request: Request) -> Response:
+    return answer({"object": "list", "data": [_card(room)]})
+
+
+async def model(room: Room, request: Request) -> Response:
+    name = request.path_params["name"]
+    if name != room.model:
+        raise Refusal(404, f"there is no model {name}. Served here: {room.model}.", "model_not_found", "model")
+    return answer(_card(room))
+
+
+def _card(room: Room) -> dict[str, object]:
+    card = {"id": room.model, "object": "model", "created": room.created, "owned_by": "tandem"}
+    return {**card, "max_model_len": room.desk.engine.scheduler.max_context}
+
+
+async def health(room: Room, request: Request) -> Response:
+    """200 while calls are taken, 503 while it drains or the engine fails at every step."""
+    well = room.desk.well
+    return answer(
+        {"status": "ok" if well else "draining" if room.desk.draining else "failing"}, status=200 if well else 503
+    )
+
+
+async def tokenize(room: Room, request: Request) -> Response:
+    body = await room.read(request, bodies.TokenizeBody)
+    if (body.prompt is None) == (body.messages is None):
+        raise Refusal(400, "give one of prompt and messages.", "invalid_value", "prompt")
+    if body.messages is not None:
+        tokens = await room.words.chat(messages_of(body.messages), tools_of(body.tools or ()))
+    else:
+        tokens = await room.words.plain(body.prompt or "", body.add_special_tokens)
+    spelt = room.words.tokenizer.backend.id_to_token
+    told = {"count": len(tokens), "max_model_len": room.desk.engine.scheduler.max_context, "tokens": tokens}
+    return answer({**told, "token_strs": [spelt(token) for token in tokens] if body.return_token_strs else None})
+
+
+async def detokenize(room: Room, request: Request) -> Response:
+    body = await room.read(request, bodies.DetokenizeBody)
+    most = room.desk.engine.vocab_size
+    for place, token in enumerate(body.tokens):
+        if token >= most:
+            said = f"tokens[{place}] is {token}, outside of the vocabulary. Allowed: 0 to {most - 1}."
+            raise Refusal(400, said, "invalid_value", f"tokens[{place}]")
+    return answer({"prompt": room.words.tokenizer.decode(body.tokens)})

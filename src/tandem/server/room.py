@@ -1,0 +1,248 @@
+"""What the endpoints share: bodies in, who asks, generations, and answers out as JSON or as server-sent events."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from tandem.server import bodies, demand
+from tandem.server.answers import version_spans
+from tandem.server.config import ServerConfig
+from tandem.server.desk import Call, Desk, log
+from tandem.server.lineage import Lineage
+from tandem.server.refusal import Refusal, misfit
+from tandem.server.tenants import Access, Holder
+from tandem.server.words import Words
+from tandem.types import Completion, Hints, Sampling
+from tandem.types import Request as Asked
+
+T = TypeVar("T")
+SSE = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
+DONE = b"data: [DONE]\n\n"
+encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who makes a call, and for which program."""
+
+    holder: Holder
+    tenant: str
+    program: str  # "": nobody said
+    hints: Hints | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Of a call: its tokens, and the units by which its program is known again (lineage.py)."""
+
+    tokens: tuple[int, ...]
+    units: Sequence[str]
+
+
+class Room:
+    """A server's parts."""
+
+    def __init__(self, desk: Desk, words: Words, config: ServerConfig, model: str) -> None:
+        self.desk = desk
+        self.words = words
+        self.config = config
+        self.model = config.name or model
+        self.created = int(time.time())
+        self.access = Access(config)
+        self.lineage = Lineage()
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights that answer now."""
+        return self.desk.engine.version.digest[:16]
+
+    def label(self, step: int) -> str:
+        """What a version of the weights is called."""
+        return str(step)
+
+    def spans(self, completion: Completion) -> list[dict[str, Any]]:
+        """Which weights drew which tokens of an answer."""
+        return version_spans(completion.columns["versions"].tolist(), self.label)
+
+    async def read(self, request: Request, kind: type[T]) -> T:
+        """The body of a call as `kind`. Refusal: too large, too slow, no JSON, or JSON of another kind."""
+        sent = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        if sent != "application/json" or request.headers.get("content-encoding", "identity") != "identity":
+            raise Refusal(415, "a body must be plain JSON. Send the header Content-Type: application/json.", "not_json")
+        body = await self.body(request)
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.ValidationError as error:
+            raise misfit(error) from error
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise Refusal(400, f"the body is no JSON: {error}.", "invalid_json") from error
+
+    async def body(self, request: Request) -> bytes:
+        """At most server.max_body_bytes, within server.body_s."""
+        most = self.config.max_body_bytes
+        said = f"the body is longer than {most} bytes (server.max_body_bytes)."
+        if int(request.headers.get("content-length") or 0) > most:
+            raise Refusal(413, said, "body_too_large")
+        parts, length = list[bytes](), 0
+        try:
+            async with asyncio.timeout(self.config.body_s):
+                async for part in request.stream():
+                    length += len(part)
+                    if length > most:
+                        raise Refusal(413, said, "body_too_large")
+                    parts.append(part)
+        except TimeoutError as error:
+            raise Refusal(408, f"the body did not come within {self.config.body_s:g} s.", "body_too_slow") from error
+        return b"".join(parts)
+
+    def asker(self, request: Request, body: bodies.Whose) -> Asker:
+        """Who asks, of body and headers; the body is heard where both say."""
+        holder = request.state.holder
+        tenant = self.access.tenant(holder, body.tenant or request.headers.get("x-tenant"))
+        if body.model is not None and body.model != self.model:
+            raise Refusal(
+                404, f"there is no model {body.model}. Served here: {self.model}.", "model_not_found", "model"
+            )
+        program = body.program_id or request.headers.get("x-program-id", "")
+        if len(program) > 256:
+            raise Refusal(400, "X-Program-ID is longer than 256 characters.", "invalid_value", "program_id")
+        return Asker(holder, tenant, program, demand.hints_of(body.hints))
+
+    def id_of(self, request: Request, kind: str) -> str:
+        """Of a call: of what its X-Request-Id says, where it says something."""
+        given = request.headers.get("x-request-id", "")
+        if len(given) > 128 or not given.isprintable():
+            raise Refusal(400, "X-Request-Id is longer than 128 characters, or not printable.", "invalid_value")
+        return f"{kind}-{given or secrets.token_hex(12)}"
+
+    async def ask(
+        self,
+        asker: Asker,
+        id: str,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[Sequence[int]],
+        streams: bool,
+    ) -> Asking:
+        """Asks the engine for answers to the prompts, as many to each as it has seeds. Refusal: none is on its way."""
+        requests, owners, several = list[Asked](), list[Prompt](), sum(map(len, seeds)) > 1
+        for prompt, own in zip(prompts, seeds, strict=True):
+            asked = sampling.max_new_tokens or None
+            most = demand.room(self.desk.engine, self.config, len(prompt.tokens), asked)
+            program = asker.program or self.lineage.program(asker.tenant, prompt.units)
+            for seed in own:
+                named = f"{id}/{len(requests)}" if several else id
+                drawn = replace(sampling, max_new_tokens=most)
+                group = id if several else ""
+                requests.append(
+                    Asked(named, program, prompt.tokens, drawn, seed, asker.tenant, group=group, hints=asker.hints)
+                )
+                owners.append(prompt)
+        call = await self.desk.ask(id, requests, streams)
+        return Asking(call, owners, not asker.program)
+
+    def remember(self, asking: Asking, place: int, units: Sequence[str]) -> None:
+        """An answer came, and with it these units have been said: who goes on from them is of the same program."""
+        request = asking.call.requests[place]
+        if asking.inferred and len(units) > len(asking.prompts[place].units):
+            self.lineage.answered(request.tenant, units, request.program_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """A call on its way."""
+
+    call: Call
+    prompts: Sequence[Prompt]  # of each answer
+    inferred: bool  # nobody named the program
+
+    @property
+    def headers(self) -> dict[str, str]:
+        program = self.call.requests[0].program_id
+        return {"x-request-id": self.call.id, "x-program-id": quote(program, safe="/-_.:+@ ")}
+
+
+async def attended(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives, which ends where the client goes away before."""
+    doing = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request.receive))
+    try:
+        await asyncio.wait((doing, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise ClientDisconnect
+        return doing.result()
+    finally:
+        gone.cancel()
+        doing.cancel()
+
+
+async def collected(call: Call) -> list[Completion]:
+    """All answers of a call, which is withdrawn where nobody waits for them any more."""
+    try:
+        return await call.completions()
+    finally:
+        call.withdraw()
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def answer(body: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
+    return Response(encode(body), status, headers, "application/json")
+
+
+def event(body: Any) -> bytes:
+    """A server-sent event without a name, as OpenAI's streams have them."""
+    return b"data: " + encode(body) + b"\n\n"
+
+
+class EventStream(Response):
+    """Server-sent events as they come. The call is withdrawn as soon as its client is gone, or takes nothing.
+
+    What a call fails by on the way is an event too: OpenAI's client reads an error in it, and would take the end of the
+    stream, or a body of JSON, for an answer without words.
+    """
+
+    def __init__(self, blocks: AsyncIterator[bytes], call: Call, send_s: float, headers: Mapping[str, str]) -> None:
+        super().__init__(None, 200, {**SSE, **headers})
+        del self.headers["content-length"]
+        self.blocks, self.call, self.send_s = blocks, call, send_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.ensure_future(_gone(receive))
+        gone.add_done_callback(lambda ended: None if ended.cancelled() else self.call.leave())
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for block in self._told():
+                async with asyncio.timeout(self.send_s):
+                    await send({"type": "http.response.body", "body": block, "more_body": True})
+            if not self.call.gone:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except TimeoutError:
+            log.warning("call %s: its client took nothing for %g s; it was withdrawn", self.call.id, self.send_s)
+        finally:
+            gone.cancel()
+            self.call.withdraw()
+
+    async def _told(self) -> AsyncIterator[bytes]:
+        try:
+            async for block in self.blocks:
+                yield block
+        except Refusal as refusal:
+            yield event(refusal.body()) + DONE
+        except Exception:  # noqa: BLE001 - recorded boundary: the client hears that it failed, the log why
+            log.exception("call %s failed", self.call.id)
+            yield event(Refusal(500, "the server failed at this call. Ask again.", "server_failed").body()) + DONE
