@@ -172,6 +172,7 @@ LISTED: dict[str, str] = {
     "--set task.parameters=path=HumanEval.jsonl.gz --set rollout.max_new_tokens=256": (
         "needs that file; tests/multi/test_code_tasks.py"
     ),
+    "[[keys]]": "tests/multi/test_server_limits.py",
     "pip install 'tandem-rl[serve]'": "brings packages from the network",
     "pip install tensorboard trackio wandb": "brings packages from the network",
     "tandem train smollm2_arithmetic_cpu --set track.to=tensorboard,trackio,wandb --set track.project=sums": (

@@ -45,8 +45,6 @@ def serve(
     parts, opening = served(config)
     words = Words(parts.tokenizer, parts.renderer, opening)
     room = Room(Desk(parts.engine, config.server), words, config.server, model)
-    address, number = listening.getsockname()[:2]
-    print(f"tandem: {room.model} on http://{address}:{number}/v1", flush=True)
     with parts.memory.foreseen():
         Listener(room).run([listening])
     return 0

@@ -37,6 +37,8 @@ class Chat:
         body, room = self.body, self.room
         asker = room.asker(request, body)
         n = demand.choices(room.config, 1, body.n or 1)
+        context = demand.context_of(room.desk.engine)
+        room.words.check_length(sum(len(one.content) for one in self.messages), context)
         tokens = await room.words.chat(self.messages, self.tools)
         most = body.max_completion_tokens or body.max_tokens
         sampling = demand.sampling_of(body, most, room.words.renderer.stop_token_ids, bool(body.logprobs))

@@ -46,6 +46,8 @@ class Continuation:
         asker = room.asker(request, body)
         prompts = _prompts(body.prompt)
         demand.choices(room.config, len(prompts), self.n)
+        context = demand.context_of(room.desk.engine)
+        room.words.check_length(max(map(len, prompts)), context)
         tokens = [await room.words.plain(one) if isinstance(one, str) else tuple(one) for one in prompts]
         words = room.words.tokenizer
         if body.echo:

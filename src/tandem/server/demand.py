@@ -90,11 +90,16 @@ def strings(stop: bodies.Stops) -> tuple[str, ...]:
     return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
 
 
-def room(engine: Engine, config: ServerConfig, prompt: int, asked: int | None) -> int:
-    """New tokens at most behind a prompt of so many. 400 for a prompt, or a number, beyond what the server allows."""
+def context_of(engine: Engine) -> int:
+    """Tokens of the longest context: those that the model has positions for, and the page memory holds."""
     scheduler = engine.scheduler
     held = scheduler.pool.num_pages * scheduler.config.page_tokens // len(scheduler.layout.groups) + 1
-    context = min(held, scheduler.max_context or held)
+    return min(held, scheduler.max_context or held)
+
+
+def room(engine: Engine, config: ServerConfig, prompt: int, asked: int | None) -> int:
+    """New tokens at most behind a prompt of so many. 400 for a prompt, or a number, beyond what the server allows."""
+    context = context_of(engine)
     if config.max_prompt_tokens and prompt > config.max_prompt_tokens:
         said = f"the prompt has {prompt} tokens, and {config.max_prompt_tokens} are allowed (server.max_prompt_tokens)."
         raise Refusal(400, said, "context_length_exceeded", "prompt")

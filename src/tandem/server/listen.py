@@ -16,15 +16,17 @@ from tandem.errors import ConfigError
 from tandem.server.app import build
 from tandem.server.room import Room
 
+HEAD_BYTES = 1 << 18  # of a request's head, and what of a body came with it
 BACKLOG = 4096  # connections that the system takes while the loop is busy
 
 
-def patient(head_s: float) -> type[HttpToolsProtocol]:
-    """A protocol that closes a connection on which no request has come whole `head_s` after its begin, or after its
-    last answer's keep-alive."""
+def patient(head_s: float, send_s: float) -> type[HttpToolsProtocol]:
+    """A protocol with an end to its patience: the head of a request has `head_s` and HEAD_BYTES, and who takes nothing
+    of what is left to send as the connection closes, `send_s`. The scope's `abort` cuts the connection."""
 
     class Patient(HttpToolsProtocol):
         _due: TimerHandle | None = None
+        _head = 0  # bytes that came while a head was not whole
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -35,9 +37,21 @@ def patient(head_s: float) -> type[HttpToolsProtocol]:
             if self._due is None:
                 self._due = self.loop.call_later(head_s, self._late)
 
+        def data_received(self, received: bytes) -> None:
+            if self._due is not None and self._head > HEAD_BYTES:
+                self.transport.abort()
+                return
+            self._head += len(received)
+            super().data_received(received)
+
         def on_headers_complete(self) -> None:
             self._in_time()
             super().on_headers_complete()
+            self.scope["abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            self.loop.call_later(send_s, self.transport.abort)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._in_time()
@@ -46,7 +60,7 @@ def patient(head_s: float) -> type[HttpToolsProtocol]:
         def _in_time(self) -> None:
             if self._due is not None:
                 self._due.cancel()
-                self._due = None
+                self._due, self._head = None, 0
 
         def _late(self) -> None:
             self._due = None
@@ -65,7 +79,7 @@ class Listener(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 build(room),
-                http=patient(config.head_s),
+                http=patient(config.head_s, config.send_s),
                 ws="none",
                 lifespan="on",
                 log_level="error",
@@ -80,6 +94,12 @@ class Listener(uvicorn.Server):
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started and sockets:
+            address, port = sockets[0].getsockname()[:2]
+            print(f"tandem: {self.room.model} on http://{address}:{port}/v1", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._ending is not None:

@@ -233,6 +233,7 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             log.warning("call %s: its client took nothing for %g s; it was withdrawn", self.call.id, self.send_s)
+            scope["abort"]()
         finally:
             gone.cancel()
             self.call.withdraw()

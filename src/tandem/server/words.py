@@ -35,6 +35,7 @@ class Words:
         self.renderer = renderer
         self.opening = tuple(opening)
         self._thread = ThreadPoolExecutor(1, "words")
+        self._longest = max(map(len, tokenizer.backend.get_vocab()), default=1)  # characters of a token
         self._bytes = {character: byte for byte, character in enumerate(byte_alphabet())}
 
     async def _aside(self, work: Callable[[], T]) -> T:
@@ -42,6 +43,12 @@ class Words:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except TandemError as error:
             raise refused(error) from error
+
+    def check_length(self, characters: int, context: int) -> None:
+        """400 for a text of more tokens than a context has, however it is split: splitting it would hold up others."""
+        if characters > 2 * context * self._longest:
+            said = f"the prompt has {characters} characters, more than the {context} tokens of the context can spell."
+            raise Refusal(400, said, "context_length_exceeded", "prompt")
 
     async def chat(self, messages: Sequence[Message], tools: Tools) -> tuple[int, ...]:
         """A conversation up to where the model answers. 400 where the template takes no such one."""
