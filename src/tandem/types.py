@@ -206,6 +206,7 @@ class Completion:
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
     recomputed_tokens: int = 0  # tokens run again after a preemption
     failure: str = ""  # why, where FAILED
+    first_s: float = 0.0  # its first token was drawn; its end where none was
 
     @property
     def tokens(self) -> tuple[int, ...]:

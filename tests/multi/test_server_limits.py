@@ -250,6 +250,7 @@ def test_a_step_that_raises_ends_its_requests_alone(folder: Path, streams: bool,
         assert again.choices[0].message.content == before and not server.room.desk.open
         assert httpx.get(f"{server.url}/health").status_code == 200
         server.room.desk.engine.check_integrity()
+        assert server.room.desk.total().finished == 2 and server.room.desk.renewals == 1
 
 
 def test_a_signal_lets_calls_finish(folder: Path) -> None:

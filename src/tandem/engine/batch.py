@@ -132,6 +132,7 @@ class Sequence:
     submitted_s: float
     tokens: list[int]  # prompt and generated
     started_s: float | None = None
+    first_s: float | None = None  # its first token was drawn
     computed: int = 0  # leading tokens whose keys and values were written, and lie in `pages` where they are still seen
     pages: PageTables | None = None  # while it runs
     root: bytes = MIXED  # weights of all computed tokens; MIXED where there is no single one
@@ -168,6 +169,7 @@ class Sequence:
             submitted_s=self.submitted_s,
             started_s=now if self.started_s is None else self.started_s,
             finished_s=now,
+            first_s=now if self.first_s is None else self.first_s,
             cached_tokens=self.cached_tokens,
             recomputed_tokens=self.recomputed_tokens,
             failure=failure,

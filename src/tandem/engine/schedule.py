@@ -292,6 +292,8 @@ class Scheduler(Queues):
                 tokens[-1] = token = drawn[draw]
                 spans = sequence.spans
                 if not spans or spans[-1][0] != step:
+                    if not spans:
+                        sequence.first_s = now
                     spans.append((step, sequence.num_drawn))
                 sequence.num_drawn += 1
                 for name, column in columns:

@@ -26,6 +26,7 @@ from tandem.server.completions import completions
 from tandem.server.desk import log
 from tandem.server.generate import generate
 from tandem.server.refusal import Refusal, refused
+from tandem.server.responses import responses
 from tandem.server.room import Room, answer
 
 Endpoint = Callable[[Room, Request], Awaitable[Response]]
@@ -42,14 +43,17 @@ class Route(NamedTuple):
     body: type[msgspec.Struct] | None = None
     streams: bool = False
     open: bool = False  # to callers without a key
+    text: bool = False  # its answer is no JSON
 
 
 ROUTES = (
     Route("GET", "/health", plain.health, "Whether it takes calls.", open=True),
+    Route("GET", "/metrics", plain.metrics, "Counts and times, for Prometheus.", text=True),
     Route("GET", "/v1/models", plain.models, "The model that is served."),
     Route("GET", "/v1/models/{name:path}", plain.model, "One model."),
     Route("POST", "/v1/chat/completions", chat, "A conversation answered.", bodies.ChatBody, streams=True),
     Route("POST", "/v1/completions", completions, "A text continued.", bodies.CompletionBody, streams=True),
+    Route("POST", "/v1/responses", responses, "A conversation answered, in items.", bodies.ResponseBody, streams=True),
     Route("POST", "/generate", generate, "Token ids continued.", bodies.GenerateBody, streams=True),
     Route("POST", "/tokenize", plain.tokenize, "Token ids of a text or a conversation.", bodies.TokenizeBody),
     Route("POST", "/detokenize", plain.detokenize, "The text of token ids.", bodies.DetokenizeBody),
@@ -104,6 +108,7 @@ def _guarded(room: Room, route: Route) -> Callable[[Request], Awaitable[Response
                 request.state.holder = room.access.holder(request.headers)
             return await route.endpoint(room, request)
         except Refusal as refusal:
+            room.metrics.refused(refusal)
             return told(refusal)
         except TandemError as error:
             return told(refused(error))
@@ -168,7 +173,7 @@ def _responses(route: Route) -> dict[int | str, dict[str, Any]]:
         for status, said in STATUSES.items()
         if route.body is not None or status in (401, 404, 500, 503)
     }
-    kinds: dict[str, Any] = {"application/json": {"schema": {}}}
+    kinds: dict[str, Any] = {"text/plain" if route.text else "application/json": {"schema": {}}}
     if route.streams:
         kinds["text/event-stream"] = {"schema": {}}
     return {200: {"description": route.said, "content": kinds}, **refusals}

@@ -205,3 +205,69 @@ class GenerateBody(Whose, kw_only=True):
     return_logprob: bool = False
     stream: bool = False
     rid: Name | None = None
+
+
+class Spoken(msgspec.Struct, kw_only=True):
+    """An item of a response's input: a message, a call of a function, what it gave, or reasoning."""
+
+    type: str = "message"
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | list[Part] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | list[Part] | None = None
+
+
+class Declared(Body):
+    """A function, as responses have it."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=128)]
+    type: Literal["function"] = "function"
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Named(Body):
+    name: str
+    type: Literal["function"] = "function"
+
+
+class Form(Body):
+    """How a text is to be written."""
+
+    format: dict[str, Any] | None = None
+    verbosity: str | None = None
+
+
+class ResponseBody(Whose, kw_only=True):
+    """POST /v1/responses."""
+
+    input: str | Annotated[list[Spoken], Meta(min_length=1)]
+    instructions: str | None = None
+    max_output_tokens: Above | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    top_p: Unit | None = None
+    seed: Seed | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    tools: Annotated[list[Declared], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | Named | None = None
+    parallel_tool_calls: bool | None = None
+    text: Form | None = None
+    include: list[str] | None = None
+    reasoning: dict[str, Any] | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    truncation: str | None = None
+    previous_response_id: str | None = None
+    conversation: Any = None
+    background: bool | None = None
+    max_tool_calls: int | None = None
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None

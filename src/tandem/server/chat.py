@@ -24,7 +24,7 @@ class Chat:
         demand.unserved(body)
         self.room, self.body, self.id = room, body, id
         self.messages = messages_of(body.messages)
-        self.tools = tools_of(demand.chosen(body))
+        self.tools = tools_of(demand.chosen(body.tools or (), body.tool_choice))
         self.created = int(time.time())
         self.scored = body.temperature == 0 and bool(body.logprobs)
         if body.top_logprobs is not None and not body.logprobs:

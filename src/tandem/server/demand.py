@@ -8,6 +8,7 @@ from typing import Any
 
 from tandem.engine.engine import Engine
 from tandem.numerics.random import derive_seed
+from tandem.program.reward import clipped
 from tandem.server import bodies
 from tandem.server.config import ServerConfig
 from tandem.server.refusal import Refusal
@@ -31,15 +32,19 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 CONSTRAINTS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 
 
+def neutral(body: Any, allowed: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:
+    """400 for a field of these with a value that is none of those allowed, nor null."""
+    for name, values in allowed.items():
+        value = getattr(body, name, None)
+        if value is not None and value not in values:
+            few = ", ".join(map(repr, values)) or "none but null"
+            said = f"{prefix}{name} is {clipped(value)}, which is not served. Allowed: {few}."
+            raise Refusal(400, said, "unsupported_value", f"{prefix}{name}")
+
+
 def unserved(body: Any) -> None:
     """400 for a field with a value that asks for what this engine does not do."""
-    for name, neutral in NEUTRAL.items():
-        value = getattr(body, name, None)
-        if value is not None and value not in neutral:
-            allowed = ", ".join(map(repr, neutral)) or "none but null"
-            raise Refusal(
-                400, f"{name} is {value!r}, which is not served. Allowed: {allowed}.", "unsupported_value", name
-            )
+    neutral(body, NEUTRAL)
     for name in CONSTRAINTS:
         if getattr(body, name, None) is not None:
             raise Refusal(400, f"{name}: constrained decoding is not served.", "unsupported_parameter", name)
@@ -49,9 +54,8 @@ def unserved(body: Any) -> None:
         raise Refusal(400, said, "unsupported_parameter", "response_format")
 
 
-def chosen(body: bodies.ChatBody) -> Sequence[bodies.Tool]:
+def chosen(tools: Sequence[bodies.Tool], choice: str | bodies.Chosen | None) -> Sequence[bodies.Tool]:
     """The tools that the model is told of. 400 where a call is to be forced, or is to fit its schema."""
-    tools, choice = body.tools or (), body.tool_choice
     if choice is not None and choice not in ("none", "auto"):
         named = choice if isinstance(choice, str) else choice.function.name
         said = f"tool_choice {named}: constrained decoding is not served. Allowed: none, auto."

@@ -12,10 +12,11 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 
 from tandem.columns import Columns
+from tandem.engine.batch import Stats
 from tandem.engine.driver import Driver
 from tandem.engine.engine import Engine
 from tandem.errors import EngineError, TandemError
@@ -24,6 +25,7 @@ from tandem.server.refusal import Refusal, refused
 from tandem.types import Completion, Request
 
 FAILED = 3  # times in a row that the engine had to begin anew, after which it is called unhealthy
+COUNTS = [one for one in fields(Stats) if one.type == "int" and one.name != "most_running"]
 PING_S = 15.0  # between two signs of life to a client that waits for a token
 
 log = logging.getLogger("tandem.server")
@@ -35,8 +37,7 @@ class Open:
 
     request: Request
     call: Call
-    asked_s: float
-    first_s: float | None = None  # when its first token was seen here, where it streams
+    last_s: float | None = None  # when a token was last seen here, where it streams
     drawn: int = 0  # tokens seen here, where it streams
 
 
@@ -118,7 +119,7 @@ class Call:
 class Desk:
     """All calls of a server, and the engine that they share. Used on the event loop alone, but for what says otherwise.
 
-    ended: told of every generation that ended by itself or was withdrawn.
+    ended: told of every generation that ended by itself or was withdrawn, before its caller.
     """
 
     def __init__(self, engine: Engine, config: ServerConfig) -> None:
@@ -127,8 +128,11 @@ class Desk:
         self.open: dict[str, Open] = {}
         self.tenants: Counter[str] = Counter()  # generations on their way
         self.ended: Callable[[Open, Completion], None] = lambda opened, completion: None
+        self.gap: Callable[[float], None] = lambda seconds: None  # told of those between two tokens of a stream
         self.draining = False
         self.failures = 0  # of the engine, since an answer came through
+        self.renewals = 0  # of the engine, in all
+        self._before = Stats()  # of the engines before this one
         self._paused = asyncio.Event()
         self._paused.set()
         self._gated = 0  # generations that wait for the end of a pause
@@ -146,6 +150,11 @@ class Desk:
         """On the event loop that it is used on from now on."""
         self._loop = asyncio.get_running_loop()
         self.driver.start()
+
+    def total(self) -> Stats:
+        """Counts since the server's start."""
+        now = self.engine.stats
+        return replace(now, **{one.name: getattr(now, one.name) + getattr(self._before, one.name) for one in COUNTS})
 
     @property
     def num_running(self) -> int:
@@ -211,7 +220,7 @@ class Desk:
             future = self.driver.submit(request, post if streams else None)
         except TandemError as error:
             raise refused(error) from error
-        self.open[request.id] = Open(request, call, time.monotonic())
+        self.open[request.id] = Open(request, call)
         future.add_done_callback(post)
 
     def _post(self, request_id: str, what: Columns | Future[Completion]) -> None:
@@ -228,7 +237,10 @@ class Desk:
             request_id, what = self._posted.popleft()
             opened = self.open[request_id]
             if isinstance(what, Columns):
-                opened.first_s = opened.first_s or time.monotonic()
+                now = time.monotonic()
+                if opened.last_s is not None:
+                    self.gap(now - opened.last_s)
+                opened.last_s = now
                 opened.drawn += len(what)
                 opened.call.arrived(request_id, what)
             else:
@@ -263,6 +275,8 @@ class Desk:
         """An engine whose step raised what it should not is in no known state: another begins on the same weights."""
         if isinstance(self.driver.stopped, EngineError) and not self.draining:
             self.failures += 1
+            self.renewals += 1
+            self._before = self.total()
             log.error("the engine begins anew: %s", self.driver.stopped)
             self.driver = Driver(self.engine.renewed()).start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -33,6 +34,10 @@ async def health(room: Room, request: Request) -> Response:
     return answer(
         {"status": "ok" if well else "draining" if room.desk.draining else "failing"}, status=200 if well else 503
     )
+
+
+async def metrics(room: Room, request: Request) -> Response:
+    return Response(room.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def tokenize(room: Room, request: Request) -> Response:

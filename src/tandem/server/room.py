@@ -20,6 +20,7 @@ from tandem.server.answers import version_spans
 from tandem.server.config import ServerConfig
 from tandem.server.desk import Call, Desk, log
 from tandem.server.lineage import Lineage
+from tandem.server.metrics import Metrics
 from tandem.server.refusal import Refusal, misfit
 from tandem.server.tenants import Access, Holder
 from tandem.server.words import Words
@@ -61,6 +62,7 @@ class Room:
         self.created = int(time.time())
         self.access = Access(config)
         self.lineage = Lineage()
+        self.metrics = Metrics(desk, self.model)
 
     @property
     def fingerprint(self) -> str:
