@@ -36,6 +36,7 @@ def serve(
         return 0
     check_installed()
 
+    from tandem.run.weights import ServedWeights
     from tandem.server.desk import Desk
     from tandem.server.listen import Listener, bound
     from tandem.server.room import Room
@@ -46,5 +47,5 @@ def serve(
     words = Words(parts.tokenizer, parts.renderer, opening)
     room = Room(Desk(parts.engine, config.server), words, config.server, model)
     with parts.memory.foreseen():
-        Listener(room).run([listening])
+        Listener(room, ServedWeights() if config.server.control else None).run([listening])
     return 0

@@ -184,6 +184,11 @@ class Engine:
         self.scheduler.empty()
         self.runner.release_memory()
 
+    def retract(self) -> None:
+        """All that runs gives up its pages and waits, with what it drew: it is computed again when it goes on."""
+        self._land()
+        self.scheduler.retract()
+
     def renewed(self) -> Engine:
         """Another on the same runner, which knows nothing of what was live here: this one is in no known state."""
         old = self.scheduler

@@ -328,6 +328,13 @@ class Scheduler(Queues):
         self._stats.finished += len(finished)
         return finished
 
+    def retract(self) -> None:
+        """All that runs is preempted."""
+        assert self.advanced is None, "what was drawn is to be resolved first"
+        self.planned = None
+        for sequence in self.running.copy():
+            self._preempt(sequence)
+
     def forget(self, batch: Batch) -> None:
         """An advanced batch failed: it drew nothing, and what it wrote may be wrong. All that runs starts again."""
         assert batch is self.advanced, "a batch is forgotten in place of its resolve"

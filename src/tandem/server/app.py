@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 import tandem
 from tandem.errors import TandemError
-from tandem.server import bodies, plain
+from tandem.server import bodies, plain, verbs
 from tandem.server.chat import chat
 from tandem.server.completions import completions
 from tandem.server.desk import log
@@ -44,6 +44,7 @@ class Route(NamedTuple):
     streams: bool = False
     open: bool = False  # to callers without a key
     text: bool = False  # its answer is no JSON
+    binary: bool = False  # nor is its body
 
 
 ROUTES = (
@@ -55,13 +56,31 @@ ROUTES = (
     Route("POST", "/v1/completions", completions, "A text continued.", bodies.CompletionBody, streams=True),
     Route("POST", "/v1/responses", responses, "A conversation answered, in items.", bodies.ResponseBody, streams=True),
     Route("POST", "/generate", generate, "Token ids continued.", bodies.GenerateBody, streams=True),
+    Route("POST", "/pause", verbs.pause, "Nothing new starts; ?mode=abort, wait or keep what is on its way."),
+    Route("POST", "/resume", verbs.resume, "What was paused goes on."),
+    Route("GET", "/is_paused", verbs.is_paused, "Whether it is."),
+    Route("POST", "/pause_generation", verbs.pause_generation, "As /pause.", bodies.PauseBody),
+    Route("POST", "/continue_generation", verbs.resume, "As /resume."),
+    Route("POST", "/abort_requests", verbs.abort_requests, "Answers withdrawn by their ids.", bodies.AbortBody),
+    Route("POST", "/abort_request", verbs.abort_requests, "As /abort_requests.", bodies.AbortBody),
+    Route("POST", "/start_weight_update", verbs.start_weight_update, "Parts of other weights will come."),
+    Route("POST", "/update_weights", verbs.update_weights, "A part of them, a safetensors file.", binary=True),
+    Route("POST", "/finish_weight_update", verbs.finish_weight_update, "They are served.", bodies.FinishBody),
+    Route("POST", "/update_weights_from_disk", verbs.update_weights_from_disk, "A folder's weights.", bodies.DiskBody),
+    Route("GET", "/weight_info", verbs.weight_info, "Which weights are served."),
+    Route("POST", "/weight_checker", verbs.weight_checker, "Hashes of what is served.", bodies.CheckerBody),
+    Route("POST", "/sleep", verbs.sleep, "The memory of keys and values is given back."),
+    Route("POST", "/wake_up", verbs.wake_up, "Calls are answered again."),
+    Route("GET", "/is_sleeping", verbs.is_sleeping, "Whether it sleeps."),
+    Route("POST", "/release_memory_occupation", verbs.sleep, "As /sleep."),
+    Route("POST", "/resume_memory_occupation", verbs.wake_up, "As /wake_up."),
     Route("POST", "/tokenize", plain.tokenize, "Token ids of a text or a conversation.", bodies.TokenizeBody),
     Route("POST", "/detokenize", plain.detokenize, "The text of token ids.", bodies.DetokenizeBody),
 )
 
 
-def build(room: Room) -> FastAPI:
-    """The application over a room. Its engine starts and ends with it."""
+def build(room: Room, store: verbs.WeightStore | None = None) -> FastAPI:
+    """The application over a room. Its engine starts and ends with it. store: how other weights come."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -79,13 +98,14 @@ def build(room: Room) -> FastAPI:
         redirect_slashes=False,
         lifespan=lifespan,
     )
+    app.state.control = verbs.Control(room, store)
     for route in ROUTES:
         app.add_api_route(
             route.path,
             _guarded(room, route),
             methods=[route.method],
             openapi_extra=_described(route),
-            operation_id=f"{route.endpoint.__name__}",
+            operation_id=route.path.strip("/").replace("/", "_") or "page",
             summary=route.said,
             responses=_responses(route),
             response_class=Response,
@@ -158,7 +178,7 @@ STATUSES = {
     403: "not for this API key",
     404: "no such model",
     408: "the body came too slowly",
-    409: "the id is in use",
+    409: "the id is in use, or the server is in another state",
     413: "the body is too long",
     415: "the body is no plain JSON",
     429: "no room; retry-after says when to ask again",
@@ -171,7 +191,7 @@ def _responses(route: Route) -> dict[int | str, dict[str, Any]]:
     refusals: dict[int | str, dict[str, Any]] = {
         status: {"description": said, "content": {"application/json": {"schema": {"$ref": REF.format(name="Error")}}}}
         for status, said in STATUSES.items()
-        if route.body is not None or status in (401, 404, 500, 503)
+        if route.method == "POST" or status in (401, 403, 404, 500, 503)
     }
     kinds: dict[str, Any] = {"text/plain" if route.text else "application/json": {"schema": {}}}
     if route.streams:
@@ -180,6 +200,9 @@ def _responses(route: Route) -> dict[int | str, dict[str, Any]]:
 
 
 def _described(route: Route) -> dict[str, Any]:
+    if route.binary:
+        binary = {"schema": {"type": "string", "format": "binary"}}
+        return {"requestBody": {"required": True, "content": {"application/octet-stream": binary}}}
     if route.body is None:
         return {}
     schema = {"$ref": REF.format(name=route.body.__name__)}

@@ -271,3 +271,39 @@ class ResponseBody(Whose, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+
+
+class PauseBody(Body):
+    """POST /pause_generation, SGLang's."""
+
+    mode: Literal["abort", "retract", "in_place"] = "abort"
+
+
+class AbortBody(Body):
+    """POST /abort_requests, vLLM's, and /abort_request, SGLang's."""
+
+    request_ids: list[str] | None = None
+    rid: str | None = None
+    abort_all: bool = False
+
+
+class FinishBody(Body):
+    """POST /finish_weight_update. digest: what the weights are to hash to."""
+
+    weight_version: Name | None = None
+    digest: str | None = None
+
+
+class DiskBody(Body):
+    """POST /update_weights_from_disk."""
+
+    model_path: Name
+    weight_version: Name | None = None
+    digest: str | None = None
+    abort_all_requests: bool = False
+
+
+class CheckerBody(Body):
+    """POST /weight_checker."""
+
+    action: Literal["checksum"] = "checksum"

@@ -31,6 +31,7 @@ class ServerConfig:
     tenants: tuple[str, ...] = ()  # that there are, with all below each; empty: those of the keys, or any
     control: bool = False  # whether pause, weights, sleep and the like are served; with keys, to those of an admin
     max_body_bytes: Positive = 8 << 20  # of one call
+    max_part_bytes: Positive = 1 << 28  # of a part of the weights
     max_prompt_tokens: Count = 0  # of one prompt; 0: what the model and its page memory hold
     max_new_tokens: Count = 0  # of one answer; 0: likewise
     max_choices: Positive = 128  # answers that one call asks for: its prompts times n

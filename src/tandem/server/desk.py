@@ -215,7 +215,7 @@ class Desk:
         if request.id in self.open:
             said = f"request id {request.id!r} is in use by a call on its way. Choose another."
             raise Refusal(409, said, "id_in_use")
-        self._renew()
+        self.renew()
         try:
             future = self.driver.submit(request, post if streams else None)
         except TandemError as error:
@@ -269,9 +269,9 @@ class Desk:
                 request.id,
                 told or Refusal(500, "the engine failed, and this request with it. Ask again.", "engine_failed"),
             )
-            self._renew()
+            self.renew()
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
         """An engine whose step raised what it should not is in no known state: another begins on the same weights."""
         if isinstance(self.driver.stopped, EngineError) and not self.draining:
             self.failures += 1

@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from tandem.errors import ConfigError
 from tandem.server.app import build
 from tandem.server.room import Room
+from tandem.server.verbs import WeightStore
 
 HEAD_BYTES = 1 << 18  # of a request's head, and what of a body came with it
 BACKLOG = 4096  # connections that the system takes while the loop is busy
@@ -73,12 +74,12 @@ def patient(head_s: float, send_s: float) -> type[HttpToolsProtocol]:
 class Listener(uvicorn.Server):
     """Ends at the first SIGTERM or SIGINT when its calls have; at the second without them."""
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, room: Room, store: WeightStore | None = None) -> None:
         self.room = room
         config = room.config
         super().__init__(
             uvicorn.Config(
-                build(room),
+                build(room, store),
                 http=patient(config.head_s, config.send_s),
                 ws="none",
                 lifespan="on",

@@ -62,6 +62,7 @@ class Room:
         self.created = int(time.time())
         self.access = Access(config)
         self.lineage = Lineage()
+        self.labels: dict[int, str] = {}  # of versions of the weights, where an update gave one
         self.metrics = Metrics(desk, self.model)
 
     @property
@@ -71,7 +72,7 @@ class Room:
 
     def label(self, step: int) -> str:
         """What a version of the weights is called."""
-        return str(step)
+        return self.labels.get(step, str(step))
 
     def spans(self, completion: Completion) -> list[dict[str, Any]]:
         """Which weights drew which tokens of an answer."""
@@ -82,7 +83,7 @@ class Room:
         sent = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if sent != "application/json" or request.headers.get("content-encoding", "identity") != "identity":
             raise Refusal(415, "a body must be plain JSON. Send the header Content-Type: application/json.", "not_json")
-        body = await self.body(request)
+        body = await self.body(request, self.config.max_body_bytes, self.config.body_s)
         try:
             return msgspec.json.decode(body, type=kind)
         except msgspec.ValidationError as error:
@@ -90,22 +91,21 @@ class Room:
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise Refusal(400, f"the body is no JSON: {error}.", "invalid_json") from error
 
-    async def body(self, request: Request) -> bytes:
-        """At most server.max_body_bytes, within server.body_s."""
-        most = self.config.max_body_bytes
-        said = f"the body is longer than {most} bytes (server.max_body_bytes)."
+    async def body(self, request: Request, most: int, limit_s: float) -> bytes:
+        """At most so many bytes, within so many seconds."""
+        said = f"the body is longer than {most} bytes (server.max_body_bytes; server.max_part_bytes for weights)."
         if int(request.headers.get("content-length") or 0) > most:
             raise Refusal(413, said, "body_too_large")
         parts, length = list[bytes](), 0
         try:
-            async with asyncio.timeout(self.config.body_s):
+            async with asyncio.timeout(limit_s):
                 async for part in request.stream():
                     length += len(part)
                     if length > most:
                         raise Refusal(413, said, "body_too_large")
                     parts.append(part)
         except TimeoutError as error:
-            raise Refusal(408, f"the body did not come within {self.config.body_s:g} s.", "body_too_slow") from error
+            raise Refusal(408, f"the body did not come within {limit_s:g} s.", "body_too_slow") from error
         return b"".join(parts)
 
     def asker(self, request: Request, body: bodies.Whose) -> Asker:

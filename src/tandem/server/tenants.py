@@ -74,6 +74,10 @@ class Access:
             raise Refusal(403, f"there is no tenant {asked} (server.tenants).", "unknown_tenant", "tenant")
         return asked
 
+    def within(self, holder: Holder, tenant: str) -> bool:
+        """Whether a tenant's calls are the holder's too."""
+        return _within(tenant, holder.tenant)
+
     def control(self, holder: Holder) -> None:
         """403 where the caller may not pause the engine or change its weights."""
         if not self._control:

@@ -1,0 +1,81 @@
+"""Other weights for a server's engine: from a folder, or from what is sent in parts; checked before it serves them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from tandem.engine.engine import Engine
+from tandem.engine.runner import DecoderRunner
+from tandem.errors import ModelError
+from tandem.models.checkpoint import open_checkpoint
+from tandem.models.decoder import Decoder
+from tandem.numerics.digest import root_hash, tensor_hashes
+from tandem.run.parts import resolve_source
+from tandem.server.verbs import Ready
+from tandem.sync.receive import BITS, POLICY, Copied, Weights
+from tandem.types import WeightVersion
+
+
+class ServedWeights:
+    """What server/verbs.py asks for. Tensors have the names of Transformers' checkpoints, as tandem's own have."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, torch.Tensor] = {}
+
+    def begin(self) -> None:
+        """What was sent before is dropped."""
+        self._parts = {}
+
+    def take(self, sent: bytes) -> dict[str, str]:
+        """A part: a safetensors file with some of the tensors. Name -> hash of each. ModelError: it is none."""
+        try:
+            tensors = load(sent)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise ModelError(f"what was sent is no safetensors file: {error}.") from error
+        twice = sorted(self._parts.keys() & tensors.keys())
+        if twice:
+            raise ModelError(f"{len(twice)} tensors were sent before, {twice[0]} first. Start the update again.")
+        self._parts |= tensors
+        return tensor_hashes(tensors)
+
+    def ready(self, engine: Engine, folder: str) -> Ready:
+        """All tensors of a folder, or of what was sent where it is empty, as the engine's model has them.
+
+        ModelError where one is missing, unknown or misshapen. Takes memory for the model once more until it serves.
+        """
+        serves = _decoder(engine)
+        if folder:
+            checkpoint = open_checkpoint(resolve_source(folder))
+            if checkpoint.spec != serves.spec:
+                raise ModelError(f"{folder} is of another model than the one that is served. Give its own weights.")
+            tensors = dict(checkpoint.tensors())
+        else:
+            tensors, self._parts = self._parts, {}
+        held = Decoder(serves.spec, "bfloat16" if serves.dtype == torch.bfloat16 else "float32", "cpu").load(
+            tensors.items()
+        )
+        values = {name: weight.value.to(serves.dtype) for name, weight in held.weights()}
+        hashes = tensor_hashes(values)
+        return Ready(Path(folder).name or "parts", root_hash(hashes), Weights(values, hashes))
+
+    def serve(self, engine: Engine, ready: Ready, step: int) -> WeightVersion:
+        """Between two steps: the engine computes with them from now on. DeliveryError where it would with others."""
+        config, version = engine.scheduler.config, WeightVersion(step, ready.digest)
+        bits = BITS.get(config.weights, 0)
+        receiver = Copied("the server's engine", _decoder(engine), engine, bits=bits, group=config.weight_group)
+        receiver.receive(version, {POLICY: ready.weights})
+        return version
+
+    def checksums(self, engine: Engine) -> Mapping[str, str]:
+        """Of what the engine's products read, between two steps."""
+        return tensor_hashes((name, weight.served()) for name, weight in _decoder(engine).weights())
+
+
+def _decoder(engine: Engine) -> Decoder:
+    assert isinstance(engine.runner, DecoderRunner), type(engine.runner)
+    return engine.runner.decoder

@@ -1,0 +1,289 @@
+"""What trains a model asks of the server beside answers: pause and resume, withdraw, other weights, sleep.
+
+The names are vLLM's, and SGLang's where it has its own for the same. All but the withdrawal of a caller's own requests
+need server.control, and an admin's key where there are keys. One is served at a time.
+
+Other weights come between two steps of the engine: requests go on, over the keys and values that they have, and their
+answers say which version drew which token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from tandem.engine.engine import Engine
+from tandem.errors import DeliveryError
+from tandem.server import bodies
+from tandem.server.desk import log
+from tandem.server.refusal import Refusal
+from tandem.server.room import Room, answer
+from tandem.types import WeightVersion
+
+T = TypeVar("T")
+MODES = ("abort", "wait", "keep")
+SGLANG_MODES = {"abort": "abort", "in_place": "keep", "retract": "retract"}
+WAIT_S = 3600.0  # for what is on its way, before a pause that waits gives up
+STEP_S = 600.0  # for a step to end
+PART_S = 600.0  # for a part of the weights to come
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Weights that can be served."""
+
+    source: str
+    digest: str
+    weights: Any
+
+
+class WeightStore(Protocol):
+    """How other weights come; run/weights.py."""
+
+    def begin(self) -> None: ...
+
+    def take(self, sent: bytes) -> dict[str, str]: ...
+
+    def ready(self, engine: Engine, folder: str) -> Ready: ...
+
+    def serve(self, engine: Engine, ready: Ready, step: int) -> WeightVersion: ...
+
+    def checksums(self, engine: Engine) -> Mapping[str, str]: ...
+
+
+class Control:
+    """The state of the verbs of one server."""
+
+    def __init__(self, room: Room, store: WeightStore | None) -> None:
+        self.room = room
+        self._store = store
+        self.lock = asyncio.Lock()
+        self.updating = False  # parts are awaited
+        self.asleep = False
+
+    @property
+    def store(self) -> WeightStore:
+        if self._store is None:
+            raise Refusal(403, "this server was started without a way to other weights.", "control_is_off")
+        return self._store
+
+    async def between(self, function: Callable[[Engine], T]) -> T:
+        """Between two steps."""
+        desk = self.room.desk
+        desk.renew()
+        return await _within(desk.driver.call(lambda: function(desk.engine)))
+
+    async def pause(self, mode: str, clears: bool) -> None:
+        """Nothing new starts; what is on its way is withdrawn, awaited, or kept as it is until `resume`."""
+        desk = self.room.desk
+        desk.pause()
+        if mode in ("keep", "retract"):
+            desk.driver.hold(True)
+            await self.between((lambda engine: engine.retract()) if mode == "retract" else (lambda engine: None))
+            return
+        if mode == "abort":
+            for id in list(desk.open):
+                desk.abort(id)
+        if not await desk.idle(WAIT_S):
+            said = (
+                f"{len(desk.open)} requests are on their way after {WAIT_S:g} s; nothing new starts. Resume, or abort."
+            )
+            raise Refusal(409, said, "still_running")
+        if clears:
+            await self.between(lambda engine: engine.scheduler.empty())
+
+    def resume(self) -> None:
+        if self.asleep:
+            raise Refusal(409, "the server sleeps. Wake it up.", "asleep")
+        self.room.desk.resume()
+
+    async def update(self, folder: str, label: str | None, digest: str | None) -> WeightVersion:
+        """The weights of a folder, or of the parts that came. 409, and nothing changed, where they are not `digest`."""
+        room, store = self.room, self.store
+        loop, engine = asyncio.get_running_loop(), self.room.desk.engine
+        ready = await loop.run_in_executor(None, store.ready, engine, folder)
+        if digest is not None and digest != ready.digest:
+            said = f"the weights hash to {ready.digest}, not to {digest}. Nothing was changed; send them again."
+            raise Refusal(409, said, "other_weights")
+        step = engine.version.step + 1
+        try:
+            version = await self.between(lambda engine: store.serve(engine, ready, step))
+        except DeliveryError as error:
+            log.exception("the engine serves other weights than were sent; it is paused")
+            room.desk.pause()
+            room.desk.driver.hold(True)
+            raise Refusal(500, f"{error} The engine is paused.", "delivery_failed") from error
+        if label is not None:
+            room.labels[step] = label
+        return version
+
+    def told(self) -> dict[str, Any]:
+        version = self.room.desk.engine.version
+        named = {"weight_version": self.room.label(version.step), "step": version.step, "digest": version.digest}
+        return {**named, "updating": self.updating, "is_paused": self.room.desk.paused, "is_sleeping": self.asleep}
+
+
+async def _within(future: Future[T]) -> T:
+    try:
+        async with asyncio.timeout(STEP_S):
+            return await asyncio.wrap_future(future)
+    except TimeoutError as error:
+        raise Refusal(503, f"the engine's step did not end within {STEP_S:g} s.", "engine_stalled") from error
+
+
+def control(room: Room, request: Request) -> Control:
+    """For who may. 403 else."""
+    room.access.control(request.state.holder)
+    found: Control = request.app.state.control
+    return found
+
+
+def query(request: Request, **allowed: tuple[str, ...]) -> dict[str, str]:
+    """The query's values: the first allowed one where it says nothing. 400 for others."""
+    for name, value in request.query_params.items():
+        few = allowed.get(name)
+        if few is None or value not in few:
+            said = (
+                f"{name}={value} in the query. Allowed: "
+                + (", ".join(few) if few else ", ".join(allowed) or "none")
+                + "."
+            )
+            raise Refusal(400, said, "invalid_value", name)
+    return {name: request.query_params.get(name, few[0]) for name, few in allowed.items()}
+
+
+async def pause(room: Room, request: Request) -> Response:
+    verbs = control(room, request)
+    asked = query(request, mode=MODES, clear_cache=("", "true", "false"))
+    mode, clears = asked["mode"], asked["clear_cache"]
+    async with verbs.lock:
+        await verbs.pause("retract" if mode == "keep" and clears == "true" else mode, clears != "false")
+    return answer({"status": "paused", "mode": mode})
+
+
+async def pause_generation(room: Room, request: Request) -> Response:
+    verbs = control(room, request)
+    body = await room.read(request, bodies.PauseBody)
+    async with verbs.lock:
+        await verbs.pause(SGLANG_MODES[body.mode], True)
+    return answer({"status": "paused", "mode": body.mode})
+
+
+async def resume(room: Room, request: Request) -> Response:
+    verbs = control(room, request)
+    async with verbs.lock:
+        verbs.resume()
+    return answer({"status": "resumed"})
+
+
+async def is_paused(room: Room, request: Request) -> Response:
+    control(room, request)
+    return answer({"is_paused": room.desk.paused})
+
+
+async def abort_requests(room: Room, request: Request) -> Response:
+    """By the ids of calls or of their answers; a caller's own. Without ids all, which is a verb of control."""
+    body = await room.read(request, bodies.AbortBody)
+    ids = [*(body.request_ids or ()), *([body.rid] if body.rid is not None else ())]
+    if not ids:
+        if not (body.abort_all or body.request_ids is None):
+            return answer({"aborted": []})
+        control(room, request)
+    holder, desk = request.state.holder, room.desk
+    found = [
+        (id, one)
+        for id, one in list(desk.open.items())
+        if (not ids or id in ids or one.call.id in ids) and room.access.within(holder, one.request.tenant)
+    ]
+    for id, _ in found:
+        desk.abort(id)
+    return answer({"aborted": [id for id, _ in found]})
+
+
+async def start_weight_update(room: Room, request: Request) -> Response:
+    verbs = control(room, request)
+    async with verbs.lock:
+        verbs.store.begin()
+        verbs.updating = True
+    return answer(verbs.told())
+
+
+async def update_weights(room: Room, request: Request) -> Response:
+    """A part of the weights: the body is a safetensors file."""
+    verbs = control(room, request)
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/octet-stream":
+        raise Refusal(415, "a part is a safetensors file, as Content-Type: application/octet-stream.", "not_binary")
+    sent = await room.body(request, room.config.max_part_bytes, PART_S)
+    async with verbs.lock:
+        _updating(verbs)
+        hashes = await asyncio.get_running_loop().run_in_executor(None, verbs.store.take, sent)
+    return answer({"received": hashes})
+
+
+async def finish_weight_update(room: Room, request: Request) -> Response:
+    verbs = control(room, request)
+    body = await room.read(request, bodies.FinishBody)
+    async with verbs.lock:
+        _updating(verbs)
+        verbs.updating = False
+        await verbs.update("", body.weight_version, body.digest)
+    return answer(verbs.told())
+
+
+async def update_weights_from_disk(room: Room, request: Request) -> Response:
+    verbs = control(room, request)
+    body = await room.read(request, bodies.DiskBody)
+    async with verbs.lock:
+        if body.abort_all_requests:
+            for id in list(room.desk.open):
+                room.desk.abort(id)
+        await verbs.update(body.model_path, body.weight_version, body.digest)
+    return answer({"success": True, **verbs.told()})
+
+
+def _updating(verbs: Control) -> None:
+    if not verbs.updating:
+        raise Refusal(409, "no update of the weights was started. Call /start_weight_update first.", "not_updating")
+
+
+async def weight_info(room: Room, request: Request) -> Response:
+    return answer(control(room, request).told())
+
+
+async def weight_checker(room: Room, request: Request) -> Response:
+    """Hashes of what the engine's products read now."""
+    verbs = control(room, request)
+    await room.read(request, bodies.CheckerBody)
+    async with verbs.lock:
+        found = await verbs.between(verbs.store.checksums)
+    return answer({"checksums": found, **verbs.told()})
+
+
+async def sleep(room: Room, request: Request) -> Response:
+    """Withdraws what is on its way, and gives the memory of keys and values back. The weights stay."""
+    verbs = control(room, request)
+    query(request, level=("1",), tags=("kv_cache",))
+    async with verbs.lock:
+        await verbs.pause("abort", False)
+        await verbs.between(lambda engine: engine.release_memory())
+        verbs.asleep = True
+    return answer({"status": "asleep"})
+
+
+async def wake_up(room: Room, request: Request) -> Response:
+    verbs = control(room, request)
+    query(request, tags=("kv_cache",))
+    async with verbs.lock:
+        verbs.asleep = False
+        verbs.resume()
+    return answer({"status": "awake"})
+
+
+async def is_sleeping(room: Room, request: Request) -> Response:
+    return answer({"is_sleeping": control(room, request).asleep})
