@@ -57,10 +57,10 @@ class Browser:
         """A command of the DevTools protocol to the page; its result."""
         return self._ask(method, self._session, **parameters)
 
-    def open(self, path: Path, address: str = "", ready: str = "document.body?.dataset.ready ?? ''") -> None:
-        """Load a file with `address` behind its #, and wait until the page says that it is `ready`."""
+    def open(self, path: Path | str, address: str = "", ready: str = "document.body?.dataset.ready ?? ''") -> None:
+        """Load a file, or a URL, with `address` behind its #, and wait until the page says that it is `ready`."""
         self.ask("Page.navigate", url="about:blank")
-        self.ask("Page.navigate", url=f"file://{path}#{address}")
+        self.ask("Page.navigate", url=f"{path}#{address}" if isinstance(path, str) else f"file://{path}#{address}")
         until_s = time.monotonic() + DEADLINE_S
         while self.run(ready) == "":
             assert time.monotonic() < until_s, (path, self.errors)

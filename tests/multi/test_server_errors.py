@@ -116,7 +116,7 @@ def test_fuzzed_from_its_own_document(server: Server, mode: GenerationMode) -> N
     operations = [found.ok() for found in document.get_all_operations()]
     assert {one.path for one in operations} >= {CHAT, PLAIN, IDS, "/tokenize", "/detokenize", "/health", "/v1/models"}
     for operation in operations:
-        if mode is GenerationMode.POSITIVE or operation.body:
+        if mode is GenerationMode.POSITIVE or any(one.media_type == "application/json" for one in operation.body):
             fuzz(operation, mode)
 
 

@@ -20,7 +20,7 @@ from starlette.responses import Response
 
 import tandem
 from tandem.errors import TandemError
-from tandem.server import bodies, plain, verbs
+from tandem.server import bodies, load, plain, verbs
 from tandem.server.chat import chat
 from tandem.server.completions import completions
 from tandem.server.desk import log
@@ -43,13 +43,16 @@ class Route(NamedTuple):
     body: type[msgspec.Struct] | None = None
     streams: bool = False
     open: bool = False  # to callers without a key
-    text: bool = False  # its answer is no JSON
-    binary: bool = False  # nor is its body
+    binary: bool = False  # its body is no JSON
+    answers: str = "application/json"
 
 
 ROUTES = (
     Route("GET", "/health", plain.health, "Whether it takes calls.", open=True),
-    Route("GET", "/metrics", plain.metrics, "Counts and times, for Prometheus.", text=True),
+    Route("GET", "/", load.page, "The page that shows load, tenants and programs.", open=True, answers="text/html"),
+    Route("GET", "/events", load.events, "A look at them a second.", answers="text/event-stream"),
+    Route("GET", "/load", load.load, "One look."),
+    Route("GET", "/metrics", plain.metrics, "Counts and times, for Prometheus.", answers="text/plain"),
     Route("GET", "/v1/models", plain.models, "The model that is served."),
     Route("GET", "/v1/models/{name:path}", plain.model, "One model."),
     Route("POST", "/v1/chat/completions", chat, "A conversation answered.", bodies.ChatBody, streams=True),
@@ -193,7 +196,7 @@ def _responses(route: Route) -> dict[int | str, dict[str, Any]]:
         for status, said in STATUSES.items()
         if route.method == "POST" or status in (401, 403, 404, 500, 503)
     }
-    kinds: dict[str, Any] = {"text/plain" if route.text else "application/json": {"schema": {}}}
+    kinds: dict[str, Any] = {route.answers: {"schema": {}}}
     if route.streams:
         kinds["text/event-stream"] = {"schema": {}}
     return {200: {"description": route.said, "content": kinds}, **refusals}

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from typing import Protocol
 
 from tandem.columns import Columns
 from tandem.engine.batch import Stats
@@ -47,6 +48,15 @@ class Piece:
 
     drawn: list[Columns] = field(default_factory=list)
     completion: Completion | None = None
+
+
+class Watcher(Protocol):
+    """Who counts what is asked and answered."""
+
+    def began(self, opened: Open) -> None: ...
+
+    def ended(self, opened: Open, completion: Completion | None) -> None:
+        """None: it failed with the engine."""
 
 
 class Call:
@@ -119,7 +129,7 @@ class Call:
 class Desk:
     """All calls of a server, and the engine that they share. Used on the event loop alone, but for what says otherwise.
 
-    ended: told of every generation that ended by itself or was withdrawn, before its caller.
+    watchers: told of every generation that is asked for and that ends, before its caller.
     """
 
     def __init__(self, engine: Engine, config: ServerConfig) -> None:
@@ -127,7 +137,7 @@ class Desk:
         self.driver = Driver(engine)
         self.open: dict[str, Open] = {}
         self.tenants: Counter[str] = Counter()  # generations on their way
-        self.ended: Callable[[Open, Completion], None] = lambda opened, completion: None
+        self.watchers: list[Watcher] = []
         self.gap: Callable[[float], None] = lambda seconds: None  # told of those between two tokens of a stream
         self.draining = False
         self.failures = 0  # of the engine, since an answer came through
@@ -220,7 +230,9 @@ class Desk:
             future = self.driver.submit(request, post if streams else None)
         except TandemError as error:
             raise refused(error) from error
-        self.open[request.id] = Open(request, call)
+        self.open[request.id] = opened = Open(request, call)
+        for watcher in self.watchers:
+            watcher.began(opened)
         future.add_done_callback(post)
 
     def _post(self, request_id: str, what: Columns | Future[Completion]) -> None:
@@ -253,16 +265,17 @@ class Desk:
         if not self.tenants[request.tenant]:
             del self.tenants[request.tenant]
         error = future.exception()
-        if error is None:
-            completion = future.result()
+        completion = None if error is not None else future.result()
+        for watcher in self.watchers:
+            watcher.ended(opened, completion)
+        if completion is not None:
             self.failures = 0
-            self.ended(opened, completion)
             if completion.failure:
                 said = f"no token could be drawn: {completion.failure}"
                 opened.call.arrived(request.id, Refusal(500, said, "not_finite"))
             else:
                 opened.call.arrived(request.id, completion)
-        else:
+        elif error is not None:
             log.error("request %s failed: %s", request.id, error, exc_info=error.__cause__)
             told = refused(error) if isinstance(error, TandemError) and not isinstance(error, EngineError) else None
             opened.call.arrived(

@@ -43,15 +43,18 @@ class Metrics:
             self.success.labels(*self._values, reason)
         self.refusals = Counter("tandem:refused", "Calls refused.", (*LABELS, "code"), registry=self.registry)
         self.registry.register(_Engine(desk, self._values))
-        desk.ended = self.ended
+        desk.watchers.append(self)
         desk.gap = self.gap_s.observe
 
     def _histogram(self, name: str, said: str, buckets: tuple[float, ...]) -> Histogram:
         made = Histogram(f"vllm:{name}", said, LABELS, buckets=buckets, registry=self.registry)
         return made.labels(*self._values)
 
-    def ended(self, opened: Open, completion: Completion) -> None:
-        """A request did."""
+    def began(self, opened: Open) -> None: ...
+
+    def ended(self, opened: Open, completion: Completion | None) -> None:
+        if completion is None:
+            return
         reason = FINISHED.get(completion.stop_reason)
         if reason is not None:
             self.success.labels(*self._values, reason).inc()

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 
 import msgspec
@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 from tandem.server import bodies, demand
 from tandem.server.answers import version_spans
 from tandem.server.config import ServerConfig
+from tandem.server.counts import Counts
 from tandem.server.desk import Call, Desk, log
 from tandem.server.lineage import Lineage
 from tandem.server.metrics import Metrics
@@ -64,6 +65,8 @@ class Room:
         self.lineage = Lineage()
         self.labels: dict[int, str] = {}  # of versions of the weights, where an update gave one
         self.metrics = Metrics(desk, self.model)
+        self.counts = Counts()
+        desk.watchers.append(self.counts)
 
     @property
     def fingerprint(self) -> str:
@@ -211,6 +214,17 @@ def event(body: Any) -> bytes:
     return b"data: " + encode(body) + b"\n\n"
 
 
+class Leaving(Protocol):
+    """What a stream is of: a call, or someone who looks."""
+
+    id: str
+    gone: bool
+
+    def leave(self) -> None: ...
+
+    def withdraw(self) -> None: ...
+
+
 class EventStream(Response):
     """Server-sent events as they come. The call is withdrawn as soon as its client is gone, or takes nothing.
 
@@ -218,7 +232,7 @@ class EventStream(Response):
     stream, or a body of JSON, for an answer without words.
     """
 
-    def __init__(self, blocks: AsyncIterator[bytes], call: Call, send_s: float, headers: Mapping[str, str]) -> None:
+    def __init__(self, blocks: AsyncIterator[bytes], call: Leaving, send_s: float, headers: Mapping[str, str]) -> None:
         super().__init__(None, 200, {**SSE, **headers})
         del self.headers["content-length"]
         self.blocks, self.call, self.send_s = blocks, call, send_s

@@ -67,16 +67,12 @@ class Access:
             raise Refusal(
                 400, f"tenant is {asked!r}. Write a path of names, as acme/search/ann.", "invalid_value", "tenant"
             )
-        if not _within(asked, holder.tenant):
+        if not within(asked, holder.tenant):
             said = f"tenant {asked} is not within {holder.tenant}, which this API key is of."
             raise Refusal(403, said, "tenant_not_allowed", "tenant")
-        if self._tenants and not any(_within(asked, known) for known in self._tenants):
+        if self._tenants and not any(within(asked, known) for known in self._tenants):
             raise Refusal(403, f"there is no tenant {asked} (server.tenants).", "unknown_tenant", "tenant")
         return asked
-
-    def within(self, holder: Holder, tenant: str) -> bool:
-        """Whether a tenant's calls are the holder's too."""
-        return _within(tenant, holder.tenant)
 
     def control(self, holder: Holder) -> None:
         """403 where the caller may not pause the engine or change its weights."""
@@ -135,9 +131,9 @@ def _masked(key: str) -> str:
     return f"{key[:4] if len(key) > 8 else ''}…"
 
 
-def _within(path: str, above: str) -> bool:
+def within(path: str, above: str) -> bool:
     """
-    >>> _within("acme/search", "acme"), _within("acme2", "acme"), _within("x", "")
+    >>> within("acme/search", "acme"), within("acme2", "acme"), within("x", "")
     (True, False, True)
     """
     return not above or path == above or path.startswith(f"{above}/")

@@ -24,6 +24,7 @@ from tandem.server import bodies
 from tandem.server.desk import log
 from tandem.server.refusal import Refusal
 from tandem.server.room import Room, answer
+from tandem.server.tenants import within
 from tandem.types import WeightVersion
 
 T = TypeVar("T")
@@ -199,7 +200,7 @@ async def abort_requests(room: Room, request: Request) -> Response:
     found = [
         (id, one)
         for id, one in list(desk.open.items())
-        if (not ids or id in ids or one.call.id in ids) and room.access.within(holder, one.request.tenant)
+        if (not ids or id in ids or one.call.id in ids) and within(one.request.tenant, holder.tenant)
     ]
     for id, _ in found:
         desk.abort(id)
