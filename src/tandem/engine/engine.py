@@ -193,7 +193,9 @@ class Engine:
         """Another on the same runner, which knows nothing of what was live here: this one is in no known state."""
         old = self.scheduler
         known = (old.config, old.pool.num_pages, old.max_context, self.clock, self.decode, old.version, old.drafter)
-        return Engine(self.runner, *known)
+        new = Engine(self.runner, *known)
+        new.grammars = self.grammars
+        return new
 
     def give_up(self) -> None:
         """It failed, and is in no known state: nothing more is asked of it, no weights reach it, it holds no memory."""

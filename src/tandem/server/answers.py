@@ -9,6 +9,7 @@ from itertools import groupby
 from typing import Any
 
 from tandem.columns import Columns
+from tandem.engine.constraint import unmet
 from tandem.program.formats.parsed import dumps
 from tandem.server.desk import Piece
 from tandem.server.text import Text
@@ -38,6 +39,7 @@ class Answer:
 
     def __init__(self, words: Words, request: Request, turn: Turn | None) -> None:
         sampling = request.sampling
+        self._constraint = request.constraint
         self._text = Text(words.tokenizer.decode, sampling.stop_strings, words.ends(sampling))
         self._turn = turn
         self.called = 0  # tools
@@ -50,6 +52,13 @@ class Answer:
     def whole(self, completion: Completion) -> Step:
         """All of it."""
         return self._step(completion.columns, completion)
+
+    def unmet(self, completion: Completion) -> dict[str, str]:
+        """Why an answer that came to its end is not what was asked, where it is not: no mask holds all of a schema."""
+        if self._constraint is None or completion.stop_reason is not StopReason.STOP_TOKEN:
+            return {}
+        odd = unmet(self._constraint, self._text.given)
+        return {"unmet": odd} if odd else {}
 
     def _step(self, drawn: Columns, completion: Completion | None) -> Step:
         text = self._text.feed(drawn["tokens"].tolist()) if len(drawn) else ""

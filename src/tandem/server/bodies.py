@@ -77,6 +77,7 @@ class Drawing(Whose):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
+    guided_json_object: Any = None
     structured_outputs: Any = None
     response_format: Any = None
 
@@ -195,6 +196,8 @@ class GenerateSampling(Body):
     ignore_eos: bool = False
     n: Annotated[int, Meta(ge=1, le=1024)] = 1
     sampling_seed: Seed | None = None
+    json_schema: str | None = None
+    regex: str | None = None
 
 
 class GenerateBody(Whose, kw_only=True):

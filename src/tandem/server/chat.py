@@ -24,7 +24,10 @@ class Chat:
         demand.unserved(body)
         self.room, self.body, self.id = room, body, id
         self.messages = messages_of(body.messages)
-        self.tools = tools_of(demand.chosen(body.tools or (), body.tool_choice))
+        tools = demand.chosen(body.tools or (), body.tool_choice)
+        self.tools = tools_of(tools)
+        calls = demand.called_as(tools, body.tool_choice, body.parallel_tool_calls, room.words.renderer.format)
+        self.constraint = demand.either(demand.constraint_of(body), calls, tools)
         self.created = int(time.time())
         self.scored = body.temperature == 0 and bool(body.logprobs)
         if body.top_logprobs is not None and not body.logprobs:
@@ -44,7 +47,7 @@ class Chat:
         sampling = demand.sampling_of(body, most, room.words.renderer.stop_token_ids, bool(body.logprobs))
         seeds = demand.seeds(demand.seed_of(body.seed), 0, n)
         prompt = Prompt(tokens, of_messages(self.messages))
-        return await room.ask(asker, self.id, [prompt], sampling, [seeds], bool(body.stream))
+        return await room.ask(asker, self.id, [prompt], sampling, [seeds], bool(body.stream), self.constraint)
 
     def answer(self, asking: Asking, place: int) -> Answer:
         return Answer(self.room.words, asking.call.requests[place], self.room.words.turn(self.tools))
@@ -56,7 +59,7 @@ class Chat:
     def told(self, asking: Asking, place: int, said: Message, completion: Completion) -> None:
         self.room.remember(asking, place, of_messages((*self.messages, said)))
 
-    def tokens(self, step: Step, completion: Completion | None, first: bool) -> dict[str, Any]:
+    def tokens(self, step: Step, completion: Completion | None) -> dict[str, Any]:
         """What return_token_ids and logprobs add to a choice."""
         words, body = self.room.words, self.body
         more: dict[str, Any] = {"logprobs": None}
@@ -94,8 +97,8 @@ class Chat:
                 message["reasoning_content"] = step.delta.reasoning
             self.told(asking, place, Message("assistant", step.delta.content, step.delta.calls), completion)
             finish = answers.finish_reason(completion, bool(calls))
-            choice = {"index": place, "message": message, "finish_reason": finish}
-            choices.append(choice | self.tokens(step, completion, True))
+            choice = {"index": place, "message": message, "finish_reason": finish, **one.unmet(completion)}
+            choices.append(choice | self.tokens(step, completion))
         prompt = asking.prompts[0].tokens
         body = {**self.head("chat.completion"), "choices": choices}
         body["usage"] = answers.usage(completions, [len(prompt)])
@@ -130,7 +133,9 @@ class Chat:
                     finish = answers.finish_reason(piece.completion, bool(said[place][1]))
                     message = Message("assistant", "".join(said[place][0]), tuple(said[place][1]))
                     self.told(asking, place, message, piece.completion)
-                more = self.tokens(step, piece.completion, False)
+                more = self.tokens(step, piece.completion)
+                if piece.completion is not None:
+                    more |= readers[place].unmet(piece.completion)
                 shows = delta or finish or more.get("token_ids") or (more["logprobs"] or {}).get("content")
                 if shows:
                     events.append(

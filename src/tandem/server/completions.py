@@ -37,6 +37,7 @@ class Continuation:
             raise Refusal(400, said, "unsupported_value", "echo")
         if body.stream_options is not None and not body.stream:
             demand.needs("stream_options", "stream", "true")
+        self.constraint = demand.constraint_of(body)
         self.scored = body.temperature == 0 and body.logprobs is not None
         self.texts = list[str]()  # of the prompts, where they are echoed
 
@@ -57,7 +58,13 @@ class Continuation:
         seed = demand.seed_of(body.seed)
         seeds = [demand.seeds(seed, number, self.n) for number in range(len(tokens))]
         return await room.ask(
-            asker, self.id, [Prompt(one, of_tokens(one)) for one in tokens], sampling, seeds, bool(body.stream)
+            asker,
+            self.id,
+            [Prompt(one, of_tokens(one)) for one in tokens],
+            sampling,
+            seeds,
+            bool(body.stream),
+            self.constraint,
         )
 
     def head(self) -> dict[str, Any]:
@@ -101,7 +108,7 @@ class Continuation:
         for place, completion in enumerate(completions):
             reader = Answer(self.room.words, asking.call.requests[place], None)
             echoed = self.texts[place // self.n] if self.body.echo else ""
-            choice = self.choice(asking, place, reader.whole(completion), len(echoed))
+            choice = self.choice(asking, place, reader.whole(completion), len(echoed)) | reader.unmet(completion)
             choice["text"] = echoed + choice["text"]
             if self.body.return_token_ids:
                 choice["prompt_token_ids"] = list(asking.prompts[place].tokens)
@@ -132,6 +139,7 @@ class Continuation:
                 lengths[place] += len(choice["text"])
                 if piece.completion is not None:
                     ended[place] = piece.completion
+                    choice |= readers[place].unmet(piece.completion)
                 if choice["text"] or choice["finish_reason"] or choice.get("token_ids") or choice["logprobs"]:
                     events.append(event({**head, "choices": [choice]}))
             if events and not call.gone:

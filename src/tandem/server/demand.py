@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import msgspec
+
 from tandem.engine.engine import Engine
+from tandem.errors import ConfigError
 from tandem.numerics.random import derive_seed
 from tandem.program.reward import clipped
-from tandem.server import bodies
+from tandem.server import bodies, structured
 from tandem.server.config import ServerConfig
 from tandem.server.refusal import Refusal
-from tandem.types import Hints, Sampling
+from tandem.types import Constraint, Hints, Sampling
 
 # Field -> the values at which it changes nothing. Others are refused: nothing here does what they ask for.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
@@ -29,7 +33,6 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "suffix": (),
     "top_logprobs": (0,),
 }
-CONSTRAINTS = ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs")
 
 
 def neutral(body: Any, allowed: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:
@@ -45,26 +48,43 @@ def neutral(body: Any, allowed: Mapping[str, tuple[Any, ...]], prefix: str = "")
 def unserved(body: Any) -> None:
     """400 for a field with a value that asks for what this engine does not do."""
     neutral(body, NEUTRAL)
-    for name in CONSTRAINTS:
-        if getattr(body, name, None) is not None:
-            raise Refusal(400, f"{name}: constrained decoding is not served.", "unsupported_parameter", name)
-    form = getattr(body, "response_format", None)
-    if form is not None and form != {"type": "text"}:
-        said = "response_format: constrained decoding is not served. Allowed: {'type': 'text'}."
-        raise Refusal(400, said, "unsupported_parameter", "response_format")
 
 
 def chosen(tools: Sequence[bodies.Tool], choice: str | bodies.Chosen | None) -> Sequence[bodies.Tool]:
-    """The tools that the model is told of. 400 where a call is to be forced, or is to fit its schema."""
-    if choice is not None and choice not in ("none", "auto"):
-        named = choice if isinstance(choice, str) else choice.function.name
-        said = f"tool_choice {named}: constrained decoding is not served. Allowed: none, auto."
-        raise Refusal(400, said, "unsupported_value", "tool_choice")
-    for place, tool in enumerate(tools):
-        if tool.function.strict:
-            said = f"tools[{place}].function.strict: constrained decoding is not served. Allowed: false."
-            raise Refusal(400, said, "unsupported_value", f"tools[{place}].function.strict")
+    """The tools that the model is told of."""
     return () if choice == "none" else tools
+
+
+def constraint_of(body: bodies.Drawing) -> Constraint | None:
+    """What a body says that the answer as a whole has to be. 400 where that is nothing, or two things."""
+    with heard("response_format"):
+        return structured.of_fields({name: getattr(body, name) for name in structured.FIELDS})
+
+
+def called_as(
+    tools: Sequence[bodies.Tool], choice: str | bodies.Chosen | None, several: bool | None, call_format: str
+) -> Constraint | None:
+    """What calls of tools have to be, where one is forced or a tool is strict. 400 where that can't be held."""
+    told = [{"function": msgspec.to_builtins(tool.function)} for tool in tools]
+    with heard("tool_choice" if choice not in (None, "auto", "none") else "tools"):
+        return structured.of_tools(told, msgspec.to_builtins(choice), several is not False, call_format)
+
+
+def either(whole: Constraint | None, calls: Constraint | None, tools: Sequence[bodies.Tool]) -> Constraint | None:
+    """Of an answer. 400 where it is to be of a form and tools may be called too: no text is both."""
+    if whole is not None and tools:
+        said = "a form of the whole answer and tools were given, and a call of one has another form. Give one of them."
+        raise Refusal(400, said, "unsupported_value", "tools")
+    return whole if whole is not None else calls
+
+
+@contextmanager
+def heard(param: str) -> Iterator[None]:
+    """What is wrong with a field, as a caller hears it."""
+    try:
+        yield
+    except ConfigError as error:
+        raise Refusal(400, str(error), "invalid_value", param) from error
 
 
 def sampling_of(body: bodies.Drawing, most: int | None, stop_token_ids: Sequence[int], scored: bool) -> Sampling:

@@ -11,8 +11,9 @@ from starlette.responses import Response
 from tandem.columns import Columns
 from tandem.server import answers, bodies, demand
 from tandem.server.lineage import of_tokens
+from tandem.server.refusal import Refusal
 from tandem.server.room import DONE, Asking, EventStream, Prompt, Room, answer, attended, collected, event
-from tandem.types import Completion, Sampling, StopReason
+from tandem.types import Completion, Constraint, Sampling, StopReason
 from tandem.types import Request as Asked
 
 
@@ -43,7 +44,13 @@ async def asked(room: Room, request: Request, body: bodies.GenerateBody, id: str
         stop_strings=demand.strings(given.stop),
     )
     seeds = demand.seeds(demand.seed_of(given.sampling_seed), 0, given.n)
-    return await room.ask(asker, id, [Prompt(tokens, of_tokens(tokens))], sampling, [seeds], body.stream)
+    if given.json_schema is not None and given.regex is not None:
+        raise Refusal(400, "json_schema and regex ask for two forms of one answer. Give one of them.", "invalid_value")
+    constraint = Constraint("regex", given.regex) if given.regex is not None else None
+    if given.json_schema is not None:
+        constraint = Constraint("json_schema", given.json_schema)
+    prompts = [Prompt(tokens, of_tokens(tokens))]
+    return await room.ask(asker, id, prompts, sampling, [seeds], body.stream, constraint)
 
 
 def ended(room: Room, asking: Asking, place: int, completion: Completion) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tandem.server import answers, bodies, demand
+from tandem.server import answers, bodies, demand, structured
 from tandem.server.answers import Answer, Step
 from tandem.server.lineage import of_messages
 from tandem.server.output import Output
@@ -43,7 +43,13 @@ class Reply:
             if isinstance(choice, bodies.Named)
             else choice
         )
-        self.tools = tools_of(demand.chosen(functions, named))
+        tools = demand.chosen(functions, named)
+        self.tools = tools_of(tools)
+        calls = demand.called_as(tools, named, body.parallel_tool_calls, room.words.renderer.format)
+        with demand.heard("text.format"):
+            given = body.text.format if body.text is not None else None
+            whole = structured.of_format(given, "text.format") if given is not None else None
+        self.constraint = demand.either(whole, calls, tools)
         self.created = int(time.time())
         self.told = LOGPROBS in (body.include or ())
         self.output = Output()
@@ -60,7 +66,7 @@ class Reply:
         sampling = demand.sampling_of(drawn, body.max_output_tokens, room.words.renderer.stop_token_ids, self.told)
         seeds = demand.seeds(demand.seed_of(body.seed), 0, 1)
         prompt = Prompt(tokens, of_messages(self.messages))
-        return await room.ask(asker, self.id, [prompt], sampling, [seeds], bool(body.stream))
+        return await room.ask(asker, self.id, [prompt], sampling, [seeds], bool(body.stream), self.constraint)
 
     def reader(self, asking: Asking) -> Answer:
         return Answer(self.room.words, asking.call.requests[0], self.room.words.turn(self.tools))
@@ -106,7 +112,7 @@ class Reply:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": 1.0 if body.temperature is None else body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (body.text.format if body.text is not None else None) or {"type": "text"}},
             "tool_choice": msgspec.to_builtins(body.tool_choice or "auto"),
             "tools": [msgspec.to_builtins(one) for one in body.tools or ()],
             "top_p": 1.0 if body.top_p is None else body.top_p,
@@ -118,11 +124,12 @@ class Reply:
         }
 
     def whole(self, asking: Asking, completion: Completion) -> dict[str, Any]:
-        step = self.reader(asking).whole(completion)
+        reader = self.reader(asking)
+        step = reader.whole(completion)
         self.take(step)
         self.ended(asking, completion, step.delta.calls)
         status = "completed" if _whole(completion) else "incomplete"
-        return self.response(status, completion, len(asking.prompts[0].tokens))
+        return self.response(status, completion, len(asking.prompts[0].tokens), **reader.unmet(completion))
 
     async def blocks(self, asking: Asking) -> AsyncIterator[bytes]:
         """The events of a stream."""
@@ -151,7 +158,7 @@ class Reply:
                     if piece.completion is not None:
                         events += self.ended(asking, piece.completion, calls)
                         status = "completed" if _whole(piece.completion) else "incomplete"
-                        response = self.response(status, piece.completion, prompt)
+                        response = self.response(status, piece.completion, prompt, **reader.unmet(piece.completion))
                         events.append({"type": f"response.{status}", "response": response})
                 if not call.gone and (events or not new):
                     yield told(events) or b": waiting\n\n"
@@ -205,7 +212,7 @@ def _unserved(body: bodies.ResponseBody) -> None:
     }
     demand.neutral(body, allowed)
     if body.text is not None:
-        demand.neutral(body.text, {"verbosity": (), "format": ({"type": "text"},)}, "text.")
+        demand.neutral(body.text, {"verbosity": ()}, "text.")
     for name, value in (body.reasoning or {}).items():
         if value is not None:
             raise Refusal(400, f"reasoning.{name} is not served. Leave it out.", "unsupported_value", "reasoning")

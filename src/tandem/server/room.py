@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 
@@ -25,7 +26,7 @@ from tandem.server.metrics import Metrics
 from tandem.server.refusal import Refusal, misfit
 from tandem.server.tenants import Access, Holder
 from tandem.server.words import Words
-from tandem.types import Completion, Hints, Sampling
+from tandem.types import Completion, Constraint, Hints, Sampling
 from tandem.types import Request as Asked
 
 T = TypeVar("T")
@@ -139,6 +140,7 @@ class Room:
         sampling: Sampling,
         seeds: Sequence[Sequence[int]],
         streams: bool,
+        constraint: Constraint | None = None,
     ) -> Asking:
         """Asks the engine for answers to the prompts, as many to each as it has seeds. Refusal: none is on its way."""
         requests, owners, several = list[Asked](), list[Prompt](), sum(map(len, seeds)) > 1
@@ -150,10 +152,11 @@ class Room:
                 named = f"{id}/{len(requests)}" if several else id
                 drawn = replace(sampling, max_new_tokens=most)
                 group = id if several else ""
-                requests.append(
-                    Asked(named, program, prompt.tokens, drawn, seed, asker.tenant, group=group, hints=asker.hints)
-                )
+                one = Asked(named, program, prompt.tokens, drawn, seed, asker.tenant, group=group, hints=asker.hints)
+                requests.append(replace(one, constraint=constraint) if constraint is not None else one)
                 owners.append(prompt)
+        if constraint is not None:  # reading a schema takes a while, once
+            await self.words.aside(partial(self.desk.engine.check, requests[0]))
         call = await self.desk.ask(id, requests, streams)
         return Asking(call, owners, not asker.program)
 

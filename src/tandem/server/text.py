@@ -30,6 +30,11 @@ class Text:
         self._given: list[str] = []
         self._stopped = False
 
+    @property
+    def given(self) -> str:
+        """All of it so far."""
+        return "".join(self._given)
+
     def feed(self, tokens: Sequence[int]) -> str:
         """Text that can't change any more."""
         self._tokens += [token for token in tokens if token not in self._ends]
@@ -50,7 +55,7 @@ class Text:
 
     def finish(self, reason: StopReason) -> str:
         """What is left when no more comes."""
-        whole, given = self._decode(self._tokens), "".join(self._given)
+        whole, given = self._decode(self._tokens), self.given
         place = self._first(whole) if reason is StopReason.STOP_STRING else -1
         whole = whole[:place] if place >= 0 else whole
         return self._give(whole[len(given) :]) if whole.startswith(given) else ""

@@ -38,7 +38,8 @@ class Words:
         self._longest = max(map(len, tokenizer.backend.get_vocab()), default=1)  # characters of a token
         self._bytes = {character: byte for byte, character in enumerate(byte_alphabet())}
 
-    async def _aside(self, work: Callable[[], T]) -> T:
+    async def aside(self, work: Callable[[], T]) -> T:
+        """What `work` gives, in the thread of the words."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
         except TandemError as error:
@@ -52,7 +53,7 @@ class Words:
 
     async def chat(self, messages: Sequence[Message], tools: Tools) -> tuple[int, ...]:
         """A conversation up to where the model answers. 400 where the template takes no such one."""
-        return await self._aside(partial(self._chat, messages, tools))
+        return await self.aside(partial(self._chat, messages, tools))
 
     def _chat(self, messages: Sequence[Message], tools: Tools) -> tuple[int, ...]:
         if messages[0].role != "system":
@@ -64,7 +65,7 @@ class Words:
         """A text as it stands, behind the tokeniser's own bos."""
         if half := half_character(text):
             raise Refusal(400, f"the text {half}", "invalid_value")
-        return await self._aside(lambda: tuple(self.tokenizer.encode(text, special)))
+        return await self.aside(lambda: tuple(self.tokenizer.encode(text, special)))
 
     def turn(self, tools: Tools) -> Turn:
         """What takes an answer apart."""
