@@ -4,6 +4,7 @@
 #   a tokeniser whose end it doesn't know, and isn't told, has token 0 as the end: it is allowed where a text may end, and stands for no text there
 #   n_vocab beyond the tokeniser's own size makes no id for an end: eos_token has to be one that the tokeniser has
 #   "\u00e9" is no JSON string unless json_allow_general_unicode_escapes is set; 2023-02-29 is a date; a key may come twice
+#   its own grammar_from("choice", ...) of 2,001 texts compiles without an error, has a mask, and takes no token of it ("max is 2000")
 #   a schema's own "x-guidance" can make it lenient: then keywords that it doesn't know are dropped, as xgrammar does
 # Output seen: the lines under "expected".
 set -euo pipefail
@@ -18,6 +19,7 @@ eos_token 300 with n_vocab 400: EOS token ID 300 is out of range (vocab_size=258
 "\u00e9": False, then True
 "2023-02-29": True
 {"a": 1, "a": 2}: True
+2001 choices: no error, ['v'], taken: False, Parser Error: Current row has 2002 items; max is 2000
 not, then lenient: Unimplemented keys: ["not"], then taken
 END
 python3 -m venv "$folder/venv"
@@ -25,7 +27,7 @@ python3 -m venv "$folder/venv"
 "$folder/venv/bin/python" - > "$folder/seen" <<'END'
 import json
 
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLTokenizer, grammar_from
 
 byte = {**{code: chr(code) for code in (*range(33, 127), *range(161, 173), *range(174, 256))}}
 rest = (code for code in range(256) if code not in byte)
@@ -69,6 +71,9 @@ escape = r'"\u00e9"'
 print(f"{escape}: {takes({'type': 'string'}, escape)}, then", takes({"type": "string"}, escape, json_allow_general_unicode_escapes=True))
 print('"2023-02-29":', takes({"type": "string", "format": "date"}, '"2023-02-29"'))
 print('{"a": 1, "a": 2}:', takes({"type": "object"}, '{"a": 1, "a": 2}'))
+many = LLMatcher(told, grammar_from("choice", json.dumps([f"v{i}" for i in range(2001)])), log_level=0)
+print(f"2001 choices: {many.get_error() or 'no error'}, {allowed(many)}, taken:", many.consume_token(names.index("v")), end=", ")
+print(";".join(many.get_error().split(";")[:2]))
 lenient = takes({"not": {}, "x-guidance": {"lenient": True}}, "1")
 print(f"not, then lenient: {takes({'not': {}}, '1')}, then {'taken' if lenient is True else lenient}")
 END

@@ -98,7 +98,7 @@ def test_masks_of_expressions_by_brute_force(expression):
 
 def test_masks_of_choices_and_grammars_by_brute_force():
     """A choice that begins another is cut off or never ends; a rule that calls itself counts wrong."""
-    choices = ["ab", "abc", "abcabc", "d", "ba"]
+    choices = ["ab", "abc", "abcabc", "d", "ba", "", "ab"]
     check_masks(Constraint("choice", json.dumps(choices)), choices, LETTERS)
     nested = {"a" * n + "b" * n for n in range(4)}
     rules = 'start: one | ""\none: "a" two? "b"\ntwo: "a" three? "b"\nthree: "ab"'
@@ -248,8 +248,18 @@ def test_without_the_library_only_constraints_are_refused(monkeypatch):
 def test_carried_tokens_that_do_not_fit_end_in_a_reason():
     """A text begun without the constraint goes on as if it held."""
     asked = request(Constraint("regex", "ab"), (0, 7), (LETTERS.index(END),), carried=1)
-    with pytest.raises(DeadEnd, match="token 7, in place 1, is none that its constraint allows"):
+    with pytest.raises(DeadEnd, match="token 7, in place 1, does not go on as its constraint asks"):
         grammars_of(LETTERS).matcher(asked).masks([0, 7])
+
+
+def test_a_choice_of_many():
+    """The 2,001st way of a rule ends a text in the midst, as the library's parser takes no more."""
+    many = ["a" * (1 + i // 64) + format(i % 64, "06b").translate({48: "c", 49: "d"}) for i in range(4000)]
+    found = matcher(grammars_of(LETTERS), Constraint("choice", json.dumps(many)), (LETTERS.index(END),))
+    taken = [0]
+    for token in [*[0] * 63, *[2] * 6, LETTERS.index(END)]:
+        assert token in kept_ids(found.masks(taken)[0]), taken
+        taken.append(token)
 
 
 def test_a_constraint_is_compiled_once_and_equal_masks_are_one(monkeypatch):

@@ -156,7 +156,10 @@ class Matcher:
         """What may follow a context, and each of its drafts as far as they may themselves. DeadEnd where none may."""
         for token in tokens[self._next :]:
             if not self._state.consume_token(token):
-                raise DeadEnd(f"token {token}, in place {self._next}, is none that its constraint allows there")
+                raise DeadEnd(
+                    f"token {token}, in place {self._next}, does not go on as its constraint asks: "
+                    f"{_clipped(self._state.get_error())}"
+                )
             self._next += 1
         found, taken = [self._grammars.kept(self._state, self._stops)], 0
         try:
@@ -236,7 +239,8 @@ def _grammar(constraint: Constraint) -> str:
             raise ConfigError(
                 f"a choice is a list of texts, and this is {_clipped(text)!r}. Write a JSON list of them."
             )
-        return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(one, ensure_ascii=False) for one in choices))
+        texts = " | ".join(json.dumps(one, ensure_ascii=False) for one in choices)
+        return matcher.grammar_from_lark(f"start: ONE\nONE: {texts}")  # one terminal: a rule has 2,000 ways at most
     if "::=" in text:
         from llguidance.gbnf_to_lark import gbnf_to_lark
 
