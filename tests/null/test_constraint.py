@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Iterable
 from itertools import product
+from random import Random
 from typing import Any
 
 import pytest
@@ -281,6 +282,51 @@ def test_ids_beyond_the_tokeniser_are_no_text():
         grammars = grammars_of(LETTERS, vocab_size)
         mask = matcher(grammars, Constraint("regex", "[a-d]*"), (LETTERS.index(END),)).masks([0])[0]
         assert list(kept_ids(mask)) == [i for i, token in enumerate(LETTERS) if token not in ("", OTHER_END)]
+
+
+def of_pieces(kind: str) -> Any:
+    """A tokeniser of SentencePiece's kind, whose decoder takes a first space away; or one of WordPiece."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    pieces = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklx", "ab", "▁ab"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    if kind == "WordPiece":
+        backend = Tokenizer(models.WordPiece(vocab, unk_token="<unk>"))
+        backend.decoder = decoders.WordPiece()
+        return backend
+    if kind == "Unigram":
+        model: Any = models.Unigram([(one, -float(i)) for i, one in enumerate(pieces)], unk_id=0, byte_fallback=True)
+    else:
+        model = models.BPE(vocab, [("a", "b"), ("▁", "ab")], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
+    backend.add_special_tokens(["<unk>", "</s>"])
+    return backend
+
+
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_pieces_with_bytes_and_spaces(kind):
+    """A piece's space or a byte's token is another text to the backend than to the tokeniser that decodes it."""
+    backend = of_pieces(kind)
+    asked, whole = request(Constraint("regex", "[a-c]{1,3} (ab|é)x"), stop=(1,)), re.compile("[a-c]{1,3} (ab|é)x")
+    grammars = Grammars(backend.to_str, backend.get_vocab_size())
+    grammars.check(asked)
+    for seed in range(40):
+        chosen, taken = Random(seed), [0]
+        while taken[-1] != 1:
+            taken.append(chosen.choice(list(kept_ids(grammars.matcher(asked).masks(taken)[0]))))
+        assert whole.fullmatch(backend.decode(taken[1:])), backend.decode(taken[1:])
+
+
+def test_a_tokeniser_that_the_library_does_not_read_is_told():
+    """The error of a library in place of words, or masks of another tokeniser."""
+    backend = of_pieces("WordPiece")
+    with pytest.raises(
+        ConfigError, match="constraints need a tokeniser that llguidance reads, and it refuses this one"
+    ):
+        Grammars(backend.to_str, 300).check(request(Constraint("regex", "a"), stop=(1,)))
 
 
 UNMET = [

@@ -274,7 +274,9 @@ def _with_an_end(tokenizer_json: str, vocab_size: int) -> tuple[str, int, int]:
     none by name, token 0 is the end.
     """
     tokenizer = json.loads(tokenizer_json)
-    end = max([*(one["id"] for one in tokenizer["added_tokens"]), *tokenizer["model"]["vocab"].values()]) + 1
+    vocab = tokenizer["model"]["vocab"]  # Unigram's is a list of pieces
+    ids = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+    end = max([*(one["id"] for one in tokenizer["added_tokens"]), *ids]) + 1
     marks = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokenizer["added_tokens"].append({"id": end, "content": "<|tandem-end|>", "special": True, **marks})
     return json.dumps(tokenizer), max(end + 1, vocab_size), end
