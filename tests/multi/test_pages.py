@@ -188,6 +188,7 @@ LISTED: dict[str, str] = {
     "tandem bench publish [--json]": "takes a minute; tests/multi/test_publish_apart.py",
     "tandem study length_bias": "takes hours; tests/multi/test_study.py runs a small study",
     "tandem bench ahead [--json]": "takes minutes; tests/multi/test_ahead.py",
+    "tandem bench structured [--json]": "takes minutes; tests/null/test_bench.py",
     "tandem study staleness": "takes hours; tests/multi/test_study.py runs a small study",
     "tandem study staleness --time": "takes minutes of a quiet machine",
     "prompt -> program -> request -> tokens -> trajectory -> batch -> loss -> weights -> engine": "a picture",

@@ -247,12 +247,23 @@ def test_a_flag_without_use_is_refused(monkeypatch, capsys):
     """A flag that is taken and ignored."""
     monkeypatch.setattr("tandem.cli.bench._run", lambda *_: pytest.fail("it was measured"))
     assert main(["bench", "engine", "--out", "x.png"]) == 2 and "--out" in capsys.readouterr().err
-    for work in ("sweep", "profile", "gpu"):
+    for work in ("sweep", "profile", "gpu", "structured"):
         assert main(["bench", work, "--peer", "ls"]) == 2
         assert (
             f"`bench {work}`, which has no peers. Use one of engine, learner, tree, step, agents, parity."
             in capsys.readouterr().err
         )
+
+
+def test_forms_are_printed_by_row(monkeypatch, capsys):
+    """A ratio of other rows, seconds under another unit, or a work that the command does not know."""
+    row = {"form": "a string", "sequences": 16, "plain_s": 0.010, "held_s": 0.0125, "ratio": 1.25, "mask_s": 7e-6}
+    result = {"bench": "structured", "rows": [row]}
+    monkeypatch.setattr("tandem.bench.structured.structured", lambda: result)
+    assert main(["bench", "structured", "--json"]) == 0 and json.loads(capsys.readouterr().out) == result
+    assert main(["bench", "structured"]) == 0
+    printed = capsys.readouterr().out
+    assert all(figure in printed for figure in ("a string", "16", "10.0 ms", "12.5 ms", "1.25 x", "7 us"))
 
 
 def test_a_picture_that_cannot_be_written_is_refused_first(monkeypatch, capsys, tmp_path):

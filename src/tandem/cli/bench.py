@@ -24,16 +24,18 @@ class Work(str, Enum):
     SANDBOX = "sandbox"
     PUBLISH = "publish"
     AHEAD = "ahead"
+    STRUCTURED = "structured"
 
 
-ALONE = (Work.PROFILE, Work.SWEEP, Work.GPU, Work.SANDBOX, Work.PUBLISH, Work.AHEAD)  # have no peers
+ALONE = (Work.PROFILE, Work.SWEEP, Work.GPU, Work.SANDBOX, Work.PUBLISH, Work.AHEAD, Work.STRUCTURED)  # have no peers
 WORKS_HELP = (
     "What to measure; tree: the learner on turns that share their context, beside copies; agents: programs with slow "
     "tools; parity: the price of exactness; profile: where the time goes, by operation; "
     "sweep: decoding over the number of sequences and over the context; "
     "gpu: random Llamas on a CUDA device; sandbox: starts, commands, what a thousand leave behind; "
     "publish: weights to another process, whole and what a step changed; "
-    "ahead: sampling while learning beside the loop in steps, its journal's cost, a kill."
+    "ahead: sampling while learning beside the loop in steps, its journal's cost, a kill; "
+    "structured: answers of a given form beside the same without."
 )
 
 
@@ -65,6 +67,7 @@ def bench(
             Work.SANDBOX: _show_sandbox,
             Work.PUBLISH: _show_publish,
             Work.AHEAD: _show_ahead,
+            Work.STRUCTURED: _show_structured,
         }
         shown.get(work, _show)(result)
         if limits := result.get("limits"):
@@ -119,6 +122,10 @@ def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:
         from tandem.bench.ahead import ahead
 
         return ahead()
+    if work is Work.STRUCTURED:
+        from tandem.bench.structured import structured
+
+        return structured()
     from tandem.bench.beside import bench as beside
 
     return beside(work.value, peers, rounds)
@@ -233,6 +240,19 @@ def _show_ahead(result: dict[str, Any]) -> None:
         f"its resume (wanted: under {resume['wanted_s']:g}); of {resume['finished']} groups that had ended "
         f"{resume['lost']} were lost, {resume['sampled_again']} sampled again, {resume['trained_twice']} trained twice"
     )
+
+
+def _show_structured(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="tandem bench structured: a step")
+    for column in ("form", "sequences", "without", "with", "ratio", "a mask"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for row in result["rows"]:
+        figures = (f"{row['plain_s'] * 1e3:.1f} ms", f"{row['held_s'] * 1e3:.1f} ms", f"{row['ratio']:.2f} x")
+        table.add_row(row["form"], str(row["sequences"]), *figures, f"{row['mask_s'] * 1e6:.0f} us")
+    Console().print(table)
 
 
 def _show_sweep(result: dict[str, Any]) -> None:
