@@ -31,6 +31,7 @@ ROOMS: dict[str, tuple[int, str, str]] = {
     "sync": (2, "6", "weights to the engine"),
     "plan": (1, "", "memory before a run"),
     "run": (3, "", "the loop and its folder"),
+    "sim": (1, "", "the scheduler without a device"),
     "report": (0, "", "pages, pictures, tables"),
     "bench": (3, "", "speed beside peers"),
     "study": (1, "", "arms and seeds"),
