@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.batch import Batch
+from tandem.engine.deal import Deals
 from tandem.engine.draft import prompt_lookup
 from tandem.engine.engine import Engine
 from tandem.engine.layout import WHOLE, KvLayout
@@ -55,13 +56,16 @@ def engines(pick: st.DrawFn) -> tuple[Engine, PagedMemory]:
         memory=pick(st.sampled_from([PagedMemory, Device])),
         drafter=drafter,
         draft_tokens=pick(st.sampled_from([0, 0, 1, 4, 9])),
-        order=pick(st.sampled_from(["arrival", "longest", "fair"])),
+        order=pick(st.sampled_from(["arrival", "longest", "fair", "shares"])),
         page_tokens=size,
         batch_tokens=most + pick(st.integers(0, 12)),
         max_sequences=most,
         lookahead_tokens=pick(st.sampled_from([0, 0, 1, 5])),
         share_prefixes=pick(st.sampled_from([True, True, True, False])),
     )
+
+
+TENANTS = ("", "a", "a/b", "c")
 
 
 @dataclass
@@ -82,6 +86,8 @@ class Play:
             assert completion.request_id not in self.done
             self.done[completion.request_id] = completion
         self.engine.check_integrity()
+        if isinstance(self.engine.scheduler.order, Deals):
+            self.engine.scheduler.order.tree.check_integrity()
 
     def lands(self) -> None:
         """What aborts and updates do before all else; it may fail too."""
@@ -100,15 +106,17 @@ class Play:
     def act(self, action: tuple, name: str) -> None:  # type: ignore[type-arg]
         verb, *rest = action
         if verb == "submit":
+            shared = self.runner.config.order == "shares"
             for request in group(name, *rest):
-                self.submit(request)
+                self.submit(replace(request, tenant=TENANTS[int(name[1:]) % len(TENANTS)]) if shared else request)
         elif verb == "follow":
             which, most, said = rest
             if self.done:  # another turn, or another way on from the midst of one
                 completion = list(self.done.values())[which % len(self.done)]
                 context = [*self.requests[completion.request_id].tokens, *completion.tokens[:most], *said]
                 ran = len(context) - len(said) - 1
-                self.submit(replace(group(name, context, 1, 3)[0], ran=max(0, ran)))
+                tenant = self.requests[completion.request_id].tenant
+                self.submit(replace(group(name, context, 1, 3)[0], ran=max(0, ran), tenant=tenant))
         elif verb == "abort":
             self.lands()
             if live := list(self.engine.scheduler.live):

@@ -14,6 +14,7 @@ from tandem.types import Completion, Request, StopReason, WeightVersion
 
 if TYPE_CHECKING:
     from tandem.engine.constraint import Matcher
+    from tandem.engine.share import Node
 
 INITIAL = WeightVersion(0, "")  # of an engine that was told of no other
 MIXED = b""  # root of a sequence whose keys and values have no name: of several versions, or sharing is off
@@ -52,6 +53,8 @@ class Batch:
     repeated: int = 0  # rows of prompts that an earlier request had run
     masks: dict[int, bytes] = field(default_factory=dict)  # draw -> the kept set that it is made from (types.kept_ids)
     barred: dict[int, str] = field(default_factory=dict)  # draw of a constraint -> why no token can be its
+    leaves: list[Node] = field(default_factory=list)  # under shares: who is charged for each work
+    charges: list[tuple[Node, int]] = field(default_factory=list)  # under shares: what was charged for it
 
     def tell(self, sequence: Sequence, start: int, end: int) -> None:
         """What the rows of a sequence are that do not just follow a draw."""
@@ -148,6 +151,8 @@ class Sequence:
     submitted_batch: int = 0  # batches run before it was submitted
     charged: int = 0  # tokens that were charged to its program, see engine/order.py
     matcher: Matcher | None = None  # of its constraint, from its first draw on
+    leaf: Node | None = None  # under shares: who is charged for it
+    found: int = 0  # under shares: its leading blocks that another held when it started, and pays for
 
     def drawn(self, first: int) -> Columns:
         """The generated tokens from the first-th on, and what is known of them."""

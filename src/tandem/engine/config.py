@@ -13,7 +13,7 @@ from tandem.errors import ConfigError
 Dtype = Literal["same", "bfloat16", "float32", "float16"]
 Weights = Literal["same", "int8", "int4"]
 KvDtype = Literal["same", "float8_e4m3", "int8"]
-Rule = Literal["arrival", "longest", "fair"]
+Rule = Literal["arrival", "longest", "fair", "shares"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,8 @@ class EngineConfig:
     max_sequences: Positive = 256  # most sequences running at once
     kv_memory_bytes: Count = 0  # memory for pages; 0: of what the rest leaves, see plan/memory.py
     lookahead_tokens: Count = 64  # what admission expects a sequence to grow by, until requests have ended to tell
-    order: Rule = "arrival"  # who starts first: who came first, has most to generate, or whose program had least
+    order: Rule = "arrival"  # who starts first: who came first, has most to generate, whose program had least; shares
+    shares: str = ""  # of order shares: a file with the tree of tenants, TOML or JSON; empty: all weigh alike
     draft_tokens: Count = 0  # most tokens a step tries beyond a sequence's next; what is drawn is the same (draft.py)
     replicas: Positive = 1  # engines that sample in training, on the same weights; each has its own pages
     answer_s: Annotated[float, Gt(0)] = 600.0  # what a replica has not answered by then is asked of another too
@@ -55,6 +56,11 @@ class EngineConfig:
             raise ConfigError(
                 f"engine.page_tokens is {self.page_tokens}; it must be a power of two, 2 or more. "
                 f"Set it to {1 << max(1, self.page_tokens.bit_length() - 1)}; 16 and more are read as they lie."
+            )
+        if self.shares and self.order != "shares":
+            raise ConfigError(
+                f"engine.shares is {self.shares!r}, and engine.order is {self.order!r}, which has no tenants. Set "
+                "engine.order to shares, or leave engine.shares out."
             )
         if self.batch_tokens < self.max_sequences:
             raise ConfigError(

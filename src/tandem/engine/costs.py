@@ -108,3 +108,24 @@ class StepCost:
         base, prefill, context, decode = (float(value) for value in coefficients / scale)
         least = 1e-9  # what was not told apart from nothing still counts as something
         return StepCost(max(base, least), max(prefill, least), context, max(decode, least))
+
+
+class Prices(NamedTuple):
+    """StepCost in whole picoseconds."""
+
+    base: int
+    prefill: int
+    context: int
+    decode: int
+    held: float  # picoseconds a token and second
+
+    @staticmethod
+    def of(cost: StepCost) -> Prices:
+        row = (cost.base_s, cost.prefill_token_s, cost.context_token_s, cost.decode_token_s)
+        base, prefill, context, decode = (round(seconds * PICO) for seconds in row)
+        return Prices(max(1, base), max(1, prefill), context, max(1, decode), cost.held_token_s * PICO)
+
+    def rows(self, start: int, count: int) -> int:
+        """So many rows of one sequence from a position on."""
+        context = self.context * (count * start + count * (count + 1) // 2)
+        return context + (self.decode if count == 1 else self.prefill * count)

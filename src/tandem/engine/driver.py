@@ -52,6 +52,8 @@ class Drivable(Protocol):
 
     def drawn(self, request_id: str, first: int, /) -> Columns: ...
 
+    # wakes_s, where it has one: seconds for which the last step ran nothing and the next would neither.
+
 
 @dataclass(slots=True, eq=False)
 class _Asked:
@@ -166,6 +168,7 @@ class Driver:
         """
         if self._thread is None:
             self._turn()
+            self._rest(wait_s)
             return self._ended
         with self._changed:
             self._changed.wait_for(lambda: self._ended != seen or not (self._open or self._inbox), wait_s)
@@ -209,11 +212,19 @@ class Driver:
                     self._changed.wait(IDLE_S)
             try:
                 self._turn()
+                self._rest(IDLE_S)
             except Exception:  # noqa: BLE001 - recorded boundary: all who wait were told
                 return
             except BaseException as error:  # noqa: BLE001 - recorded boundary: sys.exit in a callback ends the thread
                 self._end_all(EngineError(f"the engine's thread ended: {type(error).__name__}: {error}"))
                 return
+
+    def _rest(self, most_s: float) -> None:
+        """Where nothing may run yet, waits until it may, or something is asked."""
+        wait_s = getattr(self.engine, "wakes_s", 0.0)
+        if wait_s:
+            with self._changed:
+                self._changed.wait_for(lambda: self._inbox or self._stopped, min(wait_s, most_s))
 
     def _turn(self, steps: bool = True) -> None:
         """Applies what was asked, runs a step, and hands out what it gave."""

@@ -106,6 +106,7 @@ class Engine:
         self._undelivered: list[Completion] = []  # finished while nobody who wants them asked
         self._flight: Flight | None = None
         self.dead = False  # see give_up
+        self.wakes_s = 0.0  # for how long the last step ran nothing, since caps hold back all that is live; else 0
         self._sound: WeightVersion | None = None  # the last weights that something was drawn with
         self.grammars: Grammars | None = None  # of its tokeniser, by whoever builds it; none: it takes no constraint
         self._bound = set[str]()  # live requests with a constraint
@@ -212,7 +213,8 @@ class Engine:
         done: list[Completion] = []
         if self.scheduler.live:
             batch = self.scheduler.plan(self.clock())
-            assert batch.works or self._flight, (
+            self.wakes_s = 0.0 if batch.works or self._flight else self.scheduler.wakes_s
+            assert batch.works or self._flight or self.wakes_s, (
                 f"no progress: {len(self.scheduler.running)} running, {len(self.scheduler.waiting)} waiting, "
                 f"{self.scheduler.pool.num_available} of {self.scheduler.pool.num_pages} pages available"
             )
@@ -222,7 +224,9 @@ class Engine:
                 if not waits:
                     self._land()  # what may be drawn next hangs on what was drawn
                 self._mask(batch)
-            if start is None or waits:
+            if self.wakes_s:
+                pass
+            elif start is None or waits:
                 sampled = self._checked(self.runner.run(batch), batch)
                 done = self.scheduler.commit(batch, sampled, self.clock())
             else:

@@ -2,19 +2,19 @@
 
 arrival: who came first. longest: who is expected to generate most yet, so that the longest rollout of a step does not
 start last; those of its group that have ended tell its length, or else its limit does. fair: whose program has had
-least, in prompt tokens run and tokens generated.
+least, in prompt tokens run and tokens generated. shares: engine/deal.py.
 
 Nobody starves: a request that was submitted PATIENCE batches ago goes before all that were not, by arrival.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heapreplace
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
-    from tandem.engine.batch import Sequence
+    from tandem.engine.batch import Batch, Sequence
     from tandem.engine.config import EngineConfig
 
 PATIENCE = 4096
@@ -92,6 +92,30 @@ class Order:
             had = max(0, len(sequence.tokens) - sequence.charged - cached)
             sequence.charged = len(sequence.tokens)
             _renew(self._had, program, self._had.get(program, 0) + had)
+
+    def waits(self, sequence: Sequence) -> None:
+        """It was preempted, and waits again."""
+
+    def starts(self, sequence: Sequence) -> None:
+        """A request that waited runs."""
+
+    def gone(self, sequence: Sequence, waited: bool) -> None:
+        """A request is live no more; whether it waited."""
+
+    def gives_way(self, running: list[Sequence], price: Callable[[Sequence], tuple[float, int]]) -> Sequence:
+        """The one to preempt where those that run need pages."""
+        return min(running, key=price)
+
+    def ran(self, batch: Batch) -> None:
+        """A batch was advanced."""
+
+    def failed(self, batch: Batch) -> None:
+        """An advanced batch gave nothing."""
+
+    @property
+    def wakes_s(self) -> float:
+        """Seconds until somebody who is held back may run; 0 where nobody is."""
+        return 0.0
 
     def ended(self, sequence: Sequence) -> None:
         """A request ended by itself."""

@@ -24,7 +24,13 @@ class Queues:
     """Queues, pages, promises and prefix index of one engine."""
 
     def __init__(
-        self, config: EngineConfig, num_pages: int, max_context: int | None, version: WeightVersion, layout: KvLayout
+        self,
+        config: EngineConfig,
+        num_pages: int,
+        max_context: int | None,
+        version: WeightVersion,
+        layout: KvLayout,
+        order: Order,
     ) -> None:
         self.config = config
         self.max_context = max_context
@@ -36,7 +42,7 @@ class Queues:
         self.running: list[Sequence] = []  # by arrival
         self.waiting: list[Sequence] = []  # by arrival
         self.promised: dict[bytes, Sequence] = {}  # name of a block -> the running sequence that will compute it
-        self.order = Order(config)
+        self.order = order
         self.admission = Admission(config, layout, self.pool)
         self._named: list[int] = []  # for the next batch; a batch that is planned again keeps them
         self._shared: list[int] = []
@@ -63,6 +69,7 @@ class Queues:
         sequence.reached = max(sequence.reached, sequence.computed)
         self._give_up_pages(sequence)
         insort(self.waiting, sequence, key=BY_ARRIVAL)
+        self.order.waits(sequence)
         self._stats.preemptions += 1
 
     def _price(self, sequence: Sequence) -> tuple[float, int]:
@@ -98,6 +105,9 @@ class Queues:
     def _start(self, sequence: Sequence, hits: list[list[int]], now: float) -> None:
         """Moves a waiting sequence to running on the blocks it hits; promises those it will compute."""
         self._shared += [page for table in hits for page in table if page != NULL]
+        refs = self.pool.refs
+        sequence.found = sum([page != NULL and refs[page] > 0 for page in hits[0]])
+        self.order.starts(sequence)
         sequence.pages = PageTables(self.index, hits)
         sequence.computed = sequence.pages.blocks * self.config.page_tokens
         most = (len(sequence.tokens) - 1) // self.config.page_tokens
@@ -123,6 +133,7 @@ class Queues:
 
     def _end(self, sequence: Sequence) -> None:
         """A request ended by itself, perhaps preempted while its last token was drawn."""
+        self.order.gone(sequence, waited=sequence.pages is None)
         if sequence.pages is None:
             self.waiting.remove(sequence)
         else:

@@ -28,6 +28,8 @@ The rules, all of them:
 * The last token of a context is always run, for its logits. So siblings share floor((prompt - 1) / page_tokens) blocks;
   what lies between is promised like a block, and copied from a sibling that ran it and still runs (engine/tails.py),
   or, as far as it is the same, from where another ended behind the same blocks, such as the turn before.
+* Under engine.order shares, which rows run, who starts and who gives way is what engine/deal.py says; the first of
+  `running` is still never preempted, and moves as its tenant's turn comes.
 * A sequence is *pure* while all its keys and values come from the current weights. Only pure sequences index blocks.
 """
 
@@ -37,9 +39,13 @@ from collections.abc import Callable
 
 from tandem.engine.batch import INITIAL, MIXED, Batch, Sampled, Sequence, Work, stops_by_token
 from tandem.engine.config import EngineConfig
+from tandem.engine.deal import Deals
 from tandem.engine.draft import Drafter, prompt_lookup
+from tandem.engine.hand import Hand
 from tandem.engine.layout import WHOLE, KvLayout
+from tandem.engine.order import Order
 from tandem.engine.queues import Queues
+from tandem.engine.share import Shares, read_shares
 from tandem.errors import ConfigError
 from tandem.types import Completion, Request, StopReason, WeightVersion
 
@@ -49,8 +55,9 @@ class Scheduler(Queues):
 
     layout: the groups of layers that the runner's pages are of. max_context: positions the model has, or None. stops:
     asked after every sampled token whether it was the last; the engine adds stop strings, a simulator its own lengths;
-    LENGTH is decided here. At most one batch is planned and not advanced: an abort or a new version withdraws it. At
-    most one is advanced and not resolved: they wait for it.
+    LENGTH is decided here. shares: the tree in place of that in the file that engine.shares names. At most one batch is
+    planned and not advanced: an abort or a new version withdraws it. At most one is advanced and not resolved: they
+    wait for it.
     """
 
     def __init__(
@@ -62,8 +69,13 @@ class Scheduler(Queues):
         version: WeightVersion = INITIAL,
         layout: KvLayout = WHOLE,
         drafter: Drafter = prompt_lookup,
+        shares: Shares | None = None,
     ) -> None:
-        super().__init__(config, num_pages, max_context, version, layout)
+        order = Order(config)
+        if config.order == "shares":
+            capacity = num_pages * config.page_tokens // len(layout.groups)
+            order = Deals(config, shares or read_shares(config.shares), capacity)
+        super().__init__(config, num_pages, max_context, version, layout, order)
         self.stops = stops
         self.drafter = drafter
         self.planned: Batch | None = None
@@ -88,6 +100,7 @@ class Scheduler(Queues):
         if sequence is None:
             return None
         self.planned = None
+        self.order.gone(sequence, waited=sequence.pages is None)
         if sequence.pages is not None:
             self.running.remove(sequence)
             self._give_up_pages(sequence)
@@ -124,6 +137,8 @@ class Scheduler(Queues):
         drafting = self.config.draft_tokens > 0
         assert not drafting or self.advanced is None, "what follows drafts is planned when they are resolved"
         self._make_room()
+        if isinstance(self.order, Deals):
+            return self._dealt(self.order, drafting, now)
         works, prefills = self._decodes()
         decodes = works.copy() if drafting else []
         budget = self.config.batch_tokens - len(works)
@@ -136,6 +151,36 @@ class Scheduler(Queues):
             budget = self._draft(decodes, budget)
         num_tokens = self.config.batch_tokens - budget
         self.planned = Batch(works, self.version, num_tokens, self._named.copy(), self._shared, self._copies, now)
+        return self.planned
+
+    @property
+    def wakes_s(self) -> float:
+        """Seconds until something that is held back may run; 0 where nothing is."""
+        return self.order.wakes_s
+
+    def _dealt(self, order: Deals, drafting: bool, now: float) -> Batch:
+        """The next batch by shares. A row that could run has its page, whether it runs in this step or not."""
+        draws: list[Sequence] = []
+        prompts: list[Sequence] = []
+        page_tokens = self.config.page_tokens
+        for sequence in self.running:
+            pages, known = sequence.pages, len(sequence.tokens)
+            assert pages is not None
+            if known - sequence.computed > 1:
+                prompts.append(sequence)
+            elif known < sequence.limit:
+                if sequence.computed == pages.blocks * page_tokens:
+                    pages.extend(1)
+                draws.append(sequence)
+        hand = Hand(self, self.config.batch_tokens - len(draws), now)
+        order.deal(hand, draws, prompts, now)
+        works = hand.works
+        budget = self.config.batch_tokens - sum([len(work.tokens) for work in works])
+        if drafting and budget:
+            budget = self._draft(hand.draws, budget)
+        num_tokens = self.config.batch_tokens - budget
+        self.planned = Batch(works, self.version, num_tokens, self._named.copy(), self._shared, self._copies, now)
+        self.planned.leaves = hand.leaves
         return self.planned
 
     def _make_room(self) -> None:
@@ -153,7 +198,7 @@ class Scheduler(Queues):
         }
         while len(needy) * num_groups > pool.num_available:
             assert len(running) > 1, f"sequence {running[0].arrival} outgrew a pool of {pool.num_pages} pages alone"
-            victim = min(running[1:], key=self._price)
+            victim = self.order.gives_way(running[1:], self._price)
             needy.discard(victim.arrival)
             self._preempt(victim)
 
@@ -264,6 +309,7 @@ class Scheduler(Queues):
                 sequence.tokens.append(-1 - draws)
                 draws += work.draws
         stats.count(batch)
+        self.order.ran(batch)
 
     def resolve(self, batch: Batch, sampled: Sampled, now: float) -> list[Completion]:
         """Takes what an advanced batch drew; returns the requests that end by it."""
@@ -339,6 +385,7 @@ class Scheduler(Queues):
         """An advanced batch failed: it drew nothing, and what it wrote may be wrong. All that runs starts again."""
         assert batch is self.advanced, "a batch is forgotten in place of its resolve"
         self.planned = self.advanced = None
+        self.order.failed(batch)
         self._named, self._shared, self._copies = [], [], {}
         for work in batch.works:
             sequence = self.live.get(work.request.id)

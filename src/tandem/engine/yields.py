@@ -1,0 +1,62 @@
+"""Who gives up its pages, by what the tenants of engine/share.py hold: see engine/deal.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tandem.engine.batch import Sequence
+    from tandem.engine.share import Node
+
+Price = Callable[["Sequence"], tuple[float, int]]  # of a preemption: the least is preempted
+
+
+def held_below(running: list[Sequence]) -> dict[Node, int]:
+    """Blocks that are held below each node."""
+    held: dict[Node, int] = {}
+    for sequence in running:
+        assert sequence.pages is not None
+        blocks = sequence.pages.blocks
+        for node in _way(sequence):
+            held[node] = held.get(node, 0) + blocks
+    return held
+
+
+def within(node: Node, held: dict[Node, int], running: list[Sequence]) -> list[Sequence]:
+    """Of those below a node, the ones in the tenant that holds most for its weight, at each level."""
+    while True:
+        below = {child for one in running for child in _way(one) if child.parent is node and child.children}
+        if not below:
+            return running
+        node = max(below, key=lambda child: (held[child] / child.weight, -child.number))
+        running = [one for one in running if node in _way(one)]
+
+
+def who_yields(
+    root: Node, sequence: Sequence, needed: int, held: dict[Node, int], spare: list[Sequence], price: Price
+) -> Sequence | None:
+    """Who of the spare ones gives its pages to a request that needs so many blocks.
+
+    Of the first node on the request's way whose sibling holds more for its weight than it: the cheapest within that
+    sibling, where that leaves it with no less for its weight than the node has then.
+    """
+    way = _way(sequence)
+    for node, own in zip([root, *way], way, strict=False):
+        children = [child for child in node.children.values() if child is own or child in held]
+        most = max(children, key=lambda child: (held.get(child, 0) / child.weight, child is own, -child.number))
+        if most is own:
+            continue
+        found = within(most, held, [one for one in spare if most in _way(one)])
+        if not found:
+            return None
+        victim = min(found, key=price)
+        assert victim.pages is not None
+        takes, gives = held.get(own, 0) + needed, held[most] - victim.pages.blocks
+        return victim if takes * most.weight <= gives * own.weight else None
+    return None
+
+
+def _way(sequence: Sequence) -> tuple[Node, ...]:
+    assert sequence.leaf is not None
+    return sequence.leaf.way
