@@ -38,8 +38,9 @@ FREE = {"", "__init__", "__main__"}  # the package's own front door
 
 # Files that run on a machine without torch, and so import none; `config` means the config.py of every folder.
 TORCH_FREE = {
-    *(f"engine/{name}" for name in ("admit", "costs", "draft", "driver", "integrity", "layout", "order", "pages")),
-    *(f"engine/{name}" for name in ("constraint", "prefix", "queues", "schedule", "share", "tables", "tails")),
+    *(f"engine/{name}" for name in ("admit", "bill", "cluster", "constraint", "costs", "deal", "draft", "driver")),
+    *(f"engine/{name}" for name in ("hand", "integrity", "layout", "order", "pages", "prefix", "queues")),
+    *(f"engine/{name}" for name in ("schedule", "share", "tables", "tails", "yields")),
     *ROWS[0],
     "cli/main",
     "cli/recipes",

@@ -429,6 +429,15 @@ class Tree:
 
     # What it tells.
 
+    def loads(self) -> dict[str, float]:
+        """Requests that are live, by tenant, for engine/cluster.py."""
+        found = {}
+        for node in self.nodes():
+            own = node.live - sum([child.live for child in node.children.values() if child.children])
+            if own:
+                found[node.path] = float(own)
+        return found
+
     def nodes(self, programs: bool = False) -> Iterator[Node]:
         """All but the root, those above first."""
         stack = [self.root]
