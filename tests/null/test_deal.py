@@ -186,6 +186,22 @@ def test_a_guarantee_holds_beside_many() -> None:
     assert load.had("g") / load.engine.busy_s == pytest.approx(0.3, rel=0.05)
 
 
+def test_rollouts_take_what_is_idle_and_give_way_within_a_step() -> None:
+    """Who serves waits for rollouts to end, or training stops while anybody is served."""
+    terms = {"rollouts": Terms(0.01, guarantee=0.2), "serving": Terms()}
+    load = Loads({"rollouts": 200}, terms, pages=500, new=100, prompt=60).run(5.0)
+    assert load.had("rollouts") == pytest.approx(load.engine.busy_s)
+    load.in_flight["serving"] = 100
+    for _ in range(100):
+        load.ask("serving")
+    load.step()
+    assert "serving" in {one.request.tenant for one in load.scheduler.running}
+    load.run(2.0)
+    since, before = load.engine.busy_s, load.had("rollouts")
+    load.run(10.0)
+    assert (load.had("rollouts") - before) / (load.engine.busy_s - since) == pytest.approx(0.2, rel=0.1)
+
+
 def test_memory_is_charged_to_who_holds_it() -> None:
     """Keys and values cost nothing, and who fills the memory with long contexts pays like who does not."""
     flights = {"long": 40, "short": 40}

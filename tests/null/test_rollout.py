@@ -210,6 +210,14 @@ def test_single_turn_by_hand() -> None:
     assert engine.seen[0].sampling.stop_token_ids == (STOP,)
 
 
+def test_rollouts_are_of_the_tenant_that_the_config_names() -> None:
+    """Rollouts take the share of requests without a tenant, and nobody can weigh them."""
+    engine = FakeEngine(lambda request: spell("ab") if request.id.endswith("/0") else [ord("c")])
+    config = replace(CONFIG, max_turns=2, tenant="training/rollouts")
+    Rollouts(Driver(engine), Renderer(Letters()), Counting(5), config, run_seed=1).collect(2, prompts(1))
+    assert {request.tenant for request in engine.seen} == {"training/rollouts"} and len(engine.seen) > 3
+
+
 def test_turns_keep_tokens() -> None:
     """A second turn's request does not begin with what the first one saw and said, or observations are trained on."""
     engine = FakeEngine(lambda request: spell("ab") if request.id.endswith("/0") else [ord("c")])

@@ -24,10 +24,12 @@ class Work(str, Enum):
     SANDBOX = "sandbox"
     PUBLISH = "publish"
     AHEAD = "ahead"
-    STRUCTURED = "structured"
+    SCHEDULE = "schedule"
+    ISOLATION = "isolation"
 
 
-ALONE = (Work.PROFILE, Work.SWEEP, Work.GPU, Work.SANDBOX, Work.PUBLISH, Work.AHEAD, Work.STRUCTURED)  # have no peers
+PEERED = (Work.ENGINE, Work.LEARNER, Work.TREE, Work.STEP, Work.AGENTS, Work.PARITY)
+ALONE = tuple(work for work in Work if work not in PEERED)  # have no peers
 WORKS_HELP = (
     "What to measure; tree: the learner on turns that share their context, beside copies; agents: programs with slow "
     "tools; parity: the price of exactness; profile: where the time goes, by operation; "
@@ -35,7 +37,7 @@ WORKS_HELP = (
     "gpu: random Llamas on a CUDA device; sandbox: starts, commands, what a thousand leave behind; "
     "publish: weights to another process, whole and what a step changed; "
     "ahead: sampling while learning beside the loop in steps, its journal's cost, a kill; "
-    "structured: answers of a given form beside the same without."
+    "schedule: what a decision by shares takes; isolation: two tenants of one engine, and what each gets."
 )
 
 
@@ -53,7 +55,7 @@ def bench(
     from tandem.errors import ConfigError, WorldError
 
     if peer and work in ALONE:
-        peered = ", ".join(other.value for other in Work if other not in ALONE)
+        peered = ", ".join(other.value for other in PEERED)
         raise ConfigError(f"--peer is given to `bench {work.value}`, which has no peers. Use one of {peered}.")
     if out is not None:
         _check_picture(work, out)
@@ -67,7 +69,8 @@ def bench(
             Work.SANDBOX: _show_sandbox,
             Work.PUBLISH: _show_publish,
             Work.AHEAD: _show_ahead,
-            Work.STRUCTURED: _show_structured,
+            Work.SCHEDULE: _show_schedule,
+            Work.ISOLATION: _show_isolation,
         }
         shown.get(work, _show)(result)
         if limits := result.get("limits"):
@@ -122,10 +125,14 @@ def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:
         from tandem.bench.ahead import ahead
 
         return ahead()
-    if work is Work.STRUCTURED:
-        from tandem.bench.structured import structured
+    if work is Work.SCHEDULE:
+        from tandem.bench.tenants import schedule
 
-        return structured()
+        return schedule()
+    if work is Work.ISOLATION:
+        from tandem.bench.tenants import isolation
+
+        return isolation()
     from tandem.bench.beside import bench as beside
 
     return beside(work.value, peers, rounds)
@@ -266,3 +273,35 @@ def _show_sweep(result: dict[str, Any]) -> None:
         rates = (f"{row['tok_s']:,.0f}", f"{row['limit_tok_s']:,.0f}", _share(row))
         table.add_row(f"{row['sequences']}", f"{row['context']:,}", f"{1e3 * row['step_s']:,.2f}", *rates)
     Console().print(table)
+
+
+def _show_schedule(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"tandem bench schedule: {result['programs']:,} programs, {result['running']} running")
+    for column in ("order", "plan", "of 100, the slowest", "charge", "rows a step"):
+        table.add_column(column, justify="left" if column == "order" else "right")
+    for row in result["rows"]:
+        times = (f"{row[name]:.3f} ms" for name in ("plan_ms", "p99_ms", "charge_ms"))
+        table.add_row(row["order"], *times, f"{row['rows']}")
+    Console().print(table)
+    print(f"wanted of plan and charge together: {result['wanted_ms']:g} ms")
+
+
+def _show_isolation(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    few, crowd = (result["in_flight"][name] for name in ("few", "crowd"))
+    table = Table(title=f"tandem bench isolation: {few} requests in flight beside {crowd}, of equal weight")
+    for column in ("work", "few: s a request", "crowd: s a request", "few: tok/s", "crowd: tok/s"):
+        table.add_column(column, justify="left" if column == "work" else "right")
+    for row in result["rows"]:
+        found = (row.get(name) for name in ("few_s", "crowd_s", "few_tok_s", "crowd_tok_s"))
+        table.add_row(row["work"], *("" if value is None else f"{value:,.2f}" for value in found))
+    Console().print(table)
+    print(
+        f"few: {result['slower']:.2f} x its time on half an engine (wanted: {result['wanted_slower']:g}); both with "
+        f"more than fits: shares off by {result['apart']:.1%} at most (wanted: {result['wanted_apart']:.0%})"
+    )

@@ -35,6 +35,7 @@ class RolloutConfig:
     max_turns: Positive = 1  # completions a program may make; 1 never asks the environment to observe
     max_program_tokens: Count = 0  # sampled in all turns of a program, at most; 0: as its turns and the context allow
     max_program_s: Amount = 0.0  # from a program's first token on, after which it takes no turn; 0: no limit
+    tenant: str = ""  # whose share of the engine rollouts take, under engine.order=shares; a path of its tree
     returning_first: bool = True  # programs that come back from their environment run before those that begin
     deadline_s: Annotated[float, Gt(0)] = 600.0  # seconds for rollouts and rewards; what is left fails with a reason
     keep_tokens: bool = True  # in trajectories/: ids, log-probs and credit of each token, which the page colours

@@ -84,6 +84,7 @@ class Turns:
         ran = max(0, len(tokens) - new)
         request = Request(
             *given,
+            tenant=self.by.config.tenant,
             priority=priority,
             group=program.group,
             carried=len(drawn),

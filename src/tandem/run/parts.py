@@ -19,6 +19,7 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.constraint import Grammars
 from tandem.engine.engine import Engine
 from tandem.engine.layout import KvLayout
+from tandem.engine.measure import price
 from tandem.engine.runner import DecoderRunner, dtype_name
 from tandem.errors import ConfigError, TandemWarning
 from tandem.kernels.build.load import matrix_unit
@@ -200,6 +201,7 @@ def engine_on(decoder: Decoder, config: EngineConfig, tokenizer: Tokenizer, vers
     runner = DecoderRunner(decoder, num_pages, config.page_tokens, config)
     engine = Engine(runner, config, num_pages, decoder.spec.max_position, decode=tokenizer.decode, version=version)
     engine.grammars = Grammars(tokenizer.backend.to_str, decoder.spec.vocab_size)
+    price(engine)
     return engine
 
 
