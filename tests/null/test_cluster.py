@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.engine.batch import INITIAL
 from tandem.engine.cluster import HALF_LIFE_S, Demand, balanced, local_weights
 from tandem.engine.config import EngineConfig
 from tandem.engine.costs import StepCost
+from tandem.engine.driver import Driver
 from tandem.engine.schedule import Scheduler
 from tandem.engine.share import Shares, Terms
+from tandem.rollout.balance import Balance
+from tandem.rollout.router import Replica, Router
 from tandem.sim.cluster import Cluster
 from tandem.sim.engine import SimEngine
 from tandem.types import Completion, Request, Sampling
+from tests.null.paged_memory import group, make
 
 COST = StepCost(base_s=2e-3, prefill_token_s=5e-5, context_token_s=0.0, decode_token_s=1e-3, held_token_s=1e-15)
 
@@ -95,13 +101,13 @@ def test_three_levels_twenty_tenants_and_four_engines_under_bursts() -> None:
         began = 4.0 + 4.0 * burst
         before = {node: fleet.cluster.had(node) for node in seen}
         fleet.cluster.run(began + 4.0)
-        for group in (orgs, teams):
-            had = {node: fleet.cluster.had(node) - before[node] for node in group}
+        for siblings in (orgs, teams):
+            had = {node: fleet.cluster.had(node) - before[node] for node in siblings}
             for node, seconds in had.items():
                 seen[node].append(seconds / sum(had.values()))
-    for group in (orgs, teams):
-        for node in group:
-            due = weights[node] / sum(weights[other] for other in group)
+    for siblings in (orgs, teams):
+        for node in siblings:
+            due = weights[node] / sum(weights[other] for other in siblings)
             assert sum(seen[node]) / len(seen[node]) == pytest.approx(due, rel=0.05), node
 
 
@@ -142,3 +148,24 @@ def test_a_load_counts_at_once_and_fades() -> None:
     assert demand.told({}, HALF_LIFE_S) == {"a": 4.0}
     assert demand.told({"a": 8.0, "b": 1.0}, 2 * HALF_LIFE_S) == {"a": 8.0, "b": 1.0}
     assert demand.told({}, 60 * HALF_LIFE_S) == {}
+
+
+def test_a_router_tells_its_engines_their_weights() -> None:
+    """The engines of one router divide by weight each for itself, and a tenant on two has twice its share of one."""
+    now = [0.0]
+    settings = {"order": "shares", "num_pages": 400, "max_sequences": 8}
+    engines = [make(**settings)[0] for _ in range(2)]  # type: ignore[arg-type]
+    replicas = [Replica(f"e{n}", Driver(one), lambda: INITIAL, 1600, 4) for n, one in enumerate(engines)]
+    router = Router(replicas, balance=Balance({"a": 4.0, "b": 1.0}, lambda: now[0]))
+    requests = [replace(one, tenant="ab"[n in (0, 1, 6)]) for n, one in enumerate(group("p", [1, 2, 3], 12, 40, ()))]
+    for number, request in enumerate(requests):
+        router.submit(replace(request, group=str(number)))
+    trees = [engine.scheduler.order.tree for engine in engines]
+    for _ in range(6):
+        router.progress(0, 0.0)
+        now[0] += 1.0
+    wanted = local_weights({"a": 4.0, "b": 1.0}, [tree.loads() for tree in trees])
+    assert all(tree.loads().keys() == {"a", "b"} for tree in trees)
+    for tree, local in zip(trees, wanted, strict=True):
+        weights = {name: tree.tenant(name).weight / 1000 for name in "ab"}
+        assert weights == pytest.approx(local, rel=0.01) and weights["a"] < 5

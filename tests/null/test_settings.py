@@ -139,7 +139,7 @@ def test_a_wrong_file_is_named(tmp_path: Path, name: str, text: str, said: str) 
 def test_the_page_reads_word_for_word(tmp_path: Path) -> None:
     """A file that a reader copies from docs/configs.md and that is refused, or sets other things than it shows."""
     page = (Path(__file__).parents[2] / "docs" / "configs.md").read_text()
-    (text,) = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
+    text, _ = re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL)
     config = read(tmp_path, "page.toml", text)
     assert (config.steps, config.learner.lr, config.rollout.stop_strings) == (40, 1e-5, ("\n\n",))
     assert config.task.parameters == (("min_terms", 3), ("max_terms", 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,16 @@ def test_a_wrong_tree_is_refused_by_place(change: dict[str, object], match: str)
     """A misspelt promise is no promise, and nobody is told."""
     with pytest.raises(ConfigError, match=match):
         shares_of({**GOOD, **change}, "file")
+
+
+def test_the_page_reads_word_for_word(tmp_path: Path) -> None:
+    """A tree that a reader copies from docs/configs.md and that is refused."""
+    page = (Path(__file__).parents[2] / "docs" / "configs.md").read_text()
+    (text,) = [text for text in re.findall(r"```toml\n(.*?)```", page, flags=re.DOTALL) if "[tenants]" in text]
+    (tmp_path / "page.toml").write_text(text)
+    found = read_shares(str(tmp_path / "page.toml"))
+    assert found.tenants["acme/support"] == Terms(1.0, guarantee=0.3) and found.tenants["guests"].cap == 0.25
+    assert found.cost is not None and found.cost.held_token_s == 1e-5
 
 
 def test_a_file_that_is_not_there_or_no_table_is_refused(tmp_path: Path) -> None:

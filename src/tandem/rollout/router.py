@@ -35,6 +35,7 @@ from tandem.columns import Columns
 from tandem.engine.driver import GRACE_S, Driver, OnTokens
 from tandem.engine.prefix import extend_keys, root_key
 from tandem.errors import ConfigError, EngineError, TandemError, WorkerError
+from tandem.rollout.balance import Balance
 from tandem.types import Completion, Request, StopReason, WeightVersion
 
 OVERLOAD = 2.0  # times the least load
@@ -123,7 +124,8 @@ class Router:
     and looks at the deadlines.
 
     answer_s: after which what an engine has not answered is asked of another too. died: told of each engine that did,
-    once, from whichever thread found out. dropped: told of tokens that came and that nobody waited for.
+    once, from whichever thread found out. dropped: told of tokens that came and that nobody waited for. balance: of
+    tenants' shares over all engines.
     """
 
     def __init__(
@@ -133,8 +135,10 @@ class Router:
         died: Died = lambda replica, error: None,
         dropped: Callable[[int], None] = lambda tokens: None,
         clock: Callable[[], float] = time.monotonic,
+        balance: Balance | None = None,
     ) -> None:
         self.replicas = list(replicas)
+        self.balance = balance
         self.answer_s = answer_s
         self.died, self.dropped = died, dropped
         self.clock = clock
@@ -201,6 +205,8 @@ class Router:
     def progress(self, seen: int, wait_s: float) -> int:
         """As Driver's: each engine without a thread that has something makes a step."""
         driven = False
+        if self.balance is not None:
+            self.balance.look(self.living)
         for replica in [one for one in self.replicas if one.open and not one.driver.threaded]:
             driven = True
             with suppress(Exception):  # it stopped: its requests ended with the reason, and are elsewhere now

@@ -8,6 +8,8 @@ from functools import partial
 
 from tandem.engine.driver import Drivable, Driver
 from tandem.engine.engine import Engine
+from tandem.engine.share import read_shares
+from tandem.rollout.balance import Balance
 from tandem.rollout.router import Replica, Router
 from tandem.run.account import Account
 from tandem.run.apart import RemoteEngine
@@ -65,9 +67,14 @@ def endpoint(
         capacity = pool.num_pages * config.page_tokens // len(engine.runner.layout.groups)
         return Replica(name, Driver(driven(engine)), lambda: engine.version, capacity, config.page_tokens)
 
+    config = parts.engine.scheduler.config
+    balance = None
+    if config.order == "shares":
+        balance = Balance({path: terms.weight for path, terms in read_shares(config.shares).tenants.items()})
     return Router(
         [replica(name, engine) for name, engine in engines.items()],
-        parts.engine.scheduler.config.answer_s,
+        config.answer_s,
         died,
         lambda tokens: account.ledger.lose("crashed", tokens),
+        balance=balance,
     )
