@@ -39,8 +39,9 @@ FREE = {"", "__init__", "__main__"}  # the package's own front door
 # Files that run on a machine without torch, and so import none; `config` means the config.py of every folder.
 TORCH_FREE = {
     *(f"engine/{name}" for name in ("admit", "bill", "cluster", "constraint", "costs", "deal", "draft", "driver")),
-    *(f"engine/{name}" for name in ("hand", "integrity", "layout", "order", "pages", "prefix", "queues")),
-    *(f"engine/{name}" for name in ("schedule", "share", "tables", "tails", "yields")),
+    *(f"engine/{name}" for name in ("guard", "hand", "integrity", "layout", "order", "pages", "park", "policies")),
+    *(f"engine/{name}" for name in ("predict", "prefix", "programs", "queues", "record", "schedule", "share")),
+    *(f"engine/{name}" for name in ("tables", "tails", "yields")),
     *ROWS[0],
     "cli/main",
     "cli/recipes",

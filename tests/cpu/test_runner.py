@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.algo.pack import count_prompts, pack
-from tandem.engine.config import EngineConfig
+from tandem.engine.config import EngineConfig, ProgramsConfig
 from tandem.engine.engine import Engine
 from tandem.engine.layout import KvGroup, KvLayout, pages_for
 from tandem.engine.runner import DecoderRunner
@@ -277,3 +278,23 @@ def test_weights_that_are_not_finite_end_a_step_by_name(any_path, make_decoder) 
     decoder.norm.value.copy_(finite)
     for got, wanted in zip(engine.generate(asked), fresh.generate(asked), strict=True):
         same(got, wanted)
+
+
+def test_programs_that_are_paused_and_parked_draw_what_they_do_alone(decoder: Decoder, tmp_path: Path) -> None:
+    """Keys and values that come back from a file onto other pages with another layer's bytes, or not all of them."""
+    programs = ProgramsConfig("enforce", "thunder", tick_s=1e-6, park=str(tmp_path))
+    engine = engine_of(decoder, num_pages=14, programs=programs)
+    engine.scheduler.programs.reload_s = lambda tokens: 9.0
+    plain = engine_of(decoder, num_pages=64)
+    contexts = {name: [(5 * i * i + name) % 97 for i in range(18)] for name in range(4)}
+    for turn in range(4):
+        sampling, asked = Sampling(max_new_tokens=5), []
+        for name, context in contexts.items():
+            asked.append(Request(f"{name}/{turn}", f"p{name}", tuple(context), sampling, seed=name))
+        for request, found in zip(asked, engine.generate(asked), strict=True):
+            (wanted,) = plain.generate([request])
+            assert (found.tokens, found.logprobs) == (wanted.tokens, wanted.logprobs)
+            contexts[int(request.program_id[1:])] += [*found.tokens, 3, 1]
+        engine.check_integrity()
+    parking = engine.scheduler.programs.parking
+    assert parking.counts["unparked"] >= 4 and parking.counts["damaged"] == 0

@@ -190,6 +190,14 @@ LISTED: dict[str, str] = {
     "tandem bench ahead [--json]": "takes minutes; tests/multi/test_ahead.py",
     "tandem bench isolation [--json]": "takes minutes; tests/null/test_deal.py",
     "tandem bench schedule [--json]": "tests/null/test_tenants_bench.py",
+    "tandem bench programs [--json]": "takes minutes; tests/null/test_bench.py",
+    "tandem train smollm2_calculator_cpu --set engine.programs.mode=enforce": (
+        "takes minutes; tests/null/test_programs.py"
+    ),
+    "bytes (write_s + read_s) < reload_s": "an inequality; tests/null/test_park.py",
+    "tandem simulate FILE [--policy NAME]... [--kv-tokens N] [--at-once N] [--set NAME=VALUE]... [--gates] [--json]": (
+        "needs a record; tests/null/test_sim_programs.py"
+    ),
     "tandem study staleness": "takes hours; tests/multi/test_study.py runs a small study",
     "tandem study staleness --time": "takes minutes of a quiet machine",
     "prompt -> program -> request -> tokens -> trajectory -> batch -> loss -> weights -> engine": "a picture",

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 import types
 from collections import Counter
 
 import pytest
 
 from tandem.bench import beside as benches
+from tandem.bench import programs as programs_bench
 from tandem.bench.beside import compare
 from tandem.bench.peers import Figure, Side, beside_limit, peer_side, run_side
 from tandem.cli.main import main
 from tandem.errors import ConfigError, WorldError
 from tandem.plan.roofline import Machine
 from tandem.report.throughput import throughput_figure, throughput_png
+from tests.null import paged_memory
 
 
 def saying(text: str, code: int = 0) -> Side:
@@ -430,3 +433,27 @@ def test_sandboxes_are_measured(monkeypatch, capsys):
     assert main(["bench", "sandbox"]) == 0
     shown = capsys.readouterr().out
     assert "start, prepared" in shown and "left behind by 3 in" in shown and "0 processes" in shown
+
+
+def test_programs_are_run_to_their_ends_under_each_policy(capsys):
+    """A turn asked twice or never, a rate that counts what was not done, policies compared over other rounds."""
+    size = programs_bench.Size(5, 3, start=12, said=4, heard=6, tool_s=(0.001, 0.02, 0.005))
+    made = []
+
+    def make(size, memory, policy):
+        config = programs_bench.config_of(size, memory, policy, 1, 4)
+        engine, _ = paged_memory.make(config.kv_memory_bytes // 4, programs=config.programs)
+        engine.clock = time.monotonic
+        made.append((memory, policy, engine))
+        return engine
+
+    result = programs_bench.programs(size, make, rounds=2)
+    arms = [("short", p) for p in programs_bench.POLICIES] + [("ample", p) for p in programs_bench.AMPLE]
+    assert [one[:2] for one in made] == arms + arms[::-1]
+    for memory, _, engine in made:
+        assert engine.stats.finished == 15 and not engine.has_work
+        assert engine.scheduler.pool.num_pages == (17 if memory == "short" else 100)
+    rows = {(row["memory"], row["policy"]): row for row in result["rows"]}
+    assert rows["short", "off"]["ratio"] == rows["ample", "off"]["ratio"] == 1.0 and result["tokens"] == 36
+    assert rows["ample", "thunder"]["found"] > 0.9 and rows["ample", "off"]["turns_min"] > 0
+    assert rows["short", "ttl"]["wanted"] == 1.5

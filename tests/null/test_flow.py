@@ -63,6 +63,12 @@ class Typing:
         columns = Columns.of(tokens=tokens, versions=versions, logprobs=[-0.5] * len(tokens))
         return Completion(request_id, columns, reason)
 
+    def finish_program(self, program_id: str, tenant: str = "", /) -> None:
+        """Keeps nothing for programs."""
+
+    def on_restoring(self, told, /) -> None:
+        """Pauses none."""
+
     def abort(self, request_id: str, /) -> Completion | None:
         return self._ended(request_id, StopReason.ABORTED) if request_id in self.live else None
 

@@ -85,6 +85,12 @@ class FakeEngine:
         self.live[request.id] = (request, self.now + self.ticks(request))
         self.seen.append(request)
 
+    def finish_program(self, program_id: str, tenant: str = "", /) -> None:
+        """Keeps nothing for programs."""
+
+    def on_restoring(self, told, /) -> None:
+        """Pauses none."""
+
     def abort(self, request_id: str, /) -> Completion | None:
         if request_id not in self.live:
             return None

@@ -26,6 +26,7 @@ class Work(str, Enum):
     AHEAD = "ahead"
     SCHEDULE = "schedule"
     ISOLATION = "isolation"
+    PROGRAMS = "programs"
 
 
 PEERED = (Work.ENGINE, Work.LEARNER, Work.TREE, Work.STEP, Work.AGENTS, Work.PARITY)
@@ -37,7 +38,8 @@ WORKS_HELP = (
     "gpu: random Llamas on a CUDA device; sandbox: starts, commands, what a thousand leave behind; "
     "publish: weights to another process, whole and what a step changed; "
     "ahead: sampling while learning beside the loop in steps, its journal's cost, a kill; "
-    "schedule: what a decision by shares takes; isolation: two tenants of one engine, and what each gets."
+    "schedule: what a decision by shares takes; isolation: two tenants of one engine, and what each gets; "
+    "programs: agents that share too little memory, by policy (takes ten minutes)."
 )
 
 
@@ -71,6 +73,7 @@ def bench(
             Work.AHEAD: _show_ahead,
             Work.SCHEDULE: _show_schedule,
             Work.ISOLATION: _show_isolation,
+            Work.PROGRAMS: _show_programs,
         }
         shown.get(work, _show)(result)
         if limits := result.get("limits"):
@@ -133,6 +136,10 @@ def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:
         from tandem.bench.tenants import isolation
 
         return isolation()
+    if work is Work.PROGRAMS:
+        from tandem.bench.programs import programs
+
+        return programs(rounds=rounds)
     from tandem.bench.beside import bench as beside
 
     return beside(work.value, peers, rounds)
@@ -249,16 +256,17 @@ def _show_ahead(result: dict[str, Any]) -> None:
     )
 
 
-def _show_structured(result: dict[str, Any]) -> None:
+def _show_programs(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="tandem bench structured: a step")
-    for column in ("form", "sequences", "without", "with", "ratio", "a mask"):
-        table.add_column(column, justify="left" if column == "form" else "right")
+    table = Table(title=f"tandem bench programs: of {result['tokens']:,} tokens each")
+    for column in ("memory", "policy", "turns/min", "ratio", "wanted", "found again", "tokens run", "p50", "p99"):
+        table.add_column(column, justify="left" if column in ("memory", "policy") else "right")
     for row in result["rows"]:
-        figures = (f"{row['plain_s'] * 1e3:.1f} ms", f"{row['held_s'] * 1e3:.1f} ms", f"{row['ratio']:.2f} x")
-        table.add_row(row["form"], str(row["sequences"]), *figures, f"{row['mask_s'] * 1e6:.0f} us")
+        ratio = (f"{row['ratio']:.2f} x", "" if row["policy"] == "off" else f"{row['wanted']:.2f} x")
+        more = (f"{row['found']:.1%}", f"{row['run_tokens']:,.0f}", f"{row['p50_s']:.2f} s", f"{row['p99_s']:.2f} s")
+        table.add_row(row["memory"], row["policy"], f"{row['turns_min']:.1f}", *ratio, *more)
     Console().print(table)
 
 

@@ -21,7 +21,7 @@ import typer
 
 import tandem
 from tandem import env
-from tandem.cli import bench, catalogue, chat, doctor, eval, generate, replay, report, rollout, serve, study, train
+from tandem.cli import bench, catalogue, chat, doctor, eval, generate, replay, report, rollout, simulate, study, train
 from tandem.errors import TandemWarning, UserError, WorldError, nearest
 from tandem.run import outlet
 
@@ -45,6 +45,7 @@ app.command("serve")(serve.serve)
 app.command("report")(report.report)
 app.command("recipes")(catalogue.recipes)
 app.command("bench")(bench.bench)
+app.command("simulate")(simulate.simulate)
 app.command("study")(study.study)
 app.command("doctor")(doctor.doctor)
 

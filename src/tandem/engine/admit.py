@@ -179,4 +179,14 @@ class Admission:
         pages = [page for table in hits for page in table if page != NULL]
         cached = sum([self._pool.refs[page] == 0 for page in pages])
         self._promised += cached + self.ahead(sequence, len(hits[0]), len(pages))
-        return self._promised <= self._pool.num_pages
+        return self.lacking <= 0
+
+    @property
+    def lacking(self) -> int:
+        """Pages that there are too few for all that was let in, or asked about last."""
+        return self._promised - self._pool.num_pages
+
+    def gained(self, pages: int) -> bool:
+        """Others let go of so many pages; whether there are enough now."""
+        self._promised -= pages
+        return self.lacking <= 0

@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt
 
-from tandem.config import Amount, Count, Positive, section
+from tandem.config import AboveZero, Amount, Count, Positive, Share, section
 from tandem.errors import ConfigError
 
 Dtype = Literal["same", "bfloat16", "float32", "float16"]
 Weights = Literal["same", "int8", "int4"]
 KvDtype = Literal["same", "float8_e4m3", "int8"]
 Rule = Literal["arrival", "longest", "fair", "shares"]
+Policy = Literal["fcfs", "plas", "ttl", "continuum", "thunder", "oracle"]
+Mode = Literal["off", "shadow", "advisory", "enforce"]
+
+
+@dataclass(frozen=True, slots=True)
+@section("engine.programs")
+class ProgramsConfig:
+    """How an engine treats the turns of one program (docs/programs.md).
+
+    >>> ProgramsConfig(mode="enforce", policy="ttl").ttl_s
+    2.0
+    """
+
+    mode: Mode = "off"  # shadow: decides and records; advisory: the cache forgets by it; enforce: it is done
+    policy: Policy = "thunder"
+    ttl_s: Amount = 2.0  # what `ttl` keeps the pages of an acting program for
+    half_life_s: AboveZero = 1.0  # in which an acting program counts half as much under `thunder`
+    tick_s: AboveZero = 0.25  # between two looks at whether memory suffices, beside those that events cause
+    patience_s: AboveZero = 1800.0  # a paused program that has asked for so long goes first
+    done_s: AboveZero = 600.0  # a program that acts for longer is taken for done
+    share: Share = 1.0  # of programs, by a hash of their names, that decisions are carried out for
+    tenants: tuple[tuple[str, float], ...] = ()  # the same for a tenant of its own, name=share,...
+    guard_first_s: Amount = 0.0  # p99 of seconds to the first token above which the mode falls to shadow; 0: none
+    guard_cached: Share = 0.0  # share of what programs had run that is found again, below which it does; 0: none
+    record: str = ""  # a file to which steps and decisions are appended, as JSON lines
+    park: str = ""  # a folder to which pages of paused programs go where that is cheaper than to compute them again
+    park_bytes: Count = 1 << 30  # most that lies there
+
+    def __post_init__(self) -> None:
+        for name, share in self.tenants:
+            if not 0 <= share <= 1:
+                raise ConfigError(f"engine.programs.tenants gives {name} {share}. Allowed: 0 to 1.")
+
+    def share_of(self, tenant: str) -> float:
+        return dict(self.tenants).get(tenant, self.share)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +72,7 @@ class EngineConfig:
     replicas: Positive = 1  # engines that sample in training, on the same weights; each has its own pages
     answer_s: Annotated[float, Gt(0)] = 600.0  # what a replica has not answered by then is asked of another too
     share_prefixes: bool = True  # off: every prompt is computed from its first token
+    programs: ProgramsConfig = field(default_factory=ProgramsConfig)
     # Departures: each makes the policy that samples another one than the learner's. Default: none.
     dtype: Dtype = "same"  # compute in another dtype than model.dtype
     weights: Weights = "same"  # int8 or int4: matrices rounded to that many bits in groups along their input

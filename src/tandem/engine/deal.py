@@ -34,6 +34,7 @@ much for long: charges are positive and credits bounded, so its row runs after f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol
@@ -58,6 +59,7 @@ class Table(Protocol):
     """What a scheduler does with what is dealt."""
 
     tokens: int  # that the step has room for, beside the rows that draw
+    allows: Callable[[Sequence], bool]  # whether it may start at all: its program is not paused
 
     def draw(self, sequence: Sequence) -> None:
         """Its row runs."""
@@ -444,7 +446,7 @@ class Deals(Order):
         """The first request of a program that can start, does; and is a prompt to run from then on."""
         if self._blocked or table.tokens <= 0:
             return False
-        for sequence in leaf.waits.copy():
+        for sequence in filter(table.allows, leaf.waits.copy()):
             begun = table.start(sequence)
             if begun is None:
                 self._passed += 1

@@ -48,6 +48,10 @@ class Drivable(Protocol):
 
     def abort(self, request_id: str, /) -> Completion | None: ...
 
+    def finish_program(self, program_id: str, tenant: str = "", /) -> None: ...
+
+    def on_restoring(self, told: Callable[[str], None], /) -> None: ...
+
     def step(self) -> list[Completion]: ...
 
     def drawn(self, request_id: str, first: int, /) -> Columns: ...
@@ -71,6 +75,10 @@ class Endpoint(Protocol):
     def submit(self, request: Request, on_tokens: OnTokens | None = None) -> Future[Completion]: ...
 
     def abort(self, request_id: str) -> None: ...
+
+    def finish(self, program_id: str, tenant: str = "") -> None: ...
+
+    def on_restoring(self, told: Callable[[str], None]) -> None: ...
 
     def wake(self) -> None: ...
 
@@ -122,6 +130,17 @@ class Driver:
             if request_id in self._open:
                 self._inbox.append((partial(self._withdraw, request_id), None))
                 self._changed.notify_all()
+
+    def finish(self, program_id: str, tenant: str = "") -> None:
+        """A program asks for nothing more: what is kept for it may go (engine/programs.py)."""
+        with self._changed:
+            if self._stopped is None:
+                self._inbox.append((partial(self._finished, program_id, tenant), None))
+                self._changed.notify_all()
+
+    def on_restoring(self, told: Callable[[str], None]) -> None:
+        """As Engine's: from whoever drives, in a step."""
+        self.engine.on_restoring(told)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Runs a function between two steps: an update of the weights, a look at what is live."""
@@ -285,6 +304,11 @@ class Driver:
             completion = self._abort(request_id)
             if completion is not None:
                 self._complete(completion)
+
+    def _finished(self, program_id: str, tenant: str) -> None:
+        self.engine.finish_program(program_id, tenant)
+        with self._changed:  # who waits for an empty inbox looks again
+            self._changed.notify_all()
 
     def _abort(self, request_id: str) -> Completion | None:
         try:

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from tandem.columns import Columns
 from tandem.engine.admit import check_request
 from tandem.engine.batch import INITIAL, Batch, Sampled, Stats, stops_by_token
 from tandem.engine.batch import Sequence as LiveSequence
-from tandem.engine.config import EngineConfig
+from tandem.engine.config import EngineConfig, Mode, ProgramsConfig
 from tandem.engine.constraint import Grammars
 from tandem.engine.draft import Drafter, prompt_lookup
 from tandem.engine.integrity import check_integrity
 from tandem.engine.layout import KvLayout
+from tandem.engine.park import Parking
 from tandem.engine.schedule import Scheduler
 from tandem.errors import ConfigError, NonFiniteError
 from tandem.types import Completion, Request, StopReason, WeightVersion
@@ -103,6 +104,8 @@ class Engine:
         self.clock = clock
         self.decode = decode
         self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version, runner.layout, drafter)
+        if config.programs.park:
+            self._park(config.programs)
         self._undelivered: list[Completion] = []  # finished while nobody who wants them asked
         self._flight: Flight | None = None
         self.dead = False  # see give_up
@@ -110,6 +113,15 @@ class Engine:
         self._sound: WeightVersion | None = None  # the last weights that something was drawn with
         self.grammars: Grammars | None = None  # of its tokeniser, by whoever builds it; none: it takes no constraint
         self._bound = set[str]()  # live requests with a constraint
+
+    def _park(self, config: ProgramsConfig) -> None:
+        """Gives paused programs a folder, where pages can be read between steps."""
+        if self.scheduler.programs is None:
+            raise ConfigError('engine.programs.park is set, but engine.programs.mode is "off": set a mode too.')
+        memory: Any = self.runner
+        if not hasattr(memory, "read_pages") or getattr(memory, "start", None) is not None:
+            raise ConfigError("engine.programs.park is set, and pages of this device are not parked. Leave it empty.")
+        self.scheduler.programs.parking = Parking(config.park, config.park_bytes, memory)
 
     @property
     def has_work(self) -> bool:
@@ -169,6 +181,24 @@ class Engine:
         """
         self._land()
         return self.scheduler.abort(request_id, self.clock())
+
+    def finish_program(self, program_id: str, tenant: str = "") -> None:
+        """A program asks for nothing more: what is kept for it may go (engine/programs.py)."""
+        if self.scheduler.programs is not None:
+            self.scheduler.programs.done(program_id, self.clock(), tenant)
+
+    def on_restoring(self, told: Callable[[str], None]) -> None:
+        """told: called in a step with the name of a paused program that is soon to go on; it must not wait."""
+        if self.scheduler.programs is not None:
+            self.scheduler.programs.restoring = told
+
+    def set_programs_mode(self, mode: Mode) -> None:
+        """engine.programs.mode from now on, where it was not "off": "shadow" undoes at once all that "enforce" does."""
+        if self.scheduler.programs is None:
+            raise ConfigError('engine.programs.mode is "off": this engine follows no programs. Start it with another.')
+        if mode == "off":
+            raise ConfigError('the mode of a running engine can be "shadow", "advisory" or "enforce", not "off".')
+        self.scheduler.programs.set_mode(mode, self.clock())
 
     def receive(self, version: WeightVersion) -> None:
         """Says that the runner's weights are now `version`. Between steps only.
@@ -237,7 +267,7 @@ class Engine:
                     self._flight = Flight(batch, wait)
             if not self.scheduler.live:
                 self._land()
-                self.scheduler.pool.check_idle()
+                self.scheduler.check_idle()
         done, self._undelivered = self._undelivered + done, []
         return done
 
@@ -298,7 +328,7 @@ class Engine:
         """AssertionError unless every page and promise is accounted for; when idle, unless none is held. O(pages)."""
         check_integrity(self.scheduler)
         if not self.scheduler.live:
-            self.scheduler.pool.check_idle()
+            self.scheduler.check_idle()
 
     def _stops(self, sequence: LiveSequence) -> StopReason | None:
         """A stop token, else a stop string in the generated text."""

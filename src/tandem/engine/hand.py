@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tandem.engine.batch import Sequence, Work
@@ -24,6 +25,7 @@ class Hand:
         self._chunk_leaves: list[Node] = []
         self._rows = set[int]()  # arrivals of those that run
         self._begun = False
+        self.allows: Callable[[Sequence], bool] = queues.allows
 
     @property
     def works(self) -> list[Work]:
@@ -54,7 +56,7 @@ class Hand:
     def chunk(self, sequence: Sequence, tokens: int) -> int:
         start, pages, known = self.place(sequence), sequence.pages, sequence.tokens
         assert pages is not None
-        end = min(len(known), start + min(tokens, self.tokens), pages.room())
+        end = self._queues._reach(pages, min(len(known), start + min(tokens, self.tokens)))
         if end <= start:
             return 0
         pages.cover(end)
@@ -79,7 +81,7 @@ class Hand:
                 if not self._begun:
                     queues.admission.begin(running)
                     self._begun = True
-                if queues.admission.admits(sequence, hits) or not running:
+                if queues.admission.admits(sequence, hits) or queues._yielded(sequence) or not running:
                     queues._start(sequence, hits, self._now_s)
                     queues.waiting.remove(sequence)
                     queues._stats.most_running = max(queues._stats.most_running, len(running))

@@ -14,7 +14,10 @@ def check_integrity(scheduler: Scheduler) -> None:
     """AssertionError unless pages, names, queues and promises agree. O(pages + live tokens / page_tokens)."""
     running, waiting, config = scheduler.running, scheduler.waiting, scheduler.config
     held = [list(s.pages.pages()) for s in running if s.pages is not None]
-    scheduler.index.check_integrity([*held, *scheduler.ends.borrowed.values()])
+    programs = scheduler.programs
+    scheduler.index.check_integrity([*held, *scheduler.ends.borrowed.values(), *(programs.tables if programs else ())])
+    if programs is not None:
+        programs.check_integrity(scheduler.live.values())
     assert scheduler.ends.borrowed.keys() <= {s.arrival for s in running}, "a page is borrowed by nobody that runs"
     assert {id(s) for s in (*running, *waiting)} == {id(s) for s in scheduler.live.values()}
     assert len(running) + len(waiting) == len(scheduler.live), "a sequence is queued twice"

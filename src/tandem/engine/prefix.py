@@ -143,6 +143,24 @@ class PrefixIndex:
         """A sequence lets go of a page."""
         self.pool.release(page, self._worth[page] if page in self._name else None)
 
+    def named(self, pages: Iterable[int]) -> list[int]:
+        """Those of held pages that have a name."""
+        return [page for page in pages if page in self._name]
+
+    def names(self, pages: Iterable[int]) -> list[tuple[int, bytes]]:
+        """(group, block name) of pages that have one."""
+        return [self._name[page] for page in pages]
+
+    def pin(self, pages: Iterable[int]) -> None:
+        """One more holder, who has no use for them now: they are not worth more for it."""
+        for page in pages:
+            self.pool.share(page)
+
+    def prize(self, pages: Iterable[int]) -> None:
+        """As worth as can be: once nobody holds them, they are evicted last."""
+        for page in pages:
+            self._worth[page] = MOST_WORTH
+
     def retire(self) -> None:
         """Other weights serve from now on: what has a name stays findable, and is the first to be forgotten."""
         self.pool.devalue()

@@ -13,6 +13,7 @@ from tandem.engine.layout import KvLayout, pages_for
 from tandem.engine.order import Order
 from tandem.engine.pages import PagePool
 from tandem.engine.prefix import NULL, PrefixIndex, extend_keys, root_key
+from tandem.engine.programs import Programs
 from tandem.engine.tables import PageTables
 from tandem.engine.tails import Ends, Tails, tail_key
 from tandem.types import Request, WeightVersion
@@ -50,6 +51,7 @@ class Queues:
         self.tails = Tails()
         self.ends = Ends(self.index)
         self._stats = Stats()
+        self.programs = Programs(config, self.index, self._stats) if config.programs.mode != "off" else None
 
     @property
     def stats(self) -> Stats:
@@ -130,6 +132,31 @@ class Queues:
         for key in sequence.keys[sequence.pages.blocks :]:
             self.promised.setdefault(key, sequence)
         insort(self.running, sequence, key=BY_ARRIVAL)
+        if self.programs is not None:
+            self.programs.started(sequence, now)
+
+    def allows(self, sequence: Sequence) -> bool:
+        """Whether a waiting request may start: its program is not paused."""
+        return self.programs is None or self.programs.allowed(sequence)
+
+    def _reach(self, pages: PageTables, end: int) -> int:
+        """How far up to `end` there are pages for a running sequence: what is kept for programs makes way."""
+        if self.programs is not None and end > pages.room():
+            wanted = (pages_for(end, self.config.page_tokens) - pages.blocks) * len(self.layout.groups)
+            self.programs.let_go(wanted - self.pool.num_available)
+        return min(end, pages.room())
+
+    def _yielded(self, sequence: Sequence) -> bool:
+        """Whether what is kept for programs makes way for a waiting request that there are too few pages for."""
+        if self.programs is None:
+            return False
+        freed = self.programs.let_go(self.admission.lacking, sequence, alone=not self.running)
+        return self.admission.gained(freed)
+
+    def check_idle(self) -> None:
+        """AssertionError where nothing runs and a page is held by anybody but a program that acts."""
+        if self.programs is None or not self.programs.tables:
+            self.pool.check_idle()
 
     def _end(self, sequence: Sequence) -> None:
         """A request ended by itself, perhaps preempted while its last token was drawn."""

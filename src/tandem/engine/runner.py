@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -116,6 +116,25 @@ class DecoderRunner:
     def start(self) -> Callable[[Batch], Callable[[], Sampled]] | None:
         """See `Runner`; None where the device is the host."""
         return self.device_steps.start if self.device_steps is not None else None
+
+    @property
+    def page_bytes(self) -> int:
+        """Of one page, in all pools."""
+        return sum(tensor[0].nbytes for tensor in self._page_tensors)
+
+    def read_pages(self, pages: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+        """What pages hold, a row of bytes each, and their sums. On the host."""
+        rows = torch.cat([tensor.view(torch.uint8)[list(pages)] for tensor in self._page_tensors], 1)
+        return rows.numpy(), page_sums(self._page_tensors, pages)
+
+    def write_pages(self, pages: Sequence[int], rows: np.ndarray) -> list[int]:
+        """What `read_pages` gave, onto other pages; their sums now. On the host."""
+        first = 0
+        for tensor in self._page_tensors:
+            memory = tensor.view(torch.uint8)
+            memory[list(pages)] = torch.from_numpy(np.ascontiguousarray(rows[:, first : first + memory.shape[1]]))
+            first += memory.shape[1]
+        return page_sums(self._page_tensors, pages)
 
     def release_memory(self) -> None:
         """What the pages hold is lost; on the host their memory is the system's until they are written again."""

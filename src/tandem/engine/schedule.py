@@ -35,10 +35,11 @@ The rules, all of them:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from tandem.engine.batch import INITIAL, MIXED, Batch, Sampled, Sequence, Work, stops_by_token
 from tandem.engine.config import EngineConfig
+from tandem.engine.costs import PICO
 from tandem.engine.deal import Deals
 from tandem.engine.draft import Drafter, prompt_lookup
 from tandem.engine.hand import Hand
@@ -76,6 +77,9 @@ class Scheduler(Queues):
             capacity = num_pages * config.page_tokens // len(layout.groups)
             order = Deals(config, shares or read_shares(config.shares), capacity)
         super().__init__(config, num_pages, max_context, version, layout, order)
+        if self.programs is not None and isinstance(order, Deals):
+            self.programs.charge = order.hold
+            self.programs.reload_s = lambda tokens: order.prices.rows(0, max(2, tokens)) / PICO
         self.stops = stops
         self.drafter = drafter
         self.planned: Batch | None = None
@@ -92,6 +96,8 @@ class Scheduler(Queues):
         self.live[request.id] = sequence
         self.waiting.append(sequence)
         self.order.submitted(sequence)
+        if self.programs is not None:
+            self.programs.submitted(sequence, now)
 
     def abort(self, request_id: str, now: float) -> Completion | None:
         """Ends a request at once and returns what it has; None where no live request has that id."""
@@ -100,6 +106,8 @@ class Scheduler(Queues):
         if sequence is None:
             return None
         self.planned = None
+        if self.programs is not None:
+            self.programs.ended(sequence, StopReason.ABORTED, now)
         self.order.gone(sequence, waited=sequence.pages is None)
         if sequence.pages is not None:
             self.running.remove(sequence)
@@ -116,6 +124,8 @@ class Scheduler(Queues):
             return
         self.planned = None
         self.version = version
+        if self.programs is not None:
+            self.programs.drop()
         self.index.retire()
         self.promised.clear()
         for sequence in self.running:
@@ -126,6 +136,8 @@ class Scheduler(Queues):
     def empty(self) -> None:
         """Nothing is live: what pages hold is lost, and none of it is found again."""
         assert not self.live, f"{len(self.live)} requests are live"
+        if self.programs is not None:
+            self.programs.drop()
         self.index.empty()
         self._named = []
 
@@ -136,6 +148,8 @@ class Scheduler(Queues):
         """
         drafting = self.config.draft_tokens > 0
         assert not drafting or self.advanced is None, "what follows drafts is planned when they are resolved"
+        if self.programs is not None:
+            self._named += self.programs.plan(now)
         self._make_room()
         if isinstance(self.order, Deals):
             return self._dealt(self.order, drafting, now)
@@ -196,6 +210,8 @@ class Scheduler(Queues):
             and len(sequence.tokens) < sequence.limit
             and (len(sequence.tokens) - sequence.computed == 1 or sequence is running[0])
         }
+        if self.programs is not None:
+            self.programs.let_go(len(needy) * num_groups - pool.num_available)
         while len(needy) * num_groups > pool.num_available:
             assert len(running) > 1, f"sequence {running[0].arrival} outgrew a pool of {pool.num_pages} pages alone"
             victim = self.order.gives_way(running[1:], self._price)
@@ -239,7 +255,7 @@ class Scheduler(Queues):
         """Adds a work of as many tokens of a running sequence as `budget` and pages allow; returns how many."""
         start, tokens, pages = sequence.computed, sequence.tokens, sequence.pages
         assert pages is not None
-        end = min(len(tokens), start + budget, pages.room())
+        end = self._reach(pages, min(len(tokens), start + budget))
         if end <= start:
             return 0
         pages.cover(end)
@@ -253,8 +269,10 @@ class Scheduler(Queues):
         Only those that wait for a promised block are passed over.
         """
         running, num_running = self.running, len(self.running)
+        if budget == 0 or num_running >= self.config.max_sequences:
+            return budget
         begun = False
-        for sequence in self.order.queue(self.waiting, self._stats.batches):
+        for sequence in self._queue():
             if budget == 0 or len(running) >= self.config.max_sequences:
                 break
             hits = None if sequence.tokens[-1] < 0 else self._hits(sequence)
@@ -263,7 +281,7 @@ class Scheduler(Queues):
             if not begun:
                 begun = True
                 self.admission.begin(running)
-            if not self.admission.admits(sequence, hits) and running:
+            if not self.admission.admits(sequence, hits) and not self._yielded(sequence) and running:
                 break
             self._start(sequence, hits, now)
             budget -= self._chunk(works, sequence, budget)
@@ -271,6 +289,15 @@ class Scheduler(Queues):
             self.waiting = [sequence for sequence in self.waiting if sequence.pages is None]
             self._stats.most_running = max(self._stats.most_running, len(running))
         return budget
+
+    def _queue(self) -> Iterable[Sequence]:
+        """Waiting requests that may start, the first to start first."""
+        queue, programs = self.order.queue(self.waiting, self._stats.batches), self.programs
+        if programs is None:
+            return queue
+        if self.config.order == "arrival":
+            return programs.queue(self.waiting, self._stats.batches)
+        return programs.filtered(queue)
 
     def commit(self, batch: Batch, sampled: Sampled, now: float) -> list[Completion]:
         """Takes what a planned batch gave; returns the requests it finished."""
@@ -368,6 +395,8 @@ class Scheduler(Queues):
                 else:
                     self._named += self.ends.leave(sequence)
                 finished.append(sequence.completion(reason, now, failure))
+                if self.programs is not None:
+                    self.programs.ended(sequence, reason, now)
                 self._end(sequence)
         if finished:
             self.running = [sequence for sequence in self.running if sequence.pages is not None]
@@ -393,4 +422,6 @@ class Scheduler(Queues):
                 sequence.tokens.pop()
         for sequence in self.running.copy():
             self._preempt(sequence)
+        if self.programs is not None:
+            self.programs.drop()
         self.index.empty()

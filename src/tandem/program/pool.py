@@ -134,7 +134,8 @@ class RunningEpisode:
         self.counts: Mapping[str, int] = {}  # of what happened so far: tool_calls and their like
         self.earned = 0.0  # by the turns so far
         self.home: Home | None = None  # that knows of it
-        self.sent = 0  # of `said`, to its home
+        self.sent = -1  # of `said`, to its home; -1: that has not set it up
+        self._ready: Future[Any] | None = None  # that it is set up, where somebody asked for that
         self.lasts = False  # it has state, and ends with its home
         self._config = config
         self._observer, self._ask = observer, ask
@@ -151,14 +152,24 @@ class RunningEpisode:
         """
         if self._observer is None:
             return _done(Observed(None))
-        return self._observer(Asked("observe", (last,), "environment", self.until_s, self))
+        return self._behind(lambda: self._observer(Asked("observe", (last,), "environment", self.until_s, self)))
+
+    def prepare(self) -> None:
+        """Have it set up ahead of its first call, which waits for that. From any thread; nobody waits for it here."""
+        if self._observer is not None and self._ready is None and self.home is None:
+            self._ready = self._observer(Asked("prepare", (), "environment", self.until_s, self))
+
+    def _behind(self, ask: Callable[[], Future[Any]]) -> Future[Any]:
+        """What a call gives that is made when it is set up, or why it could not be."""
+        ready, self._ready = self._ready, None
+        return ask() if ready is None else _after(ready, ask)
 
     def score(self, unheard: int = 0) -> Future[float | Failure]:
         """The reward, or why there is none. `unheard`: messages at the end that the model has not read."""
         if self._config.reward in INLINE:
             found = inline_reward(REWARDS[self._config.reward], self.prompt, last_text(self.said))
             return _done(self.paid(found) if isinstance(found, Failure) else found)
-        return self._ask(Asked("score", (unheard,), "reward", self.until_s, self))
+        return self._behind(lambda: self._ask(Asked("score", (unheard,), "reward", self.until_s, self)))
 
     def paid(self, failure: Failure) -> float | Failure:
         """What task.reward_on_error gives for an answer that broke its grader."""
@@ -169,8 +180,31 @@ class RunningEpisode:
 
     def teardown(self) -> None:
         """No call follows."""
-        if self.home is not None and self.home.alive():
+        if self._ready is not None:
+            ready, self._ready = self._ready, None
+            ready.add_done_callback(lambda _: self.teardown())
+        elif self.home is not None and self.home.alive():
             self._ask(Asked("teardown", (), "environment", episode=self))
+
+
+def _after(ready: Future[Any], ask: Callable[[], Future[Any]]) -> Future[Any]:
+    """What `ask` gives once `ready` is; where that failed, its failure."""
+    future: Future[Any] = Future()
+
+    def told(answer: Future[Any]) -> None:
+        if (error := answer.exception()) is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(answer.result())
+
+    def asked(answer: Future[Any]) -> None:
+        if answer.exception() is not None or isinstance(answer.result(), Failure):
+            told(answer)
+        else:
+            ask().add_done_callback(told)
+
+    ready.add_done_callback(asked)
+    return future
 
 
 def _done(value: Any) -> Future[Any]:

@@ -96,6 +96,10 @@ class Calls:
     def solution(self, prompt: Prompt) -> str:
         return prompts.solution(self.source, prompt)
 
+    async def prepare(self, number: int, opened: Opened | None, news: tuple[Message, ...]) -> tuple[None, bool]:
+        """Sets an episode up before its first call; whether it holds state."""
+        return None, (await self._played(number, opened, news)).episode.has_state
+
     async def observe(
         self, number: int, opened: Opened | None, news: tuple[Message, ...], last: bool = False
     ) -> tuple[Observed, bool]:

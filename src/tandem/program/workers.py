@@ -266,7 +266,7 @@ class Workers:
                 return None
             if episode.lasts:
                 return Failure("environment", f"its process ended with it: {episode.home.reason}")  # type: ignore[union-attr]
-            episode.home, episode.sent = child, 0
+            episode.home, episode.sent = child, -1
         if child.concurrent:
             limit_s = min(self.config.reward_deadline_s, max(0.0, call.until_s - time.monotonic()))
             flight = self._flights.get(child)  # none: it has ended meanwhile
@@ -337,8 +337,8 @@ class Workers:
             return call.arguments
         if call.method == "teardown":
             return (episode.number,)
-        opened = Opened(episode.prompt, episode.counts, episode.earned) if episode.sent == 0 else None
-        news = tuple(episode.said[episode.sent :])
+        opened = Opened(episode.prompt, episode.counts, episode.earned) if episode.sent < 0 else None
+        news = tuple(episode.said[max(0, episode.sent) :])
         episode.sent = len(episode.said)
         return (episode.number, opened, news, *call.arguments)
 
@@ -348,7 +348,10 @@ class Workers:
         if call.method == "score":
             result, episode.lasts, episode.counts = value
             return result
-        result, episode.lasts = value
+        result, lasts = value
+        if call.method == "prepare":  # nothing is lost with it yet
+            return None
+        episode.lasts = lasts
         if call.method == "observe":
             episode.counts = result.counts
             episode.earned += result.reward

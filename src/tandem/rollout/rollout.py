@@ -159,6 +159,7 @@ class _Step:
 
     def _end(self, program: Program, outcome: float | Failure) -> None:
         program.outcome = outcome
+        self.by.driver.finish(program.id)
         program.episode.teardown()
         ended = self._ended.setdefault(program.place, [])
         ended.append(program)
@@ -198,6 +199,7 @@ class _Step:
         """A program that is withdrawn, with what the engine had of its last turn."""
         if program.place in self._late and isinstance(answer, Completion):
             self._extra["extra_tokens"] += len(answer.columns)
+        self.by.driver.finish(program.id)
         program.episode.teardown()
 
     def _expire(self) -> None:

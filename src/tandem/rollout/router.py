@@ -197,6 +197,16 @@ class Router:
         for one in tries:
             one.replica.driver.abort(one.id)
 
+    def finish(self, program_id: str, tenant: str = "") -> None:
+        """As Driver's: of each engine, for it may have gone from one to another."""
+        for replica in self.living:
+            replica.driver.finish(program_id, tenant)
+
+    def on_restoring(self, told: Callable[[str], None]) -> None:
+        """As Driver's."""
+        for replica in self.living:
+            replica.driver.on_restoring(told)
+
     def wake(self) -> None:
         """As Driver's."""
         with self._changed:

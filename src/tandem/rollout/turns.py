@@ -13,11 +13,12 @@ from tandem.program.environment import Fold
 from tandem.rollout.history import split_cause
 from tandem.rollout.program import Program, Segment
 from tandem.rollout.waits import Asked, Waits
-from tandem.types import Completion, Failure, Message, Prompt, Request, StopReason, Turn
+from tandem.types import Completion, Failure, Hints, Message, Prompt, Request, StopReason, Turn
 
 if TYPE_CHECKING:
     from tandem.rollout.rollout import Rollouts
 
+LAST = Hints(turns_left=0)
 HOLD_S = 0.05  # between looks at engines that have threads, while they give back what they are drawing
 
 
@@ -40,6 +41,7 @@ class Turns:
         self.later: list[Program] = []  # that have drawn what they may
         self._cut: set[Program] = set()  # whose request ends with what they may draw
         self._held: list[Program] | None = None  # what is to be asked of the engine when it may be
+        by.driver.on_restoring(self._prepare)
 
     def made(self, step: int, place: int, prompt: Prompt, until_s: float) -> Iterator[Program]:
         """The programs of a prompt."""
@@ -82,6 +84,7 @@ class Turns:
         given = (program.request_id, program.id, tokens, sampling, segment.seed)
         priority = int(self.by.config.returning_first and (program.requests > 1 or program.carried is not None))
         ran = max(0, len(tokens) - new)
+        hints = LAST if program.requests >= self.by.config.max_turns else None
         request = Request(
             *given,
             tenant=self.by.config.tenant,
@@ -89,9 +92,19 @@ class Turns:
             group=program.group,
             carried=len(drawn),
             ran=ran,
+            hints=hints,
             constraint=program.constraint,
         )
         self.waits.submit(program, request, program.count if self.counts else None)
+
+    def _prepare(self, program_id: str) -> None:
+        """A program whose request waits for a place is soon to have it: its environment may set itself up meanwhile.
+
+        Called by whoever drives the engine.
+        """
+        for program in list(self.waits.requests.values()):
+            if program.id == program_id:
+                program.episode.prepare()
 
     def hold(self) -> None:
         """Have the engine give back what it is drawing, and ask nothing of it until `go_on`.
@@ -210,6 +223,7 @@ class Turns:
         said.append(self.by.renderer.message(tokens, tools, len(said), parsed=parsed))
 
     def _grade(self, program: Program) -> None:
+        self.by.driver.finish(program.id)
         with self.by.trace.span("reward"):  # those of linear cost are computed here
             future = program.episode.score(program.unheard)
         self.waits.ask(program, "reward", future)

@@ -60,6 +60,9 @@ class _Episode:
     def recall(self, said: Sequence[Message], counts: Mapping[str, int], earned: float) -> None:
         self.playing.recall(said, counts, earned)
 
+    def prepare(self) -> None:
+        self.playing.prepare()
+
     def observe(self, last: bool = False) -> Future[Any]:
         future = self._ask(partial(self.playing.observe, last), rewards=False)
         if (told := self.by.goes_on) is not None and not last:

@@ -80,6 +80,7 @@ class RemoteEngine(Engine):
         self.crashed: Callable[[int], None] = _nobody  # told of tokens that a worker took with it
         self._live: dict[str, Request] = {}
         self._new: list[Request] = []  # of these, what the worker was not asked for
+        self._finished: list[tuple[str, str]] = []  # programs, and their tenants, that the worker was not told of
         self._slice: Pending | None = None  # that it runs; none where nothing is live
         self._counts, self._earlier = Stats(), Stats()  # of this worker, and of those before it
         self._returned = 0  # tokens that this worker handed over
@@ -170,6 +171,11 @@ class RemoteEngine(Engine):
         self._live[request.id] = request
         self._new.append(request)
 
+    def finish_program(self, program_id: str, tenant: str = "") -> None:
+        """As Engine's; the worker hears of it with the next step."""
+        if self.scheduler.programs is not None:
+            self._finished.append((program_id, tenant))
+
     def drawn(self, request_id: str, first: int) -> Columns:
         raise AssertionError("tokens of an engine in another process come at their request's end")
 
@@ -215,7 +221,8 @@ class RemoteEngine(Engine):
     def _advance(self) -> None:
         """Have it run a slice, with what is new."""
         asked, self._new = tuple(self._new), []
-        self._slice = self.seat.ask("rollout", "advance", asked, SLICE_S)
+        finished, self._finished = tuple(self._finished), []
+        self._slice = self.seat.ask("rollout", "advance", asked, SLICE_S, finished)
 
     def _advanced(self) -> list[Completion]:
         """What ended in the slice that it runs."""

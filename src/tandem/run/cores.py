@@ -86,6 +86,12 @@ class Taking:
     def abort(self, request_id: str, /) -> Completion | None:
         return self.engine.abort(request_id)  # type: ignore[no-any-return]
 
+    def finish_program(self, program_id: str, tenant: str = "", /) -> None:
+        self.engine.finish_program(program_id, tenant)
+
+    def on_restoring(self, told: Callable[[str], None], /) -> None:
+        self.engine.on_restoring(told)
+
     def drawn(self, request_id: str, first: int, /) -> Any:
         return self.engine.drawn(request_id, first)
 

@@ -92,6 +92,9 @@ class _Episode:
     def recall(self, said: Sequence[Message], counts: Mapping[str, int], earned: float) -> None:
         raise AssertionError("a run that is repeated begins at its first step")
 
+    def prepare(self) -> None:
+        """The environment itself may not be asked at all."""
+
     def observe(self, last: bool = False) -> Future[Observed | Failure]:
         place, played = self._heard, self._played
         self._heard += 1

@@ -78,8 +78,15 @@ class EngineWorker:
         self._receiver.receive(version, {POLICY: self._held.weights})
         return self.engine.version
 
-    def advance(self, requests: Sequence[Request], slice_s: float) -> tuple[list[Completion], Stats]:
-        """Steps with these requests beside those that run: until some end, or `slice_s` have passed."""
+    def advance(
+        self, requests: Sequence[Request], slice_s: float, finished: Sequence[tuple[str, str]] = ()
+    ) -> tuple[list[Completion], Stats]:
+        """Steps with these requests beside those that run: until some end, or `slice_s` have passed.
+
+        finished: programs, and their tenants, that ask for nothing more.
+        """
+        for program_id, tenant in finished:
+            self.engine.finish_program(program_id, tenant)
         for request in requests:  # whatever follows, they are here to be withdrawn
             self.engine.submit(request)
         if self._held.version != self.engine.version:
