@@ -21,7 +21,21 @@ import typer
 
 import tandem
 from tandem import env
-from tandem.cli import bench, catalogue, chat, doctor, eval, generate, replay, report, rollout, simulate, study, train
+from tandem.cli import (
+    bench,
+    catalogue,
+    chat,
+    doctor,
+    eval,
+    generate,
+    replay,
+    report,
+    rollout,
+    serve,
+    simulate,
+    study,
+    train,
+)
 from tandem.errors import TandemWarning, UserError, WorldError, nearest
 from tandem.run import outlet
 
