@@ -62,6 +62,14 @@ def test_texts_do_not_hang_on_their_cuts(text: str, cuts: set[int], stops: list[
     assert not any(HALF in one for one in fed)
 
 
+@pytest.mark.parametrize("stop", ["<|", "λ>", "a<|a"])
+def test_a_stop_string_comes_in_parts(stop: str) -> None:
+    """The first half of a stop string is sent before the second half comes."""
+    reader = Text(decode, (stop,), frozenset())
+    fed = [reader.feed([byte]) for byte in f"so a {stop[:-1]} b {stop}".encode()]
+    assert "".join(fed) + reader.finish(StopReason.STOP_STRING) == f"so a {stop[:-1]} b "
+
+
 def test_a_text_may_end_in_half_a_character() -> None:
     """What bytes an answer of limited length ends in is lost, or comes before the next byte could make them whole."""
     reader = Text(decode, (), frozenset())

@@ -116,9 +116,8 @@ class Call:
         return [done[place] for place in sorted(done)]
 
     def leave(self) -> None:
-        """The client has gone: what it asked for is withdrawn at once."""
+        """The client has gone: who waits for pieces is told, and withdraws the call."""
         self.gone = True
-        self.withdraw()
         self._wake.set()
 
     def withdraw(self) -> None:
