@@ -295,11 +295,11 @@ def test_what_drains_takes_no_more(folder: Path) -> None:
         thread = threading.Thread(target=lambda: told.append(ask(server, max_tokens=3000)))
         thread.start()
         wait_for("the call to run", lambda: server.room.desk.num_running)
-        server.listener._loop.call_soon_threadsafe(server.listener.end)
-        wait_for("it to drain", lambda: server.room.desk.draining)
+        server.room.desk.draining = True
         refused = ask(server)
         assert refused.status_code == 503 and refused.headers["retry-after"] == "1"
         assert httpx.get(f"{server.url}/health").json() == {"status": "draining"}
+        server.listener._loop.call_soon_threadsafe(server.listener.end)
         thread.join(DEADLINE_S)
         assert told[0].json()["choices"][0]["finish_reason"] == "abort"
         server.thread.join(DEADLINE_S)

@@ -94,10 +94,15 @@ class Long(threading.Thread):
 
 
 def slowed(server: Server, step_s: float = 0.01) -> None:
-    """Steps take so long at least: what is told on the way comes on the way."""
-    runner, wait = server.room.desk.engine.runner, threading.Event()
-    ran = runner.run
-    runner.run = lambda batch: (wait.wait(step_s), ran(batch))[1]  # type: ignore[method-assign]
+    """Steps take so long at least, and much longer after many with the first weights: what is told comes on the way."""
+    engine, wait = server.room.desk.engine, threading.Event()
+    ran = engine.runner.run
+
+    def run(batch: Any) -> Any:
+        wait.wait(step_s if engine.version.step or engine.stats.sampled_tokens < 50 else 0.25)
+        return ran(batch)
+
+    engine.runner.run = run  # type: ignore[method-assign]
 
 
 def test_weights_of_a_folder_are_served(server: Server, folders: tuple[Path, Path]) -> None:
