@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from itertools import combinations
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.costs import PICO
-from tandem.engine.share import UNIT, Node, Terms
+from tandem.engine.share import UNIT, Node, Shares, Terms, Tree
+from tandem.engine.yields import held_below, who_yields
 from tandem.types import Request, Sampling
 from tests.null.loads import COST, Loads
 
@@ -96,6 +99,19 @@ def test_who_wants_more_has_what_fluid_sharing_gives(name: str) -> None:
     due = fluid(terms, set(flights), load.engine.busy_s - since)
     for node in terms:
         assert load.had(node) - before[node] == pytest.approx(due[node], rel=0.05), node
+
+
+def test_who_gives_way_is_left_with_no_less_than_who_takes() -> None:
+    """Two tenants of equal parts preempt each other's requests in circles, and compute them again."""
+    for held, gives in ((6, False), (7, False), (8, True)):
+        tree = Tree(Shares({"a": Terms(), "b": Terms()}))
+        leaves = [tree.leaf(tenant, f"{tenant}{number}") for tenant in "ab" for number in range(2)]
+        blocks = (4, 0, held - 2, 2)
+        pairs = zip(leaves, blocks, strict=True)
+        runs: Any = [SimpleNamespace(leaf=leaf, pages=SimpleNamespace(blocks=count)) for leaf, count in pairs]
+        waits: Any = SimpleNamespace(leaf=tree.leaf("a", "waits"))
+        found = who_yields(tree.root, waits, 2, held_below(runs), runs, lambda one: (one.pages.blocks, 0))
+        assert (found is runs[3]) is gives and (found is None) is not gives  # 4 + 2 <= held - 2
 
 
 def test_two_requests_beside_two_hundred_are_as_quick_as_on_half_an_engine() -> None:
