@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from itertools import combinations
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.costs import PICO
+from tandem.engine.hand import Hand
 from tandem.engine.share import UNIT, Node, Shares, Terms, Tree
 from tandem.engine.yields import held_below, who_yields
 from tandem.types import Request, Sampling
@@ -272,3 +273,16 @@ def test_a_program_near_its_turn_goes_first_for_its_prefix(slack_s: float, first
 
 def asked(name: str, program: str, start: int, new: int) -> Request:
     return Request(name, program, tuple(range(start, start + 100)), Sampling(max_new_tokens=new), seed=1, tenant="t")
+
+
+def test_a_paused_program_does_not_start_under_shares() -> None:
+    """The tree starts what a policy of programs has paused, and the memory that it made room in is full again."""
+    load = Loads({"a": 4}, new=200, max_sequences=2)
+    load.run(0.5)
+    running = {one.request.id for one in load.scheduler.running}
+    kept = {one.request.id for one in load.scheduler.waiting}
+    gate = SimpleNamespace(mode="enforce", allowed=lambda sequence: sequence.request.id not in kept)
+    load.scheduler.programs = cast(Any, gate)
+    hand = Hand(load.scheduler, 1000, load.now)
+    assert len(kept) == len(running) == 2
+    assert [hand.start(one) for one in load.scheduler.waiting] == [None, None]

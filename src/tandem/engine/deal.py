@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from tandem.engine.config import EngineConfig
 
 QUANTA = 16  # of a slice
-PASSES = 64  # requests that a step looks at and can't start before their prefix is computed
+PASSES = 1024  # requests that a step looks at and that have to wait for a prefix, or for their program's turn
 AGAIN = 16  # steps after which a request that found no room looks again, where nobody came or went
 NEAR = 8  # requests whose prefixes are compared, where slack_s allows
 
