@@ -12,8 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tandem.engine.batch import Sampled
 from tandem.engine.config import ProgramsConfig
+from tandem.engine.costs import StepCost
 from tandem.engine.engine import Engine
+from tandem.engine.measure import price
 from tandem.engine.policies import GATED, KEEPING
 from tandem.engine.record import read
 from tandem.errors import ConfigError, TandemWarning
@@ -386,3 +389,16 @@ def test_programs_and_tenants_together(policy: str, seed: int) -> None:
     names = {one.name for one in made}
     assert all(seconds >= 0 and tokens > 0 and name in names for _, name, tokens, seconds in charged)
     assert bool(charged) == (followed.counts["kept"] > 0)
+
+
+def test_measuring_an_engine_leaves_no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was run to learn the price of a step taken for programs that may come back, and pages kept for them."""
+    w = world([], 200, policy="thunder", order="shares")
+    monkeypatch.setattr("tandem.engine.measure.StepCost.fit", lambda steps: StepCost())
+    drawn = lambda batch: Sampled([0] * batch.num_draws, {"logprobs": [0.0] * batch.num_draws})  # noqa: E731
+    monkeypatch.setattr(w.runner, "run", drawn)
+    monkeypatch.setattr(w.runner, "release_memory", lambda: None, raising=False)
+    followed = w.engine.scheduler.programs
+    price(w.engine)
+    assert w.engine.scheduler.programs is followed and not followed.by_name
+    assert followed.predictor.predict("", "", 1).output == () and not w.engine.scheduler.live

@@ -49,6 +49,7 @@ def measure(engine: Engine) -> StepCost:
     most = min(most, scheduler.max_context or most)
     steps: list[tuple[Rows, float]] = []
     engine.runner, scheduler.order = watched, Order(config)
+    followed, scheduler.programs = scheduler.programs, None  # what is measured is nobody's program
     try:
         for round_ in range(2):
             for together in TOGETHER:
@@ -64,9 +65,9 @@ def measure(engine: Engine) -> StepCost:
                         if round_:
                             steps.append((watched.rows, time.perf_counter() - began))
     finally:
-        engine.runner, scheduler.order = runner, order
         for request_id in list(scheduler.live):
             scheduler.abort(request_id, 0.0)
+        engine.runner, scheduler.order, scheduler.programs = runner, order, followed
     engine.release_memory()
     scheduler._stats = Stats()
     return StepCost.fit(steps)
