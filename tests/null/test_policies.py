@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.policies import (
@@ -39,6 +39,7 @@ def room(capacity: int, *programs: Seen, now: float = 0.0, policy: str = "thunde
 
 
 @given(sizes, st.integers(-3, 200))
+@settings(deadline=None)
 def test_a_cover_is_the_cheapest_of_all_sets(given: list[int], need: int) -> None:
     """The smallest first where one larger program costs less, a set that frees too little, one too many in it."""
     costs = [size * size for size in given]
@@ -54,6 +55,7 @@ def test_a_cover_is_the_cheapest_of_all_sets(given: list[int], need: int) -> Non
 
 
 @given(st.lists(st.integers(1, 50), min_size=EXACT + 1, max_size=40), st.integers(1, 600))
+@settings(deadline=None)
 def test_many_are_covered_without_one_too_many(given: list[int], need: int) -> None:
     """A greedy set that falls short, or that has a member which could be left out."""
     costs = [size * size for size in given]
@@ -121,6 +123,7 @@ def test_one_goes_on_where_nobody_does() -> None:
     st.integers(1, 60),
     st.floats(0, 5),
 )
+@settings(deadline=None)
 def test_what_goes_on_fits_or_is_the_first(given: list[tuple[str, int, bool]], capacity: int, now: float) -> None:
     """Programs restored beyond what there is, paused and restored at once, or none where some could go on."""
     programs = [
@@ -146,6 +149,7 @@ def test_what_goes_on_fits_or_is_the_first(given: list[tuple[str, int, bool]], c
 
 
 @given(st.lists(st.floats(0.001, 100), min_size=1, max_size=19), st.floats(0, 50))
+@settings(deadline=None)
 def test_continuums_ttl_is_the_best_of_a_fine_grid(given: list[float], saved: float) -> None:
     """A time to keep pages that some other time beats, or one that costs more than it brings."""
     times = sorted(given)
@@ -195,6 +199,7 @@ def test_ranks() -> None:
 
 
 @given(st.floats(0, 1))
+@settings(deadline=None)
 def test_a_share_is_that_of_its_programs_and_grows_by_adding(share: float) -> None:
     """Another arm for a program each time it is asked, or programs that leave it as the share grows."""
     inside = {n for n in range(400) if carried_out(f"p{n}", share)}
@@ -204,6 +209,7 @@ def test_a_share_is_that_of_its_programs_and_grows_by_adding(share: float) -> No
 
 
 @given(st.lists(st.floats(0, 10), min_size=16, max_size=60), st.floats(0, 9))
+@settings(deadline=None)
 def test_quantiles_of_what_is_left_of_a_tool(given: list[float], acting: float) -> None:
     """The distribution from the start for a tool that has already run long."""
     predictor = Predictor()
