@@ -144,11 +144,15 @@ FILES = {
 OTHERS = "needs a package in an environment of its own; tests/others"
 ADAPTED = "tandem train smollm2_arithmetic_cpu --set task.environment=tandem.program.adapters."
 LISTED: dict[str, str] = {
+    "step = base + sum over rows (prefill or decode row + context read x what a token of it costs),": (
+        "an equation; tests/null/test_costs.py"
+    ),
     "ray start --head --port=6379 --num-cpus=0": "tests/multi/test_two_machines.py",
     "RAY_ADDRESS=FIRST:6379 tandem train smollm2_arithmetic_cpu --set workers.backend=ray --set workers.learner=apart "
     "--set workers.transport=broadcast": "tests/multi/test_two_machines.py",
     "tandem train smollm2_arithmetic_cpu --resume runs/walk": "tests/multi/test_asynchronous_resume.py",
-    "tandem train tiny_totals --out runs/totals": "takes an hour; tests/multi/test_fairness_run.py",
+    "tandem train tiny_totals --out runs/totals": "takes four minutes; tests/multi/test_fairness_run.py",
+    "credit_s = 0.1": "a file; tests/null/test_share.py reads it",
     "k (n - k) / (n (n - 1)),": "an equation; tests/null/test_choose.py",
     "step 1": "what tandem replay prints",
     "python3.11 -m venv others/gym": OTHERS,
