@@ -60,7 +60,7 @@ KERNELS: dict[str, tuple[str, Callable[..., Cost]]] = {
     "swiglu": ("swiglu", lambda size, rows, width: Cost(0, 3 * size * rows * width)),
     "swiglu_backward": ("swiglu backward", lambda size, rows, width: Cost(0, 6 * size * rows * width)),
     "draw": ("head, sampling", lambda size, _, rows, vocab, depth, *__: _head(size, rows, vocab, depth)),
-    "logprob": ("head: log-probs, entropy", lambda size, _, *shape: _head(size, *shape)),
+    "logprob": ("head: log-probs, entropy", lambda size, _, rows, vocab, depth, *__: _head(size, rows, vocab, depth)),
     "logprob_backward": (
         "head: log-probs backward",  # gradients of the hidden states and of the head, from logits that were kept
         lambda size, rows, vocab, width: Cost(

@@ -27,6 +27,7 @@ class Work(str, Enum):
     SCHEDULE = "schedule"
     ISOLATION = "isolation"
     PROGRAMS = "programs"
+    STRUCTURED = "structured"
 
 
 PEERED = (Work.ENGINE, Work.LEARNER, Work.TREE, Work.STEP, Work.AGENTS, Work.PARITY)
@@ -39,7 +40,8 @@ WORKS_HELP = (
     "publish: weights to another process, whole and what a step changed; "
     "ahead: sampling while learning beside the loop in steps, its journal's cost, a kill; "
     "schedule: what a decision by shares takes; isolation: two tenants of one engine, and what each gets; "
-    "programs: agents that share too little memory, by policy (takes ten minutes)."
+    "programs: agents that share too little memory, by policy (takes ten minutes); "
+    "structured: answers of a given form beside the same without."
 )
 
 
@@ -74,6 +76,7 @@ def bench(
             Work.SCHEDULE: _show_schedule,
             Work.ISOLATION: _show_isolation,
             Work.PROGRAMS: _show_programs,
+            Work.STRUCTURED: _show_structured,
         }
         shown.get(work, _show)(result)
         if limits := result.get("limits"):
@@ -136,6 +139,10 @@ def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:
         from tandem.bench.tenants import isolation
 
         return isolation()
+    if work is Work.STRUCTURED:
+        from tandem.bench.structured import structured
+
+        return structured()
     if work is Work.PROGRAMS:
         from tandem.bench.programs import programs
 
@@ -254,6 +261,19 @@ def _show_ahead(result: dict[str, Any]) -> None:
         f"its resume (wanted: under {resume['wanted_s']:g}); of {resume['finished']} groups that had ended "
         f"{resume['lost']} were lost, {resume['sampled_again']} sampled again, {resume['trained_twice']} trained twice"
     )
+
+
+def _show_structured(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="tandem bench structured: a step")
+    for column in ("form", "sequences", "without", "with", "ratio", "a mask"):
+        table.add_column(column, justify="left" if column == "form" else "right")
+    for row in result["rows"]:
+        figures = (f"{row['plain_s'] * 1e3:.1f} ms", f"{row['held_s'] * 1e3:.1f} ms", f"{row['ratio']:.2f} x")
+        table.add_row(row["form"], str(row["sequences"]), *figures, f"{row['mask_s'] * 1e6:.0f} us")
+    Console().print(table)
 
 
 def _show_programs(result: dict[str, Any]) -> None:

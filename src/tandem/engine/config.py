@@ -28,7 +28,7 @@ class ProgramsConfig:
     """
 
     mode: Mode = "off"  # shadow: decides and records; advisory: the cache forgets by it; enforce: it is done
-    policy: Policy = "thunder"
+    policy: Policy = "thunder"  # who starts, whose pages are kept, who pauses (engine/policies.py)
     ttl_s: Amount = 2.0  # what `ttl` keeps the pages of an acting program for
     half_life_s: AboveZero = 1.0  # in which an acting program counts half as much under `thunder`
     tick_s: AboveZero = 0.25  # between two looks at whether memory suffices, beside those that events cause
