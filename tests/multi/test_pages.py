@@ -144,9 +144,7 @@ FILES = {
 OTHERS = "needs a package in an environment of its own; tests/others"
 ADAPTED = "tandem train smollm2_arithmetic_cpu --set task.environment=tandem.program.adapters."
 LISTED: dict[str, str] = {
-    "step = base + sum over rows (prefill or decode row + context read x what a token of it costs),": (
-        "an equation; tests/null/test_costs.py"
-    ),
+    "step = base + sum of (prefill or decode row + its context x a token's cost),": "tests/null/test_costs.py",
     "ray start --head --port=6379 --num-cpus=0": "tests/multi/test_two_machines.py",
     "RAY_ADDRESS=FIRST:6379 tandem train smollm2_arithmetic_cpu --set workers.backend=ray --set workers.learner=apart "
     "--set workers.transport=broadcast": "tests/multi/test_two_machines.py",
