@@ -70,12 +70,15 @@ def test_time_goes_to_the_innermost_row_and_the_rows_sum_to_the_work():
 
 def test_decode_step_is_split_by_operation(make_decoder, parity):
     """Rows that do not add up to the step; keys that a query sees left out; a prompt's step among those measured."""
-    engine = parity.engine(make_decoder("bfloat16"), num_pages=64, page_tokens=16)
-    sweep.fill_pages(engine)
-    ran = engine.stats.run_tokens
-    starts, run = [], engine.runner.run
-    engine.runner.run = lambda batch: (starts.append(batch.works[0].start), run(batch))[1]
-    work = profiles.decode_work(engine, 3, 20, MACHINE)
+    for _ in range(profiles.TRIES):
+        engine = parity.engine(make_decoder("bfloat16"), num_pages=64, page_tokens=16)
+        sweep.fill_pages(engine)
+        ran = engine.stats.run_tokens
+        starts, run = [], engine.runner.run
+        engine.runner.run = lambda batch, starts=starts, run=run: (starts.append(batch.works[0].start), run(batch))[1]
+        work = profiles.decode_work(engine, 3, 20, MACHINE)
+        if len(starts) <= 5:  # else a profile could not be read, and was taken again
+            break
     assert engine.stats.run_tokens - ran == 3 * 20 + 3 * (1 + 2 * 2)  # the stub's, then one that warms up and four
     rows = by_operation(work)
     assert {REST, "engine/schedule", "engine/runner", "models/fused"} <= rows.keys()
