@@ -135,7 +135,7 @@ class Sequence:
     submitted_s: float
     tokens: list[int]  # prompt and generated
     started_s: float | None = None
-    first_s: float | None = None  # its first token, where programs are followed
+    first_s: float | None = None  # its first token
     computed: int = 0  # leading tokens whose keys and values were written, and lie in `pages` where they are still seen
     pages: PageTables | None = None  # while it runs
     root: bytes = MIXED  # weights of all computed tokens; MIXED where there is no single one

@@ -19,6 +19,7 @@ from tandem.engine.batch import INITIAL, Batch, Sampled, Stats, stops_by_token
 from tandem.engine.batch import Sequence as LiveSequence
 from tandem.engine.config import EngineConfig, Mode, ProgramsConfig
 from tandem.engine.constraint import Grammars
+from tandem.engine.deal import Deals
 from tandem.engine.draft import Drafter, prompt_lookup
 from tandem.engine.integrity import check_integrity
 from tandem.engine.layout import KvLayout
@@ -226,6 +227,12 @@ class Engine:
         known = (old.config, old.pool.num_pages, old.max_context, self.clock, self.decode, old.version, old.drafter)
         new = Engine(self.runner, *known)
         new.grammars = self.grammars
+        order, price = new.scheduler.order, old.order
+        if isinstance(order, Deals) and isinstance(price, Deals) and price.measured:
+            order.price(price.cost)
+        if new.scheduler.programs is not None and old.programs is not None:
+            new.scheduler.programs.mode = old.programs.mode  # what a guard or somebody turned off stays off
+            new.scheduler.programs.restoring = old.programs.restoring
         return new
 
     def give_up(self) -> None:

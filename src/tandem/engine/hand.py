@@ -74,8 +74,7 @@ class Hand:
 
     def start(self, sequence: Sequence) -> bool | None:
         queues, running = self._queues, self._queues.running
-        programs = queues.programs
-        if programs is not None and programs.mode == "enforce" and not programs.allowed(sequence):
+        if not self.allows(sequence):
             return None
         hits = None if sequence.tokens[-1] < 0 else queues._hits(sequence)
         order: Deals = queues.order  # type: ignore[assignment]

@@ -482,11 +482,10 @@ class Programs:
     def _told(self, sequence: Sequence, now: float) -> None:
         """Its first token is there: what a guard looks at."""
         program = self._of(sequence)
-        sequence.first_s = now
         if not self._acts(program):
             return
-        known = min(program.ran, len(sequence.request.tokens))
-        said = self._guard.told(now - sequence.submitted_s, min(sequence.cached_tokens, known), known)
+        known, first_s = min(program.ran, len(sequence.request.tokens)), sequence.first_s or now
+        said = self._guard.told(first_s - sequence.submitted_s, min(sequence.cached_tokens, known), known)
         if said:
             warnings.warn(TandemWarning(f"programs are scheduled as before: {said}"), stacklevel=2)
             self.set_mode("shadow", now, f"guard: {said}")

@@ -87,9 +87,7 @@ class Chat:
         for place, completion in enumerate(completions):
             one = self.answer(asking, place)
             step = one.whole(completion)
-            calls = [{**call, "index": None} for call in self.calls(step, 0)]
-            for call in calls:
-                del call["index"]
+            calls = [{key: value for key, value in call.items() if key != "index"} for call in self.calls(step, 0)]
             message: dict[str, Any] = {"role": "assistant", "content": step.delta.content, "refusal": None}
             if calls:
                 message |= {"tool_calls": calls, "content": step.delta.content or None}
