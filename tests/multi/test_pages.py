@@ -149,7 +149,7 @@ LISTED: dict[str, str] = {
     "RAY_ADDRESS=FIRST:6379 tandem train smollm2_arithmetic_cpu --set workers.backend=ray --set workers.learner=apart "
     "--set workers.transport=broadcast": "tests/multi/test_two_machines.py",
     "tandem train smollm2_arithmetic_cpu --resume runs/walk": "tests/multi/test_asynchronous_resume.py",
-    "tandem train tiny_totals --out runs/totals": "takes four minutes; tests/multi/test_fairness_run.py",
+    "tandem train tiny_totals --out runs/totals": "takes four minutes; tests/null/test_totals.py",
     "credit_s = 0.1": "a file; tests/null/test_share.py reads it",
     "k (n - k) / (n (n - 1)),": "an equation; tests/null/test_choose.py",
     "step 1": "what tandem replay prints",

@@ -216,6 +216,13 @@ def test_pauses(server: Server) -> None:
     late.join(DEADLINE_S)
     assert answers[0]["finish_reason"] == "length"
     long = Long(server, 60)
+    waits: list[int] = []
+    waiter = threading.Thread(target=lambda: waits.append(httpx.post(f"{server.url}/pause?mode=wait").status_code))
+    waiter.start()
+    wait_for("the pause", lambda: server.room.desk.paused)
+    post(server, "/resume")
+    waiter.join(DEADLINE_S)
+    assert waits == [409] and server.room.desk.open
     assert post(server, "/pause?mode=wait")["status"] == "paused"
     long.join(DEADLINE_S)
     assert long.lines[-1]["meta_info"]["finish_reason"]["type"] == "length"

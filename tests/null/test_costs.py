@@ -71,7 +71,7 @@ def test_steps_that_tell_nothing_apart_are_refused() -> None:
 
 def test_all_memory_for_a_second_is_a_second() -> None:
     """Memory has no price, or one that was named is overwritten."""
-    assert TRUE.priced(1000).held(500, 4.0) == pytest.approx(2.0)
+    assert TRUE.priced(1000).held_token_s * 500 * 4.0 == pytest.approx(2.0)
     assert StepCost(held_token_s=0.5).priced(1000).held_token_s == 0.5
 
 

@@ -91,14 +91,30 @@ def length_limit(
         raise CapacityError(
             f"request {request.id!r}: its prompt of {prompt} tokens and max_new_tokens {asked} need {limit - 1} tokens "
             f"of keys and values, {needed} pages at once, but engine.kv_memory_bytes {kv_memory_bytes} holds "
-            f"{num_pages * page_tokens // len(layout.groups)}, in {num_pages} pages: raise "
+            f"{layout.capacity_tokens(num_pages, page_tokens)}, in {num_pages} pages: raise "
             f"engine.kv_memory_bytes to about {-(-kv_memory_bytes * needed // num_pages)}, shorten the prompt or lower "
             "max_new_tokens."
         )
     return limit
 
 
-class Lengths:
+class Latest:
+    """The last KEPT of some values, in order. Fewer than ENOUGH tell nothing."""
+
+    KEPT, ENOUGH = 512, 16
+
+    def __init__(self) -> None:
+        self._last: deque[float] = deque()
+        self.ordered: list[float] = []
+
+    def add(self, value: float) -> None:
+        self._last.append(value)
+        insort(self.ordered, value)
+        if len(self._last) > self.KEPT:
+            del self.ordered[bisect_left(self.ordered, self._last.popleft())]
+
+
+class Lengths(Latest):
     """How long generations are, from the last of them that ended.
 
     >>> lengths = Lengths()
@@ -108,29 +124,23 @@ class Lengths:
     (20, 18, None)
     """
 
-    KEPT, ENOUGH = 512, 16
-
     def __init__(self) -> None:
-        self._last: deque[int] = deque()
-        self._sorted: list[int] = []
-        self._tail: list[int] = []  # sums of _sorted[i:]; empty where it is to be made
+        super().__init__()
+        self._tail: list[int] = []  # sums of the ordered ones from the i-th on; empty where it is to be made
 
     def record(self, generated: int) -> None:
         """A request ended by itself after so many tokens."""
-        self._last.append(generated)
-        insort(self._sorted, generated)
-        if len(self._last) > self.KEPT:
-            del self._sorted[bisect_left(self._sorted, self._last.popleft())]
+        self.add(generated)
         self._tail = []
 
     def remaining(self, generated: int) -> int | None:
         """Mean of what those that went on beyond `generated` tokens had left there; None where too few are known."""
-        lengths = self._sorted
+        lengths = self.ordered
         first = bisect_right(lengths, generated)
         if len(lengths) < self.ENOUGH or first == len(lengths):
             return None
         if not self._tail:
-            self._tail = list(accumulate(reversed(lengths)))[::-1]
+            self._tail = list(accumulate(map(int, reversed(lengths))))[::-1]
         more = len(lengths) - first
         return -(-self._tail[first] // more) - generated
 

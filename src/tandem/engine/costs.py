@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 from annotated_types import Gt
+from numpy.typing import NDArray
 
 from tandem.config import Amount, section
 from tandem.errors import ConfigError
@@ -73,10 +74,6 @@ class StepCost:
         context = tokens * start + tokens * (tokens + 1) // 2
         return self.prefill_token_s * tokens + self.context_token_s * context
 
-    def held(self, tokens: int, seconds: float) -> float:
-        """What it costs to hold the keys and values of so many tokens so long."""
-        return self.held_token_s * tokens * seconds
-
     def priced(self, capacity_tokens: int) -> StepCost:
         """With the price of memory where it has none: a device's whole memory is worth as much as the device."""
         return self if self.held_token_s else replace(self, held_token_s=1.0 / capacity_tokens)
@@ -94,20 +91,28 @@ class StepCost:
                 f"the cost of a step cannot be fitted to {len(steps)} steps: they must differ in rows of prompts and "
                 "in rows that draw, and each must take time. Give more steps, or name the coefficients."
             )
-        scale = table.max(axis=0)
-        scale[scale == 0] = 1.0
-        weighted, target = table / scale / took[:, None], np.ones(len(steps))
-        kept = [0, 1, 2, 3]
-        while True:
-            found = np.linalg.lstsq(weighted[:, kept], target, rcond=None)[0]
-            if (found >= 0).all() or len(kept) == 1:
-                break
-            kept.pop(int(np.argmin(found)))
-        coefficients = np.zeros(4)
-        coefficients[kept] = np.maximum(found, 0.0)
-        base, prefill, context, decode = (float(value) for value in coefficients / scale)
-        least = 1e-9  # what was not told apart from nothing still counts as something
+        return StepCost.fitted(*nonnegative(table / took[:, None], np.ones(len(steps))))
+
+    @staticmethod
+    def fitted(base: float, prefill: float, context: float, decode: float) -> StepCost:
+        """Of coefficients that were fitted: what was not told apart from nothing still counts as something."""
+        least = 1e-9
         return StepCost(max(base, least), max(prefill, least), context, max(decode, least))
+
+
+def nonnegative(table: NDArray[np.float64], target: NDArray[np.float64]) -> list[float]:
+    """Least squares of `table @ coefficients = target`: the one that would fall furthest below 0 is left out (is 0),
+    until none does."""
+    scale = table.max(axis=0)
+    kept = [column for column in range(table.shape[1]) if scale[column] > 0]
+    coefficients = np.zeros(table.shape[1])
+    while kept:
+        found = np.linalg.lstsq(table[:, kept] / scale[kept], target, rcond=None)[0]
+        if (found >= 0).all():
+            coefficients[kept] = found / scale[kept]
+            break
+        kept.pop(int(np.argmin(found)))
+    return coefficients.tolist()
 
 
 class Prices(NamedTuple):

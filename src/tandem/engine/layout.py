@@ -118,6 +118,10 @@ class KvLayout:
         """That all layers keep of a token."""
         return sum(group.token_bytes for group in self.groups)
 
+    def capacity_tokens(self, num_pages: int, page_tokens: int) -> int:
+        """Tokens of which so many pages hold what all layers keep, where no group lets go of any."""
+        return num_pages * page_tokens // len(self.groups)
+
     def most_pages(self, tokens: int, ahead: int, page_tokens: int) -> int:
         """KvGroup.most_pages over all groups."""
         return sum(group.most_pages(tokens, ahead, page_tokens) for group in self.groups)

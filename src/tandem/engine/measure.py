@@ -45,7 +45,8 @@ def measure(engine: Engine) -> StepCost:
     assert not scheduler.live, "an engine is measured before it is asked"
     watched = _Watched(runner)
     config = scheduler.config
-    most = min(scheduler.pool.num_pages * config.page_tokens // len(scheduler.layout.groups), config.batch_tokens)
+    most = scheduler.layout.capacity_tokens(scheduler.pool.num_pages, config.page_tokens)
+    most = min(most, config.batch_tokens)
     most = min(most, scheduler.max_context or most)
     steps: list[tuple[Rows, float]] = []
     engine.runner, scheduler.order = watched, Order(config)

@@ -7,15 +7,14 @@ is what is hard to beat: all that was seen, whatever the tool and the turn. sim/
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right, insort
-from collections import deque
-from collections.abc import Iterable, Sequence
+from bisect import bisect_right
+from collections.abc import Sequence
 
 from msgspec import Struct
 
+from tandem.engine.admit import Latest
 from tandem.engine.policies import LEVELS
 
-KEPT, ENOUGH = 512, 16
 THREE = (0.1, 0.5, 0.9)
 
 
@@ -37,30 +36,13 @@ def quantile(ordered: Sequence[float], level: float) -> float:
     return ordered[max(0, math.ceil(level * len(ordered) - 1e-9) - 1)]
 
 
-class Seen:
-    """The last values, in order."""
-
-    __slots__ = ("_last", "ordered")
-
-    def __init__(self, values: Iterable[float] = ()) -> None:
-        self._last: deque[float] = deque()
-        self.ordered: list[float] = []
-        for value in values:
-            self.add(value)
-
-    def __len__(self) -> int:
-        return len(self.ordered)
-
-    def add(self, value: float) -> None:
-        self._last.append(value)
-        insort(self.ordered, value)
-        if len(self._last) > KEPT:
-            del self.ordered[bisect_left(self.ordered, self._last.popleft())]
+class Spread(Latest):
+    """How values lie."""
 
     def quantiles(self, levels: Sequence[float], beyond: float = 0.0) -> tuple[float, ...]:
         """Of what is left of those that went beyond `beyond`; () where fewer than ENOUGH did."""
         left = self.ordered[bisect_right(self.ordered, beyond) :] if beyond > 0 else self.ordered
-        return tuple(quantile(left, level) - beyond for level in levels) if len(left) >= ENOUGH else ()
+        return tuple(quantile(left, level) - beyond for level in levels) if len(left) >= self.ENOUGH else ()
 
 
 class Predictor:
@@ -69,21 +51,21 @@ class Predictor:
     MOST = 4096  # names
 
     def __init__(self) -> None:
-        self._tools: dict[str, Seen] = {"": Seen()}
-        self._growth: dict[str, Seen] = {"": Seen()}
-        self._output: dict[str, Seen] = {"": Seen()}
+        self._tools: dict[str, Spread] = {"": Spread()}
+        self._growth: dict[str, Spread] = {"": Spread()}
+        self._output: dict[str, Spread] = {"": Spread()}
         self._ended: dict[int, list[int]] = {}  # turn -> [programs that reached it, that ended with it]
 
     @staticmethod
-    def _add(table: dict[str, Seen], name: str, value: float) -> None:
+    def _add(table: dict[str, Spread], name: str, value: float) -> None:
         table[""].add(value)
         if name:
             if name not in table and len(table) > Predictor.MOST:
                 return
-            table.setdefault(name, Seen()).add(value)
+            table.setdefault(name, Spread()).add(value)
 
     @staticmethod
-    def _of(table: dict[str, Seen], name: str, levels: Sequence[float], beyond: float = 0.0) -> tuple[float, ...]:
+    def _of(table: dict[str, Spread], name: str, levels: Sequence[float], beyond: float = 0.0) -> tuple[float, ...]:
         named = table.get(name)
         found = named.quantiles(levels, beyond) if named is not None else ()
         return found or table[""].quantiles(levels, beyond)

@@ -466,7 +466,7 @@ class Programs:
         """Its owner is charged for what it keeps, since it last was."""
         if self.charge is not None:
             tenant, _, name = program.name.rpartition(SEPARATOR)
-            tokens = len(program.kept) * self.index.pool.page_tokens // len(self.index.layout.groups)
+            tokens = self.index.layout.capacity_tokens(len(program.kept), self.index.pool.page_tokens)
             self.charge(tenant, name, tokens, max(0.0, self.now - program.paid_s))
             program.paid_s = self.now
 

@@ -74,7 +74,7 @@ class Scheduler(Queues):
     ) -> None:
         order = Order(config)
         if config.order == "shares":
-            capacity = num_pages * config.page_tokens // len(layout.groups)
+            capacity = layout.capacity_tokens(num_pages, config.page_tokens)
             order = Deals(config, shares or read_shares(config.shares), capacity)
         super().__init__(config, num_pages, max_context, version, layout, order)
         if self.programs is not None and isinstance(order, Deals):

@@ -64,7 +64,7 @@ def endpoint(
 
     def replica(name: str, engine: Engine) -> Replica:
         config, pool = engine.scheduler.config, engine.scheduler.pool
-        capacity = pool.num_pages * config.page_tokens // len(engine.runner.layout.groups)
+        capacity = engine.runner.layout.capacity_tokens(pool.num_pages, config.page_tokens)
         return Replica(name, Driver(driven(engine)), lambda: engine.version, capacity, config.page_tokens)
 
     config = parts.engine.scheduler.config

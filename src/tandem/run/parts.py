@@ -338,7 +338,7 @@ def _decided(
         **known,
         "matrix_unit": matrix_unit() if model.device == "cpu" else model.device,
         "kv_pages": pool.num_pages,
-        "kv_capacity_tokens": pool.num_pages * config.page_tokens // len(engine.runner.layout.groups),
+        "kv_capacity_tokens": engine.runner.layout.capacity_tokens(pool.num_pages, config.page_tokens),
         "kv_bytes_per_token": engine.runner.layout.token_bytes,
         "weights": version.digest,
         "prompts": "plain text" if words.renderer.plain else "chat template",

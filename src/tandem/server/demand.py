@@ -117,7 +117,7 @@ def strings(stop: bodies.Stops) -> tuple[str, ...]:
 def context_of(engine: Engine) -> int:
     """Tokens of the longest context: those that the model has positions for, and the page memory holds."""
     scheduler = engine.scheduler
-    held = scheduler.pool.num_pages * scheduler.config.page_tokens // len(scheduler.layout.groups) + 1
+    held = scheduler.layout.capacity_tokens(scheduler.pool.num_pages, scheduler.config.page_tokens) + 1
     return min(held, scheduler.max_context or held)
 
 

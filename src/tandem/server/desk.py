@@ -309,10 +309,10 @@ class Desk:
     def paused(self) -> bool:
         return not self._paused.is_set()
 
-    async def idle(self, deadline_s: float) -> bool:
-        """Waits for all that is on its way to end; whether it has by the deadline."""
+    async def idle(self, deadline_s: float, given_up: Callable[[], bool] = lambda: False) -> bool:
+        """Waits for all that is on its way to end; whether it has by the deadline, or until this is given up."""
         until_s = time.monotonic() + deadline_s
-        while self.open and time.monotonic() < until_s:
+        while self.open and not given_up() and time.monotonic() < until_s:
             await asyncio.sleep(0.02)
         return not self.open
 

@@ -1,7 +1,7 @@
 """What trains a model asks of the server beside answers: pause and resume, withdraw, other weights, sleep.
 
 The names are vLLM's, and SGLang's where it has its own for the same. All but the withdrawal of a caller's own requests
-need server.control, and an admin's key where there are keys. One is served at a time.
+need server.control, and an admin's key where there are keys. But for `resume`, one is served at a time.
 
 Other weights come between two steps of the engine: requests go on, over the keys and values that they have, and their
 answers say which version drew which token.
@@ -91,7 +91,9 @@ class Control:
         if mode == "abort":
             for id in list(desk.open):
                 desk.abort(id)
-        if not await desk.idle(WAIT_S):
+        if not await desk.idle(WAIT_S, lambda: not desk.paused):
+            if not desk.paused:
+                raise Refusal(409, "the pause was ended by a resume while it waited.", "resumed")
             said = (
                 f"{len(desk.open)} requests are on their way after {WAIT_S:g} s; nothing new starts. Resume, or abort."
             )
@@ -177,9 +179,8 @@ async def pause_generation(room: Room, request: Request) -> Response:
 
 
 async def resume(room: Room, request: Request) -> Response:
-    verbs = control(room, request)
-    async with verbs.lock:
-        verbs.resume()
+    """Not behind the lock: it ends a pause that waits."""
+    control(room, request).resume()
     return answer({"status": "resumed"})
 
 
@@ -271,9 +272,13 @@ async def sleep(room: Room, request: Request) -> Response:
     verbs = control(room, request)
     query(request, level=("1",), tags=("kv_cache",))
     async with verbs.lock:
-        await verbs.pause("abort", False)
-        await verbs.between(lambda engine: engine.release_memory())
-        verbs.asleep = True
+        verbs.asleep = True  # from here on nobody resumes
+        try:
+            await verbs.pause("abort", False)
+            await verbs.between(lambda engine: engine.release_memory())
+        except BaseException:
+            verbs.asleep = False
+            raise
     return answer({"status": "asleep"})
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tandem.engine.costs import StepCost
+from tandem.engine.costs import StepCost, nonnegative
 from tandem.engine.record import read
 from tandem.errors import ConfigError
 
@@ -227,15 +227,5 @@ def fit_requests(requests: Sequence[Timed]) -> tuple[StepCost, float]:
     prefills = np.stack([one, fresh, fresh * cached + fresh * (fresh + 1) / 2, zero, one, zero], 1)
     decodes = np.stack([said, zero, said * context, said * beside, zero, one], 1)
     table, took = np.concatenate([prefills, decodes]), np.concatenate([prefill_s, decode_s])
-    scale = table.max(0)
-    kept = [column for column in range(6) if scale[column] > 0]
-    while True:
-        found = np.linalg.lstsq(table[:, kept] / scale[kept], took, rcond=None)[0]
-        if (found >= 0).all():
-            break
-        kept.pop(int(np.argmin(found)))
-    values = np.zeros(6)
-    values[kept] = found / scale[kept]
-    base, prefill, pairs, decode, *apart = (float(value) for value in values)
-    least = 1e-9
-    return StepCost(max(base, least), max(prefill, least), pairs, max(decode, least)), sum(apart)
+    base, prefill, pairs, decode, *apart = nonnegative(table, took)
+    return StepCost.fitted(base, prefill, pairs, decode), sum(apart)
