@@ -65,6 +65,7 @@ class FakeEngine:
         self.speak, self.ticks, self.capacity = speak, ticks, capacity
         self.live: dict[str, tuple[Request, int]] = {}
         self.seen: list[Request] = []
+        self.finished: set[tuple[str, str]] = set()
         self.now = 0
 
     @property
@@ -86,7 +87,7 @@ class FakeEngine:
         self.seen.append(request)
 
     def finish_program(self, program_id: str, tenant: str = "", /) -> None:
-        """Keeps nothing for programs."""
+        self.finished.add((tenant, program_id))
 
     def on_restoring(self, told, /) -> None:
         """Pauses none."""
@@ -217,11 +218,14 @@ def test_single_turn_by_hand() -> None:
 
 
 def test_rollouts_are_of_the_tenant_that_the_config_names() -> None:
-    """Rollouts take the share of requests without a tenant, and nobody can weigh them."""
+    """Rollouts take the share of requests without a tenant, nobody can weigh them, or what is kept for them stays."""
     engine = FakeEngine(lambda request: spell("ab") if request.id.endswith("/0") else [ord("c")])
     config = replace(CONFIG, max_turns=2, tenant="training/rollouts")
-    Rollouts(Driver(engine), Renderer(Letters()), Counting(5), config, run_seed=1).collect(2, prompts(1))
+    driver = Driver(engine)
+    Rollouts(driver, Renderer(Letters()), Counting(5), config, run_seed=1).collect(2, prompts(1))
+    driver.progress(-1, 0.0)  # what the last of them said is heard with the next step
     assert {request.tenant for request in engine.seen} == {"training/rollouts"} and len(engine.seen) > 3
+    assert engine.finished == {(request.tenant, request.program_id) for request in engine.seen}
 
 
 def test_turns_keep_tokens() -> None:

@@ -197,7 +197,7 @@ class Flow:
 
     def _end(self, program: Program, outcome: float | Failure) -> None:
         program.outcome = outcome
-        self.by.driver.finish(program.id)
+        self.by.over(program)
         program.episode.teardown()
         del self._until_s[program]
         siblings = self._siblings[program.group]

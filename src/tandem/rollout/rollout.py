@@ -55,6 +55,10 @@ class Rollouts:
         self.clock = clock
         self.sampling = config.sampling(renderer.stop_token_ids)
 
+    def over(self, program: Program) -> None:
+        """It asks the engine for nothing more."""
+        self.driver.finish(program.id, self.config.tenant)
+
     def collect(
         self, step: int, prompts: Sequence[Prompt], first: First | None = None, early: Early | None = None
     ) -> list[Group]:
@@ -159,7 +163,7 @@ class _Step:
 
     def _end(self, program: Program, outcome: float | Failure) -> None:
         program.outcome = outcome
-        self.by.driver.finish(program.id)
+        self.by.over(program)
         program.episode.teardown()
         ended = self._ended.setdefault(program.place, [])
         ended.append(program)
@@ -199,7 +203,7 @@ class _Step:
         """A program that is withdrawn, with what the engine had of its last turn."""
         if program.place in self._late and isinstance(answer, Completion):
             self._extra["extra_tokens"] += len(answer.columns)
-        self.by.driver.finish(program.id)
+        self.by.over(program)
         program.episode.teardown()
 
     def _expire(self) -> None:

@@ -223,7 +223,7 @@ class Turns:
         said.append(self.by.renderer.message(tokens, tools, len(said), parsed=parsed))
 
     def _grade(self, program: Program) -> None:
-        self.by.driver.finish(program.id)
+        self.by.over(program)
         with self.by.trace.span("reward"):  # those of linear cost are computed here
             future = program.episode.score(program.unheard)
         self.waits.ask(program, "reward", future)
