@@ -7,6 +7,7 @@ import time
 import pytest
 
 from tandem.engine.batch import Batch, Sampled
+from tandem.engine.config import ProgramsConfig
 from tandem.engine.costs import Rows, StepCost
 from tandem.engine.deal import Deals
 from tandem.engine.measure import measure, price
@@ -35,3 +36,17 @@ def test_an_engine_is_priced_by_its_own_steps(monkeypatch: pytest.MonkeyPatch) -
     order = engine.scheduler.order
     assert isinstance(order, Deals) and order.measured and order.tree.root.had == 0
     assert order.cost.base_s == pytest.approx(4e-3, rel=1e-3) and order.cost.held_token_s == 1 / 1600
+
+
+def test_a_renewed_engine_keeps_what_was_measured_and_turned_off() -> None:
+    """After a step that raised, service is sold at the default's price, or a policy that was stopped acts again."""
+    engine, _ = make(num_pages=400, order="shares", programs=ProgramsConfig("enforce", "ttl"))
+    order, programs, told = engine.scheduler.order, engine.scheduler.programs, list[str]()
+    assert isinstance(order, Deals) and programs is not None
+    order.price(TRUE)
+    engine.on_restoring(told.append)
+    engine.set_programs_mode("shadow")
+    again = engine.renewed().scheduler
+    assert isinstance(again.order, Deals) and again.programs is not None
+    assert again.order.measured and again.order.cost == order.cost
+    assert again.programs.mode == "shadow" and again.programs.restoring == programs.restoring
