@@ -122,6 +122,27 @@ def test_weights_of_a_folder_are_served(server: Server, folders: tuple[Path, Pat
     assert len(changed) == len(before["checksums"])
 
 
+def test_a_label_is_known_before_its_weights_draw(
+    server: Server, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer that ends between an update and its label says a number, or a failed update's label stays."""
+    store, seen = server.listener.config.app.state.control.store, list[Any]()
+    serve = store.serve
+
+    def fails(engine: Any, ready: Any, step: int) -> Any:
+        seen.append(server.room.label(step))
+        raise RuntimeError("no")
+
+    disk = {"model_path": str(folders[1])}
+    monkeypatch.setattr(store, "serve", fails)
+    post(server, "/update_weights_from_disk", {**disk, "weight_version": "first"}, status=500)
+    monkeypatch.setattr(store, "serve", serve)
+    assert seen == ["first"] and post(server, "/update_weights_from_disk", disk)["weight_version"] == "1"
+    for step in range(5000):
+        server.room.labelled(step, "x")
+    assert len(server.room.labels) < 5000
+
+
 def test_weights_come_in_parts(server: Server, folders: tuple[Path, Path]) -> None:
     """A part that is missing, comes twice or is damaged is served, or ends what is served."""
     old, new = folders
@@ -238,6 +259,10 @@ def test_sleep(server: Server) -> None:
     assert post(server, "/resume", status=409)["error"]["code"] == "asleep"
     assert post(server, "/sleep?level=2", status=400)["error"]["param"] == "level"
     post(server, "/wake_up")
+    post(server, "/pause?mode=keep")
+    post(server, "/wake_up")
+    assert httpx.get(f"{server.url}/is_paused").json() == {"is_paused": True}, "one that is awake was resumed"
+    post(server, "/resume")
     again = ask(server)
     assert again["token_ids"] == before["token_ids"] and server.room.desk.engine.stats.cached_tokens == 0
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.engine.batch import Sampled
+from tandem.engine.batch import Sampled, Stats
 from tandem.engine.config import ProgramsConfig
 from tandem.engine.costs import StepCost
 from tandem.engine.engine import Engine
-from tandem.engine.measure import price
+from tandem.engine.measure import measure, price
 from tandem.engine.policies import GATED, KEEPING
 from tandem.engine.record import read
 from tandem.errors import ConfigError, TandemWarning
@@ -402,3 +402,17 @@ def test_measuring_an_engine_leaves_no_programs(monkeypatch: pytest.MonkeyPatch)
     price(w.engine)
     assert w.engine.scheduler.programs is followed and not followed.by_name
     assert followed.predictor.predict("", "", 1).output == () and not w.engine.scheduler.live
+
+
+def test_computing_again_costs_what_prompts_take_after_measuring_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs read the counts of before the measurement for ever, and price what is lost by its prompts alone."""
+    w = world([], 200, policy="thunder", order="arrival")
+    drawn = lambda batch: Sampled([0] * batch.num_draws, {"logprobs": [0.0] * batch.num_draws})  # noqa: E731
+    monkeypatch.setattr(w.runner, "run", drawn)
+    monkeypatch.setattr(w.runner, "release_memory", lambda: None, raising=False)
+    monkeypatch.setattr("tandem.engine.measure.StepCost.fit", lambda steps: StepCost())
+    measure(w.engine)
+    followed, stats = w.engine.scheduler.programs, w.engine.scheduler._stats
+    assert w.engine.stats == Stats()
+    stats.prefill_s, stats.prefilled_tokens = 6.0, 3
+    assert followed._reload_s(5) == 10.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -106,6 +106,11 @@ class Stats:
     decode_s: float = 0.0
     recomputed_s: float = 0.0
     resolved_s: float = 0.0  # when the last batch was
+
+    def clear(self) -> None:
+        """All begin again."""
+        for one in fields(self):
+            setattr(self, one.name, one.default)
 
     def count(self, batch: Batch) -> None:
         """A batch was advanced."""

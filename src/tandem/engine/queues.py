@@ -116,10 +116,11 @@ class Queues:
         source = self.tails.pages(sequence.tail, most) if sequence.pages.blocks == most else []
         same = len(sequence.tokens) - 1 - sequence.computed
         if not source or self.pool.num_available < len(source):
-            if sequence.tail is not None:
-                self.promised.setdefault(sequence.tail, sequence)
+            rest = same
             same, source = self.ends.borrow(sequence)
             self._shared += source
+            if sequence.tail is not None and same < rest:  # else siblings find it where this one did
+                self.promised.setdefault(sequence.tail, sequence)
         if source:
             sequence.pages.extend(1)
             self._copies.update(zip((table[-1] for table in sequence.pages.tables), source, strict=True))

@@ -89,16 +89,18 @@ class Ends:
         self._after: OrderedDict[bytes, dict[bytes, array[int]]] = OrderedDict()
 
     def leave(self, sequence: Sequence) -> list[int]:
-        """Names the page that an ending sequence was writing on; the pages, one a group, that got a name."""
+        """Names the page that an ending sequence wrote last; the pages, one a group, that got a name."""
         size = self.index.pool.page_tokens
-        block, rest = divmod(sequence.computed, size)
-        if not rest or sequence.pages is None or sequence.root == MIXED:
+        block = (sequence.computed - 1) // size
+        if block < 0 or sequence.pages is None or sequence.root == MIXED:
             return []
+        whole = sequence.computed == (block + 1) * size  # it has its name already, and siblings want all but its end
         extend_keys(sequence.keys, sequence.root, sequence.tokens[: block * size], size)
         parent = sequence.keys[block - 1] if block else sequence.root
         tokens = array("i", sequence.tokens[block * size : sequence.computed])
         key, pages = block_key(parent, tokens), [table[block] for table in sequence.pages.tables]
-        named = [page for group, page in enumerate(pages) if self.index.insert(key, group, page, prompt=False)]
+        places = () if whole else enumerate(pages)
+        named = [page for group, page in places if self.index.insert(key, group, page, prompt=False)]
         ends = self._after.setdefault(parent, {})
         self._after.move_to_end(parent)
         ends[key] = tokens

@@ -21,8 +21,18 @@ from tandem.errors import ModelError
 if TYPE_CHECKING:
     import tokenizers
 
+LONG = 4096  # characters
 _MARKS = range(0xE000, 0xF900)  # private use: no tokeniser or template gives them a meaning
 Rows = Sequence[Mapping[str, Any]]
+
+
+def encoded(backend: tokenizers.Tokenizer, text: str, special: bool, yields: bool) -> tokenizers.Encoding:
+    """tokenizers holds the interpreter's lock while it encodes one text, 1.4 s for 1.3 MB, and not while it encodes a
+    batch: where `yields`, a long text is a batch of one, so that other threads go on. (Its own threads do not live
+    through a fork, so this is not for processes that fork.)"""
+    if yields and len(text) >= LONG:
+        return backend.encode_batch([text], add_special_tokens=special)[0]
+    return backend.encode(text, add_special_tokens=special)
 
 
 class Spelling:
@@ -73,9 +83,9 @@ class Spelling:
         mark = next(chr(code) for code in _MARKS if chr(code) not in taken)
         return [_mapped(row, lambda text: self._broken(text, mark)) if _is_given(row) else row for row in rows], mark
 
-    def encode(self, text: str, mark: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, mark: str, add_special_tokens: bool, yields: bool) -> list[int]:
         """Ids of a rendered text, in which what the mark breaks is text. ModelError where it would not be."""
-        whole = self.backend.encode(text, add_special_tokens=False)
+        whole = encoded(self.backend, text, False, yields)
         pieces, start, own = [], 0, [*self.backend.encode("", add_special_tokens=add_special_tokens).ids]
         for token, (begin, end) in zip(whole.ids, whole.offsets, strict=True):
             if token in self.controls and mark not in text[begin:end]:
@@ -84,9 +94,8 @@ class Spelling:
                 own.append(token)
         pieces.append(text[start:].replace(mark, ""))
         twin, named = self._twin(mark)
-        ids = [
-            named.get(token, token) for token in twin.encode("".join(pieces), add_special_tokens=add_special_tokens).ids
-        ]
+        given = encoded(twin, "".join(pieces), add_special_tokens, yields).ids
+        ids = [named.get(token, token) for token in given]
         if beyond := Counter(token for token in ids if token in self.controls) - Counter(own):
             raise ModelError(
                 f"a message spells {', '.join(repr(self.controls[token]) for token in beyond)}, and this tokeniser has "

@@ -24,7 +24,7 @@ from tandem import env
 from tandem.errors import ConfigError, ModelError, TandemWarning
 from tandem.models.added_tokens import SPECIAL_NAMES, add_tokens
 from tandem.models.fields import Fields, flag, listed, optional, read_json, shown, table, text, token_id
-from tandem.models.spelt import Spelling
+from tandem.models.spelt import Spelling, encoded
 
 if TYPE_CHECKING:
     import tokenizers
@@ -54,7 +54,8 @@ class Tokenizer:
 
     `settings` is tokenizer_config.json without the chat template; `stop_ids` are the ids that end a turn besides the
     tokeniser's own eos and what the template ends a turn with. `now` and `arguments` are what templates see beside the
-    messages, and `spelt_as_text` says what becomes of control tokens that a message spells; a run sets its own.
+    messages, and `spelt_as_text` says what becomes of control tokens that a message spells; a run sets its own. A
+    server sets `yields` (spelt.encoded).
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Tokenizer:
         self.now = datetime.now()
         self.arguments: Mapping[str, Any] = {}
         self.spelt_as_text = True
+        self.yields = False
         if special_tokens is None:
             special_tokens = {name: _text(settings[name]) for name in SPECIAL_NAMES if settings.get(name) is not None}
         self.special_tokens = dict(special_tokens)
@@ -123,7 +125,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """Ids of `text`. A special token written in it becomes its id. `add_special_tokens` adds the model's bos."""
-        return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return encoded(self.backend, text, add_special_tokens, self.yields).ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`; bytes that are not whole UTF-8 characters decode to U+FFFD."""
@@ -191,13 +193,13 @@ class Tokenizer:
             self._warn_of_spelt(messages)
         rows, mark = self._marked(messages)
         text = self.render_text(rows, add_generation_prompt, template, tools)
-        return self._spelling.encode(text, mark, False) if mark else self.encode(text)
+        return self._spelling.encode(text, mark, False, self.yields) if mark else self.encode(text)
 
     def join_messages(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
         """Token ids of the messages as plain text, a blank line between, after the tokeniser's own bos."""
         rows, mark = self._marked(messages)
         text = "\n\n".join(row["content"] for row in rows)
-        return self._spelling.encode(text, mark, True) if mark else self.encode(text, True)
+        return self._spelling.encode(text, mark, True, self.yields) if mark else self.encode(text, True)
 
     def spelt(self, messages: Sequence[Message | Mapping[str, Any]]) -> int:
         """How often the messages, all but an assistant's, spell a control token."""

@@ -92,9 +92,9 @@ class Model:
         greedy = scored and sampling.greedy
         if greedy:  # the same tokens: the set kept is the one that greedy takes, and has log-probs before
             sampling = replace(sampling, temperature=1.0, top_k=1)
-        for request in self._requests(prompts, sampling, 1, seed):
-            engine.check(replace(request, constraint=constraint))
-        coming, driver = self._requests(prompts, sampling, samples, seed), Driver(engine)
+        for request in self._requests(prompts, sampling, 1, seed, constraint):
+            engine.check(request)
+        coming, driver = self._requests(prompts, sampling, samples, seed, constraint), Driver(engine)
         order: deque[tuple[Request, Future[Completion]]] = deque()
         number = seen = 0
         try:
@@ -103,7 +103,6 @@ class Model:
                     while len(order) < AHEAD * engine.scheduler.config.max_sequences:
                         if (following := next(coming, None)) is None:
                             break
-                        following = replace(following, constraint=constraint)
                         order.append((following, driver.submit(following)))
                     if not order:
                         return
@@ -123,7 +122,12 @@ class Model:
             driver.close(0.0)
 
     def _requests(
-        self, prompts: Sequence[tuple[Message, ...]], sampling: Sampling, samples: int, seed: int
+        self,
+        prompts: Sequence[tuple[Message, ...]],
+        sampling: Sampling,
+        samples: int,
+        seed: int,
+        constraint: Constraint | None,
     ) -> Iterator[Request]:
         """A request a sample. Rendered when it is asked for: the tokens of many prompts take more than their texts."""
         for index, messages in enumerate(prompts):
@@ -133,7 +137,8 @@ class Model:
             name = request_id(index, messages[-1].content)
             for sample in range(samples):
                 tail = f" (sample {sample + 1})" if samples > 1 else ""
-                yield Request(name + tail, name, tokens, sampling, seed=derive_seed(seed, 0, str(index), sample))
+                own = derive_seed(seed, 0, str(index), sample)
+                yield Request(name + tail, name, tokens, sampling, seed=own, constraint=constraint)
 
     def _text(self, completion: Completion, sampling: Sampling) -> str:
         text = self.parts.renderer.text(completion.tokens)

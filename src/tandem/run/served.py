@@ -11,7 +11,7 @@ from tandem.program.config import TaskConfig
 from tandem.program.render import renderer_of
 from tandem.run.model import asked_as
 from tandem.run.parts import Parts, build_parts, plan_parts, resolve_source
-from tandem.server.config import ServeConfig
+from tandem.server.config import ServeConfig, names_of
 from tandem.server.tenants import Access
 from tandem.types import Message
 
@@ -44,8 +44,9 @@ def checked(config: ServeConfig) -> list[str]:
     memory = plan_parts(checkpoint, tokenizer, config.model, config.engine, 0, None, learns=config.server.control)
     memory.check()
     server, spec = config.server, checkpoint.spec
+    name = names_of(server, config.model.source)[0]
     return [
-        f"model      {config.server.name or config.model.source}, {spec.max_position} positions, {config.model.dtype}",
+        f"model      {name}, {spec.max_position} positions, {config.model.dtype}",
         f"prompts    {'plain text' if renderer.plain else 'chat template'}, calls of tools as {renderer.format}",
         f"memory     {memory.kv_memory_bytes / 2**20:,.0f} MiB for keys and values",
         f"listens    http://{server.host}:{server.port}",

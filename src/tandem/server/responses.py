@@ -28,7 +28,9 @@ class Reply:
     def __init__(self, room: Room, body: bodies.ResponseBody, id: str) -> None:
         _unserved(body)
         self.room, self.body, self.id = room, body, id
-        self.messages = messages_of(said_in(body))
+        said = said_in(body)
+        room.words.check_chat(said, body.tools or (), demand.context_of(room.desk.engine))
+        self.messages = messages_of(said)
         functions = [
             bodies.Tool(
                 function=bodies.Function(
@@ -59,8 +61,6 @@ class Reply:
         """The engine has it."""
         body, room = self.body, self.room
         asker = room.asker(request, body)
-        context = demand.context_of(room.desk.engine)
-        room.words.check_length(sum(len(one.content) for one in self.messages), context)
         tokens = await room.words.chat(self.messages, self.tools)
         drawn = bodies.Drawing(temperature=body.temperature, top_p=body.top_p)
         sampling = demand.sampling_of(drawn, body.max_output_tokens, room.words.renderer.stop_token_ids, self.told)

@@ -14,11 +14,11 @@ from urllib.parse import quote
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from tandem.server import bodies, demand
 from tandem.server.answers import version_spans
-from tandem.server.config import ServerConfig
+from tandem.server.config import ServerConfig, names_of
 from tandem.server.counts import Counts
 from tandem.server.desk import Call, Desk, log
 from tandem.server.lineage import Lineage
@@ -30,6 +30,7 @@ from tandem.types import Completion, Constraint, Hints, Sampling
 from tandem.types import Request as Asked
 
 T = TypeVar("T")
+REMEMBERED = 4096  # labels of weights
 SSE = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = b"data: [DONE]\n\n"
 encode = msgspec.json.Encoder().encode
@@ -50,7 +51,7 @@ class Prompt:
     """Of a call: its tokens, and the units by which its program is known again (lineage.py)."""
 
     tokens: tuple[int, ...]
-    units: Sequence[str]
+    units: Sequence[bytes]
 
 
 class Room:
@@ -60,7 +61,8 @@ class Room:
         self.desk = desk
         self.words = words
         self.config = config
-        self.model = config.name or model
+        self.names = names_of(config, model)
+        self.model = self.names[0]
         self.created = int(time.time())
         self.access = Access(config)
         self.lineage = Lineage()
@@ -77,6 +79,14 @@ class Room:
     def label(self, step: int) -> str:
         """What a version of the weights is called."""
         return self.labels.get(step, str(step))
+
+    def labelled(self, step: int, label: str | None) -> None:
+        """A version of the weights is called so from now on; by its number where there is no label."""
+        self.labels.pop(step, None)
+        if label is not None:
+            self.labels[step] = label
+        while len(self.labels) > REMEMBERED:
+            del self.labels[next(iter(self.labels))]
 
     def spans(self, completion: Completion) -> list[dict[str, Any]]:
         """Which weights drew which tokens of an answer."""
@@ -116,14 +126,23 @@ class Room:
         """Who asks, of body and headers; the body is heard where both say."""
         holder = request.state.holder
         tenant = self.access.tenant(holder, body.tenant or request.headers.get("x-tenant"))
-        if body.model is not None and body.model != self.model:
+        if body.model is not None and body.model not in self.names:
             raise Refusal(
                 404, f"there is no model {body.model}. Served here: {self.model}.", "model_not_found", "model"
             )
         program = body.program_id or request.headers.get("x-program-id", "")
-        if len(program) > 256:
-            raise Refusal(400, "X-Program-ID is longer than 256 characters.", "invalid_value", "program_id")
-        return Asker(holder, tenant, program, demand.hints_of(body.hints))
+        if len(program) > 256 or not program.isprintable():
+            said = "program_id (X-Program-ID) is longer than 256 characters, or not printable."
+            raise Refusal(400, said, "invalid_value", "program_id")
+        return Asker(holder, tenant, program, demand.hints_of(body.hints or self._hints(request)))
+
+    def _hints(self, request: Request) -> bodies.Hints | None:
+        """Of the header, which is the JSON that the body's field would be."""
+        given = request.headers.get("x-hints")
+        try:
+            return None if given is None else msgspec.json.decode(given.encode("latin-1"), type=bodies.Hints)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise Refusal(400, f"X-Hints: {error}. Send hints as JSON.", "invalid_value", "hints") from error
 
     def id_of(self, request: Request, kind: str) -> str:
         """Of a call: of what its X-Request-Id says, where it says something."""
@@ -160,7 +179,7 @@ class Room:
         call = await self.desk.ask(id, requests, streams)
         return Asking(call, owners, not asker.program)
 
-    def remember(self, asking: Asking, place: int, units: Sequence[str]) -> None:
+    def remember(self, asking: Asking, place: int, units: Sequence[bytes]) -> None:
         """An answer came, and with it these units have been said: who goes on from them is of the same program."""
         request = asking.call.requests[place]
         if asking.inferred and len(units) > len(asking.prompts[place].units):
@@ -177,8 +196,16 @@ class Asking:
 
     @property
     def headers(self) -> dict[str, str]:
-        program = self.call.requests[0].program_id
-        return {"x-request-id": self.call.id, "x-program-id": quote(program, safe="/-_.:+@ ")}
+        return {"x-request-id": spelt(self.call.id), "x-program-id": spelt(self.call.requests[0].program_id)}
+
+
+def spelt(name: str) -> str:
+    """A name from a body as a header may have it.
+
+    >>> spelt("ann/7 é\\r\\n")
+    'ann/7 %C3%A9%0D%0A'
+    """
+    return quote(name, safe="!#$&'()*+,-./:;<=>?@[]^_`{|}~ ")
 
 
 async def attended(request: Request, work: Coroutine[Any, Any, T]) -> T:
@@ -244,18 +271,22 @@ class EventStream(Response):
         gone = asyncio.ensure_future(_gone(receive))
         gone.add_done_callback(lambda ended: None if ended.cancelled() else self.call.leave())
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await self._sent(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for block in self._told():
-                async with asyncio.timeout(self.send_s):
-                    await send({"type": "http.response.body", "body": block, "more_body": True})
+                await self._sent(send, {"type": "http.response.body", "body": block, "more_body": True})
             if not self.call.gone:
-                await send({"type": "http.response.body", "body": b"", "more_body": False})
+                await self._sent(send, {"type": "http.response.body", "body": b"", "more_body": False})
         except TimeoutError:
             log.warning("call %s: its client took nothing for %g s; it was withdrawn", self.call.id, self.send_s)
             scope["abort"]()
         finally:
             gone.cancel()
             self.call.withdraw()
+
+    async def _sent(self, send: Send, message: Message) -> None:
+        """TimeoutError where the client takes nothing of what was sent before."""
+        async with asyncio.timeout(self.send_s):
+            await send(message)
 
     async def _told(self) -> AsyncIterator[bytes]:
         try:

@@ -115,6 +115,7 @@ class Control:
             said = f"the weights hash to {ready.digest}, not to {digest}. Nothing was changed; send them again."
             raise Refusal(409, said, "other_weights")
         step = engine.version.step + 1
+        room.labelled(step, label)  # before a token is drawn with them
         try:
             version = await self.between(lambda engine: store.serve(engine, ready, step))
         except DeliveryError as error:
@@ -122,8 +123,6 @@ class Control:
             room.desk.pause()
             room.desk.driver.hold(True)
             raise Refusal(500, f"{error} The engine is paused.", "delivery_failed") from error
-        if label is not None:
-            room.labels[step] = label
         return version
 
     def told(self) -> dict[str, Any]:
@@ -286,8 +285,9 @@ async def wake_up(room: Room, request: Request) -> Response:
     verbs = control(room, request)
     query(request, tags=("kv_cache",))
     async with verbs.lock:
-        verbs.asleep = False
-        verbs.resume()
+        if verbs.asleep:  # a pause of one that is awake stays
+            verbs.asleep = False
+            verbs.resume()
     return answer({"status": "awake"})
 
 

@@ -32,6 +32,7 @@ class Words:
 
     def __init__(self, tokenizer: Tokenizer, renderer: Renderer, opening: Sequence[Message] = ()) -> None:
         self.tokenizer = tokenizer
+        tokenizer.yields = True
         self.renderer = renderer
         self.opening = tuple(opening)
         self._thread = ThreadPoolExecutor(1, "words")
@@ -45,8 +46,16 @@ class Words:
         except TandemError as error:
             raise refused(error) from error
 
+    def check_chat(self, messages: Sequence[bodies.Said], tools: Sequence[Any], context: int) -> None:
+        """`check_length` of a conversation, before anything of it is read; a message is a token at least."""
+        if len(messages) > context:
+            said = f"there are {len(messages)} messages, and the context holds {context} tokens."
+            raise Refusal(400, said, "context_length_exceeded", "messages")
+        described = len(msgspec.json.encode(tools)) if tools else 0
+        self.check_length(described + sum(map(_characters, messages)), context)
+
     def check_length(self, characters: int, context: int) -> None:
-        """400 for a text of more tokens than a context has, however it is split: splitting it would hold up others."""
+        """400 for a text of more tokens than a context has, however it is split."""
         if characters > 2 * context * self._longest:
             said = f"the prompt has {characters} characters, more than the {context} tokens of the context can spell."
             raise Refusal(400, said, "context_length_exceeded", "prompt")
@@ -135,6 +144,12 @@ def _message(where: str, said: bodies.Said) -> Message:
     if half := half_character(json.dumps(msgspec.to_builtins(message.row()), ensure_ascii=False)):
         raise Refusal(400, f"{where} {half}", "invalid_value", where)
     return message
+
+
+def _characters(said: bodies.Said) -> int:
+    content = said.content or ""
+    texts = [content] if isinstance(content, str) else [part.text or part.refusal or "" for part in content]
+    return sum(map(len, texts)) + sum(len(call.function.arguments) for call in said.tool_calls or ())
 
 
 def _joined(where: str, parts: Sequence[bodies.Part]) -> str:
