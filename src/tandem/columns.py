@@ -38,6 +38,7 @@ COLUMNS: Mapping[str, Column] = {
     "versions": Column(np.int32, "weight step that sampled the token; -1: it was not sampled", absent=-1),
     "kept": Column(object, 'bytes: the ids that it was drawn from (kept_ids); b"": nothing was filtered', absent=b""),
     "unfiltered_logprobs": Column(np.float64, "log-prob before top-k, top-p and min-p", absent_as="logprobs"),
+    "likely": Column(object, 'bytes: the most likely tokens (likely_tokens); b"": nobody asked', absent=b""),
     "advantages": Column(np.float64, "0.0 where the token is not trained", absent=0.0),
     "reference_logprobs": Column(np.float64, "of the reference policy, where a KL term asks for them"),
     "proximal_logprobs": Column(np.float64, "the learner's own, before the step's first update"),

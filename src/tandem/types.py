@@ -173,6 +173,8 @@ class Request:
     ran: int = 0  # of its tokens, the first so many: that earlier requests of its program had run
     constraint: Constraint | None = None  # of what is generated, the carried tokens too
     hints: Hints | None = None
+    likely: int = 0  # so many of the most likely tokens are told beside each that is drawn (`likely_tokens`)
+    scored: bool = False  # and log-probs of its own tokens; all of it is run then, and nobody finds it in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +209,9 @@ class Completion:
     recomputed_tokens: int = 0  # tokens run again after a preemption
     failure: str = ""  # why, where FAILED
     first_s: float = 0.0  # its first token was drawn; its end where none was
+    prompt: Columns | None = (
+        None  # of a scored request: its tokens, the model's own logprobs (the first has NaN), likely
+    )
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -217,6 +222,22 @@ class Completion:
     def logprobs(self) -> tuple[float, ...]:
         """Nats, of the distribution really sampled from, as plain values."""
         return tuple(self.columns["logprobs"].tolist())
+
+
+def likely_of(ids: np.ndarray, logprobs: np.ndarray) -> bytes:
+    """The most likely tokens of a place, the likeliest first, and their log-probs in fp32, as `likely_tokens` reads."""
+    return ids.astype(np.uint32).tobytes() + logprobs.astype(np.float32).tobytes()
+
+
+def likely_tokens(likely: bytes) -> list[tuple[int, float]]:
+    """Ids and log-probs (nats), the likeliest first.
+
+    >>> likely_tokens(likely_of(np.array([5, 2]), np.array([-0.5, -1.0])))
+    [(5, -0.5), (2, -1.0)]
+    """
+    half = len(likely) // 2
+    ids, logprobs = np.frombuffer(likely[:half], np.uint32), np.frombuffer(likely[half:], np.float32)
+    return list(zip(ids.tolist(), logprobs.tolist(), strict=True))
 
 
 def kept_ids(kept: bytes) -> memoryview:

@@ -18,7 +18,7 @@ from tandem.errors import DeliveryError, NonFiniteError
 from tandem.kernels.page_sum import page_sums_reference
 from tandem.models.decoder import Decoder
 from tandem.models.spec import LayerAttention
-from tandem.types import Completion, Reach, Request, Sampling, StopReason
+from tandem.types import Completion, Reach, Request, Sampling, StopReason, likely_tokens
 
 GROUPS = {"attention": (LayerAttention(Reach(window=9)), LayerAttention()), "qk_norm": True, "attention_bias": True}
 
@@ -226,3 +226,23 @@ def test_buckets(most):
     found = graph.buckets(most)
     assert found[-1] == most and found == sorted(set(found))
     assert all(after <= 2 * before for before, after in zip(found, found[1:], strict=False))
+
+
+def test_what_is_told_beside_draws_changes_none(make_decoder):
+    """The likeliest tokens, or a prompt's log-probs, are of another row on a device, or change what is drawn."""
+    decoder = make_decoder("float32")
+    asked = requests(4)
+    plain = engine_of(decoder, batch_tokens=16).generate(asked)
+    told = engine_of(decoder, batch_tokens=16).generate(
+        [replace(one, likely=2 if place % 2 else 0, scored=place < 3) for place, one in enumerate(asked)]
+    )
+    assert drawn(told) == drawn(plain)
+    for place, (request, one) in enumerate(zip(asked, told, strict=True)):
+        assert ("likely" in one.columns) == bool(place % 2) and (one.prompt is not None) == (place < 3)
+        if one.prompt is not None:
+            again = replace(request, tokens=request.tokens[:-1], likely=2, sampling=Sampling(max_new_tokens=1), id="a")
+            best = engine_of(decoder).generate([again])[0].columns["likely"][0]
+            known = dict(likely_tokens(best))
+            assert place % 2 == 0 or one.prompt["likely"][-1] == best
+            assert known.get(request.tokens[-1], one.prompt["logprobs"][-1]) == one.prompt["logprobs"][-1]
+            assert np.isnan(one.prompt["logprobs"]).tolist() == [True, *[False] * (len(request.tokens) - 1)]

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from tandem.engine.batch import Sequence as LiveSequence
 
 
+MOST_LIKELY = 1024  # tokens that are told beside each that is drawn
+
+
 def count_pages(kv_memory_bytes: int, token_bytes: int, page_tokens: int) -> int:
     """Pages that fit in `kv_memory_bytes`; `token_bytes` is what a token takes in one group (KvGroup.token_bytes).
 
@@ -54,6 +57,7 @@ def check_request(request: Request, vocab_size: int) -> None:
         ("temperature", drawn.temperature, 0 <= drawn.temperature < 2.0**128, "0 (greedy) to what fp32 holds"),
         ("top_k", drawn.top_k, 0 <= drawn.top_k < 2**31, "0 (all tokens) to 2^31 - 1"),
         ("top_p", drawn.top_p, 0 <= drawn.top_p <= 1, "0 to 1 (all tokens)"),
+        ("likely", request.likely, 0 <= request.likely <= MOST_LIKELY, f"0 (none) to {MOST_LIKELY}"),
         ("min_p", drawn.min_p, 0 <= drawn.min_p <= 1, "0 (all tokens) to 1"),
     ):
         if not fine:

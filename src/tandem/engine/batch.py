@@ -36,6 +36,11 @@ class Work:
     draws: int  # the last rows, each of which draws the token of the next position; 0 where more is known
     request: Request  # sampling parameters and seed
 
+    @property
+    def scores(self) -> int:
+        """Its first so many rows tell the log-prob of the prompt's next token."""
+        return max(0, min(len(self.tokens), len(self.request.tokens) - 1 - self.start)) if self.request.scored else 0
+
 
 @dataclass(slots=True)
 class Batch:
@@ -70,6 +75,11 @@ class Batch:
     def num_draws(self) -> int:
         return sum([work.draws for work in self.works])
 
+    @property
+    def scores(self) -> bool:
+        """Whether some row tells of a prompt."""
+        return any(work.request.scored and work.scores for work in self.works)
+
 
 @dataclass(slots=True)
 class Sampled:
@@ -78,6 +88,7 @@ class Sampled:
     tokens: list[int]  # of a draw that failed, any
     values: dict[str, list[Any]]  # column (tandem.columns) -> one a token; None where the token has none
     failed: dict[int, str] = field(default_factory=dict)  # draw -> why it has no token
+    scores: dict[int, tuple[list[float], list[bytes]]] = field(default_factory=dict)  # work -> of what it scores
 
 
 @dataclass(slots=True)
@@ -157,7 +168,14 @@ class Sequence:
     charged: int = 0  # tokens that were charged to its program, see engine/order.py
     matcher: Matcher | None = None  # of its constraint, from its first draw on
     leaf: Node | None = None  # under shares: who is charged for it
+    prompt: dict[str, list[Any]] = field(default_factory=dict)  # column -> one a token of a scored prompt
     found: int = 0  # under shares: its leading blocks that another held when it started, and pays for
+
+    def score(self, start: int, logprobs: list[float], likely: list[bytes]) -> None:
+        """Of its prompt's tokens from `start` on."""
+        tokens = len(self.request.tokens)
+        for name, values, absent in (("logprobs", logprobs, float("nan")), ("likely", likely, b"")):
+            self.prompt.setdefault(name, [absent] * tokens)[start : start + len(values)] = values
 
     def drawn(self, first: int) -> Columns:
         """The generated tokens from the first-th on, and what is known of them."""
@@ -183,6 +201,7 @@ class Sequence:
             cached_tokens=self.cached_tokens,
             recomputed_tokens=self.recomputed_tokens,
             failure=failure,
+            prompt=Columns.of(tokens=self.request.tokens, **self.prompt) if self.request.scored else None,
         )
 
 

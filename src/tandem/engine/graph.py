@@ -216,19 +216,20 @@ class DeviceSteps:
 
     @torch.inference_mode()
     def start(self, batch: Batch) -> Callable[[], Sampled]:
-        """Queue a batch; to be called for what it drew. Draws with noise, filters or masks are waited for at once.
+        """Queue a batch; to be called for what it drew. Draws with noise, filters or masks are waited for at
+        once, and so is what tells more than its draws.
 
         DeliveryError comes in place of what a step drew from shared pages that were wrong.
         """
         runner = self._runner
         wrong = self._check_pages(batch)
-        if not batch.num_draws:
+        if not (batch.num_draws or batch.scores):
             self._hidden(self._sent(batch, SamplingBatch.stack([], [], [])))
             found = fetch(*wrong)
             return lambda: self._checked(Sampled([], {"logprobs": []}), batch, *found())
         sampling = sampling_of(batch)
-        if runner.config.noise or not sampling.plain:
-            sampled = runner.drawn(self._hidden(self._sent(batch, sampling)), sampling)
+        if runner.config.noise or not sampling.plain or sampling.likely_S.any() or batch.scores:
+            sampled = runner.taken(self._hidden(self._sent(batch, sampling)), batch, sampling)
             self._drawn[: len(sampling)] = torch.tensor(sampled.tokens, device=self._device)
             found = fetch(*wrong)
             return lambda: self._checked(sampled, batch, *found())

@@ -59,7 +59,8 @@ class Queues:
 
     def root(self, request: Request) -> bytes:
         """What its blocks are named under, while its keys and values all come from the current weights."""
-        return root_key(self.version, request.adapter, request.tenant) if self.config.share_prefixes else MIXED
+        shared = self.config.share_prefixes and not request.scored
+        return root_key(self.version, request.adapter, request.tenant) if shared else MIXED
 
     def limit(self, request: Request) -> int:
         """Context length at which it ends. Raises as `submit`."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from tandem.columns import ranges
 from tandem.errors import DeliveryError
 from tandem.kernels.sample import SamplingBatch
 
@@ -29,7 +30,7 @@ class StepRows(NamedTuple, Generic[A]):
     row_start_S: A  # [S + 1] int32
     first_S: A  # int32: position of each work's first row
     table_GSP: A  # int32
-    rows_N: A  # int64: that draw
+    rows_N: A  # int64, ascending: that draw, and that score
 
     @staticmethod
     def of(works: Sequence[Work], page_tokens: int) -> StepRows[Here]:
@@ -54,7 +55,15 @@ class StepRows(NamedTuple, Generic[A]):
             draws_S
         )  # of a work's draws among all, its rows among all
         rows_N = np.repeat(ahead_S, draws_S) + np.arange(draws_S.sum())
+        if any(work.request.scored for work in works):
+            rows_N = np.union1d(rows_N, scored_rows(works))
         return StepRows(tokens_T, positions_T, slots_GT, row_start_S, first_S, table_GSP, rows_N)
+
+
+def scored_rows(works: Sequence[Work]) -> Here:
+    """Rows of a step that score, by work."""
+    starts_S = np.cumsum([0, *(len(work.tokens) for work in works[:-1])])
+    return ranges(starts_S, np.array([work.scores for work in works]))
 
 
 def sampling_of(batch: Batch) -> SamplingBatch:
@@ -67,6 +76,7 @@ def sampling_of(batch: Batch) -> SamplingBatch:
         [work.request.seed for work, _ in each],
         [position for _, position in each],
         **masks,
+        likely=[work.request.likely for work, _ in each],
     )
 
 

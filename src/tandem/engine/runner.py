@@ -11,7 +11,7 @@ import torch
 from tandem.engine.batch import Batch, Sampled
 from tandem.engine.config import EngineConfig, KvDtype
 from tandem.engine.layout import KvLayout
-from tandem.engine.rows import Here, StepRows, changed, sampling_of
+from tandem.engine.rows import Here, StepRows, changed, sampling_of, scored_rows
 from tandem.errors import NonFiniteError
 from tandem.kernels.choice import backend
 from tandem.kernels.head import draw
@@ -19,7 +19,7 @@ from tandem.kernels.large import release_memory
 from tandem.kernels.page_pool import KvPool
 from tandem.kernels.page_sum import page_sums
 from tandem.kernels.paths import Paths
-from tandem.kernels.sample import SamplingBatch, kept_sets, sample
+from tandem.kernels.sample import SamplingBatch, kept_sets, likeliest, sample, token_logprobs, top_tokens
 from tandem.models.decoder import Decoder
 from tandem.models.fused import FusedForward, fits
 from tandem.models.view import PagedView
@@ -29,6 +29,9 @@ from tandem.types import Reach
 
 if TYPE_CHECKING:
     from tandem.engine.graph import DeviceSteps
+
+
+SCORED = 64  # rows of prompts whose logits are in memory at once
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -171,7 +174,41 @@ class DecoderRunner:
             batch.copies.clear()
         rows = StepRows.of(works, self.page_tokens)
         hidden_NM = self.forward(torch.from_numpy(rows.tokens_T), self._view(rows), torch.from_numpy(rows.rows_N))
-        return self.drawn(hidden_NM, sampling_of(batch)) if len(rows.rows_N) else Sampled([], {"logprobs": []})
+        return self.taken(hidden_NM, batch, sampling_of(batch))
+
+    def taken(self, hidden_NM: torch.Tensor, batch: Batch, sampling: SamplingBatch) -> Sampled:
+        """What the rows of a step that draw or score give."""
+        if not batch.scores:
+            return self.drawn(hidden_NM, sampling) if len(sampling) else Sampled([], {"logprobs": []})
+        scores = scored_rows(batch.works)
+        ends = np.cumsum([len(work.tokens) for work in batch.works])
+        draws = np.concatenate(
+            [np.arange(end - work.draws, end) for work, end in zip(batch.works, ends.tolist(), strict=True)]
+        )
+        rows = np.union1d(draws, scores)
+        drawing, scoring = (torch.from_numpy(np.searchsorted(rows, some)) for some in (draws, scores))
+        sampled = Sampled([], {"logprobs": []})
+        if len(draws):
+            sampled = self.drawn(hidden_NM[drawing.to(hidden_NM.device)], sampling)
+        sampled.scores = self._scored(hidden_NM[scoring.to(hidden_NM.device)], batch)
+        return sampled
+
+    def _scored(self, hidden_RM: torch.Tensor, batch: Batch) -> dict[int, tuple[list[float], list[bytes]]]:
+        """The model's own log-probs of prompts' next tokens, NaN where a row is not finite, and the likeliest ones."""
+        found, first = dict[int, tuple[list[float], list[bytes]]](), 0
+        for place, work in enumerate(batch.works):
+            logprobs, likely, last = list[float](), list[bytes](), first + work.scores
+            told = torch.tensor(work.request.tokens[work.start + 1 : work.start + 1 + work.scores])
+            for begin in range(first, last, SCORED):
+                logits_RV = self.decoder.logits(hidden_RM[begin : min(begin + SCORED, last)])
+                next_R = told[begin - first : begin - first + len(logits_RV)]
+                logprobs += token_logprobs(logits_RV, next_R).tolist()
+                if work.request.likely:
+                    likely += top_tokens(logits_RV, [work.request.likely] * len(logits_RV))
+            if work.scores:
+                found[place] = logprobs, likely
+            first = last
+        return found
 
     def drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
         """A token for each row of the final hidden states, or why it has none."""
@@ -183,6 +220,16 @@ class DecoderRunner:
             return apart(self._drawn, hidden_SM, sampling)
 
     def _drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
+        sampled, told_N = self._tokens(hidden_SM, sampling), np.flatnonzero(sampling.likely_S)
+        if len(told_N):
+            logits_NV = self.decoder.logits(hidden_SM[torch.from_numpy(told_N).to(hidden_SM.device)])
+            likely: list[bytes | None] = [None] * len(sampling)
+            for row, tokens in zip(told_N.tolist(), likeliest(logits_NV, sampling.rows(told_N)), strict=True):
+                likely[row] = tokens
+            sampled.values["likely"] = likely
+        return sampled
+
+    def _tokens(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
         if sampling.plain:
             tokens_S, logprobs_S = draw(hidden_SM, self.decoder.head, sampling)
             return Sampled(tokens_S.tolist(), {"logprobs": logprobs_S.tolist()})

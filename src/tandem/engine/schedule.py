@@ -348,6 +348,11 @@ class Scheduler(Queues):
         live, stops, stats, step = self.live, self.stops, self._stats, batch.version.step
         columns, drawn, failed = list(sampled.values.items()), sampled.tokens, sampled.failed
         finished, end = list[Completion](), 0
+        for place, (logprobs, likely) in sampled.scores.items():
+            work = batch.works[place]
+            sequence = live.get(work.request.id)
+            if sequence is not None and sequence.arrival == work.sequence:
+                sequence.score(work.start + 1, logprobs, likely)
         for work in batch.works:
             if not work.draws:
                 continue

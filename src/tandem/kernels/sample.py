@@ -37,7 +37,7 @@ from tandem.kernels.finite import raise_if_bad
 from tandem.kernels.mask import MaskTable, mask_table, masked
 from tandem.numerics import random
 from tandem.numerics.random import Stream
-from tandem.types import kept_of
+from tandem.types import kept_of, likely_of
 
 if TYPE_CHECKING:
     from tandem.types import Sampling
@@ -59,9 +59,10 @@ class SamplingBatch:
     seeds_S: NDArray[np.uint64]
     positions_S: NDArray[np.uint32]  # absolute position of the token being drawn
     masks_S: NDArray[np.object_]  # bytes: a kept set (types.kept_ids) that the token is one of; b"": all are
+    likely_S: NDArray[np.int32]  # how many of the most likely tokens are told (`likeliest`)
 
     def __post_init__(self) -> None:
-        dtypes = (np.float32, np.int32, np.float64, np.float64, np.uint64, np.uint32, np.object_)
+        dtypes = (np.float32, np.int32, np.float64, np.float64, np.uint64, np.uint32, np.object_, np.int32)
         for name, dtype in zip(self.__slots__, dtypes, strict=True):
             array = getattr(self, name)
             assert array.dtype == dtype and array.shape == (len(self),) and array.flags.c_contiguous, array
@@ -97,8 +98,10 @@ class SamplingBatch:
         seeds: Sequence[int],
         positions: Sequence[int],
         masks: Sequence[bytes] = (),
+        likely: Sequence[int] = (),
     ) -> SamplingBatch:
-        """One row for each of `samplings`; seeds are unsigned 64-bit, positions below 2^32. masks: none, or all."""
+        """One row for each of `samplings`; seeds are unsigned 64-bit, positions below 2^32. masks and likely: none, or
+        all."""
         return cls(
             np.array([s.temperature for s in samplings], dtype=np.float32),
             np.array([s.top_k for s in samplings], dtype=np.int32),
@@ -107,6 +110,7 @@ class SamplingBatch:
             np.array(seeds, dtype=np.uint64),
             np.array(positions, dtype=np.uint32),
             np.array(masks or [b""] * len(samplings), dtype=np.object_),
+            np.array(likely or [0] * len(samplings), dtype=np.int32),
         )
 
 
@@ -198,6 +202,31 @@ def kept_sets(
         if masked_S[row]:
             kept[row] = kept_of(np.packbits(np.pad(kept_V, (0, -len(kept_V) % 32)), bitorder="little").view(np.uint32))
     return kept, unfiltered
+
+
+def likeliest(logits_SV: Tensor, batch: SamplingBatch) -> list[bytes]:
+    """Of each row its `likely_S` most likely tokens, ties by lower id, with their log-probs, as `types.likely_of` has
+    them: of the distribution that `sample` draws from, with fewer tokens where filters leave fewer. Of a row that can
+    draw one token alone, by temperature 0 or top-k 1: of that before filters and mask, at temperature 1 instead of 0.
+    """
+    alone_S = (batch.temperature_S == 0) | (batch.top_k_S == 1)
+    temperature_S = torch.from_numpy(np.where(batch.temperature_S > 0, batch.temperature_S, np.float32(1)))
+    x_SV = logits_SV / temperature_S.to(logits_SV.device)[:, None]
+    several_N = torch.from_numpy(np.flatnonzero(~alone_S)).to(logits_SV.device)
+    if len(several_N):
+        x_SV[several_N] = processed_logits(logits_SV[several_N], batch.rows(np.flatnonzero(~alone_S)))
+    return top_tokens(x_SV, batch.likely_S.tolist())
+
+
+def top_tokens(x_SV: Tensor, counts: Sequence[int]) -> list[bytes]:
+    """Of each row the so many likeliest under softmax(x), as `likeliest` has them."""
+    found, total_S = [], log_sum_exp(x_SV)
+    for x_V, total, count in zip(x_SV, total_S, counts, strict=True):
+        least = torch.topk(x_V, min(count, len(x_V))).values[-1:].clamp_min(torch.finfo(torch.float32).min)
+        ids = torch.nonzero(x_V >= least)[:, 0] if count else torch.empty(0, dtype=torch.int64)
+        ids = ids[torch.sort(x_V[ids], descending=True, stable=True).indices[:count]]
+        found.append(likely_of(ids.cpu().numpy(), (x_V[ids] - total).cpu().numpy()))
+    return found
 
 
 def log_sum_exp(logits_SV: Tensor, temperature_S: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 from tandem.columns import Columns
@@ -15,7 +15,7 @@ from tandem.server.desk import Piece
 from tandem.server.text import Text
 from tandem.server.turn import Delta, Turn
 from tandem.server.words import Words
-from tandem.types import Completion, Request, StopReason, ToolCall
+from tandem.types import Completion, Request, StopReason, ToolCall, likely_tokens
 
 FINISHED: Mapping[StopReason, str] = {
     StopReason.STOP_TOKEN: "stop",
@@ -98,19 +98,43 @@ def logprobs_of(drawn: Columns, scored: bool) -> list[float]:
 def chat_logprobs(words: Words, drawn: Columns, scored: bool, ends: frozenset[int]) -> dict[str, Any]:
     """As chat completions have them; the token that ended the turn is left out, as its text is."""
     tokens = drawn["tokens"].tolist() if len(drawn) else []
-    rows = []
-    for token, logprob in zip(tokens, logprobs_of(drawn, scored), strict=True):
-        if token not in ends:
-            spelt = words.token_bytes(token)
-            rows.append(
-                {
-                    "token": spelt.decode("utf-8", "replace"),
-                    "logprob": logprob,
-                    "bytes": list(spelt),
-                    "top_logprobs": [],
-                }
-            )
+
+    def told(token: int, logprob: float) -> dict[str, Any]:
+        spelt = words.token_bytes(token)
+        return {"token": spelt.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(spelt)}
+
+    rows = [
+        {**told(token, logprob), "top_logprobs": [told(*one) for one in likely]}
+        for token, logprob, likely in zip(tokens, logprobs_of(drawn, scored), likely_in(drawn), strict=True)
+        if token not in ends
+    ]
     return {"content": rows, "refusal": None}
+
+
+def likely_in(drawn: Columns) -> list[list[tuple[int, float]]]:
+    """The most likely tokens of each place; none where nobody asked."""
+    found = drawn.get("likely")
+    return [[] for _ in range(len(drawn))] if found is None else [likely_tokens(one) for one in found.tolist()]
+
+
+def plain_logprobs(words: Words, known: Columns, logprobs: Sequence[float | None], offset: int) -> dict[str, Any]:
+    """Of tokens as plain completions have them, the one that ended the text too; `offset`: characters before. None of
+    a log-prob is of a token that nothing came before. A token is told of beside the likeliest, where it is none."""
+    tokens = known["tokens"].tolist() if len(known) else []
+    texts = [words.token_bytes(token).decode("utf-8", "replace") for token in tokens]
+    places = accumulate(map(len, texts), initial=offset)
+    top: list[dict[str, float] | None] = []
+    for token, logprob, likely in zip(tokens, logprobs, likely_in(known), strict=True):
+        row = dict[str, float]()
+        for one, value in likely if logprob is None else (*likely, (token, logprob)):
+            row.setdefault(words.spelt(one), value)  # of two that read the same, the likelier
+        top.append(row if logprob is not None else None)
+    return {
+        "tokens": [words.spelt(token) for token in tokens],
+        "token_logprobs": list(logprobs),
+        "top_logprobs": top if "likely" in known else None,
+        "text_offset": list(places)[:-1],
+    }
 
 
 def called(calls: Sequence[ToolCall], first: int, new_id: Callable[[], str]) -> list[dict[str, Any]]:

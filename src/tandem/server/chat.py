@@ -12,7 +12,7 @@ from starlette.responses import Response
 from tandem.server import answers, bodies, demand
 from tandem.server.answers import Answer, Step
 from tandem.server.lineage import of_messages
-from tandem.server.room import DONE, Asking, EventStream, Prompt, Room, answer, attended, collected, event
+from tandem.server.room import DONE, Asking, EventStream, Prompt, Room, Terms, answer, attended, collected, event
 from tandem.server.words import messages_of, tools_of
 from tandem.types import Completion, Message, ToolCall
 
@@ -28,7 +28,8 @@ class Chat:
         tools = demand.chosen(body.tools or (), body.tool_choice)
         self.tools = tools_of(tools)
         calls = demand.called_as(tools, body.tool_choice, body.parallel_tool_calls, room.words.renderer.format)
-        self.constraint = demand.either(demand.constraint_of(body), calls, tools)
+        constraint = demand.either(demand.constraint_of(body), calls, tools)
+        self.terms = Terms(constraint, likely=body.top_logprobs or 0)
         self.created = int(time.time())
         self.scored = body.temperature == 0 and bool(body.logprobs)
         if body.top_logprobs is not None and not body.logprobs:
@@ -43,10 +44,11 @@ class Chat:
         n = demand.choices(room.config, 1, body.n or 1)
         tokens = await room.words.chat(self.messages, self.tools)
         most = body.max_completion_tokens or body.max_tokens
-        sampling = demand.sampling_of(body, most, room.words.renderer.stop_token_ids, bool(body.logprobs))
+        own = room.words.renderer.stop_token_ids
+        self.sampling = sampling = demand.sampling_of(body, most, own, bool(body.logprobs))
         seeds = demand.seeds(demand.seed_of(body.seed), 0, n)
         prompt = Prompt(tokens, of_messages(self.messages))
-        return await room.ask(asker, self.id, [prompt], sampling, [seeds], bool(body.stream), self.constraint)
+        return await room.ask(asker, self.id, [prompt], sampling, [seeds], bool(body.stream), self.terms)
 
     def answer(self, asking: Asking, place: int) -> Answer:
         return Answer(self.room.words, asking.call.requests[place], self.room.words.turn(self.tools))
@@ -63,7 +65,7 @@ class Chat:
         words, body = self.room.words, self.body
         more: dict[str, Any] = {"logprobs": None}
         if body.logprobs:
-            ends = frozenset(words.renderer.stop_token_ids) | frozenset(body.stop_token_ids or ())
+            ends = words.ends(self.sampling)
             more["logprobs"] = answers.chat_logprobs(words, step.drawn, self.scored, ends)
         if body.return_token_ids:
             more["token_ids"] = step.drawn["tokens"].tolist() if len(step.drawn) else []

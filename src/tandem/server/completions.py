@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any, cast
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from tandem.columns import Columns
 from tandem.server import answers, bodies, demand
 from tandem.server.answers import Answer, Step
 from tandem.server.lineage import of_tokens
 from tandem.server.refusal import Refusal
-from tandem.server.room import DONE, Asking, EventStream, Prompt, Room, answer, attended, collected, event
-from tandem.types import Completion
+from tandem.server.room import DONE, Asking, EventStream, Prompt, Room, Terms, answer, attended, collected, event
+from tandem.types import Completion, StopReason
 
 MOST = 16  # tokens where a call says nothing, as OpenAI's
 
@@ -27,17 +29,17 @@ class Continuation:
         self.room, self.body, self.id = room, body, id
         self.created = int(time.time())
         self.n = body.n or 1
-        if body.logprobs:
-            said = f"logprobs is {body.logprobs}: the engine gives the log-prob of the drawn token alone. Allowed: 0."
-            raise Refusal(400, said, "unsupported_value", "logprobs")
         if body.best_of is not None and body.best_of != self.n:
             raise Refusal(400, f"best_of is not served. Allowed: n, which is {self.n}.", "unsupported_value", "best_of")
-        if body.echo and body.logprobs is not None:
-            said = "echo with logprobs: the engine gives no log-probs of a prompt. Take one of them out."
+        if body.echo and body.logprobs is not None and body.stream:
+            said = "echo with logprobs in a stream: log-probs of a prompt are told at the end. Take one of them out."
             raise Refusal(400, said, "unsupported_value", "echo")
+        if body.max_tokens == 0 and not body.echo:
+            raise Refusal(400, "max_tokens is 0: nothing is asked for without echo.", "invalid_value", "max_tokens")
         if body.stream_options is not None and not body.stream:
             demand.needs("stream_options", "stream", "true")
-        self.constraint = demand.constraint_of(body)
+        scores = bool(body.echo) and body.logprobs is not None
+        self.terms = Terms(demand.constraint_of(body), likely=body.logprobs or 0, scored=scores)
         self.scored = body.temperature == 0 and body.logprobs is not None
         self.texts = list[str]()  # of the prompts, where they are echoed
 
@@ -50,22 +52,17 @@ class Continuation:
         context = demand.context_of(room.desk.engine)
         room.words.check_length(max(map(len, prompts)), context)
         tokens = [await room.words.plain(one) if isinstance(one, str) else tuple(one) for one in prompts]
-        words = room.words.tokenizer
-        if body.echo:
-            self.texts = [one if isinstance(one, str) else words.decode(one) for one in prompts]
         own, scored = room.words.renderer.stop_token_ids, body.logprobs is not None
-        sampling = demand.sampling_of(body, body.max_tokens or MOST, own, scored)
+        most = MOST if body.max_tokens is None else max(1, body.max_tokens)
+        sampling = demand.sampling_of(body, most, own, scored)
         seed = demand.seed_of(body.seed)
         seeds = [demand.seeds(seed, number, self.n) for number in range(len(tokens))]
-        return await room.ask(
-            asker,
-            self.id,
-            [Prompt(one, of_tokens(one)) for one in tokens],
-            sampling,
-            seeds,
-            bool(body.stream),
-            self.constraint,
-        )
+        asks = [Prompt(one, of_tokens(one)) for one in tokens]
+        asking = await room.ask(asker, self.id, asks, sampling, seeds, bool(body.stream), self.terms)
+        if body.echo:
+            decode = room.words.tokenizer.decode
+            self.texts = [one if isinstance(one, str) else decode(one) for one in prompts]
+        return asking
 
     def head(self) -> dict[str, Any]:
         return {
@@ -94,17 +91,29 @@ class Continuation:
         return {"index": place, "text": step.delta.content, "finish_reason": finish, **more}
 
     def _logprobs(self, step: Step, offset: int) -> dict[str, Any]:
-        words, ends = self.room.words, self.room.words.renderer.stop_token_ids
+        words, known = self.room.words, step.drawn
+        logprobs: list[float | None] = [*answers.logprobs_of(known, self.scored)]
+        if step.completion is not None and (prompt := step.completion.prompt) is not None:
+            _, *others = prompt["logprobs"].tolist()
+            logprobs = [None, *others, *logprobs]
+            known = Columns.concat([prompt, known]) if len(known) else prompt
+            offset = 0
+        return answers.plain_logprobs(words, known, logprobs, offset)
+
+    def _length(self, step: Step) -> int:
+        """Characters of what was drawn, by its log-probs."""
         tokens = step.drawn["tokens"].tolist() if len(step.drawn) else []
-        known = zip(tokens, answers.logprobs_of(step.drawn, self.scored), strict=True)
-        rows: list[tuple[int, float]] = [row for row in known if row[0] not in ends]
-        texts = [words.token_bytes(token).decode("utf-8", "replace") for token, _ in rows]
-        offsets = [offset + sum(map(len, texts[:place])) for place in range(len(texts))]
-        logprobs = [logprob for _, logprob in rows]
-        return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": None, "text_offset": offsets}
+        return sum(len(self.room.words.token_bytes(token).decode("utf-8", "replace")) for token in tokens)
+
+    def _kept(self, completion: Completion) -> Completion:
+        """An answer as it was asked for: one of no tokens drew one."""
+        if self.body.max_tokens != 0:
+            return completion
+        return replace(completion, columns=completion.columns.slice(0, 0), stop_reason=StopReason.LENGTH)
 
     def whole(self, asking: Asking, completions: list[Completion]) -> dict[str, Any]:
         choices = []
+        completions = [self._kept(one) for one in completions]
         for place, completion in enumerate(completions):
             reader = Answer(self.room.words, asking.call.requests[place], None)
             echoed = self.texts[place // self.n] if self.body.echo else ""
@@ -134,11 +143,15 @@ class Continuation:
             new = await call.pieces()
             events = [] if new else [b": waiting\n\n"]
             for place, piece in new.items():
+                if self.body.max_tokens == 0:
+                    piece.drawn = []
+                if piece.completion is not None:
+                    piece.completion = ended[place] = self._kept(piece.completion)
                 step = readers[place].take(piece)
                 choice = self.choice(asking, place, step, lengths[place])
-                lengths[place] += len(choice["text"])
+                if self.body.logprobs is not None:
+                    lengths[place] += self._length(step)
                 if piece.completion is not None:
-                    ended[place] = piece.completion
                     choice |= readers[place].unmet(piece.completion)
                 if choice["text"] or choice["finish_reason"] or choice.get("token_ids") or choice["logprobs"]:
                     events.append(event({**head, "choices": [choice]}))

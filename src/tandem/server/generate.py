@@ -12,7 +12,7 @@ from tandem.columns import Columns
 from tandem.server import answers, bodies, demand
 from tandem.server.lineage import of_tokens
 from tandem.server.refusal import Refusal
-from tandem.server.room import DONE, Asking, EventStream, Prompt, Room, answer, attended, collected, event
+from tandem.server.room import DONE, Asking, EventStream, Prompt, Room, Terms, answer, attended, collected, event
 from tandem.types import Completion, Constraint, Sampling, StopReason
 from tandem.types import Request as Asked
 
@@ -50,7 +50,7 @@ async def asked(room: Room, request: Request, body: bodies.GenerateBody, id: str
     if given.json_schema is not None:
         constraint = Constraint("json_schema", given.json_schema)
     prompts = [Prompt(tokens, of_tokens(tokens))]
-    return await room.ask(asker, id, prompts, sampling, [seeds], body.stream, constraint)
+    return await room.ask(asker, id, prompts, sampling, [seeds], body.stream, Terms(constraint))
 
 
 def ended(room: Room, asking: Asking, place: int, completion: Completion) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tandem.server.answers import Answer, Step
 from tandem.server.lineage import of_messages
 from tandem.server.output import Output
 from tandem.server.refusal import Refusal
-from tandem.server.room import Asking, EventStream, Prompt, Room, answer, attended, collected, encode
+from tandem.server.room import Asking, EventStream, Prompt, Room, Terms, answer, attended, collected, encode
 from tandem.server.words import messages_of, tools_of
 from tandem.types import Completion, Message, StopReason
 
@@ -51,7 +51,10 @@ class Reply:
         with demand.heard("text.format"):
             given = body.text.format if body.text is not None else None
             whole = structured.of_format(given, "text.format") if given is not None else None
-        self.constraint = demand.either(whole, calls, tools)
+        constraint = demand.either(whole, calls, tools)
+        if body.top_logprobs and LOGPROBS not in (body.include or ()):
+            demand.needs("top_logprobs", "include", f"[{LOGPROBS!r}]")
+        self.terms = Terms(constraint, likely=body.top_logprobs or 0)
         self.created = int(time.time())
         self.told = LOGPROBS in (body.include or ())
         self.output = Output()
@@ -66,7 +69,7 @@ class Reply:
         sampling = demand.sampling_of(drawn, body.max_output_tokens, room.words.renderer.stop_token_ids, self.told)
         seeds = demand.seeds(demand.seed_of(body.seed), 0, 1)
         prompt = Prompt(tokens, of_messages(self.messages))
-        return await room.ask(asker, self.id, [prompt], sampling, [seeds], bool(body.stream), self.constraint)
+        return await room.ask(asker, self.id, [prompt], sampling, [seeds], bool(body.stream), self.terms)
 
     def reader(self, asking: Asking) -> Answer:
         return Answer(self.room.words, asking.call.requests[0], self.room.words.turn(self.tools))

@@ -54,6 +54,15 @@ class Prompt:
     units: Sequence[bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What is asked of each answer of a call, beside how it is drawn."""
+
+    constraint: Constraint | None = None
+    likely: int = 0  # most likely tokens beside each
+    scored: bool = False  # and log-probs of the prompt
+
+
 class Room:
     """A server's parts."""
 
@@ -159,7 +168,7 @@ class Room:
         sampling: Sampling,
         seeds: Sequence[Sequence[int]],
         streams: bool,
-        constraint: Constraint | None = None,
+        terms: Terms = Terms(),
     ) -> Asking:
         """Asks the engine for answers to the prompts, as many to each as it has seeds. Refusal: none is on its way."""
         requests, owners, several = list[Asked](), list[Prompt](), sum(map(len, seeds)) > 1
@@ -172,9 +181,10 @@ class Room:
                 drawn = replace(sampling, max_new_tokens=most)
                 group = id if several else ""
                 one = Asked(named, program, prompt.tokens, drawn, seed, asker.tenant, group=group, hints=asker.hints)
-                requests.append(replace(one, constraint=constraint) if constraint is not None else one)
+                asks = (terms.constraint, terms.likely, terms.scored)
+                requests.append(replace(one, constraint=asks[0], likely=asks[1], scored=asks[2]) if any(asks) else one)
                 owners.append(prompt)
-        if constraint is not None:  # reading a schema takes a while, once
+        if terms.constraint is not None:  # reading a schema takes a while, once
             await self.words.aside(partial(self.desk.engine.check, requests[0]))
         call = await self.desk.ask(id, requests, streams)
         return Asking(call, owners, not asker.program)

@@ -94,6 +94,14 @@ class Words:
             return bytes.fromhex(spelt[3:5])
         return text.encode()
 
+    def spelt(self, token: int) -> str:
+        """A token's text; of one that is half a character, its bytes, as OpenAI writes them."""
+        content = self.token_bytes(token)
+        try:
+            return content.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in content)
+
     def ends(self, sampling: Sampling) -> frozenset[int]:
         """Tokens that end a turn and are no text of it."""
         return frozenset(sampling.stop_token_ids)
