@@ -27,6 +27,16 @@ def test_tensors_do_not_overlap(dtype: torch.dtype) -> None:
     assert large(5, dtype=dtype).shape == (5,) and large(64 << 20, dtype=torch.uint8).shape == (64 << 20,)
 
 
+@given(st.lists(st.integers(1, 3 * LEAST_BYTES), min_size=1, max_size=12))
+def test_zeros_are_zero(sizes: list[int]) -> None:
+    """Weights that are not loaded yet multiply by what another tensor left in the memory."""
+    dirty = [large(size, dtype=torch.uint8).fill_(7) for size in sizes]
+    zeros = [large(size, dtype=torch.uint8, zero=True) for size in sizes]
+    assert not any(bool(tensor.any()) for tensor in zeros) and all(bool((tensor == 7).all()) for tensor in dirty)
+    del dirty
+    assert not any(bool(large(size, dtype=torch.uint8, zero=True).any()) for size in sizes)
+
+
 @given(st.lists(st.tuples(st.integers(1, 3 * LEAST_BYTES), st.booleans()), min_size=1, max_size=12))
 def test_what_is_given_back_is_zero_and_nothing_else(drawn: list[tuple[int, bool]]) -> None:
     """A neighbour that loses its beginning, or a tensor whose ends keep what they held."""

@@ -41,11 +41,12 @@ class _Chunk:
 _shared: list[_Chunk] = []  # the chunk that is being cut, at most one
 
 
-def large(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-    """`torch.empty`, on pages of 2 MB where Linux has them to give; elsewhere and for little it is that itself."""
+def large(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu", zero: bool = False) -> torch.Tensor:
+    """`torch.empty`, or `torch.zeros`, on pages of 2 MB where Linux has them to give; elsewhere and for little it is
+    that itself. Zeros there are memory that nobody has touched yet."""
     nbytes = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or nbytes < LEAST_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, device=device)
+        return (torch.zeros if zero else torch.empty)(shape, dtype=dtype, device=device)
     if nbytes > CHUNK_BYTES // 4:
         return _Chunk(nbytes).cut(shape, dtype)
     if not _shared or _shared[0].used + nbytes > len(_shared[0].memory):

@@ -25,10 +25,10 @@ def packed_size(rows: int, depth: int) -> int:
     return -(-rows // PANEL) * PANEL * depth
 
 
-def panels(matrix_NK: torch.Tensor) -> torch.Tensor:
-    """An empty buffer for the packed form of [N, K]."""
+def panels(matrix_NK: torch.Tensor, *, zero: bool = False) -> torch.Tensor:
+    """An empty buffer for the packed form of [N, K]; of zeros where that is zeros."""
     rows, depth = matrix_NK.shape
-    return large(packed_size(rows, padded(depth, matrix_NK.dtype)), dtype=matrix_NK.dtype)
+    return large(packed_size(rows, padded(depth, matrix_NK.dtype)), dtype=matrix_NK.dtype, zero=zero)
 
 
 def matrix_addresses(weight: Weight) -> tuple[int | None, int | None]:
@@ -62,7 +62,8 @@ class Weight:
 
     __slots__ = ("adapter", "codes", "grad", "library", "packed", "value")
 
-    def __init__(self, value: torch.Tensor, *, matrix: bool) -> None:
+    def __init__(self, value: torch.Tensor, *, matrix: bool, zero: bool = False) -> None:
+        """zero: `value` is all zeros, so the packed form is too; neither is touched before something is loaded."""
         self.value = value.contiguous()
         self.packed: torch.Tensor | None = None
         self.codes: Codes | None = None
@@ -70,8 +71,9 @@ class Weight:
         self.adapter: Adapter | None = None  # added by `linear` and `swiglu_down`
         self.library = False  # multiply by torch's library where that is faster, see library.py; not batch-invariant
         if matrix and backend(value) == "cpp" and kernel("linear", "pack_weight", value.dtype, "ppii") is not None:
-            self.packed = panels(self.value)
-            self.repack()
+            self.packed = panels(self.value, zero=zero)
+            if not zero:
+                self.repack()
 
     def repack(self) -> None:
         """Derive `packed` from `value`."""

@@ -69,10 +69,10 @@ class Decoder:
             return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
         self._outer = embed, norm, head = outer_slots(spec)
-        self.embed = Weight(zeros(*embed.shape), matrix=head is embed)
+        self.embed = Weight(zeros(*embed.shape), matrix=head is embed, zero=True)
         self.layers = [Layer(spec, index, heads, zeros) for index, heads in enumerate(self._heads())]
         self.norm = Weight(zeros(*norm.shape), matrix=False)
-        self.head = self.embed if head is embed else Weight(zeros(*head.shape), matrix=True)
+        self.head = self.embed if head is embed else Weight(zeros(*head.shape), matrix=True, zero=True)
         for _, weight in self.weights():
             weight.library = kernels == "library"
 

@@ -35,7 +35,7 @@ class Part:
     def __init__(self, slots: Sequence[Slot], eps: float, zeros: Zeros) -> None:
         self.slots, self.eps = slots, eps
         for slot in slots:
-            setattr(self, slot.name, Weight(zeros(*slot.shape), matrix=slot.columns is not None))
+            setattr(self, slot.name, Weight(zeros(*slot.shape), matrix=slot.columns is not None, zero=True))
 
     def weights(self) -> Iterator[tuple[Slot, Weight]]:
         """In the order of the forward pass."""
