@@ -191,6 +191,7 @@ LISTED: dict[str, str] = {
     "tandem study length_bias": "takes hours; tests/multi/test_study.py runs a small study",
     "tandem bench ahead [--json]": "takes minutes; tests/multi/test_ahead.py",
     "tandem bench isolation [--json]": "takes minutes; tests/null/test_deal.py",
+    "tandem bench serve [--peer CMD] [--part NAME]... [--rounds N] [--out PNG] [--page MD]": "test_loads.py",
     "tandem bench schedule [--json]": "tests/null/test_tenants_bench.py",
     "tandem bench programs [--json]": "takes minutes; tests/null/test_bench.py",
     "tandem train smollm2_calculator_cpu --set engine.programs.mode=enforce": (

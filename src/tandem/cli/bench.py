@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import os
+import sys
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,9 +29,19 @@ class Work(str, Enum):
     ISOLATION = "isolation"
     PROGRAMS = "programs"
     STRUCTURED = "structured"
+    SERVE = "serve"
+    SOAK = "soak"
 
 
-PEERED = (Work.ENGINE, Work.LEARNER, Work.TREE, Work.STEP, Work.AGENTS, Work.PARITY)
+class Part(str, Enum):
+    START = "start"
+    OVERHEAD = "overhead"
+    LOAD = "load"
+    SWEEP = "sweep"
+
+
+PEERED = (Work.ENGINE, Work.LEARNER, Work.TREE, Work.STEP, Work.AGENTS, Work.PARITY, Work.SERVE)
+DRAWN = (Work.SWEEP, Work.SERVE)  # have a picture
 ALONE = tuple(work for work in Work if work not in PEERED)  # have no peers
 WORKS_HELP = (
     "What to measure; tree: the learner on turns that share their context, beside copies; agents: programs with slow "
@@ -41,7 +52,13 @@ WORKS_HELP = (
     "ahead: sampling while learning beside the loop in steps, its journal's cost, a kill; "
     "schedule: what a decision by shares takes; isolation: two tenants of one engine, and what each gets; "
     "programs: agents that share too little memory, by policy (takes ten minutes); "
-    "structured: answers of a given form beside the same without."
+    "structured: answers of a given form beside the same without; "
+    "serve: the server over the engine alone, and beside a peer's server (takes twelve minutes with one); "
+    "soak: the server at mixed load with faults; every call is accounted for, and memory stays."
+)
+PEER_HELP = (
+    "A command that does the same work and prints its figures as JSON lines; of serve, one that serves the same model "
+    "to OpenAI's clients on port {port}."
 )
 
 
@@ -50,10 +67,15 @@ def bench(
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
     peer: Annotated[
         list[str] | None,
-        typer.Option(metavar="CMD", help="A command that does the same work and prints its figures as JSON lines."),
+        typer.Option(metavar="CMD", help=PEER_HELP),
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of tandem and every peer; medians count.")] = 3,
     out: Annotated[Path | None, typer.Option(metavar="PNG", help="Where a sweep's picture is written.")] = None,
+    part: Annotated[list[Part] | None, typer.Option(help="Of serve: what of it is measured. All of it.")] = None,
+    page: Annotated[
+        Path | None, typer.Option(metavar="MD", help="Of serve: a page that its tables are written into.")
+    ] = None,
+    seconds: Annotated[float | None, typer.Option(min=1, help="Of soak: for how long. 3600.")] = None,
 ) -> int:
     """Measure the engine, the learner or a whole step beside its peers, or see what the time is spent on."""
     from tandem.errors import ConfigError, WorldError
@@ -63,7 +85,17 @@ def bench(
         raise ConfigError(f"--peer is given to `bench {work.value}`, which has no peers. Use one of {peered}.")
     if out is not None:
         _check_picture(work, out)
-    result = _run(work, peer or [], rounds)
+    _check_flags(work, part, page, seconds)
+    if out is not None and part and Part.SWEEP not in part:
+        raise ConfigError("--out draws the sweep of `bench serve`, which --part leaves out. Add --part sweep.")
+    if work is Work.SERVE:
+        result = _serve(peer or [], rounds, part or list(Part))
+    elif work is Work.SOAK:
+        from tandem.bench.soak import soak
+
+        result = soak(seconds or 3600.0, _note)
+    else:
+        result = _run(work, peer or [], rounds)
     if json:
         print(jsonlib.dumps(result, indent=1))
     else:
@@ -77,6 +109,8 @@ def bench(
             Work.ISOLATION: _show_isolation,
             Work.PROGRAMS: _show_programs,
             Work.STRUCTURED: _show_structured,
+            Work.SERVE: _show_serve,
+            Work.SOAK: _show_soak,
         }
         shown.get(work, _show)(result)
         if limits := result.get("limits"):
@@ -84,22 +118,84 @@ def bench(
             print(f"limits: {rates[0]:.2f} TFLOP/s bf16, {rates[1]:.1f} GB/s read")
     if result.get("failure"):
         raise WorldError(result["failure"])
+    if page is not None:
+        from tandem.report.serving import written
+
+        _write("--page", page, written(page.read_text(encoding="utf-8"), result).encode())
     if out is not None:
+        from tandem.report.serving import serving_png
         from tandem.report.throughput import throughput_png
 
-        try:
-            out.write_bytes(throughput_png(result["rows"]))
-        except OSError as error:
-            raise WorldError(f"--out {out} could not be written: {error.strerror}.") from error
+        _write("--out", out, serving_png(result) if work is Work.SERVE else throughput_png(result["rows"]))
     return 0
+
+
+def _write(flag: str, path: Path, what: bytes) -> None:
+    from tandem.errors import WorldError
+
+    try:
+        path.write_bytes(what)
+    except OSError as error:
+        raise WorldError(f"{flag} {path} could not be written: {error.strerror}.") from error
+
+
+def _note(said: str) -> None:
+    """On the way; what was found comes at the end."""
+    print(said, file=sys.stderr, flush=True)
+
+
+def _check_flags(work: Work, part: list[Part] | None, page: Path | None, seconds: float | None) -> None:
+    """ConfigError for a flag of another work, and for a page without its marks."""
+    from tandem.errors import ConfigError
+
+    for flag, given, owner in (
+        ("--part", part, Work.SERVE),
+        ("--page", page, Work.SERVE),
+        ("--seconds", seconds, Work.SOAK),
+    ):
+        if given and work is not owner:
+            raise ConfigError(f"{flag} is given to `bench {work.value}`. It is one of `bench {owner.value}`.")
+    if page is not None:
+        from tandem.report.serving import written
+
+        try:
+            written(page.read_text(encoding="utf-8"), {})
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--page {page} can't take the tables: {error}. Give docs/serving.md.") from error
+
+
+def _serve(peers: list[str], rounds: int, parts: list[Part]) -> dict[str, Any]:
+    from tandem.bench.child import peer_program
+    from tandem.bench.serve import measure
+    from tandem.errors import ConfigError
+    from tandem.run.served import check_installed
+
+    check_installed()
+    if len(peers) > 1:
+        raise ConfigError(f"--peer is given {len(peers)} times. Of `bench serve`, one server is a peer.")
+    peer = peer_program(peers[0]) if peers else None
+    return measure(peer, rounds, [part.value for part in parts], _note)
+
+
+def _show_serve(result: dict[str, Any]) -> None:
+    from tandem.report.serving import tables
+
+    print("\n\n".join(tables(result).values()))
+
+
+def _show_soak(result: dict[str, Any]) -> None:
+    from tandem.report.serving import soaked
+
+    print(soaked(result))
 
 
 def _check_picture(work: Work, out: Path) -> None:
     """ConfigError where no picture can be written there, as far as that shows before the measurement."""
     from tandem.errors import ConfigError
 
-    if work is not Work.SWEEP:
-        raise ConfigError(f"--out is given to `bench {work.value}`, which draws no picture. Use sweep.")
+    if work not in DRAWN:
+        drawn = ", ".join(other.value for other in DRAWN)
+        raise ConfigError(f"--out is given to `bench {work.value}`, which draws no picture. Use one of {drawn}.")
     if os.path.isdir(out):
         raise ConfigError(f"--out {out} is a folder. Give a file in it, such as {out / 'sweep.png'}.")
     if out.suffix.lower() != ".png":
