@@ -123,7 +123,9 @@ class Columns:
 
     def __len__(self) -> int:
         """Tokens."""
-        return next((len(array) for array in self.arrays.values()), 0)
+        for array in self.arrays.values():
+            return len(array)
+        return 0
 
     def __eq__(self, other: object) -> bool:
         """Same columns with the same values; NaN equals NaN."""

@@ -208,6 +208,41 @@ def test_who_takes_nothing_is_cut_off(folder: Path) -> None:
         server.stop()
 
 
+def test_who_takes_something_now_and_then_is_not_cut_off(folder: Path) -> None:
+    """A stream that lasts longer than server.send_s is taken for one wait, and ends without its answer."""
+    server = Server(folder, **{"server.send_s": 0.3})
+    script(server, "a" * 4000).step_s = 0.02
+    server.start()
+    try:
+        body = {"messages": ASK, "stream": True, "max_tokens": 60}
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=30) as answer:
+            text = "".join(answer.iter_text())
+        assert text.endswith("data: [DONE]\n\n") and text.count('"content":"a') >= 40
+    finally:
+        server.stop()
+
+
+def test_a_stream_that_waits_shows_signs_of_life(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy cuts a stream off whose first token takes a minute; or signs of life beside every token."""
+    monkeypatch.setattr("tandem.server.desk.PING_S", 0.4)
+    server = Server(folder)
+    runner = script(server, "a" * 4000)
+    server.start()
+    try:
+        runner.gate.clear()
+        body, signs, events = {"messages": ASK, "stream": True, "max_tokens": 30}, 0, 0
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=30) as answer:
+            for line in answer.iter_lines():
+                signs, events = signs + (line == ": waiting"), events + line.startswith("data: {")
+                if signs == 3 and not runner.gate.is_set():
+                    assert events <= 1  # the role
+                    runner.gate.set()
+        assert signs in (3, 4) and events > 10
+    finally:
+        runner.gate.set()
+        server.stop()
+
+
 def test_who_sends_slowly_is_not_waited_for(folder: Path) -> None:
     """A head or a body that never ends holds a connection for ever; a head without end, memory."""
     with serving(folder, **{"server.head_s": 0.3, "server.body_s": 0.3}) as server:

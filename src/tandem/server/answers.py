@@ -46,8 +46,7 @@ class Answer:
 
     def take(self, piece: Piece) -> Step:
         """The next of a stream."""
-        drawn = Columns.concat(piece.drawn) if piece.drawn else Columns({})
-        return self._step(drawn, piece.completion)
+        return self._step(piece.columns, piece.completion)
 
     def whole(self, completion: Completion) -> Step:
         """All of it."""

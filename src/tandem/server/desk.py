@@ -49,6 +49,13 @@ class Piece:
     drawn: list[Columns] = field(default_factory=list)
     completion: Completion | None = None
 
+    @property
+    def columns(self) -> Columns:
+        """What was drawn, one after another: mostly of one step, which is not copied."""
+        if len(self.drawn) == 1:
+            return self.drawn[0]
+        return Columns.concat(self.drawn) if self.drawn else Columns({})
+
 
 class Watcher(Protocol):
     """Who counts what is asked and answered."""
@@ -71,10 +78,13 @@ class Call:
         self._failure: Refusal | None = None
         self._left = len(requests)  # answers that have not ended
         self._wake = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None  # of signs of life
+        self._came = True  # something, since the timer was set
         self.gone = False  # the client is
 
     def arrived(self, request_id: str, what: Columns | Completion | Refusal) -> None:
         """From the engine, on the loop."""
+        self._came = True
         piece = self._new.setdefault(self._place[request_id], Piece())
         if isinstance(what, Columns):
             piece.drawn.append(what)
@@ -92,20 +102,26 @@ class Call:
         return self.gone or (self._left == 0 and not self._new)
 
     async def pieces(self) -> dict[int, Piece]:
-        """Place of an answer -> what is new of it; nothing after PING_S, or where the client has gone. Raises what an
-        answer failed by: the others are withdrawn."""
+        """Place of an answer -> what is new of it; nothing where nothing came for PING_S at most, or the client has
+        gone. Raises what an answer failed by: the others are withdrawn."""
         if not self._wake.is_set():
-            try:
-                async with asyncio.timeout(PING_S):
-                    await self._wake.wait()
-            except TimeoutError:
-                return {}
+            if self._timer is None:
+                self._watch(asyncio.get_running_loop())
+            await self._wake.wait()
         self._wake.clear()
         new, self._new = self._new, {}
         if self._failure is not None:
             self.withdraw()
             raise self._failure
         return {} if self.gone else new
+
+    def _watch(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Wakes who waits for pieces where none come. One timer, set again as it fires: a timer a wait would cost as
+        much as the piece."""
+        if not self._came:
+            self._wake.set()
+        self._came = False
+        self._timer = None if self.over else loop.call_later(PING_S / 2, self._watch, loop)
 
     async def completions(self) -> list[Completion]:
         """All of them, in order."""

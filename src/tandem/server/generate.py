@@ -94,7 +94,7 @@ async def blocks(room: Room, asking: Asking) -> AsyncIterator[bytes]:
         new = await call.pieces()
         events = [] if new else [b": waiting\n\n"]
         for place, piece in new.items():
-            drawn, request = Columns.concat(piece.drawn) if piece.drawn else Columns({}), call.requests[place]
+            drawn, request = piece.columns, call.requests[place]
             events.append(event({**told(room, request, drawn, piece.completion), "index": place}))
             if piece.completion is not None:
                 room.remember(asking, place, of_tokens((*request.tokens, *piece.completion.tokens)))

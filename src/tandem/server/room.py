@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -14,7 +15,7 @@ from urllib.parse import quote
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from tandem.server import bodies, demand
 from tandem.server.answers import version_spans
@@ -265,6 +266,40 @@ class Leaving(Protocol):
     def withdraw(self) -> None: ...
 
 
+@dataclass(slots=True)
+class Waits:
+    """Of a task: when its wait began; None while it does not wait."""
+
+    since_s: float | None = None
+
+    async def of(self, what: Awaitable[None]) -> None:
+        self.since_s = time.monotonic()
+        await what
+        self.since_s = None
+
+
+@asynccontextmanager
+async def patience(most_s: float) -> AsyncIterator[Waits]:
+    """TimeoutError in a block of which one wait takes longer. One timer, set again as it fires: a timer a wait would
+    cost as much as what is sent."""
+    loop, waits, timer = asyncio.get_running_loop(), Waits(), list[asyncio.TimerHandle]()
+
+    def look(limit: asyncio.Timeout) -> None:
+        waited_s = 0.0 if waits.since_s is None else time.monotonic() - waits.since_s
+        if waited_s >= most_s:
+            limit.reschedule(loop.time())
+        else:
+            timer[:] = [loop.call_later(most_s - waited_s, look, limit)]
+
+    async with asyncio.timeout(None) as limit:
+        look(limit)
+        try:
+            yield waits
+        finally:
+            for one in timer:
+                one.cancel()
+
+
 class EventStream(Response):
     """Server-sent events as they come. The call is withdrawn as soon as its client is gone, or takes nothing.
 
@@ -281,22 +316,18 @@ class EventStream(Response):
         gone = asyncio.ensure_future(_gone(receive))
         gone.add_done_callback(lambda ended: None if ended.cancelled() else self.call.leave())
         try:
-            await self._sent(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for block in self._told():
-                await self._sent(send, {"type": "http.response.body", "body": block, "more_body": True})
-            if not self.call.gone:
-                await self._sent(send, {"type": "http.response.body", "body": b"", "more_body": False})
+            async with patience(self.send_s) as waits:
+                await waits.of(send({"type": "http.response.start", "status": 200, "headers": self.raw_headers}))
+                async for block in self._told():
+                    await waits.of(send({"type": "http.response.body", "body": block, "more_body": True}))
+                if not self.call.gone:
+                    await waits.of(send({"type": "http.response.body", "body": b"", "more_body": False}))
         except TimeoutError:
             log.warning("call %s: its client took nothing for %g s; it was withdrawn", self.call.id, self.send_s)
             scope["abort"]()
         finally:
             gone.cancel()
             self.call.withdraw()
-
-    async def _sent(self, send: Send, message: Message) -> None:
-        """TimeoutError where the client takes nothing of what was sent before."""
-        async with asyncio.timeout(self.send_s):
-            await send(message)
 
     async def _told(self) -> AsyncIterator[bytes]:
         try:
