@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import combinations
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.costs import PICO
+from tandem.engine.deal import Start
 from tandem.engine.hand import Hand
 from tandem.engine.share import UNIT, Node, Shares, Terms, Tree
 from tandem.engine.yields import held_below, who_yields
@@ -190,6 +191,45 @@ def test_preemption_begins_in_the_subtree_that_holds_most_for_its_weight() -> No
     assert gave == {"b/x"}
 
 
+@pytest.mark.parametrize("hold", [4, 60])
+def test_places_go_round_by_weight_where_all_that_runs_fits_in_a_step(hold: int) -> None:
+    """Who came first has all places until its requests end: a tenant waits for them though it holds nothing."""
+    load = Loads({"a": hold, "b": 60}, {"a": Terms(3.0)}, max_sequences=32, new=400, credit_s=1.0)
+    load.run(3.0)
+    holds = Counter(one.request.tenant for one in load.scheduler.running)
+    assert holds == ({"a": 4, "b": 28} if hold == 4 else {"a": 24, "b": 8})
+
+
+def test_a_tenant_takes_room_within_its_subtree_where_the_subtree_has_its_part() -> None:
+    """Teams of one organisation starve: the other organisation's part is even, so nobody is asked to give way."""
+    flights = {"a/x": 60, "b/x": 60}
+    load = Loads(flights, {"b/y": Terms()}, max_sequences=32, new=400, credit_s=1.0).run(2.0)
+    load.in_flight["b/y"] = 20
+    for _ in range(20):
+        load.ask("b/y")
+    load.run(1.0)
+    holds = Counter(one.request.tenant for one in load.scheduler.running)
+    assert holds["a/x"] >= 16 and holds["b/y"] >= 6 and holds["b/x"]
+
+
+def test_who_can_have_no_room_does_not_keep_it_from_others() -> None:
+    """A tenant that is owed most holds too much to be given more, and others wait behind it for nothing."""
+    load = Loads({"crowd": 60, "long": 20}, {"short": Terms()}, pages=200, new=400, max_sequences=60, credit_s=0.0)
+    load.prompt = 1500
+    for _ in range(20):
+        load.ask("long")
+    load.prompt = 20
+    load.run(4.0)
+    long = load.node("long")
+    assert all(one.request.tenant != "short" for one in load.scheduler.running) and long.waiting
+    load.deals.tree.pay(load.deals.tree.leaf("long", "long#1"), -PICO)  # it is owed a second
+    load.in_flight["short"] = 3
+    for _ in range(3):
+        load.ask("short")
+    load.step()
+    assert "short" in {one.request.tenant for one in load.scheduler.running}
+
+
 def test_a_cap_holds_while_nobody_else_wants_anything() -> None:
     """A capped tenant takes what is idle, or the engine stops with work that a cap holds back."""
     load = Loads({"a": 20}, {"a": Terms(cap=0.25)}).run(40.0)
@@ -285,4 +325,4 @@ def test_a_paused_program_does_not_start_under_shares() -> None:
     load.scheduler.programs = cast(Any, gate)
     hand = Hand(load.scheduler, 1000, load.now)
     assert len(kept) == len(running) == 2
-    assert [hand.start(one) for one in load.scheduler.waiting] == [None, None]
+    assert [hand.start(one) for one in load.scheduler.waiting] == [Start.WAITS, Start.WAITS]

@@ -63,6 +63,11 @@ class Typing:
         columns = Columns.of(tokens=tokens, versions=versions, logprobs=[-0.5] * len(tokens))
         return Completion(request_id, columns, reason)
 
+    def loads(self) -> dict[str, float]:
+        return {}
+
+    def promise(self, terms: object, /) -> None: ...
+
     def finish_program(self, program_id: str, tenant: str = "", /) -> None:
         """Keeps nothing for programs."""
 

@@ -86,6 +86,11 @@ class FakeEngine:
         self.live[request.id] = (request, self.now + self.ticks(request))
         self.seen.append(request)
 
+    def loads(self) -> dict[str, float]:
+        return {}
+
+    def promise(self, terms: object, /) -> None: ...
+
     def finish_program(self, program_id: str, tenant: str = "", /) -> None:
         self.finished.add((tenant, program_id))
 

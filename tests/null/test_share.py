@@ -104,7 +104,7 @@ def test_another_weight_leaves_what_is_owed(own: list[float], other: float, char
         made.pay(made.leaf(name, "p"), charge)
     before = {name: made.tenant(name).lag for name in names}
     v = made.root.now
-    made.weigh({"t0": other})
+    made.promise({"t0": Terms(other)})
     made.check_integrity()
     node = made.tenant("t0")
     assert node.weight == max(1, round(other * UNIT))

@@ -35,7 +35,8 @@ much for long: charges are positive and credits bounded, so its row runs after f
 from __future__ import annotations
 
 from collections.abc import Callable
-from heapq import heapify, heappop, heappush, heapreplace
+from enum import Enum
+from heapq import heapify, heappop, heappush
 from itertools import chain
 from typing import TYPE_CHECKING, Protocol
 
@@ -43,6 +44,7 @@ from tandem.engine.bill import bill
 from tandem.engine.costs import PICO, Prices, StepCost
 from tandem.engine.order import Order
 from tandem.engine.share import UNIT, Node, Shares, Tree
+from tandem.engine.slice import first, longest
 from tandem.engine.yields import Price, held_below, who_yields, within
 
 if TYPE_CHECKING:
@@ -51,8 +53,18 @@ if TYPE_CHECKING:
 
 QUANTA = 16  # of a slice
 PASSES = 1024  # requests that a step looks at and that have to wait for a prefix, or for their program's turn
-AGAIN = 16  # steps after which a request that found no room looks again, where nobody came or went
+AGAIN = 16  # steps after which a tenant whose request found no room looks again, where nobody came or went
+REFUSALS = 8  # tenants that find no room, after which a step starts nobody
 NEAR = 8  # requests whose prefixes are compared, where slack_s allows
+
+
+class Start(Enum):
+    """What became of a request that was to start."""
+
+    BEGUN = "it runs"
+    WAITS = "it had better wait, for a prefix or its program's turn"
+    LATER = "its room is that of rows which run in this step already"
+    FULL = "there is no room for it"
 
 
 class Table(Protocol):
@@ -67,8 +79,8 @@ class Table(Protocol):
     def chunk(self, sequence: Sequence, tokens: int) -> int:
         """So many more tokens of its prompt run, or as many as there is room for; how many."""
 
-    def start(self, sequence: Sequence) -> bool | None:
-        """It starts; False: there is no room, None: it had better wait for a prefix."""
+    def start(self, sequence: Sequence) -> Start:
+        """It starts, if it can."""
 
     def place(self, sequence: Sequence) -> int:
         """How far it has run when the step has."""
@@ -94,12 +106,14 @@ class Deals(Order):
         self._leaves: list[Node] = []  # of what runs
         self._content: dict[Node, None] = {}  # nodes of which all runs in this step, those below first
         self._left = self._quantum = 0
-        self._blocked = False  # a request found no room in this step
+        self._blocked = False  # nobody more starts in this step
+        self._stuck: list[Node] = []  # tenants that found no room since somebody came or went
+        self._refusals = 0  # of them, in this step
         self._passed = 0
         self._offered: list[Node] = []  # children that wait, taken from their queues for this step
         self._taken = False
         self._changes = 0  # requests that came, started, gave way or went
-        self._refused = (0, -1)  # in which step somebody found no room, and after how many changes
+        self._refused = (0, -1)  # in which step nobody found room, and after how many changes
 
     def price(self, cost: StepCost) -> None:
         """What steps cost, as it was measured, from now on."""
@@ -155,15 +169,13 @@ class Deals(Order):
         self._held_s = now_s
         root = self.tree.root
         self._gather(draws, prompts, table.tokens, elapsed_s)
-        self._left = self._slice() - self.prices.base
+        self._left = longest(root, self.prices, self._stamp) - self.prices.base
         self._quantum = max(1, self._left // QUANTA)
-        step, changes = self._refused
-        self._blocked = changes == self._changes and self._stamp - step < AGAIN
-        self._passed, self._taken = 0, False
+        self._blocked = self._lately(self._refused)
+        self._passed, self._refusals, self._taken = 0, 0, False
         tokens = sum([len(one.tokens) - one.computed for one in prompts])
-        # Where not all fits, who waits may come before who runs.
-        more = 0 if self._blocked else self.prices.prefill * root.wait_tokens
-        if root.demand + more <= self._left and tokens <= table.tokens and not self.tree.capped:
+        starts = root.waiting and not self._blocked  # who waits may come before who runs, and take its room
+        if not starts and root.demand <= self._left and tokens <= table.tokens and not self.tree.capped:
             self._all(table)
         if root.open or root.inner or root.waiting:
             self._open(table, root)
@@ -175,7 +187,29 @@ class Deals(Order):
             else:
                 node.queued = False
         self._offered.clear()
+        if self._refusals and sum([node.waiting for node in self._stuck]) == root.waiting:
+            self._refused = (self._stamp, self._changes)
         self._content = self._satisfied()
+
+    def _lately(self, refused: tuple[int, int]) -> bool:
+        """Whether there can be no room yet since that step: nobody came or went."""
+        step, changes = refused
+        return changes == self._changes and self._stamp - step < AGAIN
+
+    def _no_room(self, tenant: Node, begun: Start) -> None:
+        """A request of a tenant found none: its others look no more for a while. One that has tenants below looks."""
+        self._refusals += 1
+        self._blocked = self._blocked or self._refusals >= REFUSALS
+        if tenant.tenants:
+            return
+        if begun is Start.LATER:
+            tenant.refused = (self._stamp + 1 - AGAIN, self._changes)  # in the next step it does
+            return
+        if self._stuck and self._stuck[-1].refused[1] != self._changes:
+            self._stuck = []
+        if tenant not in self._stuck:
+            self._stuck.append(tenant)
+        tenant.refused = (self._stamp, self._changes)
 
     def _satisfied(self) -> dict[Node, None]:
         """Nodes that have no row and no request but those that run in this step."""
@@ -245,47 +279,6 @@ class Deals(Order):
         node.demand = node.given = node.place = 0
         node.open, node.inner = [], []
 
-    def _slice(self) -> int:
-        """Picoseconds that the step may take."""
-        base, prefill = self.prices.base, self.prices.prefill
-        root = self.tree.root
-        longest: float = base + root.demand if not root.waiting else float("inf")
-        whose: Node | None = None
-        stack = [(root, 1.0)]
-        while stack:
-            node, share = stack.pop()
-            waiting = self._first(node)
-            inner = [*node.inner, waiting] if waiting is not None and waiting.stamp != self._stamp else node.inner
-            for child in inner:
-                if not child.children:  # a program that waits
-                    continue
-                part = share * child.weight / node.total
-                demand = child.demand if child.stamp == self._stamp else 0
-                length = (base + demand + prefill * child.wait_tokens) / part
-                if part < 1 and length < longest:
-                    longest, whose = length, child
-                if child.stamp == self._stamp:
-                    stack.append((child, part))
-        if whose is not None:  # the base is its: what it may run is what is left of its part
-            for above in whose.way:
-                if above.stamp == self._stamp:
-                    above.given += base
-        return int(min(longest, float(1 << 62)))
-
-    def _first(self, node: Node) -> Node | None:
-        """The child with requests that wait that was served least; it stays in its queue."""
-        queue = node.queue
-        while queue:
-            time, number, child = queue[0]
-            if not child.waiting:
-                heappop(queue)
-                child.queued = False
-            elif child.time != time:
-                heapreplace(queue, (child.time, number, child))
-            else:
-                return child
-        return None
-
     def _all(self, table: Table) -> None:
         """Everything that runs fits."""
         for leaf in self._leaves:
@@ -319,7 +312,7 @@ class Deals(Order):
 
     def _offer(self, table: Table, node: Node) -> None:
         """One more child that only waits competes."""
-        while not self._blocked and (child := self._next(table, node)) is not None:
+        while not self._blocked and not self._lately(node.refused) and (child := self._next(table, node)) is not None:
             self._offered.append(child)
             fresh = child.stamp != self._stamp
             if fresh and not (child.cap < 1 and child.bucket <= 0):
@@ -338,7 +331,7 @@ class Deals(Order):
 
         Taken from its queue.
         """
-        child = self._first(node)
+        child = first(node)
         if child is None:
             return None
         heappop(node.queue)
@@ -346,7 +339,7 @@ class Deals(Order):
             return child
         last = child.time + self.slack * UNIT // child.weight
         near = [child]
-        while len(near) < NEAR and (other := self._first(node)) is not None:
+        while len(near) < NEAR and (other := first(node)) is not None:
             if other.time > last or other.children or other.stamp == self._stamp:
                 break
             heappop(node.queue)
@@ -390,7 +383,8 @@ class Deals(Order):
         return taken
 
     def _more(self, leaf: Node) -> bool:
-        return bool(leaf.chunks or leaf.waits and not self._blocked)
+        assert leaf.parent is not None
+        return bool(leaf.chunks or leaf.waits and not (self._blocked or self._lately(leaf.parent.refused)))
 
     def _rows(self, table: Table, leaf: Node, most: int) -> int:
         """Rows of a program: those that draw, then its prompts, then what waits."""
@@ -444,20 +438,22 @@ class Deals(Order):
 
     def _start(self, table: Table, leaf: Node) -> bool:
         """The first request of a program that can start, does; and is a prompt to run from then on."""
-        if self._blocked or table.tokens <= 0:
+        tenant = leaf.parent
+        assert tenant is not None
+        if self._blocked or table.tokens <= 0 or self._lately(tenant.refused):
             return False
         for sequence in filter(table.allows, leaf.waits.copy()):
             begun = table.start(sequence)
-            if begun is None:
+            if begun is Start.BEGUN:
+                leaf.chunks.append(sequence)
+                return True
+            if begun is Start.WAITS:
                 self._passed += 1
                 if self._passed < PASSES:
                     continue
-            elif begun:
-                leaf.chunks.append(sequence)
-                return True
-            self._blocked = self._blocked or begun is False or self._passed >= PASSES
-            if begun is False:
-                self._refused = (self._stamp, self._changes)
+                self._blocked = True
+            else:
+                self._no_room(tenant, begun)
             return False
         return False
 

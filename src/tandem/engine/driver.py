@@ -19,13 +19,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from tandem.columns import Columns
+from tandem.engine.share import Terms
 from tandem.errors import ConfigError, EngineError, TandemError
 from tandem.types import Completion, Request
 
@@ -51,6 +52,10 @@ class Drivable(Protocol):
     def finish_program(self, program_id: str, tenant: str = "", /) -> None: ...
 
     def on_restoring(self, told: Callable[[str], None], /) -> None: ...
+
+    def loads(self) -> Mapping[str, float]: ...
+
+    def promise(self, terms: Mapping[str, Terms], /) -> None: ...
 
     def step(self) -> list[Completion]: ...
 

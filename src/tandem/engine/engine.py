@@ -10,7 +10,7 @@ while engine.has_work:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from tandem.columns import Columns
@@ -25,6 +25,7 @@ from tandem.engine.integrity import check_integrity
 from tandem.engine.layout import KvLayout
 from tandem.engine.park import Parking
 from tandem.engine.schedule import Scheduler
+from tandem.engine.share import Terms
 from tandem.errors import ConfigError, NonFiniteError
 from tandem.types import Completion, Request, StopReason, WeightVersion
 
@@ -192,6 +193,17 @@ class Engine:
         """told: called in a step with the name of a paused program that is soon to go on; it must not wait."""
         if self.scheduler.programs is not None:
             self.scheduler.programs.restoring = told
+
+    def loads(self) -> dict[str, float]:
+        """Live requests, by tenant, where engine.order is shares (engine/cluster.py)."""
+        order = self.scheduler.order
+        return order.tree.loads() if isinstance(order, Deals) else {}
+
+    def promise(self, terms: Mapping[str, Terms]) -> None:
+        """What tenants are promised of this engine from the next step on, by path; others keep what they were."""
+        order = self.scheduler.order
+        if isinstance(order, Deals):
+            order.tree.promise(terms)
 
     def set_programs_mode(self, mode: Mode) -> None:
         """engine.programs.mode from now on, where it was not "off": "shadow" undoes at once all that "enforce" does."""

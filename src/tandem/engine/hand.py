@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tandem.engine.batch import Sequence, Work
+from tandem.engine.deal import Start
 
 if TYPE_CHECKING:
     from tandem.engine.deal import Deals
@@ -72,10 +73,10 @@ class Hand:
         self.tokens -= end - start
         return end - start
 
-    def start(self, sequence: Sequence) -> bool | None:
+    def start(self, sequence: Sequence) -> Start:
         queues, running = self._queues, self._queues.running
         if not self.allows(sequence):
-            return None
+            return Start.WAITS
         hits = None if sequence.tokens[-1] < 0 else queues._hits(sequence)
         order: Deals = queues.order  # type: ignore[assignment]
         while hits is not None:
@@ -87,13 +88,14 @@ class Hand:
                     queues._start(sequence, hits, self._now_s)
                     queues.waiting.remove(sequence)
                     queues._stats.most_running = max(queues._stats.most_running, len(running))
-                    return True
+                    return Start.BEGUN
             self._begun = False  # what was refused is not promised
             spare = [one for one in running[1:] if one.arrival not in self._rows]
             needed = queues.admission.ahead(sequence, len(hits[0]), 0) + len(hits[0])
             victim = order.yields(sequence, needed, running, spare, queues._price)
             if victim is None:
-                return False
+                later = order.yields(sequence, needed, running, running[1:], queues._price) is not None
+                return Start.LATER if later else Start.FULL
             queues._preempt(victim)
             hits = queues._hits(sequence)
-        return None
+        return Start.WAITS

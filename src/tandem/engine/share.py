@@ -150,8 +150,8 @@ class Node:
     __slots__ = (
         "bucket", "cap", "charged", "children", "chunks", "clock", "debtors", "demand", "depth", "given", "guarantee",
         "guarantees", "had", "inner", "later", "live", "moment", "name", "number", "open", "opened", "owes", "own",
-        "parent", "place", "queue", "queued", "ready", "rest", "rows", "stamp", "stays", "step_moment", "step_time",
-        "time", "total", "wait_tokens", "waiting", "waits", "way", "weight",
+        "parent", "place", "queue", "queued", "ready", "refused", "rest", "rows", "stamp", "stays", "step_moment",
+        "step_time", "tenants", "time", "total", "wait_tokens", "waiting", "waits", "way", "weight",
     )  # fmt: skip
 
     def __init__(self, name: str, parent: Node | None, number: int, terms: Terms | None) -> None:
@@ -165,6 +165,8 @@ class Node:
         self.guarantees = False  # whether a child has one
         self.bucket = int(BURST_S * self.cap * PICO)  # what a cap allows now
         self.children: dict[str, Node] = {}
+        self.tenants = 0  # of these, no programs
+        self.refused = (0, -1)  # of a tenant: in which step it last found no room, and after how many changes
         self.live = 0  # requests below it
         self.waiting = 0  # of those, the ones that wait
         self.wait_tokens = 0  # of their prompts
@@ -225,11 +227,23 @@ class Tree:
         node = Node(name, parent, self._count, terms)
         if parent is not None:
             parent.children[name] = node
+            parent.tenants += not name.startswith(PROGRAM)
             if node.guarantee:
                 parent.guarantees = True
             if node.cap < 1:
                 self.capped.append(node)
         return node
+
+    def _limit(self, node: Node, cap: float) -> None:
+        """Another cap: what was had beyond the one before is to be waited for, at the new one."""
+        if (node.cap < 1) != (cap < 1):
+            if cap < 1:
+                self.capped.append(node)
+            else:
+                self.capped.remove(node)
+        if node.cap < 1 or cap < 1:
+            node.bucket = min(node.bucket, int(BURST_S * cap * PICO))
+        node.cap = cap
 
     def tenant(self, path: str) -> Node:
         """The node of a path, made where there is none."""
@@ -312,6 +326,7 @@ class Tree:
                 heappush(debtors, (node.time, node.number, node))
             elif gone and parent.children.get(node.name) is node:
                 del parent.children[node.name]
+                parent.tenants -= not program
                 self.size -= 1
 
     def wait(self, leaf: Node, sequence: Sequence) -> None:
@@ -362,14 +377,17 @@ class Tree:
 
     # Weights, guarantees, caps.
 
-    def weigh(self, weights: Mapping[str, float]) -> None:
-        """Other weights, by path, from now on; what each is owed stays (engine/cluster.py)."""
+    def promise(self, terms: Mapping[str, Terms]) -> None:
+        """Other terms, by path, from now on; what each is owed stays (engine/cluster.py)."""
         parents = set[Node]()
-        for path, weight in weights.items():
+        for path, one in terms.items():
             node = self.tenant(path)
             parent = node.parent
             assert parent is not None
-            node.own = max(1, round(weight * UNIT))
+            node.own = max(1, round(one.weight * UNIT))
+            node.guarantee = one.guarantee
+            parent.guarantees = parent.guarantees or one.guarantee > 0
+            self._limit(node, one.cap)
             if not node.live:
                 node.time = parent.now - (parent.now - node.time) * node.weight // node.own
                 node.weight = node.own

@@ -38,22 +38,24 @@ def who_yields(
 ) -> Sequence | None:
     """Who of the spare ones gives its pages to a request that needs so many blocks.
 
-    Of the first node on the request's way whose sibling holds more for its weight than it: the cheapest within that
-    sibling, where that leaves it with no less for its weight than the node has then.
+    Of the first node on the request's way that has a sibling which may give: one that has no less for its weight than
+    the node afterwards. Those that hold most for their weight are asked first, of what is below them the cheapest
+    within who holds most.
     """
     way = _way(sequence)
     for node, own in zip([root, *way], way, strict=False):
-        children = [child for child in node.children.values() if child is own or child in held]
-        most = max(children, key=lambda child: (held.get(child, 0) / child.weight, child is own, -child.number))
-        if most is own:
-            continue
-        found = within(most, held, [one for one in spare if most in _way(one)])
-        if not found:
-            return None
-        victim = min(found, key=price)
-        assert victim.pages is not None
-        takes, gives = held.get(own, 0) + needed, held[most] - victim.pages.blocks
-        return victim if takes * most.weight <= gives * own.weight else None
+        needs = held.get(own, 0) + needed
+        siblings = [child for child in node.children.values() if child in held and child is not own]
+        for most in sorted(siblings, key=lambda child: (-held[child] / child.weight, child.number)):
+            if needs * most.weight > held[most] * own.weight:
+                break
+            found = within(most, held, [one for one in spare if most in _way(one)])
+            if not found:
+                continue
+            victim = min(found, key=price)
+            assert victim.pages is not None
+            if needs * most.weight <= (held[most] - victim.pages.blocks) * own.weight:
+                return victim
     return None
 
 

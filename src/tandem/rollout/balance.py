@@ -1,4 +1,4 @@
-"""Shares over the engines behind one router: each is given weights by the loads that all have (engine/cluster.py)."""
+"""Shares over the engines behind one router: each promises what engine/cluster.py makes of the loads that all have."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tandem.engine.cluster import Demand, local_weights
-from tandem.engine.deal import Deals
+from tandem.engine.cluster import Splits
 from tandem.errors import EngineError
 
 if TYPE_CHECKING:
+    from tandem.engine.share import Terms
     from tandem.rollout.router import Replica
 
 SYNC_S = 1.0  # between two askings
@@ -21,41 +21,37 @@ LATE_S = 10.0  # after which what an engine has not told is done without
 
 
 class Balance:
-    """`weights`: of the tree, by path. Called by who waits at the router; asks engines between their steps."""
+    """`terms`: of the tree, by path. Called by who waits at the router; asks engines between their steps."""
 
-    def __init__(self, weights: Mapping[str, float], clock: Callable[[], float] = time.monotonic) -> None:
-        self.weights, self.clock = weights, clock
-        self._asked: dict[Replica, Future[dict[str, float]]] = {}
+    def __init__(self, terms: Mapping[str, Terms], clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self._splits = Splits(terms)
+        self._asked: dict[Replica, Future[Mapping[str, float]]] = {}
         self._asked_s = -float("inf")
-        self._demand: dict[Replica, Demand] = {}
 
     def look(self, replicas: Sequence[Replica]) -> None:
         now = self.clock()
         if self._asked:
-            if all(future.done() for future in self._asked.values()) or now - self._asked_s > LATE_S:
+            if (
+                all(future.done() or not _driven(one) for one, future in self._asked.items())
+                or now - self._asked_s > LATE_S
+            ):
                 self._tell(now)
         elif now - self._asked_s >= SYNC_S:
             self._asked_s = now
             for replica in replicas:
-                if replica.open or replica.driver.threaded:  # one without a thread answers as it is driven
+                if _driven(replica):
                     with suppress(EngineError):  # it stopped
-                        self._asked[replica] = replica.driver.call(partial(_loads, replica.driver.engine))
+                        self._asked[replica] = replica.driver.call(replica.driver.engine.loads)
 
     def _tell(self, now: float) -> None:
         asked, self._asked = self._asked, {}
         told = {one: future.result() for one, future in asked.items() if future.done() and not future.exception()}
-        loads = [self._demand.setdefault(one, Demand()).told(load, now) for one, load in told.items()]
-        for replica, local in zip(told, local_weights(self.weights, loads), strict=True):
+        for replica, terms in self._splits.told(told, now).items():
             with suppress(EngineError):
-                replica.driver.call(partial(_weigh, replica.driver.engine, local))
+                replica.driver.call(partial(replica.driver.engine.promise, terms))
 
 
-def _loads(engine: Any) -> dict[str, float]:
-    order = engine.scheduler.order
-    return order.tree.loads() if isinstance(order, Deals) else {}
-
-
-def _weigh(engine: Any, weights: Mapping[str, float]) -> None:
-    order = engine.scheduler.order
-    if isinstance(order, Deals):
-        order.tree.weigh(weights)
+def _driven(replica: Replica) -> bool:
+    """Whether it answers: one without a thread does as it is driven."""
+    return bool(replica.open) or replica.driver.threaded

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from tandem.engine.batch import INITIAL, Batch, Sampled, Stats
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Decode, Engine
 from tandem.engine.layout import KvLayout
+from tandem.engine.share import Terms
 from tandem.errors import DeliveryError, WorkerError, WorkerLied
 from tandem.models.config import ModelConfig
 from tandem.models.spec import ModelSpec
@@ -81,6 +83,8 @@ class RemoteEngine(Engine):
         self._live: dict[str, Request] = {}
         self._new: list[Request] = []  # of these, what the worker was not asked for
         self._finished: list[tuple[str, str]] = []  # programs, and their tenants, that the worker was not told of
+        self._terms: dict[str, Terms] = {}  # that tenants were promised, whichever worker it is
+        self._promised = True  # the worker knows them
         self._slice: Pending | None = None  # that it runs; none where nothing is live
         self._counts, self._earlier = Stats(), Stats()  # of this worker, and of those before it
         self._returned = 0  # tokens that this worker handed over
@@ -125,7 +129,7 @@ class RemoteEngine(Engine):
         except WorkerError as last:
             self._lost = last
             raise
-        self._new = list(self._live.values())
+        self._new, self._promised = list(self._live.values()), not self._terms
 
     def taking(self, version: WeightVersion) -> Callable[[], None]:
         """As sync/transport.py's Peer says. `receive` of this process's engine is what follows."""
@@ -176,6 +180,16 @@ class RemoteEngine(Engine):
         if self.scheduler.programs is not None:
             self._finished.append((program_id, tenant))
 
+    def loads(self) -> dict[str, float]:
+        """As Engine's: of what has not come back."""
+        shares = self.scheduler.config.order == "shares"
+        return dict(Counter(request.tenant for request in self._live.values())) if shares else {}
+
+    def promise(self, terms: Mapping[str, Terms]) -> None:
+        """As Engine's; the worker hears of it with the next step."""
+        self._terms |= terms
+        self._promised = False
+
     def drawn(self, request_id: str, first: int) -> Columns:
         raise AssertionError("tokens of an engine in another process come at their request's end")
 
@@ -222,7 +236,9 @@ class RemoteEngine(Engine):
         """Have it run a slice, with what is new."""
         asked, self._new = tuple(self._new), []
         finished, self._finished = tuple(self._finished), []
-        self._slice = self.seat.ask("rollout", "advance", asked, SLICE_S, finished)
+        terms = {} if self._promised else self._terms
+        self._promised = True
+        self._slice = self.seat.ask("rollout", "advance", asked, SLICE_S, finished, terms)
 
     def _advanced(self) -> list[Completion]:
         """What ended in the slice that it runs."""

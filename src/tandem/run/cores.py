@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from tandem.engine.share import Terms
 from tandem.trace import Trace
 from tandem.types import Completion, Request
 
@@ -91,6 +92,12 @@ class Taking:
 
     def on_restoring(self, told: Callable[[str], None], /) -> None:
         self.engine.on_restoring(told)
+
+    def loads(self) -> Mapping[str, float]:
+        return self.engine.loads()  # type: ignore[no-any-return]
+
+    def promise(self, terms: Mapping[str, Terms], /) -> None:
+        self.engine.promise(terms)
 
     def drawn(self, request_id: str, first: int, /) -> Any:
         return self.engine.drawn(request_id, first)

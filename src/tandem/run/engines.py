@@ -70,7 +70,7 @@ def endpoint(
     config = parts.engine.scheduler.config
     balance = None
     if config.order == "shares":
-        balance = Balance({path: terms.weight for path, terms in read_shares(config.shares).tenants.items()})
+        balance = Balance(read_shares(config.shares).tenants)
     return Router(
         [replica(name, engine) for name, engine in engines.items()],
         config.answer_s,

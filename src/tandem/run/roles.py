@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from tandem import env
 from tandem.algo.alarm import AlarmConfig
 from tandem.algo.pack import PromptTotal
 from tandem.engine.batch import Stats
+from tandem.engine.share import Terms
 from tandem.errors import CheckpointError, DeliveryError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.config import ModelConfig
@@ -79,14 +80,19 @@ class EngineWorker:
         return self.engine.version
 
     def advance(
-        self, requests: Sequence[Request], slice_s: float, finished: Sequence[tuple[str, str]] = ()
+        self,
+        requests: Sequence[Request],
+        slice_s: float,
+        finished: Sequence[tuple[str, str]],
+        terms: Mapping[str, Terms],
     ) -> tuple[list[Completion], Stats]:
         """Steps with these requests beside those that run: until some end, or `slice_s` have passed.
 
-        finished: programs, and their tenants, that ask for nothing more.
+        finished: programs, and their tenants, that ask for nothing more. terms: that tenants are promised from now on.
         """
         for program_id, tenant in finished:
             self.engine.finish_program(program_id, tenant)
+        self.engine.promise(terms)
         for request in requests:  # whatever follows, they are here to be withdrawn
             self.engine.submit(request)
         if self._held.version != self.engine.version:
@@ -94,8 +100,11 @@ class EngineWorker:
         until_s, done = time.monotonic() + slice_s, list[Completion]()
         while self.engine.has_work and not done:
             done += self.engine.step()
-            if time.monotonic() >= until_s:
+            left_s = until_s - time.monotonic()
+            if left_s <= 0:
                 break
+            if self.engine.wakes_s:  # caps hold back all that is live
+                time.sleep(min(left_s, self.engine.wakes_s))
         return done, self.engine.stats
 
     def abort(self, request_id: str) -> Completion | None:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
-from tandem.engine.cluster import Demand, local_weights
+from tandem.engine.cluster import Splits
 from tandem.engine.deal import Deals
 
 if TYPE_CHECKING:
+    from tandem.engine.share import Terms
     from tandem.sim.engine import SimEngine
     from tandem.types import Completion
 
@@ -18,19 +19,19 @@ IDLE_S = 0.01  # after which an engine that has nothing to run looks again
 
 
 class Cluster:
-    """Steps whichever engine is free first. `weights`: of the tree, by path; None: each engine by its own weights.
+    """Steps whichever engine is free first. `terms`: of the tree, by path; None: each engine by its own.
 
     came: told of each completion, when it is and of which engine; it may submit more.
     """
 
-    def __init__(self, engines: list[SimEngine], weights: Mapping[str, float] | None = None) -> None:
-        self.engines, self.weights = engines, weights
+    def __init__(self, engines: list[SimEngine], terms: Mapping[str, Terms] | None = None) -> None:
+        self.engines = engines
+        self.splits = Splits(terms) if terms is not None else None
         self.now = 0.0
         self.came: Callable[[Completion, int], None] = lambda completion, engine: None
         self._free = [(0.0, number) for number in range(len(engines))]
         heapify(self._free)
         self._ended: list[tuple[float, int, list[Completion]]] = []
-        self._demand = [Demand() for _ in engines]
         self._told_s = -SYNC_S
 
     def had(self, tenant: str) -> float:
@@ -44,20 +45,16 @@ class Cluster:
                 _, engine, completions = heappop(self._ended)
                 for completion in completions:
                     self.came(completion, engine)
-            if self.weights is not None and self.now - self._told_s >= SYNC_S:
-                self._tell(self.weights)
+            if self.splits is not None and self.now - self._told_s >= SYNC_S:
+                self._told_s = self.now
+                told = self.splits.told({order: order.tree.loads() for order in self._orders()}, self.now)
+                for order, terms in told.items():
+                    order.tree.promise(terms)
             seconds, completions = self.engines[number].step(self.now)
             free_s = self.now + (seconds or IDLE_S)
             if completions:
                 heappush(self._ended, (free_s, number, completions))
             heappush(self._free, (free_s, number))
-
-    def _tell(self, weights: Mapping[str, float]) -> None:
-        self._told_s = self.now
-        orders = self._orders()
-        loads = [demand.told(order.tree.loads(), self.now) for demand, order in zip(self._demand, orders, strict=True)]
-        for order, local in zip(orders, local_weights(weights, loads), strict=True):
-            order.tree.weigh(local)
 
     def _orders(self) -> list[Deals]:
         orders = [engine.scheduler.order for engine in self.engines]
