@@ -138,6 +138,28 @@ def test_where_a_tenant_has_nothing_it_is_given_nothing() -> None:
     assert apart["b"] == pytest.approx(0.25, rel=0.05)
 
 
+@pytest.mark.parametrize(("flights", "apart"), [([(100, 100), (0, 100)], 0.2), ([(90, 100), (10, 100)], 0.4)])
+def test_a_guarantee_is_of_all_engines(flights: list[tuple[int, int]], apart: float) -> None:
+    """A tenant with work on one of two engines has half of what it was guaranteed; or has it twice."""
+    terms = {"a": Terms(0.01, guarantee=0.4), "b": Terms(1.0)}
+    loads = [{"a": one, "b": other} for one, other in flights]
+    assert Fleet(terms, loads).parts(["a", "b"], 3.0, 13.0)["a"] == pytest.approx(0.4, rel=0.05)
+    alone = Fleet(terms, loads, told=False).parts(["a", "b"], 3.0, 8.0)["a"]
+    assert alone == pytest.approx(apart, rel=0.1)  # each engine by itself
+
+
+@pytest.mark.parametrize("others", [0, 100])
+@pytest.mark.parametrize("flights", [(100, 0), (90, 10), (50, 50)])
+def test_a_cap_is_of_all_engines(flights: tuple[int, int], others: int) -> None:
+    """A tenant with work on one of two engines has half of what its cap allows; or has on each what it has of all."""
+    terms = {"a": Terms(4.0, cap=0.25), "b": Terms(1.0)}
+    fleet = Fleet(terms, [{"a": one, "b": others} for one in flights])
+    fleet.cluster.run(5.0)
+    before = fleet.cluster.had("a")
+    fleet.cluster.run(25.0)
+    assert (fleet.cluster.had("a") - before) / 2 / 20.0 == pytest.approx(0.25, rel=0.05)
+
+
 def test_three_levels_twenty_tenants_and_four_engines_under_bursts() -> None:
     """Shares hold inside an engine or at the top of the tree, and not at each level of the cluster, under bursts."""
     rng = random.Random(14)
@@ -215,6 +237,35 @@ def test_one_engine_has_the_weights_as_they_are() -> None:
     )
     assert found["a/x"].guarantee == pytest.approx(0.2) and found["a/x"].cap == pytest.approx(0.8)
     assert found["a"].cap == pytest.approx(0.9) and found["b"] == Terms(found["b"].weight)
+
+
+@given(
+    loads, st.lists(st.floats(0.05, 1.0), min_size=4, max_size=4), st.lists(st.floats(0, 0.25), min_size=4, max_size=4)
+)
+def test_what_is_split_adds_up_to_what_was_promised(
+    demand: list[list[int]], caps: list[float], guarantees: list[float]
+) -> None:
+    """Several engines promise a tenant more than one did, or together allow it more than its cap."""
+    terms = {str(n): Terms(1.0, min(guarantees[n], caps[n]), caps[n]) for n in range(len(demand))}
+    told = [{str(n): float(row[engine]) for n, row in enumerate(demand) if row[engine]} for engine in range(3)]
+    found = local_terms(terms, told)
+    for name, one in terms.items():
+        there = [engine for engine in range(3) if name in told[engine]]
+        if there:
+            allowed = sum(found[engine][name].cap for engine in there)
+            assert allowed == pytest.approx(min(3 * one.cap, len(there)) if one.cap < 1 else len(there), rel=1e-6)
+            promised = sum(found[engine][name].guarantee for engine in there)
+            assert promised <= 3 * one.guarantee + 1e-9
+
+
+def test_a_splitting_by_hand() -> None:
+    """A cap is split by engines and not by loads; or the idle time that it leaves is nobody's."""
+    terms = {"a": Terms(1.0, cap=0.25), "b": Terms(1.0, cap=0.5)}
+    one, other = local_terms(terms, [{"a": 3.0, "b": 1.0}, {"a": 1.0, "b": 1.0}])
+    # a may have half an engine, b one, and half an engine is nobody's: x_ai / idle_i is 3 : 1, x_bi / idle_i 1 : 1
+    assert one["a"].cap + other["a"].cap == pytest.approx(0.5) and one["b"].cap + other["b"].cap == pytest.approx(1.0)
+    odds = one["a"].cap / other["a"].cap / (one["b"].cap / other["b"].cap)
+    assert odds == pytest.approx(3.0, rel=1e-3)
 
 
 def test_a_load_counts_at_once_and_fades() -> None:
