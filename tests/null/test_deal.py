@@ -288,9 +288,11 @@ def test_a_step_that_gave_nothing_is_paid_back() -> None:
     assert {name: load.node(name).had for name in "ab"} == pytest.approx(before, abs=1e6)
 
 
-@pytest.mark.parametrize(("slack_s", "first"), [(0.05, "warm"), (0.0, "cold")])
-def test_a_program_near_its_turn_goes_first_for_its_prefix(slack_s: float, first: str) -> None:
-    """Each program's context is computed anew in turn, where another's lay in the cache."""
+@pytest.mark.parametrize(
+    ("slack_s", "ahead_s", "first"), [(0.05, 0.0, "warm"), (0.05, 1.0, "cold"), (0.0, 0.0, "cold")]
+)
+def test_a_program_near_its_turn_goes_first_for_its_prefix(slack_s: float, ahead_s: float, first: str) -> None:
+    """Each program's context is computed anew in turn, where another's lay in the cache; or those go first for ever."""
     load = Loads({}, slack_s=slack_s, max_sequences=1)
 
     def play(*requests: Request) -> None:
@@ -300,6 +302,7 @@ def test_a_program_near_its_turn_goes_first_for_its_prefix(slack_s: float, first
             load.now += load.engine.step(load.now)[0]
 
     play(asked("warm", "warm", 0, 2))
+    load.deals.tree.pay(load.deals.tree.leaf("t", "warm"), int(ahead_s * PICO))
     busy = asked("busy", "busy", 9000, 2)
     load.engine.submit(busy, load.now)
     load.engine.step(load.now)
