@@ -302,7 +302,8 @@ def test_a_program_near_its_turn_goes_first_for_its_prefix(slack_s: float, ahead
             load.now += load.engine.step(load.now)[0]
 
     play(asked("warm", "warm", 0, 2))
-    load.deals.tree.pay(load.deals.tree.leaf("t", "warm"), int(ahead_s * PICO))
+    if ahead_s:
+        load.deals.tree.pay(load.deals.tree.leaf("t", "warm"), int(ahead_s * PICO))
     busy = asked("busy", "busy", 9000, 2)
     load.engine.submit(busy, load.now)
     load.engine.step(load.now)
