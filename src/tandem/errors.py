@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from errno import ENOENT
+from pathlib import Path
 
 
 class TandemError(Exception):
@@ -109,6 +111,13 @@ class TandemWarning(RuntimeWarning):
 
 class LedgerWarning(TandemWarning):
     """The ledger does not close: tokens, seconds or samples are unaccounted for. An error in tests."""
+
+
+def unwritten(path: Path, error: OSError, remedy: str) -> WorldError:
+    """What to raise where a file could not be written; the remedy is another where its folder has gone meanwhile."""
+    if error.errno == ENOENT:
+        remedy = f"{path.parent} is there no more: put it back where it was, or begin again elsewhere."
+    return WorldError(f"{path} could not be written: {error.strerror}. {remedy}")
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -65,7 +65,7 @@ def write_report(
     pictures = []
     if metrics.training(rows):
         light = plots.save_plots(rows, folder)
-        pictures = [(name, path.read_bytes(), _dark(name, rows)) for name, path in light.items()]
+        pictures = [(name, light[name], _dark(name, rows)) for name in light]
     if ledger is None and (folder / "ledger.json").is_file():
         ledger = section(folder)
     for name, (_, draw) in ledger.pictures.items() if ledger else ():
@@ -308,5 +308,8 @@ def inlined(alternative: str, light: bytes, dark: bytes) -> dict[str, str]:
 
 
 def _finished(folder: Path) -> str:
-    changed = (folder / "metrics.jsonl").stat().st_mtime
+    try:
+        changed = (folder / "metrics.jsonl").stat().st_mtime
+    except OSError as error:  # it was there a moment ago
+        raise RunFolderError(f"{folder} cannot be read: {error.strerror}. Was it moved meanwhile?") from error
     return datetime.fromtimestamp(changed).strftime("%Y-%m-%d %H:%M")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tandem.errors import RunFolderError, WorldError
+from tandem.errors import RunFolderError, unwritten
 
 _STEP = re.compile(r"step-(\d+)\.jsonl")
 _TEXTS = ("program_id", "prompt_id", "text")
@@ -57,5 +57,5 @@ def write_file(path: Path, content: str | bytes, remedy: str = "Free some space.
     try:
         path.write_bytes(content.encode(errors="replace") if isinstance(content, str) else content)
     except OSError as error:
-        raise WorldError(f"{path} could not be written: {error.strerror}. {remedy}") from error
+        raise unwritten(path, error, remedy) from error
     return path

@@ -26,11 +26,14 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     path = Path(path)
     if path.is_dir():
         path = path / "metrics.jsonl"
-    if not path.exists():
+    try:
+        lines = path.read_text(errors="replace").rstrip("\n").split("\n")
+    except FileNotFoundError as error:
         raise RunFolderError(
             f"{path} does not exist: no step was finished there. Give a folder made by `tandem train`."
-        )
-    lines = path.read_text(errors="replace").rstrip("\n").split("\n")
+        ) from error
+    except OSError as error:
+        raise RunFolderError(f"{path} cannot be read: {error.strerror}.") from error
     rows: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():

@@ -435,14 +435,15 @@ def shows(figure: Figure) -> bool:
     return any(axes.patches for axes in figure.axes) or any(np.size(line.get_xdata()) for line in lines)
 
 
-def save_plots(rows: Sequence[Row], folder: Path | str) -> dict[str, Path]:
-    """Write a PNG a figure that shows anything into `folder`; name -> path. budget.png only where engine and learner
-    ever differed."""
+def save_plots(rows: Sequence[Row], folder: Path | str) -> dict[str, bytes]:
+    """Write a PNG a figure that shows anything into `folder` as NAME.png; name -> what it holds. budget.png only where
+    engine and learner ever differed."""
     folder = Path(folder)
-    paths = {}
+    pictures = {}
     drifted = any(any((row.get("error_budget") or {}).values()) for row in rows)
     for name, figure in FIGURES.items():
         if (name == "budget" and not drifted) or not shows(figure(rows)):
             continue
-        paths[name] = write_file(folder / f"{name}.png", png(partial(figure, rows)))
-    return paths
+        pictures[name] = png(partial(figure, rows))
+        write_file(folder / f"{name}.png", pictures[name])
+    return pictures

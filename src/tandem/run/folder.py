@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from safetensors import SafetensorError
 
 from tandem.config import diff, dump, load
-from tandem.errors import CheckpointError, ConfigError, RunFolderError, WorldError, nearest
+from tandem.errors import CheckpointError, ConfigError, RunFolderError, WorldError, nearest, unwritten
 from tandem.run.course import marked_best
 from tandem.run.lock import LOCK_NAME, FolderLock
 
@@ -161,10 +161,14 @@ class RunFolder:
 
     def extend_trajectories(self, step: int, more: Iterable[Mapping[str, Any]]) -> None:
         """Further keys of each line that `write_trajectories` wrote, in order."""
-        lines = self.trajectories(step).read_text(encoding="utf-8").splitlines()
+        path = self.trajectories(step)
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise unwritten(path, error, "Check the run folder.") from error
         pairs = zip(lines, more, strict=True)
         added = [f"{line[:-1]},{_short_line(keys)[1:]}" if keys else f"{line}\n" for line, keys in pairs]
-        _write_whole(self.trajectories(step), "".join(added), sync=False)
+        _write_whole(path, "".join(added), sync=False)
 
     def trajectories(self, step: int) -> Path:
         """Where a step's trajectories lie."""
@@ -250,7 +254,10 @@ class RunFolder:
         assert self._lock is not None, f"{self.path} is closed"
         if name not in self._appending:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            self._appending[name] = os.open(self.path / name, flags, 0o644)
+            try:
+                self._appending[name] = os.open(self.path / name, flags, 0o644)
+            except OSError as error:
+                raise unwritten(self.path / name, error, "Check the run folder.") from error
         descriptor = self._appending[name]
         start = os.fstat(descriptor).st_size
         try:
@@ -447,7 +454,7 @@ def _write_whole(path: Path, text: str, sync: bool) -> None:
         aside.replace(path)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise WorldError(f"{path} could not be written: {error.strerror}. Free some space and try again.") from error
+        raise unwritten(path, error, "Free some space and try again.") from error
 
 
 def _write_all(descriptor: int, content: bytes) -> None:
