@@ -150,6 +150,7 @@ class Hints:
     tools: tuple[str, ...] = ()  # that may run behind it
     turns_left: int | None = None  # requests of its program behind it; 0: it is the last
     tool_s: float | None = None  # what the tools will take
+    arguments: str = ""  # a hash of what the tools before it were called with: a record has it (engine/record.py)
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,6 +78,22 @@ def test_hints_and_programs_come_as_headers_too(server: Server, monkeypatch: pyt
     )
 
 
+def test_a_record_can_tell_calls_by_their_arguments(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls with other arguments are one and the same, or a conversation without any has a hash."""
+    seen: list[Any] = []
+    submit = server.room.desk.driver.submit
+    monkeypatch.setattr(
+        server.room.desk.driver, "submit", lambda request, *rest: seen.append(request.hints) or submit(request, *rest)
+    )
+    for arguments in ('{"a": 1, "b": 2}', '{"b":2,"a":1}', '{"a": 2, "b": 2}', None):
+        call = {"role": "assistant", "tool_calls": [{"id": "x", "function": {"name": "f", "arguments": arguments}}]}
+        tail = [call, {"role": "tool", "tool_call_id": "x", "content": "3"}] if arguments else []
+        body = {"messages": [*ASK, *tail], "max_tokens": 1, "hints": {"turns_left": 3}}
+        assert post(server, "/v1/chat/completions", body).status_code == 200
+    first, same, other, none = (hints.arguments for hints in seen)
+    assert first == same != other and first and other and not none and {one.turns_left for one in seen} == {3}
+
+
 def test_a_model_is_asked_for_by_its_last_name_or_as_it_was_given(folder: Path) -> None:
     """The name that a user knows a model by is refused, or a path is its only one."""
     with serving(folder, **{"server.name": ""}) as running:

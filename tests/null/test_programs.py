@@ -262,6 +262,35 @@ def test_shadow_changes_nothing(policy: str, tmp_path: Path) -> None:
     assert seen["keep"] == (24 if policy in KEEPING else 0) and (seen["balance"] > 0) == (policy in GATED)
 
 
+@pytest.mark.parametrize(
+    ("mode", "policy", "cause"),
+    [("shadow", "thunder", "cache"), ("enforce", "thunder", ""), ("enforce", "ttl", "time")],
+)
+def test_a_turn_says_what_drew_it_and_why_it_found_less(tmp_path: Path, mode: str, policy: str, cause: str) -> None:
+    """A record from which nobody can tell why a program's context was computed again, or by which weights."""
+    w = world(lives(6, turns=4, tool_s=3.0, start=40), 48, mode=mode, policy=policy, record=str(tmp_path / "record"))
+    for step in range(10_000):
+        if w.over:
+            break
+        if step == 40:
+            w.engine.receive(WeightVersion(7, "seven"))
+        w.step()
+    w.engine.scheduler.programs.record.flush()
+    lines = list(read(tmp_path / "record"))
+    turns = [line for line in lines if line["at"] == "turn"]
+    seeds = {one.request_id: one for one in w.done}
+    assert {line["request"] for line in turns} == set(seeds) and {tuple(line["weights"]) for line in turns} >= {
+        (0,),
+        (7,),
+    }
+    for line in turns:
+        assert bool(line["lost"]) == (line["cached"] < line["known"]), line
+        assert line["weights"] == list(dict.fromkeys(seeds[line["request"]].columns["versions"].tolist()))
+    causes = {line["lost"] for line in turns} - {""}
+    assert "weights" in causes and (not cause or cause in causes), causes
+    assert all(line["t"] > 0 for line in lines if line["at"] == "let_go")
+
+
 def test_advice_only_moves_what_the_cache_forgets_first() -> None:
     """Advice that withholds pages or delays a request, or that changes nothing."""
     runs = {}

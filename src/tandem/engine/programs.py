@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 4096  # batches, after which a waiting request goes before all that came later (engine/order.py)
 NONE = Hints()
+SEPARATOR = "\x1f"  # between a tenant and a program's name
 READY = 2  # programs next to be restored whose tools are made ready
 
 
@@ -75,6 +76,7 @@ class Program:
     kept: list[int] = field(default_factory=list)  # pages
     until_s: float = math.inf  # that they are kept
     paid_s: float = 0.0  # for keeping them, up to then
+    lost: str = ""  # why what its last turn ran may be gone
     ended_s: float = 0.0  # its last turn
     tool: str = ""
     turns_left: int | None = None
@@ -121,7 +123,7 @@ class Programs:
 
     def submitted(self, sequence: Sequence, now: float) -> None:
         request, name = sequence.request, self.name(sequence.request.tenant, sequence.request.program_id)
-        program = self.by_name.get(name)
+        program, hints = self.by_name.get(name), request.hints or NONE
         if program is None:
             out = carried_out(name, self.config.share_of(request.tenant))
             program = self.by_name[name] = Program(name, now, now, out)
@@ -130,10 +132,10 @@ class Programs:
             tool_s, growth = now - program.ended_s, len(request.tokens) - program.ran
             self.predictor.came_back(program.tool, tool_s, growth)
             self.predictor.turned(program.turns, last=False)
-            self._write("back", now, program, tool=program.tool, tool_s=round(tool_s, 6), growth=growth)
+            told = {"tool": program.tool, "arguments": hints.arguments, "growth": growth}
+            self._write("back", now, program, tool_s=round(tool_s, 6), **told)
         program.live.add(sequence.arrival)
         program.seen = None
-        hints = request.hints or NONE
         program.tool, program.tool_s, program.turns_left = "+".join(hints.tools), hints.tool_s, hints.turns_left
         output = self.predictor.predict(request.tenant, "", program.turns).output
         self._size(program, min(len(sequence.tokens) + int(output[1] if output else 0), sequence.limit))
@@ -175,8 +177,9 @@ class Programs:
         if self.record is not None:
             ours = {"turn": program.turns, "known": known, "tool": program.tool, "turns_left": program.turns_left}
             more = {"mode": self.mode, "carried_out": self._acts(program)}
+            more["lost"] = (program.lost or "cache") if sequence.cached_tokens < known else ""
             self.record.turn(program.name, sequence, reason, now, **ours, **more)
-        self._changed = True
+        self._changed, program.lost = True, ""
         if program.live:
             return
         program.phase, program.since_s = "acting" if program.placed else "paused", now
@@ -254,9 +257,8 @@ class Programs:
         for program in self._keepers.values():
             self._pay(program)
         for program in [one for one in self._keepers.values() if one.until_s <= now]:
-            self._free(program)
             self.counts["expired"] += 1
-            self._write("let_go", now, program, cause="time")
+            self._let_go(program, now, "time")
         late = [one for one in self.by_name.values() if not one.live and now - one.ended_s >= self.config.done_s]
         for program in late:
             self._remove(program, now, "time")
@@ -293,14 +295,13 @@ class Programs:
             program.ready = True
             self.restoring(program.name.rpartition(SEPARATOR)[2])
 
-    def _pause(self, program: Program, now: float) -> None:
+    def _pause(self, program: Program, now: float, cause: str = "pause") -> None:
         program.phase, program.placed, program.marked, program.since_s = "paused", False, False, now
         program.seen = None
         if self.parking is not None and program.kept:
             self._park(program, self.parking, now)
-        self._free(program)
         self.counts["paused"] += 1
-        self._write("let_go", now, program, cause="pause")
+        self._let_go(program, now, cause)
 
     def _park(self, program: Program, parking: Parking, now: float) -> None:
         asked = parking.cost(len(program.kept), self.reload_s(program.tokens))
@@ -356,17 +357,17 @@ class Programs:
                 break
             self.counts["yielded"] += 1
             if self.gated and not program.live:
-                self._pause(program, now)
+                self._pause(program, now, "memory")
             else:
-                self._free(program)
-                self._write("let_go", now, program, cause="memory")
+                self._let_go(program, now, "memory")
         return self.index.pool.num_available - before
 
-    def drop(self, now: float = 0.0) -> None:
-        """What is kept is worthless: the weights changed, or the pages lost what they held."""
+    def drop(self, cause: str) -> None:
+        """What is kept goes: it is worthless under new "weights", or as the pages lost what they held, or "mode"."""
         for program in list(self._keepers.values()):
-            self._free(program)
-            self._write("let_go", now, program, cause="weights")
+            self._let_go(program, self.now, cause)
+        for program in self.by_name.values() if cause != "mode" else ():
+            program.lost = cause
         if self.parking is not None:
             self.parking.clear()
 
@@ -383,7 +384,8 @@ class Programs:
     def set_mode(self, mode: Mode, now: float, cause: str = "asked") -> None:
         """From now on; what only "enforce" does is undone at once. The kill switch."""
         if mode != "enforce":
-            self.drop(now)
+            self.now = max(self.now, now)
+            self.drop("mode")
             for program in self.by_name.values():
                 program.placed, program.marked, program.seen = True, False, None
                 program.phase = "reasoning" if program.live else "acting"
@@ -395,12 +397,6 @@ class Programs:
     def tables(self) -> list[list[int]]:
         """Pages held for programs."""
         return [program.kept for program in self._keepers.values()]
-
-    @property
-    def phases(self) -> dict[str, int]:
-        """Programs by what they do."""
-        phases = [program.phase for program in self.by_name.values()]
-        return {phase: phases.count(phase) for phase in ("reasoning", "acting", "paused")}
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
         """AssertionError unless each live request is its program's, and pages are kept for programs that have none
@@ -454,6 +450,11 @@ class Programs:
         times = (program.first_s, program.since_s)
         return Seen(program.name, program.phase, program.pages, reload_s, *times, asks, program.turns, due_s)
 
+    def _let_go(self, program: Program, now: float, cause: str) -> None:
+        self._free(program)
+        program.lost = cause
+        self._write("let_go", now, program, cause=cause)
+
     def _free(self, program: Program) -> None:
         if program.kept:
             self._pay(program)
@@ -494,6 +495,3 @@ class Programs:
         if self.record is not None:
             named = {"program": program.name} if program is not None else {}
             self.record.write(at, now, **named, **values)
-
-
-SEPARATOR = "\x1f"  # between a tenant and a program's name

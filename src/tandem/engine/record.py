@@ -77,6 +77,8 @@ class Record:
             recomputed=sequence.recomputed_tokens,
             output=sequence.num_drawn,
             stop=reason.value,
+            seed=request.seed,
+            weights=[step for step, _ in sequence.spans],
             **{name: round(seconds, 6) for name, seconds in times.items()},
             **more,
         )

@@ -125,7 +125,7 @@ class Scheduler(Queues):
         self.planned = None
         self.version = version
         if self.programs is not None:
-            self.programs.drop()
+            self.programs.drop("weights")
         self.index.retire()
         self.promised.clear()
         for sequence in self.running:
@@ -137,7 +137,7 @@ class Scheduler(Queues):
         """Nothing is live: what pages hold is lost, and none of it is found again."""
         assert not self.live, f"{len(self.live)} requests are live"
         if self.programs is not None:
-            self.programs.drop()
+            self.programs.drop("emptied")
         self.index.empty()
         self._named = []
 
@@ -428,5 +428,5 @@ class Scheduler(Queues):
         for sequence in self.running.copy():
             self._preempt(sequence)
         if self.programs is not None:
-            self.programs.drop()
+            self.programs.drop("failed")
         self.index.empty()

@@ -30,6 +30,7 @@ class Hints(Body):
     tools: Annotated[list[Name], Meta(max_length=64)] = []
     turns_left: Natural | None = None
     tool_s: Annotated[float, Meta(ge=0)] | None = None
+    arguments: Annotated[str, Meta(max_length=256)] = ""
 
 
 class StreamOptions(Body):

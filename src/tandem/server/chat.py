@@ -40,7 +40,7 @@ class Chat:
     async def asked(self, request: Request) -> Asking:
         """The engine has it."""
         body, room = self.body, self.room
-        asker = room.asker(request, body)
+        asker = room.asker(request, body, self.messages)
         n = demand.choices(room.config, 1, body.n or 1)
         tokens = await room.words.chat(self.messages, self.tools)
         most = body.max_completion_tokens or body.max_tokens

@@ -149,7 +149,7 @@ def seeds(seed: int, prompt: int, count: int) -> list[int]:
 
 
 def hints_of(given: bodies.Hints | None) -> Hints | None:
-    return None if given is None else Hints(tuple(given.tools), given.turns_left, given.tool_s)
+    return None if given is None else Hints(tuple(given.tools), given.turns_left, given.tool_s, given.arguments)
 
 
 def choices(config: ServerConfig, prompts: int, n: int) -> int:

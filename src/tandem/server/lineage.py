@@ -70,6 +70,19 @@ def of_messages(messages: Sequence[Message]) -> list[bytes]:
     ]
 
 
+def arguments_of(messages: Sequence[Message]) -> str:
+    """A hash of the calls whose results a conversation ends with; "" where it ends otherwise.
+
+    >>> call = Message("assistant", "", (ToolCall("add", {"a": 1}),))
+    >>> len(arguments_of([call, Message("tool", "1")])), arguments_of([call])
+    (16, '')
+    """
+    before = next((one for one in reversed(messages) if one.role != "tool"), None)
+    if before is None or not before.calls or messages[-1].role != "tool":
+        return ""
+    return blake2b(b"".join(of_messages([Message("assistant", "", before.calls)])), digest_size=8).hexdigest()
+
+
 def of_tokens(tokens: Sequence[int]) -> list[bytes]:
     """Units of a plain prompt: its whole blocks. A million tokens take a moment: they are refused later."""
     ids = array("i", tokens)

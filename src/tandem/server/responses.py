@@ -63,7 +63,7 @@ class Reply:
     async def asked(self, request: Request) -> Asking:
         """The engine has it."""
         body, room = self.body, self.room
-        asker = room.asker(request, body)
+        asker = room.asker(request, body, self.messages)
         tokens = await room.words.chat(self.messages, self.tools)
         drawn = bodies.Drawing(temperature=body.temperature, top_p=body.top_p)
         sampling = demand.sampling_of(drawn, body.max_output_tokens, room.words.renderer.stop_token_ids, self.told)

@@ -22,12 +22,12 @@ from tandem.server.answers import version_spans
 from tandem.server.config import ServerConfig, names_of
 from tandem.server.counts import Counts
 from tandem.server.desk import Call, Desk, log
-from tandem.server.lineage import Lineage
+from tandem.server.lineage import Lineage, arguments_of
 from tandem.server.metrics import Metrics
 from tandem.server.refusal import Refusal, misfit
 from tandem.server.tenants import Access, Holder
 from tandem.server.words import Words
-from tandem.types import Completion, Constraint, Hints, Sampling
+from tandem.types import Completion, Constraint, Hints, Message, Sampling
 from tandem.types import Request as Asked
 
 T = TypeVar("T")
@@ -132,8 +132,8 @@ class Room:
             raise Refusal(408, f"the body did not come within {limit_s:g} s.", "body_too_slow") from error
         return b"".join(parts)
 
-    def asker(self, request: Request, body: bodies.Whose) -> Asker:
-        """Who asks, of body and headers; the body is heard where both say."""
+    def asker(self, request: Request, body: bodies.Whose, messages: Sequence[Message] = ()) -> Asker:
+        """Who asks, of body and headers, and for `messages`; the body is heard where both say."""
         holder = request.state.holder
         tenant = self.access.tenant(holder, body.tenant or request.headers.get("x-tenant"))
         if body.model is not None and body.model not in self.names:
@@ -144,7 +144,10 @@ class Room:
         if len(program) > 256 or not program.isprintable():
             said = "program_id (X-Program-ID) is longer than 256 characters, or not printable."
             raise Refusal(400, said, "invalid_value", "program_id")
-        return Asker(holder, tenant, program, demand.hints_of(body.hints or self._hints(request)))
+        hints = demand.hints_of(body.hints or self._hints(request))
+        if called := arguments_of(messages):
+            hints = replace(hints or Hints(), arguments=(hints and hints.arguments) or called)
+        return Asker(holder, tenant, program, hints)
 
     def _hints(self, request: Request) -> bodies.Hints | None:
         """Of the header, which is the JSON that the body's field would be."""
