@@ -262,6 +262,19 @@ def test_shadow_changes_nothing(policy: str, tmp_path: Path) -> None:
     assert seen["keep"] == (24 if policy in KEEPING else 0) and (seen["balance"] > 0) == (policy in GATED)
 
 
+def test_names_from_outside_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each conversation that never comes back is followed for ten minutes: memory grows with what is asked."""
+    monkeypatch.setattr("tandem.engine.programs.MOST", 5)
+    w = world([], 200, policy="ttl")
+    followed = w.engine.scheduler.programs
+    for number in range(20):
+        w.engine.submit(Request(f"r{number}", f"p{number}", (1, 2, 3, number), Sampling(max_new_tokens=2), number))
+        while w.engine.has_work:
+            w.engine.step()
+    assert [*followed.by_name] == [f"p{number}" for number in range(15, 20)]
+    followed.check_integrity([])
+
+
 @pytest.mark.parametrize(
     ("mode", "policy", "cause"),
     [("shadow", "thunder", "cache"), ("enforce", "thunder", ""), ("enforce", "ttl", "time")],

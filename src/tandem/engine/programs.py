@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 PATIENCE = 4096  # batches, after which a waiting request goes before all that came later (engine/order.py)
 NONE = Hints()
+MOST = 1 << 14  # programs that are followed: beyond, the first to come of those that have no request is done
 SEPARATOR = "\x1f"  # between a tenant and a program's name
 READY = 2  # programs next to be restored whose tools are made ready
 
@@ -125,6 +126,8 @@ class Programs:
         request, name = sequence.request, self.name(sequence.request.tenant, sequence.request.program_id)
         program, hints = self.by_name.get(name), request.hints or NONE
         if program is None:
+            if len(self.by_name) >= MOST and (idle := next((p for p in self.by_name.values() if not p.live), None)):
+                self._remove(idle, now, "many")
             out = carried_out(name, self.config.share_of(request.tenant))
             program = self.by_name[name] = Program(name, now, now, out)
             program.placed = not self.gated
@@ -176,7 +179,7 @@ class Programs:
             self.predictor.said(sequence.request.tenant, sequence.num_drawn)
         if self.record is not None:
             ours = {"turn": program.turns, "known": known, "tool": program.tool, "turns_left": program.turns_left}
-            more = {"mode": self.mode, "carried_out": self._acts(program)}
+            more: dict[str, Any] = {"mode": self.mode, "carried_out": self._acts(program)}
             more["lost"] = (program.lost or "cache") if sequence.cached_tokens < known else ""
             self.record.turn(program.name, sequence, reason, now, **ours, **more)
         self._changed, program.lost = True, ""
