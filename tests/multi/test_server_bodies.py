@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -104,6 +105,19 @@ def test_a_model_is_asked_for_by_its_last_name_or_as_it_was_given(folder: Path) 
             assert (got.status_code, got.json()["model"]) == (200, folder.name)
         assert httpx.get(f"{running.url}/v1/models/{folder}".replace("models//", "models/%2F")).status_code == 200
         assert post(running, "/v1/completions", {"model": "other", "prompt": "a"}).status_code == 404
+
+
+@pytest.mark.parametrize("sent", [b"\x16\x03\x01 hello\r\n\r\n", b"GET / HTTP/1.1\r\nContent-Length: -1\r\n\r\n"])
+def test_what_is_no_http_is_refused_in_the_same_shape(server: Server, sent: bytes) -> None:
+    """A line of plain text, which no client of this protocol reads."""
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), DEADLINE_S) as connection:
+        connection.settimeout(DEADLINE_S)
+        connection.sendall(sent)
+        with connection.makefile("rb") as got:
+            head, _, content = got.read().partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and f"content-length: {len(content)}".encode() in head
+    error = json.loads(content)["error"]
+    assert error["code"] == "invalid_http" and set(error) == {"message", "type", "param", "code"}
 
 
 BIG: list[tuple[str, Any, str]] = [

@@ -14,7 +14,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tandem.errors import ConfigError
 from tandem.server.app import build
-from tandem.server.room import Room
+from tandem.server.refusal import Refusal
+from tandem.server.room import Room, encode
 from tandem.server.verbs import WeightStore
 
 HEAD_BYTES = 1 << 18  # of a request's head, and what of a body came with it
@@ -49,6 +50,13 @@ def patient(head_s: float, send_s: float) -> type[HttpToolsProtocol]:
             self._in_time()
             super().on_headers_complete()
             self.scope["abort"] = self.transport.abort  # type: ignore[typeddict-unknown-key]
+
+        def send_400_response(self, msg: str) -> None:
+            """What came is no HTTP."""
+            content = encode(Refusal(400, f"no request can be read in what came: {msg}", "invalid_http").body())
+            head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+            self.transport.write(f"{head}\r\nconnection: close\r\n\r\n".encode() + content)
+            self.transport.close()
 
         def timeout_keep_alive_handler(self) -> None:
             super().timeout_keep_alive_handler()
