@@ -40,7 +40,7 @@ FREE = {"", "__init__", "__main__"}  # the package's own front door
 TORCH_FREE = {
     *(f"engine/{name}" for name in ("admit", "bill", "cluster", "constraint", "costs", "deal", "draft", "driver")),
     *(f"engine/{name}" for name in ("guard", "hand", "integrity", "layout", "order", "pages", "park", "policies")),
-    *(f"engine/{name}" for name in ("predict", "prefix", "programs", "queues", "record", "schedule", "share")),
+    *(f"engine/{name}" for name in ("predict", "prefix", "programs", "queues", "record", "schedule", "share", "slice")),
     *(f"engine/{name}" for name in ("tables", "tails", "yields")),
     *ROWS[0],
     "cli/main",

@@ -16,8 +16,8 @@ from tandem.engine.deal import Start
 from tandem.engine.hand import Hand
 from tandem.engine.share import UNIT, Node, Shares, Terms, Tree
 from tandem.engine.yields import held_below, who_yields
+from tandem.sim.tenants import COST, Loads
 from tandem.types import Request, Sampling
-from tests.null.loads import COST, Loads
 
 LEAVES = ["a/x", "a/y", "b/x", "b/y", "c"]
 NODES = ["a", "b", *LEAVES]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tandem.engine.costs import PICO, StepCost
 from tandem.engine.deal import QUANTA
 from tandem.engine.share import PROGRAM, UNIT, Node, Terms
-from tests.null.loads import Loads
+from tandem.sim.tenants import Loads
 
 # Whole under each weight, and no multiple of each other: nothing hangs on how a division is rounded.
 COST = StepCost(base_s=7.16e-3, prefill_token_s=1e-4, context_token_s=0.0, decode_token_s=1.036e-3)

@@ -42,6 +42,16 @@ def study(
     """Run what a study still lacks, then write its table, figure and page; Ctrl-C keeps what is done."""
     if name is None:
         return _list(json)
+    from tandem.study import simulated
+
+    if name in (exact := simulated.simulations(FOLDER)):
+        others = {"--arm": arm or None, "--seeds": seeds, "--steps": steps, "--time": time or None}
+        if odd := [flag for flag, value in others.items() if value is not None]:
+            raise ConfigError(f"{name} is a simulation, which has no arms, seeds or steps. Drop {', '.join(odd)}.")
+        folder = out or (exact[name].parent if FOLDER.is_symlink() else Path("runs") / f"study-{name}")
+        found = simulated.read(exact[name]).write(folder)
+        print(jsonlib.dumps({**found, "written": str(folder)}, indent=1) if json else f"written: {folder}/README.md")
+        return 0
     if find_spec("scipy") is None:
         raise ConfigError("a study's intervals need scipy, not installed here: pip install 'tandem-rl[study]'.")
     chosen, home = find_study(name)
@@ -116,14 +126,20 @@ def _say(text: str) -> None:
 
 
 def _list(json: bool) -> int:
+    from tandem.study import simulated
+
     found = [find_study(name)[0] for name in study_names()]
+    exact = [simulated.read(path) for path in simulated.simulations(FOLDER).values()]
     if json:
         rows = [{name: getattr(s, name) for name in ("question", "seeds", "steps")} for s in found]
         arms = [{"study": s.name, "arms": [arm.name for arm in s.arms]} for s in found]
-        print(jsonlib.dumps([{**one, **row} for one, row in zip(arms, rows, strict=True)], indent=1))
+        more = [{"study": s.name, "question": s.question} for s in exact]
+        print(jsonlib.dumps([*({**one, **row} for one, row in zip(arms, rows, strict=True)), *more], indent=1))
         return 0
     for s in found:
         print(f"{s.name}: {s.question}\n    {len(s.arms)} arms x {len(s.seeds)} seeds x {s.steps} steps")
+    for one in exact:
+        print(f"{one.name}: {one.question}\n    a simulation")
     return 0
 
 

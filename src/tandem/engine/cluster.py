@@ -106,8 +106,8 @@ def local_terms(terms: Mapping[str, Terms], loads: Sequence[Loads]) -> list[dict
 def _split(whole: float, parts: Sequence[float]) -> list[float]:
     """So much of engines, as these parts, and at most all of one.
 
-    >>> _split(1.5, [0.6, 0.2, 0.2]), _split(1.5, [1.0, 0.0, 0.0])
-    ([0.9, 0.3, 0.3], [1.0, 0.0, 0.0])
+    >>> _split(1.5, [0.5, 0.25, 0.25]), _split(1.5, [1.0, 0.0, 0.0])
+    ([0.75, 0.375, 0.375], [1.0, 0.0, 0.0])
     """
     found = [0.0] * len(parts)
     open_ = [engine for engine, part in enumerate(parts) if part > 0]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from tandem.engine.batch import Sequence, Work
 from tandem.engine.deal import Start
+from tandem.engine.prefix import NULL
 
 if TYPE_CHECKING:
     from tandem.engine.deal import Deals
@@ -85,6 +86,8 @@ class Hand:
                     queues.admission.begin(running)
                     self._begun = True
                 if queues.admission.admits(sequence, hits) or queues._yielded(sequence) or not running:
+                    refs = queues.pool.refs  # who holds a page pays for it
+                    sequence.found = sum([page != NULL and refs[page] > 0 for page in hits[0]])
                     queues._start(sequence, hits, self._now_s)
                     queues.waiting.remove(sequence)
                     queues._stats.most_running = max(queues._stats.most_running, len(running))

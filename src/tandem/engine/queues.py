@@ -108,8 +108,6 @@ class Queues:
     def _start(self, sequence: Sequence, hits: list[list[int]], now: float) -> None:
         """Moves a waiting sequence to running on the blocks it hits; promises those it will compute."""
         self._shared += [page for table in hits for page in table if page != NULL]
-        refs = self.pool.refs
-        sequence.found = sum([page != NULL and refs[page] > 0 for page in hits[0]])
         self.order.starts(sequence)
         sequence.pages = PageTables(self.index, hits)
         sequence.computed = sequence.pages.blocks * self.config.page_tokens

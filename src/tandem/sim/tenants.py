@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tandem.engine.config import EngineConfig
 from tandem.engine.costs import StepCost
@@ -21,7 +21,13 @@ LIGHT = 1e-15  # a price of memory that changes nothing
 
 @dataclass
 class Loads:
-    """in_flight: by tenant, requests that it has at once."""
+    """A simulated engine under such loads. in_flight: by tenant, requests that it has at once; terms: what others than
+    these, or these, were promised; prompt, new: tokens of a request.
+
+    >>> load = Loads({"a": 40, "b": 40}, {"a": Terms(3.0)}).run(20.0)
+    >>> round(load.had("a") / load.had("b"), 1)
+    3.0
+    """
 
     in_flight: dict[str, int]
     terms: dict[str, Terms] = field(default_factory=dict)
@@ -46,7 +52,7 @@ class Loads:
             max_sequences=self.max_sequences,
             order=self.order,  # type: ignore[arg-type]
         )
-        cost = StepCost(*(getattr(self.cost, name) for name in NAMES), held_token_s=self.held_token_s)
+        cost = replace(self.cost, held_token_s=self.held_token_s)
         named = {tenant: Terms() for tenant in self.in_flight} | self.terms
         shares = Shares(named, cost, self.credit_s, self.slack_s) if self.order == "shares" else None
         self.scheduler = Scheduler(config, self.pages, shares=shares)
@@ -99,6 +105,7 @@ class Loads:
         self.after()
 
     def run(self, seconds: float, checked: bool = False) -> Loads:
+        """So long; checked: every account and page after every step."""
         until = self.now + seconds
         while self.now < until:
             self.step()
@@ -108,8 +115,9 @@ class Loads:
         return self
 
     def median_s(self, tenant: str) -> float:
+        """Of a request, from asking to its end."""
+        return self.quantile_s(tenant, 0.5)
+
+    def quantile_s(self, tenant: str, part: float) -> float:
         took = sorted(self.took[tenant])
-        return took[len(took) // 2]
-
-
-NAMES = ("base_s", "prefill_token_s", "context_token_s", "decode_token_s")
+        return took[min(len(took) - 1, int(part * len(took)))]
