@@ -41,7 +41,7 @@ TORCH_FREE = {
     *(f"engine/{name}" for name in ("admit", "bill", "cluster", "constraint", "costs", "deal", "draft", "driver")),
     *(f"engine/{name}" for name in ("guard", "hand", "integrity", "layout", "order", "pages", "park", "policies")),
     *(f"engine/{name}" for name in ("predict", "prefix", "programs", "queues", "record", "schedule", "share", "slice")),
-    *(f"engine/{name}" for name in ("tables", "tails", "yields")),
+    *(f"engine/{name}" for name in ("table", "tables", "tails", "yields")),
     *ROWS[0],
     "cli/main",
     "cli/recipes",

@@ -188,7 +188,6 @@ LISTED: dict[str, str] = {
     "tandem bench gpu [--json]": "needs a GPU",
     "tandem bench sandbox [--json]": "takes minutes; tests/null/test_bench.py",
     "tandem bench publish [--json]": "takes a minute; tests/multi/test_publish_apart.py",
-    "tandem study isolation": "tests/null/test_simulated.py",
     "tandem study length_bias": "takes hours; tests/multi/test_study.py runs a small study",
     "tandem bench ahead [--json]": "takes minutes; tests/multi/test_ahead.py",
     "tandem bench isolation [--json]": "takes minutes; tests/null/test_deal.py",

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.costs import PICO
-from tandem.engine.deal import Start
 from tandem.engine.hand import Hand
 from tandem.engine.share import UNIT, Node, Shares, Terms, Tree
+from tandem.engine.table import Start
 from tandem.engine.yields import held_below, who_yields
 from tandem.sim.tenants import COST, Loads
 from tandem.types import Request, Sampling

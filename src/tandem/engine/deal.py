@@ -22,7 +22,9 @@ Memory and places are shared by what is held. A request that finds no room takes
 with no less for its weight than the one who takes: of the siblings on both ways down from where they part,
 (held + needed) / w <= (held' - freed) / w'. That can't be turned round by the next request, so nobody preempts in
 circles. The same choice, without the condition, says who gives way when those that run need pages: from the subtree
-that holds most for its weight, the cheapest to compute again.
+that holds most for its weight, the cheapest to compute again. Where places are what lacks and pages are not, held is
+the number of those that run. A tenant that finds no room looks again when somebody came or went, or after AGAIN steps;
+others are asked meanwhile.
 
 Of programs of one tenant that wait, the one with most of its prompt in the cache starts first, where that is ahead of
 the one whose turn it is by no more than `slack_s` of service.
@@ -34,17 +36,16 @@ much for long: charges are positive and credits bounded, so its row runs after f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from enum import Enum
 from heapq import heapify, heappop, heappush
 from itertools import chain
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from tandem.engine.bill import bill
 from tandem.engine.costs import PICO, Prices, StepCost
 from tandem.engine.order import Order
 from tandem.engine.share import UNIT, Node, Shares, Tree
 from tandem.engine.slice import first, longest
+from tandem.engine.table import Start, Table
 from tandem.engine.yields import Price, held_below, who_yields, within
 
 if TYPE_CHECKING:
@@ -53,40 +54,10 @@ if TYPE_CHECKING:
 
 QUANTA = 16  # of a slice
 PASSES = 1024  # requests that a step looks at and that have to wait for a prefix, or for their program's turn
-AGAIN = 16  # steps after which a tenant whose request found no room looks again, where nobody came or went
-REFUSALS = 8  # tenants that find no room, after which a step starts nobody
+AGAIN = 64  # steps after which a tenant whose request found no room looks again, where nobody came or went
+SOON = 1  # the same, where its room is that of rows which came before it in the step
+REFUSALS = 16  # tenants that find no room, after which a step starts nobody
 NEAR = 8  # requests whose prefixes are compared, where slack_s allows
-
-
-class Start(Enum):
-    """What became of a request that was to start."""
-
-    BEGUN = "it runs"
-    WAITS = "it had better wait, for a prefix or its program's turn"
-    LATER = "its room is that of rows which run in this step already"
-    FULL = "there is no room for it"
-
-
-class Table(Protocol):
-    """What a scheduler does with what is dealt."""
-
-    tokens: int  # that the step has room for, beside the rows that draw
-    allows: Callable[[Sequence], bool]  # whether it may start at all: its program is not paused
-
-    def draw(self, sequence: Sequence) -> None:
-        """Its row runs."""
-
-    def chunk(self, sequence: Sequence, tokens: int) -> int:
-        """So many more tokens of its prompt run, or as many as there is room for; how many."""
-
-    def start(self, sequence: Sequence) -> Start:
-        """It starts, if it can."""
-
-    def place(self, sequence: Sequence) -> int:
-        """How far it has run when the step has."""
-
-    def cached(self, sequence: Sequence) -> int:
-        """Blocks that a request that waits would find."""
 
 
 class Deals(Order):
@@ -113,6 +84,13 @@ class Deals(Order):
         self._offered: list[Node] = []  # children that wait, taken from their queues for this step
         self._taken = False
         self._changes = 0  # requests that came, started, gave way or went
+        self._steps = 0
+        self._held: tuple[int, int, bool, dict[Node, int]] = (
+            0,
+            -1,
+            False,
+            {},
+        )  # below nodes, in which step, after which
         self._refused = (0, -1)  # in which step nobody found room, and after how many changes
 
     def price(self, cost: StepCost) -> None:
@@ -171,13 +149,15 @@ class Deals(Order):
         self._gather(draws, prompts, table.tokens, elapsed_s)
         self._left = longest(root, self.prices, self._stamp) - self.prices.base
         self._quantum = max(1, self._left // QUANTA)
+        self._steps += 1
         self._blocked = self._lately(self._refused)
         self._passed, self._refusals, self._taken = 0, 0, False
         tokens = sum([len(one.tokens) - one.computed for one in prompts])
-        starts = root.waiting and not self._blocked  # who waits may come before who runs, and take its room
-        if not starts and root.demand <= self._left and tokens <= table.tokens and not self.tree.capped:
-            self._all(table)
-        if root.open or root.inner or root.waiting:
+        # Where not all fits, who waits may come before who runs.
+        more = 0 if self._blocked else self.prices.prefill * root.wait_tokens
+        if root.demand + more <= self._left and tokens <= table.tokens and not self.tree.capped:
+            self._all(table, tokens)
+        elif root.open or root.inner or root.waiting:
             self._open(table, root)
             self._take(table, root, self._left)
         for node in self._offered:
@@ -188,13 +168,13 @@ class Deals(Order):
                 node.queued = False
         self._offered.clear()
         if self._refusals and sum([node.waiting for node in self._stuck]) == root.waiting:
-            self._refused = (self._stamp, self._changes)
+            self._refused = (min([node.refused[0] for node in self._stuck]), self._changes)
         self._content = self._satisfied()
 
     def _lately(self, refused: tuple[int, int]) -> bool:
         """Whether there can be no room yet since that step: nobody came or went."""
         step, changes = refused
-        return changes == self._changes and self._stamp - step < AGAIN
+        return changes == self._changes and self._steps - step < AGAIN
 
     def _no_room(self, tenant: Node, begun: Start) -> None:
         """A request of a tenant found none: its others look no more for a while. One that has tenants below looks."""
@@ -202,14 +182,11 @@ class Deals(Order):
         self._blocked = self._blocked or self._refusals >= REFUSALS
         if tenant.tenants:
             return
-        if begun is Start.LATER:
-            tenant.refused = (self._stamp + 1 - AGAIN, self._changes)  # in the next step it does
-            return
         if self._stuck and self._stuck[-1].refused[1] != self._changes:
             self._stuck = []
         if tenant not in self._stuck:
             self._stuck.append(tenant)
-        tenant.refused = (self._stamp, self._changes)
+        tenant.refused = (self._steps + (SOON - AGAIN if begun is Start.LATER else 0), self._changes)
 
     def _satisfied(self) -> dict[Node, None]:
         """Nodes that have no row and no request but those that run in this step."""
@@ -279,13 +256,10 @@ class Deals(Order):
         node.demand = node.given = node.place = 0
         node.open, node.inner = [], []
 
-    def _all(self, table: Table) -> None:
-        """Everything that runs fits."""
+    def _all(self, table: Table, tokens: int) -> None:
+        """Everything that runs fits, with so many tokens of prompts. Who waits looks for room first, among all that."""
+        runs = [(one, one.pages) for leaf in self._leaves for one in chain([row[1] for row in leaf.rows], leaf.chunks)]
         for leaf in self._leaves:
-            for _, sequence in leaf.rows:
-                table.draw(sequence)
-            for sequence in leaf.chunks:
-                table.chunk(sequence, table.tokens)
             leaf.place = len(leaf.rows)
             leaf.chunks = []
             node: Node | None = leaf
@@ -294,6 +268,19 @@ class Deals(Order):
                 node = node.parent
             self._left -= leaf.demand
             self._taken = True
+        root = self.tree.root
+        if root.waiting and not self._blocked:
+            table.tokens -= tokens
+            self._open(table, root)
+            self._take(table, root, self._left)
+            table.tokens += tokens
+        for sequence, pages in runs:
+            if sequence.pages is not pages:  # it gave way
+                continue
+            if len(sequence.tokens) - sequence.computed == 1:
+                table.draw(sequence)
+            else:
+                table.chunk(sequence, table.tokens)
 
     def _open(self, table: Table, node: Node) -> None:
         """Its children that have something to run, by eligibility."""
@@ -492,5 +479,10 @@ class Deals(Order):
     def yields(
         self, sequence: Sequence, needed: int, running: list[Sequence], spare: list[Sequence], price: Price
     ) -> Sequence | None:
-        """Who of the spare ones gives its pages to a request that needs so many blocks; None where nobody has to."""
-        return who_yields(self.tree.root, sequence, needed, held_below(running), spare, price)
+        """Who of the spare ones gives its pages to a request that needs so many blocks; None where nobody has to.
+
+        Where it needs 0 of them, it needs a place.
+        """
+        if self._held[:3] != (self._steps, self._changes, not needed):
+            self._held = self._steps, self._changes, not needed, held_below(running, places=not needed)
+        return who_yields(self.tree.root, sequence, needed, self._held[3], spare, price)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tandem.engine.batch import Sequence, Work
-from tandem.engine.deal import Start
 from tandem.engine.prefix import NULL
+from tandem.engine.table import Start
 
 if TYPE_CHECKING:
     from tandem.engine.deal import Deals
@@ -81,20 +81,23 @@ class Hand:
         hits = None if sequence.tokens[-1] < 0 else queues._hits(sequence)
         order: Deals = queues.order  # type: ignore[assignment]
         while hits is not None:
-            if len(running) < queues.config.max_sequences:
-                if not self._begun:
-                    queues.admission.begin(running)
-                    self._begun = True
-                if queues.admission.admits(sequence, hits) or queues._yielded(sequence) or not running:
-                    refs = queues.pool.refs  # who holds a page pays for it
-                    sequence.found = sum([page != NULL and refs[page] > 0 for page in hits[0]])
-                    queues._start(sequence, hits, self._now_s)
-                    queues.waiting.remove(sequence)
-                    queues._stats.most_running = max(queues._stats.most_running, len(running))
-                    return Start.BEGUN
+            full = len(running) >= queues.config.max_sequences
+            if full and order.yields(sequence, 0, running, running[1:], queues._price) is None:
+                return Start.FULL
+            if not self._begun:
+                queues.admission.begin(running)
+                self._begun = True
+            fits = queues.admission.admits(sequence, hits)
+            if not full and (fits or queues._yielded(sequence) or not running):
+                refs = queues.pool.refs  # who holds a page pays for it
+                sequence.found = sum([page != NULL and refs[page] > 0 for page in hits[0]])
+                queues._start(sequence, hits, self._now_s)
+                queues.waiting.remove(sequence)
+                queues._stats.most_running = max(queues._stats.most_running, len(running))
+                return Start.BEGUN
             self._begun = False  # what was refused is not promised
             spare = [one for one in running[1:] if one.arrival not in self._rows]
-            needed = queues.admission.ahead(sequence, len(hits[0]), 0) + len(hits[0])
+            needed = 0 if full and fits else queues.admission.ahead(sequence, len(hits[0]), 0) + len(hits[0])
             victim = order.yields(sequence, needed, running, spare, queues._price)
             if victim is None:
                 later = order.yields(sequence, needed, running, running[1:], queues._price) is not None

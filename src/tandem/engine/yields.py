@@ -12,14 +12,14 @@ if TYPE_CHECKING:
 Price = Callable[["Sequence"], tuple[float, int]]  # of a preemption: the least is preempted
 
 
-def held_below(running: list[Sequence]) -> dict[Node, int]:
-    """Blocks that are held below each node."""
+def held_below(running: list[Sequence], places: bool = False) -> dict[Node, int]:
+    """Blocks that are held below each node; or places, one by each that runs."""
     held: dict[Node, int] = {}
     for sequence in running:
         assert sequence.pages is not None
-        blocks = sequence.pages.blocks
+        size = 1 if places else sequence.pages.blocks
         for node in _way(sequence):
-            held[node] = held.get(node, 0) + blocks
+            held[node] = held.get(node, 0) + size
     return held
 
 
@@ -36,7 +36,7 @@ def within(node: Node, held: dict[Node, int], running: list[Sequence]) -> list[S
 def who_yields(
     root: Node, sequence: Sequence, needed: int, held: dict[Node, int], spare: list[Sequence], price: Price
 ) -> Sequence | None:
-    """Who of the spare ones gives its pages to a request that needs so many blocks.
+    """Who of the spare ones gives its room to a request that needs so many blocks; or a place, where `needed` is 0.
 
     Of the first node on the request's way that has a sibling which may give: one that has no less for its weight than
     the node afterwards. Those that hold most for their weight are asked first, of what is below them the cheapest
@@ -44,7 +44,7 @@ def who_yields(
     """
     way = _way(sequence)
     for node, own in zip([root, *way], way, strict=False):
-        needs = held.get(own, 0) + needed
+        needs = held.get(own, 0) + (needed or 1)
         siblings = [child for child in node.children.values() if child in held and child is not own]
         for most in sorted(siblings, key=lambda child: (-held[child] / child.weight, child.number)):
             if needs * most.weight > held[most] * own.weight:
@@ -54,7 +54,7 @@ def who_yields(
                 continue
             victim = min(found, key=price)
             assert victim.pages is not None
-            if needs * most.weight <= (held[most] - victim.pages.blocks) * own.weight:
+            if needs * most.weight <= (held[most] - (victim.pages.blocks if needed else 1)) * own.weight:
                 return victim
     return None
 
