@@ -144,7 +144,7 @@ def test_siblings_that_want_more_are_apart_by_one_pick_each(tree: tuple[dict[str
     began: dict[Node, int] = {}  # v of those that had a row left out in each step since
     for _ in range(30):
         load.step()
-        pick = max(pick, BASE + deals._quantum + ROW)
+        pick = max(pick, 2 * BASE + deals._quantum + ROW)  # a base foreseen for one may be billed to another
         wanting = {node for leaf in deals._leaves if leaf.place < len(leaf.rows) for node in leaf.way[:-1]}
         began = {node: began.get(node, node.time) for node in wanting}
         for one, other in combinations(wanting, 2):
