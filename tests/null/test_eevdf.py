@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fractions import Fraction
-from itertools import combinations
 
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.costs import PICO, StepCost
 from tandem.engine.deal import QUANTA
-from tandem.engine.share import PROGRAM, UNIT, Node, Terms
+from tandem.engine.share import PROGRAM, Node, Terms
 from tandem.sim.tenants import Loads
 
 # Whole under each weight, and no multiple of each other: nothing hangs on how a division is rounded.
@@ -128,27 +127,3 @@ def test_rows_are_dealt_in_the_order_of_the_definition(tree: tuple[dict[str, int
             wanted = Step(client(root, rows, set(whose.way)), int(length) - BASE)
             assert ["/".join(node.name for node in leaf.way[:-1]) for leaf in batch.leaves] == wanted.found
         load.step()
-
-
-@given(trees(FLAT) | trees(DEEP))
-@settings(max_examples=30, deadline=None)
-def test_siblings_that_want_more_are_apart_by_one_pick_each(tree: tuple[dict[str, int], dict[str, float]]) -> None:
-    """Lags that grow with siblings or levels, where the definition has -r < lag < max(r, q) at any time, at each."""
-    rows, own = tree
-    used = {"/".join(leaf.split("/")[:depth]) for leaf in rows for depth in range(1, 4)}
-    terms = {node: Terms(weight) for node, weight in own.items() if node in used}
-    load = Loads(rows, terms, COST, prompt=1, new=500, max_sequences=400, credit_s=0.0)
-    while load.scheduler.waiting or any(len(one.tokens) - one.computed > 1 for one in load.scheduler.running):
-        load.step()
-    deals, pick = load.deals, 0
-    began: dict[Node, int] = {}  # v of those that had a row left out in each step since
-    for _ in range(30):
-        load.step()
-        pick = max(pick, 2 * BASE + deals._quantum + ROW)  # a base foreseen for one may be billed to another
-        wanting = {node for leaf in deals._leaves if leaf.place < len(leaf.rows) for node in leaf.way[:-1]}
-        began = {node: began.get(node, node.time) for node in wanting}
-        for one, other in combinations(wanting, 2):
-            if one.parent is other.parent:
-                bound = pick * Fraction(UNIT, one.weight) + pick * Fraction(UNIT, other.weight)
-                apart, before = one.time - other.time, began[one] - began[other]
-                assert abs(apart) <= max(bound, abs(before)), (one.path, other.path)
