@@ -73,9 +73,6 @@ def test_two_engines_give_four_to_one_however_arrivals_lie(skew: tuple[int, int]
     assert parts == pytest.approx({"a": 0.8, "b": 0.2}, rel=0.05)
 
 
-PLACES = 32  # of each engine
-
-
 class Doors:
     """Two routers before two engines, each of which both ask in turn; tenants whose requests come by either in parts.
 
@@ -83,9 +80,9 @@ class Doors:
     weight is; engines take what comes first. Else all is handed on as it comes, and engines have a tree.
     """
 
-    def __init__(self, by_first: dict[str, float], turns: bool) -> None:
+    def __init__(self, by_first: dict[str, float], places: int, turns: bool) -> None:
         order, weights = "arrival" if turns else "shares", {"a": 4, "b": 1}
-        config = EngineConfig(page_tokens=32, batch_tokens=2048, max_sequences=PLACES, order=order)  # type: ignore[arg-type]
+        config = EngineConfig(page_tokens=32, batch_tokens=2048, max_sequences=places, order=order)  # type: ignore[arg-type]
         terms = {name: Terms(float(weight)) for name, weight in weights.items()}
         shares = None if turns else Shares(terms, COST)
         engines = [SimEngine(Scheduler(config, 4000, shares=shares), COST) for _ in range(2)]
@@ -98,7 +95,7 @@ class Doors:
         for name in (name for _ in range(4000) for name in "ab"):
             self.waiting[rng.random() >= by_first[name]][name] += 1
         for door in range(2):
-            for _ in range(PLACES if turns else sum(self.waiting[door].values())):
+            for _ in range(places if turns else sum(self.waiting[door].values())):
                 self.hand_on(door)
 
     def hand_on(self, door: int) -> None:
@@ -119,13 +116,16 @@ class Doors:
         self.hand_on(self.door_of[completion.request_id])
 
 
+@pytest.mark.parametrize("places", [32, 128])  # of each engine
 @pytest.mark.parametrize("by_first", [{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}, {"a": 0.9, "b": 0.1}])
-def test_two_routers_give_four_to_one_where_turns_at_each_give_one_to_one(by_first: dict[str, float]) -> None:
+def test_two_routers_give_four_to_one_where_turns_at_each_give_one_to_one(
+    by_first: dict[str, float], places: int
+) -> None:
     """Weights hold at each router, and a tenant that comes by another than all others has as much as they together."""
-    turns, shares = Doors(by_first, turns=True), Doors(by_first, turns=False)
+    turns, shares = Doors(by_first, places, turns=True), Doors(by_first, places, turns=False)
     served, had = list[Counter[str]](), dict[str, float]()
     for doors in (turns, shares):
-        doors.cluster.run(6.0)  # places are handed out anew as the first waves of requests end
+        doors.cluster.run(2.0)
         before = doors.served.copy()
         had = {} if doors is turns else {name: doors.cluster.had(name) for name in "ab"}
         doors.cluster.run(14.0)
