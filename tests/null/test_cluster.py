@@ -214,6 +214,23 @@ def watch(engine: SimEngine, steps: Counter[str]) -> None:
     engine.step = watched  # type: ignore[method-assign]
 
 
+def test_an_engine_that_nobody_uses_changes_nothing() -> None:
+    """An idle engine beside a busy one makes all tenants there alike."""
+    busy = {"a": 30.0, "b": 30.0}
+    of = local_terms({"a": Terms(4.0), "b": Terms(1.0)}, [{}, busy])[1]
+    assert {path: one.weight for path, one in of.items()} == pytest.approx({"a": 4.0, "b": 1.0})
+
+
+def test_who_left_an_engine_is_forgotten_there() -> None:
+    """Parts of an engine are held for minutes for who has left it, and all have the wrong shares elsewhere."""
+    demand = [Demand(), Demand()]
+    for one in demand:
+        one.told({"a": 24.0, "b": 6.0}, 0.0)
+    told = [demand[0].told({}, 30.0), demand[1].told({"a": 6.0, "b": 24.0}, 30.0)]
+    of = local_terms({"a": Terms(4.0), "b": Terms(1.0)}, told)[1]
+    assert {path: one.weight for path, one in of.items()} == pytest.approx({"a": 4.0, "b": 1.0})
+
+
 loads = st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=2, max_size=4)
 
 

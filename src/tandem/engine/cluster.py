@@ -24,6 +24,7 @@ from tandem.engine.share import Terms
 TURNS = 64
 FLOOR = 1e-3  # of a weight, on an engine on which a tenant has nothing now: it may begin there before loads are told
 HALF_LIFE_S = 5.0  # of the memory of a load
+LEAST = 0.5  # requests: less than that is nothing; a part of an engine is not held for it
 
 Loads = Mapping[str, float]  # by tenant path: requests that it has there
 Key = TypeVar("Key", bound=Hashable)
@@ -45,7 +46,7 @@ class Demand:
         """A load that rises counts at once, so that who comes back has its share at once; one that falls, slowly."""
         fade = 0.5 ** (max(0.0, now_s - self._now_s) / HALF_LIFE_S)
         self._now_s = now_s
-        faded = {path: load * fade for path, load in self._loads.items() if load * fade > 1e-6}
+        faded = {path: load * fade for path, load in self._loads.items() if load * fade >= LEAST}
         self._loads = {path: max(loads.get(path, 0.0), faded.get(path, 0.0)) for path in {**faded, **loads}}
         return dict(self._loads)
 
@@ -78,7 +79,8 @@ def local_terms(terms: Mapping[str, Terms], loads: Sequence[Loads]) -> list[dict
         order += below.get(above, [])
     wants = _wants(terms, loads, below, order)
     most = _most(terms, loads, below, order)
-    parts: dict[str | None, list[float]] = {None: [1.0] * len(loads)}  # of each engine, by node; None is all of it
+    parts: dict[str | None, list[float]] = {None: [float(any(one.values())) for one in loads]}
+    # of each engine, by node; None is all of it, and nothing of one that nobody uses
     found: list[dict[str, Terms]] = [{} for _ in loads]
     for parent in order:
         children, room = below.get(parent, []), parts[parent]
