@@ -13,6 +13,7 @@ from tandem.config import override
 from tandem.models.config import ModelConfig
 from tandem.run.served import served
 from tandem.run.weights import ServedWeights
+from tandem.server.app import build
 from tandem.server.config import ServeConfig
 from tandem.server.desk import Desk
 from tandem.server.listen import Listener, bound
@@ -33,7 +34,7 @@ class Server:
         self.room = Room(Desk(self.parts.engine, self.config.server), self.words, self.config.server, str(folder))
         self.listening = bound("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
-        self.listener = Listener(self.room, ServedWeights())
+        self.listener = Listener(build(self.room, ServedWeights()), self.room)
         self.thread = threading.Thread(target=self.listener.run, args=([self.listening],), daemon=True)
 
     def start(self) -> Server:

@@ -73,10 +73,9 @@ RUNS: dict[str, str] = {
     ),
     'tandem generate MODEL "When was she born?" --regex "1[0-9]{3}"': "",
     "tandem chat MODEL": f"tandem chat {MODEL} --max-new-tokens 8",
-    "tandem serve MODEL": f"tandem serve {MODEL} --check",
-    "tandem serve MODEL [--host ADDRESS] [--port N] [--config FILE]... [--set dotted.name=value]... [--check]": (
-        "tandem serve MODEL --port 0 --check"
-    ),
+    "tandem serve MODEL [--engines N]": f"tandem serve {MODEL} --engines 2 --check",
+    "tandem serve MODEL [--host ADDRESS] [--port N] [--engines N] [--config FILE]... [--set dotted.name=value]... "
+    "[--check]": "tandem serve MODEL --port 0 --engines 2 --check",
     "tandem generate MODEL --file PROMPTS.jsonl --temperature 1 --top-p 0.9 -n 4 --json": "",
     "tandem report RUN_DIR ...": "tandem report {run} {run} --out both.html",
     "tandem report RUN_DIR --trajectories": "tandem report {run} --trajectories",
@@ -144,6 +143,7 @@ FILES = {
 OTHERS = "needs a package in an environment of its own; tests/others"
 ADAPTED = "tandem train smollm2_arithmetic_cpu --set task.environment=tandem.program.adapters."
 LISTED: dict[str, str] = {
+    "tandem route URL...": "needs engines; tests/multi/test_route.py",
     "step = base + sum of (prefill or decode row + its context x a token's cost),": "tests/null/test_costs.py",
     "ray start --head --port=6379 --num-cpus=0": "tests/multi/test_two_machines.py",
     "RAY_ADDRESS=FIRST:6379 tandem train smollm2_arithmetic_cpu --set workers.backend=ray --set workers.learner=apart "

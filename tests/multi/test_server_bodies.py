@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tandem.server.load import Visit
-from tandem.server.room import EventStream
+from tandem.server.wire import EventStream
 from tandem.types import Hints
 from tests.serving import DEADLINE_S, Server, serving
 

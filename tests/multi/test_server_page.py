@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.browser import PROGRAM, Browser
+from tests.routing import Stub, routed, stubs
 from tests.serving import Server, script, wait_for
 
 BEYOND = """[...document.querySelectorAll('main *')].filter((one) => !one.closest('.scroll') && !one.closest('svg') &&
@@ -114,6 +115,36 @@ def test_a_key_shows_its_own_tenant(folder: Path, browser: Browser, tmp_path: Pa
         wait_for("one of the two to end", lambda: server.room.counts.watchers == 1)
     finally:
         server.stop()
+
+
+def test_a_routers_page_shows_its_engines(busy: Server, browser: Browser) -> None:
+    """Nobody sees which engine is away; or a page of one engine has a table of none."""
+    with stubs(1) as others:
+        others[0].look, others[0].model = {"step": 0, "digest": busy.room.fingerprint}, busy.room.model
+        _shown(busy, others[0], browser)
+
+
+def _shown(busy: Server, other: Stub, browser: Browser) -> None:
+    with routed(busy, other) as router:
+        other.end()
+        wait_for("the router to see it", lambda: not router.engines[1].ready)
+        for width in (400, 1200):
+            browser.look(width, 900)
+            browser.open(f"{router.url}/")
+            wait_for("a look", lambda: browser.run("history.length") > 0)
+            assert browser.run("document.documentElement.scrollWidth") <= width and browser.run(BEYOND) == []
+            rows = browser.run(
+                "[...document.querySelectorAll('#engines tr')].map(r => [...r.cells].map(c => c.textContent))"
+            )
+            assert [row[:2] for row in rows][0] == ["engine-1", "ok"] and rows[1][1].startswith(
+                "failing: no connection"
+            )
+            assert browser.run("document.getElementById('running').textContent") == "2"
+            assert browser.run("document.getElementById('several').hidden") is False
+        browser.open(f"{busy.url}/")
+        wait_for("a look", lambda: browser.run("history.length") > 0)
+        assert browser.run("document.getElementById('several').hidden") is True
+    assert browser.errors == []
 
 
 def test_looks_come_every_second(busy: Server) -> None:

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.columns import Columns
+from tandem.engine.affinity import OVERLOAD
 from tandem.engine.driver import Driver
 from tandem.errors import CapacityError, ConfigError, EngineError, WorkerError
 from tandem.rollout import router as module
-from tandem.rollout.router import OVERLOAD, Replica, Router
+from tandem.rollout.router import Replica, Router
 from tandem.types import Completion, Request, Sampling, StopReason, WeightVersion
 from tests.null.paged_memory import STOP, alone, make
 
@@ -65,7 +66,7 @@ class Watched(Router):
         return (sum(most) + more) / replica.capacity_tokens
 
     def _choose(self, asked: Any) -> Replica | None:
-        request, home = asked.request, self._homes.get(asked.request.group)
+        request, home = asked.request, self._affinity.home(asked.request.group)
         alive = [one for one in self.replicas if not one.dead]
         newest = max((one.serves().step for one in alive), default=0)
         may = [one for one in alive if one not in asked.tried and one.serves().step == newest]

@@ -31,6 +31,7 @@ from tandem.cli import (
     replay,
     report,
     rollout,
+    route,
     serve,
     simulate,
     study,
@@ -56,6 +57,7 @@ app.command("replay")(replay.replay)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
+app.command("route")(route.route)
 app.command("report")(report.report)
 app.command("recipes")(catalogue.recipes)
 app.command("bench")(bench.bench)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from tandem.cli.generate import MODEL_HELP
 from tandem.cli.options import Assignments, ConfigFiles
 
+if TYPE_CHECKING:
+    from tandem.server.config import ServeConfig
+
 
 def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
     host: Annotated[str | None, typer.Option(help="Address to listen on; 0.0.0.0 for all. Sets server.host.")] = None,
     port: Annotated[int | None, typer.Option(help="Port; 0 for one that is free. Sets server.port.")] = None,
+    engines: Annotated[
+        int | None, typer.Option(min=1, help="Engines, each a process, behind one router. Sets route.engines.")
+    ] = None,
     files: ConfigFiles = None,
     settings: Assignments = None,
     check: Annotated[bool, typer.Option("--check", help="Say what would be served, and end.")] = False,
@@ -26,8 +32,8 @@ def serve(
 
     config = ServeConfig(ModelConfig(model))
     assigned = assignments(config, files or [], settings or [])
-    given = {"server.host": host, "server.port": None if port is None else str(port)}
-    config = override(config, {**assigned, **{name: text for name, text in given.items() if text is not None}})
+    given = {"server.host": host, "server.port": port, "route.engines": engines}
+    config = override(config, {**assigned, **{name: str(text) for name, text in given.items() if text is not None}})
 
     from tandem.run.served import check_installed, checked, served
 
@@ -35,17 +41,35 @@ def serve(
         print("\n".join(checked(config)))
         return 0
     check_installed()
+    if config.route.engines > 1 and not config.server.ends_with:
+        return _serve_several(config)
 
+    import threading
+
+    from tandem.program.worker import leave_with
     from tandem.run.weights import ServedWeights
+    from tandem.server.app import build
     from tandem.server.desk import Desk
     from tandem.server.listen import Listener, bound
     from tandem.server.room import Room
     from tandem.server.words import Words
 
+    if config.server.ends_with:
+        threading.Thread(target=leave_with, args=(config.server.ends_with,), daemon=True).start()
     listening = bound(config.server.host, config.server.port)  # before the weights are read: it may be taken
     parts, opening = served(config)
     words = Words(parts.tokenizer, parts.renderer, opening)
     room = Room(Desk(parts.engine, config.server), words, config.server, model)
     with parts.memory.foreseen():
-        Listener(room, ServedWeights() if config.server.control else None).run([listening])
+        Listener(build(room, ServedWeights() if config.server.control else None), room).run([listening])
+    return 0
+
+
+def _serve_several(config: ServeConfig) -> int:
+    """Engines as processes of their own, which read the same settings, and a router here."""
+    from tandem.run.served import alike
+    from tandem.server.front.run import serve as routed
+    from tandem.server.listen import bound
+
+    routed(bound(config.server.host, config.server.port), alike(config), config.server, config.route)
     return 0

@@ -7,12 +7,8 @@ A request's tokens depend on its seed, its positions and the weights, never on t
 dies is asked of another; what it has not answered by a deadline is asked of another too, and whoever answers first has
 answered: a future ends once. The answer that nobody waits for any more is dropped, and its tokens are told.
 
-Which engine: the one that has the group, so that siblings and later turns find their prefix. A group that none has: the
-one that was sent the longest prefix of it, and of these the one of least load: tokens that its requests may come to
-hold, over those that it has room for. An engine that is overloaded is passed over for the least loaded. For a new group
-that is one of more than OVERLOAD times the least load, both with this request; a group that has an engine moves only
-where that has no room for it, too. So what an engine is asked for is, with it, at most OVERLOAD times what the least
-loaded would have, or at most what it has room for.
+Which engine: by engine/affinity.py, with the load that is the tokens that its requests may come to hold, over those
+that it has room for.
 
 All serve one version. An engine that serves an older one than another does missed a publication: it is asked for
 nothing until it has it. One that is late is asked last, until it answers.
@@ -24,7 +20,7 @@ import dataclasses
 import itertools
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -32,15 +28,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from tandem.columns import Columns
+from tandem.engine.affinity import Affinity, Prefixes
 from tandem.engine.driver import GRACE_S, Driver, OnTokens
 from tandem.engine.prefix import extend_keys, root_key
 from tandem.errors import ConfigError, EngineError, TandemError, WorkerError
 from tandem.rollout.balance import Balance
 from tandem.types import Completion, Request, StopReason, WeightVersion
 
-OVERLOAD = 2.0  # times the least load
-MOST_BLOCKS = 1 << 16  # of prefixes that an engine is remembered to have been sent
-MOST_GROUPS = 1 << 14  # that are remembered to have an engine
 DEATHS = (EngineError, WorkerError)  # of an engine, not of a request
 
 Died = Callable[["Replica", Exception], None]
@@ -65,7 +59,7 @@ class Replica:
         self.tokens = 0  # that these may come to hold
         self.returned_tokens = 0  # in all that it answered
         self.counts = Counter[str]()  # since the last `settle`
-        self._blocks: OrderedDict[bytes, None] = OrderedDict()
+        self.prefixes = Prefixes()
 
     def load(self, more_tokens: int = 0) -> float:
         """What it was asked for, over what it has room for.
@@ -75,17 +69,6 @@ class Replica:
         0.25
         """
         return (self.tokens + more_tokens) / self.capacity_tokens
-
-    def prefix(self, keys: Iterable[bytes]) -> int:
-        """How many of these blocks it was sent, from the first on."""
-        return sum(1 for _ in itertools.takewhile(self._blocks.__contains__, keys))
-
-    def sent(self, keys: Iterable[bytes]) -> None:
-        for key in keys:
-            self._blocks[key] = None
-            self._blocks.move_to_end(key)
-        while len(self._blocks) > MOST_BLOCKS:
-            self._blocks.popitem(last=False)
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +127,7 @@ class Router:
         self.clock = clock
         self._changed = threading.Condition()  # guards all that follows, and what replicas and requests have
         self._open: dict[str, _Asked] = {}  # by request id
-        self._homes: OrderedDict[str, Replica] = OrderedDict()  # by group
+        self._affinity = Affinity[Replica]()
         self._due: deque[_Try] = deque()  # in the order of their deadlines
         self._leaving: deque[tuple[float, _Asked]] = deque()  # withdrawn: until when an engine may take to say so
         self._unwanted = set[Replica]()  # that have what nobody waits for
@@ -261,30 +244,20 @@ class Router:
 
     def _choose(self, asked: _Asked) -> Replica | None:
         """And that the group is there from now on."""
-        group, more = asked.request.group, asked.most_tokens
         living = self.living
         newest = max((one.serves().step for one in living), default=0)
         may = [one for one in living if one not in asked.tried and one.serves().step == newest]
         may = [one for one in may if not one.late] or may
         if not may:
             return None
-        least = min(may, key=lambda one: one.load(more))
-        bound = OVERLOAD * least.load(more)
-        home = self._homes.get(group)
-        if home in may and not (home.load(more) > bound and home.load(more) > 1):
-            self._homes.move_to_end(group)
-            return home
-        keys: list[bytes] = []
-        extend_keys(keys, root_key(least.serves()), asked.request.tokens, least.page_tokens)
-        fits = [one for one in may if one.load(more) <= bound]
-        chosen = max(fits, key=lambda one: (one.prefix(keys), -one.load(more)))
-        chosen.sent(keys)
-        if group:
-            self._homes[group] = chosen
-            self._homes.move_to_end(group)
-            if len(self._homes) > MOST_GROUPS:
-                self._homes.popitem(last=False)
-        return chosen
+        version, page_tokens = may[0].serves(), min(one.page_tokens for one in may)
+
+        def keys() -> list[bytes]:
+            found: list[bytes] = []
+            extend_keys(found, root_key(version), asked.request.tokens, page_tokens)
+            return found
+
+        return self._affinity.choose(may, asked.request.group, asked.most_tokens, keys)
 
     def _ask(self, asked: _Asked) -> bool:
         """Of an engine that was not asked yet; False where there is none."""

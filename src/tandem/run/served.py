@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 
+from tandem.config import names, render
+from tandem.engine.config import EngineConfig
 from tandem.errors import ConfigError
 from tandem.models.checkpoint import open_checkpoint
+from tandem.models.config import ModelConfig
 from tandem.program.config import TaskConfig
 from tandem.program.render import renderer_of
 from tandem.run.model import asked_as
@@ -49,6 +54,7 @@ def checked(config: ServeConfig) -> list[str]:
         f"model      {name}, {spec.max_position} positions, {config.model.dtype}",
         f"prompts    {'plain text' if renderer.plain else 'chat template'}, calls of tools as {renderer.format}",
         f"memory     {memory.kv_memory_bytes / 2**20:,.0f} MiB for keys and values",
+        *([f"engines    {count}, a process each, and a router"] if (count := config.route.engines) > 1 else []),
         f"listens    http://{server.host}:{server.port}",
         f"callers    {'need an API key' if access.asks else 'anybody who reaches the address'}",
         f"limits     {server.max_requests} answers at once, {server.max_waiting} of them waiting",
@@ -56,8 +62,35 @@ def checked(config: ServeConfig) -> list[str]:
     ]
 
 
+def alike(config: ServeConfig) -> list[str]:
+    """The command of one of several servers that this process starts, with the settings of all. ConfigError for those
+    that can't be divided."""
+    if config.model.device == "cuda":
+        raise ConfigError(
+            "route.engines starts engines on the CPU. Start a tandem serve on each GPU (CUDA_VISIBLE_DEVICES=0, ...), "
+            "and tandem route before them."
+        )
+    own = replace(config.server, host="127.0.0.1", port=0, ends_with=os.getpid())
+    before = {name: value for name, _, value in names(ServeConfig(ModelConfig(config.model.source)))}
+    now = names(replace(config, server=own))
+    changed = [f"{name}={render(value)}" for name, _, value in now if value != before.get(name)]
+    settings = [part for text in changed for part in ("--set", text)]
+    return [sys.executable, "-m", "tandem", "serve", config.model.source, *settings]
+
+
+def _divided(config: ServeConfig) -> EngineConfig:
+    """The engine's settings, with its part of the memory for pages where several share the machine."""
+    engine, count = config.engine, config.route.engines
+    if count == 1 or engine.kv_memory_bytes:
+        return engine
+    checkpoint = open_checkpoint(resolve_source(config.model.source))
+    tokenizer = checkpoint.load_tokenizer()
+    memory = plan_parts(checkpoint, tokenizer, config.model, engine, 0, None, learns=config.server.control)
+    return replace(engine, kv_memory_bytes=max(1, memory.kv_memory_bytes // count))
+
+
 def served(config: ServeConfig) -> tuple[Parts, list[Message]]:
     """The model's parts, and what opens a conversation without a system message."""
     task = spoken(config)
-    parts = build_parts(config.model, config.engine, learns=config.server.control, task=task)
+    parts = build_parts(config.model, _divided(config), learns=config.server.control, task=task)
     return parts, [Message("system", task.system)] if task.system else []

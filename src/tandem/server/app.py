@@ -10,24 +10,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import msgspec
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 import tandem
-from tandem.errors import TandemError
-from tandem.server import bodies, load, plain, verbs
+from tandem.server import bodies, load, plain, shares, verbs
 from tandem.server.chat import chat
 from tandem.server.completions import completions
-from tandem.server.desk import log
 from tandem.server.generate import generate
-from tandem.server.refusal import Refusal, refused
 from tandem.server.responses import responses
-from tandem.server.room import Room, answer
+from tandem.server.room import Room
+from tandem.server.wire import guarded, no_such
 
 Endpoint = Callable[[Room, Request], Awaitable[Response]]
 REF = "#/components/schemas/{name}"
@@ -77,6 +76,8 @@ ROUTES = (
     Route("GET", "/is_sleeping", verbs.is_sleeping, "Whether it sleeps."),
     Route("POST", "/release_memory_occupation", verbs.sleep, "As /sleep."),
     Route("POST", "/resume_memory_occupation", verbs.wake_up, "As /wake_up."),
+    Route("GET", "/shares", shares.shares, "What tenants have here, for a router."),
+    Route("POST", "/shares", shares.promise, "What they get here.", shares.SharesBody),
     Route("POST", "/tokenize", plain.tokenize, "Token ids of a text or a conversation.", bodies.TokenizeBody),
     Route("POST", "/detokenize", plain.detokenize, "The text of token ids.", bodies.DetokenizeBody),
 )
@@ -105,58 +106,21 @@ def build(room: Room, store: verbs.WeightStore | None = None) -> FastAPI:
     for route in ROUTES:
         app.add_api_route(
             route.path,
-            _guarded(room, route),
+            guarded(None if route.open else room.access, partial(route.endpoint, room), room.metrics.refused),
             methods=[route.method],
             openapi_extra=_described(route),
-            operation_id=route.path.strip("/").replace("/", "_") or "page",
+            operation_id=_named(route),
             summary=route.said,
             responses=_responses(route),
             response_class=Response,
         )
-    app.add_exception_handler(HTTPException, _no_such)
+    app.add_exception_handler(HTTPException, no_such)
     described = app.openapi()
     schemas = described.setdefault("components", {}).setdefault("schemas", {})
     kinds = [route.body for route in ROUTES if route.body is not None]
     schemas.update(msgspec.json.schema_components(kinds, ref_template=REF)[1])
     schemas["Error"] = ERROR
     return app
-
-
-def _guarded(room: Room, route: Route) -> Callable[[Request], Awaitable[Response]]:
-    """The endpoint for who has a key, with what it raises as an answer."""
-
-    async def called(request: Request) -> Response:
-        try:
-            if not route.open:
-                request.state.holder = room.access.holder(request.headers)
-            return await route.endpoint(room, request)
-        except Refusal as refusal:
-            room.metrics.refused(refusal)
-            return told(refusal)
-        except TandemError as error:
-            return told(refused(error))
-        except ClientDisconnect:
-            return Response(status_code=499)  # nobody reads it
-        except Exception:  # noqa: BLE001 - recorded boundary: the caller hears that it failed, the log why
-            log.exception("%s %s failed", route.method, route.path)
-            return told(Refusal(500, "the server failed at this call. Ask again.", "server_failed"))
-
-    return called
-
-
-def told(refusal: Refusal) -> Response:
-    return answer(refusal.body(), refusal.headers(), refusal.status)
-
-
-async def _no_such(request: Request, error: Exception) -> Response:
-    """A path or a method that there is not."""
-    assert isinstance(error, HTTPException)
-    asked = f"{request.method} {request.url.path}"
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        refusal = Refusal(405, f"{asked} is not served. Allowed there: {allowed}.", "method_not_allowed")
-        return answer(refusal.body(), error.headers, 405)
-    return told(Refusal(error.status_code, f"{asked} is not served. See /openapi.json.", "not_found"))
 
 
 ERROR: dict[str, Any] = {
@@ -188,6 +152,12 @@ STATUSES = {
     500: "the engine failed at it",
     503: "the server is about to end",
 }
+
+
+def _named(route: Route) -> str:
+    name = route.path.strip("/").replace("/", "_") or "page"
+    several = sum(one.path == route.path for one in ROUTES) > 1
+    return f"{route.method.lower()}_{name}" if several else name
 
 
 def _responses(route: Route) -> dict[int | str, dict[str, Any]]:

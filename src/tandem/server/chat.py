@@ -12,7 +12,8 @@ from starlette.responses import Response
 from tandem.server import answers, bodies, demand
 from tandem.server.answers import Answer, Step
 from tandem.server.lineage import of_messages
-from tandem.server.room import DONE, Asking, EventStream, Prompt, Room, Terms, answer, attended, collected, event
+from tandem.server.room import Asking, Prompt, Room, Terms, collected
+from tandem.server.wire import DONE, EventStream, answer, attended, event
 from tandem.server.words import messages_of, tools_of
 from tandem.types import Completion, Message, ToolCall
 

@@ -15,7 +15,8 @@ from tandem.server import answers, bodies, demand
 from tandem.server.answers import Answer, Step
 from tandem.server.lineage import of_tokens
 from tandem.server.refusal import Refusal
-from tandem.server.room import DONE, Asking, EventStream, Prompt, Room, Terms, answer, attended, collected, event
+from tandem.server.room import Asking, Prompt, Room, Terms, collected
+from tandem.server.wire import DONE, EventStream, answer, attended, event
 from tandem.types import Completion, StopReason
 
 MOST = 16  # tokens where a call says nothing, as OpenAI's

@@ -12,6 +12,11 @@ from tandem.engine.config import EngineConfig
 from tandem.models.config import ModelConfig
 from tandem.program.config import Scalar, ToolFormat
 
+ENGINES_ALONE = tuple(
+    f"server.{name}"
+    for name in ("name", "tool_format", "template_arguments", "tenants", "control", "max_prompt_tokens")
+) + ("server.max_new_tokens", "server.max_choices", "server.max_waiting", "server.tenant_requests", "route.engines")
+
 
 @dataclass(frozen=True, slots=True)
 @section("server")
@@ -43,6 +48,30 @@ class ServerConfig:
     body_s: AboveZero = 30.0  # for its body to arrive
     send_s: AboveZero = 60.0  # that a client may take nothing of what is sent; its answers are withdrawn then
     drain_s: AboveZero = 30.0  # after SIGTERM, for what is on its way to end
+    ends_with: Count = 0  # process that started this server, which ends when that has gone; 0: nobody's
+
+
+@dataclass(frozen=True, slots=True)
+@section("route")
+class FrontConfig:
+    """A router before several engines.
+
+    >>> FrontConfig().engines
+    1
+    """
+
+    engines: Positive = 1  # that `tandem serve` starts, each a process of its own, with a router before them
+    start_s: AboveZero = 120.0  # for engines to answer at first
+    connect_s: AboveZero = 5.0  # for a connection to an engine
+    health_s: AboveZero = 1.0  # between two times that an engine is asked how it is
+    health_deadline_s: AboveZero = 5.0  # for its answer, after which it is asked for nothing new
+    lost_s: AboveZero = 15.0  # without one, after which what it has is asked of another
+    answer_s: AboveZero = 3600.0  # for an answer to begin; one without a stream begins when it is whole
+    silence_s: AboveZero = 120.0  # of a stream, after which it is taken for broken
+    deaths: Positive = 2  # engines that may fail at a call before it is given up: it may be what they fail by
+    restart_s: AboveZero = 1.0  # before an engine that ended is started again; twice as long after each next time
+    restart_most_s: AboveZero = 60.0  # the longest of these
+    restarts: Count = 10  # of an engine that never ran for as long as that; it is given up then
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +86,20 @@ class ServeConfig:
     model: ModelConfig
     engine: EngineConfig = EngineConfig()
     server: ServerConfig = ServerConfig()
+    route: FrontConfig = FrontConfig()
+
+
+@dataclass(frozen=True, slots=True)
+@section("")
+class RouteConfig:
+    """All settings of `tandem route`.
+
+    >>> RouteConfig().server.port
+    8000
+    """
+
+    server: ServerConfig = ServerConfig()
+    route: FrontConfig = FrontConfig()
 
 
 def names_of(config: ServerConfig, source: str) -> tuple[str, ...]:

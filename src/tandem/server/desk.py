@@ -7,7 +7,6 @@ one piece, however many steps that were, so a client that reads slowly costs no 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
@@ -23,13 +22,12 @@ from tandem.engine.engine import Engine
 from tandem.errors import EngineError, TandemError
 from tandem.server.config import ServerConfig
 from tandem.server.refusal import Refusal, refused
+from tandem.server.wire import log
 from tandem.types import Completion, Request
 
 FAILED = 3  # times in a row that the engine had to begin anew, after which it is called unhealthy
 COUNTS = [one for one in fields(Stats) if one.type == "int" and one.name != "most_running"]
 PING_S = 15.0  # between two signs of life to a client that waits for a token
-
-log = logging.getLogger("tandem.server")
 
 
 @dataclass(slots=True, eq=False)

@@ -12,7 +12,8 @@ from tandem.columns import Columns
 from tandem.server import answers, bodies, demand
 from tandem.server.lineage import of_tokens
 from tandem.server.refusal import Refusal
-from tandem.server.room import DONE, Asking, EventStream, Prompt, Room, Terms, answer, attended, collected, event
+from tandem.server.room import Asking, Prompt, Room, Terms, collected
+from tandem.server.wire import DONE, EventStream, answer, attended, event
 from tandem.types import Completion, Constraint, Sampling, StopReason
 from tandem.types import Request as Asked
 

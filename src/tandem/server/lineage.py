@@ -6,6 +6,7 @@ is known by the hash of the chain up to there; who comes with a longer chain ove
 
 from __future__ import annotations
 
+import secrets
 from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -31,25 +32,27 @@ class Lineage:
     def __init__(self) -> None:
         self._ends: OrderedDict[bytes, str] = OrderedDict()
         self._numbers = count(1)
+        self._own = secrets.token_hex(3)  # several servers name programs, behind one router
 
     def program(self, tenant: str, units: Sequence[bytes]) -> str:
         """Its name: of the longest context that is known, or a new one."""
-        for end in reversed(list(_chain(tenant, units))):
+        for end in reversed(list(chain(tenant, units))):
             if end in self._ends:
                 self._ends.move_to_end(end)
                 return self._ends[end]
-        return f"inferred-{next(self._numbers)}"
+        return f"inferred-{self._own}-{next(self._numbers)}"
 
     def answered(self, tenant: str, units: Sequence[bytes], program: str) -> None:
         """A call of `program` had these units, and its answer is the last of them."""
-        *_, end = _chain(tenant, units)
+        *_, end = chain(tenant, units)
         self._ends.pop(end, None)
         self._ends[end] = program
         if len(self._ends) > REMEMBERED:
             self._ends.popitem(last=False)
 
 
-def _chain(tenant: str, units: Sequence[bytes]) -> Iterable[bytes]:
+def chain(tenant: str, units: Iterable[bytes]) -> Iterable[bytes]:
+    """The hash of all up to each unit."""
     end = blake2b(tenant.encode("utf-8", "replace"), digest_size=16).digest()
     for unit in units:
         end = blake2b(end + unit, digest_size=16).digest()

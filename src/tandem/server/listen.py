@@ -7,16 +7,16 @@ import socket
 import sys
 from asyncio.events import TimerHandle
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tandem.errors import ConfigError
-from tandem.server.app import build
+from tandem.server.config import ServerConfig
 from tandem.server.refusal import Refusal
-from tandem.server.room import Room, encode
-from tandem.server.verbs import WeightStore
+from tandem.server.wire import encode
 
 HEAD_BYTES = 1 << 18  # of a request's head, and what of a body came with it
 BACKLOG = 4096  # connections that the system takes while the loop is busy
@@ -79,15 +79,29 @@ def patient(head_s: float, send_s: float) -> type[HttpToolsProtocol]:
     return Patient
 
 
+class Served(Protocol):
+    """What is behind the application."""
+
+    config: ServerConfig
+    model: str  # that callers name
+
+    @property
+    def num_open(self) -> int:
+        """Calls on their way."""
+
+    async def drain(self) -> None:
+        """Takes no more calls; those that are on their way have ended after it."""
+
+
 class Listener(uvicorn.Server):
     """Ends at the first SIGTERM or SIGINT when its calls have; at the second without them."""
 
-    def __init__(self, room: Room, store: WeightStore | None = None) -> None:
-        self.room = room
-        config = room.config
+    def __init__(self, app: ASGIApp, served: Served) -> None:
+        self.served = served
+        config = served.config
         super().__init__(
             uvicorn.Config(
-                build(room, store),
+                app,
                 http=patient(config.head_s, config.send_s),
                 ws="none",
                 lifespan="on",
@@ -108,7 +122,7 @@ class Listener(uvicorn.Server):
         await super().startup(sockets)
         if self.started and sockets:
             address, port = sockets[0].getsockname()[:2]
-            print(f"tandem: {self.room.model} on http://{address}:{port}/v1", flush=True)
+            print(f"tandem: {self.served.model} on http://{address}:{port}/v1", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._ending is not None:
@@ -122,10 +136,10 @@ class Listener(uvicorn.Server):
             self._ending = asyncio.ensure_future(self._drained())
 
     async def _drained(self) -> None:
-        open_ = len(self.room.desk.open)
+        open_ = self.served.num_open
         if open_:
-            print(f"tandem: ends when {open_} answers have, in {self.room.config.drain_s:g} s", file=sys.stderr)
-        await self.room.desk.drain()
+            print(f"tandem: ends when {open_} answers have, in {self.served.config.drain_s:g} s", file=sys.stderr)
+        await self.served.drain()
         self.should_exit = True
 
 

@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from tandem.server.counts import Row
+from tandem.server.page import page as front_page
 from tandem.server.refusal import Refusal
-from tandem.server.room import EventStream, Room, answer, event
+from tandem.server.room import Room
 from tandem.server.tenants import within
+from tandem.server.wire import EventStream, Visit, answer, event
 
 LOOK_S = 1.0
 SHOWN = 50  # of each
 MOST_WATCHERS = 64
-
-
-class Visit:
-    """Someone who looks."""
-
-    id = "page"
-
-    def __init__(self) -> None:
-        self.gone = False
-        self._left = asyncio.Event()
-
-    def leave(self) -> None:
-        self.gone = True
-        self._left.set()
-
-    def withdraw(self) -> None: ...
-
-    async def wait(self, seconds: float) -> None:
-        try:
-            async with asyncio.timeout(seconds):
-                await self._left.wait()
-        except TimeoutError:
-            pass
 
 
 def look(room: Room, above: str) -> dict[str, Any]:
@@ -73,6 +49,7 @@ def look(room: Room, above: str) -> dict[str, Any]:
         "time": time.time(),
         "model": room.model,
         "version": room.label(version.step),
+        "step": version.step,
         "digest": version.digest[:16],
         "status": status,
         "running": desk.num_running,
@@ -112,13 +89,4 @@ async def load(room: Room, request: Request) -> Response:
 
 
 async def page(room: Room, request: Request) -> Response:
-    """It asks for /events itself, with the key that its reader gives."""
-    return Response(_page(), media_type="text/html", headers={"content-security-policy": POLICY})
-
-
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
-
-
-@cache
-def _page() -> bytes:
-    return Path(__file__).with_name("page.html").read_bytes()
+    return front_page()

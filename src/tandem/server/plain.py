@@ -8,7 +8,8 @@ from starlette.responses import Response
 
 from tandem.server import bodies, demand
 from tandem.server.refusal import Refusal
-from tandem.server.room import Room, answer
+from tandem.server.room import Room
+from tandem.server.wire import answer
 from tandem.server.words import messages_of, tools_of
 
 

@@ -15,7 +15,8 @@ from tandem.server.answers import Answer, Step
 from tandem.server.lineage import of_messages
 from tandem.server.output import Output
 from tandem.server.refusal import Refusal
-from tandem.server.room import Asking, EventStream, Prompt, Room, Terms, answer, attended, collected, encode
+from tandem.server.room import Asking, Prompt, Room, Terms, collected
+from tandem.server.wire import EventStream, answer, attended, encode
 from tandem.server.words import messages_of, tools_of
 from tandem.types import Completion, Message, StopReason
 

@@ -1,40 +1,35 @@
-"""What the endpoints share: bodies in, who asks, generations, and answers out as JSON or as server-sent events."""
+"""What the endpoints share: bodies in, who asks, and generations."""
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.requests import Request
 
 from tandem.server import bodies, demand
 from tandem.server.answers import version_spans
 from tandem.server.config import ServerConfig, names_of
 from tandem.server.counts import Counts
-from tandem.server.desk import Call, Desk, log
+from tandem.server.desk import Call, Desk
+from tandem.server.lease import Lease
 from tandem.server.lineage import Lineage, arguments_of
 from tandem.server.metrics import Metrics
 from tandem.server.refusal import Refusal, misfit
 from tandem.server.tenants import Access, Holder
+from tandem.server.wire import received
 from tandem.server.words import Words
 from tandem.types import Completion, Constraint, Hints, Message, Sampling
 from tandem.types import Request as Asked
 
 T = TypeVar("T")
 REMEMBERED = 4096  # labels of weights
-SSE = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache", "x-accel-buffering": "no"}
-DONE = b"data: [DONE]\n\n"
-encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +72,19 @@ class Room:
         self.access = Access(config)
         self.lineage = Lineage()
         self.labels: dict[int, str] = {}  # of versions of the weights, where an update gave one
+        self.lease = Lease()
         self.metrics = Metrics(desk, self.model)
         self.counts = Counts()
         desk.watchers.append(self.counts)
+
+    @property
+    def num_open(self) -> int:
+        """Answers on their way."""
+        return len(self.desk.open)
+
+    async def drain(self) -> None:
+        """Takes no more calls; those that are on their way have ended after it."""
+        await self.desk.drain()
 
     @property
     def fingerprint(self) -> str:
@@ -107,30 +112,13 @@ class Room:
         sent = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
         if sent != "application/json" or request.headers.get("content-encoding", "identity") != "identity":
             raise Refusal(415, "a body must be plain JSON. Send the header Content-Type: application/json.", "not_json")
-        body = await self.body(request, self.config.max_body_bytes, self.config.body_s)
+        body = await received(request, self.config.max_body_bytes, self.config.body_s)
         try:
             return msgspec.json.decode(body, type=kind)
         except msgspec.ValidationError as error:
             raise misfit(error) from error
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise Refusal(400, f"the body is no JSON: {error}.", "invalid_json") from error
-
-    async def body(self, request: Request, most: int, limit_s: float) -> bytes:
-        """At most so many bytes, within so many seconds."""
-        said = f"the body is longer than {most} bytes (server.max_body_bytes; server.max_part_bytes for weights)."
-        if int(request.headers.get("content-length") or 0) > most:
-            raise Refusal(413, said, "body_too_large")
-        parts, length = list[bytes](), 0
-        try:
-            async with asyncio.timeout(limit_s):
-                async for part in request.stream():
-                    length += len(part)
-                    if length > most:
-                        raise Refusal(413, said, "body_too_large")
-                    parts.append(part)
-        except TimeoutError as error:
-            raise Refusal(408, f"the body did not come within {limit_s:g} s.", "body_too_slow") from error
-        return b"".join(parts)
 
     def asker(self, request: Request, body: bodies.Whose, messages: Sequence[Message] = ()) -> Asker:
         """Who asks, of body and headers, and for `messages`; the body is heard where both say."""
@@ -222,122 +210,9 @@ def spelt(name: str) -> str:
     return quote(name, safe="!#$&'()*+,-./:;<=>?@[]^_`{|}~ ")
 
 
-async def attended(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives, which ends where the client goes away before."""
-    doing = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request.receive))
-    try:
-        await asyncio.wait((doing, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise ClientDisconnect
-        return doing.result()
-    finally:
-        gone.cancel()
-        doing.cancel()
-
-
 async def collected(call: Call) -> list[Completion]:
     """All answers of a call, which is withdrawn where nobody waits for them any more."""
     try:
         return await call.completions()
     finally:
         call.withdraw()
-
-
-async def _gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-
-
-def answer(body: Any, headers: Mapping[str, str] | None = None, status: int = 200) -> Response:
-    return Response(encode(body), status, headers, "application/json")
-
-
-def event(body: Any) -> bytes:
-    """A server-sent event without a name, as OpenAI's streams have them."""
-    return b"data: " + encode(body) + b"\n\n"
-
-
-class Leaving(Protocol):
-    """What a stream is of: a call, or someone who looks."""
-
-    id: str
-    gone: bool
-
-    def leave(self) -> None: ...
-
-    def withdraw(self) -> None: ...
-
-
-@dataclass(slots=True)
-class Waits:
-    """Of a task: when its wait began; None while it does not wait."""
-
-    since_s: float | None = None
-
-    async def of(self, what: Awaitable[None]) -> None:
-        self.since_s = time.monotonic()
-        await what
-        self.since_s = None
-
-
-@asynccontextmanager
-async def patience(most_s: float) -> AsyncIterator[Waits]:
-    """TimeoutError in a block of which one wait takes longer. One timer, set again as it fires: a timer a wait would
-    cost as much as what is sent."""
-    loop, waits, timer = asyncio.get_running_loop(), Waits(), list[asyncio.TimerHandle]()
-
-    def look(limit: asyncio.Timeout) -> None:
-        waited_s = 0.0 if waits.since_s is None else time.monotonic() - waits.since_s
-        if waited_s >= most_s:
-            limit.reschedule(loop.time())
-        else:
-            timer[:] = [loop.call_later(most_s - waited_s, look, limit)]
-
-    async with asyncio.timeout(None) as limit:
-        look(limit)
-        try:
-            yield waits
-        finally:
-            for one in timer:
-                one.cancel()
-
-
-class EventStream(Response):
-    """Server-sent events as they come. The call is withdrawn as soon as its client is gone, or takes nothing.
-
-    What a call fails by on the way is an event too: OpenAI's client reads an error in it, and would take the end of the
-    stream, or a body of JSON, for an answer without words.
-    """
-
-    def __init__(self, blocks: AsyncIterator[bytes], call: Leaving, send_s: float, headers: Mapping[str, str]) -> None:
-        super().__init__(None, 200, {**SSE, **headers})
-        del self.headers["content-length"]
-        self.blocks, self.call, self.send_s = blocks, call, send_s
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        gone = asyncio.ensure_future(_gone(receive))
-        gone.add_done_callback(lambda ended: None if ended.cancelled() else self.call.leave())
-        try:
-            async with patience(self.send_s) as waits:
-                await waits.of(send({"type": "http.response.start", "status": 200, "headers": self.raw_headers}))
-                async for block in self._told():
-                    await waits.of(send({"type": "http.response.body", "body": block, "more_body": True}))
-                if not self.call.gone:
-                    await waits.of(send({"type": "http.response.body", "body": b"", "more_body": False}))
-        except TimeoutError:
-            log.warning("call %s: its client took nothing for %g s; it was withdrawn", self.call.id, self.send_s)
-            scope["abort"]()
-        finally:
-            gone.cancel()
-            self.call.withdraw()
-
-    async def _told(self) -> AsyncIterator[bytes]:
-        try:
-            async for block in self.blocks:
-                yield block
-        except Refusal as refusal:
-            yield event(refusal.body()) + DONE
-        except Exception:  # noqa: BLE001 - recorded boundary: the client hears that it failed, the log why
-            log.exception("call %s failed", self.call.id)
-            yield event(Refusal(500, "the server failed at this call. Ask again.", "server_failed").body()) + DONE

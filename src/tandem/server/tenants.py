@@ -13,6 +13,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from starlette.datastructures import Address
+
 from tandem import env
 from tandem.errors import ConfigError
 from tandem.server.config import ServerConfig
@@ -80,6 +82,13 @@ class Access:
             raise Refusal(403, "this server was started without server.control=true.", "control_is_off")
         if not holder.admin:
             raise Refusal(403, "this API key is not an admin's.", "admin_only")
+
+    def administer(self, holder: Holder, client: Address | None) -> None:
+        """403 where the caller is no admin, or is on another machine where nobody needs a key."""
+        if not holder.admin:
+            raise Refusal(403, "this API key is not an admin's.", "admin_only")
+        if not self.asks and (client is None or client.host not in ("127.0.0.1", "::1")):
+            raise Refusal(403, "without keys this is for callers on the same machine alone.", "admin_only")
 
 
 def read_keys(path: Path) -> dict[bytes, Holder]:

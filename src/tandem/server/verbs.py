@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -21,10 +20,10 @@ from starlette.responses import Response
 from tandem.engine.engine import Engine
 from tandem.errors import DeliveryError
 from tandem.server import bodies
-from tandem.server.desk import log
 from tandem.server.refusal import Refusal
-from tandem.server.room import Room, answer
+from tandem.server.room import Room
 from tandem.server.tenants import within
+from tandem.server.wire import answer, log, received
 from tandem.types import WeightVersion
 
 T = TypeVar("T")
@@ -75,10 +74,7 @@ class Control:
         return self._store
 
     async def between(self, function: Callable[[Engine], T]) -> T:
-        """Between two steps."""
-        desk = self.room.desk
-        desk.renew()
-        return await _within(desk.driver.call(lambda: function(desk.engine)))
+        return await between(self.room, function)
 
     async def pause(self, mode: str, clears: bool) -> None:
         """Nothing new starts; what is on its way is withdrawn, awaited, or kept as it is until `resume`."""
@@ -131,10 +127,13 @@ class Control:
         return {**named, "updating": self.updating, "is_paused": self.room.desk.paused, "is_sleeping": self.asleep}
 
 
-async def _within(future: Future[T]) -> T:
+async def between(room: Room, function: Callable[[Engine], T]) -> T:
+    """Between two steps of the engine. 503 where a step takes too long."""
+    desk = room.desk
+    desk.renew()
     try:
         async with asyncio.timeout(STEP_S):
-            return await asyncio.wrap_future(future)
+            return await asyncio.wrap_future(desk.driver.call(lambda: function(desk.engine)))
     except TimeoutError as error:
         raise Refusal(503, f"the engine's step did not end within {STEP_S:g} s.", "engine_stalled") from error
 
@@ -220,7 +219,7 @@ async def update_weights(room: Room, request: Request) -> Response:
     verbs = control(room, request)
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/octet-stream":
         raise Refusal(415, "a part is a safetensors file, as Content-Type: application/octet-stream.", "not_binary")
-    sent = await room.body(request, room.config.max_part_bytes, PART_S)
+    sent = await received(request, room.config.max_part_bytes, PART_S)
     async with verbs.lock:
         _updating(verbs)
         hashes = await asyncio.get_running_loop().run_in_executor(None, verbs.store.take, sent)
