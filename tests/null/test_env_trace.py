@@ -41,6 +41,42 @@ def test_unknown_variable(clean: pytest.MonkeyPatch) -> None:
         env.cache_dir()
 
 
+def test_variables_of_a_cluster() -> None:
+    """A pod beside a service called tandem, or tandem-router, that starts no more; a misspelt name taken for one."""
+    names = ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT"]
+    names += ["PORT_8000_TCP", *(f"PORT_8000_TCP_{each}" for each in ("PROTO", "PORT", "ADDR"))]
+    env.check({f"{service}_{name}": "" for service in ("TANDEM", "TANDEM_ROUTER") for name in names})
+    for name in ("TANDEM_API_KEYS", "TANDEM_SERVICE", "TANDEM_PORTS"):
+        with pytest.raises(ConfigError, match=name):
+            env.check({name: ""})
+
+
+@pytest.mark.parametrize(
+    ("group", "files", "quota"),
+    [
+        ("0::/a/b", {"a/b/cpu.max": "150000 100000", "a/cpu.max": "max 100000"}, 1),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "100000 100000"}, 1),
+        ("0::/", {"cpu.max": "50000 100000"}, 1),
+        ("0::/elsewhere", {"cpu.max": "100000 100000"}, 1),
+        ("0::/a", {"a/cpu.max": "max 100000"}, 0),
+        ("0::/a", {"a/cpu.max": "100000000 100000"}, 0),
+        ("3:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "100000", "cpu/a/cpu.cfs_period_us": "100000"}, 1),
+        ("3:cpu,cpuacct:/a", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 0),
+        ("0::/a", {"a/cpu.max": "\n"}, 0),
+    ],
+)
+def test_cores_of_a_container(tmp_path: Path, group: str, files: dict[str, str], quota: int) -> None:
+    """A container that may use one core of 64 computes with 64 threads, and stands still for most of each period."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(group + "\n")
+    for name, text in files.items():
+        place = tmp_path / "sys/fs/cgroup" / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+    cores = len(os.sched_getaffinity(0))
+    assert env.num_cores(tmp_path) == (min(quota, cores) if quota else cores)
+
+
 def test_python_without_asserts() -> None:
     """Under -O a kernel gets the address of a tensor that nobody looked at."""
     code = "from tandem import env; env.cache_dir()"
