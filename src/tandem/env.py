@@ -6,6 +6,7 @@ TANDEM_KERNELS   triton: run Triton's kernels on the CPU too, as tests/gpu does 
                  reference: PyTorch in place of the C++ kernels; slow, and a row's bits depend on its batch
 TANDEM_THREADS   threads a process computes with; default OMP_NUM_THREADS, else the cores this process may use
 GOMP_SPINCOUNT   how long OpenMP spins; set to 2000 where it is not given
+remote.key_env   names one with the API key of other engines' servers
 RAY_ADDRESS      a cluster for workers.backend=ray to join; without it a Ray is started here, and ends with the run
 WANDB_MODE       passed on to W&B; offline where it is not given
 NO_COLOR         any text: no colours (https://no-color.org)
@@ -59,6 +60,14 @@ def cache_dir() -> Path:
 def api_key() -> str:
     """That callers of a server need; "" where none is set."""
     return _read("TANDEM_API_KEY")
+
+
+def named(name: str) -> str:
+    """The value of a variable that a setting names. ConfigError where it is not set."""
+    given = _read(name)
+    if not given:
+        raise ConfigError(f"the environment variable {name} is not set, or empty. Export it, or name another.")
+    return given
 
 
 def kernels() -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 GSM8K_TEMPLATE = "{question}\nThink step by step, then end with the answer as a number."
 GSM8K_NEW_TOKENS = 256  # room for the steps; a recipe for sums has less. Of a model without a recipe too
 
-USED = ("model.", "task.", "engine.", "rollout.", "evaluation.prompts")
+USED = ("model.", "task.", "engine.", "rollout.", "evaluation.prompts", "remote.")
 OF_TRAINING = ("prompts_per_step", "samples_per_prompt", "redraws", "extra_prompts", "keep_tokens")
 OF_DRAWING = ("temperature", "top_k", "top_p", "min_p")
 OF_ENGINES = ("replicas", "answer_s", "dtype", "weights", "weight_group", "kv_dtype", "kv_window", "kv_sinks", "noise")

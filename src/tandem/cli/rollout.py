@@ -15,7 +15,7 @@ from tandem.cli.options import Assignments, ConfigFiles
 
 # Other programs than these run where a batch is to be learned of; said of a recipe's too.
 OF_A_STEP = ("rollout.redraws", "rollout.extra_prompts", "select.window", "select.first_samples")
-USED = ("name", "seed", "model.", "task.", "engine.", "rollout.", "workers.")
+USED = ("name", "seed", "model.", "task.", "engine.", "rollout.", "workers.", "remote.")
 UNUSED = (*OF_A_STEP, "engine.replicas", "engine.answer_s", "workers.learner")
 WHY = "it runs the programs of a step once, keeps them all, and learns nothing"
 

@@ -44,7 +44,7 @@ class EngineGiven:
     engine: EngineConfig  # with the memory that the plan decided
 
 
-class _Elsewhere:
+class Elsewhere:
     """What an engine's checks ask of a runner, where none is here."""
 
     def __init__(self, layout: KvLayout, vocab_size: int) -> None:
@@ -75,7 +75,7 @@ class RemoteEngine(Engine):
         dtype = given.model.dtype if given.engine.dtype == "same" else given.engine.dtype
         layout, engine = KvLayout.for_engine(spec, given.engine, dtype), given.engine
         num_pages = count_pages(engine.kv_memory_bytes, layout.groups[0].token_bytes, engine.page_tokens)
-        runner = _Elsewhere(layout, spec.vocab_size)
+        runner = Elsewhere(layout, spec.vocab_size)
         super().__init__(runner, engine, num_pages, max_context=spec.max_position, decode=decode)
         self.seat = Seat(backend, Spec(name, "tandem.run.roles:EngineWorker", given))
         self.way = way  # that its weights come by

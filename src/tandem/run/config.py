@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from annotated_types import Interval
 
@@ -101,6 +102,40 @@ class WorkersConfig:
             )
 
 
+Dialect = Literal["tandem", "vllm", "sglang"]
+
+
+@dataclass(frozen=True, slots=True)
+@section("remote")
+class RemoteConfig:
+    """Servers that sample in place of the run's own engine (docs/serving.md, Rollouts on another engine).
+
+    >>> RemoteConfig(servers=("http://127.0.0.1:8000",)).dialect
+    'tandem'
+    """
+
+    servers: tuple[str, ...] = ()  # http://HOST:PORT of each; empty: the run's own engine samples
+    dialect: Dialect = "tandem"  # what they speak: of tandem serve, of vLLM, of SGLang
+    folder: str = ""  # of vllm and sglang: where weights are written for them; they mount it in the same place
+    key_env: str = ""  # the environment variable that has the API key they ask for; empty: they ask for none
+    deadline_s: Seconds = 600.0  # of a call that is no generation (those have engine.answer_s): new weights, a look
+
+    def __post_init__(self) -> None:
+        if not self.servers and (self.dialect != "tandem" or self.folder or self.key_env):
+            raise ConfigError("remote is configured, but remote.servers is empty. Set it, or leave the others out.")
+        for url in self.servers:
+            place = urlsplit(url)
+            if place.scheme not in ("http", "https") or not place.hostname or place.query or place.fragment:
+                raise ConfigError(f"remote.servers names {url!r}; wanted an address such as http://127.0.0.1:8000.")
+        if len({url.rstrip("/") for url in self.servers}) < len(self.servers):
+            raise ConfigError(f"remote.servers names one twice: {', '.join(self.servers)}. Take one out.")
+        if self.servers and (self.dialect == "tandem") == bool(self.folder):
+            raise ConfigError(
+                f"remote.dialect is {self.dialect} and remote.folder {self.folder!r}: a server of tandem is sent its "
+                "weights, and those of vllm and sglang read them in a folder. Set remote.folder for these alone."
+            )
+
+
 Sink = Literal["tensorboard", "trackio", "wandb"]
 
 
@@ -150,6 +185,7 @@ class RunConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
 
     def __post_init__(self) -> None:
         if self.checkpoint.best and not self.evaluation.repeats:
@@ -169,11 +205,44 @@ def check_training(config: RunConfig) -> None:
     _check_asynchrony(config)
     _check_select(config)
     _check_workers(config)
+    check_remote(config)
     if config.learner.optimiser_offload == "host" and config.model.device == "cpu":
         raise ConfigError(
             "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "
             "to none, or to disk to keep it in a file."
         )
+
+
+def check_remote(config: RunConfig) -> None:
+    """Refuse what other servers' engines cannot do, or would ignore. Raises ConfigError."""
+    if not config.remote.servers:
+        return
+    engine, dialect = config.engine, config.remote.dialect
+    refused = {
+        "objective": (config.objective, config.objective != "policy_gradient", "nothing is sampled"),
+        "asynchrony.mode": (
+            config.asynchrony.mode,
+            config.asynchrony.mode != "sync",
+            "servers get their weights while nothing is on its way",
+        ),
+        "sync.lag": (config.sync.lag, config.sync.lag > 0, "each version goes to them as it comes"),
+        "workers.backend": (config.workers.backend, config.workers.backend != "none", "no engine of the run samples"),
+        "engine.replicas": (engine.replicas, engine.replicas > 1, "remote.servers says how many there are"),
+        "engine.programs.mode": (engine.programs.mode, engine.programs.mode != "off", "a server has its own"),
+        "engine.order": (engine.order, engine.order != "arrival", "a server has its own"),
+    }
+    for name, off in (("dtype", "same"), ("weights", "same"), ("kv_dtype", "same"), ("kv_window", 0), ("noise", 0.0)):
+        value = getattr(engine, name)
+        refused[f"engine.{name}"] = (value, value != off, "a server computes as it was started")
+    for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+        value = getattr(config.rollout, name)
+        why = f"the learner needs the set that each token was drawn from, which {dialect} does not give"
+        refused[f"rollout.{name}"] = (value, value != off and dialect != "tandem", why)
+    for name, (value, wrong, why) in refused.items():
+        if wrong:
+            raise ConfigError(
+                f"remote.servers is set and {name} is {value}: {why}. Leave {name} out, or remote.servers."
+            )
 
 
 def _check_workers(config: RunConfig) -> None:

@@ -62,19 +62,29 @@ def endpoint(
         left = sum(not engine.dead for engine in engines.values())
         note(f"{replica.name} died, and what it had is asked of the {left} that are left: {error}")
 
-    def replica(name: str, engine: Engine) -> Replica:
-        config, pool = engine.scheduler.config, engine.scheduler.pool
-        capacity = engine.runner.layout.capacity_tokens(pool.num_pages, config.page_tokens)
-        return Replica(name, Driver(driven(engine)), lambda: engine.version, capacity, config.page_tokens)
-
     config = parts.engine.scheduler.config
     balance = None
     if config.order == "shares":
         balance = Balance(read_shares(config.shares).tenants)
     return Router(
-        [replica(name, engine) for name, engine in engines.items()],
+        [_replica(name, engine, driven(engine)) for name, engine in engines.items()],
         config.answer_s,
         died,
         lambda tokens: account.ledger.lose("crashed", tokens),
         balance=balance,
     )
+
+
+def sampled_by(parts: Parts) -> Driver | Router:
+    """What asks the engines that sample, for who keeps no ledger."""
+    if not parts.others:
+        return Driver(parts.engine)
+    engines = {f"engine {number}": engine for number, engine in enumerate(parts.sampling, start=1)}
+    replicas = [_replica(name, engine, engine) for name, engine in engines.items()]
+    return Router(replicas, parts.engine.scheduler.config.answer_s, lambda replica, _: engines[replica.name].give_up())
+
+
+def _replica(name: str, engine: Engine, driven: Drivable) -> Replica:
+    config, pool = engine.scheduler.config, engine.scheduler.pool
+    capacity = engine.runner.layout.capacity_tokens(pool.num_pages, config.page_tokens)
+    return Replica(name, Driver(driven), lambda: engine.version, capacity, config.page_tokens)

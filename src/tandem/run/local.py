@@ -17,8 +17,8 @@ from tandem.rollout.evaluate import Evaluation, evaluate
 from tandem.run.asynchronous import AsyncSession
 from tandem.run.backends import backend_of
 from tandem.run.clock import WallClock, started
-from tandem.run.config import RunConfig, check_training
-from tandem.run.engines import named
+from tandem.run.config import RunConfig, check_remote, check_training
+from tandem.run.engines import named, sampled_by
 from tandem.run.folder import RunFolder, check_new
 from tandem.run.loop import run_loop
 from tandem.run.parts import build_parts, plan_parts, resolve_source
@@ -48,7 +48,7 @@ def train(
         leaving.callback(pool.close)
         folder = leaving.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
         built = config.model, config.engine, config.sync.lag, config
-        parts = build_parts(*built, task=config.task, workers=workers)
+        parts = build_parts(*built, task=config.task, workers=workers, remote=config.remote)
         leaving.callback(parts.close)
         pool.ready()
         if folder is None:  # only now, so that a wrong model or task leaves no folder behind
@@ -106,19 +106,22 @@ def _sit(session: Session, steps: int) -> int:
 
 
 def evaluate_model(config: RunConfig) -> Evaluation:
-    """Held-out greedy accuracy of `config.model` on `config.task`."""
+    """Held-out greedy accuracy of `config.model` on `config.task`; as the servers of config.remote have it, where it
+    names some."""
     if not isinstance(config, RunConfig):
         raise ConfigError(
             f"the config is {config!r}; wanted a RunConfig, such as RunConfig('ask', 1, ModelConfig(MODEL))."
         )
     check_counts(config)
+    check_remote(config)
     pool = EnvironmentPool(config.task)
-    try:
-        parts = build_parts(config.model, config.engine, learns=False, task=config.task)
+    with ExitStack() as leaving:
+        leaving.callback(pool.close)
+        parts = build_parts(config.model, config.engine, learns=False, task=config.task, remote=config.remote)
+        leaving.callback(parts.close)
         parts.tokenizer.now = started(Path(config.model.source)) or parts.tokenizer.now
         pool.ready()
         prompts = pool.heldout[: config.evaluation.prompts]
         with parts.memory.foreseen():
-            return evaluate(Driver(parts.exact_engine), parts.renderer, pool, prompts, config.rollout)[0]
-    finally:
-        pool.close()
+            asked = sampled_by(parts) if config.remote.servers else Driver(parts.exact_engine)
+            return evaluate(asked, parts.renderer, pool, prompts, config.rollout)[0]

@@ -33,10 +33,13 @@ from tandem.plan.memory import Plan, plan_memory
 from tandem.program.config import TaskConfig
 from tandem.program.render import Renderer, renderer_of
 from tandem.run.apart import EngineGiven, RemoteEngine, RemoteReference
-from tandem.run.config import RunConfig
+from tandem.run.config import RemoteConfig, RunConfig
 from tandem.run.folder import latest_checkpoint
 from tandem.run.learned import OBJECTIVES, learner_config
 from tandem.run.learning import DecoderElsewhere, LearnerGiven, RemoteLearner, RemotePublisher, RemoteWay
+from tandem.run.remote import ServerEngine
+from tandem.run.remote_calls import Server
+from tandem.run.remote_weights import ToServers, check_policy
 from tandem.run.workers import Backend
 from tandem.sync.departures import check_engine, of_engine, without_departures
 from tandem.sync.publish import Publisher
@@ -67,6 +70,7 @@ class Parts:
     workers: Backend | None = None  # where some of it lives
     way: Way | None = None  # that weights go there
     learner: RemoteLearner | None = None  # where it has a process of its own
+    served: ToServers | None = None  # other engines' servers, where those sample
 
     @property
     def sampling(self) -> tuple[Engine, ...]:
@@ -77,6 +81,8 @@ class Parts:
         """No more weights go anywhere."""
         if self.way is not None:
             self.way.close()
+        if self.served is not None:
+            self.served.close()
 
 
 def resolve_source(source: str) -> str:
@@ -147,6 +153,7 @@ def build_parts(
     learns: bool = True,
     task: TaskConfig | None = None,
     workers: Backend | None = None,
+    remote: RemoteConfig | None = None,
 ) -> Parts:
     """Load the model and put an engine on it. ModelError, ConfigError, CapacityError for what the user can mend.
 
@@ -154,7 +161,7 @@ def build_parts(
     `run`: what will train it, whose memory is planned for. Without `learns` that decoder keeps the codes of a quantised
     file, at the same bits, and of other matrices the packed form alone; nothing can train or save it. `task`: how
     prompts are written (its format, control tokens, template arguments) and calls are read. `workers`: where the engine
-    is, in a process of its own.
+    is, in a process of its own. `remote`: whose servers sample, where it names some.
     """
     torch.set_num_threads(env.num_threads())
     checkpoint = open_checkpoint(resolve_source(model.source))
@@ -166,12 +173,15 @@ def build_parts(
     if renderer.plain and task.format == "auto":
         warnings.warn(f"{model.source} has no chat template: prompts are plain text.", TandemWarning, stacklevel=2)
     apart = workers is not None
-    learns = learns or apart  # what is published is the values of the weights
+    served = remote if remote is not None and remote.servers else None
+    learns = learns or apart or served is not None  # what is published is the values of the weights
     memory = plan_parts(checkpoint, tokenizer, model, config, lag, run, learns=learns, apart=apart)
     memory.check()
     config = replace(config, kv_memory_bytes=memory.kv_memory_bytes)
     words = _Words(checkpoint, tokenizer, renderer)
     with memory.foreseen():
+        if served is not None:
+            return _build_served(words, model, config, served, run, memory)
         if workers is not None:
             engines = config if run is not None else replace(config, replicas=1)
             return _build_apart(words, model, engines, workers, run, memory)
@@ -264,6 +274,51 @@ def _build_apart(
         workers,
         way,
         learner,
+    )
+
+
+def _build_served(
+    words: _Words, model: ModelConfig, config: EngineConfig, remote: RemoteConfig, run: RunConfig | None, memory: Plan
+) -> Parts:
+    """With servers that sample, and an engine of its own for evaluation. Without a run their weights are left as they
+    are, and compared."""
+    checkpoint, tokenizer = words.checkpoint, words.tokenizer
+    decoder = Decoder(checkpoint.spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
+    exact_engine = engine_on(decoder, config, tokenizer)
+    key = env.named(remote.key_env) if remote.key_env else ""
+    servers: list[ServerEngine] = []
+    for url in remote.servers:
+        there = ServerEngine(Server(url, key), remote, checkpoint.spec, model, config, tokenizer.decode)
+        there.grammars = Grammars(tokenizer.backend.to_str, checkpoint.spec.vocab_size)  # for its checks
+        servers.append(there)
+    prompt = words.renderer.prompt_tokens((Message("user", "What is 1 + 2?"),))
+    receivers: list[Receiver] = [Shared("what runs on the learner's weights", decoder, exact_engine)]
+    way = ToServers(decoder, servers, prompt, run.rollout.temperature if run is not None else 1.0)
+    try:
+        if run is not None:
+            receivers.append(way)
+        publisher = Publisher(decoder, receivers)
+        version = publisher.publish(0)
+        if run is None:
+            for there in servers:
+                check_policy(there, decoder, prompt, 1.0)
+                there.receive(version)
+    except BaseException:
+        way.close()
+        raise
+    plan = _decided(words, model, exact_engine, facts(decoder), version, memory)
+    return Parts(
+        decoder,
+        tokenizer,
+        words.renderer,
+        servers[0],
+        exact_engine,
+        publisher,
+        memory,
+        plan | {"decoders": 1, "servers": list(remote.servers)},
+        lambda: engine_on(decoder, config, tokenizer, exact_engine.version),
+        tuple(servers[1:]),
+        served=way,
     )
 
 

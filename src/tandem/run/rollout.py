@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from tandem.engine.driver import Driver
 from tandem.errors import ConfigError
 from tandem.plan.memory import check_counts, peak_bytes
 from tandem.program.child import child_of
@@ -22,8 +21,9 @@ from tandem.rollout.rows import trajectory_rows
 from tandem.rollout.watch import Progress, Watched
 from tandem.run.backends import backend_of
 from tandem.run.clock import started
-from tandem.run.config import RunConfig
+from tandem.run.config import RunConfig, check_remote
 from tandem.run.counted import counted
+from tandem.run.engines import sampled_by
 from tandem.run.figures import figures
 from tandem.run.folder import RunFolder, check_new
 from tandem.run.parts import build_parts
@@ -70,6 +70,7 @@ def roll_out(config: RunConfig, split: Split, out: Path, progress: Progress) -> 
     Ctrl-C keeps the groups that have ended.
     """
     check_counts(config)
+    check_remote(config)
     check_new(out)
     totals, began_s = Totals(), time.perf_counter()
     trace = Trace([totals])
@@ -79,7 +80,8 @@ def roll_out(config: RunConfig, split: Split, out: Path, progress: Progress) -> 
             leaving.callback(workers.close)
         pool = EnvironmentPool(config.task, born=child_of if workers is None else workers.home)
         leaving.callback(pool.close)
-        parts = build_parts(config.model, config.engine, learns=False, task=config.task, workers=workers)
+        built = config.model, config.engine
+        parts = build_parts(*built, learns=False, task=config.task, workers=workers, remote=config.remote)
         leaving.callback(parts.close)
         pool.ready()
         folder = leaving.enter_context(RunFolder.create(out, config))
@@ -87,9 +89,9 @@ def roll_out(config: RunConfig, split: Split, out: Path, progress: Progress) -> 
         folder.write_plan(parts.plan | {"numerics": declaration(config), "started": now.isoformat()})
         count = config.rollout.prompts_per_step
         prompts = pool.batch(0, count) if split == "train" else list(pool.heldout[:count])
-        progress.sampled = lambda: parts.engine.stats.sampled_tokens
+        progress.sampled = lambda: sum(engine.stats.sampled_tokens for engine in parts.sampling)
         watched = Watched(pool, progress)
-        rollouts = Rollouts(Driver(parts.engine), parts.renderer, watched, config.rollout, config.seed, trace)
+        rollouts = Rollouts(sampled_by(parts), parts.renderer, watched, config.rollout, config.seed, trace)
         groups: list[Group] = []
         stopped = False
         leaving.enter_context(parts.memory.foreseen())

@@ -197,6 +197,7 @@ class GenerateSampling(Body):
     ignore_eos: bool = False
     n: Annotated[int, Meta(ge=1, le=1024)] = 1
     sampling_seed: Seed | None = None
+    noise_seed: Natural | None = None  # the sampler's own, which `sampling_seed` is made into; n is 1 then
     json_schema: str | None = None
     regex: str | None = None
 
@@ -207,6 +208,7 @@ class GenerateBody(Whose, kw_only=True):
     input_ids: Annotated[list[TokenId], Meta(min_length=1)]
     sampling_params: GenerateSampling = msgspec.field(default_factory=GenerateSampling)
     return_logprob: bool = False
+    return_kept: bool = False  # the tokens that each was drawn from, where a filter or a form left some out
     stream: bool = False
     rid: Name | None = None
 

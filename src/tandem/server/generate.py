@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,12 +21,14 @@ from tandem.types import Request as Asked
 
 async def generate(room: Room, request: Request) -> Response:
     body = await room.read(request, bodies.GenerateBody)
+    if body.return_kept and body.stream:
+        raise Refusal(400, "return_kept goes with a whole answer. Leave stream out.", "invalid_value", "return_kept")
     id = body.rid or room.id_of(request, "gen")
     asking = await attended(request, asked(room, request, body, id))
     if body.stream:
         return EventStream(blocks(room, asking), asking.call, room.config.send_s, asking.headers)
     done = await attended(request, collected(asking.call))
-    told = [ended(room, asking, place, completion) for place, completion in enumerate(done)]
+    told = [ended(room, asking, place, completion, body.return_kept) for place, completion in enumerate(done)]
     return answer(told if body.sampling_params.n > 1 else told[0], asking.headers)
 
 
@@ -45,6 +48,11 @@ async def asked(room: Room, request: Request, body: bodies.GenerateBody, id: str
         stop_strings=demand.strings(given.stop),
     )
     seeds = demand.seeds(demand.seed_of(given.sampling_seed), 0, given.n)
+    if given.noise_seed is not None:
+        if given.n > 1 or given.sampling_seed is not None:
+            said = "noise_seed is of one answer: give n 1 and no sampling_seed with it."
+            raise Refusal(400, said, "invalid_value", "noise_seed")
+        seeds = [given.noise_seed]
     if given.json_schema is not None and given.regex is not None:
         raise Refusal(400, "json_schema and regex ask for two forms of one answer. Give one of them.", "invalid_value")
     constraint = Constraint("regex", given.regex) if given.regex is not None else None
@@ -54,11 +62,14 @@ async def asked(room: Room, request: Request, body: bodies.GenerateBody, id: str
     return await room.ask(asker, id, prompts, sampling, [seeds], body.stream, Terms(constraint))
 
 
-def ended(room: Room, asking: Asking, place: int, completion: Completion) -> dict[str, Any]:
+def ended(room: Room, asking: Asking, place: int, completion: Completion, with_kept: bool) -> dict[str, Any]:
     """An answer, whole."""
     request = asking.call.requests[place]
     room.remember(asking, place, of_tokens((*request.tokens, *completion.tokens)))
-    return told(room, request, completion.columns, completion)
+    answered = told(room, request, completion.columns, completion)
+    if with_kept and (kept := completion.columns.get("kept")) is not None:
+        answered["meta_info"]["output_kept"] = [b64encode(one).decode() for one in kept]
+    return answered
 
 
 def told(room: Room, request: Asked, drawn: Columns, completion: Completion | None) -> dict[str, Any]:

@@ -68,6 +68,9 @@ def of_engine(model: ModelConfig, engine: EngineConfig) -> tuple[Departure, ...]
 def departures(config: RunConfig) -> tuple[Departure, ...]:
     """All that a config declares; empty: the run is exact."""
     found = list(of_engine(config.model, config.engine))
+    if servers := config.remote.servers:
+        what = f"{len(servers)} servers of {config.remote.dialect} sample, with log-probs of their own arithmetic"
+        found.append(Departure(f"remote.servers={','.join(servers)}", what, "mismatch"))
     if config.sync.lag:
         what = f"the engine's weights are {config.sync.lag} updates old"
         found.append(Departure(f"sync.lag={config.sync.lag}", what, "staleness"))
