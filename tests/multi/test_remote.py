@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from tandem.run import local
 from tandem.run.config import RunConfig
 from tests.display import Silent
 from tests.multi.test_asynchronous import tiny, weights
+from tests.serving import serving
 
 __all__ = ["tiny"]
 STEPS = 2
@@ -28,27 +30,39 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernel
 
 
 @contextmanager
-def child(folder: Path, *settings: str) -> Iterator[str]:
-    """The url of a `tandem serve` of that model."""
+def child(folder: Path, *settings: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The url of a `tandem serve` of that model, and its process."""
     given = ["server.port=0", "server.control=true", "engine.kv_memory_bytes=4194304", *settings]
-    command = [sys.executable, "-m", "tandem", "serve", str(folder)]
-    for one in given:
-        command += ["--set", one]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env.child()
-    ) as running:
+    command = [sys.executable, "-m", "tandem", "serve", str(folder), *(f"--set={one}" for one in given)]
+    told: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": env.child()}
+    with subprocess.Popen(command, **told) as running:
         try:
-            assert running.stdout is not None
             seen = ""
-            for line in running.stdout:
+            while "http://" not in seen:
+                line = running.stdout.readline() if running.stdout is not None else ""
+                assert line, seen
                 seen += line
-                if "http://" in line:
-                    break
-            else:
-                raise AssertionError(seen)
-            yield "http://" + line.partition("http://")[2].split()[0].rstrip("/.,")
+            yield "http://" + seen.partition("http://")[2].split()[0].rstrip("/.,"), running
         finally:
             running.kill()
+
+
+class Noted(Silent):
+    """A display that keeps what a run says, and shows rows to `looks`."""
+
+    def __init__(self, looks: Callable[[Any], Any] = lambda row: None) -> None:
+        self.notes: list[str] = []
+        self.update = looks  # type: ignore[method-assign, assignment]
+
+    def __enter__(self) -> Noted:
+        return self
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_a_run_on_a_server_is_the_run_itself(tiny: RunConfig, tmp_path: Path) -> None:
@@ -56,11 +70,36 @@ def test_a_run_on_a_server_is_the_run_itself(tiny: RunConfig, tmp_path: Path) ->
     what an engine here would."""
     config = override(tiny, {"steps": "2", "rollout.max_turns": "2"})
     local.train(config, out=tmp_path / "here", resume=None, display=Silent())
-    with child(Path(config.model.source)) as url:
+    with child(Path(config.model.source)) as (url, _):
         served = override(config, {"remote.servers": url})
         code, _ = local.train(served, out=tmp_path / "there", resume=None, display=Silent())
     assert code == 0
     here, there = (weights(tmp_path / name) for name in ("here", "there"))
     assert there == here and len(set(here)) == STEPS
-    rows = [json.loads(line) for line in (tmp_path / "there" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["error_budget"]["mismatch"] for row in rows] == [0.0] * STEPS
+    assert [row["error_budget"]["mismatch"] for row in rows(tmp_path / "there")] == [0.0] * STEPS
+
+
+def test_kept_sets_come_along(tiny: RunConfig, tmp_path: Path) -> None:
+    """Under top-p the learner divides by all tokens where the server drew from a part of them."""
+    config = override(tiny, {"steps": "2", "rollout.top_p": "0.8", "rollout.temperature": "0.7"})
+    local.train(config, out=tmp_path / "here", resume=None, display=Silent())
+    with serving(Path(config.model.source), **{"server.control": True}) as server:
+        served = override(config, {"remote.servers": server.url})
+        local.train(served, out=tmp_path / "there", resume=None, display=Silent())
+    assert weights(tmp_path / "there") == weights(tmp_path / "here")
+    assert [row["error_budget"]["mismatch"] for row in rows(tmp_path / "there")] == [0.0] * STEPS
+
+
+def test_a_server_that_dies_changes_no_weight(tiny: RunConfig, tmp_path: Path) -> None:
+    """What a server had when it died is lost, or drawn otherwise by the one that is asked again; or the run waits for
+    it, or ends."""
+    config = override(tiny, {"steps": "2", "rollout.max_new_tokens": "64", "engine.kv_memory_bytes": str(8 << 20)})
+    local.train(config, out=tmp_path / "here", resume=None, display=Silent())
+    source = Path(config.model.source)
+    with serving(source, **{"server.control": True}) as stays, child(source) as (url, process):
+        servers = ",".join((url, stays.url))
+        display = Noted(lambda row: process.kill() if row["step"] == 1 else None)
+        served = override(config, {"remote.servers": servers})
+        code, _ = local.train(served, out=tmp_path / "there", resume=None, display=display)
+    assert code == 0 and weights(tmp_path / "there") == weights(tmp_path / "here")
+    assert any("did not take the learner's weights" in note or "died" in note for note in display.notes), display.notes

@@ -1,99 +1,34 @@
 """New weights to the servers of other engines, and whether they serve them: each dialect its own way, then a probe.
 
-Tandem's are sent all tensors and answer with their hash. vLLM's and SGLang's read a folder; they are then asked for
-what they call their weights. Whatever they say, each draws some tokens, which the learner's own weights score: so a
-server of another model, or one whose log-probs are of another distribution, is found before anything is learned.
+Whatever a server says of its weights (remote_ways.py), it draws some tokens, which the learner's own weights score: so
+one of another model, or whose log-probs are of another distribution, is found before anything is learned.
 """
 
 from __future__ import annotations
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors.torch import save
 
 from tandem.algo.pack import count_prompts
 from tandem.columns import Columns
 from tandem.errors import ConfigError, DeliveryError, EngineError
 from tandem.models.checkpoint import save_checkpoint
 from tandem.models.decoder import Decoder
-from tandem.run.config import Dialect
 from tandem.run.remote import ServerEngine
-from tandem.run.remote_calls import CallError
+from tandem.run.remote_ways import ADVICE, WAYS, Sent, Way
 from tandem.sync.receive import Weights, policy_of
 from tandem.train.score import with_logprobs
 from tandem.types import Request, Sample, Sampling, WeightVersion
 
-PART_BYTES = 64 << 20  # of the weights that are sent at once, or one tensor
 PROBE_TOKENS = 24
 PROBE_TEMPERATURE = 0.5  # at which log-probs before and after temperature are far apart
 MOST_GAP = 0.25  # nats, mean |difference| of the probe's log-probs: arithmetic makes hundredths, another model several
-
-
-class Sent(NamedTuple):
-    """What goes to a server."""
-
-    version: WeightVersion
-    label: str  # what the server is to call it
-    tensors: Mapping[str, torch.Tensor]  # the learner's own, by their names in Transformers' checkpoints
-    folder: str  # where they lie, for who reads them there
-
-
-def send_tandem(engine: ServerEngine, sent: Sent) -> Callable[[], str]:
-    engine.ask("/start_weight_update", {})
-    for part in parts_of(sent.tensors):
-        engine.ask("/update_weights", save(part))
-    engine.ask("/finish_weight_update", {"weight_version": sent.label, "digest": sent.version.digest})
-    told = engine.ask("/weight_info")
-    if told.get("digest") != sent.version.digest:
-        raise DeliveryError(f"{engine.server.url} serves weights {told.get('digest')!r}, not {sent.version.digest!r}.")
-    return lambda: _label(engine, "/weight_info")
-
-
-def send_vllm(engine: ServerEngine, sent: Sent) -> Callable[[], str]:
-    """By the verbs that VLLM_SERVER_DEV_MODE=1 opens."""
-    engine.ask("/pause?mode=wait", {})
-    try:
-        engine.ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": sent.folder}})
-        flushed = engine.ask("/reset_prefix_cache", {})
-        if isinstance(flushed, dict) and flushed.get("success") is False:
-            raise DeliveryError(f"{engine.server.url} kept its prefix cache, whose keys are of older weights.")
-        engine.ask("/update_weight_version", {"new_version": sent.label})
-        _compare_checksums(engine, sent, engine.ask("/weight_checker", {"action": "checksum"}))
-    finally:
-        with suppress(EngineError):  # the first error says why
-            engine.ask("/resume", {})
-    return lambda: _label(engine, "/weight_info")
-
-
-def send_sglang(engine: ServerEngine, sent: Sent) -> Callable[[], str]:
-    told = engine.ask("/update_weights_from_disk", {"model_path": sent.folder, "weight_version": sent.label})
-    if not isinstance(told, dict) or told.get("success") is not True:
-        said = told.get("message") if isinstance(told, dict) else told
-        raise DeliveryError(f"{engine.server.url} did not take the weights of {sent.folder}: {said}.")
-    try:
-        engine.ask("/model_info")
-        path = "/model_info"
-    except CallError as error:
-        if error.status != 404:
-            raise
-        path = "/get_model_info"  # until 0.5
-    return lambda: _label(engine, path)
-
-
-WAYS: Mapping[Dialect, Callable[[ServerEngine, Sent], Callable[[], str]]] = {
-    "tandem": send_tandem,
-    "vllm": send_vllm,
-    "sglang": send_sglang,
-}
 
 
 class ToServers:
@@ -108,13 +43,15 @@ class ToServers:
     ) -> None:
         self.decoder, self.engines = decoder, tuple(engines)
         self.prompt, self.temperature = tuple(prompt), temperature
+        self._ways = [WAYS[engine.remote.dialect](engine.server.url, engine.ask) for engine in engines]
         self._folder: Path | None = None  # of this run
         self._written: list[Path] = []
 
     def receive(self, version: WeightVersion, sets: Mapping[str, Weights]) -> None:
         """As Receiver's."""
         policy_of(self.name, version, sets)
-        living = [engine for engine in self.engines if engine.lost is None]
+        ways = {engine: way for engine, way in zip(self.engines, self._ways, strict=True) if engine.lost is None}
+        living = list(ways)
         assert not any(engine.has_work for engine in living), "weights change under running requests"
         if living and all(engine.version == version and engine.known for engine in living):
             return
@@ -123,22 +60,26 @@ class ToServers:
         folder = self._write(version, tensors) if living and living[0].remote.folder else ""
         sent = Sent(version, label, tensors, folder)
         with ThreadPoolExecutor(max(1, len(living))) as sending:
-            failed = [error for error in sending.map(lambda engine: self._take(engine, sent), living) if error]
+            failed = [
+                error for error in sending.map(lambda engine: self._take(engine, ways[engine], sent), living) if error
+            ]
         if failed and len(failed) == len(living):
             raise failed[0]
         for engine in living:
             if engine.lost is None:
                 check_policy(engine, self.decoder, self.prompt, self.temperature)
 
-    def _take(self, engine: ServerEngine, sent: Sent) -> DeliveryError | None:
+    def _take(self, engine: ServerEngine, way: Way, sent: Sent) -> DeliveryError | None:
         """Why the server has other weights."""
         try:
-            engine.look = WAYS[engine.remote.dialect](engine, sent)
+            way.send(sent)
             engine.known[sent.label] = sent.version.step
             engine.receive(sent.version)
-            engine.compare(engine.look())
+            engine.compare(way.label())
+            engine.look = way.label
         except (EngineError, DeliveryError) as error:
             engine.lost = EngineError(str(error))
+            engine.receive(sent.version)  # so that a router asks it, finds that it is lost, and says so
             return DeliveryError(
                 f"after update {sent.version.step} {engine.server.url} did not take the learner's weights: {error} "
                 f"Nothing was sampled from it since. {ADVICE[engine.remote.dialect]}"
@@ -172,13 +113,6 @@ class ToServers:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-ADVICE: Mapping[Dialect, str] = {
-    "tandem": "Start it with --set server.control=true, and give remote.key_env an admin's key where it has keys.",
-    "vllm": "Start it with VLLM_SERVER_DEV_MODE=1 and without quantization, and mount remote.folder where it runs.",
-    "sglang": "Mount remote.folder where it runs, in the same place.",
-}
-
-
 def check_policy(engine: ServerEngine, decoder: Decoder, prompt: Sequence[int], temperature: float) -> float:
     """Has a server draw, and scores that by the decoder: mean |difference| of log-probs, nats.
 
@@ -200,8 +134,8 @@ def check_policy(engine: ServerEngine, decoder: Decoder, prompt: Sequence[int], 
     if not gap <= MOST_GAP:
         raise DeliveryError(
             f"{engine.server.url} serves another policy than the learner's: of {PROBE_TOKENS} tokens that it drew, its "
-            f"log-probs and the learner's are {gap:.3g} nats apart in the mean, where arithmetic makes hundredths. Start "
-            "it on the model of model.source."
+            f"log-probs and the learner's are {gap:.3g} nats apart in the mean, where arithmetic makes hundredths. "
+            "Start it on the model of model.source."
         )
     return gap
 
@@ -225,34 +159,3 @@ def _gap(
     )
     own = scored.columns["reference_logprobs"][len(prompt) :]
     return float(np.abs(own - np.array(logprobs)).mean())
-
-
-def parts_of(tensors: Mapping[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """In their order, PART_BYTES at once or a tensor."""
-    part, size = dict[str, torch.Tensor](), 0
-    for name, tensor in tensors.items():
-        if part and size + tensor.nbytes > PART_BYTES:
-            yield part
-            part, size = {}, 0
-        part[name] = tensor.detach().to("cpu").contiguous()
-        size += tensor.nbytes
-    yield part
-
-
-def _compare_checksums(engine: ServerEngine, sent: Sent, told: Any) -> None:
-    """Of what is the same tensor at vLLM, which joins or packs others. DeliveryError where one differs."""
-    found = told.get("checksums") if isinstance(told, dict) else None
-    if not isinstance(found, dict):
-        raise DeliveryError(f"{engine.server.url}/weight_checker gave no checksums.")
-    same = [name for name in sent.tensors if name in found]
-    print(len(same), [n for n in same if found[n] != _sha256(sent.tensors[n])][:4], list(found)[:12])
-
-
-def _sha256(tensor: torch.Tensor) -> str:
-    flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
-    return sha256(flat.numpy().tobytes()).hexdigest()
-
-
-def _label(engine: ServerEngine, path: str) -> str:
-    told = engine.ask(path)
-    return str(told.get("weight_version")) if isinstance(told, dict) else ""
