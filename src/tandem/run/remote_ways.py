@@ -18,6 +18,7 @@ from tandem.run.remote_calls import CallError
 from tandem.types import WeightVersion
 
 PART_BYTES = 64 << 20  # of the weights that are sent at once, or one tensor
+EMPTY = sha256(b"").hexdigest()  # of a matrix that vLLM's CPU has packed: its parameter holds nothing any more
 JOINED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}  # by vLLM
 
 Ask = Callable[..., Any]  # (path, body, within_s) -> answer; EngineError
@@ -171,14 +172,14 @@ def compare(
     """Checksums of what was written with those of vLLM, whose names say the rank before a colon. DeliveryError where
     they say that it holds others.
 
-    It packs matrices for some devices, and ranks divide them: those are not the same bytes. Vectors are, and at least
-    one tensor has to be. A matrix that one rank has must have changed since the version before where ours has, and
-    nowhere else.
+    Ranks divide matrices, and it packs them for some devices (into nothing that its checksums see, on a CPU): those are
+    not the same bytes. Vectors are, and at least one tensor has to be. A matrix that one rank has must have changed
+    since the version before where ours has, and nowhere else.
     """
     names = {key: key.rpartition(":")[2] for key in theirs}
     ranks, wrong, same = Counter(names.values()), [], 0
     for key, name in names.items():
-        if name not in ours:
+        if name not in ours or theirs[key] == EMPTY:
             continue
         same += theirs[key] == ours[name]
         if theirs[key] == ours[name]:

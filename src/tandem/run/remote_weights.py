@@ -11,12 +11,13 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from tandem.algo.pack import count_prompts
-from tandem.columns import Columns
+from tandem.columns import Array, Columns
 from tandem.errors import ConfigError, DeliveryError, EngineError
 from tandem.models.checkpoint import save_checkpoint
 from tandem.models.decoder import Decoder
@@ -27,7 +28,8 @@ from tandem.train.score import with_logprobs
 from tandem.types import Request, Sample, Sampling, WeightVersion
 
 PROBE_TOKENS = 24
-PROBE_TEMPERATURE = 0.5  # at which log-probs before and after temperature are far apart
+PROBE_TEMPERATURE = 2.0  # at which what is drawn is rare before temperature, also by a policy that is nearly sure
+MOVED = 1e-3  # nats: a log-prob of the learner's that has changed by more shows in any arithmetic
 MOST_GAP = 0.25  # nats, mean |difference| of the probe's log-probs: arithmetic makes hundredths, another model several
 
 
@@ -44,6 +46,7 @@ class ToServers:
         self.decoder, self.engines = decoder, tuple(engines)
         self.prompt, self.temperature = tuple(prompt), temperature
         self._ways = [WAYS[engine.remote.dialect](engine.server.url, engine.ask) for engine in engines]
+        self._probed: dict[ServerEngine, Probed] = {}  # under the last version
         self._folder: Path | None = None  # of this run
         self._written: list[Path] = []
 
@@ -67,7 +70,9 @@ class ToServers:
             raise failed[0]
         for engine in living:
             if engine.lost is None:
-                check_policy(engine, self.decoder, self.prompt, self.temperature)
+                before = self._probed.get(engine)
+                probed = check_policy(engine, self.decoder, self.prompt, self.temperature, before)
+                self._probed[engine] = probed
 
     def _take(self, engine: ServerEngine, way: Way, sent: Sent) -> DeliveryError | None:
         """Why the server has other weights."""
@@ -113,16 +118,36 @@ class ToServers:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def check_policy(engine: ServerEngine, decoder: Decoder, prompt: Sequence[int], temperature: float) -> float:
-    """Has a server draw, and scores that by the decoder: mean |difference| of log-probs, nats.
+class Probed(NamedTuple):
+    """Tokens that a server drew, and their log-probs, as it has them and as the learner's weights do."""
 
-    DeliveryError where that is more than arithmetic makes. ConfigError where its log-probs are those before temperature
-    and the run's temperature is another than 1.
+    tokens: tuple[int, ...]
+    theirs: tuple[float, ...]
+    own: tuple[float, ...]
+
+    def stale(self, before: Probed) -> bool:
+        """Whether the server has not moved at all, where the learner has.
+
+        >>> before = Probed((5, 9), (-1.0, -2.0), (-1.01, -2.0))
+        >>> Probed((5, 9), (-1.0, -2.0), (-1.1, -2.0)).stale(before)
+        True
+        """
+        moved = max((abs(now - then) for now, then in zip(self.own, before.own, strict=False)), default=0.0)
+        return self[:2] == before[:2] and moved > MOVED
+
+
+def check_policy(
+    engine: ServerEngine, decoder: Decoder, prompt: Sequence[int], temperature: float, before: Probed | None = None
+) -> Probed:
+    """Has a server draw, and scores that by the decoder. before: what came of it under the weights before.
+
+    DeliveryError where log-probs differ by more than arithmetic makes, or the server's are those of `before` still.
+    ConfigError where they are those before temperature and the run's temperature is another than 1.
     """
     if temperature != 1.0:
         drawn, logprobs = _probe(engine, prompt, PROBE_TEMPERATURE)
-        gaps = [_gap(decoder, prompt, drawn, logprobs, at) for at in (PROBE_TEMPERATURE, 1.0)]
-        if gaps[0] > MOST_GAP and gaps[1] < gaps[0]:
+        gaps = [float(np.abs(_scored(decoder, prompt, drawn, at) - logprobs).mean()) for at in (PROBE_TEMPERATURE, 1)]
+        if gaps[1] < gaps[0]:
             raise ConfigError(
                 f"rollout.temperature is {temperature:g}, and {engine.server.url} gives log-probs before temperature "
                 f"(at {PROBE_TEMPERATURE:g} off by {gaps[0]:.2g} nats, and by {gaps[1]:.2g} from those at 1). Start "
@@ -130,32 +155,35 @@ def check_policy(engine: ServerEngine, decoder: Decoder, prompt: Sequence[int], 
                 "set rollout.temperature to 1."
             )
     at = temperature or 1.0
-    gap = _gap(decoder, prompt, *_probe(engine, prompt, at), at)
+    drawn, logprobs = _probe(engine, prompt, at)
+    own = _scored(decoder, prompt, drawn, at)
+    gap = float(np.abs(own - logprobs).mean())
     if not gap <= MOST_GAP:
         raise DeliveryError(
             f"{engine.server.url} serves another policy than the learner's: of {PROBE_TOKENS} tokens that it drew, its "
             f"log-probs and the learner's are {gap:.3g} nats apart in the mean, where arithmetic makes hundredths. "
             "Start it on the model of model.source."
         )
-    return gap
+    probed = Probed(drawn, tuple(logprobs), tuple(own))
+    if before is not None and probed.stale(before):
+        raise DeliveryError(
+            f"{engine.server.url} drew the same tokens with the same log-probs as before the update, by which the "
+            "learner's own have changed: it still serves the older weights."
+        )
+    return probed
 
 
-def _probe(
-    engine: ServerEngine, prompt: Sequence[int], temperature: float
-) -> tuple[tuple[int, ...], tuple[float, ...]]:
+def _probe(engine: ServerEngine, prompt: Sequence[int], temperature: float) -> tuple[tuple[int, ...], Array]:
     """Tokens and their log-probs, as the server has them."""
     sampling = Sampling(temperature=temperature, max_new_tokens=PROBE_TOKENS)
     completion = engine.draw(Request("probe", "", tuple(prompt), sampling, seed=1))
-    return completion.tokens, completion.logprobs
+    return completion.tokens, completion.columns["logprobs"]
 
 
-def _gap(
-    decoder: Decoder, prompt: Sequence[int], drawn: Sequence[int], logprobs: Sequence[float], temperature: float
-) -> float:
+def _scored(decoder: Decoder, prompt: Sequence[int], drawn: Sequence[int], temperature: float) -> Array:
+    """Log-probs of the drawn tokens by the decoder."""
     mask = [False] * len(prompt) + [True] * len(drawn)
     sample = Sample("probe", "probe", Columns.of(tokens=(*prompt, *drawn), loss_mask=mask))
-    (scored,) = with_logprobs(
-        "reference_logprobs", decoder, [sample], count_prompts([sample]), len(prompt) + len(drawn), temperature
-    )
-    own = scored.columns["reference_logprobs"][len(prompt) :]
-    return float(np.abs(own - np.array(logprobs)).mean())
+    name, budget_tokens = "reference_logprobs", len(prompt) + len(drawn)
+    (scored,) = with_logprobs(name, decoder, [sample], count_prompts([sample]), budget_tokens, temperature)
+    return scored.columns[name][len(prompt) :]
