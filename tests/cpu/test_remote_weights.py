@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load
 
-from tandem.errors import DeliveryError, EngineError
+from tandem.algo.pack import count_prompts
+from tandem.columns import Columns
+from tandem.engine.config import EngineConfig
+from tandem.engine.engine import Engine
+from tandem.engine.runner import DecoderRunner
+from tandem.errors import ConfigError, DeliveryError, EngineError
+from tandem.models.checkpoint import open_checkpoint
+from tandem.models.decoder import Decoder
 from tandem.run import remote_ways
 from tandem.run.remote_calls import Server
 from tandem.run.remote_ways import EMPTY, WAYS, Sent, checksums, compare, parts_of
-from tandem.run.remote_weights import Probed
-from tandem.types import WeightVersion
+from tandem.run.remote_weights import Probed, check_policy
+from tandem.train.score import with_logprobs
+from tandem.types import Completion, Request, Sample, WeightVersion
 from tests.stub import Said, stub
 
 LAYER = "model.layers.0.self_attn"
@@ -171,3 +182,46 @@ def test_a_probe_that_has_not_moved() -> None:
     assert not Probed((5, 9), (-1.0, -2.0), (-1.01, -2.0)).stale(before)
     assert not Probed((5, 9), (-1.0, -2.0001), (-1.2, -2.0)).stale(before)
     assert not Probed((5, 8), (-1.0, -2.0), (-1.2, -2.0)).stale(before)
+
+
+class Draws:
+    """What a probe needs of a server's engine: it draws by `decoder`, and says log-probs of temperature `told`."""
+
+    def __init__(self, decoder: Decoder, told: float | None = None) -> None:
+        self.decoder, self.told, self.server = decoder, told, Server("http://host:1")
+
+    def draw(self, request: Request) -> Completion:
+        engine = Engine(DecoderRunner(self.decoder, 16, 16, EngineConfig()), EngineConfig(), 16)
+        (done,) = engine.generate([request])
+        prompt, at = request.tokens, self.told or request.sampling.temperature
+        mask = [False] * len(prompt) + [True] * len(done.tokens)
+        sample = Sample("p", "p", Columns.of(tokens=(*prompt, *done.tokens), loss_mask=mask))
+        (scored,) = with_logprobs("values", self.decoder, [sample], count_prompts([sample]), 512, at)
+        return replace(done, columns=done.columns.having(logprobs=scored.columns["values"][len(prompt) :]))
+
+
+def decoder_of(folder: Path) -> Decoder:
+    checkpoint = open_checkpoint(str(folder))
+    return Decoder(checkpoint.spec, "bfloat16").load(checkpoint.tensors())
+
+
+def test_a_probe_tells_whose_logprobs_they_are(tmp_path: Path, write_model: Callable[..., None]) -> None:
+    """Log-probs before temperature are taken for those after it, or another model's for the learner's."""
+    for name, scale in (("model", 10.0), ("other", 30.0)):
+        write_model(tmp_path / name, scale=scale)
+    decoder, other = decoder_of(tmp_path / "model"), decoder_of(tmp_path / "other")
+    prompt = (5, 6, 7)
+    for temperature in (0.0, 0.7, 1.0, 1.3):
+        after: Any = Draws(decoder)
+        probed = check_policy(after, decoder, prompt, temperature)
+        assert probed.own == probed.theirs
+    before: Any = Draws(decoder, told=1.0)
+    check_policy(before, decoder, prompt, 1.0)
+    for temperature in (0.7, 0.95, 1.3):
+        with pytest.raises(ConfigError, match="gives log-probs before temperature"):
+            check_policy(before, decoder, prompt, temperature)
+    strange: Any = Draws(other)
+    with pytest.raises(DeliveryError, match="another policy"):
+        check_policy(strange, decoder, prompt, 1.0)
+    with pytest.raises(DeliveryError, match="still serves the older"):
+        check_policy(after, decoder, prompt, 1.3, probed._replace(own=tuple(one - 0.1 for one in probed.own)))

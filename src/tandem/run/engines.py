@@ -75,8 +75,10 @@ def endpoint(
     )
 
 
-def sampled_by(parts: Parts) -> Driver | Router:
-    """What asks the engines that sample, for who keeps no ledger."""
+def sampled_by(parts: Parts, temperature: float) -> Driver | Router:
+    """What asks the engines that sample, at that temperature, for who keeps no ledger and brings no weights."""
+    if parts.served is not None and parts.publisher.version is not None:
+        parts.served.agree(parts.publisher.version, temperature)
     if not parts.others:
         return Driver(parts.engine)
     engines = {f"engine {number}": engine for number, engine in enumerate(parts.sampling, start=1)}

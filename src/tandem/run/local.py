@@ -123,5 +123,5 @@ def evaluate_model(config: RunConfig) -> Evaluation:
         pool.ready()
         prompts = pool.heldout[: config.evaluation.prompts]
         with parts.memory.foreseen():
-            asked = sampled_by(parts) if config.remote.servers else Driver(parts.exact_engine)
+            asked = sampled_by(parts, 0.0) if config.remote.servers else Driver(parts.exact_engine)
             return evaluate(asked, parts.renderer, pool, prompts, config.rollout)[0]

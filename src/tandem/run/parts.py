@@ -39,7 +39,7 @@ from tandem.run.learned import OBJECTIVES, learner_config
 from tandem.run.learning import DecoderElsewhere, LearnerGiven, RemoteLearner, RemotePublisher, RemoteWay
 from tandem.run.remote import ServerEngine
 from tandem.run.remote_calls import Server
-from tandem.run.remote_weights import ToServers, check_policy
+from tandem.run.remote_weights import ToServers
 from tandem.run.workers import Backend
 from tandem.sync.departures import check_engine, of_engine, without_departures
 from tandem.sync.publish import Publisher
@@ -280,8 +280,8 @@ def _build_apart(
 def _build_served(
     words: _Words, model: ModelConfig, config: EngineConfig, remote: RemoteConfig, run: RunConfig | None, memory: Plan
 ) -> Parts:
-    """With servers that sample, and an engine of its own for evaluation. Without a run their weights are left as they
-    are, and compared."""
+    """With servers that sample, and an engine of its own for evaluation. Without a run their weights stay as they are:
+    who asks them looks first whether they are these (`Parts.served`)."""
     checkpoint, tokenizer = words.checkpoint, words.tokenizer
     decoder = Decoder(checkpoint.spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
     exact_engine = engine_on(decoder, config, tokenizer)
@@ -299,10 +299,6 @@ def _build_served(
             receivers.append(way)
         publisher = Publisher(decoder, receivers)
         version = publisher.publish(0)
-        if run is None:
-            for there in servers:
-                check_policy(there, decoder, prompt, 1.0)
-                there.receive(version)
     except BaseException:
         way.close()
         raise

@@ -74,6 +74,12 @@ class ToServers:
                 probed = check_policy(engine, self.decoder, self.prompt, self.temperature, before)
                 self._probed[engine] = probed
 
+    def agree(self, version: WeightVersion, temperature: float) -> None:
+        """Whether servers that are given no weights serve the decoder's, of that version. Raises as `check_policy`."""
+        for engine in self.engines:
+            check_policy(engine, self.decoder, self.prompt, temperature)
+            engine.receive(version)
+
     def _take(self, engine: ServerEngine, way: Way, sent: Sent) -> DeliveryError | None:
         """Why the server has other weights."""
         try:
@@ -144,10 +150,10 @@ def check_policy(
     DeliveryError where log-probs differ by more than arithmetic makes, or the server's are those of `before` still.
     ConfigError where they are those before temperature and the run's temperature is another than 1.
     """
-    if temperature != 1.0:
+    if temperature not in (0.0, 1.0):
         drawn, logprobs = _probe(engine, prompt, PROBE_TEMPERATURE)
-        gaps = [float(np.abs(_scored(decoder, prompt, drawn, at) - logprobs).mean()) for at in (PROBE_TEMPERATURE, 1)]
-        if gaps[1] < gaps[0]:
+        gaps = [float(np.abs(_scored(decoder, prompt, drawn, at) - logprobs).mean()) for at in (PROBE_TEMPERATURE, 1.0)]
+        if not gaps[0] <= gaps[1]:
             raise ConfigError(
                 f"rollout.temperature is {temperature:g}, and {engine.server.url} gives log-probs before temperature "
                 f"(at {PROBE_TEMPERATURE:g} off by {gaps[0]:.2g} nats, and by {gaps[1]:.2g} from those at 1). Start "

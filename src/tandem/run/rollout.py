@@ -90,8 +90,8 @@ def roll_out(config: RunConfig, split: Split, out: Path, progress: Progress) -> 
         count = config.rollout.prompts_per_step
         prompts = pool.batch(0, count) if split == "train" else list(pool.heldout[:count])
         progress.sampled = lambda: sum(engine.stats.sampled_tokens for engine in parts.sampling)
-        watched = Watched(pool, progress)
-        rollouts = Rollouts(sampled_by(parts), parts.renderer, watched, config.rollout, config.seed, trace)
+        watched, asked = Watched(pool, progress), sampled_by(parts, config.rollout.temperature)
+        rollouts = Rollouts(asked, parts.renderer, watched, config.rollout, config.seed, trace)
         groups: list[Group] = []
         stopped = False
         leaving.enter_context(parts.memory.foreseen())
