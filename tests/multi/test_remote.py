@@ -24,6 +24,7 @@ from tandem.kernels.build.toolchain import compiler
 from tandem.rollout.watch import Progress
 from tandem.run import local
 from tandem.run.config import RunConfig, check_training
+from tandem.run.remote_ways import Sent, TandemWay
 from tandem.run.rollout import roll_out, sized
 from tandem.sync.departures import declaration, is_exact
 from tandem.types import Request, Sampling
@@ -109,7 +110,7 @@ def test_a_server_that_dies_changes_no_weight(tiny: RunConfig, tmp_path: Path) -
         served = override(config, {"remote.servers": servers})
         code, _ = local.train(served, out=tmp_path / "there", resume=None, display=display)
     assert code == 0 and weights(tmp_path / "there") == weights(tmp_path / "here")
-    assert any("did not take the learner's weights" in note or "died" in note for note in display.notes), display.notes
+    assert any("died" in note and url.removesuffix("/v1") in note for note in display.notes), display.notes
 
 
 def test_a_run_goes_on_where_it_stopped(tiny: RunConfig, tmp_path: Path) -> None:
@@ -160,6 +161,31 @@ def test_a_server_without_control_takes_no_weights(tiny: RunConfig, tmp_path: Pa
     with serving(Path(tiny.model.source)) as server, pytest.raises(DeliveryError, match=r"server\.control=true"):
         served = override(tiny, {"remote.servers": server.url})
         local.train(served, out=tmp_path / "there", resume=None, display=Silent())
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_one_of_two_that_takes_no_weights_is_left_out_and_told_of(
+    tiny: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """A server that kept the older weights is asked, or nobody hears that the run has one less."""
+    config = override(tiny, {"steps": "2"})
+    local.train(config, out=tmp_path / "here", resume=None, display=Silent())
+    source, plain = Path(config.model.source), TandemWay.send
+
+    def send(way: TandemWay, sent: Sent) -> None:
+        if way.url == keeps.url and sent.version.step == step:
+            raise EngineError("its network is down.")
+        plain(way, sent)
+
+    monkeypatch.setattr(TandemWay, "send", send)
+    with serving(source, **{"server.control": True}) as takes, serving(source, **{"server.control": True}) as keeps:
+        display = Noted()
+        served = override(config, {"remote.servers": f"{keeps.url},{takes.url}"})
+        code, _ = local.train(served, out=tmp_path / "there", resume=None, display=display)
+        assert (keeps.room.desk.engine.stats.sampled_tokens > 0) == (step > 0)
+    assert code == 0 and weights(tmp_path / "there") == weights(tmp_path / "here")
+    (note,) = [note for note in display.notes if "died" in note]
+    assert f"after update {step} {keeps.url} did not take the learner's weights: its network is down" in note
 
 
 def test_weights_that_somebody_else_changed(tiny: RunConfig, tmp_path: Path) -> None:

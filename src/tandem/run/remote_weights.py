@@ -89,12 +89,13 @@ class ToServers:
             engine.compare(way.label())
             engine.look = way.label
         except (EngineError, DeliveryError) as error:
-            engine.lost = EngineError(str(error))
-            engine.receive(sent.version)  # so that a router asks it, finds that it is lost, and says so
-            return DeliveryError(
+            reason = (
                 f"after update {sent.version.step} {engine.server.url} did not take the learner's weights: {error} "
                 f"Nothing was sampled from it since. {ADVICE[engine.remote.dialect]}"
             )
+            engine.lost = EngineError(reason)
+            engine.receive(sent.version)  # so that a router asks it, finds that it is lost, and says so
+            return DeliveryError(reason)
         return None
 
     def _write(self, version: WeightVersion, tensors: Mapping[str, torch.Tensor]) -> str:
