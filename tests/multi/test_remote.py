@@ -210,6 +210,7 @@ REFUSED = {
     "engine.replicas": ("2", "remote.servers says"),
     "engine.weights": ("int4", "as it was started"),
     "engine.order": ("fair", "a server has its own"),
+    "rollout.extra_prompts": ("2", "who ends first"),
 }
 
 

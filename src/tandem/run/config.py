@@ -206,6 +206,12 @@ def check_training(config: RunConfig) -> None:
     _check_select(config)
     _check_workers(config)
     check_remote(config)
+    if config.remote.servers and config.rollout.extra_prompts:
+        raise ConfigError(
+            f"remote.servers is set and rollout.extra_prompts is {config.rollout.extra_prompts}: who ends first would "
+            "hang on the network, and what the others drew is not told. Leave rollout.extra_prompts out, or "
+            "remote.servers."
+        )
     if config.learner.optimiser_offload == "host" and config.model.device == "cpu":
         raise ConfigError(
             "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "
