@@ -51,7 +51,9 @@ TORCH_FREE = {
 }
 
 FILE_LINES, KERNEL_FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 800, 80, 8
-PRODUCT_LINES = 58_000  # without APART_LINES, what measures and shows; 55,000 before a router and other engines' servers
+PRODUCT_LINES = (
+    58_000  # without APART_LINES, what measures and shows; 55,000 before a router and other engines' servers
+)
 APART_LINES = ("bench", "study", "report")
 LOOP_LINES = 60  # run/loop.py is the table of contents
 
