@@ -129,6 +129,12 @@ EQUATIONS = (
 DEPLOYED = "needs a daemon or a cluster; tests/multi/test_deploy.py"
 ADAPTED = "tandem train smollm2_arithmetic_cpu --set task.environment=tandem.program.adapters."
 LISTED: dict[str, str] = {
+    "tandem serve MODEL --set server.control=true --set engine.order=shares --set engine.shares=tree.toml": (
+        "tests/multi/test_remote.py"
+    ),
+    "tandem train RECIPE --set remote.servers=http://127.0.0.1:8000 --set rollout.tenant=rollouts": (
+        "tests/multi/test_remote.py"
+    ),
     "tandem train RECIPE --set remote.servers=http://HOST:8000,http://OTHER:8000 "
     "[--set remote.dialect=vllm --set remote.folder=FOLDER]": "tests/multi/test_remote.py",
     "tandem route URL...": "needs engines; tests/multi/test_route.py",

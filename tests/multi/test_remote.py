@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from base64 import b64decode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -85,6 +86,42 @@ def test_a_run_on_a_server_is_the_run_itself(tiny: RunConfig, tmp_path: Path) ->
     here, there = (weights(tmp_path / name) for name in ("here", "there"))
     assert there == here and len(set(here)) == STEPS
     assert [row["error_budget"]["mismatch"] for row in rows(tmp_path / "there")] == [0.0] * STEPS
+
+
+def test_people_and_rollouts_share_one_engine(tiny: RunConfig, tmp_path: Path) -> None:
+    """A run on a server that people ask at the same time: they are refused or cut off at an update, the run's tokens
+    hang on theirs, or its rollouts are of no tenant."""
+    config = override(tiny, {"steps": "3"})
+    local.train(config, out=tmp_path / "here", resume=None, display=Silent())
+    tree = tmp_path / "tree.toml"
+    tree.write_text("[tenants]\nrollouts = { weight = 0.01, guarantee = 0.1 }\n[cost]\nbase_s = 0.001\n")
+    settings = {"server.control": True, "engine.order": "shares", "engine.shares": str(tree)}
+    answered, over = [], threading.Event()
+
+    def asking(url: str) -> None:
+        with httpx.Client(base_url=url, timeout=60) as client:
+            while not over.is_set():
+                said = {"prompt": [5, 6, 7], "max_tokens": 24, "ignore_eos": True, "tenant": "people"}
+                answered.append(client.post("/v1/completions", json=said | {"return_token_ids": True}).json())
+
+    with serving(Path(config.model.source), **settings) as server:
+        people = [threading.Thread(target=asking, args=(server.url,)) for _ in range(3)]
+        for one in people:
+            one.start()
+        served = override(config, {"remote.servers": server.url, "rollout.tenant": "rollouts"})
+        try:
+            local.train(served, out=tmp_path / "there", resume=None, display=Silent())
+        finally:
+            over.set()
+            for one in people:
+                one.join(60)
+        tree_of = server.parts.engine.scheduler.order.tree  # type: ignore[attr-defined]
+        had = {name: tree_of.tenant(name).had for name in ("rollouts", "people")}
+    assert weights(tmp_path / "there") == weights(tmp_path / "here")
+    assert min(had.values()) > 0
+    assert all(len(one["choices"][0]["token_ids"]) == 24 for one in answered), answered[:1]
+    versions = {span["version"] for one in answered for span in one["choices"][0]["weight_versions"]}
+    assert len(versions) > 1  # they were asked while weights changed
 
 
 def test_kept_sets_come_along(tiny: RunConfig, tmp_path: Path) -> None:
