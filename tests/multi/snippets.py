@@ -135,8 +135,6 @@ LISTED: dict[str, str] = {
     "tandem train RECIPE --set remote.servers=http://127.0.0.1:8000 --set rollout.tenant=rollouts": (
         "tests/multi/test_remote.py"
     ),
-    "tandem train RECIPE --set remote.servers=http://HOST:8000,http://OTHER:8000 "
-    "[--set remote.dialect=vllm --set remote.folder=FOLDER]": "tests/multi/test_remote.py",
     "tandem route URL...": "needs engines; tests/multi/test_route.py",
     "step = base + sum of (prefill or decode row + its context x a token's cost),": "tests/null/test_costs.py",
     "ray start --head --port=6379 --num-cpus=0": "tests/multi/test_two_machines.py",
