@@ -25,11 +25,10 @@ def study() -> Study:
         arms=(
             Arm("plain", "as it is"),
             Arm("all_tokens", "advantages of the batch", {"algo.advantage": "reinforce_pp"}),
-            Arm("all", "chosen and stopped", ALL, steps=150),
-            Arm("filled", "batch filled", FILTERED | {"rollout.redraws": "2"}, steps=90),
+            Arm("all", "chosen and stopped", ALL),
         ),
         baseline="plain",
-        steps=150,
+        steps=80,
         shows_not="One small model and one task whose difficulty shows in the prompt's digits, which is what the "
         "choice goes by: where prompts don't show how hard they are, only those asked before are known. Steps were set "
         "so that runs take as many seconds on two cores; another machine has another exchange rate.",
