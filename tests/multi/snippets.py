@@ -184,6 +184,8 @@ LISTED: dict[str, str] = {
     "tandem bench ahead [--json]": "takes minutes; tests/multi/test_ahead.py",
     "tandem bench isolation [--json]": "takes minutes; tests/null/test_deal.py",
     "tandem bench serve [--peer CMD] [--part NAME]... [--rounds N] [--out PNG] [--page MD]": "test_loads.py",
+    "tandem bench {serve,soak,programs,structured}": "take minutes; tests/multi/test_loads.py, null/test_bench.py",
+    "tandem simulate FILE": "needs a record; tests/null/test_sim_programs.py",
     "tandem bench schedule [--json]": "tests/null/test_tenants_bench.py",
     "tandem bench programs [--json]": "takes minutes; tests/null/test_bench.py",
     "tandem train smollm2_calculator_cpu --set engine.programs.mode=enforce": (
