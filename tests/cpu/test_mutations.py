@@ -356,8 +356,8 @@ def stacked(change: Callable[[list[int], list[int]], tuple[list[int], list[int]]
     def apply(patch: Patch) -> None:
         true = SamplingBatch.stack
 
-        def broken(samplings, seeds, positions):
-            return true(samplings, *change(list(seeds), list(positions)))
+        def broken(samplings, seeds, positions, *masks, **more):
+            return true(samplings, *change(list(seeds), list(positions)), *masks, **more)
 
         patch.setattr(SamplingBatch, "stack", broken)
 

@@ -216,7 +216,7 @@ def filled(sample: Sample) -> Sample:
     earned = {name: [base + p for p in range(count)] for name, base in (("step_rewards", 1e3), ("values", 2e3))}
     bases = (("unfiltered_logprobs", 900.0), ("returns", 3e3), ("selection_weights", 4e3))
     more = {name: [base + p for p in range(count)] for name, base in bases}
-    every = having(sample, **scored, kept=kept, **of_turns, **earned, **more)
+    every = having(sample, **scored, kept=kept, likely=[b"l" + one for one in kept], **of_turns, **earned, **more)
     assert set(every.columns.arrays) == set(COLUMNS)
     return every
 

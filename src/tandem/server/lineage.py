@@ -76,6 +76,7 @@ def of_messages(messages: Sequence[Message]) -> list[bytes]:
 def arguments_of(messages: Sequence[Message]) -> str:
     """A hash of the calls whose results a conversation ends with; "" where it ends otherwise.
 
+    >>> from tandem.types import ToolCall
     >>> call = Message("assistant", "", (ToolCall("add", {"a": 1}),))
     >>> len(arguments_of([call, Message("tool", "1")])), arguments_of([call])
     (16, '')

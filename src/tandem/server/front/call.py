@@ -87,7 +87,7 @@ class Call:
 def _blocks(part: bytes) -> Iterator[bytes]:
     """
     >>> list(_blocks(b'[{"a":1}, {"b":2}]')), [len(block) for block in _blocks(b'"' + b"x" * 300 + b'"')]
-    ([b'{"a":1}', b'{"b":2}'], [256, 45])
+    ([b'{"a":1}', b'{"b":2}'], [256, 46])
     """
     pieces: list[Any] = [part.removesuffix(b"]")]
     if part[1:].lstrip()[:1] == b"{":
