@@ -87,6 +87,15 @@ def test_chunks_of_rows_and_columns(any_path, dtype):
     compare(ROWS + 3, COLUMNS + 70, 8, dtype, 0.8, 0)
 
 
+def test_a_temperature_that_is_a_whole_number(any_path):
+    """A temperature of 1 or 2 that is no float is read as another number: log-probs are not finite."""
+    hidden, weight, targets = problem(7, 90, 12, torch.float32, 4)
+    for whole in (1, 2):
+        got = token_logprobs(hidden, weight, targets, whole)
+        wanted = token_logprobs(hidden, weight, targets, float(whole))
+        assert all(same_bits(one.detach(), other.detach()) for one, other in zip(got, wanted, strict=True))
+
+
 def test_rows_beside_do_not_enter(kernel_path):
     """Log-probs depend on how many rows are scored together."""
     hidden, weight, targets = problem(40, 300, 24, torch.bfloat16, 2)

@@ -39,14 +39,16 @@ def test_an_engine_is_priced_by_its_own_steps(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_renewed_engine_keeps_what_was_measured_and_turned_off() -> None:
-    """After a step that raised, service is sold at the default's price, or a policy that was stopped acts again."""
+    """After a step that raised, service is sold at the default's price, debts are forgotten, or a policy that was
+    stopped acts again."""
     engine, _ = make(num_pages=400, order="shares", programs=ProgramsConfig("enforce", "ttl"))
     order, programs, told = engine.scheduler.order, engine.scheduler.programs, list[str]()
     assert isinstance(order, Deals) and programs is not None
     order.price(TRUE)
+    order.tree.pay(order.tree.leaf("a", "p"), 5)
     engine.on_restoring(told.append)
     engine.set_programs_mode("shadow")
     again = engine.renewed().scheduler
     assert isinstance(again.order, Deals) and again.programs is not None
-    assert again.order.measured and again.order.cost == order.cost
+    assert again.order.measured and again.order.cost == order.cost and again.order.tree.tenant("a").had == 5
     assert again.programs.mode == "shadow" and again.programs.restoring == programs.restoring

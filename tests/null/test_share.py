@@ -220,3 +220,36 @@ def test_a_file_that_is_not_there_or_no_table_is_refused(tmp_path: Path) -> None
         shares_of([1], "file")
     with pytest.raises(ConfigError, match="engine.shares is 'a.toml', and engine.order is 'arrival'"):
         EngineConfig(shares="a.toml")
+
+
+def test_a_tree_that_takes_the_place_of_another_keeps_debts_and_promises() -> None:
+    """After a step that raised, who was ahead of the others begins level with them, above its cap, or with terms that
+    a router has changed since."""
+    made = tree(a=Terms(2.0), b=Terms(1.0), c=Terms(1.0, cap=0.5))
+    leaves = {name: made.leaf(name, "p") for name in "abc"}
+    for leaf in leaves.values():
+        made.enter(leaf)
+    made.promise({"a": Terms(4.0), "b": Terms(1.0, guarantee=0.25)})
+    made.pay(leaves["a"], 8 * PICO)
+    made.pay(leaves["b"], PICO)
+    made.pay(leaves["c"], 6 * PICO)
+    made.pay(made.leaf("b", "idle"), PICO)
+    other = made.leaf("b", "q")
+    made.enter(other)
+    made.pay(other, PICO // 2)
+
+    new = tree(a=Terms(2.0), b=Terms(1.0), c=Terms(1.0, cap=0.5))
+    new.inherit(made)
+    new.check_integrity()
+    assert new.root.live == 0 and new.root.had == made.root.had
+    assert new.tenant("c").bucket == made.tenant("c").bucket < 0
+    assert new.leaf("b", "idle").time - new.tenant("b").clock == made.leaf("b", "idle").time - made.tenant("b").now
+    for name in "abc":
+        node, was = new.tenant(name), made.tenant(name)
+        assert (node.own, node.guarantee, node.cap, node.had) == (was.own, was.guarantee, was.cap, was.had)
+        assert abs(node.lag - was.lag) <= 2  # picoseconds
+    assert new.tenant("c").lag < 0 < new.tenant("a").lag
+    for name in "abc":
+        new.enter(new.leaf(name, "again"))
+        new.check_integrity()
+    assert new.tenant("c").lag < -PICO and new.tenant("b").guarantee == 0.25

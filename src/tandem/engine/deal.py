@@ -98,6 +98,12 @@ class Deals(Order):
         self.cost, self.measured = cost.priced(self.capacity_tokens), True
         self.prices = Prices.of(self.cost)
 
+    def inherit(self, other: Deals) -> None:
+        """What steps cost and what tenants had, of an engine that this one takes the place of."""
+        if other.measured:
+            self.price(other.cost)
+        self.tree.inherit(other.tree)
+
     @property
     def wakes_s(self) -> float:
         return self.tree.wakes_s()

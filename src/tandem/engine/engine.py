@@ -234,14 +234,16 @@ class Engine:
         self.scheduler.retract()
 
     def renewed(self) -> Engine:
-        """Another on the same runner, which knows nothing of what was live here: this one is in no known state."""
+        """Another on the same runner, which knows nothing of what was live here: this one is in no known state.
+
+        Tenants keep what they had, owe and were promised.
+        """
         old = self.scheduler
         known = (old.config, old.pool.num_pages, old.max_context, self.clock, self.decode, old.version, old.drafter)
         new = Engine(self.runner, *known)
         new.grammars = self.grammars
-        order, price = new.scheduler.order, old.order
-        if isinstance(order, Deals) and isinstance(price, Deals) and price.measured:
-            order.price(price.cost)
+        if isinstance(new.scheduler.order, Deals) and isinstance(old.order, Deals):
+            new.scheduler.order.inherit(old.order)
         if new.scheduler.programs is not None and old.programs is not None:
             new.scheduler.programs.mode = old.programs.mode  # what a guard or somebody turned off stays off
             new.scheduler.programs.restoring = old.programs.restoring

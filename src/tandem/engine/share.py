@@ -375,6 +375,25 @@ class Tree:
         if node.cap < 1:
             node.bucket -= pico
 
+    def inherit(self, other: Tree) -> None:
+        """The accounts of another tree and what its tenants were promised; of its requests, none. For a new tree."""
+        self.root.clock, self.root.had, self.elapsed_s = other.root.now, other.root.had, other.elapsed_s
+        nodes = {other.root: self.root}
+        for was in other.nodes(programs=True):
+            assert was.parent is not None
+            parent, now = nodes[was.parent], was.parent.now
+            if was.name.startswith(PROGRAM) and was.time <= now:
+                continue  # it owes nothing
+            found = parent.children.get(was.name)
+            node = nodes[was] = found if found is not None else self._node(was.name, parent, None)
+            node.own = node.weight = was.own
+            node.guarantee = was.guarantee
+            parent.guarantees = parent.guarantees or node.guarantee > 0
+            self._limit(node, was.cap)
+            node.time = now - (now - was.time) * was.weight // node.own
+            node.had, node.clock, node.bucket = was.had, was.now, was.bucket
+            heappush(parent.debtors, (node.time, node.number, node))
+
     # Weights, guarantees, caps.
 
     def promise(self, terms: Mapping[str, Terms]) -> None:

@@ -178,7 +178,7 @@ def _score(
     check_range(targets_N, vocab, "targets")
     scores = Scores(*(torch.empty(rows) for _ in Scores._fields))
     maxima_CN = terms.maxima_CN if terms is not None else torch.empty(blocks, rows)
-    temperature_N = torch.full((rows,), temperature)
+    temperature_N = torch.full((rows,), temperature, dtype=torch.float32)
     starts_N, ids_E = (None, None) if kept is None else (torch.tensor(kept.starts_N), kept.ids_E)
     numbers_N, masks_UW = (None, None) if kept is None else (kept.numbers_N, kept.masks_UW)
     if ids_E is not None:
@@ -214,7 +214,7 @@ def _reference_scores(
         logits_SV = logits(hidden_NM[rows], weight)
         if kept is not None:
             logits_SV = kept.restrict(logits_SV, start, 0)
-        temperature_S = torch.full((logits_SV.shape[0],), temperature, device=logits_SV.device)
+        temperature_S = torch.full((logits_SV.shape[0],), temperature, dtype=torch.float32, device=logits_SV.device)
         lse_S, entropy_S = statistics(logits_SV, temperature_S)
         target_S = logits_SV.gather(1, targets_N[rows, None])[:, 0] / temperature_S
         parts.append((target_S - lse_S, entropy_S, lse_S))
