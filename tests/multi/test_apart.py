@@ -14,9 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from tandem.columns import Columns
+from tandem.config import override
 from tandem.engine.config import EngineConfig
+from tandem.engine.driver import Driver
 from tandem.errors import ConfigError, DeliveryError, TandemWarning, WorkerDied, WorkerLied, WorkerStalled
 from tandem.kernels.build.toolchain import compiler
+from tandem.run import apart
 from tandem.run.apart import RemoteEngine, RemoteReference
 from tandem.run.config import RunConfig, WorkersConfig
 from tandem.run.parts import Parts, build_parts
@@ -110,6 +114,36 @@ def test_withdrawn_requests_give_what_they_have(config, here):
             done += engine.step()
         assert {one.request_id for one in done} == {f"r{place}" for place in range(11)} - {running}
         assert engine.abort("r3") is None
+
+
+def test_tokens_of_a_worker_come_on_their_way_too(config, here, monkeypatch):
+    """Who asks to hear of tokens ends the run, or hears of some twice, or of none before the end."""
+    monkeypatch.setattr(apart, "SLICE_S", 1e-4)  # a step
+    heard: dict[str, list[Columns]] = {}
+    with engine_of(config) as engine:
+        driver = Driver(engine).start()
+        futures = [
+            driver.submit(request, lambda columns, name=request.id: heard.setdefault(name, []).append(columns))
+            for request in requests()
+        ]
+        for future in futures:
+            future.result(60)
+        driver.close(60)
+    assert {name: Columns.concat(parts) for name, parts in heard.items()} == {one[0]: one[1] for one in here}
+    assert max(map(len, heard.values())) > 3
+
+
+def test_a_race_of_groups_is_the_same_with_a_worker(config, tmp_path):
+    """Groups beyond a step's batch that only an engine of the loop's own process may have."""
+    changes = {"rollout.extra_prompts": "2", "rollout.stop_strings": '["1", "2", "e"]', "evaluation.prompts": "0"}
+    found = [
+        [
+            (row["weights"], row["reward"], row["tokens"])
+            for row in run(override(config, changes | more), tmp_path / name)
+        ]
+        for name, more in (("here", {}), ("apart", {"workers.backend": "local"}))
+    ]
+    assert found[0] == found[1] and len({row[0] for row in found[0]}) == STEPS
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -65,9 +67,14 @@ def ended(engine: Engine, until: Callable[[Counter[str]], bool]) -> Counter[str]
 
 
 @pytest.mark.parametrize("dies", [False, True])
-def test_what_is_promised_reaches_a_worker_and_who_takes_its_place(config: RunConfig, dies: bool) -> None:
-    """An engine in another process goes on by the weights of its file; or its successor does."""
-    with engines_of(config) as (engine,):
+def test_what_is_promised_reaches_a_worker_and_who_takes_its_place(
+    config: RunConfig, dies: bool, tmp_path: Path
+) -> None:
+    """An engine in another process goes on by the weights of its file; or its successor does, or looks for a file that
+    its machine has not."""
+    own = Path(shutil.copy(config.engine.shares, tmp_path))
+    with engines_of(replace(config, engine=replace(config.engine, shares=str(own)))) as (engine,):
+        own.unlink()
         assert isinstance(engine, RemoteEngine)
         for number in range(40):
             for tenant in "ba":

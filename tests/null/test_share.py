@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tandem.engine.config import EngineConfig
 from tandem.engine.costs import PICO
-from tandem.engine.share import UNIT, Shares, Terms, Tree, read_shares, shares_of
+from tandem.engine.share import UNIT, Shares, Terms, Tree, read_shares, shares_of, tree_of
 from tandem.errors import ConfigError
 
 weights = st.floats(1e-3, 1e6, allow_nan=False)
@@ -207,6 +207,7 @@ def test_the_page_reads_word_for_word(tmp_path: Path) -> None:
     found = read_shares(str(tmp_path / "page.toml"))
     assert found.tenants["acme/support"] == Terms(1.0, guarantee=0.3) and found.tenants["guests"].cap == 0.25
     assert found.cost is not None and found.cost.held_token_s == 1e-5
+    assert read_shares(tree_of(str(tmp_path / "page.toml"))) == found
 
 
 def test_a_file_that_is_not_there_or_no_table_is_refused(tmp_path: Path) -> None:

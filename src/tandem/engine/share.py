@@ -91,15 +91,17 @@ class Shares:
 
 
 def read_shares(path: str) -> Shares:
-    """The file that engine.shares names, TOML or JSON; for "", a tree in which all have weight 1. ConfigError."""
-    if not path:
-        return Shares()
+    """What engine.shares names: a file, TOML or JSON, or the tree as JSON; "": all have weight 1. ConfigError."""
+    return shares_of(json.loads(tree_of(path)), path) if path else Shares()
+
+
+def tree_of(path: str) -> str:
+    """What such a file says, as JSON, which engine.shares may be too: for who has no such file."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        tree = tomllib.loads(text) if path.endswith(".toml") else json.loads(text)
-    except (OSError, ValueError) as error:
+        text = path if path.startswith("{") else Path(path).read_text(encoding="utf-8")
+        return json.dumps(tomllib.loads(text) if path.endswith(".toml") else json.loads(text))
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"engine.shares: {path} can't be read as a tree of tenants: {error}") from error
-    return shares_of(tree, path)
 
 
 def shares_of(tree: Any, source: str) -> Shares:

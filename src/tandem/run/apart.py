@@ -85,6 +85,8 @@ class RemoteEngine(Engine):
         self._finished: list[tuple[str, str]] = []  # programs, and their tenants, that the worker was not told of
         self._terms: dict[str, Terms] = {}  # that tenants were promised, whichever worker it is
         self._promised = True  # the worker knows them
+        self._heard: dict[str, int] = {}  # requests whose tokens are asked for on their way: from which one on
+        self._drawn: dict[str, tuple[int, Columns]] = {}  # of these, what came, and from which one on
         self._slice: Pending | None = None  # that it runs; none where nothing is live
         self._counts, self._earlier = Stats(), Stats()  # of this worker, and of those before it
         self._returned = 0  # tokens that this worker handed over
@@ -191,7 +193,11 @@ class RemoteEngine(Engine):
         self._promised = False
 
     def drawn(self, request_id: str, first: int) -> Columns:
-        raise AssertionError("tokens of an engine in another process come at their request's end")
+        """As Engine's, of a request that was asked for here before: as it was a slice ago."""
+        if request_id in self._live:
+            self._heard[request_id] = first
+        begin, columns = self._drawn.get(request_id, (0, Columns({})))
+        return columns.slice(first - begin) if 0 <= first - begin < len(columns) else Columns({})
 
     def abort(self, request_id: str) -> Completion | None:
         """As Engine's. Raises nothing of a worker's: where none is left, the next step says why."""
@@ -238,16 +244,17 @@ class RemoteEngine(Engine):
         finished, self._finished = tuple(self._finished), []
         terms = {} if self._promised else self._terms
         self._promised = True
-        self._slice = self.seat.ask("rollout", "advance", asked, SLICE_S, finished, terms)
+        heard, self._heard = {name: first for name, first in self._heard.items() if name in self._live}, {}
+        self._slice = self.seat.ask("rollout", "advance", asked, SLICE_S, finished, terms, heard)
 
     def _advanced(self) -> list[Completion]:
         """What ended in the slice that it runs."""
         if self._slice is None:
             return []
         asked, self._slice = self._slice, None
-        ended, counts = asked.result()
+        ended, counts, drawn = asked.result()
         done = self._known(ended)
-        self._counts = counts
+        self._counts, self._drawn = counts, drawn
         return done
 
     def _known(self, ended: Sequence[Completion]) -> list[Completion]:

@@ -21,6 +21,7 @@ from tandem.engine.engine import Engine
 from tandem.engine.layout import KvLayout
 from tandem.engine.measure import price
 from tandem.engine.runner import DecoderRunner, dtype_name
+from tandem.engine.share import tree_of
 from tandem.errors import ConfigError, TandemWarning
 from tandem.kernels.build.load import matrix_unit
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
@@ -221,6 +222,8 @@ def _build_apart(
     """With the engines in processes of their own, and the learner too where workers.learner says so."""
     checkpoint, tokenizer, asked = words.checkpoint, words.tokenizer, workers.config
     source, spec = resolve_source(model.source), checkpoint.spec
+    if config.shares:  # another machine need not have the file
+        config = replace(config, shares=tree_of(config.shares))
     learner: RemoteLearner | None = None
     way: Way
     if run is not None and asked.learner == "apart":

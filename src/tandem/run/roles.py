@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from tandem import env
 from tandem.algo.alarm import AlarmConfig
 from tandem.algo.pack import PromptTotal
+from tandem.columns import Columns
 from tandem.engine.batch import Stats
 from tandem.engine.share import Terms
 from tandem.errors import CheckpointError, DeliveryError
@@ -85,10 +86,12 @@ class EngineWorker:
         slice_s: float,
         finished: Sequence[tuple[str, str]],
         terms: Mapping[str, Terms],
-    ) -> tuple[list[Completion], Stats]:
+        heard: Mapping[str, int],
+    ) -> tuple[list[Completion], Stats, dict[str, tuple[int, Columns]]]:
         """Steps with these requests beside those that run: until some end, or `slice_s` have passed.
 
         finished: programs, and their tenants, that ask for nothing more. terms: that tenants are promised from now on.
+        heard: requests of which is told what they drew so far, and from which token on.
         """
         for program_id, tenant in finished:
             self.engine.finish_program(program_id, tenant)
@@ -105,7 +108,8 @@ class EngineWorker:
                 break
             if self.engine.wakes_s:  # caps hold back all that is live
                 time.sleep(min(left_s, self.engine.wakes_s))
-        return done, self.engine.stats
+        drawn = {name: (first, self.engine.drawn(name, first)) for name, first in heard.items()}
+        return done, self.engine.stats, {name: found for name, found in drawn.items() if len(found[1])}
 
     def abort(self, request_id: str) -> Completion | None:
         """As Engine's."""
