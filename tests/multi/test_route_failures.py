@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -454,5 +455,22 @@ def test_the_router_drains() -> None:
         for thread in threads:
             thread.join(DEADLINE_S)
         assert sorted(b"[DONE]" in end and b"the router ends" in end for end in ends) == [False, True]
+        router.thread.join(DEADLINE_S)
+        assert not router.thread.is_alive()
+
+
+def test_an_answer_that_is_not_there_as_the_router_ends_is_refused() -> None:
+    """A call that waits for an engine is asked of another as the router ends, and its client is told nothing."""
+    with stubs(2) as engines, routed(*engines, **{"server.drain_s": 0.5}) as router:
+        for engine in engines:
+            engine.acts = lambda handler, body: handler.gone()
+        with ThreadPoolExecutor() as threads:
+            asked = threads.submit(ask, router)
+            wait_for("the call to arrive", lambda: any(engine.asked for engine in engines))
+            assert router.listener is not None
+            router.listener._loop.call_soon_threadsafe(router.listener.end)
+            got = asked.result(DEADLINE_S)
+        assert got.status_code == 503 and got.json()["error"]["code"] == "draining" and "the router ends" in got.text
+        assert sum(len(engine.asked) for engine in engines) == 1
         router.thread.join(DEADLINE_S)
         assert not router.thread.is_alive()

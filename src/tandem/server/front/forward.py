@@ -210,7 +210,10 @@ class Forwarded:
         if self._failures >= front.route.deaths:
             said = f"{self._failures} engines failed at this call, and it was given up (route.deaths). {self._said}."
             return Refusal(502, said, "engines_failed")
-        if self._said and not front.draining:
+        if self._said and front.draining:
+            said = f"the router is about to end, and this call had no answer yet. {self._said}. Ask again."
+            return Refusal(503, said, "draining", retry_s=1)
+        if self._said:
             return Refusal(
                 502, f"the engine was lost, and no other is left to ask. {self._said}. Ask again.", "engine_lost"
             )

@@ -105,8 +105,7 @@ class Front:
         while self.open and time.monotonic() < until_s:
             await asyncio.sleep(0.02)
         for engine in self.engines:
-            for one in list(engine.open):
-                one.lose("the router ends")
+            engine.gone("the router ends")
         until_s = time.monotonic() + 5
         while self.open and time.monotonic() < until_s:
             await asyncio.sleep(0.02)
