@@ -356,8 +356,15 @@ def test_check_says_what_would_be_served(folder: Path, capsys: Any, tmp_path: Pa
     assert main.main(["serve", str(folder), "--check", "--set", "server.control=true", "--port", "1234"]) == 0
     said = capsys.readouterr().out
     assert "http://127.0.0.1:1234" in said and "pause, weights and sleep are served" in said and "256 positions" in said
+    assert main.main(["serve", str(folder), "--check", "--engines", "4"]) == 0
+    lines = [text.splitlines()[2].split() for text in (said, capsys.readouterr().out)]
+    assert lines[1][-2:] == ["each", "engine"]
+    assert float(lines[1][1].replace(",", "")) == pytest.approx(float(lines[0][1].replace(",", "")) / 4, abs=0.6)
+    shares = ("--set", "engine.order=shares")
     for wrong in ("server.keys=nowhere.toml", "server.port=70000", "server.tenants=a//b", "engine.page_tokens=3"):
         assert main.main(["serve", str(folder), "--check", "--set", wrong]) == 2, wrong
+    for wrong in ("engine.shares=nowhere.toml", f"engine.programs.park={tmp_path}"):
+        assert main.main(["serve", str(folder), "--check", *shares, "--set", wrong]) == 2, wrong
     taken = socket.create_server(("127.0.0.1", 0))
     assert main.main(["serve", str(folder), "--port", str(taken.getsockname()[1])]) == 2
     assert "Take another port" in capsys.readouterr().err

@@ -46,6 +46,8 @@ class ProgramsConfig:
         for name, share in self.tenants:
             if not 0 <= share <= 1:
                 raise ConfigError(f"engine.programs.tenants gives {name} {share}. Allowed: 0 to 1.")
+        if self.park and self.mode == "off":
+            raise ConfigError('engine.programs.park is set, but engine.programs.mode is "off": set a mode too.')
 
     def share_of(self, tenant: str) -> float:
         return dict(self.tenants).get(tenant, self.share)

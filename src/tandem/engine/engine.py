@@ -118,8 +118,7 @@ class Engine:
 
     def _park(self, config: ProgramsConfig) -> None:
         """Gives paused programs a folder, where pages can be read between steps."""
-        if self.scheduler.programs is None:
-            raise ConfigError('engine.programs.park is set, but engine.programs.mode is "off": set a mode too.')
+        assert self.scheduler.programs is not None
         memory: Any = self.runner
         if not hasattr(memory, "read_pages") or getattr(memory, "start", None) is not None:
             raise ConfigError("engine.programs.park is set, and pages of this device are not parked. Leave it empty.")

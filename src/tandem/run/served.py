@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 from tandem.config import names, render
 from tandem.engine.config import EngineConfig
+from tandem.engine.share import read_shares
 from tandem.errors import ConfigError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.config import ModelConfig
@@ -40,21 +41,26 @@ def spoken(config: ServeConfig) -> TaskConfig:
 
 
 def checked(config: ServeConfig) -> list[str]:
-    """What a server of this config would be, a line a fact; reads no weight. Raises what its start would."""
+    """What a server of this config would be, a line a fact; reads no weight. Raises what its start would, but for what
+    it would write and the port."""
     check_installed()
-    access = Access(config.server)
+    access, engines = Access(config.server), config.route.engines
+    read_shares(config.engine.shares)
+    if engines > 1:
+        alike(config)
     checkpoint = open_checkpoint(resolve_source(config.model.source))
     tokenizer = checkpoint.load_tokenizer()
     renderer = renderer_of(tokenizer, spoken(config))
     memory = plan_parts(checkpoint, tokenizer, config.model, config.engine, 0, None, learns=config.server.control)
     memory.check()
+    each = memory.kv_memory_bytes if config.engine.kv_memory_bytes else memory.kv_memory_bytes // engines
     server, spec = config.server, checkpoint.spec
     name = names_of(server, config.model.source)[0]
     return [
         f"model      {name}, {spec.max_position} positions, {config.model.dtype}",
         f"prompts    {'plain text' if renderer.plain else 'chat template'}, calls of tools as {renderer.format}",
-        f"memory     {memory.kv_memory_bytes / 2**20:,.0f} MiB for keys and values",
-        *([f"engines    {count}, a process each, and a router"] if (count := config.route.engines) > 1 else []),
+        f"memory     {each / 2**20:,.0f} MiB for keys and values" + (" of each engine" if engines > 1 else ""),
+        *([f"engines    {engines}, a process each, and a router"] if engines > 1 else []),
         f"listens    http://{server.host}:{server.port}",
         f"callers    {'need an API key' if access.asks else 'anybody who reaches the address'}",
         f"limits     {server.max_requests} answers at once, {server.max_waiting} of them waiting",
