@@ -97,6 +97,29 @@ def test_verbs_go_to_all_and_say_who_failed() -> None:
         assert "engine-2: out of memory Done at: engine-1." in told["error"]["message"]
 
 
+def test_a_verb_is_no_longer_than_a_call_but_for_weights(tmp_path: Path) -> None:
+    """Who may not change weights has the router hold as much as a part of them, as often as they ask."""
+    keys = "".join(
+        f'[[keys]]\nkey = "sk-{name}-12345"\nadmin = {name == "root"}\n'.lower() for name in ("root", "user")
+    )
+    (tmp_path / "keys.toml").write_text(keys)
+    limits = {"server.keys": str(tmp_path / "keys.toml"), "server.max_body_bytes": 1000, "server.max_part_bytes": 5000}
+    long = b"x" * 3000
+
+    def post_as(name: str, path: str, content: bytes) -> int:
+        headers = {"authorization": f"Bearer sk-{name}-12345"}
+        return httpx.post(router.url + path, content=content, headers=headers, timeout=DEADLINE_S).status_code
+
+    with stubs(1) as engines, routed(*engines, **limits) as router:
+        assert [post_as("root", path, long) for path in ("/pause", "/abort_requests", "/update_weights")] == [
+            413,
+            413,
+            200,
+        ]
+        assert (post_as("root", "/update_weights", long * 2), post_as("user", "/update_weights", long)) == (413, 403)
+        assert [path for path, _ in engines[0].verbs] == ["/update_weights"]
+
+
 def test_an_engine_that_missed_weights_is_asked_for_nothing() -> None:
     """Answers come of old weights and new ones by turns; or no engine is asked because one missed them."""
     with stubs(2) as engines, routed(*engines) as router:

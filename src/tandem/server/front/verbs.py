@@ -25,6 +25,7 @@ from tandem.server.wire import answer, received
 
 FINISHES = ("/finish_weight_update", "/update_weights_from_disk")
 HOLDS = ("/pause", "/pause_generation", "/sleep", "/release_memory_occupation")
+PART = "/update_weights"
 FREES = ("/resume", "/continue_generation", "/wake_up", "/resume_memory_occupation")
 POSTS = (
     *FINISHES,
@@ -33,7 +34,7 @@ POSTS = (
     "/abort_requests",
     "/abort_request",
     "/start_weight_update",
-    "/update_weights",
+    PART,
     "/weight_checker",
 )
 GETS = ("/is_paused", "/is_sleeping", "/weight_info")
@@ -66,8 +67,11 @@ class EngineBody(msgspec.Struct, forbid_unknown_fields=True):
 
 async def everywhere(front: Front, request: Request) -> Response:
     """One verb, of all engines."""
-    body = await received(request, front.config.max_part_bytes, PART_S)
-    scope, path = request.scope, request.url.path
+    scope, path, config = request.scope, request.url.path, front.config
+    if path == PART and not request.state.holder.admin:  # as engines do, before so much is read
+        raise Refusal(403, "this API key is not an admin's.", "admin_only")
+    most, limit_s = (config.max_part_bytes, PART_S) if path == PART else (config.max_body_bytes, config.body_s)
+    body = await received(request, most, limit_s)
     target = scope["raw_path"] + (b"?" + scope["query_string"] if scope["query_string"] else b"")
     headers = [pair for pair in request.headers.raw if pair[0] not in HOPS]
     asked = [one for one in front.engines if not one.given_up]
