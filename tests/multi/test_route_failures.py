@@ -400,6 +400,13 @@ def test_limits_of_the_router() -> None:
         assert ask(router).status_code == 200 and router.front.open == 0
 
 
+def test_a_bound_beyond_all_numbers_goes_to_an_engine() -> None:
+    """A number that no float holds is an error of the router's own, and of all calls beside it."""
+    with stubs(2) as engines, routed(*engines) as router:
+        assert ask(router, max_tokens=10**400).status_code == 200
+        assert ask(router, n=10**400).status_code == 200
+
+
 def test_engines_of_two_models_are_refused() -> None:
     """Calls of one model are answered by another, or a router without an engine starts."""
     from tandem.errors import ConfigError

@@ -18,6 +18,7 @@ BLOCK = 256  # bytes a block; each message begins a new one
 MOST = 1024  # blocks that are looked at, from the first on
 TEXT_TOKEN = 4  # bytes a token, about
 ANSWER_TOKENS = 256  # of an answer, where no bound is said
+MOST_TOKENS = 1 << 20  # of an answer, whatever bound is said: the engine refuses what it cannot hold
 
 
 class _Body(msgspec.Struct):
@@ -81,7 +82,7 @@ class Call:
         bounds = (said.max_tokens, said.max_completion_tokens, said.max_output_tokens, few.get("max_new_tokens"))
         most = next((bound for bound in bounds if isinstance(bound, int) and bound > 0), ANSWER_TOKENS)
         choices = min(1024, next((n for n in (said.n, few.get("n")) if isinstance(n, int) and n > 0), 1))
-        return choices, len(self.body) // TEXT_TOKEN + most * choices
+        return choices, len(self.body) // TEXT_TOKEN + min(most, MOST_TOKENS) * choices
 
 
 def _blocks(part: bytes) -> Iterator[bytes]:
