@@ -23,7 +23,10 @@ from tandem.engine.cluster import local_terms
 from tandem.engine.deal import Deals
 from tandem.engine.share import Terms
 from tandem.server import shares as lease
+from tandem.server.config import FrontConfig
 from tandem.server.front import shares
+from tandem.server.front.children import Child, keep
+from tandem.server.front.engines import Engine
 from tests.routing import routed
 from tests.serving import DEADLINE_S, Server, script, serving, wait_for
 
@@ -258,6 +261,30 @@ def test_engines_that_die_are_started_again_and_all_end_together(family: Family)
     _, said = family.running.communicate(timeout=DEADLINE_S)
     assert family.running.returncode == 0 and said.count("it is started again in 0.1 s") == 2
     assert not any(there(pid) for pid in pids)
+
+
+def test_an_engine_that_the_system_does_not_start_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no memory for a process, the engine is never started again, and nobody is told."""
+    begin, tries = asyncio.create_subprocess_exec, list[int]()
+
+    async def short(*given: Any, **named: Any) -> Any:
+        tries.append(1)
+        if len(tries) in (2, 3):
+            raise OSError(12, "Cannot allocate memory")
+        return await begin(*given, **named)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", short)
+    says = "print('tandem: tiny on http://127.0.0.1:1/v1', flush=True)"
+    child, config = Child("engine-1", [sys.executable, "-c", says], {}), FrontConfig(restart_s=0.01, restarts=4)
+
+    async def kept() -> Engine:
+        engine = Engine("engine-1", await child.begin(DEADLINE_S), config)
+        async with asyncio.timeout(DEADLINE_S):
+            await keep(child, engine, config)
+        return engine
+
+    engine = asyncio.run(kept())
+    assert engine.given_up and engine.counts["restarts"] == 4 and len(tries) == 5
 
 
 def test_no_engine_outlives_a_killed_router(family: Family) -> None:

@@ -38,9 +38,12 @@ class Child:
 
     async def begin(self, limit_s: float) -> str:
         """Its address, once it listens. WorldError where it does not within `limit_s`."""
-        running = await asyncio.create_subprocess_exec(
-            *self.command, stdout=PIPE, limit=LINE_BYTES, env=env.child(**self.variables), start_new_session=True
-        )
+        try:
+            running = await asyncio.create_subprocess_exec(
+                *self.command, stdout=PIPE, limit=LINE_BYTES, env=env.child(**self.variables), start_new_session=True
+            )
+        except OSError as error:  # no memory, or no more processes
+            raise WorldError(f"{self.name} cannot be started: {error.strerror or error}.") from error
         self._running = running
         address: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._read = asyncio.create_task(self._lines(running, address))
