@@ -3,6 +3,7 @@ counts, loads and tenants are told as those of one."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import threading
@@ -12,6 +13,10 @@ from typing import Any
 import httpx
 import pytest
 
+from tandem.server.config import FrontConfig, ServerConfig
+from tandem.server.front import shares
+from tandem.server.front.engines import Engine
+from tandem.server.front.front import Front
 from tests.routing import Routed, Stub, plain, routed, stubs
 from tests.serving import DEADLINE_S, wait_for
 
@@ -332,3 +337,33 @@ def test_a_program_stays_where_it_is_while_there_is_room() -> None:
         go.set()
         big.join(DEADLINE_S)
         assert got == [home]
+
+
+def test_engines_that_tell_no_shares_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Tenants have the shares of one engine, and nobody is told why; or somebody is, every second."""
+    terms = {"a": {"weight": 4.0, "guarantee": 0.0, "cap": 1.0}}
+    says: list[tuple[int, Any]] = [(200, {"loads": {"a": 1.0}, "terms": terms})] * 2 + [(403, {}), (404, {})]
+    told: list[str] = []
+
+    class Client:
+        def __init__(self, number: int) -> None:
+            self.number, self.name = number, f"e{number}"
+
+        async def told(self, method: str, path: str, *given: Any) -> tuple[int, bytes]:
+            told.append(f"{method} {self.name}")
+            status, said = says[self.number]
+            return status, json.dumps(said).encode()
+
+    engines = [Engine(f"e{number}", "http://127.0.0.1:1", FrontConfig()) for number in range(4)]
+    for number, one in enumerate(engines):
+        one.well, one.client = True, Client(number)  # type: ignore[assignment]
+    front = Front(engines, ServerConfig(), FrontConfig())
+    for _ in range(3):
+        asyncio.run(shares.once(front))
+    assert told.count("POST e0") == told.count("POST e1") == 3 and len(told) == 18
+    says[1] = (200, {"loads": {}, "terms": {"a": {"weight": 1.0, "guarantee": 0.0, "cap": 1.0}}})
+    for _ in range(3):
+        asyncio.run(shares.once(front))
+    refused, other = [record.getMessage() for record in caplog.records]
+    assert "engine e2: it tells no shares" in refused and "TANDEM_API_KEY" in refused
+    assert "engine e1: it has another tree of tenants (engine.shares) than e0" in other

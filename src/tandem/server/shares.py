@@ -32,10 +32,10 @@ class SharesBody(msgspec.Struct, forbid_unknown_fields=True):
 
 async def shares(room: Room, request: Request) -> Response:
     """What tenants have here, and what the tree promises them; none without engine.order=shares."""
-    room.access.administer(request.state.holder, request.client)
     own = _own(room)
     if own is None:
         return answer({"loads": {}, "terms": None})
+    room.access.administer(request.state.holder, request.client)
     loads = await between(room, lambda engine: engine.loads())
     return answer({"loads": room.lease.demand.told(loads, time.monotonic()), "terms": own})
 

@@ -50,6 +50,7 @@ class Engine:
         self.look: dict[str, Any] = {}  # as its /load says, where it has one
         self.took_s = 0.0  # when it was given weights from here
         self.told_held = ""  # the pause that it was told of
+        self.unshared = ""  # why its tenants have other shares than of all engines
         self.open = set[Trying]()
         self.answers = 0  # that these ask for
         self.others = 0  # that it had beside them, when it was last asked

@@ -35,9 +35,10 @@ async def once(front: Front) -> None:
     of = {one: told for one, told in zip(there, said, strict=True) if told is not None}
     if len(of) < 2:
         return
-    tree = next(iter(of.values()))["terms"]
-    if any(told["terms"] != tree for told in of.values()):
-        log.warning("engines have different trees of tenants (engine.shares): that of %s holds", next(iter(of)).name)
+    first, tree = next(iter(of)), next(iter(of.values()))["terms"]
+    for one, told in of.items():
+        other = f"it has another tree of tenants (engine.shares) than {first.name}, whose holds"
+        _noted(one, "" if told["terms"] == tree else other)
     local = local_terms(msgspec.convert(tree, dict[str, Terms]), [told["loads"] for told in of.values()])
     await asyncio.gather(
         *(_told(front, one, "POST", encode({"terms": own})) for one, own in zip(of, local, strict=True))
@@ -45,11 +46,20 @@ async def once(front: Front) -> None:
 
 
 async def _told(front: Front, engine: Engine, method: str, body: bytes) -> dict[str, Any] | None:
-    """What it says; None of one that has no tree, or says nothing."""
+    """What it says; None of one that has no tree, says nothing, or may not be asked."""
     try:
         limit_s = front.route.health_deadline_s
         status, said = await engine.client.told(method, "/shares", front.key, body, limit_s)
     except Lost:
         return None
+    if status == 403:
+        _noted(engine, "it tells no shares of its tenants: give it keys, and the router an admin's (TANDEM_API_KEY)")
     found = msgspec.json.decode(said) if status == 200 else {}
     return found if isinstance(found, dict) and found.get("terms") is not None else None
+
+
+def _noted(engine: Engine, wrong: str) -> None:
+    """In the log, once until it is otherwise."""
+    if wrong and wrong != engine.unshared:
+        log.warning("engine %s: %s", engine.name, wrong)
+    engine.unshared = wrong
