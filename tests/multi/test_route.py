@@ -303,7 +303,7 @@ def test_what_engines_cannot_be_is_said(folder: Path, tmp_path: Path, capfd: Any
     assert re.search(r"none.*\n.*ended with code 2 before it listened", capfd.readouterr().err)
     assert main.main(["route", "http://127.0.0.1:9", "--port", "0", "--set", "route.start_s=0.1"]) == 2
     assert "no engine answered within 0.1 s" in capfd.readouterr().err
-    again = ["route", "http://127.0.0.1:9", "http://127.0.0.1:9", "--port", "0", "--set", "server.control=true"]
+    again = ["route", "http://127.0.0.1:9", "http://127.0.0.1:9/v1/", "--port", "0", "--set", "server.control=true"]
     assert main.main(again) == 2
     said = capfd.readouterr().err
     assert "named twice" in said and "has no use for server.control" in said

@@ -19,7 +19,6 @@ def route(
     """Route calls over engines that `tandem serve` or vLLM serve, until SIGTERM or Ctrl-C."""
     from tandem.cli.settings import assignments, say_unused
     from tandem.config import override
-    from tandem.errors import ConfigError
     from tandem.server.config import ENGINES_ALONE, RouteConfig
 
     config = RouteConfig()
@@ -27,8 +26,6 @@ def route(
     given = {"server.host": host, "server.port": None if port is None else str(port)}
     config = override(config, {**assigned, **{name: text for name, text in given.items() if text is not None}})
     say_unused("route", assigned, ["server.", "route."], ENGINES_ALONE, "each engine has its own")
-    if len(set(urls)) < len(urls):
-        raise ConfigError("an engine is named twice. Name each once.")
 
     from tandem.run.served import check_installed
 

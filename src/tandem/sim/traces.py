@@ -79,7 +79,8 @@ def load(path: Path) -> Trace:
         return _profiled(path)
     raise ConfigError(
         f"{path}: its first line has {', '.join(map(repr, first))}. Known are records of engine.programs.record, "
-        "stage_timings.NAME.jsonl with prefix_cache_metrics.NAME.jsonl beside it, and CSV files of TraceLab."
+        "stage_timings.NAME.jsonl with prefix_cache_metrics.NAME.jsonl beside it, CSV files of TraceLab, and "
+        "Mooncake's requests."
     )
 
 

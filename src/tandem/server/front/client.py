@@ -211,8 +211,8 @@ class Client:
             raise ConfigError(f"{url} is no address of a server. Write http://HOST:PORT.")
         self._host, self._tls = parts.hostname, parts.scheme == "https"
         self._port = port or (443 if self._tls else 80)
-        self.name = f"{self._host}:{self._port}"
-        self._path = parts.path.encode().removesuffix(b"/v1")
+        path = parts.path.removesuffix("/v1")
+        self.name, self._path = f"{self._host}:{self._port}{path}", path.encode()
         self._named = parts.netloc.encode()
         self.free = deque[_Wire]()
         self.wires = set[_Wire]()

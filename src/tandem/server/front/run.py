@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import uvloop
 
 from tandem import env
-from tandem.errors import WorldError
+from tandem.errors import ConfigError, WorldError
 from tandem.server.config import FrontConfig, ServerConfig
 from tandem.server.front.app import build
 from tandem.server.front.children import Child, begun, keep
@@ -27,6 +27,8 @@ def route(listening: socket.socket, urls: Sequence[str], server: ServerConfig, c
     engines = [Engine(url, url, config) for url in urls]
     for engine in engines:
         engine.name = engine.client.name
+    if len({one.name for one in engines}) < len(engines):
+        raise ConfigError(f"an engine is named twice, of {', '.join(urls)}. Name each once.")
     _run(_routed(listening, Front(engines, server, config), []))
 
 
