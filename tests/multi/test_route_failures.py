@@ -400,6 +400,16 @@ def test_limits_of_the_router() -> None:
         assert ask(router).status_code == 200 and router.front.open == 0
 
 
+def test_a_head_takes_no_engine_away() -> None:
+    """Who asks for the head of an answer alone has the router wait for a body, and take its engines for lost."""
+    with stubs(2) as engines, routed(*engines) as router:
+        got = httpx.head(f"{router.url}/v1/models", timeout=DEADLINE_S)
+        assert got.status_code == 405
+        assert httpx.head(f"{router.url}/health", timeout=DEADLINE_S).status_code == 200
+        assert all(one.counts["failed"] == 0 and one.well for one in router.front.engines)
+        assert httpx.get(f"{router.url}/v1/models", timeout=DEADLINE_S).status_code == 200
+
+
 def test_a_bound_beyond_all_numbers_goes_to_an_engine() -> None:
     """A number that no float holds is an error of the router's own, and of all calls beside it."""
     with stubs(2) as engines, routed(*engines) as router:

@@ -61,7 +61,10 @@ def build(front: Front) -> Starlette:
 
     def route(method: str, path: str, endpoint: Callable[[Front, Request], Awaitable[Response]], free: bool) -> Route:
         call = guarded(None if free else front.access, partial(endpoint, front), counted)
-        return Route(path, call, methods=[method])
+        made = Route(path, call, methods=[method])
+        if not free and made.methods is not None:
+            made.methods.discard("HEAD")  # as at an engine
+        return made
 
     routes = [route(*one, True) for one in opened] + [route(*one, False) for one in asked]
     return Starlette(routes=routes, exception_handlers={HTTPException: no_such})
