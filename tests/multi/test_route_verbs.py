@@ -123,6 +123,7 @@ def test_a_verb_is_no_longer_than_a_call_but_for_weights(tmp_path: Path) -> None
         ]
         assert (post_as("root", "/update_weights", long * 2), post_as("user", "/update_weights", long)) == (413, 403)
         assert [path for path, _ in engines[0].verbs] == ["/update_weights"]
+        assert [post_as(name, "/programs", b'{"mode":"shadow"}') for name in ("user", "root")] == [403, 200]
 
 
 def test_an_engine_that_missed_weights_is_asked_for_nothing() -> None:

@@ -318,3 +318,30 @@ def test_who_may(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with serving(folders[0]) as plain:
         assert post(plain, "/pause", status=403)["error"]["code"] == "control_is_off"
         assert post(plain, "/abort_requests", {"request_ids": ["x"]}) == {"aborted": []}
+
+
+def test_programs_are_let_go_on_a_running_server(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    """A policy that does harm can be stopped by no more than the server's end; or anybody stops it."""
+    (tmp_path / "keys.toml").write_text(
+        '[[keys]]\nkey = "sk-user-1234"\n\n[[keys]]\nkey = "sk-root-1234"\nadmin = true\n'
+    )
+    followed = {"engine.programs.mode": "enforce", "engine.programs.policy": "ttl", "engine.programs.ttl_s": 600}
+    with serving(folders[0], **followed, **{"server.keys": str(tmp_path / "keys.toml")}) as server:
+
+        def asked(key: str, path: str, **body: Any) -> httpx.Response:
+            headers = {"authorization": f"Bearer {key}"}
+            return httpx.post(server.url + path, json=body, headers=headers, timeout=DEADLINE_S)
+
+        known = server.room.desk.engine.scheduler.programs
+        assert known is not None
+        said: list[Any] = [{"role": "user", "content": "x" * 200}]
+        body = {"messages": said, "max_tokens": 4, "program_id": "p", "ignore_eos": True}
+        assert asked("sk-user-1234", "/v1/chat/completions", **body).status_code == 200
+        wait_for("its pages to be kept", lambda: known.tables)
+        assert asked("sk-user-1234", "/programs", mode="shadow").status_code == 403
+        assert asked("sk-root-1234", "/programs", mode="off").status_code == 400
+        assert known.mode == "enforce" and known.tables
+        assert asked("sk-root-1234", "/programs", mode="shadow").json() == {"mode": "shadow"}
+        assert known.mode == "shadow" and not known.tables
+    with serving(folders[0]) as server:
+        assert "follows no programs" in post(server, "/programs", {"mode": "shadow"}, 400)["error"]["message"]

@@ -20,7 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 import tandem
-from tandem.server import bodies, load, plain, shares, verbs
+from tandem.server import bodies, load, plain, programs, shares, verbs
 from tandem.server.chat import chat
 from tandem.server.completions import completions
 from tandem.server.generate import generate
@@ -78,6 +78,7 @@ ROUTES = (
     Route("POST", "/resume_memory_occupation", verbs.wake_up, "As /wake_up."),
     Route("GET", "/shares", shares.shares, "What tenants have here, for a router."),
     Route("POST", "/shares", shares.promise, "What they get here.", shares.SharesBody),
+    Route("POST", "/programs", programs.programs, "How programs are scheduled from now on.", programs.ProgramsBody),
     Route("POST", "/tokenize", plain.tokenize, "Token ids of a text or a conversation.", bodies.TokenizeBody),
     Route("POST", "/detokenize", plain.detokenize, "The text of token ids.", bodies.DetokenizeBody),
 )

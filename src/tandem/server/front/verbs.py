@@ -1,4 +1,4 @@
-"""What is asked of all engines at once: pause and resume, weights, sleep, withdrawals; and of one: drain.
+"""What is asked of all engines at once: pause and resume, weights, sleep, withdrawals, programs; and of one: drain.
 
 Each engine decides who may (its keys, server.control). The answer is that of an engine, with `engines` beside: what
 each said. 200 means what it means of one engine. Where some took other weights, these are served from then on, and who
@@ -26,6 +26,7 @@ from tandem.server.wire import answer, received
 FINISHES = ("/finish_weight_update", "/update_weights_from_disk")
 HOLDS = ("/pause", "/pause_generation", "/sleep", "/release_memory_occupation")
 PART = "/update_weights"
+PROGRAMS = "/programs"
 FREES = ("/resume", "/continue_generation", "/wake_up", "/resume_memory_occupation")
 POSTS = (
     *FINISHES,
@@ -35,6 +36,7 @@ POSTS = (
     "/abort_request",
     "/start_weight_update",
     PART,
+    PROGRAMS,
     "/weight_checker",
 )
 GETS = ("/is_paused", "/is_sleeping", "/weight_info")
@@ -68,6 +70,8 @@ class EngineBody(msgspec.Struct, forbid_unknown_fields=True):
 async def everywhere(front: Front, request: Request) -> Response:
     """One verb, of all engines."""
     scope, path, config = request.scope, request.url.path, front.config
+    if path == PROGRAMS:  # engines see the router call
+        front.access.administer(request.state.holder, request.client)
     if path == PART and not request.state.holder.admin:  # as engines do, before so much is read
         raise Refusal(403, "this API key is not an admin's.", "admin_only")
     most, limit_s = (config.max_part_bytes, PART_S) if path == PART else (config.max_body_bytes, config.body_s)
