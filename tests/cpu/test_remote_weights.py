@@ -20,10 +20,11 @@ from tandem.engine.runner import DecoderRunner
 from tandem.errors import ConfigError, DeliveryError, EngineError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
-from tandem.run import remote_ways
+from tandem.run import remote_ways, remote_weights
+from tandem.run.config import RemoteConfig
 from tandem.run.remote_calls import Server
 from tandem.run.remote_ways import EMPTY, WAYS, Sent, checksums, compare, parts_of
-from tandem.run.remote_weights import Probed, check_policy
+from tandem.run.remote_weights import Probed, ToServers, check_policy
 from tandem.train.score import with_logprobs
 from tandem.types import Completion, Request, Sample, WeightVersion
 from tests.stub import Said, stub
@@ -225,3 +226,49 @@ def test_a_probe_tells_whose_logprobs_they_are(tmp_path: Path, write_model: Call
         check_policy(strange, decoder, prompt, 1.0)
     with pytest.raises(DeliveryError, match="still serves the older"):
         check_policy(after, decoder, prompt, 1.3, probed._replace(own=tuple(one - 0.1 for one in probed.own)))
+
+
+class Taker:
+    """What `ToServers` needs of a server's engine, which takes all weights; its probe fails where it `dies`."""
+
+    def __init__(self, dies: bool) -> None:
+        self.dies, self.lost, self.look = dies, None, None
+        self.remote, self.server = RemoteConfig(servers=("http://host:1",)), Server("http://host:1")
+        self.known: dict[str, int] = {}
+        self.version, self.has_work = WeightVersion(0, ""), False
+
+    def ask(self, path: str, body: Any = None, within_s: float = 0.0) -> Any:
+        if path == "/finish_weight_update":
+            self.label = body["weight_version"]
+            return {"digest": body["digest"]}
+        return {"weight_version": self.label} if path == "/weight_info" else {}
+
+    def receive(self, version: WeightVersion) -> None:
+        self.version = version
+
+    def compare(self, label: str) -> None:
+        assert self.known[label] == self.version.step
+
+
+def test_a_server_that_dies_as_it_is_probed_is_left_out(
+    tmp_path: Path, write_model: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run of several servers ends by the death of one, if it comes behind the weights and before the first answer."""
+    write_model(tmp_path / "model", scale=10.0)
+    decoder, probed = decoder_of(tmp_path / "model"), Probed((1,), (-1.0,), (-1.0,))
+
+    def probe(engine: Any, *given: Any) -> Probed:
+        if engine.dies:
+            raise EngineError("no connection")
+        return probed
+
+    monkeypatch.setattr(remote_weights, "check_policy", probe)
+    monkeypatch.setattr(remote_weights, "policy_of", lambda *given: None)
+    one, two = Taker(False), Taker(True)
+    engines: Any = [one, two]
+    servers = ToServers(decoder, engines, (5, 6), 1.0)
+    servers.receive(WeightVersion(1, "d"), {})
+    assert one.lost is None and str(two.lost) == "no connection" and one.version.step == 1
+    one.dies = True
+    with pytest.raises(EngineError, match="no connection"):
+        servers.receive(WeightVersion(2, "e"), {})

@@ -63,16 +63,18 @@ class ToServers:
         folder = self._write(version, tensors) if living and living[0].remote.folder else ""
         sent = Sent(version, label, tensors, folder)
         with ThreadPoolExecutor(max(1, len(living))) as sending:
-            failed = [
-                error for error in sending.map(lambda engine: self._take(engine, ways[engine], sent), living) if error
-            ]
-        if failed and len(failed) == len(living):
-            raise failed[0]
+            took = sending.map(lambda engine: self._take(engine, ways[engine], sent), living)
+            failed: list[Exception] = [error for error in took if error]
         for engine in living:
             if engine.lost is None:
                 before = self._probed.get(engine)
-                probed = check_policy(engine, self.decoder, self.prompt, self.temperature, before)
-                self._probed[engine] = probed
+                try:
+                    self._probed[engine] = check_policy(engine, self.decoder, self.prompt, self.temperature, before)
+                except EngineError as error:  # it is not reached, or answers what cannot be learned from
+                    engine.lost = error
+                    failed.append(error)
+        if failed and len(failed) == len(living):
+            raise failed[0]
 
     def agree(self, version: WeightVersion, temperature: float) -> None:
         """Whether servers that are given no weights serve the decoder's, of that version. Raises as `check_policy`."""
