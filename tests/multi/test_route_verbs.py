@@ -153,6 +153,23 @@ def test_an_engine_that_missed_weights_is_asked_for_nothing() -> None:
         assert router.front.none_left().status == 503, "the last engine serves weights of before"
 
 
+def test_who_comes_back_in_a_pause_is_asked_for_nothing_before_it_is_told() -> None:
+    """An engine that was away, and so has nothing to do, draws for all while the others are paused."""
+    with stubs(2) as engines, routed(*engines) as router:
+        weights = [Weights(one) for one in engines]
+        engines[1].end()
+        wait_for("it to be missed", lambda: not router.front.engines[1].well)
+        post(router, "/pause?mode=keep")
+        weights[1].refuses = True
+        engines[1].begin(engines[1].port)
+        wait_for("it to be told, in vain", lambda: router.front.engines[1].well and engines[1].verbs)
+        texts = [[{"role": "user", "content": f"{n} " * 300}] for n in range(8)]
+        assert {ask(router, messages=text) for text in texts[:4]} == {"s1"}
+        weights[1].refuses = False
+        wait_for("it to be told", lambda: weights[1].paused and router.front.engines[1].told_held)
+        assert "s2" in {ask(router, messages=text) for text in texts[4:]}
+
+
 def test_weights_of_a_folder_reach_who_was_away() -> None:
     """An engine that begins anew serves old weights, or is never asked again."""
     with stubs(2) as engines, routed(*engines) as router:

@@ -115,7 +115,7 @@ class Engine:
 
     def took(self, served: Served | None) -> None:
         """It was given weights, and says which: looks that were asked for before do not know of it."""
-        self.took_s = time.monotonic()
+        self.took_s, self.behind = time.monotonic(), ""
         if served is not None:
             self.look = {**self.look, "step": served.step, "digest": served.digest}
 
@@ -131,7 +131,7 @@ class Engine:
             if not self.model:
                 self.model = await self.names(key)
             status, body = await self.client.told("GET", "/load", key, limit_s=config.health_deadline_s)
-            if status == 200 and isinstance(look := _json(body), dict):
+            if status == 200 and isinstance(look := read(body), dict):
                 known: dict[str, Any] = {key: self.look[key] for key in ("step", "digest") if key in self.look}
                 self.look = {**look, **known} if asked_s < self.took_s else look
                 there = sum(count for name in ("running", "waiting") if isinstance(count := look.get(name), int))
@@ -151,7 +151,7 @@ class Engine:
         if status in (401, 403):
             raise Lost(f"/v1/models answers {status}: it asks for a key. Set TANDEM_API_KEY to that of an admin")
         try:
-            return str(_json(body)["data"][0]["id"])
+            return str(read(body)["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
             raise Lost(f"/v1/models answers {status}, and names no model") from error
 
@@ -178,7 +178,15 @@ def newest(had: Served | None, told: Iterable[Served]) -> Served | None:
     return max(counts, key=lambda one: (counts[one], one.digest))
 
 
-def _json(body: bytes) -> Any:
+def served_of(body: Any) -> Served | None:
+    """Which weights an engine's answer says that it took; None where it says nothing of them."""
+    if not isinstance(body, dict) or not isinstance(body.get("step"), int):
+        return None
+    return Served(body["step"], str(body.get("digest", ""))[:DIGITS])
+
+
+def read(body: bytes) -> Any:
+    """As JSON; None for what is none."""
     try:
         return msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -186,5 +194,5 @@ def _json(body: bytes) -> Any:
 
 
 def _status(body: bytes) -> str:
-    found = _json(body)
+    found = read(body)
     return str(found.get("status", "")) if isinstance(found, dict) else ""

@@ -21,7 +21,7 @@ from tandem.errors import ConfigError
 from tandem.server.config import FrontConfig, ServerConfig
 from tandem.server.front.call import Call
 from tandem.server.front.client import Lost
-from tandem.server.front.engines import Engine, Served, newest
+from tandem.server.front.engines import Engine, Served, newest, read, served_of
 from tandem.server.refusal import Refusal
 from tandem.server.tenants import Access
 from tandem.server.wire import log
@@ -126,7 +126,8 @@ class Front:
 
     def choose(self, call: Call, tried: Collection[Engine]) -> Engine | None:
         """One that was not tried; None where there is none."""
-        may = [one for one in self.engines if one.ready and one not in tried]
+        told = self.held[0] if self.held is not None else ""  # who was away in a pause is told of it first
+        may = [one for one in self.engines if one.ready and one not in tried and told in ("", one.told_held)]
         return self.affinity.choose(may, call.group, call.tokens, call.keys) if may else None
 
     def none_left(self) -> Refusal:
@@ -188,18 +189,18 @@ class Front:
 
     async def _catch_up(self, engine: Engine) -> None:
         """One that was away gets the pause and the weights that it missed, where the router can bring them."""
-        deliver: list[tuple[str, bytes, Callable[[], None]]] = []
+        deliver: list[tuple[str, bytes, Callable[[bytes], None]]] = []
         if self.held is not None and engine.told_held != self.held[0]:
             path = self.held[0]
-            deliver.append((path, self.held[1], lambda: setattr(engine, "told_held", path)))
+            deliver.append((path, self.held[1], lambda said: setattr(engine, "told_held", path)))
         elif self.held is None and engine.told_held:
-            deliver.append((self.freed, b"", lambda: setattr(engine, "told_held", "")))
+            deliver.append((self.freed, b"", lambda said: setattr(engine, "told_held", "")))
         now = time.monotonic()
         digest, folder = self.folder
         fits = bool(folder) and digest == self.had_digest and not self.updating
         if engine.behind and fits and now - self._caught_up.get(engine, -CATCH_UP_S) >= CATCH_UP_S:
             self._caught_up[engine] = now
-            deliver.append(("/update_weights_from_disk", folder, lambda: setattr(engine, "behind", "")))
+            deliver.append(("/update_weights_from_disk", folder, lambda said: engine.took(served_of(read(said)))))
         for path, body, done in deliver:
             try:
                 status, said = await engine.client.told("POST", path, self.key, body, DELIVER_S)
@@ -207,6 +208,6 @@ class Front:
                 log.warning("engine %s could not be told %s: %s", engine.name, path, error)
                 return
             if status == 200:
-                done()
+                done(said)
             else:
                 log.warning("engine %s answers %s to %s: %s", engine.name, status, path, said[:500])

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tandem.server.front.client import Headers, Lost
-from tandem.server.front.engines import DIGITS, Engine, Served
+from tandem.server.front.engines import Engine, served_of
 from tandem.server.front.forward import HOPS
 from tandem.server.front.front import Front
 from tandem.server.refusal import Refusal, misfit
@@ -103,7 +103,7 @@ async def everywhere(front: Front, request: Request) -> Response:
     took = {one: said for one, said in told.items() if said.status == 200}
     failed = {one: said for one, said in told.items() if said.status != 200}
     if took and finishes:
-        served = {one: _served(said.body) for one, said in took.items()}
+        served = {one: served_of(said.body) for one, said in took.items()}
         missed = {one: f"it answers {said.status} ({_words(said)})" for one, said in failed.items()}
         front.delivered(served, missed, body if path == FINISHES[1] else b"")
     if path in HOLDS and took:
@@ -131,13 +131,6 @@ async def _said(engine: Engine, method: str, target: bytes, headers: Headers, bo
         return Said(0, str(error))
     finally:
         sent.close()
-
-
-def _served(body: Any) -> Served | None:
-    """Which weights an engine says that it took."""
-    if not isinstance(body, dict) or not isinstance(body.get("step"), int):
-        return None
-    return Served(body["step"], str(body.get("digest", ""))[:DIGITS])
 
 
 def _merged(said: list[Said]) -> dict[str, Any]:
