@@ -153,6 +153,7 @@ class _Wire(asyncio.Protocol):
         self.answer: Answer | None = None
         self.transport: Any = None
         self.closed = self.paused = False
+        self.cut = False  # from here
         self.free_s = 0.0  # since when
 
     def connection_made(self, transport: Any) -> None:
@@ -193,6 +194,7 @@ class _Wire(asyncio.Protocol):
             self.abort()
 
     def abort(self) -> None:
+        self.cut = True
         if self.transport is not None:
             self.transport.abort()
 
@@ -235,8 +237,9 @@ class Client:
                 await answer.head(limit_s)
                 return answer
             except Lost:
+                crossed = kept and wire.closed and not (wire.cut or answer.heard)
                 answer.close()
-                if not kept or answer.heard or not wire.closed or time.monotonic() - sent_s > RACE_S:
+                if not crossed or time.monotonic() - sent_s > RACE_S:
                     raise  # a kept connection may have been closed as the call was sent: it is sent again
             except BaseException:
                 answer.close()
