@@ -217,7 +217,8 @@ def test_a_bench_of_two_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setattr(load, "SHAREGPT_OUT", load.Lengths(3.0, 0.2, 2, 4))
     page = tmp_path / "serving.md"
-    page.write_text((Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8"), encoding="utf-8")
+    before = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    page.write_text(before, encoding="utf-8")
     peer, name = shlex.join(stub("well", 0.01).words), Path(sys.executable).name
     flags = ["--part", "start", "--part", "load", "--part", "sweep", "--rounds", "2", "--page", str(page)]
     assert main(["bench", "serve", "--peer", peer, *flags, "--out", str(tmp_path / "x.png"), "--json"]) == 0
@@ -226,7 +227,9 @@ def test_a_bench_of_two_servers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     theirs = found["load"]["sides"][name]["saturation"]
     assert found["load"]["call_s"] == pytest.approx(theirs["call_s"] / 2, rel=0.5) and theirs["calls"] == 12
     text = page.read_text(encoding="utf-8")
-    assert f"2.0 s; {name} 50.0 s: **25.0 x**" in text and "Not measured yet." in text  # overhead was not
+    assert f"2.0 s; {name} 50.0 s: **25.0 x**" in text
+    kept = [each.partition("<!-- serve/overhead")[2].partition("<!-- end")[0] for each in (before, text)]
+    assert kept[0] == kept[1] != ""  # overhead was not measured
     assert "| 6 calls, all at once | tandem |" in text and f"| 2 | {name} |" in text
     assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 

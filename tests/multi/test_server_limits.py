@@ -325,6 +325,32 @@ def test_a_signal_lets_calls_finish(folder: Path) -> None:
         child.communicate()
 
 
+def test_a_second_signal_ends_at_once_and_without_a_trace(folder: Path) -> None:
+    """Who can't wait waits on, or is shown the inside of the server."""
+    command = [sys.executable, "-m", "tandem", "serve", str(folder), "--port", "0"]
+    command += ["--set", "server.name=tiny", "--set", "engine.kv_memory_bytes=4194304", "--set", "server.drain_s=300"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None and child.stderr is not None
+        found = re.search(r"http://\S+(?=/v1)", child.stdout.readline())
+        assert found is not None
+        asked = {"model": "tiny", "messages": ASK, "max_tokens": 200, "n": 100, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{found[0]}/v1/chat/completions", json=asked) as stream:
+            next(stream.iter_lines())
+            os.kill(child.pid, signal.SIGTERM)
+            said = child.stderr.readline()  # that it waits for answers
+            os.kill(child.pid, signal.SIGTERM)
+            assert "ends when" in said
+            assert child.wait(DEADLINE_S) in (0, -signal.SIGTERM)
+        assert "Traceback" not in child.stderr.read()
+    except httpx.HTTPError:
+        assert child.wait(DEADLINE_S) in (0, -signal.SIGTERM)
+        assert "Traceback" not in child.stderr.read()
+    finally:
+        child.kill()
+        child.communicate()
+
+
 def test_what_drains_takes_no_more(folder: Path) -> None:
     """A server that is about to end takes calls that it will not answer, or keeps those that take too long."""
     server = Server(folder, **{"server.drain_s": 0.3})

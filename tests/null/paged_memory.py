@@ -89,6 +89,13 @@ class PagedMemory:
             chains.append(chain)
         return chains
 
+    def admitted(self, sequence: int, tables: Any, found: int, version: int) -> None:
+        """A sequence started on this many tokens of the weights that serve now; it need not have a row in that step."""
+        if self.tables.get(sequence) is not tables:
+            self.tables[sequence] = tables
+            self.history[sequence] = [version] * found
+            self.reached[sequence] = max(self.reached.get(sequence, 0), found)
+
     def read(self, work: Work, length: int, query: int) -> None:
         """Every slot before `length` that a query at `query` sees in some group must be this sequence's own past."""
         context, chains = self.contexts[work.request.id], self.chains(work, length)

@@ -69,9 +69,7 @@ class EngineConfig:
     kv_memory_bytes: Count = 0  # memory for pages; 0: of what the rest leaves, see plan/memory.py
     lookahead_tokens: Count = 64  # what admission expects a sequence to grow by, until requests have ended to tell
     order: Rule = "arrival"  # who starts first: who came first, has most to generate, whose program had least; shares
-    shares: str = (
-        ""  # of order shares: a file with the tree of tenants, TOML or JSON, or the tree as JSON; empty: all alike
-    )
+    shares: str = ""  # of order shares: a file with the tree of tenants, or the tree itself as JSON; empty: all alike
     draft_tokens: Count = 0  # most tokens a step tries beyond a sequence's next; what is drawn is the same (draft.py)
     replicas: Positive = 1  # engines that sample in training, on the same weights; each has its own pages
     answer_s: Annotated[float, Gt(0)] = 600.0  # what a replica has not answered by then is asked of another too

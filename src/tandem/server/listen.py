@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import sys
 from asyncio.events import TimerHandle
@@ -126,6 +127,7 @@ class Listener(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._ending is not None:
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a trace of what is cut off says nothing
             self.should_exit = self.force_exit = True
         else:
             self._loop.call_soon_threadsafe(self.end)
