@@ -92,17 +92,10 @@ class Forwarded:
 
     async def begin(self) -> Response:
         """The whole answer, or one that streams. Refusal where no engine has one."""
-        while True:
-            answer = await self._asked()
-            if answer.header(b"content-type").startswith(b"text/event-stream") and answer.status < 300:
-                return EventStream(self.blocks(answer), self, self.front.config.send_s, _headers(answer))
-            try:
-                body = await answer.whole(self.front.route.answer_s)
-            except Lost as error:
-                self._fail(str(error))
-                continue
-            if not self._again(answer):
-                return _response(answer, body)
+        answer, body = await self._heard()
+        if body is not None:
+            return _response(answer, body)
+        return EventStream(self.blocks(answer), self, self.front.config.send_s, _headers(answer))
 
     async def blocks(self, answer: Answer) -> AsyncIterator[bytes]:
         """A stream's events, each whole. Until the first that is no comment, another engine may be asked for it."""
@@ -124,25 +117,24 @@ class Forwarded:
                         502, f"the engine was lost amid the answer: {error}. Ask again.", "engine_lost"
                     ) from error
                 self._fail(str(error))
-            other = await self._streaming()
-            if isinstance(other, bytes):
-                yield other
+            answer, body = await self._heard()
+            if body is not None:  # what the other says is the last event of a stream that is open already
+                yield b"data: " + b" ".join(body.split(b"\n")) + b"\n\ndata: [DONE]\n\n"
                 return
-            answer = other
 
-    async def _streaming(self) -> Answer | bytes:
-        """Another engine's answer to a stream that is open already; what that refuses is its last event."""
+    async def _heard(self) -> tuple[Answer, bytes | None]:
+        """An engine's answer, one that streams or with its body. Refusal where no engine has one."""
         while True:
             answer = await self._asked()
             if answer.header(b"content-type").startswith(b"text/event-stream") and answer.status < 300:
-                return answer
+                return answer, None
             try:
                 body = await answer.whole(self.front.route.answer_s)
             except Lost as error:
                 self._fail(str(error))
                 continue
             if not self._again(answer):
-                return b"data: " + b" ".join(body.split(b"\n")) + b"\n\ndata: [DONE]\n\n"
+                return answer, body
 
     async def _asked(self) -> Answer:
         """The head of an answer. Refusal where no engine is left to ask."""
