@@ -402,8 +402,7 @@ class Programs:
         return [program.kept for program in self._keepers.values()]
 
     def check_integrity(self, live: Iterable[Sequence]) -> None:
-        """AssertionError unless each live request is its program's, and pages are kept for programs that have none
-        running."""
+        """AssertionError unless live requests are their programs', and pages are kept where none of them runs."""
         arrivals = {sequence.arrival for sequence in live}
         assert arrivals == {one for program in self.by_name.values() for one in program.live}, "whose requests live"
         for name, program in self._keepers.items():
