@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -109,11 +110,19 @@ def folders(draw: st.DrawFn) -> dict[str, Any]:
     return {"files": files, "fits": fits}
 
 
+@pytest.fixture(scope="module")
+def quiet() -> Iterator[None]:
+    """Without what Transformers warns of each odd folder."""
+    logging.disable(logging.WARNING)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.usefixtures("quiet")
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(drawn=folders(), words=st.lists(texts, min_size=1, max_size=4))
 def test_any_layout_has_the_ids_of_auto_tokenizer(drawn: dict[str, Any], words: list[list[str]]) -> None:
     """A token that only one of the files knows is split into letters, or has other flags, another id or name."""
-    logging.disable(logging.WARNING)
     with TemporaryDirectory() as place:
         folder = Path(place)
         for name, value in drawn["files"].items():

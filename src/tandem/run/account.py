@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,7 +55,12 @@ class Account:
         self._totals = {MAIN: Totals()}
         self.trace = Trace([self._totals[MAIN]], clock.now)
         self._earlier_s = {MAIN: 0.0}  # worker -> its wall in earlier sittings, with what was set aside of them
-        self._drawn = 0  # tokens since the last row
+        self._told: dict[str, Any] = {}  # what a checkpoint has of the row that came after it, as a row
+        self._row_s = self.begun_s  # the last row's moment
+        self._main_s: dict[str, float] = {}  # since the last row, of what the ledger was told: MAIN's by span,
+        self._workers: dict[str, dict[str, float]] = {}  # the others' by phase,
+        self._counts: dict[str, float] = {}  # all workers' counts,
+        self._drawn = 0  # and tokens
         self._lock = threading.Lock()
         self._left: dict[str, float | None] = {}  # worker of this sitting -> when it left; None: it is at work
 
@@ -70,12 +76,17 @@ class Account:
     def state(self) -> dict[str, Any]:
         """With what engines have drawn by now, for programs that are kept with it."""
         self._pass_absent()
+        self._spend()  # walls run to now, so phases have to
         self._meter_engines()
-        return self.ledger.state() | {"walls": self.walls()}
+        with self._lock:
+            main = {"": self.clock.now() - self._row_s}
+            told = {"drawn_tokens": self._drawn, "seconds": main, "workers": copy.deepcopy(self._workers)}
+        return self.ledger.state() | {"walls": self.walls(), "told": told}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.ledger.restore(state)
         self._earlier_s = dict(state.get("walls") or {})
+        self._told = dict(state.get("told") or {})
 
     def resume(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """The ledger and the clock are a checkpoint's, or new; these rows came after it, and were set aside."""
@@ -84,7 +95,8 @@ class Account:
             self._earlier_s[MAIN] = self.clock.earlier_s + lost / 1e9
         last = last_reading(self.folder) or Reading(0, 0.0)
         since_s = last.wall_s - self._earlier_s[MAIN]
-        lost_s = self.ledger.discard(rows, last.sampled - self.ledger.sampled, since_s, self._earlier_s)
+        sampled = last.sampled - self.ledger.sampled
+        lost_s = self.ledger.discard(rows, sampled, since_s, self._earlier_s, self._told)
         self._earlier_s = {worker: wall_s + lost_s[worker] for worker, wall_s in self._earlier_s.items()}
 
     def begin(self, engines: Mapping[str, Metered]) -> float:
@@ -93,6 +105,7 @@ class Account:
         self.begun_s = self.clock.now()
         self.ledger.spend({"startup": self.begun_s - self.clock.started_s})
         self.meter = Meter(self.folder, self.reading)
+        self._row_s = self.begun_s
         return self.begun_s
 
     def walls(self) -> dict[str, float]:
@@ -149,20 +162,24 @@ class Account:
 
     def settle(self) -> Settled:
         """At a row."""
-        found, all_counts, main_s = dict[str, dict[str, float]](), dict[str, float](), dict[str, float]()
+        self._spend()
+        self._meter_engines()
+        with self._lock:
+            workers, counts, main_s = self._workers, self._counts, self._main_s
+            self._workers, self._counts, self._main_s = {}, {}, {}
+            drawn, self._drawn, self._row_s = self._drawn, 0, self.clock.now()
+        return Settled(main_s, counts, drawn, workers)
+
+    def _spend(self) -> None:
+        """Tell the ledger of all spans that have ended; the next row has them too."""
         for worker, totals in self._totals.copy().items():
             seconds, counts = totals.take()
             passes = {name.removesuffix("_s"): counts.get(name, 0.0) for name in PASSES}
-            found[worker] = split_rollout(seconds, passes)
-            self.ledger.spend(found[worker], worker)
-            if worker == MAIN:
-                main_s = seconds
-            for name, number in counts.items():
-                all_counts[name] = all_counts.get(name, 0) + number
-        self._meter_engines()
-        drawn, self._drawn = self._drawn, 0
-        del found[MAIN]
-        return Settled(main_s, all_counts, drawn, found)
+            phases = split_rollout(seconds, passes)
+            self.ledger.spend(phases, worker)
+            with self._lock:
+                _add(self._counts, counts)
+                _add(*((self._main_s, seconds) if worker == MAIN else (self._workers.setdefault(worker, {}), phases)))
 
     def _meter_engines(self) -> None:
         with self._lock:  # an engine may die in another thread
@@ -186,3 +203,8 @@ class Account:
         self.settle()
         self._pass_absent()
         return self.ledger.close(self.walls(), live_tokens) | {"machine": machine_name()}
+
+
+def _add(to: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, value in more.items():
+        to[name] = to.get(name, 0) + value

@@ -338,22 +338,28 @@ class Ledger:
             self._seen = {}
 
     def discard(
-        self, rows: Sequence[Mapping[str, Any]], sampled: int = 0, wall_s: float = 0.0, workers: Iterable[str] = (MAIN,)
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        sampled: int = 0,
+        wall_s: float = 0.0,
+        workers: Iterable[str] = (MAIN,),
+        known: Mapping[str, Any] | None = None,
     ) -> dict[str, float]:
         """Count what `RunFolder.rewind` dropped: its tokens and seconds were paid for and led nowhere.
 
-        Only for a ledger that does not hold those steps already (one restored from the checkpoint). `sampled` and
-        `wall_s`: all that engines sampled and each of the workers took since that checkpoint, as run/meter.py has it;
-        what is in no row of it was interrupted. Of MAIN, the steps' seconds are discarded; other workers' are as the
-        rows have them: where what they sampled was lost, the tokens say so. Returns the seconds of each worker.
+        Only for a ledger that does not hold those steps already (one restored from the checkpoint); `known`: what it
+        holds of the first of the rows, as a row. `sampled` and `wall_s`: all that engines sampled and each of the
+        workers took since that checkpoint, as run/meter.py has it; what is in no row of it was interrupted. Of MAIN,
+        the steps' seconds are discarded; other workers' are as the rows have them: where what they sampled was lost,
+        the tokens say so. Returns the seconds of each worker.
         """
         tokens, spent = 0, {worker: dict[str, float]() for worker in workers}
-        for row in rows:
-            tokens += int(row.get("drawn_tokens", row.get("tokens") or 0))
+        for sign, row in [*((1, row) for row in rows), *([(-1, known)] if rows and known else [])]:
+            tokens += sign * int(row.get("drawn_tokens", row.get("tokens") or 0))
             main = {"discarded": sum((row.get("seconds") or {}).values())}
             for worker, phases in {**row.get("workers", {}), MAIN: main}.items():
                 for phase, seconds in phases.items() if worker in spent else ():
-                    spent[worker][phase] = spent[worker].get(phase, 0.0) + seconds
+                    spent[worker][phase] = max(0.0, spent[worker].get(phase, 0.0) + sign * seconds)
         cut = {"discarded": tokens, "interrupted": max(0, sampled - tokens)}
         with self._lock:
             self.sampled += sum(cut.values())

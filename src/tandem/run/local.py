@@ -78,7 +78,8 @@ def _sit(session: Session, steps: int) -> int:
         session.row_started_s = session.account.begin(named(parts))
         if done == 0 and config.evaluation.prompts:
             saving, session.stopping.ahead = session.stopping.ahead, "nothing to save yet; the evaluation ends first"
-            session.write({"step": 0, "evaluation": session.evaluate(0), "weights": session.weights_version.digest})
+            with session.trace.span("rows"):
+                session.write({"step": 0, "evaluation": session.evaluate(0), "weights": session.weights_version.digest})
             session.stopping.ahead = saving
         try:
             stages = session.stages()

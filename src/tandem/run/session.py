@@ -172,7 +172,7 @@ class Session:
             score=self.score,
             learn=self.learn,
             publish=self.publish,
-            record=self.trace.timed("rows", self.record),
+            record=self.record,
             stop=lambda: self.stopping.requested or bool(self.course.reached),
         )
 
@@ -303,7 +303,25 @@ class Session:
     def record(
         self, step: int, groups: Sequence[Group], batch: Selection, report: LearnerReport | None, version: WeightVersion
     ) -> None:
-        """Evaluate where it is due, write and show the step's row, save where it is due. The end saves in any case."""
+        """Write and show the step's row, save where it is due. The end saves in any case."""
+        with self.trace.span("rows"):  # ended before a checkpoint, whose ledger has what has ended
+            best = self.tell(step, groups, batch, report, version)
+        if best or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
+            self.save(step, version)
+        elif self.time_to_save():
+            try:
+                self.save(step, version)
+            except CheckpointError as error:  # nobody asked for this one: the run goes on, and tries again in time
+                self.saved_s = time.monotonic()
+                self.display.note(str(error))
+        if best:
+            mark_best(self.folder.path / "checkpoints", step)
+            self.folder.prune()
+
+    def tell(
+        self, step: int, groups: Sequence[Group], batch: Selection, report: LearnerReport | None, version: WeightVersion
+    ) -> bool:
+        """A step's row, with an evaluation where it is due; returns whether it is the best so far and to be kept."""
         summary = summarise(groups)
         self.graded += summary.trajectories - summary.failed
         self.reasons.update(dict(summary.failures))
@@ -336,17 +354,7 @@ class Session:
         self.announce(step, report)
         if self.course.reached:
             self.display.note(f"step {step}: {self.course.reached}; the run ends here")
-        if best or (self.config.checkpoint.every and step % self.config.checkpoint.every == 0):
-            self.save(step, version)
-        elif self.time_to_save():
-            try:
-                self.save(step, version)
-            except CheckpointError as error:  # nobody asked for this one: the run goes on, and tries again in time
-                self.saved_s = time.monotonic()
-                self.display.note(str(error))
-        if best:
-            mark_best(self.folder.path / "checkpoints", step)
-            self.folder.prune()
+        return best
 
     def account_for(self, groups: Sequence[Group], batch: Selection, taken_out: int) -> None:
         """What became of a step's tokens; taken_out: of those with an advantage, by a correction."""
