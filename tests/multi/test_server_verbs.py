@@ -320,6 +320,26 @@ def test_who_may(folders: tuple[Path, Path], tmp_path: Path) -> None:
         assert post(plain, "/abort_requests", {"request_ids": ["x"]}) == {"aborted": []}
 
 
+def test_a_program_that_is_over_keeps_nothing(folders: tuple[Path, Path]) -> None:
+    """An agent that ends says so, and its pages stay until done_s; or another tenant's program of that name ends."""
+    followed = {"engine.programs.mode": "enforce", "engine.programs.policy": "ttl", "engine.programs.ttl_s": 600}
+    with serving(folders[0], **followed) as server:
+        known = server.room.desk.engine.scheduler.programs
+        assert known is not None
+        said: list[Any] = [{"role": "user", "content": "x" * 200}]
+        body = {"messages": said, "max_tokens": 4, "program_id": "p", "tenant": "a", "ignore_eos": True}
+        post(server, "/v1/chat/completions", body)
+        wait_for("its pages to be kept", lambda: known.tables)
+        for other in ({"program_id": "p"}, {"program_id": "p", "tenant": "b"}, {"program_id": "q", "tenant": "a"}):
+            assert post(server, "/finish_program", other) == {"program_id": other["program_id"]}
+        server.room.desk.driver.call(lambda: None).result(DEADLINE_S)  # what was asked before is done
+        assert known.tables
+        post(server, "/finish_program", {"program_id": "p", "tenant": "a"})
+        wait_for("its pages to be let go", lambda: not known.tables)
+        assert not known.by_name
+        assert "program_id" in post(server, "/finish_program", {}, 400)["error"]["message"]
+
+
 def test_programs_are_let_go_on_a_running_server(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """A policy that does harm can be stopped by no more than the server's end; or anybody stops it."""
     (tmp_path / "keys.toml").write_text(

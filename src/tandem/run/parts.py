@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -100,6 +100,9 @@ def resolve_source(source: str) -> str:
     return str(saved.path)
 
 
+Use = Literal["learn", "serve", "apart"]  # of the model in this process; apart: an engine in another has its own
+
+
 def plan_parts(
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
@@ -108,11 +111,14 @@ def plan_parts(
     lag: int,
     run: RunConfig | None,
     *,
-    learns: bool = True,
-    apart: bool = False,
+    use: Use = "learn",
+    sharers: int = 1,
 ) -> Plan:
-    """The memory that `build_parts` takes, and where `run` is given its training too. Reads no weight."""
-    host_bytes, device_bytes = env.memory_bytes()[1], 0
+    """The memory that `build_parts` takes, and where `run` is given its training too. Reads no weight. `sharers`:
+    processes like this one that divide the machine's memory, this one included."""
+    if run is not None and run.workers.backend != "none":
+        use = "apart"
+    host_bytes, device_bytes = env.memory_bytes()[1] // sharers, 0
     if model.device == "cuda":
         if not torch.cuda.is_available():
             built = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built for the CPU alone"
@@ -121,7 +127,7 @@ def plan_parts(
                 "model.device=cpu, or run it where `tandem doctor` names a GPU."
             )
         device_bytes = torch.cuda.mem_get_info()[0]
-    coded_bytes = 0 if learns else checkpoint.coded_bytes
+    coded_bytes = checkpoint.coded_bytes if use == "serve" else 0
     prompt_tokens = 1
     if run is not None and run.task.environment == "reasoning_gym":  # whose prompts have this system message, or none
         system = (Message("system", run.task.system),) if run.task.system else ()
@@ -139,8 +145,8 @@ def plan_parts(
         prompt_tokens,
         env.limits_addresses(),
         open_checkpoint(resolve_source(critic)).spec if critic else None,
-        serves=not learns,
-        apart=apart,
+        serves=use == "serve",
+        apart=use == "apart",
     )
     return plan_memory(asked, host_bytes, device_bytes)
 
@@ -176,7 +182,8 @@ def build_parts(
     apart = workers is not None
     served = remote if remote is not None and remote.servers else None
     learns = learns or apart or served is not None  # what is published is the values of the weights
-    memory = plan_parts(checkpoint, tokenizer, model, config, lag, run, learns=learns, apart=apart)
+    use: Use = "apart" if apart else "learn" if learns else "serve"
+    memory = plan_parts(checkpoint, tokenizer, model, config, lag, run, use=use)
     memory.check()
     config = replace(config, kv_memory_bytes=memory.kv_memory_bytes)
     words = _Words(checkpoint, tokenizer, renderer)

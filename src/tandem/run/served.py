@@ -11,8 +11,10 @@ from tandem.config import names, render
 from tandem.engine.config import EngineConfig
 from tandem.engine.share import read_shares
 from tandem.errors import ConfigError
-from tandem.models.checkpoint import open_checkpoint
+from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.config import ModelConfig
+from tandem.models.tokenizer import Tokenizer
+from tandem.plan.memory import Plan
 from tandem.program.config import TaskConfig
 from tandem.program.render import renderer_of
 from tandem.run.model import asked_as
@@ -51,15 +53,15 @@ def checked(config: ServeConfig) -> list[str]:
     checkpoint = open_checkpoint(resolve_source(config.model.source))
     tokenizer = checkpoint.load_tokenizer()
     renderer = renderer_of(tokenizer, spoken(config))
-    memory = plan_parts(checkpoint, tokenizer, config.model, config.engine, 0, None, learns=config.server.control)
+    memory = _planned(config, checkpoint, tokenizer)
     memory.check()
-    each = memory.kv_memory_bytes if config.engine.kv_memory_bytes else memory.kv_memory_bytes // engines
     server, spec = config.server, checkpoint.spec
     name = names_of(server, config.model.source)[0]
     return [
         f"model      {name}, {spec.max_position} positions, {config.model.dtype}",
         f"prompts    {'plain text' if renderer.plain else 'chat template'}, calls of tools as {renderer.format}",
-        f"memory     {each / 2**20:,.0f} MiB for keys and values" + (" of each engine" if engines > 1 else ""),
+        f"memory     {memory.kv_memory_bytes / 2**20:,.0f} MiB for keys and values"
+        + (" of each engine" if engines > 1 else ""),
         *([f"engines    {engines}, a process each, and a router"] if engines > 1 else []),
         f"listens    http://{server.host}:{server.port}",
         f"callers    {'need an API key' if access.asks else 'anybody who reaches the address'}",
@@ -84,6 +86,12 @@ def alike(config: ServeConfig) -> list[str]:
     return [sys.executable, "-m", "tandem", "serve", config.model.source, *settings]
 
 
+def _planned(config: ServeConfig, checkpoint: Checkpoint, tokenizer: Tokenizer) -> Plan:
+    """Of each engine: every one has weights of its own."""
+    given = (checkpoint, tokenizer, config.model, config.engine, 0, None)
+    return plan_parts(*given, use="learn" if config.server.control else "serve", sharers=config.route.engines)
+
+
 def _divided(config: ServeConfig) -> EngineConfig:
     """The engine's settings, with its part of the memory for pages where several share the machine."""
     engine, count = config.engine, config.route.engines
@@ -91,8 +99,7 @@ def _divided(config: ServeConfig) -> EngineConfig:
         return engine
     checkpoint = open_checkpoint(resolve_source(config.model.source))
     tokenizer = checkpoint.load_tokenizer()
-    memory = plan_parts(checkpoint, tokenizer, config.model, engine, 0, None, learns=config.server.control)
-    return replace(engine, kv_memory_bytes=max(1, memory.kv_memory_bytes // count))
+    return replace(engine, kv_memory_bytes=_planned(config, checkpoint, tokenizer).kv_memory_bytes)
 
 
 def served(config: ServeConfig) -> tuple[Parts, list[Message]]:

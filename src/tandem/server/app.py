@@ -79,6 +79,7 @@ ROUTES = (
     Route("GET", "/shares", shares.shares, "What tenants have here, for a router."),
     Route("POST", "/shares", shares.promise, "What they get here.", shares.SharesBody),
     Route("POST", "/programs", programs.programs, "How programs are scheduled from now on.", programs.ProgramsBody),
+    Route("POST", "/finish_program", programs.finished, "A program asks for nothing more.", programs.FinishedBody),
     Route("POST", "/tokenize", plain.tokenize, "Token ids of a text or a conversation.", bodies.TokenizeBody),
     Route("POST", "/detokenize", plain.detokenize, "The text of token ids.", bodies.DetokenizeBody),
 )

@@ -104,6 +104,8 @@ class Front:
         until_s = time.monotonic() + self.config.drain_s
         while self.open and time.monotonic() < until_s:
             await asyncio.sleep(0.02)
+        for task in self._tasks:  # nobody looks any more: what follows is no engine's doing
+            task.cancel()
         for engine in self.engines:
             engine.gone("the router ends")
         until_s = time.monotonic() + 5

@@ -37,6 +37,7 @@ POSTS = (
     "/start_weight_update",
     PART,
     PROGRAMS,
+    "/finish_program",
     "/weight_checker",
 )
 GETS = ("/is_paused", "/is_sleeping", "/weight_info")
