@@ -29,12 +29,12 @@ def study() -> Study:
         ),
         baseline="plain",
         steps=80,
-        reading="No. Advantages of the batch give each token a gradient (100 % against 37 %), and step by step the same "
-        "reward (0.628 against 0.646 over the last 8 steps), for 1.6 times the seconds a step: later at equal seconds. "
-        "Choosing prompts and stopping groups has 58 % of its tokens reach a gradient in steps 0.85 times as long, is "
-        "ahead in the first minute, and ends lower by 0.11 [0.045, 0.177]. Held-out accuracy is shown to differ in none "
-        "(71, 71, 67 %). The plateau of this demo is not for want of tokens with a gradient: wanted were 60 % and a "
-        "reward of 0.85, and no arm is near it.",
+        reading="No. Advantages of the batch give each token a gradient (100 % against 37 %), and step by step the "
+        "same reward (0.628 against 0.646 over the last 8 steps), for 1.6 times the seconds a step: later "
+        "at equal seconds. Choosing prompts and stopping groups has 58 % of its tokens reach a gradient in "
+        "steps 0.85 times as long, is ahead in the first minute, and ends lower by 0.11 [0.045, 0.177]. "
+        "Held-out accuracy is shown to differ in none (71, 71, 67 %). The plateau of this demo is not for "
+        "want of tokens with a gradient: wanted were 60 % and a reward of 0.85, and no arm is near it.",
         shows_not="One small model and one task whose difficulty shows in the prompt's digits, which is what the "
         "choice goes by: where prompts don't show how hard they are, only those asked before are known. Steps are "
         "equal and seconds are not; the middle picture is the one of equal seconds. A seed changes what is sampled and "

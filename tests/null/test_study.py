@@ -281,6 +281,16 @@ def test_each_panel_has_its_baseline(tmp_path: Path) -> None:
     assert labels == [["fast"], ["fast"]] and not [text for axes in figure.axes for text in axes.texts]
 
 
+def test_an_arm_that_is_compared_with_none_is_in_no_difference(tmp_path: Path) -> None:
+    """An arm that others are predicted from, drawn as one that failed."""
+    more = replace(STUDY, arms=(*STUDY.arms, Arm("alone", "alone")), compare=((STUDY.arms[1].name, STUDY.baseline),))
+    facts = report.collect(more, BASE.name, planned(tmp_path, more), tmp_path, "tandem study rate")
+    entries = [report.run_entry(arm.name, seed, FINISHED, rows(0.5)) for arm in more.arms for seed in STUDY.seeds]
+    figure = study_figure(report.complete(facts, more, entries))
+    assert [text.get_text() for text in figure.axes[2].get_yticklabels()] == [STUDY.arms[1].label]
+    assert not figure.axes[2].texts
+
+
 def test_redrawn_words(tmp_path: Path) -> None:
     """New words in study.py that do not reach the page without running the study again."""
     result = made(tmp_path, [0.2] * 3, [0.3] * 3)

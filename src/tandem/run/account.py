@@ -96,7 +96,8 @@ class Account:
         last = last_reading(self.folder) or Reading(0, 0.0)
         since_s = last.wall_s - self._earlier_s[MAIN]
         sampled = last.sampled - self.ledger.sampled
-        lost_s = self.ledger.discard(rows, sampled, since_s, self._earlier_s, self._told)
+        known = self._told if rows and _began_s(rows[0]) < self.clock.earlier_s else {}
+        lost_s = self.ledger.discard(rows, sampled, since_s, self._earlier_s, known)
         self._earlier_s = {worker: wall_s + lost_s[worker] for worker, wall_s in self._earlier_s.items()}
 
     def begin(self, engines: Mapping[str, Metered]) -> float:
@@ -203,6 +204,12 @@ class Account:
         self.settle()
         self._pass_absent()
         return self.ledger.close(self.walls(), live_tokens) | {"machine": machine_name()}
+
+
+def _began_s(row: Mapping[str, Any]) -> float:
+    """When a row's time began, of the run's own clock: before the checkpoint that it came after, or in a later
+    sitting."""
+    return float(row["time_s"]) - sum((row.get("seconds") or {}).values())
 
 
 def _add(to: dict[str, float], more: Mapping[str, float]) -> None:

@@ -85,7 +85,13 @@ def _draw_differences(axes: Axes, result: Result, arms: Mapping[str, Arm], looks
         for one in result["comparisons"]
         if one["measure"] == "reward" and one["against"] in baselines and one["differences"]
     }
-    shown = [label for label, arm in arms.items() if arm["name"] not in baselines]
+    compared = {arm for arm, against in result["compare"] if against in baselines}
+    left = {arm["name"] for arm in arms.values()} - baselines
+    shown = [
+        label
+        for label, arm in arms.items()
+        if arm["name"] in left and (arm["name"] in compared or not runs_of(result, arm["name"]))
+    ]
     for place, label in enumerate(shown):
         name, colour = arms[label]["name"], looks[label]["color"]
         if name not in found:
