@@ -31,6 +31,17 @@ RUNS: dict[str, str] = {
     "tandem eval RECIPE|RUN_DIR|MODEL [--task gsm8k --path FILE.jsonl] [--json]": (
         "tandem eval {run} --task gsm8k --path test.jsonl --json --set rollout.max_new_tokens=8"
     ),
+    "tandem eval MODEL --suite FILE.toml --out A.json": (
+        "tandem eval MODEL --suite suite.toml --out A.json --set rollout.max_new_tokens=4 --set evaluation.prompts=2"
+    ),
+    "tandem eval A.json --against B.json": "tandem eval A.json --against A.json",
+    "tandem eval MODEL --suite suite.toml --out before.json": (
+        "tandem eval MODEL --suite suite.toml --out before.json --set rollout.max_new_tokens=8"
+    ),
+    "tandem eval RUN_DIR --suite suite.toml --out after.json --against before.json": (
+        "tandem eval {run} --suite suite.toml --out after.json --against before.json --set rollout.max_new_tokens=8"
+    ),
+    "tandem eval after.json --against before.json": "",
     "tandem rollout RECIPE [--programs N] [--split heldout]": (
         "tandem rollout smollm2_arithmetic_cpu --programs 2 --split heldout"
     ),
@@ -129,6 +140,9 @@ EQUATIONS = (
 DEPLOYED = "needs a daemon or a cluster; tests/multi/test_deploy.py"
 ADAPTED = "tandem train smollm2_arithmetic_cpu --set task.environment=tandem.program.adapters."
 LISTED: dict[str, str] = {
+    "[gsm8k]": "a file, suite.toml; test_pages.py writes it for the commands",
+    "python -m tandem.run.lm_eval run --model tandem --model_args pretrained=MODEL --tasks TASK "
+    "--include_path FOLDER": OTHERS,
     "tandem serve MODEL --set server.control=true --set engine.order=shares --set engine.shares=tree.toml": (
         "tests/multi/test_remote.py"
     ),

@@ -117,6 +117,8 @@ def home(tmp_path_factory: pytest.TempPathFactory, write_model: Any) -> Path:
     (folder / "person.json").write_text(json.dumps(person | {"required": ["name"], "additionalProperties": False}))
     (folder / "PROMPTS.jsonl").write_text('{"prompt": "What is 3 + 4?"}\n{"prompt": "Hi."}\n')
     (folder / "MODEL").symlink_to("model")
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    (folder / "suite.toml").write_text(page.split("```toml\n")[1].split("```")[0])
     shutil.copytree(ROOT / "studies" / "staleness", folder / "staleness")
     return folder
 

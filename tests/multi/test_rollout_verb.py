@@ -22,6 +22,7 @@ from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.report import programs
 from tandem.report.programs import ProgramsTable
 from tandem.rollout.watch import Progress, Watched
+from tandem.run import evaluate as evaluating
 from tandem.run import local
 from tandem.run import rollout as alone
 from tandem.run.counted import SCHEDULED
@@ -173,7 +174,7 @@ def test_a_setting_without_a_use_is_said(
         raise ConfigError("stopped")
 
     monkeypatch.setattr(alone, "sized", stopped)
-    monkeypatch.setattr(local, "evaluate_model", stopped)
+    monkeypatch.setattr(evaluating, "evaluate_tasks", stopped)
     assert main.main([verb, "tiny_arithmetic", *[f"--set={name}={value}" for name, value in settings.items()]]) == 2
     said = capsys.readouterr().err
     names = ", ".join(sorted(unused.split(", ")))

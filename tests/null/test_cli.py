@@ -23,8 +23,6 @@ from tandem import env
 from tandem.cli import doctor, main, recipes, train
 from tandem.config import override
 from tandem.errors import CheckpointError, ConfigError, ModelError, TandemWarning
-from tandem.program.pool import EnvironmentPool
-from tandem.rollout.evaluate import Evaluation
 from tandem.run.folder import RunFolder
 
 SOURCES = Path(tandem.__file__).parent
@@ -264,44 +262,6 @@ def test_resume_takes_the_config_of_the_folder(
     assert code == 2 and "holds the run sums, and the recipe is other" in err and len(asked) == 2
     code, _, err = call(capsys, "train", recipe, "--resume", str(tmp_path / "rum"))
     assert code == 2 and "does not exist" in err and "Did you mean run?" in err
-
-
-def test_eval_of_a_file(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """One repeated question is refused; 128 questions, or a run's 8, stand for a file of 300 without a word."""
-    asked: list[Any] = []
-
-    def evaluated(config: Any) -> Evaluation:
-        asked.append(config)
-        assert len(EnvironmentPool(config.task).heldout) == config.task.heldout_size
-        return Evaluation(0.5, 0.4, 0.6, config.evaluation.prompts, 0, 0.5, 8.0)
-
-    monkeypatch.setitem(sys.modules, "tandem.run.local", SimpleNamespace(evaluate_model=evaluated))
-    lines = [json.dumps({"q": f"Is it {n % 299}?", "answer": n % 299}) for n in range(300)]
-    (tmp_path / "a.jsonl").write_text("\n".join([*lines, "", ""]))
-    few = {"evaluation.prompts": "8", "task.heldout_size": "8"}
-    RunFolder.create(tmp_path / "run", override(recipes.find_recipe("smollm2_arithmetic_cpu")(), few)).close()
-    field = ("--set", "task.question_field=q")
-    for target, arguments, taken in (
-        ("smollm2_arithmetic_cpu", (), 299),
-        (str(tmp_path / "run"), (), 299),
-        (str(tmp_path / "run"), ("--task", "gsm8k", "--set", "evaluation.prompts=10"), 10),
-        ("smollm2_arithmetic_cpu", ("--task", "jsonl", "--set", "evaluation.prompts=300"), 299),
-    ):
-        code, out, err = call(capsys, "eval", target, "--path", str(tmp_path / "a.jsonl"), *field, *arguments, "--json")
-        assert (code, asked.pop().evaluation.prompts) == (0, taken), err
-        assert f"a.jsonl: {taken} of 299 distinct questions, 1 repeated" in err
-        assert ("takes fewer" in err) != any("evaluation.prompts" in word for word in arguments)
-        assert [json.loads(out)[name] for name in ("prompts", "questions", "lines")] == [taken, 299, 300]
-    code, _, err = call(
-        capsys, "eval", "smollm2_arithmetic_cpu", "--path", str(tmp_path / "a.jsonl"), "--set", "evaluation.prompts=301"
-    )
-    assert code == 2 and "evaluation.prompts is 301" in err and not asked
-    (tmp_path / "a.jsonl").write_text("\n".join([lines[0], "", lines[1], '{"q": "Is it  1?", "answer": "2"}']))
-    code, _, err = call(capsys, "eval", str(tmp_path / "run"), "--path", str(tmp_path / "a.jsonl"), *field)
-    assert code == 2 and "a.jsonl lines 3 and 4 ask the same, 'Is it  1?', and answer '1' and '2'" in err and not asked
-    (tmp_path / "a.jsonl").write_bytes(b"\xff\xfe\x00")
-    code, _, err = call(capsys, "eval", "smollm2_arithmetic_cpu", "--path", str(tmp_path / "a.jsonl"))
-    assert code == 2 and "is UTF-16" in err and "Traceback" not in err
 
 
 def test_memory_of_a_container(tmp_path: Path) -> None:

@@ -310,4 +310,9 @@ def test_a_range_holds_at_its_ends(bound: tuple[str, Any, Any, float, bool, int]
 def test_most_numbers_declare_a_range() -> None:
     """A setting whose range is no longer declared, so that nothing checks it."""
     numbers = {name for name, hint, _ in config.names(RUN) if {int, float} & {hint, *get_args(hint)}}
-    assert numbers - {name for name, *_ in BOUNDS} == {"task.seed", "engine.page_tokens", "rollout.temperature"}
+    assert numbers - {name for name, *_ in BOUNDS} == {
+        "task.seed",
+        "engine.page_tokens",
+        "rollout.temperature",
+        "evaluation.temperature",
+    }

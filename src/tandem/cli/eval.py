@@ -1,11 +1,12 @@
-"""`tandem eval`: held-out greedy accuracy of a recipe's model, of a run or of any model."""
+"""`tandem eval`: how a recipe's model, a run or any model does on held-out prompts, alone and beside another."""
 
 from __future__ import annotations
 
 import json as jsonlib
-from dataclasses import asdict, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,76 +14,234 @@ from tandem.cli.options import Assignments, ConfigFiles
 
 if TYPE_CHECKING:
     from tandem.program.config import TaskConfig
+    from tandem.rollout.evaluate import Evaluation
     from tandem.run.config import RunConfig
+    from tandem.run.evaluate import Evaluated
 
 GSM8K_TEMPLATE = "{question}\nThink step by step, then end with the answer as a number."
 GSM8K_NEW_TOKENS = 256  # room for the steps; a recipe for sums has less. Of a model without a recipe too
 
-USED = ("model.", "task.", "engine.", "rollout.", "evaluation.prompts", "remote.")
+FILE_TASKS = ("gsm8k", "jsonl")
+OF_TASKS = ("task.", "rollout.", "evaluation.")
+
+DRAWN = ("evaluation.samples", "evaluation.temperature", "evaluation.top_k", "evaluation.top_p")
+USED = ("model.", "task.", "engine.", "rollout.", "evaluation.prompts", *DRAWN, "remote.")
 OF_TRAINING = ("prompts_per_step", "samples_per_prompt", "redraws", "extra_prompts", "keep_tokens")
 OF_DRAWING = ("temperature", "top_k", "top_p", "min_p")
 OF_ENGINES = ("replicas", "answer_s", "dtype", "weights", "weight_group", "kv_dtype", "kv_window", "kv_sinks", "noise")
 UNUSED = (*(f"rollout.{name}" for name in (*OF_TRAINING, *OF_DRAWING)), *(f"engine.{name}" for name in OF_ENGINES))
-WHY = "it takes the most likely answer to each held-out prompt, by the model's own weights, and learns nothing"
+WHY = "it answers held-out prompts as evaluation.* says, by the model's own weights, and learns nothing"
+# Settings that say what was asked and how, for whoever compares: of a file of answers.
+TOLD = ("rollout.max_new_tokens", "rollout.max_turns", "rollout.stop_strings", "rollout.history", *DRAWN, "seed")
+UNTOLD = ("task.workers", "task.python", "task.memory_bytes", "task.sandbox.", "task.path", "task.heldout_path")
 
 
 def evaluate(
     target: Annotated[
         str,
         typer.Argument(
-            metavar="RECIPE|RUN_DIR|MODEL", help="A recipe (before training), a run folder, or a model as of generate."
+            metavar="RECIPE|RUN_DIR|MODEL|FILE.json",
+            help="A recipe (before training), a run folder, a model as of generate, or answers that --out kept.",
         ),
     ],
     task: Annotated[
-        str | None, typer.Option(help="The task, or another than the recipe's: gsm8k, jsonl, or a reasoning-gym name.")
+        list[str] | None,
+        typer.Option(
+            help="A task, or another than the recipe's: gsm8k, jsonl, or a reasoning-gym name. Again for more."
+        ),
     ] = None,
     path: Annotated[Path | None, typer.Option(help="The questions and answers (jsonl) of gsm8k or jsonl.")] = None,
+    suite: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Tasks: a .toml or .yaml file with a table of settings for each."),
+    ] = None,
     files: ConfigFiles = None,
     settings: Assignments = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Keep all answers and figures there, to be compared.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(metavar="FILE.json", help="Compare, prompt by prompt, with answers that --out kept.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON, a line a task.")] = False,
 ) -> int:
-    """Measure greedy accuracy on held-out prompts, with a 95 % confidence interval."""
+    """Measure accuracy, pass@k and maj@k on held-out prompts, with 95 % intervals."""
+    from tandem.errors import ConfigError
+    from tandem.report.evaluation import read_results, write_results
+
+    other = read_results(against) if against is not None else None
+    if target.endswith(".json") and Path(target).expanduser().is_file():
+        if task or path or suite or files or settings or out:
+            raise ConfigError(f"{target} holds answers, and nothing is asked anew: give --against and --json alone.")
+        results = read_results(Path(target))
+        _show(results, json, {})
+        _show_compared(other, results, str(against), json)
+        return 0
+    if out is not None and out.expanduser().exists():
+        raise ConfigError(f"--out {out} is there already. Give another name, or remove it.")
+    tasks = _tasks(target, (task or [], path, suite), (files or [], settings or []))
+    if other is not None and not tasks.keys() & other["tasks"].keys():
+        raise ConfigError(
+            f"--against {against} has {', '.join(other['tasks'])}, and none of {', '.join(tasks)}, which are asked "
+            "here. Ask the same tasks, under the same names."
+        )
+    from tandem.run.evaluate import evaluate_tasks
+
+    results = {"target": target, "model": next(iter(tasks.values())).config.model.source, "tasks": {}}
+    for one in evaluate_tasks({name: asked.config for name, asked in tasks.items()}):
+        results["weights"] = one.weights
+        results["tasks"][one.name] = tasks[one.name].result(one)
+        if out is not None:
+            write_results(out.expanduser(), results)
+        if len(tasks) > 1:
+            typer.echo(f"{one.name}: {_line(one.evaluation)}", err=True)
+    _show(results, json, {name: asked.counts for name, asked in tasks.items()})
+    _show_compared(other, results, str(against), json)
+    return 0 if all(of["figures"]["prompts"] for of in results["tasks"].values()) else 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A task to be asked."""
+
+    config: RunConfig
+    counts: dict[str, int]  # of a file's lines and questions
+
+    def result(self, one: Evaluated) -> dict[str, Any]:
+        """What is kept of it."""
+        from tandem.config import flatten, render
+        from tandem.report.evaluation import figures
+
+        names = flatten(self.config).items()
+        told = {
+            name: render(value)
+            for name, value in names
+            if name in TOLD or (name.startswith("task.") and not name.startswith(UNTOLD))
+        }
+        return {"settings": told, "figures": figures(one.rows), "prompts": one.rows}
+
+
+def _line(evaluation: Evaluation) -> str:
+    from tandem.report.live import failed, held_out
+
+    found = asdict(evaluation)
+    return ", ".join(filter(None, (held_out(found), failed(found))))
+
+
+def _show(results: Mapping[str, Any], json: bool, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """A line of JSON a task; a line for one task with one sample a prompt, else a table."""
+    from tandem.report.evaluation import figures, table
+    from tandem.report.live import failed, held_out
+
+    found = {name: of.get("figures") or figures(of["prompts"]) for name, of in results["tasks"].items()}
+    target, model = results.get("target"), results.get("model")
+    if json:
+        for name, of in found.items():
+            print(jsonlib.dumps({"target": target, "model": model, "task": name, **counts.get(name, {}), **of}))
+        return
+    if len(found) == 1 and (of := next(iter(found.values())))["samples"] <= 1:
+        shown = ", ".join(filter(None, (held_out(of), failed(of))))
+        print(f"{model} on {next(iter(found))}: {shown}")
+        return
+    print("\n".join([str(model), *table(found)]))
+
+
+def _show_compared(first: Mapping[str, Any] | None, second: Mapping[str, Any], against: str, json: bool) -> None:
+    from tandem.report.evaluation import compare, compared_lines
+
+    if first is None:
+        return
+    found = compare(first, second)
+    if json:
+        print(jsonlib.dumps({"against": against, "comparison": found}))
+    else:
+        print("\n".join([f"against {first.get('model')} ({against})", *compared_lines(found)]))
+
+
+def _tasks(
+    target: str, named: tuple[list[str], Path | None, Path | None], given: tuple[list[Path], list[str]]
+) -> dict[str, _Asked]:
+    """Every task to be asked, by its name. ConfigError where there is none, or two of one name."""
     from tandem.cli.settings import assignments, say_unused
     from tandem.config import override
     from tandem.errors import ConfigError
 
-    read, is_model = _read(target)
-    assigned = assignments(read, files or [], settings or [])
-    if is_model and task is None and path is None and not any(name.startswith("task.") for name in assigned):
+    (names, path, suite), (read, is_model) = named, _read(target)
+    assigned = assignments(read, *given)
+    if is_model and not names and path is suite is None and not any(name.startswith("task.") for name in assigned):
         from tandem.models.checkpoint import open_checkpoint
         from tandem.run.parts import resolve_source
 
         open_checkpoint(resolve_source(target))  # where there is no such model, that is what is wrong
         raise ConfigError(
             f"{target} is a model: say what to ask it. Give --task NAME (a reasoning-gym data set), --task gsm8k or "
-            "jsonl with --path FILE.jsonl, or --set task.environment=..."
+            "jsonl with --path FILE.jsonl, --suite FILE.toml, or --set task.environment=..."
         )
-    config = override(_with_task(read, task, path), assigned)
-    say_unused("eval", assigned, USED, UNUSED, WHY)
-    asked: dict[str, int] = {}
-    if path is not None and config.task.heldout_path == str(path):
-        config, asked = _distinct(config)
-        repeats = f", {asked['lines'] - asked['questions']} repeated" if asked["lines"] > asked["questions"] else ""
-        taken = f"{config.evaluation.prompts:,} of {asked['questions']:,} distinct questions"
-        fewer = "" if "evaluation.prompts" in assigned else " --set evaluation.prompts=N takes fewer."
-        typer.echo(f"{path}: {taken}{repeats}.{fewer}", err=True)
-    if not config.evaluation.prompts:
+    found: dict[str, _Asked] = {}
+    all_names = set(assigned)
+    if suite is not None and (names or path):
+        raise ConfigError("--suite names all tasks. Leave --task and --path out, or write them into it.")
+    for name, config, its_own in _by_suite(read, suite, assigned, is_model) if suite is not None else ():
+        whole = "task.heldout_path" in its_own and "task.heldout_size" not in its_own
+        found[name] = _of_file(config, its_own) if whole else _Asked(config, {})
+        all_names |= its_own
+    for config in _by_flags(read, names, path) if suite is None else ():
+        config = override(config, assigned)
+        if (name := config.task.label) in found:
+            raise ConfigError(f"two tasks are named {name}. Drop one, or give each a name of its own in a --suite.")
+        whole = path is not None and config.task.heldout_path == str(path)
+        found[name] = _of_file(config, assigned) if whole else _Asked(config, {})
+    drawn = any(asked.config.evaluation.temperature for asked in found.values())
+    say_unused("eval", all_names, (*USED, "seed") if drawn else USED, UNUSED, WHY)
+    if not all(asked.config.evaluation.prompts for asked in found.values()):
         raise ConfigError("evaluation.prompts is 0: nothing would be asked. Set evaluation.prompts to 1 or more.")
+    return found
 
-    from tandem.report.live import failed, held_out
-    from tandem.run.local import evaluate_model
 
-    result = asdict(evaluate_model(config))
-    if json:
-        print(
-            jsonlib.dumps(
-                {"target": target, "model": config.model.source, "task": config.task.label, **asked, **result}
+def _by_suite(
+    read: RunConfig, suite: Path, assigned: Mapping[str, str], is_model: bool
+) -> Iterator[tuple[str, RunConfig, set[str]]]:
+    """(Name, config, names of its settings) of each table; one that names a task begins with that one's defaults, and
+    all lines of a file are asked where it does not say how many."""
+    from tandem.cli.settings import read_tables
+    from tandem.config import override
+    from tandem.errors import ConfigError
+    from tandem.program.config import TaskConfig
+    from tandem.program.prompts import lines_of
+
+    for name, table in read_tables(suite, read, "--suite").items():
+        where = f"--suite {suite} [{name}]"
+        if other := [key for key in table if key != "seed" and not key.startswith(OF_TASKS)]:
+            raise ConfigError(
+                f"{where} sets {other[0]}. A task has a seed and settings of {', '.join(OF_TASKS)}; all tasks share "
+                "the model and its engine, which --set changes."
             )
+        base, settings = read, {**table, **assigned}
+        if not {"task.environment", "task.name"}.isdisjoint(settings):
+            base = replace(read, task=TaskConfig())
+            settings = {"task.format": read.task.format} | settings  # how the model is asked, whatever the task
+        elif is_model:
+            raise ConfigError(f"{where} names no task. Set task.name (reasoning-gym's), or task.environment.")
+        path = settings.get("task.heldout_path")
+        if path and "task.heldout_size" not in settings:
+            lines = str(sum(1 for line in lines_of(path) if line.strip()))
+            settings = {"evaluation.prompts": lines} | settings | {"task.heldout_size": lines}
+        yield name, override(base, settings), {*table, *assigned}
+
+
+def _by_flags(read: RunConfig, names: list[str], path: Path | None) -> Iterator[RunConfig]:
+    """The config of each --task, or of the recipe's own."""
+    from tandem.errors import ConfigError
+
+    of_files = [name for name in names if name in FILE_TASKS]
+    if len(names) > 1 and path is not None and len(of_files) != 1:
+        raise ConfigError(
+            f"--path is for one task of a file, and --task names {', '.join(of_files) or 'none'}. Write several into a "
+            "--suite, each with its task.heldout_path."
         )
-    else:
-        shown = ", ".join(filter(None, (held_out(result), failed(result))))
-        print(f"{config.model.source} on {config.task.label}: {shown}")
-    return 0 if result["prompts"] else 1
+    every: list[str | None] = [*names] or [None]
+    for name in every:
+        yield _with_task(read, name, path if len(names) < 2 or name in FILE_TASKS else None)
 
 
 def _read(target: str) -> tuple[RunConfig, bool]:
@@ -120,7 +279,7 @@ def _with_task(config: RunConfig, task: str | None, path: Path | None) -> RunCon
     if task is None and path is None:
         return config
     prompts = config.evaluation.prompts or 128
-    if task in ("gsm8k", "jsonl", None):
+    if task in (*FILE_TASKS, None):
         if path is None:
             raise ConfigError(f"--task {task} needs its file: --path FILE.jsonl.")
         prompts = sum(1 for line in lines_of(str(path)) if line.strip())
@@ -140,13 +299,17 @@ def _with_task(config: RunConfig, task: str | None, path: Path | None) -> RunCon
     return replace(config, task=chosen, evaluation=replace(config.evaluation, prompts=prompts))
 
 
-def _distinct(config: RunConfig) -> tuple[RunConfig, dict[str, int]]:
-    """`config` with no more held-out questions than its file has distinct ones, and how many lines and questions."""
+def _of_file(config: RunConfig, given: Collection[str]) -> _Asked:
+    """`config` with no more held-out questions than its file has distinct ones, which is said on stderr."""
     from tandem.program.prompts import question_key, read_questions
 
-    prompts = read_questions(config.task, config.task.heldout_path)
+    path = config.task.heldout_path
+    prompts = read_questions(config.task, path)
     questions = len(set(map(question_key, prompts)))
     taken = min(config.evaluation.prompts, questions)
     task = replace(config.task, heldout_size=max(taken, min(config.task.heldout_size, questions)))
-    evaluation = replace(config.evaluation, prompts=taken)
-    return replace(config, task=task, evaluation=evaluation), {"lines": len(prompts), "questions": questions}
+    config = replace(config, task=task, evaluation=replace(config.evaluation, prompts=taken))
+    repeats = f", {len(prompts) - questions} repeated" if len(prompts) > questions else ""
+    fewer = "" if "evaluation.prompts" in given else " --set evaluation.prompts=N takes fewer."
+    typer.echo(f"{path}: {taken:,} of {questions:,} distinct questions{repeats}.{fewer}", err=True)
+    return _Asked(config, {"lines": len(prompts), "questions": questions})

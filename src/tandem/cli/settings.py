@@ -41,32 +41,52 @@ def say_unused(verb: str, names: Iterable[str], used: Sequence[str], but: Sequen
         print(f"tandem {verb} has no use for {shown}: {why}.", file=sys.stderr)
 
 
-def read_file(path: Path, config: Any) -> dict[str, str]:
+def read_file(path: Path, config: Any, flag: str = "--config") -> dict[str, str]:
     """Dotted name -> text of a file's settings. ConfigError where it cannot be read, says a thing twice, or what
     `config` does not take."""
+    return _settings(_tree(path, flag), config, f"{flag} {path}")
+
+
+def read_tables(path: Path, config: Any, flag: str) -> dict[str, dict[str, str]]:
+    """Name of each table of a file -> its settings, as of `read_file`. ConfigError where something else is in it."""
+    tree = _tree(path, flag)
+    if not tree:
+        raise ConfigError(f"{flag} {path} is empty. Write a table of settings for each name: [name] and lines below.")
+    for name, table in tree.items():
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{flag} {path}: {name} stands in no table. Write [a name] above its settings.")
+    return {name: _settings(table, config, f"{flag} {path} [{name}]") for name, table in tree.items()}
+
+
+def _tree(path: Path, flag: str) -> Mapping[str, Any]:
+    """What a file holds, by name."""
     if path.suffix not in FORMATS:
-        raise ConfigError(f"--config {path}: the name must end in {', '.join(FORMATS)}, which says how it is written.")
+        raise ConfigError(f"{flag} {path}: the name must end in {', '.join(FORMATS)}, which says how it is written.")
     try:
         text = path.expanduser().read_text(encoding="utf-8")
         tree = tomllib.loads(text) if path.suffix == ".toml" else _yaml(text)
     except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}. Check the path.") from error
+        raise ConfigError(f"{flag} {path} cannot be read: {error.strerror}. Check the path.") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {' '.join(str(error).split())}.") from error
+        raise ConfigError(f"{flag} {path} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(tree, Mapping):
-        raise ConfigError(f"--config {path} holds no settings. Write name: value, or tables of them.")
+        raise ConfigError(f"{flag} {path} holds no settings. Write name: value, or tables of them.")
+    return tree
+
+
+def _settings(tree: Mapping[str, Any], config: Any, where: str) -> dict[str, str]:
     leaves, settings = flatten(config), dict[str, str]()
     for name, value in _leaves(tree, "", leaves):
         if name in settings:
-            raise ConfigError(f"--config {path} sets {name} twice. Drop one.")
+            raise ConfigError(f"{where} sets {name} twice. Drop one.")
         try:
             settings[name] = _text(value, False)
         except TypeError as error:
-            raise ConfigError(f"--config {path}: {name} is {error}, which no setting takes. Quote it.") from error
+            raise ConfigError(f"{where}: {name} is {error}, which no setting takes. Quote it.") from error
     try:
         parsed(config, settings)
     except ConfigError as error:
-        raise ConfigError(f"--config {path}: {error}") from error
+        raise ConfigError(f"{where}: {error}") from error
     return settings
 
 

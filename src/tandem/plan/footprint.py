@@ -163,10 +163,17 @@ def kept_numbers(spec: ModelSpec) -> int:
     return 4 * spec.width + (2 * spec.heads + 2 * spec.kv_heads) * spec.head_size + 2 * spec.ff_width
 
 
+def _filters(run: RunConfig) -> bool:
+    """Whether rollouts or evaluations keep the set that a token is drawn from."""
+    rollout, evaluation = run.rollout, run.evaluation
+    narrows = rollout.top_k or rollout.top_p < 1 or rollout.min_p
+    return bool(narrows or (evaluation.prompts and (evaluation.top_k or evaluation.top_p < 1)))
+
+
 def step_bytes(asked: Asked) -> int:
     """Of an engine's step: one layer's rows, and the logits where a rollout's filters need them."""
     run, rows = asked.run, asked.engine.batch_tokens
-    filters = run is not None and (run.rollout.top_k or run.rollout.top_p < 1 or run.rollout.min_p)
+    filters = run is not None and _filters(run)
     logits = 3 * 4 * asked.engine.most_draws * asked.spec.vocab_size if filters else 0
     return rows * (kept_numbers(asked.spec) + asked.spec.ff_width) * SIZES[asked.dtype] + logits
 
@@ -176,8 +183,8 @@ def rollout_bytes(asked: Asked) -> int:
     if asked.run is None:
         return 0
     rollout, longest = asked.run.rollout, max(1, asked.spec.max_position - asked.prompt_tokens)
-    filters = rollout.top_k or rollout.top_p < 1 or rollout.min_p
-    sampled = SAMPLED_BYTES + (SET_BYTES + 4 * min(rollout.top_k or 32, asked.spec.vocab_size) if filters else 0)
+    kept = max(rollout.top_k, asked.run.evaluation.top_k) or 32
+    sampled = SAMPLED_BYTES + (SET_BYTES + 4 * min(kept, asked.spec.vocab_size) if _filters(asked.run) else 0)
     program = PROGRAM_BYTES + PROMPT_BYTES * asked.prompt_tokens
     most = rollout.max_turns * rollout.max_new_tokens
     program += sampled * min(most, rollout.max_program_tokens or most, longest)
@@ -185,7 +192,8 @@ def rollout_bytes(asked: Asked) -> int:
     groups = (ahead.most_lag + 1) * rollout.prompts_per_step + rollout.extra_prompts
     if ahead.replay_uses > 1:
         groups += ahead.replay_groups or (ahead.replay_lag + 1) * rollout.prompts_per_step
-    return program * max(groups * rollout.samples_per_prompt, asked.run.evaluation.prompts)
+    evaluation = asked.run.evaluation
+    return program * max(groups * rollout.samples_per_prompt, evaluation.prompts * evaluation.samples)
 
 
 def activation_bytes(spec: ModelSpec, rows: int, itemsize: int, checkpointing: bool) -> int:

@@ -224,7 +224,7 @@ def check_counts(run: RunConfig) -> None:
             rollout.prompts_per_step * rollout.samples_per_prompt,
             PROGRAM_BYTES,
         ),
-        ("evaluation.prompts", run.evaluation.prompts, 1, PROGRAM_BYTES),
+        ("evaluation.prompts", run.evaluation.prompts, run.evaluation.samples, PROGRAM_BYTES),
         ("task.heldout_size", run.task.heldout_size, 1, HELDOUT_BYTES),
     ):
         if count >= others and count * others * each > available:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Interval
@@ -57,6 +57,26 @@ class RolloutConfig:
             stop_token_ids=stop_token_ids,
             stop_strings=self.stop_strings,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How the answers of an evaluation are drawn: by default the most likely one, once.
+
+    >>> Drawing(samples=8, temperature=0.6).of(RolloutConfig(min_p=0.1)).min_p
+    0.0
+    """
+
+    samples: int = 1
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def of(self, config: RolloutConfig) -> RolloutConfig:
+        """`config`, of whose own sampling nothing is left."""
+        drawn = replace(config, samples_per_prompt=self.samples, temperature=self.temperature)
+        return replace(drawn, top_k=self.top_k, top_p=self.top_p, min_p=0.0)
 
 
 Mode = Literal["sync", "one_off", "full"]

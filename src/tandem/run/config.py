@@ -15,8 +15,9 @@ from tandem.config import Amount, Count, Positive, section
 from tandem.engine.config import EngineConfig
 from tandem.errors import ConfigError
 from tandem.models.config import ModelConfig
+from tandem.numerics.estimate import MOST_SAMPLES
 from tandem.program.config import TaskConfig
-from tandem.rollout.config import AsyncConfig, RolloutConfig, SelectConfig
+from tandem.rollout.config import AsyncConfig, Drawing, RolloutConfig, SelectConfig
 from tandem.sync.config import SyncConfig, Transport
 from tandem.train.config import CriticConfig, LearnerConfig
 
@@ -29,13 +30,17 @@ Finite = Annotated[float, Interval(gt=-math.inf, lt=math.inf)]
 @dataclass(frozen=True, slots=True)
 @section("evaluation")
 class EvaluationConfig:
-    """Greedy accuracy on held-out prompts, before and after training and every so many steps.
+    """Accuracy on held-out prompts, before and after training and every so many steps; greedy unless samples are drawn.
 
     >>> EvaluationConfig(every=20).prompts
     128
     """
 
     prompts: Count = 128  # of the held-out ones; 0 never evaluates
+    samples: Annotated[int, Interval(ge=1, le=MOST_SAMPLES)] = 1  # answers to each; more need a temperature above 0
+    temperature: float = 0.0  # they are drawn at; 0 takes the most likely token
+    top_k: Annotated[int, Interval(ge=0, le=2**31 - 1)] = 0  # of this many most likely tokens; 0 keeps all
+    top_p: Annotated[float, Interval(gt=0, le=1)] = 1.0  # of the smallest set whose mass reaches this
     every: Count = 0  # steps between evaluations; 0: before and after only
     stop_accuracy: Accuracy | None = None  # held-out accuracy (0 to 1) that ends the run; none: all steps are run
     stop_reward: Finite | None = None  # mean training reward of five steps that ends the run; none: all steps are run
@@ -45,6 +50,19 @@ class EvaluationConfig:
             raise ConfigError(
                 "evaluation.stop_accuracy is set, but nothing is evaluated on the way. Set evaluation.every."
             )
+        drawn = {"samples": self.samples > 1, "top_k": self.top_k > 0, "top_p": self.top_p < 1}
+        if self.temperature == 0 and any(drawn.values()):
+            names = ", ".join(f"evaluation.{name}" for name, asked in drawn.items() if asked)
+            raise ConfigError(
+                f"{names}: at evaluation.temperature 0 the most likely token is taken, so each answer would be the "
+                "same. Set evaluation.temperature above 0, or leave the others out."
+            )
+        if self.temperature != 0 and not 1e-6 <= self.temperature <= 1e6:  # logits are divided in fp32
+            raise ConfigError(f"evaluation.temperature is {self.temperature}. Allowed: 0 (greedy), or 1e-6 to 1e6.")
+
+    def drawing(self, seed: int) -> Drawing:
+        """How its answers are drawn in a run of that seed."""
+        return Drawing(self.samples, self.temperature, self.top_k, self.top_p, seed)
 
     @property
     def repeats(self) -> bool:

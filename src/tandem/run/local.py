@@ -6,19 +6,19 @@ import time
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
-from tandem.engine.driver import Driver
-from tandem.errors import ConfigError, TandemError, WorldError
+from tandem.errors import TandemError, WorldError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.hf_config import to_hf_config
 from tandem.plan.memory import Plan, check_counts
 from tandem.program.child import child_of
 from tandem.program.pool import EnvironmentPool
-from tandem.rollout.evaluate import Evaluation, evaluate
+from tandem.rollout.evaluate import Evaluation
 from tandem.run.asynchronous import AsyncSession
 from tandem.run.backends import backend_of
 from tandem.run.clock import WallClock, started
-from tandem.run.config import RunConfig, check_remote, check_training
-from tandem.run.engines import named, sampled_by
+from tandem.run.config import RunConfig, check_training
+from tandem.run.engines import named
+from tandem.run.evaluate import evaluate_tasks
 from tandem.run.folder import RunFolder, check_new
 from tandem.run.loop import run_loop
 from tandem.run.parts import build_parts, plan_parts, resolve_source
@@ -107,22 +107,7 @@ def _sit(session: Session, steps: int) -> int:
 
 
 def evaluate_model(config: RunConfig) -> Evaluation:
-    """Held-out greedy accuracy of `config.model` on `config.task`; as the servers of config.remote have it, where it
-    names some."""
-    if not isinstance(config, RunConfig):
-        raise ConfigError(
-            f"the config is {config!r}; wanted a RunConfig, such as RunConfig('ask', 1, ModelConfig(MODEL))."
-        )
-    check_counts(config)
-    check_remote(config)
-    pool = EnvironmentPool(config.task)
-    with ExitStack() as leaving:
-        leaving.callback(pool.close)
-        parts = build_parts(config.model, config.engine, learns=False, task=config.task, remote=config.remote)
-        leaving.callback(parts.close)
-        parts.tokenizer.now = started(Path(config.model.source)) or parts.tokenizer.now
-        pool.ready()
-        prompts = pool.heldout[: config.evaluation.prompts]
-        with parts.memory.foreseen():
-            asked = sampled_by(parts, 0.0) if config.remote.servers else Driver(parts.exact_engine)
-            return evaluate(asked, parts.renderer, pool, prompts, config.rollout)[0]
+    """Accuracy of `config.model` on `config.task`, greedy unless config.evaluation draws samples; as the servers of
+    config.remote have it, where it names some."""
+    (one,) = evaluate_tasks({"": config})
+    return one.evaluation

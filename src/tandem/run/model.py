@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -15,6 +16,7 @@ from tandem.config import override
 from tandem.engine.config import EngineConfig
 from tandem.engine.constraint import unmet
 from tandem.engine.driver import Driver
+from tandem.engine.engine import Engine
 from tandem.errors import ConfigError, RunFolderError, nearest
 from tandem.models.config import ModelConfig
 from tandem.numerics.random import derive_seed
@@ -94,32 +96,15 @@ class Model:
             sampling = replace(sampling, temperature=1.0, top_k=1)
         for request in self._requests(prompts, sampling, 1, seed, constraint):
             engine.check(request)
-        coming, driver = self._requests(prompts, sampling, samples, seed, constraint), Driver(engine)
-        order: deque[tuple[Request, Future[Completion]]] = deque()
-        number = seen = 0
-        try:
-            with self.parts.memory.foreseen():
-                while True:
-                    while len(order) < AHEAD * engine.scheduler.config.max_sequences:
-                        if (following := next(coming, None)) is None:
-                            break
-                        order.append((following, driver.submit(following)))
-                    if not order:
-                        return
-                    while order and order[0][1].done():
-                        request, future = order.popleft()
-                        completion = future.result(0)
-                        text = self._text(completion, sampling)
-                        column = completion.columns["unfiltered_logprobs" if greedy else "logprobs"]
-                        logprobs = tuple(column.tolist())
-                        tokens = len(request.tokens)
-                        odd = "" if constraint is None or completion.failure else unmet(constraint, text)
-                        yield Answer(number // samples, number % samples, text, tokens, completion, logprobs, odd)
-                        number += 1
-                    if order:
-                        seen = driver.progress(seen, 0.0)
-        finally:
-            driver.close(0.0)
+        coming = self._requests(prompts, sampling, samples, seed, constraint)
+        with self.parts.memory.foreseen(), closing(in_order(engine, coming)) as ended:
+            for number, (request, completion) in enumerate(ended):
+                text = self._text(completion, sampling)
+                column = completion.columns["unfiltered_logprobs" if greedy else "logprobs"]
+                logprobs = tuple(column.tolist())
+                tokens = len(request.tokens)
+                odd = "" if constraint is None or completion.failure else unmet(constraint, text)
+                yield Answer(number // samples, number % samples, text, tokens, completion, logprobs, odd)
 
     def _requests(
         self,
@@ -145,6 +130,30 @@ class Model:
         if completion.stop_reason is StopReason.STOP_STRING:
             text = text[: min(place for string in sampling.stop_strings if (place := text.find(string)) >= 0)]
         return text
+
+
+def in_order(engine: Engine, requests: Iterator[Request]) -> Generator[tuple[Request, Completion], None, None]:
+    """Each request with its completion, in order, as soon as it and those before it are done.
+
+    Requests are taken as there is room: AHEAD times as many as run at once.
+    """
+    driver, order = Driver(engine), deque[tuple[Request, Future[Completion]]]()
+    seen = 0
+    try:
+        while True:
+            while len(order) < AHEAD * engine.scheduler.config.max_sequences:
+                if (following := next(requests, None)) is None:
+                    break
+                order.append((following, driver.submit(following)))
+            if not order:
+                return
+            while order and order[0][1].done():
+                request, future = order.popleft()
+                yield request, future.result(0)
+            if order:
+                seen = driver.progress(seen, 0.0)
+    finally:
+        driver.close(0.0)
 
 
 def load(

@@ -161,11 +161,13 @@ _OF_THE_DRIFT = {
     "by_length/rare_share": Key("share", "as `rare_share`, of their tokens"),
 }
 _OF_THE_EVALUATION = {
-    "evaluation/accuracy": Key("share", "graded prompts with a reward of 1 or more, greedy; 0 where none was graded"),
-    "evaluation/low": Key("share", "lower end of its Wilson 95 % interval"),
+    "evaluation/accuracy": Key(
+        "share", "graded samples with a reward of 1 or more, greedy unless drawn; 0 where none was graded"
+    ),
+    "evaluation/low": Key("share", "lower end of its Wilson 95 % interval, samples of a prompt clustered"),
     "evaluation/high": Key("share", "upper end"),
-    "evaluation/prompts": Key("count", "graded"),
-    "evaluation/failed": Key("count", "not graded, and in no mean"),
+    "evaluation/prompts": Key("count", "with a graded sample"),
+    "evaluation/failed": Key("count", "samples not graded, and in no mean"),
     "evaluation/reward": Key("reward", "mean over the graded"),
     "evaluation/length": Key("tokens", "mean sampled"),
     "evaluation/failures": Key("list", "as `failures`"),

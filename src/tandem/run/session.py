@@ -289,12 +289,13 @@ class Session:
             return self.parts.publisher.publish(step)
 
     def evaluate(self, step: int) -> dict[str, Any]:
-        """Held-out greedy accuracy."""
+        """Held-out accuracy."""
         with self.trace.span("evaluate"):
             prompts = self.pool.heldout[: self.config.evaluation.prompts]
             own = self.parts.exact_engine is not self.parts.engine
             asked = Driver(self.parts.exact_engine) if own else self.rollouts.driver
-            result, groups = evaluate(asked, self.parts.renderer, self.pool, prompts, self.config.rollout, step=step)
+            drawing, config = self.config.evaluation.drawing(self.config.seed), self.config.rollout
+            result, groups = evaluate(asked, self.parts.renderer, self.pool, prompts, config, drawing, step)
             self.ledger.lose("evaluated", sum(answer.num_sampled for group in groups for answer in group.trajectories))
             if own:
                 self.parts.exact_engine.release_memory()

@@ -1,0 +1,78 @@
+"""A model asked the held-out prompts of one task after another, its weights read once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tandem.engine.driver import Driver
+from tandem.errors import ConfigError
+from tandem.plan.memory import check_counts
+from tandem.program.pool import EnvironmentPool
+from tandem.program.render import renderer_of
+from tandem.rollout.answers import answer_rows
+from tandem.rollout.evaluate import Evaluation, evaluate
+from tandem.run.clock import started
+from tandem.run.config import RunConfig, check_remote
+from tandem.run.engines import sampled_by
+from tandem.run.parts import build_parts
+
+SHARED = ("model", "engine", "remote")  # parts of a config that tasks evaluated together have in common
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What came of one task.
+
+    >>> Evaluated("sums", Evaluation(0.5, 0.3, 0.7, 20, 0, 0.5, 8.0), [], "9f2c").name
+    'sums'
+    """
+
+    name: str
+    evaluation: Evaluation
+    rows: list[dict[str, Any]]  # rollout/answers.py
+    weights: str  # hexadecimal hash of what answered
+
+
+def evaluate_tasks(configs: Mapping[str, RunConfig]) -> Iterator[Evaluated]:
+    """Each task by its name, as it ends: accuracy on its held-out prompts, drawn as its `evaluation` says; by the
+    servers of config.remote, where it names some.
+
+    All tasks are built, and wrong ones refused, before the model is read. ConfigError where they differ in the model,
+    its engine or its servers.
+    """
+    for config in configs.values():
+        if not isinstance(config, RunConfig):
+            raise ConfigError(
+                f"the config is {config!r}; wanted a RunConfig, such as RunConfig('ask', 1, ModelConfig(MODEL))."
+            )
+        check_counts(config)
+        check_remote(config)
+    first = next(iter(configs.values()))
+    for name, config in configs.items():
+        for part in SHARED:
+            if getattr(config, part) != getattr(first, part):
+                raise ConfigError(f"task {name} has its own {part}.*: tasks evaluated together share it. Take it out.")
+    with ExitStack() as leaving:
+        pools: dict[str, EnvironmentPool] = {}
+        for name, config in configs.items():
+            pools[name] = EnvironmentPool(config.task)
+            leaving.callback(pools[name].close)
+        parts = build_parts(first.model, first.engine, learns=False, task=first.task, remote=first.remote)
+        leaving.callback(parts.close)
+        parts.tokenizer.now = started(Path(first.model.source)) or parts.tokenizer.now
+        for name, config in configs.items():
+            pools[name].ready()
+            renderer_of(parts.tokenizer, config.task)
+        leaving.enter_context(parts.memory.foreseen())
+        for name, config in configs.items():
+            pool, renderer = pools[name], renderer_of(parts.tokenizer, config.task)
+            prompts = pool.heldout[: config.evaluation.prompts]
+            drawing = config.evaluation.drawing(config.seed)
+            asked = sampled_by(parts, drawing.temperature) if config.remote.servers else Driver(parts.exact_engine)
+            evaluation, groups = evaluate(asked, renderer, pool, prompts, config.rollout, drawing)
+            yield Evaluated(name, evaluation, answer_rows(groups, renderer.text), str(parts.plan["weights"]))
+            pool.close()
