@@ -48,6 +48,8 @@ COLUMNS: Mapping[str, Column] = {
     "states": Column(object, "text, at the last token of a turn: the state that it was taken in", absent=""),
     "values": Column(np.float64, "the critic's, before the token, by its weights before the step's first update"),
     "returns": Column(np.float64, "what the critic should have said"),
+    "failed": Column(bool, "of a turn that did not do what it should: an error, a repetition", absent=False),
+    "loss_weights": Column(np.float64, "of the token in the batch's loss; below 0: made less likely", absent=0.0),
     "selection_weights": Column(np.float64, "of the sample's group, for how likely it was to be kept; mean 1"),
 }
 

@@ -32,6 +32,14 @@ class TaskError(UserError):
     """A task name, file or record is wrong."""
 
 
+class CorpusError(UserError):
+    """A file, a line or a row of what is to be learned from is wrong; `fault` is what such rows are counted under."""
+
+    def __init__(self, fault: str, text: str) -> None:
+        super().__init__(text)
+        self.fault = fault
+
+
 class CapacityError(UserError):
     """A request cannot fit, or memory does not suffice; names the setting to change."""
 
