@@ -9,13 +9,14 @@ from typing import Annotated, Literal
 from annotated_types import Interval
 
 from tandem.algo.price import PriceConfig
-from tandem.config import Amount, Positive, Share, section
+from tandem.config import AboveZero, Amount, Positive, Share, section
 from tandem.errors import ConfigError
 
 Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "best", "gae"]
 Credit = Literal["trajectory", "step", "gigpo"]
 Loss = Literal["ppo", "gspo", "cispo"]
 Kl = Literal["none", "k1", "k2", "k3"]
+Reduction = Literal["token_mean", "sequence_mean", "trajectory_mean", "sqrt_mean"]
 Aggregation = Literal["token_mean", "sequence_mean", "prompt_mean", "constant_mean"]
 Form = Literal["bypass", "decoupled"]
 CorrectionWeight = Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mis"]
@@ -231,3 +232,27 @@ def check_group_size(config: AlgoConfig, samples_per_prompt: int) -> None:
             "algo.filter_zero_variance drops groups whose rewards are equal, and rollout.samples_per_prompt is 1: "
             "every group would be dropped. Set algo.filter_zero_variance to false."
         )
+
+
+@dataclass(frozen=True, slots=True)
+@section("supervised")
+class SupervisedConfig:
+    """How much each token of what is written counts (docs/sft.md).
+
+    >>> SupervisedConfig(weights="advantage").beta
+    1.0
+    """
+
+    reduction: Reduction = "token_mean"  # over which the mean is taken: tokens, sequences, trajectories, in between
+    weights: Literal["none", "reward", "advantage"] = "none"  # of a trajectory's tokens: 1, its reward, exp(A / beta)
+    beta: AboveZero = 1.0  # of weights=advantage; lower: the better ones alone
+    weight_max: AboveZero = 20.0  # largest weight under weights=advantage
+    unlikelihood: Amount = 0.0  # weight of -log(1 - p) for tokens of marked turns; 0: these are left out
+
+    def __post_init__(self) -> None:
+        for name, value, unused in (("beta", self.beta, 1.0), ("weight_max", self.weight_max, 20.0)):
+            if self.weights != "advantage" and value != unused:
+                raise ConfigError(
+                    f"supervised.{name} is {value}, but only supervised.weights advantage reads it. Set that, or "
+                    f"supervised.{name} to {unused:g}."
+                )

@@ -100,39 +100,6 @@ class Objective(Protocol):
         ...
 
 
-class NextToken:
-    """Mean negative log-likelihood of the tokens in the loss mask: pre-training, and supervised fine-tuning."""
-
-    temperature = 1.0
-    updates_per_step = 1
-    samples = False
-    columns = frozenset({"tokens", "loss_mask"})
-
-    def begin(self) -> NextToken:
-        return self
-
-    def divisor(self, totals: Denominators) -> int:
-        return totals.tokens
-
-    def prepare(self, samples: tuple[Sample, ...], score: Score) -> tuple[Sample, ...]:
-        return samples
-
-    def loss(self, outputs: Outputs, batch: MicrobatchTensors) -> LossResult:
-        """-sum log p / tokens of the whole batch."""
-        loss = -outputs.logprobs_N.double().sum() / batch.denominators.tokens
-        tokens = torch.ones_like(loss, requires_grad=False) * len(outputs.logprobs_N)
-        sums = {"loss": loss.detach(), "tokens": tokens, "entropy": outputs.entropy_N.detach().double().sum()}
-        return LossResult(loss, sums, {}, None)
-
-    def observe(self, *given: Any) -> None: ...
-
-    def accept(self, results: Sequence[LossResult], observed: Sequence[Any]) -> bool:
-        return True
-
-    def measured(self, results: Sequence[LossResult]) -> Measured:
-        return Measured(summarise(results))
-
-
 class PolicyGradient:
     """The policy losses of algo/loss.py over rollouts, with parity, drift and alarms.
 

@@ -43,7 +43,7 @@ class CorpusConfig:
         if not self.on:
             if given := [one.name for one in fields(self) if getattr(self, one.name) != one.default]:
                 raise ConfigError(
-                    f"corpus.{given[0]} is set, but corpus.sources is empty. Name what is learned from, or leave it out."
+                    f"corpus.{given[0]} is set, and corpus.sources is empty. Name what to learn from, or leave it out."
                 )
             return
         if self.weights and len(self.weights) != len(self.sources):

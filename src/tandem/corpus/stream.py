@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ import numpy as np
 from tandem.columns import Array
 from tandem.corpus.config import CorpusConfig
 from tandem.corpus.lengths import fitted
-from tandem.corpus.reader import Reader, hashed, refused, tasks_of
+from tandem.corpus.reader import Reader, hashed, tasks_of
 from tandem.errors import ConfigError, CorpusError, RunFolderError
 from tandem.numerics.random import Stream as Use
 from tandem.numerics.random import derive_seed, words

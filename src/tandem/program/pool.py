@@ -34,6 +34,7 @@ class EnvironmentPool:
 
     A jsonl file is read here; what needs a child starts one and returns at once. TaskError where the task is wrong:
     here, or from `ready()` and the first use where a child builds it. born: what makes a child, here or elsewhere.
+    idle: it may never be asked, so no child is started before it is.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class EnvironmentPool:
         config: TaskConfig,
         start_deadline_s: float = START_DEADLINE_S,
         born: Callable[[TaskConfig], Home] = child_of,
+        idle: bool = False,
     ) -> None:
         self.config = config
         # Reading a file is quick and needs no child; its math-verify rewards do, and start one when first asked.
@@ -48,7 +50,7 @@ class EnvironmentPool:
         self._untried = prompts.uncertain(config, self._local.prompts) if self._local is not None else []
         self._workers = Workers(config, start_deadline_s, born)
         self._ids = itertools.count()
-        if self._local is None or self._untried:
+        if not idle and (self._local is None or self._untried):
             self._workers.grow()
         if config.environment == "reasoning_gym" and config.reward == "score" and config.name in prompts.GYM_FAULTS:
             fault = prompts.GYM_FAULTS[config.name]

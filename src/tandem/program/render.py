@@ -102,6 +102,11 @@ class Renderer:
         messages, tools = self._told(messages, tools)
         return tuple(self._render(messages, True, tools))
 
+    def said_tokens(self, messages: Sequence[Message], tools: Tools = ()) -> tuple[int, ...]:
+        """A conversation that is over: nothing is asked behind it."""
+        messages, tools = self._told(messages, tools)
+        return tuple(self._render(messages, False, tools))
+
     def answer_tokens(self, text: str) -> tuple[int, ...]:
         """A given answer as the model is to write it: its tokens and the end of turn, stop token included."""
         tokens = tuple(self.tokenizer.encode(text, False))
@@ -189,11 +194,21 @@ class Renderer:
         if self.plain:
             return ""
         try:
-            asked, asks = self._render(_QUESTION, False), self._render(_QUESTION, True)
+            written = self.tokenizer.decode(self.asks)
         except ModelError:
             return ""
-        written = self.tokenizer.decode(asks[len(asked) :])
         return next((opening for opening, closing in _THOUGHTS if written.rfind(opening) > written.rfind(closing)), "")
+
+    @cached_property
+    def closes(self) -> str:
+        """What ends the reasoning that `opened` begins; "" where the template begins none."""
+        return dict(_THOUGHTS).get(self.opened, "")
+
+    @cached_property
+    def asks(self) -> tuple[int, ...]:
+        """What the template writes between a question and the answer: the beginning of an assistant's turn."""
+        asked, asks = self._render(_QUESTION, False), self._render(_QUESTION, True)
+        return tuple(asks[len(asked) :])
 
     @cached_property
     def _written(self) -> str:

@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 from annotated_types import Interval
 
 from tandem.algo.alarm import AlarmConfig, check_correctable
-from tandem.algo.config import AlgoConfig, check_group_size
+from tandem.algo.config import AlgoConfig, SupervisedConfig, check_group_size
 from tandem.config import Amount, Count, Positive, section
+from tandem.corpus.config import CorpusConfig
 from tandem.engine.config import EngineConfig
 from tandem.errors import ConfigError
 from tandem.models.config import ModelConfig
@@ -188,12 +189,14 @@ class RunConfig:
     steps: Positive  # each samples, learns and publishes once
     model: ModelConfig
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0  # of all sampling; with the config it fixes the weights
-    objective: Learned = "policy_gradient"  # or next_token: of the task's own solutions; nothing is sampled to train on
+    objective: Learned = "policy_gradient"  # or next_token: of what is written; nothing is sampled to train on
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     algo: AlgoConfig = field(default_factory=AlgoConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     asynchrony: AsyncConfig = field(default_factory=AsyncConfig)
@@ -204,6 +207,11 @@ class RunConfig:
     track: TrackConfig = field(default_factory=TrackConfig)
     workers: WorkersConfig = field(default_factory=WorkersConfig)
     remote: RemoteConfig = field(default_factory=RemoteConfig)
+
+    @property
+    def asks_task(self) -> bool:
+        """Whether the task is asked for anything."""
+        return not self.corpus.on or self.evaluation.prompts > 0
 
     def __post_init__(self) -> None:
         if self.checkpoint.best and not self.evaluation.repeats:
@@ -219,6 +227,7 @@ def check_training(config: RunConfig) -> None:
     """Refuse, before any weight is loaded, what cannot be trained. Raises ConfigError."""
     if config.objective == "policy_gradient":
         _check_sampling(config)
+    _check_written(config)
     _check_critic(config)
     _check_asynchrony(config)
     _check_select(config)
@@ -234,6 +243,26 @@ def check_training(config: RunConfig) -> None:
         raise ConfigError(
             "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "
             "to none, or to disk to keep it in a file."
+        )
+
+
+def _check_written(config: RunConfig) -> None:
+    """Refuse what is learned from a corpus where the engine samples, and weights that no loss reads."""
+    corpus, supervised = config.corpus, config.supervised
+    if corpus.on and config.objective == "policy_gradient":
+        raise ConfigError(
+            "corpus.sources is set, and objective policy_gradient learns from what the engine samples. Set "
+            "objective=next_token, or leave corpus.sources out."
+        )
+    if supervised != SupervisedConfig() and config.objective != "next_token":
+        raise ConfigError(
+            f"supervised.* weighs tokens of objective next_token, and objective is {config.objective}. Leave it out."
+        )
+    marks = corpus.error_turns == "mark" or corpus.repeated_turns == "mark"
+    if supervised.unlikelihood and not marks:
+        raise ConfigError(
+            f"supervised.unlikelihood is {supervised.unlikelihood:g}, and no turn is marked as failed. Set "
+            "corpus.error_turns or corpus.repeated_turns to mark, or supervised.unlikelihood to 0."
         )
 
 

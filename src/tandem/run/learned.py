@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, get_args
 
-from tandem.algo.objective import NextToken, Objective, PolicyGradient
+from tandem.algo.objective import Objective, PolicyGradient
+from tandem.algo.supervised import NextToken
 from tandem.run.config import Learned, RunConfig
 from tandem.sync.departures import is_exact
 

@@ -61,6 +61,10 @@ class Learns(Protocol):
 
     def step(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> LearnerReport | None: ...
 
+    def measure(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> dict[str, float]:
+        """What the objective measures of samples that are not learned from."""
+        ...
+
     def under(self, total_updates: int, alarms: AlarmConfig) -> None:
         """Other settings than its own, from the next step on."""
         ...
@@ -114,6 +118,12 @@ class RemoteLearner:
                 self._updates = self.ask("learn", "updates")
             raise
         return report
+
+    def measure(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> dict[str, float]:
+        """A deadline for each microbatch."""
+        times = 1 + sum(len(sample.columns) for sample in samples) // self.config.microbatch_tokens
+        found: dict[str, float] = self.ask("evaluate", "measure", samples, prompts, times=2 * times)
+        return found
 
     def under(self, total_updates: int, alarms: AlarmConfig) -> None:
         self.ask("learn", "under", total_updates, alarms)

@@ -44,13 +44,15 @@ def train(
         workers = backend_of(config)
         if workers is not None:
             leaving.callback(workers.close)
-        pool = EnvironmentPool(config.task, born=child_of if workers is None else workers.home)
+        born = child_of if workers is None else workers.home
+        pool = EnvironmentPool(config.task, born=born, idle=not config.asks_task)
         leaving.callback(pool.close)
         folder = leaving.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
         built = config.model, config.engine, config.sync.lag, config
         parts = build_parts(*built, task=config.task, workers=workers, remote=config.remote)
         leaving.callback(parts.close)
-        pool.ready()
+        if config.asks_task:
+            pool.ready()
         if folder is None:  # only now, so that a wrong model or task leaves no folder behind
             folder = leaving.enter_context(RunFolder.create(path, config, keep=keep))
         now = parts.tokenizer.now = started(folder.path) or parts.tokenizer.now
@@ -76,10 +78,13 @@ def _sit(session: Session, steps: int) -> int:
         session.follow()
         folder.drop_ledger()  # until this sitting has its own
         session.row_started_s = session.account.begin(named(parts))
-        if done == 0 and config.evaluation.prompts:
+        for note in session.reading.notes() if session.reading is not None else ():
+            display.note(note)
+        if done == 0 and (config.evaluation.prompts or config.corpus.on):
             saving, session.stopping.ahead = session.stopping.ahead, "nothing to save yet; the evaluation ends first"
             with session.trace.span("rows"):
-                session.write({"step": 0, "evaluation": session.evaluate(0), "weights": session.weights_version.digest})
+                begun = session.reading.begun() if session.reading is not None else {}
+                session.write({"step": 0, **begun, **session.looked(0), "weights": session.weights_version.digest})
             session.stopping.ahead = saving
         try:
             stages = session.stages()

@@ -165,6 +165,10 @@ class LearnerWorker:
         """As Learner's; and its updates by then."""
         return self._learner.step(samples, prompts), self._learner.updates
 
+    def measure(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> dict[str, float]:
+        """As Learner's."""
+        return self._learner.measure(samples, prompts)
+
     def updates(self) -> int:
         """As Learner's."""
         return self._learner.updates

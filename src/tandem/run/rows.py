@@ -127,6 +127,8 @@ _OF_THE_LEARNER = {
     "learner_rows": Key("tokens", "run forward and backward, prompts too"),
     "microbatches": Key("count", "of all updates"),
     "loss": Key("objective", "of the batch; nats a token under next_token"),
+    "nll": Key("nats", "mean -log p of the trained tokens under next_token, whatever each counts in the loss"),
+    "epochs/*": Key("count", "how often each source of a corpus was taken whole"),
     "entropy": Key("nats", "mean of the model at the trained tokens"),
     "grad_norm": Key("1", "before clipping, of the last update"),
     "lr": Key("1", "learning rate of the last update"),
@@ -172,4 +174,13 @@ _OF_THE_EVALUATION = {
     "evaluation/length": Key("tokens", "mean sampled"),
     "evaluation/failures": Key("list", "as `failures`"),
 }
-KEYS: dict[str, Key] = _OF_THE_STEP | _OF_SAMPLES | _OF_THE_LEARNER | _OF_THE_DRIFT | _OF_THE_EVALUATION
+_OF_THE_CORPUS = {
+    "corpus/*": Key("count", "rows of all sources by what became of them, in the row before the first step"),
+    "heldout/loss": Key("objective", "of the held-out tasks (corpus.heldout_tasks), as `loss`"),
+    "heldout/nll": Key("nats", "of the same, as `nll`"),
+    "heldout/entropy": Key("nats", "of the same, as `entropy`"),
+    "heldout/tokens": Key("tokens", "of the same that the loss is of"),
+}
+KEYS: dict[str, Key] = (
+    _OF_THE_STEP | _OF_SAMPLES | _OF_THE_LEARNER | _OF_THE_DRIFT | _OF_THE_EVALUATION | _OF_THE_CORPUS
+)

@@ -34,7 +34,6 @@ from tandem.rollout.pieces import Pieces
 from tandem.rollout.rollout import Rollouts
 from tandem.rollout.router import Router
 from tandem.rollout.rows import credits, trajectory_rows
-from tandem.rollout.written import texts, written
 from tandem.run import outlet
 from tandem.run.account import Account
 from tandem.run.clock import WallClock
@@ -50,6 +49,7 @@ from tandem.run.learning import Learns
 from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages
 from tandem.run.parts import Parts, reference_of, resolve_source
+from tandem.run.reading import SELECTIONS, reading_of
 from tandem.run.spending import Spending
 from tandem.run.stop import StopSignal
 from tandem.run.stream import PromptStream
@@ -144,6 +144,8 @@ class Session:
         asked = endpoint(parts, self.account, display.note)
         self.rollouts = Rollouts(asked, parts.renderer, pool, config.rollout, config.seed, self.trace)
         self.samples = objective.samples  # the engine does, and rewards and fates are theirs
+        self.reading = None if self.samples else reading_of(config, parts, pool, self.stream)
+        self.saved_parts |= {} if self.reading is None else self.reading.saved
         referred = "reference_logprobs" in objective.columns
         self.reference = reference_of(parts, config, self._frozen) if referred else None
 
@@ -178,7 +180,7 @@ class Session:
 
     def prompts(self, step: int) -> Sequence[Prompt]:
         asked = self.config.rollout
-        return self.spending.take(step, asked.prompts_per_step + (asked.extra_prompts if self.samples else 0))
+        return self.spending.take(step, asked.prompts_per_step + asked.extra_prompts) if self.samples else ()
 
     def rollout(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """Groups of a step; what the engine's scheduler did for them is counted for the row.
@@ -214,14 +216,14 @@ class Session:
 
     def credit(self, groups: Sequence[Group]) -> Selection:
         if not self.samples:
-            return texts(groups)
+            return SELECTIONS[self.config.objective](self.config, groups)
         batch = samples_from_groups(self.config.algo, groups, self.price.price)
         return self.spending.weigh(self.fairness.weigh(groups, batch, self.reused))
 
     def read(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
-        """The task's own solutions in place of rollouts."""
-        positions = self.parts.decoder.spec.max_position
-        return written(prompts, self.pool.solutions(prompts), self.parts.renderer, positions)
+        """What is written, in place of rollouts."""
+        assert self.reading is not None
+        return self.reading.take()
 
     def keep(self, step: int, groups: Sequence[Group]) -> None:
         kept = self.config.rollout.keep_tokens
@@ -288,6 +290,12 @@ class Session:
         with self.trace.span("publish"):
             return self.parts.publisher.publish(step)
 
+    def looked(self, step: int) -> dict[str, Any]:
+        """A row's keys of what is held out: accuracy on the task, loss of a corpus."""
+        found = {"evaluation": self.evaluate(step)} if self.config.evaluation.prompts else {}
+        with self.trace.span("evaluate"):
+            return found | (self.reading.heldout(self.learner) if self.reading is not None else {})
+
     def evaluate(self, step: int) -> dict[str, Any]:
         """Held-out accuracy."""
         with self.trace.span("evaluate"):
@@ -329,8 +337,8 @@ class Session:
         if self.config.rollout.keep_tokens:
             self.folder.extend_trajectories(step, credits(self.kept, batch.samples))
         row: dict[str, Any] = {"step": step, **figures(self.config, summary, report), "weights": version.digest}
-        if not self.samples:  # what was read has no reward and no end of its own
-            row = {name: row[name] for name in row if name not in OF_SAMPLES}
+        if self.reading is not None:  # what was read has no reward and no end of its own
+            row = {name: row[name] for name in row if name not in OF_SAMPLES} | self.reading.row()
         cost = self.price.update(groups)
         if self.config.algo.price.budget is not None:
             row |= {"cost": cost, "price": self.price.price}
@@ -347,9 +355,10 @@ class Session:
         self.course.sampled(row.get("reward"))
         last, asked, best = step == self.config.steps or bool(self.course.reached), self.config.evaluation, False
         try:
-            if asked.prompts and (last or (asked.every and step % asked.every == 0)):
-                row["evaluation"] = self.evaluate(step)
-                best = self.course.evaluated(step, row["evaluation"]) and self.config.checkpoint.best
+            if last or (asked.every and step % asked.every == 0):
+                row |= self.looked(step)
+                best = "evaluation" in row and self.course.evaluated(step, row["evaluation"])
+                best = best and self.config.checkpoint.best
         finally:  # the update is done, whatever becomes of its evaluation
             self.write(row | ({"reached": self.course.reached} if self.course.reached else {}))
         self.announce(step, report)
@@ -417,6 +426,8 @@ class Session:
         self.spending.settle()
         self.fairness.settle()
         self.stream.settle()
+        if self.reading is not None:
+            self.reading.settle()
         self.display.update(row)
 
     def save(self, step: int, version: WeightVersion) -> None:

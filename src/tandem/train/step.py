@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from tandem.algo.alarm import AlarmConfig
 from tandem.algo.loss import LossResult
 from tandem.algo.objective import Measured, Objective, ObjectiveStep, PolicyGradient
@@ -202,6 +204,17 @@ class Learner:
                     f"{type(self.objective).__name__} learns from what sample {sample.id} lacks: {', '.join(lacking)}. "
                     "Put them in where the samples are made (Columns.having)."
                 )
+
+    def measure(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> dict[str, float]:
+        """What the objective measures of samples that are not learned from, as `step` takes them."""
+        samples, prompts = canonical(samples, prompts)
+        self._check(samples)
+        by, results = self.objective.begin(), list[LossResult]()
+        with torch.no_grad():
+            for microbatch in self._pack(samples, prompts):
+                batch = to_tensors(microbatch, self.decoder.device)
+                results.append(by.loss(forward(self.decoder, microbatch, batch, self.objective.temperature), batch))
+        return by.measured(results).metrics
 
     def under(self, total_updates: int, alarms: AlarmConfig) -> None:
         """Other settings than its own, from the next step on."""

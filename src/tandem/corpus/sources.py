@@ -1,0 +1,134 @@
+"""The sources that a config names, as readers of what is learned by the likelihood of its tokens."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from tandem.corpus import chats
+from tandem.corpus.config import FIELDS, CorpusConfig
+from tandem.corpus.lines import Lines, Rows, Several, Table, Texts, check_fields
+from tandem.corpus.reader import Reader, refused
+from tandem.corpus.trajectories import RunReader
+from tandem.corpus.turns import check_rendered, chosen, document, first_answer, spoken
+from tandem.errors import CorpusError
+from tandem.program.reward import clipped
+from tandem.types import Group, Prompt, Trajectory
+
+if TYPE_CHECKING:
+    from tandem.program.render import Renderer
+
+SUFFIXES = (".jsonl", ".parquet", ".txt")
+
+
+def readers_of(config: CorpusConfig, renderer: Renderer) -> list[Reader]:
+    """A reader a source. CorpusError for one that is not there or not of a known kind."""
+    found, names = list[Reader](), set[str]()
+    for source in config.sources:
+        stem = Path(source).stem.replace("*", "") or Path(source).parent.name
+        name = next(one for one in (stem, *(f"{stem}-{n}" for n in range(2, len(names) + 3))) if one not in names)
+        names.add(name)
+        found.append(_reader(name, source, config, renderer))
+    return found
+
+
+def _reader(name: str, source: str, config: CorpusConfig, renderer: Renderer) -> Reader:
+    if (Path(source).expanduser() / "trajectories").is_dir():
+        return RunReader(name, Path(source).expanduser(), config, renderer)
+    return RowReader(name, rows_of(source, config), config, renderer)
+
+
+def rows_of(source: str, config: CorpusConfig) -> Rows:
+    """The rows of a file, or of all files of a pattern, in the order of their names."""
+    path = Path(source).expanduser()
+    paths = [Path(one) for one in sorted(glob.glob(str(path)))] if not path.exists() else [path]
+    if not paths:
+        raise CorpusError("no file", f"corpus.sources names {source}, which is not there. Check the path.")
+    for one in paths:
+        if one.suffix.lower() not in SUFFIXES:
+            kind = "a folder that holds no run (no trajectories/)" if one.is_dir() else "of no kind that is known"
+            raise CorpusError(
+                "no file", f"corpus.sources names {one}, {kind}. Allowed: {', '.join(SUFFIXES)}, a run folder."
+            )
+    texts = [one for one in paths if one.suffix.lower() == ".txt"]
+    parts: list[Rows] = [Texts(texts, config.field("text"))] if texts else []
+    for one in paths:
+        if one.suffix.lower() == ".jsonl":
+            parts.append(Lines(one))
+        elif one.suffix.lower() == ".parquet":
+            parts.append(Table(one, config))
+    return parts[0] if len(parts) == 1 else Several(parts)
+
+
+class RowReader:
+    """Chats and documents: a row has `messages` (OpenAI's), `conversations` (ShareGPT) or a `text`, and may have
+    `tools`, `system`, a `reward` (1 otherwise) and a `task`."""
+
+    left_out: Mapping[str, int] = {}
+
+    def __init__(self, name: str, rows: Rows, config: CorpusConfig, renderer: Renderer) -> None:
+        self.name, self.rows, self.config, self.renderer = name, rows, config, renderer
+        self.digest = rows.digest
+        self._rendered: set[object] = set()  # kinds of messages that the template is known to write
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def place(self, number: int) -> str:
+        return self.rows.place(number)
+
+    def group(self, number: int) -> Group:
+        place, row = self.place(number), self.rows.row(number)
+        found: dict[str, Any] = {name: row.get(self.config.field(name)) for name in FIELDS}
+        check_fields([name for name, value in row.items() if value is not None], self.config, place, "field")
+        task, reward = found["task"], _reward(found["reward"], place)
+        record = {} if task is None else {"task": str(task)}
+        name = f"{self.name}/{number}"
+        if found["messages"] is None and found["conversations"] is None:
+            if not isinstance(found["text"], str) or not found["text"].strip():
+                raise refused("an empty text", place, f"its text is {clipped(found['text'])}.")
+            columns = document(self.renderer, found["text"])
+            # A document is a task of its own, whatever else begins like it.
+            digest = {"task": xxhash.xxh3_128(found["text"].encode()).hexdigest()}
+            return Group(Prompt(name, (), digest | record), (Trajectory(name, name, columns, reward),))
+        if found["messages"] is not None:
+            chat = chats.openai(found["messages"], found["tools"], place)
+        else:
+            chat = chats.sharegpt(found["conversations"], found["system"], found["tools"], place)
+        return self._chat(name, place, chat, record, reward)
+
+    def _chat(self, name: str, place: str, chat: chats.Chat, record: Mapping[str, Any], reward: float) -> Group:
+        check_rendered(self.renderer, chat.messages, chat.tools, self._rendered, place)
+        trained = chosen(chat.messages, self.config, chat.untrained)
+        found = spoken(self.renderer, chat.messages, chat.tools, trained, place)
+        if not found.segments:
+            raise refused("nothing to learn", place, "none of the assistant's turns is trained.")
+        first = first_answer(chat.messages)
+        prompt = Prompt(name, chat.messages[:first], record, tuple(chat.tools))
+        counts = {"think_blocks": found.think_blocks} if found.think_blocks else {}
+        segments = tuple(
+            Trajectory(
+                name,
+                name,
+                columns,
+                reward,
+                counts={} if number else counts,
+                segment=number,
+                cause="template" if number else "",
+                said=() if number else chat.messages[first:],
+            )
+            for number, columns in enumerate(found.segments)
+        )
+        return Group(prompt, segments)
+
+
+def _reward(value: Any, place: str) -> float:
+    if value is None:
+        return 1.0
+    if isinstance(value, bool | int | float) and abs(float(value)) <= 1e9:
+        return float(value)
+    raise refused("a reward", place, f"its reward is {clipped(value)}; a finite number is needed.")

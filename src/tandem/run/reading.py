@@ -1,0 +1,126 @@
+"""What a run learns from where nothing is sampled: the task's own solutions, or the sources of config.corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from tandem.algo.advantage import Selection
+from tandem.algo.supervised import select
+from tandem.corpus.config import CorpusConfig
+from tandem.corpus.reader import Reader, tasks_of
+from tandem.corpus.solutions import written
+from tandem.corpus.sources import readers_of
+from tandem.corpus.stream import CorpusStream
+from tandem.program.pool import EnvironmentPool
+from tandem.program.render import Renderer
+from tandem.run.config import RunConfig
+from tandem.run.learning import Learns
+from tandem.run.stream import PromptStream
+from tandem.types import Group
+
+if TYPE_CHECKING:
+    from tandem.run.parts import Parts
+    from tandem.train.checkpoint import Part
+
+# `objective` of a config -> who reads its sources, and what of their groups is trained.
+READERS: Mapping[str, Callable[[CorpusConfig, Renderer], Sequence[Reader]]] = {"next_token": readers_of}
+SELECTIONS: Mapping[str, Callable[[RunConfig, Sequence[Group]], Selection]] = {
+    "next_token": lambda config, groups: select(groups, config.supervised),
+}
+
+
+class Reading(Protocol):
+    """What takes the place of rollouts."""
+
+    saved: Mapping[str, Part]  # of a checkpoint
+
+    def take(self) -> Sequence[Group]:
+        """The groups of a step."""
+        ...
+
+    def row(self) -> dict[str, Any]:
+        """Keys of a step's row."""
+        ...
+
+    def heldout(self, learner: Learns) -> dict[str, Any]:
+        """A row's key of what the held-out tasks come to; nothing where there are none."""
+        ...
+
+    def begun(self) -> dict[str, Any]:
+        """Keys of the row before the first step."""
+        ...
+
+    def notes(self) -> list[str]:
+        """For people, before the first step."""
+        ...
+
+    def settle(self) -> None:
+        """What was taken has met its fate."""
+        ...
+
+
+class Solutions:
+    """The task's own, in the order of its prompts, which the run's prompt stream keeps."""
+
+    saved: Mapping[str, Part] = {}
+
+    def __init__(self, config: RunConfig, parts: Parts, pool: EnvironmentPool, prompts: PromptStream) -> None:
+        self.count, self.pool, self.prompts = config.rollout.prompts_per_step, pool, prompts
+        self.renderer, self.positions = parts.renderer, parts.decoder.spec.max_position
+
+    def take(self) -> Sequence[Group]:
+        asked = self.prompts.take(self.count)
+        return written(asked, self.pool.solutions(asked), self.renderer, self.positions)
+
+    def row(self) -> dict[str, Any]:
+        return {}
+
+    def heldout(self, learner: Learns) -> dict[str, Any]:
+        return {}
+
+    def begun(self) -> dict[str, Any]:
+        return {}
+
+    def notes(self) -> list[str]:
+        return []
+
+    def settle(self) -> None: ...
+
+
+class Corpus:
+    """Of config.corpus. Tasks that the evaluation asks are not trained on."""
+
+    def __init__(self, config: RunConfig, parts: Parts, pool: EnvironmentPool) -> None:
+        self.config = config
+        limit = config.corpus.limit(config.learner.microbatch_tokens, parts.decoder.spec.max_position)
+        evaluated = [tasks_of(prompt) for prompt in pool.heldout] if config.evaluation.prompts else []
+        readers = READERS[config.objective](config.corpus, parts.renderer)
+        self.stream = CorpusStream(readers, config.corpus, limit, config.seed, frozenset().union(*evaluated))
+        self.saved: Mapping[str, Part] = {"corpus": self.stream}
+
+    def take(self) -> Sequence[Group]:
+        return self.stream.take(self.config.rollout.prompts_per_step)
+
+    def row(self) -> dict[str, Any]:
+        return {"epochs": self.stream.epochs()}
+
+    def heldout(self, learner: Learns) -> dict[str, Any]:
+        if not self.stream.heldout:
+            return {}
+        batch = SELECTIONS[self.config.objective](self.config, self.stream.heldout)
+        return {"heldout": learner.measure(batch.samples, batch.prompts)}
+
+    def begun(self) -> dict[str, Any]:
+        return {"corpus": self.stream.totals()}
+
+    def notes(self) -> list[str]:
+        return self.stream.account()
+
+    def settle(self) -> None:
+        self.stream.settle()
+
+
+def reading_of(config: RunConfig, parts: Parts, pool: EnvironmentPool, prompts: PromptStream) -> Reading:
+    """What a config names."""
+    return Corpus(config, parts, pool) if config.corpus.on else Solutions(config, parts, pool, prompts)
