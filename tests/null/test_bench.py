@@ -341,8 +341,8 @@ def test_tandem_that_fails_is_no_peer():
         ('{"peer": 7, "work": "w", "tok_s": 1}', '"peer" is not a name'),
         ('{"peer": "tandem", "work": "w", "tok_s": 1}', "'tandem' is a name of tandem's own"),
         ('{"peer": "limit", "work": "matrix FLOP/s", "tok_s": 1}', "'limit' is a name of tandem's own"),
-        ('{"work": "w"}', 'not one of "tok_s", "s" and "share"'),
-        ('{"work": "w", "tok_s": 1, "s": 1}', 'not one of "tok_s", "s" and "share"'),
+        ('{"work": "w"}', 'not one of "tok_s", "s", "gb" and "share"'),
+        ('{"work": "w", "tok_s": 1, "s": 1}', 'not one of "tok_s", "s", "gb" and "share"'),
         ('{"work": "w", "s": 2.0}', "tandem gives this work in tok/s, not in s"),
     ],
 )

@@ -32,6 +32,7 @@ from tandem.bench.books import spent_in
 from tandem.bench.gpu import check_device, gpu
 from tandem.bench.gpu import measure as measure_device
 from tandem.bench.peers import Figure, Side, beside_limit, peer_side, run_side
+from tandem.bench.sft import sft
 from tandem.bench.work import MODEL, answer, build_engine, build_learner, folded_programs, random_requests
 from tandem.errors import WorldError
 from tandem.plan import roofline
@@ -205,6 +206,7 @@ WORKS: dict[str, Sequence[Callable[[Machine], Iterator[Figure]]]] = {
     "tree": (_tree,),
     "step": (_step,),
     "agents": (agents,),
+    "sft": (sft,),
     "parity": (partial(_parity, "exact"),),
     "parity/library": (partial(_parity, "library"),),
     "gpu": (gpu,),

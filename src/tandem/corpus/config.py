@@ -30,6 +30,7 @@ class CorpusConfig:
     long: Literal["split", "drop", "stop"] = "split"  # longer ones: at turns (documents anywhere), left out, an error
     bad: Literal["stop", "count"] = "stop"  # a row that cannot be read: ends the run, or is counted
     duplicates: Literal["drop", "keep"] = "drop"  # rows with the tokens of an earlier one
+    rows: Count = 0  # of each source, most that are trained, drawn at random by the run's seed; 0: all
     heldout_tasks: Count = 0  # tasks that are kept out of training; their loss is measured as evaluation.every says
     tokens_per_step: Count = 0  # rows of a step, as many as have so many tokens; 0: rollout.prompts_per_step rows
     turns: Literal["all", "last"] = "all"  # of a conversation, which of the assistant's are trained

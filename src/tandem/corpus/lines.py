@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 MAX_LINE_BYTES = 256 << 20
 BLOCK_BYTES = 1 << 22
+LINE_BYTES, ROW_BYTES = 512, 400  # of a line, at least as most files have it; of a row's place, tasks and digest
+UNPACKED = 6  # times a Parquet file's size, in memory
 
 
 class Rows(Protocol):
@@ -172,6 +175,18 @@ def check_fields(there: Sequence[str], config: CorpusConfig, place: str, what: s
             f"no {what} {', '.join(known[:-1])} or {known[-1]}; it has {', '.join(there) or 'none'}. Name it: --set "
             "corpus.fields=messages=NAME",
         )
+
+
+def held_bytes(config: CorpusConfig) -> int:
+    """Of memory that the sources take while a run lasts, as far as their files' sizes say: of lines where they lie, of
+    Parquet all that is read of it."""
+    found = 0
+    for source in config.sources:
+        path = Path(source).expanduser()
+        for one in [path] if path.exists() else map(Path, glob.glob(str(path))):
+            size = one.stat().st_size if one.is_file() else 0
+            found += size * UNPACKED if one.suffix.lower() == ".parquet" else size // LINE_BYTES * ROW_BYTES
+    return found
 
 
 def opened(path: Path) -> Any:

@@ -49,15 +49,16 @@ class Source:
         """The next row: epoch, its number, its tokens. It is taken with `advance`."""
         epoch, place = divmod(self.taken, len(self.numbers))
         if self._order[0] != epoch:
-            self._order = epoch, self.shuffled(epoch)
+            seed = derive_seed(self.seed, epoch, f"corpus/{self.reader.name}", 0)
+            self._order = epoch, shuffled(len(self.numbers), seed)
         index = int(self._order[1][place])
         return epoch, int(self.numbers[index]), int(self.tokens[index])
 
-    def shuffled(self, epoch: int) -> Array:
-        """The places of all rows in the order of an epoch."""
-        seed = derive_seed(self.seed, epoch, f"corpus/{self.reader.name}", 0)
-        halves = words(seed, 0, np.arange(2 * len(self.numbers)), Use.SHUFFLE).astype(np.uint64).reshape(-1, 2)
-        return np.argsort(halves[:, 0] << np.uint64(32) | halves[:, 1], kind="stable")
+
+def shuffled(count: int, seed: int) -> Array:
+    """The numbers below `count` in an order that is noise of `seed`."""
+    halves = words(seed, 0, np.arange(2 * count), Use.SHUFFLE).astype(np.uint64).reshape(-1, 2)
+    return np.argsort(halves[:, 0] << np.uint64(32) | halves[:, 1], kind="stable")
 
 
 class CorpusStream:
@@ -77,6 +78,7 @@ class CorpusStream:
         self._drop_duplicates(readers, scans)
         held = self._split(readers, scans, excluded)
         self.heldout = tuple(held)
+        self._thin(readers, scans, seed)
         self.sources = [
             Source(reader, [row.number for row in scan], [row.tokens for row in scan], seed)
             for reader, scan in zip(readers, scans, strict=True)
@@ -181,6 +183,17 @@ class CorpusStream:
                     kept.append(row)
             self.counts[reader.name]["duplicates"] += len(scan) - len(kept)
 
+    def _thin(self, readers: Sequence[Reader], scans: list[list[_Row]], seed: int) -> None:
+        """Leave corpus.rows of each."""
+        most = self.config.rows
+        for place, (reader, scan) in enumerate(zip(readers, scans, strict=True)):
+            counts = self.counts[reader.name]
+            if 0 < most < len(scan):
+                order = shuffled(len(scan), derive_seed(seed, 0, f"corpus rows/{reader.name}", 0))[:most]
+                scans[place] = [scan[index] for index in sorted(order.tolist())]
+                counts["not drawn"] += len(scan) - most
+            counts["trained_rows"] = len(scans[place])
+
     def _split(self, readers: Sequence[Reader], scans: list[list[_Row]], excluded: Set[int]) -> Iterator[Group]:
         """The held-out rows, which are taken out of `scans` as those of excluded tasks are."""
         task_of = _joined(row.tasks for scan in scans for row in scan)
@@ -204,7 +217,6 @@ class CorpusStream:
                 else:
                     kept.append(row)
             scans[place] = kept
-            counts["trained_rows"] += len(kept)
         return (self._read(reader, number, 0) for reader, number in held)
 
 
@@ -230,6 +242,7 @@ WORDS: Mapping[str, str] = {
     "heldout_rows": "of held-out tasks",
     "evaluated_rows": "of the evaluation's prompts, left out",
     "duplicates": "double, left out",
+    "not drawn": "not drawn (corpus.rows)",
     "long_rows": "too long, left out",
     "split_rows": "too long, split",
     "pieces": "pieces of these",

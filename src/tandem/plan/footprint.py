@@ -178,10 +178,22 @@ def step_bytes(asked: Asked) -> int:
     return rows * (kept_numbers(asked.spec) + asked.spec.ff_width) * SIZES[asked.dtype] + logits
 
 
+def microbatch_rows(asked: Asked) -> int:
+    """Most rows of one forward and backward pass: a longer sequence has one of its own."""
+    assert asked.run is not None
+    rows, corpus = asked.run.learner.microbatch_tokens, asked.run.corpus
+    return max(rows, corpus.limit(rows, asked.spec.max_position)) if corpus.on else rows
+
+
 def rollout_bytes(asked: Asked) -> int:
     """Of the rollouts at once as Python holds them, were all to generate as long as they may; or of an evaluation's."""
     if asked.run is None:
         return 0
+    if asked.run.corpus.on:  # a step's rows, as long as they may be
+        step, longest = asked.run.corpus.tokens_per_step, microbatch_rows(asked)
+        read = PROMPT_BYTES * max(step, 0 if step else asked.run.rollout.prompts_per_step * longest, longest)
+        program = PROGRAM_BYTES + PROMPT_BYTES * asked.prompt_tokens + SAMPLED_BYTES * asked.run.rollout.max_new_tokens
+        return max(read, program * asked.run.evaluation.prompts)
     rollout, longest = asked.run.rollout, max(1, asked.spec.max_position - asked.prompt_tokens)
     kept = max(rollout.top_k, asked.run.evaluation.top_k) or 32
     sampled = SAMPLED_BYTES + (SET_BYTES + 4 * min(kept, asked.spec.vocab_size) if _filters(asked.run) else 0)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tandem import env
+from tandem.corpus.lines import held_bytes
 from tandem.errors import CapacityError
 from tandem.models.parts import SIZES, expected_shapes
 from tandem.plan.footprint import (
@@ -33,6 +34,7 @@ from tandem.plan.footprint import (
     activation_bytes,
     head_bytes,
     least_pool_bytes,
+    microbatch_rows,
     num_pools,
     packed_bytes,
     page_bytes,
@@ -369,7 +371,7 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
     compute, served = SIZES[model.dtype], SIZES[asked.dtype]
 
     yield Line("Python, torch and tokeniser", base_bytes + LIBRARY_BYTES)
-    if run is not None and run.task.environment != "jsonl":
+    if run is not None and run.asks_task and run.task.environment != "jsonl":
         yield Line("the task's child", CHILD_BYTES, own=False)
     if asked.file_bytes:
         yield Line("file of the weights", asked.file_bytes, ("load",), mapped=not asked.addresses)
@@ -441,8 +443,10 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
     yield from _optimiser_lines(asked, "", count, place)
     if run.algo.needs_reference:
         yield Line("reference model", count * compute + packed_bytes(spec, model), LOADED, place)
-    yield Line("rollouts of a step", rollout_bytes(asked), LOADED)
-    rows = run.learner.microbatch_tokens
+    yield Line("texts of a step" if run.corpus.on else "rollouts of a step", rollout_bytes(asked), LOADED)
+    if run.corpus.on and (held := held_bytes(run.corpus)):
+        yield Line("where the corpus's rows lie, and tables", held, LOADED)
+    rows = microbatch_rows(asked)
     if asked.critic is not None:
         critic = sum(map(prod, expected_shapes(asked.critic).values()))
         yield Line("critic", critic * compute + packed_bytes(asked.critic, model), LOADED, place)

@@ -160,6 +160,9 @@ def tiles(summary: Mapping[str, Any], planned_bytes: int | None) -> list[tuple[s
             said.append(f"mean reward {units.decimal(latest['reward'])}")
         said.append(f"before: {held_out(before)}" if after else "not evaluated again")
         shown.append(("Held-out accuracy", units.percent(accuracy, 1), "; ".join(said)))
+    if losses := summary["heldout_loss"]:
+        begun = f"before: {units.decimal(losses[0])}" if len(losses) > 1 else "not measured again"
+        shown.append(("Held-out loss", units.decimal(losses[-1]), begun))
     shown.append(("Steps", units.count(summary["steps"]), f"in {units.duration(summary['wall_s'])}"))
     if sampled:
         shown.append(("Sampled tokens", units.count(summary["tokens"]), f"{rate} a second of rollout"))

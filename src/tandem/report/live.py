@@ -68,6 +68,8 @@ def step_line(row: Row, total_steps: int, left_s: float | None) -> str:
         parts.append("alarms: " + ", ".join(alarm.split(maxsplit=1)[0] for alarm in alarms))
     if evaluation := row.get("evaluation"):
         parts.append("held-out " + ", ".join(filter(None, (held_out(evaluation), failed(evaluation)))))
+    if heldout := row.get("heldout"):
+        parts.append(f"held-out loss {decimal(heldout['loss'])}")
     if seconds := step_s(row):
         shares = [f"{phase} {percent(value / seconds)}" for phase, value in seconds_by_phase([row]).items()]
         parts.append(f"{duration(seconds)} ({', '.join(s for s in shares if not s.endswith(' 0 %'))})")
@@ -113,11 +115,14 @@ def failed(row: Row) -> str:
     return f"failed {count(row['failed'])}{why}"
 
 
-def _scored(evaluation: Row) -> str:
-    """Accuracy and mean reward, for a column."""
-    if evaluation.get("prompts") == 0:
-        return BLANK
-    return f"{percent(evaluation['accuracy'], 1)}, {decimal(evaluation.get('reward'), 2)}"
+def _scored(row: Row) -> str:
+    """Of what is held out accuracy and mean reward, and the loss, for a column."""
+    evaluation, heldout, parts = row.get("evaluation"), row.get("heldout"), list[str]()
+    if evaluation and evaluation.get("prompts") == 0:
+        parts.append(BLANK)
+    elif evaluation:
+        parts.append(f"{percent(evaluation['accuracy'], 1)}, {decimal(evaluation.get('reward'), 2)}")
+    return ", ".join([*parts, f"loss {decimal(heldout['loss'])}"] if heldout else parts)
 
 
 class LiveTable:
@@ -235,7 +240,7 @@ class LiveTable:
                 "failed": count(row.get("failed")),
                 "gradient": decimal(row.get("grad_norm"), 2),
                 "critic": percent(row.get("explained_variance")),
-                "held-out": _scored(row["evaluation"]) if row.get("evaluation") else "",
+                "held-out": _scored(row),
             }
             table.add_row(*(cells[column] for column in columns), style="red" if row.get("failed") else "")
         return table
@@ -252,6 +257,10 @@ class LiveTable:
         if evaluated:
             text = " to ".join(held_out(e) for e in (evaluated[:1] + evaluated[-1:])[-min(2, len(evaluated)) :])
             lines.append(Text.assemble(("held-out  ", "dim"), text))
+        losses = [row["heldout"]["loss"] for row in self._rows if row.get("heldout")]
+        if losses:
+            text = " to ".join(map(decimal, (losses[:1] + losses[-1:])[-min(2, len(losses)) :]))
+            lines.append(Text.assemble(("held-out  ", "dim"), f"loss {text}"))
         seconds = seconds_by_phase(self._rows)
         spent = sum(seconds.values())
         if spent:

@@ -122,6 +122,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
     steps, last_step; measure ("reward" or "loss"); reward_first, reward_last, loss_first, loss_last: means over the
     first and last five steps that have one, the loss only where it is the measure;
+    heldout_loss: on the held-out tasks of a corpus, in order;
     evaluation_before, evaluation_after: first and last held-out result (after is None with only one);
     tokens, tokens_per_s (all sampled tokens over the rollout seconds of all workers), trained_samples, trained_tokens,
     failed;
@@ -141,6 +142,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "measure": measured,
         **{f"{name}_first": statistics.fmean(of[:5]) if of else None for name, of in values.items()},
         **{f"{name}_last": statistics.fmean(of[-5:]) if of else None for name, of in values.items()},
+        "heldout_loss": [row["heldout"]["loss"] for row in rows if row.get("heldout")],
         "evaluation_before": evaluated[0] if evaluated else None,
         "evaluation_after": evaluated[-1] if len(evaluated) > 1 else None,
         "tokens": int(tokens),

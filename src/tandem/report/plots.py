@@ -185,7 +185,11 @@ def loss_curves_figure(curves: Sequence[tuple[str, Sequence[Row]]], title: str) 
     for place, (label, rows) in enumerate(curves):
         if measure(rows) == "loss":
             _draw_smoothed(axes, place, label, rows, "loss")
-    if any(label for label, _ in curves):
+            held = [(row["step"], row["heldout"]["loss"]) for row in rows if row.get("heldout")]
+            if held:
+                own = {"color": _look(place)[0] if label else VERMILLION, "marker": "D", "markersize": 4.5}
+                axes.plot(*zip(*held, strict=True), linewidth=1.4, linestyle="--", **own, label=f"{label} held out")
+    if any(label for label, _ in curves) or axes.get_legend_handles_labels()[1]:
         draw_legend(axes)
     return figure
 

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tandem.report.plots import GREY, SERIES, png, smoothed
-from tandem.study.result import Result, runs_of, step_seconds, timed_alone
+from tandem.study.result import Result, rewarded, runs_of, step_seconds, timed_alone
 
 Arm = Mapping[str, Any]
 Look = dict[str, Any]
@@ -58,13 +58,18 @@ def _looks(result: Result, panels: Mapping[str, Mapping[str, Arm]]) -> dict[str,
 
 
 def _draw_curves(axes: Sequence[Axes], result: Result, arm: Arm, look: Look, band: bool) -> None:
-    """The seeds' mean of smoothed rewards at equal steps and at equal time; a cross where a seed failed."""
+    """The seeds' mean at equal steps and at equal time, of smoothed rewards or of held-out accuracies; a cross where a
+    seed failed."""
     runs = runs_of(result, arm["name"])
     curves = [smoothed([math.nan if reward is None else reward for reward in run["reward"]]) for run in runs]
+    steps: Sequence[int] = range(1, max(map(len, curves), default=0) + 1)
+    if not rewarded(result):
+        steps = max(([step for step, _ in run.get("held_out", ())] for run in runs), key=len, default=[])
+        curves = [[math.nan if y is None else y for _, y in run.get("held_out", ())] for run in runs]
     columns = [
         [y for y in at if not math.isnan(y)] or [math.nan] for at in itertools.zip_longest(*curves, fillvalue=math.nan)
     ]
-    mean, steps = [statistics.fmean(column) for column in columns], range(1, len(columns) + 1)
+    mean = [statistics.fmean(column) for column in columns]
     for plot, scale in ((axes[0], 1.0), (axes[1], (step_seconds(result, arm) or math.nan) / 60)):
         at = [scale * step for step in steps]
         if band:
@@ -73,17 +78,18 @@ def _draw_curves(axes: Sequence[Axes], result: Result, arm: Arm, look: Look, ban
             )
         plot.plot(at, mean, **look)
         ends = [run["steps"] - 1 for run in runs if run["status"] == "failed" and run["steps"]]
+        ends = [end if rewarded(result) else len(mean) - 1 for end in ends if mean]
         crosses = [at[end] for end in ends], [mean[end] for end in ends]
         plot.plot(*crosses, color=look["color"], linestyle="none", marker="X", markersize=7, zorder=6)
 
 
 def _draw_differences(axes: Axes, result: Result, arms: Mapping[str, Arm], looks: Mapping[str, Look]) -> None:
-    """Each arm's reward minus its baseline's: a dot a seed, the mean with its interval."""
-    baselines = _baselines(result)
+    """Each arm's reward, or accuracy, minus its baseline's: a dot a seed, the mean with its interval."""
+    baselines, compared = _baselines(result), "reward" if rewarded(result) else "accuracy"
     found = {
         one["arm"]: one
         for one in result["comparisons"]
-        if one["measure"] == "reward" and one["against"] in baselines and one["differences"]
+        if one["measure"] == compared and one["against"] in baselines and one["differences"]
     }
     compared = {arm for arm, against in result["compare"] if against in baselines}
     left = {arm["name"] for arm in arms.values()} - baselines
@@ -132,14 +138,13 @@ def study_figure(result: Result) -> Figure:
         _draw_differences(axes[2], result, arms, looks)
         axes[1].set_xlim(left=0.0)
         axes[0].xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-        axes[0].set_ylabel("mean reward")
+        axes[0].set_ylabel("mean reward" if rewarded(result) else "held-out accuracy")
         titles = (f"{panel}: equal steps" if panel else "equal steps", "equal time", "minus the baseline")
         for plot, title in zip(axes, titles, strict=True):
             plot.set_title(title)
     minutes = "minutes" if timed_alone(result) else "minutes (on a shared machine: rough)"
-    for plot, label in zip(
-        rows[-1], ("step", minutes, f"reward, last {result['last_steps']} steps; 95 %"), strict=True
-    ):
+    last = f"reward, last {result['last_steps']} steps" if rewarded(result) else "held-out accuracy"
+    for plot, label in zip(rows[-1], ("step", minutes, f"{last}; 95 %"), strict=True):
         plot.set_xlabel(label)
     if any(run["status"] == "failed" for run in result["runs"]):
         looks["a run failed"] = {"color": GREY, "linestyle": "none", "marker": "X", "markersize": 7}

@@ -13,6 +13,7 @@ from tandem.study.result import (
     failures,
     mean_of,
     measured,
+    rewarded,
     runs_of,
     same_steps,
     step_seconds,
@@ -39,7 +40,7 @@ def arms_table(result: Result) -> str:
             {
                 "arm": _titles(result)[arm["name"]],
                 "seeds": f"{len(runs) - failed} of {len(result['seeds'])}" + (f", {failed} failed" if failed else ""),
-                f"reward, last {result['last_steps']} steps": _spread(measured(result, run, "reward") for run in runs),
+                **_reward(result, runs),
                 "held-out before": percent(mean_of(run["before"] for run in runs), 1),
                 "held-out after": percent(mean_of(run["after"] for run in runs), 1),
                 "s a step": decimal(step_seconds(result, arm), 2),
@@ -51,6 +52,12 @@ def arms_table(result: Result) -> str:
             }
         )
     return _markdown(rows)
+
+
+def _reward(result: Result, runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    if not rewarded(result):
+        return {}
+    return {f"reward, last {result['last_steps']} steps": _spread(measured(result, run, "reward") for run in runs)}
 
 
 def _spent(result: Result, arm: Mapping[str, Any], runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
@@ -124,6 +131,7 @@ def readme(result: Result, reading: str, section: str = "") -> str:
     lacking = f" **{missing} of {wanted} runs are missing.**" if missing else ""
     failed = "\n".join(f"- {line}" for line in failures(result))
     prompts = max((run["heldout_prompts"] for run in result["runs"]), default=0)
+    measure = "Reward" if rewarded(result) else "Held-out accuracy"
     seconds = "Time is the step's number times the "
     seconds += (
         "arm's seconds a step, measured with nothing else running."
@@ -135,7 +143,7 @@ def readme(result: Result, reading: str, section: str = "") -> str:
         f"# {result['study']}",
         "*Written by `tandem study` from [result.json](result.json); the reading is in [study.py](study.py).*",
         f"**Question.** {result['question']}",
-        "![Reward of each arm by step and by time, and the paired differences](figure.png)",
+        f"![{measure} of each arm by step and by time, and the paired differences](figure.png)",
         "## Reading",
         reading.strip() or "None yet: the numbers below stand for themselves.",
         "## What it does not show",
@@ -145,6 +153,8 @@ def readme(result: Result, reading: str, section: str = "") -> str:
             f"Reward is the mean over the last {result['last_steps']} of {result['steps']} steps, then over seeds "
             f"(least to most); held-out accuracy is greedy, on {prompts} prompts. k3, ess and masked are means over "
             "all steps."
+            if rewarded(result)
+            else f"Held-out accuracy is greedy, on {prompts} prompts: nothing is sampled to learn from."
         ),
         arms_table(result),
         "## Paired differences",

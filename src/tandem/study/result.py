@@ -84,6 +84,10 @@ def run_entry(
     series["seconds"] = [working_s(row) for row in trained]
     drawn = sum(row.get("tokens", 0) + row.get("extra_tokens", 0) for row in trained)
     rewards = [row.get("reward") if row.get("task_reward") is None else row["task_reward"] for row in trained]
+    # Of runs that learn from what is written there is no reward, and the course is that of the held-out accuracy.
+    course = {"reward": list(map(_rounded, rewards))}
+    if trained and not any("reward" in row for row in trained):
+        course = {"reward": [], "held_out": [[one["step"], _accuracy(one)] for one in evaluated]}
     if machine is not None:
         series["useful_s"] = [goodput([row], machine, 1.0).share for row in trained]
     rounded = {name: list(map(_rounded, values)) for name, values in series.items()}
@@ -96,7 +100,7 @@ def run_entry(
         "heldout_prompts": evaluated[0]["prompts"] if evaluated else 0,
         "seconds_per_step": _rounded(step_s(trained)),
         "trained_share": _rounded(sum(row.get("trained_tokens", 0) for row in trained) / drawn) if drawn else None,
-        "reward": [_rounded(reward) for reward in rewards],
+        **course,
         **({} if machine is None else {"phases": _phases(trained[1:])}),
         "series": {name: values for name, values in rounded.items() if any(value is not None for value in values)},
     }
@@ -197,6 +201,11 @@ def measured(result: Result, run: Run, measure: str) -> float | None:
     return run["after"] if measure == "accuracy" else mean_of(run["reward"][-result["last_steps"] :])
 
 
+def rewarded(result: Result) -> bool:
+    """Whether arms are compared by their reward; else nothing was sampled to learn from, and by held-out accuracy."""
+    return not any("held_out" in run for run in result["runs"])
+
+
 def comparisons(result: Result) -> list[dict[str, Any]]:
     """Of each pair and measure the differences by seed, and their interval over the seeds that finished in both."""
     held_out = any(run["heldout_prompts"] for run in result["runs"])
@@ -204,7 +213,8 @@ def comparisons(result: Result) -> list[dict[str, Any]]:
     for arm, against in result["compare"]:
         others = {run["seed"]: run for run in runs_of(result, against)}
         both = [(run, others[run["seed"]]) for run in runs_of(result, arm) if run["seed"] in others]
-        for measure in MEASURES if held_out else ("reward",):
+        measures = [name for name in MEASURES if (rewarded(result) if name == "reward" else held_out)]
+        for measure in measures:
             differences = {}
             for run, other in both:
                 mine, theirs = (measured(result, one, measure) for one in (run, other))
