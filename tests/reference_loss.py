@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tandem.algo.config import AlgoConfig, CorrectionConfig
-from tandem.types import Sample
+from tandem.algo.config import AlgoConfig, CorrectionConfig, SupervisedConfig
+from tandem.types import Sample, Trajectory
 
 
 def reference_loss(config: AlgoConfig, samples: Sequence[Sample], logprobs: Sequence[Tensor]) -> Tensor:
@@ -140,3 +140,44 @@ def _kl(name: str, learner: Tensor, reference: float) -> Tensor:
     if name == "k2":
         return (learner - reference) ** 2 / 2.0
     return _ratio(reference - learner) - 1.0 - (reference - learner)
+
+
+def reference_likelihood(
+    config: SupervisedConfig, trajectories: Sequence[Trajectory], logprobs: Sequence[Tensor]
+) -> Tensor:
+    """The loss of written trajectories, each with its own log-probs, one a token: the mean that the reduction names."""
+    sequences: list[tuple[str, list[Tensor]]] = []
+    for trajectory, learner in zip(trajectories, logprobs, strict=True):
+        terms = _likelihoods(config, trajectory, learner)
+        if terms:
+            sequences.append((trajectory.program_id, terms))
+    if config.reduction == "token_mean":
+        return _mean([term for _, terms in sequences for term in terms])
+    if config.reduction == "sequence_mean":
+        return _mean([_mean(terms) for _, terms in sequences])
+    if config.reduction == "sqrt_mean":
+        roots = [math.sqrt(len(terms)) for _, terms in sequences]
+        weighed = [root * _mean(terms) for root, (_, terms) in zip(roots, sequences, strict=True)]
+        return sum(weighed, torch.zeros((), dtype=torch.float64)) / sum(roots)
+    programs: dict[str, list[Tensor]] = {}
+    for program, terms in sequences:
+        programs.setdefault(program, []).extend(terms)
+    return _mean([_mean(terms) for terms in programs.values()])
+
+
+def _likelihoods(config: SupervisedConfig, trajectory: Trajectory, learner: Tensor) -> list[Tensor]:
+    """Of each token that is in the loss, times its weight."""
+    columns, terms = trajectory.columns, []
+    failed = columns.get("failed")
+    for position in columns["loss_mask"].nonzero()[0].tolist():
+        if failed is not None and failed[position]:
+            if config.unlikelihood:
+                terms.append(-config.unlikelihood * torch.log(1.0 - torch.exp(learner[position])))
+            continue
+        weight = 1.0
+        if config.weights == "reward":
+            weight = trajectory.reward
+        if config.weights == "advantage":
+            weight = min(math.exp(float(columns["advantages"][position]) / config.beta), config.weight_max)
+        terms.append(-weight * learner[position])
+    return terms

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from tandem.algo.loss import LossResult
-from tandem.algo.objective import NextToken, Outputs
+from tandem.algo.objective import Outputs
 from tandem.algo.pack import count_prompts, pack
+from tandem.algo.supervised import NextToken
 from tandem.algo.tensors import MicrobatchTensors, to_tensors
 from tandem.columns import Columns
 from tandem.train.config import LearnerConfig

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tandem.algo.objective import NextToken
 from tandem.algo.pack import count_prompts, pack
+from tandem.algo.supervised import NextToken, select
 from tandem.config import override
+from tandem.corpus.solutions import written
 from tandem.errors import CapacityError, ModelError, TaskError
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import Decoder
@@ -21,7 +22,6 @@ from tandem.program.config import TaskConfig
 from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer
 from tandem.recipes.tiny_arithmetic import tiny_arithmetic
-from tandem.rollout.written import texts, written
 from tandem.run import local
 from tandem.run.config import RunConfig
 from tandem.train.config import LearnerConfig
@@ -56,7 +56,7 @@ def test_loss_is_transformers(tmp_path: Path) -> None:
     tokenizer = source.load_tokenizer()
     decoder = Decoder(source.spec, "float32").load(source.tensors())
     renderer = Renderer(tokenizer)
-    chosen = texts(written(prompts(), ["3 + 1 = 4", "40 + 1 = 41"], renderer, 128))
+    chosen = select(written(prompts(), ["3 + 1 = 4", "40 + 1 = 41"], renderer, 128))
     assert [tokenizer.decode(s.columns["tokens"][s.columns["loss_mask"]].tolist()) for s in chosen.samples] == [
         "3 + 1 = 4<|im_end|>",
         "40 + 1 = 41<|im_end|>",

@@ -99,7 +99,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         ahead = override(texts, {**POLICY, **AHEAD, "steps": "2"})
         spent = override(texts, SPENT)
         policy = of(override(texts, POLICY)) | of(with_critic) | of(ahead) | of(spent)
-        return {"next_token": of(texts), "policy_gradient": policy}
+        path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+        rows = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(8)]
+        path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+        corpus = override(texts, {"corpus.sources": str(path), "corpus.heldout_tasks": "2"})
+        return {"next_token": of(texts) | of(corpus), "policy_gradient": policy}
 
 
 def test_every_key_of_a_row_is_in_the_table(found) -> None:

@@ -73,10 +73,11 @@ assert {*REDUCTIONS} == {*get_args(Reduction)}, f"config.Reduction names {get_ar
 
 
 def select(groups: Sequence[Group], config: SupervisedConfig = PLAIN) -> Selection:
-    """What of written groups is trained, each with its `loss_weights`; the others' fate is "masked".
+    """What of written groups is trained, each with its `loss_weights`.
 
-    A marked token (`failed`) is out of the loss, denominators included, or under `unlikelihood` in it. ConfigError
-    where a weight is asked for that a trajectory does not have.
+    A marked token (`failed`) is out of the loss, denominators included, or under `unlikelihood` in it: a trajectory of
+    which nothing is left is "masked". One with a weight of 0 is in the denominators and is not run. ConfigError where a
+    weight is asked for that a trajectory does not have.
     """
     samples, weights, fates = list[Sample](), list[float](), dict[str, str]()
     for trajectory in (one for group in groups for one in group.trajectories):
@@ -84,22 +85,26 @@ def select(groups: Sequence[Group], config: SupervisedConfig = PLAIN) -> Selecti
         failed = columns.get("failed")
         if failed is not None and not config.unlikelihood:
             columns = columns.having(loss_mask=columns["loss_mask"] & ~failed)
-        trained = bool(columns["loss_mask"].any())
-        fates[trajectory.id] = "trained" if trained else "masked"
-        if trained:
+        fates[trajectory.id] = "masked"
+        if columns["loss_mask"].any():
+            fates[trajectory.id] = "trained"
             samples.append(Sample(trajectory.id, trajectory.prompt_id, columns))
             weights.append(_weight(config, trajectory))
     tokens = [int(sample.columns["loss_mask"].sum()) for sample in samples]
-    each = REDUCTIONS[config.reduction](tokens, [sample.id.rpartition("/")[0] for sample in samples])
+    programs = [sample.id.rpartition("/")[0] for sample in samples]
+    each = REDUCTIONS[config.reduction](tokens, programs) if samples else []
     weighed = []
     for sample, weight, share in zip(samples, weights, each, strict=True):
         columns, mask = sample.columns, sample.columns["loss_mask"]
         weight_T = np.where(mask, share * weight, 0.0)
         if (failed := columns.get("failed")) is not None:
             weight_T = np.where(mask & failed, -share * config.unlikelihood, weight_T)
+        if not weight_T.any():
+            fates[sample.id] = "zero_advantage"
+            continue
         left = columns.without(*{"failed", "advantages"} & columns.arrays.keys())
         weighed.append(replace(sample, columns=left.having(loss_weights=weight_T)))
-    return Selection(tuple(weighed), count_prompts(weighed), fates)
+    return Selection(tuple(weighed), count_prompts(samples), fates)
 
 
 def _weight(config: SupervisedConfig, trajectory: Trajectory) -> float:

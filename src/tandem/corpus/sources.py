@@ -13,7 +13,7 @@ from tandem.corpus import chats
 from tandem.corpus.config import FIELDS, CorpusConfig
 from tandem.corpus.lines import Lines, Rows, Several, Table, Texts, check_fields
 from tandem.corpus.reader import Reader, refused
-from tandem.corpus.trajectories import RunReader
+from tandem.corpus.trajectories import RunReader, of_a_run
 from tandem.corpus.turns import check_rendered, chosen, document, first_answer, spoken
 from tandem.errors import CorpusError
 from tandem.program.reward import clipped
@@ -37,13 +37,21 @@ def readers_of(config: CorpusConfig, renderer: Renderer) -> list[Reader]:
 
 
 def _reader(name: str, source: str, config: CorpusConfig, renderer: Renderer) -> Reader:
-    if (Path(source).expanduser() / "trajectories").is_dir():
-        return RunReader(name, Path(source).expanduser(), config, renderer)
+    path = Path(source).expanduser()
+    if (path / "trajectories").is_dir() or of_a_run(path):
+        return RunReader(name, path, config, renderer)
     return RowReader(name, rows_of(source, config), config, renderer)
 
 
-def rows_of(source: str, config: CorpusConfig) -> Rows:
-    """The rows of a file, or of all files of a pattern, in the order of their names."""
+def check_sources(config: CorpusConfig) -> None:
+    """CorpusError for a source that is not there or of no known kind: asked before a model is read."""
+    for source in config.sources:
+        if not (Path(source).expanduser() / "trajectories").is_dir():
+            files_of(source)
+
+
+def files_of(source: str) -> list[Path]:
+    """A file, or all files of a pattern, in the order of their names."""
     path = Path(source).expanduser()
     paths = [Path(one) for one in sorted(glob.glob(str(path)))] if not path.exists() else [path]
     if not paths:
@@ -54,6 +62,12 @@ def rows_of(source: str, config: CorpusConfig) -> Rows:
             raise CorpusError(
                 "no file", f"corpus.sources names {one}, {kind}. Allowed: {', '.join(SUFFIXES)}, a run folder."
             )
+    return paths
+
+
+def rows_of(source: str, config: CorpusConfig) -> Rows:
+    """The rows of a source's files."""
+    paths = files_of(source)
     texts = [one for one in paths if one.suffix.lower() == ".txt"]
     parts: list[Rows] = [Texts(texts, config.field("text"))] if texts else []
     for one in paths:

@@ -35,6 +35,21 @@ _STEP = re.compile(r"step-(\d+)")
 _ERROR_LINE = re.compile(r"^\W*(error: |traceback \(most recent call last\))", re.IGNORECASE | re.MULTILINE)
 
 
+KEYS = {"program_id", "prompt_id", "prompt", "text", "sampled_tokens"}  # of every trajectory's row
+
+
+def of_a_run(path: Path) -> bool:
+    """Whether a file's first line is a trajectory's: its "text" is no document."""
+    if path.suffix != ".jsonl" or not path.is_file():
+        return False
+    with path.open("rb") as lines:
+        try:
+            first = json.loads(lines.readline())
+        except (ValueError, RecursionError):
+            return False
+    return isinstance(first, dict) and first.keys() >= KEYS
+
+
 @dataclass(frozen=True, slots=True)
 class _Program:
     """Where a program's lines lie, and what it earned."""
@@ -127,7 +142,7 @@ class RunReader:
                     self._digest.update(line)
                     try:
                         row = json.loads(line)
-                        if not {"program_id", "prompt_id", "prompt", "text", "sampled_tokens"} <= row.keys():
+                        if not row.keys() >= KEYS:
                             raise ValueError("it is no trajectory's row")
                     except (ValueError, AttributeError, RecursionError) as error:
                         raise refused("not JSON", f"{path} line {number}", f"{error}. Mend or remove it.") from error

@@ -6,6 +6,7 @@ import time
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
+from tandem.corpus.sources import check_sources
 from tandem.errors import TandemError, WorldError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.hf_config import to_hf_config
@@ -22,6 +23,7 @@ from tandem.run.evaluate import evaluate_tasks
 from tandem.run.folder import RunFolder, check_new
 from tandem.run.loop import run_loop
 from tandem.run.parts import build_parts, plan_parts, resolve_source
+from tandem.run.reading import reading_of
 from tandem.run.session import Display, Session
 from tandem.sync.departures import declaration
 
@@ -35,6 +37,7 @@ def train(
     """
     check_training(config)
     check_counts(config)
+    check_sources(config.corpus)
     keep = config.checkpoint.keep
     path = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     if resume is None:
@@ -53,20 +56,22 @@ def train(
         leaving.callback(parts.close)
         if config.asks_task:
             pool.ready()
-        if folder is None:  # only now, so that a wrong model or task leaves no folder behind
+        reading = reading_of(config, parts, pool)
+        if folder is None:  # only now, so that a wrong model, task or corpus leaves no folder behind
             folder = leaving.enter_context(RunFolder.create(path, config, keep=keep))
         now = parts.tokenizer.now = started(folder.path) or parts.tokenizer.now
         model = {"model": to_hf_config(parts.decoder.spec, config.model.dtype)}
         folder.write_plan(parts.plan | model | {"numerics": declaration(config), "started": now.isoformat()})
         with parts.memory.foreseen():
             kind = Session if config.asynchrony.mode == "sync" else AsyncSession
-            session = kind(config, folder, pool, parts, display, clock)
+            session = kind(config, folder, pool, parts, display, clock, reading)
             return _sit(session, config.steps if last is None else last), folder.path
 
 
 def plan(config: RunConfig) -> Plan:
     """The memory that `train` would take; no weight is read."""
     check_training(config)
+    check_sources(config.corpus)
     checkpoint = open_checkpoint(resolve_source(config.model.source))
     return plan_parts(checkpoint, checkpoint.load_tokenizer(), config.model, config.engine, config.sync.lag, config)
 

@@ -15,6 +15,7 @@ from tandem.corpus.stream import CorpusStream
 from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer
 from tandem.run.config import RunConfig
+from tandem.run.learned import OBJECTIVES
 from tandem.run.learning import Learns
 from tandem.run.stream import PromptStream
 from tandem.types import Group
@@ -35,8 +36,8 @@ class Reading(Protocol):
 
     saved: Mapping[str, Part]  # of a checkpoint
 
-    def take(self) -> Sequence[Group]:
-        """The groups of a step."""
+    def take(self, prompts: PromptStream) -> Sequence[Group]:
+        """The groups of a step; `prompts` are the task's, which a checkpoint has."""
         ...
 
     def row(self) -> dict[str, Any]:
@@ -61,16 +62,16 @@ class Reading(Protocol):
 
 
 class Solutions:
-    """The task's own, in the order of its prompts, which the run's prompt stream keeps."""
+    """The task's own, in the order of its prompts."""
 
     saved: Mapping[str, Part] = {}
 
-    def __init__(self, config: RunConfig, parts: Parts, pool: EnvironmentPool, prompts: PromptStream) -> None:
-        self.count, self.pool, self.prompts = config.rollout.prompts_per_step, pool, prompts
+    def __init__(self, config: RunConfig, parts: Parts, pool: EnvironmentPool) -> None:
+        self.count, self.pool = config.rollout.prompts_per_step, pool
         self.renderer, self.positions = parts.renderer, parts.decoder.spec.max_position
 
-    def take(self) -> Sequence[Group]:
-        asked = self.prompts.take(self.count)
+    def take(self, prompts: PromptStream) -> Sequence[Group]:
+        asked = prompts.take(self.count)
         return written(asked, self.pool.solutions(asked), self.renderer, self.positions)
 
     def row(self) -> dict[str, Any]:
@@ -99,7 +100,7 @@ class Corpus:
         self.stream = CorpusStream(readers, config.corpus, limit, config.seed, frozenset().union(*evaluated))
         self.saved: Mapping[str, Part] = {"corpus": self.stream}
 
-    def take(self) -> Sequence[Group]:
+    def take(self, prompts: PromptStream) -> Sequence[Group]:
         return self.stream.take(self.config.rollout.prompts_per_step)
 
     def row(self) -> dict[str, Any]:
@@ -121,6 +122,8 @@ class Corpus:
         self.stream.settle()
 
 
-def reading_of(config: RunConfig, parts: Parts, pool: EnvironmentPool, prompts: PromptStream) -> Reading:
-    """What a config names."""
-    return Corpus(config, parts, pool) if config.corpus.on else Solutions(config, parts, pool, prompts)
+def reading_of(config: RunConfig, parts: Parts, pool: EnvironmentPool) -> Reading | None:
+    """What a config names; None where the engine samples. Reads all of a corpus."""
+    if OBJECTIVES[config.objective](config).samples:
+        return None
+    return Corpus(config, parts, pool) if config.corpus.on else Solutions(config, parts, pool)

@@ -49,7 +49,7 @@ from tandem.run.learning import Learns
 from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages
 from tandem.run.parts import Parts, reference_of, resolve_source
-from tandem.run.reading import SELECTIONS, reading_of
+from tandem.run.reading import SELECTIONS, Reading
 from tandem.run.spending import Spending
 from tandem.run.stop import StopSignal
 from tandem.run.stream import PromptStream
@@ -95,6 +95,7 @@ class Session:
         parts: Parts,
         display: Display,
         clock: WallClock,
+        reading: Reading | None = None,
     ) -> None:
         self.config = config
         self.folder = folder
@@ -144,8 +145,8 @@ class Session:
         asked = endpoint(parts, self.account, display.note)
         self.rollouts = Rollouts(asked, parts.renderer, pool, config.rollout, config.seed, self.trace)
         self.samples = objective.samples  # the engine does, and rewards and fates are theirs
-        self.reading = None if self.samples else reading_of(config, parts, pool, self.stream)
-        self.saved_parts |= {} if self.reading is None else self.reading.saved
+        self.reading = reading
+        self.saved_parts |= reading.saved if reading is not None else {}
         referred = "reference_logprobs" in objective.columns
         self.reference = reference_of(parts, config, self._frozen) if referred else None
 
@@ -223,7 +224,7 @@ class Session:
     def read(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """What is written, in place of rollouts."""
         assert self.reading is not None
-        return self.reading.take()
+        return self.reading.take(self.stream)
 
     def keep(self, step: int, groups: Sequence[Group]) -> None:
         kept = self.config.rollout.keep_tokens
