@@ -127,6 +127,7 @@ FILES = {
 }
 OTHERS = "needs a package in an environment of its own; tests/others"
 EQUATIONS = (
+    "loss = sum over trained tokens of",
     "R_i = #{j: l_j < l_i} - #{j: l_j > l_i},",
     "E W = mean(k) sum(S_g) / s",
     "E[p (1 - p)]",
@@ -169,6 +170,17 @@ LISTED: dict[str, str] = {
     f"{ADAPTED}verifiers:Verifiers --set task.python=others/verifiers/bin/python --set rollout.max_turns=8 "
     "--set task.heldout_size=32 --set task.parameters=taskset=my-taskset,taskset.size=1000": OTHERS,
     "problems/till/repo/": "a folder; tests/multi/test_repair.py",
+    "tandem train smollm2_sft_cpu --set corpus.sources=chats.jsonl": "needs that file; tests/multi/test_sft.py",
+    "tandem train tiny_arithmetic --set steps=300 --out runs/sums": "takes minutes; tests/multi/test_next_token.py",
+    "tandem train tiny_arithmetic --set objective=policy_gradient --set model.source=runs/sums --set steps=60 "
+    "--set rollout.prompts_per_step=32 --set rollout.samples_per_prompt=8 --set learner.lr=1e-4 "
+    "--set learner.warmup_steps=4 --set evaluation.every=0 --out runs/sums-rl": "takes minutes; tests/multi/test_sft.py",
+    "tandem train tiny_arithmetic --set model.source=runs/sums --set corpus.sources=runs/sums-rl "
+    "--set corpus.reward_at_least=1 --set corpus.tokens_per_step=4096 --set steps=150 --set learner.lr=1e-4": (
+        "takes minutes; tests/multi/test_sft.py"
+    ),
+    "chats: 42 rows, 1 turns too long for any piece, 1 too long, left out, 1 refused: nothing to learn, 4 of held-out "
+    "tasks, 36 to train": "what tandem train prints; tests/multi/test_sft.py",
     "steps = 40": "read by tests/null/test_settings.py",
     "apt-get install bubblewrap": "installs it; .ci/run does",
     "tandem train smollm2_calculator_cpu": "takes minutes; tests/null/test_async_episodes.py plays its kind",
@@ -187,7 +199,7 @@ LISTED: dict[str, str] = {
         "needs those packages; tests/null/test_track.py"
     ),
     "tandem train smollm2_arithmetic_cpu --set algo.loss=reinforce": "run by test_a_loss_is_added_as_the_page_says",
-    "tandem bench {engine,learner,tree,step,agents,parity} [--peer CMD]... [--json]": (
+    "tandem bench {engine,learner,tree,step,agents,sft,parity} [--peer CMD]... [--json]": (
         "takes minutes; tests/null/test_bench.py"
     ),
     "tandem bench {profile,sweep} [--json]": "takes minutes; tests/cpu/test_profile.py",

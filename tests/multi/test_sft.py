@@ -73,7 +73,7 @@ def test_a_file_of_chats_is_learned(chats: Path, tmp_path: Path) -> None:
     """A run that learns nothing of its file, is silent on rows that it left out, or measures no held-out task."""
     rows, notes = run(small(chats, steps="24"), tmp_path / "run")
     assert rows[0]["corpus"] == {
-        "rows": 42, "long_turns": 1, "long_rows": 1, "refused: nothing to learn": 1, "duplicates": 0,
+        "rows": 42, "long_turns": 1, "long_rows": 1, "refused: nothing to learn": 1, 
         "heldout_rows": 4, "trained_rows": 36,
     }  # fmt: skip
     assert notes[0].startswith("chats: 42 rows, 1 turns too long for any piece, 1 too long, left out, 1 refused:")
@@ -122,11 +122,9 @@ def test_what_a_run_sampled_is_learned(tmp_path: Path) -> None:
     sampled = {"objective": "policy_gradient", "rollout.prompts_per_step": "3", "rollout.samples_per_prompt": "3",
                "task.heldout_size": "4", "evaluation.prompts": "0", "rollout.max_new_tokens": "6"}  # fmt: skip
     run(override(tiny_arithmetic(), {**tiny, **sampled}), tmp_path / "rl")
-    config = override(
-        tiny_arithmetic(),
-        {**tiny, "corpus.sources": str(tmp_path / "rl"), "corpus.reward_at_least": "0",
-         "supervised.weights": "advantage", "task.heldout_size": "4", "evaluation.prompts": "2", "rollout.max_new_tokens": "6"},
-    )  # fmt: skip
+    own = {"corpus.sources": str(tmp_path / "rl"), "corpus.reward_at_least": "0", "supervised.weights": "advantage"}
+    asked = {"task.heldout_size": "4", "evaluation.prompts": "2", "rollout.max_new_tokens": "6"}
+    config = override(tiny_arithmetic(), {**tiny, **own, **asked})
     rows, _ = run(config, tmp_path / "sft")
     first = json.loads((tmp_path / "rl/trajectories/step-1.jsonl").read_text().splitlines()[0])
     again = [json.loads(line) for line in (tmp_path / "sft/trajectories/step-1.jsonl").read_text().splitlines()]

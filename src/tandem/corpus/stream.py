@@ -144,7 +144,7 @@ class CorpusStream:
 
     def totals(self) -> dict[str, int]:
         """Of all sources, for a row."""
-        return dict(sum(self.counts.values(), Counter[str]()))
+        return {what: count for what, count in sum(self.counts.values(), Counter[str]()).items() if count}
 
     def _read(self, reader: Reader, number: int, epoch: int) -> Group:
         """A row as it is learned from: ids are unique among the groups of an epoch."""
@@ -167,6 +167,9 @@ class CorpusStream:
                     self.refused[reader.name].append(str(error))
                 continue
             counts.update(done)
+            counts["rewritten_rows"] += any(one.cause == "template" for one in group.trajectories)
+            for one in group.trajectories:
+                counts.update(one.counts)
             if group.trajectories:
                 rows.append(_Row(number, group))
         return rows
@@ -242,6 +245,9 @@ WORDS: Mapping[str, str] = {
     "heldout_rows": "of held-out tasks",
     "evaluated_rows": "of the evaluation's prompts, left out",
     "duplicates": "double, left out",
+    "think_blocks": "think blocks put in",
+    "rendered": "without tokens of this model, tokenised anew",
+    "rewritten_rows": "with earlier turns that the template rewrites",
     "not drawn": "not drawn (corpus.rows)",
     "long_rows": "too long, left out",
     "split_rows": "too long, split",

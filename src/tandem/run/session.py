@@ -223,8 +223,7 @@ class Session:
 
     def read(self, step: int, prompts: Sequence[Prompt]) -> Sequence[Group]:
         """What is written, in place of rollouts."""
-        assert self.reading is not None
-        return self.reading.take(self.stream)
+        return self.reading.take(self.stream) if self.reading is not None else ()
 
     def keep(self, step: int, groups: Sequence[Group]) -> None:
         kept = self.config.rollout.keep_tokens
@@ -358,8 +357,8 @@ class Session:
         try:
             if last or (asked.every and step % asked.every == 0):
                 row |= self.looked(step)
-                best = "evaluation" in row and self.course.evaluated(step, row["evaluation"])
-                best = best and self.config.checkpoint.best
+            if "evaluation" in row:
+                best = self.course.evaluated(step, row["evaluation"]) and self.config.checkpoint.best
         finally:  # the update is done, whatever becomes of its evaluation
             self.write(row | ({"reached": self.course.reached} if self.course.reached else {}))
         self.announce(step, report)
