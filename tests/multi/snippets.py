@@ -174,7 +174,9 @@ LISTED: dict[str, str] = {
     "tandem train tiny_arithmetic --set steps=300 --out runs/sums": "takes minutes; tests/multi/test_next_token.py",
     "tandem train tiny_arithmetic --set objective=policy_gradient --set model.source=runs/sums --set steps=60 "
     "--set rollout.prompts_per_step=32 --set rollout.samples_per_prompt=8 --set learner.lr=1e-4 "
-    "--set learner.warmup_steps=4 --set evaluation.every=0 --out runs/sums-rl": "takes minutes; tests/multi/test_sft.py",
+    "--set learner.warmup_steps=4 --set evaluation.every=0 --out runs/sums-rl": (
+        "takes minutes; tests/multi/test_sft.py"
+    ),
     "tandem train tiny_arithmetic --set model.source=runs/sums --set corpus.sources=runs/sums-rl "
     "--set corpus.reward_at_least=1 --set corpus.tokens_per_step=4096 --set steps=150 --set learner.lr=1e-4": (
         "takes minutes; tests/multi/test_sft.py"

@@ -73,7 +73,7 @@ def test_a_file_of_chats_is_learned(chats: Path, tmp_path: Path) -> None:
     """A run that learns nothing of its file, is silent on rows that it left out, or measures no held-out task."""
     rows, notes = run(small(chats, steps="24"), tmp_path / "run")
     assert rows[0]["corpus"] == {
-        "rows": 42, "long_turns": 1, "long_rows": 1, "refused: nothing to learn": 1, 
+        "rows": 42, "long_turns": 1, "long_rows": 1, "refused: nothing to learn": 1,
         "heldout_rows": 4, "trained_rows": 36,
     }  # fmt: skip
     assert notes[0].startswith("chats: 42 rows, 1 turns too long for any piece, 1 too long, left out, 1 refused:")

@@ -78,7 +78,7 @@ def _turn(
     """The tokens of the last message, with its end, and whether a think block was put in."""
     last = messages[-1]
     if renderer.plain:
-        return renderer.answer_tokens(last.content), False
+        return renderer.answer_tokens(_words(renderer, last, last.content, tools)), False
     whole = renderer.said_tokens(messages, tools)
     if whole[: len(context)] != tuple(context):
         if renderer.opened:
@@ -106,10 +106,14 @@ def _behind_opening(renderer: Renderer, message: Message, tools: Tools) -> tuple
     answer."""
     reasoning, content = thought(message.content, renderer.opened, renderer.closes)
     reasoning = str(message.more.get("reasoning_content") or message.more.get("reasoning") or reasoning).strip("\n")
-    if message.calls:
-        calls = FORMATS[renderer.format].write(message.calls, tools)
-        content = "\n".join(filter(None, (content, calls)))
-    return renderer.answer_tokens(f"{reasoning}\n{renderer.closes}\n\n{content}"), not reasoning
+    said = _words(renderer, message, content, tools)
+    return renderer.answer_tokens(f"{reasoning}\n{renderer.closes}\n\n{said}"), not reasoning
+
+
+def _words(renderer: Renderer, message: Message, content: str, tools: Tools) -> str:
+    """What a turn says, its calls behind it as the model writes them."""
+    calls = FORMATS[renderer.format].write(message.calls, tools) if message.calls else ""
+    return "\n".join(filter(None, (content, calls)))
 
 
 def _broken(renderer: Renderer, context: Sequence[int], whole: Sequence[int], place: str) -> Exception:

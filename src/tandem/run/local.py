@@ -56,10 +56,10 @@ def train(
         leaving.callback(parts.close)
         if config.asks_task:
             pool.ready()
+        now = parts.tokenizer.now = (resume and started(resume)) or parts.tokenizer.now
         reading = reading_of(config, parts, pool)
         if folder is None:  # only now, so that a wrong model, task or corpus leaves no folder behind
             folder = leaving.enter_context(RunFolder.create(path, config, keep=keep))
-        now = parts.tokenizer.now = started(folder.path) or parts.tokenizer.now
         model = {"model": to_hf_config(parts.decoder.spec, config.model.dtype)}
         folder.write_plan(parts.plan | model | {"numerics": declaration(config), "started": now.isoformat()})
         with parts.memory.foreseen():

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from tandem.run.parts import Parts
     from tandem.train.checkpoint import Part
 
+# Keys of a row that what was read has not: a reward, and an end of its own.
+OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated", "turns", "happened")
+
 # `objective` of a config -> who reads its sources, and what of their groups is trained.
 READERS: Mapping[str, Callable[[CorpusConfig, Renderer], Sequence[Reader]]] = {"next_token": readers_of}
 SELECTIONS: Mapping[str, Callable[[RunConfig, Sequence[Group]], Selection]] = {
@@ -40,8 +43,8 @@ class Reading(Protocol):
         """The groups of a step; `prompts` are the task's, which a checkpoint has."""
         ...
 
-    def row(self) -> dict[str, Any]:
-        """Keys of a step's row."""
+    def told(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """A step's row, as far as it is of what was read, and what this has to add."""
         ...
 
     def heldout(self, learner: Learns) -> dict[str, Any]:
@@ -74,8 +77,8 @@ class Solutions:
         asked = prompts.take(self.count)
         return written(asked, self.pool.solutions(asked), self.renderer, self.positions)
 
-    def row(self) -> dict[str, Any]:
-        return {}
+    def told(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row.items() if name not in OF_SAMPLES}
 
     def heldout(self, learner: Learns) -> dict[str, Any]:
         return {}
@@ -103,8 +106,8 @@ class Corpus:
     def take(self, prompts: PromptStream) -> Sequence[Group]:
         return self.stream.take(self.config.rollout.prompts_per_step)
 
-    def row(self) -> dict[str, Any]:
-        return {"epochs": self.stream.epochs()}
+    def told(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in row.items() if name not in OF_SAMPLES} | {"epochs": self.stream.epochs()}
 
     def heldout(self, learner: Learns) -> dict[str, Any]:
         if not self.stream.heldout:

@@ -67,8 +67,6 @@ Row = Mapping[str, Any]
 
 SAVE_SHARE = 200  # a save by time waits for this many times what the last one took: after the first, 0.5 % of a run
 
-OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated", "turns", "happened")  # keys of a row
-
 
 class Display(Protocol):
     """Where a run's rows are shown."""
@@ -293,8 +291,11 @@ class Session:
     def looked(self, step: int) -> dict[str, Any]:
         """A row's keys of what is held out: accuracy on the task, loss of a corpus."""
         found = {"evaluation": self.evaluate(step)} if self.config.evaluation.prompts else {}
-        with self.trace.span("evaluate"):
-            return found | (self.reading.heldout(self.learner) if self.reading is not None else {})
+        if self.reading is not None:
+            self.release_memory()
+            with self.trace.span("evaluate"):
+                found |= self.reading.heldout(self.learner)
+        return found
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """Held-out accuracy."""
@@ -337,8 +338,7 @@ class Session:
         if self.config.rollout.keep_tokens:
             self.folder.extend_trajectories(step, credits(self.kept, batch.samples))
         row: dict[str, Any] = {"step": step, **figures(self.config, summary, report), "weights": version.digest}
-        if self.reading is not None:  # what was read has no reward and no end of its own
-            row = {name: row[name] for name in row if name not in OF_SAMPLES} | self.reading.row()
+        row = self.reading.told(row) if self.reading is not None else row
         cost = self.price.update(groups)
         if self.config.algo.price.budget is not None:
             row |= {"cost": cost, "price": self.price.price}
