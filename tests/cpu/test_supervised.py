@@ -132,6 +132,25 @@ def test_eight_microbatches(make_decoder: MakeDecoder) -> None:
         close(grads, found[0][1])
 
 
+def test_what_all_begin_with_runs_once(make_decoder: MakeDecoder) -> None:
+    """A system message of all chats run again for each, or with another gradient where it is shared."""
+    rng = random.Random(2)
+    system, written = [rng.randrange(97) for _ in range(20)], []
+    for number in range(6):
+        own = [rng.randrange(97) for _ in range(7)]
+        columns = Columns.of(tokens=[*system, *own], loss_mask=[False] * 23 + [True] * 4)
+        written.append(Group(Prompt(f"p{number}", ()), (Trajectory(f"p{number}", f"p{number}", columns),)))
+    chosen = select(written)
+    decoder, plain = make_decoder(), make_decoder()
+    learner = Learner(decoder, LearnerConfig(), NextToken(), 1)
+    microbatches = pack(chosen.samples, chosen.prompts, 50)
+    for microbatch in microbatches:
+        learner.backward(microbatch)
+    assert sorted(len(one.tokens_T) for one in microbatches) == [26, 50]  # 20 + 6, 20 + 5 x 6
+    _, wanted, _ = gradients(plain, chosen.samples, 10_000)
+    close({name: weight.grad for name, weight in decoder.weights()}, wanted)
+
+
 def test_by_hand() -> None:
     """Weights of two sequences with 1 and 4 tokens: of all reductions, on paper."""
 

@@ -12,8 +12,9 @@ import pytest
 
 from tandem.bench import beside as benches
 from tandem.bench import programs as programs_bench
+from tandem.bench import sft as sft_bench
 from tandem.bench.beside import compare
-from tandem.bench.peers import Figure, Side, beside_limit, peer_side, run_side
+from tandem.bench.peers import Figure, Side, beside_limit, peer_side, read_figure, run_side
 from tandem.cli.main import main
 from tandem.errors import ConfigError, WorldError
 from tandem.plan.roofline import Machine
@@ -56,6 +57,24 @@ def test_a_rate_counts_at_its_best_and_a_step_at_its_median():
     figures += [Figure("tandem", "step", x, "s") for x in (30.0, 4.0, 5.0)]
     train, step = compare([figures])
     assert train["tandem"] == 9.0 and step["tandem"] == 5.0
+
+
+def test_less_memory_is_better():
+    """A peak of memory read as a rate: who holds more wins."""
+    row = compare([[Figure("tandem", "sft memory", 3.0, "GB"), Figure("trl", "sft memory", 12.0, "GB")]])[0]
+    assert row["unit"] == "GB" and row["peers"]["trl"] == {"GB": 12.0, "ratio": 4.0}
+    assert read_figure('{"work": "sft memory", "gb": 10.8}', {"sft memory": "GB"}) == Figure(
+        "peer", "sft memory", 10.8, "GB"
+    )
+
+
+def test_chats_of_the_bench_are_as_long_as_they_say():
+    """A rate of chats of other lengths than the peer's, or other chats in each round."""
+    rows = list(sft_bench.chats(30))
+    assert rows == list(sft_bench.chats(30))
+    lengths = [tuple(len(message["content"]) for message in row["messages"]) for row in rows[:15]]
+    for (asked, answered), wanted in zip(lengths, sft_bench.CHARACTERS, strict=True):
+        assert abs(asked - wanted[0]) <= 2 and abs(answered - wanted[1]) <= 2
 
 
 def test_price_is_exact_time_over_library_time():

@@ -130,3 +130,20 @@ def test_a_run_on_texts_is_shown_by_its_loss(tmp_path):
         live._console.print(live._render())
     shown = live._console.export_text()
     assert "step 6 of 6" in shown and "4.900 to 4.400" in shown and "KL" not in shown and "tok/s" not in shown
+
+
+def test_the_loss_of_held_out_tasks_is_shown(tmp_path):
+    """A run on a corpus of which nobody sees whether it learns more than its rows."""
+    rows = [{"step": 0, "heldout": {"loss": 5.5}}, *(text_row(step, 5.0 - 0.1 * step) for step in range(1, 7))]
+    rows[-1]["heldout"] = {"loss": 4.125}
+    assert summary(rows)["heldout_loss"] == [5.5, 4.125] and "held-out loss 4.125" in step_line(rows[-1], 6, None)
+    drawn = plots.loss_figure(rows).axes[0].get_lines()
+    assert [line.get_xydata().tolist() for line in drawn if line.get_marker() == "D"] == [[[0.0, 5.5], [6.0, 4.125]]]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in rows))
+    page = write_report(tmp_path).read_text()
+    assert "Held-out loss" in page and ">4.125<" in page and "before: 5.500" in page and "Held-out accuracy" not in page
+    with LiveTable(6, io.StringIO(), rows=rows) as live:
+        live._console = Console(width=140, record=True, file=io.StringIO())
+        live._console.print(live._render())
+        shown = live._console.export_text()
+    assert "loss 4.125" in shown and "loss 5.500 to 4.125" in shown

@@ -300,6 +300,28 @@ def test_redrawn_words(tmp_path: Path) -> None:
     assert again["runs"] == result["runs"] and again["comparisons"] == result["comparisons"]
 
 
+def test_runs_without_rewards_are_compared_by_accuracy(tmp_path: Path) -> None:
+    """An empty figure, and a table of rewards that nobody gave, where nothing was sampled to learn from."""
+    facts, entries = report.collect(STUDY, BASE.name, planned(tmp_path), tmp_path, "tandem study rate"), []
+    for name, gain in (("slow", 0.1), ("fast", 0.3)):
+        for seed in STUDY.seeds:
+            steps = [{"step": n, "loss": 1.0, "seconds": {"learner": 1.0}} for n in range(1, 5)]
+            given = [{"step": 0, "evaluation": {"accuracy": 0.2, "prompts": 64}}, *steps]
+            for row in (given[2], given[4]):
+                row["evaluation"] = {"accuracy": 0.2 + gain * row["step"] / 4 + 0.01 * seed, "prompts": 64}
+            entries.append(report.run_entry(name, seed, FINISHED, given))
+    assert entries[0]["held_out"][0] == [0, 0.2] and [step for step, _ in entries[0]["held_out"]] == [0, 2, 4]
+    result = report.complete(facts, STUDY, entries)
+    (found,) = result["comparisons"]
+    assert found["measure"] == "accuracy" and found["mean"] == pytest.approx(0.2) and found["verdict"] == "higher"
+    page = readme(result, "")
+    assert "Held-out accuracy of each arm" in page and "reward" not in page.lower()
+    figure = study_figure(result)
+    curves = [line.get_xydata().tolist() for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 3]
+    assert [round(curve[-1][1] - curve[0][1], 6) for curve in curves] == [0.15, 0.35]
+    assert figure.axes[0].get_ylabel() == "held-out accuracy" and study_png(result)[:4] == b"\x89PNG"
+
+
 @pytest.mark.parametrize("name", study.study_names())
 def test_own_studies(name: str, tmp_path: Path) -> None:
     """A study of this repository whose settings the configs do not know, or whose page is not its result's."""

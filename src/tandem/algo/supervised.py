@@ -29,6 +29,7 @@ from tandem.errors import ConfigError
 from tandem.types import Denominators, Group, Sample, Trajectory
 
 PLAIN = SupervisedConfig()
+ALL = "written"  # the prompt of all sequences: rows that they begin with, as a system message's, run once a microbatch
 SURE = math.log1p(-0.01)  # log p from which -log(1 - p) goes on along its tangent: a slope of 99, and no infinity
 
 # Of a batch's sequences, by their trained tokens and their program's: what a token of each counts.
@@ -88,7 +89,7 @@ def select(groups: Sequence[Group], config: SupervisedConfig = PLAIN) -> Selecti
         fates[trajectory.id] = "masked"
         if columns["loss_mask"].any():
             fates[trajectory.id] = "trained"
-            samples.append(Sample(trajectory.id, trajectory.prompt_id, columns))
+            samples.append(Sample(trajectory.id, ALL, columns))
             weights.append(_weight(config, trajectory))
     tokens = [int(sample.columns["loss_mask"].sum()) for sample in samples]
     programs = [sample.id.rpartition("/")[0] for sample in samples]

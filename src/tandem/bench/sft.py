@@ -53,7 +53,11 @@ def chats(count: int) -> Iterator[dict[str, object]]:
 
 
 def sft(machine: Machine) -> Iterator[Figure]:
-    """The last two steps' rate, as the peer has it, and what the process held at most until then."""
+    """The last two steps' rate, as the peer has it, and what the process held at most until then.
+
+    Counted are the tokens of all sequences; those that they begin with alike are run once a microbatch. The limit is of
+    a learner that runs each.
+    """
     from tandem.corpus.config import CorpusConfig
     from tandem.engine.config import EngineConfig
     from tandem.models.config import ModelConfig
@@ -78,12 +82,13 @@ def sft(machine: Machine) -> Iterator[Figure]:
         )
         train(config, out=Path(folder) / "run", resume=None, display=LiveTable(config.steps, sys.stderr))
         rows = [row for row in read_metrics(Path(folder) / "run") if row["step"] > 0]
-    timed = rows[-2:]
+        timed = rows[-2:]
+        paths = [Path(folder) / "run" / "trajectories" / f"step-{row['step']}.jsonl" for row in timed]
+        lines = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    lengths = [len(line["tokens"]["ids"]) for line in lines]
     seconds = statistics.fmean(sum(row["seconds"].values()) - row["seconds"].get("checkpoint", 0.0) for row in timed)
-    tokens = statistics.fmean(row["learner_rows"] for row in timed)
-    count = statistics.fmean(row["trained_samples"] for row in timed)
-    yield Figure(
-        "limit", WORK, tokens / machine.least_s(roofline.train_cost(SMOLLM2, round(count), round(tokens / count)))
-    )
+    tokens, count = sum(lengths) / len(timed), len(lengths) // len(timed)
+    least_s = machine.least_s(roofline.train_cost(SMOLLM2, count, round(tokens / count)))
+    yield Figure("limit", WORK, tokens / least_s)
     yield Figure("tandem", WORK, tokens / seconds)
     yield Figure("tandem", "sft memory", max(row["peak_memory_bytes"] for row in rows) / 1e9, "gb")

@@ -7,7 +7,6 @@ messages, and turns told apart by the tokens that end one and begin the next.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +69,8 @@ class RunReader:
         self.paths = [path] if path.is_file() else [one for _, one in sorted(steps, key=lambda s: int(s[0].group(1)))]
         if not self.paths:
             raise CorpusError("no rows", f"{folder} holds no step-N.jsonl: the run has sampled nothing yet.")
-        self._files = [opened(one) for one in self.paths]
+        for one in self.paths:
+            opened(one).close()
         self._digest = xxhash.xxh3_128()
         self.left_out: Counter[str] = Counter()
         self.programs = self._listed()
@@ -150,7 +150,9 @@ class RunReader:
                     at += len(line)
 
     def _row(self, file: int, line: int, start: int, length: int) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(os.pread(self._files[file].fileno(), length, start))
+        with self.paths[file].open("rb") as lines:
+            lines.seek(start)
+            found: dict[str, Any] = json.loads(lines.read(length))
         return found
 
     def _kept(self, row: Mapping[str, Any]) -> Columns | None:
