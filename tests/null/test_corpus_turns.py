@@ -186,8 +186,8 @@ def test_long_conversations_are_split_at_turns() -> None:
         [0, 1, 2, 3, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28],
     ]
     assert all(len(piece) <= 16 for piece in pieces)
-    roomy, _ = at_turns(columns, 26)
-    assert [piece["tokens"].tolist()[:5] for piece in roomy] == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 9]]
+    roomy, _ = at_turns(columns, 28)  # half of 24 for what went before
+    assert [piece["tokens"].tolist()[:5] for piece in roomy] == [[0, 1, 2, 3, 4], [0, 1, 2, 3, 14]]
     _, left = at_turns(conversation(4, 3, 2, 30, 2, 3), 16)
     assert left == 2  # the long one, and the one behind it, which would not see what it follows
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
@@ -132,6 +133,12 @@ class CorpusStream:
     def epochs(self) -> dict[str, float]:
         """How often each source was taken whole."""
         return {source.reader.name: source.epochs for source in self.sources}
+
+    def steps_of_an_epoch(self, count: int) -> int:
+        """Steps, of `count` rows where they are not of so many tokens, that take as many rows as there are."""
+        rows = sum(len(source.numbers) for source in self.sources)
+        tokens = sum(int(source.tokens.sum()) for source in self.sources)
+        return math.ceil(tokens / self.config.tokens_per_step if self.config.tokens_per_step else rows / count)
 
     def account(self) -> list[str]:
         """A line for people on each source: what is trained, what is not and why."""

@@ -56,12 +56,14 @@ def train(
         leaving.callback(parts.close)
         if config.asks_task:
             pool.ready()
-        now = parts.tokenizer.now = (resume and started(resume)) or parts.tokenizer.now
+        begun = started(folder.path) if folder is not None else None
+        now = parts.tokenizer.now = begun or parts.tokenizer.now
         reading = reading_of(config, parts, pool)
         if folder is None:  # only now, so that a wrong model, task or corpus leaves no folder behind
             folder = leaving.enter_context(RunFolder.create(path, config, keep=keep))
         model = {"model": to_hf_config(parts.decoder.spec, config.model.dtype)}
-        folder.write_plan(parts.plan | model | {"numerics": declaration(config), "started": now.isoformat()})
+        read = reading.plan() if reading is not None else {}
+        folder.write_plan(parts.plan | model | read | {"numerics": declaration(config), "started": now.isoformat()})
         with parts.memory.foreseen():
             kind = Session if config.asynchrony.mode == "sync" else AsyncSession
             session = kind(config, folder, pool, parts, display, clock, reading)

@@ -55,6 +55,10 @@ class Reading(Protocol):
         """Keys of the row before the first step."""
         ...
 
+    def plan(self) -> dict[str, Any]:
+        """For plan.json: what exactly is read."""
+        ...
+
     def notes(self) -> list[str]:
         """For people, before the first step."""
         ...
@@ -84,6 +88,9 @@ class Solutions:
         return {}
 
     def begun(self) -> dict[str, Any]:
+        return {}
+
+    def plan(self) -> dict[str, Any]:
         return {}
 
     def notes(self) -> list[str]:
@@ -118,8 +125,14 @@ class Corpus:
     def begun(self) -> dict[str, Any]:
         return {"corpus": self.stream.totals()}
 
+    def plan(self) -> dict[str, Any]:
+        return {"corpus": {name: dict(counts) for name, counts in self.stream.counts.items()}} | {
+            "corpus_digests": self.stream.state()["digests"]
+        }
+
     def notes(self) -> list[str]:
-        return self.stream.account()
+        steps = self.stream.steps_of_an_epoch(self.config.rollout.prompts_per_step)
+        return [*self.stream.account(), f"all rows once are about {steps:,} steps of {self.config.steps:,}"]
 
     def settle(self) -> None:
         self.stream.settle()
