@@ -23,6 +23,7 @@ from tandem.train.config import LearnerConfig
 from tandem.train.step import Learner, score
 from tandem.types import Group, Prompt, Trajectory
 from tests.reference_loss import reference_likelihood
+from tests.samples import having
 
 MakeDecoder = Callable[..., Decoder]
 CONFIGS = [
@@ -108,7 +109,7 @@ def test_no_split_changes_the_gradient(make_decoder: MakeDecoder, config: Superv
     loss, whole, count = gradients(make_decoder(), samples, 10_000)
     assert count == 1
     rows = sum(len(one.columns) - 1 for one in samples)
-    for budget, least in ((rows // 2 + 8, 2), (rows // 8 + 12, 6)):
+    for budget, least in ((rows // 2 + 8, 2), (rows // 8 + 12, 5)):
         again, split, count = gradients(make_decoder(), samples, budget)
         assert count >= least and again == pytest.approx(loss, rel=1e-6)
         close(split, whole)
@@ -220,11 +221,9 @@ def test_held_out_is_measured_without_learning(make_decoder: MakeDecoder) -> Non
 
 def test_a_loss_that_is_not_finite_names_its_sample(make_decoder: MakeDecoder) -> None:
     """An update by NaN, or an error that does not say of which row."""
-    decoder = make_decoder()
-    with torch.no_grad():
-        dict(decoder.weights())["layers.1.down"].value.fill_(math.nan)
     chosen = select(groups()[:1])
-    learner = Learner(decoder, LearnerConfig(), NextToken(), 1)
+    broken = [having(sample, loss_weights=[math.nan] * len(sample.columns)) for sample in chosen.samples]
+    learner = Learner(make_decoder(), LearnerConfig(), NextToken(), 1)
     with pytest.raises(NonFiniteError, match=r"its samples: p0/0"):
-        learner.step(chosen.samples, chosen.prompts)
+        learner.step(broken, chosen.prompts)
     assert learner.updates == 0

@@ -69,7 +69,7 @@ def test_a_call_and_what_a_tool_said(tmp_path: Path) -> None:
     }  # fmt: skip
     group = read(lines(tmp_path / "a.jsonl", row))
     ((whole, trained),) = texts(group)
-    assert '"name": "add"' in trained and "It is 2." in whole and "It is 2." not in trained
+    assert "add(a=1, b=None)" in trained and "It is 2." in whole and "It is 2." not in trained
     assert trained.endswith("<|im_end|>2<|im_end|>")
     assert group.trajectories[0].said[0].calls == (ToolCall("add", {"a": 1, "b": None}, "c1"),)
     assert group.prompt.tools == tuple(TOOLS)
@@ -169,8 +169,8 @@ def test_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     calls = [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
     rows = [
-        {"dialogue": [{**ASK, "tool_calls": None}, {**SAY, "tool_calls": None}], "repo": "a"},
-        {"dialogue": [ASK, {"role": "assistant", "content": None, "tool_calls": calls}], "repo": "b"},
+        {"dialogue": [{**ASK, "tool_calls": None}, {**SAY, "tool_calls": None}], "repo": "a", "tools": None},
+        {"dialogue": [ASK, {**CALLS, "tool_calls": calls}], "repo": "b", "tools": json.dumps(TOOLS)},
     ]
     parquet.write_table(arrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     names = (("messages", "dialogue"), ("task", "repo"))
@@ -181,7 +181,7 @@ def test_parquet(tmp_path: Path) -> None:
         CorpusError, match=r"a\.parquet: no column 'dialog' \(corpus\.fields: messages\)\. Did you mean"
     ):
         read(tmp_path / "a.parquet", 0, fields=(("messages", "dialog"),))
-    with pytest.raises(CorpusError, match=r"no column messages, conversations or text; it has dialogue, repo"):
+    with pytest.raises(CorpusError, match=r"no column messages, conversations or text; it has dialogue, repo, tools"):
         read(tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_text("no")
     with pytest.raises(CorpusError, match=r"b\.parquet cannot be read as Parquet"):

@@ -108,16 +108,16 @@ def test_no_task_is_on_both_sides() -> None:
     rows = [(f"What is {n} + 1?", 4) for n in range(12)]
     twice = [(f"What  is {n} + 1?\n", 5) for n in range(12)]
     named = [(f"Fix {n}", 6, f"repo {n // 3}") for n in range(12)]
-    held = stream([Rows("a", rows), Rows("b", twice), Rows("c", named)], heldout_tasks=6)
+    held = stream([Rows("a", rows), Rows("b", twice), Rows("c", named)], heldout_tasks=8)
     outside = [group.prompt for group in held.heldout]
     inside = [group.prompt for group in held.take(200)]
     assert not {key for p in outside for key in tasks_of(p)} & {key for p in inside for key in tasks_of(p)}
     tasks = {p.record.get("task", " ".join(p.messages[0].content.split())) for p in outside}
-    assert len(tasks) == 6 and any(task.startswith("repo") for task in tasks)
+    assert len(tasks) == 8 and any(task.startswith("repo") for task in tasks)
     totals = held.totals()
     assert totals["heldout_rows"] == len(outside) == len(set(ids(held.heldout)))
     assert totals["trained_rows"] + len(outside) == totals["rows"] == 36
-    other = stream([Rows("a", rows), Rows("b", twice), Rows("c", named)], seed=5, heldout_tasks=6)
+    other = stream([Rows("a", rows), Rows("b", twice), Rows("c", named)], seed=5, heldout_tasks=8)
     assert ids(other.heldout) == ids(held.heldout)  # seeds are compared on the same tasks
     with pytest.raises(ConfigError, match="corpus.heldout_tasks is 16, and corpus.sources have 16 tasks"):
         stream([Rows("a", rows), Rows("b", twice), Rows("c", named)], heldout_tasks=16)

@@ -79,7 +79,7 @@ def sharegpt(rows: Any, system: Any, tools: Any, place: str) -> Chat:
         said_by = row.get("from")
         if said_by not in SHAREGPT:
             raise refused("unknown role", at, f"it is from {said_by!r}.{nearest(str(said_by), SHAREGPT)}")
-        role, text, calls = SHAREGPT[said_by], _content(row.get("value"), at), ()
+        role, text, calls = SHAREGPT[said_by], _content(row.get("value"), at), tuple[ToolCall, ...]()
         if said_by in ("function_call", "tool_call"):
             found = decoded(text, "value", at)
             found = found if isinstance(found, list) else [found]

@@ -122,7 +122,7 @@ class Texts:
         state = xxhash.xxh3_128()
         for path in paths:
             opened(path).close()
-            state.update(file_digest(path))
+            state.update(file_digest(path).encode())
         self.digest = state.hexdigest()
 
     def __len__(self) -> int:
@@ -144,7 +144,7 @@ class Several:
     def __init__(self, parts: Sequence[Rows]) -> None:
         self.parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
-        self.digest = xxhash.xxh3_128("".join(part.digest for part in parts)).hexdigest()
+        self.digest = xxhash.xxh3_128("".join(part.digest for part in parts).encode()).hexdigest()
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -75,7 +75,7 @@ class RunReader:
         self.left_out: Counter[str] = Counter()
         self.programs = self._listed()
         # What is asked of a run changes what is listed.
-        self._digest.update(repr((config.reward_at_least, len(self.programs))))
+        self._digest.update(repr((config.reward_at_least, len(self.programs))).encode())
         self.digest = self._digest.hexdigest()
 
     def __len__(self) -> int:

@@ -187,8 +187,9 @@ def loss_curves_figure(curves: Sequence[tuple[str, Sequence[Row]]], title: str) 
             _draw_smoothed(axes, place, label, rows, "loss")
             held = [(row["step"], row["heldout"]["loss"]) for row in rows if row.get("heldout")]
             if held:
-                own = {"color": _look(place)[0] if label else VERMILLION, "marker": "D", "markersize": 4.5}
-                axes.plot(*zip(*held, strict=True), linewidth=1.4, linestyle="--", **own, label=f"{label} held out")
+                at, losses = zip(*held, strict=True)
+                colour, named = (_look(place)[0] if label else VERMILLION), f"{label} held out".strip()
+                axes.plot(at, losses, color=colour, marker="D", markersize=4.5, linewidth=1.4, ls="--", label=named)
     if any(label for label, _ in curves) or axes.get_legend_handles_labels()[1]:
         draw_legend(axes)
     return figure
