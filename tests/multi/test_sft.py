@@ -144,7 +144,8 @@ def test_configs_that_cannot_be(chats: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
             check_training(small(chats, **changes))
-    plain = override(tiny_arithmetic(), {"objective": "policy_gradient", "supervised.reduction": "sqrt_mean"})
+    sampled = {"objective": "policy_gradient", "rollout.samples_per_prompt": "2", "supervised.reduction": "sqrt_mean"}
+    plain = override(tiny_arithmetic(), sampled)
     with pytest.raises(ConfigError, match="supervised.. weighs tokens of objective next_token"):
         check_training(plain)
 

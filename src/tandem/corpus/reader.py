@@ -18,7 +18,11 @@ class Reader(Protocol):
 
     name: str  # of the source: what ids begin with
     digest: str  # of all that it was opened with: another one is another corpus
-    left_out: Mapping[str, int]  # rows that it does not list, by why
+
+    @property
+    def left_out(self) -> Mapping[str, int]:
+        """Rows that it does not list, by why."""
+        ...
 
     def __len__(self) -> int:
         """Rows, those that cannot be read included."""

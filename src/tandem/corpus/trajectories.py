@@ -115,13 +115,14 @@ class RunReader:
         rewards: dict[str, float | None] = {}
         groups: dict[str, list[float]] = defaultdict(list)
         for row, *where in self._lines():
-            program, reward = str(row["program_id"]), row.get("reward")
+            program = str(row["program_id"])
             lines[program].append(tuple(where))  # type: ignore[arg-type]
             if program not in rewards:
-                rewards[program] = None if row.get("failure") else reward
-                if rewards[program] is not None:
-                    groups[program.rpartition("/")[0]].append(float(reward))
-        least, listed = self.config.reward_at_least, []
+                graded = row.get("reward") is not None and not row.get("failure")
+                rewards[program] = reward = float(row["reward"]) if graded else None
+                if reward is not None:
+                    groups[program.rpartition("/")[0]].append(reward)
+        least, listed = self.config.reward_at_least, list[_Program]()
         for program, places in lines.items():
             reward = rewards[program]
             if reward is None:
@@ -130,7 +131,7 @@ class RunReader:
                 self.left_out[f"of a reward below {least:g}"] += 1
             else:
                 mean = fmean(groups[program.rpartition("/")[0]])
-                listed.append(_Program(program, tuple(places), float(reward), float(reward) - mean))
+                listed.append(_Program(program, tuple(places), reward, reward - mean))
         return listed
 
     def _lines(self) -> Iterator[tuple[dict[str, Any], int, int, int, int]]:

@@ -132,7 +132,7 @@ class Corpus:
 
     def notes(self) -> list[str]:
         steps = self.stream.steps_of_an_epoch(self.config.rollout.prompts_per_step)
-        return [*self.stream.account(), f"all rows once are about {steps:,} steps of {self.config.steps:,}"]
+        return [*self.stream.account(), f"all rows once are about {steps:,} steps; the run has {self.config.steps:,}"]
 
     def settle(self) -> None:
         self.stream.settle()

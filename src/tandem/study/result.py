@@ -85,7 +85,7 @@ def run_entry(
     drawn = sum(row.get("tokens", 0) + row.get("extra_tokens", 0) for row in trained)
     rewards = [row.get("reward") if row.get("task_reward") is None else row["task_reward"] for row in trained]
     # Of runs that learn from what is written there is no reward, and the course is that of the held-out accuracy.
-    course = {"reward": list(map(_rounded, rewards))}
+    course: dict[str, Any] = {"reward": list(map(_rounded, rewards))}
     if trained and not any("reward" in row for row in trained):
         course = {"reward": [], "held_out": [[one["step"], _accuracy(one)] for one in evaluated]}
     if machine is not None:
