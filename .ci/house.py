@@ -27,6 +27,7 @@ ROOMS: dict[str, tuple[int, str, str]] = {
     "server": (4, "", "the wire: OpenAI's protocols"),
     "rollout": (3, "3", "tokens to trajectories"),
     "algo": (0, "4", "credit, packs, losses"),
+    "corpus": (0, "", "what is written already"),
     "train": (1, "5", "losses to weights"),
     "sync": (2, "6", "weights to the engine"),
     "plan": (1, "", "memory before a run"),

@@ -272,7 +272,7 @@ def test_a_flag_without_use_is_refused(monkeypatch, capsys):
     for work in ("sweep", "profile", "gpu", "structured"):
         assert main(["bench", work, "--peer", "ls"]) == 2
         assert (
-            f"`bench {work}`, which has no peers. Use one of engine, learner, tree, step, agents, parity, serve."
+            f"`bench {work}`, which has no peers. Use one of engine, learner, tree, step, agents, sft, parity, serve."
             in capsys.readouterr().err
         )
 

@@ -27,6 +27,7 @@ DISTRIBUTION = "tandem-rl"
 TORCH_RANGE = ((2, 11), (2, 14))  # at least, below
 DEMO_MEMORY_BYTES = 4e9  # peak of `make demo`
 EXTRAS = {  # those of the verbs; triton has its own line
+    "parquet": "Parquet files to learn from (corpus.sources)",
     "ray": "parts of a run on other machines (workers.backend=ray)",
     "serve": "tandem serve, and answers of a given form (--json-schema, --regex)",
     "study": "the intervals of tandem study",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from tandem.errors import ConfigError, nearest
 
 # What a row may have, by the name that tandem has for it; corpus.fields gives the name that a file has.
 FIELDS = ("messages", "conversations", "text", "tools", "system", "reward", "task")
+Finite = Annotated[float, Interval(gt=-math.inf, lt=math.inf)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +38,7 @@ class CorpusConfig:
     turns: Literal["all", "last"] = "all"  # of a conversation, which of the assistant's are trained
     error_turns: Literal["train", "mark"] = "train"  # that a tool answers with an error: marked, they are not trained
     repeated_turns: Literal["train", "mark"] = "train"  # that do what the turn before did: marked, they are not trained
-    reward_at_least: Annotated[float, Interval(gt=-float("inf"), lt=float("inf"))] | None = (
-        None  # of what a run sampled
-    )
+    reward_at_least: Finite | None = None  # of a run's programs: those of less are left out; none: all are taken
 
     def __post_init__(self) -> None:
         if not self.on:
