@@ -85,11 +85,11 @@ def _draw_curves(axes: Sequence[Axes], result: Result, arm: Arm, look: Look, ban
 
 def _draw_differences(axes: Axes, result: Result, arms: Mapping[str, Arm], looks: Mapping[str, Look]) -> None:
     """Each arm's reward, or accuracy, minus its baseline's: a dot a seed, the mean with its interval."""
-    baselines, compared = _baselines(result), "reward" if rewarded(result) else "accuracy"
+    baselines, measure = _baselines(result), "reward" if rewarded(result) else "accuracy"
     found = {
         one["arm"]: one
         for one in result["comparisons"]
-        if one["measure"] == compared and one["against"] in baselines and one["differences"]
+        if one["measure"] == measure and one["against"] in baselines and one["differences"]
     }
     compared = {arm for arm, against in result["compare"] if against in baselines}
     left = {arm["name"] for arm in arms.values()} - baselines
