@@ -30,7 +30,7 @@ CONFIGS = [
     SupervisedConfig(reduction=reduction, **more)
     for reduction, more in itertools.product(
         get_args(Reduction),
-        ({}, {"weights": "reward"}, {"weights": "advantage", "beta": 0.5, "weight_max": 3.0}, {"unlikelihood": 0.25}),
+        ({}, {"weights": "reward"}, {"weights": "advantage", "beta": 0.5, "weight_max": 1.5}, {"unlikelihood": 0.25}),
     )
 ]
 
