@@ -91,4 +91,4 @@ def sft(machine: Machine) -> Iterator[Figure]:
     least_s = machine.least_s(roofline.train_cost(SMOLLM2, count, round(tokens / count)))
     yield Figure("limit", WORK, tokens / least_s)
     yield Figure("tandem", WORK, tokens / seconds)
-    yield Figure("tandem", "sft memory", max(row["peak_memory_bytes"] for row in rows) / 1e9, "gb")
+    yield Figure("tandem", "sft memory", max(row["peak_memory_bytes"] for row in rows) / 1e9, "GB")
