@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tandem.algo.advantage import Selection
 from tandem.algo.supervised import select
-from tandem.corpus.config import CorpusConfig
 from tandem.corpus.reader import Reader, tasks_of
 from tandem.corpus.solutions import written
 from tandem.corpus.sources import readers_of
@@ -28,7 +27,9 @@ if TYPE_CHECKING:
 OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated", "turns", "happened")
 
 # `objective` of a config -> who reads its sources, and what of their groups is trained.
-READERS: Mapping[str, Callable[[CorpusConfig, Renderer], Sequence[Reader]]] = {"next_token": readers_of}
+READERS: Mapping[str, Callable[[RunConfig, Renderer], Sequence[Reader]]] = {
+    "next_token": lambda config, renderer: readers_of(config.corpus, renderer),
+}
 SELECTIONS: Mapping[str, Callable[[RunConfig, Sequence[Group]], Selection]] = {
     "next_token": lambda config, groups: select(groups, config.supervised),
 }
@@ -106,7 +107,7 @@ class Corpus:
         self.config = config
         limit = config.corpus.limit(config.learner.microbatch_tokens, parts.decoder.spec.max_position)
         evaluated = [tasks_of(prompt) for prompt in pool.heldout] if config.evaluation.prompts else []
-        readers = READERS[config.objective](config.corpus, parts.renderer)
+        readers = READERS[config.objective](config, parts.renderer)
         self.stream = CorpusStream(readers, config.corpus, limit, config.seed, frozenset().union(*evaluated))
         self.saved: Mapping[str, Part] = {"corpus": self.stream}
 
