@@ -64,7 +64,6 @@ from tandem.train.step import Learner, LearnerReport
 from tandem.types import Group, Prompt, Sample, WeightVersion
 
 Row = Mapping[str, Any]
-
 SAVE_SHARE = 200  # a save by time waits for this many times what the last one took: after the first, 0.5 % of a run
 
 
