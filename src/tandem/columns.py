@@ -41,6 +41,12 @@ COLUMNS: Mapping[str, Column] = {
     "likely": Column(object, 'bytes: the most likely tokens (likely_tokens); b"": nobody asked', absent=b""),
     "advantages": Column(np.float64, "0.0 where the token is not trained", absent=0.0),
     "reference_logprobs": Column(np.float64, "of the reference policy, where a KL term asks for them"),
+    "preferred": Column(
+        np.int32,
+        "of a sample: 1 it was chosen or liked, 0 it was not; -1: the answer to another prompt (KTO)",
+        absent=0,
+    ),
+    "margins": Column(np.float64, "of a pair: by how much the chosen one is better, where that is known", absent=0.0),
     "proximal_logprobs": Column(np.float64, "the learner's own, before the step's first update"),
     "source_logprobs": Column(np.float64, "the learner's forward under the weights that sampled"),
     "turns": Column(np.int32, "turn of its program that sampled the token; -1: none did", absent=-1),

@@ -31,6 +31,7 @@ from tandem.algo.pack import (
     split_updates,
 )
 from tandem.columns import COLUMNS, Columns
+from tandem.errors import ConfigError
 from tandem.types import Denominators, Microbatch, Sample
 from tests.samples import SCORED, column, having, owners_of, paths_of, trained, without
 
@@ -216,7 +217,11 @@ def filled(sample: Sample) -> Sample:
     earned = {name: [base + p for p in range(count)] for name, base in (("step_rewards", 1e3), ("values", 2e3))}
     bases = (("unfiltered_logprobs", 900.0), ("returns", 3e3), ("selection_weights", 4e3))
     more = {name: [base + p for p in range(count)] for name, base in bases}
-    every = having(sample, **scored, kept=kept, likely=[b"l" + one for one in kept], **of_turns, **earned, **more)
+    written = {"preferred": range(count), "failed": [p % 2 for p in range(count)]}
+    written |= {name: [base + p for p in range(count)] for name, base in (("margins", 5e3), ("loss_weights", 6e3))}
+    every = having(
+        sample, **scored, kept=kept, likely=[b"l" + one for one in kept], **of_turns, **earned, **more, **written
+    )
     assert set(every.columns.arrays) == set(COLUMNS)
     return every
 
@@ -445,3 +450,26 @@ def test_balance_against_every_way_to_deal_out(sizes: list[int], capacity: int) 
     )
     first_fit = max(sum(sizes[index] for index in chosen) for chosen in _first_fit(sizes, capacity))
     assert max(spent) <= max(best * (4 / 3 - 1 / (3 * len(bins))), best) + 1e-9 or max(spent) == first_fit
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_answers_that_are_compared_stay_together(share: bool) -> None:
+    """A prompt's samples are parted, or lie apart in a microbatch, where a loss needs them side by side."""
+    samples = []
+    for number in range(12):
+        prompt = (1, *(number,) * (number % 5))
+        for side in range(2):
+            answer = (7 + side, *(3,) * (1 + (5 * number + 3 * side) % 7))
+            mask = (False,) * len(prompt) + (True,) * len(answer)
+            samples.append(make_sample(f"p{number}/{side}", f"p{number}", prompt + answer, mask))
+    whole = pack(samples, count_prompts(samples), 24, share, whole=True)
+    assert len(whole) > 4 and sorted(name for m in whole for name in m.sample_ids) == sorted(s.id for s in samples)
+    for m in whole:
+        assert len(m.tokens_T) <= 24
+        for one, other in zip(m.sample_ids[::2], m.sample_ids[1::2], strict=True):
+            assert one.split("/")[0] == other.split("/")[0]
+    pairs = (samples[start : start + 2] for start in range(0, 24, 2))
+    rows = max(len(m.tokens_T) for pair in pairs for m in pack(pair, count_prompts(pair), 99, share, whole=True))
+    pack(samples, count_prompts(samples), rows, share, whole=True)
+    with pytest.raises(ConfigError, match=rf"take {rows} rows of the {rows - 1} .* Raise learner.microbatch_tokens"):
+        pack(samples, count_prompts(samples), rows - 1, share, whole=True)

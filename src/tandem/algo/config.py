@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from annotated_types import Interval
 
@@ -22,7 +22,9 @@ Form = Literal["bypass", "decoupled"]
 CorrectionWeight = Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mis"]
 LengthWeights = Literal["none", "inverse"]
 Reject = Literal["geometric", "k3", "veto", "probability"]
+PreferenceLoss = Literal["dpo", "robust_dpo", "ipo", "kto", "orpo", "simpo", "reward_model"]
 Ceiling = Annotated[float, Interval(ge=1, lt=math.inf)]
+Finite = Annotated[float, Interval(gt=-math.inf, lt=math.inf)]
 
 CLIP_RANGES: dict[Loss, tuple[float, float]] = {  # a loss without a line here clips nothing
     "ppo": (0.2, 0.28),  # DAPO's clip-higher, arXiv 2503.14476, section 4.1; PPO's own is (0.2, 0.2)
@@ -37,6 +39,15 @@ WEIGHT_RANGES: dict[CorrectionWeight, tuple[float, float]] = {
     "icepop": (0.5, 5.0),
     "sequence_mis": (0.0, 5.0),
 }
+BETAS: dict[PreferenceLoss, float] = {  # what their papers or the field use; a loss without a line here has none
+    "dpo": 0.1,  # arXiv 2305.18290, appendix B
+    "robust_dpo": 0.1,
+    "ipo": 0.1,
+    "kto": 0.1,  # arXiv 2402.01306
+    "orpo": 0.1,
+    "simpo": 2.0,  # arXiv 2405.14734: 2 to 2.5
+}
+REFERRED: frozenset[PreferenceLoss] = frozenset({"dpo", "robust_dpo", "ipo", "kto"})  # compare with a reference
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +109,78 @@ class CorrectionConfig:
     def needs_proximal(self) -> bool:
         """Whether rho enters the loss, so that it must be of the weights before a step's first update."""
         return self.form == "decoupled" or bool(self.reject)
+
+
+@dataclass(frozen=True, slots=True)
+@section("preference")
+class PreferenceConfig:
+    """What objective "preference" learns of two answers, or of one that was liked or not; docs/preferences.md.
+
+    >>> PreferenceConfig("simpo").scale
+    2.0
+    """
+
+    loss: PreferenceLoss = "dpo"  # of pairs, of ratings (kto), or of a scalar head (reward_model)
+    beta: AboveZero | None = None  # scale of rewards (of ipo: tau, of orpo: weight of the odds); None takes BETAS
+    label_smoothing: Annotated[float, Interval(ge=0, lt=0.5)] = 0.0  # of dpo (conservative) and robust_dpo: wrong pairs
+    length_normalised: bool = False  # of dpo, robust_dpo and ipo: log-probs a token; of the whole answer else
+    sft_weight: Amount = 0.0  # of dpo, robust_dpo, ipo, simpo: of the chosen answer's mean -log p, added
+    target_margin: Amount | None = None  # of simpo (gamma): rewards are to be this far apart; None takes 0.5
+    desirable_weight: Amount = 1.0  # of kto: of answers that were liked
+    undesirable_weight: Amount = 1.0  # of kto: of the others
+    margin_weight: Amount = 0.0  # of reward_model: rewards are to differ by this times a pair's own margin
+    center: Amount = 0.0  # of reward_model: weight of the squared sum of a pair's rewards, which centres them at 0
+    head_lr: Share = 1e-3  # of reward_model: the head's learning rate at its peak; it follows learner.schedule
+    ranked: Literal["best_worst", "all"] = "best_worst"  # pairs of scored answers to a prompt; all: that differ enough
+    least_margin: Amount = 0.0  # of their scores; answers of equal scores are no pair in any case
+    liked_at_least: Finite | None = None  # of kto: scored answers from this score on were liked
+
+    def __post_init__(self) -> None:
+        for name, readers in (
+            ("beta", tuple(BETAS)),
+            ("label_smoothing", ("dpo", "robust_dpo")),
+            ("length_normalised", ("dpo", "robust_dpo", "ipo")),
+            ("sft_weight", ("dpo", "robust_dpo", "ipo", "simpo")),
+            ("target_margin", ("simpo",)),
+            ("desirable_weight", ("kto",)),
+            ("undesirable_weight", ("kto",)),
+            ("margin_weight", ("reward_model",)),
+            ("center", ("reward_model",)),
+            ("head_lr", ("reward_model",)),
+            ("ranked", tuple(name for name in get_args(PreferenceLoss) if name != "kto")),
+            ("least_margin", tuple(name for name in get_args(PreferenceLoss) if name != "kto")),
+            ("liked_at_least", ("kto",)),
+        ):
+            value, unread = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if self.loss not in readers and value != unread:
+                raise ConfigError(
+                    f"preference.{name} is {value}, but preference.loss {self.loss!r} does not read it. Set "
+                    f"preference.loss to {' or '.join(readers)}, or leave preference.{name} out."
+                )
+        if self.loss == "robust_dpo" and not self.label_smoothing:
+            raise ConfigError(
+                "preference.loss is robust_dpo with preference.label_smoothing 0: without wrong pairs it is dpo. Set "
+                "preference.label_smoothing to the share of pairs that are expected to be wrong, or the loss to dpo."
+            )
+        if self.loss == "kto" and not self.desirable_weight and not self.undesirable_weight:
+            raise ConfigError(
+                "preference.desirable_weight and undesirable_weight are both 0: nothing would be learned."
+            )
+
+    @property
+    def scale(self) -> float:
+        """beta, the loss's own where none is set."""
+        return BETAS[self.loss] if self.beta is None else self.beta
+
+    @property
+    def gamma(self) -> float:
+        """SimPO's target margin."""
+        return 0.5 if self.target_margin is None else self.target_margin
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether samples must carry `reference_logprobs`."""
+        return self.loss in REFERRED
 
 
 @dataclass(frozen=True, slots=True)

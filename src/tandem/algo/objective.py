@@ -26,7 +26,8 @@ from tandem.kernels.linear import linear
 from tandem.kernels.weight import Weight
 from tandem.types import Denominators, Sample
 
-Score = Callable[[str], tuple[Sample, ...]]  # column -> the step's samples with it, by the learner's present weights
+# (column, samples; the step's where none are given) -> them with it, by the learner's present weights
+Score = Callable[..., tuple[Sample, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,9 @@ class Objective(Protocol):
     temperature: float  # that logits are divided by: the policy that is trained is the one sampled from
     updates_per_step: int
     samples: bool  # from rollouts of the engine; else from the solutions that the task writes
-    columns: frozenset[str]  # that a batch must bring; "reference_logprobs" among them asks for the first weights
+    # That a batch must bring. "reference_logprobs" among them asks for the first weights; "preferred" for the samples
+    # of a prompt in one microbatch.
+    columns: frozenset[str]
 
     def begin(self) -> ObjectiveStep: ...
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tandem.columns import COLUMNS, Array, Columns, ranges
+from tandem.errors import ConfigError
 from tandem.types import Denominators, Microbatch, Sample
 
 CONTEXT = 3072  # positions whose attention costs what the products of a row do: 2 P / (4 H D layers), SmolLM2-135M
@@ -111,7 +112,11 @@ def split_updates(
 
 
 def pack(
-    samples: Sequence[Sample], prompts: Sequence[PromptTotal], budget_tokens: int, share_prefix: bool = True
+    samples: Sequence[Sample],
+    prompts: Sequence[PromptTotal],
+    budget_tokens: int,
+    share_prefix: bool = True,
+    whole: bool = False,
 ) -> list[Microbatch]:
     """Pack into as few microbatches as first-fit-decreasing does, of at most `budget_tokens` rows, of about equal cost.
 
@@ -120,14 +125,17 @@ def pack(
     of the tokens they begin with are run once: one segment for what all of them share, one for what some of them share
     beyond it (at least BRANCH rows saved), and so on, and one for each sample's own rows (none where a sample has no
     row of its own). A sample is never split; one longer than the budget gets a microbatch
-    of its own. The predictions of a sample are contiguous in N, in order of position. The result depends only on
+    of its own. `whole`: the samples of a prompt are never parted, ConfigError where the budget has no room for them.
+    The predictions of a sample are contiguous in N, in order of position. The result depends only on
     the arguments; samples are in the order of the tree, which is theirs where only what all share is shared.
     """
     assert budget_tokens >= 1, f"budget_tokens is {budget_tokens}"
     if not samples:
         return []
     batch = _Batch.of(samples)
-    if share_prefix:
+    if whole:
+        units = _whole(samples, batch, budget_tokens, share_prefix)
+    elif share_prefix:
         units = _units(samples, batch, budget_tokens)
     else:
         units = [_Branch.leaf(index, 0, rows) for index, rows in enumerate(batch.rows)]
@@ -241,12 +249,35 @@ def _tree(batch: _Batch, members: Sequence[int]) -> _Branch:
     return tree
 
 
-def _units(samples: Sequence[Sample], batch: _Batch, budget_tokens: int) -> list[_Branch]:
-    """Trees of samples of one prompt, each placed as a whole."""
+def _by_prompt(samples: Sequence[Sample]) -> dict[str, list[int]]:
     by_prompt: dict[str, list[int]] = {}
     for index, sample in enumerate(samples):
         by_prompt.setdefault(sample.prompt_id, []).append(index)
-    return [unit for members in by_prompt.values() for unit in _pieces(_tree(batch, members), budget_tokens)]
+    return by_prompt
+
+
+def _units(samples: Sequence[Sample], batch: _Batch, budget_tokens: int) -> list[_Branch]:
+    """Trees of samples of one prompt, each placed as a whole."""
+    members = _by_prompt(samples).values()
+    return [unit for of_prompt in members for unit in _pieces(_tree(batch, of_prompt), budget_tokens)]
+
+
+def _whole(samples: Sequence[Sample], batch: _Batch, budget_tokens: int, share_prefix: bool) -> list[_Branch]:
+    """One tree a prompt, over rows of their own where they share none."""
+    units = []
+    for prompt_id, members in _by_prompt(samples).items():
+        if share_prefix:
+            unit = _tree(batch, members)
+        else:
+            unit = _Branch.over((_Branch.leaf(index, 0, batch.rows[index]) for index in members), 0, 0)
+        if len(members) > 1 and unit.rows > budget_tokens:
+            raise ConfigError(
+                f"the {len(members)} answers to {prompt_id} are compared, so they have to be in one microbatch, and "
+                f"take {unit.rows} rows of the {budget_tokens} that it may have. Raise learner.microbatch_tokens to "
+                f"{unit.rows} or more, or leave this prompt out."
+            )
+        units.append(unit)
+    return units
 
 
 def _pieces(tree: _Branch, capacity: int) -> list[_Branch]:

@@ -36,7 +36,8 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _HOLDS_WEIGHTS = re.compile(
-    r"(?!optimi[sz]er).*\.(safetensors|gguf|h5|msgpack)|(pytorch_model|consolidated|adapter_model).*\.(bin|pth?)"
+    r"(?!optimi[sz]er|reward_head).*\.(safetensors|gguf|h5|msgpack)"
+    r"|(pytorch_model|consolidated|adapter_model).*\.(bin|pth?)"
     r"|adapter_config\.json"
 )
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")

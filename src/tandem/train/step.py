@@ -12,14 +12,15 @@ import torch
 
 from tandem.algo.alarm import AlarmConfig
 from tandem.algo.loss import LossResult
-from tandem.algo.objective import Measured, Objective, ObjectiveStep, PolicyGradient
+from tandem.algo.objective import Measured, Objective, ObjectiveStep, PolicyGradient, Score
 from tandem.algo.pack import PromptTotal, canonical, denominators, pack, split_updates
+from tandem.algo.preference import HEAD, RewardModel
 from tandem.algo.tensors import to_tensors
 from tandem.errors import ConfigError, NonFiniteError
 from tandem.models.decoder import Decoder
 from tandem.models.tokenizer import Tokenizer
 from tandem.trace import Trace
-from tandem.train import checkpoint
+from tandem.train import checkpoint, reward
 from tandem.train.checkpoint import RunState
 from tandem.train.config import LearnerConfig
 from tandem.train.critic import Critic, judged
@@ -82,7 +83,8 @@ class Learner:
         self.objective = objective
         self.total_updates = total_updates
         self.trace = trace or Trace()  # span "update": norm, clipping, AdamW and packing of the weights
-        self.optimiser = Optimiser(decoder, config)
+        self.head = objective.over(decoder) if isinstance(objective, RewardModel) else None
+        self.optimiser = Optimiser(self.head or decoder, config)
         self.critic = critic
         self.between: Callable[[], None] = _nothing  # called before each microbatch
 
@@ -100,6 +102,8 @@ class Learner:
     def save(self, directory: Path, tokenizer: Tokenizer, state: RunState) -> None:
         """Weights and optimisers, with where the run stands, into a checkpoint."""
         checkpoint.save(directory, self.decoder, self._optimisers, tokenizer, state)
+        if self.head is not None:
+            reward.save(directory, self.head)
 
     def load(self, directory: Path) -> RunState:
         """Go on from a checkpoint."""
@@ -143,7 +147,8 @@ class Learner:
             self.critic.optimiser.zero_grad()
 
     def _pack(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> list[Microbatch]:
-        return pack(samples, prompts, self.config.microbatch_tokens, self.config.share_prefix)
+        whole = "preferred" in self.objective.columns
+        return pack(samples, prompts, self.config.microbatch_tokens, self.config.share_prefix, whole)
 
     def _apply(self, samples: Sequence[Sample], unit: float = 1.0) -> tuple[float, float]:
         """An update with `unit` times the gradients."""
@@ -160,7 +165,11 @@ class Learner:
                 if not self.critic.warm:
                     return norm, 0.0
             lr = self.config.rate(self.optimiser.updates, self.total_updates)
-            self.optimiser.step(lr, norm, unit=unit)
+            others = {}
+            if isinstance(self.objective, RewardModel):
+                peak = replace(self.config, lr=self.objective.config.head_lr)
+                others[HEAD] = peak.rate(self.optimiser.updates, self.total_updates)
+            self.optimiser.step(lr, norm, others, unit=unit)
             return norm, lr
 
     def begin(self) -> Parts:
@@ -205,11 +214,21 @@ class Learner:
                     "Put them in where the samples are made (Columns.having)."
                 )
 
+    def _scorer(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> Score:
+        """By the present weights."""
+        budget, temperature = self.config.microbatch_tokens, self.objective.temperature
+
+        def scored(name: str, chosen: Sequence[Sample] = samples) -> tuple[Sample, ...]:
+            return with_logprobs(name, self.decoder, chosen, prompts, budget, temperature)
+
+        return scored
+
     def measure(self, samples: Sequence[Sample], prompts: Sequence[PromptTotal]) -> dict[str, float]:
         """What the objective measures of samples that are not learned from, as `step` takes them."""
         samples, prompts = canonical(samples, prompts)
         self._check(samples)
         by, results = self.objective.begin(), list[LossResult]()
+        samples = by.prepare(samples, self._scorer(samples, prompts))
         with torch.no_grad():
             for microbatch in self._pack(samples, prompts):
                 batch = to_tensors(microbatch, self.decoder.device)
@@ -234,12 +253,8 @@ class Learner:
         if not samples:
             return None
         self._check(samples)
-        budget = self.config.microbatch_tokens
-
-        def scored(name: str) -> tuple[Sample, ...]:
-            return with_logprobs(name, self.decoder, samples, prompts, budget, objective.temperature)
-
-        parts = split_updates(by.prepare(samples, scored), prompts, objective.updates_per_step)
+        prepared = by.prepare(samples, self._scorer(samples, prompts))
+        parts = split_updates(prepared, prompts, objective.updates_per_step)
         first = self._pack(*parts[0])
         found = self._gradients(first, by)
         rows = found.rows
