@@ -12,7 +12,8 @@ from tandem.config import AboveZero, Count, section
 from tandem.errors import ConfigError, nearest
 
 # What a row may have, by the name that tandem has for it; corpus.fields gives the name that a file has.
-FIELDS = ("messages", "conversations", "text", "tools", "system", "reward", "task")
+PREFERRED = ("prompt", "chosen", "rejected", "completion", "label", "score", "margin", "score_chosen", "score_rejected")
+FIELDS = ("messages", "conversations", "text", "tools", "system", "reward", "task", *PREFERRED)
 Finite = Annotated[float, Interval(gt=-math.inf, lt=math.inf)]
 
 

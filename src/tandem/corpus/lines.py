@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import xxhash
 
-from tandem.corpus.config import FIELDS, CorpusConfig
+from tandem.corpus.config import FIELDS, PREFERRED, CorpusConfig
 from tandem.corpus.reader import refused
 from tandem.errors import ConfigError, CorpusError, nearest
 from tandem.program.reward import clipped
@@ -167,7 +167,7 @@ def check_fields(there: Sequence[str], config: CorpusConfig, place: str, what: s
     for name, own in config.fields:
         if own not in there:
             raise refused("missing fields", place, f"no {what} {own!r} (corpus.fields: {name}).{nearest(own, there)}")
-    known = [config.field(name) for name in ("messages", "conversations", "text")]
+    known = [config.field(name) for name in ("messages", "conversations", "text", *PREFERRED[1:4])]
     if not any(name in there for name in known):
         raise refused(
             "missing fields",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,14 +25,17 @@ if TYPE_CHECKING:
 SUFFIXES = (".jsonl", ".parquet", ".txt")
 
 
-def readers_of(config: CorpusConfig, renderer: Renderer) -> list[Reader]:
-    """A reader a source. CorpusError for one that is not there or not of a known kind."""
+def readers_of(
+    config: CorpusConfig, renderer: Renderer, make: Callable[[str, str], Reader] | None = None
+) -> list[Reader]:
+    """A reader a source, of its likelihood or what `make` makes of a name and a source. CorpusError for one that is not
+    there or not of a known kind."""
     found, names = list[Reader](), set[str]()
     for source in config.sources:
         stem = Path(source).stem.replace("*", "") or Path(source).parent.name
         name = next(one for one in (stem, *(f"{stem}-{n}" for n in range(2, len(names) + 3))) if one not in names)
         names.add(name)
-        found.append(_reader(name, source, config, renderer))
+        found.append(make(name, source) if make is not None else _reader(name, source, config, renderer))
     return found
 
 
