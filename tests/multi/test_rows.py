@@ -103,20 +103,27 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         rows = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(8)]
         path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
         corpus = override(texts, {"corpus.sources": str(path), "corpus.heldout_tasks": "2"})
-        return {"next_token": of(texts) | of(corpus), "policy_gradient": policy}
+        rows = [{"prompt": f"{n}?", "chosen": f"{n}!", "rejected": f"{n}."} for n in range(8)]
+        path.with_name("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        pairs = {"objective": "preference", "corpus.sources": str(path.with_name("pairs.jsonl"))}
+        dpo = override(corpus, pairs)
+        kto = override(corpus, {**pairs, "preference.loss": "kto"})
+        preferred = of(dpo) | of(kto)
+        return {"next_token": of(texts) | of(corpus), "policy_gradient": policy, "preference": preferred}
 
 
 def test_every_key_of_a_row_is_in_the_table(found) -> None:
     """A row with a key that the table does not explain, or a line of the table that no run writes."""
     assert found["next_token"] <= set(KEYS), found["next_token"] - set(KEYS)
     assert found["policy_gradient"] <= set(KEYS), found["policy_gradient"] - set(KEYS)
+    assert found["preference"] <= set(KEYS), found["preference"] - set(KEYS)
     assert not {"reward", "kl", "mismatch", "ratio_max"} & found["next_token"] and "loss" in found["next_token"]
-    assert set(KEYS) - found["next_token"] - found["policy_gradient"] == {"output_lost/*"}
+    assert set(KEYS) - set().union(*found.values()) == {"output_lost/*"}
 
 
 def test_the_report_reads_keys_of_the_table() -> None:
     """A curve of a name that rows no longer have, and that is drawn as nothing."""
-    read = {name for curves in (plots.UPDATE, plots.ANSWERS, plots.LIMITS) for name, _, _ in curves}
+    read = {name for curves in (plots.UPDATE, plots.ANSWERS, plots.LIMITS, plots.PREFERENCE) for name, _, _ in curves}
     assert read <= set(KEYS), read - set(KEYS)
 
 

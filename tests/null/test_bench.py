@@ -271,10 +271,8 @@ def test_a_flag_without_use_is_refused(monkeypatch, capsys):
     assert main(["bench", "engine", "--out", "x.png"]) == 2 and "--out" in capsys.readouterr().err
     for work in ("sweep", "profile", "gpu", "structured"):
         assert main(["bench", work, "--peer", "ls"]) == 2
-        assert (
-            f"`bench {work}`, which has no peers. Use one of engine, learner, tree, step, agents, sft, parity, serve."
-            in capsys.readouterr().err
-        )
+        peered = "engine, learner, tree, step, agents, sft, dpo, parity, serve"
+        assert f"`bench {work}`, which has no peers. Use one of {peered}." in capsys.readouterr().err
 
 
 def test_forms_are_printed_by_row(monkeypatch, capsys):
@@ -360,8 +358,8 @@ def test_tandem_that_fails_is_no_peer():
         ('{"peer": 7, "work": "w", "tok_s": 1}', '"peer" is not a name'),
         ('{"peer": "tandem", "work": "w", "tok_s": 1}', "'tandem' is a name of tandem's own"),
         ('{"peer": "limit", "work": "matrix FLOP/s", "tok_s": 1}', "'limit' is a name of tandem's own"),
-        ('{"work": "w"}', 'not one of "tok_s", "s", "gb" and "share"'),
-        ('{"work": "w", "tok_s": 1, "s": 1}', 'not one of "tok_s", "s", "gb" and "share"'),
+        ('{"work": "w"}', "not one of tok_s, pairs_s, s, gb, share"),
+        ('{"work": "w", "tok_s": 1, "s": 1}', "not one of tok_s, pairs_s, s, gb, share"),
         ('{"work": "w", "s": 2.0}', "tandem gives this work in tok/s, not in s"),
     ],
 )

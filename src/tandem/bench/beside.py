@@ -29,9 +29,10 @@ from typing import TYPE_CHECKING, Any
 from tandem import env
 from tandem.bench.agents import agents
 from tandem.bench.books import spent_in
+from tandem.bench.dpo import dpo
 from tandem.bench.gpu import check_device, gpu
 from tandem.bench.gpu import measure as measure_device
-from tandem.bench.peers import Figure, Side, beside_limit, peer_side, run_side
+from tandem.bench.peers import RATES, Figure, Side, beside_limit, peer_side, run_side
 from tandem.bench.sft import sft
 from tandem.bench.work import MODEL, answer, build_engine, build_learner, folded_programs, random_requests
 from tandem.errors import WorldError
@@ -207,6 +208,7 @@ WORKS: dict[str, Sequence[Callable[[Machine], Iterator[Figure]]]] = {
     "step": (_step,),
     "agents": (agents,),
     "sft": (sft,),
+    "dpo": (dpo,),
     "parity": (partial(_parity, "exact"),),
     "parity/library": (partial(_parity, "library"),),
     "gpu": (gpu,),
@@ -220,7 +222,7 @@ def _best(figures: Sequence[Figure]) -> dict[tuple[str, str], Figure]:
         grouped.setdefault((figure.peer, figure.work), []).append(figure)
     return {
         key: max(same, key=lambda f: f.speed)
-        if same[0].unit == "tok/s"
+        if same[0].unit in RATES
         else Figure(*key, statistics.median(f.value for f in same), same[0].unit)
         for key, same in grouped.items()
     }
@@ -246,7 +248,7 @@ def compare(rounds: Sequence[Sequence[Figure]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"work": work, "unit": unit, "tandem": _median(ours), "peers": {}, "share_of_limit": None}
         if ceiling:
             over = row["tandem"] / _median(ceiling)
-            row["share_of_limit"] = over if unit == "tok/s" else 1.0 / over
+            row["share_of_limit"] = over if unit in RATES else 1.0 / over
         own = AGAINST.get(work)
         if own and ("tandem", own) in best[0]:
             ratio = statistics.median(f["tandem", work].speed / f["tandem", own].speed for f in best)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from tandem import env
 from tandem.errors import ConfigError, WorldError
 
-EXPECTED = '{"peer": NAME, "work": NAME, "tok_s": NUMBER}, or "s", "gb" or "share" for "tok_s"'
-UNITS = {"tok_s": "tok/s", "s": "s", "gb": "GB", "share": "share"}  # of the lines' keys
+EXPECTED = '{"peer": NAME, "work": NAME, "tok_s": NUMBER}, or "pairs_s", "s", "gb" or "share" for "tok_s"'
+UNITS = {"tok_s": "tok/s", "pairs_s": "pairs/s", "s": "s", "gb": "GB", "share": "share"}  # of the lines' keys
+RATES = ("tok/s", "pairs/s")  # more is better
 RESERVED = ("tandem", "library", "limit")  # names of tandem's own sides
 LEAST, MOST = 1e-30, 1e30  # what a rate or a time lies between, so that no ratio overflows
 DEADLINE_S = 3600.0
@@ -22,7 +23,7 @@ SHOWN = 200  # characters of a line in an error
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One measurement: a rate in tokens a second, a time in seconds, a peak of memory, or a share of what is lost.
+    """One measurement: a rate in tokens or pairs a second, a time in seconds, a peak of memory, a share that is lost.
 
     >>> Figure("tandem", "groups", 4.0, "s").speed, Figure("hf", "train 16x256", 100.0).line()
     (0.25, '{"peer": "hf", "work": "train 16x256", "tok_s": 100.0}')
@@ -36,7 +37,7 @@ class Figure:
     @property
     def speed(self) -> float:
         """More is better."""
-        return self.value if self.unit == "tok/s" else 1.0 / self.value
+        return self.value if self.unit in RATES else 1.0 / self.value
 
     def line(self) -> str:
         """As a side prints it."""
@@ -86,7 +87,7 @@ def peer_side(text: str) -> Side:
 def read_figure(line: str, units: Mapping[str, str], *, own: bool = False) -> Figure | None:
     """The figure of a line; None where it is no JSON object with a "work". ValueError says what is wrong with it.
 
-    units: work -> "tok/s", "s", "GB" or "share", of the works whose unit is fixed.
+    units: work -> one of UNITS' values, of the works whose unit is fixed.
 
     >>> read_figure("loading", {}), read_figure('{"peer": "hf", "work": "w", "s": 2}', {"w": "s"})
     (None, Figure(peer='hf', work='w', value=2, unit='s'))
@@ -105,7 +106,7 @@ def read_figure(line: str, units: Mapping[str, str], *, own: bool = False) -> Fi
         raise ValueError(f"{peer!r} is a name of tandem's own")
     given = [name for name in UNITS if name in row]
     if len(given) != 1:
-        raise ValueError('it has not one of "tok_s", "s", "gb" and "share"')
+        raise ValueError(f"it has not one of {', '.join(UNITS)}")
     number = row[given[0]]
     if type(number) not in (int, float) or not LEAST < number < MOST:
         raise ValueError(f'its "{given[0]}" is not a finite number above 0')

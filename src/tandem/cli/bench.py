@@ -19,6 +19,7 @@ class Work(str, Enum):
     STEP = "step"
     AGENTS = "agents"
     SFT = "sft"
+    DPO = "dpo"
     PARITY = "parity"
     PROFILE = "profile"
     SWEEP = "sweep"
@@ -41,13 +42,13 @@ class Part(str, Enum):
     SWEEP = "sweep"
 
 
-PEERED = (Work.ENGINE, Work.LEARNER, Work.TREE, Work.STEP, Work.AGENTS, Work.SFT, Work.PARITY, Work.SERVE)
+PEERED = (Work.ENGINE, Work.LEARNER, Work.TREE, Work.STEP, Work.AGENTS, Work.SFT, Work.DPO, Work.PARITY, Work.SERVE)
 DRAWN = (Work.SWEEP, Work.SERVE)  # have a picture
 ALONE = tuple(work for work in Work if work not in PEERED)  # have no peers
 WORKS_HELP = (
     "What to measure; tree: the learner on turns that share their context, beside copies; agents: programs with slow "
-    "tools; sft: chats as long as GSM8K's, packed, with the peak of memory; parity: the price of exactness; "
-    "profile: where the time goes, by operation; "
+    "tools; sft: chats as long as GSM8K's, packed, with the peak of memory; dpo: pairs as long; "
+    "parity: the price of exactness; profile: where the time goes, by operation; "
     "sweep: decoding over the number of sequences and over the context; "
     "gpu: random Llamas on a CUDA device; sandbox: starts, commands, what a thousand leave behind; "
     "publish: weights to another process, whole and what a step changed; "

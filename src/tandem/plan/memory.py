@@ -356,7 +356,7 @@ def _variants(asked: Asked, plan: Plan) -> Iterator[tuple[str, Asked]]:
     if asked.critic is not None:
         head = replace(run, critic=replace(run.critic, model="", model_lr=None))
         yield "critic.model= (a head on the policy)", replace(asked, critic=None, run=head)
-    if run.algo.needs_reference:
+    if run.needs_reference and run.objective == "policy_gradient":
         algo = replace(run.algo, kl="none", kl_weight=0.0, kl_in_reward=False)
         reward = " and algo.kl_in_reward=false" if run.algo.kl_in_reward else ""
         yield f"algo.kl=none and algo.kl_weight=0{reward}", replace(asked, run=replace(run, algo=algo))
@@ -441,7 +441,7 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
     count = sum(map(prod, shapes))
     compute = SIZES[model.dtype]
     yield from _optimiser_lines(asked, "", count, place)
-    if run.algo.needs_reference:
+    if run.needs_reference:
         yield Line("reference model", count * compute + packed_bytes(spec, model), LOADED, place)
     yield Line("texts of a step" if run.corpus.on else "rollouts of a step", rollout_bytes(asked), LOADED)
     if run.corpus.on and (held := held_bytes(run.corpus)):

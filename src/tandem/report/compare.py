@@ -22,6 +22,7 @@ STRIPS = (
     ("The answers", plots.ANSWERS),
     ("The updates", plots.UPDATE),
     ("The critic", plots.CRITIC),
+    ("The preferences", plots.PREFERENCE),
     ("Drift and limits", plots.LIMITS),
 )
 Lines = list[tuple[str, list[str]]]  # (what, one text a run)

@@ -60,6 +60,7 @@ def step_line(row: Row, total_steps: int, left_s: float | None) -> str:
         parts.append(f"{count(row.get('tokens_per_s'))} tok/s")
     elif "loss" in row:
         parts += [f"loss {decimal(row['loss'])}", f"length {decimal(row.get('length'), 1)}"]
+        parts += [f"margin {decimal(row['reward_margin'], 2)}"] if "reward_margin" in row else []
     if row.get("preemptions"):
         parts.append(f"preempted {count(row['preemptions'])} ({count(row.get('recomputed_tokens'))} tokens again)")
     if row.get("failed"):
@@ -220,6 +221,8 @@ class LiveTable:
             columns += ["equal groups", "failed", "gradient", "held-out"]
             if any("explained_variance" in row for row in self._rows):
                 columns.insert(-1, "critic")
+        if any("reward_margin" in row for row in self._rows):
+            columns.insert(2, "margin")
         if name == "loss":  # nothing is sampled
             columns = [column for column in columns if column not in ("KL", "tok/s", "equal groups", "failed")]
         for column in columns:
@@ -240,6 +243,7 @@ class LiveTable:
                 "failed": count(row.get("failed")),
                 "gradient": decimal(row.get("grad_norm"), 2),
                 "critic": percent(row.get("explained_variance")),
+                "margin": decimal(row.get("reward_margin"), 2),
                 "held-out": _scored(row),
             }
             table.add_row(*(cells[column] for column in columns), style="red" if row.get("failed") else "")

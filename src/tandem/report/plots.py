@@ -301,6 +301,11 @@ CRITIC: tuple[Curve, ...] = (
     ("explained_variance", "explained var.", 1.0),
     ("returns_mean", "mean return", 1.0),
 )
+PREFERENCE: tuple[Curve, ...] = (
+    ("preference_accuracy", "right, share", 1.0),
+    ("reward_margin", "margin, reward", 1.0),
+    ("chosen_logprob", "log p, nats", 1.0),
+)
 LIMITS: tuple[Curve, ...] = (
     ("kl", "KL, nats", 1.0),
     ("truncated", "cut off, share", 1.0),
@@ -363,16 +368,27 @@ def agents_figure(rows: Sequence[Row]) -> Figure:
 def critic_figure(rows: Sequence[Row]) -> Figure:
     """A critic's loss, what it knew of the returns' variance, and the mean of its values beside that of the returns."""
     figure = strips_figure("The critic", CRITIC, [("", rows)])
-    axes = figure.axes[-1]
-    steps, values = series(training(rows), "values_mean")
+    _draw_beside(figure.axes[-1], rows, "returns", "values_mean", "values")
+    figure.axes[-1].set_ylabel("mean, reward")
+    return figure
+
+
+def preference_figure(rows: Sequence[Row]) -> Figure:
+    """Pairs whose chosen answer has the higher reward, by how much, and the log-probs of both sides."""
+    figure = strips_figure("The preferences", PREFERENCE, [("", rows)])
+    _draw_beside(figure.axes[-1], rows, "chosen", "rejected_logprob", "rejected")
+    return figure
+
+
+def _draw_beside(axes: Axes, rows: Sequence[Row], label: str, name: str, other: str) -> None:
+    """Another key in the plot of one, where rows have it."""
+    steps, values = series(training(rows), name)
     if steps:
-        (returns,) = axes.get_lines()
-        returns.set_label("returns")
-        axes.set_ylabel("mean, reward")
-        axes.plot(steps, values, color=VERMILLION, linestyle="--", linewidth=1.4, label="values")
+        (line,) = axes.get_lines()
+        line.set_label(label)
+        axes.plot(steps, values, color=VERMILLION, linestyle="--", linewidth=1.4, label=other)
         axes.set_ylim(bottom=min(axes.get_ylim()[0], *values))
         axes.legend(loc="best", ncols=2)
-    return figure
 
 
 AHEAD: list[Curve] = [
@@ -401,6 +417,7 @@ FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "time": time_figure,
     "update": update_figure,
     "critic": critic_figure,
+    "preference": preference_figure,
     "agents": agents_figure,
     "ahead": ahead_figure,
     "limits": limits_figure,

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from annotated_types import Interval
 
 from tandem.algo.alarm import AlarmConfig, check_correctable
-from tandem.algo.config import AlgoConfig, SupervisedConfig, check_group_size
+from tandem.algo.config import AlgoConfig, PreferenceConfig, SupervisedConfig, check_group_size
 from tandem.config import Amount, Count, Positive, section
 from tandem.corpus.config import CorpusConfig
 from tandem.engine.config import EngineConfig
@@ -23,7 +23,7 @@ from tandem.sync.config import SyncConfig, Transport
 from tandem.train.config import CriticConfig, LearnerConfig
 
 OF_GROUPS = {"grpo", "dr_grpo", "rloo", "best"}  # advantages that are 0 where a group's rewards are equal
-Learned = Literal["policy_gradient", "next_token"]
+Learned = Literal["policy_gradient", "next_token", "preference"]
 Accuracy = Annotated[float, Interval(gt=0, le=1)]
 Finite = Annotated[float, Interval(gt=-math.inf, lt=math.inf)]
 
@@ -197,6 +197,7 @@ class RunConfig:
     algo: AlgoConfig = field(default_factory=AlgoConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     asynchrony: AsyncConfig = field(default_factory=AsyncConfig)
@@ -212,6 +213,11 @@ class RunConfig:
     def asks_task(self) -> bool:
         """Whether the task is asked for anything."""
         return not self.corpus.on or self.evaluation.prompts > 0
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the first weights score each batch."""
+        return (self.preference if self.objective == "preference" else self.algo).needs_reference
 
     def __post_init__(self) -> None:
         if self.checkpoint.best and not self.evaluation.repeats:
@@ -253,6 +259,15 @@ def _check_written(config: RunConfig) -> None:
         raise ConfigError(
             "corpus.sources is set, and objective policy_gradient learns from what the engine samples. Set "
             "objective=next_token, or leave corpus.sources out."
+        )
+    if config.objective == "preference" and not corpus.on:
+        raise ConfigError(
+            "objective is preference and corpus.sources is empty: name the pairs, ratings or run folders."
+        )
+    if config.preference != PreferenceConfig() and config.objective != "preference":
+        raise ConfigError(
+            f"preference.* is of objective preference, and objective is {config.objective}. Leave it out, or set "
+            "objective=preference."
         )
     if supervised != SupervisedConfig() and config.objective != "next_token":
         raise ConfigError(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, get_args
 
 from tandem.algo.objective import Objective, PolicyGradient
+from tandem.algo.preference import Preference, RewardModel
 from tandem.algo.supervised import NextToken
 from tandem.run.config import Learned, RunConfig
 from tandem.sync.departures import is_exact
@@ -21,6 +22,9 @@ OBJECTIVES: Mapping[str, Callable[[RunConfig], Objective]] = {
         config.algo, config.rollout.temperature, config.alarms, exact=is_exact(config)
     ),
     "next_token": lambda config: NextToken(),
+    "preference": lambda config: (
+        RewardModel(config.preference) if config.preference.loss == "reward_model" else Preference(config.preference)
+    ),
 }
 assert {*OBJECTIVES} == {*get_args(Learned)}, f"run/config.py names {get_args(Learned)}, here: {[*OBJECTIVES]}"
 

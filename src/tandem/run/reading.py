@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from tandem.algo import preference
 from tandem.algo.advantage import Selection
 from tandem.algo.supervised import select
+from tandem.corpus.preferences import preferences_of
 from tandem.corpus.reader import Reader, tasks_of
 from tandem.corpus.solutions import written
 from tandem.corpus.sources import readers_of
@@ -29,9 +31,17 @@ OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated", "turns", "ha
 # `objective` of a config -> who reads its sources, and what of their groups is trained.
 READERS: Mapping[str, Callable[[RunConfig, Renderer], Sequence[Reader]]] = {
     "next_token": lambda config, renderer: readers_of(config.corpus, renderer),
+    "preference": lambda config, renderer: preferences_of(
+        config.corpus,
+        config.preference,
+        renderer,
+        most_rows=config.learner.microbatch_tokens,
+        share_prefix=config.learner.share_prefix,
+    ),
 }
 SELECTIONS: Mapping[str, Callable[[RunConfig, Sequence[Group]], Selection]] = {
     "next_token": lambda config, groups: select(groups, config.supervised),
+    "preference": lambda config, groups: preference.select(groups),
 }
 
 
@@ -48,8 +58,8 @@ class Reading(Protocol):
         """A step's row, as far as it is of what was read, and what this has to add."""
         ...
 
-    def heldout(self, learner: Learns) -> dict[str, Any]:
-        """A row's key of what the held-out tasks come to; nothing where there are none."""
+    def heldout(self, learner: Learns, score: Callable[[Selection], Selection]) -> dict[str, Any]:
+        """A row's key of what the held-out tasks come to; nothing where there are none. `score`: as Stages'."""
         ...
 
     def begun(self) -> dict[str, Any]:
@@ -85,7 +95,7 @@ class Solutions:
     def told(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if name not in OF_SAMPLES}
 
-    def heldout(self, learner: Learns) -> dict[str, Any]:
+    def heldout(self, learner: Learns, score: Callable[[Selection], Selection]) -> dict[str, Any]:
         return {}
 
     def begun(self) -> dict[str, Any]:
@@ -117,10 +127,10 @@ class Corpus:
     def told(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if name not in OF_SAMPLES} | {"epochs": self.stream.epochs()}
 
-    def heldout(self, learner: Learns) -> dict[str, Any]:
+    def heldout(self, learner: Learns, score: Callable[[Selection], Selection]) -> dict[str, Any]:
         if not self.stream.heldout:
             return {}
-        batch = SELECTIONS[self.config.objective](self.config, self.stream.heldout)
+        batch = score(SELECTIONS[self.config.objective](self.config, self.stream.heldout))
         return {"heldout": learner.measure(batch.samples, batch.prompts)}
 
     def begun(self) -> dict[str, Any]:

@@ -114,6 +114,15 @@ _OF_SAMPLES = {
     "cost": Key("algo.price", "mean cost a trajectory, where algo.price has a budget"),
     "price": Key("reward/cost", "of the Lagrangian after the step"),
 }
+_OF_PREFERENCES = {
+    "preference_accuracy": Key("share", "pairs whose chosen answer has the higher reward, under objective=preference"),
+    "reward_margin": Key("reward", "mean of chosen less rejected"),
+    "chosen_reward": Key("reward", "mean of the chosen answers: by preference.loss, or of a reward model's head"),
+    "rejected_reward": Key("reward", "the same of the rejected"),
+    "chosen_logprob": Key("nats", "mean of the chosen answers, each the sum over its tokens"),
+    "rejected_logprob": Key("nats", "the same of the rejected"),
+    "kl_mismatched": Key("nats", "an answer: KTO's KL, by answers to other prompts; 0 where that is below it"),
+}
 _OF_THE_LEARNER = {
     "trained_samples": Key("count", "samples in the batch"),
     "trained_tokens": Key("tokens", "in the loss, all updates"),
@@ -137,6 +146,8 @@ _OF_THE_LEARNER = {
     "ratio_max": Key("1", "its largest"),
     "ratio_error": Key("1", "largest of its distance from 1"),
     "kl_reference": Key("nats", "of learner to reference a token, where algo.kl is set"),
+    **_OF_PREFERENCES,
+    "referred_answers": Key("count", "that the reference scored; others were kept in reference.bin"),
     "value_loss": Key("reward^2", "half the squared error of the critic, clipped, where algo.advantage is gae"),
     "value_clip_fraction": Key("share", "trained tokens whose value loss was clipped"),
     "explained_variance": Key("share", "of the returns, by the critic before the step; below 0: worse than their mean"),
@@ -180,6 +191,7 @@ _OF_THE_CORPUS = {
     "heldout/nll": Key("nats", "of the same, as `nll`"),
     "heldout/entropy": Key("nats", "of the same, as `entropy`"),
     "heldout/tokens": Key("tokens", "of the same that the loss is of"),
+    **{f"heldout/{name}": Key(key.unit, f"of the same, as `{name}`") for name, key in _OF_PREFERENCES.items()},
 }
 KEYS: dict[str, Key] = (
     _OF_THE_STEP | _OF_SAMPLES | _OF_THE_LEARNER | _OF_THE_DRIFT | _OF_THE_EVALUATION | _OF_THE_CORPUS

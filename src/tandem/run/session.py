@@ -48,8 +48,9 @@ from tandem.run.learned import OBJECTIVES, learner_config, total_updates
 from tandem.run.learning import Learns
 from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages
-from tandem.run.parts import Parts, reference_of, resolve_source
+from tandem.run.parts import Parts, resolve_source
 from tandem.run.reading import SELECTIONS, Reading
+from tandem.run.reference import scorer_of
 from tandem.run.spending import Spending
 from tandem.run.stop import StopSignal
 from tandem.run.stream import PromptStream
@@ -144,8 +145,7 @@ class Session:
         self.samples = objective.samples  # the engine does, and rewards and fates are theirs
         self.reading = reading
         self.saved_parts |= reading.saved if reading is not None else {}
-        referred = "reference_logprobs" in objective.columns
-        self.reference = reference_of(parts, config, self._frozen) if referred else None
+        self.reference = scorer_of(parts, config, objective, self._frozen, folder.path, self.trace)
 
     def _frozen(self, source: str) -> Decoder:
         """A model beside the policy, of the same dtype and device."""
@@ -239,7 +239,7 @@ class Session:
 
     def score(self, batch: Selection) -> Selection:
         """The batch under the reference policy, and under the weights that sampled it where those are older."""
-        samples, given = batch.samples, (self.config.learner.microbatch_tokens, self.config.rollout.temperature)
+        samples, given = batch.samples, (self.config.learner.microbatch_tokens, self.learner.objective.temperature)
         with self.trace.span("learner"):
             if self.reference is not None:
                 samples = self.reference(samples, batch.prompts, *given)
@@ -293,7 +293,7 @@ class Session:
         if self.reading is not None:
             self.release_memory()
             with self.trace.span("evaluate"):
-                found |= self.reading.heldout(self.learner)
+                found |= self.reading.heldout(self.learner, self.score)
         return found
 
     def evaluate(self, step: int) -> dict[str, Any]:

@@ -1,0 +1,36 @@
+"""What is shown of a run that learns from preferences: its curves, its columns and its words in a log."""
+
+from __future__ import annotations
+
+from tandem.report import plots
+from tandem.report.html import last_steps
+from tandem.report.live import step_line
+from tests.null.test_report import run_rows
+
+
+def preferred(count: int = 3) -> list[dict]:
+    known = {"loss": 0.6, "length": 9.0, "entropy": 1.0, "grad_norm": 2.0, "trained_samples": 8, "trained_tokens": 70}
+    rows = []
+    for step in range(1, count + 1):
+        sides = {"chosen_logprob": -20.0 - step, "rejected_logprob": -20.0 - 3 * step}
+        found = {"preference_accuracy": 0.5 + 0.1 * step, "reward_margin": 0.2 * step, **sides}
+        rows.append({"step": step, "seconds": {"learner": 1.0}, "time_s": float(step), **known, **found})
+    return rows
+
+
+def test_both_sides_are_drawn():
+    """The rejected answers' log-probs are below the picture or not there, or a run without pairs gets empty axes."""
+    accuracy, margin, sides = plots.preference_figure(preferred()).axes
+    assert accuracy.get_lines()[0].get_ydata().tolist() == [0.6, 0.7, 0.8] and margin.get_ylim()[0] == 0.0
+    drawn = {line.get_label(): line.get_ydata().tolist() for line in sides.get_lines()}
+    assert drawn == {"chosen": [-21.0, -22.0, -23.0], "rejected": [-23.0, -26.0, -29.0]}
+    assert sides.get_ylim()[0] <= -29.0 and sides.get_ylim()[1] >= -21.0
+    assert not plots.shows(plots.preference_figure(run_rows()))
+
+
+def test_margins_in_a_log_and_on_a_page():
+    """A run whose margin falls looks as one whose margin grows."""
+    assert "margin 0.40" in step_line(preferred()[1], 3, None) and "margin" not in step_line(run_rows()[1], 3, None)
+    headings, newest, *_ = last_steps(preferred())
+    shown = dict(zip(headings, newest, strict=True))
+    assert shown["right pairs"] == "80 %" and shown["margin"] == "0.60"
