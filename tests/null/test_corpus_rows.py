@@ -84,7 +84,7 @@ def test_a_call_and_what_a_tool_said(tmp_path: Path) -> None:
     [
         ("{", "line 2: Expecting property name"),
         ("[1]", r"line 2: \[1\] is no JSON object"),
-        ({"mesages": []}, "no field messages, conversations or text; it has mesages"),
+        ({"mesages": []}, "no field messages, .* or completion; it has mesages"),
         ({"messages": "x"}, "'messages' is a text, and no JSON"),
         ({"messages": {}}, "'messages' is {}; a list of objects is needed"),
         ({"messages": [ASK]}, "no message is the assistant's"),
@@ -181,7 +181,7 @@ def test_parquet(tmp_path: Path) -> None:
         CorpusError, match=r"a\.parquet: no column 'dialog' \(corpus\.fields: messages\)\. Did you mean"
     ):
         read(tmp_path / "a.parquet", 0, fields=(("messages", "dialog"),))
-    with pytest.raises(CorpusError, match=r"no column messages, conversations or text; it has dialogue, repo, tools"):
+    with pytest.raises(CorpusError, match=r"no column messages, .* or completion; it has dialogue, repo, tools"):
         read(tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_text("no")
     with pytest.raises(CorpusError, match=r"b\.parquet cannot be read as Parquet"):
