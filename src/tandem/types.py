@@ -168,7 +168,7 @@ class Request:
     seed: int  # 64 bits; with the absolute position and token id it fixes the noise
     tenant: str = ""  # finds no prefix of another's in the cache, and so learns nothing of it by time
     priority: int = 0  # the higher starts first
-    adapter: str = ""  # LoRA adapter; none but "" is served yet
+    adapter: str = ""  # by the name that its engine serves it under; "": the weights themselves
     group: str = ""  # siblings, whose lengths tell each other's; "" has none
     carried: int = 0  # of its last tokens: drawn by an earlier request, which this one goes on with
     ran: int = 0  # of its tokens, the first so many: that earlier requests of its program had run

@@ -128,6 +128,40 @@ print(json.dumps([seen, given_back]))
 """
 
 
+# The same of an adapter, whose base keeps one form of its matrices.
+ADAPTED = """
+import json, sys
+from tandem import env
+env.limit_spinning()
+from tandem.algo.config import AlgoConfig
+from tandem.algo.objective import PolicyGradient
+from tandem.algo.pack import count_prompts
+from tandem.columns import Columns
+from tandem.engine.config import EngineConfig
+from tandem.models.config import AdapterConfig, ModelConfig
+from tandem.plan.memory import peak_bytes
+from tandem.program.config import TaskConfig
+from tandem.run.config import RunConfig
+from tandem.run.parts import build_parts
+from tandem.train.config import LearnerConfig
+from tandem.train.step import Learner
+from tandem.types import Sample
+
+engine = EngineConfig(kv_memory_bytes=32 << 20, batch_tokens=1024)
+learner = LearnerConfig(microbatch_tokens=1024, activation_checkpointing="off")
+model, task = ModelConfig(sys.argv[1]), TaskConfig("jsonl", path="x")
+run = RunConfig("memory", 1, model, adapter=AdapterConfig(rank=16), engine=engine, task=task, learner=learner)
+parts = build_parts(model, engine, run=run)
+mask = tuple(t >= 224 for t in range(256))
+rows = [tuple((3 + i * 17 + 7 * t) % 48000 for t in range(256)) for i in range(4)]
+known = {"loss_mask": mask, "advantages": mask, "logprobs": (-9.0,) * 256}
+samples = [Sample(str(i), str(i), Columns.of(tokens=row, **known)) for i, row in enumerate(rows)]
+Learner(parts.decoder, learner, PolicyGradient(run.algo, 1.0), 10).step(samples, count_prompts(samples))
+parts.publisher.publish(1)
+print(json.dumps([parts.memory.peak()[0], peak_bytes()]))
+"""
+
+
 def engine_of(decoder: Decoder) -> Engine:
     config = EngineConfig(page_tokens=16, batch_tokens=64, max_sequences=4)
     return Engine(DecoderRunner(decoder, 40, 16, config), config, 40)
@@ -160,6 +194,16 @@ def test_a_plan_is_what_is_then_used(model: Path, tmp_path: Path) -> None:
     assert list(given_back) == ["pages", "on disk", "computed again", "kept", "head", "critic"]
     for what, (held, freed) in given_back.items():  # pages, and the gradients after a learner's step
         assert freed > 0.9 * held, f"{what}: {freed / 1e6:.0f} MB of {held / 1e6:.0f} MB were given back"
+
+
+def test_an_adapters_plan_is_what_is_then_used(model: Path) -> None:
+    """Frozen weights that keep two forms, gradients or moments, planned or not."""
+    environment = env.child(PYTHONPATH=str(SOURCES), TANDEM_CACHE=str(env.cache_dir()), OMP_NUM_THREADS="2")
+    command = [sys.executable, "-c", ADAPTED, str(model)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    planned, used = json.loads(done.stdout)
+    assert -0.1 < planned / used - 1 < 0.15, f"planned {planned / 1e6:.0f} MB, used {used / 1e6:.0f} MB"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

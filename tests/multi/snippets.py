@@ -81,6 +81,7 @@ RUNS: dict[str, str] = {
     "tandem doctor": "",
     "tandem train smollm2_arithmetic_cpu --set engine.weights=int4 --set sync.lag=1 "
     "--set algo.correction.form=decoupled --set algo.correction.weight=token_tis --set alarms.action=warn": "",
+    "tandem train smollm2_arithmetic_cpu --set adapter.rank=16 --set learner.lr=2e-4": "",
     "tandem train tiny_arithmetic": "",
     "tandem train tiny_arithmetic --set task.environment=written.py:Written": "",
     "tandem train tiny_arithmetic --set steps=200 --out tiny": "",
@@ -212,6 +213,13 @@ LISTED: dict[str, str] = {
     ),
     "tandem bench {profile,sweep} [--json]": "takes minutes; tests/cpu/test_profile.py",
     "tandem bench gpu [--json]": "needs a GPU",
+    "tandem bench lora [--json]": "takes minutes; tests/cpu/test_adapter.py",
+    "tandem convert merge SOURCE --out FOLDER": "needs an adapter; tests/cpu/test_peft.py",
+    "tandem convert merge runs/demo --out merged": "needs an adapter; tests/cpu/test_peft.py",
+    "tandem serve MODEL --adapter sums=runs/demo --adapter prose=folder": "tests/multi/test_server_adapters.py",
+    "y = round(f W x + bias) + residual, rounded; then y + round(f B round(s A x)), rounded": (
+        "tests/cpu/test_adapter.py"
+    ),
     "tandem bench sandbox [--json]": "takes minutes; tests/null/test_bench.py",
     "tandem bench publish [--json]": "takes a minute; tests/multi/test_publish_apart.py",
     "tandem study length_bias": "takes hours; tests/multi/test_study.py runs a small study",

@@ -48,6 +48,7 @@ def _product(size: int, rows: int, columns: int, depth: int) -> Cost:
 # product adds is left out.
 KERNELS: dict[str, tuple[str, Callable[..., Cost]]] = {
     "linear": ("{}", lambda size, _, *shape: _product(size, *shape)),
+    "adapt": ("adapter", lambda size, _, rows, n, k: Cost(0, size * rows * (n + k))),  # its ranks are not told
     "input_gradient": ("input gradient: {}", lambda size, _, *shape: _product(size, *shape)),
     "accumulate": (
         "weight gradient: {}",

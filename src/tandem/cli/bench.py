@@ -33,6 +33,7 @@ class Work(str, Enum):
     STRUCTURED = "structured"
     SERVE = "serve"
     SOAK = "soak"
+    LORA = "lora"
 
 
 class Part(str, Enum):
@@ -57,6 +58,7 @@ WORKS_HELP = (
     "programs: agents that share too little memory, by policy (takes ten minutes); "
     "structured: answers of a given form beside the same without; "
     "serve: the server over the engine alone, and beside a peer's server (takes twelve minutes with one); "
+    "lora: training an adapter beside training all weights, and decoding over eight of them; "
     "soak: the server at mixed load with faults; every call is accounted for, and memory stays."
 )
 PEER_HELP = (
@@ -114,6 +116,7 @@ def bench(
             Work.STRUCTURED: _show_structured,
             Work.SERVE: _show_serve,
             Work.SOAK: _show_soak,
+            Work.LORA: _show_lora,
         }
         shown.get(work, _show)(result)
         if limits := result.get("limits"):
@@ -242,6 +245,10 @@ def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:
         from tandem.bench.structured import structured
 
         return structured()
+    if work is Work.LORA:
+        from tandem.bench.lora import lora
+
+        return lora(rounds)
     if work is Work.PROGRAMS:
         from tandem.bench.programs import programs
 
@@ -373,6 +380,27 @@ def _show_structured(result: dict[str, Any]) -> None:
         figures = (f"{row['plain_s'] * 1e3:.1f} ms", f"{row['held_s'] * 1e3:.1f} ms", f"{row['ratio']:.2f} x")
         table.add_row(row["form"], str(row["sequences"]), *figures, f"{row['mask_s'] * 1e6:.0f} us")
     Console().print(table)
+
+
+def _show_lora(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"tandem bench lora: training 4x1024, medians of {result['rounds']} rounds")
+    for column in ("work", "tok/s", "over full", "wanted", "peak", "over full", "wanted"):
+        table.add_column(column, justify="left" if column == "work" else "right")
+    for row in result["rows"]:
+        cells = [row["work"]]
+        for name, unit in (("tok_s", ""), ("gb", " GB")):
+            wanted = row[f"{name}_wanted"]
+            cells += [f"{row[name]:,.2f}{unit}", f"{row[f'{name}_ratio']:.2f} x", f"{wanted:.2f} x" if wanted else ""]
+        table.add_row(*cells)
+    Console().print(table)
+    decode = result["decode"]
+    print(
+        f"decode steps of 64 sequences: {decode['adapters_tok_s']:,.0f} tok/s over 8 adapters, "
+        f"{decode['base_tok_s']:,.0f} on the base: {decode['ratio']:.2f} x (wanted: {decode['wanted']:.2f} x)"
+    )
 
 
 def _show_programs(result: dict[str, Any]) -> None:

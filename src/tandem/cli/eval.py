@@ -170,9 +170,9 @@ def _tasks(
     assigned = assignments(read, *given)
     if is_model and not names and path is suite is None and not any(name.startswith("task.") for name in assigned):
         from tandem.models.checkpoint import open_checkpoint
-        from tandem.run.parts import resolve_source
+        from tandem.run.parts import origin_of
 
-        open_checkpoint(resolve_source(target))  # where there is no such model, that is what is wrong
+        open_checkpoint(origin_of(target)[0])  # where there is no such model, that is what is wrong
         raise ConfigError(
             f"{target} is a model: say what to ask it. Give --task NAME (a reasoning-gym data set), --task gsm8k or "
             "jsonl with --path FILE.jsonl, --suite FILE.toml, or --set task.environment=..."

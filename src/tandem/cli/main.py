@@ -25,6 +25,7 @@ from tandem.cli import (
     bench,
     catalogue,
     chat,
+    convert,
     doctor,
     eval,
     generate,
@@ -58,6 +59,7 @@ app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("serve")(serve.serve)
 app.command("route")(route.route)
+app.command("convert")(convert.convert)
 app.command("report")(report.report)
 app.command("recipes")(catalogue.recipes)
 app.command("bench")(bench.bench)

@@ -20,6 +20,10 @@ def serve(
     engines: Annotated[
         int | None, typer.Option(min=1, help="Engines, each a process, behind one router. Sets route.engines.")
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FOLDER", help="An adapter to serve as a model. Sets server.adapters."),
+    ] = None,
     files: ConfigFiles = None,
     settings: Assignments = None,
     check: Annotated[bool, typer.Option("--check", help="Say what would be served, and end.")] = False,
@@ -32,8 +36,10 @@ def serve(
 
     config = ServeConfig(ModelConfig(model))
     assigned = assignments(config, files or [], settings or [])
+    pairs = {"server.adapters": _pairs(adapter)} if adapter else {}
     given = {"server.host": host, "server.port": port, "route.engines": engines}
-    config = override(config, {**assigned, **{name: str(text) for name, text in given.items() if text is not None}})
+    flags = {name: str(text) for name, text in given.items() if text is not None}
+    config = override(config, {**assigned, **pairs, **flags})
 
     from tandem.run.served import check_installed, checked, served
 
@@ -63,6 +69,19 @@ def serve(
     with parts.memory.foreseen():
         Listener(build(room, ServedWeights() if config.server.control else None), room).run([listening])
     return 0
+
+
+def _pairs(given: list[str]) -> dict[str, str]:
+    """Names and folders of --adapter."""
+    from tandem.errors import ConfigError
+
+    pairs = [text.partition("=") for text in given]
+    for text, (name, _, folder) in zip(given, pairs, strict=True):
+        if not (name and folder):
+            raise ConfigError(f"--adapter {text}: wanted NAME=FOLDER, a name to ask for and an adapter's folder.")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise ConfigError(f"--adapter gives a name twice: {', '.join(given)}. Give each a name of its own.")
+    return {name: folder for name, _, folder in pairs}
 
 
 def _serve_several(config: ServeConfig) -> int:

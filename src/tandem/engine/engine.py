@@ -134,6 +134,11 @@ class Engine:
         return self.scheduler.version
 
     @property
+    def adapters(self) -> Mapping[str, WeightVersion]:
+        """That requests may name, beside the weights themselves, and which version of each."""
+        return self.scheduler.adapters
+
+    @property
     def stats(self) -> Stats:
         """A copy of the counts since the start."""
         return self.scheduler.stats
@@ -142,8 +147,8 @@ class Engine:
         """Raises what `submit` would, but for an id in use. From any thread.
 
         ConfigError: empty prompt, max_new_tokens < 1, stop strings that are empty or cannot be decoded, a token or stop
-        token outside the vocabulary, a seed or filter that the sampler does not have, an adapter, a constraint that
-        cannot be held.
+        token outside the vocabulary, a seed or filter that the sampler does not have, an unknown adapter, a constraint
+        that cannot be held.
         CapacityError: it could not run even alone.
         """
         strings = request.sampling.stop_strings
@@ -151,10 +156,11 @@ class Engine:
             raise ConfigError(f"request {request.id!r} has stop strings, but this engine was given no decode function.")
         if "" in strings:
             raise ConfigError(f"request {request.id!r} has an empty stop string, which would stop it at once.")
-        if request.adapter:
+        if request.adapter and request.adapter not in self.adapters:
+            served = ", ".join(sorted(self.adapters))
             raise ConfigError(
-                f"request {request.id!r} asks for adapter {request.adapter!r}, and this engine serves none. "
-                'Allowed: "", the weights themselves.'
+                f"request {request.id!r} asks for adapter {request.adapter!r}, and this engine serves "
+                f'{served or "none"}. Allowed: {f"{served}, and " if served else ""}"", the weights themselves.'
             )
         if request.constraint is not None and self.grammars is None:
             raise ConfigError(f"request {request.id!r} has a constraint, but this engine was given no tokeniser.")
@@ -221,6 +227,11 @@ class Engine:
         self._land()
         self.scheduler.receive(version)
 
+    def receive_adapter(self, version: WeightVersion) -> None:
+        """Says that the runner's adapter of this name is now `version`. Between steps only, as `receive`."""
+        self._land()
+        self.scheduler.receive_adapter(version)
+
     def release_memory(self) -> None:
         """Between phases, with nothing live: the memory of all pages is the system's until they are written again."""
         self._land()
@@ -241,6 +252,7 @@ class Engine:
         known = (old.config, old.pool.num_pages, old.max_context, self.clock, self.decode, old.version, old.drafter)
         new = Engine(self.runner, *known)
         new.grammars = self.grammars
+        new.scheduler.adapters |= self.adapters
         if isinstance(new.scheduler.order, Deals) and isinstance(old.order, Deals):
             new.scheduler.order.inherit(old.order)
         if new.scheduler.programs is not None and old.programs is not None:

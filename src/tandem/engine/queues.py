@@ -39,6 +39,7 @@ class Queues:
         self.pool = PagePool(num_pages, config.page_tokens)
         self.index = PrefixIndex(self.pool, layout)
         self.version = version
+        self.adapters: dict[str, WeightVersion] = {}  # that requests may name, as they are now
         self.live: dict[str, Sequence] = {}  # by request id
         self.running: list[Sequence] = []  # by arrival
         self.waiting: list[Sequence] = []  # by arrival
@@ -59,8 +60,11 @@ class Queues:
 
     def root(self, request: Request) -> bytes:
         """What its blocks are named under, while its keys and values all come from the current weights."""
-        shared = self.config.share_prefixes and not request.scored
-        return root_key(self.version, request.adapter, request.tenant) if shared else MIXED
+        if not self.config.share_prefixes or request.scored:
+            return MIXED
+        adapter = self.adapters.get(request.adapter)
+        named = request.adapter if adapter is None else repr((adapter.adapter, adapter.step, adapter.digest))
+        return root_key(self.version, named, request.tenant)
 
     def limit(self, request: Request) -> int:
         """Context length at which it ends. Raises as `submit`."""

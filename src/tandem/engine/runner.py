@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from tandem.engine.batch import Batch, Sampled
+from tandem.engine.batch import Batch, Sampled, Work
 from tandem.engine.config import EngineConfig, KvDtype
 from tandem.engine.layout import KvLayout
 from tandem.engine.rows import Here, StepRows, changed, sampling_of, scored_rows
@@ -20,8 +20,9 @@ from tandem.kernels.page_pool import KvPool
 from tandem.kernels.page_sum import page_sums
 from tandem.kernels.paths import Paths
 from tandem.kernels.sample import SamplingBatch, kept_sets, likeliest, sample, token_logprobs, top_tokens
+from tandem.models.adapter import AdapterSet
 from tandem.models.decoder import Decoder
-from tandem.models.fused import FusedForward, fits
+from tandem.models.fused import FusedForward, RowAdapters, fits
 from tandem.models.view import PagedView
 from tandem.numerics import random
 from tandem.numerics.random import Stream
@@ -103,6 +104,7 @@ class DecoderRunner:
         self.pools_L = [self.pools[pool] for _, pool in self.layout.place_L]
         self.group_L = [group for group, _ in self.layout.place_L]
         self.forward = FusedForward(decoder, self.pools_L) if fits(decoder, self.pools_L) else decoder.forward
+        self.adapters: dict[str, AdapterSet] = {}  # that requests may name; of `decoder`
         self._page_tensors = [tensor for pool in self.pools for tensor in pool.tensors()]
         self._sums: dict[int, int] = {}  # of the pages in the prefix index, as they were when they got their name
         self.device_steps: DeviceSteps | None = None
@@ -172,9 +174,32 @@ class DecoderRunner:
             for pool in self.pools:
                 pool.copy_(list(batch.copies.values()), list(batch.copies))
             batch.copies.clear()
+        return self.taken(self._hidden(works), batch, sampling_of(batch))
+
+    def _hidden(self, works: Sequence[Work]) -> torch.Tensor:
+        """Final hidden states of the rows that draw or score; each work's rows with its adapter."""
         rows = StepRows.of(works, self.page_tokens)
-        hidden_NM = self.forward(torch.from_numpy(rows.tokens_T), self._view(rows), torch.from_numpy(rows.rows_N))
-        return self.taken(hidden_NM, batch, sampling_of(batch))
+        given = torch.from_numpy(rows.tokens_T), self._view(rows), torch.from_numpy(rows.rows_N)
+        names = list(dict.fromkeys(work.request.adapter for work in works))
+        if names == [""]:
+            return self.forward(*given)
+        sets = [self.adapters[name] if name else self.decoder.adapter for name in names]
+        place = {name: index for index, name in enumerate(names)}
+        place_T = np.repeat([place[work.request.adapter] for work in works], [len(work.tokens) for work in works])
+        if isinstance(self.forward, FusedForward):
+            served = [one for one in sets if one is not None]
+            numbers = np.array([-1 if one is None else served.index(one) for one in sets])
+            return self.forward(*given, RowAdapters(served, torch.from_numpy(numbers[place_T])))
+        hidden_NM = torch.empty(len(rows.rows_N), self.decoder.spec.width, dtype=self.decoder.dtype)
+        for name, one in zip(names, sets, strict=True):  # a row has the same bits in any company
+            own = StepRows.of([work for work in works if work.request.adapter == name], self.page_tokens)
+            drawn = np.flatnonzero(place_T == place[name])[own.rows_N]
+            with self.decoder.wearing(one):
+                own_NM = self.decoder.forward(
+                    torch.from_numpy(own.tokens_T), self._view(own), torch.from_numpy(own.rows_N)
+                )
+            hidden_NM[torch.from_numpy(np.searchsorted(rows.rows_N, drawn))] = own_NM
+        return hidden_NM
 
     def taken(self, hidden_NM: torch.Tensor, batch: Batch, sampling: SamplingBatch) -> Sampled:
         """What the rows of a step that draw or score give."""

@@ -133,6 +133,21 @@ class Scheduler(Queues):
         self.tails.clear()
         self.ends.clear()
 
+    def receive_adapter(self, version: WeightVersion) -> None:
+        """What `version.adapter` names from the next plan on; as `receive`, for the sequences that run with it."""
+        assert self.advanced is None, "what was drawn is to be resolved first"
+        if self.adapters.get(version.adapter) == version:
+            return
+        self.planned = None
+        self.adapters[version.adapter] = version
+        if self.programs is not None:
+            self.programs.drop("weights")
+        for sequence in self.running:
+            if sequence.request.adapter == version.adapter:
+                self.promised = {key: maker for key, maker in self.promised.items() if maker is not sequence}
+                self.tails.withdraw(sequence)
+                sequence.root, sequence.keys, sequence.tail = MIXED, [], None
+
     def empty(self) -> None:
         """Nothing is live: what pages hold is lost, and none of it is found again."""
         assert not self.live, f"{len(self.live)} requests are live"

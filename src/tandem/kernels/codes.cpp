@@ -60,8 +60,8 @@ void dequantise(const Codes& w, bf16* out) {
 }
 
 template <typename O>
-void multiply(const bf16* x, int64_t stride, const Codes& w, const float* bias, const bf16* residual, O* y, int64_t rows) {
-    const Product<bf16> a{x, stride, nullptr, rows, w.columns, w.depth, bias, residual};
+void multiply(const bf16* x, int64_t stride, const Codes& w, const float* bias, const bf16* residual, const float* factor, O* y, int64_t rows) {
+    const Product<bf16> a{x, stride, nullptr, rows, w.columns, w.depth, bias, residual, factor};
     with_team([&](const Team& team) { codes_share(a, w, y, team); });
 }
 
@@ -70,6 +70,6 @@ void multiply(const bf16* x, int64_t stride, const Codes& w, const float* bias, 
 extern "C" {
 void pack_codes(const Codes* w, const int8_t* codes, const uint8_t* scales, const uint8_t* minima, uint8_t* packed) { pack(*w, codes, scales, minima, packed); }
 void dequantise_codes(const Codes* w, bf16* out) { dequantise(*w, out); }
-void codes_bf16(const bf16* x, int64_t s, const Codes* w, const float* b, const bf16* r, bf16* y, int64_t t) { multiply(x, s, *w, b, r, y, t); }
-void codes_bf16_fp32(const bf16* x, int64_t s, const Codes* w, const float* b, const bf16* r, float* y, int64_t t) { multiply(x, s, *w, b, r, y, t); }
+void codes_bf16(const bf16* x, int64_t s, const Codes* w, const float* b, const bf16* r, const float* f, bf16* y, int64_t t) { multiply(x, s, *w, b, r, f, y, t); }
+void codes_bf16_fp32(const bf16* x, int64_t s, const Codes* w, const float* b, const bf16* r, const float* f, float* y, int64_t t) { multiply(x, s, *w, b, r, f, y, t); }
 }

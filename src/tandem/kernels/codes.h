@@ -236,7 +236,7 @@ template <typename O>
 void codes_share(const Product<bf16>& a, const Codes& w, O* y, const Team& team, const uint8_t* after = nullptr) {
     const auto store = [&](float* out, int64_t row, int64_t first, int64_t width) {
         const int64_t at = row * a.columns + first;
-        store_row<bf16, O>(out, y + at, a.bias ? a.bias + first : nullptr, a.residual ? a.residual + at : nullptr, int(width));
+        store_row<bf16, O>(out, y + at, a.bias ? a.bias + first : nullptr, a.residual ? a.residual + at : nullptr, int(width), a.factor_at(row, first));
     };
     if (takes_few(w, a.rows)) {  // halves of panels, so that few panels are shared evenly
         int64_t h, last;

@@ -78,14 +78,17 @@ def product(
     bias_N: Tensor | None = None,
     residual_TN: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    factor_N: Tensor | None = None,
 ) -> Tensor:
-    """x [T, K], bf16, times the transposed matrix: [T, N], bf16 or fp32. `bias_N` is fp32; x's rows may be strided."""
+    """x [T, K], bf16, times the transposed matrix, times `factor_N`: [T, N], bf16 or fp32. Both vectors are fp32; x's
+    rows may be strided."""
     name = "codes_bf16_fp32" if out_dtype == torch.float32 else "codes_bf16"
-    run = function("codes", name, "pippppi")
+    run = function("codes", name, "pipppppi")
     assert run is not None and out_dtype in (None, torch.bfloat16, torch.float32), out_dtype
     rows, (columns, depth) = len(x_TK), codes.shape
     x = rows_address(x_TK, torch.bfloat16, rows, depth)
     bias, residual = address(bias_N, torch.float32, columns), address(residual_TN, torch.bfloat16, rows, columns)
     out = torch.empty(rows, columns, dtype=out_dtype or x_TK.dtype)
-    run(x, x_TK.stride(0), codes.words.data_ptr(), bias, residual, out.data_ptr(), rows)
+    factor = address(factor_N, torch.float32, columns)
+    run(x, x_TK.stride(0), codes.words.data_ptr(), bias, residual, factor, out.data_ptr(), rows)
     return out

@@ -2,6 +2,7 @@
 // final norm of the rows asked for. Contract in forward.py. Each operation is the one that the learner's pass calls, a row at a
 // time, so the bits are the same.
 #include <chrono>
+#include "adapter.h"
 #include "attention.h"
 #include "codes.h"
 #include "layer.h"
@@ -24,6 +25,15 @@ extern "C" struct LayerArgs {
     int64_t group, rotary;                           // which tables of pages; 0: no rotation
 };
 
+extern "C" struct AdapterLayer {
+    AdapterMatrix qkv, out, gate_up, down;
+};
+
+extern "C" struct AdapterArgs {  // of one adapter and the rows that it serves: runs of adapter_rows and of adapter_last
+    const AdapterLayer* layers;
+    int64_t begin, end, last_begin, last_end;
+};
+
 extern "C" struct GroupArgs {
     const int32_t *table, *last_table;  // [S, table_stride]; [N, table_stride], of the rows asked for
     const int64_t* slots;               // [T]
@@ -40,8 +50,12 @@ extern "C" struct ForwardArgs {
     const float *cosine, *sine;                          // [positions, D / 2]
     void *hidden, *normed, *qkv, *attended, *both, *act;  // scratch: [T, M], [max(T, FEW threads), M], [T, W], [T, H D], [T, 2 F], [T, F]
     void* out;                                           // [N, M]
+    const AdapterArgs* adapters;                         // [num_adapters]
+    const int64_t *adapter_rows, *adapter_last;          // rows, and places among the rows asked for, by adapter
+    void* lowered;                                       // scratch: [T, ranks]
     double* seconds;                                     // [KINDS], added to; or null
     int64_t num_layers, num_groups, rows, segments, num_last, width, ff_width, heads, kv_heads, head_size, page_tokens;
+    int64_t num_adapters, ranks;  // of the widest of their matrices
     float eps;
 };
 
@@ -98,12 +112,12 @@ public:
         for (int64_t l = 0; l < a_.num_layers; l++) {
             const LayerArgs& layer = a_.layers[l];
             const bool last = l + 1 == a_.num_layers;
-            project(layer);
+            project(layer, l);
             rotate_store(layer);
             if (last && a_.num_last == 0) return;  // a chunk from which nothing is drawn: its keys and values are in their pages
             if (last && a_.num_last < a_.rows) keep_last();
             attend(layer, l, last);
-            feed_forward(layer, last ? nullptr : &a_.layers[l + 1]);
+            feed_forward(layer, l, last ? nullptr : &a_.layers[l + 1]);
         }
         int64_t i, end;
         team_.share(a_.num_last, i, end);
@@ -121,11 +135,59 @@ private:
         return matrix.codes ? (const void*)first_codes(*matrix.codes, rows_, team_) : first_panel((const E*)matrix.packed, rows_, columns, depth(inputs), team_);
     }
 
-    void multiply(const MatrixArgs& matrix, Product<E> a, void* y, const void* after = nullptr) {
+    void multiply(const MatrixArgs& matrix, Product<E> a, void* y, const void* after = nullptr, Fetch* also = nullptr) {
         a.packed = (const E*)matrix.packed;
         if constexpr (sizeof(E) == 2)
             if (matrix.codes) return codes_share<E>(a, *matrix.codes, (E*)y, team_, (const uint8_t*)after);
-        linear_share<E, E>(a, (E*)y, team_, (const E*)after);
+        linear_share<E, E>(a, (E*)y, team_, (const E*)after, also);
+    }
+
+    // As multiply, with what adapters add to their rows; everybody has finished where it returns.
+    void apply(AdapterMatrix AdapterLayer::*which, int64_t l, const MatrixArgs& matrix, Product<E> a, void* y, const void* after) {
+        if (find(which, l)) a.row_factors = row_factors_.data();
+        foresee(a.depth);
+        multiply(matrix, a, y, after, &fetch_);
+        if (!parts_.empty()) {
+            const AdapterProduct<E> product{a.x, a.stride, a.depth, (E*)a_.lowered, a_.ranks, (E*)y, a.columns};
+            lower_share(parts_.data(), int64_t(parts_.size()), product, team_);
+            team_.wait();
+            raise_share(parts_.data(), int64_t(parts_.size()), product, team_);
+        }
+        team_.wait();
+    }
+
+    // The rows whose adapters have something for a matrix of layer l; returns whether some of them have factors.
+    bool find(AdapterMatrix AdapterLayer::*which, int64_t l) {
+        bool factors = false;
+        parts_.clear();
+        for (int64_t i = 0; i < a_.num_adapters; i++) {
+            const AdapterArgs& one = a_.adapters[i];
+            const AdapterMatrix& matrix = one.layers[l].*which;
+            const int64_t begin = asked_ ? one.last_begin : one.begin, end = asked_ ? one.last_end : one.end;
+            if (!matrix.down || begin == end) continue;
+            parts_.push_back({&matrix, (asked_ ? a_.adapter_last : a_.adapter_rows) + begin, end - begin});
+            factors = factors || matrix.factor;
+        }
+        if (!factors) return false;
+        row_factors_.assign(rows_, nullptr);
+        for (const AdapterRows& part : parts_)
+            for (int64_t i = 0; i < part.count; i++) row_factors_[part.rows[i]] = part.matrix->factor;
+        return true;
+    }
+
+    // What this thread reads of the adapters, about: its share of them.
+    void foresee(int64_t inputs) {
+        fetch_.clear();
+        int64_t i, end;
+        team_.share(int64_t(parts_.size()), i, end);
+        for (; i < end; i++) {
+            const AdapterMatrix& matrix = *parts_[i].matrix;
+            fetch_.add(matrix.down, (matrix.ranks + 15) / 16 * 16 * inputs * sizeof(E));
+            for (int64_t k = 0; k < matrix.num_pieces; k++) {
+                const AdapterPiece& piece = matrix.pieces[k];
+                fetch_.add(piece.up, (piece.columns + PANEL - 1) / PANEL * PANEL * piece.rank * sizeof(E));
+            }
+        }
     }
 
     void embed() {
@@ -148,10 +210,9 @@ private:
         return target;
     }
 
-    void project(const LayerArgs& layer) {
+    void project(const LayerArgs& layer, int64_t l) {
         const Product<E> qkv{normed(layer.norm), a_.width, nullptr, rows_, qkv_width(), depth(a_.width), layer.qkv_bias};
-        multiply(layer.qkv, qkv, a_.qkv, begin(layer.out, a_.width, a_.heads * a_.head_size));
-        team_.wait();
+        apply(&AdapterLayer::qkv, l, layer.qkv, qkv, a_.qkv, begin(layer.out, a_.width, a_.heads * a_.head_size));
         clock_.stop(QKV);
         if (!layer.q_norm) return;
         const int64_t heads = a_.heads + a_.kv_heads;
@@ -183,6 +244,7 @@ private:
                 std::memmove((void*)((E*)a_.qkv + i * wide), (E*)a_.qkv + row * wide, wide * sizeof(E));
             }
         rows_ = a_.num_last;
+        asked_ = true;
         team_.wait();
     }
 
@@ -192,20 +254,19 @@ private:
         clock_.stop(ATTEND);
     }
 
-    void feed_forward(const LayerArgs& layer, const LayerArgs* after) {
+    void feed_forward(const LayerArgs& layer, int64_t l, const LayerArgs* after) {
         const int64_t attended = a_.heads * a_.head_size, width = a_.width, inner = a_.ff_width;
         const Product<E> out{(const E*)a_.attended, attended, nullptr, rows_, width, depth(attended), nullptr, hidden()};
-        multiply(layer.out, out, hidden(), begin(layer.gate_up, paired(layer) ? inner : 2 * inner, width));
-        team_.wait();
+        apply(&AdapterLayer::out, l, layer.out, out, hidden(), begin(layer.gate_up, paired(layer) ? inner : 2 * inner, width));
         clock_.stop(OUT);
         Product<E> gate_up{normed(layer.feed_norm), width, (const E*)layer.gate_up.packed, rows_, 2 * inner, depth(width)};
-        if (paired(layer)) gate_and_up(gate_up, (const E*)begin(layer.down, width, inner));
-        else gate_then_up(layer, gate_up, begin(layer.down, width, inner));
+        find(&AdapterLayer::gate_up, l);
+        if (paired(layer) && parts_.empty()) gate_and_up(gate_up, (const E*)begin(layer.down, width, inner));
+        else gate_then_up(layer, l, gate_up, begin(layer.down, width, inner));
         team_.wait();
         clock_.stop(GATE_UP);
         const Product<E> down{(const E*)a_.act, inner, nullptr, rows_, width, depth(inner), nullptr, hidden()};
-        multiply(layer.down, down, hidden(), after ? begin(after->qkv, qkv_width(), width) : nullptr);
-        team_.wait();
+        apply(&AdapterLayer::down, l, layer.down, down, hidden(), after ? begin(after->qkv, qkv_width(), width) : nullptr);
         clock_.stop(DOWN);
     }
 
@@ -231,10 +292,9 @@ private:
         }
     }
 
-    void gate_then_up(const LayerArgs& layer, const Product<E>& a, const void* after) {
+    void gate_then_up(const LayerArgs& layer, int64_t l, const Product<E>& a, const void* after) {
         E* both = (E*)a_.both;
-        multiply(layer.gate_up, a, both, after);
-        team_.wait();
+        apply(&AdapterLayer::gate_up, l, layer.gate_up, a, both, after);
         int64_t i, end;
         team_.share(rows_, i, end);
         for (; i < end; i++)
@@ -248,6 +308,10 @@ private:
     const Team& team_;
     Steps& steps_;
     int64_t rows_;
+    bool asked_ = false;  // the rows are those asked for
+    std::vector<AdapterRows> parts_;
+    std::vector<const float*> row_factors_;
+    Fetch fetch_;
     Clock clock_;
 };
 

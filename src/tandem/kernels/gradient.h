@@ -106,7 +106,7 @@ void add_share(const E* packed, int64_t depth, float* sum, int64_t rows, int64_t
                         tile<E>(count, row, pair_of<E>(), panel, some, out, columns, true, ahead);
                         continue;
                     }
-                    tile<E>(count, row, pair_of<E>(), panel, some, part, PANEL, false, ahead);
+                    tile<E>(count, row, pair_of<E>(), panel, some, part, PANEL, false, ahead, width);
                     for (int r = 0; r < count; r++)
                         for (int64_t c = 0; c < width; c++) out[r * columns + c] += part[r * PANEL + c];
                 }

@@ -46,9 +46,9 @@ void unpack_weight(const E* packed, E* weight, int64_t n, int64_t k) {
 }
 
 template <typename E, typename O>
-void linear(const E* x, int64_t x_stride, const E* packed, const float* bias, const E* residual, O* y, int64_t m_rows,
-            int64_t n_cols, int64_t depth) {
-    const Product<E> product{x, x_stride, packed, m_rows, n_cols, depth, bias, residual};
+void linear(const E* x, int64_t x_stride, const E* packed, const float* bias, const E* residual, const float* factor, O* y,
+            int64_t m_rows, int64_t n_cols, int64_t depth) {
+    const Product<E> product{x, x_stride, packed, m_rows, n_cols, depth, bias, residual, factor};
     with_team([&](const Team& team) { linear_share<E, O>(product, y, team); });
 }
 
@@ -61,16 +61,16 @@ void pack_weight_fp32(const float* weight, float* packed, int64_t n, int64_t k) 
 void unpack_weight_bf16(const bf16* packed, bf16* weight, int64_t n, int64_t k) { unpack_weight(packed, weight, n, k); }
 void unpack_weight_fp32(const float* packed, float* weight, int64_t n, int64_t k) { unpack_weight(packed, weight, n, k); }
 
-void linear_bf16(const bf16* x, int64_t x_stride, const bf16* packed, const float* bias, const bf16* residual, bf16* y,
-                 int64_t m, int64_t n, int64_t depth) {
-    linear(x, x_stride, packed, bias, residual, y, m, n, depth);
+void linear_bf16(const bf16* x, int64_t x_stride, const bf16* packed, const float* bias, const bf16* residual, const float* factor,
+                 bf16* y, int64_t m, int64_t n, int64_t depth) {
+    linear(x, x_stride, packed, bias, residual, factor, y, m, n, depth);
 }
 void linear_bf16_fp32(const bf16* x, int64_t x_stride, const bf16* packed, const float* bias, const bf16* residual,
-                      float* y, int64_t m, int64_t n, int64_t depth) {
-    linear(x, x_stride, packed, bias, residual, y, m, n, depth);
+                      const float* factor, float* y, int64_t m, int64_t n, int64_t depth) {
+    linear(x, x_stride, packed, bias, residual, factor, y, m, n, depth);
 }
-void linear_fp32(const float* x, int64_t x_stride, const float* packed, const float* bias, const float* residual, float* y,
-                 int64_t m, int64_t n, int64_t depth) {
-    linear(x, x_stride, packed, bias, residual, y, m, n, depth);
+void linear_fp32(const float* x, int64_t x_stride, const float* packed, const float* bias, const float* residual, const float* factor,
+                 float* y, int64_t m, int64_t n, int64_t depth) {
+    linear(x, x_stride, packed, bias, residual, factor, y, m, n, depth);
 }
 }

@@ -1,13 +1,28 @@
 // y = x W^T (+ bias) (+ residual) over packed columns, a team's share of it. Contract in linear.py.
 #pragma once
+#include <vector>
 #include "team.h"
 #include "tile.h"
 
 namespace tandem {
 
-// One row of a tile, rounded to O; the product is rounded to E first, as if stored, where a residual is added.
+// One row of a tile, times `factor`, rounded to O; the product is rounded to E first, as if stored, where a residual is added.
 template <typename E, typename O>
-inline void store_row(float* source, O* target, const float* bias, const E* residual, int width) {
+inline void store_row(float* source, O* target, const float* bias, const E* residual, int width, const float* factor = nullptr) {
+#ifdef TANDEM_AVX512
+    if (width == PANEL) {
+        for (int c = 0; c < PANEL; c += 16) {
+            __m512 v = _mm512_loadu_ps(source + c);
+            if (factor) v = _mm512_mul_ps(v, _mm512_loadu_ps(factor + c));
+            if (bias) v = _mm512_add_ps(v, _mm512_loadu_ps(bias + c));
+            if (residual) v = _mm512_add_ps(rounded<E>(v), widen(residual + c));
+            narrow(target + c, v);
+        }
+        return;
+    }
+#endif
+    if (factor)
+        for (int c = 0; c < width; c++) source[c] *= factor[c];
     if (bias)
         for (int c = 0; c < width; c++) source[c] += bias[c];
     if (residual)
@@ -24,25 +39,57 @@ struct Product {
     int64_t rows, columns, depth;
     const float* bias = nullptr;   // [columns]
     const E* residual = nullptr;  // [rows, columns]
+    const float* factor = nullptr;              // [columns], that products are multiplied by
+    const float* const* row_factors = nullptr;  // [rows], in its place: of each row, or null
+    const float* factor_at(int64_t row, int64_t first) const {
+        const float* own = row_factors ? row_factors[row] : factor;
+        return own ? own + first : nullptr;
+    }
 };
 
-// The tile of rows [tile * ROWS, ...) and columns of panel p: out[r * out_stride + (0..63)]. What lies at `next` (a panel's worth) comes
+// Runs of memory that are read behind a product, and come into the cache with its tiles.
+class Fetch {
+public:
+    void clear() { runs_.clear(), next_ = 0; }
+    void add(const void* at, int64_t bytes) { runs_.push_back({(const char*)at, bytes}); }
+    // The next `bytes`, or what is left of a run; null behind the last.
+    const char* take(int64_t bytes) {
+        if (next_ == runs_.size()) return nullptr;
+        Run& run = runs_[next_];
+        const char* found = run.at;
+        run.at += bytes, run.bytes -= bytes;
+        if (run.bytes <= 0) next_++;
+        return found;
+    }
+
+private:
+    struct Run {
+        const char* at;
+        int64_t bytes;
+    };
+    std::vector<Run> runs_;
+    size_t next_ = 0;
+};
+
+// The tile of rows [tile * ROWS, ...) and the first `width` columns of panel p: out[r * out_stride + (0..63)]. What lies at `next` (a panel's worth) comes
 // from memory meanwhile: its lines are dealt out over this panel's tiles.
 template <typename E>
-inline int product_tile(const Product<E>& a, int64_t p, int64_t tile_index, int64_t tiles, const E* next, float* out, int64_t out_stride = PANEL) {
+inline int product_tile(const Product<E>& a, int64_t p, int64_t tile_index, int64_t tiles, const E* next, float* out, int64_t out_stride = PANEL, int64_t width = PANEL, Fetch* also = nullptr) {
     const int64_t m = tile_index * ROWS;
     const int count = int(std::min<int64_t>(ROWS, a.rows - m));
     const E* rows[ROWS];
     for (int r = 0; r < count; r++) rows[r] = a.x + (m + r) * a.stride;
     const int64_t lines = a.depth * PANEL * sizeof(E) / 64, first_line = lines * tile_index / tiles;
-    const Ahead ahead{next ? (const char*)next + first_line * 64 : nullptr, std::max<int64_t>(1, tiles / 4)};
-    tile<E>(count, rows, pair_of<E>(), a.packed + p * a.depth * PANEL, a.depth, out, out_stride, false, ahead);
+    const int64_t every = std::max<int64_t>(1, tiles / 4), steps = a.depth / pair_of<E>();
+    const Ahead ahead{next ? (const char*)next + first_line * 64 : nullptr, every, next && also ? also->take(steps / every * 64) : nullptr};
+    tile<E>(count, rows, pair_of<E>(), a.packed + p * a.depth * PANEL, a.depth, out, out_stride, false, ahead, width);
     return count;
 }
 
-// The grid of panels x row tiles, cut into equal runs: a panel stays in its thread's cache. `after`: what this thread reads next.
+// The grid of panels x row tiles, cut into equal runs: a panel stays in its thread's cache. `after`: what this thread reads next; `also`:
+// and what else.
 template <typename E, typename O>
-void linear_share(const Product<E>& a, O* y, const Team& team, const E* after = nullptr) {
+void linear_share(const Product<E>& a, O* y, const Team& team, const E* after = nullptr, Fetch* also = nullptr) {
     const int64_t panels = (a.columns + PANEL - 1) / PANEL, tiles = (a.rows + ROWS - 1) / ROWS;
     int64_t t, last;
     team.share(panels * tiles, t, last);
@@ -51,10 +98,11 @@ void linear_share(const Product<E>& a, O* y, const Team& team, const E* after = 
         const int64_t p = t / tiles, first = p * PANEL;
         const E* next = (p + 1) * tiles < last ? a.packed + (p + 1) * a.depth * PANEL : after;
         float out[ROWS * PANEL];
-        const int count = product_tile(a, p, t % tiles, tiles, next, out), width = int(std::min<int64_t>(PANEL, a.columns - first));
+        const int width = int(std::min<int64_t>(PANEL, a.columns - first));
+        const int count = product_tile(a, p, t % tiles, tiles, next, out, PANEL, width, also);
         for (int r = 0; r < count; r++) {
-            const int64_t at = (t % tiles * ROWS + r) * a.columns + first;
-            store_row<E, O>(out + r * PANEL, y + at, a.bias ? a.bias + first : nullptr, a.residual ? a.residual + at : nullptr, width);
+            const int64_t row = t % tiles * ROWS + r, at = row * a.columns + first;
+            store_row<E, O>(out + r * PANEL, y + at, a.bias ? a.bias + first : nullptr, a.residual ? a.residual + at : nullptr, width, a.factor_at(row, first));
         }
     }
 }

@@ -10,13 +10,21 @@ from __future__ import annotations
 import torch
 
 from tandem.kernels import codes, library
+from tandem.kernels.adapter import (
+    adapt_,
+    adapted_input_gradient,
+    add_gradients,
+    add_magnitude_gradients,
+    factored,
+    learns_magnitude,
+)
 from tandem.kernels.address import address, rows_address
 from tandem.kernels.build.load import function, kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.gradient import accumulate, input_gradient
 from tandem.kernels.weight import Weight, packed_size
 
-_LINEAR = "pipppp" + "iii"
+_LINEAR = "pippppp" + "iii"
 
 
 def linear_reference(
@@ -25,9 +33,12 @@ def linear_reference(
     bias_N: torch.Tensor | None = None,
     residual_TN: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    factor_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """fp32 product, rounded once; the residual is added after that rounding."""
+    """fp32 product, times `factor_N`, rounded once; the residual is added after that rounding."""
     product = x_TK.float() @ weight_NK.float().T
+    if factor_N is not None:
+        product = product * factor_N
     if bias_N is not None:
         product = product + bias_N.float()
     if residual_TN is not None:
@@ -42,8 +53,9 @@ def product(
     bias_N: torch.Tensor | None = None,
     residual_TN: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    factor_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [T, K] times the packed columns: [T, columns]. `bias_N` is fp32; rows of x may be strided."""
+    """x [T, K] times the packed columns, times `factor_N`: [T, columns]. Vectors are fp32; x's rows may be strided."""
     out_dtype = out_dtype or x_TK.dtype
     if out_dtype == x_TK.dtype:
         run = kernel("linear", "linear", x_TK.dtype, _LINEAR)
@@ -61,6 +73,7 @@ def product(
         address(packed, x_TK.dtype, packed_size(columns, depth)),
         address(bias_N, torch.float32, columns),
         address(residual_TN, x_TK.dtype, rows, columns),
+        address(factor_N, torch.float32, columns),
         out.data_ptr(),
         rows,
         columns,
@@ -72,20 +85,38 @@ def product(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TK, weight, bias, residual_TN):  # type: ignore[no-untyped-def]
-        assert weight.codes is None, "codes are served and never trained"
-        ctx.weight, ctx.bias, ctx.has_residual = weight, bias, residual_TN is not None
-        ctx.save_for_backward(x_TK)
-        return _forward(x_TK, weight, bias, residual_TN)
+        ctx.weight, ctx.bias, ctx.adapter, ctx.has_residual = weight, bias, weight.adapter, residual_TN is not None
+        out_TN, lowered_TR = product_of(x_TK, weight, bias, residual_TN)
+        ctx.save_for_backward(x_TK, lowered_TR)
+        return out_TN
 
     @staticmethod
     def backward(ctx, dy_TN):  # type: ignore[no-untyped-def]
-        (x_TK,) = ctx.saved_tensors
+        x_TK, lowered_TR = ctx.saved_tensors
         dy_TN = dy_TN.contiguous()
-        if ctx.weight.grad is not None:
-            accumulate(ctx.weight.grad, dy_TN, x_TK, ctx.weight.library)
+        dresidual_TN = dy_TN if ctx.has_residual else None
         if ctx.bias is not None and ctx.bias.grad is not None:
             ctx.bias.grad += dy_TN.float().sum(0)
-        return input_gradient(dy_TN, ctx.weight), None, None, dy_TN if ctx.has_residual else None
+        if ctx.adapter is None:
+            dx_TK = input_gradient(dy_TN, ctx.weight)
+        else:
+            assert ctx.adapter is ctx.weight.adapter, "another adapter was put on between the two passes"
+            if learns_magnitude(ctx.adapter):
+                add_magnitude_gradients(ctx.adapter, dy_TN, product_of(x_TK, ctx.weight)[0])
+            dy_TN = factored(dy_TN, ctx.adapter)
+            dx_TK, dlow_TR = adapted_input_gradient(dy_TN, ctx.weight, ctx.adapter)
+            add_gradients(ctx.adapter, dy_TN, dlow_TR, x_TK, lowered_TR)
+        if ctx.weight.grad is not None:
+            accumulate(ctx.weight.grad, dy_TN, x_TK, ctx.weight.library)
+        return dx_TK, None, None, dresidual_TN
+
+
+def product_of(
+    x_TK: torch.Tensor, weight: Weight, bias: Weight | None = None, residual_TN: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`linear` without gradients, and what those of an adapter need."""
+    out_TN = _forward(x_TK, weight, bias, residual_TN)
+    return out_TN, None if weight.adapter is None else adapt_(out_TN, x_TK, weight.adapter)
 
 
 def _forward(x_TK: torch.Tensor, weight: Weight, bias: Weight | None, residual_TN: torch.Tensor | None) -> torch.Tensor:
@@ -107,11 +138,13 @@ def _own_forward(
 ) -> torch.Tensor:
     assert x_TK.shape[1] == weight.value.shape[1], (x_TK.shape, weight.value.shape)
     bias_N = bias.value.float() if bias is not None else None
+    factor = weight.adapter.factor if weight.adapter is not None else None
+    factor_N = factor.value if factor is not None else None
     if weight.codes is not None:
-        return codes.product(x_TK, weight.codes, bias_N, residual_TN)
+        return codes.product(x_TK, weight.codes, bias_N, residual_TN, factor_N=factor_N)
     if weight.packed is None:
-        return linear_reference(x_TK, weight.value, bias_N, residual_TN)
-    return product(x_TK, weight.packed, weight.value.shape[0], bias_N, residual_TN)
+        return linear_reference(x_TK, weight.value, bias_N, residual_TN, factor_N=factor_N)
+    return product(x_TK, weight.packed, weight.value.shape[0], bias_N, residual_TN, factor_N=factor_N)
 
 
 def linear(
@@ -119,14 +152,11 @@ def linear(
 ) -> torch.Tensor:
     """x W^T + bias + residual: [T, N] in x's dtype. Differentiable; the weight's gradient goes to `weight.grad`.
 
-    An adapter's product is added to what is then rounded, as another residual.
+    What an adapter adds is added to what is then rounded, as another residual (adapter.py).
     """
-    forward = _Linear.apply if torch.is_grad_enabled() and x_TK.requires_grad else _forward
-    out_TN = forward(x_TK, weight, bias, residual_TN)
-    if weight.adapter is None:
-        return out_TN
-    down_TR = linear(x_TK, weight.adapter.down) * weight.adapter.scale
-    return linear(down_TR, weight.adapter.up, None, out_TN)
+    if torch.is_grad_enabled() and x_TK.requires_grad:
+        return _Linear.apply(x_TK, weight, bias, residual_TN)
+    return product_of(x_TK, weight, bias, residual_TN)[0]
 
 
 def logits(x_TM: torch.Tensor, weight: Weight) -> torch.Tensor:

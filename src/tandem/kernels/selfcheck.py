@@ -18,6 +18,7 @@ from torch import Tensor
 from tandem import env
 from tandem.kernels import (
     adamw,
+    adapter,
     attention,
     changes,
     codes,
@@ -36,7 +37,7 @@ from tandem.kernels import (
 from tandem.kernels.build import load
 from tandem.kernels.build.check import CHECKS, Comparison, E, normal
 from tandem.kernels.sample import SamplingBatch
-from tandem.kernels.weight import Weight
+from tandem.kernels.weight import Adapter, Piece, Strips, Weight
 from tandem.numerics import quantise as rounding
 from tandem.types import Sampling
 
@@ -73,6 +74,25 @@ def _linear(dtype: torch.dtype) -> Iterator[Comparison]:
     yield Comparison("a row alone", linear.linear(x[9:10], weight, None, residual[9:10]), y[9:10])
     wanted = x.double() @ weight.value.double().T
     yield Comparison("logits", linear.logits(x, weight), wanted, 200 * E * sums)
+
+
+def _adapter(dtype: torch.dtype) -> Iterator[Comparison]:
+    """Two pieces, of an odd rank and of one beyond a panel, with factors."""
+    x, y = normal(37, 96, dtype=dtype), normal(37, 140, dtype=dtype, seed=2)
+    down = normal(70, 96, dtype=dtype, seed=1)
+    down[3] = 0
+    sides = [Weight(normal(*shape, dtype=dtype, seed=3), matrix=True) for shape in ((60, 3), (70, 66))]
+    pieces = Piece(0, 0, 0.5, sides[0]), Piece(70, 4, 0.25, sides[1])
+    made = Adapter(Strips(down), pieces, Weight(normal(140, seed=4), matrix=False))
+    wanted, alone = y.clone(), y[9:10].clone()
+    lowered = adapter.adapt_reference_(wanted, x, made)
+    got = y.clone()
+    bound = (4 * U[dtype] + 2.0**-14) * float(lowered.abs().max())
+    yield Comparison("what is lowered", adapter.adapt_(got, x, made), lowered, bound)
+    bound = (8 * U[dtype] + 2.0**-12) * float((wanted.double() - y.double()).abs().max() + y.abs().max())
+    yield Comparison("a sum", got, wanted, bound)
+    adapter.adapt_(alone, x[9:10], made)
+    yield Comparison("a row alone", alone, got[9:10])
 
 
 def _gradient(dtype: torch.dtype) -> Iterator[Comparison]:
@@ -247,6 +267,7 @@ def _changes() -> Iterator[Comparison]:
 # forward.cpp composes what is checked here; it is called with whole decoders, which lie above this folder.
 CHECKS |= {
     "adamw": _each(_adamw),
+    "adapter": _each(_adapter),
     "attention": _each(_attention),
     "changes": _changes,
     "codes": _codes,

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import torch
 
+from tandem.kernels.adapter import (
+    adapted_input_gradient,
+    add_gradients,
+    add_magnitude_gradients,
+    factored,
+    learns_magnitude,
+)
 from tandem.kernels.address import address
 from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.gradient import accumulate, input_gradient
-from tandem.kernels.linear import linear
+from tandem.kernels.linear import linear, product_of
 from tandem.kernels.weight import Weight
 
 
@@ -62,36 +69,34 @@ class _Down(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, gate_up_TF, weight, residual_TM):  # type: ignore[no-untyped-def]
-        ctx.weight = weight
-        ctx.save_for_backward(gate_up_TF)
-        return linear(swiglu(gate_up_TF), weight, None, residual_TM)
+        ctx.weight, ctx.adapter = weight, weight.adapter
+        out_TM, lowered_TR = product_of(swiglu(gate_up_TF), weight, None, residual_TM)
+        ctx.save_for_backward(gate_up_TF, lowered_TR)
+        return out_TM
 
     @staticmethod
     def backward(ctx, dy_TM):  # type: ignore[no-untyped-def]
-        (gate_up_TF,) = ctx.saved_tensors
-        dy_TM = dy_TM.contiguous()
-        dact_TF = input_gradient(dy_TM, ctx.weight)
+        gate_up_TF, lowered_TR = ctx.saved_tensors
+        dy_TM = dresidual_TM = dy_TM.contiguous()
+        adapter = ctx.adapter
+        if adapter is None:
+            dact_TF = input_gradient(dy_TM, ctx.weight)
+        else:
+            assert adapter is ctx.weight.adapter, "another adapter was put on between the two passes"
+            dy_TM = factored(dy_TM, adapter)
+            dact_TF, dlow_TR = adapted_input_gradient(dy_TM, ctx.weight, adapter)
         dgate_up_TF, act_TF = _backward(dact_TF, gate_up_TF)
+        if adapter is not None:
+            add_gradients(adapter, dy_TM, dlow_TR, act_TF, lowered_TR)
+            if learns_magnitude(adapter):
+                add_magnitude_gradients(adapter, dresidual_TM, product_of(act_TF, ctx.weight)[0])
         if ctx.weight.grad is not None:
             accumulate(ctx.weight.grad, dy_TM, act_TF, ctx.weight.library)
-        return dgate_up_TF, None, dy_TM
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate_up_TF):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(gate_up_TF)
-        return swiglu(gate_up_TF)
-
-    @staticmethod
-    def backward(ctx, dact_TF):  # type: ignore[no-untyped-def]
-        return _backward(dact_TF.contiguous(), *ctx.saved_tensors)[0]
+        return dgate_up_TF, None, dresidual_TM
 
 
 def swiglu_down(gate_up_TF: torch.Tensor, weight: Weight, residual_TM: torch.Tensor) -> torch.Tensor:
     """The second half of the feed-forward layer with its residual: [T, 2F] -> [T, M]. Differentiable."""
     if not (torch.is_grad_enabled() and gate_up_TF.requires_grad):
         return linear(swiglu(gate_up_TF), weight, None, residual_TM)
-    if weight.adapter is None:
-        return _Down.apply(gate_up_TF, weight, residual_TM)
-    return linear(_SwiGLU.apply(gate_up_TF), weight, None, residual_TM)
+    return _Down.apply(gate_up_TF, weight, residual_TM)

@@ -47,10 +47,11 @@ template <> inline bf16 from_float<bf16>(float v) {  // round to nearest even; N
     return bf16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// Memory to bring into the cache while a tile computes: one line every `every` steps of the reduction.
+// Memory to bring into the cache while a tile computes: one line every `every` steps of the reduction; and as many from `also`.
 struct Ahead {
     const char* next = nullptr;
     int64_t every = 1;
+    const char* also = nullptr;
 };
 
 template <typename E> constexpr int pair_of() { return sizeof(E) == 2 ? 2 : 1; }
@@ -63,57 +64,72 @@ inline __m512 widen(const float* p) { return _mm512_loadu_ps(p); }
 inline void narrow(bf16* p, __m512 v) { _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v)); }
 inline void narrow(float* p, __m512 v) { _mm512_storeu_ps(p, v); }
 
-template <int R>
+// Rounded to E and back, as from_float and to_float do: cvtneps_pbh flushes what is denormal.
+template <typename E> inline __m512 rounded(__m512 v) {
+    if constexpr (sizeof(E) == 4) return v;
+    const __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __m512i kept = _mm512_mask_or_epi32(up, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x400000));
+    return _mm512_castsi512_ps(_mm512_and_si512(kept, _mm512_set1_epi32(int(0xffff0000u))));
+}
+
+template <int R, int C, int PITCH = PANEL>
 inline void tile_rows(const bf16* const* rows, int64_t step, const bf16* panel, int64_t depth, float* out, int64_t stride, bool add, Ahead ahead) {
-    __m512 acc[R][4];
+    __m512 acc[R][C];
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++) acc[r][c] = add ? _mm512_loadu_ps(out + r * stride + 16 * c) : _mm512_setzero_ps();
+        for (int c = 0; c < C; c++) acc[r][c] = add ? _mm512_loadu_ps(out + r * stride + 16 * c) : _mm512_setzero_ps();
     const int64_t pairs = depth / 2;
     int64_t wait = ahead.next ? 1 : -1;
-    for (int64_t k = 0; k < pairs; k++, panel += 2 * PANEL) {
-        if (--wait == 0) _mm_prefetch(ahead.next, _MM_HINT_T1), ahead.next += 64, wait = ahead.every;
-        __m512bh b[4];
-        for (int c = 0; c < 4; c++) b[c] = (__m512bh)_mm512_loadu_si512(panel + 32 * c);
+    for (int64_t k = 0; k < pairs; k++, panel += 2 * PITCH) {
+        if (--wait == 0) {
+            _mm_prefetch(ahead.next, _MM_HINT_T1), ahead.next += 64, wait = ahead.every;
+            if (ahead.also) _mm_prefetch(ahead.also, _MM_HINT_T1), ahead.also += 64;
+        }
+        __m512bh b[C];
+        for (int c = 0; c < C; c++) b[c] = (__m512bh)_mm512_loadu_si512(panel + 32 * c);
         for (int r = 0; r < R; r++) {
             int32_t two;
             std::memcpy(&two, rows[r] + step * k, 4);
             const __m512bh a = (__m512bh)_mm512_set1_epi32(two);
-            for (int c = 0; c < 4; c++) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], a, b[c]);
+            for (int c = 0; c < C; c++) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], a, b[c]);
         }
     }
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++) _mm512_storeu_ps(out + r * stride + 16 * c, acc[r][c]);
+        for (int c = 0; c < C; c++) _mm512_storeu_ps(out + r * stride + 16 * c, acc[r][c]);
 }
 
-template <int R>
+template <int R, int C, int PITCH = PANEL>
 inline void tile_rows(const float* const* rows, int64_t step, const float* panel, int64_t depth, float* out, int64_t stride, bool add, Ahead ahead) {
-    __m512 acc[R][4];
+    __m512 acc[R][C];
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++) acc[r][c] = add ? _mm512_loadu_ps(out + r * stride + 16 * c) : _mm512_setzero_ps();
+        for (int c = 0; c < C; c++) acc[r][c] = add ? _mm512_loadu_ps(out + r * stride + 16 * c) : _mm512_setzero_ps();
     int64_t wait = ahead.next ? 1 : -1;
-    for (int64_t k = 0; k < depth; k++, panel += PANEL) {
-        if (--wait == 0) _mm_prefetch(ahead.next, _MM_HINT_T1), ahead.next += 64, wait = ahead.every;
-        __m512 b[4];
-        for (int c = 0; c < 4; c++) b[c] = _mm512_loadu_ps(panel + 16 * c);
+    for (int64_t k = 0; k < depth; k++, panel += PITCH) {
+        if (--wait == 0) {
+            _mm_prefetch(ahead.next, _MM_HINT_T1), ahead.next += 64, wait = ahead.every;
+            if (ahead.also) _mm_prefetch(ahead.also, _MM_HINT_T1), ahead.also += 64;
+        }
+        __m512 b[C];
+        for (int c = 0; c < C; c++) b[c] = _mm512_loadu_ps(panel + 16 * c);
         for (int r = 0; r < R; r++) {
             const __m512 a = _mm512_set1_ps(rows[r][step * k]);
-            for (int c = 0; c < 4; c++) acc[r][c] = _mm512_fmadd_ps(a, b[c], acc[r][c]);
+            for (int c = 0; c < C; c++) acc[r][c] = _mm512_fmadd_ps(a, b[c], acc[r][c]);
         }
     }
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++) _mm512_storeu_ps(out + r * stride + 16 * c, acc[r][c]);
+        for (int c = 0; c < C; c++) _mm512_storeu_ps(out + r * stride + 16 * c, acc[r][c]);
 }
 
 #elif defined(TANDEM_LANES_AVX512) || defined(TANDEM_LANES_AVX2)
 
 // C strips of 16 columns of R rows, `panel` and `out` at the first one. An odd input comes before its even one, as in vdpbf16ps; products
 // of bf16 are exact, so a fused sum rounds as two steps would.
-template <int R, int C>
+template <int R, int C, int PITCH>
 inline void tile_strips(const bf16* const* rows, int64_t step, const bf16* panel, int64_t depth, float* out, int64_t stride, bool add) {
     Lanes acc[R][C];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) acc[r][c] = add ? load(out + r * stride + 16 * c) : splat(0.0f);
-    for (int64_t k = 0; k < depth / 2; k++, panel += 2 * PANEL) {
+    for (int64_t k = 0; k < depth / 2; k++, panel += 2 * PITCH) {
         Words b[C];
         for (int c = 0; c < C; c++) b[c] = load((const uint32_t*)panel + 16 * c);
         for (int odd = 1; odd >= 0; odd--)
@@ -126,12 +142,12 @@ inline void tile_strips(const bf16* const* rows, int64_t step, const bf16* panel
         for (int c = 0; c < C; c++) store(out + r * stride + 16 * c, acc[r][c]);
 }
 
-template <int R, int C>
+template <int R, int C, int PITCH>
 inline void tile_strips(const float* const* rows, int64_t step, const float* panel, int64_t depth, float* out, int64_t stride, bool add) {
     Lanes acc[R][C];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) acc[r][c] = add ? load(out + r * stride + 16 * c) : splat(0.0f);
-    for (int64_t k = 0; k < depth; k++, panel += PANEL)
+    for (int64_t k = 0; k < depth; k++, panel += PITCH)
         for (int r = 0; r < R; r++)
             for (int c = 0; c < C; c++) acc[r][c] = fma(splat(rows[r][step * k]), load(panel + 16 * c), acc[r][c]);
     for (int r = 0; r < R; r++)
@@ -139,47 +155,49 @@ inline void tile_strips(const float* const* rows, int64_t step, const float* pan
 }
 
 // As many strips at once as leave the sums in registers: 24 of 32 (AVX-512), 12 of 16 (AVX2).
-template <int R, typename E>
+template <int R, int STRIPS, int PITCH = PANEL, typename E>
 inline void tile_rows(const E* const* rows, int64_t step, const E* panel, int64_t depth, float* out, int64_t stride, bool add, Ahead) {
 #ifdef TANDEM_LANES_AVX512
-    constexpr int C = 4;
+    constexpr int C = STRIPS;
 #else
-    constexpr int C = R == 1 ? 4 : R <= 3 ? 2 : 1;
+    constexpr int most = R == 1 ? 4 : R <= 3 ? 2 : 1, C = STRIPS % most ? 1 : most;
 #endif
-    for (int c = 0; c < 4; c += C) tile_strips<R, C>(rows, step, panel + c * 16 * pair_of<E>(), depth, out + 16 * c, stride, add);
+    for (int c = 0; c < STRIPS; c += C) tile_strips<R, C, PITCH>(rows, step, panel + c * 16 * pair_of<E>(), depth, out + 16 * c, stride, add);
 }
 
 #else
 
-// The [PAIR][64] values of one step: where they are, or as made in `target`.
+// The [PAIR][PITCH] values of one step: where they are, or as made in `target`.
+template <int PITCH>
 inline const float* widen_step(const float* panel, float*) { return panel; }
+template <int PITCH>
 inline const float* widen_step(const bf16* panel, float* target) {
     for (int j = 0; j < 2; j++) {
-        uint32_t words[PANEL];
+        uint32_t words[PITCH];
         std::memcpy(words, panel, sizeof words);
-        for (int c = 0; c < PANEL; c++) words[c] = j ? words[c] & 0xffff0000u : words[c] << 16;
-        std::memcpy(target + j * PANEL, words, sizeof words);
+        for (int c = 0; c < PITCH; c++) words[c] = j ? words[c] & 0xffff0000u : words[c] << 16;
+        std::memcpy(target + j * PITCH, words, sizeof words);
     }
     return target;
 }
 
-// Loops that the compiler makes vectors of; bf16 in the order of vdpbf16ps.
-template <int R, typename E>
+// Loops that the compiler makes vectors of, all strips; bf16 in the order of vdpbf16ps.
+template <int R, int STRIPS, int PITCH = PANEL, typename E>
 inline void tile_rows(const E* const* rows, int64_t step, const E* panel, int64_t depth, float* out, int64_t stride, bool add, Ahead) {
     constexpr int pair = pair_of<E>();
-    float acc[R][PANEL], target[pair * PANEL];
+    float acc[R][PITCH], target[pair * PITCH];
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < PANEL; c++) acc[r][c] = add ? out[r * stride + c] : 0.0f;
-    for (int64_t k = 0; k < depth / pair; k++, panel += pair * PANEL) {
-        const float* wide = widen_step(panel, target);
+        for (int c = 0; c < PITCH; c++) acc[r][c] = add ? out[r * stride + c] : 0.0f;
+    for (int64_t k = 0; k < depth / pair; k++, panel += pair * PITCH) {
+        const float* wide = widen_step<PITCH>(panel, target);
         for (int r = 0; r < R; r++)
             for (int j = pair - 1; j >= 0; j--) {
                 const float a = to_float(rows[r][k * step + j]);
-                for (int c = 0; c < PANEL; c++) acc[r][c] += a * wide[j * PANEL + c];
+                for (int c = 0; c < PITCH; c++) acc[r][c] += a * wide[j * PITCH + c];
             }
     }
     for (int r = 0; r < R; r++)
-        for (int c = 0; c < PANEL; c++) out[r * stride + c] = acc[r][c];
+        for (int c = 0; c < PITCH; c++) out[r * stride + c] = acc[r][c];
 }
 
 #endif
@@ -272,7 +290,10 @@ struct AheadLines {  // one line every `every` pairs
     Ahead ahead;
     int64_t wait = ahead.next ? 0 : INT64_MAX / 2;
     void step() {
-        for (wait -= TILE_DEPTH / 2; wait <= 0; wait += ahead.every, ahead.next += 64) __builtin_prefetch(ahead.next, 0, 2);
+        for (wait -= TILE_DEPTH / 2; wait <= 0; wait += ahead.every, ahead.next += 64) {
+            __builtin_prefetch(ahead.next, 0, 2);
+            if (ahead.also) __builtin_prefetch(ahead.also, 0, 2), ahead.also += 64;
+        }
     }
 };
 
@@ -383,24 +404,32 @@ __attribute__((noinline)) static void tile_amx(int count, const bf16* const* row
 
 #endif
 
+template <int STRIPS, typename E>
+inline void tile_of(int count, const E* const* rows, int64_t step, const E* panel, int64_t depth, float* out, int64_t stride, bool add, Ahead ahead) {
+    switch (count) {
+        case 1: return tile_rows<1, STRIPS>(rows, step, panel, depth, out, stride, add, ahead);
+        case 2: return tile_rows<2, STRIPS>(rows, step, panel, depth, out, stride, add, ahead);
+        case 3: return tile_rows<3, STRIPS>(rows, step, panel, depth, out, stride, add, ahead);
+        case 4: return tile_rows<4, STRIPS>(rows, step, panel, depth, out, stride, add, ahead);
+        case 5: return tile_rows<5, STRIPS>(rows, step, panel, depth, out, stride, add, ahead);
+        default: return tile_rows<6, STRIPS>(rows, step, panel, depth, out, stride, add, ahead);
+    }
+}
+
 // out[r][0..63] (+)= sum over k of rows[r][k] * panel[k][.], for `count` <= ROWS rows; depth a multiple of PAIR.
 // Consecutive pairs of a row lie `step` elements apart: PAIR for a plain row, PAIR * 64 for a column of a panel.
+// Of the columns from `width` on nothing is promised: an adapter's ranks take a strip or two of the four.
 template <typename E>
-inline void tile(int count, const E* const* rows, int64_t step, const E* panel, int64_t depth, float* out, int64_t stride, bool add, Ahead ahead = {}) {
+inline void tile(int count, const E* const* rows, int64_t step, const E* panel, int64_t depth, float* out, int64_t stride, bool add, Ahead ahead = {}, int64_t width = PANEL) {
 #ifdef TANDEM_AMX
     if constexpr (pair_of<E>() == 2)
         if (AMX_READY) return tile_amx(count, rows, step, panel, depth, out, stride, add, ahead);
     for (; count > LANE_ROWS; count -= LANE_ROWS, rows += LANE_ROWS, out += LANE_ROWS * stride, ahead = {})
-        tile_rows<LANE_ROWS>(rows, step, panel, depth, out, stride, add, ahead);
+        tile_rows<LANE_ROWS, 4>(rows, step, panel, depth, out, stride, add, ahead);
 #endif
-    switch (count) {
-        case 1: return tile_rows<1>(rows, step, panel, depth, out, stride, add, ahead);
-        case 2: return tile_rows<2>(rows, step, panel, depth, out, stride, add, ahead);
-        case 3: return tile_rows<3>(rows, step, panel, depth, out, stride, add, ahead);
-        case 4: return tile_rows<4>(rows, step, panel, depth, out, stride, add, ahead);
-        case 5: return tile_rows<5>(rows, step, panel, depth, out, stride, add, ahead);
-        default: return tile_rows<6>(rows, step, panel, depth, out, stride, add, ahead);
-    }
+    if (width <= 16) return tile_of<1>(count, rows, step, panel, depth, out, stride, add, ahead);
+    if (width <= 32) return tile_of<2>(count, rows, step, panel, depth, out, stride, add, ahead);
+    tile_of<4>(count, rows, step, panel, depth, out, stride, add, ahead);
 }
 
 // `count` <= 64 rows of `width` elements at rows[i] become the columns of a panel: panel[k / PAIR][i][k % PAIR].

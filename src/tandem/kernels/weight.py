@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.codes import Codes, fits
 from tandem.kernels.large import large
-from tandem.kernels.sizes import PANEL
+from tandem.kernels.sizes import PANEL, STRIP
 from tandem.numerics.quantise import Quantised
 
 
@@ -41,15 +42,72 @@ def matrix_addresses(weight: Weight) -> tuple[int | None, int | None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
-    """A matrix's low-rank addition, x W^T + (scale x down^T) up^T, each product rounded once (Hu et al., 2106.09685).
+class Piece:
+    """What an adapter adds to the rows [first, first + N) of its matrix: (scale x A^T) B^T.
 
-    down: [R, K]; up: [N, R]. Their gradients are their own.
+    A is the rows [start, start + R) of the adapter's `down`, and the one behind them, zeros, where R is odd.
     """
 
-    down: Weight
-    up: Weight
+    first: int
+    start: int  # even
     scale: float
+    up: Weight  # B, [N, R]
+    magnitude: Weight | None = None  # DoRA's, [N] in fp32
+
+    @property
+    def rows(self) -> slice:
+        """Of the matrix."""
+        return slice(self.first, self.first + self.up.value.shape[0])
+
+    @property
+    def ranks(self) -> slice:
+        """Of `down`."""
+        return slice(self.start, self.start + self.up.value.shape[1])
+
+
+class Adapter:
+    """A matrix's low-rank addition (LoRA, Hu et al., 2106.09685), of its rows in pieces, as q, k and v lie in one.
+
+    y = f (x W^T) + f ((s x A^T) B^T), the inner product and both sums rounded. f is 1, or with DoRA (Liu et al.,
+    2402.09353) the magnitude over the norm of a row of W + s B A, which follows every change of those.
+
+    down: [sum of ranks, each made even, K]; factor: [rows of the matrix], fp32, or None. Gradients are of the parts.
+    """
+
+    __slots__ = ("_words", "down", "factor", "pieces")
+
+    def __init__(self, down: Strips, pieces: tuple[Piece, ...], factor: Weight | None = None) -> None:
+        self.down, self.pieces, self.factor = down, pieces, factor
+        self._words: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def scales_R(self) -> torch.Tensor:
+        """Of each row of `down`, fp32."""
+        scales_R = torch.zeros(self.down.value.shape[0])
+        for piece in self.pieces:
+            scales_R[piece.ranks] = piece.scale
+        return scales_R
+
+    @property
+    def words(self) -> torch.Tensor:
+        """Struct AdapterMatrix of adapter.h as six int64; what it points to stays where it is."""
+        if self._words is None:
+            scales_R, ranks = self.scales_R, self.down.value.shape[0]
+            factor = 0 if self.factor is None else address(self.factor.value, torch.float32, len(self.factor.value))
+            pieces = torch.tensor([_piece_words(piece, factor or 0) for piece in self.pieces], dtype=torch.int64)
+            assert self.down.packed is not None
+            pointers = (self.down.packed.data_ptr(), scales_R.data_ptr(), pieces.data_ptr(), factor or 0)
+            words = torch.tensor([*pointers, len(self.pieces), ranks], dtype=torch.int64)
+            self._words = words, pieces, scales_R
+        return self._words[0]
+
+
+def _piece_words(piece: Piece, factor: int) -> list[int]:
+    up = piece.up
+    assert up.packed is not None
+    rows, rank = up.value.shape
+    own = factor and factor + 4 * piece.first
+    return [up.packed.data_ptr(), own, piece.first, rows, piece.start, padded(rank, up.value.dtype)]
 
 
 class Weight:
@@ -116,6 +174,48 @@ class Weight:
         unpack = kernel("linear", "unpack_weight", self.value.dtype, "ppii")
         assert unpack is not None
         rows, depth = self.value.shape
-        tensor = torch.empty_like(self.value) if room is None else room[: self.value.nbytes].view(self.value.dtype)
+        dtype = self.value.dtype  # and no more, where it has no memory
+        tensor = torch.empty(rows, depth, dtype=dtype) if room is None else room[: self.value.nbytes].view(dtype)
         unpack(self.packed.data_ptr(), tensor.data_ptr(), rows, depth)
         return tensor.view(rows, depth)
+
+
+class Strips(Weight):
+    """A matrix of few rows, [R, K], whose packed form has no more columns than 16 divides: an adapter's A (adapter.h).
+
+    Panels of 64 of its rows, the last of as many strips of 16 as it needs: [K / PAIR][16 strips][PAIR].
+    """
+
+    __slots__ = ()
+
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__(value, matrix=False)
+        if backend(value) == "cpp" and kernel("adapter", "adapt", value.dtype, "pippp" + "iii") is not None:
+            rows, depth = value.shape
+            self.packed = large(-(-rows // STRIP) * STRIP * padded(depth, value.dtype), dtype=value.dtype)
+            self.repack()
+
+    def _panels(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Rows, and where they are packed: [K / PAIR, 16 strips, PAIR]."""
+        assert self.packed is not None
+        (rows, depth), pair = self.value.shape, padded(1, self.value.dtype)
+        depth = padded(depth, self.value.dtype)
+        for first in range(0, rows, PANEL):
+            columns = -(-min(PANEL, rows - first) // STRIP) * STRIP
+            panel = self.packed[first * depth : (first + columns) * depth]
+            yield slice(first, min(rows, first + PANEL)), panel.view(depth // pair, columns, pair)
+
+    def repack(self) -> None:
+        for rows, panel in self._panels() if self.packed is not None else ():
+            depth, columns, pair = panel.shape
+            value = self.value[rows]
+            padding = (0, depth * pair - value.shape[1], 0, columns - len(value))
+            panel.copy_(torch.nn.functional.pad(value, padding).view(columns, depth, pair).transpose(0, 1))
+
+    def served(self, room: torch.Tensor | None = None) -> torch.Tensor:
+        if self.packed is None:
+            return self.value
+        (count, inputs), found = self.value.shape, []
+        for rows, panel in self._panels():
+            found.append(panel.transpose(0, 1).reshape(panel.shape[1], -1)[: rows.stop - rows.start, :inputs])
+        return torch.cat(found).view(count, inputs)

@@ -12,15 +12,17 @@ from tandem.models.decoder import Decoder
 from tandem.numerics.quantise import Quantised
 
 
-def hold_codes(decoder: Decoder, checkpoint: Checkpoint) -> frozenset[str]:
+def hold_codes(decoder: Decoder, checkpoint: Checkpoint, *, learns: bool = False) -> frozenset[str]:
     """Take every matrix whose tensors the file has as codes of one form; call before `Decoder.load`.
 
-    Returns the Hugging Face names whose values need not be loaded. An embedding's are needed for the look-up of rows.
+    Returns the Hugging Face names whose values need not be loaded. An embedding's are needed for the look-up of rows,
+    a head's where an adapter `learns` (Decoder.freeze).
     """
     held: list[str] = []
     for slot, weight in decoder.slots():
         own = [one.name for one in slot.stored]
-        if _hold(weight, own, checkpoint, rows=weight is decoder.embed) and weight is not decoder.embed:
+        kept = weight is decoder.embed or (learns and weight is decoder.head)
+        if _hold(weight, own, checkpoint, rows=kept) and not kept:
             held += own
     return frozenset(held)
 

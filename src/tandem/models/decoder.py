@@ -7,7 +7,9 @@ Hugging Face names and layout.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,6 +27,9 @@ from tandem.models.recompute import recompute
 from tandem.models.rope import query_factors, rope_tables
 from tandem.models.spec import ModelSpec
 from tandem.models.view import Heads, View
+
+if TYPE_CHECKING:
+    from tandem.models.adapter import AdapterSet
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
@@ -52,6 +57,8 @@ class Decoder:
 
     >>> # Decoder(spec, "bfloat16").load(checkpoint.tensors()).forward(tokens_T, view)
     """
+
+    adapter: AdapterSet | None = None  # added to all rows, and learned in place of the weights
 
     def __init__(self, spec: ModelSpec, dtype: str, device: str = "cpu", kernels: Kernels = "exact") -> None:
         if device == "cuda" and not torch.cuda.is_available():
@@ -110,6 +117,35 @@ class Decoder:
         yield "norm", self.norm
         if self.head is not self.embed:
             yield "head", self.head
+
+    def wear(self, adapter: AdapterSet | None) -> None:
+        """Have an adapter's products added from now on, in place of another's; None: of none."""
+        self.adapter = adapter
+        for layer in self.layers:
+            for slot, weight in layer.weights():
+                name = f"layers.{layer.index}.{slot.name}"
+                weight.adapter = None if adapter is None else adapter.matrices.get(name)
+
+    @contextmanager
+    def wearing(self, adapter: AdapterSet | None) -> Iterator[None]:
+        """`wear` for the while."""
+        worn = self.adapter
+        self.wear(adapter)
+        try:
+            yield
+        finally:
+            self.wear(worn)
+
+    def published(self) -> Iterator[tuple[str, Weight]]:
+        """What training changes, as products read it: the weights, or what its adapter has."""
+        return self.weights() if self.adapter is None else self.adapter.served()
+
+    def freeze(self, *, head: bool = False) -> None:
+        """Nothing but an adapter learns from now on: matrices keep the form that products read. The look-up of rows
+        reads values, and so does the backward pass of the `head`, where there is one."""
+        for _, weight in self.weights():
+            if weight is not self.embed and not (head and weight is self.head):
+                weight.serve()
 
     def slots(self) -> Iterator[tuple[Slot, Weight]]:
         """Each weight once with the names of its tensors, in the order of the forward pass."""

@@ -7,18 +7,28 @@ cores. The bits are those of `Decoder.forward`, which the learner runs: the oper
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from tandem.kernels.address import address, check_range
 from tandem.kernels.build.load import kernel
-from tandem.kernels.forward import FEW, ForwardArgs, GroupArgs, LayerArgs, MatrixArgs
+from tandem.kernels.forward import FEW, AdapterArgs, ForwardArgs, GroupArgs, LayerArgs, MatrixArgs
 from tandem.kernels.page_pool import KvPool
 from tandem.kernels.weight import matrix_addresses
+from tandem.models.adapter import AdapterSet
 from tandem.models.decoder import Decoder
 from tandem.models.view import PagedView
 from tandem.types import Reach
+
+
+class RowAdapters(NamedTuple):
+    """Which adapter serves each of T rows."""
+
+    sets: Sequence[AdapterSet]
+    set_T: Tensor  # int64: its place among them; -1: none
 
 
 class FusedForward:
@@ -63,8 +73,8 @@ class FusedForward:
                 args.qkv_bias = found[-1].data_ptr()
         return found
 
-    def _room(self, rows: int) -> list[int]:
-        """Addresses of hidden, normed, qkv, attended, both, act in scratch that only grows."""
+    def _room(self, rows: int, ranks: int) -> list[int]:
+        """Addresses of hidden, normed, qkv, attended, both, act, lowered in scratch that only grows."""
         spec = self.decoder.spec
         few = max(rows, FEW * torch.get_num_threads())
         qkv, attended = self.decoder.layers[0].mix.heads.width, spec.heads * spec.head_size
@@ -75,6 +85,7 @@ class FusedForward:
             rows * attended,
             2 * rows * spec.ff_width,
             rows * spec.ff_width,
+            rows * ranks,
         )
         if sum(sizes) > len(self._scratch):
             self._scratch = torch.empty(sum(sizes), dtype=self.decoder.dtype)
@@ -84,8 +95,13 @@ class FusedForward:
             start += size * self.decoder.dtype.itemsize
         return addresses
 
-    def __call__(self, tokens_T: Tensor, view: PagedView, rows_N: Tensor) -> Tensor:
-        """Final hidden states [N, M], normed, of `rows_N` (ascending); writes the keys and values of all rows."""
+    def __call__(
+        self, tokens_T: Tensor, view: PagedView, rows_N: Tensor, adapters: RowAdapters | None = None
+    ) -> Tensor:
+        """Final hidden states [N, M], normed, of `rows_N` (ascending); writes the keys and values of all rows.
+
+        `adapters`: of the rows; by default all have the one that the decoder wears.
+        """
         decoder, spec = self.decoder, self.decoder.spec
         forms: list[object] = [w.packed if w.codes is None else w.codes for w in self._matrices]
         if len(forms) != len(self._forms) or any(now is not then for now, then in zip(forms, self._forms, strict=True)):
@@ -103,6 +119,8 @@ class FusedForward:
             last_start = torch.arange(last + 1, dtype=torch.int32)
             last_positions = view.positions_T[rows_N].to(torch.int32)
         groups, held = self._groups(view, segment_N)
+        served, ranks = self._adapters(rows, rows_N, adapters)
+        *scratch, lowered = self._room(rows, ranks)
         args = ForwardArgs(
             ctypes.addressof(self._layers),
             ctypes.addressof(groups),
@@ -110,16 +128,31 @@ class FusedForward:
             *(address(t, torch.int64, n) for t, n in ((tokens_T, rows), (view.positions_T, rows), (rows_N, last))),
             *(t.data_ptr() for t in (view.paths.row_start_S, view.paths.first_position_S, last_start, last_positions)),
             *(table.data_ptr() for table in decoder.tables),
-            *self._room(rows),
+            *scratch,
             out_NM.data_ptr(),
+            *served.addresses,
+            lowered,
             None if self.seconds is None else self.seconds.data_ptr(),
             *(len(self.pools), len(groups), rows, len(view.paths.first_position_S), last, spec.width, spec.ff_width),
             *(spec.heads, spec.kv_heads, spec.head_size, view.paths.page_tokens),
+            *(len(served.args), ranks),
             spec.norm_eps,
         )
         self._run(ctypes.addressof(args))
-        del biases, held
+        del biases, held, served
         return out_NM
+
+    def _adapters(self, rows: int, rows_N: Tensor, adapters: RowAdapters | None) -> tuple[_Served, int]:
+        """Rows by adapter, and the ranks of the widest matrix."""
+        if adapters is None:
+            worn = self.decoder.adapter
+            adapters = RowAdapters([] if worn is None else [worn], torch.zeros(0 if worn is None else rows).long())
+        if not adapters.sets:
+            return _Served(), 1
+        assert adapters.set_T.shape == (rows,), (adapters.set_T.shape, rows)
+        served = _Served(adapters, rows_N)
+        ranks = max(matrix.down.value.shape[0] for one in adapters.sets for matrix in one.matrices.values())
+        return served, ranks
 
     def _groups(self, view: PagedView, segment_N: Tensor | None) -> tuple[ctypes.Array[GroupArgs], list[Tensor]]:
         """Page tables and reaches; the tensors are to be held during the call."""
@@ -140,11 +173,34 @@ class FusedForward:
         return groups, held
 
 
+class _Served:
+    """Arguments of a step's adapters; to be held during the call."""
+
+    def __init__(self, adapters: RowAdapters | None = None, rows_N: Tensor | None = None) -> None:
+        self.args = (AdapterArgs * (0 if adapters is None else len(adapters.sets)))()
+        self.addresses: tuple[int | None, ...] = (None, None, None)
+        if adapters is None or rows_N is None:
+            return
+        self._sets = adapters.sets
+        bounds = torch.arange(-1, len(adapters.sets))
+        orders, ends = [], []
+        for set_T in (adapters.set_T, adapters.set_T[rows_N]):
+            sorted_T, order_T = set_T.sort(stable=True)
+            orders.append(order_T)
+            ends.append(torch.searchsorted(sorted_T, bounds, right=True).tolist())
+        self._orders = orders
+        for number, (args, one) in enumerate(zip(self.args, adapters.sets, strict=True)):
+            runs = (end for each in ends for end in each[number : number + 2])
+            args.layers = ctypes.addressof(one.layer_args())
+            args.begin, args.end, args.last_begin, args.last_end = runs
+        self.addresses = (ctypes.addressof(self.args), *(order_T.data_ptr() for order_T in orders))
+
+
 def fits(decoder: Decoder, pools: list[KvPool]) -> bool:
     """Whether the C++ has everything this decoder does: exact products, packed pages, plain rotation or none."""
     spec = decoder.spec
     even = spec.width % 2 == 0 and spec.ff_width % 2 == 0
     plain = all(layer.mix.heads.norm_eps is None and layer.mix.heads.factor_P is None for layer in decoder.layers)
     weights = [weight for layer in decoder.layers for slot, weight in layer.weights() if slot.columns is not None]
-    exact = all((w.packed is not None or w.codes is not None) and not w.library and w.adapter is None for w in weights)
+    exact = all((w.packed is not None or w.codes is not None) and not w.library for w in weights)
     return even and plain and exact and all(pool.packed for pool in pools)

@@ -13,7 +13,7 @@ from tandem.engine.layout import KvLayout
 from tandem.kernels.build.load import lacking
 from tandem.kernels.sizes import KEPT_BYTES, PANEL, SLAB
 from tandem.models.config import ModelConfig
-from tandem.models.parts import SIZES, all_slots, expected_shapes
+from tandem.models.parts import SIZES, all_slots, expected_shapes, layer_slots
 from tandem.models.spec import ModelSpec
 from tandem.sync.departures import of_engine, without_departures
 
@@ -89,6 +89,11 @@ class Asked:
         return not (self.rounded or self.lag or self.beside or self.apart)
 
     @property
+    def frozen(self) -> bool:
+        """Whether an adapter learns, and the weights do not."""
+        return self.run is not None and self.run.adapter.on
+
+    @property
     def form(self) -> Literal["codes", "packed", "both"]:
         """How the decoder that is loaded keeps its matrices; who rounds it, holds it back or trains it reads both."""
         if self.shares and self.coded_bytes and self.holds_codes:
@@ -155,6 +160,19 @@ def rounded_bytes(asked: Asked) -> int:
     whole = spec.vocab_size * spec.width * (1 if spec.tied_embeddings else 2)  # embedding and head keep their precision
     per_code = CODES[engine.weights] / 8 + 4 / engine.weight_group
     return int((count - whole) * per_code) + 2 * whole * SIZES[asked.dtype]
+
+
+def adapter_counts(asked: Asked) -> tuple[int, int]:
+    """Numbers that an adapter has, and the sum of its ranks."""
+    assert asked.run is not None
+    config, numbers, ranks = asked.run.adapter, 0, 0
+    for slot in layer_slots(asked.spec):
+        for stored in slot.stored if slot.columns is not None else ():
+            size = config.size(stored.name.removesuffix(".weight"))
+            if size is not None and slot.columns is not None:
+                ranks += size[0] + size[0] % 2
+                numbers += size[0] * (slot.columns + stored.rows) + (stored.rows if config.dora else 0)
+    return numbers, ranks
 
 
 def kept_numbers(spec: ModelSpec) -> int:

@@ -32,6 +32,7 @@ from tandem.plan.footprint import (
     Asked,
     Phase,
     activation_bytes,
+    adapter_counts,
     head_bytes,
     least_pool_bytes,
     microbatch_rows,
@@ -390,6 +391,8 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
         yield Line("rows of the embedding", embedding, place=place)
     if asked.form == "packed":
         yield Line("weights, until they are packed", whole - embedding, ("load",))
+    if asked.frozen and asked.form != "both" and not spec.tied_embeddings:
+        yield Line("values of the head", embedding, place=place)
     yield Line("rotary tables", 2 * 4 * spec.max_position * (spec.head_size // 2), place=place)
     own, each = packed_bytes(spec, model, asked.dtype), asked.engine.replicas if asked.apart and run is not None else 1
     each += int(asked.learns_apart and asked.two_engines)
@@ -440,8 +443,16 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
     shapes = expected_shapes(spec).values()
     count = sum(map(prod, shapes))
     compute = SIZES[model.dtype]
+    if asked.frozen:
+        largest = compute * max(spec.ff_width, spec.width) * spec.width * 2  # gate and up
+        count, ranks = adapter_counts(asked)
+        yield Line("adapter", 3 * count * compute, place=place)
+        yield Line("a matrix as its gradients read it", largest * (1 if asked.form == "both" else 2), ("learn",), place)
+        yield Line("adapter's products of a microbatch", run.learner.microbatch_tokens * ranks * compute, ("learn",))
+        if run.adapter.dora:
+            yield Line("a matrix whose rows are measured", 4 * largest, ("load", "update"))
     yield from _optimiser_lines(asked, "", count, place)
-    if run.needs_reference:
+    if run.needs_reference and not asked.frozen:
         yield Line("reference model", count * compute + packed_bytes(spec, model), LOADED, place)
     yield Line("texts of a step" if run.corpus.on else "rollouts of a step", rollout_bytes(asked), LOADED)
     if run.corpus.on and (held := held_bytes(run.corpus)):

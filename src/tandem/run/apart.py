@@ -23,7 +23,7 @@ from tandem.engine.engine import Decode, Engine
 from tandem.engine.layout import KvLayout
 from tandem.engine.share import Terms
 from tandem.errors import DeliveryError, WorkerError, WorkerLied
-from tandem.models.config import ModelConfig
+from tandem.models.config import AdapterConfig, ModelConfig
 from tandem.models.spec import ModelSpec
 from tandem.run.workers import START, Backend, Pending, Seat, Spec
 from tandem.sync.ways import Way
@@ -42,6 +42,7 @@ class EngineGiven:
     source: str  # of the model, resolved
     model: ModelConfig
     engine: EngineConfig  # with the memory that the plan decided
+    adapter: AdapterConfig | None = None  # that what is published is of; the weights are the source's then
 
 
 class Elsewhere:

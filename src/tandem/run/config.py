@@ -15,7 +15,7 @@ from tandem.config import Amount, Count, Positive, section
 from tandem.corpus.config import CorpusConfig
 from tandem.engine.config import EngineConfig
 from tandem.errors import ConfigError
-from tandem.models.config import ModelConfig
+from tandem.models.config import AdapterConfig, ModelConfig
 from tandem.numerics.estimate import MOST_SAMPLES
 from tandem.program.config import TaskConfig
 from tandem.rollout.config import AsyncConfig, Drawing, RolloutConfig, SelectConfig
@@ -189,6 +189,7 @@ class RunConfig:
     steps: Positive  # each samples, learns and publishes once
     model: ModelConfig
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0  # of all sampling; with the config it fixes the weights
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     objective: Learned = "policy_gradient"  # or next_token: of what is written; nothing is sampled to train on
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -239,6 +240,7 @@ def check_training(config: RunConfig) -> None:
     _check_select(config)
     _check_workers(config)
     check_remote(config)
+    check_adapter(config)
     if config.remote.servers and config.rollout.extra_prompts:
         raise ConfigError(
             f"remote.servers is set and rollout.extra_prompts is {config.rollout.extra_prompts}: who ends first would "
@@ -279,6 +281,34 @@ def _check_written(config: RunConfig) -> None:
             f"supervised.unlikelihood is {supervised.unlikelihood:g}, and no turn is marked as failed. Set "
             "corpus.error_turns or corpus.repeated_turns to mark, or supervised.unlikelihood to 0."
         )
+
+
+def check_adapter(config: RunConfig) -> None:
+    """Refuse what an adapter does not go with. Raises ConfigError."""
+    if not config.adapter.on:
+        if config.adapter != AdapterConfig():
+            raise ConfigError(
+                "adapter is configured, but adapter.rank is 0 and no adapter.source is given: all weights would be "
+                "trained. Set adapter.rank, or leave the others out."
+            )
+        return
+    refused = {
+        "model.device": (config.model.device, "cpu"),
+        "model.kernels": (config.model.kernels, "exact"),
+        "workers.learner": (config.workers.learner, "here"),
+        "remote.servers": (config.remote.servers, ()),
+    }
+    if config.preference.loss == "reward_model":
+        raise ConfigError(
+            "an adapter is trained (adapter.*) and preference.loss is reward_model, whose head and trunk are trained "
+            "whole. Leave adapter.* out, or choose another loss."
+        )
+    for name, (value, wanted) in refused.items():
+        if value != wanted:
+            raise ConfigError(
+                f"an adapter is trained (adapter.*) and {name} is {value}: adapters go with {wanted or 'none'} alone. "
+                f"Set {name} so, or leave adapter.* out."
+            )
 
 
 def check_remote(config: RunConfig) -> None:

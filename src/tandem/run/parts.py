@@ -22,17 +22,20 @@ from tandem.engine.layout import KvLayout
 from tandem.engine.measure import price
 from tandem.engine.runner import DecoderRunner, dtype_name
 from tandem.engine.share import tree_of
-from tandem.errors import ConfigError, TandemWarning
+from tandem.errors import ConfigError, ModelError, TandemWarning
 from tandem.kernels.build.load import matrix_unit
+from tandem.models.adapter import AdapterSet
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.codes import described, hold_codes
-from tandem.models.config import ModelConfig
+from tandem.models.config import AdapterConfig, ModelConfig
 from tandem.models.decoder import Decoder
+from tandem.models.peft import AdapterFolder, base_of, check_family
 from tandem.models.tokenizer import Tokenizer
 from tandem.plan.footprint import Asked
 from tandem.plan.memory import Plan, plan_memory
 from tandem.program.config import TaskConfig
 from tandem.program.render import Renderer, renderer_of
+from tandem.run.adapted import check_source, settled, trained_on, without
 from tandem.run.apart import EngineGiven, RemoteEngine, RemoteReference
 from tandem.run.config import RemoteConfig, RunConfig
 from tandem.run.folder import latest_checkpoint
@@ -100,6 +103,17 @@ def resolve_source(source: str) -> str:
     return str(saved.path)
 
 
+def origin_of(source: str) -> tuple[str, AdapterFolder | None]:
+    """The weights that a model source is read from and, where it is an adapter or a run that trains one, that."""
+    base, adapter = base_of(resolve_source(source))
+    if adapter is None:
+        return base, None
+    base, another = base_of(resolve_source(base))
+    if another is not None:
+        raise ModelError(f"{source} is an adapter of an adapter, {adapter.base}. Merge that one first.")
+    return base, adapter
+
+
 Use = Literal["learn", "serve", "apart"]  # of the model in this process; apart: an engine in another has its own
 
 
@@ -118,6 +132,8 @@ def plan_parts(
     processes like this one that divide the machine's memory, this one included."""
     if run is not None and run.workers.backend != "none":
         use = "apart"
+    if run is not None:
+        run = replace(run, adapter=settled(run.adapter))
     host_bytes, device_bytes = env.memory_bytes()[1] // sharers, 0
     if model.device == "cuda":
         if not torch.cuda.is_available():
@@ -127,7 +143,8 @@ def plan_parts(
                 "model.device=cpu, or run it where `tandem doctor` names a GPU."
             )
         device_bytes = torch.cuda.mem_get_info()[0]
-    coded_bytes = checkpoint.coded_bytes if use == "serve" else 0
+    frozen = run is not None and run.adapter.on
+    coded_bytes = checkpoint.coded_bytes if use == "serve" or frozen else 0
     prompt_tokens = 1
     if run is not None and run.task.environment == "reasoning_gym":  # whose prompts have this system message, or none
         system = (Message("system", run.task.system),) if run.task.system else ()
@@ -145,7 +162,7 @@ def plan_parts(
         prompt_tokens,
         env.limits_addresses(),
         open_checkpoint(resolve_source(critic)).spec if critic else None,
-        serves=use == "serve",
+        serves=use == "serve" or frozen,
         apart=use == "apart",
     )
     return plan_memory(asked, host_bytes, device_bytes)
@@ -171,7 +188,9 @@ def build_parts(
     is, in a process of its own. `remote`: whose servers sample, where it names some.
     """
     torch.set_num_threads(env.num_threads())
-    checkpoint = open_checkpoint(resolve_source(model.source))
+    source, worn = origin_of(model.source)
+    check_source(run if learns else None, worn)
+    checkpoint = open_checkpoint(source)
     spec = checkpoint.spec
     check_engine(spec, config)
     tokenizer = checkpoint.load_tokenizer()
@@ -186,7 +205,7 @@ def build_parts(
     memory = plan_parts(checkpoint, tokenizer, model, config, lag, run, use=use)
     memory.check()
     config = replace(config, kv_memory_bytes=memory.kv_memory_bytes)
-    words = _Words(checkpoint, tokenizer, renderer)
+    words = _Words(checkpoint, tokenizer, renderer, worn, run if learns else None)
     with memory.foreseen():
         if served is not None:
             return _build_served(words, model, config, served, run, memory)
@@ -210,6 +229,29 @@ class _Words:
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     renderer: Renderer
+    worn: AdapterFolder | None = None  # what is served is this adapter
+    run: RunConfig | None = None  # that trains one, where adapter.* say so
+
+    @property
+    def trains(self) -> bool:
+        """An adapter."""
+        return self.run is not None and self.run.adapter.on
+
+    @property
+    def adapts(self) -> AdapterConfig | None:
+        """What is served or trained beside the weights."""
+        if self.worn is not None:
+            return self.worn.config
+        return settled(self.run.adapter) if self.run is not None and self.run.adapter.on else None
+
+    def adapter(self, decoder: Decoder) -> AdapterSet | None:
+        """For a decoder, without which its weights were loaded; None: of no adapter."""
+        if self.worn is not None:
+            check_family(decoder.spec.architecture)
+            return self.worn.onto(decoder)
+        if self.run is None or not self.run.adapter.on:
+            return None
+        return trained_on(decoder, self.run, self.run.model.source)
 
 
 def engine_on(decoder: Decoder, config: EngineConfig, tokenizer: Tokenizer, version: WeightVersion = INITIAL) -> Engine:
@@ -228,7 +270,7 @@ def _build_apart(
 ) -> Parts:
     """With the engines in processes of their own, and the learner too where workers.learner says so."""
     checkpoint, tokenizer, asked = words.checkpoint, words.tokenizer, workers.config
-    source, spec = resolve_source(model.source), checkpoint.spec
+    source, spec = origin_of(model.source)[0], checkpoint.spec
     if config.shares:  # another machine need not have the file
         config = replace(config, shares=tree_of(config.shares))
     learner: RemoteLearner | None = None
@@ -240,13 +282,15 @@ def _build_apart(
         way = RemoteWay(learner)
     else:
         decoder = Decoder(spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
-        weights = {name: weight.value for name, weight in decoder.weights()}
+        decoder.wear(words.adapter(decoder))
+        weights = {name: weight.value for name, weight in decoder.published()}
         way = way_of(asked.transport, weights, asked.folder, workers.host, asked.deadline_s / 2)
     beside = run is not None and run.asynchrony.mode != "sync"
     own = bool(beside or of_engine(model, config))  # evaluation has an engine of its own
 
     def come(name: str, engine: EngineConfig = config) -> RemoteEngine:
-        there = RemoteEngine(workers, EngineGiven(source, model, engine), spec, tokenizer.decode, way, name)
+        given = EngineGiven(source, model, engine, words.adapts)
+        there = RemoteEngine(workers, given, spec, tokenizer.decode, way, name)
         there.grammars = Grammars(tokenizer.backend.to_str, spec.vocab_size)  # for its checks, which are made here
         return there
 
@@ -295,6 +339,7 @@ def _build_served(
     checkpoint, tokenizer = words.checkpoint, words.tokenizer
     decoder = Decoder(checkpoint.spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
     exact_engine = engine_on(decoder, config, tokenizer)
+    decoder.wear(words.adapter(decoder))
     key = env.named(remote.key_env) if remote.key_env else ""
     servers: list[ServerEngine] = []
     for url in remote.servers:
@@ -334,9 +379,10 @@ def _build(words: _Words, model: ModelConfig, config: EngineConfig, memory: Plan
     decoder = Decoder(spec, model.dtype, model.device, model.kernels)
     dtype = model.dtype if config.dtype == "same" else config.dtype
     rounded = config.weights != "same" or dtype != model.dtype
-    held = frozenset() if learns or rounded or lag else hold_codes(decoder, checkpoint)
-    decoder.load(checkpoint.tensors(held))
     apart = rounded or lag or beside  # the engine has weights of its own
+    frozen = words.trains or not learns
+    held = frozenset() if apart or not frozen else hold_codes(decoder, checkpoint, learns=words.trains)
+    decoder.load(checkpoint.tensors(held))
     serving = Decoder(spec, dtype, model.device, model.kernels) if apart else decoder
     source = (Decoder(spec, model.dtype, model.device, model.kernels) if rounded else serving) if lag else None
 
@@ -353,10 +399,15 @@ def _build(words: _Words, model: ModelConfig, config: EngineConfig, memory: Plan
         receivers.append(copied)
     publisher = Publisher(decoder, receivers)
     version = publisher.publish(0)
-    if not learns and serving is decoder:
-        for _, weight in decoder.weights():
-            if weight is not decoder.embed:
-                weight.serve()
+    if frozen and serving is decoder:
+        decoder.freeze(head=learns)
+    worn = words.adapter(decoder)
+    if worn is not None:  # from here on it alone travels
+        decoder.wear(worn)
+        for other in {id(one): one for one in (serving, source) if one is not None and one is not decoder}.values():
+            other.wear(AdapterSet(other, worn.config, worn.name))
+        publisher = Publisher(decoder, receivers)
+        version = publisher.publish(0)
     known = facts(decoder) | {"codes": described(serving)}
     plan = _decided(words, model, engine, known, version, memory)
     plan |= {"decoders": len({id(d) for d in (decoder, serving, source) if d is not None})}
@@ -379,6 +430,7 @@ def facts(decoder: Decoder) -> dict[str, Any]:
     return {
         "kernels": "compiled" if decoder.compiled else "reference",
         "parameters": sum(weight.value.numel() for _, weight in decoder.weights()),
+        "trained": sum(weight.value.numel() for _, weight in (decoder.adapter or decoder).weights()),
         "codes": described(decoder),
     }
 
@@ -411,6 +463,8 @@ def _decided(
 
 def reference_of(parts: Parts, config: RunConfig, load: Callable[[str], Decoder]) -> Scorer:
     """What fills in `reference_logprobs` by the model that the run began with, in a process of its own or `load`ed."""
+    if parts.decoder.adapter is not None:
+        return without(parts.decoder, config.adapter.source)
     if parts.workers is None:
         return partial(with_logprobs, "reference_logprobs", load(config.model.source))
     source = resolve_source(config.model.source)

@@ -18,9 +18,11 @@ from tandem.columns import Columns
 from tandem.engine.batch import Stats
 from tandem.engine.share import Terms
 from tandem.errors import CheckpointError, DeliveryError
+from tandem.models.adapter import AdapterSet
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
+from tandem.run.adapted import NAME
 from tandem.run.apart import EngineGiven
 from tandem.run.learned import OBJECTIVES, total_updates
 from tandem.run.learning import LearnerGiven
@@ -45,16 +47,23 @@ class EngineWorker:
         decoder = Decoder(checkpoint.spec, dtype, model.device, model.kernels)
         # What arrives lies in the decoder's own weights where it is served as it comes.
         here = model.device == "cpu" and dtype == model.dtype and config.weights == "same"
-        held = {name: weight.value for name, weight in decoder.weights()}
-        if not here:
-            kind = getattr(torch, model.dtype)
-            held = {name: torch.empty(value.shape, dtype=kind) for name, value in held.items()}
         self.engine = engine_on(decoder, config, checkpoint.load_tokenizer())
-        self._held = Held(held)
-        self._reader: Reader | None = None
         self._receiver = Copied(
             "the engine", decoder, self.engine, bits=BITS.get(config.weights, 0), group=config.weight_group
         )
+        if given.adapter is not None:
+            learner = decoder if here else Decoder(checkpoint.spec, model.dtype)  # as the learner's is
+            version, weights = published(learner.load(checkpoint.tensors()), 0)
+            self._receiver.receive(version, {POLICY: weights})
+            decoder.wear(AdapterSet(decoder, given.adapter, NAME))
+            kinds = {name: weight.value.dtype for name, weight in AdapterSet(learner, given.adapter).served()}
+        else:
+            kinds = {name: getattr(torch, model.dtype) for name, _ in decoder.published()}
+        held = {name: weight.value for name, weight in decoder.published()}
+        if not here:
+            held = {name: torch.empty(value.shape, dtype=kinds[name]) for name, value in held.items()}
+        self._held = Held(held)
+        self._reader: Reader | None = None
 
     def clock(self) -> float:
         return time.monotonic()

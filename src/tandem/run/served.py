@@ -9,18 +9,21 @@ from importlib.util import find_spec
 
 from tandem.config import names, render
 from tandem.engine.config import EngineConfig
+from tandem.engine.runner import DecoderRunner
 from tandem.engine.share import read_shares
 from tandem.errors import ConfigError
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.config import ModelConfig
+from tandem.models.peft import AdapterFolder, check_family, read_adapter
 from tandem.models.tokenizer import Tokenizer
 from tandem.plan.memory import Plan
 from tandem.program.config import TaskConfig
 from tandem.program.render import renderer_of
 from tandem.run.model import asked_as
-from tandem.run.parts import Parts, build_parts, plan_parts, resolve_source
+from tandem.run.parts import Parts, build_parts, origin_of, plan_parts, resolve_source
 from tandem.server.config import ServeConfig, names_of
 from tandem.server.tenants import Access
+from tandem.sync.receive import serve_adapter
 from tandem.types import Message
 
 NEEDED = ("fastapi", "uvicorn", "httptools", "uvloop", "prometheus_client")  # of the extra `serve`
@@ -42,6 +45,17 @@ def spoken(config: ServeConfig) -> TaskConfig:
     return replace(task, template_arguments=server.template_arguments) if server.template_arguments else task
 
 
+def adapters(config: ServeConfig) -> list[tuple[str, AdapterFolder]]:
+    """What is served beside the model. ConfigError: a name is taken; ModelError: a folder is no adapter."""
+    found, taken = list[tuple[str, AdapterFolder]](), {*names_of(config.server, config.model.source)}
+    for name, folder in config.server.adapters:
+        if not name or name in taken:
+            raise ConfigError(f"server.adapters names {name!r}, which is empty or taken. Give each a name of its own.")
+        taken.add(name)
+        found.append((name, read_adapter(resolve_source(folder))))
+    return found
+
+
 def checked(config: ServeConfig) -> list[str]:
     """What a server of this config would be, a line a fact; reads no weight. Raises what its start would, but for what
     it would write and the port."""
@@ -50,7 +64,7 @@ def checked(config: ServeConfig) -> list[str]:
     read_shares(config.engine.shares)
     if engines > 1:
         alike(config)
-    checkpoint = open_checkpoint(resolve_source(config.model.source))
+    checkpoint = open_checkpoint(origin_of(config.model.source)[0])
     tokenizer = checkpoint.load_tokenizer()
     renderer = renderer_of(tokenizer, spoken(config))
     memory = _planned(config, checkpoint, tokenizer)
@@ -59,6 +73,7 @@ def checked(config: ServeConfig) -> list[str]:
     name = names_of(server, config.model.source)[0]
     return [
         f"model      {name}, {spec.max_position} positions, {config.model.dtype}",
+        *([f"adapters   {', '.join(one for one, _ in adapters(config))}"] if config.server.adapters else []),
         f"prompts    {'plain text' if renderer.plain else 'chat template'}, calls of tools as {renderer.format}",
         f"memory     {memory.kv_memory_bytes / 2**20:,.0f} MiB for keys and values"
         + (" of each engine" if engines > 1 else ""),
@@ -97,7 +112,7 @@ def _divided(config: ServeConfig) -> EngineConfig:
     engine, count = config.engine, config.route.engines
     if count == 1 or engine.kv_memory_bytes:
         return engine
-    checkpoint = open_checkpoint(resolve_source(config.model.source))
+    checkpoint = open_checkpoint(origin_of(config.model.source)[0])
     tokenizer = checkpoint.load_tokenizer()
     return replace(engine, kv_memory_bytes=_planned(config, checkpoint, tokenizer).kv_memory_bytes)
 
@@ -106,4 +121,9 @@ def served(config: ServeConfig) -> tuple[Parts, list[Message]]:
     """The model's parts, and what opens a conversation without a system message."""
     task = spoken(config)
     parts = build_parts(config.model, _divided(config), learns=config.server.control, task=task)
+    runner = parts.engine.runner
+    assert isinstance(runner, DecoderRunner), type(runner)
+    for name, folder in adapters(config):
+        check_family(runner.decoder.spec.architecture)
+        serve_adapter("the server's engine", parts.engine, folder.onto(runner.decoder, name), 0)
     return parts, [Message("system", task.system)] if task.system else []

@@ -46,9 +46,15 @@ class ServedWeights:
     def ready(self, engine: Engine, folder: str) -> Ready:
         """All tensors of a folder, or of what was sent where it is empty, as the engine's model has them.
 
-        ModelError where one is missing, unknown or misshapen. Takes memory for the model once more until it serves.
+        ModelError where one is missing, unknown or misshapen, or adapters are served. Takes memory for the model once
+        more until it serves.
         """
         serves = _decoder(engine)
+        if engine.adapters or serves.adapter is not None:
+            raise ModelError(
+                "adapters are served on these weights, of which they are. Start the server without adapters to have it "
+                "take other weights."
+            )
         if folder:
             checkpoint = open_checkpoint(resolve_source(folder))
             if checkpoint.spec != serves.spec:

@@ -79,7 +79,7 @@ class Chat:
             "id": self.id,
             "object": kind,
             "created": self.created,
-            "model": self.room.model,
+            "model": self.room.named(self.body.model),
             "system_fingerprint": self.room.fingerprint,
         }
 

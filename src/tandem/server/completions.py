@@ -70,7 +70,7 @@ class Continuation:
             "id": self.id,
             "object": "text_completion",
             "created": self.created,
-            "model": self.room.model,
+            "model": self.room.named(self.body.model),
             "system_fingerprint": self.room.fingerprint,
         }
 

@@ -14,7 +14,7 @@ from tandem.program.config import Scalar, ToolFormat
 
 ENGINES_ALONE = tuple(
     f"server.{name}"
-    for name in ("name", "tool_format", "template_arguments", "tenants", "control", "max_prompt_tokens")
+    for name in ("name", "adapters", "tool_format", "template_arguments", "tenants", "control", "max_prompt_tokens")
 ) + ("server.max_new_tokens", "server.max_choices", "server.max_waiting", "server.tenant_requests", "route.engines")
 
 
@@ -30,6 +30,7 @@ class ServerConfig:
     host: str = "127.0.0.1"  # that it listens on; 0.0.0.0: on all
     port: Annotated[int, Interval(ge=0, le=65535)] = 8000  # 0: one that is free
     name: str = ""  # of the model, in what it answers and is asked for; empty: the last part of what was given
+    adapters: tuple[tuple[str, str], ...] = ()  # served beside it: pairs of a name, asked for as a model, and a folder
     tool_format: ToolFormat = "auto"  # of calls in what the model writes; auto: as its chat template writes them
     template_arguments: tuple[tuple[str, Scalar], ...] = ()  # for the chat template: enable_thinking=false
     keys: str = ""  # a .toml file of API keys and their tenants; empty, and no TANDEM_API_KEY: nobody is asked for one

@@ -14,19 +14,19 @@ from tandem.server.words import messages_of, tools_of
 
 
 async def models(room: Room, request: Request) -> Response:
-    return answer({"object": "list", "data": [_card(room)]})
+    return answer({"object": "list", "data": [_card(room, name) for name in (room.model, *room.desk.engine.adapters)]})
 
 
 async def model(room: Room, request: Request) -> Response:
     name = request.path_params["name"]
-    if name not in room.names:
-        raise Refusal(404, f"there is no model {name}. Served here: {room.model}.", "model_not_found", "model")
-    return answer(_card(room))
+    room.check_model(name)
+    return answer(_card(room, room.named(name)))
 
 
-def _card(room: Room) -> dict[str, object]:
-    card = {"id": room.model, "object": "model", "created": room.created, "owned_by": "tandem"}
-    return {**card, "max_model_len": room.desk.engine.scheduler.max_context}
+def _card(room: Room, name: str) -> dict[str, object]:
+    card = {"id": name, "object": "model", "created": room.created, "owned_by": "tandem"}
+    of = {"parent": room.model} if name in room.desk.engine.adapters else {}
+    return {**card, "max_model_len": room.desk.engine.scheduler.max_context, **of}
 
 
 async def health(room: Room, request: Request) -> Response:

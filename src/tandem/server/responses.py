@@ -109,7 +109,7 @@ class Reply:
             "incomplete_details": incomplete,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "model": self.room.model,
+            "model": self.room.named(self.body.model),
             "output": self.output.items,
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,

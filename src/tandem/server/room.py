@@ -40,6 +40,7 @@ class Asker:
     tenant: str
     program: str  # "": nobody said
     hints: Hints | None
+    adapter: str = ""  # that the call's model is; "": the model itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +125,7 @@ class Room:
         """Who asks, of body and headers, and for `messages`; the body is heard where both say."""
         holder = request.state.holder
         tenant = self.access.tenant(holder, body.tenant or request.headers.get("x-tenant"))
-        if body.model is not None and body.model not in self.names:
-            raise Refusal(
-                404, f"there is no model {body.model}. Served here: {self.model}.", "model_not_found", "model"
-            )
+        self.check_model(body.model)
         program = body.program_id or request.headers.get("x-program-id", "")
         if len(program) > 256 or not program.isprintable():
             said = "program_id (X-Program-ID) is longer than 256 characters, or not printable."
@@ -135,7 +133,18 @@ class Room:
         hints = demand.hints_of(body.hints or self._hints(request))
         if called := arguments_of(messages):
             hints = replace(hints or Hints(), arguments=(hints and hints.arguments) or called)
-        return Asker(holder, tenant, program, hints)
+        adapter = body.model if body.model in self.desk.engine.adapters else None
+        return Asker(holder, tenant, program, hints, adapter or "")
+
+    def check_model(self, name: str | None) -> None:
+        """Refusal where neither the model nor an adapter on it is called so."""
+        if name is not None and name not in self.names and name not in self.desk.engine.adapters:
+            served = ", ".join((self.model, *self.desk.engine.adapters))
+            raise Refusal(404, f"there is no model {name}. Served here: {served}.", "model_not_found", "model")
+
+    def named(self, name: str | None) -> str:
+        """What an answer says of the model that a call asked for."""
+        return name if name is not None and name in self.desk.engine.adapters else self.model
 
     def _hints(self, request: Request) -> bodies.Hints | None:
         """Of the header, which is the JSON that the body's field would be."""
@@ -172,7 +181,8 @@ class Room:
                 named = f"{id}/{len(requests)}" if several else id
                 drawn = replace(sampling, max_new_tokens=most)
                 group = id if several else ""
-                one = Asked(named, program, prompt.tokens, drawn, seed, asker.tenant, group=group, hints=asker.hints)
+                one = Asked(named, program, prompt.tokens, drawn, seed, asker.tenant, adapter=asker.adapter)
+                one = replace(one, group=group, hints=asker.hints)
                 asks = (terms.constraint, terms.likely, terms.scored)
                 requests.append(replace(one, constraint=asks[0], likely=asks[1], scored=asks[2]) if any(asks) else one)
                 owners.append(prompt)

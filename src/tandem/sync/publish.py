@@ -22,7 +22,8 @@ from tandem.types import WeightVersion
 
 
 def weight_version(decoder: Decoder, step: int) -> WeightVersion:
-    """The version of the decoder's present weights: the number of updates and the hash of the tensors."""
+    """The version of the decoder's present weights: the number of updates and the hash of the tensors; of those of its
+    adapter, where it wears one."""
     return WeightVersion(step, root_hash(_published(decoder)))
 
 
@@ -30,14 +31,14 @@ def published(decoder: Decoder, step: int) -> tuple[WeightVersion, Weights]:
     """The decoder's present weights, and which version they are."""
     hashes = _published(decoder)
     return WeightVersion(step, root_hash(hashes)), Weights(
-        {name: weight.value for name, weight in decoder.weights()}, hashes
+        {name: weight.value for name, weight in decoder.published()}, hashes
     )
 
 
 def _published(decoder: Decoder) -> dict[str, str]:
     # A decoder that only serves codes of a file has no other value of them.
     return tensor_hashes(
-        (name, weight.served() if weight.value.is_meta else weight.value) for name, weight in decoder.weights()
+        (name, weight.served() if weight.value.is_meta else weight.value) for name, weight in decoder.published()
     )
 
 

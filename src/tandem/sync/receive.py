@@ -9,10 +9,12 @@ from typing import Protocol
 import torch
 
 from tandem.engine.engine import Engine
+from tandem.engine.runner import DecoderRunner
 from tandem.errors import DeliveryError
 from tandem.kernels.quantise import dequantise, quantise
+from tandem.models.adapter import AdapterSet
 from tandem.models.decoder import Decoder
-from tandem.numerics.digest import tensor_hashes
+from tandem.numerics.digest import root_hash, tensor_hashes
 from tandem.numerics.quantise import Quantised
 from tandem.types import WeightVersion
 
@@ -100,12 +102,13 @@ class Copied:
                 engine.receive(version)
 
     def _rounded(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor | Quantised]]:
-        """Embedding, head and norms keep their precision."""
+        """Embedding, head and norms keep their precision, and so do adapters."""
+        kinds = {name: weight.value.dtype for name, weight in self.decoder.published()}
         for name, tensor in tensors.items():
-            if self.bits and tensor.ndim == 2 and name not in ("embed", "head"):
+            if self.bits and self.decoder.adapter is None and tensor.ndim == 2 and name not in ("embed", "head"):
                 yield name, quantise(tensor, self.bits, self.group)
             else:
-                yield name, tensor.to(self.decoder.dtype)
+                yield name, tensor.to(kinds[name])
 
     def sources(self) -> Mapping[int, Decoder]:
         return {} if self.source is None else {self._serves.step: self.source}
@@ -130,9 +133,9 @@ def _served(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
 
     Each is to be hashed before the next is taken: those that are recovered share memory.
     """
-    sizes = [weight.value.nbytes for _, weight in decoder.weights() if weight.packed is not None]
+    sizes = [weight.value.nbytes for _, weight in decoder.published() if weight.packed is not None]
     room = torch.empty(max(sizes, default=0), dtype=torch.uint8)
-    for name, weight in decoder.weights():
+    for name, weight in decoder.published():
         if weight is decoder.embed and (weight.packed is not None or weight.codes is not None):
             yield "embed (rows)", weight.value
         yield name, weight.served(room)
@@ -155,11 +158,23 @@ def check(
         )
 
 
+def serve_adapter(receiver: str, engine: Engine, adapter: AdapterSet, step: int) -> WeightVersion:
+    """Between two steps: an engine serves this adapter of its decoder to requests that give its name; those
+    that run with an earlier one go on with it. DeliveryError where its products would read anything else."""
+    assert isinstance(engine.runner, DecoderRunner) and adapter.name, (type(engine.runner), adapter.name)
+    hashes = tensor_hashes((name, weight.value) for name, weight in adapter.served())
+    version = WeightVersion(step, root_hash(hashes), adapter.name)
+    check(receiver, version, hashes, ((name, weight.served()) for name, weight in adapter.served()))
+    engine.receive_adapter(version)
+    engine.runner.adapters[adapter.name] = adapter
+    return version
+
+
 def _load(
     decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor | Quantised]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Bring each tensor in and pack it, or hold its codes; passes its value on, to be hashed on the sender's side."""
-    weights = dict(decoder.weights())
+    weights = dict(decoder.published())
     for name, sent in tensors:
         weight = weights[name]
         value = dequantise(sent, decoder.dtype) if isinstance(sent, Quantised) else sent

@@ -1,6 +1,7 @@
 """A checkpoint's folder: a Hugging Face model, the optimiser's state in shards, and where the run stood.
 
-config.json model.safetensors tokenizer.json ...     what Transformers loads
+config.json model.safetensors tokenizer.json ...     what Transformers loads, or where an adapter is trained
+adapter_config.json adapter_model.safetensors        what PEFT loads, with the name of the model that it is of
 optimiser-00001.safetensors ...                      fp32 master weights and moments
 critic-00001.safetensors ...                         the same of a critic, where there is one
 state.json                                           step, weights, and the state of each part by its name
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from tandem.errors import CheckpointError, RunFolderError
 from tandem.models.checkpoint import save_checkpoint
 from tandem.models.decoder import Decoder
+from tandem.models.peft import BASE, read_adapter, save_adapter
 from tandem.models.tokenizer import Tokenizer
 from tandem.numerics.digest import file_hash
 from tandem.train.config import SHARD_BYTES
@@ -103,7 +105,10 @@ def save(
     """Write a checkpoint into an empty directory; the caller renames it into place. `optimisers` by their files' names:
     "optimiser" is the decoder's, "critic" that of a critic."""
     dtype = str(decoder.dtype).removeprefix("torch.")
-    save_checkpoint(directory, decoder.spec, dict(decoder.export()), tokenizer, dtype)
+    if decoder.adapter is not None:
+        save_adapter(directory, decoder.adapter)
+    else:
+        save_checkpoint(directory, decoder.spec, dict(decoder.export()), tokenizer, dtype)
     for name, optimiser in optimisers.items():
         for number, shard in enumerate(_shards(optimiser.tensors()), start=1):
             save_file(shard, directory / f"{name}-{number:05d}.safetensors")
@@ -150,12 +155,19 @@ def _read(directory: Path, name: str) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, shard.get_tensor(name)
 
 
-def load(directory: Path, optimisers: Mapping[str, Optimiser]) -> RunState:
+def load(directory: Path, decoder: Decoder, optimisers: Mapping[str, Optimiser]) -> RunState:
     """Restore optimisers and what they train.
 
     RunFolderError where a file is damaged, CheckpointError where it is another's.
     """
     verify(directory)
+    if decoder.adapter is not None:
+        trained, now = read_adapter(directory).weights()[1].get(BASE), decoder.adapter.base
+        if trained != now.digest:
+            raise CheckpointError(
+                f"the adapter of {directory} was trained on weights that hash to {trained or 'nothing'}, and those of "
+                f"{now.source} hash to {now.digest}: the model was changed. Give back the one that the run began with."
+            )
     try:
         state = RunState(**_before_parts(json.loads((directory / "state.json").read_text(encoding="utf-8"))))
         for name, optimiser in optimisers.items():

@@ -67,7 +67,7 @@ class Parts:
 
 
 class Learner:
-    """Owns the optimiser of a decoder; `step` leaves the decoder's weights updated."""
+    """Owns the optimiser of a decoder, or of the adapter that it wears; `step` leaves those weights updated."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Learner:
         self.total_updates = total_updates
         self.trace = trace or Trace()  # span "update": norm, clipping, AdamW and packing of the weights
         self.head = objective.over(decoder) if isinstance(objective, RewardModel) else None
-        self.optimiser = Optimiser(self.head or decoder, config)
+        self.optimiser = Optimiser(self.head or decoder.adapter or decoder, config)
         self.critic = critic
         self.between: Callable[[], None] = _nothing  # called before each microbatch
 
@@ -107,7 +107,7 @@ class Learner:
 
     def load(self, directory: Path) -> RunState:
         """Go on from a checkpoint."""
-        return checkpoint.load(directory, self._optimisers)
+        return checkpoint.load(directory, self.decoder, self._optimisers)
 
     def backward(self, microbatch: Microbatch) -> LossResult:
         """Add a microbatch's gradients. NonFiniteError, naming the samples, where its loss is not finite."""

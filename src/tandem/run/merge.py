@@ -1,0 +1,38 @@
+"""An adapter folded into the model that it is of, as a model of its own."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from shutil import rmtree
+
+import torch
+
+from tandem.errors import ConfigError, ModelError
+from tandem.models.checkpoint import open_checkpoint, save_checkpoint
+from tandem.models.decoder import DTYPES, Decoder
+from tandem.models.peft import check_family, merged
+from tandem.run.parts import origin_of, resolve_source
+
+
+def merge(source: str, out: Path, dtype: str, base: str = "") -> None:
+    """Write the model that `source`, an adapter's folder or a run that trained one, makes of its base.
+
+    `base`: a model in place of the one that the adapter names. ConfigError where there is no adapter or `out` exists.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} exists already. Give a new folder.")
+    weights, adapter = origin_of(source)
+    if adapter is None:
+        raise ConfigError(f"{source} is no adapter, nor a run that trains one: there is nothing to merge.")
+    checkpoint = open_checkpoint(resolve_source(base) if base else weights)
+    check_family(checkpoint.spec.architecture)
+    made = adapter.onto(Decoder(checkpoint.spec, "float32"))  # which takes the numbers as they are
+    kind, aside = DTYPES[dtype], out.with_name(f"{out.name}.part")
+    with ExitStack() as leaving:
+        leaving.callback(rmtree, aside, ignore_errors=True)
+        tensors = {name: tensor.to(kind) for name, tensor in merged(checkpoint, made)}
+        if wrong := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+            raise ModelError(f"{wrong[0]} has numbers beyond {dtype} once {source} is merged. Choose another dtype.")
+        save_checkpoint(aside, checkpoint.spec, tensors, checkpoint.load_tokenizer(), dtype)
+        aside.rename(out)

@@ -1,0 +1,86 @@
+"""Adapters over HTTP: each is a model of its own name, on one base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+
+from tandem.errors import ConfigError, ModelError
+from tandem.models.adapter import AdapterSet, Base
+from tandem.models.checkpoint import open_checkpoint
+from tandem.models.config import AdapterConfig
+from tandem.models.decoder import Decoder
+from tandem.models.peft import save_adapter
+from tandem.run.model import load
+from tests.serving import Server, serving
+
+NAMES = ("one", "two")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, write_model: Callable[..., None]) -> Path:
+    """A model, and two adapters of it beside."""
+    path = tmp_path_factory.mktemp("served")
+    write_model(path / "model", scale=10.0)
+    checkpoint = open_checkpoint(str(path / "model"))
+    decoder = Decoder(checkpoint.spec, "bfloat16").load(checkpoint.tensors())
+    for number, name in enumerate(NAMES):
+        made = AdapterSet(decoder, AdapterConfig(rank=4, dora=bool(number))).draw(number)
+        for one in made.additions:
+            one.piece.up.value.copy_(
+                torch.randn(one.piece.up.value.shape, generator=torch.Generator().manual_seed(number))
+            )
+        made.base = Base(str(path / "model"), "")
+        save_adapter(path / name, made)
+    return path
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    with serving(folder / "model", **{"server.adapters": {name: str(folder / name) for name in NAMES}}) as running:
+        yield running
+
+
+def ask(server: Server, path: str, **body: Any) -> dict[str, Any]:
+    answer = httpx.post(f"{server.url}{path}", json={"temperature": 0, "max_tokens": 12, **body}, timeout=60)
+    told: dict[str, Any] = answer.json()
+    assert answer.status_code == 200, told
+    return told
+
+
+def test_each_answers_as_it_does_alone(server: Server, folder: Path) -> None:
+    """A call for one adapter is answered by another or by the base, or its answer says another model."""
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": "What is 1 + 2?"}]}
+    texts = []
+    for name, alone in (("tiny", "model"), *((name, name) for name in NAMES)):
+        told = ask(server, "/v1/chat/completions", model=name, **chat)
+        assert told["model"] == name
+        texts.append(told["choices"][0]["message"]["content"])
+        assert texts[-1] == load(folder / alone).generate(["What is 1 + 2?"], max_new_tokens=12)[0].text
+        assert ask(server, "/v1/completions", model=name, prompt="1 + 2 =")["model"] == name
+    assert len(set(texts)) == 3
+
+
+def test_they_are_listed_and_others_refused(server: Server, folder: Path) -> None:
+    """An adapter that no client finds; an unknown model that the base answers for."""
+    told = httpx.get(f"{server.url}/v1/models").json()["data"]
+    assert [(card["id"], card.get("parent")) for card in told] == [("tiny", None), ("one", "tiny"), ("two", "tiny")]
+    assert httpx.get(f"{server.url}/v1/models/two").json()["id"] == "two"
+    answer = httpx.post(f"{server.url}/v1/completions", json={"model": "three", "prompt": "1"})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"] == "there is no model three. Served here: tiny, one, two."
+
+
+def test_what_cannot_be_served_is_refused(folder: Path) -> None:
+    """A name that hides the model, or a folder that is none, found at the first call."""
+    for adapters, wrong, says in (
+        ({"tiny": str(folder / "one")}, ConfigError, "names 'tiny', which is empty or taken"),
+        ({"one": str(folder / "model")}, ModelError, "is no adapter: it has no adapter_config.json"),
+    ):
+        with pytest.raises(wrong, match=says):
+            Server(folder / "model", **{"server.adapters": adapters})
