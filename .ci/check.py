@@ -52,7 +52,7 @@ TORCH_FREE = {
 
 FILE_LINES, KERNEL_FILE_LINES, FUNCTION_LINES, PARAMETERS = 500, 800, 80, 8
 PRODUCT_LINES = (
-    66_000  # without APART_LINES, what measures and shows; 58,000 before learning without rewards, and adapters
+    70_000  # without APART_LINES, what measures and shows; 58,000 before learning without rewards, and adapters
 )
 APART_LINES = ("bench", "study", "report")
 LOOP_LINES = 60  # run/loop.py is the table of contents
@@ -68,6 +68,7 @@ RAISED: dict[str, tuple[int, str]] = {
     "src/tandem/kernels/gpu/sample.py:finish_kernel": (10, "pointers and shapes of one launch"),
     "src/tandem/cli/generate.py:generate": (15, "one a flag"),
     "src/tandem/cli/eval.py:evaluate": (9, "one a flag"),
+    "src/tandem/cli/convert.py:convert": (10, "one a flag"),
     "tests/cpu/test_mutations.py": (540, "one table of mutations, beside what they replace"),
     "src/tandem/kernels/gpu/rotary.py:rotate_kernel": (12, "pointers and shapes of one launch"),
     "src/tandem/kernels/gpu/rotary.py:store_codes_kernel": (12, "pointers and shapes of one launch"),

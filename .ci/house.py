@@ -28,6 +28,7 @@ ROOMS: dict[str, tuple[int, str, str]] = {
     "rollout": (3, "3", "tokens to trajectories"),
     "algo": (0, "4", "credit, packs, losses"),
     "corpus": (0, "", "what is written already"),
+    "surgery": (2, "", "a model out of another"),
     "train": (1, "5", "losses to weights"),
     "sync": (2, "6", "weights to the engine"),
     "plan": (1, "", "memory before a run"),

@@ -56,6 +56,11 @@ COLUMNS: Mapping[str, Column] = {
     "returns": Column(np.float64, "what the critic should have said"),
     "failed": Column(bool, "of a turn that did not do what it should: an error, a repetition", absent=False),
     "loss_weights": Column(np.float64, "of the token in the batch's loss; below 0: made less likely", absent=0.0),
+    "teacher_ids": Column(np.int32, "the teacher's most likely tokens in the token's place", ndim=2),
+    "teacher_logprobs": Column(np.float32, "the teacher's, of those, and of all others together", ndim=2),
+    "spans": Column(np.int32, "which span of equal text a token is of, by another model's tokens; -1: none", absent=-1),
+    "span_logprobs": Column(np.float64, "at the last token of a span: the teacher's log-prob of its text", absent=0.0),
+    "distil_weights": Column(np.float64, "of the distance of hidden states from the teacher's", absent=1.0),
     "selection_weights": Column(np.float64, "of the sample's group, for how likely it was to be kept; mean 1"),
 }
 

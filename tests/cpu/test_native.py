@@ -16,6 +16,7 @@ from tandem.algo.pack import count_prompts, pack
 from tandem.engine.runner import DecoderRunner
 from tandem.kernels import adamw, attention, codes, gradient, linear, logprob, norm, page_sum, quantise, rotary, swiglu
 from tandem.kernels import sample as sampler
+from tandem.kernels.divergence import Divergence, Head, head_divergence
 from tandem.kernels.head import draw
 from tandem.kernels.page_pool import KvPool, rotate_store_
 from tandem.kernels.paths import Paths
@@ -105,6 +106,16 @@ def _attend_backward(query: Tensor, key: Tensor, value: Tensor, dout: Tensor) ->
     return list(grads)
 
 
+def _divergence_backward(hidden: Tensor, other: Tensor, targets: Tensor) -> list[Tensor]:
+    head = weight(COLUMNS, DEPTH)
+    leaf = hidden.clone().requires_grad_()
+    teacher = Head(other, weight(COLUMNS, DEPTH))
+    found = head_divergence(Head(leaf, head), teacher, targets, Divergence("jensen_shannon"))
+    found.divergence_N.sum().backward()
+    assert leaf.grad is not None and head.grad is not None
+    return [*(one.detach() for one in found), leaf.grad, head.grad]
+
+
 def _scores_backward(hidden: Tensor, targets: Tensor) -> list[Tensor]:
     matrix = weight(COLUMNS, DEPTH)
     hidden = hidden.detach().requires_grad_()
@@ -164,6 +175,10 @@ ENTRIES: dict[str, Entry] = {
     ),
     "log-probs": Entry(
         _scores_backward, lambda n: {"hidden": normal(n, DEPTH), "targets": torch.arange(n) % COLUMNS}
+    ),
+    "divergence": Entry(
+        _divergence_backward,
+        lambda n: {"hidden": normal(n, DEPTH), "other": normal(n, DEPTH), "targets": torch.arange(n) % COLUMNS},
     ),
     "norm": Entry(
         lambda x: _backward(lambda leaf: norm.rms_norm(leaf, weight(DEPTH), 1e-5), x), lambda n: {"x": normal(n, DEPTH)}

@@ -23,7 +23,7 @@ from tandem.models.decoder import Decoder
 from tandem.models.peft import CONFIG, WEIGHTS, merged, read_adapter, save_adapter
 from tandem.models.view import PackView
 from tandem.run.merge import merge
-from tandem.run.parts import origin_of
+from tandem.run.source import origin_of
 
 FORMS: dict[str, dict[str, Any]] = {
     "lora": {},

@@ -19,9 +19,9 @@ from tandem.models.config import ModelConfig
 from tandem.models.spec import ModelSpec
 from tandem.rollout.router import Replica, Router
 from tandem.run import remote_calls
-from tandem.run.config import RemoteConfig
 from tandem.run.remote import ServerEngine
 from tandem.run.remote_calls import Server
+from tandem.run.remote_config import RemoteConfig
 from tandem.types import Completion, Constraint, Request, Sampling, StopReason, WeightVersion
 from tests.stub import Said, stub
 

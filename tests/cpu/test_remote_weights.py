@@ -21,8 +21,8 @@ from tandem.errors import ConfigError, DeliveryError, EngineError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.run import remote_ways, remote_weights
-from tandem.run.config import RemoteConfig
 from tandem.run.remote_calls import Server
+from tandem.run.remote_config import RemoteConfig
 from tandem.run.remote_ways import EMPTY, WAYS, Sent, checksums, compare, parts_of
 from tandem.run.remote_weights import Probed, ToServers, check_policy
 from tandem.train.score import with_logprobs

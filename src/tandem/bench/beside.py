@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from tandem import env
 from tandem.bench.agents import agents
 from tandem.bench.books import spent_in
+from tandem.bench.distil import distil
 from tandem.bench.dpo import dpo
 from tandem.bench.gpu import check_device, gpu
 from tandem.bench.gpu import measure as measure_device
@@ -205,6 +206,7 @@ WORKS: dict[str, Sequence[Callable[[Machine], Iterator[Figure]]]] = {
     "engine": (_engine, _codes),
     "learner": (_learner,),
     "tree": (_tree,),
+    "distil": (distil,),
     "step": (_step,),
     "agents": (agents,),
     "sft": (sft,),

@@ -69,6 +69,18 @@ KERNELS: dict[str, tuple[str, Callable[..., Cost]]] = {
             4.0 * rows * vocab * width, size * (rows + width) * vocab + 8 * vocab * width + 8 * rows * width
         ),
     ),
+    "divergence": (
+        "heads: divergence",  # both models' products, and the gradients at the student's logits
+        lambda size, _x, _y, rows, vocab, depth, other, *__: (
+            _head(size, rows, vocab, depth) + _head(size, rows, vocab, other)
+        ),
+    ),
+    "divergence_backward": (
+        "heads: divergence backward",
+        lambda size, rows, vocab, width: Cost(
+            4.0 * rows * vocab * width, size * (rows + width) * vocab + 8 * vocab * width + 8 * rows * width
+        ),
+    ),
     "adamw": ("AdamW", lambda size, numbers: Cost(0, (24 + 4 + size) * numbers)),
     "pack_weight": ("packing of weights", lambda size, rows, columns: Cost(0, 2 * size * rows * columns)),
 }

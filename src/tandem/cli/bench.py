@@ -17,6 +17,7 @@ class Work(str, Enum):
     LEARNER = "learner"
     TREE = "tree"
     STEP = "step"
+    DISTIL = "distil"
     AGENTS = "agents"
     SFT = "sft"
     DPO = "dpo"
@@ -47,7 +48,8 @@ PEERED = (Work.ENGINE, Work.LEARNER, Work.TREE, Work.STEP, Work.AGENTS, Work.SFT
 DRAWN = (Work.SWEEP, Work.SERVE)  # have a picture
 ALONE = tuple(work for work in Work if work not in PEERED)  # have no peers
 WORKS_HELP = (
-    "What to measure; tree: the learner on turns that share their context, beside copies; agents: programs with slow "
+    "What to measure; tree: the learner on turns that share their context, beside copies; distil: a step of it beside "
+    "SFT and the teacher's forward pass; agents: programs with slow "
     "tools; sft: chats as long as GSM8K's, packed, with the peak of memory; dpo: pairs as long; "
     "parity: the price of exactness; profile: where the time goes, by operation; "
     "sweep: decoding over the number of sequences and over the context; "

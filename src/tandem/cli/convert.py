@@ -1,39 +1,131 @@
-"""`tandem convert`: a model made of another, written as a Hugging Face folder."""
+"""`tandem convert`: a student cut out of a teacher, a teacher's log-probs on disk, an adapter folded into its model."""
 
 from __future__ import annotations
 
+import json as jsonlib
+import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-
-class Way(str, Enum):
-    MERGE = "merge"
+from tandem.cli.options import Assignments, ConfigFiles
 
 
 class Kind(str, Enum):
+    PRUNE = "prune"
+    TEACHER = "teacher"
+    MERGE = "merge"
+
+
+class Dtype(str, Enum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT32 = "float32"
 
 
-WAYS_HELP = "merge: an adapter folded into the model that it is of."
+KIND_HELP = (
+    "prune: a smaller student of a model; teacher: what a recipe's distil.teacher says of its texts, to learn later; "
+    "merge: an adapter folded into the model that it is of"
+)
+SOURCE_HELP = (
+    "Of prune: a model, or a run, whose newest checkpoint is meant. Of teacher: a recipe. Of merge: an adapter's "
+    "folder in PEFT's format, or a run that trained one."
+)
+SIZES = ("layers", "heads", "kv_heads", "ff_width", "width")
 
 
 def convert(
-    way: Annotated[Way, typer.Argument(metavar="WAY", help=WAYS_HELP)],
-    source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="An adapter's folder in PEFT's format, or a run that trained one.")
-    ],
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the model is written.")],
-    base: Annotated[str, typer.Option(metavar="MODEL", help="In place of the model that the adapter names.")] = "",
-    dtype: Annotated[Kind, typer.Option(help="Of the tensors written.")] = Kind.BFLOAT16,
+    kind: Annotated[Kind, typer.Argument(metavar="prune|teacher|merge", help=KIND_HELP)],
+    source: Annotated[str, typer.Argument(metavar="MODEL|RECIPE|ADAPTER", help=SOURCE_HELP)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A folder to make.")],
+    size: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=N", help="Of prune, what is left: layers=6, heads, kv_heads, ff_width, width."),
+    ] = None,
+    measure: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Of prune: choose by importance over this text, not evenly.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Of merge: in place of the model that the adapter names.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of merge: of the tensors written; bfloat16.")] = None,
+    files: ConfigFiles = None,
+    settings: Assignments = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> int:
-    """Make a model of another one."""
+    """Make a smaller student of a model, store what a teacher says of a recipe's texts, or fold an adapter in."""
+    from tandem.errors import ConfigError
+
+    if kind is Kind.MERGE:
+        if size or measure or files or settings:
+            raise ConfigError("--size, --measure, --config and --set are not of `convert merge`. Leave them out.")
+        return _merge(source, out, base or "", (dtype or Dtype.BFLOAT16).value, json)
+    if base or dtype:
+        raise ConfigError("--base and --dtype are of `convert merge`. Leave them out.")
+    if kind is Kind.PRUNE:
+        if files or settings:
+            raise ConfigError("--config and --set are settings of a recipe: give them to `convert teacher`.")
+        return _prune(source, out, _sizes(size or []), measure, json)
+    if size or measure:
+        raise ConfigError("--size and --measure are of `convert prune`: a recipe says what its models are.")
+    return _teacher(source, out, files or [], settings or [], json)
+
+
+def _merge(source: str, out: Path, base: str, dtype: str, json: bool) -> int:
     from tandem.run.merge import merge
 
-    merge(source, out, dtype.value, base)
-    print(f"{out}: a model of its own")
+    merge(source, out, dtype, base)
+    print(jsonlib.dumps({"model": str(out), "source": source}) if json else f"{out}: a model of its own")
+    return 0
+
+
+def _sizes(given: list[str]) -> dict[str, int]:
+    from tandem.errors import ConfigError, nearest
+
+    found: dict[str, int] = {}
+    for text in given:
+        name, _, number = text.partition("=")
+        if name not in SIZES:
+            raise ConfigError(f"--size {text}: a model has no {name!r}.{nearest(name, SIZES)}")
+        if not (number.isascii() and number.isdecimal() and len(number) < 10):
+            raise ConfigError(f"--size {text}: {name} is {number!r}; give a whole number, as {name}=6.")
+        found[name] = int(number)
+    return found
+
+
+def _prune(source: str, out: Path, sizes: dict[str, int], text: Path | None, json: bool) -> int:
+    from tandem.run.convert import described, prune
+
+    found: dict[str, Any] = described(prune(source, out, sizes, text))
+    if json:
+        print(jsonlib.dumps({"model": str(out), "source": source} | found))
+        return 0
+    kept = ", ".join(map(str, found["kept_layers"]))
+    how = "evenly" if text is None else f"by importance over {text}"
+    shape = ", ".join(f"{name} {found[name]}" for name in SIZES)
+    print(f"{out}: {found['parameters']:,} of {found['of']:,} parameters, {how}: {shape}; layers {kept}")
+    return 0
+
+
+def _teacher(source: str, out: Path, files: list[Path], settings: list[str], json: bool) -> int:
+    from tandem.cli.recipes import find_recipe
+    from tandem.cli.settings import assignments
+    from tandem.config import override
+
+    recipe = find_recipe(source)()
+    config = override(recipe, assignments(recipe, files, settings))
+
+    from tandem.run.convert import store_teacher
+
+    def told(step: int, tokens: int) -> None:
+        if step % 50 == 0 or step == config.steps:
+            print(f"step {step} of {config.steps}: {tokens:,} tokens", file=sys.stderr, flush=True)
+
+    texts, tokens = store_teacher(config, out, told)
+    if json:
+        print(jsonlib.dumps({"folder": str(out), "texts": texts, "tokens": tokens, "top_k": config.distil.top_k}))
+    else:
+        print(f"{out}: {tokens:,} tokens of {texts:,} texts, {config.distil.top_k} log-probs each")
     return 0

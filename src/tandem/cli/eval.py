@@ -170,7 +170,7 @@ def _tasks(
     assigned = assignments(read, *given)
     if is_model and not names and path is suite is None and not any(name.startswith("task.") for name in assigned):
         from tandem.models.checkpoint import open_checkpoint
-        from tandem.run.parts import origin_of
+        from tandem.run.source import origin_of
 
         open_checkpoint(origin_of(target)[0])  # where there is no such model, that is what is wrong
         raise ConfigError(

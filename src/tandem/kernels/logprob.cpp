@@ -1,6 +1,6 @@
 // Log-probs, entropies and their gradients, a block of the vocabulary at a time. Contract in logprob.py; order of reduction in sample.h.
-#include "gradient.h"
 #include "head.h"
+#include "head_gradient.h"
 #include "layer.h"
 
 using namespace tandem;
@@ -106,38 +106,6 @@ private:
     std::vector<float> factors_;
 };
 
-// dhidden[N, M] += dlogits W and, where dweight is given, dweight[V, M] += dlogits^T hidden. Blocks are whole in `kept`, with zeros beyond V.
-template <typename E>
-void backward(const Terms<E>& kept, const Chosen& chosen, const E* hidden, const E* weight, float* dhidden, float* dweight, int64_t n, int64_t vocab, int64_t width) {
-    const int64_t depth = padded_depth<E>(n), panels = (width + PANEL - 1) / PANEL;
-    const auto hidden_panels = scratch<E>(dweight ? panels * PANEL * depth : 0), weight_panels = scratch<E>(panels * PANEL * DEPTH_CHUNK);
-    LogitGradient<E> dlogits(kept, chosen, n, vocab);
-    with_team([&](const Team& team) {
-        dlogits.prepare(team);
-        if (dweight) depth_panels_share(hidden, width, hidden_panels.get(), n, width, team);
-        for (int64_t first = 0; first < vocab; first += DEPTH_CHUNK) {
-            const int64_t tokens = std::min(DEPTH_CHUNK, vocab - first);
-            depth_panels_share(weight + first * width, width, weight_panels.get(), tokens, width, team);
-            team.wait();
-            add_share(weight_panels.get(), padded_depth<E>(tokens), dhidden, n, width, team, [&](int64_t row, int64_t count, int64_t, int64_t some, E* out) {
-                for (int64_t r = 0; r < count; r++)
-                    for (int64_t v = 0; v < some; v += BLOCK_TOKENS) dlogits.write(row + r, first + v, BLOCK_TOKENS, out + r * GROUP_STRIDE + v);
-            });
-            team.wait();
-        }
-        if (!dweight) return;
-        add_share(hidden_panels.get(), depth, dweight, vocab, width, team, [&](int64_t token, int64_t count, int64_t begin, int64_t some, E* out) {
-            E strip[STRIP * STRIP];
-            for (int64_t i = 0; i < some; i += STRIP)
-                for (int64_t v = 0; v < count; v += STRIP) {
-                    const int64_t rows = std::min(STRIP, n - begin - i);
-                    for (int64_t r = 0; r < rows; r++) dlogits.write(begin + i + r, token + v, STRIP, strip + r * STRIP);
-                    turn_strip<E>(strip, STRIP, rows, STRIP, out + v * GROUP_STRIDE + i);
-                }
-        });
-    });
-}
-
 }  // namespace
 
 #define TANDEM_LOGPROB(NAME, E)                                                                                                                      \
@@ -149,7 +117,8 @@ void backward(const Terms<E>& kept, const Chosen& chosen, const E* hidden, const
     }                                                                                                                                                \
     void logprob_backward_##NAME(E* terms, float* maxima, const int64_t* targets, const float* logprobs, const float* lse, const float* grad, const E* hidden,   \
                                  const E* weight, float* dhidden, float* dweight, int64_t n, int64_t vocab, int64_t width, float temperature) {      \
-        backward(Terms<E>{terms, maxima}, {targets, logprobs, lse, grad, temperature}, hidden, weight, dhidden, dweight, n, vocab, width);           \
+        LogitGradient<E> dlogits(Terms<E>{terms, maxima}, {targets, logprobs, lse, grad, temperature}, n, vocab);                                    \
+        head_backward(dlogits, hidden, weight, dhidden, dweight, n, vocab, width);                                                                   \
     }
 
 extern "C" {

@@ -22,6 +22,7 @@ from tandem.kernels import (
     attention,
     changes,
     codes,
+    divergence,
     gradient,
     head,
     linear,
@@ -37,6 +38,7 @@ from tandem.kernels import (
 from tandem.kernels.build import load
 from tandem.kernels.build.check import CHECKS, Comparison, E, normal
 from tandem.kernels.sample import SamplingBatch
+from tandem.kernels.sizes import COMPARED_ROWS
 from tandem.kernels.weight import Adapter, Piece, Strips, Weight
 from tandem.numerics import quantise as rounding
 from tandem.types import Sampling
@@ -183,6 +185,25 @@ def _logprob(dtype: torch.dtype) -> Iterator[Comparison]:
     yield from _gradients(dtype, rows=(ours.grad, leaf.grad), head=(weight.grad, value.grad))
 
 
+def _divergence(dtype: torch.dtype) -> Iterator[Comparison]:
+    """Every kind, of models of two widths and more rows than are computed at once."""
+    rows = COMPARED_ROWS + 3
+    hidden, others, targets = normal(rows, 64, dtype=dtype), normal(rows, 32, dtype=dtype, seed=1), torch.arange(rows)
+    weight, teacher = (Weight(normal(300, n, dtype=dtype, seed=n) / 8, matrix=True) for n in (64, 32))
+    for kind in divergence.KINDS:
+        how = divergence.Divergence(kind, 0.3, 0.7)
+        weight.grad = torch.zeros(300, 64)
+        ours, leaf, value = (x.clone().requires_grad_() for x in (hidden, hidden.double(), weight.value.double()))
+        found = divergence.head_divergence(
+            divergence.Head(ours, weight), divergence.Head(others, teacher), targets, how
+        )
+        wanted = divergence.divergence_reference(leaf @ value.T, others.double() @ teacher.value.double().T, how)
+        found.divergence_N.sum().backward()
+        wanted.sum().backward()
+        yield Comparison(f"the {kind} divergence", found.divergence_N.detach(), wanted.detach(), 2.0**-13)
+        yield from _gradients(dtype, rows=(ours.grad, leaf.grad), head=(weight.grad, value.grad))
+
+
 def _batch(temperatures: list[float], top_p: float) -> SamplingBatch:
     samplings = [Sampling(temperature=t, top_p=top_p) for t in temperatures]
     return SamplingBatch.stack(samplings, list(range(len(samplings))), list(range(7, 7 + len(samplings))))
@@ -271,6 +292,7 @@ CHECKS |= {
     "attention": _each(_attention),
     "changes": _changes,
     "codes": _codes,
+    "divergence": _each(_divergence),
     "forward": tuple,
     "gradient": _each(_gradient),
     "head": _each(_head),

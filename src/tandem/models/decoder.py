@@ -6,7 +6,7 @@ Hugging Face names and layout.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -190,12 +190,18 @@ class Decoder:
             weight.repack()
 
     def forward(
-        self, tokens_T: torch.Tensor, view: View, rows_N: torch.Tensor | None = None, *, checkpointing: bool = False
+        self,
+        tokens_T: torch.Tensor,
+        view: View,
+        rows_N: torch.Tensor | None = None,
+        *,
+        checkpointing: bool = False,
+        watch: Callable[[int, torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """Final hidden states, normed: [T, M], or [N, M] of `rows_N`. Tokens and rows are int64.
 
         With gradients enabled the result is differentiable; `checkpointing` keeps one hidden state a layer and runs
-        the layer again in the backward pass.
+        the layer again in the backward pass. `watch` is called with each layer's index and [T, M] behind it.
         """
         self.check_ids(tokens_T, view)
         if torch.is_grad_enabled():
@@ -208,6 +214,8 @@ class Decoder:
                 hidden_TM = recompute(forward, hidden_TM)
             else:
                 hidden_TM = forward(hidden_TM)
+            if watch is not None:
+                watch(layer.index, hidden_TM)
         if rows_N is not None:
             hidden_TM = hidden_TM[rows_N]
         return rms_norm(hidden_TM, self.norm, self.spec.norm_eps)

@@ -35,10 +35,10 @@ class Stream(IntEnum):
     ROUNDING = 4  # stochastic rounding
     NOISE = 5  # engine.noise; a channel of the final hidden state stands in the place of the token id
     INITIAL = 6  # weights of a new model; the tensor's number stands in the place of the position
-    ADAPTER = 9  # A of a new adapter; the layer's number stands in the place of the position
     SELECTION = 7  # of prompts and groups; a candidate's place stands in the place of the token id
     SHUFFLE = 8  # of a corpus's rows; a row's place stands in the place of the token id, twice over
     RESAMPLE = 9  # of a bootstrap: its number stands in the place of the position, a draw's place in that of the token
+    ADAPTER = 10  # A of a new adapter; the layer's number stands in the place of the position
 
 
 def philox4x32(counter: ArrayLike, key: ArrayLike) -> Words:

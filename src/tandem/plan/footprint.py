@@ -11,7 +11,7 @@ from tandem import env
 from tandem.engine.config import EngineConfig
 from tandem.engine.layout import KvLayout
 from tandem.kernels.build.load import lacking
-from tandem.kernels.sizes import KEPT_BYTES, PANEL, SLAB
+from tandem.kernels.sizes import COMPARED_ROWS, KEPT_BYTES, PANEL, SLAB
 from tandem.models.config import ModelConfig
 from tandem.models.parts import SIZES, all_slots, expected_shapes, layer_slots
 from tandem.models.spec import ModelSpec
@@ -49,6 +49,8 @@ class Asked:
     prompt_tokens: int = 1  # of a prompt, at least
     addresses: bool = False  # what is limited is addresses, and they are kept where memory is given back
     critic: ModelSpec | None = None  # that learns beside the policy, where it has a model of its own
+    teacher: ModelSpec | None = None  # whose distributions a student learns, where it is not stored
+    teacher_coded_bytes: int = 0  # of its checkpoint's codes
     serves: bool = False  # nothing is to learn: matrices keep the form that products read
     apart: bool = False  # the engine is in a process of its own
 
@@ -231,6 +233,38 @@ def activation_bytes(spec: ModelSpec, rows: int, itemsize: int, checkpointing: b
     layer = kept_numbers(spec)
     kept = spec.layers * spec.width + layer if checkpointing else spec.layers * layer
     return rows * itemsize * (kept + layer)
+
+
+def teacher_bytes(asked: Asked) -> int:
+    """Of a model that only answers, in the form that its products read, and the rows of its embedding."""
+    assert asked.teacher is not None
+    spec, size = asked.teacher, SIZES[asked.model.dtype]
+    rows, whole = spec.vocab_size * spec.width * size, size * sum(map(prod, expected_shapes(spec).values()))
+    if asked.teacher_coded_bytes and asked.holds_codes:
+        return asked.teacher_coded_bytes + rows
+    packed = packed_bytes(spec, asked.model) if asked.model.kernels == "exact" else 0
+    return packed + rows if packed else whole + packed_bytes(spec, asked.model)
+
+
+def taught_bytes(asked: Asked) -> int:
+    """Of a microbatch as the teacher runs it: a layer's rows, and both models' logits of as many as are compared."""
+    assert asked.teacher is not None and asked.run is not None
+    spec, distil, rows = asked.teacher, asked.run.distil, asked.run.learner.microbatch_tokens
+    size, held = SIZES[asked.model.dtype], 1
+    layers = (kept_numbers(spec) + spec.ff_width) * rows * size
+    if distil.hidden == "layers":
+        held = distil.layers_at_once
+        layers += rows * asked.spec.width * asked.spec.layers * size  # each distance's own gradient
+    compared = 0 if distil.of_tokens else 2 * 4 * min(rows, COMPARED_ROWS) * spec.vocab_size
+    return layers + held * rows * spec.width * size + compared
+
+
+def projector_numbers(asked: Asked) -> int:
+    """Of the learned projectors between unequal widths."""
+    if asked.teacher is None or asked.run is None or asked.teacher.width == asked.spec.width:
+        return 0
+    count = {"none": 0, "last": 1, "layers": asked.spec.layers}[asked.run.distil.hidden]
+    return count * asked.teacher.width * asked.spec.width
 
 
 def head_bytes(spec: ModelSpec, rows: int, itemsize: int, place: Literal["host", "device"]) -> int:

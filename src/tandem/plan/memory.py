@@ -39,9 +39,12 @@ from tandem.plan.footprint import (
     num_pools,
     packed_bytes,
     page_bytes,
+    projector_numbers,
     rollout_bytes,
     rounded_bytes,
     step_bytes,
+    taught_bytes,
+    teacher_bytes,
 )
 from tandem.rollout.config import AsyncConfig
 from tandem.train.config import SHARD_BYTES, SLICE, Checkpointing
@@ -467,6 +470,12 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
     if run.algo.needs_critic:
         each = VALUE_BYTES * (2 if asked.critic or run.critic.trunk_gradient else 1)
         yield Line("values of a microbatch", each * rows * (asked.critic or spec).width, ("learn",), place)
+    if asked.teacher is not None:
+        yield Line("teacher", teacher_bytes(asked), LOADED, place)
+        yield Line("teacher's states of a microbatch, and logits of both", taught_bytes(asked), ("learn",), place)
+        if projectors := projector_numbers(asked):
+            yield Line("projectors", projectors * 2 * compute, LOADED, place)
+            yield from _optimiser_lines(asked, "projectors' ", projectors, place)
     kept = activation_bytes(spec, rows, compute, checkpointing)
     yield Line("activations of a microbatch", kept, ("learn",), place)
     yield Line("head of a microbatch", head_bytes(spec, rows, compute, place), ("learn",), place)

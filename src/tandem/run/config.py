@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 from annotated_types import Interval
 
 from tandem.algo.alarm import AlarmConfig, check_correctable
-from tandem.algo.config import AlgoConfig, PreferenceConfig, SupervisedConfig, check_group_size
+from tandem.algo.config import AlgoConfig, DistilConfig, PreferenceConfig, SupervisedConfig, check_group_size
 from tandem.config import Amount, Count, Positive, section
 from tandem.corpus.config import CorpusConfig
 from tandem.engine.config import EngineConfig
@@ -19,11 +18,12 @@ from tandem.models.config import AdapterConfig, ModelConfig
 from tandem.numerics.estimate import MOST_SAMPLES
 from tandem.program.config import TaskConfig
 from tandem.rollout.config import AsyncConfig, Drawing, RolloutConfig, SelectConfig
+from tandem.run.remote_config import RemoteConfig, Seconds
 from tandem.sync.config import SyncConfig, Transport
 from tandem.train.config import CriticConfig, LearnerConfig
 
 OF_GROUPS = {"grpo", "dr_grpo", "rloo", "best"}  # advantages that are 0 where a group's rewards are equal
-Learned = Literal["policy_gradient", "next_token", "preference"]
+Learned = Literal["policy_gradient", "next_token", "preference", "distil"]
 Accuracy = Annotated[float, Interval(gt=0, le=1)]
 Finite = Annotated[float, Interval(gt=-math.inf, lt=math.inf)]
 
@@ -87,7 +87,6 @@ class CheckpointConfig:
 
 
 Where = Literal["none", "local", "ray"]
-Seconds = Annotated[float, Interval(gt=0, lt=math.inf)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,40 +117,6 @@ class WorkersConfig:
             raise ConfigError(
                 f"workers.transport is {self.transport} and workers.folder {self.folder!r}: a folder goes with "
                 "transport folder, which needs one. Set both, or neither."
-            )
-
-
-Dialect = Literal["tandem", "vllm", "sglang"]
-
-
-@dataclass(frozen=True, slots=True)
-@section("remote")
-class RemoteConfig:
-    """Servers that sample in place of the run's own engine (docs/serving.md, Rollouts on another engine).
-
-    >>> RemoteConfig(servers=("http://127.0.0.1:8000",)).dialect
-    'tandem'
-    """
-
-    servers: tuple[str, ...] = ()  # http://HOST:PORT of each; empty: the run's own engine samples
-    dialect: Dialect = "tandem"  # what they speak: of tandem serve, of vLLM, of SGLang
-    folder: str = ""  # of vllm and sglang: where weights are written for them; they mount it in the same place
-    key_env: str = ""  # the environment variable that has the API key they ask for; empty: they ask for none
-    deadline_s: Seconds = 600.0  # of a call that is no generation (those have engine.answer_s): new weights, a look
-
-    def __post_init__(self) -> None:
-        if not self.servers and (self.dialect != "tandem" or self.folder or self.key_env):
-            raise ConfigError("remote is configured, but remote.servers is empty. Set it, or leave the others out.")
-        for url in self.servers:
-            place = urlsplit(url)
-            if place.scheme not in ("http", "https") or not place.hostname or place.query or place.fragment:
-                raise ConfigError(f"remote.servers names {url!r}; wanted an address such as http://127.0.0.1:8000.")
-        if len({url.rstrip("/") for url in self.servers}) < len(self.servers):
-            raise ConfigError(f"remote.servers names one twice: {', '.join(self.servers)}. Take one out.")
-        if self.servers and (self.dialect == "tandem") == bool(self.folder):
-            raise ConfigError(
-                f"remote.dialect is {self.dialect} and remote.folder {self.folder!r}: a server of tandem is sent its "
-                "weights, and those of vllm and sglang read them in a folder. Set remote.folder for these alone."
             )
 
 
@@ -190,7 +155,7 @@ class RunConfig:
     model: ModelConfig
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0  # of all sampling; with the config it fixes the weights
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    objective: Learned = "policy_gradient"  # or next_token: of what is written; nothing is sampled to train on
+    objective: Learned = "policy_gradient"  # or next_token or preference, of what is written; or distil, of a teacher
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
@@ -199,6 +164,7 @@ class RunConfig:
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    distil: DistilConfig = field(default_factory=DistilConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     asynchrony: AsyncConfig = field(default_factory=AsyncConfig)
@@ -235,6 +201,7 @@ def check_training(config: RunConfig) -> None:
     if config.objective == "policy_gradient":
         _check_sampling(config)
     _check_written(config)
+    _check_distil(config)
     _check_critic(config)
     _check_asynchrony(config)
     _check_select(config)
@@ -419,6 +386,41 @@ def _check_stream(config: RunConfig) -> None:
             raise ConfigError(
                 f"{name} is {value} and asynchrony.stream is on: {why}, of which a part is learned before the rest has "
                 f"ended. Set {name} to {wanted}, or asynchrony.stream to false."
+            )
+
+
+def _check_distil(config: RunConfig) -> None:
+    asked, rollout = config.distil, config.rollout
+    if config.objective != "distil":
+        if asked != DistilConfig():
+            raise ConfigError(
+                f"distil is configured, but objective is {config.objective!r}, which asks no teacher. Set objective to "
+                "distil, or leave distil.* out."
+            )
+        return
+    if not asked.teacher:
+        raise ConfigError("objective is distil, and distil.teacher is empty. Name a model, as model.source does.")
+    if not asked.on_policy:
+        return
+    if rollout.temperature == 0:
+        raise ConfigError(
+            "distil.on_policy is on and rollout.temperature 0: greedy samples are all alike. Set it above 0."
+        )
+    if asked.of_tokens and asked.temperature != rollout.temperature:
+        raise ConfigError(
+            f"distil.divergence {asked.divergence} is an average over what the student draws, at rollout.temperature "
+            f"{rollout.temperature}, and distil.temperature is {asked.temperature}. Set both alike."
+        )
+    if asked.spans and rollout.max_turns > 1:
+        raise ConfigError(
+            f"distil.spans compares one turn, and rollout.max_turns is {rollout.max_turns}. Set it to 1, or choose a "
+            "teacher of the student's tokens."
+        )
+    for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
+        if getattr(rollout, name) != off:
+            raise ConfigError(
+                f"rollout.{name} is {getattr(rollout, name)} and distil.on_policy on: student and teacher are compared "
+                f"over all tokens, not over those that a filter leaves. Leave rollout.{name} out."
             )
 
 

@@ -17,7 +17,7 @@ from tandem.program.config import TaskConfig
 from tandem.program.render import Renderer, renderer_of
 from tandem.run.config import RunConfig
 from tandem.run.folder import saved_config
-from tandem.run.parts import resolve_source
+from tandem.run.source import resolve_source
 from tandem.train import reward
 from tandem.types import Message, Prompt, Sample
 

@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, get_args
 from tandem.algo.objective import Objective, PolicyGradient
 from tandem.algo.preference import Preference, RewardModel
 from tandem.algo.supervised import NextToken
+from tandem.errors import ConfigError
 from tandem.run.config import Learned, RunConfig
+from tandem.run.distil import distil_of
 from tandem.sync.departures import is_exact
+from tandem.train.critic import Critic
 
 if TYPE_CHECKING:
+    from tandem.models.decoder import Decoder
     from tandem.plan.memory import Plan
     from tandem.train.config import Checkpointing, LearnerConfig
 
@@ -25,6 +29,7 @@ OBJECTIVES: Mapping[str, Callable[[RunConfig], Objective]] = {
     "preference": lambda config: (
         RewardModel(config.preference) if config.preference.loss == "reward_model" else Preference(config.preference)
     ),
+    "distil": distil_of,
 }
 assert {*OBJECTIVES} == {*get_args(Learned)}, f"run/config.py names {get_args(Learned)}, here: {[*OBJECTIVES]}"
 
@@ -38,3 +43,15 @@ def learner_config(config: RunConfig, memory: Plan) -> LearnerConfig:
 def total_updates(config: RunConfig, objective: Objective) -> int:
     """By which the learning rate falls."""
     return (config.steps - config.critic.warmup_steps) * objective.updates_per_step
+
+
+def critic_of(config: RunConfig, policy: Decoder, frozen: Callable[[str], Decoder], memory: Plan) -> Critic:
+    """The critic of a run: on a trunk of its own, which `frozen` reads, or on the policy's."""
+    own = config.critic.model
+    trunk = frozen(own) if own else policy
+    if trunk.spec.vocab_size != policy.spec.vocab_size:
+        raise ConfigError(
+            f"critic.model {own} has {trunk.spec.vocab_size} tokens and the policy {policy.spec.vocab_size}: they "
+            "have to read the same. Choose a model of the policy's family, or an empty critic.model."
+        )
+    return Critic(trunk, config.critic, learner_config(config, memory), own=bool(own))

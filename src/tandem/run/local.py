@@ -22,9 +22,10 @@ from tandem.run.engines import named
 from tandem.run.evaluate import evaluate_tasks
 from tandem.run.folder import RunFolder, check_new
 from tandem.run.loop import run_loop
-from tandem.run.parts import build_parts, plan_parts, resolve_source
+from tandem.run.parts import build_parts, plan_parts
 from tandem.run.reading import reading_of
 from tandem.run.session import Display, Session
+from tandem.run.source import resolve_source
 from tandem.sync.departures import declaration
 
 

@@ -12,7 +12,7 @@ from tandem.errors import ConfigError, ModelError
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import DTYPES, Decoder
 from tandem.models.peft import check_family, merged
-from tandem.run.parts import origin_of, resolve_source
+from tandem.run.source import origin_of, resolve_source
 
 
 def merge(source: str, out: Path, dtype: str, base: str = "") -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,14 +21,14 @@ from tandem.engine.layout import KvLayout
 from tandem.engine.measure import price
 from tandem.engine.runner import DecoderRunner, dtype_name
 from tandem.engine.share import tree_of
-from tandem.errors import ConfigError, ModelError, TandemWarning
+from tandem.errors import ConfigError, TandemWarning
 from tandem.kernels.build.load import matrix_unit
 from tandem.models.adapter import AdapterSet
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.codes import described, hold_codes
 from tandem.models.config import AdapterConfig, ModelConfig
 from tandem.models.decoder import Decoder
-from tandem.models.peft import AdapterFolder, base_of, check_family
+from tandem.models.peft import AdapterFolder, check_family
 from tandem.models.tokenizer import Tokenizer
 from tandem.plan.footprint import Asked
 from tandem.plan.memory import Plan, plan_memory
@@ -37,20 +36,21 @@ from tandem.program.config import TaskConfig
 from tandem.program.render import Renderer, renderer_of
 from tandem.run.adapted import check_source, settled, trained_on, without
 from tandem.run.apart import EngineGiven, RemoteEngine, RemoteReference
-from tandem.run.config import RemoteConfig, RunConfig
-from tandem.run.folder import latest_checkpoint
+from tandem.run.config import RunConfig
+from tandem.run.distil import check_teacher
 from tandem.run.learned import OBJECTIVES, learner_config
 from tandem.run.learning import DecoderElsewhere, LearnerGiven, RemoteLearner, RemotePublisher, RemoteWay
 from tandem.run.remote import ServerEngine
 from tandem.run.remote_calls import Server
+from tandem.run.remote_config import RemoteConfig
 from tandem.run.remote_weights import ToServers
+from tandem.run.source import origin_of, resolve_source
 from tandem.run.workers import Backend
 from tandem.sync.departures import check_engine, of_engine, without_departures
 from tandem.sync.publish import Publisher
 from tandem.sync.receive import BITS, Copied, Receiver, Shared
 from tandem.sync.transport import Remote
 from tandem.sync.ways import Way, way_of
-from tandem.train.checkpoint import MANIFEST, verify
 from tandem.train.score import with_logprobs
 from tandem.types import Message, Sample, WeightVersion
 
@@ -87,31 +87,6 @@ class Parts:
             self.way.close()
         if self.served is not None:
             self.served.close()
-
-
-def resolve_source(source: str) -> str:
-    """A model source; a run folder stands for its newest checkpoint."""
-    folder = Path(source)
-    if not (folder / "config.json").is_file() or not (folder / "checkpoints").is_dir():
-        if (folder / MANIFEST).is_file():  # a run's checkpoint
-            verify(folder, resumes=False)
-        return source
-    saved = latest_checkpoint(folder)
-    if saved is None:
-        raise ConfigError(f"the run {folder} has no checkpoint yet; it saves one in time, at its end and on Ctrl-C.")
-    verify(saved.path, resumes=False)
-    return str(saved.path)
-
-
-def origin_of(source: str) -> tuple[str, AdapterFolder | None]:
-    """The weights that a model source is read from and, where it is an adapter or a run that trains one, that."""
-    base, adapter = base_of(resolve_source(source))
-    if adapter is None:
-        return base, None
-    base, another = base_of(resolve_source(base))
-    if another is not None:
-        raise ModelError(f"{source} is an adapter of an adapter, {adapter.base}. Merge that one first.")
-    return base, adapter
 
 
 Use = Literal["learn", "serve", "apart"]  # of the model in this process; apart: an engine in another has its own
@@ -151,6 +126,8 @@ def plan_parts(
         renderer = renderer_of(tokenizer, run.task)
         prompt_tokens = max(1, len(renderer.prompt_tokens((*system, Message("user", "")))))
     critic = run.critic.model if run is not None else ""
+    distils = run is not None and run.objective == "distil"
+    teacher = check_teacher(run, checkpoint, tokenizer) if run is not None and distils else None
     asked = Asked(
         checkpoint.spec,
         model,
@@ -162,6 +139,8 @@ def plan_parts(
         prompt_tokens,
         env.limits_addresses(),
         open_checkpoint(resolve_source(critic)).spec if critic else None,
+        teacher.spec if teacher is not None else None,
+        teacher.coded_bytes if teacher is not None else 0,
         serves=use == "serve" or frozen,
         apart=use == "apart",
     )

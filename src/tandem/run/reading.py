@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tandem.algo import preference
 from tandem.algo.advantage import Selection
+from tandem.algo.distil import texts
 from tandem.algo.supervised import select
 from tandem.corpus.preferences import preferences_of
 from tandem.corpus.reader import Reader, tasks_of
@@ -31,6 +32,7 @@ OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated", "turns", "ha
 # `objective` of a config -> who reads its sources, and what of their groups is trained.
 READERS: Mapping[str, Callable[[RunConfig, Renderer], Sequence[Reader]]] = {
     "next_token": lambda config, renderer: readers_of(config.corpus, renderer),
+    "distil": lambda config, renderer: readers_of(config.corpus, renderer),
     "preference": lambda config, renderer: preferences_of(
         config.corpus,
         config.preference,
@@ -42,6 +44,7 @@ READERS: Mapping[str, Callable[[RunConfig, Renderer], Sequence[Reader]]] = {
 SELECTIONS: Mapping[str, Callable[[RunConfig, Sequence[Group]], Selection]] = {
     "next_token": lambda config, groups: select(groups, config.supervised),
     "preference": lambda config, groups: preference.select(groups),
+    "distil": lambda config, groups: texts(groups),
 }
 
 

@@ -23,8 +23,8 @@ from tandem.errors import ConfigError, EngineError
 from tandem.models.config import ModelConfig
 from tandem.models.spec import ModelSpec
 from tandem.run.apart import Elsewhere
-from tandem.run.config import RemoteConfig
 from tandem.run.remote_calls import Call, CallError, Server
+from tandem.run.remote_config import RemoteConfig
 from tandem.run.remote_dialects import SPEECHES, Answer, OddAnswer, columns_of, stop_reason
 from tandem.types import Completion, Request, StopReason
 

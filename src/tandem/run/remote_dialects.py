@@ -15,7 +15,7 @@ from typing import Any
 
 from tandem.columns import Columns
 from tandem.numerics.random import derive_seed
-from tandem.run.config import Dialect
+from tandem.run.remote_config import Dialect
 from tandem.types import Request, StopReason
 
 

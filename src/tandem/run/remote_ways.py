@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save
 
 from tandem.errors import DeliveryError, EngineError
-from tandem.run.config import Dialect
 from tandem.run.remote_calls import CallError
+from tandem.run.remote_config import Dialect
 from tandem.types import WeightVersion
 
 PART_BYTES = 64 << 20  # of the weights that are sent at once, or one tensor

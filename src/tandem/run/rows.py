@@ -136,7 +136,9 @@ _OF_THE_LEARNER = {
     "learner_rows": Key("tokens", "run forward and backward, prompts too"),
     "microbatches": Key("count", "of all updates"),
     "loss": Key("objective", "of the batch; nats a token under next_token"),
-    "nll": Key("nats", "mean -log p of the trained tokens under next_token, whatever each counts in the loss"),
+    "nll": Key(
+        "nats", "mean -log p of the trained tokens under next_token and distil, whatever each counts in the loss"
+    ),
     "epochs/*": Key("count", "how often each source of a corpus was taken whole"),
     "entropy": Key("nats", "mean of the model at the trained tokens"),
     "grad_norm": Key("1", "before clipping, of the last update"),
@@ -154,6 +156,15 @@ _OF_THE_LEARNER = {
     "values_mean": Key("reward", "of the critic before the step, over the trained tokens"),
     "returns_mean": Key("reward", "of what its values should have been"),
     "critic_grad_norm": Key("1", "of the critic, before clipping, of the last update"),
+    "divergence": Key("nats", "mean of distil.divergence at the trained tokens, at distil.temperature, unweighted"),
+    "teacher_nll": Key(
+        "nats", "the same by the teacher; on the student's own samples, less nll, its KL to the teacher"
+    ),
+    "text_loss": Key(
+        "nats", "mean -log p of the trained tokens by the student at temperature 1, with distil.text_weight"
+    ),
+    "hidden_positive": Key("distil.hidden_loss", "mean distance of hidden states, over tokens of weight above 0"),
+    "hidden_negative": Key("distil.hidden_loss", "the same over tokens of weight below 0 (distil.bad_weight)"),
     "corrected": Key("0 or 1", "whether an alarm turned the correction on"),
 }
 _OF_THE_DRIFT = {

@@ -20,7 +20,8 @@ from tandem.plan.memory import Plan
 from tandem.program.config import TaskConfig
 from tandem.program.render import renderer_of
 from tandem.run.model import asked_as
-from tandem.run.parts import Parts, build_parts, origin_of, plan_parts, resolve_source
+from tandem.run.parts import Parts, build_parts, plan_parts
+from tandem.run.source import origin_of, resolve_source
 from tandem.server.config import ServeConfig, names_of
 from tandem.server.tenants import Access
 from tandem.sync.receive import serve_adapter

@@ -12,13 +12,13 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from tandem.algo.advantage import FATES, Selection, has_spread, samples_from_groups
+from tandem.algo.distil import taught
 from tandem.algo.pack import PromptTotal
 from tandem.algo.price import Lagrangian
 from tandem.engine.driver import Driver
 from tandem.errors import (
     AlarmError,
     CheckpointError,
-    ConfigError,
     NonFiniteError,
     ParityError,
     RunFolderError,
@@ -44,13 +44,15 @@ from tandem.run.engines import endpoint, living
 from tandem.run.fairness import Fairness
 from tandem.run.figures import figures
 from tandem.run.folder import RunFolder, SavedCheckpoint
-from tandem.run.learned import OBJECTIVES, learner_config, total_updates
+from tandem.run.learned import OBJECTIVES, critic_of, learner_config, total_updates
 from tandem.run.learning import Learns
 from tandem.run.ledger import Ledger
 from tandem.run.loop import Stages
-from tandem.run.parts import Parts, resolve_source
+from tandem.run.parts import Parts
 from tandem.run.reading import SELECTIONS, Reading
 from tandem.run.reference import scorer_of
+from tandem.run.source import resolve_source
+from tandem.run.spans import filler_of
 from tandem.run.spending import Spending
 from tandem.run.stop import StopSignal
 from tandem.run.stream import PromptStream
@@ -59,7 +61,6 @@ from tandem.sync.departures import of_engine
 from tandem.trace import ROLLOUT
 from tandem.train import checkpoint as saved_state
 from tandem.train.checkpoint import Part, RunState
-from tandem.train.critic import Critic
 from tandem.train.score import versions_of, with_sources
 from tandem.train.step import Learner, LearnerReport
 from tandem.types import Group, Prompt, Sample, WeightVersion
@@ -119,7 +120,7 @@ class Session:
             objective,
             total_updates(config, objective),
             self.trace,
-            self._critic() if "values" in objective.columns else None,
+            critic_of(config, parts.decoder, self._frozen, parts.memory) if "values" in objective.columns else None,
         )
         self.price = Lagrangian(config.algo.price)
         self.stream = PromptStream(pool)
@@ -146,21 +147,12 @@ class Session:
         self.reading = reading
         self.saved_parts |= reading.saved if reading is not None else {}
         self.reference = scorer_of(parts, config, objective, self._frozen, folder.path, self.trace)
+        self.filled = filler_of(config, parts, objective)
 
     def _frozen(self, source: str) -> Decoder:
         """A model beside the policy, of the same dtype and device."""
         checkpoint = open_checkpoint(resolve_source(source))
         return Decoder(checkpoint.spec, self.config.model.dtype, self.config.model.device).load(checkpoint.tensors())
-
-    def _critic(self) -> Critic:
-        own, policy = self.config.critic.model, self.parts.decoder
-        trunk = self._frozen(own) if own else policy
-        if trunk.spec.vocab_size != policy.spec.vocab_size:
-            raise ConfigError(
-                f"critic.model {own} has {trunk.spec.vocab_size} tokens and the policy {policy.spec.vocab_size}: they "
-                "have to read the same. Choose a model of the policy's family, or an empty critic.model."
-            )
-        return Critic(trunk, self.config.critic, learner_config(self.config, self.parts.memory), own=bool(own))
 
     def stages(self) -> Stages:
         return Stages(
@@ -214,7 +206,10 @@ class Session:
 
     def credit(self, groups: Sequence[Group]) -> Selection:
         if not self.samples:
-            return SELECTIONS[self.config.objective](self.config, groups)
+            return self.filled(SELECTIONS[self.config.objective](self.config, groups), groups)
+        if self.config.objective == "distil":
+            batch = self.fairness.weigh(groups, taught(self.config.distil, groups), self.reused)
+            return self.filled(batch, groups)
         batch = samples_from_groups(self.config.algo, groups, self.price.price)
         return self.spending.weigh(self.fairness.weigh(groups, batch, self.reused))
 

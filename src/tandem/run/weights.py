@@ -15,7 +15,7 @@ from tandem.errors import ModelError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.numerics.digest import root_hash, tensor_hashes
-from tandem.run.parts import resolve_source
+from tandem.run.source import resolve_source
 from tandem.server.verbs import Ready
 from tandem.sync.receive import BITS, POLICY, Copied, Weights
 from tandem.types import WeightVersion

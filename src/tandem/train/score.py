@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from tandem.algo.objective import Outputs
+from tandem.algo.objective import Outputs, Watch
 from tandem.algo.pack import PromptTotal, pack
 from tandem.algo.tensors import MicrobatchTensors, to_tensors
 from tandem.kernels.address import check_range
@@ -19,14 +19,18 @@ from tandem.types import Microbatch, Sample
 
 
 def hidden_states(
-    decoder: Decoder, microbatch: Microbatch, tensors: MicrobatchTensors, checkpointing: bool = False
+    decoder: Decoder,
+    microbatch: Microbatch,
+    tensors: MicrobatchTensors,
+    checkpointing: bool = False,
+    watch: Watch | None = None,
 ) -> torch.Tensor:
     """[N, M], normed: what the head reads to predict a microbatch's targets."""
     for what, ids in (("tokens", microbatch.tokens_T), ("targets", microbatch.predictions["tokens"])):
         # a device would read beyond
         check_range(torch.tensor(ids), decoder.spec.vocab_size, f"{what} of {', '.join(microbatch.sample_ids)}:")
     view = PackView(microbatch.segments_S, microbatch.first_S, microbatch.parent_S, decoder.device)
-    return decoder.forward(tensors.tokens_T, view, tensors.rows_N, checkpointing=checkpointing)
+    return decoder.forward(tensors.tokens_T, view, tensors.rows_N, checkpointing=checkpointing, watch=watch)
 
 
 def forward(
@@ -35,12 +39,16 @@ def forward(
     tensors: MicrobatchTensors,
     temperature: float,
     checkpointing: bool = False,
+    watch: Watch | None = None,
 ) -> Outputs:
-    """Of a microbatch's targets."""
-    hidden_NM = hidden_states(decoder, microbatch, tensors, checkpointing)
-    kept = None if tensors.kept_N is None else tensors.kept_N.tolist()
-    logprobs_N, entropy_N = token_logprobs(hidden_NM, decoder.head, tensors.targets_N, temperature, kept=kept)
-    return Outputs(logprobs_N, entropy_N, hidden_NM, decoder.head)
+    """Of a microbatch's targets. `watch` sees each layer's hidden states."""
+    hidden_NM = hidden_states(decoder, microbatch, tensors, checkpointing, watch)
+
+    def score() -> tuple[torch.Tensor, torch.Tensor]:
+        kept = None if tensors.kept_N is None else tensors.kept_N.tolist()
+        return token_logprobs(hidden_NM, decoder.head, tensors.targets_N, temperature, kept=kept)
+
+    return Outputs(hidden_NM, decoder.head, score)
 
 
 def score(decoder: Decoder, microbatch: Microbatch, temperature: float) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +12,12 @@ import torch
 
 from tandem.algo.alarm import AlarmConfig
 from tandem.algo.loss import LossResult
-from tandem.algo.objective import Measured, Objective, ObjectiveStep, PolicyGradient, Score
+from tandem.algo.objective import Measured, Meets, Objective, ObjectiveStep, PolicyGradient, Score, Widened
 from tandem.algo.pack import PromptTotal, canonical, denominators, pack, split_updates
 from tandem.algo.preference import HEAD, RewardModel
 from tandem.algo.tensors import to_tensors
 from tandem.errors import ConfigError, NonFiniteError
+from tandem.kernels.weight import Weight
 from tandem.models.decoder import Decoder
 from tandem.models.tokenizer import Tokenizer
 from tandem.trace import Trace
@@ -24,7 +25,7 @@ from tandem.train import checkpoint, reward
 from tandem.train.checkpoint import RunState
 from tandem.train.config import LearnerConfig
 from tandem.train.critic import Critic, judged
-from tandem.train.optimiser import Optimiser
+from tandem.train.optimiser import Optimiser, Trained
 from tandem.train.score import forward, with_logprobs
 from tandem.train.score import score as score
 from tandem.types import Denominators, Microbatch, Sample
@@ -84,7 +85,8 @@ class Learner:
         self.total_updates = total_updates
         self.trace = trace or Trace()  # span "update": norm, clipping, AdamW and packing of the weights
         self.head = objective.over(decoder) if isinstance(objective, RewardModel) else None
-        self.optimiser = Optimiser(self.head or decoder.adapter or decoder, config)
+        trained = self.head or decoder.adapter or decoder
+        self.optimiser = Optimiser(_Both(trained, objective) if isinstance(objective, Widened) else trained, config)
         self.critic = critic
         self.between: Callable[[], None] = _nothing  # called before each microbatch
 
@@ -117,16 +119,15 @@ class Learner:
         self.between()
         checkpointing = self.config.activation_checkpointing == "on"
         batch = to_tensors(microbatch, self.decoder.device)
-        outputs = forward(self.decoder, microbatch, batch, self.objective.temperature, checkpointing)
-        logprobs_N = outputs.logprobs_N
-        logprobs_N.retain_grad()
+        watch = by.meet(microbatch, batch) if isinstance(by, Meets) else None
+        outputs = forward(self.decoder, microbatch, batch, self.objective.temperature, checkpointing, watch)
         result = by.loss(outputs, batch)
         loss = result.loss
         if self.critic is not None:
             valued = self.critic.loss(microbatch, batch, outputs.hidden_NM)
             loss, result = loss + valued.loss, result._replace(sums=result.sums | valued.sums)
         value = float(loss.detach())
-        if not bool(logprobs_N.isfinite().all()):
+        if outputs.asked is not None and not bool(outputs.asked.isfinite().all()):
             value = math.nan  # which a mask can hide
         if not math.isfinite(value):
             raise NonFiniteError(
@@ -134,7 +135,7 @@ class Learner:
                 "No update was made. Lower learner.lr, or look at these trajectories."
             )
         loss.backward()
-        return result, by.observe(logprobs_N, batch, result, microbatch.sample_ids)
+        return result, by.observe(outputs.asked, batch, result, microbatch.sample_ids)
 
     def _gradients(self, microbatches: Sequence[Microbatch], by: ObjectiveStep) -> _Gradients:
         self._zero_grad()
@@ -275,6 +276,22 @@ class Learner:
             known = judged(samples) | {"critic_grad_norm": self.critic_norm}
             measured = replace(measured, metrics=measured.metrics | known)
         return LearnerReport(measured, norm, lr, len(results), rows)
+
+
+class _Both:
+    """What is trained of a model and what its objective has of weights, as one model that is trained."""
+
+    def __init__(self, model: Trained, objective: Widened) -> None:
+        self._model, self._objective = model, objective
+
+    def weights(self) -> Iterator[tuple[str, Weight]]:
+        yield from self._model.weights()
+        yield from self._objective.weights()
+
+    def repack(self) -> None:
+        self._model.repack()
+        for _, weight in self._objective.weights():
+            weight.repack()
 
 
 def _nothing() -> None:
