@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tandem.rollout.written import texts, written
 from tokenizers import Tokenizer as Backend
 
+from tandem.algo.distil import texts
 from tandem.cli.main import main
 from tandem.config import dump, override
+from tandem.corpus.solutions import written
 from tandem.errors import ConfigError
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import Decoder

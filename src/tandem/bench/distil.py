@@ -22,8 +22,8 @@ def distil(_: Machine) -> Iterator[Figure]:
     """Of SmolLM2-135M by itself, over the whole vocabulary and over 32 tokens of it. The ratio that is wanted: 0.91."""
     from tandem.algo.config import DistilConfig
     from tandem.algo.distil import Distil
-    from tandem.algo.objective import NextToken
     from tandem.algo.pack import count_prompts, pack
+    from tandem.algo.supervised import NextToken
     from tandem.engine.config import EngineConfig
     from tandem.models.config import ModelConfig
     from tandem.run.distil import load_teacher

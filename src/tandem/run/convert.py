@@ -12,9 +12,10 @@ import numpy as np
 import torch
 
 from tandem import env
-from tandem.algo.distil import rest_of
+from tandem.algo.distil import rest_of, texts
 from tandem.algo.pack import PromptTotal, canonical, pack
 from tandem.algo.tensors import to_tensors
+from tandem.corpus.solutions import written
 from tandem.corpus.teacher import Origin, StoredWriter, words_hash
 from tandem.errors import ConfigError
 from tandem.kernels.divergence import Head, top_logprobs
@@ -23,7 +24,6 @@ from tandem.models.decoder import Decoder
 from tandem.models.spec import ModelSpec
 from tandem.program.pool import EnvironmentPool
 from tandem.program.render import renderer_of
-from tandem.rollout.written import texts, written
 from tandem.run.config import RunConfig
 from tandem.run.distil import check_teacher, load_teacher
 from tandem.run.source import resolve_source
@@ -86,6 +86,11 @@ def store_teacher(config: RunConfig, out: Path, told: Callable[[int, int], None]
             f"log-probs are stored of written texts (objective {config.objective}, distil.on_policy {asked.on_policy}) "
             f"and of so many tokens (distil.top_k {asked.top_k}). Set objective=distil, distil.on_policy=false and "
             "distil.top_k=32 or so."
+        )
+    if config.corpus.on:
+        raise ConfigError(
+            "corpus.sources is set, and what is stored are a teacher's log-probs of the task's own solutions. Leave "
+            "corpus.sources out, or learn from the corpus with the teacher beside it."
         )
     torch.set_num_threads(env.num_threads())
     checkpoint = open_checkpoint(resolve_source(config.model.source))
