@@ -142,6 +142,9 @@ class _Pair:
         """`dlogits` [C, N, B] is filled with the gradients at the student's logits over T, where it is given."""
         if not self.compiled:
             return self._reference()
+        for head in (self.student, self.teacher):
+            given, wanted = tuple(head.hidden_NM.shape), (len(self), head.weight.value.shape[1])
+            assert given == wanted, (given, wanted)
         found = Divergences.room(len(self))
         check_range(self.targets_N, self.vocab, "targets")
         blocks = -(-self.vocab // BLOCK)
