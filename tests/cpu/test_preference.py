@@ -86,7 +86,8 @@ def outputs_of(weight: Tensor, m: Microbatch) -> Outputs:
     contexts = [m.tokens_T[path].tolist() for path in paths_of(m)]
     predicted = zip(m.rows_N.tolist(), m.predictions["tokens"].tolist(), strict=True)
     logprobs_N = torch.stack([bigram(weight, contexts[row], target) for row, target in predicted])
-    return Outputs(logprobs_N, torch.zeros_like(logprobs_N), torch.zeros(0), None)  # type: ignore[arg-type]
+    scores = logprobs_N, torch.zeros_like(logprobs_N)
+    return Outputs(torch.zeros(0), None, lambda: scores)  # type: ignore[arg-type]
 
 
 def answer_of(weight: Tensor, sample: Sample) -> list[Tensor]:
@@ -116,7 +117,7 @@ def by_hand(config: PreferenceConfig, margin: float = 0.0) -> tuple[float, Tenso
     given = [-1.0, -1.0, -3.0] if order == [0.0, 1.0] else [-3.0, -1.0, -1.0]
     logprobs_N = torch.tensor(given, dtype=torch.float64, requires_grad=True)
     objective = Preference(config)
-    outputs = Outputs(logprobs_N, torch.ones(3), torch.zeros(0), None)  # type: ignore[arg-type]
+    outputs = Outputs(torch.zeros(0), None, lambda: (logprobs_N, torch.ones(3)))  # type: ignore[arg-type]
     result = objective.loss(outputs, to_tensors(m))
     result.loss.backward()
     assert logprobs_N.grad is not None
