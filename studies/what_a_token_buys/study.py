@@ -34,7 +34,8 @@ def study() -> Study:
         "at equal seconds. Choosing prompts and stopping groups has 58 % of its tokens reach a gradient in "
         "steps 0.85 times as long, is ahead in the first minute, and ends lower by 0.11 [0.045, 0.177]. "
         "Held-out accuracy is shown to differ in none (71, 71, 67 %). The plateau of this demo is not for "
-        "want of tokens with a gradient: wanted were 60 % and a reward of 0.85, and no arm is near it.",
+        "want of tokens with a gradient: wanted were 60 % and a reward of 0.85; one arm has the first (100 "
+        "%), and none the second.",
         shows_not="One small model and one task whose difficulty shows in the prompt's digits, which is what the "
         "choice goes by: where prompts don't show how hard they are, only those asked before are known. Steps are "
         "equal and seconds are not; the middle picture is the one of equal seconds. A seed changes what is sampled and "
