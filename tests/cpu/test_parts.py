@@ -71,7 +71,8 @@ def test_a_checkpoint_before_named_parts_goes_on(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(checkpoint, "verify", lambda directory: None)
     loaded: list[int] = []
     policy: Any = SimpleNamespace(load=lambda tensors, updates: loaded.append(updates))
-    state, parts = checkpoint.load(tmp_path, {"optimiser": policy}), make_parts()
+    decoder: Any = SimpleNamespace(adapter=None)
+    state, parts = checkpoint.load(tmp_path, decoder, {"optimiser": policy}), make_parts()
     restore_parts(parts, state.parts, tmp_path)
     assert (state.step, state.weights, loaded) == (3, "9f2c", [6])
     assert parts["prompts"].state() == {"cursor": 48} and parts["price"].state() == {"price": 0.25}
@@ -80,4 +81,4 @@ def test_a_checkpoint_before_named_parts_goes_on(tmp_path: Path, monkeypatch: py
     assert parts["ledger"].state()["nanoseconds"] == {"main": {"host": 5}}  # the engine and what is around it
     (tmp_path / "state.json").write_text(json.dumps(saved | {"ledger": None}))
     with pytest.raises(CheckpointError, match="cannot be read"):
-        checkpoint.load(tmp_path, {"optimiser": policy})
+        checkpoint.load(tmp_path, decoder, {"optimiser": policy})

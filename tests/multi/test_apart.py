@@ -116,6 +116,23 @@ def test_withdrawn_requests_give_what_they_have(config, here):
         assert engine.abort("r3") is None
 
 
+def test_tokens_of_withdrawn_requests_are_counted(config):
+    """A ledger that lacks what a worker drew in its last slice, where the last to be withdrawn had not begun."""
+    first, *others, last = requests()
+    with engine_of(config) as engine:
+        for request in (first, *others):
+            engine.submit(request)
+        done = some(engine)
+        engine.submit(last)
+        parts = [engine.abort(request.id) for request in (first, *others, last)]
+        assert not engine._live and sum(part is not None for part in parts) > 4
+        while engine.has_work:
+            done += engine.step()
+        returned = [*done, *(part for part in parts if part is not None)]
+        assert sorted(one.request_id for one in returned) == sorted(request.id for request in requests())
+        assert engine.stats.sampled_tokens == sum(len(one.columns) for one in returned)
+
+
 def test_tokens_of_a_worker_come_on_their_way_too(config, here, monkeypatch):
     """Who asks to hear of tokens ends the run, or hears of some twice, or of none before the end."""
     monkeypatch.setattr(apart, "SLICE_S", 1e-4)  # a step

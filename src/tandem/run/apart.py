@@ -208,11 +208,13 @@ class RemoteEngine(Engine):
             self._new.remove(request)
         elif self._lost is None:
             try:
-                if (completion := self.seat.ask("rollout", "abort", request_id).result()) is None:
+                self._undelivered += self._advanced()  # first: what is drawn of it by then is counted there
+                if request_id not in self._live:
                     return None  # it has ended, and comes with the next step
+                completion, self._counts = self.seat.ask("rollout", "abort", request_id).result()
+                if completion is None:
+                    return None
                 del self._live[request_id]
-                if not self._live:
-                    self._undelivered += self._advanced()
                 return self._here(completion)
             except WorkerError as error:
                 self._live.pop(request_id, None)

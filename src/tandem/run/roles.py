@@ -120,9 +120,9 @@ class EngineWorker:
         drawn = {name: (first, self.engine.drawn(name, first)) for name, first in heard.items()}
         return done, self.engine.stats, {name: found for name, found in drawn.items() if len(found[1])}
 
-    def abort(self, request_id: str) -> Completion | None:
-        """As Engine's."""
-        return self.engine.abort(request_id)
+    def abort(self, request_id: str) -> tuple[Completion | None, Stats]:
+        """As Engine's; and its counts by then, with what was on its way."""
+        return self.engine.abort(request_id), self.engine.stats
 
     def release_memory(self) -> None:
         self.engine.release_memory()
