@@ -85,10 +85,9 @@ class Play:
         for completion in completions:
             assert completion.request_id not in self.done
             self.done[completion.request_id] = completion
-        if not isinstance(self.runner, Device):
-            for one in self.engine.scheduler.running:
-                if one.pages is not None:
-                    self.runner.admitted(one.arrival, one.pages.tables, one.computed, self.engine.version.step)
+        for one in self.engine.scheduler.running:
+            if one.pages is not None:
+                self.runner.admitted(one.arrival, one.pages.tables, one.computed, self.engine.version.step)
         self.engine.check_integrity()
         if isinstance(self.engine.scheduler.order, Deals):
             self.engine.scheduler.order.tree.check_integrity()
