@@ -34,7 +34,7 @@ from tandem.bench.dpo import dpo
 from tandem.bench.gpu import check_device, gpu
 from tandem.bench.gpu import measure as measure_device
 from tandem.bench.peers import RATES, Figure, Side, beside_limit, peer_side, run_side
-from tandem.bench.sft import sft
+from tandem.bench.sft import WORK as SFT, sft
 from tandem.bench.work import MODEL, answer, build_engine, build_learner, folded_programs, random_requests
 from tandem.errors import WorldError
 from tandem.plan import roofline
@@ -51,7 +51,10 @@ PREFILL = (16, 1024)  # prompts, tokens each
 TRAIN = (16, 256)  # samples, tokens each
 TURNS = (4, 6, 128, 32)  # programs of a group, turns of each, tokens of their prompt, tokens that a turn samples
 GROUPS = (8, 512, 16, 32)  # prompts, tokens each, samples of each, new tokens each
-AGAINST = {"decode 256x64": "decode 64x128"}  # works whose rate is also given over that of another of tandem's own
+AGAINST = {
+    "decode 256x64": "decode 64x128",
+    f"{SFT} lora": SFT,
+}  # works whose rate is also given over that of another of tandem's own
 PARITY_DECODES = ((64, 128), (1, 128))
 PARITY_STEPS = 8
 REPEATS = 3  # of a measurement within a process; the best counts, for each side alike
@@ -210,6 +213,7 @@ WORKS: dict[str, Sequence[Callable[[Machine], Iterator[Figure]]]] = {
     "step": (_step,),
     "agents": (agents,),
     "sft": (sft,),
+    "sft/lora": (partial(sft, lora=True),),
     "dpo": (dpo,),
     "parity": (partial(_parity, "exact"),),
     "parity/library": (partial(_parity, "library"),),

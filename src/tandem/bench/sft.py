@@ -1,7 +1,8 @@
 """`bench sft`: chats learned, four microbatches of 1,024 tokens a step: tokens a second, and the peak of memory.
 
 The chats are as long as GSM8K's questions and answers: made of words and numbers, since the data set is not ours to
-ship. A peer that reads GSM8K itself (work names "sft 4x1024" and "sft memory") does the same work.
+ship. A peer that reads GSM8K itself (work names "sft 4x1024" and "sft memory", and with " lora" behind them) does the
+same work. All weights and an adapter are trained in a process each.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tandem.plan.roofline import Machine
 
 STEPS, MICROBATCHES, LENGTH = 4, 4, 1024
+RANK, ALPHA = 16, 32.0
 WORK = f"sft {MICROBATCHES}x{LENGTH}"
 CHATS = 800
 # Characters of question and answer: every 53rd of GSM8K's first 800 by length of the question.
@@ -52,15 +54,15 @@ def chats(count: int) -> Iterator[dict[str, object]]:
         yield {"messages": [{"role": "user", "content": f"{asked}?"}, {"role": "assistant", "content": f"{answered}."}]}
 
 
-def sft(machine: Machine) -> Iterator[Figure]:
+def sft(machine: Machine, lora: bool = False) -> Iterator[Figure]:
     """The last two steps' rate, as the peer has it, and what the process held at most until then.
 
     Counted are the tokens of all sequences; those that they begin with alike are run once a microbatch. The limit is of
-    a learner that runs each.
+    a learner that runs each, and trains all weights.
     """
     from tandem.corpus.config import CorpusConfig
     from tandem.engine.config import EngineConfig
-    from tandem.models.config import ModelConfig
+    from tandem.models.config import AdapterConfig, ModelConfig
     from tandem.report.live import LiveTable
     from tandem.report.metrics import read_metrics
     from tandem.run.config import EvaluationConfig, RunConfig
@@ -74,6 +76,7 @@ def sft(machine: Machine) -> Iterator[Figure]:
             "bench",
             steps=STEPS,
             model=ModelConfig(MODEL),
+            adapter=AdapterConfig(rank=RANK, alpha=ALPHA) if lora else AdapterConfig(),
             objective="next_token",
             corpus=CorpusConfig((str(written),), tokens_per_step=MICROBATCHES * LENGTH),
             engine=EngineConfig(kv_memory_bytes=1 << 26),
@@ -89,6 +92,8 @@ def sft(machine: Machine) -> Iterator[Figure]:
     seconds = statistics.fmean(sum(row["seconds"].values()) - row["seconds"].get("checkpoint", 0.0) for row in timed)
     tokens, count = sum(lengths) / len(timed), len(lengths) // len(timed)
     least_s = machine.least_s(roofline.train_cost(SMOLLM2, count, round(tokens / count)))
-    yield Figure("limit", WORK, tokens / least_s)
-    yield Figure("tandem", WORK, tokens / seconds)
-    yield Figure("tandem", "sft memory", max(row["peak_memory_bytes"] for row in rows) / 1e9, "GB")
+    named = " lora" if lora else ""
+    if not lora:
+        yield Figure("limit", WORK, tokens / least_s)
+    yield Figure("tandem", WORK + named, tokens / seconds)
+    yield Figure("tandem", f"sft memory{named}", max(row["peak_memory_bytes"] for row in rows) / 1e9, "GB")
