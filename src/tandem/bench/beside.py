@@ -34,7 +34,8 @@ from tandem.bench.dpo import dpo
 from tandem.bench.gpu import check_device, gpu
 from tandem.bench.gpu import measure as measure_device
 from tandem.bench.peers import RATES, Figure, Side, beside_limit, peer_side, run_side
-from tandem.bench.sft import WORK as SFT, sft
+from tandem.bench.sft import WORK as SFT
+from tandem.bench.sft import sft
 from tandem.bench.work import MODEL, answer, build_engine, build_learner, folded_programs, random_requests
 from tandem.errors import WorldError
 from tandem.plan import roofline
