@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tandem.bench.peers import Figure
@@ -35,7 +36,11 @@ def distil(_: Machine) -> Iterator[Figure]:
     model, config = ModelConfig(MODEL), LearnerConfig(lr=1e-6)
     decoder = build_parts(model, EngineConfig(kv_memory_bytes=1 << 26)).decoder
     teacher = load_teacher(MODEL, model)
-    samples = random_samples(*TEXTS, decoder.spec.vocab_size)
+    trained = TEXTS[0] * (TEXTS[1] - 1)
+    samples = [
+        replace(one, columns=one.columns.having(loss_weights=one.columns["loss_mask"] / trained))
+        for one in random_samples(*TEXTS, decoder.spec.vocab_size)
+    ]
     totals = count_prompts(samples)
     microbatches = pack(samples, totals, config.microbatch_tokens)
     learner = Learner(decoder, config, NextToken(), 100)
