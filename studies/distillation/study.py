@@ -2,53 +2,52 @@
 
 Needs two models, made once (docs/distillation.md):
 
-    tandem train smollm2_arithmetic_cpu --set objective=next_token --out runs/teacher
-    tandem convert prune runs/teacher --out runs/student --size layers=6
+    tandem train tiny_arithmetic --set evaluation.every=0 --out runs/sums-teacher \
+        --set model.source=new:width=256,layers=12,heads=4,kv_heads=2,ff_width=768,max_position=256
+    tandem convert prune runs/sums-teacher --out runs/sums-student --size layers=6
 """
 
 from __future__ import annotations
 
 from tandem.study.study import Arm, Study
 
-DISTILS = {"objective": "distil", "distil.teacher": "runs/teacher", "distil.text_weight": "0.5"}
+TAUGHT = {"objective": "distil", "distil.teacher": "runs/sums-teacher"}
+TEXTS = {**TAUGHT, "distil.text_weight": "0.5"}
 
 
 def study() -> Study:
-    """Each way to ask the teacher beside the texts alone."""
+    """Each way to ask the teacher beside the texts alone. Seeds are other texts, in the same order for all arms."""
     return Study(
         name="distillation",
-        question="Does a six-layer student of a thirty-layer teacher learn more from as many tokens where it is told "
-        "the teacher's distributions, its hidden states too, or is corrected on samples of its own?",
-        recipe="smollm2_distil_cpu",
+        question="A teacher of twelve layers was trained on sums with their worked steps, and every second of its "
+        "layers was taken out. Does the student of six learn more from as many tokens where it is told the teacher's "
+        "distributions, its hidden states too, or is corrected on samples of its own, than from the texts alone?",
+        recipe="tiny_arithmetic",
         common={
-            "model.source": "runs/student",
-            "rollout.prompts_per_step": "32",
-            "rollout.samples_per_prompt": "1",
-            "rollout.max_new_tokens": "24",
-            "evaluation.prompts": "128",
-            "evaluation.every": "100",
+            "model.source": "runs/sums-student",
+            "learner.lr": "5e-4",
+            "learner.warmup_steps": "10",
+            "evaluation.prompts": "256",
+            "evaluation.every": "50",
         },
         arms=(
-            Arm("sft", "SFT", {"objective": "next_token", "distil.teacher": "", "distil.text_weight": "0"}),
-            Arm("logits", "logits", DISTILS),
-            Arm("hidden", "logits, hidden states", {**DISTILS, "distil.hidden": "layers"}),
+            Arm("sft", "SFT"),
+            Arm("logits", "logits", TEXTS),
+            Arm("hidden", "logits, hidden states", {**TEXTS, "distil.hidden": "layers"}),
             Arm(
                 "on_policy",
                 "on policy",
-                {
-                    "objective": "distil",
-                    "distil.teacher": "runs/teacher",
-                    "distil.text_weight": "0",
-                    "distil.on_policy": "true",
-                    "distil.divergence": "jensen_shannon",
-                },
+                {**TAUGHT, "distil.on_policy": "true", "distil.divergence": "jensen_shannon"},
             ),
         ),
         baseline="sft",
         compare=(("logits", "sft"), ("hidden", "sft"), ("on_policy", "sft"), ("hidden", "logits")),
-        steps=400,
-        shows_not="One teacher of 135 million parameters, one student of a fifth of its layers and one task, whose "
+        steps=250,
+        seeds=(1, 2, 3),
+        seeded=("task.seed",),
+        shows_not="One teacher of ten million parameters, one student of half its layers and one task, whose "
         "texts are short and right: where texts are long, or wrong, a teacher may say more or less beside them. Equal "
-        "are steps and texts a step; a step of distillation takes longer by the teacher's forward pass, and on policy "
-        "by the sampling too. An answer of the student's own may be shorter or longer than the task's.",
+        "are steps and texts a step, and so tokens, but on policy, where answers are the student's own: the table has "
+        "how many tokens each arm was trained on. A step of distillation takes longer by the teacher's forward pass, "
+        "and on policy by the sampling too.",
     )

@@ -88,26 +88,31 @@ def gradients(learner: Learner, chosen: Sequence[Sample]) -> dict[str, Tensor]:
 KINDS = ("forward", "reverse", "jensen_shannon", "skewed_forward", "skewed_reverse")
 
 
+@pytest.mark.parametrize("temperature", [1.7, 1.0])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_step_is_brute_force(make_decoder: Callable[..., Decoder], kind: str) -> None:
+def test_a_step_is_brute_force(make_decoder: Callable[..., Decoder], kind: str, temperature: float) -> None:
     """The teacher reads other rows than the student, T^2 is forgotten, or the mean is of another number of tokens."""
     student, teacher = make_decoder(), make_decoder(seed=1, width=48, layers=3)
-    config = DistilConfig("t", divergence=kind, temperature=1.7, weight=0.5, text_weight=0.3)  # type: ignore[arg-type]
+    config = DistilConfig("t", divergence=kind, temperature=temperature, weight=0.5, text_weight=0.3)  # type: ignore[arg-type]
     found = metrics(learner_of(student, teacher, config), samples())
-    how = Divergence(kind, config.share, 1.7)
+    how = Divergence(kind, config.share, temperature)
     pairs = list(zip(logits(student), logits(teacher), strict=True))
     values = torch.cat([divergence_reference(x, y, how) for x, y in pairs])
     targets = [torch.tensor(tokens[PROMPT_TOKENS:])[:, None] for tokens in TEXTS]
     nll, teachers, texts = (
         -torch.cat([(x / t).log_softmax(-1).gather(1, target)[:, 0] for x, target in zip(of, targets, strict=True)])
-        for of, t in (([x for x, _ in pairs], 1.7), ([y for _, y in pairs], 1.7), ([x for x, _ in pairs], 1.0))
+        for of, t in (
+            ([x for x, _ in pairs], temperature),
+            ([y for _, y in pairs], temperature),
+            ([x for x, _ in pairs], 1.0),
+        )
     )
     assert found["tokens"] == len(values) == 14
     assert found["divergence"] == pytest.approx(float(values.mean()), rel=1e-5)
     assert found["nll"] == pytest.approx(float(nll.mean()), rel=1e-5)
     assert found["teacher_nll"] == pytest.approx(float(teachers.mean()), rel=1e-5)
     assert found["text_loss"] == pytest.approx(float(texts.mean()), rel=1e-5)
-    assert found["loss"] == pytest.approx(float(0.5 * 1.7**2 * values.mean() + 0.3 * texts.mean()), rel=1e-5)
+    assert found["loss"] == pytest.approx(float(0.5 * temperature**2 * values.mean() + 0.3 * texts.mean()), rel=1e-5)
 
 
 def test_gradients_are_those_of_finite_differences(make_decoder: Callable[..., Decoder]) -> None:
@@ -286,16 +291,34 @@ def test_a_projector_learns_and_is_saved(make_decoder: Callable[..., Decoder], t
 def test_head_s_log_probs_only_where_asked(
     make_decoder: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The student's head is multiplied twice a microbatch, once for log-probs that nobody reads."""
+    """The student's head is multiplied twice a microbatch, once for log-probs that nobody reads or that are there."""
     import tandem.train.score as scoring
 
     asked: list[int] = []
     token_logprobs = scoring.token_logprobs
     monkeypatch.setattr(scoring, "token_logprobs", lambda *a, **k: asked.append(1) or token_logprobs(*a, **k))
-    metrics(learner_of(make_decoder(), make_decoder(seed=1), DistilConfig("t")), samples())
+    for weight in (0.0, 1.0):
+        metrics(learner_of(make_decoder(), make_decoder(seed=1), DistilConfig("t", text_weight=weight)), samples())
     assert not asked
-    metrics(learner_of(make_decoder(), make_decoder(seed=1), DistilConfig("t", text_weight=1.0)), samples())
+    metrics(learner_of(make_decoder(), make_decoder(seed=1), DistilConfig("t", top_k=4, text_weight=1.0)), samples())
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DistilConfig("t", text_weight=1.0, hidden="layers", on_policy=False),
+        DistilConfig("t", top_k=5, hidden="last"),
+        DistilConfig("t", divergence="k2"),
+    ],
+    ids=("layers", "top", "tokens"),
+)
+def test_what_is_held_out_is_asked_of_the_teacher(make_decoder: Callable[..., Decoder], config: DistilConfig) -> None:
+    """A corpus's held-out tasks are measured without the teacher, which ends the run, or otherwise than others."""
+    student, teacher = make_decoder(), make_decoder(seed=1, layers=3)
+    chosen = samples()
+    measured = learner_of(student, teacher, config, microbatch_tokens=14).measure(chosen, count_prompts(chosen))
+    assert measured == pytest.approx(metrics(learner_of(student, teacher, config), chosen), rel=1e-6)
 
 
 def test_a_teacher_of_fewer_positions(make_decoder: Callable[..., Decoder]) -> None:

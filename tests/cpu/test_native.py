@@ -111,7 +111,7 @@ def _divergence_backward(hidden: Tensor, other: Tensor, targets: Tensor) -> list
     leaf = hidden.clone().requires_grad_()
     teacher = Head(other, weight(COLUMNS, DEPTH))
     found = head_divergence(Head(leaf, head), teacher, targets, Divergence("jensen_shannon"))
-    found.divergence_N.sum().backward()
+    found.loss_N.sum().backward()
     assert leaf.grad is not None and head.grad is not None
     return [*(one.detach() for one in found), leaf.grad, head.grad]
 

@@ -14,7 +14,7 @@ from tandem.corpus.teacher import HEADER, IDS, LOGPROBS, Origin, Stored, StoredW
 from tandem.errors import CheckpointError, ConfigError
 from tandem.types import Sample
 
-ORIGIN = Origin("t", "d", "w", "bfloat16", 97, 1.0, 3)
+ORIGIN = Origin("t", "d", "w", "bfloat16", 97, 64, 1.0, 3)
 
 
 def sample(number: int, tokens: list[int], trained: int) -> Sample:
@@ -63,7 +63,7 @@ def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
         (IDS, lambda path: path.write_bytes(b"\1" + path.read_bytes()[1:])),
         ("texts.jsonl", lambda path: path.write_text("")),
         (HEADER, lambda path: path.write_text("{")),
-        (HEADER, lambda path: path.write_text(json.dumps({"format": 2}))),
+        (HEADER, lambda path: path.write_text(json.dumps({"format": 1}))),
         (IDS, lambda path: path.unlink()),
     ):
         folder = tmp_path / f"{name}-{len(list(tmp_path.iterdir()))}"

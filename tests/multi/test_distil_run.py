@@ -14,7 +14,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer as Backend
 
-from tandem.algo.distil import texts
+from tandem.algo.supervised import select
 from tandem.cli.main import main
 from tandem.config import dump, override
 from tandem.corpus.solutions import written
@@ -124,6 +124,10 @@ def test_on_policy(tmp_path: Path, small: Small) -> None:
     assert math.isfinite(estimate) and estimate == pytest.approx(rows[0]["divergence"], abs=0.5)
     tokens = small(**{"distil.on_policy": "true", "distil.divergence": "k1+", "steps": "2"})
     of_tokens = run(tokens, tmp_path / "tokens")
+    ahead = run(override(config, {"asynchrony.mode": "full", "asynchrony.lag": "1"}), tmp_path / "ahead")
+    assert ahead[-1]["divergence"] < ahead[0]["divergence"] and max(row["lag_max"] for row in ahead) == 1.0
+    ledger = json.loads((tmp_path / "ahead" / "ledger.json").read_text())["tokens"]
+    assert ledger["trained"] == sum(row["trained_tokens"] for row in ahead)
     assert of_tokens[0]["divergence"] == pytest.approx(of_tokens[0]["teacher_nll"] - of_tokens[0]["nll"], rel=1e-6)
 
 
@@ -175,6 +179,8 @@ def test_teachers_that_cannot_teach(small: Small) -> None:
         ({"distil.on_policy": "true", "rollout.temperature": "0"}, "greedy samples are all alike"),
         ({"distil.on_policy": "true", "rollout.top_k": "5"}, "over all tokens"),
         ({"distil.on_policy": "true", "distil.divergence": "k2", "distil.temperature": "2"}, "Set both alike"),
+        ({"asynchrony.mode": "full"}, "distil.on_policy is False and asynchrony.mode full"),
+        ({"asynchrony.mode": "full", "asynchrony.stream": "true", "distil.on_policy": "true"}, "are learned whole"),
     ):
         with pytest.raises(ConfigError, match=said):
             check_training(small(**changes))
@@ -238,7 +244,7 @@ def test_a_teacher_of_other_tokens(tmp_path: Path, small: Small) -> None:
         groups = written(prompts, pool.solutions(prompts), student, 128)
     finally:
         pool.close()
-    batch = SpanTeacher(config, student, tokenizer.now).filled(texts(groups), groups)
+    batch = SpanTeacher(config, student, tokenizer.now).filled(select(groups), groups)
     teacher = Renderer(other)
     model = Decoder(spec, "float32").load(tensors.items())
     for sample, prompt in zip(batch.samples, prompts, strict=True):

@@ -113,6 +113,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         preferred = of(dpo) | of(kto)
         own = {**TAUGHT, **OWN_SAMPLES, "distil.bad_weight": "-1", "distil.good_reward": "5"}
         distil = of(override(texts, TAUGHT)) | of(override(texts, own | {"rollout.samples_per_prompt": "4"}))
+        spans = {"distil.text_weight": "0", "distil.spans": "true", "distil.divergence": "k1+"}
+        distil |= of(override(corpus, TAUGHT | {"distil.hidden": "last"})) | of(override(corpus, TAUGHT | spans))
         written = of(texts) | of(corpus)
         return {"next_token": written, "policy_gradient": policy, "preference": preferred, "distil": distil}
 
@@ -129,7 +131,11 @@ def test_every_key_of_a_row_is_in_the_table(found) -> None:
 
 def test_the_report_reads_keys_of_the_table() -> None:
     """A curve of a name that rows no longer have, and that is drawn as nothing."""
-    read = {name for curves in (plots.UPDATE, plots.ANSWERS, plots.LIMITS, plots.PREFERENCE) for name, _, _ in curves}
+    read = {
+        name
+        for curves in (plots.UPDATE, plots.ANSWERS, plots.LIMITS, plots.PREFERENCE, plots.TEACHER)
+        for name, _, _ in curves
+    }
     assert read <= set(KEYS), read - set(KEYS)
 
 

@@ -50,6 +50,12 @@ def test_plan(tmp_path: Path) -> None:
     assert found[3].folder == tmp_path / "fast" / "seed-5"
 
 
+def test_further_settings_are_the_seed(tmp_path: Path) -> None:
+    """Seeds of arms that learn from what is written are one run, and an interval over them has no width."""
+    found = planned(tmp_path, replace(STUDY, seeded=("task.seed",)))
+    assert {(one.config.seed, one.config.task.seed) for one in found} == {(4, 4), (5, 5), (6, 6)}
+
+
 def test_an_arm_has_steps_of_its_own(tmp_path: Path) -> None:
     """Arms of equal seconds that are run for equal steps, or a shortened study whose arms are not shortened alike; a
     page that says they had the same."""
@@ -90,6 +96,7 @@ def test_wrong_arm_stops_before_the_first_run(tmp_path: Path) -> None:
         ({"seeds": (0, 1, 1)}, "at least three"),
         ({"arms": (Arm("slow", "a"), Arm("slow", "b"))}, "named twice: slow"),
         ({"common": {"seed": "3"}}, "seed is set by the study itself"),
+        ({"common": {"task.seed": "3"}, "seeded": ("task.seed",)}, "task.seed is set by the study itself"),
         ({"shows_not": " "}, "say what the study does not show"),
     ],
 )
@@ -311,6 +318,9 @@ def test_runs_without_rewards_are_compared_by_accuracy(tmp_path: Path) -> None:
                 row["evaluation"] = {"accuracy": 0.2 + gain * row["step"] / 4 + 0.01 * seed, "prompts": 64}
             entries.append(report.run_entry(name, seed, FINISHED, given))
     assert entries[0]["held_out"][0] == [0, 0.2] and [step for step, _ in entries[0]["held_out"]] == [0, 2, 4]
+    sampled = [{**row, "reward": 0.5, "trained_tokens": 70} if row["step"] else row for row in given]
+    beside = report.run_entry("fast", 4, FINISHED, sampled, written=True)
+    assert beside["held_out"] == entries[-1]["held_out"] and not beside["reward"] and beside["trained_tokens"] == 280
     result = report.complete(facts, STUDY, entries)
     (found,) = result["comparisons"]
     assert found["measure"] == "accuracy" and found["mean"] == pytest.approx(0.2) and found["verdict"] == "higher"

@@ -6,6 +6,7 @@ that the student predicts from. All terms are sums over the trained tokens, divi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Protocol, get_args
@@ -19,7 +20,7 @@ from tandem.algo.config import DistilConfig, Taught
 from tandem.algo.credit import OF_TURNS
 from tandem.algo.loss import LossResult, summarise
 from tandem.algo.objective import Measured, Outputs, Score, Watch
-from tandem.algo.pack import PromptTotal, count_predictions, count_prompts, merge_totals
+from tandem.algo.pack import PromptTotal, count_predictions, merge_totals
 from tandem.algo.spans import span_sums
 from tandem.algo.tensors import MicrobatchTensors
 from tandem.errors import CapacityError
@@ -259,20 +260,31 @@ class DistilStep:
         count = torch.tensor(float(len(batch.targets_N)), dtype=torch.float64)
         sums: dict[str, Tensor] = {"tokens": count}
         total_N = torch.zeros(len(batch.targets_N), dtype=torch.float64, device=batch.targets_N.device)
-        if config.weight:
-            divergence_N = self._divergence(outputs, batch, sums)
-            sums["divergence"] = divergence_N.detach().sum()
-            scale = 1.0 if config.of_tokens else config.temperature**2
-            total_N = total_N + config.weight * scale * divergence_N
-        if config.text_weight:
-            texts_N = self._text_logprobs(outputs, batch).double()
-            sums["text_loss"] = -texts_N.detach().sum()
-            total_N = total_N - config.text_weight * texts_N
+        if self._joins(outputs):
+            total_N = total_N + config.weight * self._whole(outputs, batch, sums, config.text_weight / config.weight)
+            sums["text_loss"] = sums["nll"]
+        else:
+            if config.weight:
+                divergence_N = self._divergence(outputs, batch, sums)
+                sums["divergence"] = divergence_N.detach().sum()
+                scale = 1.0 if config.of_tokens else config.temperature**2
+                total_N = total_N + config.weight * scale * divergence_N
+            if config.text_weight:
+                texts_N = self._text_logprobs(outputs, batch).double()
+                sums["text_loss"] = -texts_N.detach().sum()
+                total_N = total_N - config.text_weight * texts_N
         if config.hidden != "none":
             total_N = total_N + config.hidden_weight * self._hidden(outputs, batch, sums)
         self._hidden_NM, self._states, self._distances = None, None, []
         loss = total_N.sum() / tokens
         return LossResult(loss, {"loss": loss.detach()} | sums, {}, None)
+
+    def _joins(self, outputs: Outputs) -> bool:
+        """Whether the texts' own term comes of the divergence's pass over the logits: of the same distribution."""
+        config = self.config
+        if self.teacher is None or config.of_tokens or config.top_k or not (config.weight and config.text_weight):
+            return False
+        return config.temperature == 1.0 and len(outputs.head.value) <= len(self.teacher.head.value)
 
     def _text_logprobs(self, outputs: Outputs, batch: MicrobatchTensors) -> Tensor:
         if self.config.temperature == 1.0:
@@ -287,27 +299,32 @@ class DistilStep:
             return self._of_top(outputs, batch, ids, logq[:, :-1], logq[:, -1:])
         if config.spans:
             return self._of_spans(outputs, batch, sums)
+        if not config.of_tokens and not config.top_k:
+            return self._whole(outputs, batch, sums)
         head = self._head()
         if config.of_tokens:
             with torch.no_grad():
                 teacher_N, _ = token_logprobs(head.hidden_NM, head.weight, batch.targets_N, config.temperature)
             sums |= {"nll": -outputs.logprobs_N.detach().double().sum(), "teacher_nll": -teacher_N.double().sum()}
             return ESTIMATORS[config.divergence](outputs.logprobs_N.double(), teacher_N.double())
-        if config.top_k:
-            vocab = min(len(head.weight.value), len(outputs.head.value))
-            ids, logq = top_logprobs(head, config.top_k, config.temperature, vocab)
-            logq = logq.double()
-            return self._of_top(outputs, batch, ids, logq, rest_of(logq))
-        found = head_divergence(Head(outputs.hidden_NM, outputs.head), head, batch.targets_N, self.how)
-        logprobs_N, teacher_N, entropy_N = (one.detach().double().sum() for one in found[1:])
-        sums |= {"nll": -logprobs_N, "teacher_nll": -teacher_N, "entropy": entropy_N}
-        return found.divergence_N.double()
+        vocab = min(len(head.weight.value), len(outputs.head.value))
+        ids, logq = top_logprobs(head, config.top_k, config.temperature, vocab)
+        return self._of_top(outputs, batch, ids, logq.double(), rest_of(logq.double()))
+
+    def _whole(self, outputs: Outputs, batch: MicrobatchTensors, sums: dict[str, Tensor], text: float = 0.0) -> Tensor:
+        """The divergence over the whole vocabulary, and `text` times -log p of the targets."""
+        how, own = dataclasses.replace(self.how, text=text), Head(outputs.hidden_NM, outputs.head)
+        found = head_divergence(own, self._head(), batch.targets_N, how)
+        divergence, logprobs, teacher, entropy = (one.double().sum() for one in found[1:])
+        sums |= {"divergence": divergence, "nll": -logprobs, "teacher_nll": -teacher, "entropy": entropy}
+        return found.loss_N.double()
 
     def _of_spans(self, outputs: Outputs, batch: MicrobatchTensors, sums: dict[str, Tensor]) -> Tensor:
         """An estimate of each span, at its last token."""
         own_S, places_S = span_sums(outputs.logprobs_N.double(), batch["spans"], batch.sample_N)
         teacher_S = batch["span_logprobs"][places_S]
         sums |= {"nll": -own_S.detach().sum(), "teacher_nll": -teacher_S.sum()}
+        sums["spanned"] = (batch["spans"] >= 0).sum()
         divergence_S = ESTIMATORS[self.config.divergence](own_S, teacher_S)
         return torch.zeros_like(batch["span_logprobs"]).index_put((places_S,), divergence_S)
 
@@ -357,12 +374,6 @@ class DistilStep:
 def rest_of(logprobs_NK: Tensor) -> Tensor:
     """[N, 1]: the log of what these leave of 1."""
     return (1.0 - logprobs_NK.exp().sum(-1, keepdim=True)).clamp_min(LEAST_REST).log()
-
-
-def texts(groups: Sequence[Group]) -> Selection:
-    """All of written groups, to train."""
-    samples = tuple(Sample(one.id, one.prompt_id, one.columns) for group in groups for one in group.trajectories)
-    return Selection(samples, count_prompts(samples), {sample.id: "trained" for sample in samples})
 
 
 def taught(config: DistilConfig, groups: Sequence[Group]) -> Selection:

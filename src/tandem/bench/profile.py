@@ -75,6 +75,10 @@ KERNELS: dict[str, tuple[str, Callable[..., Cost]]] = {
             _head(size, rows, vocab, depth) + _head(size, rows, vocab, other)
         ),
     ),
+    "top_tokens": (
+        "teacher's head: likeliest tokens",
+        lambda size, _, rows, vocab, depth, *__: _head(size, rows, vocab, depth),
+    ),
     "divergence_backward": (
         "heads: divergence backward",
         lambda size, rows, vocab, width: Cost(

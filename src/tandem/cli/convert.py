@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as jsonlib
 import sys
+import time
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,7 @@ SOURCE_HELP = (
     "Of prune: a model, or a run, whose newest checkpoint is meant. Of teacher: a recipe. Of merge: an adapter's "
     "folder in PEFT's format, or a run that trained one."
 )
+TOLD_S = 10.0  # between two lines on how far it is
 SIZES = ("layers", "heads", "kv_heads", "ff_width", "width")
 
 
@@ -119,9 +121,13 @@ def _teacher(source: str, out: Path, files: list[Path], settings: list[str], jso
 
     from tandem.run.convert import store_teacher
 
-    def told(step: int, tokens: int) -> None:
-        if step % 50 == 0 or step == config.steps:
-            print(f"step {step} of {config.steps}: {tokens:,} tokens", file=sys.stderr, flush=True)
+    last = time.monotonic()
+
+    def told(texts: int, tokens: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > TOLD_S:
+            last = time.monotonic()
+            print(f"{texts:,} texts, {tokens:,} tokens", file=sys.stderr, flush=True)
 
     texts, tokens = store_teacher(config, out, told)
     if json:

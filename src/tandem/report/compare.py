@@ -23,6 +23,7 @@ STRIPS = (
     ("The updates", plots.UPDATE),
     ("The critic", plots.CRITIC),
     ("The preferences", plots.PREFERENCE),
+    ("The teacher", plots.TEACHER),
     ("Drift and limits", plots.LIMITS),
 )
 Lines = list[tuple[str, list[str]]]  # (what, one text a run)

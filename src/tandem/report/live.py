@@ -61,6 +61,8 @@ def step_line(row: Row, total_steps: int, left_s: float | None) -> str:
     elif "loss" in row:
         parts += [f"loss {decimal(row['loss'])}", f"length {decimal(row.get('length'), 1)}"]
         parts += [f"margin {decimal(row['reward_margin'], 2)}"] if "reward_margin" in row else []
+    if "divergence" in row:
+        parts.append(f"divergence {decimal(row['divergence'])}")
     if row.get("preemptions"):
         parts.append(f"preempted {count(row['preemptions'])} ({count(row.get('recomputed_tokens'))} tokens again)")
     if row.get("failed"):

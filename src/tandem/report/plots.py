@@ -306,6 +306,11 @@ PREFERENCE: tuple[Curve, ...] = (
     ("reward_margin", "margin, reward", 1.0),
     ("chosen_logprob", "log p, nats", 1.0),
 )
+TEACHER: tuple[Curve, ...] = (
+    ("divergence", "divergence, nats", 1.0),
+    ("teacher_nll", "-log p, nats", 1.0),
+    ("hidden_positive", "hidden states", 1.0),
+)
 LIMITS: tuple[Curve, ...] = (
     ("kl", "KL, nats", 1.0),
     ("truncated", "cut off, share", 1.0),
@@ -380,6 +385,15 @@ def preference_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
+def teacher_figure(rows: Sequence[Row]) -> Figure:
+    """How far a student is from its teacher: their distributions, what both make of the tokens, hidden states."""
+    figure = strips_figure("The teacher", TEACHER, [("", rows)])
+    for axes in figure.axes:
+        if axes.get_ylabel() == "-log p, nats" and any("teacher_nll" in row for row in rows):
+            _draw_beside(axes, rows, "teacher", "nll", "student")
+    return figure
+
+
 def _draw_beside(axes: Axes, rows: Sequence[Row], label: str, name: str, other: str) -> None:
     """Another key in the plot of one, where rows have it."""
     steps, values = series(training(rows), name)
@@ -418,6 +432,7 @@ FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "update": update_figure,
     "critic": critic_figure,
     "preference": preference_figure,
+    "teacher": teacher_figure,
     "agents": agents_figure,
     "ahead": ahead_figure,
     "limits": limits_figure,

@@ -339,8 +339,10 @@ def _check_asynchrony(config: RunConfig) -> None:
                 "leave the others out."
             )
         return
+    taught = config.objective == "distil"
     refused = {
-        "objective": (config.objective, "policy_gradient"),
+        "objective": (config.objective, "distil" if taught else "policy_gradient"),
+        "distil.on_policy": (config.distil.on_policy, taught),
         "sync.lag": (config.sync.lag, 0),
         "select.window": (config.select.window, 0),
         "select.first_samples": (config.select.first_samples, 0),
@@ -359,6 +361,11 @@ def _check_asynchrony(config: RunConfig) -> None:
 def _check_stream(config: RunConfig) -> None:
     """What a part of a batch must not hang on: the rest of it."""
     algo = config.algo
+    if config.objective == "distil":
+        raise ConfigError(
+            "objective is distil and asynchrony.stream is on: its batches are learned whole. Set asynchrony.stream to "
+            "false."
+        )
     whole = algo.advantage in ("reinforce_pp", "reinforce_pp_baseline", "gae")
     refused = {
         "algo.advantage": (algo.advantage, whole, "it is normalised over the whole batch", "grpo, dr_grpo or rloo"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,26 +14,28 @@ import numpy as np
 import torch
 
 from tandem import env
-from tandem.algo.distil import rest_of, texts
+from tandem.algo.distil import rest_of
 from tandem.algo.pack import PromptTotal, canonical, pack
+from tandem.algo.supervised import select
 from tandem.algo.tensors import to_tensors
-from tandem.corpus.solutions import written
-from tandem.corpus.teacher import Origin, StoredWriter, words_hash
+from tandem.corpus.sources import check_sources
+from tandem.corpus.teacher import Origin, StoredWriter, is_stored, words_hash
 from tandem.errors import ConfigError
 from tandem.kernels.divergence import Head, top_logprobs
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import Decoder
+from tandem.models.parts import expected_shapes
 from tandem.models.spec import ModelSpec
 from tandem.program.pool import EnvironmentPool
-from tandem.program.render import renderer_of
-from tandem.run.config import RunConfig
-from tandem.run.distil import check_teacher, load_teacher
+from tandem.program.render import Renderer, renderer_of
+from tandem.run.config import RunConfig, check_training
+from tandem.run.distil import check_teacher, load_teacher, weights_hash
+from tandem.run.reading import Corpus, Solutions
 from tandem.run.source import resolve_source
 from tandem.run.stream import PromptStream
 from tandem.surgery.prune import Importance, Kept, Size, choose, measured, pieces, pruned
-from tandem.sync.publish import weight_version
 from tandem.train.score import hidden_states
-from tandem.types import Sample
+from tandem.types import Group, Sample
 
 DTYPE = "bfloat16"  # of a student's weights, and in which importance is measured
 
@@ -73,13 +77,14 @@ def prune(source: str, out: Path, sizes: Mapping[str, int], text: Path | None) -
     part = out.with_name(out.name + ".part")
     save_checkpoint(part, student, tensors, tokenizer, DTYPE)
     part.rename(out)
-    before = sum(tensor.numel() for _, tensor in checkpoint.tensors())
+    before = sum(map(math.prod, expected_shapes(spec).values()))
     return Pruned(student, kept, importance, sum(tensor.numel() for tensor in tensors.values()), before)
 
 
 def store_teacher(config: RunConfig, out: Path, told: Callable[[int, int], None]) -> tuple[int, int]:
     """What distil.teacher says of all texts that a run of the config would read, into a new folder; returns how many
-    texts and tokens. told(step, tokens) after each step's."""
+    texts and tokens. Of a corpus that is every row once, the held-out ones too, whatever config.steps. told(texts,
+    tokens) so far, as they are written."""
     asked = config.distil
     if config.objective != "distil" or asked.on_policy or not asked.top_k:
         raise ConfigError(
@@ -87,34 +92,51 @@ def store_teacher(config: RunConfig, out: Path, told: Callable[[int, int], None]
             f"and of so many tokens (distil.top_k {asked.top_k}). Set objective=distil, distil.on_policy=false and "
             "distil.top_k=32 or so."
         )
-    if config.corpus.on:
-        raise ConfigError(
-            "corpus.sources is set, and what is stored are a teacher's log-probs of the task's own solutions. Leave "
-            "corpus.sources out, or learn from the corpus with the teacher beside it."
-        )
+    if is_stored(asked.teacher):
+        raise ConfigError(f"distil.teacher {asked.teacher} is no model but log-probs that were stored before.")
+    check_training(config)
+    check_sources(config.corpus)
     torch.set_num_threads(env.num_threads())
     checkpoint = open_checkpoint(resolve_source(config.model.source))
     tokenizer = checkpoint.load_tokenizer()
-    if check_teacher(config, checkpoint, tokenizer) is None:
-        raise ConfigError(f"distil.teacher {asked.teacher} is no model but log-probs that were stored before.")
+    check_teacher(config, checkpoint, tokenizer)
     with ExitStack() as leaving:
-        pool = EnvironmentPool(config.task)
+        pool = EnvironmentPool(config.task, idle=not config.asks_task)
         leaving.callback(pool.close)
-        renderer = renderer_of(tokenizer, config.task)
+        if config.asks_task:
+            pool.ready()
+        corpus, groups = _texts(config, renderer_of(tokenizer, config.task), checkpoint.spec.max_position, pool)
         teacher = load_teacher(asked.teacher, config.model)
-        pool.ready()
-        vocab = min(teacher.spec.vocab_size, checkpoint.spec.vocab_size)
-        words = words_hash(tokenizer.backend.get_vocab(True))
-        digest = weight_version(teacher, 0).digest
-        origin = Origin(asked.teacher, digest, words, config.model.dtype, vocab, asked.temperature, asked.top_k)
-        writer, stream = leaving.enter_context(StoredWriter(out, origin)), PromptStream(pool)
-        positions = min(checkpoint.spec.max_position, teacher.spec.max_position)
-        for step in range(1, config.steps + 1):
-            prompts = stream.take(config.rollout.prompts_per_step)
-            batch = texts(written(prompts, pool.solutions(prompts), renderer, positions))
+        origin = Origin(
+            asked.teacher,
+            weights_hash(asked.teacher),
+            words_hash(tokenizer.backend.get_vocab(True)),
+            config.model.dtype,
+            min(teacher.spec.vocab_size, checkpoint.spec.vocab_size),
+            teacher.spec.max_position,
+            asked.temperature,
+            asked.top_k,
+            corpus,
+        )
+        writer = leaving.enter_context(StoredWriter(out, origin))
+        for some in groups:
+            batch = select(some)
             _store(writer, teacher, batch.samples, batch.prompts, config.learner.microbatch_tokens)
-            told(step, writer.rows)
+            told(len(writer.hashes), writer.rows)
         return len(writer.hashes), writer.rows
+
+
+def _texts(
+    config: RunConfig, renderer: Renderer, positions: int, pool: EnvironmentPool
+) -> tuple[dict[str, str], Iterator[Sequence[Group]]]:
+    """The digests of a corpus's sources, none where the task writes the texts; and what is read, some at a time."""
+    if not config.corpus.on:
+        solutions, stream = Solutions(config, renderer, positions, pool), PromptStream(pool)
+        return {}, (solutions.take(stream) for _ in range(config.steps))
+    rows = Corpus(config, renderer, positions, pool).stream
+    digests = {source.reader.name: source.reader.digest for source in rows.sources}
+    groups, count = rows.every(), config.rollout.prompts_per_step
+    return digests, iter(lambda: list(itertools.islice(groups, count)), [])
 
 
 def _store(

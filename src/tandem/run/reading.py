@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from tandem.algo import preference
 from tandem.algo.advantage import Selection
-from tandem.algo.distil import texts
 from tandem.algo.supervised import select
 from tandem.corpus.preferences import preferences_of
 from tandem.corpus.reader import Reader, tasks_of
@@ -17,8 +16,10 @@ from tandem.corpus.stream import CorpusStream
 from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer
 from tandem.run.config import RunConfig
+from tandem.run.distil import check_corpus, positions_of
 from tandem.run.learned import OBJECTIVES
 from tandem.run.learning import Learns
+from tandem.run.spans import Answers
 from tandem.run.stream import PromptStream
 from tandem.types import Group
 
@@ -32,7 +33,7 @@ OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated", "turns", "ha
 # `objective` of a config -> who reads its sources, and what of their groups is trained.
 READERS: Mapping[str, Callable[[RunConfig, Renderer], Sequence[Reader]]] = {
     "next_token": lambda config, renderer: readers_of(config.corpus, renderer),
-    "distil": lambda config, renderer: readers_of(config.corpus, renderer),
+    "distil": lambda config, renderer: _taught(config, renderer),
     "preference": lambda config, renderer: preferences_of(
         config.corpus,
         config.preference,
@@ -44,8 +45,18 @@ READERS: Mapping[str, Callable[[RunConfig, Renderer], Sequence[Reader]]] = {
 SELECTIONS: Mapping[str, Callable[[RunConfig, Sequence[Group]], Selection]] = {
     "next_token": lambda config, groups: select(groups, config.supervised),
     "preference": lambda config, groups: preference.select(groups),
-    "distil": lambda config, groups: texts(groups),
+    "distil": lambda config, groups: select(groups),
 }
+
+
+def _taught(config: RunConfig, renderer: Renderer) -> Sequence[Reader]:
+    """Of a student whose teacher can say something of them."""
+    readers = readers_of(config.corpus, renderer)
+    check_corpus(config, {reader.name: reader.digest for reader in readers})
+    return [Answers(reader, renderer) for reader in readers] if config.distil.spans else readers
+
+
+Scored = Callable[[Sequence[Group]], Selection]  # what of groups is learned, with the columns that its loss reads
 
 
 class Reading(Protocol):
@@ -61,8 +72,8 @@ class Reading(Protocol):
         """A step's row, as far as it is of what was read, and what this has to add."""
         ...
 
-    def heldout(self, learner: Learns, score: Callable[[Selection], Selection]) -> dict[str, Any]:
-        """A row's key of what the held-out tasks come to; nothing where there are none. `score`: as Stages'."""
+    def heldout(self, learner: Learns, scored: Scored) -> dict[str, Any]:
+        """A row's key of what the held-out tasks come to; nothing where there are none. `scored`: as a step's are."""
         ...
 
     def begun(self) -> dict[str, Any]:
@@ -87,9 +98,10 @@ class Solutions:
 
     saved: Mapping[str, Part] = {}
 
-    def __init__(self, config: RunConfig, parts: Parts, pool: EnvironmentPool) -> None:
+    def __init__(self, config: RunConfig, renderer: Renderer, positions: int, pool: EnvironmentPool) -> None:
+        """positions: of the model."""
         self.count, self.pool = config.rollout.prompts_per_step, pool
-        self.renderer, self.positions = parts.renderer, parts.decoder.spec.max_position
+        self.renderer, self.positions = renderer, positions_of(config, positions)
 
     def take(self, prompts: PromptStream) -> Sequence[Group]:
         asked = prompts.take(self.count)
@@ -98,7 +110,7 @@ class Solutions:
     def told(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if name not in OF_SAMPLES}
 
-    def heldout(self, learner: Learns, score: Callable[[Selection], Selection]) -> dict[str, Any]:
+    def heldout(self, learner: Learns, scored: Scored) -> dict[str, Any]:
         return {}
 
     def begun(self) -> dict[str, Any]:
@@ -116,11 +128,12 @@ class Solutions:
 class Corpus:
     """Of config.corpus. Tasks that the evaluation asks are not trained on."""
 
-    def __init__(self, config: RunConfig, parts: Parts, pool: EnvironmentPool) -> None:
+    def __init__(self, config: RunConfig, renderer: Renderer, positions: int, pool: EnvironmentPool) -> None:
+        """positions: of the model."""
         self.config = config
-        limit = config.corpus.limit(config.learner.microbatch_tokens, parts.decoder.spec.max_position)
+        limit = config.corpus.limit(config.learner.microbatch_tokens, positions_of(config, positions))
         evaluated = [tasks_of(prompt) for prompt in pool.heldout] if config.evaluation.prompts else []
-        readers = READERS[config.objective](config, parts.renderer)
+        readers = READERS[config.objective](config, renderer)
         self.stream = CorpusStream(readers, config.corpus, limit, config.seed, frozenset().union(*evaluated))
         self.saved: Mapping[str, Part] = {"corpus": self.stream}
 
@@ -130,10 +143,10 @@ class Corpus:
     def told(self, row: Mapping[str, Any]) -> dict[str, Any]:
         return {name: value for name, value in row.items() if name not in OF_SAMPLES} | {"epochs": self.stream.epochs()}
 
-    def heldout(self, learner: Learns, score: Callable[[Selection], Selection]) -> dict[str, Any]:
+    def heldout(self, learner: Learns, scored: Scored) -> dict[str, Any]:
         if not self.stream.heldout:
             return {}
-        batch = score(SELECTIONS[self.config.objective](self.config, self.stream.heldout))
+        batch = scored(self.stream.heldout)
         return {"heldout": learner.measure(batch.samples, batch.prompts)}
 
     def begun(self) -> dict[str, Any]:
@@ -156,4 +169,5 @@ def reading_of(config: RunConfig, parts: Parts, pool: EnvironmentPool) -> Readin
     """What a config names; None where the engine samples. Reads all of a corpus."""
     if OBJECTIVES[config.objective](config).samples:
         return None
-    return Corpus(config, parts, pool) if config.corpus.on else Solutions(config, parts, pool)
+    kind = Corpus if config.corpus.on else Solutions
+    return kind(config, parts.renderer, parts.decoder.spec.max_position, pool)

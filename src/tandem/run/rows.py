@@ -123,6 +123,18 @@ _OF_PREFERENCES = {
     "rejected_logprob": Key("nats", "the same of the rejected"),
     "kl_mismatched": Key("nats", "an answer: KTO's KL, by answers to other prompts; 0 where that is below it"),
 }
+_OF_A_TEACHER = {
+    "divergence": Key("nats", "mean of distil.divergence at the trained tokens, at distil.temperature, unweighted"),
+    "teacher_nll": Key(
+        "nats", "as `nll`, by the teacher; on the student's own samples, less nll, an estimate of KL(student, teacher)"
+    ),
+    "spanned": Key("share", "of the trained tokens, those in a span that both models wrote (distil.spans)"),
+    "text_loss": Key(
+        "nats", "mean -log p of the trained tokens by the student at temperature 1, with distil.text_weight"
+    ),
+    "hidden_positive": Key("distil.hidden_loss", "mean distance of hidden states, over tokens of weight above 0"),
+    "hidden_negative": Key("distil.hidden_loss", "the same over tokens of weight below 0 (distil.bad_weight)"),
+}
 _OF_THE_LEARNER = {
     "trained_samples": Key("count", "samples in the batch"),
     "trained_tokens": Key("tokens", "in the loss, all updates"),
@@ -156,15 +168,7 @@ _OF_THE_LEARNER = {
     "values_mean": Key("reward", "of the critic before the step, over the trained tokens"),
     "returns_mean": Key("reward", "of what its values should have been"),
     "critic_grad_norm": Key("1", "of the critic, before clipping, of the last update"),
-    "divergence": Key("nats", "mean of distil.divergence at the trained tokens, at distil.temperature, unweighted"),
-    "teacher_nll": Key(
-        "nats", "the same by the teacher; on the student's own samples, less nll, its KL to the teacher"
-    ),
-    "text_loss": Key(
-        "nats", "mean -log p of the trained tokens by the student at temperature 1, with distil.text_weight"
-    ),
-    "hidden_positive": Key("distil.hidden_loss", "mean distance of hidden states, over tokens of weight above 0"),
-    "hidden_negative": Key("distil.hidden_loss", "the same over tokens of weight below 0 (distil.bad_weight)"),
+    **_OF_A_TEACHER,
     "corrected": Key("0 or 1", "whether an alarm turned the correction on"),
 }
 _OF_THE_DRIFT = {
@@ -202,7 +206,11 @@ _OF_THE_CORPUS = {
     "heldout/nll": Key("nats", "of the same, as `nll`"),
     "heldout/entropy": Key("nats", "of the same, as `entropy`"),
     "heldout/tokens": Key("tokens", "of the same that the loss is of"),
-    **{f"heldout/{name}": Key(key.unit, f"of the same, as `{name}`") for name, key in _OF_PREFERENCES.items()},
+    **{
+        f"heldout/{name}": Key(key.unit, f"of the same, as `{name}`")
+        for name, key in (_OF_PREFERENCES | _OF_A_TEACHER).items()
+        if name != "hidden_negative"  # of sampled trajectories alone
+    },
 }
 KEYS: dict[str, Key] = (
     _OF_THE_STEP | _OF_SAMPLES | _OF_THE_LEARNER | _OF_THE_DRIFT | _OF_THE_EVALUATION | _OF_THE_CORPUS

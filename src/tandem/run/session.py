@@ -40,6 +40,7 @@ from tandem.run.clock import WallClock
 from tandem.run.config import RunConfig
 from tandem.run.counted import counted
 from tandem.run.course import Course, mark_best
+from tandem.run.distil import saved_teacher
 from tandem.run.engines import endpoint, living
 from tandem.run.fairness import Fairness
 from tandem.run.figures import figures
@@ -145,7 +146,7 @@ class Session:
         self.rollouts = Rollouts(asked, parts.renderer, pool, config.rollout, config.seed, self.trace)
         self.samples = objective.samples  # the engine does, and rewards and fates are theirs
         self.reading = reading
-        self.saved_parts |= reading.saved if reading is not None else {}
+        self.saved_parts |= (reading.saved if reading is not None else {}) | saved_teacher(config)
         self.reference = scorer_of(parts, config, objective, self._frozen, folder.path, self.trace)
         self.filled = filler_of(config, parts, objective)
 
@@ -288,7 +289,7 @@ class Session:
         if self.reading is not None:
             self.release_memory()
             with self.trace.span("evaluate"):
-                found |= self.reading.heldout(self.learner, self.score)
+                found |= self.reading.heldout(self.learner, lambda groups: self.score(self.credit(groups)))
         return found
 
     def evaluate(self, step: int) -> dict[str, Any]:

@@ -13,12 +13,11 @@ from tandem.algo.advantage import Selection
 from tandem.algo.pack import count_prompts
 from tandem.algo.spans import aligned, numbered
 from tandem.columns import Columns
+from tandem.corpus.reader import Reader, refused
 from tandem.errors import CapacityError, ConfigError
-from tandem.models.checkpoint import open_checkpoint
 from tandem.program.render import Renderer, renderer_of
 from tandem.rollout.pieces import Pieces
-from tandem.run.distil import load_teacher
-from tandem.run.source import resolve_source
+from tandem.run.distil import load_teacher, open_teacher
 from tandem.train.score import with_logprobs
 from tandem.types import Group, Prompt, Sample
 
@@ -38,6 +37,41 @@ def filler_of(config: RunConfig, parts: Parts, objective: Objective) -> Filled:
     return SpanTeacher(config, parts.renderer, parts.tokenizer.now).filled
 
 
+def no_answer(student: Renderer, prompt: Prompt, columns: Columns) -> str:
+    """Why distil.spans cannot compare a text; empty where it is one answer to its prompt, of which the teacher is told
+    the messages."""
+    tokens, mask = columns["tokens"], columns["loss_mask"]
+    asked = student.conversation_tokens(prompt.messages, prompt.tools) if prompt.messages else ()
+    if asked and not mask[: len(asked)].any() and mask[len(asked) :].all() and tuple(tokens[: len(asked)]) == asked:
+        return ""
+    return (
+        "distil.spans compares one answer to a prompt, and this is a document, has several turns, or trains some of "
+        "an answer alone. Take it out (corpus.bad=count leaves such rows out), or choose a teacher of the student's "
+        "tokens."
+    )
+
+
+class Answers:
+    """A source's rows, of which those that distil.spans cannot compare are refused."""
+
+    def __init__(self, reader: Reader, student: Renderer) -> None:
+        self.name, self.digest, self.left_out = reader.name, reader.digest, reader.left_out
+        self._reader, self._student = reader, student
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def place(self, number: int) -> str:
+        return self._reader.place(number)
+
+    def group(self, number: int) -> Group:
+        group = self._reader.group(number)
+        for one in group.trajectories:
+            if why := no_answer(self._student, group.prompt, one.columns):
+                raise refused("no single answer", self.place(number), why)
+        return group
+
+
 class SpanTeacher:
     """A teacher that reads each prompt by its own template, and the answer's text in its own tokens."""
 
@@ -47,7 +81,7 @@ class SpanTeacher:
         self._student = student
         self._own = Pieces(student.tokenizer.decode)
         source = config.distil.teacher
-        tokenizer = open_checkpoint(resolve_source(source)).load_tokenizer()
+        tokenizer = open_teacher(source).load_tokenizer()
         tokenizer.now = now
         self._renderer = renderer_of(tokenizer, config.task)
         self._others = Pieces(tokenizer.decode)
@@ -57,8 +91,8 @@ class SpanTeacher:
         """The batch with `spans` and `span_logprobs` of its samples."""
         if not batch.samples:
             return batch
-        prompts = {group.prompt.id: group.prompt for group in groups}
-        read = [self._read(sample, prompts[sample.prompt_id]) for sample in batch.samples]
+        prompts = {one.id: group.prompt for group in groups for one in group.trajectories}
+        read = [self._read(sample, prompts[sample.id]) for sample in batch.samples]
         asked, budget = self._config.distil, self._config.learner.microbatch_tokens
         others = [other for other, _, _ in read]
         scored = with_logprobs(
@@ -72,12 +106,9 @@ class SpanTeacher:
 
     def _read(self, sample: Sample, prompt: Prompt) -> tuple[Sample, list[int], list[int]]:
         """The text as the teacher reads it, and the ends of spans, in trained tokens of the student and of its own."""
-        mask = sample.columns["loss_mask"]
-        tokens = sample.columns["tokens"][mask].tolist()
-        if not mask[len(mask) - len(tokens) :].all():
-            raise ConfigError(
-                f"{sample.id} has more than one turn, which distil.spans does not compare. Set rollout.max_turns to 1."
-            )
+        if why := no_answer(self._student, prompt, sample.columns):
+            raise ConfigError(f"{sample.id}: {why}")
+        tokens = sample.columns["tokens"][sample.columns["loss_mask"]].tolist()
         ended = bool(tokens) and tokens[-1] in self._student.stop_token_ids
         said = tokens[:-1] if ended else tokens
         text = self._student.tokenizer.decode(said)
@@ -88,7 +119,8 @@ class SpanTeacher:
         pairs = aligned(own, self._others.lengths(encoded, read)) if read.startswith(whole) else []
         ends = [(one, other) for one, other in pairs if sum(own[:one]) <= len(whole)]
         answer = list(self._renderer.answer_tokens(text)) if ended else encoded
-        if ended and len(answer) > len(encoded):
+        whole_text = (ends[-1] if ends else (0, 0)) == (len(said), len(encoded))
+        if ended and whole_text and len(answer) > len(encoded):
             ends.append((len(tokens), len(answer)))
         before = list(self._renderer.prompt_tokens(prompt.messages, prompt.tools))
         most = self._decoder.spec.max_position

@@ -65,7 +65,9 @@ def _spent(result: Result, arm: Mapping[str, Any], runs: Sequence[Mapping[str, A
     shares = [run.get("trained_share") for run in runs]
     known = any(run.get("trained_share") is not None for run in result["runs"])
     steps = {} if same_steps(result) else {"steps": str(arm["steps"]), "seconds": _seconds(runs)}
-    return steps | ({"tokens with a gradient": percent(mean_of(shares))} if known else {})
+    tokens = [run["trained_tokens"] for run in runs if "trained_tokens" in run]
+    trained = {"trained tokens": f"{mean_of(tokens):,.0f}"} if tokens else {}
+    return steps | trained | ({"tokens with a gradient": percent(mean_of(shares))} if known else {})
 
 
 def _seconds(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -154,7 +156,7 @@ def readme(result: Result, reading: str, section: str = "") -> str:
             f"(least to most); held-out accuracy is greedy, on {prompts} prompts. k3, ess and masked are means over "
             "all steps."
             if rewarded(result)
-            else f"Held-out accuracy is greedy, on {prompts} prompts: nothing is sampled to learn from."
+            else f"Held-out accuracy is greedy, on {prompts} prompts: some arms sample nothing to learn from."
         ),
         arms_table(result),
         "## Paired differences",

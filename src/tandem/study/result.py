@@ -72,9 +72,12 @@ def run_entry(
     outcome: Mapping[str, Any],
     rows: Sequence[Mapping[str, Any]],
     machine: roofline.Machine | None = None,
+    *,
+    written: bool | None = None,
 ) -> dict[str, Any]:
     """What result.json holds of one run; where a machine is given also its workers' seconds by phase, means of the
-    steps behind the first, and what was useful of each step at the machine's roofline."""
+    steps behind the first, and what was useful of each step at the machine's roofline. written: whether a run of the
+    study learns from what is written, and so has no reward; None: whether this one does."""
     trained, evaluated = training(rows), evaluations(rows)
     finished = len(evaluated) > 1 and outcome["status"] == "finished"
     budgets = [row.get("error_budget") or {} for row in trained]
@@ -84,10 +87,15 @@ def run_entry(
     series["seconds"] = [working_s(row) for row in trained]
     drawn = sum(row.get("tokens", 0) + row.get("extra_tokens", 0) for row in trained)
     rewards = [row.get("reward") if row.get("task_reward") is None else row["task_reward"] for row in trained]
-    # Of runs that learn from what is written there is no reward, and the course is that of the held-out accuracy.
+    # Where one learns from what is written the course of all is that of the held-out accuracy.
     course: dict[str, Any] = {"reward": list(map(_rounded, rewards))}
-    if trained and not any("reward" in row for row in trained):
-        course = {"reward": [], "held_out": [[one["step"], _accuracy(one)] for one in evaluated]}
+    if is_written(rows) if written is None else written:
+        tokens = sum(row.get("trained_tokens", 0) for row in trained)
+        course = {
+            "reward": [],
+            "held_out": [[one["step"], _accuracy(one)] for one in evaluated],
+            "trained_tokens": tokens,
+        }
     if machine is not None:
         series["useful_s"] = [goodput([row], machine, 1.0).share for row in trained]
     rounded = {name: list(map(_rounded, values)) for name, values in series.items()}
@@ -104,6 +112,12 @@ def run_entry(
         **({} if machine is None else {"phases": _phases(trained[1:])}),
         "series": {name: values for name, values in rounded.items() if any(value is not None for value in values)},
     }
+
+
+def is_written(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a run learns from what is written: no row has a reward."""
+    trained = training(rows)
+    return bool(trained) and not any("reward" in row for row in trained)
 
 
 def _phases(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
@@ -146,7 +160,12 @@ def collect(study: Study, recipe: str, planned: Sequence[Planned], out: Path, co
         "arms": arms,
     }
     machine = roofline.measure() if study.section is not None and ended else None
-    entries = [run_entry(one.arm.name, one.seed, what, rows_of(one.folder), machine) for one, what in ended]
+    rows = [rows_of(one.folder) for one, _ in ended]
+    written = any(map(is_written, rows))
+    entries = [
+        run_entry(one.arm.name, one.seed, what, own, machine, written=written)
+        for (one, what), own in zip(ended, rows, strict=True)
+    ]
     return complete(facts, study, entries)
 
 
@@ -202,7 +221,7 @@ def measured(result: Result, run: Run, measure: str) -> float | None:
 
 
 def rewarded(result: Result) -> bool:
-    """Whether arms are compared by their reward; else nothing was sampled to learn from, and by held-out accuracy."""
+    """Whether arms are compared by their reward; else one learns from what is written, and by held-out accuracy."""
     return not any("held_out" in run for run in result["runs"])
 
 

@@ -52,6 +52,7 @@ class Study:
     shows_not: str  # what a reader might take from it, and should not
     common: Mapping[str, str] = field(default_factory=dict)  # overrides of every arm; an arm's own come later
     seeds: tuple[int, ...] = (0, 1, 2)
+    seeded: tuple[str, ...] = ()  # further settings that are the seed: without task.seed written texts are always alike
     compare: tuple[tuple[str, str], ...] = ()  # arms to test against each other; empty: each against the baseline
     reading: str = ""  # by hand, once there is a result
     section: Callable[[Mapping[str, Any]], Section] | None = None  # of the page, drawn from the result
@@ -67,7 +68,7 @@ class Study:
         if not self.shows_not.strip():
             raise ConfigError(f"study {self.name}: shows_not is empty; say what the study does not show.")
         for where, overrides in (("common", self.common), *((arm.name, arm.overrides) for arm in self.arms)):
-            for name in OWN:
+            for name in (*OWN, *self.seeded):
                 if name in overrides:
                     raise ConfigError(f"study {self.name}, {where}: {name} is set by the study itself. Drop it.")
 
@@ -130,7 +131,8 @@ def plan(
     for seed in seeds:
         for arm in arms:
             own = steps if arm.steps is None else max(1, round(arm.steps * steps / study.steps))
-            settings = {**study.common, **arm.overrides, "steps": str(own), "seed": str(seed)}
+            settings = {**study.common, **arm.overrides, "steps": str(own)}
+            settings |= dict.fromkeys(("seed", *study.seeded), str(seed))
             try:
                 config = override(base, settings)
                 check_training(config)

@@ -12,10 +12,10 @@ import torch
 
 from tandem.algo.alarm import AlarmConfig
 from tandem.algo.loss import LossResult
-from tandem.algo.objective import Measured, Meets, Objective, ObjectiveStep, PolicyGradient, Score, Widened
+from tandem.algo.objective import Measured, Meets, Objective, ObjectiveStep, Outputs, PolicyGradient, Score, Widened
 from tandem.algo.pack import PromptTotal, canonical, denominators, pack, split_updates
 from tandem.algo.preference import HEAD, RewardModel
-from tandem.algo.tensors import to_tensors
+from tandem.algo.tensors import MicrobatchTensors, to_tensors
 from tandem.errors import ConfigError, NonFiniteError
 from tandem.kernels.weight import Weight
 from tandem.models.decoder import Decoder
@@ -117,10 +117,7 @@ class Learner:
 
     def _backward(self, microbatch: Microbatch, by: ObjectiveStep) -> tuple[LossResult, Any]:
         self.between()
-        checkpointing = self.config.activation_checkpointing == "on"
-        batch = to_tensors(microbatch, self.decoder.device)
-        watch = by.meet(microbatch, batch) if isinstance(by, Meets) else None
-        outputs = forward(self.decoder, microbatch, batch, self.objective.temperature, checkpointing, watch)
+        batch, outputs = self._forward(microbatch, by)
         result = by.loss(outputs, batch)
         loss = result.loss
         if self.critic is not None:
@@ -136,6 +133,13 @@ class Learner:
             )
         loss.backward()
         return result, by.observe(outputs.asked, batch, result, microbatch.sample_ids)
+
+    def _forward(self, microbatch: Microbatch, by: ObjectiveStep) -> tuple[MicrobatchTensors, Outputs]:
+        """What the loss is of."""
+        checkpointing = self.config.activation_checkpointing == "on"
+        batch = to_tensors(microbatch, self.decoder.device)
+        watch = by.meet(microbatch, batch) if isinstance(by, Meets) else None
+        return batch, forward(self.decoder, microbatch, batch, self.objective.temperature, checkpointing, watch)
 
     def _gradients(self, microbatches: Sequence[Microbatch], by: ObjectiveStep) -> _Gradients:
         self._zero_grad()
@@ -232,8 +236,8 @@ class Learner:
         samples = by.prepare(samples, self._scorer(samples, prompts))
         with torch.no_grad():
             for microbatch in self._pack(samples, prompts):
-                batch = to_tensors(microbatch, self.decoder.device)
-                results.append(by.loss(forward(self.decoder, microbatch, batch, self.objective.temperature), batch))
+                batch, outputs = self._forward(microbatch, by)
+                results.append(by.loss(outputs, batch))
         return by.measured(results).metrics
 
     def under(self, total_updates: int, alarms: AlarmConfig) -> None:
