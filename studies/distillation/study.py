@@ -2,7 +2,7 @@
 
 Needs two models, made once (docs/distillation.md):
 
-    tandem train tiny_arithmetic --set evaluation.every=0 --out runs/sums-teacher \
+    tandem train tiny_arithmetic --set steps=1000 --set evaluation.every=0 --out runs/sums-teacher \
         --set model.source=new:width=256,layers=12,heads=4,kv_heads=2,ff_width=768,max_position=256
     tandem convert prune runs/sums-teacher --out runs/sums-student --size layers=6
 """
@@ -37,7 +37,12 @@ def study() -> Study:
             Arm(
                 "on_policy",
                 "on policy",
-                {**TAUGHT, "distil.on_policy": "true", "distil.divergence": "jensen_shannon"},
+                {
+                    **TAUGHT,
+                    "distil.on_policy": "true",
+                    "distil.divergence": "jensen_shannon",
+                    "rollout.prompts_per_step": "56",  # answers are longer than the texts until they end as these do
+                },
             ),
         ),
         baseline="sft",
@@ -47,7 +52,7 @@ def study() -> Study:
         seeded=("task.seed",),
         shows_not="One teacher of ten million parameters, one student of half its layers and one task, whose "
         "texts are short and right: where texts are long, or wrong, a teacher may say more or less beside them. Equal "
-        "are steps and texts a step, and so tokens, but on policy, where answers are the student's own: the table has "
-        "how many tokens each arm was trained on. A step of distillation takes longer by the teacher's forward pass, "
+        "are steps and texts a step, and so tokens, but on policy, where answers are the student's own, of fewer "
+        "prompts: the table has how many tokens each arm was trained on. A step of distillation takes longer by the teacher's forward pass, "
         "and on policy by the sampling too.",
     )
