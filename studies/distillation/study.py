@@ -53,6 +53,6 @@ def study() -> Study:
         shows_not="One teacher of ten million parameters, one student of half its layers and one task, whose "
         "texts are short and right: where texts are long, or wrong, a teacher may say more or less beside them. Equal "
         "are steps and texts a step, and so tokens, but on policy, where answers are the student's own, of fewer "
-        "prompts: the table has how many tokens each arm was trained on. A step of distillation takes longer by the teacher's forward pass, "
-        "and on policy by the sampling too.",
+        "prompts: the table has how many tokens each arm was trained on. A step of distillation takes longer by the "
+        "teacher's forward pass, and on policy by the sampling too.",
     )

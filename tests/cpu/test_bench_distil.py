@@ -11,7 +11,7 @@ def test_a_step_of_distillation_stands_beside_what_it_cannot_do_without(monkeypa
     monkeypatch.setattr(distil, "TEXTS", (2, 8))
     monkeypatch.setattr(distil, "REPEATS", 1)
     found = list(distil.distil(Machine(1e12, 1e10)))
-    kinds = ["forward", "jensen_shannon", "top 32"]
+    kinds = ["forward", "jensen_shannon", "forward and texts", "top 32"]
     assert [(one.peer, one.work) for one in found] == [
         (peer, f"distil {kind} 2x8") for kind in kinds for peer in ("tandem", "sft + teacher")
     ]

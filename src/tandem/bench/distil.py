@@ -56,6 +56,7 @@ def distil(_: Machine) -> Iterator[Figure]:
         kind: Distil(DistilConfig(MODEL, divergence=kind), lambda: teacher)  # type: ignore[arg-type]
         for kind in KINDS
     }
+    taught["forward and texts"] = Distil(DistilConfig(MODEL, text_weight=0.5), lambda: teacher)
     taught["top 32"] = Distil(DistilConfig(MODEL, top_k=32), lambda: teacher)
     step_s(NextToken())  # warms up
     rounds = [
