@@ -146,7 +146,7 @@ class Session:
         self.rollouts = Rollouts(asked, parts.renderer, pool, config.rollout, config.seed, self.trace)
         self.samples = objective.samples  # the engine does, and rewards and fates are theirs
         self.reading = reading
-        self.saved_parts |= (reading.saved if reading is not None else {}) | saved_teacher(config)
+        self.saved_parts |= {**(reading.saved if reading is not None else {}), **saved_teacher(config)}
         self.reference = scorer_of(parts, config, objective, self._frozen, folder.path, self.trace)
         self.filled = filler_of(config, parts, objective)
 
