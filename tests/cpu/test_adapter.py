@@ -24,7 +24,7 @@ from tandem.models.decoder import Decoder
 from tandem.models.fused import FusedForward
 from tandem.models.parts import Slot, Stored, all_slots
 from tandem.numerics.quantise import quantise
-from tandem.sync.receive import serve_adapter
+from tandem.sync.receive import drop_adapter, serve_adapter
 from tandem.types import Request
 
 MATRICES = ["qkv", "out", "gate_up", "down"]
@@ -221,6 +221,28 @@ def test_an_unknown_adapter_is_refused_by_name(make_decoder, parity) -> None:
     (asked,) = parity.groups([[5, 6, 7]], 1, 1.0, 5)
     with pytest.raises(ConfigError, match="asks for adapter 'three', and this engine serves one, two. Allowed: one, t"):
         engine.submit(replace(asked, adapter="three"))
+
+
+def test_an_adapter_that_is_dropped(make_decoder, parity) -> None:
+    """Rows that run with an adapter that is gone, or one that cannot be let go, or is found under its name after."""
+    engine = serving(make_decoder(), parity, one={}, two={})
+    asked = of_each(parity, ["one", "two"])
+    for request in asked:
+        engine.submit(request)
+    engine.step()
+    with pytest.raises(ConfigError, match="6 requests for adapter 'one' are on their way. Wait for them"):
+        drop_adapter(engine, "one")
+    while engine.has_work:
+        engine.step()
+    drop_adapter(engine, "one")
+    with pytest.raises(ConfigError, match="no adapter 'one' is served. There are: two."):
+        drop_adapter(engine, "one")
+    with pytest.raises(ConfigError, match="asks for adapter 'one', and this engine serves two"):
+        engine.submit(asked[0])
+    (done,) = engine.generate([replace(asked[1], id="again")])
+    parity.same(
+        done, serving(make_decoder(), parity, one={}, two={}).generate([asked[1]])[0], "beside one that is gone"
+    )
 
 
 @pytest.mark.parametrize("form", [{}, {"dora": True}], ids=str)

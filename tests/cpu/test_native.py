@@ -14,14 +14,27 @@ from torch import Tensor
 
 from tandem.algo.pack import count_prompts, pack
 from tandem.engine.runner import DecoderRunner
-from tandem.kernels import adamw, attention, codes, gradient, linear, logprob, norm, page_sum, quantise, rotary, swiglu
+from tandem.kernels import (
+    adamw,
+    adapter,
+    attention,
+    codes,
+    gradient,
+    linear,
+    logprob,
+    norm,
+    page_sum,
+    quantise,
+    rotary,
+    swiglu,
+)
 from tandem.kernels import sample as sampler
 from tandem.kernels.divergence import Divergence, Head, head_divergence
 from tandem.kernels.head import draw
 from tandem.kernels.page_pool import KvPool, rotate_store_
 from tandem.kernels.paths import Paths
 from tandem.kernels.sample import SamplingBatch
-from tandem.kernels.weight import Weight
+from tandem.kernels.weight import Adapter, Piece, Strips, Weight
 from tandem.models.fused import FusedForward
 from tandem.models.rope import rope_tables
 from tandem.models.spec import ModelSpec
@@ -84,6 +97,22 @@ def held() -> Weight:
     return made
 
 
+def added() -> Adapter:
+    """Of all columns, in two pieces of 3 ranks and one."""
+    down = Strips(normal(6, DEPTH))
+    down.value[3], down.value[5] = 0, 0
+    down.repack()
+    ups = Weight(normal(5, 3), matrix=True), Weight(normal(COLUMNS - 5, 1), matrix=True)
+    return Adapter(down, (Piece(0, 0, 0.5, ups[0]), Piece(5, 4, 2.0, ups[1])))
+
+
+def adapted() -> Weight:
+    """A matrix with them, which alone learn."""
+    made = weight(COLUMNS, DEPTH)
+    made.grad, made.adapter = None, added()
+    return made
+
+
 def _store(query: Tensor, key: Tensor, value: Tensor, positions: Tensor, slots: Tensor, stored=None) -> list[Tensor]:
     pool = pool_of(stored=stored)
     rotate_store_((query, key, value), positions, TABLES, slots, pool)
@@ -139,6 +168,14 @@ ENTRIES: dict[str, Entry] = {
     ),
     "linear backward": Entry(
         lambda x, residual: _backward(lambda *g: linear.linear(g[0], weight(COLUMNS, DEPTH), None, g[1]), x, residual),
+        lambda n: {"x": normal(n, DEPTH), "residual": normal(n, COLUMNS)},
+    ),
+    "adapt": Entry(
+        lambda y, x: [adapter.adapt_(y, x, added()), y],
+        lambda n: {"y": normal(n, COLUMNS), "x": normal(n, DEPTH)}
+    ),
+    "adapt backward": Entry(
+        lambda x, residual: _backward(lambda *g: linear.linear(g[0], adapted(), None, g[1]), x, residual),
         lambda n: {"x": normal(n, DEPTH), "residual": normal(n, COLUMNS)},
     ),
     "logits": Entry(lambda x: linear.logits(x, weight(COLUMNS, DEPTH)), lambda n: {"x": normal(n, DEPTH)}),

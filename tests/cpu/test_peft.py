@@ -119,10 +119,14 @@ def test_written_and_read_again(form: dict[str, Any], model: tuple[Path, Decoder
         assert torch.equal(one, other), name
     decoder.wear(again)
     wanted = logits(decoder)
-    tensors = dict(merged(open_checkpoint(str(folder)), made))
+    checkpoint = open_checkpoint(str(folder))
+    tensors = dict(merged(checkpoint, made))
     torch.testing.assert_close(
         logits(Decoder(decoder.spec, "float32").load(tensors.items())), wanted, rtol=1e-4, atol=1e-3
     )
+    made.additions[-1] = made.additions[-1]._replace(module="model.layers.9.mlp.down_proj")
+    with pytest.raises(ModelError, match="have no model.layers.9.mlp.down_proj.weight, which the adapter adds to"):
+        dict(merged(checkpoint, made))
 
 
 def test_merged_is_a_model_of_its_own(tmp_path: Path, write_model: Any) -> None:
@@ -173,6 +177,15 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "numbers": ({"layers__0__mlp__up_proj__lora_A__weight": torch.full((4, 32), torch.nan)}, "are not finite"),
     "kind": ({"config": {"peft_type": "IA3"}}, "peft_type is 'IA3'; LORA is read"),
+    "head": (
+        {"config": {"target_modules": ["q_proj", "lm_head"]}},
+        "is of lm_head .target_modules., where adapters are not",
+    ),
+    "nothing": (
+        {"config": {"target_modules": ["c_attn"]}},
+        "is of c_attn .target_modules., which no linear layer of this",
+    ),
+    "flag": ({"config": {"use_rslora": "no"}}, "has use_rslora = 'no'; true or false"),
     "biases": ({"config": {"bias": "lora_only"}}, "sets bias to 'lora_only', which is not computed here"),
     "saved": ({"config": {"modules_to_save": ["lm_head"]}}, r"sets modules_to_save to \['lm_head'\], which"),
     "base": ({"config": {"init_lora_weights": "pissa"}}, "sets init_lora_weights to 'pissa', which"),

@@ -46,9 +46,10 @@ ARMS = {
     "lag": {"sync.lag": "1", "adapter.dora": "true"},
     "rounded": {"engine.weights": "int8", "engine.weight_group": "16"},
     "recomputed": {"learner.activation_checkpointing": "on", "adapter.dora": "true"},
+    "engines": {"engine.replicas": "2"},
     "critic": {"algo.advantage": "gae", "critic.trunk_gradient": "0.5"},
 }
-EXACT = ("lora", "dora, reference", "recomputed", "critic")
+EXACT = ("lora", "dora, reference", "recomputed", "engines", "critic")
 RESUMED = ("dora, reference", "next token", "lag")
 
 

@@ -193,6 +193,48 @@ def test_weights_of_a_folder_reach_who_was_away() -> None:
         assert ask(router) == "s1"
 
 
+def test_adapters_reach_all_and_who_was_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter that one engine of several has, whose callers are told by turns that there is none."""
+    monkeypatch.setattr("tandem.server.front.front.CATCH_UP_S", 0.2)
+    load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+    had: dict[str, dict[str, str]] = {"s1": {}, "s2": {}}
+
+    def act(handler: Any, body: Any) -> None:
+        if handler.path not in (load, unload):
+            plain(handler, body)
+        elif body.get("lora_path") == f"missing at {handler.engine.name}":
+            error = {"message": "is no adapter", "type": "x", "param": None, "code": "model_error"}
+            handler.tell(400, {"error": error})
+        elif handler.path == unload:
+            there = had[handler.engine.name].pop(body["lora_name"], None)
+            handler.tell(200 if there else 404, {"status": "unloaded"})
+        else:
+            had[handler.engine.name][body["lora_name"]] = body["lora_path"]
+            handler.tell(200, {"status": "loaded", "digest": "d"})
+
+    with stubs(2) as engines, routed(*engines) as router:
+        for one in engines:
+            one.acts = act
+        assert post(router, load, {"lora_name": "a", "lora_path": "x"})["status"] == "loaded"
+        assert had == {"s1": {"a": "x"}, "s2": {"a": "x"}}
+        told = post(router, load, {"lora_name": "b", "lora_path": "missing at s2"}, status=400)
+        assert "engine-2: is no adapter Done at: engine-1." in told["error"]["message"]
+        assert all(one.ready for one in router.engines)
+        port = engines[0].port
+        engines[0].end()
+        wait_for("the router to see it", lambda: not router.engines[0].well)
+        post(router, load, {"lora_name": "c", "lora_path": "missing at s1"})
+        had["s1"] = {}
+        engines[0].begin(port)
+        wait_for("it to have one", lambda: had["s1"] == {"a": "x"})
+        assert ask(router) == "s2" and router.engines[0].state == "behind: it has not loaded c"
+        post(router, unload, {"lora_name": "c"})
+        assert had == {"s1": {"a": "x"}, "s2": {"a": "x"}} and router.engines[0].ready
+        post(router, unload, {"lora_name": "a"})
+        post(router, unload, {"lora_name": "a"}, status=404)
+        assert had == {"s1": {}, "s2": {}}
+
+
 def test_weights_that_another_router_brought_are_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two routers before the same engines, one asks an engine of old weights, or brings them back."""
     monkeypatch.setattr("tandem.server.front.front.CATCH_UP_S", 0.2)

@@ -10,13 +10,18 @@ import httpx
 import pytest
 import torch
 
+from tandem.config import override
 from tandem.errors import ConfigError, ModelError
 from tandem.models.adapter import AdapterSet, Base
 from tandem.models.checkpoint import open_checkpoint
-from tandem.models.config import AdapterConfig
+from tandem.models.config import AdapterConfig, ModelConfig
 from tandem.models.decoder import Decoder
 from tandem.models.peft import save_adapter
+from tandem.run import model as models
 from tandem.run.model import load
+from tandem.run.served import alike
+from tandem.server.config import ServeConfig
+from tandem.types import Request, Sampling
 from tests.serving import Server, serving
 
 NAMES = ("one", "two")
@@ -74,6 +79,58 @@ def test_they_are_listed_and_others_refused(server: Server, folder: Path) -> Non
     answer = httpx.post(f"{server.url}/v1/completions", json={"model": "three", "prompt": "1"})
     assert answer.status_code == 404
     assert answer.json()["error"]["message"] == "there is no model three. Served here: tiny, one, two."
+
+
+def test_they_come_and_go_while_it_runs(folder: Path) -> None:
+    """An adapter that is loaded into a running server and answers as the base or as another; one that is unloaded under
+    an answer, or answers on; a name or a folder that is wrong and ends the server."""
+
+    def post(path: str, status: int = 200, **body: Any) -> Any:
+        answer = httpx.post(f"{server.url}{path}", json=body, timeout=60)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+    load, unload, ask = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions"
+    with serving(folder / "model", **{"server.control": True}) as server:
+        told = [{"role": "user", "content": "1 + 2 ="}]
+        drawn: dict[str, Any] = {"messages": told, "temperature": 0, "max_tokens": 12}
+        texts = {"tiny": post(ask, **drawn)["choices"][0]["message"]["content"]}
+        post(ask, 404, model="mine", **drawn)
+        for name in NAMES:
+            digest = post(load, lora_name="mine", lora_path=str(folder / name), load_inplace=name == "two")["digest"]
+            assert digest == server.parts.engine.adapters["mine"].digest
+            texts[name] = post(ask, model="mine", **drawn)["choices"][0]["message"]["content"]
+            assert texts[name] == models.load(folder / name).generate(["1 + 2 ="], max_new_tokens=12)[0].text
+        assert len(set(texts.values())) == 3 and post(ask, **drawn)["choices"][0]["message"]["content"] == texts["tiny"]
+        assert [card["id"] for card in httpx.get(f"{server.url}/v1/models").json()["data"]] == ["tiny", "mine"]
+        for name, path, says in (
+            ("mine", "one", "is loaded already"),
+            ("tiny", "one", "is the model's own name"),
+            ("other", "model", "is no adapter: it has no adapter_config.json"),
+        ):
+            assert says in post(load, 400, lora_name=name, lora_path=str(folder / path))["error"]["message"]
+        assert "Unload them first" in post("/update_weights_from_disk", 400, model_path=str(folder))["error"]["message"]
+        server.room.desk.driver.hold(True)
+        future = server.room.desk.driver.submit(Request("held", "held", (1, 2, 3), Sampling(2), 0, adapter="mine"))
+        assert "1 requests for adapter 'mine'" in post(unload, 409, lora_name="mine")["error"]["message"]
+        server.room.desk.driver.hold(False)
+        future.result(60)
+        post(unload, lora_name="mine")
+        assert post(unload, 404, lora_name="mine")["error"]["code"] == "model_not_found"
+        post(ask, 404, model="mine", **drawn)
+        assert post(ask, **drawn)["choices"][0]["message"]["content"] == texts["tiny"]
+    with serving(folder / "model") as server:
+        post(load, 403, lora_name="mine", lora_path=str(folder / "one"))
+
+
+def test_several_engines_are_given_them(folder: Path) -> None:
+    """`serve --engines 2 --adapter ...` starts engines without adapters, or with folders of other names."""
+    given = {"server.adapters": {name: str(folder / name) for name in NAMES}, "route.engines": 2}
+    config = override(ServeConfig(ModelConfig(str(folder / "model"))), given)
+    command = alike(config)
+    settings = dict(text.split("=", 1) for text in command[command.index("--set") + 1 :: 2])
+    again = override(ServeConfig(ModelConfig(command[4])), settings)
+    assert again.server.adapters == config.server.adapters and len(again.server.adapters) == 2
 
 
 def test_what_cannot_be_served_is_refused(folder: Path) -> None:

@@ -232,6 +232,18 @@ class Engine:
         self._land()
         self.scheduler.receive_adapter(version)
 
+    def drop_adapter(self, name: str) -> None:
+        """Requests may name it no more. Between steps only. ConfigError where none may, or a live request does."""
+        self._land()
+        if name not in self.adapters:
+            raise ConfigError(
+                f"no adapter {name!r} is served. There are: {', '.join(sorted(self.adapters)) or 'none'}."
+            )
+        live = sum(one.request.adapter == name for one in self.scheduler.live.values())
+        if live:
+            raise ConfigError(f"{live} requests for adapter {name!r} are on their way. Wait for them, or abort them.")
+        del self.scheduler.adapters[name]
+
     def release_memory(self) -> None:
         """Between phases, with nothing live: the memory of all pages is the system's until they are written again."""
         self._land()

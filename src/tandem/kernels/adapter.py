@@ -36,6 +36,7 @@ def adapt_(y_TN: Tensor, x_TK: Tensor, adapter: Adapter) -> Tensor:
         return adapt_reference_(y_TN, x_TK, adapter)
     rows, depth = x_TK.shape
     assert depth == adapter.down.value.shape[1], (x_TK.shape, adapter.down.value.shape)
+    assert adapter.pieces[-1].rows.stop <= y_TN.shape[1], (y_TN.shape, adapter.pieces[-1].rows)
     if depth % 2 and x_TK.dtype == torch.bfloat16:
         x_TK, depth = torch.nn.functional.pad(x_TK, (0, 1)), depth + 1
     lowered_TR = torch.zeros(rows, adapter.down.value.shape[0], dtype=x_TK.dtype)

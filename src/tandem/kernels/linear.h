@@ -50,13 +50,15 @@ struct Product {
 // Runs of memory that are read behind a product, and come into the cache with its tiles.
 class Fetch {
 public:
-    void clear() { runs_.clear(), next_ = 0; }
-    void add(const void* at, int64_t bytes) { runs_.push_back({(const char*)at, bytes}); }
+    void clear() { runs_.clear(), next_ = 0, left_ = 0; }
+    void add(const void* at, int64_t bytes) { runs_.push_back({(const char*)at, bytes}), left_ += bytes; }
+    int64_t left() const { return left_; }
     // The next `bytes`, or what is left of a run; null behind the last.
     const char* take(int64_t bytes) {
         if (next_ == runs_.size()) return nullptr;
         Run& run = runs_[next_];
         const char* found = run.at;
+        left_ -= std::min(bytes, run.bytes);
         run.at += bytes, run.bytes -= bytes;
         if (run.bytes <= 0) next_++;
         return found;
@@ -69,7 +71,12 @@ private:
     };
     std::vector<Run> runs_;
     size_t next_ = 0;
+    int64_t left_ = 0;
 };
+
+// What a tile has time to bring besides the next panel, in bytes.
+template <typename E>
+inline int64_t fetched(int64_t depth, int64_t tiles) { return depth / pair_of<E>() / std::max<int64_t>(1, tiles / 4) * 64; }
 
 // The tile of rows [tile * ROWS, ...) and the first `width` columns of panel p: out[r * out_stride + (0..63)]. What lies at `next` (a panel's worth) comes
 // from memory meanwhile: its lines are dealt out over this panel's tiles.
@@ -80,8 +87,8 @@ inline int product_tile(const Product<E>& a, int64_t p, int64_t tile_index, int6
     const E* rows[ROWS];
     for (int r = 0; r < count; r++) rows[r] = a.x + (m + r) * a.stride;
     const int64_t lines = a.depth * PANEL * sizeof(E) / 64, first_line = lines * tile_index / tiles;
-    const int64_t every = std::max<int64_t>(1, tiles / 4), steps = a.depth / pair_of<E>();
-    const Ahead ahead{next ? (const char*)next + first_line * 64 : nullptr, every, next && also ? also->take(steps / every * 64) : nullptr};
+    const int64_t every = std::max<int64_t>(1, tiles / 4);
+    const Ahead ahead{next ? (const char*)next + first_line * 64 : nullptr, every, next && also ? also->take(fetched<E>(a.depth, tiles)) : nullptr};
     tile<E>(count, rows, pair_of<E>(), a.packed + p * a.depth * PANEL, a.depth, out, out_stride, false, ahead, width);
     return count;
 }
@@ -99,7 +106,8 @@ void linear_share(const Product<E>& a, O* y, const Team& team, const E* after = 
         const E* next = (p + 1) * tiles < last ? a.packed + (p + 1) * a.depth * PANEL : after;
         float out[ROWS * PANEL];
         const int width = int(std::min<int64_t>(PANEL, a.columns - first));
-        const int count = product_tile(a, p, t % tiles, tiles, next, out, PANEL, width, also);
+        const bool due = also && (last - t - 1) * fetched<E>(a.depth, tiles) <= also->left();  // earlier, and panels would drive it out again
+        const int count = product_tile(a, p, t % tiles, tiles, next, out, PANEL, width, due ? also : nullptr);
         for (int r = 0; r < count; r++) {
             const int64_t row = t % tiles * ROWS + r, at = row * a.columns + first;
             store_row<E, O>(out + r * PANEL, y + at, a.bias ? a.bias + first : nullptr, a.residual ? a.residual + at : nullptr, width, a.factor_at(row, first));

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from tandem.models.decoder import Decoder
 
 
+OUTSIDE = ("embed_tokens", "lm_head")  # PEFT adapts them too
+
+
 class Base(NamedTuple):
     """The weights that an adapter is of."""
 
@@ -184,6 +187,14 @@ class AdapterSet:
     def load(self, tensors: Mapping[str, Tensor], origin: str) -> AdapterSet:
         """Copy every tensor in, by PEFT's name. ModelError, with its name, for one that is lacking, unknown or odd."""
         wanted = dict(self.export())
+        outside = [target for target in self.config.targets if _last(target) in OUTSIDE]
+        if outside or not wanted:
+            raise ModelError(
+                f"{origin} is of {', '.join(outside or self.config.targets)} (target_modules), "
+                f"{'where adapters are not computed' if outside else 'which no linear layer of this model is called'}. "
+                f"Those of this model are {', '.join(PROJECTIONS)}. Merge the adapter with PEFT (merge_and_unload) and "
+                "give the merged model, or take the model that it is of."
+            )
         lacking, unknown = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
         if lacking or unknown:
             raise ModelError(

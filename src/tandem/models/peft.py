@@ -19,7 +19,7 @@ from tandem.errors import CheckpointError, ConfigError, ModelError
 from tandem.models.adapter import AdapterSet, delta
 from tandem.models.config import AdapterConfig
 from tandem.models.families import FAMILIES
-from tandem.models.fields import Fields, Kind, listed, number, read_json, shown, text, whole
+from tandem.models.fields import Fields, Kind, flag, listed, number, read_json, shown, text, whole
 
 if TYPE_CHECKING:
     from tandem.models.checkpoint import Checkpoint
@@ -68,6 +68,7 @@ class AdapterFolder:
 
     def onto(self, decoder: Decoder, name: str = "") -> AdapterSet:
         """For this decoder. ModelError where its layers are others, or the tensors are not those of the config."""
+        check_family(decoder.spec.architecture)
         try:
             made = AdapterSet(decoder, self.config, name)
         except ConfigError as error:
@@ -103,8 +104,8 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
             rank=fields.take("r", whole(1)),
             alpha=fields.take("lora_alpha", number(above=0.0)),
             targets=tuple(sorted(targets)),
-            rslora=bool(written.get("use_rslora")),
-            dora=bool(written.get("use_dora")),
+            rslora=fields.take("use_rslora", flag, False),
+            dora=fields.take("use_dora", flag, False),
             rank_pattern=fields.take("rank_pattern", _pairs(whole(1)), ()),
             alpha_pattern=fields.take("alpha_pattern", _pairs(number(above=0.0)), ()),
         )
@@ -180,10 +181,13 @@ def check_family(architecture: str) -> None:
 
 
 def merged(checkpoint: Checkpoint, adapter: AdapterSet) -> Iterator[tuple[str, Tensor]]:
-    """A model's tensors with an adapter of it folded in: f (W + s B A), in fp32, in the order of the checkpoint."""
+    """A model's tensors with an adapter of it folded in: f (W + s B A), in fp32, in the order of the checkpoint.
+
+    ModelError, at the end, where a layer of the adapter is not among the tensors.
+    """
     additions = {f"{one.module}.weight": one for one in adapter.additions}
     for name, tensor in checkpoint.tensors():
-        one = additions.get(name)
+        one = additions.pop(name, None)
         if one is None:
             yield name, tensor
             continue
@@ -191,3 +195,5 @@ def merged(checkpoint: Checkpoint, adapter: AdapterSet) -> Iterator[tuple[str, T
         if one.piece.magnitude is not None:
             whole_NK *= (one.piece.magnitude.value / whole_NK.square().sum(1).sqrt())[:, None]
         yield name, whole_NK
+    if additions:
+        raise ModelError(f"the model's files have no {next(iter(additions))}, which the adapter adds to.")

@@ -42,14 +42,12 @@ def settled(config: AdapterConfig) -> AdapterConfig:
 
 def trained_on(decoder: Decoder, run: RunConfig, source: str) -> AdapterSet:
     """The adapter that a run begins with, for the decoder that learns. `source`: of its weights."""
-    check_family(decoder.spec.architecture)
     config = run.adapter
-    made = AdapterSet(decoder, settled(config), NAME)
     if config.source:
-        folder = read_adapter(config.source)
-        made.load(folder.weights()[0], str(folder.folder))
+        made = read_adapter(config.source).onto(decoder, NAME)
     else:
-        made.draw(run.seed)
+        check_family(decoder.spec.architecture)
+        made = AdapterSet(decoder, config, NAME).draw(run.seed)
     made.base = Base(source, weight_version(decoder, 0).digest)
     return made
 

@@ -11,7 +11,7 @@ import torch
 from tandem.errors import ConfigError, ModelError
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import DTYPES, Decoder
-from tandem.models.peft import check_family, merged
+from tandem.models.peft import merged
 from tandem.run.source import origin_of, resolve_source
 
 
@@ -26,7 +26,6 @@ def merge(source: str, out: Path, dtype: str, base: str = "") -> None:
     if adapter is None:
         raise ConfigError(f"{source} is no adapter, nor a run that trains one: there is nothing to merge.")
     checkpoint = open_checkpoint(resolve_source(base) if base else weights)
-    check_family(checkpoint.spec.architecture)
     made = adapter.onto(Decoder(checkpoint.spec, "float32"))  # which takes the numbers as they are
     kind, aside = DTYPES[dtype], out.with_name(f"{out.name}.part")
     with ExitStack() as leaving:

@@ -28,7 +28,7 @@ from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.codes import described, hold_codes
 from tandem.models.config import AdapterConfig, ModelConfig
 from tandem.models.decoder import Decoder
-from tandem.models.peft import AdapterFolder, check_family
+from tandem.models.peft import AdapterFolder
 from tandem.models.tokenizer import Tokenizer
 from tandem.plan.footprint import Asked
 from tandem.plan.memory import Plan, plan_memory
@@ -226,7 +226,6 @@ class _Words:
     def adapter(self, decoder: Decoder) -> AdapterSet | None:
         """For a decoder, without which its weights were loaded; None: of no adapter."""
         if self.worn is not None:
-            check_family(decoder.spec.architecture)
             return self.worn.onto(decoder)
         if self.run is None or not self.run.adapter.on:
             return None

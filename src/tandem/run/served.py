@@ -14,7 +14,7 @@ from tandem.engine.share import read_shares
 from tandem.errors import ConfigError
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.config import ModelConfig
-from tandem.models.peft import AdapterFolder, check_family, read_adapter
+from tandem.models.peft import AdapterFolder, read_adapter
 from tandem.models.tokenizer import Tokenizer
 from tandem.plan.memory import Plan
 from tandem.program.config import TaskConfig
@@ -125,6 +125,5 @@ def served(config: ServeConfig) -> tuple[Parts, list[Message]]:
     runner = parts.engine.runner
     assert isinstance(runner, DecoderRunner), type(runner)
     for name, folder in adapters(config):
-        check_family(runner.decoder.spec.architecture)
         serve_adapter("the server's engine", parts.engine, folder.onto(runner.decoder, name), 0)
     return parts, [Message("system", task.system)] if task.system else []

@@ -12,12 +12,14 @@ from safetensors.torch import load
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
 from tandem.errors import ModelError
+from tandem.models.adapter import AdapterSet
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
+from tandem.models.peft import read_adapter
 from tandem.numerics.digest import root_hash, tensor_hashes
 from tandem.run.source import resolve_source
 from tandem.server.verbs import Ready
-from tandem.sync.receive import BITS, POLICY, Copied, Weights
+from tandem.sync.receive import BITS, POLICY, Copied, Weights, drop_adapter, serve_adapter
 from tandem.types import WeightVersion
 
 
@@ -52,8 +54,8 @@ class ServedWeights:
         serves = _decoder(engine)
         if engine.adapters or serves.adapter is not None:
             raise ModelError(
-                "adapters are served on these weights, of which they are. Start the server without adapters to have it "
-                "take other weights."
+                "adapters are served on these weights, of which they are. Unload them first (/v1/unload_lora_adapter), "
+                "or start the server on a model that is no adapter."
             )
         if folder:
             checkpoint = open_checkpoint(resolve_source(folder))
@@ -76,6 +78,18 @@ class ServedWeights:
         receiver = Copied("the server's engine", _decoder(engine), engine, bits=bits, group=config.weight_group)
         receiver.receive(version, {POLICY: ready.weights})
         return version
+
+    def adapter(self, engine: Engine, name: str, folder: str) -> AdapterSet:
+        """Of a folder, for the engine's weights. ModelError where it is none of theirs. Any thread."""
+        return read_adapter(resolve_source(folder)).onto(_decoder(engine), name)
+
+    def serve_adapter(self, engine: Engine, made: AdapterSet) -> WeightVersion:
+        """Between two steps: requests may name it from now on."""
+        return serve_adapter("the server's engine", engine, made, 0)
+
+    def drop_adapter(self, engine: Engine, name: str) -> None:
+        """Between two steps. ConfigError where it is not served, or requests run with it."""
+        drop_adapter(engine, name)
 
     def checksums(self, engine: Engine) -> Mapping[str, str]:
         """Of what the engine's products read, between two steps."""

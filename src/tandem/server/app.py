@@ -71,6 +71,8 @@ ROUTES = (
     Route("POST", "/update_weights_from_disk", verbs.update_weights_from_disk, "A folder's weights.", bodies.DiskBody),
     Route("GET", "/weight_info", verbs.weight_info, "Which weights are served."),
     Route("POST", "/weight_checker", verbs.weight_checker, "Hashes of what is served.", bodies.CheckerBody),
+    Route("POST", "/v1/load_lora_adapter", verbs.load_lora_adapter, "An adapter is served.", bodies.LoadAdapterBody),
+    Route("POST", "/v1/unload_lora_adapter", verbs.unload_lora_adapter, "It is no more.", bodies.UnloadAdapterBody),
     Route("POST", "/sleep", verbs.sleep, "The memory of keys and values is given back."),
     Route("POST", "/wake_up", verbs.wake_up, "Calls are answered again."),
     Route("GET", "/is_sleeping", verbs.is_sleeping, "Whether it sleeps."),

@@ -309,6 +309,20 @@ class DiskBody(Body):
     abort_all_requests: bool = False
 
 
+class LoadAdapterBody(Body):
+    """POST /v1/load_lora_adapter, vLLM's. lora_path: a folder in PEFT's format, or a run that trains an adapter."""
+
+    lora_name: Name
+    lora_path: Name
+    load_inplace: bool = False
+
+
+class UnloadAdapterBody(Body):
+    """POST /v1/unload_lora_adapter, vLLM's."""
+
+    lora_name: Name
+
+
 class CheckerBody(Body):
     """POST /weight_checker."""
 

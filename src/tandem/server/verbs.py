@@ -1,4 +1,4 @@
-"""What trains a model asks of the server beside answers: pause and resume, withdraw, other weights, sleep.
+"""What trains a model asks of the server beside answers: pause and resume, withdraw, other weights, adapters, sleep.
 
 The names are vLLM's, and SGLang's where it has its own for the same. All but the withdrawal of a caller's own requests
 need server.control, and an admin's key where there are keys. But for `resume`, one is served at a time.
@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tandem.engine.engine import Engine
-from tandem.errors import DeliveryError
+from tandem.errors import ConfigError, DeliveryError
 from tandem.server import bodies
 from tandem.server.refusal import Refusal
 from tandem.server.room import Room
@@ -55,6 +55,12 @@ class WeightStore(Protocol):
     def serve(self, engine: Engine, ready: Ready, step: int) -> WeightVersion: ...
 
     def checksums(self, engine: Engine) -> Mapping[str, str]: ...
+
+    def adapter(self, engine: Engine, name: str, folder: str) -> Any: ...
+
+    def serve_adapter(self, engine: Engine, made: Any) -> WeightVersion: ...
+
+    def drop_adapter(self, engine: Engine, name: str) -> None: ...
 
 
 class Control:
@@ -263,6 +269,35 @@ async def weight_checker(room: Room, request: Request) -> Response:
     async with verbs.lock:
         found = await verbs.between(verbs.store.checksums)
     return answer({"checksums": found, **verbs.told()})
+
+
+async def load_lora_adapter(room: Room, request: Request) -> Response:
+    """An adapter's folder, served as a model of its own name; in place of one of that name where the call says so."""
+    verbs = control(room, request)
+    body = await room.read(request, bodies.LoadAdapterBody)
+    name, store = body.lora_name, verbs.store
+    async with verbs.lock:
+        engine = room.desk.engine
+        if name in room.names or (name in engine.adapters and not body.load_inplace):
+            why = "is the model's own name" if name in room.names else "is loaded already (load_inplace replaces it)"
+            raise Refusal(400, f"{name} {why}. Choose another name.", "name_in_use", "lora_name")
+        made = await asyncio.get_running_loop().run_in_executor(None, store.adapter, engine, name, body.lora_path)
+        version = await verbs.between(lambda engine: store.serve_adapter(engine, made))
+    return answer({"status": "loaded", "lora_name": name, "digest": version.digest})
+
+
+async def unload_lora_adapter(room: Room, request: Request) -> Response:
+    """409 while answers by it are on their way."""
+    verbs = control(room, request)
+    name, store = (await room.read(request, bodies.UnloadAdapterBody)).lora_name, verbs.store
+    async with verbs.lock:
+        if name not in room.desk.engine.adapters:
+            raise Refusal(404, f"there is no adapter {name}.", "model_not_found", "lora_name")
+        try:
+            await verbs.between(lambda engine: store.drop_adapter(engine, name))
+        except ConfigError as error:
+            raise Refusal(409, str(error), "still_running") from error
+    return answer({"status": "unloaded", "lora_name": name})
 
 
 async def sleep(room: Room, request: Request) -> Response:

@@ -159,8 +159,8 @@ def check(
 
 
 def serve_adapter(receiver: str, engine: Engine, adapter: AdapterSet, step: int) -> WeightVersion:
-    """Between two steps: an engine serves this adapter of its decoder to requests that give its name; those
-    that run with an earlier one go on with it. DeliveryError where its products would read anything else."""
+    """Between two steps: an engine serves this adapter of its decoder to requests that give its name; those that run
+    with an earlier one of that name go on with this one. DeliveryError where its products would read anything else."""
     assert isinstance(engine.runner, DecoderRunner) and adapter.name, (type(engine.runner), adapter.name)
     hashes = tensor_hashes((name, weight.value) for name, weight in adapter.served())
     version = WeightVersion(step, root_hash(hashes), adapter.name)
@@ -168,6 +168,13 @@ def serve_adapter(receiver: str, engine: Engine, adapter: AdapterSet, step: int)
     engine.receive_adapter(version)
     engine.runner.adapters[adapter.name] = adapter
     return version
+
+
+def drop_adapter(engine: Engine, name: str) -> None:
+    """Between two steps: an engine serves an adapter no more. ConfigError where requests run with it."""
+    assert isinstance(engine.runner, DecoderRunner), type(engine.runner)
+    engine.drop_adapter(name)
+    del engine.runner.adapters[name]
 
 
 def _load(

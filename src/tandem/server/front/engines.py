@@ -50,6 +50,8 @@ class Engine:
         self.look: dict[str, Any] = {}  # as its /load says, where it has one
         self.took_s = 0.0  # when it was given weights from here
         self.told_held = ""  # the pause that it was told of
+        self.adapters: dict[str, bytes] = {}  # name -> the call that it was told to load it by, from here
+        self.lacks: list[str] = []  # adapters that it should have
         self.unshared = ""  # why its tenants have other shares than of all engines
         self.open = set[Trying]()
         self.answers = 0  # that these ask for
@@ -59,7 +61,7 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        return self.well and not (self.drained or self.behind or self.given_up)
+        return self.well and not (self.drained or self.behind or self.lacks or self.given_up)
 
     @property
     def state(self) -> str:
@@ -70,7 +72,10 @@ class Engine:
         """
         if self.given_up or not self.well:
             return f"{'given up' if self.given_up else 'lost' if self.lost else 'failing'}: {self.said}"
-        return "draining" if self.drained else f"behind: {self.behind}" if self.behind else "ok"
+        if self.drained:
+            return "draining"
+        behind = self.behind or (f"it has not loaded {', '.join(self.lacks)}" if self.lacks else "")
+        return f"behind: {behind}" if behind else "ok"
 
     @property
     def capacity_tokens(self) -> int:
@@ -112,6 +117,7 @@ class Engine:
     def failed(self, reason: str) -> None:
         """It is asked for nothing until it answers again."""
         self.well, self.said = False, reason
+        self.adapters = {}  # it may begin anew without them
 
     def took(self, served: Served | None) -> None:
         """It was given weights, and says which: looks that were asked for before do not know of it."""

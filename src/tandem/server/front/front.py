@@ -26,6 +26,7 @@ from tandem.server.refusal import Refusal
 from tandem.server.tenants import Access
 from tandem.server.wire import log
 
+LOAD = "/v1/load_lora_adapter"
 CATCH_UP_S = 10.0  # between two times that an engine is given the weights that it missed
 DELIVER_S = 600.0  # for it to take them
 
@@ -55,6 +56,7 @@ class Front:
         self.draining = False
         self.had: Served | None = None  # the weights that are to be served
         self.folder = ("", b"")  # their digest, and the call that brought them, where they are of a folder
+        self.adapters: dict[str, bytes] = {}  # name -> the call that brings it, of those that were loaded from here
         self.updating = 0  # updates of weights on their way
         self.held: tuple[str, bytes] | None = None  # the pause that is on: what an engine that comes back is told
         self.freed = "/resume"  # what ended the last one
@@ -161,7 +163,9 @@ class Front:
             log.warning("engine %s (%s) is %s; it was %s", engine.name, engine.client.url, engine.state, before)
 
     def _settle(self) -> None:
-        """Which weights are to be served, and who has not got them."""
+        """Which weights and adapters are to be served, and who has not got them."""
+        for one in self.engines:
+            one.lacks = [name for name, call in self.adapters.items() if one.adapters.get(name) != call]
         told = [one for one in self.engines if one.well]
         self.had = newest(self.had, [one.served for one in told if one.served is not None])
         for one in told:
@@ -185,9 +189,25 @@ class Front:
             engine.behind = f"it missed an update of the weights: {why}"
         self.folder = (digest, folder)
 
+    def adapted(self, name: str, call: bytes | None, took: Iterable[Engine], done: bool) -> None:
+        """Engines loaded an adapter by a call, or (None) have it no more. done: so it stands for all; else what they
+        should have is what it was."""
+        if done:
+            self.adapters.pop(name, None)
+        if done and call is not None:
+            self.adapters[name] = call
+        for one in took:
+            one.adapters.pop(name, None)
+            if call is not None:
+                one.adapters[name] = call
+        self._settle()
+
     @property
     def had_digest(self) -> str:
         return self.had.digest if self.had is not None else ""
+
+    def _loaded(self, engine: Engine, name: str, call: bytes, said: bytes) -> None:
+        self.adapted(name, call, [engine], done=False)
 
     async def _catch_up(self, engine: Engine) -> None:
         """One that was away gets the pause and the weights that it missed, where the router can bring them."""
@@ -200,9 +220,14 @@ class Front:
         now = time.monotonic()
         digest, folder = self.folder
         fits = bool(folder) and digest == self.had_digest and not self.updating
-        if engine.behind and fits and now - self._caught_up.get(engine, -CATCH_UP_S) >= CATCH_UP_S:
+        weights = bool(engine.behind) and fits
+        if (weights or engine.lacks) and now - self._caught_up.get(engine, -CATCH_UP_S) >= CATCH_UP_S:
             self._caught_up[engine] = now
-            deliver.append(("/update_weights_from_disk", folder, lambda said: engine.took(served_of(read(said)))))
+            if weights:
+                deliver.append(("/update_weights_from_disk", folder, lambda said: engine.took(served_of(read(said)))))
+            for name in engine.lacks:
+                call = self.adapters[name]
+                deliver.append((LOAD, call, partial(self._loaded, engine, name, call)))
         for path, body, done in deliver:
             try:
                 status, said = await engine.client.told("POST", path, self.key, body, DELIVER_S)

@@ -3,7 +3,7 @@
 Each engine decides who may (its keys, server.control). The answer is that of an engine, with `engines` beside: what
 each said. 200 means what it means of one engine. Where some took other weights, these are served from then on, and who
 missed them is asked for nothing until it has them. Where an engine that is well refused anything else, that is told.
-An engine that is away is told of a pause, and of weights of a folder, when it comes back.
+An engine that is away is told of a pause, of weights of a folder and of adapters when it comes back.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from starlette.responses import Response
 from tandem.server.front.client import Headers, Lost
 from tandem.server.front.engines import Engine, served_of
 from tandem.server.front.forward import HOPS
-from tandem.server.front.front import Front
+from tandem.server.front.front import LOAD, Front
 from tandem.server.refusal import Refusal, misfit
 from tandem.server.wire import answer, received
 
 FINISHES = ("/finish_weight_update", "/update_weights_from_disk")
 HOLDS = ("/pause", "/pause_generation", "/sleep", "/release_memory_occupation")
+UNLOAD = "/v1/unload_lora_adapter"
 PART = "/update_weights"
 PROGRAMS = "/programs"
 FREES = ("/resume", "/continue_generation", "/wake_up", "/resume_memory_occupation")
@@ -32,6 +33,8 @@ POSTS = (
     *FINISHES,
     *HOLDS,
     *FREES,
+    LOAD,
+    UNLOAD,
     "/abort_requests",
     "/abort_request",
     "/start_weight_update",
@@ -116,6 +119,12 @@ async def everywhere(front: Front, request: Request) -> Response:
         for one in took:
             one.told_held = ""
     broken = {one: said for one, said in failed.items() if one in was_well and not (finishes and took)}
+    if path == UNLOAD and took:  # who never had it has none
+        broken = {one: said for one, said in broken.items() if said.status != 404}
+    if path in (LOAD, UNLOAD) and took:
+        said = msgspec.json.decode(body)  # as an engine has read it
+        call = msgspec.json.encode({**said, "load_inplace": True}) if path == LOAD else None
+        front.adapted(said["lora_name"], call, took, done=not broken)
     if broken or not took:
         return _refused(told, broken or failed, path)
     return answer({**_merged(list(took.values())), "engines": _each(told)})
