@@ -62,7 +62,8 @@ def measured(trainer: Any) -> tuple[float, dict[str, torch.Tensor]]:
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(FOLDER / "policy")
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
-    tokenizer.eos_token = "<|im_end|>"  # which CPO and ORPO add where a row does not end in it
+    # CPO and ORPO add both to what the chat template wrote, where a row does not begin and end so.
+    tokenizer.bos_token, tokenizer.eos_token = "<|im_start|>", "<|im_end|>"
     values, kept = dict[str, Any](), dict[str, torch.Tensor]()
 
     def note(name: str, trainer: Any) -> None:

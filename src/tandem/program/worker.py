@@ -42,6 +42,7 @@ from tandem.program.tools import is_async
 from tandem.types import Failure, Message, Prompt
 
 PARENT_CHECK_S = 1.0
+JUDGE_CLASS = "tandem.run.judge:Judge"  # by reference, as a user's class: it stands above, and torch comes with it
 GONE = (EOFError, ConnectionResetError, BrokenPipeError)  # what a pipe raises whose other end is closed
 METHODS = ("setup", "observe", "score", "teardown")
 
@@ -73,14 +74,16 @@ def _judge(config: TaskConfig) -> Reward | None:
     if not config.judge:
         return None
     try:
-        judge = importlib.import_module("tandem.run.judge").Judge(config.judge)
+        where, name = JUDGE_CLASS.split(":")
+        judge: Any = getattr(importlib.import_module(where), name)(config.judge)
         judge.load()
     except ImportError as error:
         advice = "Leave task.python empty, or install tandem-rl there."
         raise TaskError(f"task.reward={config.reward} needs what tandem itself needs ({error}). {advice}") from error
     except TandemError as error:
         raise TaskError(f"task.reward={config.reward}: {error}") from error
-    return judge
+    paid: Reward = judge
+    return paid
 
 
 class Calls:
