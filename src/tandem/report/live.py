@@ -191,11 +191,10 @@ class LiveTable:
     def note(self, text: str) -> None:
         """Show a line about what goes on. On a terminal it stays until the next row, and for good where it came before
         the table; safe in a signal handler."""
+        self._note = text
         if self._as_json:
             print(text, file=sys.stderr, flush=True)
-        elif self._live and self._live.is_started:
-            self._note = text
-        else:
+        elif self._live is None or not self._live.is_started:
             self._print(text)
 
     def _print(self, text: str) -> None:
