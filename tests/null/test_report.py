@@ -216,8 +216,7 @@ def test_live_table_fits_the_terminal(width, height, monkeypatch):
 
 
 def test_live_table_runs_on_a_terminal(monkeypatch):
-    """The live display is never started, the last state is wiped when it stops, or of what was said before it began the
-    last line alone is seen."""
+    """The live display is never started, its last state is wiped, or of what was said before only the last line stays."""
     monkeypatch.setenv("TERM", "xterm-256color")
     stream = Terminal()
     table = LiveTable(12, stream)
