@@ -216,7 +216,7 @@ def test_live_table_fits_the_terminal(width, height, monkeypatch):
 
 
 def test_live_table_runs_on_a_terminal(monkeypatch):
-    """The live display is never started, its last state is wiped, or of what was said before only the last line stays."""
+    """The live display is never started, its last state is wiped, or of what came before the last line alone stays."""
     monkeypatch.setenv("TERM", "xterm-256color")
     stream = Terminal()
     table = LiveTable(12, stream)
