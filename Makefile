@@ -41,7 +41,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules src/tandem tests --ignore=tests/others $(ARGS)
 
-OTHERS ?= gym textarena openenv verifiers lm_eval
+OTHERS ?= gym textarena openenv verifiers lm_eval trl
 test-others: $(STAMP) $(OTHERS:%=.venv-others/%/installed)
 	$(BIN)/python -m pytest tests/others $(ARGS)
 
@@ -51,13 +51,13 @@ test-others: $(STAMP) $(OTHERS:%=.venv-others/%/installed)
 	.venv-others/$*/bin/python -m pip install --disable-pip-version-check --quiet -r $<
 	touch $@
 
-# Behind its own packages it sees those of .venv, torch among them, so that two gigabytes are not installed twice.
-.venv-others/lm_eval/installed: tests/others/lm_eval.txt $(STAMP)
-	rm -rf .venv-others/lm_eval
-	$(BIN)/python -m venv .venv-others/lm_eval
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.venv-others/lm_eval/bin/python -c \
+# Behind their own packages these see those of .venv, torch among them, so that two gigabytes are not installed twice.
+.venv-others/lm_eval/installed .venv-others/trl/installed: .venv-others/%/installed: tests/others/%.txt $(STAMP)
+	rm -rf .venv-others/$*
+	$(BIN)/python -m venv .venv-others/$*
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.venv-others/$*/bin/python -c \
 		'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
-	.venv-others/lm_eval/bin/python -m pip install --disable-pip-version-check --quiet -r $<
+	.venv-others/$*/bin/python -m pip install --disable-pip-version-check --quiet -r $<
 	touch $@
 
 check: $(STAMP)

@@ -190,6 +190,16 @@ def test_ratings(tmp_path: Path) -> None:
         alone.group(0)
 
 
+def test_ratings_that_are_double(tmp_path: Path) -> None:
+    """An answer that one liked and another did not is taken for a double; the same rating twice is not, for the sake of
+    what stands beside it."""
+    rows = [("A", "a", True), ("B", "b", True), ("A", "a", False), ("C", "c", True), ("B", "b", True)]
+    keys = ("prompt", "completion", "label")
+    path = written(tmp_path / "ratings.jsonl", [dict(zip(keys, row, strict=True)) for row in rows])
+    stream = CorpusStream([reader(path, "kto")], CorpusConfig((str(path),)), 1000, seed=0)
+    assert stream.totals() == {"rows": 5, "duplicates": 1, "trained_rows": 4}
+
+
 def test_pairs_as_ratings(tmp_path: Path) -> None:
     """Of a pair that KTO learns from, a side is lost or rated as the other."""
     rows = [{"prompt": name, "chosen": f"good {name}", "rejected": f"bad {name}"} for name in "AB"]

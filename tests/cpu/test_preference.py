@@ -302,30 +302,60 @@ class Watched(Learner):
         return super()._apply(samples, unit)
 
 
+def watched(make_decoder: MakeDecoder, loss: str, budget: int) -> tuple[Watched, list[Sample]]:
+    """A learner that stands still, and 16 pairs or ratings."""
+    samples = ratings(16) if loss == "kto" else random_pairs(16, 97, longest=12)
+    config = PreferenceConfig(loss)
+    objective = RewardModel(config) if loss == "reward_model" else Preference(config)
+    learner = Watched(make_decoder(), LearnerConfig(microbatch_tokens=budget, lr=0.0), objective, 1)
+    if learner.head is not None:
+        learner.head.weight.value.normal_(generator=torch.Generator().manual_seed(0))
+        learner.optimiser.state[preference.HEAD][0].copy_(learner.head.weight.value)
+    return learner, samples
+
+
+def near(grads: dict[str, Tensor], whole: dict[str, Tensor]) -> None:
+    assert grads.keys() == whole.keys() and max(float(grad.abs().max()) for grad in whole.values()) > 1e-3
+    for name, grad in grads.items():
+        assert float((grad - whole[name]).norm()) <= 1e-4 * float(whole[name].norm()), name
+
+
 @pytest.mark.parametrize("loss", ["dpo", "kto", "simpo", "reward_model"])
 def test_gradient_of_a_decoder_is_of_no_split(make_decoder: MakeDecoder, loss: str) -> None:
     """The weights' gradients hang on how many microbatches there are: 1, 2 or 8."""
-    vocab, found = 97, []
-    config = PreferenceConfig(loss)
+    found = []
     splits = ((4096, 1, 1), (80, 2, 3), (16, 7, 16)) if loss == "kto" else ((4096, 1, 1), (200, 2, 3), (36, 7, 16))
     for budget, least, most in splits:
-        decoder = make_decoder()
-        samples = ratings(16) if loss == "kto" else random_pairs(16, vocab, longest=12)
-        objective = RewardModel(config) if loss == "reward_model" else Preference(config)
-        learner = Watched(decoder, LearnerConfig(microbatch_tokens=budget, lr=0.0), objective, 1)
-        if learner.head is not None:
-            learner.head.weight.value.normal_(generator=torch.Generator().manual_seed(0))
-            learner.optimiser.state[preference.HEAD][0].copy_(learner.head.weight.value)
+        learner, samples = watched(make_decoder, loss, budget)
         report = learner.step(samples, count_prompts(samples))
         assert report is not None and least <= report.microbatches <= most, report
         found.append((report.measured.metrics["loss"], learner.seen))
     (loss_of_one, whole), *others = found
-    assert max(float(grad.abs().max()) for grad in whole.values()) > 1e-3
     for value, grads in others:
         assert value == pytest.approx(loss_of_one, rel=1e-6)
-        for name, grad in grads.items():
-            size = float(whole[name].norm())
-            assert float((grad - whole[name]).norm()) <= 1e-4 * size, name
+        near(grads, whole)
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "simpo", "reward_model"])
+def test_two_workers_add_up(make_decoder: MakeDecoder, loss: str) -> None:
+    """A worker that has every other prompt of a batch divides by its own pairs, or KTO's KL is of its own ratings."""
+    one, samples = watched(make_decoder, loss, 4096)
+    report = one.step(samples, count_prompts(samples))
+    assert report is not None
+    loss_of_two, summed = 0.0, dict[str, Tensor]()
+    for worker in (0, 1):
+        learner, samples = watched(make_decoder, loss, 80)
+        totals = count_prompts(samples)
+        step = learner.objective.begin()  # what hangs on the whole batch is known before it is dealt out
+        prepared = step.prepare(tuple(samples), learner._scorer(samples, totals))
+        mine = {total.prompt_id for total in totals[worker::2]}
+        for microbatch in learner._pack([sample for sample in prepared if sample.prompt_id in mine], totals):
+            loss_of_two += float(learner._backward(microbatch, step)[0].loss.detach())
+        for name, weight in learner.optimiser.model.weights():
+            assert weight.grad is not None
+            summed[name] = summed[name] + weight.grad if worker else weight.grad.clone()
+    assert loss_of_two == pytest.approx(report.measured.metrics["loss"], rel=1e-6)
+    near(summed, one.seen)
 
 
 def test_the_first_step_is_at_log_2(make_decoder: MakeDecoder) -> None:

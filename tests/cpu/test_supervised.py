@@ -227,3 +227,13 @@ def test_a_loss_that_is_not_finite_names_its_sample(make_decoder: MakeDecoder) -
     with pytest.raises(NonFiniteError, match=r"its samples: p0/0"):
         learner.step(broken, chosen.prompts)
     assert learner.updates == 0
+    chosen = select(groups())  # one microbatch, and a token that p3 alone reads
+    token = next(token for token in range(97) if not any(token in one.columns["tokens"] for one in chosen.samples))
+    (odd,) = [sample for sample in chosen.samples if sample.id == "p3/0"]
+    odd = having(odd, tokens=[token, *odd.columns["tokens"][1:]])
+    decoder = make_decoder(tied_embeddings=False)
+    dict(decoder.weights())["embed"].value[token] = math.nan
+    learner = Learner(decoder, LearnerConfig(), NextToken(), 1)
+    with pytest.raises(NonFiniteError, match=r"its samples: p3/0\."):
+        learner.step([odd if sample.id == odd.id else sample for sample in chosen.samples], chosen.prompts)
+    assert learner.updates == 0

@@ -136,7 +136,6 @@ FILES = {
     "class Reverse": "reverse.py",
     "class Purse": "ledger_task.py",
     "class Written": "written.py",
-    "class Judged": "judged.py",
     "class Code(": "code_task.py",
     "def reinforce": "reinforce.py",
     "openai.OpenAI(": "ask.py",
@@ -226,8 +225,8 @@ LISTED: dict[str, str] = {
     "tandem train smollm2_dpo_cpu --set corpus.sources=pairs.jsonl": "tests/multi/test_preference_run.py",
     "tandem train smollm2_dpo_cpu --set preference.loss=reward_model --set preference.head_lr=1e-3 "
     "--set corpus.sources=pairs.jsonl --out runs/judge": "tests/multi/test_preference_run.py",
-    "tandem train smollm2_arithmetic_cpu --set task.environment=judged.py:Judged "
-    "--set task.parameters=judge=runs/judge": "tests/multi/test_preference_run.py",
+    "tandem train smollm2_arithmetic_cpu --set task.environment=jsonl --set task.path=questions.jsonl "
+    "--set task.reward=model:runs/judge": "tests/multi/test_preference_run.py",
     "tandem train smollm2_arithmetic_cpu --set algo.loss=reinforce": "run by test_a_loss_is_added_as_the_page_says",
     "tandem bench {engine,learner,tree,step,agents,sft,dpo,parity} [--peer CMD]... [--json]": (
         "takes minutes; tests/null/test_bench.py"

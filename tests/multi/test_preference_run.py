@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tandem.config import override
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, TaskError
 from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.run import local, reference
 from tandem.run.config import RunConfig
@@ -18,8 +18,6 @@ from tandem.run.judge import Judge
 from tandem.run.reference import FILE, KeptLogprobs
 from tandem.types import Message
 from tests.display import Silent
-
-ROOT = Path(__file__).parents[2]
 
 SMALL = {
     "objective": "preference",
@@ -100,28 +98,28 @@ def test_other_losses_in_a_run(tmp_path: Path, loss: str) -> None:
     assert head.exists() == (loss == "reward_model")
 
 
-def test_a_reward_model_pays_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page's environment pays something else than the reward model says, or its process cannot load one."""
+def test_a_reward_model_pays_programs(tmp_path: Path) -> None:
+    """task.reward pays something else than the reward model says, asks for answers that it never reads, or finds out
+    in the midst of a run that a folder holds no reward model."""
     made = small(pairs(tmp_path / "pairs.jsonl"), "reward_model", steps="3")
     local.train(made, out=tmp_path / "judge", resume=None, display=Silent())
-    page = (ROOT / "docs" / "preferences.md").read_text()
-    (tmp_path / "judged.py").write_text(page.split("```python\n")[1].split("```")[0])
-    paid = override(
-        tiny_arithmetic(),
-        {
-            "objective": "policy_gradient",
-            "model.source": SMALL["model.source"],
-            "task.environment": f"{tmp_path / 'judged.py'}:Judged",
-            "task.parameters": f"judge={tmp_path / 'judge'}",
-            "task.heldout_size": "2",
-            "evaluation.prompts": "0",
-            "evaluation.every": "0",
-            "rollout.prompts_per_step": "2",
-            "rollout.samples_per_prompt": "2",
-            "rollout.max_new_tokens": "6",
-            "steps": "1",
-        },
-    )
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"question": f"{n} + 1"}) + "\n" for n in range(6)))
+    sampled = {
+        "objective": "policy_gradient",
+        "model.source": SMALL["model.source"],
+        "task.environment": "jsonl",
+        "task.path": str(questions),
+        "task.reward": f"model:{tmp_path / 'judge'}",
+        "task.heldout_size": "2",
+        "evaluation.prompts": "0",
+        "evaluation.every": "0",
+        "rollout.prompts_per_step": "2",
+        "rollout.samples_per_prompt": "2",
+        "rollout.max_new_tokens": "6",
+        "steps": "1",
+    }
+    paid = override(tiny_arithmetic(), sampled)
     code, folder = local.train(paid, out=tmp_path / "paid", resume=None, display=Silent())
     found = [json.loads(line) for line in (folder / "trajectories" / "step-1.jsonl").read_text().splitlines()]
     assert code == 0 and len(found) == 4 and not any(row["failure"] for row in found), found
@@ -131,6 +129,11 @@ def test_a_reward_model_pays_programs(tmp_path: Path, monkeypatch: pytest.Monkey
     asked = [[Message(**one) for one in row["prompt"]] for row in found]
     wanted = judge.rewards(list(zip(asked, texts, strict=True)))
     assert [row["reward"] for row in found] == wanted and len(set(wanted)) > 1
+    with pytest.raises(TaskError, match=r"task\.reward=model:.*paid: .*is no reward model"):
+        local.train(
+            override(paid, {"task.reward": f"model:{folder}"}), out=tmp_path / "no", resume=None, display=Silent()
+        )
+    assert not (tmp_path / "no").exists()
 
 
 def test_a_store_that_was_cut_short(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +62,18 @@ def test_the_formats_say_the_same(tmp_path: Path) -> None:
     assert texts(read(tmp_path / "e.txt")) == texts(document)
 
 
+def test_what_a_row_need_not_have(tmp_path: Path) -> None:
+    """A row without tools refused because the file calls them otherwise; a name that no row has, passed over."""
+    path = lines(tmp_path / "a.jsonl", {"messages": [ASK, SAY]}, {"messages": [ASK, SAY], "functions": TOOLS})
+    assert not read(path, 0, fields=(("tools", "functions"),)).prompt.tools
+    assert read(path, 1, fields=(("tools", "functions"),)).prompt.tools == tuple(TOOLS)
+    with pytest.raises(CorpusError, match=r"no field of its first 1,000 rows is 'fnctions' .*Did you mean functions"):
+        read(path, fields=(("tools", "fnctions"),))
+    said = {"role": "system", "content": "Add."}
+    beside = lines(tmp_path / "b.jsonl", {"messages": [ASK, SAY], "system": "Add."}, {"messages": [said, ASK, SAY]})
+    assert texts(read(beside, 0)) == texts(read(beside, 1))
+
+
 def test_a_call_and_what_a_tool_said(tmp_path: Path) -> None:
     """A call or its answer that the model never sees, or a tool's words that are trained."""
     row = {
@@ -113,6 +126,13 @@ def test_a_call_and_what_a_tool_said(tmp_path: Path) -> None:
         ({"messages": [ASK, {**SAY, "weight": 0.5}]}, "message 2: the weight is 0.5; it is 0 or 1"),
         ({"messages": [ASK, {**SAY, "weight": 0}]}, "none of the assistant's turns is trained"),
         ({"messages": [ASK, SAY], "reward": "good"}, "its reward is 'good'"),
+        ({"messages": [ASK, SAY], "reward": 10**400}, "its reward is 1000"),
+        ({"messages": [ASK, SAY], "tools": [{"function": 3}]}, "its tool {'function': 3} names no function"),
+        ({"messages": [ASK, SAY], "system": {"a": 1}}, "its content is {'a': 1}; a text is needed"),
+        ({"messages": [{"role": "system", "content": "?"}, ASK, SAY], "system": "!"}, "message 1: a system message"),
+        ({"messages": [ASK, {"role": "assistant", "content": " "}], "system": "!"}, "message 2: an empty turn"),
+        ('{"text": "\\ud800"}', r"line 2: it holds .ud800, half of a character"),
+        ({"prompt": "1 + 1?", "chosen": "2", "rejected": "3"}, "for objective=preference"),
         ({"conversations": [{"from": "humn", "value": "?"}]}, "message 1: it is from 'humn'. Did you mean human"),
         ({"text": " "}, "its text is ' '"),
         ({"messages": [ASK, {**SAY, "content": "2<|im_end|>3"}]}, "spells '<|im_end|>', which ends a turn"),
@@ -142,6 +162,8 @@ def test_blank_lines_and_a_mark_are_no_rows(tmp_path: Path) -> None:
         ("a.csv", "of no kind that is known. Allowed: .jsonl, .parquet, .txt, a run folder"),
         ("folder", "a folder that holds no run"),
         ("empty.jsonl", "holds no line"),
+        ("packed.jsonl", r"packed\.jsonl is gzip. Unpack"),
+        ("folder.jsonl", r"folder\.jsonl is no regular file"),
     ],
 )
 def test_sources_that_are_none(tmp_path: Path, name: str, said: str) -> None:
@@ -149,6 +171,8 @@ def test_sources_that_are_none(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "a.csv").touch()
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "folder").mkdir()
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "packed.jsonl").write_bytes(gzip.compress(json.dumps({"messages": [ASK, SAY]}).encode()))
     with pytest.raises(CorpusError, match=said):
         read(tmp_path / name)
 
@@ -183,6 +207,9 @@ def test_parquet(tmp_path: Path) -> None:
         read(tmp_path / "a.parquet", 0, fields=(("messages", "dialog"),))
     with pytest.raises(CorpusError, match=r"no column messages, .* or completion; it has dialogue, repo, tools"):
         read(tmp_path / "a.parquet")
+    parquet.write_table(arrow.Table.from_pylist(rows).slice(0, 0), tmp_path / "none.parquet")
+    with pytest.raises(CorpusError, match=r"none\.parquet holds no row"):
+        read(tmp_path / "none.parquet", fields=names)
     (tmp_path / "b.parquet").write_text("no")
     with pytest.raises(CorpusError, match=r"b\.parquet cannot be read as Parquet"):
         read(tmp_path / "b.parquet")
@@ -193,6 +220,7 @@ def test_settings_that_do_not_fit() -> None:
     for given, said in (
         ({"heldout_tasks": 4}, "corpus.heldout_tasks is set, and corpus.sources is empty"),
         ({"sources": ("a", "b"), "weights": (1.0,)}, "corpus.weights has 1 numbers and corpus.sources 2 names"),
+        ({"sources": ("a",), "max_tokens": 1}, "corpus.max_tokens is 1"),
         ({"sources": ("a", "a")}, "corpus.sources names one twice"),
         ({"sources": ("a",), "fields": (("mesages", "x"),)}, "corpus.fields names 'mesages'. Did you mean messages"),
     ):

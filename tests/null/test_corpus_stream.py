@@ -165,6 +165,15 @@ def test_rows_that_are_left_out_are_counted() -> None:
         stream([source("a", 2, tokens=20)], long="drop", max_tokens=5)
 
 
+def test_how_far_the_first_look_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes of silence over a large file, or a line a row."""
+    clock = iter(range(0, 1000, 3))  # seconds: a row takes three
+    monkeypatch.setattr("tandem.corpus.stream.time.monotonic", lambda: float(next(clock)))
+    told: list[str] = []
+    CorpusStream([source("a", 10)], CorpusConfig(("a",)), 100, 0, told=told.append)
+    assert told == ["reading a: 3 of 10 rows, about 28 s to go", "reading a: 7 of 10 rows, about 10 s to go"]
+
+
 def test_a_step_of_so_many_tokens() -> None:
     """A step beyond its tokens, one that is empty, or rows that are passed over because they did not fit."""
     rows = Rows("a", [(f"{n}?", 3 + n) for n in range(12)])

@@ -97,6 +97,8 @@ def test_a_template_that_opens_a_think_block() -> None:
     found = spoken(by, thought, (), Trained(frozenset({2})), "here")
     assert shown(tokenizer, found.segments[0]).endswith("<think>\n[Greet.\n</think>\n\nhi<|im_end|>]")
     assert found.think_blocks == 0
+    named = (*TWO[:2], Message("assistant", "hi", more={"thinking": "Greet."}))
+    assert spoken(by, named, (), Trained(frozenset({2})), "here").segments == found.segments
     within = (*TWO[:2], Message("assistant", "<think>\nGreet.\n</think>\n\nhi"))
     again = spoken(by, within, (), Trained(frozenset({2})), "here")
     assert again.segments == found.segments and again.think_blocks == 0
@@ -146,6 +148,10 @@ def test_what_a_template_drops_is_named() -> None:
     seen: set[object] = set()
     check_rendered(by, TWO, (), seen, "here")
     assert len(seen) == 3
+    thought = (*TWO[:2], Message("assistant", "hi", more={"thinking": "Greet."}), *TWO[3:])
+    with pytest.raises(CorpusError, match="leaves out its reasoning, of message 3"):
+        check_rendered(by, thought, (), seen, "here")
+    check_rendered(renderer(THINKS)[0], thought, (), set(), "here")
 
 
 def test_which_turns_are_trained() -> None:

@@ -156,5 +156,8 @@ def test_files_that_are_no_trajectories(tmp_path: Path) -> None:
         path.write_text(line + "\n")
         with pytest.raises(CorpusError, match=rf"step-1\.jsonl line 1: .*{why}"):
             reader(tmp_path / "run")
+    path.write_text(json.dumps(dict.fromkeys(("program_id", "prompt_id", "prompt", "text", "sampled_tokens"))) + "\n{")
+    torn = reader(tmp_path / "run", bad="count")
+    assert len(torn) == 0 and dict(torn.left_out) == {"refused: not JSON": 1, "not graded": 1}
     whole = written(tmp_path / "whole") / "trajectories" / "step-1.jsonl"
     assert said(everything(reader(whole))) == ["1<|im_end|>", "2<|im_end|>"]

@@ -216,10 +216,14 @@ def test_live_table_fits_the_terminal(width, height, monkeypatch):
 
 
 def test_live_table_runs_on_a_terminal(monkeypatch):
-    """The live display is never started, or the last state is wiped when it stops."""
+    """The live display is never started, its last state is wiped, or of what came before the last line alone stays."""
     monkeypatch.setenv("TERM", "xterm-256color")
     stream = Terminal()
-    with LiveTable(12, stream) as live:
+    table = LiveTable(12, stream)
+    table.note("chats: 42 rows, 1 refused")
+    table.note("all rows once are about 12 steps")
+    with table as live:
+        assert stream.getvalue().startswith("chats: 42 rows, 1 refused\nall rows once")
         live.note("first rollout")
         for entry in run_rows():
             live.update(entry)

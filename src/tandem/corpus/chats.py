@@ -30,7 +30,8 @@ SHAREGPT = {
     "tool_response": "tool",
 }
 UNNAMED = "\0"  # begins the name of a call without an id
-KEPT = ("name", "reasoning_content", "reasoning", "thinking", "is_error")  # further keys that templates or filters read
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names that rows have for it
+KEPT = ("name", *REASONING, "is_error")  # further keys that templates or filters read
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +43,20 @@ class Chat:
     untrained: frozenset[int] = frozenset()  # places of messages with a weight of 0
 
 
-def openai(rows: Any, tools: Any, place: str) -> Chat:
+def openai(rows: Any, system: Any, tools: Any, place: str) -> Chat:
     """Of `messages`, as a list or as the JSON of one. CorpusError says what is wrong with which message."""
     rows = decoded(rows, "messages", place)
-    messages, untrained = list[Message](), set[int]()
-    for number, row in enumerate(_objects(rows, "messages", place)):
-        at = f"{place}, message {number + 1}"
+    messages, untrained = _system(system, place), set[int]()
+    first = 1 - len(messages)
+    for number, row in enumerate(_objects(rows, "messages", place), first):
+        at = f"{place}, message {number}"
         messages.append(message(row, at))
         weight = row.get("weight")
         if weight is not None and (messages[-1].role != "assistant" or weight not in (0, 1)):
             raise refused("a weight", at, f"the weight is {weight!r}; it is 0 or 1, of a message of the assistant's.")
         if weight == 0:
-            untrained.add(number)
-    _check(messages, place)
+            untrained.add(len(messages) - 1)
+    _check(messages, first, place)
     return Chat(tuple(messages), _tools(tools, place), frozenset(untrained))
 
 
@@ -71,11 +73,10 @@ def message(row: Mapping[str, Any], place: str) -> Message:
 
 def sharegpt(rows: Any, system: Any, tools: Any, place: str) -> Chat:
     """Of `conversations`: `from` and `value` of each message."""
-    messages = list[Message]()
-    if system:
-        messages.append(Message("system", str(system)))
-    for number, row in enumerate(_objects(decoded(rows, "conversations", place), "conversations", place)):
-        at = f"{place}, message {number + 1}"
+    messages = _system(system, place)
+    first = 1 - len(messages)
+    for number, row in enumerate(_objects(decoded(rows, "conversations", place), "conversations", place), first):
+        at = f"{place}, message {number}"
         said_by = row.get("from")
         if said_by not in SHAREGPT:
             raise refused("unknown role", at, f"it is from {said_by!r}.{nearest(str(said_by), SHAREGPT)}")
@@ -85,7 +86,7 @@ def sharegpt(rows: Any, system: Any, tools: Any, place: str) -> Chat:
             found = found if isinstance(found, list) else [found]
             calls, text = tuple(_call({"function": one}, at) for one in _objects(found, "value", at)), ""
         messages.append(Message(role, text, calls, sampled=role == "assistant"))
-    _check(messages, place)
+    _check(messages, first, place)
     return Chat(tuple(messages), _tools(tools, place))
 
 
@@ -121,6 +122,12 @@ def _content(value: Any, place: str) -> str:
     return value
 
 
+def _system(value: Any, place: str) -> list[Message]:
+    """What a row says of the system beside its messages."""
+    text = _content(value, place)
+    return [Message("system", text)] if text else []
+
+
 def _call(row: Mapping[str, Any], place: str) -> ToolCall:
     function = row.get("function", row)
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
@@ -137,17 +144,22 @@ def _call(row: Mapping[str, Any], place: str) -> ToolCall:
 def _tools(value: Any, place: str) -> Tools:
     if value in (None, "", []):
         return ()
-    return tuple(
-        one if "function" in one else {"type": "function", "function": one}
-        for one in _objects(decoded(value, "tools", place), "tools", place)
-    )
+    tools = list[Mapping[str, Any]]()
+    for one in _objects(decoded(value, "tools", place), "tools", place):
+        function = one.get("function", one)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise refused("wrong type", place, f"its tool {clipped(one)} names no function.")
+        tools.append(one if "function" in one else {"type": "function", "function": one})
+    return tuple(tools)
 
 
-def _check(messages: Sequence[Message], place: str) -> None:
-    """CorpusError where the turns are in no order that a program could have had."""
+def _check(messages: Sequence[Message], first: int, place: str) -> None:
+    """CorpusError where the turns are in no order that a program could have had. `first`: the number of the first."""
     before, open_calls = "", set[str]()
-    for number, message in enumerate(messages):
-        at, role = f"{place}, message {number + 1}", message.role
+    for number, message in enumerate(messages, first):
+        at, role = f"{place}, message {number}", message.role
+        if role == before == "system":
+            raise refused("roles out of order", at, "a system message behind another. Join the two.")
         if role in UNTOLD and before not in ("", *UNTOLD):
             raise refused("roles out of order", at, f"a {role} message behind one of {before}; it comes first.")
         if role == "user" and before == "user":
@@ -169,7 +181,7 @@ def _check(messages: Sequence[Message], place: str) -> None:
                 f"it answers the call {message.call_id!r}; open are {', '.join(map(repr, sorted(open_calls)))}.",
             )
         if role == "assistant":
-            thinks = any(message.more.get(name) for name in KEPT[1:4])
+            thinks = any(message.more.get(name) for name in REASONING)
             if not message.content.strip() and not message.calls:
                 what = "a turn that only thinks" if thinks else "an empty turn"
                 raise refused("an empty assistant turn", at, f"{what} of the assistant's. Remove the row, or give it.")

@@ -48,6 +48,8 @@ class CorpusConfig:
                     f"corpus.{given[0]} is set, and corpus.sources is empty. Name what to learn from, or leave it out."
                 )
             return
+        if self.max_tokens == 1:
+            raise ConfigError("corpus.max_tokens is 1, and of one token nothing is learned. Allowed: 0, or 2 and more.")
         if self.weights and len(self.weights) != len(self.sources):
             raise ConfigError(
                 f"corpus.weights has {len(self.weights)} numbers and corpus.sources {len(self.sources)} names. Give "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -15,6 +16,8 @@ import xxhash
 from tandem.corpus.config import FIELDS, PREFERRED, CorpusConfig
 from tandem.corpus.reader import refused
 from tandem.errors import ConfigError, CorpusError, nearest
+from tandem.program.config import MAX_REWARD, half_character
+from tandem.program.prompts import OTHER_FORMATS
 from tandem.program.reward import clipped
 
 if TYPE_CHECKING:
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 MAX_LINE_BYTES = 256 << 20
 BLOCK_BYTES = 1 << 22
 LINE_BYTES, ROW_BYTES = 512, 400  # of a line, at least as most files have it; of a row's place, tasks and digest
+LOOKED_AT = 1000  # of lines, rows one of which has what corpus.fields names
 UNPACKED = 6  # times a Parquet file's size, in memory
 
 
@@ -51,6 +55,10 @@ class Lines:
         with path.open("rb", buffering=BLOCK_BYTES) as file:
             for line in file:
                 number += 1
+                if number == 1:
+                    for first, kind in OTHER_FORMATS.items():
+                        if line.startswith(first):
+                            raise CorpusError("no file", f"{path} is {kind}. Unpack or save it as UTF-8 JSON lines.")
                 state.update(line)
                 if line.strip():
                     starts.append(at)
@@ -80,6 +88,8 @@ class Lines:
             raise refused("not JSON", place, f"{error}. Mend or remove the line.") from error
         if not isinstance(found, dict):
             raise refused("not JSON", place, f"{clipped(found)} is no JSON object.")
+        if b"\\u" in line and (half := half_character(json.dumps(found, ensure_ascii=False))):
+            raise refused("not JSON", place, f"it {half}")  # JSON can spell it, and no tokeniser takes it
         return found
 
 
@@ -96,11 +106,14 @@ class Table:
         self.path = path
         try:
             there = list(parquet.read_schema(path).names)
+            check_named(there, config, str(path), "column")
             check_fields(there, config, str(path), "column")
             wanted = [config.field(name) for name in FIELDS if config.field(name) in there]
             self._table: pyarrow.Table = parquet.read_table(path, columns=wanted)
         except (ArrowException, OSError) as error:
             raise CorpusError("not Parquet", f"{path} cannot be read as Parquet: {error}.") from error
+        if not self._table.num_rows:
+            raise CorpusError("no rows", f"{path} holds no row. Give a file with some, or take it out.")
         self.digest = file_digest(path)
 
     def __len__(self) -> int:
@@ -162,11 +175,24 @@ class Several:
         return self.parts[which], number - (int(self._ends[which - 1]) if which else 0)
 
 
-def check_fields(there: Sequence[str], config: CorpusConfig, place: str, what: str) -> None:
-    """CorpusError where a row has nothing to learn from, or lacks what corpus.fields names."""
+def check_named(there: Sequence[str], config: CorpusConfig, place: str, what: str) -> None:
+    """CorpusError where corpus.fields gives a name that nothing has."""
     for name, own in config.fields:
         if own not in there:
             raise refused("missing fields", place, f"no {what} {own!r} (corpus.fields: {name}).{nearest(own, there)}")
+
+
+def check_first(rows: Rows, config: CorpusConfig, place: str) -> None:
+    """As check_named, by the first rows of lines, of which each may lack what it need not have."""
+    there = dict[str, None]()
+    for number in range(min(len(rows), LOOKED_AT) if config.fields else 0):
+        with contextlib.suppress(CorpusError):  # which is told where its own turn comes
+            there |= dict.fromkeys(rows.row(number))
+    check_named([*there], config, place, f"field of its first {LOOKED_AT:,} rows is")
+
+
+def check_fields(there: Sequence[str], config: CorpusConfig, place: str, what: str) -> None:
+    """CorpusError where a row has nothing to learn from."""
     known = [config.field(name) for name in ("messages", "conversations", "text", *PREFERRED[1:4])]
     if not any(name in there for name in known):
         raise refused(
@@ -175,6 +201,14 @@ def check_fields(there: Sequence[str], config: CorpusConfig, place: str, what: s
             f"no {what} {', '.join(known[:-1])} or {known[-1]}; it has {', '.join(there) or 'none'}. Name it: --set "
             "corpus.fields=messages=NAME",
         )
+
+
+def finite(row: Mapping[str, Any], name: str, place: str) -> float:
+    """A number of at most 1e9; CorpusError for anything else."""
+    value = row.get(name)
+    if not isinstance(value, int | float) or not abs(value) <= MAX_REWARD:
+        raise refused(f"no {name}", place, f"its {name} is {clipped(value)}; a number of at most 1e9 is needed.")
+    return float(value)
 
 
 def held_bytes(config: CorpusConfig) -> int:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tandem.columns import Columns
 from tandem.corpus import chats
 from tandem.corpus.config import PREFERRED, CorpusConfig
-from tandem.corpus.lines import Rows
+from tandem.corpus.lines import Rows, finite
 from tandem.corpus.reader import refused
 from tandem.corpus.turns import Trained, check_rendered, spoken
 from tandem.program.formats.parsed import Tools
@@ -54,7 +54,7 @@ class Words:
         """Of messages. CorpusError for turns that no program could have had, or that are no one sequence of tokens."""
         if said[0].get("role") != "assistant" or said[-1].get("role") != "assistant":
             raise refused("roles out of order", place, "an answer begins and ends with a turn of the assistant's.")
-        chat, first = chats.openai([*asked, *said], row.get("tools"), place), len(asked)
+        chat, first = chats.openai([*asked, *said], None, row.get("tools"), place), len(asked)
         check_rendered(self.renderer, chat.messages, chat.tools, self._rendered, place)
         turns = frozenset(n for n, one in enumerate(chat.messages) if n >= first and one.role == "assistant")
         segments = spoken(self.renderer, chat.messages, chat.tools, Trained(turns), place).segments
@@ -168,14 +168,6 @@ def messages(value: Any, role: str, name: str, place: str) -> list[Mapping[str, 
     if not rows:
         raise refused(empty, place, f"its {name} is empty. Remove the row.")
     return rows
-
-
-def finite(row: Mapping[str, Any], name: str, place: str) -> float:
-    """A finite number; CorpusError for anything else."""
-    value = row.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(float(value)) <= 1e9:
-        raise refused(f"no {name}", place, f"its {name} is {clipped(value)}; a finite number is needed.")
-    return float(value)
 
 
 def _margin(row: Mapping[str, Any], place: str) -> float:

@@ -11,7 +11,7 @@ import xxhash
 
 from tandem.corpus import chats
 from tandem.corpus.config import FIELDS, CorpusConfig
-from tandem.corpus.lines import Lines, Rows, Several, Table, Texts, check_fields
+from tandem.corpus.lines import Lines, Rows, Several, Table, Texts, check_fields, check_first, finite
 from tandem.corpus.reader import Reader, refused
 from tandem.corpus.trajectories import RunReader, of_a_run
 from tandem.corpus.turns import check_rendered, chosen, document, first_answer, spoken
@@ -78,7 +78,10 @@ def rows_of(source: str, config: CorpusConfig) -> Rows:
             parts.append(Lines(one))
         elif one.suffix.lower() == ".parquet":
             parts.append(Table(one, config))
-    return parts[0] if len(parts) == 1 else Several(parts)
+    rows = parts[0] if len(parts) == 1 else Several(parts)
+    if all(isinstance(one, Lines) for one in parts):
+        check_first(rows, config, source)
+    return rows
 
 
 class RowReader:
@@ -102,10 +105,17 @@ class RowReader:
         place, row = self.place(number), self.rows.row(number)
         found: dict[str, Any] = {name: row.get(self.config.field(name)) for name in FIELDS}
         check_fields([name for name, value in row.items() if value is not None], self.config, place, "field")
-        task, reward = found["task"], _reward(found["reward"], place)
+        task, reward = found["task"], 1.0 if found["reward"] is None else finite(found, "reward", place)
         record = {} if task is None else {"task": str(task)}
         name = f"{self.name}/{number}"
         if found["messages"] is None and found["conversations"] is None:
+            if found["text"] is None:
+                raise refused(
+                    "missing fields",
+                    place,
+                    f"it has {', '.join(row)}: answers that are compared, for objective=preference. What is learned by "
+                    "its likelihood has messages, conversations or a text.",
+                )
             if not isinstance(found["text"], str) or not found["text"].strip():
                 raise refused("an empty text", place, f"its text is {clipped(found['text'])}.")
             columns = document(self.renderer, found["text"])
@@ -113,7 +123,7 @@ class RowReader:
             digest = {"task": xxhash.xxh3_128(found["text"].encode()).hexdigest()}
             return Group(Prompt(name, (), digest | record), (Trajectory(name, name, columns, reward),))
         if found["messages"] is not None:
-            chat = chats.openai(found["messages"], found["tools"], place)
+            chat = chats.openai(found["messages"], found["system"], found["tools"], place)
         else:
             chat = chats.sharegpt(found["conversations"], found["system"], found["tools"], place)
         return self._chat(name, place, chat, record, reward)
@@ -141,11 +151,3 @@ class RowReader:
             for number, columns in enumerate(found.segments)
         )
         return Group(prompt, segments)
-
-
-def _reward(value: Any, place: str) -> float:
-    if value is None:
-        return 1.0
-    if isinstance(value, bool | int | float) and abs(float(value)) <= 1e9:
-        return float(value)
-    raise refused("a reward", place, f"its reward is {clipped(value)}; a finite number is needed.")

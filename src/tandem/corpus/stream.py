@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from tandem.numerics.random import derive_seed, words
 from tandem.types import Group
 
 SHOWN = 3  # refused rows that are told in full
+TOLD_EVERY_S = 10.0  # of the first look at all rows
 
 
 class Source:
@@ -64,15 +66,25 @@ def shuffled(count: int, seed: int) -> Array:
 
 class CorpusStream:
     """Groups without end, and those held out. `limit`: most tokens of a sequence. `excluded`: tasks (tasks_of) that are
-    evaluated otherwise, none of which is trained.
+    evaluated otherwise, none of which is trained. `told`: hears now and then how far the first look is;
+    `tried`: sees each row then, and may raise.
 
     What was taken since the last `settle` is given again after a resume: no update has seen it.
     """
 
     def __init__(
-        self, readers: Sequence[Reader], config: CorpusConfig, limit: int, seed: int, excluded: Set[int] = frozenset()
+        self,
+        readers: Sequence[Reader],
+        config: CorpusConfig,
+        limit: int,
+        seed: int,
+        excluded: Set[int] = frozenset(),
+        *,
+        told: Callable[[str], None] = lambda text: None,
+        tried: Callable[[Group], Any] = lambda group: None,
     ) -> None:
         self.config, self.limit = config, limit
+        self._told, self._tried = told, tried
         self.counts: dict[str, Counter[str]] = {reader.name: Counter(reader.left_out) for reader in readers}
         self.refused: dict[str, list[str]] = {reader.name: [] for reader in readers}  # the first few errors
         scans = [self._scan(reader) for reader in readers]
@@ -169,8 +181,12 @@ class CorpusStream:
     def _scan(self, reader: Reader) -> list[_Row]:
         """Every row that can be learned from. CorpusError for one that cannot, where corpus.bad is stop."""
         rows, counts = [], self.counts[reader.name]
+        began_s = told_s = time.monotonic()
         for number in range(len(reader)):
             counts["rows"] += 1
+            if (now_s := time.monotonic()) - told_s >= TOLD_EVERY_S:
+                told_s, left_s = now_s, (now_s - began_s) * (len(reader) - number) / number
+                self._told(f"reading {reader.name}: {number:,} of {len(reader):,} rows, about {left_s:,.0f} s to go")
             try:
                 group, done = fitted(reader.group(number), self.limit, self.config.long, reader.place(number))
             except CorpusError as error:
@@ -185,6 +201,7 @@ class CorpusStream:
             for one in group.trajectories:
                 counts.update(one.counts)
             if group.trajectories:
+                self._tried(group)
                 rows.append(_Row(number, group))
         return rows
 
@@ -245,8 +262,13 @@ class _Row:
     def __init__(self, number: int, group: Group) -> None:
         content = hashlib.blake2b(digest_size=8)
         for one in group.trajectories:
+            sides = one.columns.get("preferred")
+            if sides is not None and sides[0] < 0:  # another row's answer, whatever stands beside this one
+                continue
             content.update(one.columns["tokens"].tobytes())
             content.update(one.columns["loss_mask"].tobytes())
+            if sides is not None:  # what one likes and another does not is no double
+                content.update(sides.tobytes())
         self.number = number
         self.digest = int.from_bytes(content.digest(), "little")
         self.tasks = tasks_of(group.prompt) or frozenset({self.digest >> 1})

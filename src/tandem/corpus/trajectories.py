@@ -146,8 +146,12 @@ class RunReader:
                         if not row.keys() >= KEYS:
                             raise ValueError("it is no trajectory's row")
                     except (ValueError, AttributeError, RecursionError) as error:
-                        raise refused("not JSON", f"{path} line {number}", f"{error}. Mend or remove it.") from error
-                    yield row, file, number, at, len(line)
+                        if self.config.bad == "stop":
+                            where = f"{path} line {number}"
+                            raise refused("not JSON", where, f"{error}. Mend or remove it.") from error
+                        self.left_out["refused: not JSON"] += 1
+                    else:
+                        yield row, file, number, at, len(line)
                     at += len(line)
 
     def _row(self, file: int, line: int, start: int, length: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from tandem.columns import Columns
+from tandem.corpus.chats import REASONING
 from tandem.corpus.reader import refused
 from tandem.errors import ModelError
 from tandem.program.formats.choose import FORMATS
@@ -105,7 +106,8 @@ def _behind_opening(renderer: Renderer, message: Message, tools: Tools) -> tuple
     """A turn whose think block the template has begun, as the model has to go on: its reasoning, or none, and the
     answer."""
     reasoning, content = thought(message.content, renderer.opened, renderer.closes)
-    reasoning = str(message.more.get("reasoning_content") or message.more.get("reasoning") or reasoning).strip("\n")
+    own = (message.more.get(name) for name in REASONING)
+    reasoning = str(next(filter(None, own), reasoning)).strip("\n")
     said = _words(renderer, message, content, tools)
     return renderer.answer_tokens(f"{reasoning}\n{renderer.closes}\n\n{said}"), not reasoning
 
@@ -139,22 +141,26 @@ def _broken(renderer: Renderer, context: Sequence[int], whole: Sequence[int], pl
 def check_rendered(
     renderer: Renderer, messages: Sequence[Message], tools: Tools, seen: set[object], place: str
 ) -> None:
-    """CorpusError where the template leaves out what a message says, or its calls: asked once of each kind of message
-    (`seen`)."""
+    """CorpusError where the template leaves out what a message says, its calls, or its reasoning where it is the last:
+    asked once of each kind of message (`seen`)."""
     for number, message in enumerate(messages):
-        kind = (message.role, bool(message.calls), bool(message.content.strip()), bool(tools))
+        thoughts = {name: f"{message.more[name]} 20417" for name in REASONING if message.more.get(name)}
+        kind = (message.role, bool(message.calls), bool(message.content.strip()), bool(tools), *thoughts)
         if kind in seen:
             continue
         others = []
         if message.content.strip():
-            others.append(("what it says", replace(message, content=f"{message.content.rstrip()} 20417")))
+            others.append(("what it says", replace(message, content=f"{message.content.rstrip()} 20417"), messages))
         if message.calls:
             renamed = replace(message.calls[0], name=f"{message.calls[0].name}_2")
-            others.append(("its calls", replace(message, calls=(renamed, *message.calls[1:]))))
-        for what, other in others:
-            changed = [*messages[:number], other, *messages[number + 1 :]]
+            others.append(("its calls", replace(message, calls=(renamed, *message.calls[1:])), messages))
+        if thoughts and not renderer.opened:  # which _behind_opening writes
+            other = replace(message, more={**message.more, **thoughts})
+            others.append(("its reasoning", other, messages[: number + 1]))
+        for what, other, said in others:
+            changed = [*said[:number], other, *said[number + 1 :]]
             try:
-                same = renderer.said_tokens(messages, tools) == renderer.said_tokens(changed, tools)
+                same = renderer.said_tokens(said, tools) == renderer.said_tokens(changed, tools)
             except ModelError as error:
                 raise refused("the template refuses it", place, str(error)) from error
             if same:

@@ -17,6 +17,7 @@ from tandem.errors import ConfigError, TandemWarning, nearest
 from tandem.sandbox.config import SandboxConfig
 
 REWARD_NAMES = ("score", "last_number", "exact", "math_verify")
+JUDGE = "model:"  # begins a reward that a trained reward model says; what follows is its run's folder
 
 PLACE = re.compile(r"\{(\w+)\}")  # of a field in task.template
 
@@ -55,7 +56,7 @@ class TaskConfig:
     template_arguments: tuple[
         tuple[str, Scalar], ...
     ] = ()  # for the chat template: enable_thinking=false; JSON in a text
-    reward: str = "score"  # the environment's own score, or one of tandem.program.reward.REWARDS
+    reward: str = "score"  # the environment's own; or last_number, exact, math_verify, model:RUN of a reward model
     train_size: Count = 0  # training prompts before they repeat; 0: the whole file, or without end
     heldout_size: Count = 128  # distinct questions kept for evaluation, never trained on
     seed: int = 0  # of the prompts, apart from the run's seed: runs with other seeds see the same task
@@ -72,8 +73,9 @@ class TaskConfig:
                 f"task.environment is {self.environment!r}. Allowed: reasoning_gym, jsonl, path/to/file.py:Class or "
                 "package.module:Class."
             )
-        if self.reward not in REWARD_NAMES:
-            raise ConfigError(f"task.reward is {self.reward!r}.{nearest(self.reward, REWARD_NAMES)}")
+        if self.reward not in REWARD_NAMES and not self.judge:
+            allowed = (*REWARD_NAMES, f"{JUDGE}RUN")
+            raise ConfigError(f"task.reward is {self.reward!r}.{nearest(self.reward, allowed)}")
         if self.environment == "jsonl" and not (self.path or self.heldout_path):
             raise ConfigError("task.path is empty. Give the file: --set task.path=train.jsonl")
         if "{question}" not in self.template and not (
@@ -121,6 +123,15 @@ class TaskConfig:
             else:
                 found[name] = value
         return found
+
+    @property
+    def judge(self) -> str:
+        """The folder of the reward model that pays; empty where none does.
+
+        >>> TaskConfig(reward="model:runs/judge").judge
+        'runs/judge'
+        """
+        return self.reward[len(JUDGE) :] if self.reward.startswith(JUDGE) else ""
 
     @property
     def label(self) -> str:

@@ -50,7 +50,8 @@ class EnvironmentPool:
         self._untried = prompts.uncertain(config, self._local.prompts) if self._local is not None else []
         self._workers = Workers(config, start_deadline_s, born)
         self._ids = itertools.count()
-        if not idle and (self._local is None or self._untried):
+        self._held = self._local is None or bool(config.judge)  # by a child, which has to come up
+        if not idle and (self._held or self._untried):
             self._workers.grow()
         if config.environment == "reasoning_gym" and config.reward == "score" and config.name in prompts.GYM_FAULTS:
             fault = prompts.GYM_FAULTS[config.name]
@@ -58,7 +59,7 @@ class EnvironmentPool:
 
     def ready(self) -> None:
         """Wait until the task is built and its answers have been tried, so that a wrong one stops the run at once."""
-        if self._local is not None and not self._untried:
+        if not (self._held or self._untried):
             return
         self._asked("ready", [()])
         if self._local is None and prompts.uses_math_verify(self.config):

@@ -231,9 +231,9 @@ class ReasoningGym(Environment):
 class QuestionFile(Environment):
     """Questions and answers read from a file; scored by math-verify."""
 
-    def solution(self, prompt: Prompt) -> str:
-        """The file's own, all of it."""
-        return str(prompt.record["solution"])
+    def solution(self, prompt: Prompt) -> str | None:
+        """The file's own, all of it; None where its line has no answer."""
+        return prompt.record.get("solution")
 
     def reward(self, prompt: Prompt, text: str) -> float:
         return math_verify(prompt, text)
@@ -302,8 +302,8 @@ def read_questions(config: TaskConfig, path: str) -> list[Prompt]:
         if line.strip():
             prompt = _question(config, f"{path} line {number}", line, number)
             before = first.setdefault(question_key(prompt), prompt)
-            was, now = before.record["answer"], prompt.record["answer"]
-            if was != now and (one_number(was) is None or one_number(was) != one_number(now)):
+            was, now = (one.record.get("answer", "") for one in (before, prompt))
+            if was != now and (one_number(was) is None or one_number(was) != one_number(now)) and not config.judge:
                 asked = clipped(prompt.record["question"])
                 raise TaskError(
                     f"{path} lines {before.record['line']} and {number} ask the same, {asked}, and answer "
@@ -359,13 +359,15 @@ def _question(config: TaskConfig, place: str, line: bytes, number: int) -> Promp
         if name in repeated:
             raise TaskError(f"{place}: field {name!r} is there twice. Keep one.")
     question = _field(row, "question_field", config.question_field, place)
-    solution = _field(row, "answer_field", config.answer_field, place)
-    answer = solution
-    if "####" in solution:
-        answer = (solution.rsplit("####", 1)[1].strip().splitlines() or [""])[0].strip()
-    if not answer:
-        raise TaskError(f"{place}: nothing follows the '####' of {config.answer_field!r}.")
-    record = {"question": question, "answer": answer, "solution": solution, "line": number}
+    record: dict[str, Any] = {"question": question, "line": number}
+    if not config.judge or config.answer_field in row:  # a reward model needs none
+        solution = _field(row, "answer_field", config.answer_field, place)
+        answer = solution
+        if "####" in solution:
+            answer = (solution.rsplit("####", 1)[1].strip().splitlines() or [""])[0].strip()
+        if not answer:
+            raise TaskError(f"{place}: nothing follows the '####' of {config.answer_field!r}.")
+        record |= {"answer": answer, "solution": solution}
     content = config.template.replace("{question}", question)
     prompt = Prompt(f"{config.label}/{number}", (Message("user", content),), record)
     if reason := refusal("math_verify" if config.reward == "score" else config.reward, prompt):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import inspect
 import os
 import resource
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-from tandem.errors import SandboxError, TaskError
+from tandem.errors import SandboxError, TandemError, TaskError
 from tandem.program import prompts
 from tandem.program.child import GRACE_S, Call
 from tandem.program.config import TaskConfig
@@ -35,12 +36,13 @@ from tandem.program.episode import (
     one_line,
     open_episode,
 )
-from tandem.program.reward import REWARDS
+from tandem.program.reward import REWARDS, Reward
 from tandem.program.reward import math_verify as graded_by_math_verify
 from tandem.program.tools import is_async
 from tandem.types import Failure, Message, Prompt
 
 PARENT_CHECK_S = 1.0
+JUDGE_CLASS = "tandem.run.judge:Judge"  # by reference, as a user's class: it stands above, and torch comes with it
 GONE = (EOFError, ConnectionResetError, BrokenPipeError)  # what a pipe raises whose other end is closed
 METHODS = ("setup", "observe", "score", "teardown")
 
@@ -64,6 +66,26 @@ def _awaits(kind: type[Episode]) -> bool:
     return is_async(kind, METHODS) or kind.respond is not Episode.respond
 
 
+def _judge(config: TaskConfig) -> Reward | None:
+    """The reward model that pays, read now, so that no call pays for it out of its share; None where none does.
+
+    TaskError where it is none, or this interpreter lacks what it takes to run one.
+    """
+    if not config.judge:
+        return None
+    try:
+        where, name = JUDGE_CLASS.split(":")
+        judge: Any = getattr(importlib.import_module(where), name)(config.judge)
+        judge.load()
+    except ImportError as error:
+        advice = "Leave task.python empty, or install tandem-rl there."
+        raise TaskError(f"task.reward={config.reward} needs what tandem itself needs ({error}). {advice}") from error
+    except TandemError as error:
+        raise TaskError(f"task.reward={config.reward}: {error}") from error
+    paid: Reward = judge
+    return paid
+
+
 class Calls:
     """What the parent may ask for, by name. Each value can be pickled whatever the user's code returned."""
 
@@ -73,6 +95,7 @@ class Calls:
         self.plays: dict[int, _Play] = {}  # by the episode's number
         kind = getattr(source.environment, "episodes", None)
         self.concurrent = kind is not None and _awaits(kind)
+        self.reward = REWARDS.get(config.reward) or _judge(config)
         if prompts.uses_math_verify(config):
             try:
                 import math_verify  # noqa: F401 - now, so that no call pays for the import out of its share
@@ -119,8 +142,8 @@ class Calls:
     ) -> tuple[float | Failure, bool, dict[str, int]]:
         """The named function's reward of the last text, or the episode's own; whether it holds state; its counts."""
         play = await self._played(number, opened, news)
-        if self.config.reward != "score":
-            paid = REWARDS[self.config.reward](play.prompt, last_text(play.turns))
+        if self.reward is not None:
+            paid = self.reward(play.prompt, last_text(play.turns))
         else:
             paid = await _awaited(play.episode.score(tuple(play.turns[: len(play.turns) - unheard])))
         return checked_reward(paid), play.episode.has_state, checked_counts(play.episode.counts)

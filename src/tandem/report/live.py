@@ -189,11 +189,12 @@ class LiveTable:
             self.note(f"advisory {advisory.advice()}")
 
     def note(self, text: str) -> None:
-        """Show a line about what goes on. On a terminal it stays until the next row; safe in a signal handler."""
+        """Show a line about what goes on. On a terminal it stays until the next row, and for good where it came before
+        the table; safe in a signal handler."""
         self._note = text
         if self._as_json:
             print(text, file=sys.stderr, flush=True)
-        elif not self._live:
+        elif self._live is None or not self._live.is_started:
             self._print(text)
 
     def _print(self, text: str) -> None:

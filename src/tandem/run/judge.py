@@ -58,6 +58,10 @@ class Judge:
             samples.append(Sample(f"{number}/0/0", f"{number}", Columns.of(tokens=asked + said, loss_mask=mask)))
         return reward.rewards(head, samples, ROWS)
 
+    def load(self) -> None:
+        """Read it now. ModelError where the folder holds no reward model."""
+        _ = self._loaded
+
     @cached_property
     def _loaded(self) -> _Loaded:
         where = Path(resolve_source(str(self.folder)))

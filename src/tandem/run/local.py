@@ -59,9 +59,11 @@ def train(
             pool.ready()
         begun = started(folder.path) if folder is not None else None
         now = parts.tokenizer.now = begun or parts.tokenizer.now
-        reading = reading_of(config, parts, pool)
+        reading = reading_of(config, parts, pool, display.note)
         if folder is None:  # only now, so that a wrong model, task or corpus leaves no folder behind
             folder = leaving.enter_context(RunFolder.create(path, config, keep=keep))
+        for note in reading.notes() if reading is not None else ():
+            display.note(note)
         model = {"model": to_hf_config(parts.decoder.spec, config.model.dtype)}
         read = reading.plan() if reading is not None else {}
         folder.write_plan(parts.plan | model | read | {"numerics": declaration(config), "started": now.isoformat()})
@@ -86,8 +88,6 @@ def _sit(session: Session, steps: int) -> int:
         session.follow()
         folder.drop_ledger()  # until this sitting has its own
         session.row_started_s = session.account.begin(named(parts))
-        for note in session.reading.notes() if session.reading is not None else ():
-            display.note(note)
         if done == 0 and (config.evaluation.prompts or config.corpus.on):
             saving, session.stopping.ahead = session.stopping.ahead, "nothing to save yet; the evaluation ends first"
             with session.trace.span("rows"):

@@ -128,13 +128,23 @@ class Solutions:
 class Corpus:
     """Of config.corpus. Tasks that the evaluation asks are not trained on."""
 
-    def __init__(self, config: RunConfig, renderer: Renderer, positions: int, pool: EnvironmentPool) -> None:
-        """positions: of the model."""
+    def __init__(
+        self,
+        config: RunConfig,
+        renderer: Renderer,
+        positions: int,
+        pool: EnvironmentPool,
+        told: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """positions: of the model. told: hears how far the reading is."""
         self.config = config
         limit = config.corpus.limit(config.learner.microbatch_tokens, positions_of(config, positions))
         evaluated = [tasks_of(prompt) for prompt in pool.heldout] if config.evaluation.prompts else []
         readers = READERS[config.objective](config, renderer)
-        self.stream = CorpusStream(readers, config.corpus, limit, config.seed, frozenset().union(*evaluated))
+        excluded, choose = frozenset[int]().union(*evaluated), SELECTIONS[config.objective]
+        self.stream = CorpusStream(
+            readers, config.corpus, limit, config.seed, excluded, told=told, tried=lambda group: choose(config, [group])
+        )
         self.saved: Mapping[str, Part] = {"corpus": self.stream}
 
     def take(self, prompts: PromptStream) -> Sequence[Group]:
@@ -165,9 +175,9 @@ class Corpus:
         self.stream.settle()
 
 
-def reading_of(config: RunConfig, parts: Parts, pool: EnvironmentPool) -> Reading | None:
-    """What a config names; None where the engine samples. Reads all of a corpus."""
+def reading_of(config: RunConfig, parts: Parts, pool: EnvironmentPool, told: Callable[[str], None]) -> Reading | None:
+    """What a config names; None where the engine samples. Reads all of a corpus, and tells how far it is."""
     if OBJECTIVES[config.objective](config).samples:
         return None
-    kind = Corpus if config.corpus.on else Solutions
-    return kind(config, parts.renderer, parts.decoder.spec.max_position, pool)
+    given = config, parts.renderer, parts.decoder.spec.max_position, pool
+    return Corpus(*given, told) if config.corpus.on else Solutions(*given)

@@ -124,11 +124,13 @@ class Learner:
             valued = self.critic.loss(microbatch, batch, outputs.hidden_NM)
             loss, result = loss + valued.loss, result._replace(sums=result.sums | valued.sums)
         value = float(loss.detach())
-        if outputs.asked is not None and not bool(outputs.asked.isfinite().all()):
+        ids = microbatch.sample_ids
+        if outputs.asked is not None and not bool((finite_N := outputs.asked.isfinite()).all()):
             value = math.nan  # which a mask can hide
+            ids = tuple(ids[place] for place in batch.sample_N[~finite_N].unique().tolist())
         if not math.isfinite(value):
             raise NonFiniteError(
-                f"the loss of a microbatch is {value}; its samples: {', '.join(microbatch.sample_ids)}. "
+                f"the loss of a microbatch is {value}; its samples: {', '.join(ids)}. "
                 "No update was made. Lower learner.lr, or look at these trajectories."
             )
         loss.backward()
