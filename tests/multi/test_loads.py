@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.bench import child, load, soak
+from tandem.bench import callers, child, load, soak
 from tandem.bench import serve as bench
 from tandem.bench.child import Program, Server, peer_program
 from tandem.bench.client import Answered, Ask, Plan, Result, ask_all
@@ -323,7 +323,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         "completion": {"prompt": [65, 66], "max_tokens": 12, "ignore_eos": True},
         "generate": {"input_ids": [67, 68], "sampling_params": {"max_new_tokens": 9, "ignore_eos": True}},
     }
-    monkeypatch.setattr(soak, "KINDS", {name: replace(soak.KINDS[name], body=body) for name, body in bodies.items()})
+    kinds = {name: replace(callers.KINDS[name], body=body) for name, body in bodies.items()}
+    monkeypatch.setattr(callers, "KINDS", kinds)
     for name, value in (("FLOOD", 40), ("FLOOD_S", 1.0), ("LOOK_S", 0.1), ("LINE_S", 1.0), ("CALLERS", 6)):
         monkeypatch.setattr(soak, name, value)
     monkeypatch.setattr(soak, "train", lambda *_: None)
@@ -349,7 +350,7 @@ def test_a_soak_tells_what_is_wrong() -> None:
     account.same("chat", 0, "this")
     steady = [(0.0, 100.0), (3600.0, 100.0)]
     found = soak.told(account, steady, 3600.0)
-    assert found["total"] == {"asked": 1, "answered": 0, "refused": 0, "withdrawn": 0, "lost": 1}
+    assert found["total"] == {"asked": 1, "answered": 0, "refused": 0, "withdrawn": 0, "failed": 0, "lost": 1}
     assert found["failure"].startswith("1 calls were lost") and (found["repeated"], found["differed"]) == (1, 0)
     account.end("chat", "answered")
     assert soak.told(account, steady, 3600.0)["failure"] == ""

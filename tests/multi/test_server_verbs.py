@@ -257,7 +257,9 @@ def test_sleep(server: Server) -> None:
     post(server, "/sleep?level=1")
     assert httpx.get(f"{server.url}/is_sleeping").json() == {"is_sleeping": True}
     assert post(server, "/resume", status=409)["error"]["code"] == "asleep"
-    assert post(server, "/sleep?level=2", status=400)["error"]["param"] == "level"
+    assert post(server, "/sleep?level=3", status=400)["error"]["param"] == "level"
+    assert post(server, "/wake_up?tags=weights&tags=odd", status=400)["error"]["param"] == "tags"
+    assert post(server, "/wake_up?tags=weights") == {"status": "asleep"}
     post(server, "/wake_up")
     post(server, "/pause?mode=keep")
     post(server, "/wake_up")
@@ -265,6 +267,54 @@ def test_sleep(server: Server) -> None:
     post(server, "/resume")
     again = ask(server)
     assert again["token_ids"] == before["token_ids"] and server.room.desk.engine.stats.cached_tokens == 0
+
+
+def test_sleep_without_weights(server: Server, folders: tuple[Path, Path]) -> None:
+    """An engine whose weights were dropped draws with what lies there; or it can't be had back."""
+    old, new = folders
+    decoder = server.room.desk.engine.runner.decoder
+    post(server, "/sleep")
+    post(server, "/sleep?level=2")
+    assert all(not weight.value.any() and not weight.served().any() for _, weight in decoder.weights())
+    assert not httpx.get(f"{server.url}/weight_info").json()["has_weights"]
+    for path in ("/wake_up", "/wake_up?tags=kv_cache", "/wake_up?tags=weights&tags=kv_cache", "/weight_checker"):
+        assert post(server, path, status=409)["error"]["code"] == "no_weights"
+    assert post(server, "/resume", status=409)["error"]["code"] == "asleep"
+    assert post(server, "/wake_up?tags=weights") == {"status": "asleep"}
+    post(server, "/update_weights_from_disk", {"model_path": "nowhere"}, 400)
+    assert post(server, "/wake_up", status=409)["error"]["code"] == "no_weights"
+    told = post(server, "/update_weights_from_disk", {"model_path": str(new)})
+    assert told["is_sleeping"] and told["has_weights"]
+    assert post(server, "/wake_up") == {"status": "awake"}
+    assert ask(server)["message"]["content"] == wanted(new)
+    post(server, "/sleep?level=2")
+    post(server, "/start_weight_update")
+    part = save(load_file(old / "model.safetensors"))
+    head = {"content-type": "application/octet-stream"}
+    assert httpx.post(f"{server.url}/update_weights", content=part, headers=head).status_code == 200
+    post(server, "/finish_weight_update", {"digest": loaded(old).parts.engine.version.digest})
+    post(server, "/wake_up")
+    assert ask(server)["message"]["content"] == wanted(old)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_calls_that_wait_as_a_sleeper_ends(folders: tuple[Path, Path], level: int) -> None:
+    """Calls that wait for a sleeper are cut off as it drains, or are answered from weights that are not there."""
+    with serving(folders[0], **{"server.control": True}) as server:
+        post(server, f"/sleep?level={level}")
+        sent: list[httpx.Response] = []
+        slowed(server)
+        body = {"messages": ASK, "max_tokens": 100, "ignore_eos": True}
+        url = f"{server.url}/v1/chat/completions"
+        late = threading.Thread(target=lambda: sent.append(httpx.post(url, json=body, timeout=DEADLINE_S)))
+        late.start()
+        wait_for("the call", lambda: server.room.desk.num_waiting == 1)
+        server.listener.handle_exit(15, None)
+        late.join(DEADLINE_S)
+    if level == 1:
+        assert sent[0].status_code == 200 and sent[0].json()["usage"]["completion_tokens"] == 100
+    else:
+        assert sent[0].status_code == 503 and sent[0].json()["error"]["code"] == "no_weights"
 
 
 def test_answers_are_withdrawn_by_id(server: Server) -> None:

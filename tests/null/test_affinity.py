@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from tandem.engine import affinity
 from tandem.engine.affinity import OVERLOAD, Affinity, Prefixes
+from tandem.engine.space import Space
 
 
 class One:
@@ -15,6 +18,11 @@ class One:
 
     def __init__(self, room: int) -> None:
         self.room, self.tokens, self.prefixes = room, 0, Prefixes()
+        self.told: Space | None = None
+        self.counts = Counter[str]()
+
+    def space(self) -> Space | None:
+        return self.told
 
     def load(self, more_tokens: int = 0) -> float:
         return (self.tokens + more_tokens) / self.room
@@ -104,3 +112,33 @@ def test_what_is_forgotten_is_the_end_of_what_was_met_longest_ago(paths: list[li
                 assert prefixes.prefix([key[: count + 1] for count in range(len(key))]) == len(key)
     finally:
         affinity.MOST_BLOCKS = most
+
+
+def test_a_paused_program_goes_where_there_is_room() -> None:
+    """A program that is paused waits at its engine while another has room; or one that has pages there leaves them."""
+    rule, one, two, three = Affinity[One](), One(1000), One(1000), One(1000)
+    may, keys = [one, two, three], lambda: [b"a", b"ab"]
+
+    def asks(program: str, tokens: int = 10) -> One:
+        return rule.choose(may, "siblings", tokens, keys, program)
+
+    home = asks("p")
+    others = [engine for engine in may if engine is not home]
+    home.told, others[0].told = Space(50, {"p": 80, "q": 40}), Space(100, {})
+    others[1].told = Space(79, {})
+    assert asks("placed") is home, "it is not paused"
+    assert asks("q") is home and home.told == Space(10, {"p": 80}), "there is room at home"
+    assert asks("p") is others[0] and others[0].told == Space(20, {}) and home.told.paused == {}
+    assert asks("p") is others[0] and asks("sibling") is home, "it goes back, or takes its siblings along"
+    home.told = Space(-1, {"r": 30})
+    others[1].told = None
+    assert asks("r") is home, "no other has room"
+    others[1].told = Space(500, {})
+    others[1].tokens, home.told = 1000, Space(-1, {"r": 30})
+    assert asks("r") is home, "the other is overloaded"
+    assert [engine.counts["moved"] for engine in (home, *others)] == [0, 1, 0]
+    others[0].told = Space(-5, {"p": 90})
+    others[1].tokens, others[1].told = 0, Space(500, {})
+    assert asks("p") is others[1], "it is held where it went first"
+    may.remove(others[1])
+    assert asks("p") in may

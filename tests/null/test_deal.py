@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.engine.costs import PICO
+from tandem.engine.costs import PICO, StepCost
 from tandem.engine.hand import Hand
 from tandem.engine.share import UNIT, Node, Shares, Terms, Tree
 from tandem.engine.table import Start
@@ -101,6 +101,41 @@ def test_who_wants_more_has_what_fluid_sharing_gives(name: str) -> None:
     due = fluid(terms, set(flights), load.engine.busy_s - since)
     for node in terms:
         assert load.had(node) - before[node] == pytest.approx(due[node], rel=0.05), node
+
+
+def test_shares_hold_in_every_window_in_which_both_wait() -> None:
+    """Shares are off in the first seconds, as prompts start; or where memory is charged, or one asks for more."""
+    cost = StepCost(base_s=8e-3, prefill_token_s=3e-4, context_token_s=2e-7, decode_token_s=1.1e-3)
+    given: dict[str, Any] = {"cost": cost, "prompt": 24, "new": 32, "pages": 700, "held_token_s": 1 / 22_400}
+    for flights in ({"few": 150, "crowd": 200}, {"few": 200, "crowd": 400}):
+        load = Loads(flights, **given)
+        for _ in range(2):  # of 10 s, the first included
+            before = {name: load.had(name) for name in flights}
+            load.run(10.0)
+            had = {name: load.had(name) - before[name] for name in flights}
+            assert load.node("few").waiting and load.node("crowd").waiting
+            assert had["few"] / sum(had.values()) == pytest.approx(0.5, rel=0.02)
+    load = Loads({"few": 100, "crowd": 200}, **given).run(5.0)
+    waited = list[int]()
+    load.after = lambda: waited.append(load.node("few").waiting)
+    load.run(5.0)
+    assert sum(count > 0 for count in waited) < 0.2 * len(waited), "of 256 places it is due 128: it has all it wants"
+
+
+def test_a_row_that_tells_a_log_prob_of_its_prompt_is_charged_as_one_that_draws() -> None:
+    """Log-probs of prompts, with a product with the output head for each, are free; or charged to somebody else."""
+    had = []
+    for scored in (False, True):
+        load = Loads({}, {"t": Terms()})
+        sampling, tokens = Sampling(max_new_tokens=1), tuple(range(900, 1100))
+        load.engine.submit(Request("t#1", "p", tokens, sampling, seed=0, tenant="t", scored=scored), load.now)
+        load.born["t#1"] = 0.0
+        load.step()
+        assert load.tokens["t"] == 1
+        assert load.had("t") == pytest.approx(load.engine.busy_s)
+        had.append(load.had("t"))
+    more = 199 * (COST.decode_token_s - COST.prefill_token_s)  # of the last row the next token is drawn
+    assert had[1] - had[0] == pytest.approx(more)
 
 
 def test_who_gives_way_is_left_with_no_less_than_who_takes() -> None:

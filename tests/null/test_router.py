@@ -303,7 +303,7 @@ def test_a_stream_goes_on_where_another_engine_does() -> None:
     fleet[1].drawn = lambda request_id, first: Columns({})  # type: ignore[attr-defined]  # all comes at the end
     until_done(router, future)
     assert Columns.concat(got) == future.result().columns and future.result().tokens == alone(request)[0]
-    assert router.settle()["engine 1"] == {"requests": 1, "again": 1, "tokens": 20}
+    assert router.settle()["engine 1"] == {"requests": 1, "again": 1, "moved": 0, "tokens": 20}
 
 
 def test_an_engine_whose_worker_is_lost_is_dead() -> None:

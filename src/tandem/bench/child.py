@@ -51,10 +51,10 @@ class Program:
         return [word.replace(PORT, str(port)) for word in self.words]
 
 
-def own(*settings: str, kv_bytes: int = KV_BYTES) -> Program:
-    """`tandem serve` on the model that the benches are of."""
+def own(*settings: str, kv_bytes: int = KV_BYTES, module: str = "tandem") -> Program:
+    """`tandem serve` on the model that the benches are of; by another module than tandem's own."""
     given = (f"engine.kv_memory_bytes={kv_bytes}", *settings)
-    words = [sys.executable, "-m", "tandem", "serve", MODEL, "--port", PORT]
+    words = [sys.executable, "-m", module, "serve", MODEL, "--port", PORT]
     return Program("tandem", (*words, *(word for one in given for word in ("--set", one))))
 
 
@@ -87,6 +87,7 @@ class Server:
     pid: int
     model: str = ""
     start_s: float = 0.0
+    key: str = ""  # that it is called with
 
     @property
     def url(self) -> str:
@@ -97,7 +98,9 @@ class Server:
         connection = HTTPConnection("127.0.0.1", self.port, timeout=CALL_S)
         try:
             sent = body if isinstance(body, bytes) or body is None else msgspec.json.encode(body)
-            connection.request(method, path, sent, {"content-type": kind} if sent is not None else {})
+            head = {"content-type": kind} if sent is not None else {}
+            head |= {"authorization": f"Bearer {self.key}"} if self.key else {}
+            connection.request(method, path, sent, head)
             answer = connection.getresponse()
             return answer.status, answer.read()
         finally:
@@ -155,8 +158,9 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(program: Program) -> Iterator[Server]:
-    """A server that has answered, in a group of processes of its own that ends with the block, or with this process.
+def serving(program: Program, key: str = "") -> Iterator[Server]:
+    """A server that has answered, called with this key, in a group of processes of its own that ends with the block, or
+    with this process.
 
     WorldError where it ends, or has not answered after START_S, with the end of what it said."""
     port = free_port()
@@ -171,7 +175,7 @@ def serving(program: Program) -> Iterator[Server]:
             start_new_session=True,
             preexec_fn=_ends_with_us,
         )
-        server = Server(program.name, port, child.pid)
+        server = Server(program.name, port, child.pid, key=key)
         try:
             _first_answer(server, child, began_s)
             yield server

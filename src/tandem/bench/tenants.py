@@ -18,6 +18,7 @@ PROGRAMS, RUNNING, LEVELS = 1000, 256, 4
 STEPS, WARM_UP = 200, 20
 MOST_MS = 1.0  # wanted of a decision
 CROWD, FEW = 200, 2  # requests in flight of two tenants
+BACKLOGS = {"few": 200, "crowd": 400}  # of two that both have more than runs (engine.max_sequences is 256)
 NEW, PROMPT = 32, 24  # tokens
 WINDOW_S = 10.0
 SLOWER, APART = 1.3, 0.05  # wanted: latency over half an engine's, and shares off the weights'
@@ -82,7 +83,7 @@ def isolation(windows: int = 3) -> dict[str, Any]:
     crowd = _served("shares", {"crowd": CROWD}, 1)
     first = _served("arrival", {"few": FEW, "crowd": CROWD}, 1)
     both = _served("shares", {"few": FEW, "crowd": CROWD}, windows)
-    many = _served("shares", {"few": CROWD // 2, "crowd": CROWD}, windows)
+    many = _served("shares", BACKLOGS, windows)
     return {
         "bench": "isolation",
         "model": MODEL,
@@ -92,17 +93,22 @@ def isolation(windows: int = 3) -> dict[str, Any]:
             {"work": "crowd alone, on half an engine", "crowd_tok_s": crowd["crowd_tok_s"] / 2},
             {"work": "together, by arrival", **first},
             {"work": "together, by shares", **both},
-            {"work": f"{CROWD // 2} beside {CROWD}, by shares", **many},
+            {"work": f"{BACKLOGS['few']} beside {BACKLOGS['crowd']}, by shares", **many},
         ],
         "slower": both["few_s"] / (2 * alone["few_s"]),
         "wanted_slower": SLOWER,
         "apart": max(many["apart"], default=0.0),
+        "backlogged": many["backlogged"],
         "wanted_apart": APART,
     }
 
 
 def _served(order: str, flights: dict[str, int], windows: int) -> dict[str, Any]:
-    """Tenants that ask again as soon as they are answered, for so many windows of WINDOW_S after a warm-up."""
+    """Tenants that ask again as soon as they are answered, for so many windows of WINDOW_S after a warm-up.
+
+    apart: of a window, by how much a share is off its weight. Who runs all that it asks for has what it wants and is
+    owed nothing, so that says something of steps in which all have requests that wait (backlogged: their part).
+    """
     from tandem.engine.config import EngineConfig
     from tandem.engine.deal import Deals
     from tandem.models.config import ModelConfig
@@ -125,7 +131,7 @@ def _served(order: str, flights: dict[str, int], windows: int) -> dict[str, Any]
         for _ in range(count):
             ask(tenant)
     took, tokens, apart = defaultdict[str, list[float]](list), Counter[str](), list[float]()
-    deals = engine.scheduler.order
+    deals, steps, backlogged = engine.scheduler.order, 0, 0
     for window in range(windows + 1):  # the first warms up
         began, before = time.perf_counter(), _had(deals, flights) if isinstance(deals, Deals) else {}
         while time.perf_counter() < began + WINDOW_S:
@@ -135,10 +141,13 @@ def _served(order: str, flights: dict[str, int], windows: int) -> dict[str, Any]
                     took[tenant].append(time.perf_counter() - born[completion.request_id])
                     tokens[tenant] += len(completion.tokens)
                 ask(tenant)
+            if window and isinstance(deals, Deals):
+                steps += 1
+                backlogged += all(deals.tree.tenant(tenant).waiting for tenant in flights)
         if window and isinstance(deals, Deals):
             had = {tenant: seconds - before[tenant] for tenant, seconds in _had(deals, flights).items()}
             apart.append(max(abs(len(had) * seconds / sum(had.values()) - 1) for seconds in had.values()))
-    found: dict[str, Any] = {"apart": apart}
+    found: dict[str, Any] = {"apart": apart, "backlogged": backlogged / max(1, steps)}
     for tenant in flights:
         found[f"{tenant}_s"] = statistics.median(took[tenant]) if took[tenant] else float("nan")
         found[f"{tenant}_tok_s"] = tokens[tenant] / (windows * WINDOW_S)

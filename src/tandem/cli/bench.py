@@ -450,6 +450,8 @@ def _show_isolation(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from tandem.bench.tenants import WINDOW_S
+
     few, crowd = (result["in_flight"][name] for name in ("few", "crowd"))
     table = Table(title=f"tandem bench isolation: {few} requests in flight beside {crowd}, of equal weight")
     for column in ("work", "few: s a request", "crowd: s a request", "few: tok/s", "crowd: tok/s"):
@@ -460,5 +462,6 @@ def _show_isolation(result: dict[str, Any]) -> None:
     Console().print(table)
     print(
         f"few: {result['slower']:.2f} x its time on half an engine (wanted: {result['wanted_slower']:g}); both with "
-        f"more than fits: shares off by {result['apart']:.1%} at most (wanted: {result['wanted_apart']:.0%})"
+        f"requests that wait (in {result['backlogged']:.0%} of steps): shares off by {result['apart']:.1%} at most in "
+        f"{WINDOW_S:g} s (wanted: {result['wanted_apart']:.0%})"
     )

@@ -6,15 +6,20 @@ overloaded is passed over: for a new group, of more than OVERLOAD times the leas
 that has an engine moves only where that has no room for it, too. So what an engine is asked for is, with it, at most
 OVERLOAD times what the least loaded would have, or at most what it has room for.
 
+A paused program (engine/programs.py) has nothing that ties it to a place: where its engine has no room for it and
+another has, its next request goes there, and the program stays there.
+
 In process: rollout/router.py. Over HTTP: server/front.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, Protocol, TypeVar
+
+from tandem.engine.space import Space
 
 OVERLOAD = 2.0  # times the least load
 MOST_BLOCKS = 1 << 16  # of prefixes that an engine is remembered to have been sent
@@ -52,6 +57,10 @@ class Choosable(Protocol):
     """An engine, as the rule sees it."""
 
     prefixes: Prefixes
+    counts: Counter[str]  # of them `moved`: paused programs that came from another engine
+
+    def space(self) -> Space | None:
+        """As it was said last; what is sent there meanwhile is taken off. None: it gives programs no places."""
 
     def load(self, more_tokens: int = 0) -> float:
         """What it was asked for with so many tokens more, over what it has room for."""
@@ -70,20 +79,35 @@ class Affinity(Generic[E]):
         """The engine that has it."""
         return self._homes.get(group)
 
-    def choose(self, may: Sequence[E], group: str, more_tokens: int, keys: Callable[[], Sequence[bytes]]) -> E:
+    def choose(
+        self, may: Sequence[E], group: str, more_tokens: int, keys: Callable[[], Sequence[bytes]], program: str = ""
+    ) -> E:
         """Of one or more engines that may be asked; the group ("": none) is there from now on.
 
-        keys: of the blocks of what is asked, made where the group has no engine.
+        keys: of the blocks of what is asked, made where the group has no engine. program: of the group, by the name
+        that engines know it by ("": none); one that was paused may leave the group.
         """
+        group = program if program in self._homes else group
         least = min(may, key=lambda one: one.load(more_tokens))
         bound = OVERLOAD * least.load(more_tokens)
         home = self.home(group)
+        fits = [one for one in may if one.load(more_tokens) <= max(bound, 1)]
+        need, spaces = _elsewhere(home, home in may, fits, program) if home is not None and program else (0, {})
+        if spaces:
+            blocks = keys()
+            chosen = max(spaces, key=lambda one: (one.prefixes.prefix(blocks), -one.load(more_tokens)))
+            spaces[chosen].tokens -= need
+            chosen.counts["moved"] += 1
+            return self._settled(chosen, program, blocks)
         if home is not None and home in may and not (home.load(more_tokens) > bound and home.load(more_tokens) > 1):
             self._homes.move_to_end(group)
             return home
         blocks = keys()
-        fits = [one for one in may if one.load(more_tokens) <= bound]
+        fits = [one for one in fits if one.load(more_tokens) <= bound]
         chosen = max(fits, key=lambda one: (one.prefixes.prefix(blocks), -one.load(more_tokens), -one.prefixes.count))
+        return self._settled(chosen, group, blocks)
+
+    def _settled(self, chosen: E, group: str, blocks: Sequence[bytes]) -> E:
         chosen.prefixes.sent(blocks)
         if group:
             self._homes[group] = chosen
@@ -91,3 +115,16 @@ class Affinity(Generic[E]):
             if len(self._homes) > MOST_GROUPS:
                 self._homes.popitem(last=False)
         return chosen
+
+
+def _elsewhere(home: E, asked: bool, may: Sequence[E], program: str) -> tuple[int, dict[E, Space]]:
+    """(tokens of a program that is paused at `home`, other engines with room for it where `home` has none)."""
+    space = home.space()
+    need = space.paused.pop(program, None) if space is not None else None
+    if space is None or need is None:
+        return 0, {}
+    if asked and need <= space.tokens:
+        space.tokens -= need
+        return need, {}
+    spaces = {one: other for one in may if one is not home and (other := one.space()) is not None}
+    return need, {one: other for one, other in spaces.items() if need <= other.tokens}

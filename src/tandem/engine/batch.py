@@ -20,6 +20,11 @@ INITIAL = WeightVersion(0, "")  # of an engine that was told of no other
 MIXED = b""  # root of a sequence whose keys and values have no name: of several versions, or sharing is off
 
 
+def scores(request: Request, start: int, count: int) -> int:
+    """How many of so many rows from a position on tell the log-prob of the prompt's next token."""
+    return max(0, min(count, len(request.tokens) - 1 - start)) if request.scored else 0
+
+
 @dataclass(slots=True)
 class Work:
     """Tokens of one sequence to run at absolute positions [start, start + len(tokens)).
@@ -39,7 +44,7 @@ class Work:
     @property
     def scores(self) -> int:
         """Its first so many rows tell the log-prob of the prompt's next token."""
-        return max(0, min(len(self.tokens), len(self.request.tokens) - 1 - self.start)) if self.request.scored else 0
+        return scores(self.request, self.start, len(self.tokens))
 
 
 @dataclass(slots=True)

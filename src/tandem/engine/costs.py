@@ -28,9 +28,9 @@ PICO = 10**12  # charges are whole picoseconds: sums are exact, in whatever orde
 class Rows(NamedTuple):
     """What a step ran, as its cost sees it."""
 
-    prefill: int = 0  # rows of works of more than one
+    prefill: int = 0  # rows of works of more than one, without those that tell a log-prob of the prompt
     context: int = 0  # tokens that all rows read, themselves among them
-    decode: int = 0  # works of one row
+    decode: int = 0  # works of one row, and those that tell: both go through the output head
 
     @staticmethod
     def of(works: Iterable[Work]) -> Rows:
@@ -41,7 +41,9 @@ class Rows(NamedTuple):
             if count == 1:
                 decode += 1
             else:
-                prefill += count
+                scored = work.scores
+                prefill += count - scored
+                decode += scored
         return Rows(prefill, context, decode)
 
 
@@ -57,7 +59,7 @@ class StepCost:
     base_s: Annotated[float, Gt(0)] = 1e-3  # of a step, whatever is in it
     prefill_token_s: Annotated[float, Gt(0)] = 1e-5  # of a row of a prompt
     context_token_s: Amount = 0.0  # of a token that a row reads
-    decode_token_s: Annotated[float, Gt(0)] = 1e-4  # of a row that runs alone
+    decode_token_s: Annotated[float, Gt(0)] = 1e-4  # of a row that runs alone, or tells a log-prob of its prompt
     held_token_s: Amount = 0.0  # of a token's keys and values, a second
 
     def of(self, rows: Rows) -> float:
@@ -130,7 +132,7 @@ class Prices(NamedTuple):
         base, prefill, context, decode = (round(seconds * PICO) for seconds in row)
         return Prices(max(1, base), max(1, prefill), context, max(1, decode), cost.held_token_s * PICO)
 
-    def rows(self, start: int, count: int) -> int:
-        """So many rows of one sequence from a position on."""
+    def rows(self, start: int, count: int, scored: int = 0) -> int:
+        """So many rows of one sequence from a position on, of which some tell a log-prob of its prompt."""
         context = self.context * (count * start + count * (count + 1) // 2)
-        return context + (self.decode if count == 1 else self.prefill * count)
+        return context + (self.decode if count == 1 else self.prefill * (count - scored) + self.decode * scored)

@@ -40,6 +40,7 @@ from heapq import heapify, heappop, heappush
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from tandem.engine.batch import scores
 from tandem.engine.bill import bill
 from tandem.engine.costs import PICO, Prices, StepCost
 from tandem.engine.order import Order
@@ -230,7 +231,7 @@ class Deals(Order):
                 cost = decode + context * (sequence.computed + 1)
                 leaf.rows.append((cost, sequence))
             else:
-                cost = self.prices.rows(sequence.computed, min(rows, tokens))
+                cost = self._cost(sequence, sequence.computed, min(rows, tokens))
                 leaf.chunks.append(sequence)
             leaf.demand += cost
             if held:
@@ -412,10 +413,11 @@ class Deals(Order):
             leaf.chunks.pop(0)
             return 0
         place = table.place(sequence)
-        each = self.prices.prefill + self.prices.context * (place + 1)
+        each = self.prices.decode if sequence.request.scored else self.prices.prefill
+        each += self.prices.context * (place + 1)
         left = len(sequence.tokens) - place
         tokens = min(left, max(1, most // each))
-        cost = self.prices.rows(place, tokens)
+        cost = self._cost(sequence, place, tokens)
         if self._taken and each > self._left:
             self._left = 0
             return 0
@@ -424,10 +426,13 @@ class Deals(Order):
             leaf.chunks.pop(0)
         if not got:
             return 0
-        cost = self.prices.rows(place, got)
+        cost = self._cost(sequence, place, got)
         self._taken = True
         self._left -= cost
         return cost
+
+    def _cost(self, sequence: Sequence, start: int, count: int) -> int:
+        return self.prices.rows(start, count, scores(sequence.request, start, count))
 
     def _start(self, table: Table, leaf: Node) -> bool:
         """The first request of a program that can start, does; and is a prompt to run from then on."""
@@ -457,7 +462,7 @@ class Deals(Order):
         self._stamp = stamp = self._stamp + 1
         prices, ran = self.prices, list[Node]()
         for work, leaf in zip(batch.works, batch.leaves, strict=True):
-            cost = prices.rows(work.start, len(work.tokens))
+            cost = prices.rows(work.start, len(work.tokens), work.scores)
             if leaf.stamp != stamp:
                 leaf.stamp, leaf.charged = stamp, cost
                 ran.append(leaf)

@@ -27,6 +27,7 @@ from typing import Any, Protocol, TypeVar
 
 from tandem.columns import Columns
 from tandem.engine.share import Terms
+from tandem.engine.space import Space
 from tandem.errors import ConfigError, EngineError, TandemError
 from tandem.types import Completion, Request
 
@@ -52,6 +53,8 @@ class Drivable(Protocol):
     def finish_program(self, program_id: str, tenant: str = "", /) -> None: ...
 
     def on_restoring(self, told: Callable[[str], None], /) -> None: ...
+
+    def space(self) -> Space | None: ...
 
     def loads(self) -> Mapping[str, float]: ...
 

@@ -26,6 +26,7 @@ from tandem.engine.layout import KvLayout
 from tandem.engine.park import Parking
 from tandem.engine.schedule import Scheduler
 from tandem.engine.share import Terms
+from tandem.engine.space import Space, Spaces
 from tandem.errors import ConfigError, NonFiniteError
 from tandem.types import Completion, Request, StopReason, WeightVersion
 
@@ -108,6 +109,8 @@ class Engine:
         self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version, runner.layout, drafter)
         if config.programs.park:
             self._park(config.programs)
+        programs = self.scheduler.programs
+        self._spaces = Spaces(programs) if programs is not None else None
         self._undelivered: list[Completion] = []  # finished while nobody who wants them asked
         self._flight: Flight | None = None
         self.dead = False  # see give_up
@@ -198,6 +201,10 @@ class Engine:
         """told: called in a step with the name of a paused program that is soon to go on; it must not wait."""
         if self.scheduler.programs is not None:
             self.scheduler.programs.restoring = told
+
+    def space(self) -> Space | None:
+        """What it has room for of programs that are paused; None where it gives them no places."""
+        return self._spaces.space(self.clock()) if self._spaces is not None else None
 
     def loads(self) -> dict[str, float]:
         """Live requests, by tenant, where engine.order is shares (engine/cluster.py)."""

@@ -412,7 +412,7 @@ class Programs:
             assert bool(program.kept) == (program.name in self._keepers), program.name
             assert program.live or program.phase != "reasoning", f"{program.name!r} reasons about nothing"
             assert not program.live or program.phase != "acting", f"{program.name!r} acts with a request"
-            now, then = self._look_at(program), program.seen
+            now, then = self.look_at(program), program.seen
             told = then is None or structs.replace(then, reload_s=now.reload_s) == now
             assert told, f"{program.name!r} is seen as it was: {then}, and is {now}"
 
@@ -442,10 +442,10 @@ class Programs:
 
     def _seen(self, program: Program) -> Seen:
         if program.seen is None:
-            program.seen = self._look_at(program)
+            program.seen = self.look_at(program)
         return program.seen
 
-    def _look_at(self, program: Program) -> Seen:
+    def look_at(self, program: Program) -> Seen:
         asks = program.phase == "paused" and bool(program.live)
         due_s = program.ended_s + program.tool_s if program.tool_s is not None and not program.live else None
         reload_s = self.reload_s(program.tokens - program.shared)

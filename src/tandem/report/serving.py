@@ -13,7 +13,8 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 from tandem.report.plots import BLUE, VERMILLION, png
 
 Found = Mapping[str, Any]
-OUTCOMES = ("asked", "answered", "refused", "withdrawn", "lost")  # of the calls of a soak
+OUTCOMES = ("asked", "answered", "refused", "withdrawn", "failed", "lost")  # of the calls of a soak
+FAULTS = {"step": "steps that raised", "engine": "engines killed"}  # that a soak makes
 
 
 def names_of(found: Found) -> list[str]:
@@ -145,7 +146,10 @@ def soaked(found: Found) -> str:
     again = f"{found['repeated']:,} seeded answers were asked again, {found['differed']:,} of them differed"
     grown = f"{found['slope_mb_h']:+,.1f} MB an hour (allowed: {found['allowed_mb_h']:,.0f})"
     held = f"{found['resident_mb']:,.0f} MB after its warm-up"
+    made = ", ".join(f"{count} {FAULTS.get(name, name)}" for name, count in found["faults"].items())
+    tools = ", ".join(f"{count:,} {name}" for name, count in found["tools"].items())
     told = f"In {found['seconds']:,.0f} s: {again}. The server had {held}, and grew by {grown}."
+    told += f" Faults that were made: {made or 'none'}." + (f" Tools: {tools}." if tools else "")
     return "\n".join([*_head("call", *OUTCOMES), *rows, "", told])
 
 

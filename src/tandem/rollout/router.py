@@ -31,6 +31,8 @@ from tandem.columns import Columns
 from tandem.engine.affinity import Affinity, Prefixes
 from tandem.engine.driver import GRACE_S, Driver, OnTokens
 from tandem.engine.prefix import extend_keys, root_key
+from tandem.engine.programs import Programs
+from tandem.engine.space import Space
 from tandem.errors import ConfigError, EngineError, TandemError, WorkerError
 from tandem.rollout.balance import Balance
 from tandem.types import Completion, Request, StopReason, WeightVersion
@@ -69,6 +71,10 @@ class Replica:
         0.25
         """
         return (self.tokens + more_tokens) / self.capacity_tokens
+
+    def space(self) -> Space | None:
+        """As it told last."""
+        return self.driver.engine.space()
 
 
 @dataclass(slots=True, eq=False)
@@ -216,10 +222,10 @@ class Router:
 
     def settle(self) -> dict[str, dict[str, int]]:
         """By engine, since the last call: requests that it was asked for, those of them that another had been asked for
-        before (again), and tokens that it answered with."""
+        before (again) or that paused programs of another came with (moved), and tokens that it answered with."""
         with self._changed:
             found = {
-                one.name: {name: one.counts[name] for name in ("requests", "again", "tokens")}
+                one.name: {name: one.counts[name] for name in ("requests", "again", "moved", "tokens")}
                 for one in self.replicas
                 if one.counts or not one.dead
             }
@@ -257,7 +263,9 @@ class Router:
             extend_keys(found, root_key(version), asked.request.tokens, page_tokens)
             return found
 
-        return self._affinity.choose(may, asked.request.group, asked.most_tokens, keys)
+        request = asked.request
+        program = Programs.name(request.tenant, request.program_id)
+        return self._affinity.choose(may, request.group, asked.most_tokens, keys, program)
 
     def _ask(self, asked: _Asked) -> bool:
         """Of an engine that was not asked yet; False where there is none."""

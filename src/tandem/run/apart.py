@@ -22,6 +22,7 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Decode, Engine
 from tandem.engine.layout import KvLayout
 from tandem.engine.share import Terms
+from tandem.engine.space import Space
 from tandem.errors import DeliveryError, WorkerError, WorkerLied
 from tandem.models.config import AdapterConfig, ModelConfig
 from tandem.models.spec import ModelSpec
@@ -88,6 +89,7 @@ class RemoteEngine(Engine):
         self._promised = True  # the worker knows them
         self._heard: dict[str, int] = {}  # requests whose tokens are asked for on their way: from which one on
         self._drawn: dict[str, tuple[int, Columns]] = {}  # of these, what came, and from which one on
+        self._space: Space | None = None
         self._slice: Pending | None = None  # that it runs; none where nothing is live
         self._counts, self._earlier = Stats(), Stats()  # of this worker, and of those before it
         self._returned = 0  # tokens that this worker handed over
@@ -117,7 +119,7 @@ class RemoteEngine(Engine):
         if taken := self._counts.sampled_tokens - self._returned:
             self.crashed(taken)
         self._earlier, self._counts = _summed(self._earlier, self._counts), Stats()
-        self._returned, self._slice = 0, None
+        self._returned, self._slice, self._space = 0, None, None
         again = f", and asked again for {len(self._live)} requests" if self._live else ""
         try:
             while True:
@@ -182,6 +184,13 @@ class RemoteEngine(Engine):
         """As Engine's; the worker hears of it with the next step."""
         if self.scheduler.programs is not None:
             self._finished.append((program_id, tenant))
+
+    def space(self) -> Space | None:
+        """As Engine's, as it was a slice ago."""
+        if self._space is not None and not self._live:
+            pool, size = self.scheduler.pool, self.scheduler.config.page_tokens
+            self._space.tokens = self.runner.layout.capacity_tokens(pool.num_pages, size)
+        return self._space
 
     def loads(self) -> dict[str, float]:
         """As Engine's: of what has not come back."""
@@ -255,9 +264,9 @@ class RemoteEngine(Engine):
         if self._slice is None:
             return []
         asked, self._slice = self._slice, None
-        ended, counts, drawn = asked.result()
+        ended, counts, drawn, space = asked.result()
         done = self._known(ended)
-        self._counts, self._drawn = counts, drawn
+        self._counts, self._drawn, self._space = counts, drawn, space
         return done
 
     def _known(self, ended: Sequence[Completion]) -> list[Completion]:

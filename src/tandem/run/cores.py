@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tandem.engine.share import Terms
+from tandem.engine.space import Space
 from tandem.trace import Trace
 from tandem.types import Completion, Request
 
@@ -92,6 +93,9 @@ class Taking:
 
     def on_restoring(self, told: Callable[[str], None], /) -> None:
         self.engine.on_restoring(told)
+
+    def space(self) -> Space | None:
+        return self.engine.space()  # type: ignore[no-any-return]
 
     def loads(self) -> Mapping[str, float]:
         return self.engine.loads()  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from tandem.algo.pack import PromptTotal
 from tandem.columns import Columns
 from tandem.engine.batch import Stats
 from tandem.engine.share import Terms
+from tandem.engine.space import Space
 from tandem.errors import CheckpointError, DeliveryError
 from tandem.models.adapter import AdapterSet
 from tandem.models.checkpoint import open_checkpoint
@@ -96,7 +97,7 @@ class EngineWorker:
         finished: Sequence[tuple[str, str]],
         terms: Mapping[str, Terms],
         heard: Mapping[str, int],
-    ) -> tuple[list[Completion], Stats, dict[str, tuple[int, Columns]]]:
+    ) -> tuple[list[Completion], Stats, dict[str, tuple[int, Columns]], Space | None]:
         """Steps with these requests beside those that run: until some end, or `slice_s` have passed.
 
         finished: programs, and their tenants, that ask for nothing more. terms: that tenants are promised from now on.
@@ -118,7 +119,8 @@ class EngineWorker:
             if self.engine.wakes_s:  # caps hold back all that is live
                 time.sleep(min(left_s, self.engine.wakes_s))
         drawn = {name: (first, self.engine.drawn(name, first)) for name, first in heard.items()}
-        return done, self.engine.stats, {name: found for name, found in drawn.items() if len(found[1])}
+        drawn = {name: found for name, found in drawn.items() if len(found[1])}
+        return done, self.engine.stats, drawn, self.engine.space()
 
     def abort(self, request_id: str) -> tuple[Completion | None, Stats]:
         """As Engine's; and its counts by then, with what was on its way."""

@@ -69,6 +69,7 @@ _OF_SAMPLES = {
         "count", "that the engine was asked for since the row before; where engine.replicas are set"
     ),
     "engines/*/again": Key("count", "of those, asked of another before, which died or had not answered in time"),
+    "engines/*/moved": Key("count", "of those, of paused programs that another engine had no room for"),
     "engines/*/tokens": Key("tokens", "that it handed over"),
     "lag": Key("count", "mean updates between the version of a group's first token and the one that it is learned on"),
     "lag_max": Key("count", "the most of them; these six where asynchrony.mode is not sync"),

@@ -12,6 +12,7 @@ from safetensors.torch import load
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
 from tandem.errors import ModelError
+from tandem.kernels.large import release_memory
 from tandem.models.adapter import AdapterSet
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
@@ -51,12 +52,7 @@ class ServedWeights:
         ModelError where one is missing, unknown or misshapen, or adapters are served. Takes memory for the model once
         more until it serves.
         """
-        serves = _decoder(engine)
-        if engine.adapters or serves.adapter is not None:
-            raise ModelError(
-                "adapters are served on these weights, of which they are. Unload them first (/v1/unload_lora_adapter), "
-                "or start the server on a model that is no adapter."
-            )
+        serves = _alone(engine)
         if folder:
             checkpoint = open_checkpoint(resolve_source(folder))
             if checkpoint.spec != serves.spec:
@@ -91,9 +87,34 @@ class ServedWeights:
         """Between two steps. ConfigError where it is not served, or requests run with it."""
         drop_adapter(engine, name)
 
+    def check_discard(self, engine: Engine) -> None:
+        """ModelError where weights that are dropped could not be brought again, or their memory not be given back."""
+        if _alone(engine).device.type != "cpu":
+            raise ModelError("sleep at level 2 gives memory of the host back, and this engine's weights are on a GPU.")
+
+    def discard(self, engine: Engine) -> None:
+        """Between two steps: what the weights lie in is the system's, until `serve` brings others."""
+        weights = [weight for _, weight in _decoder(engine).weights()]
+        forms = [one.packed if one.codes is None else one.codes.packed for one in weights]
+        release_memory([form for form in forms if form is not None])
+        for one in weights:
+            if not one.value.is_meta:
+                release_memory([one.value])  # each for itself: between two of them lies what the allocator wrote
+
     def checksums(self, engine: Engine) -> Mapping[str, str]:
         """Of what the engine's products read, between two steps."""
         return tensor_hashes((name, weight.served()) for name, weight in _decoder(engine).weights())
+
+
+def _alone(engine: Engine) -> Decoder:
+    """Its decoder. ModelError where adapters are served on it."""
+    serves = _decoder(engine)
+    if engine.adapters or serves.adapter is not None:
+        raise ModelError(
+            "adapters are served on these weights, of which they are. Unload them first (/v1/unload_lora_adapter), "
+            "or start the server on a model that is no adapter."
+        )
+    return serves
 
 
 def _decoder(engine: Engine) -> Decoder:

@@ -155,6 +155,7 @@ class Desk:
         self.draining = False
         self.failures = 0  # of the engine, since an answer came through
         self.renewals = 0  # of the engine, in all
+        self.weightless = False  # its weights were dropped, or are not those that were sent: nothing may be drawn
         self._before = Stats()  # of the engines before this one
         self._paused = asyncio.Event()
         self._paused.set()
@@ -221,13 +222,16 @@ class Desk:
             raise
         finally:
             self._gated -= count
+        if self.weightless:  # it is about to end
+            self._left(tenant, count)
+            raise Refusal(503, "the server has no weights, and is about to end.", "no_weights", retry_s=1)
         call = Call(self, id, requests)
         asked = 0
         try:
             for request in requests:
                 self._submit(request, call, streams)
                 asked += 1
-        except Refusal:
+        except BaseException:
             call.withdraw()
             self._left(tenant, count - asked)
             raise
@@ -330,13 +334,15 @@ class Desk:
     async def idle(self, deadline_s: float, given_up: Callable[[], bool] = lambda: False) -> bool:
         """Waits for all that is on its way to end; whether it has by the deadline, or until this is given up."""
         until_s = time.monotonic() + deadline_s
-        while self.open and not given_up() and time.monotonic() < until_s:
+        while (self.open or (self._gated and not self.paused)) and not given_up() and time.monotonic() < until_s:
             await asyncio.sleep(0.02)
         return not self.open
 
     async def drain(self) -> None:
         """Takes nothing more, and waits for what is on its way; what takes longer than server.drain_s is withdrawn."""
         self.draining = True
+        for request_id in list(self.open) if self.weightless else ():
+            self.driver.abort(request_id)
         self.resume()
         if not await self.idle(self.config.drain_s):
             for request_id in list(self.open):

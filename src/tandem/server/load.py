@@ -84,8 +84,9 @@ async def _looks(room: Room, visit: Visit, above: str) -> AsyncIterator[bytes]:
 
 
 async def load(room: Room, request: Request) -> Response:
-    """One look."""
-    return answer(look(room, request.state.holder.tenant))
+    """One look; for who may see all, with what programs that are paused have room for (engine/space.py)."""
+    above = request.state.holder.tenant
+    return answer(look(room, above) | ({} if above else {"space": room.desk.engine.space()}))
 
 
 async def page(room: Room, request: Request) -> Response:

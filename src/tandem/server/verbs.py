@@ -54,6 +54,10 @@ class WeightStore(Protocol):
 
     def serve(self, engine: Engine, ready: Ready, step: int) -> WeightVersion: ...
 
+    def check_discard(self, engine: Engine) -> None: ...
+
+    def discard(self, engine: Engine) -> None: ...
+
     def checksums(self, engine: Engine) -> Mapping[str, str]: ...
 
     def adapter(self, engine: Engine, name: str, folder: str) -> Any: ...
@@ -106,6 +110,7 @@ class Control:
     def resume(self) -> None:
         if self.asleep:
             raise Refusal(409, "the server sleeps. Wake it up.", "asleep")
+        self.weights()
         self.room.desk.resume()
 
     async def update(self, folder: str, label: str | None, digest: str | None) -> WeightVersion:
@@ -122,15 +127,42 @@ class Control:
             version = await self.between(lambda engine: store.serve(engine, ready, step))
         except DeliveryError as error:
             log.exception("the engine serves other weights than were sent; it is paused")
+            room.desk.weightless = True
             room.desk.pause()
             room.desk.driver.hold(True)
             raise Refusal(500, f"{error} The engine is paused.", "delivery_failed") from error
+        room.desk.weightless = False
         return version
+
+    def weights(self) -> None:
+        """409 where there are none."""
+        if self.room.desk.weightless:
+            said = (
+                "the weights were dropped (sleep at level 2), or arrived damaged. Bring others by "
+                "/update_weights_from_disk, or by /start_weight_update and what follows it."
+            )
+            raise Refusal(409, said, "no_weights")
+
+    async def sleep(self, level: int) -> None:
+        """Withdraws what is on its way; gives back the memory of keys and values, and at level 2 of the weights."""
+        if level == 2:
+            self.store.check_discard(self.room.desk.engine)
+        was, self.asleep = self.asleep, True  # from here on nobody resumes
+        try:
+            await self.pause("abort", False)
+            await self.between(lambda engine: engine.release_memory())
+        except BaseException:
+            self.asleep = was
+            raise
+        if level == 2:
+            self.room.desk.weightless = True
+            await self.between(self.store.discard)
 
     def told(self) -> dict[str, Any]:
         version = self.room.desk.engine.version
         named = {"weight_version": self.room.label(version.step), "step": version.step, "digest": version.digest}
-        return {**named, "updating": self.updating, "is_paused": self.room.desk.paused, "is_sleeping": self.asleep}
+        state = {"updating": self.updating, "is_paused": self.room.desk.paused, "is_sleeping": self.asleep}
+        return {**named, **state, "has_weights": not self.room.desk.weightless}
 
 
 async def between(room: Room, function: Callable[[Engine], T]) -> T:
@@ -153,7 +185,7 @@ def control(room: Room, request: Request) -> Control:
 
 def query(request: Request, **allowed: tuple[str, ...]) -> dict[str, str]:
     """The query's values: the first allowed one where it says nothing. 400 for others."""
-    for name, value in request.query_params.items():
+    for name, value in request.query_params.multi_items():
         few = allowed.get(name)
         if few is None or value not in few:
             said = (
@@ -267,6 +299,7 @@ async def weight_checker(room: Room, request: Request) -> Response:
     verbs = control(room, request)
     await room.read(request, bodies.CheckerBody)
     async with verbs.lock:
+        verbs.weights()
         found = await verbs.between(verbs.store.checksums)
     return answer({"checksums": found, **verbs.told()})
 
@@ -301,28 +334,24 @@ async def unload_lora_adapter(room: Room, request: Request) -> Response:
 
 
 async def sleep(room: Room, request: Request) -> Response:
-    """Withdraws what is on its way, and gives the memory of keys and values back. The weights stay."""
+    """Withdraws what is on its way; the memory of keys and values is given back, at level 2 that of the weights too."""
     verbs = control(room, request)
-    query(request, level=("1",), tags=("kv_cache",))
+    level = int(query(request, level=("1", "2"), tags=("kv_cache",))["level"])
     async with verbs.lock:
-        verbs.asleep = True  # from here on nobody resumes
-        try:
-            await verbs.pause("abort", False)
-            await verbs.between(lambda engine: engine.release_memory())
-        except BaseException:
-            verbs.asleep = False
-            raise
+        await verbs.sleep(level)
     return answer({"status": "asleep"})
 
 
 async def wake_up(room: Room, request: Request) -> Response:
+    """409 where there are no weights; tags=weights alone has them brought, and leaves it asleep."""
     verbs = control(room, request)
-    query(request, tags=("kv_cache",))
+    query(request, tags=("kv_cache", "weights"))
     async with verbs.lock:
-        if verbs.asleep:  # a pause of one that is awake stays
+        if verbs.asleep and set(request.query_params.getlist("tags")) != {"weights"}:
+            verbs.weights()
             verbs.asleep = False
-            verbs.resume()
-    return answer({"status": "awake"})
+            verbs.resume()  # a pause of one that is awake stays
+    return answer({"status": "asleep" if verbs.asleep else "awake"})
 
 
 async def is_sleeping(room: Room, request: Request) -> Response:

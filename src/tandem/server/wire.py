@@ -81,12 +81,18 @@ def guarded(
             refusing(refusal)
             return told(refusal)
         except TandemError as error:
-            return told(refused(error))
+            said = refused(error)
+            if said.status >= 500:
+                log.exception("%s %s failed", request.method, request.url.path)
+            refusing(said)
+            return told(said)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it
         except Exception:
             log.exception("%s %s failed", request.method, request.url.path)
-            return told(Refusal(500, "the server failed at this call. Ask again.", "server_failed"))
+            said = Refusal(500, "the server failed at this call. Ask again.", "server_failed")
+            refusing(said)
+            return told(said)
 
     return called
 

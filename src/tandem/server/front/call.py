@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
+from tandem.engine.programs import Programs
 from tandem.server.lineage import chain
 
 BLOCK = 256  # bytes a block; each message begins a new one
@@ -57,7 +58,7 @@ class Call:
         self._said = said
         self.tenant = _text(said.tenant) or request.headers.get("x-tenant", "") or tenant
         program = _text(said.program_id) or request.headers.get("x-program-id", "")
-        self.group = f"{self.tenant}\n{program}" if program else ""
+        self.program = Programs.name(self.tenant, program) if program else ""  # as engines know it
         self.answers, self.tokens = self._expected()
 
     def keys(self) -> list[bytes]:

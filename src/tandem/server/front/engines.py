@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from tandem.engine.affinity import Prefixes
+from tandem.engine.space import Space
 from tandem.server.config import FrontConfig
 from tandem.server.front.client import Client, Lost
 
@@ -48,6 +49,7 @@ class Engine:
         self.given_up = False  # it ended, and is not started again
         self.model = ""
         self.look: dict[str, Any] = {}  # as its /load says, where it has one
+        self._space: Space | None = None
         self.took_s = 0.0  # when it was given weights from here
         self.told_held = ""  # the pause that it was told of
         self.adapters: dict[str, bytes] = {}  # name -> the call that it was told to load it by, from here
@@ -57,7 +59,7 @@ class Engine:
         self.answers = 0  # that these ask for
         self.others = 0  # that it had beside them, when it was last asked
         self.tokens = 0  # that they may come to hold
-        self.counts = Counter[str]()  # calls, again (asked of another before), failed, broken, restarts
+        self.counts = Counter[str]()  # calls, again (asked of another before), moved, failed, broken, restarts
 
     @property
     def ready(self) -> bool:
@@ -99,10 +101,15 @@ class Engine:
         each = self.tokens // self.answers if self.answers else ANSWER_TOKENS
         return (self.tokens + self.others * each + more_tokens) / self.capacity_tokens
 
+    def space(self) -> Space | None:
+        """As its look says, of programs that say their names."""
+        return self._space
+
     def moved(self, url: str) -> None:
         """It was started again, and listens elsewhere."""
         self.gone("it was started again")
         self.client, self.look, self.told_held = Client(url, self.config.connect_s), {}, ""
+        self._space = None
         self.others = 0
         self.prefixes = Prefixes()
         self.well_s, self.lost = time.monotonic(), False
@@ -139,6 +146,7 @@ class Engine:
             status, body = await self.client.told("GET", "/load", key, limit_s=config.health_deadline_s)
             if status == 200 and isinstance(look := read(body), dict):
                 known: dict[str, Any] = {key: self.look[key] for key in ("step", "digest") if key in self.look}
+                self._space = _space(look.pop("space", None))
                 self.look = {**look, **known} if asked_s < self.took_s else look
                 there = sum(count for name in ("running", "waiting") if isinstance(count := look.get(name), int))
                 self.others = max(0, there - max(own, self.answers))
@@ -189,6 +197,13 @@ def served_of(body: Any) -> Served | None:
     if not isinstance(body, dict) or not isinstance(body.get("step"), int):
         return None
     return Served(body["step"], str(body.get("digest", ""))[:DIGITS])
+
+
+def _space(said: Any) -> Space | None:
+    try:
+        return msgspec.convert(said, Space | None)
+    except msgspec.ValidationError:
+        return None
 
 
 def read(body: bytes) -> Any:

@@ -132,7 +132,7 @@ class Front:
         """One that was not tried; None where there is none."""
         told = self.held[0] if self.held is not None else ""  # who was away in a pause is told of it first
         may = [one for one in self.engines if one.ready and one not in tried and told in ("", one.told_held)]
-        return self.affinity.choose(may, call.group, call.tokens, call.keys) if may else None
+        return self.affinity.choose(may, call.program, call.tokens, call.keys, call.program) if may else None
 
     def none_left(self) -> Refusal:
         each = "; ".join(f"{one.name} is {one.state}" for one in self.engines)

@@ -64,7 +64,7 @@ def _status(front: Front, looks: list[dict[str, Any]]) -> str:
 
 
 def _row(front: Front, engine: Engine) -> dict[str, Any]:
-    names = ("calls", "again", "failed", "broken", "restarts")
+    names = ("calls", "again", "moved", "failed", "broken", "restarts")
     seen = {name: engine.look.get(name, 0) for name in ("running", "waiting")}
     return {
         "name": engine.name,
@@ -174,6 +174,7 @@ class Sums(Collector):
             ("tandem:route_on_their_way", "Calls that the engine has from here.", "gauge", lambda one: len(one.open)),
             ("tandem:route_calls", "Calls that the engine was asked for.", "counter", lambda one: one.counts["calls"]),
             ("tandem:route_again", "Of those, asked of another before.", "counter", lambda one: one.counts["again"]),
+            ("tandem:route_moved", "Of those, of paused programs.", "counter", lambda one: one.counts["moved"]),
             ("tandem:route_failed", "Calls that it failed at.", "counter", lambda one: one.counts["failed"]),
             ("tandem:route_broken", "Streams that broke.", "counter", lambda one: one.counts["broken"]),
             (
