@@ -344,7 +344,7 @@ class Caller:
                 connection.close()
             if response.status == 400 and "error" in json.loads(said):
                 return "refused", ""
-            if response.status in (500, 502, 503):
+            if response.status in (429, 500, 502, 503):
                 return fate(response.status, said)
             return "lost", f"{response.status} for what is no call"
 

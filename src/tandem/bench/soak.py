@@ -34,7 +34,7 @@ CALLERS = 12
 FLOOD = 400  # calls at once
 FLOOD_S, TRAINER_S, LOOK_S, LINE_S = 120.0, 20.0, 5.0, 60.0  # between two of each
 STEP_S, KILL_S = 45.0, 150.0  # between two steps that raise, and two engines that are killed
-WARM_UP = 0.2  # of the time, in which memory may grow
+WARM_UP, WARM_UP_S = 0.2, 240.0  # of the time, and seconds at least, in which memory may grow
 GROWN_MB_H, LEAST_MB = 64.0, 64.0  # that memory may grow by after that: in an hour, and in all, whatever the time
 KV_BYTES = 128 << 20  # of an engine, little: pages are short, and the pool is all touched before the warm-up is over
 BUSY = 200  # server.max_requests: so many answers at once, and floods are refused
@@ -183,7 +183,7 @@ def told(
 ) -> dict[str, Any]:
     """The result, of what was asked, of (second, MB) samples of memory, of faults that were made and of engines that
     were started again; its "failure" says why it failed."""
-    late = [(at_s, mb) for at_s, mb in memory if at_s >= WARM_UP * seconds] or memory[-1:]
+    late = [(at_s, mb) for at_s, mb in memory if at_s >= max(WARM_UP * seconds, WARM_UP_S)] or memory[-1:]
     rows = account.rows()
     found: dict[str, Any] = {
         "bench": "soak",

@@ -373,6 +373,7 @@ def _show_ahead(result: dict[str, Any]) -> None:
 
 def _show_structured(result: dict[str, Any]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="tandem bench structured: a step")
@@ -380,7 +381,7 @@ def _show_structured(result: dict[str, Any]) -> None:
         table.add_column(column, justify="left" if column == "form" else "right")
     for row in result["rows"]:
         figures = (f"{row['plain_s'] * 1e3:.1f} ms", f"{row['held_s'] * 1e3:.1f} ms", f"{row['ratio']:.2f} x")
-        table.add_row(row["form"], str(row["sequences"]), *figures, f"{row['mask_s'] * 1e6:.0f} us")
+        table.add_row(escape(row["form"]), str(row["sequences"]), *figures, f"{row['mask_s'] * 1e6:.0f} us")
     Console().print(table)
 
 
