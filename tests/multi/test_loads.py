@@ -11,6 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tandem.bench import callers, child, load, soak
+from tandem.bench import callers, child, faulty, load, soak
 from tandem.bench import serve as bench
 from tandem.bench.child import Program, Server, peer_program
 from tandem.bench.client import Answered, Ask, Plan, Result, ask_all
@@ -356,6 +357,48 @@ def test_a_soak_tells_what_is_wrong() -> None:
     assert soak.told(account, steady, 3600.0)["failure"] == ""
     account.same("chat", 0, "that")
     assert soak.told(account, steady, 3600.0)["failure"].startswith("1 seeded answers")
+
+
+def test_what_fails_without_a_fault_is_lost() -> None:
+    """An engine that fails by itself is excused by a fault that was made before or after; or nothing is excused."""
+    account = soak.Account()
+    body = json.dumps({"error": {"code": "engine_failed"}}).encode()
+    account.called("before", lambda: callers.fate(500, body))
+    account.faults.append(time.monotonic())
+    account.called("amid", lambda: callers.fate(500, body))
+    account.called("other", lambda: callers.fate(500, b"{}"))
+    account.faults[:] = [time.monotonic() - callers.SLACK_S - 1]
+    account.called("after", lambda: callers.fate(502, body))
+    account.called("busy", lambda: callers.fate(429, b""))
+    ended = {"before": "lost", "amid": "failed", "other": "lost", "after": "lost", "busy": "refused"}
+    assert account.ended == Counter(dict.fromkeys(ended.items(), 1))
+    restarted = soak.told(soak.Account(), [], 3600.0, {"engine": 1}, 2)["failure"]
+    assert restarted.startswith("2 engines were started again, where 1 were killed")
+
+
+def test_a_fault_is_of_one_step_of_an_engine_that_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that fails as it is measured at its start, at every step, or long after it was told."""
+    from tandem.engine.engine import Engine
+    from tandem.run import served as started
+
+    monkeypatch.setattr(Engine, "step", lambda engine: [])
+    monkeypatch.setattr(started, "alike", lambda config: [sys.executable, "-m", "tandem", "serve", "x"])
+    told: list[Any] = []
+    monkeypatch.setattr(signal, "signal", lambda *given: told.append(given))
+    fault = faulty.Fault()
+    fault.install()
+    assert started.alike(None)[2:] == ["tandem.bench.faulty", "serve", "x"]  # type: ignore[arg-type]
+    engine: Any = object.__new__(Engine)
+    with ThreadPoolExecutor(1) as serving:
+        for asked_s, raises in ((time.monotonic(), True), (None, False), (time.monotonic() - faulty.SOON_S, False)):
+            if raises:
+                told[0][1](faulty.FAULT, None)
+                assert engine.step() == [], "it is this thread's"
+                with pytest.raises(RuntimeError, match="has this step fail"):
+                    serving.submit(engine.step).result()
+            else:
+                fault.asked_s = asked_s or fault.asked_s
+                assert serving.submit(engine.step).result() == []
 
 
 def test_memory_that_grows_fails_a_soak() -> None:
