@@ -279,6 +279,8 @@ def test_sleep_without_weights(server: Server, folders: tuple[Path, Path]) -> No
     assert not httpx.get(f"{server.url}/weight_info").json()["has_weights"]
     for path in ("/wake_up", "/wake_up?tags=kv_cache", "/wake_up?tags=weights&tags=kv_cache", "/weight_checker"):
         assert post(server, path, status=409)["error"]["code"] == "no_weights"
+    loads = {"lora_name": "a", "lora_path": str(old)}
+    assert post(server, "/v1/load_lora_adapter", loads, 409)["error"]["code"] == "no_weights"
     assert post(server, "/resume", status=409)["error"]["code"] == "asleep"
     assert post(server, "/wake_up?tags=weights") == {"status": "asleep"}
     post(server, "/update_weights_from_disk", {"model_path": "nowhere"}, 400)

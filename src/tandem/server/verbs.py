@@ -310,6 +310,7 @@ async def load_lora_adapter(room: Room, request: Request) -> Response:
     body = await room.read(request, bodies.LoadAdapterBody)
     name, store = body.lora_name, verbs.store
     async with verbs.lock:
+        verbs.weights()
         engine = room.desk.engine
         if name in room.names or (name in engine.adapters and not body.load_inplace):
             why = "is the model's own name" if name in room.names else "is loaded already (load_inplace replaces it)"
