@@ -45,6 +45,7 @@ TREE = json.dumps(
 )
 SETTINGS = (
     "route.engines=2",
+    "route.start_s=600",  # on a machine that is busy
     f"server.max_requests={BUSY}",
     "server.control=true",
     "server.send_s=20",
