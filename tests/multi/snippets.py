@@ -235,6 +235,7 @@ LISTED: dict[str, str] = {
     "tandem bench gpu [--json]": "needs a GPU",
     "tandem bench lora [--json]": "takes minutes; tests/cpu/test_adapter.py",
     "tandem convert merge SOURCE --out FOLDER": "needs an adapter; tests/cpu/test_peft.py",
+    "tandem convert {prune,teacher} ...": "the whole commands are in RUNS",
     "tandem convert merge runs/demo --out merged": "needs an adapter; tests/cpu/test_peft.py",
     "tandem serve MODEL --adapter sums=runs/demo --adapter prose=folder": "tests/multi/test_server_adapters.py",
     "y = round(f W x + bias) + residual, rounded; then y + round(f B round(s A x)), rounded": (
