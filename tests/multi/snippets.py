@@ -25,7 +25,7 @@ TINY = {
 RUNS: dict[str, str] = {
     "make demo": "",
     "make test": "",
-    "tandem train RECIPE [--out DIR] [--resume DIR] [--config FILE]... [--set dotted.name=value]... [--plan]": (
+    "tandem train RECIPE [--out DIR] [--config FILE]... [--set dotted.name=value]... [--plan]": (
         "tandem train smollm2_arithmetic_cpu --plan"
     ),
     "tandem eval RECIPE|RUN_DIR|MODEL [--task gsm8k --path FILE.jsonl] [--json]": (

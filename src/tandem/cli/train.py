@@ -15,7 +15,14 @@ from tandem.cli.options import Assignments, ConfigFiles
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe's name, or path/to/file.py:function.")],
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe's name, or path/to/file.py:function. A resumed run needs none.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder to make; by default runs/NAME-TIME.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Run folder to go on with: its config, its last state.")] = None,
     files: ConfigFiles = None,
@@ -30,10 +37,14 @@ def train(
     from tandem.cli.settings import assignments
     from tandem.config import diff, override
     from tandem.errors import ConfigError
+    from tandem.run.config import RunConfig
+    from tandem.run.folder import saved_config
 
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume were both given: a resumed run goes on in its own folder. Drop --out.")
-    written = find_recipe(recipe)()
+    if recipe is None and resume is None:
+        raise ConfigError("there is nothing to run: name a RECIPE (tandem recipes lists them), or give --resume DIR.")
+    written = find_recipe(recipe)() if recipe is not None else saved_config(Path(str(resume)), RunConfig)
     assigned = assignments(written, files or [], settings or [])
     started = written if resume is None else _saved(resume, written, assigned)
     config = override(started, assigned)
