@@ -116,6 +116,13 @@ def test_a_learner_apart_has_the_same_bits(chats: Path, tmp_path: Path) -> None:
         assert mine["weights"] == theirs["weights"] and mine.get("heldout") == theirs.get("heldout")
 
 
+def test_reading_is_a_phase(chats: Path, tmp_path: Path) -> None:
+    """Seconds in which texts are read and rendered that no phase claims: a ledger that does not close."""
+    rows, _ = run(small(chats, steps="2"), tmp_path / "run")
+    assert all(row["seconds"]["read"] > 0.0 for row in rows if row["step"])
+    assert json.loads((tmp_path / "run/ledger.json").read_text())["seconds"]["main"]["read"] > 0.0
+
+
 def test_what_a_run_sampled_is_learned(tmp_path: Path) -> None:
     """A run's own programs that another run cannot learn from: prompts of the evaluation among them, or failed ones."""
     tiny = {name: value for name, value in SMALL.items() if not name.startswith("corpus")} | {"steps": "2"}

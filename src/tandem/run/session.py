@@ -158,7 +158,7 @@ class Session:
     def stages(self) -> Stages:
         return Stages(
             prompts=self.prompts,
-            rollout=self.rollout if self.samples else self.read,
+            rollout=self.rollout if self.samples else self.trace.timed("read", self.read),
             credit=self.trace.timed("credit", self.credit),
             keep=self.trace.timed("rows", self.keep),
             rest=self.rest,
