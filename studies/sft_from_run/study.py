@@ -34,8 +34,8 @@ def study() -> Study:
         baseline="random",
         steps=150,
         compare=(("right", "random"), ("weighed", "random"), ("right", "weighed")),
-        reading="Right ones teach more than as many drawn at random: 12.8 against 8.6 %, higher by 0.042 [0.021, 0.062] "
-        "and on each of three seeds. Programs drawn at random make the base model worse, from 11.3 %: nine in ten of "
+        reading="Right ones teach more than as many drawn at random: 12.8 against 8.6 %, by 0.042 [0.021, 0.062] and "
+        "on each of three seeds. Programs drawn at random make the base model worse, from 11.3 %: nine in ten of "
         "them are wrong. That the right ones lift it is not shown: by 0.020, 0.000 and 0.023 of 256 prompts. The run "
         "that gave them had hardly learned more than its base (a reward of 0.13 after 60 steps of GRPO), so most of "
         "what was right in it the base could do. Weights of exp(A / 0.5) over all programs do not stand in for the "
