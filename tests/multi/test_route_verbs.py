@@ -193,11 +193,13 @@ def test_weights_of_a_folder_reach_who_was_away() -> None:
         assert ask(router) == "s1"
 
 
-def test_adapters_reach_all_and_who_was_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An adapter that one engine of several has, whose callers are told by turns that there is none."""
+def test_adapters_reach_all_and_who_was_away(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """An adapter that one engine of several has, whose callers are told by turns that there is none; another one under
+    its name, of a folder that was written anew since, or that is not the same everywhere."""
     monkeypatch.setattr("tandem.server.front.front.CATCH_UP_S", 0.2)
     load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
     had: dict[str, dict[str, str]] = {"s1": {}, "s2": {}}
+    digests = {"s1": "d", "s2": "d"}
 
     def act(handler: Any, body: Any) -> None:
         if handler.path not in (load, unload):
@@ -210,7 +212,7 @@ def test_adapters_reach_all_and_who_was_away(monkeypatch: pytest.MonkeyPatch) ->
             handler.tell(200 if there else 404, {"status": "unloaded"})
         else:
             had[handler.engine.name][body["lora_name"]] = body["lora_path"]
-            handler.tell(200, {"status": "loaded", "digest": "d"})
+            handler.tell(200, {"status": "loaded", "digest": digests[handler.engine.name]})
 
     with stubs(2) as engines, routed(*engines) as router:
         for one in engines:
@@ -233,6 +235,19 @@ def test_adapters_reach_all_and_who_was_away(monkeypatch: pytest.MonkeyPatch) ->
         post(router, unload, {"lora_name": "a"})
         post(router, unload, {"lora_name": "a"}, status=404)
         assert had == {"s1": {}, "s2": {}}
+        post(router, load, {"lora_name": "a", "lora_path": "x"})
+        engines[0].end()
+        wait_for("the router to see it", lambda: not router.engines[0].well)
+        had["s1"], digests["s1"] = {}, "e"
+        engines[0].begin(port)
+        why = "behind: its adapter a hashes to e, and what was loaded first to d"
+        wait_for("it to have another", lambda: router.engines[0].state == why)
+        assert ask(router) == "s2" and had["s1"] == {"a": "x"} and "engine-1 is asked for nothing" in caplog.text
+        digests["s1"] = "d"
+        wait_for("it to have the same", lambda: router.engines[0].ready)
+        digests["s1"] = ""
+        assert post(router, load, {"lora_name": "b", "lora_path": "x"})["digest"] == ""
+        assert [one.ready for one in router.engines] == [True, False] and ask(router) == "s1"
 
 
 def test_weights_that_another_router_brought_are_heard_of(monkeypatch: pytest.MonkeyPatch) -> None:

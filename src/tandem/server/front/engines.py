@@ -33,6 +33,14 @@ class Served(NamedTuple):
     digest: str
 
 
+class Loaded(NamedTuple):
+    """An adapter of an engine: the call that it was told to load it by, and the digest that it came to ("": it says
+    none)."""
+
+    call: bytes
+    digest: str
+
+
 class Engine:
     """One. `ready` where it may be asked for something new."""
 
@@ -52,8 +60,8 @@ class Engine:
         self._space: Space | None = None
         self.took_s = 0.0  # when it was given weights from here
         self.told_held = ""  # the pause that it was told of
-        self.adapters: dict[str, bytes] = {}  # name -> the call that it was told to load it by, from here
-        self.lacks: list[str] = []  # adapters that it should have
+        self.adapters: dict[str, Loaded] = {}  # by name, of those that it was told of from here
+        self.lacks: dict[str, str] = {}  # adapters that it should have, by name, and how it has not
         self.unshared = ""  # why its tenants have other shares than of all engines
         self.open = set[Trying]()
         self.answers = 0  # that these ask for
@@ -76,7 +84,7 @@ class Engine:
             return f"{'given up' if self.given_up else 'lost' if self.lost else 'failing'}: {self.said}"
         if self.drained:
             return "draining"
-        behind = self.behind or (f"it has not loaded {', '.join(self.lacks)}" if self.lacks else "")
+        behind = self.behind or "; ".join(self.lacks.values())
         return f"behind: {behind}" if behind else "ok"
 
     @property
@@ -204,6 +212,26 @@ def _space(said: Any) -> Space | None:
         return msgspec.convert(said, Space | None)
     except msgspec.ValidationError:
         return None
+
+
+def lacking(name: str, wanted: Loaded, own: Loaded | None) -> str:
+    """How an engine has not got an adapter; "" where it has.
+
+    >>> lacking("sums", Loaded(b"call", "9f2c"), Loaded(b"call", "31aa"))
+    'its adapter sums hashes to 31aa, and what was loaded first to 9f2c'
+    """
+    if own is None or own.call != wanted.call:
+        return f"it has not loaded {name}"
+    if own.digest != wanted.digest:
+        return (
+            f"its adapter {name} hashes to {own.digest[:DIGITS]}, and what was loaded first to {wanted.digest[:DIGITS]}"
+        )
+    return ""
+
+
+def digest_of(body: Any) -> str:
+    """Of the adapter that an engine's answer says that it loaded; "" where it says nothing of it."""
+    return str(body.get("digest", "")) if isinstance(body, dict) else ""
 
 
 def read(body: bytes) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import partial
 
 from tandem import env
@@ -21,7 +21,7 @@ from tandem.errors import ConfigError
 from tandem.server.config import FrontConfig, ServerConfig
 from tandem.server.front.call import Call
 from tandem.server.front.client import Lost
-from tandem.server.front.engines import Engine, Served, newest, read, served_of
+from tandem.server.front.engines import Engine, Loaded, Served, digest_of, lacking, newest, read, served_of
 from tandem.server.refusal import Refusal
 from tandem.server.tenants import Access
 from tandem.server.wire import log
@@ -56,7 +56,7 @@ class Front:
         self.draining = False
         self.had: Served | None = None  # the weights that are to be served
         self.folder = ("", b"")  # their digest, and the call that brought them, where they are of a folder
-        self.adapters: dict[str, bytes] = {}  # name -> the call that brings it, of those that were loaded from here
+        self.adapters: dict[str, Loaded] = {}  # by name, of those that were loaded from here
         self.updating = 0  # updates of weights on their way
         self.held: tuple[str, bytes] | None = None  # the pause that is on: what an engine that comes back is told
         self.freed = "/resume"  # what ended the last one
@@ -165,7 +165,8 @@ class Front:
     def _settle(self) -> None:
         """Which weights and adapters are to be served, and who has not got them."""
         for one in self.engines:
-            one.lacks = [name for name, call in self.adapters.items() if one.adapters.get(name) != call]
+            lacks = {name: lacking(name, wanted, one.adapters.get(name)) for name, wanted in self.adapters.items()}
+            one.lacks = {name: why for name, why in lacks.items() if why}
         told = [one for one in self.engines if one.well]
         self.had = newest(self.had, [one.served for one in told if one.served is not None])
         for one in told:
@@ -189,25 +190,28 @@ class Front:
             engine.behind = f"it missed an update of the weights: {why}"
         self.folder = (digest, folder)
 
-    def adapted(self, name: str, call: bytes | None, took: Iterable[Engine], done: bool) -> None:
-        """Engines loaded an adapter by a call, or (None) have it no more. done: so it stands for all; else what they
-        should have is what it was."""
+    def adapted(self, name: str, call: bytes | None, took: Mapping[Engine, str], done: bool) -> None:
+        """Engines loaded an adapter by a call, with the digests that they came to, or (None) have it no more. done: so
+        it stands for all, as what most came to; else what they should have is what it was."""
         if done:
             self.adapters.pop(name, None)
         if done and call is not None:
-            self.adapters[name] = call
-        for one in took:
+            self.adapters[name] = Loaded(call, Counter(took.values()).most_common(1)[0][0])
+        for one, digest in took.items():
             one.adapters.pop(name, None)
             if call is not None:
-                one.adapters[name] = call
+                one.adapters[name] = Loaded(call, digest)
         self._settle()
+        for one in took:
+            if call is not None and name in one.lacks:
+                log.warning("engine %s is asked for nothing: %s", one.name, one.lacks[name])
 
     @property
     def had_digest(self) -> str:
         return self.had.digest if self.had is not None else ""
 
     def _loaded(self, engine: Engine, name: str, call: bytes, said: bytes) -> None:
-        self.adapted(name, call, [engine], done=False)
+        self.adapted(name, call, {engine: digest_of(read(said))}, done=False)
 
     async def _catch_up(self, engine: Engine) -> None:
         """One that was away gets the pause and the weights that it missed, where the router can bring them."""
@@ -226,7 +230,7 @@ class Front:
             if weights:
                 deliver.append(("/update_weights_from_disk", folder, lambda said: engine.took(served_of(read(said)))))
             for name in engine.lacks:
-                call = self.adapters[name]
+                call = self.adapters[name].call
                 deliver.append((LOAD, call, partial(self._loaded, engine, name, call)))
         for path, body, done in deliver:
             try:

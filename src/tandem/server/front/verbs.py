@@ -2,7 +2,8 @@
 
 Each engine decides who may (its keys, server.control). The answer is that of an engine, with `engines` beside: what
 each said. 200 means what it means of one engine. Where some took other weights, these are served from then on, and who
-missed them is asked for nothing until it has them. Where an engine that is well refused anything else, that is told.
+missed them is asked for nothing until it has them; likewise who finds another adapter than the others in a folder.
+Where an engine that is well refused anything else, that is told.
 An engine that is away is told of a pause, of weights of a folder and of adapters when it comes back.
 """
 
@@ -17,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from tandem.server.front.client import Headers, Lost
-from tandem.server.front.engines import Engine, served_of
+from tandem.server.front.engines import Engine, digest_of, served_of
 from tandem.server.front.forward import HOPS
 from tandem.server.front.front import LOAD, Front
 from tandem.server.refusal import Refusal, misfit
@@ -124,10 +125,12 @@ async def everywhere(front: Front, request: Request) -> Response:
     if path in (LOAD, UNLOAD) and took:
         said = msgspec.json.decode(body)  # as an engine has read it
         call = msgspec.json.encode({**said, "load_inplace": True}) if path == LOAD else None
-        front.adapted(said["lora_name"], call, took, done=not broken)
+        digests = {one: digest_of(each.body) for one, each in took.items()}
+        front.adapted(said["lora_name"], call, digests, done=not broken)
     if broken or not took:
         return _refused(told, broken or failed, path)
-    return answer({**_merged(list(took.values())), "engines": _each(told)})
+    first = sorted(took, key=lambda one: bool(one.behind or one.lacks))  # whose answer is told is not behind
+    return answer({**_merged([took[one] for one in first]), "engines": _each(told)})
 
 
 async def _said(engine: Engine, method: str, target: bytes, headers: Headers, body: bytes, limit_s: float) -> Said:
