@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tandem.errors import ConfigError, ModelError
 from tandem.models.adapter import AdapterSet, Base
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
-from tandem.models.config import AdapterConfig, pattern_of
+from tandem.models.config import PROJECTIONS, AdapterConfig, pattern_of
 from tandem.models.decoder import Decoder
 from tandem.models.peft import CONFIG, WEIGHTS, merged, read_adapter, save_adapter
 from tandem.models.view import PackView
@@ -151,6 +151,19 @@ def test_merged_is_a_model_of_its_own(tmp_path: Path, write_model: Any) -> None:
     assert origin_of(str(tmp_path / "adapter"))[0] == str(tmp_path / "model")
 
 
+def test_a_base_that_has_moved_is_said(tmp_path: Path, write_model: Any) -> None:
+    """A path of another machine that is taken for a hub's name; a merge that can't be told the new place."""
+    write_model(tmp_path / "model")
+    checkpoint = open_checkpoint(str(tmp_path / "model"))
+    decoder = Decoder(checkpoint.spec, "float32").load(checkpoint.tensors())
+    written(tmp_path / "adapter", decoder, str(tmp_path / "model"))
+    (tmp_path / "model").rename(tmp_path / "moved")
+    with pytest.raises(ModelError, match="base_model_name_or_path in its adapter_config.json.*moved.*--base"):
+        origin_of(str(tmp_path / "adapter"))
+    merge(str(tmp_path / "adapter"), tmp_path / "out", "float32", str(tmp_path / "moved"))
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def spoil(folder: Path, config: dict[str, Any] | None = None, **tensors: torch.Tensor | None) -> None:
     if config is not None:
         (folder / CONFIG).write_text(json.dumps(json.loads((folder / CONFIG).read_text()) | config))
@@ -173,7 +186,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "shape": (
         {"layers__0__mlp__up_proj__lora_A__weight": torch.zeros(3, 32)},
-        r"layers.0.mlp.up_proj.lora_A.weight has shape \(3, 32\); .* want \(4, 32\)",
+        r"layers.0.mlp.up_proj.lora_A.weight has shape \(3, 32\); .* wants \(4, 32\)",
     ),
     "numbers": ({"layers__0__mlp__up_proj__lora_A__weight": torch.full((4, 32), torch.nan)}, "are not finite"),
     "kind": ({"config": {"peft_type": "IA3"}}, "peft_type is 'IA3'; LORA is read"),
@@ -184,6 +197,11 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "nothing": (
         {"config": {"target_modules": ["c_attn"]}},
         "is of c_attn .target_modules., which no linear layer of this",
+    ),
+    "rank": ({"config": {"r": 2_000_000_000}}, r"has shape \(4, \d+\); .* wants \(2000000000, \d+\)"),
+    "one that is nothing": (
+        {"config": {"target_modules": [*PROJECTIONS, "foo_proj"]}},
+        "is of foo_proj .target_modules., which no linear layer of this",
     ),
     "flag": ({"config": {"use_rslora": "no"}}, "has use_rslora = 'no'; true or false"),
     "biases": ({"config": {"bias": "lora_only"}}, "sets bias to 'lora_only', which is not computed here"),

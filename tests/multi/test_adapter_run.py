@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import Future
 from pathlib import Path
+from shutil import copytree, rmtree
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tandem.config import override
-from tandem.errors import CheckpointError, ConfigError
+from tandem.errors import CheckpointError, ConfigError, RunFolderError
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.program.pool import RunningEpisode
 from tandem.recipes.tiny_arithmetic import tiny_arithmetic
@@ -152,6 +153,27 @@ def test_a_run_is_asked_and_trained_further(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"adapter_config.json decides adapter.alpha"):
         again = override(further, {"adapter.alpha": "3"})
         build_parts(again.model, again.engine, run=again)
+
+
+def test_a_reference_that_was_written_anew_is_not_resumed_with(tmp_path: Path) -> None:
+    """Log-probs of another adapter than the run began with, in silence; a run that needs none and can't go on without
+    it; a run that is no source."""
+    run(config_of(steps="1"), tmp_path / "first")
+    copy = tmp_path / "copy"
+    copytree(tmp_path / "first" / "checkpoints" / "step-1", copy)
+    given = {"adapter.rank": "0", "steps": "1", "checkpoint.every": "1"}
+    refers = {"algo.kl": "k3", "algo.kl_weight": "0.1"}
+    kept = config_of(**given, **refers, **{"adapter.source": str(copy)})
+    free = config_of(**given, **{"adapter.source": str(tmp_path / "first")})
+    run(kept, tmp_path / "kept")
+    run(free, tmp_path / "free")
+    rmtree(tmp_path / "first")
+    local.train(override(free, {"steps": "2"}), out=None, resume=tmp_path / "free", display=Silent())
+    assert rows_of(tmp_path / "free")[-1]["step"] == 2
+    rmtree(copy)
+    copytree(tmp_path / "free" / "checkpoints" / "step-2", copy)
+    with pytest.raises(RunFolderError, match="adapter.source .* and the run began with .* which is its reference"):
+        local.train(override(kept, {"steps": "2"}), out=None, resume=tmp_path / "kept", display=Silent())
 
 
 def test_another_base_is_not_resumed_on(tmp_path: Path) -> None:

@@ -102,13 +102,11 @@ class AdapterSet:
 
         ConfigError where a target is no linear layer of the decoder.
         """
-        modules = [one.module for one in self.additions]
-        for target in self.config.targets:
-            if not any(module == target or module.endswith(f".{target}") for module in modules):
-                raise ConfigError(
-                    f"adapter.targets names {target}, and no linear layer of this model ends in it. Allowed: "
-                    f"{', '.join(PROJECTIONS)}, and longer ends of a layer's name."
-                )
+        for target in self._unmatched():
+            raise ConfigError(
+                f"adapter.targets names {target}, and no linear layer of this model ends in it. Allowed: "
+                f"{', '.join(PROJECTIONS)}, and longer ends of a layer's name."
+            )
         for number, one in enumerate(self.additions):
             value = one.adapter.down.value[one.piece.ranks]
             drawn = uniform(word_rows([seed], [number], value.numel(), Stream.ADAPTER)[0]) * 2 - 1
@@ -117,6 +115,11 @@ class AdapterSet:
                 one.piece.magnitude.value.copy_(self._norm(one.matrix, one.adapter)[one.piece.rows])
         self.repack()
         return self
+
+    def _unmatched(self) -> list[str]:
+        """Targets of which no layer is called."""
+        names = [f".{one.module}" for one in self.additions]
+        return [one for one in self.config.targets if not any(name.endswith(f".{one}") for name in names)]
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """What is trained, by name."""
@@ -188,9 +191,10 @@ class AdapterSet:
         """Copy every tensor in, by PEFT's name. ModelError, with its name, for one that is lacking, unknown or odd."""
         wanted = dict(self.export())
         outside = [target for target in self.config.targets if _last(target) in OUTSIDE]
-        if outside or not wanted:
+        unmatched = self._unmatched()
+        if unmatched:
             raise ModelError(
-                f"{origin} is of {', '.join(outside or self.config.targets)} (target_modules), "
+                f"{origin} is of {', '.join(outside or unmatched)} (target_modules), "
                 f"{'where adapters are not computed' if outside else 'which no linear layer of this model is called'}. "
                 f"Those of this model are {', '.join(PROJECTIONS)}. Merge the adapter with PEFT (merge_and_unload) and "
                 "give the merged model, or take the model that it is of."

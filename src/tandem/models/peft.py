@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,6 +56,23 @@ class AdapterFolder:
 
     def weights(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The tensors, and the file's metadata. ModelError where there is no such file, or it is damaged."""
+        with self._file() as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+
+    def check_ranks(self) -> None:
+        """ModelError where the file's ranks are not the config's, by which memory is taken. Reads no tensor."""
+        with self._file() as file:
+            for name in file.keys():
+                module, is_down, _ = name.removeprefix("base_model.model.").partition(".lora_A.weight")
+                size, shape = self.config.size(module), tuple(file.get_slice(name).get_shape())
+                if is_down and size is not None and shape[:1] != (size[0],):
+                    raise ModelError(
+                        f"{self.folder / WEIGHTS}: tensor {name} has shape {shape}; {CONFIG} (r, rank_pattern) wants "
+                        f"{(size[0], *shape[1:])}. One of the two files is damaged, or another's."
+                    )
+
+    @contextmanager
+    def _file(self) -> Iterator[Any]:
         from safetensors import SafetensorError, safe_open
 
         path = self.folder / WEIGHTS
@@ -62,7 +80,7 @@ class AdapterFolder:
             raise ModelError(f"{self.folder} has {CONFIG}, but no {WEIGHTS}. Save the adapter as safetensors.")
         try:
             with safe_open(str(path), framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
+                yield file
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} cannot be read: {error}. Download or copy the file again.") from error
 
@@ -111,7 +129,10 @@ def read_adapter(folder: str | Path) -> AdapterFolder:
         )
     except ConfigError as error:
         raise ModelError(f"{path}: {error}") from error
-    return AdapterFolder(Path(folder), config, str(written.get("base_model_name_or_path") or ""))
+    found = AdapterFolder(Path(folder), config, str(written.get("base_model_name_or_path") or ""))
+    if (found.folder / WEIGHTS).is_file():
+        found.check_ranks()
+    return found
 
 
 def _pairs(kind: Kind[N]) -> Kind[tuple[tuple[str, N], ...]]:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, RunFolderError
 from tandem.models.adapter import AdapterSet, Base
 from tandem.models.peft import check_family, read_adapter
+from tandem.numerics.digest import root_hash, tensor_hashes
+from tandem.run.folder import latest_checkpoint
+from tandem.run.learned import OBJECTIVES
+from tandem.run.source import resolve_source
 from tandem.sync.publish import weight_version
 from tandem.train.score import with_logprobs
 
@@ -19,16 +24,59 @@ if TYPE_CHECKING:
     from tandem.models.decoder import Decoder
     from tandem.models.peft import AdapterFolder
     from tandem.run.config import RunConfig
+    from tandem.train.checkpoint import Part
     from tandem.types import Sample
 
 NAME = "policy"  # of the adapter that a run trains
+
+
+def begun_with(source: str) -> AdapterFolder:
+    """The adapter of `adapter.source`: a folder in PEFT's format, or a run, whose newest checkpoint is meant."""
+    return read_adapter(resolve_source(source))
+
+
+class SameAdapter:
+    """A part of a checkpoint: a run that goes on has the reference that it began with."""
+
+    def __init__(self, source: str) -> None:
+        self._source, found = source, begun_with(source)
+        self._digest = root_hash(dict(tensor_hashes(found.weights()[0])) | {"adapter": repr(found.config)})
+
+    def state(self) -> dict[str, Any]:
+        return {"digest": self._digest}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """RunFolderError where it is another."""
+        if state["digest"] != self._digest:
+            raise RunFolderError(
+                f"adapter.source {self._source} hashes to {self._digest[:12]} now, and the run began with "
+                f"{state['digest'][:12]}, which is its reference: the adapter was trained on, or written anew. Put the "
+                "first back, or start a new run from this one: --set adapter.source=RUN."
+            )
+
+
+def _refers(run: RunConfig) -> bool:
+    """Whether the adapter that it began with is its reference, as long as it runs."""
+    return bool(run.adapter.source) and "reference_logprobs" in OBJECTIVES[run.objective](run).columns
+
+
+def saved_adapter(run: RunConfig) -> dict[str, Part]:
+    """What a checkpoint has of the adapter that the run began with."""
+    return {"adapter": SameAdapter(run.adapter.source)} if _refers(run) else {}
+
+
+def resumed(run: RunConfig, folder: Path) -> RunConfig:
+    """Of a run that goes on: from its own adapter, where nothing asks for the one that it began with."""
+    if not run.adapter.source or _refers(run) or latest_checkpoint(folder) is None:
+        return run
+    return dataclasses.replace(run, adapter=dataclasses.replace(run.adapter, source=str(folder)))
 
 
 def settled(config: AdapterConfig) -> AdapterConfig:
     """With what its source decides. ConfigError where both say something, ModelError where the source is no adapter."""
     if not config.source:
         return config
-    found = read_adapter(config.source).config
+    found = begun_with(config.source).config
     plain = type(config)()
     names = {field.name for field in dataclasses.fields(found)} - {"source"}
     given = [name for name in sorted(names) if getattr(config, name) != getattr(plain, name)]
@@ -44,7 +92,7 @@ def trained_on(decoder: Decoder, run: RunConfig, source: str) -> AdapterSet:
     """The adapter that a run begins with, for the decoder that learns. `source`: of its weights."""
     config = run.adapter
     if config.source:
-        made = read_adapter(config.source).onto(decoder, NAME)
+        made = begun_with(config.source).onto(decoder, NAME)
     else:
         check_family(decoder.spec.architecture)
         made = AdapterSet(decoder, config, NAME).draw(run.seed)
@@ -64,7 +112,7 @@ def check_source(run: RunConfig | None, worn: AdapterFolder | None) -> None:
 
 def without(decoder: Decoder, source: str) -> Callable[..., tuple[Sample, ...]]:
     """What fills in `reference_logprobs` by the decoder with the adapter that the run began with, or none."""
-    first = read_adapter(source).onto(decoder) if source else None
+    first = begun_with(source).onto(decoder) if source else None
 
     def score(
         samples: Sequence[Sample], prompts: Sequence[PromptTotal], budget_tokens: int, temperature: float

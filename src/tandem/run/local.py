@@ -14,6 +14,7 @@ from tandem.plan.memory import Plan, check_counts
 from tandem.program.child import child_of
 from tandem.program.pool import EnvironmentPool
 from tandem.rollout.evaluate import Evaluation
+from tandem.run.adapted import resumed
 from tandem.run.asynchronous import AsyncSession
 from tandem.run.backends import backend_of
 from tandem.run.clock import WallClock, started
@@ -52,7 +53,8 @@ def train(
         pool = EnvironmentPool(config.task, born=born, idle=not config.asks_task)
         leaving.callback(pool.close)
         folder = leaving.enter_context(RunFolder.open(resume, config, keep=keep)) if resume is not None else None
-        built = config.model, config.engine, config.sync.lag, config
+        own = resumed(config, folder.path) if folder is not None else config
+        built = config.model, config.engine, config.sync.lag, own
         parts = build_parts(*built, task=config.task, workers=workers, remote=config.remote)
         leaving.callback(parts.close)
         if config.asks_task:

@@ -12,7 +12,7 @@ from tandem.errors import ConfigError, ModelError
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import DTYPES, Decoder
 from tandem.models.peft import merged
-from tandem.run.source import origin_of, resolve_source
+from tandem.run.source import origin_of
 
 
 def merge(source: str, out: Path, dtype: str, base: str = "") -> None:
@@ -22,10 +22,10 @@ def merge(source: str, out: Path, dtype: str, base: str = "") -> None:
     """
     if out.exists():
         raise ConfigError(f"{out} exists already. Give a new folder.")
-    weights, adapter = origin_of(source)
+    weights, adapter = origin_of(source, base)
     if adapter is None:
         raise ConfigError(f"{source} is no adapter, nor a run that trains one: there is nothing to merge.")
-    checkpoint = open_checkpoint(resolve_source(base) if base else weights)
+    checkpoint = open_checkpoint(weights)
     made = adapter.onto(Decoder(checkpoint.spec, "float32"))  # which takes the numbers as they are
     kind, aside = DTYPES[dtype], out.with_name(f"{out.name}.part")
     with ExitStack() as leaving:

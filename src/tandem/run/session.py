@@ -36,6 +36,7 @@ from tandem.rollout.router import Router
 from tandem.rollout.rows import credits, trajectory_rows
 from tandem.run import outlet
 from tandem.run.account import Account
+from tandem.run.adapted import saved_adapter
 from tandem.run.clock import WallClock
 from tandem.run.config import RunConfig
 from tandem.run.counted import counted
@@ -147,6 +148,7 @@ class Session:
         self.samples = objective.samples  # the engine does, and rewards and fates are theirs
         self.reading = reading
         self.saved_parts |= {**(reading.saved if reading is not None else {}), **saved_teacher(config)}
+        self.saved_parts |= saved_adapter(config)
         self.reference = scorer_of(parts, config, objective, self._frozen, folder.path, self.trace)
         self.filled = filler_of(config, parts, objective)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tandem.errors import ConfigError, ModelError
-from tandem.models.peft import AdapterFolder, base_of
+from tandem.models.peft import CONFIG, AdapterFolder, base_of
 from tandem.run.folder import latest_checkpoint
 from tandem.train.checkpoint import MANIFEST, verify
 
@@ -24,11 +24,20 @@ def resolve_source(source: str) -> str:
     return str(saved.path)
 
 
-def origin_of(source: str) -> tuple[str, AdapterFolder | None]:
-    """The weights that a model source is read from and, where it is an adapter or a run that trains one, that."""
-    base, adapter = base_of(resolve_source(source))
+def origin_of(source: str, base: str = "") -> tuple[str, AdapterFolder | None]:
+    """The weights that a model source is read from and, where it is an adapter or a run that trains one, that. `base`:
+    a model in place of the one that an adapter names."""
+    named, adapter = base_of(resolve_source(source))
     if adapter is None:
-        return base, None
+        return named, None
+    base, place = base or named, Path(named).expanduser()
+    if base == named and place.is_absolute() and not place.exists():
+        raise ModelError(
+            f"{adapter.folder} is an adapter of {named} (base_model_name_or_path in its {CONFIG}), and there is "
+            "nothing: the model was moved or removed. Put it back there, or a link to where it is now, or write its "
+            f"new place into {CONFIG} (not in a run's checkpoint, whose files are hashed). To merge it give the place: "
+            "tandem convert merge ... --base MODEL."
+        )
     base, another = base_of(resolve_source(base))
     if another is not None:
         raise ModelError(f"{source} is an adapter of an adapter, {adapter.base}. Merge that one first.")
