@@ -6,6 +6,7 @@ Tolerance: two orders of adding fp32 numbers over some forty products, whose sum
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tandem.errors import ConfigError, ModelError
+from tandem.errors import ConfigError, ModelError, TandemWarning
 from tandem.models.adapter import AdapterSet, Base
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.config import PROJECTIONS, AdapterConfig, pattern_of
@@ -23,7 +24,9 @@ from tandem.models.decoder import Decoder
 from tandem.models.peft import CONFIG, WEIGHTS, merged, read_adapter, save_adapter
 from tandem.models.view import PackView
 from tandem.run.merge import merge
+from tandem.run.model import load
 from tandem.run.source import origin_of
+from tandem.sync.publish import weight_version
 
 FORMS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -50,7 +53,7 @@ def written(folder: Path, decoder: Decoder, base: str, **form: Any) -> AdapterSe
         if one.piece.magnitude is not None:
             one.piece.magnitude.value *= 1 + 0.1 * torch.randn(len(up), generator=generator)
     made.repack()
-    made.base = Base(base, "abc")
+    made.base = Base(base, weight_version(decoder, 0).digest)
     save_adapter(folder, made)
     return made
 
@@ -162,6 +165,25 @@ def test_a_base_that_has_moved_is_said(tmp_path: Path, write_model: Any) -> None
         origin_of(str(tmp_path / "adapter"))
     merge(str(tmp_path / "adapter"), tmp_path / "out", "float32", str(tmp_path / "moved"))
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_another_base_is_warned_of(tmp_path: Path, write_model: Any) -> None:
+    """A base that was changed in its place, or another of the same shapes, taken without a word; a warning of the base
+    that it is of."""
+    write_model(tmp_path / "model")
+    checkpoint = open_checkpoint(str(tmp_path / "model"))
+    decoder = Decoder(checkpoint.spec, "bfloat16").load(checkpoint.tensors())
+    written(tmp_path / "adapter", decoder, str(tmp_path / "model"))
+    right = weight_version(decoder, 0).digest[:12]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", TandemWarning)
+        merge(str(tmp_path / "adapter"), tmp_path / "out", "bfloat16")
+    write_model(tmp_path / "model", scale=2.0)
+    says = f"weights that hash to {right}, and those of .* hash to (?!{right})"
+    with pytest.warns(TandemWarning, match=says):
+        merge(str(tmp_path / "adapter"), tmp_path / "other", "bfloat16")
+    with pytest.warns(TandemWarning, match=says):
+        load(tmp_path / "adapter")
 
 
 def spoil(folder: Path, config: dict[str, Any] | None = None, **tensors: torch.Tensor | None) -> None:

@@ -59,6 +59,12 @@ class AdapterFolder:
         with self._file() as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})
 
+    def trained_on(self) -> tuple[str, torch.dtype] | None:
+        """The hash of the weights that it was trained on and the dtype that they had; None where the file says none."""
+        tensors, said = self.weights()
+        kinds = {tensor.dtype for tensor in tensors.values() if tensor.ndim == 2}
+        return (said[BASE], kinds.pop()) if said.get(BASE) and len(kinds) == 1 else None
+
     def check_ranks(self) -> None:
         """ModelError where the file's ranks are not the config's, by which memory is taken. Reads no tensor."""
         with self._file() as file:

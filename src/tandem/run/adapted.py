@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tandem.errors import ConfigError, RunFolderError
+from tandem.errors import ConfigError, RunFolderError, TandemWarning
 from tandem.models.adapter import AdapterSet, Base
 from tandem.models.peft import check_family, read_adapter
 from tandem.numerics.digest import root_hash, tensor_hashes
@@ -98,6 +99,22 @@ def trained_on(decoder: Decoder, run: RunConfig, source: str) -> AdapterSet:
         made = AdapterSet(decoder, config, NAME).draw(run.seed)
     made.base = Base(source, weight_version(decoder, 0).digest)
     return made
+
+
+def check_base(found: AdapterFolder, decoder: Decoder, source: str) -> None:
+    """Warns where an adapter that knows its base goes on another. `decoder`: with the weights of `source`, and without
+    an adapter; nothing is known of one in another dtype."""
+    told = found.trained_on()
+    if told is None or told[1] != decoder.dtype:
+        return
+    now = weight_version(decoder, 0).digest
+    if now != told[0]:
+        warnings.warn(
+            f"the adapter {found.folder} was trained on weights that hash to {told[0][:12]}, and those of {source} "
+            f"hash to {now[:12]}: its answers are not those of its training. Give the model that it was trained on.",
+            TandemWarning,
+            stacklevel=3,
+        )
 
 
 def check_source(run: RunConfig | None, worn: AdapterFolder | None) -> None:

@@ -12,6 +12,7 @@ from tandem.errors import ConfigError, ModelError
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import DTYPES, Decoder
 from tandem.models.peft import merged
+from tandem.run.adapted import check_base
 from tandem.run.source import origin_of
 
 
@@ -26,6 +27,9 @@ def merge(source: str, out: Path, dtype: str, base: str = "") -> None:
     if adapter is None:
         raise ConfigError(f"{source} is no adapter, nor a run that trains one: there is nothing to merge.")
     checkpoint = open_checkpoint(weights)
+    told = adapter.trained_on()
+    for name in [name for name, kind in DTYPES.items() if told is not None and kind == told[1]]:
+        check_base(adapter, Decoder(checkpoint.spec, name).load(checkpoint.tensors()), weights)
     made = adapter.onto(Decoder(checkpoint.spec, "float32"))  # which takes the numbers as they are
     kind, aside = DTYPES[dtype], out.with_name(f"{out.name}.part")
     with ExitStack() as leaving:

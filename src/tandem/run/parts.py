@@ -34,7 +34,7 @@ from tandem.plan.footprint import Asked
 from tandem.plan.memory import Plan, plan_memory
 from tandem.program.config import TaskConfig
 from tandem.program.render import Renderer, renderer_of
-from tandem.run.adapted import check_source, settled, trained_on, without
+from tandem.run.adapted import check_base, check_source, settled, trained_on, without
 from tandem.run.apart import EngineGiven, RemoteEngine, RemoteReference
 from tandem.run.config import RunConfig
 from tandem.run.distil import check_teacher
@@ -226,6 +226,7 @@ class _Words:
     def adapter(self, decoder: Decoder) -> AdapterSet | None:
         """For a decoder, without which its weights were loaded; None: of no adapter."""
         if self.worn is not None:
+            check_base(self.worn, decoder, self.worn.base)
             return self.worn.onto(decoder)
         if self.run is None or not self.run.adapter.on:
             return None

@@ -19,6 +19,7 @@ from tandem.models.tokenizer import Tokenizer
 from tandem.plan.memory import Plan
 from tandem.program.config import TaskConfig
 from tandem.program.render import renderer_of
+from tandem.run.adapted import check_base
 from tandem.run.model import asked_as
 from tandem.run.parts import Parts, build_parts, plan_parts
 from tandem.run.source import origin_of, resolve_source
@@ -125,5 +126,7 @@ def served(config: ServeConfig) -> tuple[Parts, list[Message]]:
     runner = parts.engine.runner
     assert isinstance(runner, DecoderRunner), type(runner)
     for name, folder in adapters(config):
+        if runner.decoder.adapter is None:
+            check_base(folder, runner.decoder, config.model.source)
         serve_adapter("the server's engine", parts.engine, folder.onto(runner.decoder, name), 0)
     return parts, [Message("system", task.system)] if task.system else []
