@@ -161,3 +161,20 @@ def test_files_that_are_no_trajectories(tmp_path: Path) -> None:
     assert len(torn) == 0 and dict(torn.left_out) == {"refused: not JSON": 1, "not graded": 1}
     whole = written(tmp_path / "whole") / "trajectories" / "step-1.jsonl"
     assert said(everything(reader(whole))) == ["1<|im_end|>", "2<|im_end|>"]
+
+
+def test_what_was_not_sampled_is_no_program(tmp_path: Path) -> None:
+    """A preference run's rejected answers are trained, as programs of a reward of 0; SFT's folder passes as graded."""
+    asked = Prompt("pairs/0", (Message("user", "1 + 1?"),))
+    tokens = [*RENDERER.prompt_tokens(asked.messages), *RENDERER.answer_tokens("3")]
+    mask = np.arange(len(tokens)) >= len(tokens) - len(RENDERER.answer_tokens("3"))
+    rejected = Trajectory("pairs/0/1", asked.id, Columns.of(tokens=tokens, loss_mask=mask))
+    path = written(tmp_path / "run") / "trajectories" / "step-1.jsonl"
+    with path.open("a") as file:
+        rows = trajectory_rows([Group(asked, (rejected,))], Pieces(TOKENIZER.decode))
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    for source in (tmp_path / "run", path):
+        with pytest.raises(
+            CorpusError, match=r"step-1\.jsonl line 4: no model sampled it.*corpus\.sources of its conf"
+        ):
+            reader(source, bad="count")

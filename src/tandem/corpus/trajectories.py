@@ -60,7 +60,8 @@ class _Program:
 
 
 class RunReader:
-    """The programs that a run graded, a row each, with `advantages` beside what is learned."""
+    """The programs that a run graded, a row each, with `advantages` beside what is learned. CorpusError for a run that
+    sampled none: it learned from what was written, and the rewards of that are no grades."""
 
     def __init__(self, name: str, path: Path, config: CorpusConfig, renderer: Renderer) -> None:
         self.name, self.config, self.renderer = name, config, renderer
@@ -119,6 +120,8 @@ class RunReader:
             lines[program].append(tuple(where))  # type: ignore[arg-type]
             if program not in rewards:
                 graded = row.get("reward") is not None and not row.get("failure")
+                if graded and row.get("stop_reason", "") is None and row["sampled_tokens"]:
+                    raise _written(f"{self.paths[where[0]]} line {where[1]}")
                 rewards[program] = reward = float(row["reward"]) if graded else None
                 if reward is not None:
                     groups[program.rpartition("/")[0]].append(reward)
@@ -256,6 +259,17 @@ class RunReader:
         failed = np.array([number in trained.marked for number in own])
         columns = columns.having(loss_mask=mask & kept[number_T])
         return columns.having(failed=columns["loss_mask"] & failed[number_T]) if failed.any() else columns
+
+
+def _written(place: str) -> CorpusError:
+    """For a row that no model sampled: generation ended for no reason."""
+    return refused(
+        "not sampled",
+        place,
+        "no model sampled it: its run learned from what is written (objective next_token, preference, or distil "
+        "without distil.on_policy), and nobody graded that. In corpus.sources name what that run read: the "
+        "corpus.sources of its config.json.",
+    )
 
 
 def _untrained(columns: Columns) -> Columns:
