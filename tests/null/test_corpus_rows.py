@@ -226,3 +226,38 @@ def test_settings_that_do_not_fit() -> None:
     ):
         with pytest.raises(ConfigError, match=said.replace(".", r"\.")):
             CorpusConfig(**given)
+
+
+def test_prompts_and_completions(tmp_path: Path) -> None:
+    """TRL's prompt and completion, or GSM8K's question and answer, not learned from; an answer that was rated bad, or
+    a turn of the prompt's, that is trained."""
+    wanted = texts(read(lines(tmp_path / "a.jsonl", {"messages": [ASK, SAY], "system": "Add."})))
+    told = {"prompt": "1 + 1?", "completion": "2", "system": "Add."}
+    assert texts(read(lines(tmp_path / "b.jsonl", told))) == wanted
+    assert texts(read(lines(tmp_path / "c.jsonl", told | {"prompt": [ASK], "completion": [SAY]}))) == wanted
+    gsm8k = lines(tmp_path / "d.jsonl", {"question": "1 + 1?", "answer": "2", "system": "Add."})
+    assert texts(read(gsm8k, fields=(("prompt", "question"), ("completion", "answer")))) == wanted
+    with pytest.raises(CorpusError, match=r"fields=prompt=question,completion=answer; .*task\.environment=jsonl"):
+        read(gsm8k)
+    long = read(lines(tmp_path / "e.jsonl", told | {"prompt": [ASK, SAY, {"role": "user", "content": "3?"}]}))
+    assert [trained for _, trained in texts(long)] == ["2<|im_end|>"] and texts(long)[0][0].count("2<|im_end|>") == 2
+    for more, said in (({"label": False}, "answers that are compared"), ({"prompt": None}, "half of a chat")):
+        with pytest.raises(CorpusError, match=said):
+            read(lines(tmp_path / "f.jsonl", told | {"rejected": None} | more, told))
+
+
+def test_rows_of_too_low_a_reward(tmp_path: Path) -> None:
+    """corpus.reward_at_least is not heard for a file, its rows go away without a count, or the places move."""
+    chats = [{"messages": [ASK, SAY], "score": score} for score in (0.2, 1, 0.5)]
+    path = lines(tmp_path / "a.jsonl", *chats, {"messages": [ASK, SAY]}, "{")
+    asked: dict[str, Any] = {"reward_at_least": 0.5, "fields": (("reward", "score"),)}
+    (found,) = readers_of(CorpusConfig((str(path),), **asked), Renderer(new_tokenizer()))
+    assert found.left_out == {"of a reward below 0.5": 1} and len(found) == 4
+    assert [found.group(number).trajectories[0].reward for number in range(2)] == [1, 0.5]
+    assert found.place(0) == f"{path} line 2"
+    with pytest.raises(CorpusError, match=r"line 4: corpus\.reward_at_least is 0\.5, and the row has no score"):
+        found.group(2)
+    with pytest.raises(CorpusError, match="line 5: Expecting"):
+        found.group(3)
+    (whole,) = readers_of(CorpusConfig((str(path),), fields=asked["fields"]), Renderer(new_tokenizer()))
+    assert len(whole) == 5 and whole.digest != found.digest

@@ -207,3 +207,26 @@ def test_the_order_is_the_noise_of_the_counter(tmp_path: Path) -> None:
         noise = words(derive_seed(7, epoch, "corpus/a", 0), 0, range(12), 8).tolist()
         wanted += sorted(range(6), key=lambda place: (noise[2 * place], noise[2 * place + 1]))
     assert ids(found.take(12)) == [f"a/{place}" for place in wanted]
+
+
+def test_a_source_of_which_nothing_is_left_says_why() -> None:
+    """Another source's account in the error; no word on what keeps rows that are double of another's."""
+    first, second = source("a", 3), source("b", 4)
+    second.rows = first.rows
+    second.group = first.group  # type: ignore[method-assign]
+    with pytest.raises(
+        CorpusError, match=r"^b: no row is left[^\n]* b: 3 rows, 3 double(?s:.*)corpus\.duplicates=keep"
+    ) as caught:
+        stream([first, second])
+    assert "a: " not in str(caught.value)
+
+
+def test_what_cannot_be_weighed_is_named() -> None:
+    """A row whose reward no weight can be made of, told by an id that is in no file."""
+
+    def tried(group: Group) -> None:
+        if group.prompt.id == "a/1":
+            raise ConfigError("the reward is -1.")
+
+    with pytest.raises(ConfigError, match=r"^a line 2: the reward is -1\.$"):
+        CorpusStream([source("a", 3)], CorpusConfig(("a",)), 100, 0, tried=tried)

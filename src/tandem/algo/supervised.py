@@ -115,15 +115,17 @@ def _weight(config: SupervisedConfig, trajectory: Trajectory) -> float:
     if config.weights == "reward":
         if not 0.0 <= trajectory.reward < math.inf:
             raise ConfigError(
-                f"supervised.weights is reward, and {trajectory.id} has a reward of {trajectory.reward:g}: what counts "
-                "is 0 or more. Set supervised.weights=advantage, or leave it out with corpus.reward_at_least."
+                f"supervised.weights is reward, and the reward is {trajectory.reward:g}: what counts is 0 or more. "
+                "Leave such rows out with corpus.reward_at_least=0, or give rewards of 0 and more; of a run's programs "
+                "supervised.weights=advantage takes any."
             )
         return trajectory.reward
     advantages = trajectory.columns.get("advantages")
     if advantages is None:
         raise ConfigError(
-            f"supervised.weights is advantage, and {trajectory.id} has none: only programs of a run are compared with "
-            "others of their prompt. Name run folders in corpus.sources, or set supervised.weights=reward."
+            "supervised.weights is advantage, and there is none: only programs of a run are compared with others of "
+            "their prompt. Name run folders alone in corpus.sources; for files set supervised.weights=reward, and give "
+            "their rows a reward."
         )
     advantage = float(advantages[trajectory.columns["loss_mask"]][0])
     return math.exp(min(advantage / config.beta, math.log(config.weight_max)))

@@ -195,11 +195,16 @@ def check_fields(there: Sequence[str], config: CorpusConfig, place: str, what: s
     """CorpusError where a row has nothing to learn from."""
     known = [config.field(name) for name in ("messages", "conversations", "text", *PREFERRED[1:4])]
     if not any(name in there for name in known):
+        advice = "Name it: --set corpus.fields=messages=NAME"
+        if {"question", "answer"} <= {*there}:
+            advice = (
+                "Each is a chat of one turn with --set corpus.fields=prompt=question,completion=answer; or it is a "
+                "task: --set task.environment=jsonl --set task.path=FILE, without corpus.*"
+            )
         raise refused(
             "missing fields",
             place,
-            f"no {what} {', '.join(known[:-1])} or {known[-1]}; it has {', '.join(there) or 'none'}. Name it: --set "
-            "corpus.fields=messages=NAME",
+            f"no {what} {', '.join(known[:-1])} or {known[-1]}; it has {', '.join(there) or 'none'}. {advice}",
         )
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from tandem.corpus import chats
-from tandem.corpus.config import FIELDS, CorpusConfig
+from tandem.corpus.config import FIELDS, PREFERRED, CorpusConfig
 from tandem.corpus.lines import Lines, Rows, Several, Table, Texts, check_fields, check_first, finite
+from tandem.corpus.pairs import messages
 from tandem.corpus.reader import Reader, refused
 from tandem.corpus.trajectories import RunReader, of_a_run
 from tandem.corpus.turns import check_rendered, chosen, document, first_answer, spoken
@@ -85,37 +86,37 @@ def rows_of(source: str, config: CorpusConfig) -> Rows:
 
 
 class RowReader:
-    """Chats and documents: a row has `messages` (OpenAI's), `conversations` (ShareGPT) or a `text`, and may have
-    `tools`, `system`, a `reward` (1 otherwise) and a `task`."""
+    """Chats and documents: a row has `messages` (OpenAI's), `conversations` (ShareGPT), `prompt` and `completion` or a
+    `text`, and may have `tools`, `system`, a `reward` (1 otherwise) and a `task`.
 
-    left_out: Mapping[str, int] = {}
+    Rows of a reward below corpus.reward_at_least are not listed.
+    """
 
     def __init__(self, name: str, rows: Rows, config: CorpusConfig, renderer: Renderer) -> None:
         self.name, self.rows, self.config, self.renderer = name, rows, config, renderer
-        self.digest = rows.digest
+        least = config.reward_at_least
+        self._numbers = range(len(rows)) if least is None else [n for n in range(len(rows)) if self._earns(n, least)]
+        self.left_out = {} if least is None else {f"of a reward below {least:g}": len(rows) - len(self._numbers)}
+        # What is asked of the rows changes what is listed.
+        self.digest = rows.digest if least is None else f"{rows.digest} {least!r}"
         self._rendered: set[object] = set()  # kinds of messages that the template is known to write
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self._numbers)
 
     def place(self, number: int) -> str:
-        return self.rows.place(number)
+        return self.rows.place(self._numbers[number])
 
     def group(self, number: int) -> Group:
-        place, row = self.place(number), self.rows.row(number)
+        place, row = self.place(number), self.rows.row(self._numbers[number])
         found: dict[str, Any] = {name: row.get(self.config.field(name)) for name in FIELDS}
         check_fields([name for name, value in row.items() if value is not None], self.config, place, "field")
-        task, reward = found["task"], 1.0 if found["reward"] is None else finite(found, "reward", place)
+        task, reward = found["task"], self._reward(row, place)
         record = {} if task is None else {"task": str(task)}
         name = f"{self.name}/{number}"
+        if all(found[known] is None for known in ("messages", "conversations", "text")):
+            found["messages"] = _answered(found, row, place)
         if found["messages"] is None and found["conversations"] is None:
-            if found["text"] is None:
-                raise refused(
-                    "missing fields",
-                    place,
-                    f"it has {', '.join(row)}: answers that are compared, for objective=preference. What is learned by "
-                    "its likelihood has messages, conversations or a text.",
-                )
             if not isinstance(found["text"], str) or not found["text"].strip():
                 raise refused("an empty text", place, f"its text is {clipped(found['text'])}.")
             columns = document(self.renderer, found["text"])
@@ -127,6 +128,26 @@ class RowReader:
         else:
             chat = chats.sharegpt(found["conversations"], found["system"], found["tools"], place)
         return self._chat(name, place, chat, record, reward)
+
+    def _reward(self, row: Mapping[str, Any], place: str) -> float:
+        own = self.config.field("reward")
+        if row.get(own) is not None:
+            return finite({"reward": row[own]}, "reward", place)
+        if self.config.reward_at_least is None:
+            return 1.0
+        raise refused(
+            "no reward",
+            place,
+            f"corpus.reward_at_least is {self.config.reward_at_least:g}, and the row has no {own}. Give each row one, "
+            "or leave corpus.reward_at_least out.",
+        )
+
+    def _earns(self, number: int, least: float) -> bool:
+        """Whether a row is listed; so is one that cannot be read, whose error is told in its turn."""
+        try:
+            return self._reward(self.rows.row(number), self.rows.place(number)) >= least
+        except CorpusError:
+            return True
 
     def _chat(self, name: str, place: str, chat: chats.Chat, record: Mapping[str, Any], reward: float) -> Group:
         check_rendered(self.renderer, chat.messages, chat.tools, self._rendered, place)
@@ -151,3 +172,20 @@ class RowReader:
             for number, columns in enumerate(found.segments)
         )
         return Group(prompt, segments)
+
+
+def _answered(found: Mapping[str, Any], row: Mapping[str, Any], place: str) -> list[Mapping[str, Any]]:
+    """A prompt and its completion as messages, of which the completion's are trained. CorpusError for answers that are
+    rated or compared: some of them are bad ones."""
+    compared = any(found[name] is not None for name in PREFERRED if name not in ("prompt", "completion"))
+    if compared or found["prompt"] is None or found["completion"] is None:
+        why = "answers that are compared, for objective=preference" if compared else "half of a chat"
+        raise refused(
+            "missing fields",
+            place,
+            f"it has {', '.join(row)}: {why}. What is learned by its likelihood has messages, conversations, a text, "
+            "or prompt and completion.",
+        )
+    asked = messages(found["prompt"], "user", "prompt", place)
+    untrained = [{**one, "weight": 0} if one.get("role") == "assistant" else one for one in asked]
+    return [*untrained, *messages(found["completion"], "assistant", "completion", place)]

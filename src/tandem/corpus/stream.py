@@ -98,9 +98,11 @@ class CorpusStream:
         ]
         for source in self.sources:
             if not len(source.numbers):
-                raise CorpusError(
-                    "nothing left", f"{source.reader.name}: no row is left to train on. {self.account()[0]}"
-                )
+                name = source.reader.name
+                why = "\n".join(self._account_of(name))
+                if self.counts[name]["duplicates"]:
+                    why += "\nRows that are double of another source's are kept with corpus.duplicates=keep."
+                raise CorpusError("nothing left", f"{name}: no row is left to train on. {why}")
         sizes = config.weights or tuple(float(len(source.numbers)) for source in self.sources)
         self.shares = [size / sum(sizes) for size in sizes]
 
@@ -161,12 +163,11 @@ class CorpusStream:
 
     def account(self) -> list[str]:
         """A line for people on each source: what is trained, what is not and why."""
-        lines = []
-        for name, counts in self.counts.items():
-            said = [f"{count:,} {WORDS.get(what, what)}" for what, count in counts.items() if count]
-            lines.append(f"{name}: {', '.join(said)}")
-            lines += [f"    {error}" for error in self.refused[name]]
-        return lines
+        return [line for name in self.counts for line in self._account_of(name)]
+
+    def _account_of(self, name: str) -> list[str]:
+        said = [f"{count:,} {WORDS.get(what, what)}" for what, count in self.counts[name].items() if count]
+        return [f"{name}: {', '.join(said)}", *(f"    {error}" for error in self.refused[name])]
 
     def totals(self) -> dict[str, int]:
         """Of all sources, for a row."""
@@ -201,7 +202,10 @@ class CorpusStream:
             for one in group.trajectories:
                 counts.update(one.counts)
             if group.trajectories:
-                self._tried(group)
+                try:
+                    self._tried(group)
+                except ConfigError as error:
+                    raise ConfigError(f"{reader.place(number)}: {error}") from error
                 rows.append(_Row(number, group))
         return rows
 
