@@ -190,6 +190,29 @@ def test_ratings(tmp_path: Path) -> None:
         alone.group(0)
 
 
+def test_what_the_system_says_beside_an_answer(tmp_path: Path) -> None:
+    """A system field is dropped in silence, is trained, or answers under two systems are compared."""
+    told, system = {"prompt": "Hi?", "system": "Be short."}, {"role": "system", "content": "Be short."}
+    inside = {"prompt": [system, TURN], "chosen": "Yes.", "rejected": "No."}
+    pair = reader(written(tmp_path / "a.jsonl", [told | {"chosen": "Yes.", "rejected": "No."}, inside]))
+    assert said(pair.group(0)) == said(pair.group(1)) and "Be short." in said(pair.group(0))[0][0]
+    other = {"prompt": "Ho?", "completion": "b", "label": False}
+    rated = reader(written(tmp_path / "b.jsonl", [told | {"completion": "a", "label": True}, other]), "kto")
+    asked, answer, _ = said(rated.group(0))[0]
+    assert "Be short." in asked and answer == "a<|im_end|>"
+    scores = [told | {"completion": "a", "score": 1}, {"prompt": "Hi?", "completion": "b", "score": 0}]
+    assert len(reader(written(tmp_path / "c.jsonl", scores))) == 0
+
+
+def test_settings_that_are_of_programs(tmp_path: Path) -> None:
+    """corpus.turns or corpus.reward_at_least beside a file of pairs, heard by nobody."""
+    path = str(written(tmp_path / "pairs.jsonl", [GOOD]))
+    for name, value in (("turns", "last"), ("reward_at_least", 0.5)):
+        config = CorpusConfig((path,), **{name: value})
+        with pytest.raises(ConfigError, match=rf"corpus\.{name} is {value}, and preferences of a file"):
+            preferences_of(config, PreferenceConfig(), RENDERER, most_rows=100)
+
+
 def test_ratings_that_are_double(tmp_path: Path) -> None:
     """An answer that one liked and another did not is taken for a double; the same rating twice is not, for the sake of
     what stands beside it."""

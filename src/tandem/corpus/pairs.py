@@ -54,7 +54,8 @@ class Words:
         """Of messages. CorpusError for turns that no program could have had, or that are no one sequence of tokens."""
         if said[0].get("role") != "assistant" or said[-1].get("role") != "assistant":
             raise refused("roles out of order", place, "an answer begins and ends with a turn of the assistant's.")
-        chat, first = chats.openai([*asked, *said], None, row.get("tools"), place), len(asked)
+        chat = chats.openai([*asked, *said], row.get("system"), row.get("tools"), place)
+        first = len(chat.messages) - len(said)
         check_rendered(self.renderer, chat.messages, chat.tools, self._rendered, place)
         turns = frozenset(n for n, one in enumerate(chat.messages) if n >= first and one.role == "assistant")
         segments = spoken(self.renderer, chat.messages, chat.tools, Trained(turns), place).segments
@@ -76,7 +77,7 @@ class _Rows:
 
     def __init__(self, rows: Rows, config: CorpusConfig, words: Words) -> None:
         self.rows, self.words, self.digest = rows, words, rows.digest
-        self._names = {config.field(name): name for name in (*PREFERRED, "tools", "task")}
+        self._names = {config.field(name): name for name in (*PREFERRED, "tools", "system", "task")}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -152,7 +153,8 @@ class RatedRows(_Rows):
 
     def asked(self, number: int) -> str:
         """What names the prompt: answers to it are compared."""
-        return repr(messages(self.row(number).get("prompt"), "user", "prompt", self.place(number)))
+        row = self.row(number)
+        return repr((row.get("system"), messages(row.get("prompt"), "user", "prompt", self.place(number))))
 
 
 def messages(value: Any, role: str, name: str, place: str) -> list[Mapping[str, Any]]:

@@ -273,6 +273,12 @@ def _source(
     if (path / "trajectories").is_dir():
         scores = RunScores(RunReader(name, path, config, renderer))
     else:
+        for setting, off in (("turns", "all"), ("reward_at_least", None)):
+            if (value := getattr(config, setting)) != off:
+                raise ConfigError(
+                    f"corpus.{setting} is {value}, and preferences of a file, {source}, do not read it: it is of a "
+                    f"run's programs. Leave corpus.{setting} out."
+                )
         rows, words = rows_of(source, config), Words(renderer)
         pairs = PairRows(rows, config, words)
         fields = _fields(pairs)

@@ -242,12 +242,25 @@ def _check_written(config: RunConfig) -> None:
         raise ConfigError(
             f"supervised.* weighs tokens of objective next_token, and objective is {config.objective}. Leave it out."
         )
+    _check_read(config)
     marks = corpus.error_turns == "mark" or corpus.repeated_turns == "mark"
     if supervised.unlikelihood and not marks:
         raise ConfigError(
             f"supervised.unlikelihood is {supervised.unlikelihood:g}, and no turn is marked as failed. Set "
             "corpus.error_turns or corpus.repeated_turns to mark, or supervised.unlikelihood to 0."
         )
+
+
+def _check_read(config: RunConfig) -> None:
+    """Refuse settings of sampled programs, and of marked turns, that the objective does not read."""
+    # A student that samples reads which groups count, and how those that ended first are weighed.
+    read = {"filter_zero_variance", "fairness", "price"} if config.distil.on_policy else set[str]()
+    own, plain, corpus = config.algo, AlgoConfig(), config.corpus
+    unread = [f"algo.{n}" for n in AlgoConfig.__slots__ if n not in read and getattr(own, n) != getattr(plain, n)]
+    if config.objective == "preference":
+        unread += [f"corpus.{name}" for name in ("error_turns", "repeated_turns") if getattr(corpus, name) == "mark"]
+    if unread and config.objective != "policy_gradient":
+        raise ConfigError(f"{unread[0]} is set, and objective {config.objective} does not read it. Leave it out.")
 
 
 def check_adapter(config: RunConfig) -> None:
