@@ -205,6 +205,7 @@ def check_training(config: RunConfig) -> None:
     _check_critic(config)
     _check_asynchrony(config)
     _check_select(config)
+    _check_read(config)
     _check_workers(config)
     check_remote(config)
     check_adapter(config)
@@ -242,7 +243,6 @@ def _check_written(config: RunConfig) -> None:
         raise ConfigError(
             f"supervised.* weighs tokens of objective next_token, and objective is {config.objective}. Leave it out."
         )
-    _check_read(config)
     marks = corpus.error_turns == "mark" or corpus.repeated_turns == "mark"
     if supervised.unlikelihood and not marks:
         raise ConfigError(
