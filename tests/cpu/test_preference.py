@@ -368,6 +368,7 @@ def test_the_first_step_is_at_log_2(make_decoder: MakeDecoder) -> None:
     first = learner.step(samples, totals)
     assert first is not None and first.measured.metrics["loss"] == pytest.approx(math.log(2.0), rel=1e-12)
     assert first.measured.metrics["reward_margin"] == 0.0
+    assert first.measured.metrics["preference_accuracy"] == 0.5  # all tie
     for _ in range(8):
         last = learner.step(samples, totals)
     assert last is not None and last.measured.metrics["loss"] < 0.6

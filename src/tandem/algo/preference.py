@@ -394,7 +394,8 @@ def _of_pairs(chosen_P: Tensor, rejected_P: Tensor) -> Iterator[tuple[str, Tenso
     yield "chosen_reward", chosen_P.sum()
     yield "rejected_reward", rejected_P.sum()
     yield "reward_margin", (chosen_P - rejected_P).sum()
-    yield "preference_accuracy", (chosen_P > rejected_P).double().sum()
+    right_P = (chosen_P > rejected_P).double() + 0.5 * (chosen_P == rejected_P).double()  # by chance, where they tie
+    yield "preference_accuracy", right_P.sum()
 
 
 def _result(loss: Tensor, sums: dict[str, Tensor]) -> LossResult:

@@ -152,7 +152,7 @@ def tiles(summary: Mapping[str, Any], planned_bytes: int | None) -> list[tuple[s
     first, last = (units.decimal(summary[f"{measured}_{end}"]) for end in ("first", "last"))
     none = sampled and summary["reward_last"] is None and summary["steps"] > 0
     means = "none could be graded" if none else f"mean of the last 5 steps; first 5: {first}"
-    shown = [(measured.capitalize(), last, means if sampled else f"nats per token, {means}")]
+    shown = [(measured.capitalize(), last, means if sampled else f"{summary['loss_unit']}, {means}")]
     if before:
         latest = after or before
         accuracy, said = (None, [held_out(latest)]) if latest.get("prompts") == 0 else (latest["accuracy"], [])
@@ -280,11 +280,23 @@ def _sampled(folder: Path) -> tuple[int | None, list[dict[str, Any]], list[dict[
         return None, [], []
     step = max(paths)
     scored = [row for row in read_trajectories(paths[step]) if row.get("reward") is not None]
+    if any("side" in row for row in scored):
+        return step, *_sides(scored)
     scored.sort(key=lambda row: (-row["reward"], row["program_id"]))
     best = _spread(scored, _SHOWN_TRAJECTORIES)
     chosen = {row["program_id"] for row in best}
     worst = _spread([row for row in reversed(scored) if row["program_id"] not in chosen], _SHOWN_TRAJECTORIES)
     return step, [_shown(row) for row in best], [_shown(row) for row in worst]
+
+
+def _sides(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Chosen answers, and rejected ones, beside each other where they are of one prompt."""
+    chosen = _spread([row for row in rows if row.get("side") == "chosen"], _SHOWN_TRAJECTORIES)
+    asked = {row["prompt_id"]: place for place, row in enumerate(chosen)}
+    rejected = [row for row in rows if row.get("side") == "rejected"]
+    rejected.sort(key=lambda row: asked.get(row["prompt_id"], len(asked)))
+    others = _spread(rejected, _SHOWN_TRAJECTORIES)
+    return [_shown(row) for row in chosen], [_shown(row) for row in others]
 
 
 def _spread(rows: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
@@ -302,7 +314,7 @@ def _spread(rows: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
     messages = row.get("prompt") or []
     prompt = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    return {**row, "prompt": _shortened(prompt), "text": _shortened(row["text"])}
+    return {"side": None, **row, "prompt": _shortened(prompt), "text": _shortened(row["text"])}
 
 
 def _shortened(text: str) -> str:

@@ -83,6 +83,18 @@ def measure(rows: Iterable[Row]) -> str:
     return "loss" if trained and not any("reward" in row for row in trained) else "reward"
 
 
+def loss_unit(rows: Iterable[Row]) -> str:
+    """Of what the loss is the mean.
+
+    >>> loss_unit([{"step": 1, "loss": 0.69, "reward_margin": 0.0}])
+    'mean over pairs'
+    """
+    names = set[str]().union(*rows)
+    if "kl_mismatched" in names:
+        return "mean over ratings"
+    return "mean over pairs" if "reward_margin" in names else "nats per token"
+
+
 def seconds_by_phase(rows: Iterable[Row]) -> dict[str, float]:
     """Seconds by phase over all rows, largest first, "other" last."""
     totals: dict[str, float] = {}
@@ -120,8 +132,8 @@ def time_left_s(rows: Sequence[Row], total_steps: int) -> float | None:
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """The headline figures of a run; None where the rows do not hold one.
 
-    steps, last_step; measure ("reward" or "loss"); reward_first, reward_last, loss_first, loss_last: means over the
-    first and last five steps that have one, the loss only where it is the measure;
+    steps, last_step; measure ("reward" or "loss"); loss_unit; reward_first, reward_last, loss_first, loss_last:
+    means over the first and last five steps that have one, the loss only where it is the measure;
     heldout_loss: on the held-out tasks of a corpus, in order;
     evaluation_before, evaluation_after: first and last held-out result (after is None with only one);
     tokens, tokens_per_s (all sampled tokens over the rollout seconds of all workers), trained_samples, trained_tokens,
@@ -140,6 +152,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
         "steps": len(trained),
         "last_step": trained[-1]["step"] if trained else None,
         "measure": measured,
+        "loss_unit": loss_unit(trained),
         **{f"{name}_first": statistics.fmean(of[:5]) if of else None for name, of in values.items()},
         **{f"{name}_last": statistics.fmean(of[-5:]) if of else None for name, of in values.items()},
         "heldout_loss": [row["heldout"]["loss"] for row in rows if row.get("heldout")],

@@ -116,7 +116,9 @@ _OF_SAMPLES = {
     "price": Key("reward/cost", "of the Lagrangian after the step"),
 }
 _OF_PREFERENCES = {
-    "preference_accuracy": Key("share", "pairs whose chosen answer has the higher reward, under objective=preference"),
+    "preference_accuracy": Key(
+        "share", "pairs whose chosen answer has the higher reward, equal ones a half; under objective=preference"
+    ),
     "reward_margin": Key("reward", "mean of chosen less rejected"),
     "chosen_reward": Key("reward", "mean of the chosen answers: by preference.loss, or of a reward model's head"),
     "rejected_reward": Key("reward", "the same of the rejected"),
