@@ -104,6 +104,7 @@ def test_other_losses_in_a_run(tmp_path: Path, loss: str) -> None:
     assert after["reward_margin"] > before["reward_margin"] + 0.05
     assert (folder / FILE).exists() == (loss == "kto")
     assert ("kl_mismatched" in last) == (loss == "kto") and ("preference_accuracy" in after) == (loss != "kto")
+    assert last["tokens_per_s"] == last["learner_rows"] / last["seconds"]["learner"]
     kept = [json.loads(line) for line in (folder / "trajectories" / "step-8.jsonl").read_text().splitlines()]
     told = {(row["side"], "perhaps?" in row["text"]) for row in kept if row["side"] != "of another prompt"}
     assert told and told <= {("chosen", False), ("rejected", True)}

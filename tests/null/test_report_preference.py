@@ -41,6 +41,19 @@ def test_margins_in_a_log_and_on_a_page():
     assert shown["right pairs"] == "80 %" and shown["margin"] == "0.60"
 
 
+def test_how_fast_texts_are_learned(tmp_path: Path):
+    """A run that samples nothing has no rate: in a log, in the table, on its page."""
+    rows = [row | {"learner_rows": 300, "seconds": {"learner": 0.25, "other": 1.0}} for row in preferred()]
+    rows = [row | {"tokens_per_s": 1200.0} for row in rows]
+    assert summary(rows)["tokens_per_s"] == 1200.0 and "  1,200 tok/s  " in step_line(rows[1], 3, None)
+    headings, newest, *_ = last_steps(rows)
+    assert (
+        dict(zip(headings, newest, strict=True))["tokens/s"] == "1,200" and "tokens/s" not in last_steps(preferred())[0]
+    )
+    write_rows(tmp_path, rows)
+    assert "1,200 tokens a second of learning" in write_report(tmp_path).read_text()
+
+
 def test_a_loss_of_pairs_is_of_no_token(tmp_path: Path):
     """A mean over pairs or ratings is shown as nats per token: on the page, its picture, or beside other runs."""
     unlike = {"kl_mismatched": 0.0}

@@ -173,7 +173,8 @@ def tiles(summary: Mapping[str, Any], planned_bytes: int | None) -> list[tuple[s
     if sampled:
         shown.append(("Failed trajectories", units.count(summary["failed"]), trained))
     else:
-        shown.append(("Trained tokens", units.count(summary["trained_tokens"]), trained))
+        fast = f"; {rate} tokens a second of learning, prompts too" if summary["tokens_per_s"] else ""
+        shown.append(("Trained tokens", units.count(summary["trained_tokens"]), f"{trained}{fast}"))
     return shown
 
 
@@ -228,7 +229,9 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # heading, key,
 def last_steps(rows: Sequence[Row]) -> list[list[str]]:
     """The last steps, newest first, under a line of headings; a column that no run of this kind fills is left out."""
     last = metrics.training(rows)[-_LAST_STEPS:][::-1]
-    others = ("loss",) if metrics.measure(rows) == "reward" else ("failed", "tokens_per_s")
+    others = ("loss",) if metrics.measure(rows) == "reward" else ("failed",)
+    if not any(row.get("tokens_per_s") for row in last):
+        others += ("tokens_per_s",)
     columns = [column for column in _COLUMNS if column[1] not in others and any(column[1] in row for row in last)]
     lines = [[write(row.get(key)) for _, key, write in columns] + [units.duration(metrics.step_s(row))] for row in last]
     return [[heading for heading, _, _ in columns] + ["time"], *lines] if last else []

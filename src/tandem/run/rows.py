@@ -42,7 +42,8 @@ _OF_SAMPLES = {
     "length_max": Key("tokens", "longest"),
     "tokens": Key("tokens", "all of them"),
     "tokens_per_s": Key(
-        "tokens/s", "sampled over the seconds of rollout, of all workers; null where nothing was sampled"
+        "tokens/s",
+        "sampled over the seconds of rollout, of all workers; for texts, `learner_rows` over the seconds of learner",
     ),
     "turns": Key("count", "mean completions a program, where rollout.max_turns is above 1 or tools are called"),
     "happened/*": Key(
