@@ -229,9 +229,9 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # heading, key,
 def last_steps(rows: Sequence[Row]) -> list[list[str]]:
     """The last steps, newest first, under a line of headings; a column that no run of this kind fills is left out."""
     last = metrics.training(rows)[-_LAST_STEPS:][::-1]
-    others = ("loss",) if metrics.measure(rows) == "reward" else ("failed",)
+    others = ["loss"] if metrics.measure(rows) == "reward" else ["failed"]
     if not any(row.get("tokens_per_s") for row in last):
-        others += ("tokens_per_s",)
+        others.append("tokens_per_s")
     columns = [column for column in _COLUMNS if column[1] not in others and any(column[1] in row for row in last)]
     lines = [[write(row.get(key)) for _, key, write in columns] + [units.duration(metrics.step_s(row))] for row in last]
     return [[heading for heading, _, _ in columns] + ["time"], *lines] if last else []
