@@ -17,7 +17,7 @@ from tandem.algo import preference
 from tandem.algo.config import PreferenceConfig
 from tandem.algo.objective import Outputs
 from tandem.algo.pack import count_prompts, pack
-from tandem.algo.preference import PAIR_LOSSES, Preference, RewardModel
+from tandem.algo.preference import PAIR_LOSSES, Preference, RewardHead, RewardModel
 from tandem.algo.tensors import to_tensors
 from tandem.columns import Columns
 from tandem.errors import ConfigError, ModelError
@@ -368,6 +368,7 @@ def test_the_first_step_is_at_log_2(make_decoder: MakeDecoder) -> None:
     first = learner.step(samples, totals)
     assert first is not None and first.measured.metrics["loss"] == pytest.approx(math.log(2.0), rel=1e-12)
     assert first.measured.metrics["reward_margin"] == 0.0
+    assert first.measured.metrics["preference_accuracy"] == 0.5  # all tie
     for _ in range(8):
         last = learner.step(samples, totals)
     assert last is not None and last.measured.metrics["loss"] < 0.6
@@ -391,6 +392,8 @@ def test_rewards_are_transformers(make_decoder: MakeDecoder, tmp_path: Path) -> 
     learner.save(tmp_path, tokenizer, RunState(12, 12, "", {}))
     with pytest.raises(ModelError, match="is no reward model"):
         reward.load(tmp_path / "absent", decoder)
+    with pytest.raises(ModelError, match="a reward head is 31 wide, and its model 32"):
+        RewardHead(decoder, torch.zeros(31))
 
     again = open_checkpoint(str(tmp_path))
     head = reward.load(tmp_path, Decoder(again.spec, "float32").load(again.tensors()))

@@ -186,10 +186,15 @@ def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.testing.assert_close(logits(decoder), theirs, rtol=1e-3, atol=1e-4)
     assert checkpoint.load_tokenizer().encode("12") == open_checkpoint(source).load_tokenizer().encode("12")
     assert main(command) == 2 and "is there already" in capsys.readouterr().err
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert main(["convert", "prune", str(adapter), "--out", str(tmp_path / "other"), "--size", "layers=3"]) == 2
+    assert f"tandem convert merge {adapter} --out DIR" in capsys.readouterr().err
     for wrong, why in (
         (["--size", "depth=3"], "no 'depth'"),
         (["--size", "layers=x"], "give a whole number"),
-        ([], "nothing is to be left out"),
+        ([], "nothing is to be left out. Give --size NAME=N"),
         (["--size", "layers=3", "--set", "seed=1"], "give them to `convert teacher`"),
         (["--size", "layers=3", "--measure", str(tmp_path / "none")], "cannot be read"),
     ):

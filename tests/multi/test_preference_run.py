@@ -34,6 +34,16 @@ SMALL = {
 }
 
 
+class Noted(Silent):
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
 def pairs(path: Path, count: int = 12) -> Path:
     rows = [
         {"prompt": f"{n} + 1", "chosen": f"It is {n + 1}.", "rejected": f"No idea, {n} perhaps?"} for n in range(count)
@@ -94,8 +104,26 @@ def test_other_losses_in_a_run(tmp_path: Path, loss: str) -> None:
     assert after["reward_margin"] > before["reward_margin"] + 0.05
     assert (folder / FILE).exists() == (loss == "kto")
     assert ("kl_mismatched" in last) == (loss == "kto") and ("preference_accuracy" in after) == (loss != "kto")
+    assert last["tokens_per_s"] == last["learner_rows"] / last["seconds"]["learner"]
+    kept = [json.loads(line) for line in (folder / "trajectories" / "step-8.jsonl").read_text().splitlines()]
+    told = {(row["side"], "perhaps?" in row["text"]) for row in kept if row["side"] != "of another prompt"}
+    assert told and told <= {("chosen", False), ("rejected", True)}
+    assert any(row["side"] == "of another prompt" for row in kept) == (loss == "kto")
     head = folder / "checkpoints" / "step-8" / "reward_head.safetensors"
     assert head.exists() == (loss == "reward_model")
+
+
+def test_a_reward_model_of_a_reward_model(tmp_path: Path) -> None:
+    """What the first run's head has learned is thrown away in silence: the second begins at log 2."""
+    config = small(pairs(tmp_path / "pairs.jsonl"), "reward_model", steps="4", **{"corpus.heldout_tasks": "2"})
+    first, second = Noted(), Noted()
+    _, folder = local.train(config, out=tmp_path / "first", resume=None, display=first)
+    again = override(config, {"model.source": str(folder), "steps": "1"})
+    _, other = local.train(again, out=tmp_path / "second", resume=None, display=second)
+    begun, ended = rows_of(other)[0]["heldout"], rows_of(folder)[-1]["heldout"]
+    assert begun == ended and begun["loss"] < 0.69
+    assert "the reward head begins as a new one of zeros" in first.notes
+    assert "the reward head begins as that of model.source, which is a reward model" in second.notes
 
 
 def test_a_reward_model_pays_programs(tmp_path: Path) -> None:

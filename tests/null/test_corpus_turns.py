@@ -164,6 +164,11 @@ def test_which_turns_are_trained() -> None:
     marking = CorpusConfig(("a",), error_turns="mark")
     assert chosen(said, marking) == Trained(frozenset({1, 3, 5}), frozenset({1}))
     assert chosen(said, CorpusConfig(("a",), repeated_turns="mark")).marked == {3}
+    asked = (*said[:3], TWO[1], *said[3:])  # for the same once more
+    assert not chosen(asked, CorpusConfig(("a",), repeated_turns="mark")).marked
+    yes = Message("assistant", "Yes.")
+    right = (Message("user", "Is 4 even?"), yes, Message("user", "Is 6 even?"), yes)
+    assert not chosen(right, CorpusConfig(("a",), repeated_turns="mark")).marked
     assert chosen(said, CorpusConfig(("a",), turns="last")) == Trained(frozenset({5}))
     assert chosen(said, CorpusConfig(), frozenset({3})).turns == {1, 5}
     unread = Message("assistant", "add(", faults=("its JSON is broken",))

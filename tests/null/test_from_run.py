@@ -14,6 +14,7 @@ import pytest
 from tandem.columns import Columns
 from tandem.corpus.config import CorpusConfig
 from tandem.corpus.sources import readers_of
+from tandem.corpus.stream import CorpusStream
 from tandem.errors import CorpusError
 from tandem.models.scratch import new_tokenizer
 from tandem.program.render import Renderer
@@ -120,6 +121,17 @@ def test_turns_that_failed_are_marked(tmp_path: Path) -> None:
     first = np.flatnonzero(repeats.columns["failed"])[0]
     assert decode(tokens[:first].tolist()).count("again<|im_end|>") == 1  # the first of the two stays
     assert "failed" not in reader(folder).group(2).trajectories[0].columns
+
+
+@pytest.mark.parametrize("marked", ["error_turns", "repeated_turns"])
+def test_the_account_says_how_many_turns_are_marked(tmp_path: Path, marked: str) -> None:
+    """Turns are left out of the loss, or made less likely, and nothing before the first step says so."""
+    folder = written(tmp_path / "run")
+    config = CorpusConfig((str(folder),), **{marked: "mark"})
+    found = CorpusStream(readers_of(config, RENDERER), config, 1000, 0)
+    assert found.totals()["turns marked"] == 1 and ", 1 turns marked," in found.account()[0], found.account()
+    plain = CorpusConfig((str(folder),))
+    assert "marked" not in CorpusStream(readers_of(plain, RENDERER), plain, 1000, 0).account()[0]
 
 
 def test_without_tokens_texts_are_read(tmp_path: Path) -> None:

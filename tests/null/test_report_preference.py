@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from tandem.report import plots
-from tandem.report.html import last_steps
+from tandem.report.compare import lines
+from tandem.report.html import last_steps, write_report
 from tandem.report.live import step_line
-from tests.null.test_report import run_rows
+from tandem.report.metrics import summary
+from tests.null.test_report import run_rows, trajectory_row, write_rows
 
 
 def preferred(count: int = 3) -> list[dict]:
@@ -34,3 +39,40 @@ def test_margins_in_a_log_and_on_a_page():
     headings, newest, *_ = last_steps(preferred())
     shown = dict(zip(headings, newest, strict=True))
     assert shown["right pairs"] == "80 %" and shown["margin"] == "0.60"
+
+
+def test_how_fast_texts_are_learned(tmp_path: Path):
+    """A run that samples nothing has no rate: in a log, in the table, on its page."""
+    rows = [row | {"learner_rows": 300, "seconds": {"learner": 0.25, "other": 1.0}} for row in preferred()]
+    rows = [row | {"tokens_per_s": 1200.0} for row in rows]
+    assert summary(rows)["tokens_per_s"] == 1200.0 and "  1,200 tok/s  " in step_line(rows[1], 3, None)
+    headings, newest, *_ = last_steps(rows)
+    assert (
+        dict(zip(headings, newest, strict=True))["tokens/s"] == "1,200" and "tokens/s" not in last_steps(preferred())[0]
+    )
+    write_rows(tmp_path, rows)
+    assert "1,200 tokens a second of learning" in write_report(tmp_path).read_text()
+
+
+def test_a_loss_of_pairs_is_of_no_token(tmp_path: Path):
+    """A mean over pairs or ratings is shown as nats per token: on the page, its picture, or beside other runs."""
+    unlike = {"kl_mismatched": 0.0}
+    for rows, unit in ((preferred(), "mean over pairs"), ([row | unlike for row in preferred()], "mean over ratings")):
+        write_rows(tmp_path, rows)
+        page = write_report(tmp_path).read_text()
+        assert unit in page and "nats per token" not in page
+        assert plots.loss_figure(rows).axes[0].get_ylabel() == unit
+        assert unit in dict(lines([summary(rows)]))["loss"][0]
+
+
+def test_a_page_says_which_answer_was_chosen(tmp_path: Path):
+    """The answers of a step stand there without their sides, or not beside each other."""
+    write_rows(tmp_path, preferred())
+    (tmp_path / "trajectories").mkdir()
+    said = [trajectory_row(n, 0.0, f"says {n}") | {"prompt_id": f"p{n // 2}"} for n in range(8)]
+    rows = [row | {"side": ("chosen", "rejected")[n % 2]} for n, row in enumerate(said)]
+    (tmp_path / "trajectories" / "step-3.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path).read_text()
+    shown = [part.partition("<")[0] for part in page.split("<pre>says ")[1:]]
+    assert shown == ["0", "2", "4", "1", "3", "5"]
+    assert page.count("<b>chosen</b>") == page.count("<b>rejected</b>") == 3

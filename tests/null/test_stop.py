@@ -34,6 +34,17 @@ sys.exit(main.main(["doctor"]))
 """
 
 
+def test_both_streams_in_one_file_keep_their_order(tmp_path: Path):
+    """A note on stderr, as what a resume goes on with, comes after all rows where PYTHONUNBUFFERED is set."""
+    said = "print('note', file=sys.stderr); print('row', flush=True)"
+    script = f"import sys; sys.path.insert(0, {SOURCE!r}); from tandem.run import outlet; outlet.outlive(); {said}"
+    for unbuffered in ("", "1"):
+        with (tmp_path / "log").open("w") as log:
+            known = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+            subprocess.run([sys.executable, "-c", script], stdout=log, stderr=log, env=known, timeout=60, check=True)
+        assert (tmp_path / "log").read_text() == "note\nrow\n"
+
+
 def test_first_signal_asks_and_second_insists():
     """Ctrl-C that kills the run at once, or that can never be insisted on; handlers left behind."""
     before = {number: signal.getsignal(number) for number in StopSignal.SIGNALS}

@@ -28,7 +28,7 @@ from tandem.algo.loss import LossResult
 from tandem.algo.objective import Measured, Outputs, Score
 from tandem.algo.pack import count_prompts
 from tandem.algo.tensors import MicrobatchTensors
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, ModelError
 from tandem.kernels.weight import Weight
 from tandem.types import Denominators, Group, Sample
 
@@ -257,9 +257,14 @@ class KtoStep(_Step):
 class RewardHead:
     """r = w . h of the hidden state at an answer's last token, in fp64; a model's weights and this one more."""
 
-    def __init__(self, trunk: Decoder) -> None:
+    def __init__(self, trunk: Decoder, first_M: Tensor | None = None) -> None:
+        """first_M: what it begins with; zeros else. ModelError where that is another model's."""
         self.trunk = trunk
-        self.weight = Weight(torch.zeros(trunk.spec.width, device=trunk.device), matrix=False)
+        if first_M is None:
+            first_M = torch.zeros(trunk.spec.width)
+        if first_M.shape != (trunk.spec.width,):
+            raise ModelError(f"a reward head is {len(first_M)} wide, and its model {trunk.spec.width}.")
+        self.weight = Weight(first_M.float().to(trunk.device), matrix=False)
 
     def __call__(self, hidden_SM: Tensor) -> Tensor:
         """[S]. The head's gradient goes to its `grad`."""
@@ -289,13 +294,14 @@ class RewardModel(_Step):
     samples = False
     columns = frozenset({"tokens", "loss_mask", "preferred"})
 
-    def __init__(self, config: PreferenceConfig) -> None:
-        self.config = config
+    def __init__(self, config: PreferenceConfig, first: Callable[[], Tensor | None] = lambda: None) -> None:
+        """first: the head [M] to begin with, asked for once there is a model; None: zeros."""
+        self.config, self._first = config, first
         self.head: RewardHead | None = None  # until there is a model
 
     def over(self, decoder: Decoder) -> RewardHead:
         """The model with a head, which is this objective's from now on."""
-        self.head = RewardHead(decoder)
+        self.head = RewardHead(decoder, self._first())
         return self.head
 
     def begin(self) -> RewardModel:
@@ -388,7 +394,8 @@ def _of_pairs(chosen_P: Tensor, rejected_P: Tensor) -> Iterator[tuple[str, Tenso
     yield "chosen_reward", chosen_P.sum()
     yield "rejected_reward", rejected_P.sum()
     yield "reward_margin", (chosen_P - rejected_P).sum()
-    yield "preference_accuracy", (chosen_P > rejected_P).double().sum()
+    right_P = (chosen_P > rejected_P).double() + 0.5 * (chosen_P == rejected_P).double()  # by chance, where they tie
+    yield "preference_accuracy", right_P.sum()
 
 
 def _result(loss: Tensor, sums: dict[str, Tensor]) -> LossResult:

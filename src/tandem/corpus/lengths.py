@@ -13,19 +13,21 @@ from tandem.corpus.reader import refused
 from tandem.types import Group, Trajectory
 
 Long = Literal["split", "drop", "stop"]
+MARKED = "turns marked"  # corpus.error_turns, corpus.repeated_turns
 
 
 def fitted(group: Group, limit: int, long: Long, place: str) -> tuple[Group, Counter[str]]:
     """The group with sequences of at most `limit` tokens, and what was done for it. CorpusError under "stop".
 
     Tokens behind the last trained one are left off: nothing is learned of them. Counted are `split_rows` and `pieces`,
-    `long_turns` (that do not fit beside their prompt and the turn before: not trained), `long_rows` (left out whole).
+    `long_turns` (that do not fit beside their prompt and the turn before: not trained), `long_rows` (left out whole),
+    and of a row that stays the turns that are marked.
     """
     trimmed = [replace(one, columns=_trimmed(one.columns)) for one in group.trajectories]
     longest = max((len(one.columns) for one in trimmed), default=0)
-    counts = Counter[str]()
+    counts = Counter({MARKED: sum(_marked(one.columns) for one in trimmed)})
     if longest <= limit:
-        return replace(group, trajectories=tuple(trimmed)), counts
+        return replace(group, trajectories=tuple(trimmed)), +counts
     if long == "stop":
         raise refused(
             "too long",
@@ -35,8 +37,7 @@ def fitted(group: Group, limit: int, long: Long, place: str) -> tuple[Group, Cou
         )
     several = len({one.program_id for one in trimmed}) > 1  # to be compared, whole
     if long == "drop" or several:
-        counts["long_rows"] = 1
-        return replace(group, trajectories=()), counts
+        return replace(group, trajectories=()), Counter({"long_rows": 1})
     pieces: list[Trajectory] = []
     for one in trimmed:
         if len(one.columns) <= limit:
@@ -102,3 +103,9 @@ def windows(columns: Columns, limit: int) -> list[Columns]:
 def _trimmed(columns: Columns) -> Columns:
     trained = np.flatnonzero(columns["loss_mask"])
     return columns.slice(0, int(trained[-1]) + 1) if len(trained) else columns
+
+
+def _marked(columns: Columns) -> int:
+    """Turns."""
+    failed = columns.get("failed")
+    return 0 if failed is None else int((failed[1:] & ~failed[:-1]).sum())  # what comes first is never a turn

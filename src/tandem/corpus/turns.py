@@ -182,7 +182,7 @@ def chosen(messages: Sequence[Message], config: CorpusConfig, untrained: Set[int
     for before, number in zip([None, *own], own, strict=False):
         if config.error_turns == "mark" and _went_wrong(messages, number):
             marked.add(number)
-        if config.repeated_turns == "mark" and before is not None and _same(messages[before], messages[number]):
+        if config.repeated_turns == "mark" and before is not None and _repeats(messages[before : number + 1]):
             marked.add(number)
     turns = frozenset(own[-1:] if config.turns == "last" else own) - untrained
     return Trained(turns, turns & marked)
@@ -200,12 +200,10 @@ def _went_wrong(messages: Sequence[Message], number: int) -> bool:
     return False
 
 
-def _same(before: Message, after: Message) -> bool:
-    """Whether a turn does what the one before did: the same calls, or without any the same words."""
-    if before.calls or after.calls:
-        did, does = ([(call.name, call.arguments) for call in one.calls] for one in (before, after))
-        return did == does
-    return before.content.strip() == after.content.strip()
+def _repeats(since: Sequence[Message]) -> bool:
+    """Whether the last message makes the calls of the first once more, and nobody asked for anything since."""
+    did, does = ([(call.name, call.arguments) for call in one.calls] for one in (since[0], since[-1]))
+    return did == does != [] and all(message.role != "user" for message in since)
 
 
 def first_answer(messages: Sequence[Message]) -> int:

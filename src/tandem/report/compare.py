@@ -78,7 +78,7 @@ def _texts(figures: Mapping[str, Any]) -> dict[str, str]:
     return {
         "steps": units.count(figures["steps"]),
         "reward": _ends(figures, "reward", "five-step means"),
-        "loss": _ends(figures, "loss", "nats per token, five-step means"),
+        "loss": _ends(figures, "loss", f"{figures['loss_unit']}, five-step means"),
         "held out, before": held_out(before) if before else units.BLANK,
         "held out, after": held_out(after) if after else units.BLANK,
         "sampled tokens": rate if sampled else units.BLANK,

@@ -152,7 +152,7 @@ def tiles(summary: Mapping[str, Any], planned_bytes: int | None) -> list[tuple[s
     first, last = (units.decimal(summary[f"{measured}_{end}"]) for end in ("first", "last"))
     none = sampled and summary["reward_last"] is None and summary["steps"] > 0
     means = "none could be graded" if none else f"mean of the last 5 steps; first 5: {first}"
-    shown = [(measured.capitalize(), last, means if sampled else f"nats per token, {means}")]
+    shown = [(measured.capitalize(), last, means if sampled else f"{summary['loss_unit']}, {means}")]
     if before:
         latest = after or before
         accuracy, said = (None, [held_out(latest)]) if latest.get("prompts") == 0 else (latest["accuracy"], [])
@@ -173,7 +173,8 @@ def tiles(summary: Mapping[str, Any], planned_bytes: int | None) -> list[tuple[s
     if sampled:
         shown.append(("Failed trajectories", units.count(summary["failed"]), trained))
     else:
-        shown.append(("Trained tokens", units.count(summary["trained_tokens"]), trained))
+        fast = f"; {rate} tokens a second of learning, prompts too" if summary["tokens_per_s"] else ""
+        shown.append(("Trained tokens", units.count(summary["trained_tokens"]), f"{trained}{fast}"))
     return shown
 
 
@@ -228,7 +229,9 @@ _COLUMNS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (  # heading, key,
 def last_steps(rows: Sequence[Row]) -> list[list[str]]:
     """The last steps, newest first, under a line of headings; a column that no run of this kind fills is left out."""
     last = metrics.training(rows)[-_LAST_STEPS:][::-1]
-    others = ("loss",) if metrics.measure(rows) == "reward" else ("failed", "tokens_per_s")
+    others = ["loss"] if metrics.measure(rows) == "reward" else ["failed"]
+    if not any(row.get("tokens_per_s") for row in last):
+        others.append("tokens_per_s")
     columns = [column for column in _COLUMNS if column[1] not in others and any(column[1] in row for row in last)]
     lines = [[write(row.get(key)) for _, key, write in columns] + [units.duration(metrics.step_s(row))] for row in last]
     return [[heading for heading, _, _ in columns] + ["time"], *lines] if last else []
@@ -280,11 +283,23 @@ def _sampled(folder: Path) -> tuple[int | None, list[dict[str, Any]], list[dict[
         return None, [], []
     step = max(paths)
     scored = [row for row in read_trajectories(paths[step]) if row.get("reward") is not None]
+    if any("side" in row for row in scored):
+        return step, *_sides(scored)
     scored.sort(key=lambda row: (-row["reward"], row["program_id"]))
     best = _spread(scored, _SHOWN_TRAJECTORIES)
     chosen = {row["program_id"] for row in best}
     worst = _spread([row for row in reversed(scored) if row["program_id"] not in chosen], _SHOWN_TRAJECTORIES)
     return step, [_shown(row) for row in best], [_shown(row) for row in worst]
+
+
+def _sides(rows: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Chosen answers, and rejected ones, beside each other where they are of one prompt."""
+    chosen = _spread([row for row in rows if row.get("side") == "chosen"], _SHOWN_TRAJECTORIES)
+    asked = {row["prompt_id"]: place for place, row in enumerate(chosen)}
+    rejected = [row for row in rows if row.get("side") == "rejected"]
+    rejected.sort(key=lambda row: asked.get(row["prompt_id"], len(asked)))
+    others = _spread(rejected, _SHOWN_TRAJECTORIES)
+    return [_shown(row) for row in chosen], [_shown(row) for row in others]
 
 
 def _spread(rows: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]:
@@ -302,7 +317,7 @@ def _spread(rows: Sequence[dict[str, Any]], number: int) -> list[dict[str, Any]]
 def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
     messages = row.get("prompt") or []
     prompt = "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-    return {**row, "prompt": _shortened(prompt), "text": _shortened(row["text"])}
+    return {"side": None, **row, "prompt": _shortened(prompt), "text": _shortened(row["text"])}
 
 
 def _shortened(text: str) -> str:

@@ -61,6 +61,7 @@ def step_line(row: Row, total_steps: int, left_s: float | None) -> str:
     elif "loss" in row:
         parts += [f"loss {decimal(row['loss'])}", f"length {decimal(row.get('length'), 1)}"]
         parts += [f"margin {decimal(row['reward_margin'], 2)}"] if "reward_margin" in row else []
+        parts += [f"{count(row['tokens_per_s'])} tok/s"] if row.get("tokens_per_s") else []
     if "divergence" in row:
         parts.append(f"divergence {decimal(row['divergence'])}")
     if row.get("preemptions"):
@@ -227,7 +228,9 @@ class LiveTable:
         if any("reward_margin" in row for row in self._rows):
             columns.insert(2, "margin")
         if name == "loss":  # nothing is sampled
-            columns = [column for column in columns if column not in ("KL", "tok/s", "equal groups", "failed")]
+            columns = [column for column in columns if column not in ("KL", "equal groups", "failed")]
+            if not any(row.get("tokens_per_s") for row in self._rows):
+                columns.remove("tok/s")
         for column in columns:
             table.add_column(column, justify="right", no_wrap=True)
         around = _LINES_AROUND + min(_ADVISORIES_SHOWN, len(self._advisor.standing))

@@ -83,6 +83,18 @@ def measure(rows: Iterable[Row]) -> str:
     return "loss" if trained and not any("reward" in row for row in trained) else "reward"
 
 
+def loss_unit(rows: Iterable[Row]) -> str:
+    """Of what the loss is the mean.
+
+    >>> loss_unit([{"step": 1, "loss": 0.69, "reward_margin": 0.0}])
+    'mean over pairs'
+    """
+    names = set[str]().union(*rows)
+    if "kl_mismatched" in names:
+        return "mean over ratings"
+    return "mean over pairs" if "reward_margin" in names else "nats per token"
+
+
 def seconds_by_phase(rows: Iterable[Row]) -> dict[str, float]:
     """Seconds by phase over all rows, largest first, "other" last."""
     totals: dict[str, float] = {}
@@ -120,11 +132,12 @@ def time_left_s(rows: Sequence[Row], total_steps: int) -> float | None:
 def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """The headline figures of a run; None where the rows do not hold one.
 
-    steps, last_step; measure ("reward" or "loss"); reward_first, reward_last, loss_first, loss_last: means over the
-    first and last five steps that have one, the loss only where it is the measure;
+    steps, last_step; measure ("reward" or "loss"); loss_unit; reward_first, reward_last, loss_first, loss_last:
+    means over the first and last five steps that have one, the loss only where it is the measure;
     heldout_loss: on the held-out tasks of a corpus, in order;
     evaluation_before, evaluation_after: first and last held-out result (after is None with only one);
-    tokens, tokens_per_s (all sampled tokens over the rollout seconds of all workers), trained_samples, trained_tokens,
+    tokens, tokens_per_s (all sampled tokens over the rollout seconds of all workers; of texts, all that the learner ran
+    over its seconds), trained_samples, trained_tokens,
     failed;
     wall_s, seconds and shares by phase; peak_memory_bytes; kl_max, mismatch_max, ratio_max; weights (last digest).
     """
@@ -135,11 +148,13 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     seconds = seconds_by_phase(rows)
     spent = sum(seconds.values())
     tokens = sum(series(rows, "tokens")[1]) if measured == "reward" else 0  # of texts, nothing was sampled
-    drawn, rollout_s = map(sum, zip(*map(sampling, rows), strict=True)) if tokens else (0.0, 0.0)
+    rates = map(sampling if measured == "reward" else learning, rows)
+    drawn, rollout_s = map(sum, zip(*rates, strict=True)) if tokens or measured == "loss" else (0.0, 0.0)
     return {
         "steps": len(trained),
         "last_step": trained[-1]["step"] if trained else None,
         "measure": measured,
+        "loss_unit": loss_unit(trained),
         **{f"{name}_first": statistics.fmean(of[:5]) if of else None for name, of in values.items()},
         **{f"{name}_last": statistics.fmean(of[-5:]) if of else None for name, of in values.items()},
         "heldout_loss": [row["heldout"]["loss"] for row in rows if row.get("heldout")],
@@ -167,6 +182,12 @@ def sampling(row: Row) -> tuple[float, float]:
         return float(row.get("tokens") or 0), float(own)
     others = [phases.get(name, 0.0) for phases in row.get("workers", {}).values() for name in ROLLOUT]
     return (float(row.get("drawn_tokens") or 0), sum(others)) if any(others) else (0.0, 0.0)
+
+
+def learning(row: Row) -> tuple[float, float]:
+    """Tokens that the learner ran, and the seconds that it took."""
+    rows, seconds = row.get("learner_rows"), (row.get("seconds") or {}).get("learner")
+    return (float(rows), float(seconds)) if rows and seconds else (0.0, 0.0)
 
 
 def _largest(rows: Iterable[Row], name: str) -> float | None:

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tandem.report.kept import write_file
-from tandem.report.metrics import Row, graded, measure, seconds_by_phase, series, training
+from tandem.report.metrics import Row, graded, loss_unit, measure, seconds_by_phase, series, training
 
 # Places in the colour cycle of the style, so that the dark style can brighten them.
 BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, YELLOW = "C0", "C1", "C2", "C3", "C4", "C5", "C6"
@@ -181,7 +181,8 @@ def loss_figure(rows: Sequence[Row]) -> Figure:
 
 def loss_curves_figure(curves: Sequence[tuple[str, Sequence[Row]]], title: str) -> Figure:
     """Smoothed loss of the runs that learn from texts, each step's faint behind it."""
-    figure, axes = draw_axes(title, "nats per token")
+    shown = [rows for _, rows in curves if measure(rows) == "loss"]
+    figure, axes = draw_axes(title, " or ".join(dict.fromkeys(map(loss_unit, shown or [()]))))
     for place, (label, rows) in enumerate(curves):
         if measure(rows) == "loss":
             _draw_smoothed(axes, place, label, rows, "loss")

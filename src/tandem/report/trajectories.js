@@ -163,7 +163,7 @@ async function showProgram() {
   if (one.id !== state.program) return;
   const rows = all.slice(one.first, one.first + one.rows), row = rows[0], most = largestCredit(all);
   const siblings = programs.filter((each) => each.step === one.step && each.prompt === one.prompt);
-  const head = element("div", "head", element("b", "", row.failure ? "failed" : decimal(row.reward)), element("code", "", one.id));
+  const head = element("div", "head", element("b", "", row.failure ? "failed" : row.side ?? decimal(row.reward)), element("code", "", one.id));
   const words = [`step ${one.step}`, `sibling ${siblings.indexOf(one) + 1} of ${siblings.length}`, `${one.tokens} sampled tokens`];
   const turns = rows.reduce((sum, each) => sum + (each.tokens ? each.tokens.sampled.filter((_, place) => place % 2).length : 0), 0);
   if (turns > 1) words.push(`${turns} turns`);

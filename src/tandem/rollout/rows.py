@@ -12,6 +12,7 @@ from tandem.rollout.pieces import Pieces
 from tandem.types import Group, Message, Sample, Trajectory
 
 DECIMALS = 3  # of a log-prob
+SIDES = {1: "chosen", 0: "rejected", -1: "of another prompt"}  # by the column `preferred`
 
 
 def trajectory_rows(
@@ -53,6 +54,8 @@ def trajectory_rows(
                 "failure": None,
                 **facts(trajectory.prompt_id),
             }
+            if "preferred" in trajectory.columns:
+                row["side"] = SIDES[int(trajectory.columns["preferred"][0])]
             if trajectory.failure:
                 row["failure"] = {"where": trajectory.failure.where, "reason": trajectory.failure.reason}
             if any(trajectory.counts.values()):

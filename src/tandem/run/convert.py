@@ -25,6 +25,7 @@ from tandem.kernels.divergence import Head, top_logprobs
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.models.parts import expected_shapes
+from tandem.models.peft import is_adapter
 from tandem.models.spec import ModelSpec
 from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer, renderer_of
@@ -58,11 +59,20 @@ def prune(source: str, out: Path, sizes: Mapping[str, int], text: Path | None) -
     """
     size = Size(**sizes)
     if size == Size():
-        raise ConfigError("nothing is to be left out. Give --layers, --heads, --kv-heads, --ff-width or --width.")
+        raise ConfigError(
+            "nothing is to be left out. Give --size NAME=N, once for each of what is to be smaller: layers, heads, "
+            "kv_heads, ff_width or width."
+        )
     if out.exists():
         raise ConfigError(f"{out} is there already. Choose another folder, or remove it.")
     torch.set_num_threads(env.num_threads())
-    checkpoint = open_checkpoint(resolve_source(source))
+    resolved = resolve_source(source)
+    if is_adapter(Path(resolved)):
+        raise ConfigError(
+            f"{source} is an adapter, and a student is cut out of whole weights. Fold it into its model first: tandem "
+            f"convert merge {source} --out DIR; then prune DIR."
+        )
+    checkpoint = open_checkpoint(resolved)
     spec, tokenizer = checkpoint.spec, checkpoint.load_tokenizer()
     wanted, importance = size.of(spec), None
     if text is not None:

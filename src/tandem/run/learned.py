@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from tandem.algo.objective import Objective, PolicyGradient
@@ -12,10 +13,14 @@ from tandem.algo.supervised import NextToken
 from tandem.errors import ConfigError
 from tandem.run.config import Learned, RunConfig
 from tandem.run.distil import distil_of
+from tandem.run.source import resolve_source
 from tandem.sync.departures import is_exact
+from tandem.train import reward
 from tandem.train.critic import Critic
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tandem.models.decoder import Decoder
     from tandem.plan.memory import Plan
     from tandem.train.config import Checkpointing, LearnerConfig
@@ -27,11 +32,27 @@ OBJECTIVES: Mapping[str, Callable[[RunConfig], Objective]] = {
     ),
     "next_token": lambda config: NextToken(),
     "preference": lambda config: (
-        RewardModel(config.preference) if config.preference.loss == "reward_model" else Preference(config.preference)
+        RewardModel(config.preference, lambda: _head(config))
+        if config.preference.loss == "reward_model"
+        else Preference(config.preference)
     ),
     "distil": distil_of,
 }
 assert {*OBJECTIVES} == {*get_args(Learned)}, f"run/config.py names {get_args(Learned)}, here: {[*OBJECTIVES]}"
+
+
+def _head(config: RunConfig) -> Tensor | None:
+    """What a reward model begins with: the head of the model that it is made of, where that is one."""
+    folder = Path(resolve_source(config.model.source))
+    return reward.read(folder) if (folder / reward.FILE).exists() else None
+
+
+def begins(config: RunConfig) -> list[str]:
+    """For people, before the first step of a new run."""
+    if config.objective != "preference" or config.preference.loss != "reward_model":
+        return []
+    begun = "a new one of zeros" if _head(config) is None else "that of model.source, which is a reward model"
+    return [f"the reward head begins as {begun}"]
 
 
 def learner_config(config: RunConfig, memory: Plan) -> LearnerConfig:

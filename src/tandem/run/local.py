@@ -22,6 +22,7 @@ from tandem.run.config import RunConfig, check_training
 from tandem.run.engines import named
 from tandem.run.evaluate import evaluate_tasks
 from tandem.run.folder import RunFolder, check_new
+from tandem.run.learned import begins
 from tandem.run.loop import run_loop
 from tandem.run.parts import build_parts, plan_parts
 from tandem.run.reading import reading_of
@@ -64,6 +65,8 @@ def train(
         reading = reading_of(config, parts, pool, display.note)
         if folder is None:  # only now, so that a wrong model, task or corpus leaves no folder behind
             folder = leaving.enter_context(RunFolder.create(path, config, keep=keep))
+            for note in begins(config):
+                display.note(note)
         for note in reading.notes() if reading is not None else ():
             display.note(note)
         model = {"model": to_hf_config(parts.decoder.spec, config.model.dtype)}

@@ -49,13 +49,9 @@ def outlive() -> None:
         if number == 0 or stream is not getattr(sys, f"__{name}__"):
             continue
         text = stream if isinstance(stream, io.TextIOWrapper) else io.TextIOWrapper(io.BytesIO(), "utf-8", "replace")
-        setattr(
-            sys,
-            name,
-            io.TextIOWrapper(
-                io.BufferedWriter(Outlet(name)), text.encoding, text.errors, line_buffering=text.line_buffering
-            ),
-        )
+        at_once = text.line_buffering or text.write_through  # the latter with PYTHONUNBUFFERED
+        outlet = io.BufferedWriter(Outlet(name))
+        setattr(sys, name, io.TextIOWrapper(outlet, text.encoding, text.errors, line_buffering=at_once))
 
 
 def _to_null(number: int) -> None:

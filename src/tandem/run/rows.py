@@ -42,7 +42,8 @@ _OF_SAMPLES = {
     "length_max": Key("tokens", "longest"),
     "tokens": Key("tokens", "all of them"),
     "tokens_per_s": Key(
-        "tokens/s", "sampled over the seconds of rollout, of all workers; null where nothing was sampled"
+        "tokens/s",
+        "sampled over the seconds of rollout, of all workers; for texts, `learner_rows` over the seconds of learner",
     ),
     "turns": Key("count", "mean completions a program, where rollout.max_turns is above 1 or tools are called"),
     "happened/*": Key(
@@ -116,7 +117,9 @@ _OF_SAMPLES = {
     "price": Key("reward/cost", "of the Lagrangian after the step"),
 }
 _OF_PREFERENCES = {
-    "preference_accuracy": Key("share", "pairs whose chosen answer has the higher reward, under objective=preference"),
+    "preference_accuracy": Key(
+        "share", "pairs whose chosen answer has the higher reward, equal ones a half; under objective=preference"
+    ),
     "reward_margin": Key("reward", "mean of chosen less rejected"),
     "chosen_reward": Key("reward", "mean of the chosen answers: by preference.loss, or of a reward model's head"),
     "rejected_reward": Key("reward", "the same of the rejected"),

@@ -406,6 +406,8 @@ class Session:
         if not rollout_s:  # another worker's
             rollout_s = sum(phases.get(name, 0.0) for phases in settled.workers.values() for name in ROLLOUT)
             sampled = settled.drawn_tokens
+        if not self.samples:  # the learner's rate
+            sampled, rollout_s = row.get("learner_rows", 0), seconds.get("learner", 0.0)
         if "tokens" in row:
             row["tokens_per_s"] = sampled / rollout_s if rollout_s else None
         row |= counts

@@ -29,8 +29,8 @@ def save(directory: Path, head: RewardHead) -> None:
     save_file({NAME: head.weight.value[None].cpu().contiguous()}, directory / FILE)
 
 
-def load(directory: Path, trunk: Decoder) -> RewardHead:
-    """The head of a checkpoint, over its model. ModelError where it has none, or another model's."""
+def read(directory: Path) -> torch.Tensor:
+    """The head of a checkpoint, [M]. ModelError where it has none."""
     path = directory / FILE
     try:
         found = load_file(path)[NAME]
@@ -39,11 +39,14 @@ def load(directory: Path, trunk: Decoder) -> RewardHead:
             f"{path} cannot be read ({error}), so {directory} is no reward model. One is trained with "
             "objective=preference and preference.loss=reward_model."
         ) from error
-    head = RewardHead(trunk)
-    if found.shape != (1, len(head.weight.value)):
-        raise ModelError(f"{path} has a head of shape {tuple(found.shape)}, and the model is {trunk.spec.width} wide.")
-    head.weight.value.copy_(found[0])
-    return head
+    if found.ndim != 2 or len(found) != 1:
+        raise ModelError(f"{path} has a head of shape {tuple(found.shape)}; a reward model has one of shape (1, M).")
+    return found[0]
+
+
+def load(directory: Path, trunk: Decoder) -> RewardHead:
+    """The head of a checkpoint, over its model. ModelError where it has none, or another model's."""
+    return RewardHead(trunk, read(directory))
 
 
 def rewards(head: RewardHead, samples: Sequence[Sample], budget_tokens: int) -> list[float]:
