@@ -84,6 +84,21 @@ def test_fewer_samples_are_the_first_of_more(folder: Path, suite: Path, tmp_path
     assert texts(more["drawn"]) == {name: samples[:2] for name, samples in four.items()}
 
 
+def test_a_prompt_that_is_too_long_fails_alone(folder: Path, tmp_path: Path, capsys) -> None:
+    """One prompt beyond the model's positions ends the evaluation, and no other is asked."""
+    positions = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    questions = ["1+1=", "7" * (2 * positions), "2+2="]
+    rows = [{"question": text, "answer": 2 * n} for n, text in enumerate(questions)]
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    drawn = ("--set", "evaluation.samples=2", "--set", "evaluation.temperature=1", "--set", "rollout.max_new_tokens=4")
+    assert main(["eval", str(folder), "--task", "jsonl", "--path", str(path), *drawn, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prompts"], found["samples"], found["failed"]) == (2, 2, 2)
+    (reason,) = found["failures"]
+    assert reason.startswith("2 x prompt: its prompt of ") and f"{positions} positions" in reason
+
+
 def test_tasks_share_the_model(folder: Path, suite: Path) -> None:
     """A second model in memory, or a task that is asked of the first one's."""
     config = RunConfig("ask", 1, ModelConfig(str(folder)), rollout=RolloutConfig(max_new_tokens=4))
