@@ -138,7 +138,8 @@ def _begun(out: Path | None, kept: dict[str, Any] | None, target: str, tasks: Ma
     results = {"target": target, "model": next(iter(tasks.values())).config.model.source, "tasks": {}}
     if kept is None:
         return results
-    known = {"its target": (kept.get("target"), target), "its model": (kept.get("model"), results["model"])}
+    known: dict[str, tuple[Any, Any]] = {"its target": (kept.get("target"), target)}
+    known["its model"] = (kept.get("model"), results["model"])
     known["the tasks"] = (sorted([*kept["tasks"], *kept["unfinished"]]), sorted(tasks))
     for name, of in kept["tasks"].items() if known["the tasks"][0] == known["the tasks"][1] else ():
         told = tasks[name].told()
