@@ -142,7 +142,7 @@ def test_clustered_interval_covers() -> None:
 
 
 def test_clustered_interval_of_few_successes() -> None:
-    """One success of 48 samples halve the interval of none; or few alike pass for independent."""
+    """One success of 48 samples halves the interval of none; or few alike pass for independent."""
     bounds = [interval.clustered_interval([1] * hits + [0] * (12 - hits), [4] * 12) for hits in range(8)]
     assert all(one[0] < more[0] and one[1] < more[1] for one, more in itertools.pairwise(bounds))
     assert bounds[1][1] == pytest.approx(0.256, abs=0.001)
