@@ -75,6 +75,19 @@ def test_answers_are_a_function_of_prompt_seed_and_number(folder: Path, suite: P
     assert "3 of the one and 0 of the other are not in both" in capsys.readouterr().err
 
 
+def test_an_unfinished_file_goes_on_by_the_same_weights(folder: Path, suite: Path, tmp_path: Path, capsys) -> None:
+    """A file whose tasks were answered by two models; a task that is asked on its own is answered otherwise."""
+    path = tmp_path / "a.json"
+    whole = evaluated(folder, suite, path)
+    part = json.loads(path.read_text()) | {"unfinished": ["drawn"]}
+    del part["tasks"]["drawn"]
+    path.write_text(json.dumps(part | {"weights": "9f2c"}))
+    asked = ["eval", str(folder), "--suite", str(suite), "--set", "rollout.max_new_tokens=6", "--out", str(path)]
+    assert main(asked) == 2 and "what is kept came from 9f2c" in capsys.readouterr().err
+    path.write_text(json.dumps(part))
+    assert evaluated(folder, suite, path) == whole
+
+
 def test_fewer_samples_are_the_first_of_more(folder: Path, suite: Path, tmp_path: Path) -> None:
     """A sample that hangs on how many others are drawn beside it."""
     four = texts(evaluated(folder, suite, tmp_path / "a.json")["drawn"])
@@ -82,6 +95,21 @@ def test_fewer_samples_are_the_first_of_more(folder: Path, suite: Path, tmp_path
         folder, suite, tmp_path / "b.json", "--set", "evaluation.samples=2", "--set=evaluation.temperature=2"
     )
     assert texts(more["drawn"]) == {name: samples[:2] for name, samples in four.items()}
+
+
+def test_a_prompt_that_is_too_long_fails_alone(folder: Path, tmp_path: Path, capsys) -> None:
+    """One prompt beyond the model's positions ends the evaluation, and no other is asked."""
+    positions = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    questions = ["1+1=", "7" * (2 * positions), "2+2="]
+    rows = [{"question": text, "answer": 2 * n} for n, text in enumerate(questions)]
+    path = tmp_path / "long.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    drawn = ("--set", "evaluation.samples=2", "--set", "evaluation.temperature=1", "--set", "rollout.max_new_tokens=4")
+    assert main(["eval", str(folder), "--task", "jsonl", "--path", str(path), *drawn, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["prompts"], found["samples"], found["failed"]) == (2, 2, 2)
+    (reason,) = found["failures"]
+    assert reason.startswith("2 x prompt: its prompt of ") and f"{positions} positions" in reason
 
 
 def test_tasks_share_the_model(folder: Path, suite: Path) -> None:

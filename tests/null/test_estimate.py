@@ -141,6 +141,18 @@ def test_clustered_interval_covers() -> None:
     assert 0.92 <= covered <= 0.98 and naive < 0.85
 
 
+def test_clustered_interval_of_few_successes() -> None:
+    """One success of 48 samples halves the interval of none; or few alike pass for independent."""
+    bounds = [interval.clustered_interval([1] * hits + [0] * (12 - hits), [4] * 12) for hits in range(8)]
+    assert all(one[0] < more[0] and one[1] < more[1] for one, more in itertools.pairwise(bounds))
+    assert bounds[1][1] == pytest.approx(0.256, abs=0.001)
+    drawn = np.random.default_rng(0)
+    for clusters, a, b in ((60, 0.05, 0.95), (60, 0.1, 2.0), (12, 0.02, 0.98), (60, 20.0, 400.0)):
+        right = drawn.binomial(4, drawn.beta(a, b, size=(2000, clusters)))
+        found = [interval.clustered_interval(row, [4] * clusters) for row in right.tolist()]
+        assert sum(low <= a / (a + b) <= high for low, high in found) / 2000 > 0.945
+
+
 def test_mcnemar() -> None:
     """A one-sided tail, or a normal approximation of few discordant pairs."""
     stats = pytest.importorskip("scipy.stats")

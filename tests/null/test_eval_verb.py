@@ -20,6 +20,7 @@ from tandem.program.pool import EnvironmentPool
 from tandem.rollout.answers import prompt_hash
 from tandem.rollout.evaluate import Evaluation
 from tandem.run.folder import RunFolder
+from tandem.types import Prompt
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -28,22 +29,31 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str,
     return code, printed.out, printed.err
 
 
-def _evaluates(monkeypatch: pytest.MonkeyPatch, asked: list[Any], right: int = 1) -> None:
-    """Every held-out prompt gets `evaluation.samples` answers, of which the first `right` are right."""
+def _evaluates(monkeypatch: pytest.MonkeyPatch, asked: list[Any], right: int = 1, most: int = 9) -> None:
+    """Every held-out prompt gets `evaluation.samples` answers, of which the first `right` are right; Ctrl-C after
+    `most` tasks."""
 
-    def answered(config: Any) -> list[dict[str, Any]]:
-        asked.append(config)
+    def prompts(config: Any) -> list[Prompt]:
         with closing(EnvironmentPool(config.task)) as pool:
             heldout = pool.heldout
         assert len(heldout) == config.task.heldout_size
+        return list(heldout[: config.evaluation.prompts])
+
+    def answered(config: Any) -> list[dict[str, Any]]:
+        asked.append(config)
         marks = [number < right for number in range(config.evaluation.samples)]
         keys = {"vote": "7", "text": "7", "tokens": 8, "stop": "stop_token", "failure": None}
         samples = [{"reward": float(mark), "right": mark, **keys} for mark in marks]
-        known = [(prompt.id, prompt_hash(prompt)) for prompt in heldout[: config.evaluation.prompts]]
+        known = [(prompt.id, prompt_hash(prompt)) for prompt in prompts(config)]
         return [{"id": name, "hash": hashed, "answer": "7", "samples": samples} for name, hashed in known]
 
-    def evaluated(configs: dict[str, Any]) -> Iterator[Any]:
+    def evaluated(configs: dict[str, Any], check: Any, weights: str) -> Iterator[Any]:
+        assert weights in ("", "9f2c")
         for name, config in configs.items():
+            check(name, prompts(config))
+        for place, (name, config) in enumerate(configs.items()):
+            if place == most:
+                raise KeyboardInterrupt
             evaluation = Evaluation(0.5, 0.4, 0.6, config.evaluation.prompts, 0, 0.5, 8.0)
             yield SimpleNamespace(name=name, evaluation=evaluation, rows=answered(config), weights="9f2c")
 
@@ -186,3 +196,82 @@ def test_what_eval_refuses(capsys: pytest.CaptureFixture[str], monkeypatch: pyte
         code, _, err = call(capsys, "eval", *arguments)
         assert code == 2 and said in err and "Traceback" not in err, (arguments, err)
     assert not asked
+
+
+TWO = """
+[short]
+task.name = "chain_sum"
+evaluation.prompts = 3
+
+[long]
+task.name = "spell_backward"
+evaluation.prompts = 4
+"""
+
+
+def test_an_unfinished_evaluation_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A file that lacks a task passes for a whole one, or its tasks are asked again, or by another model."""
+    asked: list[Any] = []
+    (tmp_path / "suite.toml").write_text(TWO)
+    recipe, whole, part = "smollm2_arithmetic_cpu", tmp_path / "whole.json", tmp_path / "part.json"
+    suite = ("--suite", str(tmp_path / "suite.toml"))
+    _evaluates(monkeypatch, asked)
+    assert call(capsys, "eval", recipe, *suite, "--out", str(whole))[0] == 0
+    assert "unfinished" not in json.loads(whole.read_text())
+    _evaluates(monkeypatch, asked, most=1)
+    code, out, err = call(capsys, "eval", recipe, *suite, "--out", str(part))
+    assert (code, out) == (130, "") and err.endswith("tandem: stopped\n")
+    assert json.loads(part.read_text())["unfinished"] == ["long"]
+    for pair in ((part, whole), (whole, part)):
+        code, out, err = call(capsys, "eval", str(pair[0]), "--against", str(pair[1]))
+        assert code == 0 and err == f"{part} is unfinished: long not asked yet, and not in the figures.\n"
+    _evaluates(monkeypatch, asked)
+    asked.clear()
+    for other, said in (
+        ((str(tmp_path), *suite), f"its target {recipe} there and {tmp_path} here"),
+        ((recipe, *suite, "--set", "rollout.max_new_tokens=9"), "rollout.max_new_tokens of short 24 there and 9"),
+        ((recipe, "--task", "chain_sum"), "the tasks ['long', 'short'] there and ['chain_sum'] here"),
+    ):
+        code, _, err = call(capsys, "eval", *other, "--out", str(part))
+        assert code == 2 and f"{part} is there already, unfinished, and" in err and said in err, err
+    assert not asked
+    code, _, err = call(capsys, "eval", recipe, *suite, "--out", str(part))
+    assert code == 0 and "has short; going on with long." in err
+    assert [config.evaluation.prompts for config in asked] == [4]
+    assert json.loads(part.read_text()) == json.loads(whole.read_text())
+
+
+def test_other_prompts_are_refused_before_they_are_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Hours of sampling before it is said that the other evaluation was asked something else."""
+    asked: list[Any] = []
+    _evaluates(monkeypatch, asked)
+    kept = tmp_path / "kept.json"
+    file = tmp_path / "of.jsonl"
+    file.write_text("".join(json.dumps({"question": f"Is it {n}?", "answer": n}) + "\n" for n in range(4)))
+    gsm8k = ("eval", "smollm2_arithmetic_cpu", "--task", "gsm8k", "--path", str(file), "--task", "chain_sum")
+    assert call(capsys, *gsm8k, "--out", str(kept))[0] == 0
+    assert list(json.loads(kept.read_text())["tasks"]) == ["gsm8k", "chain_sum"]  # not of.jsonl's name
+    asked.clear()
+    for change, said in (
+        ("task.seed=5", "has other messages, tools or"),
+        ("evaluation.prompts=3", "1 of the one and 0 of the other"),
+        ("task.reward=exact", "task gsm8k has task.reward 'last_number' in one"),
+    ):
+        code, _, err = call(capsys, *gsm8k, "--set", change, "--against", str(kept))
+        assert code == 2 and said in err and not asked, (change, err)
+
+
+def test_figures_are_those_of_the_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Figures of a file that its rows do not have; a task that nobody graded ends well when it is read."""
+    failed = {"reward": None, "right": False, "vote": None, "tokens": 3, "stop": None, "failure": "reward: no"}
+    rows = [{"id": "a", "hash": "0", "samples": [failed]}]
+    path = tmp_path / "kept.json"
+    task = {"settings": {}, "figures": {"accuracy": 0.9}, "prompts": rows}
+    path.write_text(json.dumps({"version": 1, "tasks": {"t": task}}))
+    code, out, _ = call(capsys, "eval", str(path), "--json")
+    found = json.loads(out)
+    assert (code, found["accuracy"], found["failed"]) == (1, 0.0, 1)

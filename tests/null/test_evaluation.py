@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,23 @@ def test_what_differs_is_said_and_tasks_are_adjusted() -> None:
         report.compare(first, {"tasks": {"v": {}}})
 
 
+def damaged() -> Iterator[tuple[Any, str]]:
+    """Tasks of a file that no evaluation wrote, and what is said of them."""
+    yield {"t": 3}, "is damaged: Expected `object`, got `int` - at `.*tasks"
+    for rows, said in (
+        ([], "length >= 1"),
+        ([{"id": 3}], "Expected `str`, got `int`"),
+        ([row(0)], "length >= 1"),
+        ([row(0, {})], "missing required field `reward`"),
+        ([row(0, sample(True, reward=None))], "did not fail has the reward None"),
+        ([row(0, sample(True, reward=math.nan))], "did not fail has the reward nan"),
+        ([row(0, sample(True) | {"right": "yes"})], "Expected `bool`, got `str`"),
+        ([row(0, sample(True), id=["a"])], "Expected `str`, got `array`"),
+        ([row(0, sample(True)), row(1, sample(True)), row(0, sample(False))], "2 rows have the id t/heldout/0"),
+    ):
+        yield {"t": {"settings": {}, "prompts": rows}}, said
+
+
 def test_the_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     """A half-written or foreign file is compared, or ends in a traceback."""
     path = tmp_path / "new" / "a.json"
@@ -223,9 +240,7 @@ def test_the_file_is_read_as_it_was_written(tmp_path: Path) -> None:
         "[]": "holds no evaluation",
         '{"tasks": {}}': "holds no evaluation",
         json.dumps({"version": 9, **results}): "is of version 9",
-        json.dumps({"version": 1, "tasks": {"t": {"settings": {}, "prompts": [{"id": 3}]}}}): "task t has no prompts",
-        json.dumps({"version": 1, "tasks": {"t": {"settings": {}, "prompts": [row(0, {})]}}}): "task t has no prompts",
-        json.dumps({"version": 1, "tasks": {"t": 3}}): "task t has no prompts",
+        **{json.dumps({"version": 1, "tasks": tasks}): said for tasks, said in damaged()},
     }
     for text, said in cases.items():
         path.write_text(text)

@@ -25,6 +25,7 @@ from tandem.rollout import rollout
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.evaluate import evaluate
 from tandem.rollout.rollout import Rollouts
+from tandem.rollout.waits import Waits
 from tandem.trace import Totals, Trace
 from tandem.types import Completion, Failure, Message, Prompt, Request, StopReason
 from tests.samples import column, ended, trained
@@ -351,6 +352,23 @@ def test_capacity() -> None:
     assert first.failure is None and first.counts == {"observations": 1, "context_limit": 1}
     assert first.reward == 3.0  # of what the model said, not of the "go" that it could not read
     assert column(group.trajectories[0], "loss_mask")[5:9] == [True] * 4
+
+
+def test_an_evaluation_of_unfit_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A held-out prompt that does not fit ends the evaluation; where none fits, it waits for its deadline."""
+    engine = FakeEngine(lambda request: spell("abc"), capacity=5)
+    long = [Prompt(f"long{n}", (Message("user", "much too long"),)) for n in range(2)]
+    ask = (Driver(engine), Renderer(Letters()), Counting())
+    found, (fits, *others) = evaluate(*ask, [*prompts(1), *long], CONFIG)
+    assert (found.prompts, found.failed) == (1, 2) and fits.trajectories[0].failure is None
+    assert [group.trajectories[0].failure.where for group in others] == ["prompt", "prompt"]
+    assert "engine.kv_memory_bytes" in found.failures[0] and not engine.live
+
+    def waits(self: object, wait_s: float) -> None:
+        raise AssertionError(f"waits {wait_s} s for nothing")
+
+    monkeypatch.setattr(Waits, "_wait", waits)
+    assert evaluate(*ask, long, CONFIG)[0].failed == 2
 
 
 def test_lost_request_is_noticed() -> None:

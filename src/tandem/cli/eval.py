@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from tandem.rollout.evaluate import Evaluation
     from tandem.run.config import RunConfig
     from tandem.run.evaluate import Evaluated
+    from tandem.types import Prompt
 
 GSM8K_TEMPLATE = "{question}\nThink step by step, then end with the answer as a number."
 GSM8K_NEW_TOKENS = 256  # room for the steps; a recipe for sums has less. Of a model without a recipe too
@@ -67,19 +68,21 @@ def evaluate(
 ) -> int:
     """Measure accuracy, pass@k and maj@k on held-out prompts, with 95 % intervals."""
     from tandem.errors import ConfigError
-    from tandem.report.evaluation import read_results, write_results
+    from tandem.report.evaluation import check_same, read_results, write_results
 
     other = read_results(against) if against is not None else None
+    _say_unfinished(other, str(against))
     if target.endswith(".json") and Path(target).expanduser().is_file():
         if task or path or suite or files or settings or out:
             raise ConfigError(f"{target} holds answers, and nothing is asked anew: give --against and --json alone.")
         results = read_results(Path(target))
-        _show(results, json, {})
+        _say_unfinished(results, target)
+        code = _show(results, json, {})
         _show_compared(other, results, str(against), json)
-        return 0
-    if out is not None and out.expanduser().exists():
-        raise ConfigError(f"--out {out} is there already. Give another name, or remove it.")
+        return code
+    kept = _kept(out)
     tasks = _tasks(target, (task or [], path, suite), (files or [], settings or []))
+    results = _begun(out, kept, target, tasks)
     if other is not None and not tasks.keys() & other["tasks"].keys():
         raise ConfigError(
             f"--against {against} has {', '.join(other['tasks'])}, and none of {', '.join(tasks)}, which are asked "
@@ -87,17 +90,72 @@ def evaluate(
         )
     from tandem.run.evaluate import evaluate_tasks
 
-    results = {"target": target, "model": next(iter(tasks.values())).config.model.source, "tasks": {}}
-    for one in evaluate_tasks({name: asked.config for name, asked in tasks.items()}):
-        results["weights"] = one.weights
+    theirs = other["tasks"] if other is not None else {}
+    for name in theirs.keys() & results["tasks"].keys():
+        check_same(name, theirs[name], results["tasks"][name])
+
+    def check(name: str, prompts: Sequence[Prompt]) -> None:
+        if name in theirs:
+            check_same(name, theirs[name], tasks[name].beforehand(prompts))
+
+    left = {name: asked.config for name, asked in tasks.items() if name not in results["tasks"]}
+    for one in evaluate_tasks(dict(left), check, results.get("weights", "")):
+        del left[one.name]
+        results |= {"weights": one.weights, "unfinished": list(left)}
         results["tasks"][one.name] = tasks[one.name].result(one)
+        if not left:
+            del results["unfinished"]
         if out is not None:
             write_results(out.expanduser(), results)
         if len(tasks) > 1:
             typer.echo(f"{one.name}: {_line(one.evaluation)}", err=True)
-    _show(results, json, {name: asked.counts for name, asked in tasks.items()})
+    code = _show(results, json, {name: asked.counts for name, asked in tasks.items()})
     _show_compared(other, results, str(against), json)
-    return 0 if all(of["figures"]["prompts"] for of in results["tasks"].values()) else 1
+    return code
+
+
+def _kept(out: Path | None) -> dict[str, Any] | None:
+    """What `out` has, where its last tasks were not asked. ConfigError where it is there, and nothing is missing."""
+    from tandem.errors import ConfigError
+    from tandem.report.evaluation import read_results
+
+    if out is None or not out.expanduser().exists():
+        return None
+    there = f"--out {out} is there already. Give another name, or remove it."
+    try:
+        kept = read_results(out)
+    except ConfigError as error:
+        raise ConfigError(there) from error
+    if not kept.get("unfinished"):
+        raise ConfigError(there)
+    return kept
+
+
+def _begun(out: Path | None, kept: dict[str, Any] | None, target: str, tasks: Mapping[str, _Asked]) -> dict[str, Any]:
+    """The results so far. ConfigError where those that are kept are of another target, model or settings."""
+    from tandem.errors import ConfigError
+
+    results = {"target": target, "model": next(iter(tasks.values())).config.model.source, "tasks": {}}
+    if kept is None:
+        return results
+    known: dict[str, tuple[Any, Any]] = {"its target": (kept.get("target"), target)}
+    known["its model"] = (kept.get("model"), results["model"])
+    known["the tasks"] = (sorted([*kept["tasks"], *kept["unfinished"]]), sorted(tasks))
+    for name, of in kept["tasks"].items() if known["the tasks"][0] == known["the tasks"][1] else ():
+        told = tasks[name].told()
+        known |= {f"{key} of {name}": (of["settings"].get(key), told.get(key)) for key in of["settings"].keys() | told}
+    if differing := [f"{key} {pair[0]} there and {pair[1]} here" for key, pair in known.items() if pair[0] != pair[1]]:
+        raise ConfigError(
+            f"--out {out} is there already, unfinished, and not of this command: {'; '.join(sorted(differing))}. Give "
+            "another name, or remove it."
+        )
+    typer.echo(f"{out} has {', '.join(kept['tasks'])}; going on with {', '.join(kept['unfinished'])}.", err=True)
+    return kept
+
+
+def _say_unfinished(results: Mapping[str, Any] | None, path: str) -> None:
+    if results is not None and (names := results.get("unfinished")):
+        typer.echo(f"{path} is unfinished: {', '.join(names)} not asked yet, and not in the figures.", err=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,18 +165,28 @@ class _Asked:
     config: RunConfig
     counts: dict[str, int]  # of a file's lines and questions
 
-    def result(self, one: Evaluated) -> dict[str, Any]:
-        """What is kept of it."""
+    def told(self) -> dict[str, str]:
+        """The settings that say what is asked and how."""
         from tandem.config import flatten, render
-        from tandem.report.evaluation import figures
 
-        names = flatten(self.config).items()
-        told = {
+        return {
             name: render(value)
-            for name, value in names
+            for name, value in flatten(self.config).items()
             if name in TOLD or (name.startswith("task.") and not name.startswith(UNTOLD))
         }
-        return {"settings": told, "figures": figures(one.rows), "prompts": one.rows}
+
+    def beforehand(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """What is known of its result before a sample is drawn."""
+        from tandem.rollout.answers import prompt_hash
+
+        rows = [{"id": prompt.id, "hash": prompt_hash(prompt)} for prompt in prompts]
+        return {"settings": self.told(), "prompts": rows}
+
+    def result(self, one: Evaluated) -> dict[str, Any]:
+        """What is kept of it."""
+        from tandem.report.evaluation import figures
+
+        return {"settings": self.told(), "figures": figures(one.rows), "prompts": one.rows}
 
 
 def _line(evaluation: Evaluation) -> str:
@@ -128,22 +196,25 @@ def _line(evaluation: Evaluation) -> str:
     return ", ".join(filter(None, (held_out(found), failed(found))))
 
 
-def _show(results: Mapping[str, Any], json: bool, counts: Mapping[str, Mapping[str, int]]) -> None:
-    """A line of JSON a task; a line for one task with one sample a prompt, else a table."""
+def _show(results: Mapping[str, Any], json: bool, counts: Mapping[str, Mapping[str, int]]) -> int:
+    """A line of JSON a task; a line for one task with one sample a prompt, else a table. The exit code: 1 where no
+    sample of a task could be graded."""
     from tandem.report.evaluation import figures, table
     from tandem.report.live import failed, held_out
 
-    found = {name: of.get("figures") or figures(of["prompts"]) for name, of in results["tasks"].items()}
+    found = {name: figures(of["prompts"]) for name, of in results["tasks"].items()}
     target, model = results.get("target"), results.get("model")
+    code = 0 if all(of["prompts"] for of in found.values()) else 1
     if json:
         for name, of in found.items():
             print(jsonlib.dumps({"target": target, "model": model, "task": name, **counts.get(name, {}), **of}))
-        return
+        return code
     if len(found) == 1 and (of := next(iter(found.values())))["samples"] <= 1:
         shown = ", ".join(filter(None, (held_out(of), failed(of))))
         print(f"{model} on {next(iter(found))}: {shown}")
-        return
+        return code
     print("\n".join([str(model), *table(found)]))
+    return code
 
 
 def _show_compared(first: Mapping[str, Any] | None, second: Mapping[str, Any], against: str, json: bool) -> None:
@@ -185,9 +256,9 @@ def _tasks(
         whole = "task.heldout_path" in its_own and "task.heldout_size" not in its_own
         found[name] = _of_file(config, its_own) if whole else _Asked(config, {})
         all_names |= its_own
-    for config in _by_flags(read, names, path) if suite is None else ():
+    for said, config in _by_flags(read, names, path) if suite is None else ():
         config = override(config, assigned)
-        if (name := config.task.label) in found:
+        if (name := said or config.task.label) in found:
             raise ConfigError(f"two tasks are named {name}. Drop one, or give each a name of its own in a --suite.")
         whole = path is not None and config.task.heldout_path == str(path)
         found[name] = _of_file(config, assigned) if whole else _Asked(config, {})
@@ -229,8 +300,8 @@ def _by_suite(
         yield name, override(base, settings), {*table, *assigned}
 
 
-def _by_flags(read: RunConfig, names: list[str], path: Path | None) -> Iterator[RunConfig]:
-    """The config of each --task, or of the recipe's own."""
+def _by_flags(read: RunConfig, names: list[str], path: Path | None) -> Iterator[tuple[str | None, RunConfig]]:
+    """(Its name, the config) of each --task, or of the recipe's own, which was given none."""
     from tandem.errors import ConfigError
 
     of_files = [name for name in names if name in FILE_TASKS]
@@ -241,7 +312,7 @@ def _by_flags(read: RunConfig, names: list[str], path: Path | None) -> Iterator[
         )
     every: list[str | None] = [*names] or [None]
     for name in every:
-        yield _with_task(read, name, path if len(names) < 2 or name in FILE_TASKS else None)
+        yield name, _with_task(read, name, path if len(names) < 2 or name in FILE_TASKS else None)
 
 
 def _read(target: str) -> tuple[RunConfig, bool]:

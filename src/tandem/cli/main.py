@@ -41,8 +41,20 @@ from tandem.cli import (
 from tandem.errors import TandemWarning, UserError, WorldError, nearest
 from tandem.run import outlet
 
+
+class _Verbs(typer.core.TyperGroup):
+    """Ctrl-C inside a verb is told from one that it dealt with: typer makes an exit code of both."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as stopped:
+            raise typer.Abort from stopped
+
+
 app = typer.Typer(
     name="tandem",
+    cls=_Verbs,
     help="Post-train language models with the engine and the learner on one forward pass.",
     epilog="tandem VERB --help explains a verb. tandem doctor says what this machine lacks.",
     add_completion=False,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 Z_95 = 1.959963984540054  # normal quantile at 0.975
+ENOUGH_CLUSTERS = 8  # on the rarer side (not all 0, or not all 1), for their spread alone to say what a sample counts
 
 
 def wilson_interval(right: float, trials: float, z: float = Z_95) -> tuple[float, float]:
@@ -50,7 +51,9 @@ def clustered_interval(sums: Sequence[float], counts: Sequence[int], trials: int
 
     It takes as many trials as would give the mean's standard error were they independent: sum(counts) over the design
     effect (Kish, "Survey Sampling", 1965), at most `trials` (0: sum(counts)). Where all values are 0 or all are 1 no
-    spread is seen, and a cluster counts once. (0, 1) for no values.
+    spread is seen, and a cluster counts once; where h < ENOUGH_CLUSTERS clusters have another value the effect is
+    between that and the one seen, in proportion to h, so that one success more does not halve the interval.
+    (0, 1) for no values.
 
     >>> clustered_interval([1, 0, 1], [1, 1, 1]) == wilson_interval(2, 3)
     True
@@ -66,9 +69,12 @@ def clustered_interval(sums: Sequence[float], counts: Sequence[int], trials: int
     if total == most == clusters:  # values in [0, 1] spread no more than zeros and ones, so the effect is 1 at most
         return wilson_interval(math.fsum(sums), total)
     if error is None or mean in (0.0, 1.0):
-        effective = float(clusters)
-    elif error == 0.0:
-        effective = float(most)
-    else:
-        effective = min(float(most), total * mean * (1 - mean) / ((total - 1) * error**2))
+        return wilson_interval(mean * clusters, clusters)
+    effective = float(most)
+    if error:
+        effective = min(effective, total * mean * (1 - mean) / ((total - 1) * error**2))
+    pairs = list(zip(sums, counts, strict=True))
+    rarer = min(sum(one > 0 for one, _ in pairs), sum(one < count for one, count in pairs))
+    seen = min(1.0, rarer / ENOUGH_CLUSTERS)
+    effective = min(effective, 1 / ((1 - seen) / clusters + seen / effective))
     return wilson_interval(mean * effective, effective)

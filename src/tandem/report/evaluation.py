@@ -12,8 +12,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 
 from tandem.errors import ConfigError, WorldError
@@ -25,8 +26,45 @@ from tandem.report.units import BLANK, decimal, percent
 Row = Mapping[str, Any]  # a prompt with its samples, as rollout/answers.py writes it
 VERSION = 1  # of the file; another is not read
 GRADING = ("task.environment", "task.name", "task.reward", "task.reward_on_error")  # what makes a score another score
-_KEYS = {"id", "hash", "samples"}
-_SAMPLE_KEYS = {"reward", "right", "vote", "tokens", "stop", "failure"}
+
+
+class _Sample(msgspec.Struct):
+    reward: float | None
+    right: bool
+    vote: str | None
+    tokens: Annotated[int, msgspec.Meta(ge=0)]
+    stop: str | None
+    failure: str | None
+
+    def __post_init__(self) -> None:
+        if self.failure is None and (self.reward is None or not math.isfinite(self.reward)):
+            raise ValueError(f"a sample that did not fail has the reward {self.reward}")
+
+
+class _Row(msgspec.Struct):
+    id: str
+    hash: str
+    samples: Annotated[list[_Sample], msgspec.Meta(min_length=1)]
+
+
+class _Task(msgspec.Struct):
+    settings: dict[str, str]
+    prompts: Annotated[list[_Row], msgspec.Meta(min_length=1)]
+
+    def __post_init__(self) -> None:
+        name, count = Counter(row.id for row in self.prompts).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{count} rows have the id {name}")
+
+
+class _File(msgspec.Struct):
+    """What is read of a file: figures are those of its rows."""
+
+    tasks: Annotated[dict[str, _Task], msgspec.Meta(min_length=1)]
+    target: str = ""
+    model: str = ""
+    weights: str = ""
+    unfinished: list[str] = []
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
@@ -196,18 +234,11 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{path} is of version {results.get('version')}, and this tandem reads {VERSION}. Evaluate again."
         )
-    for name, of in results["tasks"].items():
-        rows = of.get("prompts") if isinstance(of, dict) else None
-        fine = isinstance(rows, list) and isinstance(of.get("settings"), dict) and all(map(_is_row, rows))
-        if not fine:
-            raise ConfigError(f"{path}: task {name} has no prompts with their samples. Evaluate it again with --out.")
+    try:
+        msgspec.convert(results, _File)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path} is damaged: {error}. Evaluate it again with --out.") from error
     return results
-
-
-def _is_row(row: Any) -> bool:
-    if not isinstance(row, dict) or not row.keys() >= _KEYS or not isinstance(row["samples"], list):
-        return False
-    return all(isinstance(sample, dict) and sample.keys() >= _SAMPLE_KEYS for sample in row["samples"])
 
 
 def _compared(name: str, first: Mapping[str, Any], second: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -255,7 +286,15 @@ def _measured(graded: Sequence[Row], names: Sequence[str], ks: Sequence[int]) ->
 
 
 def _paired(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[list[Row], list[Row]]]:
-    """The graded samples of each prompt in both; ConfigError where the prompts or their scoring are not the same."""
+    """The graded samples of each prompt in both."""
+    check_same(name, first, second)
+    other = {row["id"]: row for row in second["prompts"]}
+    return [(_graded(row), _graded(other[row["id"]])) for row in first["prompts"]]
+
+
+def check_same(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """ConfigError where a task's prompts, or their scoring, are not the same in two evaluations. Their samples are not
+    looked at, so that it can be asked before any is drawn."""
     for key in GRADING:
         one, other = first["settings"].get(key), second["settings"].get(key)
         if one != other:
@@ -278,7 +317,6 @@ def _paired(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> l
                 f"task {name}: prompt {one} has other messages, tools or another gold answer in one evaluation than in "
                 "the other. Evaluate both with the same task.*"
             )
-    return [(_graded(row), _graded(rows[1][one])) for one, row in rows[0].items()]
 
 
 def _graded(row: Row) -> list[Row]:

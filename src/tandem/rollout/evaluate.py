@@ -50,9 +50,11 @@ def evaluate(
 ) -> tuple[Evaluation, list[Group]]:
     """The accuracy of answers to each prompt, drawn as `drawing` says, and the groups that it comes from.
 
-    Turns, lengths, stop strings and the deadline of each portion are `config`'s; its sampling is not used.
+    Turns, lengths, stop strings and the deadline of each portion are `config`'s; its sampling is not used. Samples of a
+    prompt that does not fit the engine are failed ones.
     """
     rollouts = Rollouts(driver, renderer, environments, drawing.of(config), run_seed=drawing.seed, trace=trace)
+    rollouts.unfit_fail = True
     size = max(1, PORTION // drawing.samples)
     portions = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     groups = [group for portion in portions for group in rollouts.collect(step, portion)]

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 from tandem.engine.driver import Endpoint
+from tandem.errors import CapacityError
 from tandem.program.render import Renderer
 from tandem.rollout.config import RolloutConfig
 from tandem.rollout.early import Early
@@ -54,6 +55,7 @@ class Rollouts:
         self.trace = trace or Trace()
         self.clock = clock
         self.sampling = config.sampling(renderer.stop_token_ids)
+        self.unfit_fail = False  # prompts that do not fit the engine, in place of the step
 
     def over(self, program: Program) -> None:
         """It asks the engine for nothing more."""
@@ -74,7 +76,7 @@ class Rollouts:
         Where the `first` make a batch, they come when it is full; the others are withdrawn, and counted in the trace.
         With `early`, a group's programs begin in parts, and some never.
         Whatever goes wrong in one program is its trajectories' Failure. CapacityError where a prompt does not fit the
-        engine; nothing of this step is then left in it.
+        engine, and `unfit_fail` does not make it one; nothing of this step is then left in it.
         """
         assert len({prompt.id for prompt in prompts}) == len(prompts), "prompt ids repeat within a step"
         running = _Step(self, step, prompts, first, early)
@@ -129,7 +131,15 @@ class _Step:
         waits = self._turns.waits
         waiting = sum(asked != "reward" for asked in waits.asked.values())
         for program in islice(self._programs, max(0, AHEAD - waiting)):
-            self._turns.submit(program)
+            try:
+                self._turns.submit(program)
+            except CapacityError as error:
+                if not self.by.unfit_fail:
+                    raise
+                reason = str(error).removeprefix(f"request {program.request_id!r}: ")  # one of all siblings
+                self._end(program, Failure("prompt", reason))
+        if not waits.asked:  # none of them fits
+            return
         for program, asked, future in waits.ended(self.until_s - self.by.clock()):
             if program.place in self._late:
                 self._leave(program, future.result(0))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from tandem.run.clock import started
 from tandem.run.config import RunConfig, check_remote
 from tandem.run.engines import sampled_by
 from tandem.run.parts import build_parts
+from tandem.types import Prompt
 
 SHARED = ("model", "engine", "remote")  # parts of a config that tasks evaluated together have in common
 
@@ -37,12 +38,15 @@ class Evaluated:
     weights: str  # hexadecimal hash of what answered
 
 
-def evaluate_tasks(configs: Mapping[str, RunConfig]) -> Iterator[Evaluated]:
+def evaluate_tasks(
+    configs: Mapping[str, RunConfig], check: Callable[[str, Sequence[Prompt]], None] | None = None, weights: str = ""
+) -> Iterator[Evaluated]:
     """Each task by its name, as it ends: accuracy on its held-out prompts, drawn as its `evaluation` says; by the
     servers of config.remote, where it names some.
 
-    All tasks are built, and wrong ones refused, before the model is read. ConfigError where they differ in the model,
-    its engine or its servers.
+    All tasks are built, and wrong ones refused, before the model is read; `check` gets each one's name and prompts
+    then. ConfigError where they differ in the model, its engine or its servers, or the weights' hash is not `weights`,
+    if that is given.
     """
     for config in configs.values():
         if not isinstance(config, RunConfig):
@@ -61,8 +65,16 @@ def evaluate_tasks(configs: Mapping[str, RunConfig]) -> Iterator[Evaluated]:
         for name, config in configs.items():
             pools[name] = EnvironmentPool(config.task)
             leaving.callback(pools[name].close)
+            if check is not None:
+                check(name, pools[name].heldout[: config.evaluation.prompts])
         parts = build_parts(first.model, first.engine, learns=False, task=first.task, remote=first.remote)
         leaving.callback(parts.close)
+        hashed = str(parts.plan["weights"])
+        if weights not in ("", hashed):
+            raise ConfigError(
+                f"the weights of {first.model.source} are {hashed}, and what is kept came from {weights}. Ask all "
+                "tasks again, with another --out."
+            )
         parts.tokenizer.now = started(Path(first.model.source)) or parts.tokenizer.now
         for name, config in configs.items():
             pools[name].ready()
@@ -74,5 +86,5 @@ def evaluate_tasks(configs: Mapping[str, RunConfig]) -> Iterator[Evaluated]:
             drawing = config.evaluation.drawing(config.seed)
             asked = sampled_by(parts, drawing.temperature) if config.remote.servers else Driver(parts.exact_engine)
             evaluation, groups = evaluate(asked, renderer, pool, prompts, config.rollout, drawing)
-            yield Evaluated(name, evaluation, answer_rows(groups, renderer.text), str(parts.plan["weights"]))
+            yield Evaluated(name, evaluation, answer_rows(groups, renderer.text), hashed)
             pool.close()
