@@ -37,14 +37,12 @@ def train(
     from tandem.cli.settings import assignments
     from tandem.config import diff, override
     from tandem.errors import ConfigError
-    from tandem.run.config import RunConfig
-    from tandem.run.folder import saved_config
 
     if out is not None and resume is not None:
         raise ConfigError("--out and --resume were both given: a resumed run goes on in its own folder. Drop --out.")
     if recipe is None and resume is None:
         raise ConfigError("there is nothing to run: name a RECIPE (tandem recipes lists them), or give --resume DIR.")
-    written = find_recipe(recipe)() if recipe is not None else saved_config(Path(str(resume)), RunConfig)
+    written = find_recipe(recipe)() if recipe is not None else _of_folder(Path(str(resume)))
     assigned = assignments(written, files or [], settings or [])
     started = written if resume is None else _saved(resume, written, assigned)
     config = override(started, assigned)
@@ -140,6 +138,14 @@ def start(
         display = Tracked(display, track.to, place, track.project, track.name, texts)
     code, folder = run(config, out=out, resume=resume, display=display)
     return code, folder, write_report(folder, changed)
+
+
+def _of_folder(folder: Path) -> Any:
+    """The config of the run there."""
+    from tandem.run.config import RunConfig
+    from tandem.run.folder import saved_config
+
+    return saved_config(folder, RunConfig)
 
 
 def _saved(folder: Path, written: Any, assigned: Mapping[str, Any]) -> Any:
