@@ -228,8 +228,8 @@ def test_adapters_reach_all_and_who_was_away(monkeypatch: pytest.MonkeyPatch, ca
         post(router, load, {"lora_name": "c", "lora_path": "missing at s1"})
         had["s1"] = {}
         engines[0].begin(port)
-        wait_for("it to have one", lambda: had["s1"] == {"a": "x"})
-        assert ask(router) == "s2" and router.engines[0].state == "behind: it has not loaded c"
+        wait_for("it to have one", lambda: router.engines[0].state == "behind: it has not loaded c")
+        assert ask(router) == "s2" and had["s1"] == {"a": "x"}
         post(router, unload, {"lora_name": "c"})
         assert had == {"s1": {"a": "x"}, "s2": {"a": "x"}} and router.engines[0].ready
         post(router, unload, {"lora_name": "a"})

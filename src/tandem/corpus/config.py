@@ -39,9 +39,7 @@ class CorpusConfig:
     turns: Literal["all", "last"] = "all"  # of a conversation, which of the assistant's are trained
     error_turns: Literal["train", "mark"] = "train"  # that a tool answers with an error: marked, they are not trained
     repeated_turns: Literal["train", "mark"] = "train"  # that do what the turn before did: marked, they are not trained
-    reward_at_least: Finite | None = (
-        None  # of programs of a run, and rows: those of less are left out; none: all are taken
-    )
+    reward_at_least: Finite | None = None  # programs of a run, and rows, of less are left out; none: all are taken
 
     def __post_init__(self) -> None:
         if not self.on:
