@@ -111,7 +111,7 @@ def test_a_teacher_that_is_another_now(tmp_path: Path, capsys: pytest.CaptureFix
     for folder in (tmp_path / "teacher", stored):
         folder.rename(folder.with_name(f"{folder.name} before"))
     saved(tmp_path / "teacher", TEACHER.replace("seed=5", "seed=6"))
-    with pytest.raises(RunFolderError, match="distil.teacher .* has weights of the hash .* now, and the run began"):
+    with pytest.raises(RunFolderError, match="distil.teacher .* hashes to .* now, and the run began"):
         local.train(config, out=None, resume=tmp_path / "live", display=Silent())
     assert main(["convert", "teacher", f"{recipe}:small", "--out", str(stored)]) == 0
     with pytest.raises(RunFolderError, match="it was trained on, or written anew"):

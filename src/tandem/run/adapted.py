@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from tandem.errors import ConfigError, RunFolderError, TandemWarning
+from tandem.errors import ConfigError, TandemWarning
 from tandem.models.adapter import AdapterSet, Base
 from tandem.models.peft import check_family, read_adapter
 from tandem.numerics.digest import root_hash, tensor_hashes
 from tandem.run.folder import latest_checkpoint
 from tandem.run.learned import OBJECTIVES
-from tandem.run.source import resolve_source
+from tandem.run.source import Same, resolve_source
 from tandem.sync.publish import weight_version
 from tandem.train.score import with_logprobs
 
@@ -36,26 +36,6 @@ def begun_with(source: str) -> AdapterFolder:
     return read_adapter(resolve_source(source))
 
 
-class SameAdapter:
-    """A part of a checkpoint: a run that goes on has the reference that it began with."""
-
-    def __init__(self, source: str) -> None:
-        self._source, found = source, begun_with(source)
-        self._digest = root_hash(dict(tensor_hashes(found.weights()[0])) | {"adapter": repr(found.config)})
-
-    def state(self) -> dict[str, Any]:
-        return {"digest": self._digest}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """RunFolderError where it is another."""
-        if state["digest"] != self._digest:
-            raise RunFolderError(
-                f"adapter.source {self._source} hashes to {self._digest[:12]} now, and the run began with "
-                f"{state['digest'][:12]}, which is its reference: the adapter was trained on, or written anew. Put the "
-                "first back, or start a new run from this one: --set adapter.source=RUN."
-            )
-
-
 def _refers(run: RunConfig) -> bool:
     """Whether the adapter that it began with is its reference, as long as it runs."""
     return bool(run.adapter.source) and "reference_logprobs" in OBJECTIVES[run.objective](run).columns
@@ -63,7 +43,11 @@ def _refers(run: RunConfig) -> bool:
 
 def saved_adapter(run: RunConfig) -> dict[str, Part]:
     """What a checkpoint has of the adapter that the run began with."""
-    return {"adapter": SameAdapter(run.adapter.source)} if _refers(run) else {}
+    if not _refers(run):
+        return {}
+    found = begun_with(run.adapter.source)
+    digest = root_hash(dict(tensor_hashes(found.weights()[0])) | {"adapter": repr(found.config)})
+    return {"adapter": Same(f"adapter.source {run.adapter.source}", digest, "adapter.source")}
 
 
 def resumed(run: RunConfig, folder: Path) -> RunConfig:

@@ -7,20 +7,20 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from tandem.algo.distil import Distil, matched
 from tandem.corpus.teacher import Origin, Stored, is_stored, read_header, words_hash
-from tandem.errors import ConfigError, RunFolderError, TandemError, TandemWarning
+from tandem.errors import ConfigError, TandemError, TandemWarning
 from tandem.kernels.weight import Weight
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.codes import hold_codes
 from tandem.models.decoder import DTYPES, Decoder
 from tandem.numerics.digest import root_hash, tensor_hashes
 from tandem.numerics.random import Stream, normal, word_rows
-from tandem.run.source import origin_of
+from tandem.run.source import Same, origin_of
 
 if TYPE_CHECKING:
     from tandem.models.config import ModelConfig
@@ -102,29 +102,13 @@ def check_corpus(config: RunConfig, digests: Mapping[str, str]) -> None:
             )
 
 
-class SameTeacher:
-    """A part of a checkpoint: a run that goes on has the teacher that it began with."""
-
-    def __init__(self, source: str) -> None:
-        self._source = source
-        self._weights = read_header(Path(source))[0].digest if is_stored(source) else weights_hash(source)
-
-    def state(self) -> dict[str, Any]:
-        return {"weights": self._weights}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """RunFolderError where it is another."""
-        if state["weights"] != self._weights:
-            raise RunFolderError(
-                f"distil.teacher {self._source} has weights of the hash {self._weights[:12]} now, and the run began "
-                f"with {state['weights'][:12]}: it was trained on, or written anew. Put the first back, or start a new "
-                "run from this one's checkpoint: --set model.source=RUN."
-            )
-
-
 def saved_teacher(config: RunConfig) -> dict[str, Part]:
     """What a checkpoint has of a teacher."""
-    return {"teacher": SameTeacher(config.distil.teacher)} if config.objective == "distil" else {}
+    if config.objective != "distil":
+        return {}
+    source = config.distil.teacher
+    digest = read_header(Path(source))[0].digest if is_stored(source) else weights_hash(source)
+    return {"teacher": Same(f"distil.teacher {source}", digest, "model.source")}
 
 
 def open_stored(config: RunConfig) -> Stored:

@@ -145,10 +145,9 @@ class Session:
         self.course = Course(config.evaluation)
         asked = endpoint(parts, self.account, display.note)
         self.rollouts = Rollouts(asked, parts.renderer, pool, config.rollout, config.seed, self.trace)
-        self.samples = objective.samples  # the engine does, and rewards and fates are theirs
-        self.reading = reading
-        self.saved_parts |= {**(reading.saved if reading is not None else {}), **saved_teacher(config)}
-        self.saved_parts |= saved_adapter(config)
+        self.samples, self.reading = objective.samples, reading  # whether the engine does, and what is read else
+        read = reading.saved if reading is not None else {}
+        self.saved_parts |= {**read, **saved_teacher(config), **saved_adapter(config)}
         self.reference = scorer_of(parts, config, objective, self._frozen, folder.path, self.trace)
         self.filled = filler_of(config, parts, objective)
 

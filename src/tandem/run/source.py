@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from tandem.errors import ConfigError, ModelError
+from tandem.errors import ConfigError, ModelError, RunFolderError
 from tandem.models.peft import CONFIG, AdapterFolder, base_of
 from tandem.run.folder import latest_checkpoint
 from tandem.train.checkpoint import MANIFEST, verify
@@ -42,3 +44,23 @@ def origin_of(source: str, base: str = "") -> tuple[str, AdapterFolder | None]:
     if another is not None:
         raise ModelError(f"{source} is an adapter of an adapter, {adapter.base}. Merge that one first.")
     return base, adapter
+
+
+class Same:
+    """A part of a checkpoint: a run that goes on has beside it what it began with. `named`: the setting and its value;
+    `anew`: the setting by which another run begins with what this one learned."""
+
+    def __init__(self, named: str, digest: str, anew: str) -> None:
+        self._named, self._digest, self._anew = named, digest, anew
+
+    def state(self) -> dict[str, Any]:
+        return {"digest": self._digest}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """RunFolderError where it is another."""
+        if state["digest"] != self._digest:
+            raise RunFolderError(
+                f"{self._named} hashes to {self._digest[:12]} now, and the run began with {state['digest'][:12]}: it "
+                f"was trained on, or written anew. Put the first back, or start a new run from this one: --set "
+                f"{self._anew}=RUN."
+            )
