@@ -15,6 +15,7 @@ import torch
 
 from tandem.engine.engine import Engine
 from tandem.errors import ConfigError, ModelError
+from tandem.kernels.adapter import adapt_reference_, adapted_input_gradient, add_gradients
 from tandem.kernels.linear import linear
 from tandem.kernels.swiglu import swiglu_down, swiglu_reference
 from tandem.kernels.weight import Adapter, Piece, Strips, Weight
@@ -104,6 +105,33 @@ def test_products_and_gradients(any_path, parts: list[tuple[int, int]], feed: bo
         assert got is not None and expected is not None
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=2e-5)
     assert weight.grad is None  # frozen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_over_many_rows(any_path, dtype: torch.dtype) -> None:
+    """Rows beyond one run of the sum (adapter.cpp's OUTER_ROWS) are lost, counted twice, or of another panel."""
+    rows, depth, count = 150, 130, 301
+    x, dy = normal(count, depth, seed=0).to(dtype), normal(count, rows, seed=1).to(dtype)
+    weight = Weight(normal(rows, depth, seed=2).to(dtype), matrix=True)
+    ups = [Weight(normal(size, rank, seed=3 + size).to(dtype), matrix=True) for size, rank in ((80, 16), (70, 5))]
+    made = Adapter(Strips(normal(22, depth, seed=3).to(dtype)), (Piece(0, 0, 0.5, ups[0]), Piece(80, 16, 2.0, ups[1])))
+    parts = made.down, *ups
+    for part in parts:
+        part.grad = torch.ones(part.value.shape)
+    lowered = adapt_reference_(torch.zeros(count, rows, dtype=dtype), x, made)
+    dx, dlow = adapted_input_gradient(dy, weight, made)
+    add_gradients(made, dy, dlow, x, lowered)
+
+    wanted_low = torch.zeros(count, 22, dtype=torch.float64)
+    for piece in made.pieces:
+        wanted_low[:, piece.ranks] = piece.scale * (dy[:, piece.rows].double() @ piece.up.value.double())
+    wanted = [dy.double() @ weight.value.double() + wanted_low @ made.down.value.double(), wanted_low]
+    wanted += [1 + dlow.double().T @ x.double()]
+    wanted += [1 + dy[:, piece.rows].double().T @ lowered[:, piece.ranks].double() for piece in made.pieces]
+    unit = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-19  # what is lowered is rounded, its product too
+    for number, (got, right) in enumerate(zip([dx, dlow, *(part.grad for part in parts)], wanted, strict=True)):
+        bound = (3 * unit if number < 2 else 2.0**-19) * right.abs().max()
+        assert (got.double() - right).abs().max() <= bound, number
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -49,6 +49,8 @@ def _product(size: int, rows: int, columns: int, depth: int) -> Cost:
 KERNELS: dict[str, tuple[str, Callable[..., Cost]]] = {
     "linear": ("{}", lambda size, _, *shape: _product(size, *shape)),
     "adapt": ("adapter", lambda size, _, rows, n, k: Cost(0, size * rows * (n + k))),  # its ranks are not told
+    "adapted_input_gradient": ("input gradient: adapter", lambda size, _, *shape: _product(size, *shape)),
+    "adapter_gradients": ("adapter gradients", lambda size, _x, _y, rows, n, k: Cost(0, size * rows * (n + k))),
     "input_gradient": ("input gradient: {}", lambda size, _, *shape: _product(size, *shape)),
     "accumulate": (
         "weight gradient: {}",

@@ -13,7 +13,7 @@ from torch import Tensor
 from tandem.kernels.address import address, rows_address
 from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
-from tandem.kernels.gradient import accumulate, input_gradient
+from tandem.kernels.gradient import accumulate_reference, wide_product
 from tandem.kernels.weight import Adapter, Weight
 
 
@@ -56,22 +56,87 @@ def factored(dy_TN: Tensor, adapter: Adapter) -> Tensor:
     return dy_TN if adapter.factor is None else (dy_TN.float() * adapter.factor.value).to(dy_TN.dtype)
 
 
-def adapted_input_gradient(dy_TN: Tensor, weight: Weight, adapter: Adapter) -> tuple[Tensor, Tensor]:
-    """dx [T, K] of the matrix and its adapter together, and the gradient of x A^T, [T, R]. `dy` is `factored`."""
+def adapted_input_gradient_reference(dy_TN: Tensor, weight: Weight, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """`adapted_input_gradient` by torch's products."""
     dlow_TR = torch.zeros(len(dy_TN), adapter.down.value.shape[0], dtype=dy_TN.dtype)
     for piece in adapter.pieces:
-        dlow_TR[:, piece.ranks] = input_gradient(dy_TN[:, piece.rows], piece.up) * piece.scale
-    dx_TK = input_gradient(dy_TN, weight)
-    return dx_TK.add_(input_gradient(dlow_TR, adapter.down)), dlow_TR
+        dlow_TR[:, piece.ranks] = (wide_product(dy_TN[:, piece.rows], piece.up.value) * piece.scale).to(dy_TN.dtype)
+    dx_TK = wide_product(dy_TN, _values(weight)) + wide_product(dlow_TR, adapter.down.value)
+    return dx_TK.to(dy_TN.dtype), dlow_TR
+
+
+def adapted_input_gradient(dy_TN: Tensor, weight: Weight, adapter: Adapter) -> tuple[Tensor, Tensor]:
+    """dx [T, K] of the matrix and its adapter together, and the gradient of x A^T, [T, R]. `dy` is `factored`.
+
+    The latter is rounded; the sum of both products is, once.
+    """
+    run = kernel("adapter", "adapted_input_gradient", dy_TN.dtype, "pipppppp" + "iii")
+    odd = dy_TN.dtype == torch.bfloat16 and any(piece.up.value.shape[0] % 2 for piece in adapter.pieces)
+    if run is None or odd:
+        return adapted_input_gradient_reference(dy_TN, weight, adapter)
+    (count, rows), dtype = dy_TN.shape, dy_TN.dtype
+    value_NK, (ranks, columns) = _values(weight), adapter.down.value.shape
+    if rows % 2:
+        dy_TN = torch.nn.functional.pad(dy_TN, (0, 1))
+    dlow_TR, dx_TK = torch.zeros(count, ranks, dtype=dtype), torch.empty(count, columns, dtype=dtype)
+    pieces = _piece_values(adapter)
+    run(
+        rows_address(dy_TN, dtype, count, rows + rows % 2),
+        dy_TN.stride(0),
+        address(value_NK, dtype, rows, columns),
+        address(adapter.down.value, dtype, ranks, columns),
+        adapter.words.data_ptr(),
+        pieces.data_ptr(),
+        *(dlow_TR.data_ptr(), dx_TK.data_ptr()),
+        *(count, rows, columns),
+    )
+    return dx_TK, dlow_TR
+
+
+def _values(weight: Weight) -> Tensor:
+    """[N, K]; of a matrix that is only served, those that its products read."""
+    return weight.served() if weight.value.is_meta else weight.value
+
+
+def _piece_values(adapter: Adapter) -> Tensor:
+    """Struct PieceValues of adapter.cpp, of each piece: to be held during the call."""
+    words = []
+    for piece in adapter.pieces:
+        rows, rank = piece.up.value.shape
+        grad = address(piece.up.grad, torch.float32, rows, rank)
+        words.append([address(piece.up.value, piece.up.value.dtype, rows, rank), grad or 0, rank])
+    return torch.tensor(words, dtype=torch.int64)
+
+
+def add_gradients_reference(adapter: Adapter, dy_TN: Tensor, dlow_TR: Tensor, x_TK: Tensor, lowered_TR: Tensor) -> None:
+    """`add_gradients` by torch's products."""
+    if adapter.down.grad is not None:
+        accumulate_reference(adapter.down.grad, dlow_TR, x_TK)
+    for piece in adapter.pieces:
+        if piece.up.grad is not None:
+            accumulate_reference(piece.up.grad, dy_TN[:, piece.rows], lowered_TR[:, piece.ranks])
 
 
 def add_gradients(adapter: Adapter, dy_TN: Tensor, dlow_TR: Tensor, x_TK: Tensor, lowered_TR: Tensor) -> None:
-    """To those of A and B. `dy` is `factored`."""
-    if adapter.down.grad is not None:
-        accumulate(adapter.down.grad, dlow_TR, x_TK)
-    for piece in adapter.pieces:
-        if piece.up.grad is not None:
-            accumulate(piece.up.grad, dy_TN[:, piece.rows], lowered_TR[:, piece.ranks])
+    """To those of A and B, in fp32, in order of the rows. `dy` is `factored`."""
+    run = kernel("adapter", "adapter_gradients", x_TK.dtype, "pipippppp" + "iii")
+    if run is None:
+        return add_gradients_reference(adapter, dy_TN, dlow_TR, x_TK, lowered_TR)
+    (count, rows), dtype, (ranks, columns) = dy_TN.shape, dy_TN.dtype, adapter.down.value.shape
+    pieces = _piece_values(adapter)
+    run(
+        rows_address(dy_TN, dtype, count, rows),
+        dy_TN.stride(0),
+        rows_address(x_TK, dtype, count, columns),
+        x_TK.stride(0),
+        address(lowered_TR, dtype, count, ranks),
+        address(dlow_TR, dtype, count, ranks),
+        adapter.words.data_ptr(),
+        pieces.data_ptr(),
+        address(adapter.down.grad, torch.float32, ranks, columns),
+        *(count, rows, columns),
+    )
+    return None
 
 
 def learns_magnitude(adapter: Adapter | None) -> bool:

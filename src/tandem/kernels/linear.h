@@ -41,6 +41,7 @@ struct Product {
     const E* residual = nullptr;  // [rows, columns]
     const float* factor = nullptr;              // [columns], that products are multiplied by
     const float* const* row_factors = nullptr;  // [rows], in its place: of each row, or null
+    const Product* more = nullptr;              // of as many rows and columns, added before anything is rounded
     const float* factor_at(int64_t row, int64_t first) const {
         const float* own = row_factors ? row_factors[row] : factor;
         return own ? own + first : nullptr;
@@ -90,6 +91,10 @@ inline int product_tile(const Product<E>& a, int64_t p, int64_t tile_index, int6
     const int64_t every = std::max<int64_t>(1, tiles / 4);
     const Ahead ahead{next ? (const char*)next + first_line * 64 : nullptr, every, next && also ? also->take(fetched<E>(a.depth, tiles)) : nullptr};
     tile<E>(count, rows, pair_of<E>(), a.packed + p * a.depth * PANEL, a.depth, out, out_stride, false, ahead, width);
+    if (a.more) {
+        for (int r = 0; r < count; r++) rows[r] = a.more->x + (m + r) * a.more->stride;
+        tile<E>(count, rows, pair_of<E>(), a.more->packed + p * a.more->depth * PANEL, a.more->depth, out, out_stride, true, Ahead(), width);
+    }
     return count;
 }
 

@@ -95,6 +95,18 @@ def _adapter(dtype: torch.dtype) -> Iterator[Comparison]:
     yield Comparison("a sum", got, wanted, bound)
     adapter.adapt_(alone, x[9:10], made)
     yield Comparison("a row alone", alone, got[9:10])
+    weight, dy = Weight(normal(140, 96, dtype=dtype, seed=5), matrix=True), normal(37, 140, dtype=dtype, seed=6)
+    dx, dlow = adapter.adapted_input_gradient(dy, weight, made)
+    right_dx, right_dlow = adapter.adapted_input_gradient_reference(dy, weight, made)
+    yield from _gradients(dtype, input=(dx, right_dx), lowered=(dlow, right_dlow))
+    parts = {"A": made.down, "a B": sides[0], "another B": sides[1]}
+    found = []
+    for add in (adapter.add_gradients, adapter.add_gradients_reference):
+        for part in parts.values():
+            part.grad = torch.zeros(part.value.shape)
+        add(made, dy, right_dlow, x, lowered)
+        found.append([part.grad for part in parts.values()])
+    yield from _gradients(dtype, **dict(zip(parts, zip(*found, strict=True), strict=True)))
 
 
 def _gradient(dtype: torch.dtype) -> Iterator[Comparison]:
