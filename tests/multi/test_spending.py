@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,6 +19,7 @@ from tandem.program.pool import RunningEpisode
 from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.run import local
 from tandem.run.config import RunConfig, check_training
+from tandem.run.stream import PromptStream
 from tests.display import Silent
 from tests.multi.test_extra_prompts import rows_of
 from tests.samples import ended
@@ -60,6 +62,22 @@ def at_once(self: RunningEpisode, unheard: int = 0) -> Future[float]:
 def run(path: Path, changes: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
     local.train(config_of(changes), out=path, resume=None, display=Silent())
     return rows_of(path / "metrics.jsonl")
+
+
+def test_drawing_prompts_is_a_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds in which an environment is asked for prompts, redraws too, that no phase claims: an open ledger."""
+    ahead, calls = PromptStream.ahead, list[int]()
+
+    def slow(self: PromptStream, count: int) -> Any:
+        calls.append(count)
+        time.sleep(0.05)
+        return ahead(self, count)
+
+    monkeypatch.setattr(PromptStream, "ahead", slow)
+    rows = run(tmp_path / "run", {"steps": "2"})
+    read_s = sum(row["seconds"]["read"] for row in rows if row["step"])
+    assert len(calls) > 2 and read_s >= 0.05 * len(calls)
+    assert json.loads((tmp_path / "run/ledger.json").read_text())["seconds"]["main"]["read"] >= read_s - 1e-3
 
 
 def results(rows: list[dict[str, Any]]) -> list[Any]:

@@ -72,7 +72,7 @@ PHASES = {
     "down": ("idle", "it was not at work: it had died, or had nothing left to do"),
     "checkpoint": ("idle", "a checkpoint was written"),
     "evaluate": ("idle", "held-out prompts were answered"),
-    "read": ("idle", "texts that are learned from were read, and became tokens"),
+    "read": ("idle", "prompts were drawn, or texts that are learned from read, and made into tokens"),
     "credit": ("idle", "advantages were computed, samples chosen"),
     "rows": ("idle", "trajectories and rows were written and shown"),
 }

@@ -158,7 +158,7 @@ class Session:
 
     def stages(self) -> Stages:
         return Stages(
-            prompts=self.prompts,
+            prompts=self.trace.timed("read", self.prompts),
             rollout=self.rollout if self.samples else self.trace.timed("read", self.read),
             credit=self.trace.timed("credit", self.credit),
             keep=self.trace.timed("rows", self.keep),
@@ -186,7 +186,8 @@ class Session:
                 if asked.redraws:
                     self.trace.count("redrawn_groups", lacking if draw else 0)
                 if draw:
-                    prompts = self.spending.take(step, lacking + asked.extra_prompts)
+                    with self.trace.span("read"):
+                        prompts = self.spending.take(step, lacking + asked.extra_prompts)
                 first = self.fairness.race(First(lacking, self.usable)) if asked.extra_prompts else None
                 self.account.dispatch(step, prompts, asked.samples_per_prompt)
                 found = self.rollouts.collect(step, prompts, first, self.spending.early(step))
