@@ -212,6 +212,15 @@ def test_paired_by_seed(tmp_path: Path) -> None:
     assert "+0.100, +0.110, +0.090 | +0.100 [+0.075, +0.125] | higher |" in readme(result, "")
 
 
+def test_how_held_out_prompts_are_answered(tmp_path: Path) -> None:
+    """A page that says greedy of answers that were drawn."""
+    result = made(tmp_path, [0.2] * 3, [0.4] * 3)
+    assert "held-out accuracy is greedy, on" in readme(result, "")
+    drawn = {"evaluation.samples": "4", "evaluation.temperature": "1"}
+    page = readme({**result, "common": {**result["common"], **drawn}}, "")
+    assert "held-out accuracy is of 4 answers to each at temperature 1, on" in page
+
+
 def test_only_the_last_steps_count(tmp_path: Path) -> None:
     """The reward of the whole run compared, most of which is before an arm can differ."""
     result = made(tmp_path, [0.2] * 3, [0.4] * 3)

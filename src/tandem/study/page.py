@@ -125,6 +125,15 @@ def chance_note(result: Result) -> str:
     )
 
 
+def _drawn(result: Result) -> str:
+    """How held-out prompts are answered."""
+    temperature = result["common"].get("evaluation.temperature", "0")
+    if float(temperature) == 0:
+        return "greedy"
+    samples = result["common"].get("evaluation.samples", "1")
+    return f"of {samples} answers to each at temperature {temperature}"
+
+
 def readme(result: Result, reading: str, section: str = "") -> str:
     """The study's page; section: a part that is its own."""
     arms = [{"arm": f"`{arm['name']}`", "sets": _settings(arm["overrides"])} for arm in result["arms"]]
@@ -153,10 +162,10 @@ def readme(result: Result, reading: str, section: str = "") -> str:
         "## Arms",
         (
             f"Reward is the mean over the last {result['last_steps']} of {result['steps']} steps, then over seeds "
-            f"(least to most); held-out accuracy is greedy, on {prompts} prompts. k3, ess and masked are means over "
-            "all steps."
+            f"(least to most); held-out accuracy is {_drawn(result)}, on {prompts} prompts. k3, ess and masked are "
+            "means over all steps."
             if rewarded(result)
-            else f"Held-out accuracy is greedy, on {prompts} prompts: some arms sample nothing to learn from."
+            else f"Held-out accuracy is {_drawn(result)}, on {prompts} prompts: some arms sample nothing to learn from."
         ),
         arms_table(result),
         "## Paired differences",
