@@ -41,6 +41,14 @@ def say_unused(verb: str, names: Iterable[str], used: Sequence[str], but: Sequen
         print(f"tandem {verb} has no use for {shown}: {why}.", file=sys.stderr)
 
 
+def say_unread(config: Any, names: Iterable[str]) -> None:
+    """A line on stderr for each reason for which training by `config` does not read some of `names`."""
+    from tandem.run.unread import unread
+
+    for why, left in unread(config, names).items():
+        say_unused("train", left, (), (), why)
+
+
 def read_file(path: Path, config: Any, flag: str = "--config") -> dict[str, str]:
     """Dotted name -> text of a file's settings. ConfigError where it cannot be read, says a thing twice, or what
     `config` does not take."""

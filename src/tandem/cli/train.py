@@ -34,7 +34,7 @@ def train(
 ) -> int:
     """Train a model by a recipe; Ctrl-C or a closed terminal finishes the step, saves and exits with 130 or 129."""
     from tandem.cli.recipes import find_recipe
-    from tandem.cli.settings import assignments
+    from tandem.cli.settings import assignments, say_unread
     from tandem.config import diff, override
     from tandem.errors import ConfigError
 
@@ -52,6 +52,7 @@ def train(
     from tandem.plan.memory import check_counts
 
     check_counts(config)
+    say_unread(config, assigned)
     if plan:
         from tandem.run.local import plan as plan_run
 
@@ -79,6 +80,7 @@ def train_recipe(
     KeyboardInterrupt.
     """
     from tandem.cli.recipes import find_recipe
+    from tandem.cli.settings import say_unread
     from tandem.config import diff, override
     from tandem.errors import ConfigError, WorldError
     from tandem.run.config import RunConfig
@@ -94,6 +96,7 @@ def train_recipe(
         raise ConfigError(f"out is {out!r} and resume {resume!r}; a path or None is needed.")
     started = written if resume is None else _saved(Path(resume), written, settings or {})
     config = override(started, settings or {})
+    say_unread(config, settings or {})
     code, folder, _ = start(
         config,
         out=None if out is None else Path(out),
