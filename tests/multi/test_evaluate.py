@@ -14,10 +14,11 @@ from tandem.config import override
 from tandem.errors import ConfigError
 from tandem.models.config import ModelConfig
 from tandem.rollout.config import RolloutConfig
-from tandem.run import local
+from tandem.run import evaluate, local
 from tandem.run.config import RunConfig
 from tandem.run.evaluate import evaluate_tasks
 from tandem.run.model import load
+from tandem.types import Group
 from tests.display import Silent
 
 
@@ -86,6 +87,40 @@ def test_an_unfinished_file_goes_on_by_the_same_weights(folder: Path, suite: Pat
     assert main(asked) == 2 and "what is kept came from 9f2c" in capsys.readouterr().err
     path.write_text(json.dumps(part))
     assert evaluated(folder, suite, path) == whole
+
+
+@pytest.mark.parametrize("answered", [2, 8])  # of the first task, and of the second
+def test_an_interrupted_task_goes_on_with_its_answers(
+    answered: int, folder: Path, suite: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of a task that was interrupted are asked again, in another order, or their answers are lost."""
+    whole = evaluated(folder, suite, tmp_path / "whole.json")
+    path, asked, kept = tmp_path / "a.json", list[str](), evaluate.answer_row
+
+    def counted(group: Group, text: Any) -> dict[str, Any]:
+        if len(asked) == answered:
+            raise KeyboardInterrupt
+        asked.append(group.prompt.id)
+        return kept(group, text)
+
+    monkeypatch.setattr(evaluate, "answer_row", counted)
+    again = ["eval", str(folder), "--suite", str(suite), "--set", "rollout.max_new_tokens=6", "--out", str(path)]
+    assert main(again) == 130
+    there = json.loads(path.read_text())
+    name = ("greedy", "drawn")[answered > 6]
+    assert [row["id"] for row in there["begun"][name]["prompts"]] == asked[6 * (answered > 6) :]
+    if answered < 6:
+        assert main(["eval", str(path)]) == 2 and "none of its tasks has ended" in capsys.readouterr().err
+    changed = {**there["begun"][name]["prompts"][0], "hash": "0"}
+    of = there["begun"][name] | {"prompts": [changed]}
+    path.write_text(json.dumps(there | {"begun": {name: of}}))
+    assert main(again) == 2 and "that is another now" in capsys.readouterr().err
+    path.write_text(json.dumps(there))
+    answered = 99
+    assert evaluated(folder, suite, path) == whole
+    assert f"2 prompts of {name}; going on with " in capsys.readouterr().err
+    assert sorted(asked) == sorted(row["id"] for task in whole.values() for row in task["prompts"])
+    assert not json.loads(path.read_text()).keys() & {"begun", "unfinished"}
 
 
 def test_fewer_samples_are_the_first_of_more(folder: Path, suite: Path, tmp_path: Path) -> None:

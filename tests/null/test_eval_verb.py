@@ -47,7 +47,7 @@ def _evaluates(monkeypatch: pytest.MonkeyPatch, asked: list[Any], right: int = 1
         known = [(prompt.id, prompt_hash(prompt)) for prompt in prompts(config)]
         return [{"id": name, "hash": hashed, "answer": "7", "samples": samples} for name, hashed in known]
 
-    def evaluated(configs: dict[str, Any], check: Any, weights: str) -> Iterator[Any]:
+    def evaluated(configs: dict[str, Any], check: Any, weights: str, *_: Any) -> Iterator[Any]:
         assert weights in ("", "9f2c")
         for name, config in configs.items():
             check(name, prompts(config))
@@ -130,7 +130,7 @@ def test_eval_of_a_suite(
     assert sums.task == replace(TaskConfig(), parameters=(("min_terms", 2), ("max_terms", 2)))
     assert (sums.evaluation.samples, sums.evaluation.temperature, sums.rollout.max_new_tokens) == (4, 0.8, 9)
     assert own.task == base.task and own.evaluation.prompts == 3 and not recwarn.list
-    assert "file: 50.0 % [40.0, 60.0] of 7, reward 0.500" in err and "no use" not in err
+    assert "file: 100.0 % [64.6, 100.0] of 7, reward 1.000" in err and "no use" not in err
     shown = [line.split() for line in out.splitlines()]
     sizes = (("file", 7, 1), ("sums", 5, 4), ("own", 3, 1))
     lines_of = [line[:4] for line in shown if line[2:3] == ["x"]]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json as jsonlib
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +15,6 @@ from tandem.cli.options import Assignments, ConfigFiles
 
 if TYPE_CHECKING:
     from tandem.program.config import TaskConfig
-    from tandem.rollout.evaluate import Evaluation
     from tandem.run.config import RunConfig
     from tandem.run.evaluate import Evaluated
     from tandem.types import Prompt
@@ -34,6 +34,7 @@ UNUSED = (*(f"rollout.{name}" for name in (*OF_TRAINING, *OF_DRAWING)), *(f"engi
 WHY = "it answers held-out prompts as evaluation.* says, by the model's own weights, and learns nothing"
 # Settings that say what was asked and how, for whoever compares: of a file of answers.
 TOLD = ("rollout.max_new_tokens", "rollout.max_turns", "rollout.stop_strings", "rollout.history", *DRAWN, "seed")
+WRITE_SHARE = 50  # answers are written after this many times what the last writing took: 2 % of an evaluation
 UNTOLD = ("task.workers", "task.python", "task.memory_bytes", "task.sandbox.", "task.path", "task.heldout_path")
 
 
@@ -68,7 +69,7 @@ def evaluate(
 ) -> int:
     """Measure accuracy, pass@k and maj@k on held-out prompts, with 95 % intervals."""
     from tandem.errors import ConfigError
-    from tandem.report.evaluation import check_same, read_results, write_results
+    from tandem.report.evaluation import check_same, read_results
 
     other = read_results(against) if against is not None else None
     _say_unfinished(other, str(against))
@@ -99,16 +100,11 @@ def evaluate(
             check_same(name, theirs[name], tasks[name].beforehand(prompts))
 
     left = {name: asked.config for name, asked in tasks.items() if name not in results["tasks"]}
-    for one in evaluate_tasks(dict(left), check, results.get("weights", "")):
-        del left[one.name]
-        results |= {"weights": one.weights, "unfinished": list(left)}
-        results["tasks"][one.name] = tasks[one.name].result(one)
-        if not left:
-            del results["unfinished"]
-        if out is not None:
-            write_results(out.expanduser(), results)
-        if len(tasks) > 1:
-            typer.echo(f"{one.name}: {_line(one.evaluation)}", err=True)
+    with _Keeping(out, results, tasks) as keeping:
+        for one in evaluate_tasks(left, check, results.get("weights", ""), keeping.rows(), keeping.add):
+            keeping.end(one)
+            if len(tasks) > 1:
+                typer.echo(f"{one.name}: {_line(results['tasks'][one.name]['figures'])}", err=True)
     code = _show(results, json, {name: asked.counts for name, asked in tasks.items()})
     _show_compared(other, results, str(against), json)
     return code
@@ -136,12 +132,14 @@ def _begun(out: Path | None, kept: dict[str, Any] | None, target: str, tasks: Ma
     from tandem.errors import ConfigError
 
     results = {"target": target, "model": next(iter(tasks.values())).config.model.source, "tasks": {}}
+    results["unfinished"] = list(tasks)
     if kept is None:
         return results
     known: dict[str, tuple[Any, Any]] = {"its target": (kept.get("target"), target)}
     known["its model"] = (kept.get("model"), results["model"])
     known["the tasks"] = (sorted([*kept["tasks"], *kept["unfinished"]]), sorted(tasks))
-    for name, of in kept["tasks"].items() if known["the tasks"][0] == known["the tasks"][1] else ():
+    begun = kept.get("begun", {})
+    for name, of in {**kept["tasks"], **begun}.items() if known["the tasks"][0] == known["the tasks"][1] else ():
         told = tasks[name].told()
         known |= {f"{key} of {name}": (of["settings"].get(key), told.get(key)) for key in of["settings"].keys() | told}
     if differing := [f"{key} {pair[0]} there and {pair[1]} here" for key, pair in known.items() if pair[0] != pair[1]]:
@@ -149,11 +147,16 @@ def _begun(out: Path | None, kept: dict[str, Any] | None, target: str, tasks: Ma
             f"--out {out} is there already, unfinished, and not of this command: {'; '.join(sorted(differing))}. Give "
             "another name, or remove it."
         )
-    typer.echo(f"{out} has {', '.join(kept['tasks'])}; going on with {', '.join(kept['unfinished'])}.", err=True)
+    has = [*kept["tasks"], *(f"{len(of['prompts'])} prompts of {name}" for name, of in begun.items())]
+    typer.echo(f"{out} has {', '.join(has)}; going on with {', '.join(kept['unfinished'])}.", err=True)
     return kept
 
 
 def _say_unfinished(results: Mapping[str, Any] | None, path: str) -> None:
+    from tandem.errors import ConfigError
+
+    if results is not None and not results["tasks"]:
+        raise ConfigError(f"{path} is unfinished: none of its tasks has ended. Go on with the command that began it.")
     if results is not None and (names := results.get("unfinished")):
         typer.echo(f"{path} is unfinished: {', '.join(names)} not asked yet, and not in the figures.", err=True)
 
@@ -189,10 +192,57 @@ class _Asked:
         return {"settings": self.told(), "figures": figures(one.rows), "prompts": one.rows}
 
 
-def _line(evaluation: Evaluation) -> str:
+class _Keeping:
+    """What has been answered, in `results` and, where `out` is given, in its file: written as answers come, seldom
+    enough that it takes little of the time, and in any case when a task or the evaluation ends."""
+
+    def __init__(self, out: Path | None, results: dict[str, Any], tasks: Mapping[str, _Asked]) -> None:
+        self.out, self.results, self.tasks = out, results, tasks
+        self.next_s, self.unwritten = 0.0, False
+
+    def __enter__(self) -> _Keeping:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.unwritten:
+            self._write()
+
+    def rows(self) -> dict[str, list[dict[str, Any]]]:
+        """Of tasks that were begun, by their names."""
+        return {name: list(of["prompts"]) for name, of in self.results.get("begun", {}).items()}
+
+    def add(self, name: str, row: Mapping[str, Any], weights: str) -> None:
+        """The answers to one prompt."""
+        begun = self.results.setdefault("begun", {})
+        begun.setdefault(name, {"settings": self.tasks[name].told(), "prompts": []})["prompts"].append(row)
+        self.results["weights"], self.unwritten = weights, True
+        if time.monotonic() >= self.next_s:
+            self._write()
+
+    def end(self, one: Evaluated) -> None:
+        """All answers to a task."""
+        self.results.get("begun", {}).pop(one.name, None)
+        self.results["tasks"][one.name] = self.tasks[one.name].result(one)
+        self.results["weights"] = one.weights
+        self.results["unfinished"] = [name for name in self.tasks if name not in self.results["tasks"]]
+        for key in ("begun", "unfinished"):
+            if not self.results.get(key):
+                self.results.pop(key, None)
+        self._write()
+
+    def _write(self) -> None:
+        from tandem.report.evaluation import write_results
+
+        started_s, self.unwritten = time.monotonic(), False
+        if self.out is not None:
+            write_results(self.out.expanduser(), self.results)
+        ended_s = time.monotonic()
+        self.next_s = ended_s + WRITE_SHARE * (ended_s - started_s)
+
+
+def _line(found: Mapping[str, Any]) -> str:
     from tandem.report.live import failed, held_out
 
-    found = asdict(evaluation)
     return ", ".join(filter(None, (held_out(found), failed(found))))
 
 

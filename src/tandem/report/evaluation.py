@@ -60,11 +60,12 @@ class _Task(msgspec.Struct):
 class _File(msgspec.Struct):
     """What is read of a file: figures are those of its rows."""
 
-    tasks: Annotated[dict[str, _Task], msgspec.Meta(min_length=1)]
+    tasks: dict[str, _Task]
     target: str = ""
     model: str = ""
     weights: str = ""
     unfinished: list[str] = []
+    begun: dict[str, _Task] = {}  # of the unfinished: what is answered so far
 
 
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
@@ -228,7 +229,8 @@ def read_results(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is no JSON ({error}). Give a file of tandem eval --out.") from error
-    if not isinstance(results, dict) or not isinstance(results.get("tasks"), dict) or not results["tasks"]:
+    tasks = results.get("tasks") if isinstance(results, dict) else None
+    if not isinstance(tasks, dict) or not (tasks or results.get("begun")):
         raise ConfigError(f"{path} holds no evaluation. Give a file of tandem eval --out.")
     if results.get("version") != VERSION:
         raise ConfigError(

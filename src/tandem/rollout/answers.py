@@ -17,16 +17,18 @@ def answer_rows(groups: Iterable[Group], text: Callable[[Sequence[int]], str]) -
 
     text: of sampled tokens, without the stop token.
     """
-    return [
-        {
-            "id": group.prompt.id,
-            "hash": prompt_hash(group.prompt),
-            "messages": [message.row() for message in group.prompt.messages],
-            "answer": group.prompt.record.get("answer"),
-            "samples": [_sample(group.prompt, program, text) for program in group.programs],
-        }
-        for group in groups
-    ]
+    return [answer_row(group, text) for group in groups]
+
+
+def answer_row(group: Group, text: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+    """A prompt's row of `answer_rows`."""
+    return {
+        "id": group.prompt.id,
+        "hash": prompt_hash(group.prompt),
+        "messages": [message.row() for message in group.prompt.messages],
+        "answer": group.prompt.record.get("answer"),
+        "samples": [_sample(group.prompt, program, text) for program in group.programs],
+    }
 
 
 def prompt_hash(prompt: Prompt) -> str:

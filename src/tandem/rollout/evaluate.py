@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from tandem.engine.driver import Endpoint
@@ -13,7 +13,6 @@ from tandem.rollout.config import Drawing, RolloutConfig
 from tandem.rollout.group import summarise
 from tandem.rollout.program import Episodes
 from tandem.rollout.rollout import Rollouts
-from tandem.trace import Trace
 from tandem.types import Group, Prompt, Trajectory
 
 PORTION = 256  # programs, at least one prompt's, that share rollout.deadline_s: a whole file takes longer than a step
@@ -46,18 +45,24 @@ def evaluate(
     config: RolloutConfig,
     drawing: Drawing = GREEDY,
     step: int = 0,
-    trace: Trace | None = None,
+    ended: Callable[[Group], None] = lambda group: None,
 ) -> tuple[Evaluation, list[Group]]:
     """The accuracy of answers to each prompt, drawn as `drawing` says, and the groups that it comes from.
 
-    Turns, lengths, stop strings and the deadline of each portion are `config`'s; its sampling is not used. Samples of a
-    prompt that does not fit the engine are failed ones.
+    `ended` is told each group as it ends. Turns, lengths, stop strings and the deadline of each portion are `config`'s;
+    its sampling is not used. Samples of a prompt that does not fit the engine are failed ones.
     """
-    rollouts = Rollouts(driver, renderer, environments, drawing.of(config), run_seed=drawing.seed, trace=trace)
+    rollouts = Rollouts(driver, renderer, environments, drawing.of(config), run_seed=drawing.seed)
     rollouts.unfit_fail = True
     size = max(1, PORTION // drawing.samples)
     portions = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    groups = [group for portion in portions for group in rollouts.collect(step, portion)]
+    groups = list[Group]()
+    for portion in portions:
+        found = dict[str, Group]()
+        for group in rollouts.run(step, portion):
+            found[group.prompt.id] = group
+            ended(group)
+        groups += [found[prompt.id] for prompt in portion]
     summary = summarise(groups)
     graded = [marks for group in groups if (marks := [right(t) for t in graded_of(group)])]
     sums, counts = [sum(marks) for marks in graded], [len(marks) for marks in graded]
