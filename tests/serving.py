@@ -34,7 +34,7 @@ class Server:
         self.room = Room(Desk(self.parts.engine, self.config.server), self.words, self.config.server, str(folder))
         self.listening = bound("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self.listening.getsockname()[1]}"
-        self.listener = Listener(build(self.room, ServedWeights()), self.room)
+        self.listener = Listener(build(self.room, ServedWeights(self.config.model.source)), self.room)
         self.thread = threading.Thread(target=self.listener.run, args=([self.listening],), daemon=True)
 
     def start(self) -> Server:

@@ -167,9 +167,9 @@ def test_a_base_that_has_moved_is_said(tmp_path: Path, write_model: Any) -> None
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_another_base_is_warned_of(tmp_path: Path, write_model: Any) -> None:
+def test_another_base_is_refused(tmp_path: Path, write_model: Any) -> None:
     """A base that was changed in its place, or another of the same shapes, taken without a word; a warning of the base
-    that it is of."""
+    that it is of; a merge that is not to be had even by who knows better."""
     write_model(tmp_path / "model")
     checkpoint = open_checkpoint(str(tmp_path / "model"))
     decoder = Decoder(checkpoint.spec, "bfloat16").load(checkpoint.tensors())
@@ -182,7 +182,7 @@ def test_another_base_is_warned_of(tmp_path: Path, write_model: Any) -> None:
     says = f"weights that hash to {right}, and those of .* hash to (?!{right})"
     with pytest.warns(TandemWarning, match=says):
         merge(str(tmp_path / "adapter"), tmp_path / "other", "bfloat16")
-    with pytest.warns(TandemWarning, match=says):
+    with pytest.raises(ModelError, match=says):
         load(tmp_path / "adapter")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from tandem.config import override
-from tandem.errors import ConfigError, ModelError
+from tandem.errors import ConfigError, ModelError, TandemWarning
 from tandem.models.adapter import AdapterSet, Base
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.config import AdapterConfig, ModelConfig
@@ -21,6 +22,7 @@ from tandem.run import model as models
 from tandem.run.model import load
 from tandem.run.served import alike
 from tandem.server.config import ServeConfig
+from tandem.sync.publish import weight_version
 from tandem.types import Request, Sampling
 from tests.serving import Server, serving
 
@@ -61,14 +63,16 @@ def ask(server: Server, path: str, **body: Any) -> dict[str, Any]:
 def test_each_answers_as_it_does_alone(server: Server, folder: Path) -> None:
     """A call for one adapter is answered by another or by the base, or its answer says another model."""
     chat: dict[str, Any] = {"messages": [{"role": "user", "content": "What is 1 + 2?"}]}
-    texts = []
+    texts, prints = [], set()
     for name, alone in (("tiny", "model"), *((name, name) for name in NAMES)):
         told = ask(server, "/v1/chat/completions", model=name, **chat)
         assert told["model"] == name
         texts.append(told["choices"][0]["message"]["content"])
         assert texts[-1] == load(folder / alone).generate(["What is 1 + 2?"], max_new_tokens=12)[0].text
-        assert ask(server, "/v1/completions", model=name, prompt="1 + 2 =")["model"] == name
-    assert len(set(texts)) == 3
+        plain = ask(server, "/v1/completions", model=name, prompt="1 + 2 =")
+        assert plain["model"] == name and plain["system_fingerprint"] == told["system_fingerprint"]
+        prints.add(told["system_fingerprint"])
+    assert len(set(texts)) == len(prints) == 3
 
 
 def test_they_are_listed_and_others_refused(server: Server, folder: Path) -> None:
@@ -92,16 +96,20 @@ def test_they_come_and_go_while_it_runs(folder: Path) -> None:
 
     load, unload, ask = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/chat/completions"
     with serving(folder / "model", **{"server.control": True}) as server:
-        told = [{"role": "user", "content": "1 + 2 ="}]
-        drawn: dict[str, Any] = {"messages": told, "temperature": 0, "max_tokens": 12}
+        asked = [{"role": "user", "content": "1 + 2 ="}]
+        drawn: dict[str, Any] = {"messages": asked, "temperature": 0, "max_tokens": 12}
         texts = {"tiny": post(ask, **drawn)["choices"][0]["message"]["content"]}
+        prints = {post(ask, **drawn)["system_fingerprint"]}
         post(ask, 404, model="mine", **drawn)
         for name in NAMES:
             digest = post(load, lora_name="mine", lora_path=str(folder / name), load_inplace=name == "two")["digest"]
             assert digest == server.parts.engine.adapters["mine"].digest
-            texts[name] = post(ask, model="mine", **drawn)["choices"][0]["message"]["content"]
+            told = post(ask, model="mine", **drawn)
+            prints.add(told["system_fingerprint"])
+            texts[name] = told["choices"][0]["message"]["content"]
             assert texts[name] == models.load(folder / name).generate(["1 + 2 ="], max_new_tokens=12)[0].text
         assert len(set(texts.values())) == 3 and post(ask, **drawn)["choices"][0]["message"]["content"] == texts["tiny"]
+        assert len(prints) == 3  # of the base, and of either adapter under one name
         assert [card["id"] for card in httpx.get(f"{server.url}/v1/models").json()["data"]] == ["tiny", "mine"]
         for name, path, says in (
             ("mine", "one", "is loaded already"),
@@ -121,6 +129,41 @@ def test_they_come_and_go_while_it_runs(folder: Path) -> None:
         assert post(ask, **drawn)["choices"][0]["message"]["content"] == texts["tiny"]
     with serving(folder / "model") as server:
         post(load, 403, lora_name="mine", lora_path=str(folder / "one"))
+
+
+def test_what_is_of_another_base_is_refused(folder: Path, tmp_path: Path) -> None:
+    """An adapter that was trained on other weights, or has another model's shapes, is served; one of these weights, or
+    of a base that nobody knows, is not."""
+    checkpoint = open_checkpoint(str(folder / "model"))
+    decoder = Decoder(checkpoint.spec, "bfloat16").load(checkpoint.tensors())
+    own = weight_version(decoder, 0).digest
+    for name, base in {
+        "own": Base(str(folder / "model"), own),
+        "moved": Base("/elsewhere/other", own),
+        "changed": Base(str(folder / "model"), "5" * 32),
+        "another": Base("/elsewhere/other", ""),
+    }.items():
+        made = AdapterSet(decoder, AdapterConfig(rank=4)).draw(7)
+        made.base = base
+        save_adapter(tmp_path / name, made)
+    wider = Decoder(open_checkpoint("new:width=48,layers=2,heads=4,kv_heads=2,ff_width=48").spec, "bfloat16")
+    save_adapter(tmp_path / "wider", AdapterSet(wider, AdapterConfig(rank=4)))
+    says = {
+        "changed": f"trained on weights that hash to {'5' * 12}, and those of {folder}/model hash to {own[:12]}",
+        "wider": "tensor base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight has shape",
+    }
+    with serving(folder / "model", **{"server.control": True}) as server, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for name in ("own", "moved", "changed", "another", "wider"):
+            body = {"lora_name": name, "lora_path": str(tmp_path / name)}
+            answer = httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=60)
+            assert answer.status_code == (400 if name in says else 200), answer.text
+            assert says.get(name, "") in answer.text
+        assert [*server.parts.engine.adapters] == ["own", "moved", "another"]
+    (warned,) = [str(one.message) for one in seen if one.category is TandemWarning]
+    assert f"{tmp_path}/another is of /elsewhere/other (base_model_name_or_path), and goes on" in warned
+    with pytest.raises(ModelError, match="was trained on weights that hash to 5555"):
+        Server(folder / "model", **{"server.adapters": {"changed": str(tmp_path / "changed")}})
 
 
 def test_several_engines_are_given_them(folder: Path) -> None:

@@ -67,7 +67,9 @@ def serve(
     words = Words(parts.tokenizer, parts.renderer, opening)
     room = Room(Desk(parts.engine, config.server), words, config.server, model)
     with parts.memory.foreseen():
-        Listener(build(room, ServedWeights() if config.server.control else None), room).run([listening])
+        Listener(build(room, ServedWeights(config.model.source) if config.server.control else None), room).run(
+            [listening]
+        )
     return 0
 
 

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tandem.errors import ConfigError, TandemWarning
+from tandem.engine.runner import DecoderRunner
+from tandem.errors import ConfigError, ModelError, TandemWarning
 from tandem.models.adapter import AdapterSet, Base
 from tandem.models.peft import check_family, read_adapter
 from tandem.numerics.digest import root_hash, tensor_hashes
@@ -20,7 +21,10 @@ from tandem.sync.publish import weight_version
 from tandem.train.score import with_logprobs
 
 if TYPE_CHECKING:
+    import torch
+
     from tandem.algo.pack import PromptTotal
+    from tandem.engine.engine import Engine
     from tandem.models.config import AdapterConfig
     from tandem.models.decoder import Decoder
     from tandem.models.peft import AdapterFolder
@@ -85,20 +89,46 @@ def trained_on(decoder: Decoder, run: RunConfig, source: str) -> AdapterSet:
     return made
 
 
-def check_base(found: AdapterFolder, decoder: Decoder, source: str) -> None:
-    """Warns where an adapter that knows its base goes on another. `decoder`: with the weights of `source`, and without
-    an adapter; nothing is known of one in another dtype."""
+def other_base(found: AdapterFolder, dtype: torch.dtype, digest: Callable[[], str], source: str) -> str:
+    """How an adapter that knows its base is of another one than `source`, whose weights in `dtype`, without an adapter,
+    hash to `digest()`; nothing where it is of this one. Where its weights were of another dtype, or its file says
+    no hash, nothing is known but the base's name: another one than the source's is warned of."""
     told = found.trained_on()
-    if told is None or told[1] != decoder.dtype:
-        return
-    now = weight_version(decoder, 0).digest
-    if now != told[0]:
-        warnings.warn(
+    if told is not None and told[1] == dtype:
+        if (now := digest()) == told[0]:
+            return ""
+        return (
             f"the adapter {found.folder} was trained on weights that hash to {told[0][:12]}, and those of {source} "
-            f"hash to {now[:12]}: its answers are not those of its training. Give the model that it was trained on.",
+            f"hash to {now[:12]}: its answers are not those of its training. Give the model that it was trained on."
+        )
+    named, here = (Path(one).expanduser().resolve() for one in (found.base, source))
+    if found.base and named.name.lower() != here.name.lower():
+        warnings.warn(
+            f"the adapter {found.folder} is of {found.base} (base_model_name_or_path), and goes on {source}. Its "
+            "tensors fit; whether these are the weights that it was trained on is not known.",
             TandemWarning,
             stacklevel=3,
         )
+    return ""
+
+
+def check_base(found: AdapterFolder, decoder: Decoder, source: str) -> None:
+    """ModelError where an adapter that knows its base goes on another; else as `other_base`. `decoder`: with the
+    weights of `source`, and without an adapter."""
+    if said := other_base(found, decoder.dtype, lambda: weight_version(decoder, 0).digest, source):
+        raise ModelError(said)
+
+
+def for_engine(found: AdapterFolder, engine: Engine, name: str, source: str) -> AdapterSet:
+    """An adapter to be served on an engine's weights, those of `source`. ModelError where it is none of theirs: its
+    tensors have other shapes, or it was trained on other weights."""
+    assert isinstance(engine.runner, DecoderRunner), type(engine.runner)
+    decoder = engine.runner.decoder
+    made = found.onto(decoder, name)
+    if decoder.adapter is None and engine.scheduler.config.dtype == "same":  # the version is of the base, as published
+        if said := other_base(found, decoder.dtype, lambda: engine.version.digest, source):
+            raise ModelError(said)
+    return made
 
 
 def check_source(run: RunConfig | None, worn: AdapterFolder | None) -> None:

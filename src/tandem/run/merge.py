@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from shutil import rmtree
 
 import torch
 
-from tandem.errors import ConfigError, ModelError
+from tandem.errors import ConfigError, ModelError, TandemWarning
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import DTYPES, Decoder
 from tandem.models.peft import merged
-from tandem.run.adapted import check_base
+from tandem.run.adapted import other_base
 from tandem.run.source import origin_of
+from tandem.sync.publish import weight_version
 
 
 def merge(source: str, out: Path, dtype: str, base: str = "") -> None:
@@ -29,7 +31,9 @@ def merge(source: str, out: Path, dtype: str, base: str = "") -> None:
     checkpoint = open_checkpoint(weights)
     told = adapter.trained_on()
     for name in [name for name, kind in DTYPES.items() if told is not None and kind == told[1]]:
-        check_base(adapter, Decoder(checkpoint.spec, name).load(checkpoint.tensors()), weights)
+        decoder = Decoder(checkpoint.spec, name).load(checkpoint.tensors())
+        if said := other_base(adapter, decoder.dtype, lambda now=decoder: weight_version(now, 0).digest, weights):  # type: ignore[misc]
+            warnings.warn(said, TandemWarning, stacklevel=2)
     made = adapter.onto(Decoder(checkpoint.spec, "float32"))  # which takes the numbers as they are
     kind, aside = DTYPES[dtype], out.with_name(f"{out.name}.part")
     with ExitStack() as leaving:

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 
 from tandem.config import names, render
 from tandem.engine.config import EngineConfig
-from tandem.engine.runner import DecoderRunner
 from tandem.engine.share import read_shares
 from tandem.errors import ConfigError
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
@@ -19,7 +18,7 @@ from tandem.models.tokenizer import Tokenizer
 from tandem.plan.memory import Plan
 from tandem.program.config import TaskConfig
 from tandem.program.render import renderer_of
-from tandem.run.adapted import check_base
+from tandem.run.adapted import for_engine
 from tandem.run.model import asked_as
 from tandem.run.parts import Parts, build_parts, plan_parts
 from tandem.run.source import origin_of, resolve_source
@@ -123,10 +122,7 @@ def served(config: ServeConfig) -> tuple[Parts, list[Message]]:
     """The model's parts, and what opens a conversation without a system message."""
     task = spoken(config)
     parts = build_parts(config.model, _divided(config), learns=config.server.control, task=task)
-    runner = parts.engine.runner
-    assert isinstance(runner, DecoderRunner), type(runner)
     for name, folder in adapters(config):
-        if runner.decoder.adapter is None:
-            check_base(folder, runner.decoder, config.model.source)
-        serve_adapter("the server's engine", parts.engine, folder.onto(runner.decoder, name), 0)
+        made = for_engine(folder, parts.engine, name, config.model.source)
+        serve_adapter("the server's engine", parts.engine, made, 0)
     return parts, [Message("system", task.system)] if task.system else []

@@ -18,6 +18,7 @@ from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.models.peft import read_adapter
 from tandem.numerics.digest import root_hash, tensor_hashes
+from tandem.run.adapted import for_engine
 from tandem.run.source import resolve_source
 from tandem.server.verbs import Ready
 from tandem.sync.receive import BITS, POLICY, Copied, Weights, drop_adapter, serve_adapter
@@ -27,7 +28,9 @@ from tandem.types import WeightVersion
 class ServedWeights:
     """What server/verbs.py asks for. Tensors have the names of Transformers' checkpoints, as tandem's own have."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: str) -> None:
+        """source: of the weights that are served first."""
+        self._source = source
         self._parts: dict[str, torch.Tensor] = {}
 
     def begin(self) -> None:
@@ -69,7 +72,7 @@ class ServedWeights:
 
     def serve(self, engine: Engine, ready: Ready, step: int) -> WeightVersion:
         """Between two steps: the engine computes with them from now on. DeliveryError where it would with others."""
-        config, version = engine.scheduler.config, WeightVersion(step, ready.digest)
+        config, version, self._source = engine.scheduler.config, WeightVersion(step, ready.digest), ready.source
         bits = BITS.get(config.weights, 0)
         receiver = Copied("the server's engine", _decoder(engine), engine, bits=bits, group=config.weight_group)
         receiver.receive(version, {POLICY: ready.weights})
@@ -77,7 +80,7 @@ class ServedWeights:
 
     def adapter(self, engine: Engine, name: str, folder: str) -> AdapterSet:
         """Of a folder, for the engine's weights. ModelError where it is none of theirs. Any thread."""
-        return read_adapter(resolve_source(folder)).onto(_decoder(engine), name)
+        return for_engine(read_adapter(resolve_source(folder)), engine, name, self._source)
 
     def serve_adapter(self, engine: Engine, made: AdapterSet) -> WeightVersion:
         """Between two steps: requests may name it from now on."""

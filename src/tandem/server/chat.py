@@ -80,7 +80,7 @@ class Chat:
             "object": kind,
             "created": self.created,
             "model": self.room.named(self.body.model),
-            "system_fingerprint": self.room.fingerprint,
+            "system_fingerprint": self.room.fingerprint(self.body.model),
         }
 
     def whole(self, asking: Asking, completions: list[Completion]) -> dict[str, Any]:

@@ -71,7 +71,7 @@ class Continuation:
             "object": "text_completion",
             "created": self.created,
             "model": self.room.named(self.body.model),
-            "system_fingerprint": self.room.fingerprint,
+            "system_fingerprint": self.room.fingerprint(self.body.model),
         }
 
     def choice(self, asking: Asking, place: int, step: Step, offset: int) -> dict[str, Any]:

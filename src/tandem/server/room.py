@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from hashlib import blake2b
 from typing import Any, TypeVar
 from urllib.parse import quote
 
@@ -87,10 +88,13 @@ class Room:
         """Takes no more calls; those that are on their way have ended after it."""
         await self.desk.drain()
 
-    @property
-    def fingerprint(self) -> str:
-        """Of the weights that answer now."""
-        return self.desk.engine.version.digest[:16]
+    def fingerprint(self, name: str | None) -> str:
+        """Of the weights that answer now where a call asks for `name`: an adapter's with those of its base."""
+        engine = self.desk.engine
+        adapter = engine.adapters.get(name) if name is not None else None
+        if adapter is None:
+            return engine.version.digest[:16]
+        return blake2b(f"{engine.version.digest} {name} {adapter.digest}".encode(), digest_size=8).hexdigest()
 
     def label(self, step: int) -> str:
         """What a version of the weights is called."""
