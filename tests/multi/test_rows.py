@@ -105,6 +105,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         rows = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}!"}] for n in range(8)]
         path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
         corpus = override(texts, {"corpus.sources": str(path), "corpus.heldout_tasks": "2"})
+        by_chat = override(corpus, {"supervised.reduction": "sequence_mean"})
         rows = [{"prompt": f"{n}?", "chosen": f"{n}!", "rejected": f"{n}."} for n in range(8)]
         path.with_name("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         pairs = {"objective": "preference", "corpus.sources": str(path.with_name("pairs.jsonl"))}
@@ -115,7 +116,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         distil = of(override(texts, TAUGHT)) | of(override(texts, own | {"rollout.samples_per_prompt": "4"}))
         spans = {"distil.text_weight": "0", "distil.spans": "true", "distil.divergence": "k1+"}
         distil |= of(override(corpus, TAUGHT | {"distil.hidden": "last"})) | of(override(corpus, TAUGHT | spans))
-        written = of(texts) | of(corpus)
+        written = of(texts) | of(by_chat)
         return {"next_token": written, "policy_gradient": policy, "preference": preferred, "distil": distil}
 
 

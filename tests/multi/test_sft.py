@@ -76,7 +76,7 @@ def test_a_file_of_chats_is_learned(chats: Path, tmp_path: Path) -> None:
         "rows": 42, "long_turns": 1, "long_rows": 1, "refused: nothing to learn": 1,
         "heldout_rows": 4, "trained_rows": 36,
     }  # fmt: skip
-    assert notes[0].startswith("chats: 42 rows, 1 turns too long for any piece, 1 too long, left out, 1 refused:")
+    assert notes[0].startswith("chats: 42 rows, 1 turn too long for any piece, 1 too long, left out, 1 refused:")
     assert notes[1].strip().startswith(f"{chats} line 42: no message is the assistant's")
     assert abs(rows[0]["heldout"]["nll"] - math.log(259)) < 0.5
     assert [row["step"] for row in rows if "heldout" in row] == [0, 4, 8, 12, 16, 20, 24]

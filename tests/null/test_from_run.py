@@ -129,7 +129,7 @@ def test_the_account_says_how_many_turns_are_marked(tmp_path: Path, marked: str)
     folder = written(tmp_path / "run")
     config = CorpusConfig((str(folder),), **{marked: "mark"})
     found = CorpusStream(readers_of(config, RENDERER), config, 1000, 0)
-    assert found.totals()["turns marked"] == 1 and ", 1 turns marked," in found.account()[0], found.account()
+    assert found.totals()["turns marked"] == 1 and ", 1 turn marked," in found.account()[0], found.account()
     plain = CorpusConfig((str(folder),))
     assert "marked" not in CorpusStream(readers_of(plain, RENDERER), plain, 1000, 0).account()[0]
 

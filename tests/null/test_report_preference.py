@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tandem.algo.config import SupervisedConfig
 from tandem.report import plots
 from tandem.report.compare import lines
-from tandem.report.html import last_steps, write_report
+from tandem.report.html import last_steps, tiles, write_report
 from tandem.report.live import step_line
-from tandem.report.metrics import summary
+from tandem.report.metrics import loss_unit, summary
+from tandem.report.trajectories import _Index
 from tests.null.test_report import run_rows, trajectory_row, write_rows
 
 
@@ -39,6 +41,42 @@ def test_margins_in_a_log_and_on_a_page():
     headings, newest, *_ = last_steps(preferred())
     shown = dict(zip(headings, newest, strict=True))
     assert shown["right pairs"] == "80 %" and shown["margin"] == "0.60"
+
+
+def test_headlines_are_of_pairs(tmp_path: Path):
+    """A page of preferences heads with a reward that nobody gave, and not with what was learned of the pairs."""
+    write_rows(tmp_path, preferred(7))
+    shown = {label: (figure, said) for label, figure, said in tiles(summary(preferred(7)), None)}
+    assert shown["Right pairs"] == ("100.0 %", "chosen above rejected, of the last 5 steps; first 5: 80 %")
+    assert shown["Margin"] == ("1.000", "of rewards, mean of the last 5 steps; first 5: 0.600")
+    assert "Reward" not in shown and "Right pairs" in write_report(tmp_path).read_text()
+    assert not {"Right pairs", "Margin"} & {label for label, *_ in tiles(summary(run_rows()), None)}
+
+
+def test_chips_are_sides(tmp_path: Path):
+    """The list of programs shows each answer of a pair with a reward, 0 of both, and their mean."""
+    index = _Index()
+    said = [trajectory_row(n, 0.0, f"says {n}") | {"prompt_id": f"p{n // 2}"} for n in range(4)]
+    index.add(1, [row | {"side": ("chosen", "rejected")[n % 2]} for n, row in enumerate(said[:2])] + said[2:])
+    assert [(one[3], one[8]) for one in index.record()["programs"]] == [
+        (None, "chosen"), (None, "rejected"), (0.0, None), (0.0, None),
+    ]  # fmt: skip
+
+
+def test_a_losss_unit_is_its_reductions(tmp_path: Path):
+    """A mean over sequences, or one with weights, is shown as nats per token: in a log, on the page, beside others."""
+    unit = SupervisedConfig("sequence_mean", unlikelihood=0.5).unit
+    assert unit == "nats per token, a mean over sequences, marked turns by unlikelihood"
+    assert SupervisedConfig().unit == "" and SupervisedConfig("trajectory_mean", "advantage").unit == (
+        "nats per token, a mean over trajectories, each times exp(advantage / beta)"
+    )
+    plain = [{"step": n, "loss": 2.0, "length": 9.0, "trained_samples": 8, "trained_tokens": 70} for n in (1, 2)]
+    rows = [row | {"loss_unit": unit} for row in plain]
+    assert f"loss 2.000 ({unit})" in step_line(rows[0], 2, None) and "(" not in step_line(plain[0], 2, None)
+    write_rows(tmp_path, rows)
+    assert unit in write_report(tmp_path).read_text() and plots.loss_figure(rows).axes[0].get_ylabel() == unit
+    assert lines([summary(rows)]) != lines([summary(plain)]) and unit in dict(lines([summary(rows)]))["loss"][0]
+    assert loss_unit(rows + plain) == f"{unit} or nats per token"
 
 
 def test_how_fast_texts_are_learned(tmp_path: Path):

@@ -404,6 +404,22 @@ class SupervisedConfig:
     weight_max: AboveZero = 20.0  # largest weight under weights=advantage
     unlikelihood: Amount = 0.0  # weight of -log(1 - p) for tokens of marked turns; 0: these are left out
 
+    @property
+    def unit(self) -> str:
+        """Of what the loss is a mean, for people; empty where it is plain nats a token.
+
+        >>> SupervisedConfig("sqrt_mean", "reward").unit
+        'nats per token, a mean over sequences by √tokens, each times its reward'
+        """
+        over = {
+            "sequence_mean": ", a mean over sequences",
+            "trajectory_mean": ", a mean over trajectories",
+            "sqrt_mean": ", a mean over sequences by √tokens",
+        }.get(self.reduction, "")
+        times = {"reward": ", each times its reward", "advantage": ", each times exp(advantage / beta)"}
+        said = over + times.get(self.weights, "") + (", marked turns by unlikelihood" if self.unlikelihood else "")
+        return f"nats per token{said}" if said else ""
+
     def __post_init__(self) -> None:
         for name, value, unused in (("beta", self.beta, 1.0), ("weight_max", self.weight_max, 20.0)):
             if self.weights != "advantage" and value != unused:

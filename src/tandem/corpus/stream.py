@@ -21,7 +21,7 @@ import numpy as np
 
 from tandem.columns import Array
 from tandem.corpus.config import CorpusConfig
-from tandem.corpus.lengths import fitted
+from tandem.corpus.lengths import MARKED, fitted
 from tandem.corpus.reader import Reader, hashed, tasks_of
 from tandem.errors import ConfigError, CorpusError, RunFolderError
 from tandem.numerics.random import Stream as Use
@@ -166,7 +166,9 @@ class CorpusStream:
         return [line for name in self.counts for line in self._account_of(name)]
 
     def _account_of(self, name: str) -> list[str]:
-        said = [f"{count:,} {WORDS.get(what, what)}" for what, count in self.counts[name].items() if count]
+        counts = self.counts[name].items()
+        words = {1: {**WORDS, **ONE}}
+        said = [f"{count:,} {words.get(count, WORDS).get(what, what)}" for what, count in counts if count]
         return [f"{name}: {', '.join(said)}", *(f"    {error}" for error in self.refused[name])]
 
     def totals(self) -> dict[str, int]:
@@ -293,6 +295,15 @@ WORDS: Mapping[str, str] = {
     "split_rows": "too long, split",
     "pieces": "pieces of these",
     "long_turns": "turns too long for any piece",
+    MARKED: "turns marked",
+}
+ONE: Mapping[str, str] = {  # of a single one, where WORDS are of several
+    "rows": "row",
+    "think_blocks": "think block put in",
+    "rewritten_rows": "with an earlier turn that the template rewrites",
+    "pieces": "piece of these",
+    "long_turns": "turn too long for any piece",
+    MARKED: "turn marked",
 }
 
 

@@ -153,6 +153,12 @@ def tiles(summary: Mapping[str, Any], planned_bytes: int | None) -> list[tuple[s
     none = sampled and summary["reward_last"] is None and summary["steps"] > 0
     means = "none could be graded" if none else f"mean of the last 5 steps; first 5: {first}"
     shown = [(measured.capitalize(), last, means if sampled else f"{summary['loss_unit']}, {means}")]
+    if summary["preference_accuracy_last"] is not None:
+        before_it = units.percent(summary["preference_accuracy_first"])
+        right = units.percent(summary["preference_accuracy_last"], 1)
+        shown.append(("Right pairs", right, f"chosen above rejected, of the last 5 steps; first 5: {before_it}"))
+        margins = (units.decimal(summary[f"reward_margin_{end}"]) for end in ("last", "first"))
+        shown.append(("Margin", next(margins), f"of rewards, mean of the last 5 steps; first 5: {next(margins)}"))
     if before:
         latest = after or before
         accuracy, said = (None, [held_out(latest)]) if latest.get("prompts") == 0 else (latest["accuracy"], [])

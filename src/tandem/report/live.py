@@ -16,7 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from tandem.report.advice import Advisor
-from tandem.report.metrics import Row, evaluations, measure, seconds_by_phase, series, step_s, time_left_s, training
+from tandem.report.metrics import (
+    Row,
+    evaluations,
+    loss_unit,
+    measure,
+    seconds_by_phase,
+    series,
+    step_s,
+    time_left_s,
+    training,
+)
 from tandem.report.units import BLANK, count, decimal, duration, gigabytes, percent
 
 SPARKS = "▁▂▃▄▅▆▇█"
@@ -59,7 +69,8 @@ def step_line(row: Row, total_steps: int, left_s: float | None) -> str:
             parts.append(f"critic {percent(row['explained_variance'])}")
         parts.append(f"{count(row.get('tokens_per_s'))} tok/s")
     elif "loss" in row:
-        parts += [f"loss {decimal(row['loss'])}", f"length {decimal(row.get('length'), 1)}"]
+        parts += [f"loss {decimal(row['loss'])}" + (f" ({row['loss_unit']})" if "loss_unit" in row else "")]
+        parts += [f"length {decimal(row.get('length'), 1)}"]
         parts += [f"margin {decimal(row['reward_margin'], 2)}"] if "reward_margin" in row else []
         parts += [f"{count(row['tokens_per_s'])} tok/s"] if row.get("tokens_per_s") else []
     if "divergence" in row:
@@ -262,7 +273,8 @@ class LiveTable:
         values = series(self._rows, name)[1]
         if values:
             line = Text.assemble((f"{name:<10}", "dim"), (sparkline(values, width), "blue"))
-            lines.append(line.append(f"  {values[0]:.3f} to {values[-1]:.3f}"))
+            unit = f" ({loss_unit(self._rows)})" if any("loss_unit" in row for row in self._rows) else ""
+            lines.append(line.append(f"  {values[0]:.3f} to {values[-1]:.3f}{unit}"))
         evaluated = evaluations(self._rows)
         if evaluated:
             text = " to ".join(held_out(e) for e in (evaluated[:1] + evaluated[-1:])[-min(2, len(evaluated)) :])

@@ -89,7 +89,10 @@ def loss_unit(rows: Iterable[Row]) -> str:
     >>> loss_unit([{"step": 1, "loss": 0.69, "reward_margin": 0.0}])
     'mean over pairs'
     """
+    rows = list(rows)
     names = set[str]().union(*rows)
+    if told := dict.fromkeys(str(row.get("loss_unit", "nats per token")) for row in rows if "loss_unit" in names):
+        return " or ".join(told)
     if "kl_mismatched" in names:
         return "mean over ratings"
     return "mean over pairs" if "reward_margin" in names else "nats per token"
@@ -134,6 +137,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
 
     steps, last_step; measure ("reward" or "loss"); loss_unit; reward_first, reward_last, loss_first, loss_last:
     means over the first and last five steps that have one, the loss only where it is the measure;
+    preference_accuracy_first, _last, reward_margin_first, _last: the same, where answers are compared;
     heldout_loss: on the held-out tasks of a corpus, in order;
     evaluation_before, evaluation_after: first and last held-out result (after is None with only one);
     tokens, tokens_per_s (all sampled tokens over the rollout seconds of all workers; of texts, all that the learner ran
@@ -144,6 +148,7 @@ def summary(rows: Sequence[Row]) -> dict[str, Any]:
     trained = training(rows)
     measured = measure(rows)
     values = {name: series(trained, name)[1] if name == measured else [] for name in ("reward", "loss")}
+    values |= {name: series(trained, name)[1] for name in ("preference_accuracy", "reward_margin")}
     evaluated = evaluations(rows)
     seconds = seconds_by_phase(rows)
     spent = sum(seconds.values())

@@ -129,11 +129,11 @@ function showList() {
 }
 
 function chip(one) {
-  const made = element("button", one.failure ? "chip failed" : "chip", one.failure ? "✕" : decimal(one.reward, 2));
+  const made = element("button", one.failure ? "chip failed" : "chip", one.failure ? "✕" : one.side ?? decimal(one.reward, 2));
   made.type = "button";
-  made.title = `${one.id}\n${one.failure || `reward ${one.reward ?? "–"}`}, ${one.tokens} tokens`;
+  made.title = `${one.id}\n${one.failure || one.side || `reward ${one.reward ?? "–"}`}, ${one.tokens} tokens`;
   made.dataset.program = one.id;
-  made.style.setProperty("--reward", share(one.reward));
+  made.style.setProperty("--reward", one.side ? Number(one.side === "chosen") : share(one.reward));
   made.ariaCurrent = String(one.id === state.program);
   made.onclick = () => open(one);
   return made;
@@ -343,9 +343,9 @@ document.addEventListener("keydown", (event) => {
 
 async function start() {
   index = await inflate("index");
-  programs = index.programs.map(([step, prompt, id, reward, failure, tokens, first, rows]) => ({
+  programs = index.programs.map(([step, prompt, id, reward, failure, tokens, first, rows, side]) => ({
     step: index.steps[step], prompt: index.prompts[prompt][0], question: index.prompts[prompt][1], id, reward,
-    failure: index.failures[failure] ?? "", tokens, first, rows,
+    failure: index.failures[failure] ?? "", tokens, first, rows, side,
   }));
   const rewards = programs.map((one) => one.reward).filter((reward) => reward != null);
   index.rewards = [Math.min(...rewards, 0), Math.max(...rewards, 0)];

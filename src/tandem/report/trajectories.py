@@ -57,7 +57,8 @@ class _Index:
     programs: list[list[Any]] = field(default_factory=list)
 
     def add(self, step: int, rows: Sequence[Row]) -> None:
-        """The programs of a step: [place of step, of prompt, id, reward, place of failure, tokens, first row, rows]."""
+        """The programs of a step: [place of step, of prompt, id, reward, place of failure, tokens, first row, rows,
+        side]; one that is compared with another has a side, and no reward of its own."""
         self.steps.append(step)
         numbered = enumerate(rows)
         for program_id, pairs in groupby(numbered, lambda pair: pair[1]["program_id"]):
@@ -68,8 +69,10 @@ class _Index:
             place = self.failures.setdefault(reason, len(self.failures)) if failure else -1
             tokens = sum(row.get("sampled_tokens") or 0 for _, row in segments)
             known = self._prompt(row)
-            reward = row.get("reward")
-            self.programs.append([len(self.steps) - 1, known, program_id, reward, place, tokens, first, len(segments)])
+            side = row.get("side")
+            reward = None if side else row.get("reward")
+            at, rows_of = len(self.steps) - 1, [first, len(segments)]
+            self.programs.append([at, known, program_id, reward, place, tokens, *rows_of, side])
 
     def _prompt(self, row: Row) -> int:
         if row["prompt_id"] not in self.prompts:

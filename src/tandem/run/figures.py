@@ -32,4 +32,6 @@ def figures(config: RunConfig, summary: RolloutSummary, report: LearnerReport | 
         row |= {"grad_norm": report.grad_norm, "lr": report.lr, "microbatches": report.microbatches}
         row |= {"error_budget": found.error_budget, "by_length": found.by_length}
         row["alarms"] = [alarm.text() for alarm in found.alarms]
+        if config.supervised.unit:
+            row["loss_unit"] = config.supervised.unit
     return row

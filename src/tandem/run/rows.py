@@ -152,6 +152,7 @@ _OF_THE_LEARNER = {
     "learner_rows": Key("tokens", "run forward and backward, prompts too"),
     "microbatches": Key("count", "of all updates"),
     "loss": Key("objective", "of the batch; nats a token under next_token"),
+    "loss_unit": Key("text", "of what it is a mean, where supervised.* make another of it than that"),
     "nll": Key(
         "nats", "mean -log p of the trained tokens under next_token and distil, whatever each counts in the loss"
     ),
