@@ -87,8 +87,7 @@ def _turn(
         raise _broken(renderer, context, whole, place)
     said = whole[len(context) :]
     stops = [at for at, token in enumerate(said) if token in renderer.stop_token_ids]
-    usual = sum(token in renderer.stop_token_ids for token in renderer.answer_tokens("42"))
-    if len(stops) > max(1, usual):
+    if len(stops) > max(1, renderer.usual_stops):
         raise refused(
             "spells the end of a turn",
             place,

@@ -24,6 +24,7 @@ from tandem import env
 from tandem.errors import ConfigError, ModelError, TandemWarning
 from tandem.models.added_tokens import SPECIAL_NAMES, add_tokens
 from tandem.models.fields import Fields, flag, listed, optional, read_json, shown, table, text, token_id
+from tandem.models.regrown import Regrown
 from tandem.models.spelt import Spelling, encoded
 
 if TYPE_CHECKING:
@@ -193,7 +194,9 @@ class Tokenizer:
             self._warn_of_spelt(messages)
         rows, mark = self._marked(messages)
         text = self.render_text(rows, add_generation_prompt, template, tools)
-        return self._spelling.encode(text, mark, False, self.yields) if mark else self.encode(text)
+        if mark:
+            return self._spelling.encode(text, mark, False, self.yields)
+        return self._regrown.encode(text, self.yields)
 
     def join_messages(self, messages: Sequence[Message | Mapping[str, Any]]) -> list[int]:
         """Token ids of the messages as plain text, a blank line between, after the tokeniser's own bos."""
@@ -232,6 +235,10 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
         if self.chat_template is not None:
             (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
+
+    @cached_property
+    def _regrown(self) -> Regrown:
+        return Regrown(self.backend)
 
     @cached_property
     def _spelling(self) -> Spelling:

@@ -177,6 +177,11 @@ class Renderer:
                 return following[place + 1 :]
         return following
 
+    @cached_property
+    def usual_stops(self) -> int:
+        """Stop tokens that the template writes at the end of an answer which has none in it."""
+        return sum(token in self.stop_token_ids for token in self.answer_tokens("42"))
+
     @property
     def _reads(self) -> CallFormat:
         return FORMATS[self.format]
