@@ -16,10 +16,10 @@ import resource
 import sys
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, cast
 
 from tandem.errors import SandboxError, TandemError, TaskError
 from tandem.program import prompts
@@ -148,6 +148,24 @@ class Calls:
             paid = await _awaited(play.episode.score(tuple(play.turns[: len(play.turns) - unheard])))
         return checked_reward(paid), play.episode.has_state, checked_counts(play.episode.counts)
 
+    async def scores(self, asked: Sequence[tuple[Any, ...]]) -> list[tuple[str, Any]]:
+        """`score` of several, which the reward model is asked for at once: of each what a call gives, and its kind. An
+        answer that it cannot read fails alone."""
+        found: list[_Play | tuple[str, Any]] = []
+        for number, opened, news, *_ in asked:
+            try:
+                found.append(await self._played(number, opened, news))
+            except BaseException as error:  # noqa: BLE001 - recorded boundary: sys.exit is no Exception
+                found.append(_told(error))
+        plays = [play for play in found if isinstance(play, _Play)]
+        answers = [(play.prompt, last_text(play.turns)) for play in plays]
+        try:
+            paid: list[tuple[str, Any]] = [("value", reward) for reward in cast(Any, self.reward).rewards(answers)]
+        except Exception:  # noqa: BLE001 - recorded boundary: one of them is too long
+            paid = [_answer(lambda: cast(Any, self.reward)(*answer)) for answer in answers]  # noqa: B023
+        left = iter(paid)
+        return [_scored(one, *next(left)) if isinstance(one, _Play) else one for one in found]
+
     async def teardown(self, number: int) -> None:
         if (play := self.plays.pop(number, None)) is None:
             return
@@ -180,6 +198,13 @@ class Calls:
                 raise Unplayed(one_line(error)) from error
         play.turns.extend(news)
         return play
+
+
+def _scored(play: _Play, kind: str, paid: Any) -> tuple[str, Any]:
+    """What `score` gives of a reward that is there, or could not be had."""
+    if kind != "value":
+        return kind, paid
+    return _answer(lambda: (checked_reward(paid), play.episode.has_state, checked_counts(play.episode.counts)))
 
 
 async def _awaited(value: Any) -> Any:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 START_DEADLINE_S = 120.0  # imports (reasoning-gym: 1 s warm, 4 s cold), the user's constructor and the held-out prompts
 CLOSE_S = 5.0  # for episodes to give back what they hold, at the end of a run
+TOGETHER = 32  # answers that a reward model is asked for at once, at most
 BUSY_S = 0.1  # of one call, until another child takes those that wait: most rewards take a millisecond
 ANSWER_S = 2.0  # after GRACE_S, for an asynchronous child to answer that a call was late
 POLL_S = 0.5  # between looks at deadlines, where no answer comes
@@ -51,6 +52,7 @@ class Asked:
     overran: Failure | None = None  # the first time, when it had
     had_s: float = 0.0
     broken: bool = False  # what failed was the call itself, not what was around it
+    alone: bool = False  # it was made with others, and not answered in time: it is made by itself
 
     @property
     def prompt(self) -> Any:
@@ -93,6 +95,18 @@ class _Waiting:
             if calls:
                 return calls.popleft()  # type: ignore[union-attr]
         return None
+
+    def also(self, call: Asked, child: Home) -> list[Asked]:
+        """Of those that wait for `child` next, what it can be asked for together with `call`, a reward."""
+        found: list[Asked] = []
+        for calls in (self.bound.get(child, deque[Asked]()), self.first):
+            while calls and len(found) + 1 < TOGETHER and self._joins(calls[0], call, child):
+                found.append(calls.popleft())
+        return found
+
+    def _joins(self, one: Asked, call: Asked, child: Home) -> bool:
+        free = one.episode is not None and (one.episode.home is child or not one.episode.lasts)
+        return one.method == call.method and one.until_s == call.until_s and free and not (one.alone or one.overran)
 
     def leave(self, child: Home) -> None:
         """`child` has ended: what it was to do is done by others, where it can be."""
@@ -231,9 +245,16 @@ class Workers:
                 while (call := self._waiting.next(self.children[place])) is None and not self._closed:
                     self._changed.wait()
                 self.idle -= 1
+                child = self.children[place]
+                judged = call is not None and call.method == "score" and self.config.judge and child.started
+                with_others = judged and not (child.concurrent or call.alone or call.overran)  # type: ignore[union-attr]
+                others = self._waiting.also(call, child) if call is not None and with_others else []
             if call is None:
                 return
-            self._settle(call, lambda: self._made(call, place))
+            if others:
+                self._make_together([call, *others], place)
+            else:
+                self._settle(call, lambda: self._made(call, place))
 
     def _settle(self, call: Asked, made: Callable[[], Any]) -> None:
         """Give what `made` gives to who waits for it, unless it is _LATER."""
@@ -288,6 +309,35 @@ class Workers:
         if answer is None:
             return failure if over else _LATER
         return self._answered(call, answer, limit_s)
+
+    def _make_together(self, calls: list[Asked], place: int) -> None:
+        """Rewards of a model, in one call for as long as all of them may take. Where they take longer, or the child
+        dies of them, each is made by itself."""
+        child = self.children[place]
+        for call in calls:
+            assert call.episode is not None, call
+            if call.episode.home is not child:
+                call.episode.home, call.episode.sent = child, -1
+        with self._changed:
+            share_s = sum(self._waiting.limit_s(call, self._start_s, self.config.workers) for call in calls)
+        began_s = time.monotonic()
+        limit_s = min(share_s, max(0.0, calls[0].until_s - began_s))
+        child.send((0, "scores", ([self._arguments(call) for call in calls],), limit_s))
+        answer = child.receive(limit_s)
+        with self._changed:
+            if answer is None:
+                for call in calls:
+                    call.alone = True
+                self._waiting.first.extendleft(reversed(calls))
+                self._replace(place, "rewards asked for together were not there in time")
+            for call in calls if answer is not None else ():
+                self._waiting.took(call, (time.monotonic() - began_s) / len(calls), limit_s, None)
+            self._changed.notify_all()
+        if answer is None:
+            return
+        _, kind, value, _ = answer
+        for call, one in zip(calls, value if kind == "value" else [(kind, value)] * len(calls), strict=True):
+            self._settle(call, lambda: self._answered(call, (0, *one, 0.0), limit_s))  # noqa: B023
 
     def _answered(self, call: Asked, answer: Answer, limit_s: float) -> Any:
         """What a child's answer says."""

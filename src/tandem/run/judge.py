@@ -45,7 +45,7 @@ class Judge:
     def rewards(self, answers: Sequence[tuple[Prompt | Sequence[Message], str]]) -> list[float]:
         """Of several at once; each is what it is alone, to the bit."""
         head, renderer = self._loaded
-        samples = []
+        samples, places = list[Sample](), dict[tuple[int, ...], int]()
         for number, (prompt, text) in enumerate(answers):
             messages, tools = (prompt.messages, prompt.tools) if isinstance(prompt, Prompt) else (prompt, ())
             asked, said = renderer.prompt_tokens(messages, tools), renderer.answer_tokens(text)
@@ -55,7 +55,8 @@ class Judge:
                     f"{self.folder} {head.trunk.spec.max_position} positions. Lower rollout.max_new_tokens."
                 )
             mask = np.repeat([False, True], [len(asked), len(said)])
-            samples.append(Sample(f"{number}/0/0", f"{number}", Columns.of(tokens=asked + said, loss_mask=mask)))
+            prompt_id = str(places.setdefault(tuple(asked), number))  # whose rows are run once for all its answers
+            samples.append(Sample(f"{number}/0/0", prompt_id, Columns.of(tokens=asked + said, loss_mask=mask)))
         return reward.rewards(head, samples, ROWS)
 
     def load(self) -> None:
