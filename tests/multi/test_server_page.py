@@ -87,6 +87,12 @@ def test_the_page_shows_what_is_there(busy: Server, browser: Browser) -> None:
         assert browser.run(lines) == 0 and browser.run("document.querySelectorAll('svg path').length") == 6
     assert browser.errors == [] and all(url.startswith((busy.url, "about:", "data:")) for url in browser.requests)
     wait_for("those who left to be forgotten", lambda: busy.room.counts.watchers == 1)
+    browser.run("location.href = 'about:blank'")
+    wait_for("the last to be forgotten", lambda: busy.room.counts.watchers == 0)
+    browser.run("history.back()")
+    wait_for("who came back to look", lambda: busy.room.counts.watchers == 1)
+    looks = browser.run("history.length")
+    wait_for("looks to go on", lambda: browser.run("history.length") > looks)
 
 
 def test_a_key_shows_its_own_tenant(folder: Path, browser: Browser, tmp_path: Path) -> None:
