@@ -189,6 +189,12 @@ def test_a_journal_that_lost_what_a_checkpoint_knew_is_left_alone(finished: Path
     result = train(recipe, "--resume", out, "--set", f"steps={STEPS + 2}")
     assert result.returncode == 2 and "move both away" in result.stderr and "Traceback" not in result.stderr
     assert (out / "journal.jsonl").read_bytes() == before
+
+
+def test_a_journal_moved_away_begins_behind_its_checkpoint(finished: Path, tmp_path: Path) -> None:
+    """A run whose journal was moved away, as an error says, does not go on, or is repeated as if it were whole."""
+    out, recipe = tmp_path / "run", finished.parent / "tiny.py"
+    shutil.copytree(finished, out)
     for name in ("journal.jsonl", "journal.bin"):
         (out / name).unlink()
     with halted_from(recipe, out, ("--set", f"steps={STEPS + 4}", "--resume"), updates=2) as running:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,13 @@ def test_a_run_of_one_step_is_seen(folders: list[Path]) -> None:
             assert axes.get_xlim() == (-1.0, 1.0), name
             lines = [line for line in axes.get_lines() if len(line.get_xdata())]
             assert all(line.get_marker() not in ("None", None, "") for line in lines), name
+
+
+def test_a_dark_picture_has_the_layout_that_it_has_alone(folders: list[Path]) -> None:
+    """The dark picture of a page, which takes the light one's layout, is not what it is when it finds its own."""
+    rows = compare(folders[:1]).rows[0]
+    for draw in (
+        partial(plots.reward_figure, rows),
+        partial(scaling_figure, fits_of(compare(folders), flop_of)),
+    ):
+        assert plots.both(draw) == (plots.png(draw), plots.png(draw, dark=True))

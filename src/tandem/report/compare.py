@@ -116,11 +116,7 @@ def write_page(compared: Compared, path: Path, scaling: Mapping[str, Any] | None
         runs=compared.names,
         figures=compared.figures,
         settings=compared.settings,
-        pictures=[
-            inlined(f"{title}, by step", plots.png(draw), plots.png(draw, dark=True))
-            for title, draw in draws
-            if plots.shows(draw())
-        ],
+        pictures=[inlined(f"{title}, by step", *plots.both(draw)) for title, draw in draws if plots.shows(draw())],
         scaling=scaling,
         beside="",
     )

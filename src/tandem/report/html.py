@@ -64,31 +64,30 @@ def write_report(
     if folder.is_file():
         raise RunFolderError(f"{folder} is a file. Give the run's folder, which `tandem train` made.")
     rows = metrics.read_metrics(folder)
-    pictures = []
+    pictures, of_ledger = [], []
     if metrics.training(rows):
-        light = plots.save_plots(rows, folder)
-        pictures = [(name, light[name], _dark(name, rows)) for name in light]
+        pictures = [inlined(_ALTERNATIVES[name], *drawn) for name, drawn in plots.save_plots(rows, folder).items()]
     if ledger is None and (folder / "ledger.json").is_file():
         ledger = section(folder)
-    for name, (_, draw) in ledger.pictures.items() if ledger else ():
-        write_file(folder / f"{name}.png", plots.png(draw))
-    page = render_report(folder, rows, pictures, config_diff, scaling, ledger)
+    for name, (title, draw) in ledger.pictures.items() if ledger else ():
+        light, dark = plots.both(draw)
+        write_file(folder / f"{name}.png", light)
+        of_ledger.append(inlined(title, light, dark))
+    page = render_report(folder, rows, pictures, config_diff, scaling, ledger, of_ledger)
     return write_file(folder / "report.html", page)
-
-
-def _dark(name: str, rows: Sequence[Row]) -> bytes:
-    return plots.png(partial(plots.FIGURES[name], rows), dark=True)
 
 
 def render_report(
     folder: Path,
     rows: Sequence[Row],
-    pictures: Sequence[tuple[str, bytes, bytes]] = (),
+    pictures: Sequence[Mapping[str, str]] = (),
     config_diff: Sequence[str] = (),
     scaling: Mapping[str, Any] | None = None,
     ledger: Section | None = None,
+    of_ledger: Sequence[Mapping[str, str]] = (),
 ) -> str:
-    """The page as text with `pictures` (name, light PNG, dark PNG). The template escapes all that the model wrote."""
+    """The page as text with `pictures`, and the ledger's, as `inlined` gives them. The template escapes all that the
+    model wrote."""
     template = page_template("report.html.jinja")
     config, plan = read_object(folder / "config.json"), read_object(folder / "plan.json")
     sampled_step, best, worst = _sampled(folder)
@@ -109,7 +108,7 @@ def render_report(
         alarms=metrics.alarms(rows),
         scaling=scaling,
         advisories=[(one, curve(advisor.history, one.evidence)) for one in advisor.advisories],
-        figures=[inlined(_ALTERNATIVES[name], light, dark) for name, light, dark in pictures],
+        figures=pictures,
         steps=last_steps(rows),
         sampled=metrics.measure(rows) == "reward",
         failures=failures(folder),
@@ -118,10 +117,7 @@ def render_report(
         best=best,
         worst=worst,
         ledger=ledger,
-        ledger_figures=[
-            inlined(title, plots.png(draw), plots.png(draw, dark=True))
-            for title, draw in (ledger.pictures.values() if ledger else ())
-        ],
+        ledger_figures=of_ledger,
         config=flattened(config),
         config_diff=list(config_diff),
     )

@@ -447,13 +447,26 @@ def png(draw: Callable[[], Figure], dark: bool = False) -> bytes:
     >>> png(lambda: entropy_figure([{"step": 1, "entropy": 0.5}]))[:4]
     b'\\x89PNG'
     """
+    return _rendered(draw, dark)[0]
+
+
+def both(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
+    """What `png` gives, light and dark. The dark one takes the light one's layout: finding it is half of a draw."""
+    light, placed = _rendered(draw)
+    return light, _rendered(draw, True, placed)[0]
+
+
+def _rendered(draw: Callable[[], Figure], dark: bool = False, placed: Figure | None = None) -> tuple[bytes, Figure]:
+    buffer = io.BytesIO()
     with mpl.rc_context({**STYLE, **(DARK if dark else {})}):
-        buffer = io.BytesIO()
         figure = draw()
         _show_points(figure)
+        for axes, twin in zip(figure.axes, placed.axes, strict=True) if placed else ():
+            figure.set_layout_engine("none")
+            axes.set_position(twin.get_position())
         # No date in the file: the same rows give the same bytes. Not `savefig`, which draws all of it twice.
         FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-        return buffer.getvalue()
+    return buffer.getvalue(), figure
 
 
 def _show_points(figure: Figure) -> None:
@@ -473,15 +486,15 @@ def shows(figure: Figure) -> bool:
     return any(axes.patches for axes in figure.axes) or any(np.size(line.get_xdata()) for line in lines)
 
 
-def save_plots(rows: Sequence[Row], folder: Path | str) -> dict[str, bytes]:
-    """Write a PNG a figure that shows anything into `folder` as NAME.png; name -> what it holds. budget.png only where
-    engine and learner ever differed."""
+def save_plots(rows: Sequence[Row], folder: Path | str) -> dict[str, tuple[bytes, bytes]]:
+    """Write a PNG a figure that shows anything into `folder` as NAME.png; name -> it, and it in dark. budget.png only
+    where engine and learner ever differed."""
     folder = Path(folder)
     pictures = {}
     drifted = any(any((row.get("error_budget") or {}).values()) for row in rows)
     for name, figure in FIGURES.items():
         if (name == "budget" and not drifted) or not shows(figure(rows)):
             continue
-        pictures[name] = png(partial(figure, rows))
-        write_file(folder / f"{name}.png", pictures[name])
+        pictures[name] = both(partial(figure, rows))
+        write_file(folder / f"{name}.png", pictures[name][0])
     return pictures

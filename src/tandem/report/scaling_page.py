@@ -81,9 +81,7 @@ def section(found: Sequence[Scaling]) -> dict[str, Any]:
     ]
     return {
         "entries": entries,
-        "picture": inlined(
-            "Reward by cost with its curve, band and asymptote", plots.png(draw), plots.png(draw, dark=True)
-        ),
+        "picture": inlined("Reward by cost with its curve, band and asymptote", *plots.both(draw)),
     }
 
 
