@@ -138,6 +138,24 @@ def test_a_row_that_tells_a_log_prob_of_its_prompt_is_charged_as_one_that_draws(
     assert had[1] - had[0] == pytest.approx(more)
 
 
+def test_a_draw_that_tells_the_likeliest_tokens_is_charged_for_the_head_twice() -> None:
+    """The likeliest tokens beside each, another product with the output head, are free; or charged to somebody else."""
+    had = []
+    for likely in (0, 5):
+        load = Loads({}, {"t": Terms()})
+        for number, new in enumerate((8, 3)):
+            drawn, tokens = Sampling(max_new_tokens=new), tuple(range(900 + number, 940))
+            one = Request(f"t#{number}", "p", tokens, drawn, seed=0, tenant="t", likely=likely if number == 0 else 0)
+            load.engine.submit(one, load.now)
+            load.born[one.id] = 0.0
+            load.open["t"] += 1
+        while load.engine.has_work:
+            load.step()
+        assert load.had("t") == pytest.approx(load.engine.busy_s)
+        had.append(load.had("t"))
+    assert had[1] - had[0] == pytest.approx(8 * (COST.decode_token_s - COST.prefill_token_s))
+
+
 def test_who_gives_way_is_left_with_no_less_than_who_takes() -> None:
     """Two tenants of equal parts preempt each other's requests in circles, and compute them again."""
     for held, gives in ((6, False), (7, False), (8, True)):

@@ -46,6 +46,11 @@ class Work:
         """Its first so many rows tell the log-prob of the prompt's next token."""
         return scores(self.request, self.start, len(self.tokens))
 
+    @property
+    def told(self) -> int:
+        """Its draws whose likeliest tokens are told: each another product with the output head."""
+        return self.draws if self.request.likely else 0
+
 
 @dataclass(slots=True)
 class Batch:

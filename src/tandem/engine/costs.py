@@ -30,7 +30,8 @@ class Rows(NamedTuple):
 
     prefill: int = 0  # rows of works of more than one, without those that tell a log-prob of the prompt
     context: int = 0  # tokens that all rows read, themselves among them
-    decode: int = 0  # works of one row, and those that tell: both go through the output head
+    decode: int = 0  # works of one row, and those that tell: both go through the output head. A draw that tells the
+    # likeliest tokens goes through it once more: one of these more, and a row of a prompt less
 
     @staticmethod
     def of(works: Iterable[Work]) -> Rows:
@@ -44,6 +45,8 @@ class Rows(NamedTuple):
                 scored = work.scores
                 prefill += count - scored
                 decode += scored
+            prefill -= work.told
+            decode += work.told
         return Rows(prefill, context, decode)
 
 
@@ -132,7 +135,13 @@ class Prices(NamedTuple):
         base, prefill, context, decode = (round(seconds * PICO) for seconds in row)
         return Prices(max(1, base), max(1, prefill), context, max(1, decode), cost.held_token_s * PICO)
 
-    def rows(self, start: int, count: int, scored: int = 0) -> int:
-        """So many rows of one sequence from a position on, of which some tell a log-prob of its prompt."""
-        context = self.context * (count * start + count * (count + 1) // 2)
+    @property
+    def head(self) -> int:
+        """Of a row's product with the output head."""
+        return max(0, self.decode - self.prefill)
+
+    def rows(self, start: int, count: int, scored: int = 0, told: int = 0) -> int:
+        """So many rows of one sequence from a position on, of which some tell a log-prob of its prompt, and some the
+        likeliest tokens beside the one drawn."""
+        context = self.context * (count * start + count * (count + 1) // 2) + self.head * told
         return context + (self.decode if count == 1 else self.prefill * (count - scored) + self.decode * scored)

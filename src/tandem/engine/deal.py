@@ -215,7 +215,7 @@ class Deals(Order):
     def _gather(self, draws: list[Sequence], prompts: list[Sequence], tokens: int, elapsed_s: float) -> None:
         """Notes at each leaf what could run of it, and sums up."""
         self._stamp = stamp = self._stamp + 1
-        base, prefill, context, decode, held = self.prices
+        (_, _, context, decode, held), head = self.prices, self.prices.head
         held *= elapsed_s * self._page_tokens
         leaves: list[Node] = []
         for sequence in chain(draws, prompts):
@@ -228,7 +228,7 @@ class Deals(Order):
                 leaves.append(leaf)
             rows = len(sequence.tokens) - sequence.computed
             if rows == 1:
-                cost = decode + context * (sequence.computed + 1)
+                cost = decode + context * (sequence.computed + 1) + (head if sequence.request.likely else 0)
                 leaf.rows.append((cost, sequence))
             else:
                 cost = self._cost(sequence, sequence.computed, min(rows, tokens))
@@ -462,7 +462,7 @@ class Deals(Order):
         self._stamp = stamp = self._stamp + 1
         prices, ran = self.prices, list[Node]()
         for work, leaf in zip(batch.works, batch.leaves, strict=True):
-            cost = prices.rows(work.start, len(work.tokens), work.scores)
+            cost = prices.rows(work.start, len(work.tokens), work.scores, work.told)
             if leaf.stamp != stamp:
                 leaf.stamp, leaf.charged = stamp, cost
                 ran.append(leaf)
