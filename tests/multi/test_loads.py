@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -328,6 +329,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(callers, "KINDS", kinds)
     for name, value in (("FLOOD", 40), ("FLOOD_S", 1.0), ("LOOK_S", 0.1), ("LINE_S", 1.0), ("CALLERS", 6)):
         monkeypatch.setattr(soak, name, value)
+    monkeypatch.setattr(soak, "BUSY", 12)
     monkeypatch.setattr(soak, "train", lambda *_: None)
 
 
@@ -339,8 +341,12 @@ def test_a_soak_of_a_small_server(tiny: Served, monkeypatch: pytest.MonkeyPatch)
     total = found["total"]
     assert total["lost"] == found["differed"] == 0, found["said"]
     assert total["asked"] == total["answered"] + total["refused"] + total["withdrawn"]
-    assert found["calls"]["flood"]["refused"] and found["calls"]["flood"]["answered"] and found["calls"]["vanished"]
-    assert found["repeated"] > 0 and len(lines) >= 2 and "| **all** |" in soaked(found)
+    assert (
+        found["calls"]["flood"]["answered"]
+        and found["calls"]["vanished"]
+        and found["calls"][soak.LAST]["answered"] == 12
+    )
+    assert found["repeated"] > 0 and lines and "| **all** |" in soaked(found)
 
 
 def test_a_soak_tells_what_is_wrong() -> None:
@@ -357,6 +363,51 @@ def test_a_soak_tells_what_is_wrong() -> None:
     assert soak.told(account, steady, 3600.0)["failure"] == ""
     account.same("chat", 0, "that")
     assert soak.told(account, steady, 3600.0)["failure"].startswith("1 seeded answers")
+
+
+class Leaky:
+    """A server of which a call took a place for ever: of four at once it answers three."""
+
+    model = "m"
+
+    def __init__(self, room: int) -> None:
+        self.places = threading.Semaphore(room)
+
+    def call(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+        if path == "/load":
+            return 200, b'{"running": 0, "waiting": 0}'
+        if not self.places.acquire(blocking=False):
+            return 429, b"no room"
+        return 200, b'{"choices": [{"finish_reason": "length"}]}'
+
+
+def test_a_place_that_is_never_given_back_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that refuses more and more, as calls that ended count for ever, soaks well: refusals are no loss."""
+    monkeypatch.setattr(soak, "BUSY", 4)
+    for room, lost in ((4, 0), (3, 1)):
+        account, server = soak.Account(), Leaky(room)
+        soak._left(server, account)  # type: ignore[arg-type]
+        assert account.rows()[soak.LAST]["answered"] == room and account.lost == lost
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_stream_that_does_not_say_how_it_ended_is_lost(monkeypatch: pytest.MonkeyPatch, ends: bool) -> None:
+    """The last event of an answer is dropped, all its text is there, and the soak ends well."""
+    last = {"choices": [{"text": "b", "finish_reason": "length" if ends else None}]}
+    told = [{"choices": [{"text": "a", "finish_reason": None}]}, last]
+    lines = [b"data: " + json.dumps(one).encode() + b"\n" for one in told] + [b"data: [DONE]\n"]
+
+    class Heard(list[bytes]):
+        status = 200
+
+        def close(self) -> None: ...
+
+    account = soak.Account()
+    caller = callers.Caller(Server("tandem", 1, 1), account, threading.Event(), 0)
+    monkeypatch.setattr(caller, "_send", lambda *_: (Heard(), Heard(lines)))
+    monkeypatch.setattr(caller, "_draw", lambda: ("completion", callers.KINDS["completion"], 1))
+    caller.stream()
+    assert account.ended == {("stream", "answered" if ends else "lost"): 1}
 
 
 def test_what_fails_without_a_fault_is_lost() -> None:

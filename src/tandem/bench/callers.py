@@ -1,8 +1,9 @@
 """Who asks a server in a soak (soak.py): in all ways that there are, with each call in an account.
 
-A call ends in one of five ways: answered; refused, by a status that its kind allows; withdrawn, as its caller left or a
-trainer aborted it; failed, by a fault that the soak itself made while it was on its way, in the words that such a
-failure has; or lost, which is all else. Seeded answers are compared with the first of their kind and seed.
+A call ends in one of five ways: answered, up to its finish reason; refused, by a status that its kind allows;
+withdrawn, as its caller left or a trainer aborted it; failed, by a fault that the soak itself made while it was on its
+way, in the words that such a failure has; or lost, which is all else. Seeded answers are compared with the first of
+their kind and seed.
 """
 
 from __future__ import annotations
@@ -281,6 +282,8 @@ class Caller:
         """An answer that came whole: those that a trainer aborted are shorter than their first."""
         if aborted(body):
             return "withdrawn", ""
+        if not ended(body):
+            return "lost", f"an answer without an end: {str(body)[:200]}"
         self.account.same(name, seed, kind.read(body))
         with self.account.lock:
             usage = body.get("usage") or body.get("meta_info") or {}
@@ -295,19 +298,21 @@ class Caller:
             try:
                 if response.status != 200:
                     return fate(response.status, response.read())
-                parts, cut = [], False
+                parts, cut, over = [], False, False
                 for event in events(response):
                     error = event.get("error") or (event.get("response") or {}).get("error")
                     if error or event.get("type") in ("error", "response.failed"):
                         code = error.get("code") if error else event.get("code")
                         return ("failed" if code in FAULTS else "lost"), str(event)[:200]
                     parts.append(kind.new(event))
-                    cut = cut or aborted(event)
+                    cut, over = cut or aborted(event), over or ended(event)
                     time.sleep(pause_s)
             finally:
                 connection.close()
             if cut:
                 return "withdrawn", ""
+            if not over:
+                return "lost", "a stream did not say how it ended"
             self.account.same(name, seed, sum(parts, []) if kind.new is _ids else "".join(parts))
             return "answered", ""
 
@@ -402,8 +407,23 @@ class Caller:
         answer = json.loads(heard)
         if aborted(answer):
             return "withdrawn", ""
+        if not ended(answer):
+            return "lost", f"a turn without an end: {str(answer)[:200]}"
         said.append(answer["choices"][0]["message"])
         return "answered", ""
+
+
+def ended(body: Any) -> bool:
+    """Whether an answer, or an event of a stream, says how an answer ended.
+
+    >>> ended({"choices": [{"finish_reason": None}]}), ended({"choices": [{"finish_reason": "stop"}]})
+    (False, True)
+    """
+    if "choices" in body:
+        return any(choice["finish_reason"] for choice in body["choices"])
+    if "output_ids" in body:
+        return body["meta_info"]["finish_reason"] is not None
+    return (body.get("response") or body).get("status") in ("completed", "incomplete")
 
 
 def aborted(body: Any) -> bool:

@@ -38,6 +38,7 @@ WARM_UP, WARM_UP_S = 0.2, 240.0  # of the time, and seconds at least, in which m
 GROWN_MB_H, LEAST_MB = 64.0, 64.0  # that memory may grow by after that: in an hour, and in all, whatever the time
 KV_BYTES = 128 << 20  # of an engine, little: pages are short, and the pool is all touched before the warm-up is over
 BUSY = 200  # server.max_requests: so many answers at once, and floods are refused
+LAST = "at once, at last"  # the kind of the calls that fill the server when all is over
 ADMIN = "sk-soak-admin"
 KEY = '[[keys]]\nkey = "{}"\ntenant = "{}"\nadmin = {}\n'
 TREE = json.dumps(
@@ -61,15 +62,20 @@ Note = Callable[[str], None]
 
 def flood(server: Server, account: Account) -> None:
     """More calls at once than the server takes: some are refused, none is lost."""
+    _at_once(server, account, "flood", FLOOD)
+
+
+def _at_once(server: Server, account: Account, kind: str, count: int) -> None:
     body = {"model": server.model, "prompt": "What is 1 + 2?", "max_tokens": 4, "temperature": 1.0}
 
     def call() -> tuple[str, str]:
         status, heard = server.call("POST", "/v1/completions", body)
         if status != 200:
-            return fate(status, heard)
+            outcome, said = fate(status, heard)
+            return ("lost" if outcome == "refused" and kind == LAST else outcome), said
         return ("withdrawn" if aborted(json.loads(heard)) else "answered"), ""
 
-    threads = [threading.Thread(target=account.called, args=("flood", call), daemon=True) for _ in range(FLOOD)]
+    threads = [threading.Thread(target=account.called, args=(kind, call), daemon=True) for _ in range(count)]
     for thread in threads:
         thread.start()
     until_s = time.monotonic() + 2 * CALL_S
@@ -263,7 +269,8 @@ def _soaked(server: Server, seconds: float, note: Note) -> dict[str, Any]:
 
 
 def _left(server: Server, account: Account) -> None:
-    """The server's own account, once all have been answered: nothing is on its way."""
+    """The server's own account, once all have been answered: nothing is on its way, and all that it has room for is
+    answered. A place that a call never gave back is missing there."""
     until_s = time.monotonic() + CALL_S
     while time.monotonic() < until_s:
         status, body = server.call("GET", "/load")
@@ -271,6 +278,7 @@ def _left(server: Server, account: Account) -> None:
             raise WorldError(f"/load gave {status} after the soak.")
         left = json.loads(body)
         if not left["running"] and not left["waiting"]:
+            _at_once(server, account, LAST, BUSY)
             return
         time.sleep(0.5)
     account.begin("left behind")
