@@ -292,6 +292,10 @@ def test_a_step_that_raises_ends_its_requests_alone(folder: Path, streams: bool,
         assert httpx.get(f"{server.url}/health").status_code == 200
         server.room.desk.engine.check_integrity()
         assert server.room.desk.total().finished == 2 and server.room.desk.renewals == 1
+        counted = httpx.get(f"{server.url}/metrics").text
+        for reason, count in (("error", 1.0), ("length", 2.0)):
+            labels = f'engine="0",finished_reason="{reason}",model_name="tiny"'
+            assert f"vllm:request_success_total{{{labels}}} {count}" in counted, "who watches sees no failure"
 
 
 def test_a_signal_lets_calls_finish(folder: Path) -> None:

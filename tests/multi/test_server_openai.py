@@ -109,6 +109,36 @@ def test_plain_completions(client: openai.OpenAI, folder: Path) -> None:
     )
 
 
+def test_usage_counts_as_cached_what_was_before_the_call(server: Server) -> None:
+    """What siblings find of each other is told as cached: a prompt that nobody asked before costs nothing."""
+    prompts = [list(range(first, first + 36)) for first in (20, 30, 40)]
+    asked: dict[str, Any] = {"prompt": prompts[:2], "n": 2, "max_tokens": 2, "seed": 1, "ignore_eos": True}
+
+    def cached(**more: Any) -> int:
+        body = {**asked, **more, **({"stream_options": {"include_usage": True}} if more.get("stream") else {})}
+        sent = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+        told = sent.json() if not more.get("stream") else json.loads(sent.text.split("data: ")[-2])
+        assert sent.status_code == 200, sent.text
+        return int(told["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached() == 0
+    assert 32 <= cached(prompt=prompts[1:], stream=True) < 36
+
+
+def test_token_ids_of_a_stream_are_those_of_the_whole(server: Server) -> None:
+    """Who keeps its own tokens has those of the prompt from a whole answer, and from a stream never."""
+    asked = {"prompt": ["ab", "cde"], "n": 2, "seed": 3, "max_tokens": 4, "return_token_ids": True, "ignore_eos": True}
+    whole = httpx.post(f"{server.url}/v1/completions", json=asked, timeout=60).json()["choices"]
+    for echo in (False, True):
+        sent = httpx.post(f"{server.url}/v1/completions", json={**asked, "echo": echo, "stream": True}, timeout=60)
+        lines = [line.removeprefix("data: ") for line in sent.text.split("\n") if line.startswith("data: {")]
+        chunks = [choice for line in lines for choice in json.loads(line)["choices"]]
+        for place, choice in enumerate(whole):
+            own = [one for one in chunks if one["index"] == place]
+            assert [one["prompt_token_ids"] for one in own if "prompt_token_ids" in one] == [choice["prompt_token_ids"]]
+            assert sum([one.get("token_ids", []) for one in own], []) == choice["token_ids"]
+
+
 def test_stop_strings_end_the_text(client: openai.OpenAI, model: tandem.Model) -> None:
     """Half a stop string is sent before it is seen to be one, or it stands in the answer."""
     whole = model.generate(["What is 1 + 2?"], seed=3, temperature=1.0, max_new_tokens=40)[0].text

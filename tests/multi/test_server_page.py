@@ -126,7 +126,7 @@ def test_a_key_shows_its_own_tenant(folder: Path, browser: Browser, tmp_path: Pa
 def test_a_routers_page_shows_its_engines(busy: Server, browser: Browser) -> None:
     """Nobody sees which engine is away; or a page of one engine has a table of none."""
     with stubs(1) as others:
-        others[0].look, others[0].model = {"step": 0, "digest": busy.room.fingerprint}, busy.room.model
+        others[0].look, others[0].model = {"step": 0, "digest": busy.room.fingerprint(None)}, busy.room.model
         _shown(busy, others[0], browser)
 
 

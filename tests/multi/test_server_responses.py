@@ -79,6 +79,17 @@ def test_greedy_logprobs_are_the_models(client: openai.OpenAI, folder: Path) -> 
     assert [one.logprob for one in whole.content[0].logprobs] == list(wanted.logprobs) == seen
 
 
+def test_a_part_begins_empty(client: openai.OpenAI) -> None:
+    """The first token's log-prob stands in the part's beginning and in its first delta: who adds up has it twice."""
+    asked: dict[str, Any] = {"model": "tiny", "input": "Hi", "max_output_tokens": 5, "stream": True}
+    events: list[Any] = list(client.responses.create(**asked, include=["message.output_text.logprobs"]))
+    (begun,) = (one.part for one in events if one.type == "response.content_part.added")
+    assert begun.text == "" and begun.logprobs == [] and begun.annotations == []
+    deltas = [row.logprob for one in events if one.type == "response.output_text.delta" for row in one.logprobs]
+    whole = [row.logprob for row in events[-1].response.output[0].content[0].logprobs]
+    assert deltas and deltas == whole[: len(deltas)]
+
+
 def test_items_come_in_events(scripted: tuple[Server, openai.OpenAI]) -> None:
     """An event is missing, out of order, or says something else than the response that it ends in."""
     _, client = scripted

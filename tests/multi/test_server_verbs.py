@@ -337,6 +337,36 @@ def test_answers_are_withdrawn_by_id(server: Server) -> None:
     again.join(DEADLINE_S)
 
 
+def test_answers_that_wait_in_a_pause_are_withdrawn_by_id(server: Server) -> None:
+    """Who withdraws a call that waits for the end of a pause is told of none, and the call is answered after it."""
+    post(server, "/pause?mode=keep")
+    sent: dict[str, Any] = {}
+
+    def call(id: str, n: int) -> None:
+        body = {"prompt": "a", "max_tokens": 3, "n": n, "seed": 1, "ignore_eos": True}
+        head = {"x-request-id": id}
+        sent[id] = httpx.post(f"{server.url}/v1/completions", json=body, headers=head, timeout=DEADLINE_S)
+
+    threads = [threading.Thread(target=call, args=one) for one in (("gone", 2), ("part", 2), ("stays", 1))]
+    for place, one in enumerate(threads):
+        one.start()
+        wait_for("the call to wait", lambda held=(2, 4, 5)[place]: server.room.desk.num_waiting == held)  # type: ignore[misc]
+    again = httpx.post(f"{server.url}/v1/completions", json={"prompt": "a"}, headers={"x-request-id": "stays"})
+    assert again.status_code == 409 and server.room.desk.num_waiting == 5
+    ids = ["cmpl-gone", "cmpl-part/1"]
+    assert post(server, "/abort_requests", {"request_ids": ids})["aborted"] == ["cmpl-gone/0", "cmpl-gone/1", ids[1]]
+    threads[0].join(DEADLINE_S)
+    assert [one["finish_reason"] for one in sent["gone"].json()["choices"]] == ["abort", "abort"]
+    assert sent["gone"].json()["usage"]["completion_tokens"] == 0 and server.room.desk.num_waiting == 2
+    post(server, "/resume")
+    for one in threads:
+        one.join(DEADLINE_S)
+    assert [one["finish_reason"] for one in sent["part"].json()["choices"]] == ["length", "abort"]
+    assert sent["stays"].json()["choices"][0]["finish_reason"] == "length"
+    desk = server.room.desk
+    assert not (desk.tenants or desk.gated or desk.open)
+
+
 def test_who_may(folders: tuple[Path, Path], tmp_path: Path) -> None:
     """Anybody's key changes the weights, or withdraws what is another tenant's."""
     keys = tmp_path / "keys.toml"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from tandem.program.formats.choose import FORMATS
 from tandem.program.formats.parsed import thought
+from tandem.server.answers import Places
 from tandem.server.text import HALF, Text
 from tandem.server.turn import MARKERS, TAGS, TAGS_OF, Delta, Turn
 from tandem.types import StopReason, ToolCall
@@ -99,3 +102,15 @@ def test_calls_do_not_hang_on_their_cuts(name: str, words: str, cuts: set[int], 
     assert taken(turn(), pieces(text, cuts)) == whole
     if not words.strip():
         assert whole.calls and whole.content == "" and whole.reasoning == ("so" if thinks else "")
+
+
+def test_places_of_tokens_are_of_whole_characters() -> None:
+    """Each token of a character counts as one: what is behind it is looked for beyond the end of the text."""
+    tokens = [b"a", b" \xe2", b"\x98", b"\x83", b"\xff", b"bc", b"\xf0\x9f", b"\x99\x82!", b"d"]
+    words: Any = SimpleNamespace(token_bytes=tokens.__getitem__)
+    text = b"".join(tokens).decode("utf-8", "replace")
+    assert text == "a ☃\ufffdbc🙂!d"
+    wanted = [4, 5, 6, 6, 7, 8, 10, 10, 12]
+    assert Places(words, 4).of(range(9)) == wanted
+    parts = Places(words, 4)
+    assert [*parts.of(range(3)), *parts.of([]), *parts.of(range(3, 9))] == wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from codecs import getincrementaldecoder
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
@@ -79,13 +80,16 @@ def finish_reason(completion: Completion, called: bool = False) -> str:
 
 
 def usage(completions: Sequence[Completion], prompts: Sequence[int]) -> dict[str, Any]:
-    """prompts: tokens of each prompt, which counts once."""
-    drawn, cached = sum(len(one.columns) for one in completions), sum(one.cached_tokens for one in completions)
+    """prompts: tokens of each prompt, which counts once, and of which were cached what its every answer found; as many
+    completions of each, in order."""
+    drawn, each = sum(len(one.columns) for one in completions), len(completions) // len(prompts)
+    found = [one.cached_tokens for one in completions]
+    cached = sum(min(found[place * each : (place + 1) * each]) for place in range(len(prompts)))
     return {
         "prompt_tokens": sum(prompts),
         "completion_tokens": drawn,
         "total_tokens": sum(prompts) + drawn,
-        "prompt_tokens_details": {"cached_tokens": min(cached, sum(prompts))},
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 
@@ -116,12 +120,24 @@ def likely_in(drawn: Columns) -> list[list[tuple[int, float]]]:
     return [[] for _ in range(len(drawn))] if found is None else [likely_tokens(one) for one in found.tolist()]
 
 
-def plain_logprobs(words: Words, known: Columns, logprobs: Sequence[float | None], offset: int) -> dict[str, Any]:
-    """Of tokens as plain completions have them, the one that ended the text too; `offset`: characters before. None of
-    a log-prob is of a token that nothing came before. A token is told of beside the likeliest, where it is none."""
+class Places:
+    """Where tokens begin in a text, in characters, from `start` on. What ends a character begins where that does."""
+
+    def __init__(self, words: Words, start: int) -> None:
+        self._bytes, self._decode = words.token_bytes, getincrementaldecoder("utf-8")("replace").decode
+        self._at = start
+
+    def of(self, tokens: Sequence[int]) -> list[int]:
+        """Of the next ones."""
+        places = list(accumulate((len(self._decode(self._bytes(token))) for token in tokens), initial=self._at))
+        self._at = places.pop()
+        return places
+
+
+def plain_logprobs(words: Words, known: Columns, logprobs: Sequence[float | None], places: Places) -> dict[str, Any]:
+    """Of tokens as plain completions have them, the one that ended the text too. None of a log-prob is of a token that
+    nothing came before. A token is told of beside the likeliest, where it is none."""
     tokens = known["tokens"].tolist() if len(known) else []
-    texts = [words.token_bytes(token).decode("utf-8", "replace") for token in tokens]
-    places = accumulate(map(len, texts), initial=offset)
     top: list[dict[str, float] | None] = []
     for token, logprob, likely in zip(tokens, logprobs, likely_in(known), strict=True):
         row = dict[str, float]()
@@ -132,7 +148,7 @@ def plain_logprobs(words: Words, known: Columns, logprobs: Sequence[float | None
         "tokens": [words.spelt(token) for token in tokens],
         "token_logprobs": list(logprobs),
         "top_logprobs": top if "likely" in known else None,
-        "text_offset": list(places)[:-1],
+        "text_offset": places.of(tokens),
     }
 
 

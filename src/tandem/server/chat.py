@@ -146,7 +146,7 @@ class Chat:
         if call.gone:
             return
         if counted:
-            total = answers.usage(list(ended.values()), [len(asking.prompts[0].tokens)])
+            total = answers.usage([ended[place] for place in sorted(ended)], [len(asking.prompts[0].tokens)])
             yield event({**head, "choices": [], "usage": total})
         yield DONE
 

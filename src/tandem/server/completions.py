@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from tandem.columns import Columns
 from tandem.server import answers, bodies, demand
-from tandem.server.answers import Answer, Step
+from tandem.server.answers import Answer, Places, Step
 from tandem.server.lineage import of_tokens
 from tandem.server.refusal import Refusal
 from tandem.server.room import Asking, Prompt, Room, Terms, collected
@@ -74,12 +74,12 @@ class Continuation:
             "system_fingerprint": self.room.fingerprint(self.body.model),
         }
 
-    def choice(self, asking: Asking, place: int, step: Step, offset: int) -> dict[str, Any]:
-        """A choice, or what is new of it; `offset`: characters of its text before."""
+    def choice(self, asking: Asking, place: int, step: Step, places: Places) -> dict[str, Any]:
+        """A choice, or what is new of it; places: of its tokens."""
         body, completion = self.body, step.completion
         more: dict[str, Any] = {"logprobs": None}
         if body.logprobs is not None:
-            more["logprobs"] = self._logprobs(step, offset)
+            more["logprobs"] = self._logprobs(step, places)
         if body.return_token_ids:
             more["token_ids"] = step.drawn["tokens"].tolist() if len(step.drawn) else []
             if completion is not None:
@@ -91,20 +91,19 @@ class Continuation:
             self.room.remember(asking, place, units)
         return {"index": place, "text": step.delta.content, "finish_reason": finish, **more}
 
-    def _logprobs(self, step: Step, offset: int) -> dict[str, Any]:
+    def _logprobs(self, step: Step, places: Places) -> dict[str, Any]:
         words, known = self.room.words, step.drawn
         logprobs: list[float | None] = [*answers.logprobs_of(known, self.scored)]
         if step.completion is not None and (prompt := step.completion.prompt) is not None:
             _, *others = prompt["logprobs"].tolist()
             logprobs = [None, *others, *logprobs]
             known = Columns.concat([prompt, known]) if len(known) else prompt
-            offset = 0
-        return answers.plain_logprobs(words, known, logprobs, offset)
+            places = Places(words, 0)
+        return answers.plain_logprobs(words, known, logprobs, places)
 
-    def _length(self, step: Step) -> int:
-        """Characters of what was drawn, by its log-probs."""
-        tokens = step.drawn["tokens"].tolist() if len(step.drawn) else []
-        return sum(len(self.room.words.token_bytes(token).decode("utf-8", "replace")) for token in tokens)
+    def ids(self, asking: Asking, place: int) -> dict[str, Any]:
+        """What return_token_ids says of the prompt of a choice."""
+        return {"prompt_token_ids": list(asking.prompts[place].tokens)} if self.body.return_token_ids else {}
 
     def _kept(self, completion: Completion) -> Completion:
         """An answer as it was asked for: one of no tokens drew one."""
@@ -118,11 +117,10 @@ class Continuation:
         for place, completion in enumerate(completions):
             reader = Answer(self.room.words, asking.call.requests[place], None)
             echoed = self.texts[place // self.n] if self.body.echo else ""
-            choice = self.choice(asking, place, reader.whole(completion), len(echoed)) | reader.unmet(completion)
+            places = Places(self.room.words, len(echoed))
+            choice = self.choice(asking, place, reader.whole(completion), places) | reader.unmet(completion)
             choice["text"] = echoed + choice["text"]
-            if self.body.return_token_ids:
-                choice["prompt_token_ids"] = list(asking.prompts[place].tokens)
-            choices.append(choice)
+            choices.append(choice | self.ids(asking, place))
         prompts = [len(prompt.tokens) for prompt in asking.prompts[:: self.n]]
         return {**self.head(), "choices": choices, "usage": answers.usage(completions, prompts)}
 
@@ -132,13 +130,13 @@ class Continuation:
         counted = bool(options and options.include_usage)
         head = self.head() | ({"usage": None} if counted else {})
         readers = [Answer(self.room.words, request, None) for request in call.requests]
-        lengths = [0] * len(readers)
+        texts = [self.texts[place // self.n] if self.body.echo else "" for place in range(len(readers))]
+        places = [Places(self.room.words, len(text)) for text in texts]
+        ids = {place: self.ids(asking, place) for place in range(len(readers))}  # that are to be told
         ended: dict[int, Completion] = {}
         if self.body.echo:
-            for place in range(len(readers)):
-                text = self.texts[place // self.n]
-                lengths[place] = len(text)
-                echoed = {"index": place, "text": text, "finish_reason": None, "logprobs": None}
+            for place, text in enumerate(texts):
+                echoed = {"index": place, "text": text, "finish_reason": None, "logprobs": None, **ids.pop(place)}
                 yield event({**head, "choices": [echoed]})
         while not call.over:
             new = await call.pieces()
@@ -149,12 +147,11 @@ class Continuation:
                 if piece.completion is not None:
                     piece.completion = ended[place] = self._kept(piece.completion)
                 step = readers[place].take(piece)
-                choice = self.choice(asking, place, step, lengths[place])
-                if self.body.logprobs is not None:
-                    lengths[place] += self._length(step)
+                choice = self.choice(asking, place, step, places[place])
                 if piece.completion is not None:
                     choice |= readers[place].unmet(piece.completion)
                 if choice["text"] or choice["finish_reason"] or choice.get("token_ids") or choice["logprobs"]:
+                    choice |= ids.pop(place, {})
                     events.append(event({**head, "choices": [choice]}))
             if events and not call.gone:
                 yield b"".join(events)
@@ -162,7 +159,9 @@ class Continuation:
             return
         if counted:
             prompts = [len(prompt.tokens) for prompt in asking.prompts[:: self.n]]
-            yield event({**head, "choices": [], "usage": answers.usage(list(ended.values()), prompts)})
+            yield event(
+                {**head, "choices": [], "usage": answers.usage([ended[place] for place in sorted(ended)], prompts)}
+            )
         yield DONE
 
 

@@ -23,7 +23,7 @@ from tandem.errors import EngineError, TandemError
 from tandem.server.config import ServerConfig
 from tandem.server.refusal import Refusal, refused
 from tandem.server.wire import log
-from tandem.types import Completion, Request
+from tandem.types import Completion, Request, StopReason
 
 FAILED = 3  # times in a row that the engine had to begin anew, after which it is called unhealthy
 COUNTS = [one for one in fields(Stats) if one.type == "int" and one.name != "most_running"]
@@ -157,9 +157,9 @@ class Desk:
         self.renewals = 0  # of the engine, in all
         self.weightless = False  # its weights were dropped, or are not those that were sent: nothing may be drawn
         self._before = Stats()  # of the engines before this one
-        self._paused = asyncio.Event()
-        self._paused.set()
-        self._gated = 0  # generations that wait for the end of a pause
+        self.paused = False  # what is asked from now on waits
+        self.gated: dict[str, Open] = {}  # generations that wait for the end of a pause
+        self._ungated = asyncio.Event()  # of the gate as it is: another one after each change
         self._posted: deque[tuple[str, Columns | Future[Completion]]] = deque()
         self._woken = False
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -188,7 +188,7 @@ class Desk:
     @property
     def num_waiting(self) -> int:
         """Generations that have not started. From any thread."""
-        return max(0, len(self.open) - self.num_running) + self._gated
+        return max(0, len(self.open) - self.num_running) + len(self.gated)
 
     @property
     def well(self) -> bool:
@@ -201,7 +201,7 @@ class Desk:
         if self.draining:
             raise Refusal(503, "the server is about to end and takes no more calls.", "draining", retry_s=1)
         for most, present, what in (
-            (config.max_requests, len(self.open) + self._gated, "server.max_requests"),
+            (config.max_requests, len(self.open) + len(self.gated), "server.max_requests"),
             (config.max_waiting, self.num_waiting, "server.max_waiting"),
             (config.tenant_requests or config.max_requests, self.tenants[tenant], "server.tenant_requests"),
         ):
@@ -213,27 +213,21 @@ class Desk:
         """Asks for generations of one call. Raises Refusal; none is on its way then."""
         tenant, count = requests[0].tenant, len(requests)
         self.admit(tenant, count)
-        self.tenants[tenant] += count
-        self._gated += count
-        try:
-            await self._paused.wait()
-        except BaseException:
-            self._left(tenant, count)
-            raise
-        finally:
-            self._gated -= count
-        if self.weightless:  # it is about to end
-            self._left(tenant, count)
-            raise Refusal(503, "the server has no weights, and is about to end.", "no_weights", retry_s=1)
+        for one in requests:
+            if one.id in self.open or one.id in self.gated:
+                said = f"request id {one.id!r} is in use by a call on its way. Choose another."
+                raise Refusal(409, said, "id_in_use")
         call = Call(self, id, requests)
-        asked = 0
+        self.tenants[tenant] += count
+        self.gated |= {one.id: Open(one, call) for one in requests}
         try:
+            while self.paused and any(one.id in self.gated for one in requests):
+                await self._ungated.wait()
             for request in requests:
-                self._submit(request, call, streams)
-                asked += 1
+                if request.id in self.gated:  # nobody withdrew it meanwhile
+                    self._submit(request, streams)
         except BaseException:
             call.withdraw()
-            self._left(tenant, count - asked)
             raise
         return call
 
@@ -243,17 +237,17 @@ class Desk:
         if not self.tenants[tenant]:
             del self.tenants[tenant]
 
-    def _submit(self, request: Request, call: Call, streams: bool) -> None:
+    def _submit(self, request: Request, streams: bool) -> None:
+        """Of one that is gated, which it is no more."""
+        if self.weightless:  # it is about to end
+            raise Refusal(503, "the server has no weights, and is about to end.", "no_weights", retry_s=1)
         post = partial(self._post, request.id)
-        if request.id in self.open:
-            said = f"request id {request.id!r} is in use by a call on its way. Choose another."
-            raise Refusal(409, said, "id_in_use")
         self.renew()
         try:
             future = self.driver.submit(request, post if streams else None)
         except TandemError as error:
             raise refused(error) from error
-        self.open[request.id] = opened = Open(request, call)
+        self.open[request.id] = opened = self.gated.pop(request.id)
         for watcher in self.watchers:
             watcher.began(opened)
         future.add_done_callback(post)
@@ -315,26 +309,33 @@ class Desk:
             self.driver = Driver(self.engine.renewed()).start()
 
     def abort(self, request_id: str) -> None:
-        """Withdraws a generation, if it is on its way."""
+        """Withdraws a generation, if it is on its way; one that waits for the end of a pause has nothing."""
         if request_id in self.open:
             self.driver.abort(request_id)
+        elif (opened := self.gated.pop(request_id, None)) is not None:
+            self._left(opened.request.tenant, 1)
+            now, nothing = time.monotonic(), Columns.of(tokens=(), logprobs=(), versions=())
+            opened.call.arrived(request_id, Completion(request_id, nothing, StopReason.ABORTED, now, now, now))
+            self._tell()
 
     def pause(self) -> None:
         """What is asked from now on waits."""
-        self._paused.clear()
+        self.paused = True
 
     def resume(self) -> None:
-        self._paused.set()
+        self.paused = False
+        self._tell()
         self.driver.hold(False)
 
-    @property
-    def paused(self) -> bool:
-        return not self._paused.is_set()
+    def _tell(self) -> None:
+        """Who waits at the gate looks again."""
+        self._ungated.set()
+        self._ungated = asyncio.Event()
 
     async def idle(self, deadline_s: float, given_up: Callable[[], bool] = lambda: False) -> bool:
         """Waits for all that is on its way to end; whether it has by the deadline, or until this is given up."""
         until_s = time.monotonic() + deadline_s
-        while (self.open or (self._gated and not self.paused)) and not given_up() and time.monotonic() < until_s:
+        while (self.open or (self.gated and not self.paused)) and not given_up() and time.monotonic() < until_s:
             await asyncio.sleep(0.02)
         return not self.open
 

@@ -18,6 +18,7 @@ TOKEN_S = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5
 REQUEST_S = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
 LABELS = ("model_name", "engine")
+FAILED = "error"  # how a request ended, beside FINISHED
 
 
 class Metrics:
@@ -39,7 +40,7 @@ class Metrics:
         self.asked = self._histogram("request_params_max_tokens", "Of a request.", TOKENS)
         counts = (*LABELS, "finished_reason")
         self.success = Counter("vllm:request_success", "Requests that ended.", counts, registry=self.registry)
-        for reason in FINISHED.values():
+        for reason in (*FINISHED.values(), FAILED):
             self.success.labels(*self._values, reason)
         self.refusals = Counter("tandem:refused", "Calls refused.", (*LABELS, "code"), registry=self.registry)
         self.registry.register(_Engine(desk, self._values))
@@ -53,12 +54,9 @@ class Metrics:
     def began(self, opened: Open) -> None: ...
 
     def ended(self, opened: Open, completion: Completion | None) -> None:
-        if completion is None:
-            return
-        reason = FINISHED.get(completion.stop_reason)
-        if reason is not None:
-            self.success.labels(*self._values, reason).inc()
-        if completion.stop_reason in (StopReason.ABORTED, StopReason.FAILED):
+        reason = FAILED if completion is None else FINISHED.get(completion.stop_reason, FAILED)
+        self.success.labels(*self._values, reason).inc()
+        if completion is None or completion.stop_reason in (StopReason.ABORTED, StopReason.FAILED):
             return
         drawn, first_s, end_s = len(completion.columns), completion.first_s, completion.finished_s
         self.first_s.observe(first_s - completion.submitted_s)

@@ -68,9 +68,9 @@ class Output:
             "item": {**item, "content": []},
         }
         part: dict[str, Any] = {"type": PARTS[kind], "text": ""}
-        part |= {"annotations": [], "logprobs": []} if kind == "message" else {}
-        item["content"].append(part)
-        yield self._of("response.content_part.added", part={**part})
+        more: Event = {"annotations": [], "logprobs": []} if kind == "message" else {}
+        item["content"].append(part | {name: [] for name in more})  # which grows
+        yield self._of("response.content_part.added", part=part | more)
 
     def _close(self, status: str) -> Iterator[Event]:
         if not self._open:

@@ -236,7 +236,7 @@ async def abort_requests(room: Room, request: Request) -> Response:
     holder, desk = request.state.holder, room.desk
     found = [
         (id, one)
-        for id, one in list(desk.open.items())
+        for id, one in [*desk.open.items(), *desk.gated.items()]
         if (not ids or id in ids or one.call.id in ids) and within(one.request.tenant, holder.tenant)
     ]
     for id, _ in found:

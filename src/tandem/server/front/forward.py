@@ -194,8 +194,7 @@ class Forwarded:
         if answer.status not in PASSED_OVER:
             self._failures += 1
             engine.counts["failed"] += 1
-        may = self._failures < front.route.deaths
-        return may and any(one.ready and one not in self._tried for one in front.engines)
+        return self._failures < front.route.deaths and bool(front.left(self._tried))
 
     def _given_up(self) -> Refusal:
         front = self.front

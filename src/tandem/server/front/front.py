@@ -130,9 +130,13 @@ class Front:
 
     def choose(self, call: Call, tried: Collection[Engine]) -> Engine | None:
         """One that was not tried; None where there is none."""
-        told = self.held[0] if self.held is not None else ""  # who was away in a pause is told of it first
-        may = [one for one in self.engines if one.ready and one not in tried and told in ("", one.told_held)]
+        may = self.left(tried)
         return self.affinity.choose(may, call.program, call.tokens, call.keys, call.program) if may else None
+
+    def left(self, tried: Collection[Engine]) -> list[Engine]:
+        """Engines that may be asked, without those that were."""
+        told = self.held[0] if self.held is not None else ""  # who was away in a pause is told of it first
+        return [one for one in self.engines if one.ready and one not in tried and told in ("", one.told_held)]
 
     def none_left(self) -> Refusal:
         each = "; ".join(f"{one.name} is {one.state}" for one in self.engines)
