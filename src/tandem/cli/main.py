@@ -29,6 +29,7 @@ from tandem.cli import (
     doctor,
     eval,
     generate,
+    numerics,
     replay,
     report,
     rollout,
@@ -73,6 +74,7 @@ app.command("serve")(serve.serve)
 app.command("route")(route.route)
 app.command("convert")(convert.convert)
 app.command("report")(report.report)
+app.command("numerics")(numerics.numerics)
 app.command("recipes")(catalogue.recipes)
 app.command("bench")(bench.bench)
 app.command("simulate")(simulate.simulate)
