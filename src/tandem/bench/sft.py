@@ -24,7 +24,7 @@ from tandem.plan.roofline import SMOLLM2
 if TYPE_CHECKING:
     from tandem.plan.roofline import Machine
 
-STEPS, MICROBATCHES, LENGTH = 4, 4, 1024
+STEPS, MICROBATCHES, LENGTH = 6, 4, 1024
 RANK, ALPHA = 16, 32.0
 WORK = f"sft {MICROBATCHES}x{LENGTH}"
 CHATS = 800
@@ -55,7 +55,7 @@ def chats(count: int) -> Iterator[dict[str, object]]:
 
 
 def sft(machine: Machine, lora: bool = False) -> Iterator[Figure]:
-    """The last two steps' rate, as the peer has it, and what the process held at most until then.
+    """The median rate of the steps behind the first, and what the process held at most until then.
 
     Counted are the tokens of all sequences; those that they begin with alike are run once a microbatch. The limit is of
     a learner that runs each, and trains all weights.
@@ -85,15 +85,17 @@ def sft(machine: Machine, lora: bool = False) -> Iterator[Figure]:
         )
         train(config, out=Path(folder) / "run", resume=None, display=LiveTable(config.steps, sys.stderr))
         rows = [row for row in read_metrics(Path(folder) / "run") if row["step"] > 0]
-        timed = rows[-2:]
-        paths = [Path(folder) / "run" / "trajectories" / f"step-{row['step']}.jsonl" for row in timed]
-        lines = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    lengths = [len(line["tokens"]["ids"]) for line in lines]
-    seconds = statistics.fmean(sum(row["seconds"].values()) - row["seconds"].get("checkpoint", 0.0) for row in timed)
-    tokens, count = sum(lengths) / len(timed), len(lengths) // len(timed)
+        rates, lengths = list[float](), list[int]()
+        for row in rows[1:]:
+            path = Path(folder) / "run" / "trajectories" / f"step-{row['step']}.jsonl"
+            lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            own = [len(line["tokens"]["ids"]) for line in lines]
+            rates.append(sum(own) / (sum(row["seconds"].values()) - row["seconds"].get("checkpoint", 0.0)))
+            lengths += own
+    tokens, count = sum(lengths) / len(rates), len(lengths) // len(rates)
     least_s = machine.least_s(roofline.train_cost(SMOLLM2, count, round(tokens / count)))
     named = " lora" if lora else ""
     if not lora:
         yield Figure("limit", WORK, tokens / least_s)
-    yield Figure("tandem", WORK + named, tokens / seconds)
+    yield Figure("tandem", WORK + named, statistics.median(rates))
     yield Figure("tandem", f"sft memory{named}", max(row["peak_memory_bytes"] for row in rows) / 1e9, "GB")
