@@ -50,6 +50,12 @@ def study() -> Study:
         steps=250,
         seeds=(1, 2, 3),
         seeded=("task.seed",),
+        reading="No: where texts are right, say one thing and come new in every step, a teacher has nothing to add. "
+        "SFT ends at 48.0 %; with the teacher's distributions it is 46.9 (-0.012 [-0.021, -0.002]), with its hidden "
+        "states too 48.8 (+0.008 [-0.012, 0.027]: no difference shown), on the student's own answers 44.5 "
+        "(-0.035 [-0.061, -0.009], of a tenth fewer tokens). The student ends as good as its teacher (50.4 %), "
+        "which is wrong on half the sums that it is asked about, where the texts are right on all. Hidden states help "
+        "early: after 50 steps they are ahead on each seed, by 0.06, 0.03 and 0.02.",
         shows_not="One teacher of ten million parameters, one student of half its layers and one task, whose "
         "texts are short and right: where texts are long, or wrong, a teacher may say more or less beside them. Equal "
         "are steps and texts a step, and so tokens, but on policy, where answers are the student's own, of fewer "

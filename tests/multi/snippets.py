@@ -199,7 +199,7 @@ LISTED: dict[str, str] = {
     "--set task.heldout_size=32 --set task.parameters=taskset=my-taskset,taskset.size=1000": OTHERS,
     "problems/till/repo/": "a folder; tests/multi/test_repair.py",
     "tandem train smollm2_sft_cpu --set corpus.sources=chats.jsonl": "needs that file; tests/multi/test_sft.py",
-    "tandem train tiny_arithmetic --set steps=300 --out runs/sums": "takes minutes; tests/multi/test_next_token.py",
+    "tandem train tiny_arithmetic --set steps=800 --out runs/sums": "takes minutes; tests/multi/test_next_token.py",
     "tandem train tiny_arithmetic --set objective=policy_gradient --set model.source=runs/sums --set steps=60 "
     "--set rollout.prompts_per_step=32 --set rollout.samples_per_prompt=8 --set learner.lr=1e-4 "
     "--set learner.warmup_steps=4 --set evaluation.every=0 --out runs/sums-rl": (
