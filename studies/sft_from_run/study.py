@@ -42,8 +42,8 @@ def study() -> Study:
         "them are wrong. That the right ones lift it is not shown: by 0.040, -0.012 and 0.013. Weights of "
         "exp(A / 0.5) over all programs do not stand in for the choice, 0.070 [0.056, 0.085] below it: advantages of "
         "-0.4 and 0.6 weigh 0.4 and 3, and two wrong ones together still count a quarter of a right one. With a base "
-        "that is right on a ninth of sums, and a run that had hardly learned more, all was the same: 0.042 [0.021, 0.062] above "
-        "random, no lift shown.",
+        "that is right on a ninth of sums, and a run that had hardly learned more, all was the same: 0.042 "
+        "[0.021, 0.062] above random, no lift shown.",
         shows_not="One run of GRPO gave all programs, and seeds differ in which of them are drawn and in their order "
         "alone. The right ones are of easier sums than all are. Each program comes about three times; a larger model "
         "would rather be given more of them once.",
