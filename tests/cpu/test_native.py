@@ -18,7 +18,6 @@ from tandem.kernels import (
     adamw,
     adapter,
     attention,
-    codes,
     gradient,
     linear,
     logprob,
@@ -180,7 +179,7 @@ ENTRIES: dict[str, Entry] = {
     ),
     "logits": Entry(lambda x: linear.logits(x, weight(COLUMNS, DEPTH)), lambda n: {"x": normal(n, DEPTH)}),
     "codes": Entry(
-        lambda x, bias, residual: codes.product(x, held().codes, bias, residual),  # type: ignore[arg-type]
+        lambda x, bias, residual: held().codes.product(x, bias, residual),  # type: ignore[union-attr]
         lambda n: {"x": normal(n, DEPTH), "bias": normal(COLUMNS, dtype=FP32), "residual": normal(n, COLUMNS)},
         needs=CPP,
     ),

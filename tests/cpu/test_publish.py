@@ -17,7 +17,7 @@ from tandem.models.decoder import Decoder
 from tandem.numerics.compare import same_bits
 from tandem.numerics.digest import tensor_hashes
 from tandem.sync.publish import Publisher, weight_version
-from tandem.sync.receive import BITS, POLICY, Copied, Shared, Weights
+from tandem.sync.receive import POLICY, Copied, Rounding, Shared, Weights
 from tandem.types import Request, Sampling, WeightVersion
 
 NEEDS_COMPILER = pytest.mark.skipif(compiler() is None, reason="without a compiler nothing is packed")
@@ -53,8 +53,7 @@ def make_publisher(learner: Decoder, lag: int, **departures) -> Ours:
         exact = engine_on(learner, EngineConfig(page_tokens=4, max_sequences=4, batch_tokens=64))
     receivers = [Shared("exact", learner, exact)]
     if serving is not learner:
-        bits, group = BITS.get(config.weights, 0), config.weight_group
-        receivers.append(Copied("copied", serving, engine, bits=bits, group=group, lag=lag, source=source))
+        receivers.append(Copied("copied", serving, engine, rounding=Rounding.of(config), lag=lag, source=source))
     return Ours(learner, receivers, serving, source, engine, exact)
 
 
@@ -233,7 +232,8 @@ def test_two_engines_take_each_version(make_decoder, monkeypatch):
     decoders = [Decoder(learner.spec, "bfloat16") for _ in range(2)]
     engines = [engine_on(decoder, config) for decoder in decoders]
     publisher = Publisher(
-        learner, [Copied("first", decoders[0], engines[0]), Copied("second", decoders[1], engines[1], bits=8, group=32)]
+        learner,
+        [Copied("first", decoders[0], engines[0]), Copied("second", decoders[1], engines[1], rounding=Rounding(8, 32))],
     )
     for step in range(2):
         version = publisher.publish(step)
@@ -250,13 +250,13 @@ def test_two_engines_take_each_version(make_decoder, monkeypatch):
     assert [engine.version.step for engine in engines] == [2, 1]
 
 
-@pytest.mark.parametrize("departures", [{}, {"weights": "int8"}])
+@pytest.mark.parametrize("departures", [{}, {"weights": "int8"}, {"weights": "w8a8"}])
 def test_a_tensor_changed_on_the_way_is_found(make_decoder, departures):
     """A receiver that checks only its own work: a damaged message is served, its hash being that of the damage."""
     learner = make_decoder(dtype="bfloat16")
     decoder = Decoder(learner.spec, "bfloat16")
     engine = engine_on(decoder, EngineConfig(page_tokens=4, max_sequences=4, batch_tokens=64))
-    receiver = Copied("far", decoder, engine, bits=BITS.get(departures.get("weights"), 0), group=32)
+    receiver = Copied("far", decoder, engine, rounding=Rounding.of(EngineConfig(**departures)))
     tensors = {name: weight.value.clone() for name, weight in learner.weights()}
     sent = Weights(tensors, tensor_hashes(tensors))
     tensors["layers.0.qkv"][1, 2] += 1.0

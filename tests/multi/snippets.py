@@ -245,6 +245,7 @@ LISTED: dict[str, str] = {
     "tandem convert {prune,teacher} ...": "the whole commands are in RUNS",
     "tandem convert merge runs/demo --out merged": "needs an adapter; tests/cpu/test_peft.py",
     "tandem serve MODEL --adapter sums=runs/demo --adapter prose=folder": "tests/multi/test_server_adapters.py",
+    "y = round(fp32(sum of codes) (s_x s_w) + bias) + residual, rounded": "tests/cpu/test_eights.py",
     "y = round(f W x + bias) + residual, rounded; then y + round(f B round(s A x)), rounded": (
         "tests/cpu/test_adapter.py"
     ),

@@ -45,12 +45,34 @@ class Codes:
         of_groups = [address(x, scales_NG.dtype, *shape) for x in (scales_NG, minima_NG)]
         pack(self.words.data_ptr(), codes, *of_groups, self.packed.data_ptr())
 
-    def values(self) -> Tensor:
+    def values(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """What the products multiply by: [N, K] in bf16."""
+        assert dtype == torch.bfloat16, dtype
         run = function("codes", "dequantise_codes", "pp")
         assert run is not None
         out = torch.empty(self.shape, dtype=torch.bfloat16)
         run(self.words.data_ptr(), out.data_ptr())
+        return out
+
+    def product(
+        self,
+        x_TK: Tensor,
+        bias_N: Tensor | None = None,
+        residual_TN: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        factor_N: Tensor | None = None,
+    ) -> Tensor:
+        """x [T, K], bf16, times the transposed matrix, times `factor_N`: [T, N], bf16 or fp32. Both vectors are fp32;
+        x's rows may be strided."""
+        name = "codes_bf16_fp32" if out_dtype == torch.float32 else "codes_bf16"
+        run = function("codes", name, "pipppppi")
+        assert run is not None and out_dtype in (None, torch.bfloat16, torch.float32), out_dtype
+        rows, (columns, depth) = len(x_TK), self.shape
+        x = rows_address(x_TK, torch.bfloat16, rows, depth)
+        bias, residual = address(bias_N, torch.float32, columns), address(residual_TN, torch.bfloat16, rows, columns)
+        out = torch.empty(rows, columns, dtype=out_dtype or x_TK.dtype)
+        factor = address(factor_N, torch.float32, columns)
+        run(x, x_TK.stride(0), self.words.data_ptr(), bias, residual, factor, out.data_ptr(), rows)
         return out
 
 
@@ -70,25 +92,3 @@ def _is_normal(quantised: Quantised) -> bool:
     sizes_NG = quantised.scales_NG.abs()
     normal = (sizes_NG == 0) | (sizes_NG >= (0 if sizes_NG.dtype == torch.float16 else _TINY))
     return bool((normal & sizes_NG.isfinite()).all())
-
-
-def product(
-    x_TK: Tensor,
-    codes: Codes,
-    bias_N: Tensor | None = None,
-    residual_TN: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-    factor_N: Tensor | None = None,
-) -> Tensor:
-    """x [T, K], bf16, times the transposed matrix, times `factor_N`: [T, N], bf16 or fp32. Both vectors are fp32; x's
-    rows may be strided."""
-    name = "codes_bf16_fp32" if out_dtype == torch.float32 else "codes_bf16"
-    run = function("codes", name, "pipppppi")
-    assert run is not None and out_dtype in (None, torch.bfloat16, torch.float32), out_dtype
-    rows, (columns, depth) = len(x_TK), codes.shape
-    x = rows_address(x_TK, torch.bfloat16, rows, depth)
-    bias, residual = address(bias_N, torch.float32, columns), address(residual_TN, torch.bfloat16, rows, columns)
-    out = torch.empty(rows, columns, dtype=out_dtype or x_TK.dtype)
-    factor = address(factor_N, torch.float32, columns)
-    run(x, x_TK.stride(0), codes.words.data_ptr(), bias, residual, factor, out.data_ptr(), rows)
-    return out

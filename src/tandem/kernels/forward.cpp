@@ -5,6 +5,7 @@
 #include "adapter.h"
 #include "attention.h"
 #include "codes.h"
+#include "eights.h"
 #include "layer.h"
 #include "linear.h"
 #include "page_store.h"
@@ -14,6 +15,7 @@ using namespace tandem;
 extern "C" struct MatrixArgs {
     const void* packed;
     const Codes* codes;  // in place of `packed`, or null
+    const Eights* eights;  // in place of both, or null
 };
 
 extern "C" struct LayerArgs {
@@ -53,9 +55,12 @@ extern "C" struct ForwardArgs {
     const AdapterArgs* adapters;                         // [num_adapters]
     const int64_t *adapter_rows, *adapter_last;          // rows, and places among the rows asked for, by adapter
     void* lowered;                                       // scratch: [T, ranks]
+    uint8_t* codes;                                      // scratch of W8A8: [max(T, FEW threads), deepest]
+    float* code_scales;                                  // of its rows
     double* seconds;                                     // [KINDS], added to; or null
     int64_t num_layers, num_groups, rows, segments, num_last, width, ff_width, heads, kv_heads, head_size, page_tokens;
     int64_t num_adapters, ranks;  // of the widest of their matrices
+    int64_t deepest;              // inputs, to whole words
     float eps;
 };
 
@@ -132,14 +137,28 @@ private:
 
     // Where this thread begins to read a matrix: packed columns or codes.
     const void* begin(const MatrixArgs& matrix, int64_t columns, int64_t inputs) const {
+        if (matrix.eights) return first_eights(*matrix.eights, rows_, team_);
         return matrix.codes ? (const void*)first_codes(*matrix.codes, rows_, team_) : first_panel((const E*)matrix.packed, rows_, columns, depth(inputs), team_);
     }
 
     void multiply(const MatrixArgs& matrix, Product<E> a, void* y, const void* after = nullptr, Fetch* also = nullptr) {
         a.packed = (const E*)matrix.packed;
+        if (matrix.eights) return eights_share<E, E>(a, rounded_rows(a, *matrix.eights), *matrix.eights, (E*)y, team_, (const int8_t*)after);
         if constexpr (sizeof(E) == 2)
             if (matrix.codes) return codes_share<E>(a, *matrix.codes, (E*)y, team_, (const uint8_t*)after);
         linear_share<E, E>(a, (E*)y, team_, (const E*)after, also);
+    }
+
+    // Rows of x as codes. Ends in a wait where other threads wrote rows that this one reads.
+    EightRows rounded_rows(const Product<E>& a, const Eights& w) {
+        const bool alone = rows_ <= FEW;
+        const int64_t place = alone ? team_.me * FEW : 0;
+        const EightRows found{a_.codes + place * a_.deepest, a_.code_scales + place, w.depth};
+        int64_t i = 0, end = rows_;
+        if (!alone) team_.share(rows_, i, end);
+        for (; i < end; i++) eight_row(a.x + i * a.stride, std::min(a.depth, w.depth), w.depth, found.codes + i * w.depth, found.scales + i);
+        if (!alone) team_.wait();
+        return found;
     }
 
     // As multiply, with what adapters add to their rows; everybody has finished where it returns.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from tandem.kernels import codes, library
+from tandem.kernels import library
 from tandem.kernels.adapter import (
     adapt_,
     adapted_input_gradient,
@@ -141,7 +141,7 @@ def _own_forward(
     factor = weight.adapter.factor if weight.adapter is not None else None
     factor_N = factor.value if factor is not None else None
     if weight.codes is not None:
-        return codes.product(x_TK, weight.codes, bias_N, residual_TN, factor_N=factor_N)
+        return weight.codes.product(x_TK, bias_N, residual_TN, factor_N=factor_N)
     if weight.packed is None:
         return linear_reference(x_TK, weight.value, bias_N, residual_TN, factor_N=factor_N)
     return product(x_TK, weight.packed, weight.value.shape[0], bias_N, residual_TN, factor_N=factor_N)
@@ -167,7 +167,7 @@ def logits(x_TM: torch.Tensor, weight: Weight) -> torch.Tensor:
         return gpu.product(x_TM, weight.value, out_dtype=torch.float32)
     assert x_TM.shape[1] == weight.value.shape[1], (x_TM.shape, weight.value.shape)
     if weight.codes is not None:
-        return codes.product(x_TM, weight.codes, out_dtype=torch.float32)
+        return weight.codes.product(x_TM, out_dtype=torch.float32)
     if weight.packed is None:
         return linear_reference(x_TM, weight.value, out_dtype=torch.float32)
     return product(x_TM, weight.packed, weight.value.shape[0], out_dtype=torch.float32)

@@ -23,6 +23,7 @@ from tandem.kernels import (
     changes,
     codes,
     divergence,
+    eights,
     gradient,
     head,
     linear,
@@ -107,6 +108,19 @@ def _adapter(dtype: torch.dtype) -> Iterator[Comparison]:
         add(made, dy, right_dlow, x, lowered)
         found.append([part.grad for part in parts.values()])
     yield from _gradients(dtype, **dict(zip(parts, zip(*found, strict=True), strict=True)))
+
+
+def _eights(dtype: torch.dtype) -> Iterator[Comparison]:
+    """Exact: rows beyond a tile, columns beyond a panel, inputs of no whole words, a row that is not finite."""
+    x, weight, residual = (normal(*shape, dtype=dtype, seed=8) for shape in ((9, 98), (130, 98), (9, 130)))
+    x[2, 5], x[4] = torch.inf, 0
+    quantised = rounding.quantise(weight, 8, 98)
+    made, bias = eights.Eights(quantised), normal(130, seed=9)
+    wanted = eights.product_reference(x, quantised, bias, residual)
+    got = made.product(x, bias, residual)
+    yield Comparison("a product in 8 bits", got.nan_to_num(), wanted.nan_to_num())
+    yield Comparison("what is not finite", got.isnan().float(), wanted.isnan().float())
+    yield Comparison("the codes again", made.values(dtype), rounding.dequantise(quantised, dtype))
 
 
 def _gradient(dtype: torch.dtype) -> Iterator[Comparison]:
@@ -271,7 +285,7 @@ def _codes() -> Iterator[Comparison]:
         weight = Weight(rounding.dequantise(quantised, torch.bfloat16), matrix=True)
         yield Comparison("values", matrix.values(), weight.value)
         for rows in (1, 5, 40):
-            got = codes.product(x[:rows], matrix, out_dtype=torch.float32)
+            got = matrix.product(x[:rows], out_dtype=torch.float32)
             yield Comparison("a product", got, linear.logits(x[:rows], weight))
 
 
@@ -305,6 +319,7 @@ CHECKS |= {
     "changes": _changes,
     "codes": _codes,
     "divergence": _each(_divergence),
+    "eights": _each(_eights),
     "forward": tuple,
     "gradient": _each(_gradient),
     "head": _each(_head),

@@ -11,6 +11,7 @@ from tandem.kernels.address import address
 from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.codes import Codes, fits
+from tandem.kernels.eights import Eights
 from tandem.kernels.large import large
 from tandem.kernels.sizes import PANEL, STRIP
 from tandem.numerics.quantise import Quantised
@@ -33,7 +34,10 @@ def panels(matrix_NK: torch.Tensor, *, zero: bool = False) -> torch.Tensor:
 
 
 def matrix_addresses(weight: Weight) -> tuple[int | None, int | None]:
-    """Of `packed` and of `codes`, one of them null: what a kernel multiplies by."""
+    """Of `packed` and of `codes`, one of them null: what a kernel multiplies by. Both are where the codes are `Eights`,
+    which few kernels know."""
+    if isinstance(weight.codes, Eights):
+        return None, None
     if weight.codes is not None:
         return None, weight.codes.words.data_ptr()
     (rows, depth), dtype = weight.value.shape, weight.value.dtype
@@ -124,7 +128,7 @@ class Weight:
         """zero: `value` is all zeros, so the packed form is too; neither is touched before something is loaded."""
         self.value = value.contiguous()
         self.packed: torch.Tensor | None = None
-        self.codes: Codes | None = None
+        self.codes: Codes | Eights | None = None
         self.grad: torch.Tensor | None = None  # None: frozen
         self.adapter: Adapter | None = None  # added by `linear` and `swiglu_down`
         self.library = False  # multiply by torch's library where that is faster, see library.py; not batch-invariant
@@ -156,11 +160,19 @@ class Weight:
         ready = self.codes is not None or (self.packed is not None and self.value.dtype == torch.bfloat16)
         if not ready or self.library or not fits(quantised):
             return False
-        assert quantised.codes_NK.shape == self.value.shape, (quantised.codes_NK.shape, self.value.shape)
-        self.codes, self.packed = Codes(quantised), None
+        self._hold(Codes(quantised), rows)
+        return True
+
+    def multiply_in_8_bits(self, quantised: Quantised) -> None:
+        """Multiply by these codes from now on, a row of x rounded to 8 bits too (kernels/eights.py)."""
+        assert self.packed is not None or self.codes is not None, "W8A8 is computed by tandem's own kernels alone"
+        self._hold(Eights(quantised), rows=False)
+
+    def _hold(self, codes: Codes | Eights, rows: bool) -> None:
+        assert codes.shape == self.value.shape, (codes.shape, self.value.shape)
+        self.codes, self.packed = codes, None
         if not rows:
             self.value = torch.empty_like(self.value, device="meta")
-        return True
 
     def served(self, room: torch.Tensor | None = None) -> torch.Tensor:
         """What the matrix products read, [out, in]: recovered from `packed` or `codes`, else `value` itself.
@@ -168,7 +180,7 @@ class Weight:
         `room`, bytes, may be what it is recovered into: fresh memory costs more than the copy.
         """
         if self.codes is not None:
-            return self.codes.values()
+            return self.codes.values(self.value.dtype)
         if self.packed is None:
             return self.value
         unpack = kernel("linear", "unpack_weight", self.value.dtype, "ppii")

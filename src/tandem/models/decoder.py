@@ -107,6 +107,12 @@ class Decoder:
         weight = self.layers[0].mix.qkv
         return weight.packed is not None or weight.codes is not None or backend(weight.value) == "triton"
 
+    @property
+    def own_products(self) -> bool:
+        """Whether its products are tandem's C++, and not a library's."""
+        weight = self.layers[0].mix.qkv
+        return (weight.packed is not None or weight.codes is not None) and not weight.library
+
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """Each weight once, by a name of the decoder's own; gradient norms and weight hashes add in this order."""
         yield "embed", self.embed

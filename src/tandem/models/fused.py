@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tandem.kernels.address import address, check_range
 from tandem.kernels.build.load import kernel
+from tandem.kernels.eights import QUAD, Eights
 from tandem.kernels.forward import FEW, AdapterArgs, ForwardArgs, GroupArgs, LayerArgs, MatrixArgs
 from tandem.kernels.page_pool import KvPool
-from tandem.kernels.weight import matrix_addresses
+from tandem.kernels.weight import Weight, matrix_addresses
 from tandem.models.adapter import AdapterSet
 from tandem.models.decoder import Decoder
 from tandem.models.view import PagedView
@@ -57,7 +58,7 @@ class FusedForward:
         for args, layer, pool in zip(self._layers, self.decoder.layers, self.pools, strict=True):
             for slot, weight in layer.weights():
                 if slot.columns is not None:
-                    setattr(args, slot.name, MatrixArgs(*matrix_addresses(weight)))
+                    setattr(args, slot.name, MatrixArgs(*matrix_addresses(weight), _eights(weight)))
                 elif slot.name != "qkv_bias":
                     setattr(args, slot.name, weight.value.data_ptr())
             args.keys, args.values = pool.keys.data_ptr(), pool.values.data_ptr()
@@ -95,6 +96,15 @@ class FusedForward:
             start += size * self.decoder.dtype.itemsize
         return addresses
 
+    def _codes(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Scratch for the rows of W8A8's products as codes, and their scales: none where nothing is multiplied so."""
+        if not any(isinstance(weight.codes, Eights) for weight in self._matrices):
+            return torch.empty(0, 0, dtype=torch.uint8), torch.empty(0)
+        spec = self.decoder.spec
+        deepest = max(spec.width, spec.ff_width, spec.heads * spec.head_size)
+        few = max(rows, FEW * torch.get_num_threads())
+        return torch.empty(few, -(-deepest // QUAD) * QUAD, dtype=torch.uint8), torch.empty(few)
+
     def __call__(
         self, tokens_T: Tensor, view: PagedView, rows_N: Tensor, adapters: RowAdapters | None = None
     ) -> Tensor:
@@ -121,6 +131,7 @@ class FusedForward:
         groups, held = self._groups(view, segment_N)
         served, ranks = self._adapters(rows, rows_N, adapters)
         *scratch, lowered = self._room(rows, ranks)
+        codes_TK, scales_T = self._codes(rows)
         args = ForwardArgs(
             ctypes.addressof(self._layers),
             ctypes.addressof(groups),
@@ -132,14 +143,16 @@ class FusedForward:
             out_NM.data_ptr(),
             *served.addresses,
             lowered,
+            codes_TK.data_ptr(),
+            scales_T.data_ptr(),
             None if self.seconds is None else self.seconds.data_ptr(),
             *(len(self.pools), len(groups), rows, len(view.paths.first_position_S), last, spec.width, spec.ff_width),
             *(spec.heads, spec.kv_heads, spec.head_size, view.paths.page_tokens),
-            *(len(served.args), ranks),
+            *(len(served.args), ranks, codes_TK.shape[1]),
             spec.norm_eps,
         )
         self._run(ctypes.addressof(args))
-        del biases, held, served
+        del biases, held, served, codes_TK, scales_T
         return out_NM
 
     def _adapters(self, rows: int, rows_N: Tensor, adapters: RowAdapters | None) -> tuple[_Served, int]:
@@ -194,6 +207,10 @@ class _Served:
             args.layers = ctypes.addressof(one.layer_args())
             args.begin, args.end, args.last_begin, args.last_end = runs
         self.addresses = (ctypes.addressof(self.args), *(order_T.data_ptr() for order_T in orders))
+
+
+def _eights(weight: Weight) -> int | None:
+    return weight.codes.words.data_ptr() if isinstance(weight.codes, Eights) else None
 
 
 def fits(decoder: Decoder, pools: list[KvPool]) -> bool:

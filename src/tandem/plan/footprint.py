@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Phase = Literal["load", "generate", "learn", "update", "publish", "save"]
 ALL: tuple[Phase, ...] = ("load", "generate", "learn", "update", "publish", "save")
 LOADED = ALL[1:]
-CODES = {"int8": 8, "int4": 4}
+CODES = {"int8": 8, "int4": 4, "w8a8": 8}
 # Of a program from its request to the packed batch, of a token of its prompt, of one that it samples, and of that where
 # filters keep a set: 1.9 kB, 51, 87 and 168 bytes measured with 20 ids a set, and 68 while it is live; docs/configs.md.
 PROGRAM_BYTES, PROMPT_BYTES, SAMPLED_BYTES, SET_BYTES = 2048, 64, 112, 96
@@ -160,7 +160,8 @@ def rounded_bytes(asked: Asked) -> int:
     spec, engine = asked.spec, asked.engine
     count = sum(prod(shape) for shape in expected_shapes(spec).values())
     whole = spec.vocab_size * spec.width * (1 if spec.tied_embeddings else 2)  # embedding and head keep their precision
-    per_code = CODES[engine.weights] / 8 + 4 / engine.weight_group
+    shared = spec.width / 2 if engine.weights == "w8a8" else engine.weight_group  # a row's scale and sum: 8 bytes
+    per_code = CODES[engine.weights] / 8 + 4 / shared
     return int((count - whole) * per_code) + 2 * whole * SIZES[asked.dtype]
 
 

@@ -48,7 +48,7 @@ from tandem.run.source import origin_of, resolve_source
 from tandem.run.workers import Backend
 from tandem.sync.departures import check_engine, of_engine, without_departures
 from tandem.sync.publish import Publisher
-from tandem.sync.receive import BITS, Copied, Receiver, Shared
+from tandem.sync.receive import Copied, Receiver, Rounding, Shared
 from tandem.sync.transport import Remote
 from tandem.sync.ways import Way, way_of
 from tandem.train.score import with_logprobs
@@ -373,8 +373,8 @@ def _build(words: _Words, model: ModelConfig, config: EngineConfig, memory: Plan
     on_learner = [exact_engine] if serving is not decoder else [engine, *others, *([] if exact else [exact_engine])]
     receivers: list[Receiver] = [Shared("what runs on the learner's weights", decoder, *on_learner)]
     if serving is not decoder:
-        bits, group = BITS.get(config.weights, 0), config.weight_group
-        copied = Copied("the engine", serving, engine, *others, bits=bits, group=group, lag=lag, source=source)
+        rounding = Rounding.of(config)
+        copied = Copied("the engine", serving, engine, *others, rounding=rounding, lag=lag, source=source)
         receivers.append(copied)
     publisher = Publisher(decoder, receivers)
     version = publisher.publish(0)

@@ -29,7 +29,7 @@ from tandem.run.learned import OBJECTIVES, total_updates
 from tandem.run.learning import LearnerGiven
 from tandem.run.parts import engine_on, facts
 from tandem.sync.publish import published
-from tandem.sync.receive import BITS, POLICY, Copied, Weights
+from tandem.sync.receive import POLICY, Copied, Rounding, Weights
 from tandem.sync.transport import Held, Reader
 from tandem.sync.ways import Address, reader_of, way_of
 from tandem.train.checkpoint import RunState
@@ -49,9 +49,7 @@ class EngineWorker:
         # What arrives lies in the decoder's own weights where it is served as it comes.
         here = model.device == "cpu" and dtype == model.dtype and config.weights == "same"
         self.engine = engine_on(decoder, config, checkpoint.load_tokenizer())
-        self._receiver = Copied(
-            "the engine", decoder, self.engine, bits=BITS.get(config.weights, 0), group=config.weight_group
-        )
+        self._receiver = Copied("the engine", decoder, self.engine, rounding=Rounding.of(config))
         if given.adapter is not None:
             learner = decoder if here else Decoder(checkpoint.spec, model.dtype)  # as the learner's is
             version, weights = published(learner.load(checkpoint.tensors()), 0)

@@ -21,7 +21,7 @@ from tandem.numerics.digest import root_hash, tensor_hashes
 from tandem.run.adapted import for_engine
 from tandem.run.source import resolve_source
 from tandem.server.verbs import Ready
-from tandem.sync.receive import BITS, POLICY, Copied, Weights, drop_adapter, serve_adapter
+from tandem.sync.receive import POLICY, Copied, Rounding, Weights, drop_adapter, serve_adapter
 from tandem.types import WeightVersion
 
 
@@ -73,8 +73,7 @@ class ServedWeights:
     def serve(self, engine: Engine, ready: Ready, step: int) -> WeightVersion:
         """Between two steps: the engine computes with them from now on. DeliveryError where it would with others."""
         config, version, self._source = engine.scheduler.config, WeightVersion(step, ready.digest), ready.source
-        bits = BITS.get(config.weights, 0)
-        receiver = Copied("the server's engine", _decoder(engine), engine, bits=bits, group=config.weight_group)
+        receiver = Copied("the server's engine", _decoder(engine), engine, rounding=Rounding.of(config))
         receiver.receive(version, {POLICY: ready.weights})
         return version
 

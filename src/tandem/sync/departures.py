@@ -42,6 +42,8 @@ def of_engine(model: ModelConfig, engine: EngineConfig) -> tuple[Departure, ...]
 
     if engine.weights != "same":
         what = f"rollouts in {engine.weights} weights, groups of {engine.weight_group}"
+        if engine.weights == "w8a8":
+            what = "rollouts whose products are of weights and activations in 8 bits"
         declare(f"engine.weights={engine.weights}", what)
     if engine.dtype not in ("same", model.dtype):
         declare(f"engine.dtype={engine.dtype}", f"the engine computes in {engine.dtype}, the learner in {model.dtype}")

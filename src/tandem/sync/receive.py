@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
+from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
-from tandem.errors import DeliveryError
+from tandem.errors import ConfigError, DeliveryError
 from tandem.kernels.quantise import dequantise, quantise
 from tandem.models.adapter import AdapterSet
 from tandem.models.decoder import Decoder
@@ -18,8 +19,24 @@ from tandem.numerics.digest import root_hash, tensor_hashes
 from tandem.numerics.quantise import Quantised
 from tandem.types import WeightVersion
 
-BITS = {"int8": 8, "int4": 4}
+BITS = {"int8": 8, "int4": 4, "w8a8": 8}
 POLICY = "policy"  # the set of weights that every version has
+
+
+class Rounding(NamedTuple):
+    """What an engine's matrices are rounded to, embedding and head excepted; bits 0: nothing is."""
+
+    bits: int = 0
+    group: int = 0  # inputs that share a scale; 0: all of a row
+    products: bool = False  # rows of activations are rounded too, and multiplied as integers (kernels/eights.py)
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> Rounding:
+        products = config.weights == "w8a8"
+        return cls(BITS.get(config.weights, 0), 0 if products else config.weight_group, products)
+
+    def apply(self, tensor: torch.Tensor) -> Quantised:
+        return quantise(tensor, self.bits, self.group or tensor.shape[1])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +45,9 @@ class Weights:
 
     tensors: Mapping[str, torch.Tensor]
     hashes: Mapping[str, str]
+
+
+NOT_ROUNDED = Rounding()
 
 
 class Receiver(Protocol):
@@ -66,7 +86,7 @@ class Shared:
 
 
 class Copied:
-    """Engines with a decoder of their own: `bits` 8 or 4 are what matrices are rounded to, 0 leaves them.
+    """Engines with a decoder of their own, whose matrices are rounded. ConfigError where it cannot multiply them so.
 
     source: a decoder that holds what came before rounding, where the weights trail the learner's; `decoder` itself
     where nothing is rounded.
@@ -77,14 +97,19 @@ class Copied:
         name: str,
         decoder: Decoder,
         *engines: Engine,
-        bits: int = 0,
-        group: int = 0,
+        rounding: Rounding = NOT_ROUNDED,
         lag: int = 0,
         source: Decoder | None = None,
     ) -> None:
         assert (lag > 0) == (source is not None), (lag, source)
         self.name, self.decoder, self.engines = name, decoder, engines
-        self.bits, self.group, self.lag, self.source = bits, group, lag, source
+        self.rounding, self.lag, self.source = rounding, lag, source
+        if rounding.products and not decoder.own_products:
+            raise ConfigError(
+                "engine.weights is w8a8, whose products are computed by tandem's own compiled kernels on the CPU; this "
+                "engine's are not (model.device, model.kernels, TANDEM_KERNELS, or no compiler: tandem doctor). Change "
+                "that, or set engine.weights to int8."
+            )
 
     def receive(self, version: WeightVersion, sets: Mapping[str, Weights]) -> None:
         if version == self._serves:
@@ -95,7 +120,7 @@ class Copied:
             for _ in _load(self.source, sent.tensors.items()):
                 pass
             check(f"{self.name} (source)", version, sent.hashes, _served(self.source))
-        rounded = tensor_hashes(_load(self.decoder, self._rounded(sent.tensors)))
+        rounded = tensor_hashes(_load(self.decoder, self._rounded(sent.tensors), self.rounding.products))
         check(self.name, version, rounded, _served(self.decoder))
         for engine in self.engines:
             if not engine.dead:
@@ -105,8 +130,9 @@ class Copied:
         """Embedding, head and norms keep their precision, and so do adapters."""
         kinds = {name: weight.value.dtype for name, weight in self.decoder.published()}
         for name, tensor in tensors.items():
-            if self.bits and self.decoder.adapter is None and tensor.ndim == 2 and name not in ("embed", "head"):
-                yield name, quantise(tensor, self.bits, self.group)
+            matrix = tensor.ndim == 2 and name not in ("embed", "head")
+            if self.rounding.bits and self.decoder.adapter is None and matrix:
+                yield name, self.rounding.apply(tensor)
             else:
                 yield name, tensor.to(kinds[name])
 
@@ -178,14 +204,19 @@ def drop_adapter(engine: Engine, name: str) -> None:
 
 
 def _load(
-    decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor | Quantised]]
+    decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor | Quantised]], products: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Bring each tensor in and pack it, or hold its codes; passes its value on, to be hashed on the sender's side."""
+    """Bring each tensor in and pack it, or hold its codes; passes its value on, to be hashed on the sender's side.
+
+    products: codes are multiplied by rows that are rounded too.
+    """
     weights = dict(decoder.published())
     for name, sent in tensors:
         weight = weights[name]
         value = dequantise(sent, decoder.dtype) if isinstance(sent, Quantised) else sent
-        if not (isinstance(sent, Quantised) and weight.hold(sent)):
+        if isinstance(sent, Quantised) and products:
+            weight.multiply_in_8_bits(sent)
+        elif not (isinstance(sent, Quantised) and weight.hold(sent)):
             weight.value.copy_(value)
             weight.repack()
         yield name, value

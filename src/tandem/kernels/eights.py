@@ -1,0 +1,106 @@
+"""y = x W^T (+ bias) (+ residual), rows and matrix rounded to integers of 8 bits first (W8A8).
+
+A matrix has a scale a column (a row of W), a row of x one of its own: code = x / (amax / 127), to the nearest even, by
+the rule of `numerics.quantise`. Sums of products of codes are exact integers; y = fp32(sum) (s_x s_w), both products
+rounded to fp32, then as `linear`. So the bits are those of the reference on every processor, whatever rows ride along.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tandem.kernels.address import address, rows_address
+from tandem.kernels.build.load import function
+from tandem.kernels.large import large
+from tandem.kernels.quantise import dequantise
+from tandem.kernels.sizes import PANEL
+from tandem.numerics.quantise import Quantised, to_int8
+
+QUAD = 4  # inputs of a word
+_NAMES = {
+    (torch.bfloat16, torch.bfloat16): "eights_bf16",
+    (torch.bfloat16, torch.float32): "eights_bf16_fp32",
+    (torch.float32, torch.float32): "eights_fp32",
+}
+
+
+class Eights:
+    """A packed matrix [N, K]: `packed` in the layout of eights.h, and `words`, its struct Eights as five int64."""
+
+    __slots__ = ("packed", "scales", "shape", "sums", "words")
+    bits = 8
+
+    def __init__(self, quantised: Quantised) -> None:
+        pack = function("eights", "pack_eights", "pppiii")
+        assert pack is not None and fits(quantised), quantised
+        codes_NK, scales_NG = quantised.codes_NK, quantised.scales_NG
+        self.shape = rows, inputs = codes_NK.shape
+        depth, panels = -(-inputs // QUAD) * QUAD, -(-rows // PANEL)
+        self.packed = large(panels * depth * PANEL, dtype=torch.int8)
+        self.sums = torch.empty(panels * PANEL, dtype=torch.int32)
+        self.scales = torch.zeros(panels * PANEL)
+        self.scales[:rows] = scales_NG[:, 0].float()
+        codes = address(codes_NK.contiguous(), torch.int8, rows, inputs)
+        pack(codes, self.packed.data_ptr(), self.sums.data_ptr(), rows, inputs, depth)
+        pointers = (self.packed.data_ptr(), self.scales.data_ptr(), self.sums.data_ptr())
+        self.words = torch.tensor([*pointers, rows, depth], dtype=torch.int64)
+
+    def values(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """What the codes of the matrix stand for: [N, K]."""
+        unpack = function("eights", "unpack_eights", "ppi")
+        assert unpack is not None
+        codes_NK = torch.empty(self.shape, dtype=torch.int8)
+        unpack(self.words.data_ptr(), codes_NK.data_ptr(), self.shape[1])
+        scales_NG = self.scales[: self.shape[0], None].contiguous()
+        return dequantise(Quantised(codes_NK, scales_NG, 8, self.shape[1]), dtype)
+
+    def product(
+        self,
+        x_TK: Tensor,
+        bias_N: Tensor | None = None,
+        residual_TN: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+        factor_N: Tensor | None = None,
+    ) -> Tensor:
+        """x [T, K], bf16 or fp32, times the transposed matrix, times `factor_N`: [T, N]. Vectors are fp32; x's rows
+        may be strided."""
+        out_dtype = out_dtype or x_TK.dtype
+        run = function("eights", _NAMES[x_TK.dtype, out_dtype], "pipppppii")
+        assert run is not None
+        rows, (columns, inputs) = len(x_TK), self.shape
+        y_TN = torch.empty(rows, columns, dtype=out_dtype)
+        run(
+            rows_address(x_TK, x_TK.dtype, rows, inputs),
+            x_TK.stride(0),
+            self.words.data_ptr(),
+            address(bias_N, torch.float32, columns),
+            address(residual_TN, x_TK.dtype, rows, columns),
+            address(factor_N, torch.float32, columns),
+            y_TN.data_ptr(),
+            *(rows, inputs),
+        )
+        return y_TN
+
+
+def fits(quantised: Quantised) -> bool:
+    """Whether there is a packed form: 8 bits, and one scale a row of the matrix."""
+    return quantised.bits == 8 and quantised.minima_NG is None and quantised.scales_NG.shape[1] == 1
+
+
+def product_reference(
+    x_TK: Tensor,
+    quantised: Quantised,
+    bias_N: Tensor | None = None,
+    residual_TN: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`Eights.product` by exact sums."""
+    codes_TK, scales_T = to_int8(x_TK)
+    sums_TN = (codes_TK.double() @ quantised.codes_NK.double().T).float()  # exact, then rounded once, as an integer is
+    y_TN = sums_TN * (scales_T[:, None] * quantised.scales_NG[:, 0].float())
+    if bias_N is not None:
+        y_TN = y_TN + bias_N.float()
+    if residual_TN is not None:
+        y_TN = y_TN.to(x_TK.dtype).float() + residual_TN.float()
+    return y_TN.to(out_dtype or x_TK.dtype)
