@@ -42,8 +42,12 @@ void product(const E* x, int64_t stride, const Eights* w, const float* bias, con
 }
 
 void unpack(const Eights& w, int8_t* codes, int64_t inputs) {
-    for (int64_t n = 0; n < w.columns; n++)
-        for (int64_t k = 0; k < inputs; k++) codes[n * inputs + k] = w.packed[n / PANEL * w.panel_bytes() + k / QUAD * QUAD * PANEL + n % PANEL * QUAD + k % QUAD];
+    with_team([&](const Team& team) {
+        int64_t n, last;
+        team.share(w.columns, n, last);
+        for (; n < last; n++)
+            for (int64_t k = 0; k < inputs; k++) codes[n * inputs + k] = w.packed[n / PANEL * w.panel_bytes() + k / QUAD * QUAD * PANEL + n % PANEL * QUAD + k % QUAD];
+    });
 }
 
 }  // namespace

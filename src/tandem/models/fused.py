@@ -47,6 +47,8 @@ class FusedForward:
         self.seconds: Tensor | None = None
         self._run = run
         self._scratch = torch.empty(0, dtype=decoder.dtype)
+        self._code_rows = torch.empty(0, 0, dtype=torch.uint8)
+        self._deepest = 0  # inputs of W8A8's products, to whole words; 0: nothing is multiplied so
         self._forms: list[
             object
         ] = []  # what the matrices were when `_layers` was made; held, so that no id comes again
@@ -54,7 +56,10 @@ class FusedForward:
         self._matrices = [w for layer in decoder.layers for slot, w in layer.weights() if slot.columns is not None]
 
     def _fill(self, forms: list[object]) -> None:
-        self._forms = forms
+        self._forms, spec = forms, self.decoder.spec
+        eights = any(isinstance(form, Eights) for form in forms)
+        deepest = max(spec.width, spec.ff_width, spec.heads * spec.head_size) if eights else 0
+        self._deepest = -(-deepest // QUAD) * QUAD
         for args, layer, pool in zip(self._layers, self.decoder.layers, self.pools, strict=True):
             for slot, weight in layer.weights():
                 if slot.columns is not None:
@@ -97,13 +102,11 @@ class FusedForward:
         return addresses
 
     def _codes(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Scratch for the rows of W8A8's products as codes, and their scales: none where nothing is multiplied so."""
-        if not any(isinstance(weight.codes, Eights) for weight in self._matrices):
-            return torch.empty(0, 0, dtype=torch.uint8), torch.empty(0)
-        spec = self.decoder.spec
-        deepest = max(spec.width, spec.ff_width, spec.heads * spec.head_size)
-        few = max(rows, FEW * torch.get_num_threads())
-        return torch.empty(few, -(-deepest // QUAD) * QUAD, dtype=torch.uint8), torch.empty(few)
+        """Scratch for the rows of W8A8's products as codes, and their scales; it only grows."""
+        few = max(rows, FEW * torch.get_num_threads()) if self._deepest else 0
+        if few > len(self._code_rows) or self._code_rows.shape[1] != self._deepest:
+            self._code_rows = torch.empty(few, self._deepest, dtype=torch.uint8)
+        return self._code_rows, torch.empty(few)
 
     def __call__(
         self, tokens_T: Tensor, view: PagedView, rows_N: Tensor, adapters: RowAdapters | None = None

@@ -457,9 +457,8 @@ def both(draw: Callable[[], Figure]) -> tuple[bytes, bytes]:
 
 
 def _rendered(draw: Callable[[], Figure], dark: bool = False, placed: Figure | None = None) -> tuple[bytes, Figure]:
-    buffer = io.BytesIO()
     with mpl.rc_context({**STYLE, **(DARK if dark else {})}):
-        figure = draw()
+        buffer, figure = io.BytesIO(), draw()
         _show_points(figure)
         for axes, twin in zip(figure.axes, placed.axes, strict=True) if placed else ():
             figure.set_layout_engine("none")
