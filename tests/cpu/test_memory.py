@@ -192,8 +192,10 @@ def test_a_plan_is_what_is_then_used(model: Path, tmp_path: Path) -> None:
         # Too little is a run that is killed. A critic of its own used 2,050 to 2,128 MB in three runs, 2,264 planned.
         assert -0.1 < planned / used - 1 < 0.15, f"{stage}: planned {planned / 1e6:.0f} MB, used {used / 1e6:.0f} MB"
     assert list(given_back) == ["pages", "on disk", "computed again", "kept", "head", "critic"]
-    for what, (held, freed) in given_back.items():  # pages, and the gradients after a learner's step
-        assert freed > 0.9 * held, f"{what}: {freed / 1e6:.0f} MB of {held / 1e6:.0f} MB were given back"
+    # Pages, and the gradients after a learner's step. The kernel may join pages given back to a huge one of its own
+    # accord: of 169 MB of gradients 149 were seen to be away, once in some hundred runs. Kept ones would be 0.
+    for what, (held, freed) in given_back.items():
+        assert freed > 0.75 * held, f"{what}: {freed / 1e6:.0f} MB of {held / 1e6:.0f} MB were given back"
 
 
 def test_an_adapters_plan_is_what_is_then_used(model: Path) -> None:
