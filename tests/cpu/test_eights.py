@@ -17,7 +17,7 @@ from tandem.kernels.linear import linear
 from tandem.kernels.weight import Weight
 from tandem.models.decoder import Decoder
 from tandem.numerics.quantise import LARGEST, Quantised, dequantise, quantise
-from tandem.sync.receive import Copied, Rounding
+from tandem.sync.receive import Copied, integers_of
 from tests.cpu.test_fused import CASES, both_ways, requests
 from tests.cpu.test_publish import engine_on
 
@@ -100,7 +100,7 @@ def test_what_is_served_is_what_was_rounded(make_decoder: Callable[..., Decoder]
     """An engine that multiplies by other codes than it says, or rounds what stays whole."""
     learner, decoder = make_decoder("bfloat16"), make_decoder("bfloat16")
     config = EngineConfig(weights="w8a8", page_tokens=4, max_sequences=4, batch_tokens=64)
-    receiver = Copied("far", decoder, engine_on(decoder, config), rounding=Rounding.of(config))
+    receiver = Copied("far", decoder, engine_on(decoder, config), rounding=integers_of(config))
     from tandem.sync.publish import Publisher
 
     Publisher(learner, [receiver]).publish(0)
@@ -122,7 +122,7 @@ def test_refused_where_it_cannot_be(make_decoder: Callable[..., Decoder], monkey
         weight.library = True
     config = replace(EngineConfig(), weights="w8a8")
     with pytest.raises(ConfigError, match="w8a8, whose products are computed by tandem's own compiled kernels"):
-        Copied("far", decoder, rounding=Rounding.of(config))
+        Copied("far", decoder, rounding=integers_of(config))
     with pytest.raises(AssertionError, match="own kernels alone"):
         bare = Weight(torch.zeros(4, 4), matrix=False)
         bare.multiply_in_8_bits(quantise(torch.zeros(4, 4), 8, 4))

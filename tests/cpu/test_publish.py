@@ -13,11 +13,12 @@ from tandem.engine.runner import DecoderRunner
 from tandem.errors import CheckpointError, DeliveryError
 from tandem.kernels.build.toolchain import compiler
 from tandem.kernels.quantise import dequantise, quantise
+from tandem.kernels.rounding import Rounding
 from tandem.models.decoder import Decoder
 from tandem.numerics.compare import same_bits
 from tandem.numerics.digest import tensor_hashes
 from tandem.sync.publish import Publisher, weight_version
-from tandem.sync.receive import POLICY, Copied, Rounding, Shared, Weights
+from tandem.sync.receive import POLICY, Copied, Shared, Weights, integers_of
 from tandem.types import Request, Sampling, WeightVersion
 
 NEEDS_COMPILER = pytest.mark.skipif(compiler() is None, reason="without a compiler nothing is packed")
@@ -53,7 +54,7 @@ def make_publisher(learner: Decoder, lag: int, **departures) -> Ours:
         exact = engine_on(learner, EngineConfig(page_tokens=4, max_sequences=4, batch_tokens=64))
     receivers = [Shared("exact", learner, exact)]
     if serving is not learner:
-        receivers.append(Copied("copied", serving, engine, rounding=Rounding.of(config), lag=lag, source=source))
+        receivers.append(Copied("copied", serving, engine, rounding=integers_of(config), lag=lag, source=source))
     return Ours(learner, receivers, serving, source, engine, exact)
 
 
@@ -256,7 +257,7 @@ def test_a_tensor_changed_on_the_way_is_found(make_decoder, departures):
     learner = make_decoder(dtype="bfloat16")
     decoder = Decoder(learner.spec, "bfloat16")
     engine = engine_on(decoder, EngineConfig(page_tokens=4, max_sequences=4, batch_tokens=64))
-    receiver = Copied("far", decoder, engine, rounding=Rounding.of(EngineConfig(**departures)))
+    receiver = Copied("far", decoder, engine, rounding=integers_of(EngineConfig(**departures)))
     tensors = {name: weight.value.clone() for name, weight in learner.weights()}
     sent = Weights(tensors, tensor_hashes(tensors))
     tensors["layers.0.qkv"][1, 2] += 1.0

@@ -61,7 +61,7 @@ def adapted_input_gradient_reference(dy_TN: Tensor, weight: Weight, adapter: Ada
     dlow_TR = torch.zeros(len(dy_TN), adapter.down.value.shape[0], dtype=dy_TN.dtype)
     for piece in adapter.pieces:
         dlow_TR[:, piece.ranks] = (wide_product(dy_TN[:, piece.rows], piece.up.value) * piece.scale).to(dy_TN.dtype)
-    dx_TK = wide_product(dy_TN, _values(weight)) + wide_product(dlow_TR, adapter.down.value)
+    dx_TK = wide_product(dy_TN, weight.served_value()) + wide_product(dlow_TR, adapter.down.value)
     return dx_TK.to(dy_TN.dtype), dlow_TR
 
 
@@ -75,7 +75,7 @@ def adapted_input_gradient(dy_TN: Tensor, weight: Weight, adapter: Adapter) -> t
     if run is None or odd:
         return adapted_input_gradient_reference(dy_TN, weight, adapter)
     (count, rows), dtype = dy_TN.shape, dy_TN.dtype
-    value_NK, (ranks, columns) = _values(weight), adapter.down.value.shape
+    value_NK, (ranks, columns) = weight.served_value(), adapter.down.value.shape
     if rows % 2:
         dy_TN = torch.nn.functional.pad(dy_TN, (0, 1))
     dlow_TR, dx_TK = torch.zeros(count, ranks, dtype=dtype), torch.empty(count, columns, dtype=dtype)
@@ -91,11 +91,6 @@ def adapted_input_gradient(dy_TN: Tensor, weight: Weight, adapter: Adapter) -> t
         *(count, rows, columns),
     )
     return dx_TK, dlow_TR
-
-
-def _values(weight: Weight) -> Tensor:
-    """[N, K]; of a matrix that is only served, those that its products read."""
-    return weight.served() if weight.value.is_meta else weight.value
 
 
 def _piece_values(adapter: Adapter) -> Tensor:

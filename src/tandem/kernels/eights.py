@@ -32,19 +32,23 @@ class Eights:
     bits = 8
 
     def __init__(self, quantised: Quantised) -> None:
-        pack = function("eights", "pack_eights", "pppiii")
-        assert pack is not None and fits(quantised), quantised
-        codes_NK, scales_NG = quantised.codes_NK, quantised.scales_NG
-        self.shape = rows, inputs = codes_NK.shape
+        self.shape = rows, inputs = quantised.codes_NK.shape
         depth, panels = -(-inputs // QUAD) * QUAD, -(-rows // PANEL)
         self.packed = large(panels * depth * PANEL, dtype=torch.int8)
         self.sums = torch.empty(panels * PANEL, dtype=torch.int32)
         self.scales = torch.zeros(panels * PANEL)
-        self.scales[:rows] = scales_NG[:, 0].float()
-        codes = address(codes_NK.contiguous(), torch.int8, rows, inputs)
-        pack(codes, self.packed.data_ptr(), self.sums.data_ptr(), rows, inputs, depth)
         pointers = (self.packed.data_ptr(), self.scales.data_ptr(), self.sums.data_ptr())
         self.words = torch.tensor([*pointers, rows, depth], dtype=torch.int64)
+        self.refill(quantised)
+
+    def refill(self, quantised: Quantised) -> None:
+        """Hold another matrix of the same shape, where this one lies."""
+        pack = function("eights", "pack_eights", "pppiii")
+        assert pack is not None and fits(quantised) and quantised.codes_NK.shape == self.shape, quantised
+        rows, inputs = self.shape
+        self.scales[:rows] = quantised.scales_NG[:, 0].float()
+        codes = address(quantised.codes_NK.contiguous(), torch.int8, rows, inputs)
+        pack(codes, self.packed.data_ptr(), self.sums.data_ptr(), rows, inputs, int(self.words[4]))
 
     def values(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         """What the codes of the matrix stand for: [N, K]."""

@@ -48,8 +48,8 @@ def input_gradient_reference(dy_TN: torch.Tensor, value_NK: torch.Tensor) -> tor
 
 
 def input_gradient(dy_TN: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """dx = dy W: [T, K]. Of a matrix that is only served, by the values that its products read."""
-    value = weight.served() if weight.value.is_meta else weight.value
+    """dx = dy W: [T, K], by the values that the product read."""
+    value = weight.served_value()
     if weight.library:
         ways = (lambda dy: _input_gradient(dy, value), lambda dy: dy @ value)
         return library.fastest("input gradient", value, dy_TN.shape[0], ways, dy_TN)(dy_TN)

@@ -107,7 +107,7 @@ class _Linear(torch.autograd.Function):
             dx_TK, dlow_TR = adapted_input_gradient(dy_TN, ctx.weight, ctx.adapter)
             add_gradients(ctx.adapter, dy_TN, dlow_TR, x_TK, lowered_TR)
         if ctx.weight.grad is not None:
-            accumulate(ctx.weight.grad, dy_TN, x_TK, ctx.weight.library)
+            accumulate(ctx.weight.grad, dy_TN, ctx.weight.rounding.multiplied(x_TK), ctx.weight.library)
         return dx_TK, None, None, dresidual_TN
 
 
@@ -115,7 +115,8 @@ def product_of(
     x_TK: torch.Tensor, weight: Weight, bias: Weight | None = None, residual_TN: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`linear` without gradients, and what those of an adapter need."""
-    out_TN = _forward(x_TK, weight, bias, residual_TN)
+    rows_TK = x_TK if weight.rounding.products else weight.rounding.multiplied(x_TK)
+    out_TN = _forward(rows_TK, weight, bias, residual_TN)
     return out_TN, None if weight.adapter is None else adapt_(out_TN, x_TK, weight.adapter)
 
 
@@ -123,7 +124,7 @@ def _forward(x_TK: torch.Tensor, weight: Weight, bias: Weight | None, residual_T
     if backend(x_TK) == "triton":
         from tandem.kernels.gpu import linear as gpu
 
-        return gpu.product(x_TK, weight.value, bias.value if bias is not None else None, residual_TN)
+        return gpu.product(x_TK, weight.read, bias.value if bias is not None else None, residual_TN)
     if weight.library:
         ways = (
             lambda x: _own_forward(x, weight, bias, residual_TN),
@@ -143,7 +144,7 @@ def _own_forward(
     if weight.codes is not None:
         return weight.codes.product(x_TK, bias_N, residual_TN, factor_N=factor_N)
     if weight.packed is None:
-        return linear_reference(x_TK, weight.value, bias_N, residual_TN, factor_N=factor_N)
+        return linear_reference(x_TK, weight.read, bias_N, residual_TN, factor_N=factor_N)
     return product(x_TK, weight.packed, weight.value.shape[0], bias_N, residual_TN, factor_N=factor_N)
 
 

@@ -20,6 +20,7 @@ from tandem.kernels import (
     adamw,
     adapter,
     attention,
+    blocks,
     changes,
     codes,
     divergence,
@@ -41,7 +42,9 @@ from tandem.kernels.build.check import CHECKS, Comparison, E, normal
 from tandem.kernels.sample import SamplingBatch
 from tandem.kernels.sizes import COMPARED_ROWS
 from tandem.kernels.weight import Adapter, Piece, Strips, Weight
+from tandem.numerics import blocks as whole_blocks
 from tandem.numerics import quantise as rounding
+from tandem.numerics.blocks import format_of
 from tandem.types import Sampling
 
 U = {torch.float32: E, torch.bfloat16: 2.0**-8}
@@ -121,6 +124,19 @@ def _eights(dtype: torch.dtype) -> Iterator[Comparison]:
     yield Comparison("a product in 8 bits", got.nan_to_num(), wanted.nan_to_num())
     yield Comparison("what is not finite", got.isnan().float(), wanted.isnan().float())
     yield Comparison("the codes again", made.values(dtype), rounding.dequantise(quantised, dtype))
+
+
+def _blocks(dtype: torch.dtype) -> Iterator[Comparison]:
+    """Exact: each kind of scale, a block that is not full, a row of zeros and one that is not finite."""
+    x = normal(9, 70, dtype=dtype, seed=8)
+    x[2, 5], x[4] = torch.inf, 0
+    for name in ("mxfp4_even", "mxint8_rceil", "nvfp4", "nvfp4_inference", "fp8_1x128", "int4_g32_asym"):
+        form = format_of(name).by_row()
+        got, wanted = blocks.rounded_rows(x, form), blocks.rounded_rows_reference(x, form)
+        yield Comparison(f"numbers of {name}", got.nan_to_num(), wanted.nan_to_num())
+        yield Comparison("what is not finite", got.isnan().float(), wanted.isnan().float())
+    tiles = format_of("fp8_128x128")
+    yield Comparison("tiles", blocks.rounded(x[5:], tiles), whole_blocks.rounded(x[5:], tiles))
 
 
 def _gradient(dtype: torch.dtype) -> Iterator[Comparison]:
@@ -316,6 +332,7 @@ CHECKS |= {
     "adamw": _each(_adamw),
     "adapter": _each(_adapter),
     "attention": _each(_attention),
+    "blocks": _each(_blocks),
     "changes": _changes,
     "codes": _codes,
     "divergence": _each(_divergence),

@@ -91,7 +91,7 @@ class _Down(torch.autograd.Function):
             if learns_magnitude(adapter):
                 add_magnitude_gradients(adapter, dresidual_TM, product_of(act_TF, ctx.weight)[0])
         if ctx.weight.grad is not None:
-            accumulate(ctx.weight.grad, dy_TM, act_TF, ctx.weight.library)
+            accumulate(ctx.weight.grad, dy_TM, ctx.weight.rounding.multiplied(act_TF), ctx.weight.library)
         return dgate_up_TF, None, dresidual_TM
 
 

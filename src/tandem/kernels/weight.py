@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from tandem.errors import ConfigError
 from tandem.kernels.address import address
 from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.codes import Codes, fits
 from tandem.kernels.eights import Eights
 from tandem.kernels.large import large
+from tandem.kernels.rounding import NOT_ROUNDED, Rounding
 from tandem.kernels.sizes import PANEL, STRIP
 from tandem.numerics.quantise import Quantised
 
@@ -119,10 +121,11 @@ class Weight:
 
     Matrices are [out, in]. The packed form is derived: `repack` follows every change of `value`. A matrix that is only
     served may be `codes` in place of `packed`, or `serve`; its `value` then has a shape and no memory, unless rows are
-    looked up. A shard is a weight of fewer rows or columns (`Slot.shard`).
+    looked up. A matrix with a `rounding` is multiplied as it is rounded, and so are the rows; its gradients are those
+    of the rounded product, and change `value`. A shard is a weight of fewer rows or columns (`Slot.shard`).
     """
 
-    __slots__ = ("adapter", "codes", "grad", "library", "packed", "value")
+    __slots__ = ("adapter", "codes", "grad", "library", "packed", "rounded", "rounding", "value")
 
     def __init__(self, value: torch.Tensor, *, matrix: bool, zero: bool = False) -> None:
         """zero: `value` is all zeros, so the packed form is too; neither is touched before something is loaded."""
@@ -131,6 +134,8 @@ class Weight:
         self.codes: Codes | Eights | None = None
         self.grad: torch.Tensor | None = None  # None: frozen
         self.adapter: Adapter | None = None  # added by `linear` and `swiglu_down`
+        self.rounding = NOT_ROUNDED
+        self.rounded: torch.Tensor | None = None  # `value` as it is multiplied, where no packed form has it
         self.library = False  # multiply by torch's library where that is faster, see library.py; not batch-invariant
         if matrix and backend(value) == "cpp" and kernel("linear", "pack_weight", value.dtype, "ppii") is not None:
             self.packed = panels(self.value, zero=zero)
@@ -138,17 +143,51 @@ class Weight:
                 self.repack()
 
     def repack(self) -> None:
-        """Derive `packed` from `value`."""
+        """Derive what products read from `value`."""
+        if self.rounding.products:
+            codes = self.rounding.codes(self.value)
+            if isinstance(self.codes, Eights):
+                self.codes.refill(codes)
+            else:
+                self.codes, self.packed = Eights(codes), None
+            return
+        value = self.rounding.matrix(self.value)
         if self.packed is None:
+            self.rounded = value if self.rounding else None
             return
         pack = kernel("linear", "pack_weight", self.value.dtype, "ppii")
         assert pack is not None
         rows, depth = self.value.shape
-        pack(address(self.value, self.packed.dtype, rows, depth), self.packed.data_ptr(), rows, depth)
+        pack(address(value, self.packed.dtype, rows, depth), self.packed.data_ptr(), rows, depth)
+
+    def multiply_rounded(self, rounding: Rounding) -> None:
+        """Multiply `value` as it is rounded from now on, and the rows that it is multiplied by. ConfigError where that
+        cannot be."""
+        if self.library:
+            raise ConfigError(
+                f"{self.value.shape[0]} x {self.value.shape[1]}: torch's own products round nothing. Set model.kernels "
+                "to exact, or leave model.weights out."
+            )
+        if rounding.products and self.packed is None:
+            raise ConfigError(
+                "w8a8 is computed by tandem's own compiled kernels on the CPU, which are not used here (model.device, "
+                "TANDEM_KERNELS, or no compiler: tandem doctor). Change that, or give a format."
+            )
+        self.rounding = rounding
+        self.repack()
+
+    @property
+    def read(self) -> torch.Tensor:
+        """[out, in] as products without a packed form read it."""
+        return self.value if self.rounded is None else self.rounded
+
+    def served_value(self) -> torch.Tensor:
+        """[out, in] as products read it, for those of the backward pass."""
+        return self.served() if self.value.is_meta or self.rounding else self.value
 
     def serve(self) -> None:
         """Only products read this weight from now on: where they read `packed`, `value` lets its memory go."""
-        if self.packed is not None and not self.library:
+        if (self.packed is not None or self.codes is not None) and not self.library:
             self.value = torch.empty_like(self.value, device="meta")
 
     def hold(self, quantised: Quantised, *, rows: bool = False) -> bool:
@@ -182,7 +221,7 @@ class Weight:
         if self.codes is not None:
             return self.codes.values(self.value.dtype)
         if self.packed is None:
-            return self.value
+            return self.read
         unpack = kernel("linear", "unpack_weight", self.value.dtype, "ppii")
         assert unpack is not None
         rows, depth = self.value.shape

@@ -168,8 +168,7 @@ class AdapterSet:
     def _norm(self, matrix: str, adapter: Adapter) -> Tensor:
         """Of each row of W + s B A, [N] in fp32; by products that do not hang on the number of threads."""
         weight = self._bases[matrix]
-        value_NK = weight.served() if weight.value.is_meta else weight.value
-        whole_NK = value_NK.to(torch.float32, copy=True)
+        whole_NK = weight.served_value().to(torch.float32, copy=True)
         for piece in adapter.pieces:
             whole_NK[piece.rows] += delta(adapter, piece)
         return whole_NK.square().sum(1).sqrt()

@@ -19,8 +19,9 @@ from tandem.kernels.address import check_range
 from tandem.kernels.choice import backend
 from tandem.kernels.linear import logits
 from tandem.kernels.norm import rms_norm
+from tandem.kernels.rounding import NOT_ROUNDED, Rounding, rounding_of
 from tandem.kernels.weight import Weight
-from tandem.models.config import Kernels
+from tandem.models.config import Kernels, ModelConfig
 from tandem.models.layer import Layer, views
 from tandem.models.parts import Slot, outer_slots
 from tandem.models.recompute import recompute
@@ -52,6 +53,12 @@ class _Embed(torch.autograd.Function):
         return torch.zeros(()), None, None
 
 
+def decoder_of(spec: ModelSpec, model: ModelConfig, dtype: str = "") -> Decoder:
+    """The decoder that a config asks for, or in another dtype than it says; without weights. ConfigError where this
+    machine has no such."""
+    return Decoder(spec, dtype or model.dtype, model.device, model.kernels, rounding_of(model.weights))
+
+
 class Decoder:
     """A decoder-only transformer in one compute dtype.
 
@@ -60,7 +67,15 @@ class Decoder:
 
     adapter: AdapterSet | None = None  # added to all rows, and learned in place of the weights
 
-    def __init__(self, spec: ModelSpec, dtype: str, device: str = "cpu", kernels: Kernels = "exact") -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: str,
+        device: str = "cpu",
+        kernels: Kernels = "exact",
+        rounding: Rounding = NOT_ROUNDED,
+    ) -> None:
+        """rounding: of the layers' matrices where they are multiplied, and of the rows; weights stay as they are."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
                 f"model.device is 'cuda', and torch {torch.__version__} sees no CUDA device here. Set model.device to "
@@ -82,6 +97,11 @@ class Decoder:
         self.head = self.embed if head is embed else Weight(zeros(*head.shape), matrix=True, zero=True)
         for _, weight in self.weights():
             weight.library = kernels == "library"
+        if rounding:
+            for layer in self.layers:
+                for slot, weight in layer.weights():
+                    if slot.columns is not None:
+                        weight.multiply_rounded(rounding)
 
     def _heads(self) -> tuple[Heads, ...]:
         """Of each layer."""

@@ -222,5 +222,7 @@ def fits(decoder: Decoder, pools: list[KvPool]) -> bool:
     even = spec.width % 2 == 0 and spec.ff_width % 2 == 0
     plain = all(layer.mix.heads.norm_eps is None and layer.mix.heads.factor_P is None for layer in decoder.layers)
     weights = [weight for layer in decoder.layers for slot, weight in layer.weights() if slot.columns is not None]
-    exact = all((w.packed is not None or w.codes is not None) and not w.library for w in weights)
+    exact = all(
+        (w.packed is not None or w.codes is not None) and not w.library and w.rounding.rows is None for w in weights
+    )
     return even and plain and exact and all(pool.packed for pool in pools)

@@ -67,6 +67,7 @@ class Format:
     chain: Chain = "training"  # of e4m3
     rows: int = 1  # of a block: a tile where there are more
     zero_point: bool = False  # of fixed-point elements: a block's least and largest are the ends of the range
+    each_row: bool = False  # what it has of a whole tensor is of each row, so that no row hangs on another
 
     @property
     def bits(self) -> float:
@@ -76,13 +77,19 @@ class Format:
         own = {"e8m0": 8, "e4m3": 8, "fp32": 32}[self.scale] + (self.element.bits if self.zero_point else 0)
         return self.element.bits + own / (self.block * self.rows)
 
+    def by_row(self) -> Format:
+        """The same of each row for itself. ConfigError where a block is a tile of several."""
+        if self.rows > 1:
+            raise ConfigError(f"{self.name} rounds tiles of {self.rows} rows; rows that ride along would change a row.")
+        return replace(self, block=WHOLE_ROW if self.block == WHOLE else self.block, each_row=True)
+
 
 class Blocks(NamedTuple):
     """A quantised tensor."""
 
     codes: Tensor  # as the tensor: uint8 (int32 for elements of more than 8 bits)
     scales: Tensor  # one a block: uint8 codes of e8m0 and e4m3, or fp32
-    whole: Tensor | None = None  # of the tensor, fp32, that block scales are multiplied by
+    whole: Tensor | None = None  # of the tensor or of each row, fp32, that block scales are multiplied by
     zeros: Tensor | None = None  # zero points, uint8, one a block
 
 
@@ -231,7 +238,8 @@ def _mx_codes(x: Tensor, form: Format, rounding: Rounding, words: Tensor | None)
 
 
 def _nv_codes(x: Tensor, form: Format, rounding: Rounding, words: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    amax, top = x.abs().amax(-1), x.abs().amax()
+    amax = x.abs().amax(-1)
+    top = amax.amax(-1, keepdim=True) if form.each_row else amax.amax()
     if form.chain == "inference":
         return _nv_inference(x, amax, top, rounding, words)
     most = 256.0 if form.chain == "four_six" else E4M3.largest  # so that 1.5 times a scale is one, too
@@ -263,7 +271,7 @@ def _nv_inference(
     whole = top / top.new_full((), E4M3.largest * E2M1.largest)
     whole = torch.where(whole == 0, 1.0, whole)
     scales = encode((amax / amax.new_full((), 6.0) / whole).clamp(E4M3_EPS, E4M3.largest), E4M3)
-    factor = (1.0 / whole) / decode(scales, E4M3)
+    factor = ((1.0 / whole) / decode(scales, E4M3)).clamp_max(FLT_MAX)  # of a tensor of denormals, say
     return encode((x * factor[..., None]).clamp(-6.0, 6.0), E2M1, rounding, words=words), scales, whole
 
 

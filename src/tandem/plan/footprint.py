@@ -147,12 +147,16 @@ def packed_bytes(spec: ModelSpec, model: ModelConfig, dtype: str = "") -> int:
     kind = dtype or model.dtype
     if model.device != "cpu" or kind == "float16" or env.kernels() or lacking():
         return 0
-    matrices = [
-        (-(-slot.rows // PANEL) * PANEL, slot.columns)
-        for slot in all_slots(spec)
-        if slot.columns is not None and (spec.tied_embeddings or slot.name != "embed")
-    ]
-    return SIZES[kind] * sum(rows * (depth + (depth % 2 if kind == "bfloat16" else 0)) for rows, depth in matrices)
+    total = 0
+    for slot in all_slots(spec):
+        if slot.columns is None or not spec.tied_embeddings and slot.name == "embed":
+            continue
+        rows, depth = -(-slot.rows // PANEL) * PANEL, slot.columns
+        if model.weights == "w8a8" and slot.name not in ("embed", "head"):  # codes, a scale and a sum a row
+            total += rows * (depth + -depth % 4 + 8)
+        else:
+            total += SIZES[kind] * rows * (depth + (depth % 2 if kind == "bfloat16" else 0))
+    return total
 
 
 def rounded_bytes(asked: Asked) -> int:
@@ -243,8 +247,9 @@ def teacher_bytes(asked: Asked) -> int:
     rows, whole = spec.vocab_size * spec.width * size, size * sum(map(prod, expected_shapes(spec).values()))
     if asked.teacher_coded_bytes and asked.holds_codes:
         return asked.teacher_coded_bytes + rows
-    packed = packed_bytes(spec, asked.model) if asked.model.kernels == "exact" else 0
-    return packed + rows if packed else whole + packed_bytes(spec, asked.model)
+    own = packed_bytes(spec, replace(asked.model, weights="same"))  # whatever the student's products are rounded to
+    packed = own if asked.model.kernels == "exact" else 0
+    return packed + rows if packed else whole + own
 
 
 def taught_bytes(asked: Asked) -> int:

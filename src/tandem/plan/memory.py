@@ -26,6 +26,7 @@ from tandem.errors import CapacityError
 from tandem.models.parts import SIZES, expected_shapes
 from tandem.plan.footprint import (
     ALL,
+    CODES,
     HELDOUT_BYTES,
     LOADED,
     PROGRAM_BYTES,
@@ -399,7 +400,7 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
     yield Line("rotary tables", 2 * 4 * spec.max_position * (spec.head_size // 2), place=place)
     own, each = packed_bytes(spec, model, asked.dtype), asked.engine.replicas if asked.apart and run is not None else 1
     each += int(asked.learns_apart and asked.two_engines)
-    if asked.engine.weights != "same" and asked.holds_codes:
+    if asked.engine.weights in CODES and asked.holds_codes:
         yield Line("engine's packed weights, until they are codes", each * own, ("load",))
         yield Line("engine's own weights", each * rounded_bytes(asked), LOADED, own=not asked.apart)
     elif not asked.shares:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +18,7 @@ from tandem.errors import ConfigError, TandemError, TandemWarning
 from tandem.kernels.weight import Weight
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.codes import hold_codes
-from tandem.models.decoder import DTYPES, Decoder
+from tandem.models.decoder import DTYPES, Decoder, decoder_of
 from tandem.numerics.digest import root_hash, tensor_hashes
 from tandem.numerics.random import Stream, normal, word_rows
 from tandem.run.source import Same, origin_of
@@ -53,10 +54,10 @@ def open_teacher(source: str) -> Checkpoint:
 
 def load_teacher(source: str, model: ModelConfig) -> Decoder:
     """A model that only answers, in the dtype and on the device of the student, with its adapter where it is one. Codes
-    of a file stay codes."""
+    of a file stay codes, and what the student's products are rounded to is the student's own."""
     base, worn = origin_of(source)
     checkpoint = open_checkpoint(base)
-    decoder = Decoder(checkpoint.spec, model.dtype, model.device, model.kernels)
+    decoder = decoder_of(checkpoint.spec, replace(model, weights="same"))
     decoder.load(checkpoint.tensors(hold_codes(decoder, checkpoint)))
     for _, weight in decoder.weights():
         if weight is not decoder.embed:

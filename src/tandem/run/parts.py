@@ -27,7 +27,7 @@ from tandem.models.adapter import AdapterSet
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.codes import described, hold_codes
 from tandem.models.config import AdapterConfig, ModelConfig
-from tandem.models.decoder import Decoder
+from tandem.models.decoder import Decoder, decoder_of
 from tandem.models.peft import AdapterFolder
 from tandem.models.tokenizer import Tokenizer
 from tandem.plan.footprint import Asked
@@ -48,7 +48,7 @@ from tandem.run.source import origin_of, resolve_source
 from tandem.run.workers import Backend
 from tandem.sync.departures import check_engine, of_engine, without_departures
 from tandem.sync.publish import Publisher
-from tandem.sync.receive import Copied, Receiver, Rounding, Shared
+from tandem.sync.receive import Copied, Receiver, Shared, integers_of, serving_decoder
 from tandem.sync.transport import Remote
 from tandem.sync.ways import Way, way_of
 from tandem.train.score import with_logprobs
@@ -171,7 +171,7 @@ def build_parts(
     check_source(run if learns else None, worn)
     checkpoint = open_checkpoint(source)
     spec = checkpoint.spec
-    check_engine(spec, config)
+    check_engine(spec, model, config)
     tokenizer = checkpoint.load_tokenizer()
     task = task or TaskConfig()
     renderer = renderer_of(tokenizer, task)
@@ -260,7 +260,7 @@ def _build_apart(
         decoder: Decoder = DecoderElsewhere(spec, model.dtype)
         way = RemoteWay(learner)
     else:
-        decoder = Decoder(spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
+        decoder = decoder_of(spec, model).load(checkpoint.tensors())
         decoder.wear(words.adapter(decoder))
         weights = {name: weight.value for name, weight in decoder.published()}
         way = way_of(asked.transport, weights, asked.folder, workers.host, asked.deadline_s / 2)
@@ -316,7 +316,7 @@ def _build_served(
     """With servers that sample, and an engine of its own for evaluation. Without a run their weights stay as they are:
     who asks them looks first whether they are these (`Parts.served`)."""
     checkpoint, tokenizer = words.checkpoint, words.tokenizer
-    decoder = Decoder(checkpoint.spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
+    decoder = decoder_of(checkpoint.spec, model).load(checkpoint.tensors())
     exact_engine = engine_on(decoder, config, tokenizer)
     decoder.wear(words.adapter(decoder))
     key = env.named(remote.key_env) if remote.key_env else ""
@@ -355,15 +355,15 @@ def _build_served(
 def _build(words: _Words, model: ModelConfig, config: EngineConfig, memory: Plan, use: _Use) -> Parts:
     lag, beside, learns = use
     checkpoint, tokenizer, spec = words.checkpoint, words.tokenizer, words.checkpoint.spec
-    decoder = Decoder(spec, model.dtype, model.device, model.kernels)
+    decoder = decoder_of(spec, model)
     dtype = model.dtype if config.dtype == "same" else config.dtype
     rounded = config.weights != "same" or dtype != model.dtype
     apart = rounded or lag or beside  # the engine has weights of its own
     frozen = words.trains or not learns
     held = frozenset() if apart or not frozen else hold_codes(decoder, checkpoint, learns=words.trains)
     decoder.load(checkpoint.tensors(held))
-    serving = Decoder(spec, dtype, model.device, model.kernels) if apart else decoder
-    source = (Decoder(spec, model.dtype, model.device, model.kernels) if rounded else serving) if lag else None
+    serving = serving_decoder(spec, model, config) if apart else decoder
+    source = (decoder_of(spec, model) if rounded else serving) if lag else None
 
     engine = engine_on(serving, config, tokenizer)
     count = config.replicas - 1 if learns else 0
@@ -373,7 +373,7 @@ def _build(words: _Words, model: ModelConfig, config: EngineConfig, memory: Plan
     on_learner = [exact_engine] if serving is not decoder else [engine, *others, *([] if exact else [exact_engine])]
     receivers: list[Receiver] = [Shared("what runs on the learner's weights", decoder, *on_learner)]
     if serving is not decoder:
-        rounding = Rounding.of(config)
+        rounding = integers_of(config)
         copied = Copied("the engine", serving, engine, *others, rounding=rounding, lag=lag, source=source)
         receivers.append(copied)
     publisher = Publisher(decoder, receivers)

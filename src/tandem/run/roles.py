@@ -22,14 +22,14 @@ from tandem.errors import CheckpointError, DeliveryError
 from tandem.models.adapter import AdapterSet
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.config import ModelConfig
-from tandem.models.decoder import Decoder
+from tandem.models.decoder import Decoder, decoder_of
 from tandem.run.adapted import NAME
 from tandem.run.apart import EngineGiven
 from tandem.run.learned import OBJECTIVES, total_updates
 from tandem.run.learning import LearnerGiven
 from tandem.run.parts import engine_on, facts
 from tandem.sync.publish import published
-from tandem.sync.receive import POLICY, Copied, Rounding, Weights
+from tandem.sync.receive import POLICY, Copied, Weights, integers_of, serving_decoder
 from tandem.sync.transport import Held, Reader
 from tandem.sync.ways import Address, reader_of, way_of
 from tandem.train.checkpoint import RunState
@@ -45,11 +45,11 @@ class EngineWorker:
         torch.set_num_threads(env.num_threads())
         checkpoint, model, config = open_checkpoint(given.source), given.model, given.engine
         dtype = model.dtype if config.dtype == "same" else config.dtype
-        decoder = Decoder(checkpoint.spec, dtype, model.device, model.kernels)
+        decoder = serving_decoder(checkpoint.spec, model, config)
         # What arrives lies in the decoder's own weights where it is served as it comes.
         here = model.device == "cpu" and dtype == model.dtype and config.weights == "same"
         self.engine = engine_on(decoder, config, checkpoint.load_tokenizer())
-        self._receiver = Copied("the engine", decoder, self.engine, rounding=Rounding.of(config))
+        self._receiver = Copied("the engine", decoder, self.engine, rounding=integers_of(config))
         if given.adapter is not None:
             learner = decoder if here else Decoder(checkpoint.spec, model.dtype)  # as the learner's is
             version, weights = published(learner.load(checkpoint.tensors()), 0)
@@ -138,7 +138,7 @@ class ReferenceWorker:
         source, model = given
         torch.set_num_threads(env.num_threads())
         checkpoint = open_checkpoint(source)
-        self._decoder = Decoder(checkpoint.spec, model.dtype, model.device).load(checkpoint.tensors())
+        self._decoder = decoder_of(checkpoint.spec, model).load(checkpoint.tensors())
 
     def pid(self) -> int:
         """Its process, to look it up by."""
@@ -158,7 +158,7 @@ class LearnerWorker:
         torch.set_num_threads(env.num_threads())
         run, model, workers = given.run, given.run.model, given.run.workers
         checkpoint = open_checkpoint(given.source)
-        decoder = Decoder(checkpoint.spec, model.dtype, model.device, model.kernels).load(checkpoint.tensors())
+        decoder = decoder_of(checkpoint.spec, model).load(checkpoint.tensors())
         self._tokenizer = checkpoint.load_tokenizer()
         objective = OBJECTIVES[run.objective](run)
         self._learner = Learner(decoder, given.learner, objective, total_updates(run, objective))

@@ -24,7 +24,7 @@ from tandem.errors import (
     RunFolderError,
 )
 from tandem.models.checkpoint import open_checkpoint
-from tandem.models.decoder import Decoder
+from tandem.models.decoder import Decoder, decoder_of
 from tandem.plan.memory import peak_bytes
 from tandem.program.pool import EnvironmentPool
 from tandem.rollout.evaluate import evaluate
@@ -154,7 +154,7 @@ class Session:
     def _frozen(self, source: str) -> Decoder:
         """A model beside the policy, of the same dtype and device."""
         checkpoint = open_checkpoint(resolve_source(source))
-        return Decoder(checkpoint.spec, self.config.model.dtype, self.config.model.device).load(checkpoint.tensors())
+        return decoder_of(checkpoint.spec, self.config.model).load(checkpoint.tensors())
 
     def stages(self) -> Stages:
         return Stages(

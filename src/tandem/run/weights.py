@@ -21,7 +21,7 @@ from tandem.numerics.digest import root_hash, tensor_hashes
 from tandem.run.adapted import for_engine
 from tandem.run.source import resolve_source
 from tandem.server.verbs import Ready
-from tandem.sync.receive import POLICY, Copied, Rounding, Weights, drop_adapter, serve_adapter
+from tandem.sync.receive import POLICY, Copied, Weights, drop_adapter, integers_of, serve_adapter
 from tandem.types import WeightVersion
 
 
@@ -73,7 +73,7 @@ class ServedWeights:
     def serve(self, engine: Engine, ready: Ready, step: int) -> WeightVersion:
         """Between two steps: the engine computes with them from now on. DeliveryError where it would with others."""
         config, version, self._source = engine.scheduler.config, WeightVersion(step, ready.digest), ready.source
-        receiver = Copied("the server's engine", _decoder(engine), engine, rounding=Rounding.of(config))
+        receiver = Copied("the server's engine", _decoder(engine), engine, rounding=integers_of(config))
         receiver.receive(version, {POLICY: ready.weights})
         return version
 

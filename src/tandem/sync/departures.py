@@ -41,8 +41,11 @@ def of_engine(model: ModelConfig, engine: EngineConfig) -> tuple[Departure, ...]
         found.append(Departure(setting, what, "mismatch"))
 
     if engine.weights != "same":
-        what = f"rollouts in {engine.weights} weights, groups of {engine.weight_group}"
-        if engine.weights == "w8a8":
+        weights, _, rows = engine.weights.partition("+")
+        what = f"rollouts in {weights} weights" + (f", by rows in {rows}" if rows else "")
+        if weights in ("int8", "int4"):
+            what += f", groups of {engine.weight_group}"
+        if weights == "w8a8":
             what = "rollouts whose products are of weights and activations in 8 bits"
         declare(f"engine.weights={engine.weights}", what)
     if engine.dtype not in ("same", model.dtype):
@@ -100,7 +103,8 @@ def declaration(config: RunConfig) -> str:
     found = departures(config)
     sampling = "; ".join(f"{d.what} ({d.setting})" for d in found if d.line == "sampling")
     if is_exact(config):
-        return "exact: engine and learner compute the same bits" + (f"; {sampling}" if sampling else "")
+        rounded = f"; both multiply in {config.model.weights}" if config.model.weights != "same" else ""
+        return f"exact: engine and learner compute the same bits{rounded}" + (f"; {sampling}" if sampling else "")
     declared = "; ".join(f"{d.what} ({d.setting})" for d in found)
     correction = config.algo.correction
     parts = [correction.form, *([correction.weight] if correction.weight != "none" else []), *correction.reject]
@@ -113,8 +117,15 @@ def without_departures(engine: EngineConfig) -> EngineConfig:
     return dataclasses.replace(engine, dtype="same", weights="same", kv_dtype="same", kv_window=0, noise=0.0)
 
 
-def check_engine(spec: ModelSpec, engine: EngineConfig) -> None:
+def check_engine(spec: ModelSpec, model: ModelConfig, engine: EngineConfig) -> None:
     """Refuse, before any weight is loaded, what a model cannot do with an engine's departures. Raises ConfigError."""
+    from tandem.kernels.rounding import rounding_of
+
+    if all([rounding_of(model.weights), rounding_of(engine.weights)]):  # both are read
+        raise ConfigError(
+            f"model.weights is {model.weights} and engine.weights is {engine.weights}: the policy that is trained is "
+            "rounded already. Leave engine.weights out; or model.weights, for a departure that is measured."
+        )
     limited = next((reach for reach in spec.reaches if reach != Reach()), None)
     if engine.kv_window and limited:
         raise ConfigError(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -12,31 +12,32 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
 from tandem.errors import ConfigError, DeliveryError
-from tandem.kernels.quantise import dequantise, quantise
+from tandem.kernels.quantise import dequantise
+from tandem.kernels.rounding import NOT_ROUNDED, Rounding, rounding_of
 from tandem.models.adapter import AdapterSet
-from tandem.models.decoder import Decoder
+from tandem.models.config import ModelConfig
+from tandem.models.decoder import Decoder, decoder_of
+from tandem.models.spec import ModelSpec
+from tandem.numerics.compare import same_bits
 from tandem.numerics.digest import root_hash, tensor_hashes
 from tandem.numerics.quantise import Quantised
 from tandem.types import WeightVersion
 
-BITS = {"int8": 8, "int4": 4, "w8a8": 8}
 POLICY = "policy"  # the set of weights that every version has
 
 
-class Rounding(NamedTuple):
-    """What an engine's matrices are rounded to, embedding and head excepted; bits 0: nothing is."""
+def serving_decoder(spec: ModelSpec, model: ModelConfig, engine: EngineConfig) -> Decoder:
+    """For an engine that has weights of its own: `Copied` rounds what comes to integers, the decoder to formats."""
+    asked = rounding_of(engine.weights, engine.weight_group)
+    dtype = "" if engine.dtype == "same" else engine.dtype
+    own = replace(model, weights=engine.weights) if asked and not asked.bits else model
+    return decoder_of(spec, own, dtype)
 
-    bits: int = 0
-    group: int = 0  # inputs that share a scale; 0: all of a row
-    products: bool = False  # rows of activations are rounded too, and multiplied as integers (kernels/eights.py)
 
-    @classmethod
-    def of(cls, config: EngineConfig) -> Rounding:
-        products = config.weights == "w8a8"
-        return cls(BITS.get(config.weights, 0), 0 if products else config.weight_group, products)
-
-    def apply(self, tensor: torch.Tensor) -> Quantised:
-        return quantise(tensor, self.bits, self.group or tensor.shape[1])
+def integers_of(engine: EngineConfig) -> Rounding:
+    """What `Copied` rounds for an engine."""
+    asked = rounding_of(engine.weights, engine.weight_group)
+    return asked if asked.bits else NOT_ROUNDED
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,9 +46,6 @@ class Weights:
 
     tensors: Mapping[str, torch.Tensor]
     hashes: Mapping[str, str]
-
-
-NOT_ROUNDED = Rounding()
 
 
 class Receiver(Protocol):
@@ -86,7 +84,8 @@ class Shared:
 
 
 class Copied:
-    """Engines with a decoder of their own, whose matrices are rounded. ConfigError where it cannot multiply them so.
+    """Engines with a decoder of their own, whose matrices may be rounded to integers. ConfigError where it cannot
+    multiply them so.
 
     source: a decoder that holds what came before rounding, where the weights trail the learner's; `decoder` itself
     where nothing is rounded.
@@ -132,7 +131,7 @@ class Copied:
         for name, tensor in tensors.items():
             matrix = tensor.ndim == 2 and name not in ("embed", "head")
             if self.rounding.bits and self.decoder.adapter is None and matrix:
-                yield name, self.rounding.apply(tensor)
+                yield name, self.rounding.codes(tensor)
             else:
                 yield name, tensor.to(kinds[name])
 
@@ -157,14 +156,18 @@ def policy_of(receiver: str, version: WeightVersion, sets: Mapping[str, Weights]
 def _served(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
     """What the forward pass reads: packed matrices and codes, and the rows of the embedding as they are looked up.
 
-    Each is to be hashed before the next is taken: those that are recovered share memory.
+    Each is to be hashed before the next is taken: those that are recovered share memory. Of a matrix that is rounded
+    where it is multiplied it is the value, where what products read is that value rounded, and what they read if not.
     """
     sizes = [weight.value.nbytes for _, weight in decoder.published() if weight.packed is not None]
     room = torch.empty(max(sizes, default=0), dtype=torch.uint8)
     for name, weight in decoder.published():
         if weight is decoder.embed and (weight.packed is not None or weight.codes is not None):
             yield "embed (rows)", weight.value
-        yield name, weight.served(room)
+        served = weight.served(room)
+        if weight.rounding and not weight.value.is_meta and same_bits(served, weight.rounding.matrix(weight.value)):
+            served = weight.value
+        yield name, served
 
 
 def check(

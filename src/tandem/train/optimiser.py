@@ -51,7 +51,7 @@ class Optimiser:
             sizes = [weight.value.numel() for _, weight in model.weights()]
             self._file = FileTensors(env.cache_dir(), len(PARTS) * sum(sizes), len(PARTS) * len(sizes))
         for name, weight in model.weights():
-            assert weight.codes is None, f"{name} is served from codes"
+            assert weight.codes is None or weight.rounding, f"{name} is served from codes"
             master, first, second = (self._zeros(weight.value) for _ in PARTS)
             self.state[name] = (master.copy_(weight.value), first, second)
             weight.grad = large(*weight.value.shape, dtype=torch.float32, device=weight.value.device)

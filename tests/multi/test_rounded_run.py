@@ -1,0 +1,91 @@
+"""Runs whose products are rounded: of engine and learner alike, with nothing between them, or of the engine alone."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tandem.config import override
+from tandem.kernels.build.toolchain import compiler
+from tandem.program.pool import RunningEpisode
+from tandem.recipes.tiny_arithmetic import tiny_arithmetic
+from tandem.run import local
+from tandem.sync.departures import declaration
+from tests.display import Silent
+from tests.samples import ended
+
+SMALL = {
+    "objective": "policy_gradient",
+    "steps": "3",
+    "model.source": "new:width=32,layers=2,heads=4,kv_heads=2,ff_width=48,max_position=128",
+    "task.heldout_size": "4",
+    "evaluation.prompts": "4",
+    "evaluation.every": "0",
+    "rollout.prompts_per_step": "3",
+    "rollout.samples_per_prompt": "4",
+    "rollout.max_new_tokens": "8",
+    "learner.lr": "1e-2",
+    "learner.warmup_steps": "0",
+    "learner.schedule": "constant",
+}
+ARMS = {
+    "w8a8": {"model.weights": "w8a8"},
+    "nvfp4, recomputed": {"model.weights": "nvfp4+nvfp4", "learner.activation_checkpointing": "on"},
+    "fp8, reference": {"model.weights": "fp8_row+fp8_1x128", "algo.kl": "k3", "algo.kl_weight": "0.1"},
+    "w8a8, adapter": {"model.weights": "w8a8", "adapter.rank": "3"},
+    "w8a8, beside": {"model.weights": "w8a8", "asynchrony.mode": "one_off"},
+}
+pytestmark = pytest.mark.skipif(compiler() is None, reason="without a compiler every run departs")
+
+
+@pytest.fixture(autouse=True)
+def graded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewards that differ within a group, of a model that can do nothing."""
+
+    def grade(self: RunningEpisode, unheard: int = 0) -> Future[float]:
+        return ended(float(sum(map(ord, self.said[-1].content)) % 11) / 10)
+
+    monkeypatch.setattr(RunningEpisode, "score", grade)
+
+
+def run(out: Path, steps: str = "3", resume: bool = False, **changes: str) -> list[dict[str, Any]]:
+    config = override(tiny_arithmetic(), {**SMALL, **changes, "steps": steps})
+    folders = {"out": None, "resume": out} if resume else {"out": out, "resume": None}
+    code, folder = local.train(config, **folders, display=Silent())
+    assert code == 0
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_the_policy_that_samples_is_trained(arm: str, tmp_path: Path) -> None:
+    """A product of one side that is rounded otherwise than the other's, or not at all."""
+    rows = run(tmp_path / "run", "2", **ARMS[arm])
+    assert all(row["error_budget"]["mismatch"] == 0 for row in rows[1:]), rows
+    assert len({row["weights"] for row in rows}) > 1
+    if "beside" not in arm:
+        assert all(row["mismatch"] == 0 and row["kl"] == 0 for row in rows[1:]), rows
+
+
+def test_resumed_and_apart(tmp_path: Path) -> None:
+    """A resume, or an engine of another process, whose matrices are not rounded."""
+    digests = [row["weights"] for row in run(tmp_path / "run", **ARMS["w8a8"])]
+    assert digests[-1] != run(tmp_path / "plain")[-1]["weights"]
+    run(tmp_path / "cut", "2", **ARMS["w8a8"])
+    resumed = run(tmp_path / "cut", "3", resume=True, **ARMS["w8a8"])
+    assert [row["weights"] for row in resumed] == digests
+    apart = run(tmp_path / "apart", **ARMS["w8a8"], **{"workers.backend": "local"})
+    assert [row["weights"] for row in apart] == digests and all(row["mismatch"] == 0 for row in apart[1:])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"), [("nvfp4+nvfp4", "in nvfp4 weights, by rows in nvfp4"), ("mxfp4", "in mxfp4 weights")]
+)
+def test_an_engine_that_alone_is_rounded_departs(name: str, said: str, tmp_path: Path) -> None:
+    """A departure to a format that rounds nothing, rounds the learner too, or is not declared."""
+    rows = run(tmp_path / "run", "2", **{"engine.weights": name})
+    assert all(row["error_budget"]["mismatch"] > 0 for row in rows[1:]), rows
+    assert said in declaration(override(tiny_arithmetic(), {**SMALL, "engine.weights": name}))
