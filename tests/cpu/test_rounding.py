@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.config import EngineConfig
@@ -54,6 +54,7 @@ def same(got: torch.Tensor, wanted: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("name", [*FORMATS, *OWN])
+@settings(max_examples=12, deadline=None)
 @given(st.integers(1, 140), st.integers(1, 300), st.integers(0, 99), st.booleans())
 def test_the_kernel_is_the_rule(name: str, rows: int, inputs: int, seed: int, wide: bool) -> None:
     """A scale of another block, a tie that goes up, a zero that loses its sign, an edge of a tile that is not read."""

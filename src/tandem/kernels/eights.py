@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from tandem.kernels.address import address, rows_address
-from tandem.kernels.build.load import function
+from tandem.kernels.build.load import function, kernel
 from tandem.kernels.large import large
-from tandem.kernels.quantise import dequantise
 from tandem.kernels.sizes import PANEL
-from tandem.numerics.quantise import Quantised, to_int8
+from tandem.numerics.quantise import Quantised, check_scales, to_int8
 
 QUAD = 4  # inputs of a word
 _NAMES = {
@@ -31,18 +30,39 @@ class Eights:
     __slots__ = ("packed", "scales", "shape", "sums", "words")
     bits = 8
 
-    def __init__(self, quantised: Quantised) -> None:
-        self.shape = rows, inputs = quantised.codes_NK.shape
+    def __init__(self, matrix: Quantised | Tensor) -> None:
+        """Of codes, or of a matrix in bf16 or fp32, which is rounded. NonFiniteError where it is not finite."""
+        self.shape = rows, inputs = matrix.shape if isinstance(matrix, Tensor) else matrix.codes_NK.shape
         depth, panels = -(-inputs // QUAD) * QUAD, -(-rows // PANEL)
         self.packed = large(panels * depth * PANEL, dtype=torch.int8)
         self.sums = torch.empty(panels * PANEL, dtype=torch.int32)
         self.scales = torch.zeros(panels * PANEL)
         pointers = (self.packed.data_ptr(), self.scales.data_ptr(), self.sums.data_ptr())
         self.words = torch.tensor([*pointers, rows, depth], dtype=torch.int64)
-        self.refill(quantised)
+        if isinstance(matrix, Tensor):
+            self.round(matrix)
+        else:
+            self._fill(matrix)
 
-    def refill(self, quantised: Quantised) -> None:
-        """Hold another matrix of the same shape, where this one lies."""
+    def round(self, value_NK: Tensor) -> None:
+        """Hold another matrix of the same shape where this one lies: the codes of `numerics.quantise.quantise`."""
+        self._round(value_NK, None)
+        check_scales(self.scales, value_NK)
+
+    def is_of(self, value_NK: Tensor) -> bool:
+        """Whether the codes are those of this matrix."""
+        different = torch.zeros(1, dtype=torch.int64)
+        self._round(value_NK, different)
+        return not int(different)
+
+    def _round(self, value_NK: Tensor, different: Tensor | None) -> None:
+        run = kernel("eights", "round_eights", value_NK.dtype, "pppppiii")
+        assert run is not None and value_NK.shape == self.shape, (value_NK.dtype, value_NK.shape)
+        held = (self.packed.data_ptr(), self.scales.data_ptr(), self.sums.data_ptr())
+        value = address(value_NK, value_NK.dtype, *self.shape)
+        run(value, *held, None if different is None else different.data_ptr(), *self.shape, int(self.words[4]))
+
+    def _fill(self, quantised: Quantised) -> None:
         pack = function("eights", "pack_eights", "pppiii")
         assert pack is not None and fits(quantised) and quantised.codes_NK.shape == self.shape, quantised
         rows, inputs = self.shape
@@ -51,13 +71,12 @@ class Eights:
         pack(codes, self.packed.data_ptr(), self.sums.data_ptr(), rows, inputs, int(self.words[4]))
 
     def values(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """What the codes of the matrix stand for: [N, K]."""
-        unpack = function("eights", "unpack_eights", "ppi")
-        assert unpack is not None
-        codes_NK = torch.empty(self.shape, dtype=torch.int8)
-        unpack(self.words.data_ptr(), codes_NK.data_ptr(), self.shape[1])
-        scales_NG = self.scales[: self.shape[0], None].contiguous()
-        return dequantise(Quantised(codes_NK, scales_NG, 8, self.shape[1]), dtype)
+        """What the codes of the matrix stand for: [N, K], bf16 or fp32."""
+        unpack = kernel("eights", "unpack_eights", dtype, "ppi")
+        assert unpack is not None, dtype
+        value_NK = torch.empty(self.shape, dtype=dtype)
+        unpack(self.words.data_ptr(), value_NK.data_ptr(), self.shape[1])
+        return value_NK
 
     def product(
         self,

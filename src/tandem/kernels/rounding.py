@@ -13,9 +13,11 @@ from torch import Tensor
 from tandem.errors import ConfigError
 from tandem.kernels.blocks import rounded, rounded_rows
 from tandem.kernels.quantise import dequantise, quantise
-from tandem.numerics.blocks import FORMATS, Format, format_of
-from tandem.numerics.quantise import Quantised, from_int8, to_int8
+from tandem.numerics.blocks import FORMATS, WHOLE_ROW, Format, format_of
+from tandem.numerics.elements import Fixed
+from tandem.numerics.quantise import Quantised
 
+EIGHTS = Format("int8_row", Fixed("int8", 8, 0), WHOLE_ROW, "fp32", each_row=True)  # w8a8's rows, as they read back
 BITS = {"int8": 8, "int4": 4, "w8a8": 8}
 
 
@@ -45,7 +47,7 @@ class Rounding(NamedTuple):
     def multiplied(self, x_TK: Tensor) -> Tensor:
         """Rows as they are multiplied, in their dtype. A row with a NaN or an infinity is all NaN."""
         if self.products:
-            return from_int8(*to_int8(x_TK), x_TK.dtype)
+            return rounded_rows(x_TK, EIGHTS)
         return x_TK if self.rows is None else rounded_rows(x_TK, self.rows)
 
 

@@ -124,6 +124,13 @@ def _eights(dtype: torch.dtype) -> Iterator[Comparison]:
     yield Comparison("a product in 8 bits", got.nan_to_num(), wanted.nan_to_num())
     yield Comparison("what is not finite", got.isnan().float(), wanted.isnan().float())
     yield Comparison("the codes again", made.values(dtype), rounding.dequantise(quantised, dtype))
+    other = eights.Eights(weight)
+    yield Comparison("a matrix that is rounded", torch.cat([other.packed, made.packed]), torch.cat([made.packed] * 2))
+    yield Comparison(
+        "whose codes they are",
+        torch.tensor([other.is_of(weight), other.is_of(-weight)]).float(),
+        torch.tensor([1.0, 0.0]),
+    )
 
 
 def _blocks(dtype: torch.dtype) -> Iterator[Comparison]:

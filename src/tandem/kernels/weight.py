@@ -16,6 +16,7 @@ from tandem.kernels.eights import Eights
 from tandem.kernels.large import large
 from tandem.kernels.rounding import NOT_ROUNDED, Rounding
 from tandem.kernels.sizes import PANEL, STRIP
+from tandem.numerics.compare import same_bits
 from tandem.numerics.quantise import Quantised
 
 
@@ -145,11 +146,10 @@ class Weight:
     def repack(self) -> None:
         """Derive what products read from `value`."""
         if self.rounding.products:
-            codes = self.rounding.codes(self.value)
             if isinstance(self.codes, Eights):
-                self.codes.refill(codes)
+                self.codes.round(self.value)
             else:
-                self.codes, self.packed = Eights(codes), None
+                self.codes, self.packed = Eights(self.value), None
             return
         value = self.rounding.matrix(self.value)
         if self.packed is None:
@@ -175,6 +175,12 @@ class Weight:
             )
         self.rounding = rounding
         self.repack()
+
+    def follows(self) -> bool:
+        """Whether what products read is `value`, rounded."""
+        if isinstance(self.codes, Eights):
+            return self.codes.is_of(self.value)
+        return same_bits(self.served(), self.rounding.matrix(self.value))
 
     @property
     def read(self) -> torch.Tensor:

@@ -18,7 +18,6 @@ from tandem.models.adapter import AdapterSet
 from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder, decoder_of
 from tandem.models.spec import ModelSpec
-from tandem.numerics.compare import same_bits
 from tandem.numerics.digest import root_hash, tensor_hashes
 from tandem.numerics.quantise import Quantised
 from tandem.types import WeightVersion
@@ -164,10 +163,8 @@ def _served(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
     for name, weight in decoder.published():
         if weight is decoder.embed and (weight.packed is not None or weight.codes is not None):
             yield "embed (rows)", weight.value
-        served = weight.served(room)
-        if weight.rounding and not weight.value.is_meta and same_bits(served, weight.rounding.matrix(weight.value)):
-            served = weight.value
-        yield name, served
+        is_value = weight.rounding and not weight.value.is_meta and weight.follows()
+        yield name, weight.value if is_value else weight.served(room)
 
 
 def check(
