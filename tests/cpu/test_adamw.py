@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.kernels.adamw import Hyper, adamw, grad_norm
+from tandem.kernels.adamw import Few, Hyper, adamw, adamw_few, adamw_few_reference, few_of, grad_norm
 from tandem.numerics.compare import same_bits
 
 E = 2.0**-24
@@ -75,3 +75,50 @@ def test_norm_tells_what_is_not_finite(any_path, value):
 def test_norm_beyond_fp32(any_path):
     """Squares overflow in fp32 where every gradient is finite."""
     assert grad_norm([torch.full((4,), 1e30)]) == pytest.approx(2e30, rel=1e-6)
+
+
+def updated(
+    eights: bool, masters: bool, reference: bool, steps: int = 12, size: int = 2500
+) -> tuple[Few, torch.Tensor]:
+    """After updates by gradients of far sizes."""
+    draw = torch.Generator().manual_seed(4)
+    value = torch.randn(size, generator=draw).bfloat16()
+    state = few_of(value, eights=eights, masters=masters)
+    for step in range(1, steps + 1):
+        grad = torch.randn(size, generator=draw) * torch.logspace(-7, 1, size)
+        hyper = Hyper(1e-3, 0.9, 0.99, 1e-8, 0.1, step, 0.5)
+        (adamw_few_reference if reference else adamw_few)(state, grad, value, hyper, 2**40 + 9)
+    return state, value
+
+
+@pytest.mark.parametrize("masters", [True, False])
+@pytest.mark.parametrize("eights", [True, False])
+def test_a_state_of_fewer_bits_is_the_rule(any_path, eights: bool, masters: bool) -> None:
+    """A scale of another block, a word of another number or update, a lost sign, a rounding that is not drawn."""
+    (ours, value), (wanted, other) = updated(eights, masters, False), updated(eights, masters, True)
+    assert (ours.master is value) is not masters
+    apart = (value != other).float().mean()  # a sum that another order of operations moves over an edge
+    assert float(apart) < 2e-3 and torch.allclose(value.float(), other.float(), rtol=2**-6, atol=1e-4)
+    for got, right in zip(ours[1:3], wanted[1:3], strict=True):
+        if eights:
+            assert float((got != right).float().mean()) < 2e-3 and int((got.int() - right.int()).abs().max()) <= 1
+        else:
+            torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-7)
+    exact, _ = updated(False, True, True)
+    if eights:
+        assert ours.first_scales is not None and ours.second_scales is not None
+        held = ours.first.view(torch.float8_e4m3fn).float() * ours.first_scales.repeat_interleave(1024)[:2500]
+        roots = ours.second.view(torch.float8_e4m3fn).float() * ours.second_scales.repeat_interleave(1024)[:2500]
+        for own, right in ((held, exact.first), (roots, exact.second.sqrt())):
+            assert float((own - right).norm() / right.norm()) < 0.2
+
+
+def test_a_drawn_rounding_is_right_on_the_mean() -> None:
+    """A moment, or a weight, that stands still because each step is less than half of a code."""
+    for eights, masters in ((True, True), (False, False)):
+        value = torch.full((4096,), 1.0).bfloat16()
+        state = few_of(value, eights=eights, masters=masters)
+        for step in range(1, 101):  # with gradients of one size an update is the rate: a fortieth of a bf16 code
+            adamw_few(state, torch.ones(4096), value, Hyper(1e-4, 0.9, 0.99, 0.0, 0.0, step), 3)
+        mean = float((state.master.float() if masters else value.float()).mean())
+        assert abs((1 - mean) - 100 * 1e-4) < 5e-4, (eights, masters, mean)

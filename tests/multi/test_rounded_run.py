@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tandem.config import override
+from tandem.errors import ConfigError
 from tandem.kernels.build.toolchain import compiler
 from tandem.program.pool import RunningEpisode
 from tandem.recipes.tiny_arithmetic import tiny_arithmetic
@@ -79,6 +80,27 @@ def test_resumed_and_apart(tmp_path: Path) -> None:
     assert [row["weights"] for row in resumed] == digests
     apart = run(tmp_path / "apart", **ARMS["w8a8"], **{"workers.backend": "local"})
     assert [row["weights"] for row in apart] == digests and all(row["mismatch"] == 0 for row in apart[1:])
+
+
+FEW = {"learner.moments": "float8", "learner.masters": "bfloat16", "learner.lr": "3e-3"}
+
+
+def test_a_state_of_fewer_bits_is_resumed(tmp_path: Path) -> None:
+    """Moments, scales or weights that a checkpoint lacks; a state that is as large as before."""
+    rows = run(tmp_path / "run", **FEW)
+    run(tmp_path / "cut", "2", **FEW)
+    resumed = run(tmp_path / "cut", "3", resume=True, **FEW)
+    assert [row["weights"] for row in resumed] == [row["weights"] for row in rows]
+    assert rows[1]["weights"] != rows[2]["weights"] and all(row["mismatch"] == 0 for row in rows[1:])
+    run(tmp_path / "whole", "1")
+    sizes = [
+        sum(path.stat().st_size for path in (tmp_path / name / "checkpoints").glob("*/optimiser-*"))
+        / len(list((tmp_path / name / "checkpoints").iterdir()))
+        for name in ("run", "whole")
+    ]
+    assert sizes[0] < 0.45 * sizes[1], sizes  # 4 of 12 bytes, and the names
+    with pytest.raises(ConfigError, match=r"learner.masters bfloat16 and model.dtype float32: .*Set model.dtype to"):
+        run(tmp_path / "refused", **FEW, **{"model.dtype": "float32"})
 
 
 @pytest.mark.parametrize(

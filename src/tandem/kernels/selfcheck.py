@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -288,7 +289,27 @@ def _adamw(dtype: torch.dtype) -> Iterator[Comparison]:
     for what, got, other in zip(("weights", "first moments", "second moments"), ours[:3], wanted[:3], strict=True):
         yield Comparison(what, got, other, 16 * E * (1 + other.double().abs()))
     yield Comparison("rounded weights", value, ours[0].to(dtype))
+    if dtype == torch.bfloat16:
+        yield from _few(hyper)
     yield _near("a norm", torch.tensor(adamw.grad_norm([ours[3]])), ours[3].double().norm(), 0, 64)
+
+
+def _few(hyper: adamw.Hyper) -> Iterator[Comparison]:
+    """A block that is not full, moments in 8 bits and in fp32, with masters and without."""
+    for coded, masters in itertools.product((False, True), repeat=2):
+        values = [normal(1500, dtype=torch.bfloat16, seed=6) for _ in range(2)]
+        ours, wanted = (adamw.few_of(value, eights=coded, masters=masters) for value in values)
+        for step in (1, 2):
+            grad, now = normal(1500, seed=6 + step), replace(hyper, step=step)
+            adamw.adamw_few(ours, grad, values[0], now, 5)
+            adamw.adamw_few_reference(wanted, grad, values[1], now, 5)
+        for what, got, other in zip(adamw.Few._fields, ours, wanted, strict=True):
+            if got is not None and other is not None:
+                edge = 2e-3 if coded else 0.0  # of a word that lies on one: a code more or less, and what it moves
+                if got.dtype == torch.bfloat16:
+                    edge = edge + 2.0**-7 * other.double().abs()
+                near = 1.0 if got.dtype == torch.uint8 else edge + 16 * E * (1 + other.double().abs())
+                yield Comparison(what, got.double(), other.double(), near)
 
 
 def _quantise(dtype: torch.dtype) -> Iterator[Comparison]:

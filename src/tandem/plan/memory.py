@@ -356,7 +356,7 @@ def _variants(asked: Asked, plan: Plan) -> Iterator[tuple[str, Asked]]:
     if not plan.checkpointing:
         yield "learner.activation_checkpointing=on", learning(activation_checkpointing="on")
     away = "host" if model.device == "cuda" else "disk"
-    if run.learner.optimiser_offload == "none":
+    if run.learner.optimiser_offload == "none" and not run.learner.keeps_less:
         yield f"learner.optimiser_offload={away}", learning(optimiser_offload=away)
     if asked.critic is not None:
         head = replace(run, critic=replace(run.critic, model="", model_lr=None))
@@ -428,12 +428,12 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
 def _optimiser_lines(asked: Asked, whose: str, count: int, place: Literal["host", "device"]) -> Iterator[Line]:
     """Of a model of `count` weights that learns."""
     assert asked.run is not None
-    offload = asked.run.learner.optimiser_offload
+    offload, each = asked.run.learner.optimiser_offload, asked.run.learner.state_bytes
     yield Line(f"{whose}gradients", 4 * count, ("learn", "update") if asked.takes_turns else LOADED, place)
     sliced = offload == "disk" and not asked.addresses
     yield Line(
-        f"{whose}optimiser (weights in fp32, two moments)",
-        12 * min(count, SLICE if sliced else count),
+        f"{whose}optimiser ({'weights in fp32, ' if asked.run.learner.masters == 'float32' else ''}two moments)",
+        int(each * min(count, SLICE if sliced else count)),
         ("update",) if sliced else LOADED,
         "host" if offload == "host" else place,
         mapped=sliced,

@@ -220,6 +220,19 @@ def check_training(config: RunConfig) -> None:
             "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "
             "to none, or to disk to keep it in a file."
         )
+    if config.learner.keeps_less:
+        wanted = {
+            "model.dtype": (config.model.dtype, "bfloat16"),
+            "model.device": (config.model.device, "cpu"),
+            "learner.optimiser_offload": (config.learner.optimiser_offload, "none"),
+        }
+        for name, (value, one) in wanted.items():
+            if value != one:
+                raise ConfigError(
+                    f"learner.moments is {config.learner.moments}, learner.masters {config.learner.masters} and {name} "
+                    f"{value}: a state of fewer bits is of weights in bfloat16 beside them, on the CPU. Set {name} to "
+                    f"{one}, or both to float32."
+                )
 
 
 def _check_written(config: RunConfig) -> None:

@@ -27,6 +27,9 @@ def _spread(values: Iterable[float | None]) -> str:
     return decimal(mean_of(known)) + ends
 
 
+DRIFT = {"k3": "k3", "ess": "ess", "rare_share": "rare", "masked": "masked"}  # series, and their columns
+
+
 def _titles(result: Result) -> dict[str, str]:
     return {arm["name"]: ", ".join(filter(None, (arm["panel"], arm["label"]))) for arm in result["arms"]}
 
@@ -46,8 +49,8 @@ def arms_table(result: Result) -> str:
                 "s a step": decimal(step_seconds(result, arm), 2),
                 **_spent(result, arm, runs),
                 **{
-                    name: decimal(mean_of(value for run in runs for value in run["series"].get(name, ())))
-                    for name in ("k3", "ess", "masked")
+                    said: decimal(mean_of(value for run in runs for value in run["series"].get(name, ())))
+                    for name, said in (DRIFT.items() if rewarded(result) else ())
                 },
             }
         )
@@ -162,8 +165,8 @@ def readme(result: Result, reading: str, section: str = "") -> str:
         "## Arms",
         (
             f"Reward is the mean over the last {result['last_steps']} of {result['steps']} steps, then over seeds "
-            f"(least to most); held-out accuracy is {_drawn(result)}, on {prompts} prompts. k3, ess and masked are "
-            "means over all steps."
+            f"(least to most); held-out accuracy is {_drawn(result)}, on {prompts} prompts. k3, ess, the share of "
+            "the gradient that tokens with p < 0.001 have, and masked are means over all steps."
             if rewarded(result)
             else f"Held-out accuracy is {_drawn(result)}, on {prompts} prompts: some arms sample nothing to learn from."
         ),

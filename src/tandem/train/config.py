@@ -14,6 +14,8 @@ from tandem.errors import ConfigError
 Schedule = Literal["constant", "linear", "cosine"]
 Checkpointing = Literal["auto", "on", "off"]
 Offload = Literal["none", "host", "disk"]
+Moments = Literal["float32", "float8"]
+Masters = Literal["float32", "bfloat16"]
 SLICE = 4 << 20  # numbers of an offloaded state that are updated at once: 48 MiB
 SHARD_BYTES = 128 << 20  # of the optimiser's state in a checkpoint: the serialiser holds a copy of a shard
 
@@ -39,7 +41,19 @@ class LearnerConfig:
     microbatch_tokens: Positive = 1024  # rows of one forward and backward pass at most
     share_prefix: bool = True  # samples of a prompt share the rows of the tokens they begin with
     activation_checkpointing: Checkpointing = "auto"  # run layers again in the backward pass; auto: only to fit memory
+    moments: Moments = "float32"  # AdamW's two; float8: e4m3 with a scale a block, rounded stochastically
+    masters: Masters = "float32"  # what updates are added to; bfloat16: the weights themselves, rounded stochastically
     optimiser_offload: Offload = "none"  # where master weights and moments lie: disk (a mapped file), host (of a GPU)
+
+    @property
+    def keeps_less(self) -> bool:
+        """Whether the state of weights in bf16 is in fewer bits than fp32's."""
+        return self.moments != "float32" or self.masters != "float32"
+
+    @property
+    def state_bytes(self) -> float:
+        """Of a weight in bf16, beside it."""
+        return (4 if self.masters == "float32" else 0) + (8 if self.moments == "float32" else 2 + 8 / 1024)
 
     def rate(self, update: int, total: int) -> float:
         """Learning rate of the 0-based `update` of `total`. Linear warm-up, then the schedule.

@@ -2,6 +2,7 @@
 
 learner.optimiser_offload: "host" keeps the state beside the CPU and updates there; "disk" keeps it in a mapped file of
 the cache folder, of which a slice is in memory at a time. The CPU's kernel gives the same bits either way.
+learner.moments and learner.masters keep less of weights in bf16: 6 bytes of 12 a number, 8, or 2.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from tandem import env
 from tandem.errors import CheckpointError
-from tandem.kernels.adamw import Hyper, adamw, grad_norm
+from tandem.kernels.adamw import Few, Hyper, adamw, adamw_few, few_of, grad_norm
 from tandem.kernels.large import large, release_memory
 from tandem.kernels.weight import Weight
 from tandem.train.config import SLICE, LearnerConfig
@@ -45,15 +46,19 @@ class Optimiser:
         self.model = model
         self.config = config
         self.updates = 0
-        self.state: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.state: dict[str, Few | tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self._file: FileTensors | None = None
         if config.optimiser_offload == "disk":
             sizes = [weight.value.numel() for _, weight in model.weights()]
             self._file = FileTensors(env.cache_dir(), len(PARTS) * sum(sizes), len(PARTS) * len(sizes))
         for name, weight in model.weights():
             assert weight.codes is None or weight.rounding, f"{name} is served from codes"
-            master, first, second = (self._zeros(weight.value) for _ in PARTS)
-            self.state[name] = (master.copy_(weight.value), first, second)
+            if config.keeps_less and weight.value.dtype == torch.bfloat16:
+                eights, masters = config.moments == "float8", config.masters == "float32"
+                self.state[name] = few_of(weight.value, eights=eights, masters=masters)
+            else:
+                master, first, second = (self._zeros(weight.value) for _ in PARTS)
+                self.state[name] = (master.copy_(weight.value), first, second)
             weight.grad = large(*weight.value.shape, dtype=torch.float32, device=weight.value.device)
             self._release()
         self.zero_grad()
@@ -91,10 +96,14 @@ class Optimiser:
         config = self.config
         self.updates += 1
         scale = unit * min(1.0, config.grad_clip / norm) if norm > 0 else unit
-        for name, weight, grad in self._weights():
+        for number, (name, weight, grad) in enumerate(self._weights()):
             decay = config.weight_decay if weight.value.dim() == 2 else 0.0
             hyper = Hyper(others.get(name, lr), config.beta1, config.beta2, config.eps, decay, self.updates, scale)
-            self._update(self.state[name], grad, weight.value, hyper)
+            state = self.state[name]
+            if isinstance(state, Few):
+                adamw_few(state, grad, weight.value, hyper, number)
+            else:
+                self._update(state, grad, weight.value, hyper)
         self.model.repack()
 
     def _update(self, state: tuple[torch.Tensor, ...], grad: torch.Tensor, value: torch.Tensor, hyper: Hyper) -> None:
@@ -114,9 +123,10 @@ class Optimiser:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """State by name, "master/layers.0.qkv" and so on. On disk: in memory until the next one is asked for."""
         for name, parts in self.state.items():
-            for part, tensor in zip(PARTS, parts, strict=True):
-                yield f"{part}/{name}", tensor
-                self._release()
+            for part, tensor in zip(Few._fields if isinstance(parts, Few) else PARTS, parts, strict=True):
+                if tensor is not None:
+                    yield f"{part}/{name}", tensor
+                    self._release()
 
     def load(self, tensors: Mapping[str, torch.Tensor] | Iterator[tuple[str, torch.Tensor]], updates: int) -> None:
         """Take over saved state, and round the master weights into the model."""
