@@ -87,8 +87,8 @@ def few_of(value: Tensor, *, eights: bool, masters: bool) -> Few:
     master = value.float() if masters else value
     if not eights:
         return Few(master, torch.zeros(value.shape), torch.zeros(value.shape))
-    codes = (torch.zeros(value.shape, dtype=torch.uint8) for _ in range(2))
-    return Few(master, *codes, torch.zeros(blocks), torch.zeros(blocks))
+    first, second = (torch.zeros(value.shape, dtype=torch.uint8) for _ in range(2))
+    return Few(master, first, second, torch.zeros(blocks), torch.zeros(blocks))
 
 
 def adamw_few(state: Few, grad: Tensor, value: Tensor, hyper: Hyper, seed: int) -> None:

@@ -305,10 +305,11 @@ def _few(hyper: adamw.Hyper) -> Iterator[Comparison]:
             adamw.adamw_few_reference(wanted, grad, values[1], now, 5)
         for what, got, other in zip(adamw.Few._fields, ours, wanted, strict=True):
             if got is not None and other is not None:
-                edge = 2e-3 if coded else 0.0  # of a word that lies on one: a code more or less, and what it moves
+                # of a word that lies on an edge: a code more or less, and what it moves
+                near = (2e-3 if coded else 0.0) + 16 * E * (1 + other.double().abs())
                 if got.dtype == torch.bfloat16:
-                    edge = edge + 2.0**-7 * other.double().abs()
-                near = 1.0 if got.dtype == torch.uint8 else edge + 16 * E * (1 + other.double().abs())
+                    near = near + 2.0**-7 * other.double().abs()
+                near = near + float(got.dtype == torch.uint8)
                 yield Comparison(what, got.double(), other.double(), near)
 
 

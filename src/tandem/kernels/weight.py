@@ -200,10 +200,10 @@ class Weight:
         """Multiply by these codes from now on, whose values in bf16 have the same products to the last bit.
 
         `rows`: keep `value` for the look-up of rows; the caller fills it. False, and nothing changed, where this weight
-        is not packed for bf16 products or the codes have no packed form.
+        is not packed for bf16 products, is rounded otherwise, or the codes have no packed form.
         """
         ready = self.codes is not None or (self.packed is not None and self.value.dtype == torch.bfloat16)
-        if not ready or self.library or not fits(quantised):
+        if not ready or self.library or self.rounding or not fits(quantised):
             return False
         self._hold(Codes(quantised), rows)
         return True

@@ -98,7 +98,7 @@ class Asked:
     @property
     def form(self) -> Literal["codes", "packed", "both"]:
         """How the decoder that is loaded keeps its matrices; who rounds it, holds it back or trains it reads both."""
-        if self.shares and self.coded_bytes and self.holds_codes:
+        if self.shares and self.coded_bytes and self.holds_codes and self.model.weights == "same":
             return "codes"
         alone = self.shares and self.serves and self.model.kernels == "exact" and packed_bytes(self.spec, self.model)
         return "packed" if alone else "both"

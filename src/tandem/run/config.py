@@ -215,24 +215,7 @@ def check_training(config: RunConfig) -> None:
             "hang on the network, and what the others drew is not told. Leave rollout.extra_prompts out, or "
             "remote.servers."
         )
-    if config.learner.optimiser_offload == "host" and config.model.device == "cpu":
-        raise ConfigError(
-            "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. Set it "
-            "to none, or to disk to keep it in a file."
-        )
-    if config.learner.keeps_less:
-        wanted = {
-            "model.dtype": (config.model.dtype, "bfloat16"),
-            "model.device": (config.model.device, "cpu"),
-            "learner.optimiser_offload": (config.learner.optimiser_offload, "none"),
-        }
-        for name, (value, one) in wanted.items():
-            if value != one:
-                raise ConfigError(
-                    f"learner.moments is {config.learner.moments}, learner.masters {config.learner.masters} and {name} "
-                    f"{value}: a state of fewer bits is of weights in bfloat16 beside them, on the CPU. Set {name} to "
-                    f"{one}, or both to float32."
-                )
+    config.learner.check(config.model.dtype, config.model.device)
 
 
 def _check_written(config: RunConfig) -> None:

@@ -55,6 +55,26 @@ class LearnerConfig:
         """Of a weight in bf16, beside it."""
         return (4 if self.masters == "float32" else 0) + (8 if self.moments == "float32" else 2 + 8 / 1024)
 
+    def check(self, dtype: str, device: str) -> None:
+        """ConfigError for a state that weights of this dtype, on this device, cannot have."""
+        if self.optimiser_offload == "host" and device == "cpu":
+            raise ConfigError(
+                "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. "
+                "Set it to none, or to disk to keep it in a file."
+            )
+        wanted = {
+            "model.dtype": (dtype, "bfloat16"),
+            "model.device": (device, "cpu"),
+            "learner.optimiser_offload": (self.optimiser_offload, "none"),
+        }
+        for name, (value, one) in wanted.items() if self.keeps_less else ():
+            if value != one:
+                raise ConfigError(
+                    f"learner.moments is {self.moments}, learner.masters {self.masters} and {name} {value}: a state of "
+                    f"fewer bits is of weights in bfloat16 beside them, on the CPU. Set {name} to {one}, or both to "
+                    "float32."
+                )
+
     def rate(self, update: int, total: int) -> float:
         """Learning rate of the 0-based `update` of `total`. Linear warm-up, then the schedule.
 
