@@ -38,7 +38,9 @@ $(STAMP): pyproject.toml constraints.txt | $(BIN)/python
 demo: $(STAMP)
 	$(BIN)/tandem train smollm2_arithmetic_cpu $(ARGS)
 
+# Compiled first: a process that the tests start takes a fifth less time to come up where PYTHONDONTWRITEBYTECODE is set.
 test: $(STAMP)
+	$(BIN)/python -m compileall -q src/tandem recipes studies
 	$(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules src/tandem tests --ignore=tests/others $(ARGS)
 
 OTHERS ?= gym textarena openenv verifiers lm_eval trl

@@ -22,9 +22,9 @@ from tandem.models.decoder import Decoder
 from tandem.models.tokenizer import Tokenizer, byte_alphabet
 from tandem.models.view import PackView
 from tandem.program.render import Renderer
-from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.run.spans import SpanTeacher
 from tandem.types import Group, Message, Prompt, Sample, Trajectory
+from tests.sums import tiny_arithmetic
 
 MODEL = "new:width=32,layers=2,heads=4,kv_heads=2,ff_width=48,max_position=128"
 ASKED = Prompt("p", (Message("user", "six?"),))

@@ -16,13 +16,13 @@ from tandem.config import override
 from tandem.errors import CheckpointError, ConfigError, RunFolderError
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.program.pool import RunningEpisode
-from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.run import local
 from tandem.run.config import RunConfig
 from tandem.run.model import load
 from tandem.run.parts import build_parts, reference_of
 from tests.display import Silent
 from tests.samples import ended
+from tests.sums import tiny_arithmetic
 
 MODEL = "new:width=32,layers=2,heads=4,kv_heads=2,ff_width=48,max_position=128"
 SMALL = {

@@ -12,12 +12,12 @@ import pytest
 from tandem.config import override
 from tandem.errors import ConfigError
 from tandem.program.pool import RunningEpisode
-from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.run import local, session
 from tandem.run.config import RunConfig
 from tests.display import Silent
 from tests.multi.test_goldens import digest
 from tests.samples import ended
+from tests.sums import tiny_arithmetic
 
 MODEL = "new:width=32,layers=2,heads=4,kv_heads=2,ff_width=48,max_position=128"
 SMALL = {

@@ -19,7 +19,6 @@ from tandem.models.adapter import AdapterSet
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.config import AdapterConfig
 from tandem.models.peft import save_adapter
-from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.run import local
 from tandem.run.config import RunConfig
 from tandem.run.distil import load_teacher, weights_hash
@@ -27,6 +26,7 @@ from tandem.run.reading import SELECTIONS
 from tandem.types import Group, Prompt, Trajectory
 from tests.display import Silent
 from tests.multi.test_distil_run import SMALL, TEACHER, run
+from tests.sums import tiny_arithmetic
 
 
 def chats(path: Path, turns: Sequence[int]) -> Path:

@@ -13,10 +13,10 @@ import pytest
 
 from tandem.config import override
 from tandem.program.pool import RunningEpisode
-from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.run import local
 from tests.display import Silent
 from tests.samples import ended
+from tests.sums import tiny_arithmetic
 
 SMALL = {
     "steps": "2",

@@ -21,13 +21,14 @@ from tandem.models.scratch import Shape
 from tandem.program.config import TaskConfig
 from tandem.program.pool import EnvironmentPool
 from tandem.program.render import Renderer
-from tandem.recipes.tiny_arithmetic import tiny_arithmetic
+from tandem.recipes.tiny_arithmetic import tiny_arithmetic as recipe
 from tandem.run import local
 from tandem.run.config import RunConfig
 from tandem.train.config import LearnerConfig
 from tandem.train.step import Learner
 from tandem.types import Message, Prompt
 from tests.display import Silent
+from tests.sums import tiny_arithmetic
 
 SOURCE = "new:width=32,layers=2,heads=4,kv_heads=2,ff_width=48,max_position=128"
 SMALL = {
@@ -171,7 +172,7 @@ def test_texts_that_do_not_fit_or_are_not_there(tmp_path: Path) -> None:
 
 def test_worked_steps_are_right() -> None:
     """A step of a worked sum is wrong, or an answer is not its end."""
-    task = EnvironmentPool(dataclasses.replace(tiny_arithmetic().task, heldout_size=4))
+    task = EnvironmentPool(dataclasses.replace(recipe().task, heldout_size=4))
     try:
         asked = task.batch(0, 50)
         for prompt, solution in zip(asked, task.solutions(asked), strict=True):

@@ -7,7 +7,7 @@ from collections import Counter
 from tandem.report.advice import advise
 from tests.courses import Noise
 
-RUNS = 1000
+RUNS = 400
 
 
 def test_noise_is_quiet() -> None:

@@ -14,13 +14,13 @@ import pytest
 
 from tandem.config import override
 from tandem.program.pool import RunningEpisode
-from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.report import plots
 from tandem.run import local
 from tandem.run.config import RunConfig
 from tandem.run.rows import KEYS
 from tests.display import Silent
 from tests.samples import ended
+from tests.sums import tiny_arithmetic
 from tests.tables import check_table
 
 OPEN = {name.removesuffix("/*") for name in KEYS if name.endswith("/*")}  # objects whose keys are names of parts

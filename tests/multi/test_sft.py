@@ -15,10 +15,10 @@ from tandem.corpus.config import CorpusConfig
 from tandem.errors import ConfigError, CorpusError
 from tandem.plan.footprint import Asked, microbatch_rows
 from tandem.recipes.smollm2_sft_cpu import smollm2_sft_cpu
-from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.run import local
 from tandem.run.config import RunConfig, check_training
 from tests.display import Silent
+from tests.sums import tiny_arithmetic
 
 SMALL = {
     "model.source": "new:width=32,layers=2,heads=4,kv_heads=2,ff_width=48,max_position=160",
