@@ -1,7 +1,11 @@
-"""What all tests share. Before torch is loaded: its threads must not spin, or tests beside other work take minutes."""
+"""What all tests share. Before torch is loaded: its threads must not spin, or tests beside other work take minutes, and
+a process has one unless a test asks for more: two files run at a time, and two threads each that wait for each other on
+two cores take 2.5 times the processor time. What threads do is asked where kernels are compiled (`any_path`) and by
+the tests of parity and determinism."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +14,7 @@ import pytest
 from tandem import env
 
 env.limit_spinning()
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"

@@ -59,8 +59,9 @@ def _by_path(path: str) -> Iterator[str]:
 
 @pytest.fixture(params=["compiled", "portable", "reference"])
 def any_path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Kernels for this processor, kernels of plain loops, and no compiler at all."""
-    yield from _by_path(request.param)
+    """Kernels for this processor, by two threads, kernels of plain loops, and no compiler at all."""
+    with Parity.threads(2 if request.param == "compiled" else 1):
+        yield from _by_path(request.param)
 
 
 @pytest.fixture

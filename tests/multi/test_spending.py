@@ -16,13 +16,13 @@ import pytest
 from tandem.config import override
 from tandem.errors import ConfigError
 from tandem.program.pool import RunningEpisode
+from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.run import local
 from tandem.run.config import RunConfig, check_training
 from tandem.run.stream import PromptStream
 from tests.display import Silent
 from tests.multi.test_extra_prompts import rows_of
 from tests.samples import ended
-from tests.sums import tiny_arithmetic
 
 SMALL = {
     "steps": "4",

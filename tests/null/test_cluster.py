@@ -23,6 +23,7 @@ from tandem.rollout.router import Replica, Router
 from tandem.sim.cluster import Cluster
 from tandem.sim.engine import SimEngine
 from tandem.types import Completion, Request, Sampling
+from tests.grid import crossed
 from tests.null.paged_memory import group, make
 
 COST = StepCost(base_s=2e-3, prefill_token_s=5e-5, context_token_s=0.0, decode_token_s=1e-3, held_token_s=1e-15)
@@ -116,8 +117,10 @@ class Doors:
         self.hand_on(self.door_of[completion.request_id])
 
 
-@pytest.mark.parametrize("places", [32, 128])  # of each engine
-@pytest.mark.parametrize("by_first", [{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}, {"a": 0.9, "b": 0.1}])
+@pytest.mark.parametrize(
+    ("by_first", "places"),  # of each engine
+    crossed([{"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 1.0}, {"a": 0.9, "b": 0.1}], [32, 128]),
+)
 def test_two_routers_give_four_to_one_where_turns_at_each_give_one_to_one(
     by_first: dict[str, float], places: int
 ) -> None:
