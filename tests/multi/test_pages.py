@@ -26,6 +26,7 @@ from tandem.cli import main
 from tandem.cli.recipes import find_recipe
 from tandem.config import override
 from tandem.errors import ConfigError
+from tandem.report import plots
 from tandem.types import Message
 from tests.multi.snippets import FILES, LISTED, MODEL, REAL, RUNS, TINY
 
@@ -124,8 +125,11 @@ def home(tmp_path_factory: pytest.TempPathFactory, write_model: Any) -> Path:
 
 
 @pytest.fixture
-def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Runs a command in the reader's folder; its exit code must be 0. `train` is made small and writes into `out`."""
+def run(home: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs a command in the reader's folder; its exit code must be 0. `train` is made small and writes into `out`, with
+    pictures that are drawn coarsely and not laid out, which takes most of their time: `finished` has them whole."""
+    monkeypatch.setitem(plots.STYLE, "figure.constrained_layout.use", False)
+    monkeypatch.setitem(plots.STYLE, "figure.dpi", 40)
 
     def command(text: str, out: str = "out") -> None:
         monkeypatch.chdir(home)
