@@ -8,6 +8,7 @@ from tandem.plan.roofline import Machine
 
 def test_a_step_of_distillation_stands_beside_what_it_cannot_do_without(monkeypatch):
     """An objective that asks more of its samples than the bench gives them: no figure at all."""
+    monkeypatch.setattr(distil, "MODEL", "new:width=32,layers=2,heads=4,kv_heads=2,ff_width=48,max_position=64")
     monkeypatch.setattr(distil, "TEXTS", (2, 8))
     monkeypatch.setattr(distil, "REPEATS", 1)
     found = list(distil.distil(Machine(1e12, 1e10)))
