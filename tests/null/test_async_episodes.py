@@ -160,13 +160,13 @@ def test_a_respond_of_its_own_may_wait(tmp_path: Path) -> None:
     """An `async def respond` that is run to its end without a loop: its first `await` of a sleep fails the program."""
     made = make(tmp_path, "Slows", workers=1)
     try:
-        episodes = [made.episode(made.prompt(index)) for index in range(8)]
+        episodes = [made.episode(made.prompt(index)) for index in range(64)]
         began_s = time.monotonic()
         for episode in episodes:
             episode.said.append(Message("assistant", "go", sampled=True))
         heard = [asked.result(30.0) for asked in [episode.observe() for episode in episodes]]
-        assert [getattr(one, "reward", one) for one in heard] == [1.0] * 8
-        assert time.monotonic() - began_s < 8 * 0.3
+        assert [getattr(one, "reward", one) for one in heard] == [1.0] * 64
+        assert time.monotonic() - began_s < 64 * 0.3
     finally:
         made.close()
 
