@@ -14,12 +14,20 @@ from tandem.engine.config import EngineConfig
 from tandem.errors import ConfigError, DeliveryError, NonFiniteError
 from tandem.kernels.blocks import rounded, rounded_rows, rounded_rows_reference
 from tandem.kernels.eights import product_reference
+from tandem.kernels.eights_gradient import (
+    accumulate,
+    accumulate_reference,
+    input_gradient,
+    input_gradient_reference,
+    turned,
+)
 from tandem.kernels.linear import linear
 from tandem.kernels.rounding import rounding_of
 from tandem.kernels.swiglu import swiglu_down
 from tandem.kernels.weight import Weight
 from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
+from tandem.models.view import PackView
 from tandem.numerics import blocks as reference
 from tandem.numerics.blocks import FORMATS, format_of
 from tandem.numerics.compare import same_bits
@@ -132,6 +140,57 @@ def test_gradients_are_those_of_the_rounded_product(name: str, any_path) -> None
     gate, up = gate_up.detach().chunk(2, -1)
     acted = rounding.multiplied(torch.nn.functional.silu(gate) * up)
     torch.testing.assert_close(weight.grad, dy.T @ acted, rtol=2e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@given(st.integers(1, 70), st.integers(1, 300), st.integers(1, 140), st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+def test_gradients_in_8_bits_are_the_rule(any_path, dtype: torch.dtype, count: int, rows: int, inputs: int, seed: int):
+    """A scale, a byte of noise or a sum of another row or column; words beyond the rows; what is there already."""
+    if any_path == "reference":
+        pytest.skip("integers are multiplied by the C++ alone")
+    draw = torch.Generator().manual_seed(seed)
+    dy, x, value = (
+        torch.randn(*shape, generator=draw).to(dtype) for shape in ((count, rows), (count, inputs), (rows, inputs))
+    )
+    dy[0], x[:, 0] = 0, 0
+    whole = torch.cat([dy, dy], 1)[:, :rows]  # rows that do not lie together
+    assert same(input_gradient(whole, turned(value)), input_gradient_reference(dy, value))
+    ours, wanted = torch.ones(rows, inputs), torch.ones(rows, inputs)
+    accumulate(ours, whole, x)
+    accumulate_reference(wanted, dy, x)
+    assert same(ours, wanted)
+
+
+def test_gradients_in_8_bits_are_right_on_the_mean(kernel_path) -> None:
+    """A rounding to the nearest: what is below half a code is lost in every step."""
+    value, x = torch.eye(64), torch.ones(4096, 8)
+    dy = torch.full((4096, 64), 0.3 / 127)
+    dy[:, 0] = 1.0
+    assert float(input_gradient(dy, turned(value))[:, 1:].mean()) == pytest.approx(0.3 / 127, rel=0.01)
+    grad = torch.zeros(64, 8)
+    dy[0] = 1.0
+    accumulate(grad, dy, x)
+    assert float(grad[1:].mean()) == pytest.approx(1 + 4095 * 0.3 / 127, rel=0.01)
+
+
+def test_a_layer_learns_in_8_bits(kernel_path, make_decoder: Callable[..., Decoder]) -> None:
+    """A product of the backward pass that stays as it was, or whose matrix is that of an update before."""
+    exact, ours = make_decoder("float32"), make_decoder("float32")
+    for decoder in (exact, ours):
+        for name, weight in decoder.weights():
+            weight.grad = torch.zeros(weight.value.shape)
+            if weight.value.ndim == 2 and name not in ("embed", "head"):
+                if decoder is ours:
+                    weight.learn_in_8_bits()
+                weight.value.mul_(2)
+                weight.repack()
+        decoder.forward(torch.arange(50), PackView([0, 50])).square().sum().backward()
+    for (name, one), (_, other) in zip(ours.weights(), exact.weights(), strict=True):
+        if name != "head":
+            assert one.grad is not None and other.grad is not None
+            error = float((one.grad - other.grad).norm() / other.grad.norm())
+            assert error < 0.1 and (error > 1e-4 or name == "norm"), (name, error)
 
 
 def test_rows_of_8_bits_are_those_of_the_product() -> None:

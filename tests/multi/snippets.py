@@ -242,6 +242,9 @@ LISTED: dict[str, str] = {
     "tandem bench lora [--json]": "takes minutes; tests/cpu/test_adapter.py",
     "tandem convert merge SOURCE --out FOLDER": "needs an adapter; tests/cpu/test_peft.py",
     "tandem train smollm2_arithmetic_cpu --set model.weights=w8a8": "tests/multi/test_rounded_run.py",
+    "tandem train smollm2_arithmetic_cpu --set model.weights=w8a8 --set learner.gradients=int8": (
+        "tests/multi/test_rounded_run.py"
+    ),
     "tandem train smollm2_arithmetic_cpu --set model.weights=nvfp4+nvfp4": "tests/multi/test_rounded_run.py",
     "tandem train smollm2_arithmetic_cpu --set engine.weights=fp8_128x128+fp8_1x128": "tests/multi/test_rounded_run.py",
     "tandem numerics {formats,compare} ...": "the whole commands are in RUNS",

@@ -38,6 +38,7 @@ ARMS = {
     "nvfp4, recomputed": {"model.weights": "nvfp4+nvfp4", "learner.activation_checkpointing": "on"},
     "fp8, reference": {"model.weights": "fp8_row+fp8_1x128", "algo.kl": "k3", "algo.kl_weight": "0.1"},
     "w8a8, adapter": {"model.weights": "w8a8", "adapter.rank": "3"},
+    "all in 8 bits": {"model.weights": "w8a8", "learner.gradients": "int8", "learner.moments": "float8"},
     "w8a8, beside": {"model.weights": "w8a8", "asynchrony.mode": "one_off"},
 }
 pytestmark = pytest.mark.skipif(compiler() is None, reason="without a compiler every run departs")
@@ -78,6 +79,10 @@ def test_resumed_and_apart(tmp_path: Path) -> None:
     run(tmp_path / "cut", "2", **ARMS["w8a8"])
     resumed = run(tmp_path / "cut", "3", resume=True, **ARMS["w8a8"])
     assert [row["weights"] for row in resumed] == digests
+    eights = [row["weights"] for row in run(tmp_path / "eights", **ARMS["all in 8 bits"])]
+    run(tmp_path / "eights_cut", "2", **ARMS["all in 8 bits"])
+    resumed = run(tmp_path / "eights_cut", "3", resume=True, **ARMS["all in 8 bits"])
+    assert [row["weights"] for row in resumed] == eights and eights[-1] != digests[-1]
     apart = run(tmp_path / "apart", **ARMS["w8a8"], **{"workers.backend": "local"})
     assert [row["weights"] for row in apart] == digests and all(row["mismatch"] == 0 for row in apart[1:])
 

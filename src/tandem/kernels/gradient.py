@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from tandem.kernels import library
+from tandem.kernels import eights_gradient, library
 from tandem.kernels.address import address, rows_address
 from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
@@ -43,12 +43,24 @@ def accumulate(grad_NK: torch.Tensor, dy_TN: torch.Tensor, x_TK: torch.Tensor, b
     run(dy, dy_TN.stride(0), x, x_TK.stride(0), grad, count, rows, columns)
 
 
+def add_gradient(weight: Weight, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
+    """grad += dy^T x, by the rows that were multiplied; nothing where the weight is frozen."""
+    if weight.grad is None:
+        return
+    if weight.turned is not None:
+        eights_gradient.accumulate(weight.grad, dy_TN, x_TK)
+        return
+    accumulate(weight.grad, dy_TN, weight.rounding.multiplied(x_TK), weight.library)
+
+
 def input_gradient_reference(dy_TN: torch.Tensor, value_NK: torch.Tensor) -> torch.Tensor:
     return wide_product(dy_TN, value_NK).to(dy_TN.dtype)
 
 
 def input_gradient(dy_TN: torch.Tensor, weight: Weight) -> torch.Tensor:
     """dx = dy W: [T, K], by the values that the product read."""
+    if weight.turned is not None:
+        return eights_gradient.input_gradient(dy_TN, weight.turned)
     value = weight.served_value()
     if weight.library:
         ways = (lambda dy: _input_gradient(dy, value), lambda dy: dy @ value)

@@ -21,7 +21,7 @@ from tandem.kernels.adapter import (
 from tandem.kernels.address import address, rows_address
 from tandem.kernels.build.load import function, kernel
 from tandem.kernels.choice import backend
-from tandem.kernels.gradient import accumulate, input_gradient
+from tandem.kernels.gradient import add_gradient, input_gradient
 from tandem.kernels.weight import Weight, packed_size
 
 _LINEAR = "pippppp" + "iii"
@@ -106,8 +106,7 @@ class _Linear(torch.autograd.Function):
             dy_TN = factored(dy_TN, ctx.adapter)
             dx_TK, dlow_TR = adapted_input_gradient(dy_TN, ctx.weight, ctx.adapter)
             add_gradients(ctx.adapter, dy_TN, dlow_TR, x_TK, lowered_TR)
-        if ctx.weight.grad is not None:
-            accumulate(ctx.weight.grad, dy_TN, ctx.weight.rounding.multiplied(x_TK), ctx.weight.library)
+        add_gradient(ctx.weight, dy_TN, x_TK)
         return dx_TK, None, None, dresidual_TN
 
 

@@ -26,6 +26,7 @@ from tandem.kernels import (
     codes,
     divergence,
     eights,
+    eights_gradient,
     gradient,
     head,
     linear,
@@ -132,6 +133,18 @@ def _eights(dtype: torch.dtype) -> Iterator[Comparison]:
         torch.tensor([other.is_of(weight), other.is_of(-weight)]).float(),
         torch.tensor([1.0, 0.0]),
     )
+
+
+def _eights_gradient(dtype: torch.dtype) -> Iterator[Comparison]:
+    """Exact: rows of no whole word, columns beyond a panel, a noise of more than one run."""
+    dy, x, value = (normal(*shape, dtype=dtype, seed=7) for shape in ((38, 290), (38, 70), (290, 70)))
+    dy[:, 3], x[5] = 0, 0
+    wanted = eights_gradient.input_gradient_reference(dy, value)
+    yield Comparison("an input's gradient", eights_gradient.input_gradient(dy, eights_gradient.turned(value)), wanted)
+    grad, right = torch.ones(290, 70), torch.ones(290, 70)
+    eights_gradient.accumulate(grad, dy, x)
+    eights_gradient.accumulate_reference(right, dy, x)
+    yield Comparison("a weight's gradient", grad, right)
 
 
 def _blocks(dtype: torch.dtype) -> Iterator[Comparison]:
@@ -366,6 +379,7 @@ CHECKS |= {
     "codes": _codes,
     "divergence": _each(_divergence),
     "eights": _each(_eights),
+    "eights_gradient": _each(_eights_gradient),
     "forward": tuple,
     "gradient": _each(_gradient),
     "head": _each(_head),

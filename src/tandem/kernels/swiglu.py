@@ -14,7 +14,7 @@ from tandem.kernels.adapter import (
 from tandem.kernels.address import address
 from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
-from tandem.kernels.gradient import accumulate, input_gradient
+from tandem.kernels.gradient import add_gradient, input_gradient
 from tandem.kernels.linear import linear, product_of
 from tandem.kernels.weight import Weight
 
@@ -90,8 +90,7 @@ class _Down(torch.autograd.Function):
             add_gradients(adapter, dy_TM, dlow_TR, act_TF, lowered_TR)
             if learns_magnitude(adapter):
                 add_magnitude_gradients(adapter, dresidual_TM, product_of(act_TF, ctx.weight)[0])
-        if ctx.weight.grad is not None:
-            accumulate(ctx.weight.grad, dy_TM, ctx.weight.rounding.multiplied(act_TF), ctx.weight.library)
+        add_gradient(ctx.weight, dy_TM, act_TF)
         return dgate_up_TF, None, dresidual_TM
 
 

@@ -13,6 +13,7 @@ from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.codes import Codes, fits
 from tandem.kernels.eights import Eights
+from tandem.kernels.eights_gradient import turned
 from tandem.kernels.large import large
 from tandem.kernels.rounding import NOT_ROUNDED, Rounding
 from tandem.kernels.sizes import PANEL, STRIP
@@ -126,7 +127,7 @@ class Weight:
     of the rounded product, and change `value`. A shard is a weight of fewer rows or columns (`Slot.shard`).
     """
 
-    __slots__ = ("adapter", "codes", "grad", "library", "packed", "rounded", "rounding", "value")
+    __slots__ = ("adapter", "codes", "grad", "library", "packed", "rounded", "rounding", "turned", "value")
 
     def __init__(self, value: torch.Tensor, *, matrix: bool, zero: bool = False) -> None:
         """zero: `value` is all zeros, so the packed form is too; neither is touched before something is loaded."""
@@ -137,6 +138,7 @@ class Weight:
         self.adapter: Adapter | None = None  # added by `linear` and `swiglu_down`
         self.rounding = NOT_ROUNDED
         self.rounded: torch.Tensor | None = None  # `value` as it is multiplied, where no packed form has it
+        self.turned: Eights | None = None  # what the backward pass multiplies by, where it is of 8 bits
         self.library = False  # multiply by torch's library where that is faster, see library.py; not batch-invariant
         if matrix and backend(value) == "cpp" and kernel("linear", "pack_weight", value.dtype, "ppii") is not None:
             self.packed = panels(self.value, zero=zero)
@@ -145,6 +147,8 @@ class Weight:
 
     def repack(self) -> None:
         """Derive what products read from `value`."""
+        if self.turned is not None:
+            turned(self.value, self.turned)
         if self.rounding.products:
             if isinstance(self.codes, Eights):
                 self.codes.round(self.value)
@@ -175,6 +179,16 @@ class Weight:
             )
         self.rounding = rounding
         self.repack()
+
+    def learn_in_8_bits(self) -> None:
+        """Have the products of the backward pass in integers (eights_gradient.py). ConfigError where they cannot be."""
+        if self.library or (self.packed is None and not isinstance(self.codes, Eights)):
+            raise ConfigError(
+                "learner.gradients is int8, whose products are computed by tandem's own compiled kernels on the CPU; "
+                "these are not (model.kernels, TANDEM_KERNELS, or no compiler: tandem doctor). Change that, or leave "
+                "it out."
+            )
+        self.turned = turned(self.value)
 
     def follows(self) -> bool:
         """Whether what products read is `value`, rounded."""

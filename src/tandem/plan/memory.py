@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tandem import env
 from tandem.corpus.lines import held_bytes
 from tandem.errors import CapacityError
-from tandem.models.parts import SIZES, expected_shapes
+from tandem.models.parts import SIZES, expected_shapes, layer_slots
 from tandem.plan.footprint import (
     ALL,
     CODES,
@@ -455,6 +455,9 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
         yield Line("adapter's products of a microbatch", run.learner.microbatch_tokens * ranks * compute, ("learn",))
         if run.adapter.dora:
             yield Line("a matrix whose rows are measured", 4 * largest, ("load", "update"))
+    if run.learner.gradients == "int8":
+        matrices = sum(slot.rows * slot.columns for slot in layer_slots(spec) if slot.columns is not None)
+        yield Line("matrices as the backward pass multiplies them", matrices, place=place)
     yield from _optimiser_lines(asked, "", count, place)
     if run.needs_reference and not asked.frozen:
         yield Line("reference model", count * compute + packed_bytes(spec, model), LOADED, place)

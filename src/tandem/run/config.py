@@ -271,6 +271,7 @@ def check_adapter(config: RunConfig) -> None:
     refused = {
         "model.device": (config.model.device, "cpu"),
         "model.kernels": (config.model.kernels, "exact"),
+        "learner.gradients": (config.learner.gradients, "same"),
         "workers.learner": (config.workers.learner, "here"),
         "remote.servers": (config.remote.servers, ()),
     }

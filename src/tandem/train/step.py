@@ -88,6 +88,11 @@ class Learner:
         trained = self.head or decoder.adapter or decoder
         self.optimiser = Optimiser(_Both(trained, objective) if isinstance(objective, Widened) else trained, config)
         self.critic = critic
+        if config.gradients == "int8":
+            for layer in decoder.layers:
+                for slot, weight in layer.weights():
+                    if slot.columns is not None:
+                        weight.learn_in_8_bits()
         self.between: Callable[[], None] = _nothing  # called before each microbatch
 
     @property
