@@ -1,9 +1,9 @@
 """The two products of a matrix's backward pass in integers of 8 bits.
 
 dx = dy W has a scale a row of dy and one a column of W; dW = dy^T x one a column of dy and one a column of x: amax over
-127. W and x are rounded to the nearest, dy up by the probability of what is lost, by one byte a number: floor(dy / scale
+127. W and x are rounded to the nearest, dy up by the probability of what is lost, by a byte a number: floor(dy / scale
 + (byte + 1/2) / 256). The bytes are those of Philox's words (numerics/random.py), keyed by the largest size in dy, so
-that a gradient is a function of what it is made of. Sums are exact. It is a departure of the gradient, not of the policy.
+that a gradient is a function of what it is made of. Sums are exact. A departure of the gradient, not of the policy.
 """
 
 from __future__ import annotations
