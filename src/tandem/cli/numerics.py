@@ -1,4 +1,4 @@
-"""`tandem numerics`: number formats of few bits, and two of them told apart."""
+"""`tandem numerics`: number formats of few bits, two of them told apart, and what they cost and save."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json as jsonlib
 from collections.abc import Iterator
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,29 +18,106 @@ if TYPE_CHECKING:
 class Kind(str, Enum):
     FORMATS = "formats"
     COMPARE = "compare"
+    ROOFLINE = "roofline"
+    SENSITIVITY = "sensitivity"
+    PARETO = "pareto"
+    PAGE = "page"
 
 
-KIND_HELP = "formats: a table of those that are known; compare: two of them, and the first input that separates them"
-NAMES_HELP = "Of compare: two formats; then, in place of inputs at the edges of their rules, a model's matrices"
+class Phase(str, Enum):
+    DECODE = "decode"
+    PREFILL = "prefill"
+    TRAIN = "train"
+
+
+KIND_HELP = (
+    "formats: a table of those that are known; compare: two of them, and the first input that separates them; "
+    "roofline: bytes, operations and the least time of a model's operations on a device, and what fits its memory; "
+    "sensitivity: each matrix of a model alone in a format, by decibels and by KL; "
+    "pareto: formats by bytes or time against KL and perplexity; page: what a format is, as an HTML page"
+)
+NAMES_HELP = (
+    "Of compare: two formats; then, in place of inputs at the edges of their rules, a model's matrices. Of page: a "
+    "format. Of the others: a model; of roofline a folder with config.json alone, or new:width=..., too"
+)
+FORMAT_HELP = "Of roofline, sensitivity, pareto: bf16, w8a8, or names of `numerics formats`, with commas between."
 SHOWN = 8  # numbers of a block that are printed
+# Which kinds take a flag.
+TAKES: dict[str, tuple[Kind, ...]] = {
+    "device": (Kind.ROOFLINE, Kind.PARETO),
+    "format": (Kind.ROOFLINE, Kind.SENSITIVITY, Kind.PARETO),
+    "batch": (Kind.ROOFLINE, Kind.PARETO),
+    "context": (Kind.ROOFLINE, Kind.PARETO),
+    "phase": (Kind.ROOFLINE, Kind.PARETO),
+    "measure": (Kind.ROOFLINE, Kind.PARETO),
+    "check": (Kind.ROOFLINE,),
+    "texts": (Kind.SENSITIVITY, Kind.PARETO),
+    "out": (Kind.SENSITIVITY, Kind.PARETO, Kind.PAGE),
+}
 
 
 def numerics(
-    kind: Annotated[Kind, typer.Argument(metavar="formats|compare", help=KIND_HELP)],
-    names: Annotated[list[str] | None, typer.Argument(metavar="[A B [MODEL]]", help=NAMES_HELP)] = None,
+    kind: Annotated[Kind, typer.Argument(metavar="|".join(one.value for one in Kind), help=KIND_HELP)],
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help=NAMES_HELP)] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="h200, b200, mi300x, ..., or this, which is measured.")
+    ] = None,
+    format: Annotated[str | None, typer.Option("--format", "--formats", metavar="F[,F]", help=FORMAT_HELP)] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences. 1.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=1, help="Tokens before the one that is decoded, or of each sequence. 1024.")
+    ] = None,
+    phase: Annotated[Phase | None, typer.Option(help="decode.")] = None,
+    measure: Annotated[bool, typer.Option(help="Take this machine's rates anew.")] = False,
+    check: Annotated[
+        bool, typer.Option(help="Beside the prediction for this machine, what each kernel takes. Three minutes.")
+    ] = False,
+    texts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="JSON lines with a text each, or paragraphs of plain text.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Where a picture (PNG) or the pages (a folder) go.")
+    ] = None,
 ) -> int:
-    """Show number formats, or tell two of them apart."""
+    """Show number formats, tell two of them apart, or say what they cost a model and what they save."""
     from tandem.errors import ConfigError
 
     names = names or []
+    given = {
+        "device": device, "format": format, "batch": batch, "context": context, "phase": phase,
+        "measure": measure or None, "check": check or None, "texts": texts, "out": out,
+    }  # fmt: skip
+    for name, value in given.items():
+        if value is not None and kind not in TAKES[name]:
+            those = ", ".join(one.value for one in TAKES[name])
+            raise ConfigError(f"--{name} is not of `numerics {kind.value}`, but of {those}. Leave it out.")
     if kind is Kind.FORMATS:
         if names:
             raise ConfigError(f"`numerics formats` takes no names; {' '.join(names)} were given. Leave them out.")
         return _formats(json)
-    if len(names) not in (2, 3):
-        raise ConfigError(f"`numerics compare` takes two formats and maybe a model; {len(names)} names were given.")
-    return _compare(names[0], names[1], names[2] if len(names) == 3 else "", json)
+    if kind is Kind.COMPARE:
+        if len(names) not in (2, 3):
+            raise ConfigError(f"`numerics compare` takes two formats and maybe a model; {len(names)} names were given.")
+        return _compare(names[0], names[1], names[2] if len(names) == 3 else "", json)
+    if len(names) != 1:
+        wanted = "a format" if kind is Kind.PAGE else "a model"
+        raise ConfigError(f"`numerics {kind.value}` takes {wanted}; {len(names)} names were given.")
+    from tandem.cli import lab
+
+    asked = lab.Asked(
+        device or "h200", tuple((format or "").split(",")) if format else (), batch or 1, context or 1024,
+        phase.value if phase else "decode", measure,
+    )  # fmt: skip
+    if kind is Kind.ROOFLINE:
+        return lab.check(names[0], asked, json) if check else lab.roofline(names[0], asked, json)
+    if kind is Kind.PAGE:
+        return lab.page(names[0], out)
+    if texts is None:
+        raise ConfigError(f"`numerics {kind.value}` needs --texts FILE: what the model reads, about as it is used.")
+    if kind is Kind.SENSITIVITY:
+        return lab.sensitivity(names[0], asked, texts, out, json)
+    return lab.pareto(names[0], asked, texts, out, json)
 
 
 def _formats(json: bool) -> int:

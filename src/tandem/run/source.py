@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from tandem.errors import ConfigError, ModelError, RunFolderError
+from tandem.models.checkpoint import open_checkpoint
+from tandem.models.fields import read_json
+from tandem.models.hf_config import from_hf_config
 from tandem.models.peft import CONFIG, AdapterFolder, base_of
+from tandem.models.scratch import PREFIX, Shape
+from tandem.models.spec import ModelSpec
 from tandem.run.folder import latest_checkpoint
 from tandem.train.checkpoint import MANIFEST, verify
 
@@ -44,6 +49,16 @@ def origin_of(source: str, base: str = "") -> tuple[str, AdapterFolder | None]:
     if another is not None:
         raise ModelError(f"{source} is an adapter of an adapter, {adapter.base}. Merge that one first.")
     return base, adapter
+
+
+def spec_of(source: str) -> ModelSpec:
+    """The shape of a model, by what a config says of it. A folder needs no weights: its config.json is enough."""
+    if source.startswith(PREFIX):
+        return Shape.read(source).spec()
+    config = Path(source).expanduser() / "config.json"
+    if config.is_file() and not (config.parent / "checkpoints").is_dir():
+        return from_hf_config(read_json(config))
+    return open_checkpoint(resolve_source(source)).spec
 
 
 class Same:

@@ -1,0 +1,346 @@
+"""What a model loses where one matrix, or all of them, are kept in a format: decibels, KL, perplexity on given texts.
+
+The distribution of each next token is compared with that of the original. Both are run in fp32, so that nothing but the
+format differs. Matrices of layers are rounded; embedding, head and norms stay,
+and so do activations, but for w8a8, whose rows are rounded in `pareto` as its products round them.
+
+Of one matrix at a time the hidden states of the original before each layer are kept for a batch of texts, and a forward
+pass begins at the layer of the matrix. A mean is over tokens; its 95 % interval takes texts for independent
+(numerics/interval.py: clustered_error), and is none of one text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tandem import env
+from tandem.errors import ConfigError
+from tandem.kernels.norm import rms_norm
+from tandem.kernels.weight import Weight
+from tandem.models.checkpoint import Checkpoint, open_checkpoint
+from tandem.models.decoder import Decoder
+from tandem.models.layer import Layer, views
+from tandem.models.tokenizer import Tokenizer
+from tandem.models.view import PackView
+from tandem.numerics.blocks import format_of, rounded, sqnr_db
+from tandem.numerics.interval import Z_95, clustered_error, clustered_interval
+from tandem.numerics.quantise import dequantise, quantise
+from tandem.plan.devices import served_as
+from tandem.plan.operations import parameters_of, weight_bytes
+from tandem.plan.predict import predict
+from tandem.run.source import resolve_source
+
+DTYPE = "float32"
+BATCH_ROWS = 1024  # of texts that are run at once
+TEXT_TOKENS = 512  # of a text that are read
+COMPARED_ROWS = 128  # whose logits are held at once
+KEPT_BYTES = 1 << 29  # of the original's log-probs of a batch
+COLUMNS = ("q", "k", "v", "o", "gate", "up", "down")
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Texts end to end."""
+
+    tokens_T: Tensor  # int64
+    bounds: tuple[int, ...]  # of the texts: one more than there are
+
+    @property
+    def view(self) -> PackView:
+        return PackView(self.bounds)
+
+
+def read_texts(path: Path) -> list[str]:
+    """Of JSON lines, each with a "text"; of any other file its paragraphs, which empty lines part.
+
+    ConfigError for a file without one, and for a line without a text.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--texts {path}: {error}. Give a file of UTF-8 text, or of JSON lines.") from error
+    if path.suffix != ".jsonl":
+        found = [" ".join(part.split()) for part in content.split("\n\n")]
+        found = [text for text in found if text]
+    else:
+        found = [_text(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+    if not found:
+        raise ConfigError(f"--texts {path} holds no text. Give JSON lines with a text each, or paragraphs.")
+    return found
+
+
+def _text(path: Path, number: int, line: str) -> str:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise ConfigError(f"--texts {path} line {number} is no JSON: {error}.") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ConfigError(f'--texts {path} line {number} has no "text". Each line is an object with one.')
+    return row["text"]
+
+
+def batches(texts: Sequence[str], tokenizer: Tokenizer, longest: int) -> list[Batch]:
+    """Texts as tokens, of each the first `longest`, in batches; those of fewer than two are left out."""
+    found: list[Batch] = []
+    held: list[list[int]] = []
+
+    def close() -> None:
+        if held:
+            lengths = [0, *(len(tokens) for tokens in held)]
+            bounds = tuple(sum(lengths[: place + 1]) for place in range(len(lengths)))
+            found.append(Batch(torch.tensor(sum(held, []), dtype=torch.int64), bounds))
+            held.clear()
+
+    for text in texts:
+        tokens = tokenizer.encode(text)[:longest]
+        if len(tokens) < 2:
+            continue
+        if sum(map(len, held)) + len(tokens) > BATCH_ROWS:
+            close()
+        held.append(tokens)
+    close()
+    if not found:
+        raise ConfigError("no text has two tokens or more: nothing is predicted. Give longer texts.")
+    return found
+
+
+@dataclass(slots=True)
+class Sums:
+    """Of each text in turn: tokens compared and predicted, KL(original || rounded) and -log p in nats, and how many
+    tokens the two find likeliest alike."""
+
+    tokens: list[int]
+    predicted: list[int]
+    kl: list[float]
+    loss: list[float]
+    loss_before: list[float]
+    same_top: list[float]
+
+    @classmethod
+    def empty(cls) -> Sums:
+        return cls([], [], [], [], [], [])
+
+    def figures(self) -> dict[str, Any]:
+        """Means, with intervals over texts."""
+        texts, tokens, predicted = len(self.tokens), sum(self.tokens), sum(self.predicted)
+        kl, half = _mean(self.kl, self.tokens)
+        loss, loss_half = _mean(self.loss, self.predicted)
+        before = math.fsum(self.loss_before) / predicted
+        more = [one - other for one, other in zip(self.loss, self.loss_before, strict=True)]
+        grown, grown_half = _mean(more, self.predicted)
+        top = math.fsum(self.same_top) / tokens
+        return {
+            "texts": texts, "tokens": tokens,
+            "kl": kl, "kl_low": None if half is None else max(0.0, kl - half),
+            "kl_high": None if half is None else kl + half,
+            "perplexity": math.exp(loss), "perplexity_before": math.exp(before),
+            "perplexity_low": None if loss_half is None else math.exp(loss - loss_half),
+            "perplexity_high": None if loss_half is None else math.exp(loss + loss_half),
+            "loss_more": grown, "loss_more_low": None if grown_half is None else grown - grown_half,
+            "loss_more_high": None if grown_half is None else grown + grown_half,
+            "same_top": top, "same_top_interval": list(clustered_interval(self.same_top, self.tokens)),
+        }  # fmt: skip
+
+
+def _mean(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float | None]:
+    """Mean, and half of its 95 % interval."""
+    error = clustered_error(sums, counts)
+    return math.fsum(sums) / sum(counts), None if error is None else Z_95 * error
+
+
+def logprobs_of(decoder: Decoder, hidden_TM: Tensor, rows: slice) -> Tensor:
+    """Of some rows of final hidden states: [N, V], fp32."""
+    return decoder.logits(hidden_TM[rows]).log_softmax(-1)
+
+
+def before_of(decoder: Decoder, final_TM: Tensor) -> Callable[[slice], Tensor]:
+    """`logprobs_of` the original, whose head the rounded model has too; held where KEPT_BYTES hold them."""
+    asked = partial(logprobs_of, decoder, final_TM)
+    if 4 * len(final_TM) * decoder.spec.vocab_size > KEPT_BYTES:
+        return asked
+    return torch.cat([asked(rows) for rows in _pieces(len(final_TM))]).__getitem__
+
+
+def _pieces(count: int) -> list[slice]:
+    return [slice(start, start + COMPARED_ROWS) for start in range(0, count, COMPARED_ROWS)]
+
+
+def compare(decoder: Decoder, batch: Batch, before: Callable[[slice], Tensor], hidden_TM: Tensor, sums: Sums) -> None:
+    """Add a batch's texts: log-probs of the original, and final hidden states of the rounded model."""
+    parts = []
+    following_T = torch.cat([batch.tokens_T[1:], batch.tokens_T[:1]])
+    for rows in _pieces(len(batch.tokens_T)):
+        before_NV, after_NV = before(rows), logprobs_of(decoder, hidden_TM, rows)
+        kl_N = (before_NV.exp() * (before_NV - after_NV)).sum(-1, dtype=torch.float64)
+        losses = [-x.gather(1, following_T[rows, None])[:, 0].double() for x in (after_NV, before_NV)]
+        parts.append(torch.stack([kl_N, *losses, (before_NV.argmax(-1) == after_NV.argmax(-1)).double()]))
+    figures_4T = torch.cat(parts, 1)
+    for start, end in zip(batch.bounds[:-1], batch.bounds[1:], strict=True):
+        sums.tokens.append(end - start)
+        sums.predicted.append(end - start - 1)  # nothing follows the last
+        sums.kl.append(float(figures_4T[0, start:end].sum()))
+        sums.loss.append(float(figures_4T[1, start : end - 1].sum()))
+        sums.loss_before.append(float(figures_4T[2, start : end - 1].sum()))
+        sums.same_top.append(float(figures_4T[3, start:end].sum()))
+
+
+def rounding_of(name: str) -> Callable[[Tensor], Tensor]:
+    """What a format makes of a matrix in fp32: the values that it keeps. ConfigError for an unknown one."""
+    if name == "fp32":
+        return lambda x: x
+    if name == "bf16":
+        return lambda x: x.bfloat16().float()
+    if name == "w8a8":
+        return lambda x: dequantise(quantise(x, 8, x.shape[1]), torch.float32)
+    return partial(_rounded, form=format_of(name))
+
+
+def _rounded(x: Tensor, form: Any) -> Tensor:
+    return rounded(x, form)
+
+
+def matrices(layer: Layer) -> Iterator[tuple[str, Weight, Tensor]]:
+    """Of a layer: the column of each matrix, the weight that it lies in, and its part of the values."""
+    for slot, weight in layer.weights():
+        if slot.columns is None:
+            continue
+        for name, view in views(slot, weight):
+            yield name.split(".")[-2].removesuffix("_proj"), weight, view
+
+
+def _opened(model: str, texts: Path) -> tuple[Checkpoint, Decoder, list[Batch]]:
+    torch.set_num_threads(env.num_threads())
+    written = read_texts(texts)
+    checkpoint = open_checkpoint(resolve_source(model))
+    decoder = _decoder(checkpoint)
+    longest = min(TEXT_TOKENS, checkpoint.spec.max_position)
+    return checkpoint, decoder, batches(written, checkpoint.load_tokenizer(), longest)
+
+
+def _decoder(checkpoint: Checkpoint) -> Decoder:
+    return Decoder(checkpoint.spec, DTYPE).load((name, tensor.float()) for name, tensor in checkpoint.tensors())
+
+
+@torch.no_grad()
+def sensitivity(model: str, form: str, texts: Path, note: Note) -> dict[str, Any]:
+    """Each matrix alone in a format: a cell each with its decibels, and KL on the texts with an interval.
+
+    ConfigError for an unknown format and for a file without texts.
+    """
+    rounding = rounding_of(form)
+    checkpoint, decoder, found = _opened(model, texts)
+    cells: dict[tuple[int, str], dict[str, Any]] = {}
+    sums: dict[tuple[int, str], Sums] = {}
+    for number, batch in enumerate(found, 1):
+        note(f"batch {number} of {len(found)}: {len(batch.bounds) - 1} texts, {len(batch.tokens_T):,} tokens")
+        states, final_TM = hidden_states(decoder, batch)
+        before = before_of(decoder, final_TM)
+        for layer in decoder.layers:
+            for column, weight, view in matrices(layer):
+                kept = view.clone()
+                view.copy_(rounding(kept))
+                at = layer.index, column
+                if at not in cells:
+                    cells[at] = {"layer": at[0], "tensor": column, "sqnr_db": _finite(sqnr_db(kept, view))}
+                    sums[at] = Sums.empty()
+                weight.repack()
+                compare(decoder, batch, before, forward_from(decoder, batch, layer.index, states), sums[at])
+                view.copy_(kept)
+                weight.repack()
+    rows = [cells[at] | sums[at].figures() for at in cells]
+    first = rows[0]
+    return {
+        "model": model, "format": form, "texts": first["texts"], "tokens": first["tokens"],
+        "perplexity_before": first["perplexity_before"], "layers": checkpoint.spec.layers, "cells": rows,
+    }  # fmt: skip
+
+
+def _finite(decibels: float) -> float | None:
+    return decibels if math.isfinite(decibels) else None
+
+
+def hidden_states(decoder: Decoder, batch: Batch) -> tuple[list[Tensor], Tensor]:
+    """Before each layer, and behind the last norm."""
+    states = [decoder.embed.value[batch.tokens_T]]
+    final_TM = decoder.forward(batch.tokens_T, batch.view, watch=lambda _, hidden_TM: states.append(hidden_TM))
+    return states[:-1], final_TM
+
+
+def forward_from(decoder: Decoder, batch: Batch, first: int, states: Sequence[Tensor]) -> Tensor:
+    """Final hidden states, of a pass that begins at layer `first` with what the original had there."""
+    hidden_TM, view = states[first], batch.view
+    for layer in decoder.layers[first:]:
+        hidden_TM = layer.forward(hidden_TM, view, decoder.tables)
+    return rms_norm(hidden_TM, decoder.norm, decoder.spec.norm_eps)
+
+
+@torch.no_grad()
+def pareto(
+    model: str,
+    forms: Sequence[str],
+    texts: Path,
+    device: str,
+    work: tuple[Any, int, int],
+    note: Note,
+    measured: Any = None,
+) -> dict[str, Any]:
+    """All matrices in each of several formats: bytes, predicted seconds on a device, KL and perplexity with intervals.
+
+    work: phase, batch and context of the prediction. A format is dominated where another takes no more bits and has
+    no more KL. ConfigError for an unknown format or device.
+    """
+    roundings = {form: rounding_of(form) for form in forms}
+    checkpoint, decoder, found = _opened(model, texts)
+    spec, originals = checkpoint.spec, [hidden_states(decoder, batch)[1] for batch in found]
+    rows = []
+    for form, rounding in roundings.items():
+        note(form)
+        rounds = _decoder(checkpoint)
+        _round(rounds, rounding, products=form == "w8a8")
+        sums = Sums.empty()
+        for batch, original_TM in zip(found, originals, strict=True):
+            before = partial(logprobs_of, decoder, original_TM)
+            compare(rounds, batch, before, rounds.forward(batch.tokens_T, batch.view), sums)
+        foretold = predict(spec, form, device, *work, measured)
+        served = served_as(form)
+        rows.append(
+            {"format": form, "bits_a_parameter": 8 * weight_bytes(spec, served) / parameters_of(spec)}
+            | {"bytes": weight_bytes(spec, served), "seconds": foretold["seconds"], "notes": foretold["notes"]}
+            | sums.figures()
+        )
+    for row in rows:
+        row["dominated"] = any(
+            other is not row
+            and other["bits_a_parameter"] <= row["bits_a_parameter"]
+            and other["kl"] <= row["kl"]
+            and (other["bits_a_parameter"], other["kl"]) != (row["bits_a_parameter"], row["kl"])
+            for other in rows
+        )
+    return {
+        "model": model, "device": device, "phase": work[0], "batch": work[1], "context": work[2],
+        "texts": rows[0]["texts"], "tokens": rows[0]["tokens"], "perplexity_before": rows[0]["perplexity_before"],
+        "rows": rows,
+    }  # fmt: skip
+
+
+def _round(decoder: Decoder, rounding: Callable[[Tensor], Tensor], products: bool) -> None:
+    """Every matrix of the layers; `products`: as W8A8 multiplies, rows of activations rounded too."""
+    for layer in decoder.layers:
+        if products and decoder.own_products:
+            for slot, weight in layer.weights():
+                if slot.columns is not None:
+                    weight.multiply_in_8_bits(quantise(weight.value, 8, slot.columns))
+            continue
+        for _, weight, view in matrices(layer):
+            view.copy_(rounding(view))
+            weight.repack()
