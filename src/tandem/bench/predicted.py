@@ -1,6 +1,6 @@
 """Every kernel of decoding, prefilling and learning on this machine: what it takes, beside what its rates foretell.
 
-Measured as `tandem bench profile` does, predicted by plan/measured.py. What neither predicts (Python, torch) is told
+Measured as `tandem bench profile` does, predicted by bench/measured.py. What neither predicts (Python, torch) is told
 beside. A kernel is near where the two differ by WANTED at most; kernels below LEAST of their work are not counted.
 """
 
@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tandem.bench.foretold import predict
+from tandem.bench.measured import Measured
+from tandem.bench.operations import Phase
 from tandem.bench.profile import CONTEXT, STEPS, decode_work, learner_work, prefill_work
 from tandem.errors import ConfigError
-from tandem.plan.measured import Measured
-from tandem.plan.operations import Phase
-from tandem.plan.predict import predict
 from tandem.plan.roofline import Machine
 
 WANTED, LEAST = 0.15, 0.002

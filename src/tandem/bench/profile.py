@@ -89,7 +89,6 @@ KERNELS: dict[str, tuple[str, Callable[..., Cost]]] = {
         ),
     ),
     "adamw": ("AdamW", lambda size, numbers: Cost(0, (24 + 4 + size) * numbers)),
-    "squared_norm": ("gradient norm", lambda size, numbers, *_: Cost(0, size * numbers)),
     "pack_weight": ("packing of weights", lambda size, rows, columns: Cost(0, 2 * size * rows * columns)),
 }
 

@@ -1,4 +1,4 @@
-"""This machine's rates, each of a kernel or of memory, by name (plan/measured.py says what is made of them).
+"""This machine's rates, each of a kernel or of memory, by name (bench/measured.py says what is made of them).
 
 Shapes are none of a model's: tiles from matrices that lie in a cache, a softmax from heads of 16 channels, and so on. A
 rate that has two parts (a tile's steps and its end; channels and scores of attention's backward pass) is found from two
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tandem import env
+from tandem.bench.measured import ROWS, Measured
 from tandem.errors import ConfigError
-from tandem.plan.measured import ROWS, Measured
 from tandem.plan.roofline import machine_name
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def _tiles(call_s: float, rounding_s: float, threads: int) -> tuple[dict[str, tu
     """Steps of tiles of 1 to ROWS rows, and the end of one of ROWS: of products of two depths, two panels a thread."""
     import torch
 
-    from tandem.plan.measured import PAIR
+    from tandem.bench.measured import PAIR
 
     steps, ends = {}, {}
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("int8", torch.bfloat16)):
@@ -288,11 +288,12 @@ def _optimiser(of: Callable[..., float], threads: int) -> dict[str, float]:
     from tandem.kernels.adamw import Hyper, adamw, grad_norm
 
     numbers = threads << 16  # a chunk a thread
-    state, value = [torch.zeros(numbers) for _ in range(4)], torch.zeros(numbers).bfloat16()
+    master, first, second, grad = (torch.zeros(numbers) for _ in range(4))
+    value = torch.zeros(numbers).bfloat16()
     hyper = Hyper(lr=1e-6, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1)
     return {
-        "AdamW": of(partial(adamw, *state, value, hyper), numbers),
-        "gradient norm": of(partial(grad_norm, state[:1]), numbers),
+        "AdamW": of(partial(adamw, master, first, second, grad, value, hyper), numbers),
+        "gradient norm": of(partial(grad_norm, [grad]), numbers),
     }
 
 
@@ -355,16 +356,16 @@ def _attention_backward(channels: int, threads: int) -> float:
     """Seconds a score in one thread, of sequences of 256 tokens."""
     import torch
 
+    from tandem.bench.operations import scores_of
     from tandem.kernels.attention import attention, attention_backward
     from tandem.models.view import PackView
-    from tandem.plan.operations import scores_of
     from tandem.types import Reach
 
     length, sequences, heads = 256, 2 * threads, 3
     rows = length * sequences
     paths = PackView([length * place for place in range(sequences + 1)]).paths
     qkv = _random(rows, heads, channels), _random(rows, 1, channels), _random(rows, 1, channels)
-    lse, grads = torch.empty(rows, heads), tuple(torch.empty_like(one) for one in qkv)
+    lse, grads = torch.empty(rows, heads), (torch.empty_like(qkv[0]), *(torch.empty_like(qkv[1]) for _ in range(2)))
     out = attention(*qkv, paths, lse_TH=lse)
     taken = least_s(partial(attention_backward, _random(rows, heads, channels), out, lse, qkv, grads, paths))
     return taken * threads / (sequences * heads * scores_of(Reach(), 0, length))

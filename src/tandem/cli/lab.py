@@ -12,7 +12,8 @@ from tandem.errors import ConfigError
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tandem.plan.measured import Measured
+    from tandem.bench.measured import Measured
+    from tandem.models.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def rates(again: bool) -> Measured:
 
 def roofline(model: str, asked: Asked, json: bool) -> int:
     """What a device takes for a work at least, by operation."""
-    from tandem.plan.predict import predict
+    from tandem.bench.foretold import predict
     from tandem.run.source import spec_of
 
     spec = spec_of(model)
@@ -176,6 +177,7 @@ def _spanned(row: dict[str, Any]) -> str:
 
 def pareto(model: str, asked: Asked, texts: Path, out: Path | None, json: bool) -> int:
     """Formats by bits and time against quality."""
+    from tandem.bench.foretold import predict
     from tandem.report.numerics import pareto_figure
     from tandem.study.sensitivity import pareto as found_of
 
@@ -184,7 +186,13 @@ def pareto(model: str, asked: Asked, texts: Path, out: Path | None, json: bool) 
     _check_picture(out)
     measured = rates(asked.measure) if asked.device == "this" else None
     work = asked.phase, asked.batch, asked.context
-    found = found_of(model, asked.formats, texts, asked.device, work, note, measured)
+
+    def foretold(spec: ModelSpec, form: str) -> dict[str, Any]:
+        one = predict(spec, form, asked.device, *work, measured)
+        return {name: one[name] for name in ("bits_a_parameter", "seconds", "notes")}
+
+    found = found_of(model, asked.formats, texts, foretold, note)
+    found |= {"device": asked.device, "phase": asked.phase, "batch": asked.batch, "context": asked.context}
     if out is not None:
         _write(out, pareto_figure, found)
     if json:

@@ -49,16 +49,21 @@ def sensitivity_figure(found: Mapping[str, Any]) -> Figure:
     step = 1 if layers <= 16 else 5
     left.set_yticks(range(0, layers, step))
     left.set_ylabel("layer")
-    texts = f"{found['texts']} texts, {found['tokens']:,} tokens"
-    figure.suptitle(
-        f"One matrix at a time in {found['format']}: {_named(found['model'])}, {texts}",
-        x=0.02, ha="left", fontsize=11, fontweight="bold",
-    )  # fmt: skip
+    _entitle(figure, f"{found['format']}, one matrix at a time: dark is worse", found)
     return figure
 
 
+def _entitle(figure: Figure, title: str, found: Mapping[str, Any], more: str = "") -> None:
+    """A title above all plots, and below them of what model and texts they are."""
+    figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
+    of = f"{_named(found['model'])}; {found['texts']} texts, {found['tokens']:,} tokens{more}"
+    figure.supxlabel(of, x=0.98, ha="right", fontsize=8.5)
+
+
 def _named(model: str) -> str:
-    return model.removeprefix("package:").rstrip("/").rsplit("/", 1)[-1][-28:]
+    if model.startswith("new:"):
+        return "a model of random weights"
+    return model.removeprefix("package:").rstrip("/").rsplit("/", 1)[-1][-40:]
 
 
 def pareto_figure(found: Mapping[str, Any]) -> Figure:
@@ -73,10 +78,7 @@ def pareto_figure(found: Mapping[str, Any]) -> Figure:
     _scatter(left, rows, [row["bits_a_parameter"] for row in rows], "bits a parameter, the whole model")
     _scatter(right, rows, [scale * row["seconds"] for row in rows], f"{unit}, {work} on {found['device']}, predicted")
     left.set_ylabel("KL(original || rounded), nats a token")
-    texts = f"{found['texts']} texts, {found['tokens']:,} tokens, 95 % over texts"
-    figure.suptitle(
-        f"What formats cost in KL: {_named(found['model'])}, {texts}", x=0.02, ha="left", fontsize=11, fontweight="bold"
-    )
+    _entitle(figure, "What formats save, and what they cost in KL", found, "; bars: 95 % over texts")
     return figure
 
 
@@ -104,30 +106,29 @@ def _scatter(axes: Axes, rows: Sequence[Mapping[str, Any]], across: Sequence[flo
         axes.plot([across[place]], [up[place]], marker="o", markersize=5, color=colour, linestyle="none", zorder=3)
     axes.set_yscale("log")
     axes.set_xlabel(label)
-    axes.margins(x=0.14, y=0.12)
+    axes.set_xlim(0, 1.12 * max(across))
+    axes.margins(y=0.12)
     _label(axes, [row["format"] for row in rows], across, up)
 
 
 def _label(axes: Axes, names: Sequence[str], across: Sequence[float], up: Sequence[float]) -> None:
     """Names beside points, each a line above or below where it would cover one that is there already."""
     axes.figure.canvas.draw()  # where points are is known once the axes are laid out
-    taken: list[tuple[float, float, float]] = []  # left, right, height, in points
     to_points = 72.0 / axes.figure.dpi
     places = axes.transData.transform(list(zip(across, up, strict=True))) * to_points
     box = axes.get_window_extent()
-    right_end = box.x1 * to_points
+    ends = box.x0 * to_points, box.x1 * to_points
+    taken = [(x - 4, x + 4, y) for x, y in places]  # left, right, middle of its height
     for place in sorted(range(len(names)), key=lambda one: -places[one][1]):
         x, y = places[place]
-        wide = 4.6 * len(names[place]) + 8
-        flips = x + wide > right_end
-        left = x - wide if flips else x
-        shift = 0.0
-        for step in (0, 1, -1, 2, -2, 3, -3, 4, -4):
-            shift = 9.5 * step
-            if all(abs(y + shift - height) >= 9 or left + wide < a or b < left for a, b, height in taken):
+        wide = 4.7 * len(names[place])
+        for shift, left in [(9.0 * step, side) for step in (0, 1, -1, 2, -2, 3, -3) for side in (False, True)]:
+            start = x - 6 - wide if left else x + 6
+            inside = ends[0] <= start and start + wide <= ends[1] + 4
+            if inside and all(abs(y + shift - at) >= 8 or start + wide < a or b < start for a, b, at in taken):
                 break
-        taken.append((left, left + wide, y + shift))
+        taken.append((start, start + wide, y + shift))
         axes.annotate(
-            names[place], (across[place], up[place]), xytext=(-6 if flips else 6, shift - 2.5),
-            textcoords="offset points", ha="right" if flips else "left", fontsize=7.5,
+            names[place], (across[place], up[place]), xytext=(-6 if left else 6, shift - 2.5),
+            textcoords="offset points", ha="right" if left else "left", fontsize=7.5,
         )  # fmt: skip

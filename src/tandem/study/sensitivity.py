@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,14 +29,12 @@ from tandem.kernels.weight import Weight
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.models.layer import Layer, views
+from tandem.models.spec import ModelSpec
 from tandem.models.tokenizer import Tokenizer
 from tandem.models.view import PackView
 from tandem.numerics.blocks import format_of, rounded, sqnr_db
 from tandem.numerics.interval import Z_95, clustered_error, clustered_interval
 from tandem.numerics.quantise import dequantise, quantise
-from tandem.plan.devices import served_as
-from tandem.plan.operations import parameters_of, weight_bytes
-from tandem.plan.predict import predict
 from tandem.run.source import resolve_source
 
 DTYPE = "float32"
@@ -286,23 +284,18 @@ def forward_from(decoder: Decoder, batch: Batch, first: int, states: Sequence[Te
 
 @torch.no_grad()
 def pareto(
-    model: str,
-    forms: Sequence[str],
-    texts: Path,
-    device: str,
-    work: tuple[Any, int, int],
-    note: Note,
-    measured: Any = None,
+    model: str, forms: Sequence[str], texts: Path, foretold: Callable[[ModelSpec, str], Mapping[str, Any]], note: Note
 ) -> dict[str, Any]:
-    """All matrices in each of several formats: bytes, predicted seconds on a device, KL and perplexity with intervals.
+    """All matrices in each of several formats: KL and perplexity with intervals, beside what is `foretold` of each.
 
-    work: phase, batch and context of the prediction. A format is dominated where another takes no more bits and has
-    no more KL. ConfigError for an unknown format or device.
+    foretold: "bits_a_parameter" and "seconds" at least, by shape and format (bench/foretold.py). A format is dominated
+    where another takes no more bits and has no more KL. ConfigError for an unknown format.
     """
     roundings = {form: rounding_of(form) for form in forms}
     checkpoint, decoder, found = _opened(model, texts)
-    spec, originals = checkpoint.spec, [hidden_states(decoder, batch)[1] for batch in found]
-    rows = []
+    known = {form: foretold(checkpoint.spec, form) for form in forms}  # what is wrong is told before anything is run
+    originals = [hidden_states(decoder, batch)[1] for batch in found]
+    rows: list[dict[str, Any]] = []
     for form, rounding in roundings.items():
         note(form)
         rounds = _decoder(checkpoint)
@@ -311,13 +304,7 @@ def pareto(
         for batch, original_TM in zip(found, originals, strict=True):
             before = partial(logprobs_of, decoder, original_TM)
             compare(rounds, batch, before, rounds.forward(batch.tokens_T, batch.view), sums)
-        foretold = predict(spec, form, device, *work, measured)
-        served = served_as(form)
-        rows.append(
-            {"format": form, "bits_a_parameter": 8 * weight_bytes(spec, served) / parameters_of(spec)}
-            | {"bytes": weight_bytes(spec, served), "seconds": foretold["seconds"], "notes": foretold["notes"]}
-            | sums.figures()
-        )
+        rows.append({"format": form} | dict(known[form]) | sums.figures())
     for row in rows:
         row["dominated"] = any(
             other is not row
@@ -326,10 +313,10 @@ def pareto(
             and (other["bits_a_parameter"], other["kl"]) != (row["bits_a_parameter"], row["kl"])
             for other in rows
         )
+    first = rows[0]
     return {
-        "model": model, "device": device, "phase": work[0], "batch": work[1], "context": work[2],
-        "texts": rows[0]["texts"], "tokens": rows[0]["tokens"], "perplexity_before": rows[0]["perplexity_before"],
-        "rows": rows,
+        "model": model, "texts": first["texts"], "tokens": first["tokens"],
+        "perplexity_before": first["perplexity_before"], "rows": rows,
     }  # fmt: skip
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tandem.bench.devices import THIS, arithmetic_on, device_of, served_as
+from tandem.bench.operations import Phase, Work, operations, parameters_of, room, total, weight_bytes
 from tandem.errors import ConfigError
 from tandem.models.spec import ModelSpec
-from tandem.plan.devices import THIS, arithmetic_on, device_of, served_as
-from tandem.plan.operations import Phase, Work, operations, parameters_of, room, total, weight_bytes
 
 if TYPE_CHECKING:
-    from tandem.plan.measured import Measured
+    from tandem.bench.measured import Measured
 
 
 def predict(
     spec: ModelSpec, form: str, name: str, phase: Phase, batch: int, context: int, measured: Measured | None = None
 ) -> dict[str, Any]:
     """A record of it, seconds and bytes. By published rates each operation takes the larger of its products' and its
-    bytes' time, one operation after another; `measured`, for device "this", knows more (plan/measured.py).
+    bytes' time, one operation after another; `measured`, for device "this", knows more (bench/measured.py).
 
     ConfigError for an unknown device or format, and for a context beyond the model's.
     """

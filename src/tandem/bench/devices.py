@@ -164,7 +164,10 @@ def served_as(name: str) -> Served:
         return _PLAIN[name]
     from tandem.numerics.blocks import format_of
 
-    form = format_of(name)
+    try:
+        form = format_of(name)
+    except ConfigError as error:
+        raise ConfigError(f"--format {name} is none of {', '.join(_PLAIN)}, and {error}") from error
     element = form.element.name
     arithmetic: Arithmetic | None = {"e4m3": "fp8", "e5m2": "fp8", "e2m3": "fp6", "e3m2": "fp6", "e2m1": "fp4"}.get(  # type: ignore[assignment]
         element

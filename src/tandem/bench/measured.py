@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from tandem.bench.devices import Device, Served
+from tandem.bench.operations import Operation, Work, weight_bytes
 from tandem.kernels.forward import FEW
 from tandem.kernels.sizes import PANEL
 from tandem.models.spec import ModelSpec
-from tandem.plan.devices import Device, Served
-from tandem.plan.operations import Operation, Work, weight_bytes
 
 ROWS = 6  # of a tile: LANE_ROWS in tile.h
 PAIR = {"bf16": 2, "fp32": 1, "int8": 4}  # inputs of a step

@@ -1,5 +1,5 @@
 """The operations of a decode step, a prefill or a training step, from a model's shape alone: their multiplications and
-additions, the bytes that they read and write, and what a measured machine has to know of them (plan/measured.py).
+additions, the bytes that they read and write, and what a measured machine has to know of them (bench/measured.py).
 
 Names are those of `tandem bench profile`. Products count 2 operations a multiplication and addition; a query at
 position q meets q + 1 keys, fewer under a window or in chunks. Bytes are operands that come from memory once: matrices
@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal
 
+from tandem.bench.devices import THIS, Arithmetic, Device, Served, arithmetic_on, served_as
 from tandem.models.parts import all_slots, kept_bytes, layer_slots, outer_slots
 from tandem.models.spec import ModelSpec
-from tandem.plan.devices import THIS, Arithmetic, Device, Served, arithmetic_on, served_as
 from tandem.train.config import LearnerConfig
 from tandem.types import Reach
 
