@@ -24,7 +24,6 @@ from tandem.errors import ConfigError
 from tandem.kernels.eights import Eights
 from tandem.models.spec import ModelSpec
 from tandem.numerics.blocks import FORMATS, quantise
-from tandem.numerics.quantise import quantise as integers
 from tandem.plan.roofline import decode_cost
 from tandem.types import Reach
 
@@ -124,26 +123,28 @@ def test_bytes_of_a_matrix_are_those_of_its_tensors(name: str) -> None:
 
 def test_bytes_of_w8a8_are_those_that_the_kernel_reads() -> None:
     """A row's scale or sum left out."""
-    eights = Eights(integers(torch.randn(128, 64), 8, 64))
+    eights = Eights(torch.randn(128, 64))
     kept = eights.packed.nbytes + eights.scales.nbytes + eights.sums.nbytes
     assert served_as("w8a8").matrix_bytes(128, 64) == kept
 
 
 def test_formats_are_multiplied_where_a_device_can() -> None:
     """A rate that a device has not, taken for one that it has."""
-    assert arithmetic_on(DEVICES["b200"], served_as("nvfp4")) == ("fp4", "")
-    assert arithmetic_on(DEVICES["mi355x"], served_as("mxfp4_even"))[0] == "fp4"
-    assert arithmetic_on(DEVICES["mi300x"], served_as("fp8_1x128"))[0] == "fp8"
-    for device, form in (("h200", "nvfp4"), ("mi355x", "nvfp4"), ("h200", "mxfp8_e4m3"), ("a100", "fp8_row")):
+    assert arithmetic_on(DEVICES["b200"], served_as("nvfp4+nvfp4")) == ("fp4", "")
+    assert arithmetic_on(DEVICES["b200"], served_as("mxfp4+mxfp8_e4m3"))[0] == "fp8"
+    assert arithmetic_on(DEVICES["mi355x"], served_as("mxfp4_even+mxfp4"))[0] == "fp4"
+    assert arithmetic_on(DEVICES["mi300x"], served_as("fp8_128x128+fp8_1x128"))[0] == "fp8"
+    for device, form in (("h200", "nvfp4+nvfp4"), ("mi355x", "nvfp4+nvfp4"), ("a100", "fp8_row+fp8_row")):
         arithmetic, why = arithmetic_on(DEVICES[device], served_as(form))
         assert arithmetic == "bf16" and f"{device} does not multiply {form}" in why, why
-    arithmetic, why = arithmetic_on(DEVICES["b200"], served_as("int4_g128"))
-    assert arithmetic == "bf16" and "of weights alone" in why
-    widened = of(TINY, "nvfp4", Work("decode", 3, 5), "h200")
-    assert (
-        "rounding of activations" not in widened
-        and widened["down"].bytes < of(TINY, "bf16", Work("decode", 3, 5))["down"].bytes
-    )
+    for form in ("nvfp4", "int4_g128", "int8"):
+        arithmetic, why = arithmetic_on(DEVICES["b200"], served_as(form))
+        assert arithmetic == "bf16" and "of matrices alone" in why
+    assert arithmetic_on(DEVICES["b200"], served_as("nvfp4+mxfp8_e4m3"))[0] == "bf16"  # scales of two kinds
+    work = Work("decode", 3, 5)
+    widened = of(TINY, "nvfp4+nvfp4", work, "h200")
+    assert "rounding of activations" not in widened
+    assert widened["down"].bytes < of(TINY, "bf16", work)["down"].bytes
     with pytest.raises(ConfigError, match="a100, h100, h200, b200, mi300x, mi355x, by their datasheets, and this"):
         device_of("h300")
 
@@ -151,7 +152,7 @@ def test_formats_are_multiplied_where_a_device_can() -> None:
 def test_seventy_billion_parameters_need_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder that holds a shape alone refused; keys and values, or what fits, off by the count of heads."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_70B))
-    asked = ["--device", "b200", "--format", "bf16,nvfp4", "--batch", "64", "--context", "8192", "--json"]
+    asked = ["--device", "b200", "--format", "bf16,nvfp4+nvfp4", "--batch", "64", "--context", "8192", "--json"]
     assert main.main(["numerics", "roofline", str(tmp_path), *asked]) == 0
     whole, small = json.loads(capsys.readouterr().out)
     count = 2 * 128256 * 8192 + 80 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672 + 2 * 8192) + 8192
@@ -260,7 +261,7 @@ def test_memory_of_training_is_weights_gradients_masters_and_moments() -> None:
         (["roofline", "new:", "--device", "h20"], "no such device is known. Did you mean h200"),
         (
             ["roofline", "new:", "--format", "mxfp5"],
-            "none of fp32, bf16, w8a8, and 'mxfp5' is no format. Known are mxfp8",
+            "neither bf16 nor fp32, and 'mxfp5' rounds nothing are mxfp8",
         ),
         (["roofline", "new:", "--context", "999999"], "the model knows"),
         (["roofline", "new:", "--measure"], "Give --device this"),
@@ -279,7 +280,10 @@ def test_wrong_input_is_told(arguments: list[str], message: str, capsys: pytest.
 
 def test_predict_notes_what_is_not_multiplied() -> None:
     """A time by a rate of bf16 under the name of another format, without a word."""
-    found = predict(TINY, "nvfp4", "h200", "decode", 1, 16)
-    assert found["multiplied_in"] == "bf16" and "h200 does not multiply nvfp4" in found["notes"][0]
-    assert predict(TINY, "nvfp4", "b200", "decode", 1, 16)["notes"] == []
-    assert "no format of fewer bits is learned in" in predict(TINY, "w8a8", "h200", "train", 1, 16)["notes"][0]
+    found = predict(TINY, "nvfp4+nvfp4", "h200", "decode", 1, 16)
+    assert found["multiplied_in"] == "bf16" and "h200 does not multiply nvfp4+nvfp4" in found["notes"][0]
+    assert predict(TINY, "nvfp4+nvfp4", "b200", "decode", 1, 16)["notes"] == []
+    trained = predict(TINY, "w8a8", "h200", "train", 1, 16)
+    assert "those of gradients bf16's" in trained["notes"][0]
+    ways = {row["operation"]: row["arithmetic"] for row in trained["rows"]}
+    assert (ways["down"], ways["input gradient: down"]) == ("int8", "bf16")

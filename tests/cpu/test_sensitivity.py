@@ -80,14 +80,15 @@ def test_one_matrix_at_a_time_is_a_model_with_that_tensor_rounded(texts: Path) -
 
 def test_all_matrices_in_several_formats(texts: Path) -> None:
     """A format that keeps what the one before rounded; a better format called dominated."""
-    forms = ("fp32", "w8a8", "mxfp8_e4m3", "mxfp4", "int4_g32")
+    forms = ("fp32", "w8a8", "mxfp8_e4m3", "mxfp4", "int4_g32", "mxfp4+mxfp4")
     found = pareto(MODEL, forms, texts, foretold, lambda _: None)
     rows = {row["format"]: row for row in found["rows"]}
     assert rows["fp32"]["kl"] == pytest.approx(0.0, abs=1e-9) and rows["fp32"]["same_top"] == 1.0
     assert rows["fp32"]["perplexity"] == pytest.approx(found["perplexity_before"])
     assert rows["mxfp4"]["kl"] > 5 * rows["mxfp8_e4m3"]["kl"] > 5 * rows["w8a8"]["kl"] > 0
     bits = [row["bits_a_parameter"] for row in found["rows"]]
-    assert bits[0] == 32 and bits[1] > bits[2] > bits[4] > bits[3]
+    assert bits[0] == 32 and bits[1] > bits[2] > bits[4] > bits[3] == bits[5]
+    assert rows["mxfp4+mxfp4"]["kl"] > 1.2 * rows["mxfp4"]["kl"]  # rows of activations are rounded too
     for name, row in rows.items():
         worse = [other for other in found["rows"] if other["bits_a_parameter"] <= row["bits_a_parameter"]]
         assert row["dominated"] == any(other["kl"] < row["kl"] for other in worse if other["format"] != name)

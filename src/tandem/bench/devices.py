@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tandem.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from tandem.numerics.blocks import Format
 
 Arithmetic = Literal["fp32", "bf16", "fp8", "int8", "fp6", "fp4"]
 Scaling = Literal["", "fp32", "mx", "nvfp4"]  # what a product's operands are scaled by: nothing, fp32, e8m0, e4m3
@@ -146,57 +149,73 @@ class Served:
         return rows * per_row + self.matrix_extra_bytes
 
 
-# A row of W8A8 has a scale and the sum of its codes, 4 bytes each (kernels/eights.py).
+# A row of W8A8 has a scale and the sum of its codes, 4 bytes each (kernels/eights.py); int8 and int4 are the engine's
+# integers, in groups of 64 (engine.weight_group).
 _PLAIN: dict[str, Served] = {
     "fp32": Served("fp32", 32, arithmetic="fp32"),
     "bf16": Served("bf16", 16),
     "w8a8": Served("w8a8", 8, row_bytes=8, arithmetic="int8", scaling="fp32", activation_bits=8),
+    "int8": Served("int8", 8, block=64, block_bytes=4),
+    "int4": Served("int4", 4, block=64, block_bytes=4),
 }
+_ELEMENTS: dict[str, Arithmetic] = {"e4m3": "fp8", "e5m2": "fp8", "e2m3": "fp6", "e3m2": "fp6", "e2m1": "fp4"}
+_SCALINGS: dict[str, Scaling] = {"e8m0": "mx", "e4m3": "nvfp4", "fp32": "fp32"}
 
 
 def served_as(name: str) -> Served:
-    """fp32, bf16, w8a8, or a format of `tandem numerics formats`, one of your own too. ConfigError for others.
+    """As `model.weights` has it (kernels/rounding.py): w8a8, int8, int4, or a format of `tandem numerics formats`, and
+    behind a + one for the rows that are multiplied; bf16 and fp32 too. ConfigError for others.
 
-    Formats that some device multiplies round rows of activations by the same rule; int4, int8 in groups and floats of
-    one's own are of weights alone, which a kernel widens to bf16.
+    >>> served_as("nvfp4").arithmetic, served_as("nvfp4+nvfp4").arithmetic, served_as("mxfp4+mxfp8_e4m3").arithmetic
+    ('bf16', 'fp4', 'fp8')
     """
     if name in _PLAIN:
         return _PLAIN[name]
-    from tandem.numerics.blocks import format_of
+    from tandem.kernels.rounding import rounding_of
 
     try:
-        form = format_of(name)
+        rounding = rounding_of(name)
     except ConfigError as error:
-        raise ConfigError(f"--format {name} is none of {', '.join(_PLAIN)}, and {error}") from error
-    element = form.element.name
-    arithmetic: Arithmetic | None = {"e4m3": "fp8", "e5m2": "fp8", "e2m3": "fp6", "e3m2": "fp6", "e2m1": "fp4"}.get(  # type: ignore[assignment]
-        element
-    )
-    scaling: Scaling = {"e8m0": "mx", "e4m3": "nvfp4", "fp32": "fp32"}[form.scale]  # type: ignore[assignment]
-    if (arithmetic in ("fp6", "fp4") and scaling == "fp32") or (scaling == "mx" and form.block != 32):
-        arithmetic = None
-    own = {"e8m0": 1.0, "e4m3": 1.0, "fp32": 4.0}[form.scale] + (form.element.bits / 8 if form.zero_point else 0.0)
-    bits = float(form.element.bits)
+        raise ConfigError(f"--format {name} is neither bf16 nor fp32, and {error}") from error
+    form, rows = rounding.form, rounding.rows
+    arithmetic = _arithmetic(form, rows) if form is not None and rows is not None else None
+    scaling: Scaling = _SCALINGS[form.scale] if form is not None and arithmetic else ""
+    activation_bits = 0.0 if rows is None else rows.bits
+    if form is None:
+        return Served(name, 16, activation_bits=activation_bits)
+    zero_bytes = form.element.bits / 8 if form.zero_point else 0.0
+    own = {"e8m0": 1.0, "e4m3": 1.0, "fp32": 4.0}[form.scale] + zero_bytes
     return Served(
         name,
-        bits,
+        float(form.element.bits),
         row_bytes=own if form.block < 0 else 0.0,
         matrix_extra_bytes=4.0 if form.block == 0 or form.scale == "e4m3" else 0.0,
         block=max(0, form.block),
         block_bytes=own / form.rows if form.block > 0 else 0.0,
         arithmetic=arithmetic or "bf16",
-        scaling=scaling if arithmetic else "",
-        activation_bits=(form.bits if arithmetic else 0.0),
+        scaling=scaling,
+        activation_bits=activation_bits,
     )
+
+
+def _arithmetic(form: Format, rows: Format) -> Arithmetic | None:
+    """That multiplies the two: the wider's, where blocks of 32 with e8m0, or those of NVFP4, or fp32 scales meet their
+    like; no fp6 and fp4 by fp32 scales."""
+    found = [_ELEMENTS.get(one.element.name) for one in (form, rows)]
+    if None in found or form.scale != rows.scale or (form.scale == "e8m0" and (form.block, rows.block) != (32, 32)):
+        return None
+    wider = next(name for name in ("fp8", "fp6", "fp4") if name in found)
+    return None if form.scale == "fp32" and wider != "fp8" else wider  # type: ignore[return-value]
 
 
 def arithmetic_on(device: Device, served: Served) -> tuple[Arithmetic, str]:
     """In what a device multiplies the matrices of a format, and why not as the format is made for ("" where it is)."""
     if served.name in ("fp32", "bf16"):
         return served.arithmetic, ""
-    if served.activation_bits and device.multiplies(served.arithmetic, served.scaling):
+    if not served.activation_bits:
+        why = f"{served.name} is of matrices alone, which a product widens to bf16, and has its rate"
+        return "bf16", f"{why}; behind a + goes a format of rows: {served.name}+mxfp8_e4m3"
+    if served.arithmetic != "bf16" and device.multiplies(served.arithmetic, served.scaling):
         return served.arithmetic, ""
-    if served.activation_bits:
-        why = f"{device.name} does not multiply {served.name}: its weights are widened to bf16 in the product"
-        return "bf16", f"{why}, at the rate of bf16, and activations stay bf16"
-    return "bf16", f"{served.name} is of weights alone: a product widens them to bf16, and has its rate"
+    why = f"{device.name} does not multiply {served.name}: its matrices are widened to bf16 in the product"
+    return "bf16", f"{why}, at the rate of bf16, and rows stay bf16"

@@ -44,13 +44,11 @@ def predict(
     flop, moved = total(found)
     held, notes = room(spec, served, work, device), []
     arithmetic, why = arithmetic_on(device, served)
-    if phase == "train":
-        why = (
-            "" if form in ("bf16", "fp32") else "training multiplies in bf16: no format of fewer bits is learned in yet"
-        )
+    if phase == "train" and form not in ("bf16", "fp32"):
+        notes.append(f"forward products are those of {form}, and those of gradients bf16's")
     if why:
         notes.append(why)
-    if measured is not None and form not in ("bf16", "fp32", "w8a8"):
+    if measured is not None and form not in ("bf16", "fp32", "w8a8", "int8", "int4"):
         notes.append(
             "tandem's own products on a CPU are of bf16, fp32, w8a8 and files' 4 and 8 bit codes: this is none"
         )

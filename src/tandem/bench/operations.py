@@ -215,7 +215,7 @@ def microbatches(work: Work) -> int:
 def _training(spec: ModelSpec, served: Served, work: Work, device: Device) -> Iterator[Operation]:
     """Forward and backward in microbatches, and AdamW; nothing is predicted from a last token, which is not run.
 
-    Products are in bf16 (fp32 under fp32), forward and backward, whatever the format: tandem trains in no other yet.
+    The forward's products are the format's (model.weights), those of gradients bf16's (fp32's under fp32).
     """
     size, width, passes = served.other_bytes, spec.width, microbatches(work)
     run = Work("train", work.batch, max(1, work.context - 1))
@@ -237,11 +237,17 @@ def _training(spec: ModelSpec, served: Served, work: Work, device: Device) -> It
         yield once
         flop, moved = ATTENTION_BACKWARD * once.flop, 2 * once.bytes
         yield replace(once, name="attention backward", flop=flop, bytes=moved)
+    arithmetic = arithmetic_on(device, served)[0]
+    rounds = served.activation_bits if arithmetic == served.arithmetic else 0.0
     for name, (columns, depth) in shapes.items():
+        if rounds:
+            numbers = layers * rows * depth
+            yield _elementwise("rounding of activations", numbers, numbers * (size + rounds / 8), layers * passes)
+        ahead = _product(name, served, arithmetic, each, columns, depth)
         once = _product(name, plain, plain.arithmetic, each, columns, depth)
         grown = 8 * columns * depth + size * each * (columns + depth)  # a sum in fp32 read and written
         for _ in range(layers * passes):
-            yield once
+            yield ahead
             yield replace(once, name=f"input gradient: {name}", shape=(each, depth, columns))
             yield replace(once, name=f"weight gradient: {name}", bytes=float(grown), shape=(columns, depth, each))
     yield beside("swiglu backward", layers * inner, 6, layers)

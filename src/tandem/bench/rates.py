@@ -155,18 +155,19 @@ def _large_products() -> dict[str, float]:
 def _product(x: torch.Tensor, weight: Weight, eights: bool) -> Callable[[], Any]:
     from tandem.kernels.eights import Eights
     from tandem.kernels.linear import linear
-    from tandem.numerics.quantise import quantise
 
     if eights:
-        return partial(Eights(quantise(weight.value, 8, weight.value.shape[1])).product, x)
+        return partial(Eights(weight.value).product, x)
     return partial(linear, x, weight)
 
 
 def _rounding(call_s: float, threads: int) -> float:
-    """Of a number of a row that becomes int8; its product with eight columns is little beside."""
+    """Of a number of a row that becomes int8: what products of one panel a thread and of two have alike."""
     rows, width = 32 * threads, 1024
-    taken = least_s(_product(_random(rows, width), _weight(8, width), True)) - call_s
-    return max(0.0, taken) * threads / (rows * width)
+    one, two = (
+        least_s(_product(_random(rows, width), _weight(64 * panels * threads, width), True)) for panels in (1, 2)
+    )
+    return max(0.0, 2 * one - two - call_s) * threads / (rows * width)
 
 
 def _tiles(call_s: float, rounding_s: float, threads: int) -> tuple[dict[str, tuple[float, ...]], dict[str, float]]:

@@ -40,7 +40,10 @@ NAMES_HELP = (
     "Of compare: two formats; then, in place of inputs at the edges of their rules, a model's matrices. Of page: a "
     "format. Of the others: a model; of roofline a folder with config.json alone, or new:width=..., too"
 )
-FORMAT_HELP = "Of roofline, sensitivity, pareto: bf16, w8a8, or names of `numerics formats`, with commas between."
+FORMAT_HELP = (
+    "Of roofline, sensitivity, pareto: bf16, fp32, w8a8 or a name of `numerics formats`, and behind a + one for the "
+    "rows that are multiplied; several with commas between. bf16."
+)
 SHOWN = 8  # numbers of a block that are printed
 # Which kinds take a flag.
 TAKES: dict[str, tuple[Kind, ...]] = {

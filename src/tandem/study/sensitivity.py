@@ -1,8 +1,8 @@
 """What a model loses where one matrix, or all of them, are kept in a format: decibels, KL, perplexity on given texts.
 
 The distribution of each next token is compared with that of the original. Both are run in fp32, so that nothing but the
-format differs. Matrices of layers are rounded; embedding, head and norms stay,
-and so do activations, but for w8a8, whose rows are rounded in `pareto` as its products round them.
+format differs. Matrices of layers are rounded; embedding, head and norms stay. Rows that are multiplied are rounded in
+`pareto` alone, where the format says so: w8a8, and what is behind a +.
 
 Of one matrix at a time the hidden states of the original before each layer are kept for a batch of texts, and a forward
 pass begins at the layer of the matrix. A mean is over tokens; its 95 % interval takes texts for independent
@@ -25,6 +25,7 @@ from torch import Tensor
 from tandem import env
 from tandem.errors import ConfigError
 from tandem.kernels.norm import rms_norm
+from tandem.kernels.rounding import NOT_ROUNDED, Rounding, rounding_of
 from tandem.kernels.weight import Weight
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.decoder import Decoder
@@ -32,12 +33,12 @@ from tandem.models.layer import Layer, views
 from tandem.models.spec import ModelSpec
 from tandem.models.tokenizer import Tokenizer
 from tandem.models.view import PackView
-from tandem.numerics.blocks import format_of, rounded, sqnr_db
+from tandem.numerics.blocks import sqnr_db
 from tandem.numerics.interval import Z_95, clustered_error, clustered_interval
-from tandem.numerics.quantise import dequantise, quantise
 from tandem.run.source import resolve_source
 
 DTYPE = "float32"
+PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH_ROWS = 1024  # of texts that are run at once
 TEXT_TOKENS = 512  # of a text that are read
 COMPARED_ROWS = 128  # whose logits are held at once
@@ -192,19 +193,18 @@ def compare(decoder: Decoder, batch: Batch, before: Callable[[slice], Tensor], h
         sums.same_top.append(float(figures_4T[3, start:end].sum()))
 
 
-def rounding_of(name: str) -> Callable[[Tensor], Tensor]:
-    """What a format makes of a matrix in fp32: the values that it keeps. ConfigError for an unknown one."""
-    if name == "fp32":
-        return lambda x: x
-    if name == "bf16":
-        return lambda x: x.bfloat16().float()
-    if name == "w8a8":
-        return lambda x: dequantise(quantise(x, 8, x.shape[1]), torch.float32)
-    return partial(_rounded, form=format_of(name))
+def rounding_named(name: str) -> Rounding:
+    """Of fp32, bf16, or a name of model.weights (kernels/rounding.py). ConfigError for an unknown one."""
+    return NOT_ROUNDED if name in PLAIN else rounding_of(name)
 
 
-def _rounded(x: Tensor, form: Any) -> Tensor:
-    return rounded(x, form)
+def of_matrix(name: str) -> Callable[[Tensor], Tensor]:
+    """What a format makes of a matrix in fp32, its rows aside: the values that it keeps."""
+    if name in PLAIN:
+        return lambda x: x.to(PLAIN[name]).float()
+    if "+" in name:
+        raise ConfigError(f"one matrix at a time is rounded, without its rows: leave +{name.partition('+')[2]} out.")
+    return rounding_of(name).matrix
 
 
 def matrices(layer: Layer) -> Iterator[tuple[str, Weight, Tensor]]:
@@ -225,8 +225,10 @@ def _opened(model: str, texts: Path) -> tuple[Checkpoint, Decoder, list[Batch]]:
     return checkpoint, decoder, batches(written, checkpoint.load_tokenizer(), longest)
 
 
-def _decoder(checkpoint: Checkpoint) -> Decoder:
-    return Decoder(checkpoint.spec, DTYPE).load((name, tensor.float()) for name, tensor in checkpoint.tensors())
+def _decoder(checkpoint: Checkpoint, rounding: Rounding = NOT_ROUNDED) -> Decoder:
+    """In fp32, its matrices and what they multiply rounded as in training and sampling."""
+    decoder = Decoder(checkpoint.spec, DTYPE, rounding=rounding)
+    return decoder.load((name, tensor.float()) for name, tensor in checkpoint.tensors())
 
 
 @torch.no_grad()
@@ -235,7 +237,7 @@ def sensitivity(model: str, form: str, texts: Path, note: Note) -> dict[str, Any
 
     ConfigError for an unknown format and for a file without texts.
     """
-    rounding = rounding_of(form)
+    rounding = of_matrix(form)
     checkpoint, decoder, found = _opened(model, texts)
     cells: dict[tuple[int, str], dict[str, Any]] = {}
     sums: dict[tuple[int, str], Sums] = {}
@@ -291,15 +293,19 @@ def pareto(
     foretold: "bits_a_parameter" and "seconds" at least, by shape and format (bench/foretold.py). A format is dominated
     where another takes no more bits and has no more KL. ConfigError for an unknown format.
     """
-    roundings = {form: rounding_of(form) for form in forms}
+    roundings = {form: rounding_named(form) for form in forms}
     checkpoint, decoder, found = _opened(model, texts)
     known = {form: foretold(checkpoint.spec, form) for form in forms}  # what is wrong is told before anything is run
     originals = [hidden_states(decoder, batch)[1] for batch in found]
     rows: list[dict[str, Any]] = []
     for form, rounding in roundings.items():
         note(form)
-        rounds = _decoder(checkpoint)
-        _round(rounds, rounding, products=form == "w8a8")
+        rounds = _decoder(checkpoint, rounding)
+        if form in PLAIN:
+            for layer in rounds.layers:
+                for _, weight, view in matrices(layer):
+                    view.copy_(view.to(PLAIN[form]))
+                    weight.repack()
         sums = Sums.empty()
         for batch, original_TM in zip(found, originals, strict=True):
             before = partial(logprobs_of, decoder, original_TM)
@@ -318,16 +324,3 @@ def pareto(
         "model": model, "texts": first["texts"], "tokens": first["tokens"],
         "perplexity_before": first["perplexity_before"], "rows": rows,
     }  # fmt: skip
-
-
-def _round(decoder: Decoder, rounding: Callable[[Tensor], Tensor], products: bool) -> None:
-    """Every matrix of the layers; `products`: as W8A8 multiplies, rows of activations rounded too."""
-    for layer in decoder.layers:
-        if products and decoder.own_products:
-            for slot, weight in layer.weights():
-                if slot.columns is not None:
-                    weight.multiply_in_8_bits(quantise(weight.value, 8, slot.columns))
-            continue
-        for _, weight, view in matrices(layer):
-            view.copy_(rounding(view))
-            weight.repack()
