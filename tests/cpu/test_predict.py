@@ -261,7 +261,7 @@ def test_memory_of_training_is_weights_gradients_masters_and_moments() -> None:
         (["roofline", "new:", "--device", "h20"], "no such device is known. Did you mean h200"),
         (
             ["roofline", "new:", "--format", "mxfp5"],
-            "neither bf16 nor fp32, and 'mxfp5' rounds nothing are mxfp8",
+            "neither bf16 nor fp32, and 'mxfp5' rounds nothing",
         ),
         (["roofline", "new:", "--context", "999999"], "the model knows"),
         (["roofline", "new:", "--measure"], "Give --device this"),

@@ -133,8 +133,10 @@ class Measured:
         else:  # scores and values: a step of a tile each PAIR channels, and PAIR keys of 64 channels
             each = self.tile_s[one.arithmetic][tile - 1] * 2 * size / PAIR[one.arithmetic] / (tile * PANEL)
             each += number_s["softmax"] + (number_s["turn"] * 2 * size / rows if trains else 0.0)
+        # A block of keys is asked for while the one before is computed, and the first of a sequence when it is needed:
+        # with few queries a key head, memory's time is not hidden.
         computed, memory = each * one.numbers / self.threads, one.bytes / streams
-        return max(computed, memory), "memory" if memory > computed else "products"
+        return computed + memory, "memory" if memory > computed else "products"
 
     def _elementwise(self, one: Operation, work: Work) -> tuple[float, str]:
         # What a learner keeps, and what an optimiser passes over, has left the caches before it is read again.

@@ -366,7 +366,8 @@ def _attention_backward(channels: int, threads: int) -> float:
     rows = length * sequences
     paths = PackView([length * place for place in range(sequences + 1)]).paths
     qkv = _random(rows, heads, channels), _random(rows, 1, channels), _random(rows, 1, channels)
-    lse, grads = torch.empty(rows, heads), (torch.empty_like(qkv[0]), *(torch.empty_like(qkv[1]) for _ in range(2)))
+    lse = torch.empty(rows, heads)
+    grads = torch.empty_like(qkv[0]), torch.empty_like(qkv[1]), torch.empty_like(qkv[2])
     out = attention(*qkv, paths, lse_TH=lse)
     taken = least_s(partial(attention_backward, _random(rows, heads, channels), out, lse, qkv, grads, paths))
     return taken * threads / (sequences * heads * scores_of(Reach(), 0, length))

@@ -106,21 +106,24 @@ def numerics(
     if len(names) != 1:
         wanted = "a format" if kind is Kind.PAGE else "a model"
         raise ConfigError(f"`numerics {kind.value}` takes {wanted}; {len(names)} names were given.")
-    from tandem.cli import lab
+    from tandem.bench import roofline
+    from tandem.study import formats
 
-    asked = lab.Asked(
-        device or "h200", tuple((format or "").split(",")) if format else (), batch or 1, context or 1024,
+    asked = roofline.Asked(
+        device or "h200", tuple(format.split(",")) if format else (), batch or 1, context or 1024,
         phase.value if phase else "decode", measure,
     )  # fmt: skip
     if kind is Kind.ROOFLINE:
-        return lab.check(names[0], asked, json) if check else lab.roofline(names[0], asked, json)
+        return roofline.check(names[0], asked, json) if check else roofline.roofline(names[0], asked, json)
     if kind is Kind.PAGE:
-        return lab.page(names[0], out)
+        return formats.page(names[0], out)
     if texts is None:
         raise ConfigError(f"`numerics {kind.value}` needs --texts FILE: what the model reads, about as it is used.")
     if kind is Kind.SENSITIVITY:
-        return lab.sensitivity(names[0], asked, texts, out, json)
-    return lab.pareto(names[0], asked, texts, out, json)
+        return formats.sensitivity(names[0], asked.formats, texts, out, json)
+    work = {"device": asked.device, "phase": asked.phase, "batch": asked.batch, "context": asked.context}
+    known = roofline.foretold(asked)
+    return formats.pareto(names[0], asked.formats, texts, out, json, work=work, foretold=known)
 
 
 def _formats(json: bool) -> int:

@@ -216,6 +216,8 @@ def error_figure(form: Format) -> Figure:
     axes.axhline(1.0, color=plots.VERMILLION, linewidth=1.0, linestyle="--", label="1: the number became 0")
     axes.set_yscale("log")
     axes.set_ylim(max(1e-2 * float(np.nanmin(mean)), float(error[shown].min()) / 2), 3.0)
+    reach = math.log2(form.element.largest / form.element.smallest)
+    axes.set_xlim(-min(OCTAVES, math.ceil(reach) + 4), 0.15)
     axes.set_xlabel("size of a number beside its block's largest, octaves below")
     axes.set_ylabel("relative error")
     axes.set_title(f"{form.name}: error of a number in a block")

@@ -1,0 +1,135 @@
+"""What `tandem numerics roofline` prints: operations on a device, or beside what this machine's kernels take."""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tandem.bench.foretold import predict
+from tandem.bench.measured import Measured
+from tandem.bench.operations import Phase
+from tandem.errors import ConfigError
+from tandem.models.spec import ModelSpec
+from tandem.plan.memory import size
+from tandem.report.aligned import aligned
+from tandem.run.source import spec_of
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Of a prediction."""
+
+    device: str
+    formats: tuple[str, ...]
+    batch: int
+    context: int
+    phase: Phase
+    measure: bool
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def rates(again: bool) -> Measured:
+    """This machine's, from the cache folder or measured now."""
+    from tandem.bench.rates import kept_or_measured
+
+    return kept_or_measured(again, note)
+
+
+def roofline(model: str, asked: Asked, json: bool) -> int:
+    """What a device takes for a work at least, by operation."""
+    spec = spec_of(model)
+    measured = rates(asked.measure) if asked.device == "this" else None
+    if measured is None and asked.measure:
+        raise ConfigError("--measure takes the rates of this machine anew. Give --device this, or leave it out.")
+    found = [
+        predict(spec, name, asked.device, asked.phase, asked.batch, asked.context, measured)
+        for name in asked.formats or ("bf16",)
+    ]
+    if json:
+        print(jsonlib.dumps(found))
+        return 0
+    for one in found:
+        _show(model, one)
+    return 0
+
+
+def check(model: str, asked: Asked, json: bool) -> int:
+    """What this machine's kernels take, beside the prediction."""
+    from tandem.bench.predicted import check as checked
+
+    if asked.device != "this":
+        raise ConfigError("--check measures kernels of this machine. Give --device this.")
+    form = asked.formats[0] if asked.formats else "bf16"
+    found = checked(model, form, rates(asked.measure), note)
+    if json:
+        print(jsonlib.dumps(found))
+        return 0
+    rows = []
+    for row in found["rows"]:
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.2f}"
+        outside = "" if row["ratio"] is None or row["near"] else "*"
+        times = [f"{1e3 * row[name]:,.3f}" if row[name] is not None else "" for name in ("measured_s", "predicted_s")]
+        rows.append([row["work"], row["operation"], *times, ratio + outside, row["bound"]])
+    headings = ("work", "operation", "measured ms", "predicted ms", "predicted/measured", "bound by")
+    aligned(headings, rows, ("work", "operation", "bound by"))
+    for work in found["works"]:
+        print(
+            f"{work['work']}: kernels {1e3 * work['kernels_s']:,.2f} ms measured, {1e3 * work['predicted_s']:,.2f} "
+            f"predicted ({work['predicted_s'] / work['kernels_s']:.2f}); beside them {1e3 * work['host_s']:,.2f} ms"
+        )
+    print(
+        f"{found['near']} of {found['compared']} kernels of {found['least']:.1%} of their work or more are within "
+        f"{found['wanted']:.0%}, the others have a star; rates of {found['taken']}"
+    )
+    return 0
+
+
+def _show(model: str, found: dict[str, Any]) -> None:
+    asked = f"{found['phase']}, {found['batch']:,} x {found['context']:,}, {found['format']}"
+    print(f"\n{model} on {found['title']}: {asked}")
+    rows = []
+    for row in found["rows"]:
+        flop = f"{row['flop'] / 1e9:,.3f}" if row["flop"] else ""
+        counts = [f"{row['calls']:,}", flop, f"{row['bytes'] / 1e6:,.2f}", row["arithmetic"], row["bound"]]
+        times = [f"{1e3 * row['seconds']:,.4f}", f"{row['seconds'] / found['seconds']:.1%}"]
+        rows.append([row["operation"], *counts, *times])
+    aligned(
+        ("operation", "calls", "GFLOP", "MB", "in", "bound by", "ms", "of all"), rows, ("operation", "in", "bound by")
+    )
+    rate, how = found["tokens"] / found["seconds"], "predicted" if found["measured"] else "at least"
+    print(
+        f"in all {1e3 * found['seconds']:,.3f} ms {how}, {rate:,.0f} tok/s; {found['flop'] / 1e12:,.3f} TFLOP, "
+        f"{size(found['bytes'])} moved; {found['bits_a_parameter']:.2f} bits a parameter"
+    )
+    memory = found["memory"]
+    held = f"of {size(memory['bytes'])}: weights {size(memory['weights'])}"
+    if memory["training"]:
+        held += f", gradients, master weights and moments {size(memory['training'])}"
+    if found["phase"] == "train":
+        held += f", what a microbatch keeps {size(memory['sequence'])}"
+    else:
+        held += f", keys and values of a sequence {size(memory['sequence'])}"
+    fits = f"{memory['sequences']:,} such sequences fit" if memory["sequences"] else "not one fits"
+    fits = fits if found["phase"] != "train" else ("it fits" if memory["devices"] == 1 else "it does not fit")
+    more = "" if memory["devices"] == 1 else f"; {memory['devices']} devices hold it, divided evenly"
+    print(f"memory {held}; {fits}{more}")
+    for text in found["notes"]:
+        print(text)
+    print(f"source: {found['source']}")
+
+
+def foretold(asked: Asked) -> Callable[[ModelSpec, str], Mapping[str, Any]]:
+    """Bits a parameter, seconds and notes, by shape and format, of what is asked."""
+    measured = rates(asked.measure) if asked.device == "this" else None
+
+    def of(spec: ModelSpec, form: str) -> Mapping[str, Any]:
+        one = predict(spec, form, asked.device, asked.phase, asked.batch, asked.context, measured)
+        return {name: one[name] for name in ("bits_a_parameter", "seconds", "notes")}
+
+    return of
