@@ -74,7 +74,7 @@ def test_lost_blocks_are_lost() -> None:
     assert octave[0] < octave[1] - 2  # what saturates
 
 
-@pytest.mark.parametrize("name", ["mxfp4", "e3m4/32:e8m0:even"])
+@pytest.mark.parametrize("name", ["e3m4/32:e8m0:even"])
 def test_a_page_opens_offline(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A page that needs the network or another file, or a name of one's own that is no file's."""
     assert main.main(["numerics", "page", name, "--out", str(tmp_path / "pages")]) == 0
