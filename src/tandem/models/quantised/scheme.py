@@ -1,0 +1,128 @@
+"""What a file format of quantised matrices is: the tensors that belong to a matrix, and what they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from tandem.errors import ModelError
+from tandem.models.fields import Fields
+from tandem.numerics.blocks import SCALE_DTYPES, WHOLE, WHOLE_ROW, Blocks, Format, dequantise
+from tandem.numerics.elements import E2M1, Element, Fixed
+from tandem.numerics.quantise import Quantised
+
+ROW_UNIT = 8  # inputs that the engine's codes keep together, kernels/codes.py
+
+
+def scales_name(dtype: torch.dtype) -> Any:
+    """The name of a scale's dtype in a `Format`."""
+    return next(name for name, one in SCALE_DTYPES.items() if one == dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """A matrix [N, K] as a file has it; all its factors are in the scales, and there is no `whole`."""
+
+    blocks: Blocks
+    form: Format
+    groups_K: Tensor | None = None  # the group of each column, int64, where they do not follow one another
+
+    def values(self) -> Tensor:
+        """fp32: (code - zero) scale, rounded once."""
+        if self.groups_K is None:
+            return dequantise(self.blocks, self.form)
+        scales_NK = self.blocks.scales.float()[:, self.groups_K]
+        return self._signed().float() * scales_NK
+
+    def codes(self) -> Quantised | None:
+        """For products by codes, of the same values in bf16; None where there is no such form.
+
+        Integers of up to 4 bits without a zero point are of 4, others of 8; e2m1 is twice its value, in 8 bits.
+        """
+        element, scales_NG = self.form.element, self.blocks.scales
+        columns = self.blocks.codes.shape[1]
+        group = columns if self.form.block == WHOLE_ROW else self.form.block
+        packs = self.groups_K is None and self.form.rows == 1 and self.form.block != WHOLE
+        if not packs or group % ROW_UNIT or columns % ROW_UNIT or scales_NG.dtype == torch.uint8:
+            return None
+        if scales_NG.dtype == torch.bfloat16:
+            scales_NG = scales_NG.float()
+        if element == E2M1:
+            doubled = (E2M1.values() * 2).to(torch.int8)
+            return Quantised(doubled[self.blocks.codes.long()], scales_NG.float() / 2, 8, group)
+        if not isinstance(element, Fixed) or element.bits + self.form.zero_point > 8:
+            return None
+        small = element.bits <= 4 and not self.form.zero_point
+        return Quantised(self._signed().to(torch.int8), scales_NG.contiguous(), 4 if small else 8, group)
+
+    def _signed(self) -> Tensor:
+        """Codes less their zero points, int16."""
+        codes, columns = self.blocks.codes.short(), self.blocks.codes.shape[1]
+        if self.blocks.zeros is not None:
+            zeros = self.blocks.zeros.short()
+            if self.groups_K is not None:
+                return codes - zeros[:, self.groups_K]
+            group = columns if self.form.block == WHOLE_ROW else self.form.block
+            return codes - zeros.repeat_interleave(group, 1)[:, :columns]
+        assert isinstance(self.form.element, Fixed), self.form
+        half = 1 << (self.form.element.bits - 1)
+        return codes - 2 * half * (codes >= half)
+
+
+class Scheme:
+    """One file format, opened by what a model's config says of it."""
+
+    method: ClassVar[str]  # quant_method
+    parts: ClassVar[frozenset[str]]  # names, behind a module's, of the tensors of a quantised matrix
+    key: ClassVar[str]  # the one that no other matrix has
+    spare: ClassVar[frozenset[str]] = frozenset()  # read by nobody here: of activations, of keys and values
+
+    def __init__(self, config: Fields) -> None:
+        self.where = config.where
+        self.notes: list[str] = []  # of what is left out
+
+    def split(self, name: str) -> tuple[str, str]:
+        """Module and part of a stored tensor."""
+        module, _, part = name.rpartition(".")
+        return module, part
+
+    def shape(self, parts: Mapping[str, tuple[int, ...]], small: Mapping[str, Tensor]) -> tuple[int, int]:
+        """[N, K] by the shapes of its parts; `small`: those of a few numbers, read."""
+        raise NotImplementedError
+
+    def held(self, module: str, parts: Mapping[str, Tensor]) -> Held:
+        raise NotImplementedError
+
+    @classmethod
+    def form_of(cls, form: Format) -> Format:
+        """As the format is written, its scales in the file's dtype. ConfigError where the file has no such form."""
+        raise NotImplementedError
+
+    @classmethod
+    def written(cls, form: Format, blocks: Blocks) -> dict[str, Tensor]:
+        """The parts of a matrix."""
+        raise NotImplementedError
+
+    @classmethod
+    def config(cls, form: Format, plain: Sequence[str]) -> dict[str, Any]:
+        """What config.json's quantization_config says; `plain`: modules whose weights are not quantised."""
+        raise NotImplementedError
+
+
+def plain_element(element: Element) -> str:
+    """As people name it."""
+    return element.name
+
+
+def refuse_blocks(where: str, width: int, block: int) -> None:
+    """ModelError unless blocks of so many inputs divide a width."""
+    if width % block:
+        divisors = [one for one in (256, 128, 64, 32, 16) if width % one == 0]
+        raise ModelError(
+            f"{where}: blocks of {block} do not divide a width of {width}. "
+            f"{f'Choose blocks of {divisors[0]}, or of a row' if divisors else 'Choose blocks of a row'}."
+        )
