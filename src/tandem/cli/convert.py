@@ -1,4 +1,4 @@
-"""`tandem convert`: a student cut out of a teacher, a teacher's log-probs on disk, an adapter folded into its model."""
+"""`tandem convert`: a student cut out of a teacher, a teacher's log-probs on disk, an adapter folded in, fewer bits."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ class Kind(str, Enum):
     PRUNE = "prune"
     TEACHER = "teacher"
     MERGE = "merge"
+    QUANTISE = "quantise"
 
 
 class Dtype(str, Enum):
@@ -28,18 +29,19 @@ class Dtype(str, Enum):
 
 KIND_HELP = (
     "prune: a smaller student of a model; teacher: what a recipe's distil.teacher says of its texts, to learn later; "
-    "merge: an adapter folded into the model that it is of"
+    "merge: an adapter folded into the model that it is of; quantise: its matrices in few bits, in a format of files "
+    "that other engines read"
 )
 SOURCE_HELP = (
-    "Of prune: a model, or a run, whose newest checkpoint is meant. Of teacher: a recipe. Of merge: an adapter's "
-    "folder in PEFT's format, or a run that trained one."
+    "Of prune and quantise: a model, or a run, whose newest checkpoint is meant. Of teacher: a recipe. Of merge: an "
+    "adapter's folder in PEFT's format, or a run that trained one."
 )
 TOLD_S = 10.0  # between two lines on how far it is
 SIZES = ("layers", "heads", "kv_heads", "ff_width", "width")
 
 
 def convert(
-    kind: Annotated[Kind, typer.Argument(metavar="prune|teacher|merge", help=KIND_HELP)],
+    kind: Annotated[Kind, typer.Argument(metavar="prune|teacher|merge|quantise", help=KIND_HELP)],
     source: Annotated[str, typer.Argument(metavar="MODEL|RECIPE|ADAPTER", help=SOURCE_HELP)],
     out: Annotated[Path, typer.Option(metavar="DIR", help="A folder to make.")],
     size: Annotated[
@@ -52,20 +54,35 @@ def convert(
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Of merge: in place of the model that the adapter names.")
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of merge: of the tensors written; bfloat16.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of merge and quantise: of the tensors written as floats; bfloat16.")
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE[:FORMAT]", help="Of quantise, as awq or compressed-tensors:nvfp4: docs/numerics.md."
+        ),
+    ] = None,
     files: ConfigFiles = None,
     settings: Assignments = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> int:
-    """Make a smaller student of a model, store what a teacher says of a recipe's texts, or fold an adapter in."""
+    """Make a smaller student of a model, store what a teacher says of a recipe's texts, fold an adapter in, or write a
+    model in few bits."""
     from tandem.errors import ConfigError
 
+    if format and kind is not Kind.QUANTISE:
+        raise ConfigError("--format is of `convert quantise`. Leave it out.")
+    if kind is Kind.QUANTISE:
+        if size or measure or base or files or settings:
+            raise ConfigError("--size, --measure, --base, --config and --set are not of `convert quantise`.")
+        return _quantise(source, out, format, (dtype or Dtype.BFLOAT16).value, json)
     if kind is Kind.MERGE:
         if size or measure or files or settings:
             raise ConfigError("--size, --measure, --config and --set are not of `convert merge`. Leave them out.")
         return _merge(source, out, base or "", (dtype or Dtype.BFLOAT16).value, json)
     if base or dtype:
-        raise ConfigError("--base and --dtype are of `convert merge`. Leave them out.")
+        raise ConfigError("--base is of `convert merge`, --dtype of that and `convert quantise`. Leave them out.")
     if kind is Kind.PRUNE:
         if files or settings:
             raise ConfigError("--config and --set are settings of a recipe: give them to `convert teacher`.")
@@ -80,6 +97,25 @@ def _merge(source: str, out: Path, base: str, dtype: str, json: bool) -> int:
 
     merge(source, out, dtype, base)
     print(jsonlib.dumps({"model": str(out), "source": source}) if json else f"{out}: a model of its own")
+    return 0
+
+
+def _quantise(source: str, out: Path, format: str | None, dtype: str, json: bool) -> int:
+    from tandem.errors import ConfigError
+
+    if not format:
+        raise ConfigError("give --format, as --format compressed-tensors:int4_g128 or --format awq (docs/numerics.md).")
+
+    from tandem.run.quantise import described, quantise
+
+    found = described(quantise(source, out, format, dtype))
+    if json:
+        print(jsonlib.dumps({"model": str(out), "source": source} | found))
+        return 0
+    print(
+        f"{out}: {found['matrices']} matrices of {found['weights']:,} weights as {found['format']} "
+        f"({found['bits']:.4g} bits each), {found['sqnr_db']} dB, in {found['file']}'s format; {found['bytes']:,} bytes"
+    )
     return 0
 
 

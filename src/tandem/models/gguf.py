@@ -46,10 +46,25 @@ FORMATS: dict[int, tuple[str, int, int]] = {
     6: ("Q5_0", 32, 22),
     7: ("Q5_1", 32, 24),
     8: ("Q8_0", 32, 34),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
     12: ("Q4_K", 256, 144),
     13: ("Q5_K", 256, 176),
     14: ("Q6_K", 256, 210),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    29: ("IQ1_M", 256, 56),
     30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
 }
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -126,6 +141,11 @@ class GgufFile:
         from gguf import GGMLQuantizationType, dequantize
 
         blocks = raw.size // block_bytes
+        if kind == "MXFP4" and bool((raw.reshape(-1, block_bytes)[:, 0] == 255).any()):
+            raise ModelError(
+                f"{entry.path}: tensor {name} has a block with the scale NaN (byte 255), which llama.cpp reads as a "
+                "number. Convert the model again."
+            )
         row_blocks = min(blocks, _ROW_WEIGHTS // weights)
         while blocks % row_blocks:
             row_blocks -= 1

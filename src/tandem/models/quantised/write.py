@@ -1,7 +1,7 @@
 """Quantised matrices into files that other packages read.
 
     kind = kind_of("gptq:int4_g64")
-    codes = {name: quantise(tensor, kind) for name, tensor in tensors.items() if name in matrices(spec)}
+    codes = {name: quantise(tensor, kind) for name, tensor in tensors.items() if name in slots_of(spec)}
     write(folder, spec, {others by name}, kind, codes, tokenizer)
 
 Codes of one's own (GPTQ, AWQ) are `Blocks` of `kind.form`: its scales in the dtype that the file keeps, rounded before
@@ -20,7 +20,7 @@ from torch import Tensor
 from tandem.errors import ConfigError, ModelError, NonFiniteError, nearest
 from tandem.models.checkpoint import Packed, save_checkpoint
 from tandem.models.families import FAMILIES
-from tandem.models.parts import Slot, expected_shapes, layer_slots
+from tandem.models.parts import Slot, layer_slots
 from tandem.models.quantised.compressed import CompressedTensors
 from tandem.models.quantised.floats import Fp8, ModelOpt, Mxfp4
 from tandem.models.quantised.integers import Awq, Gptq, Gptq2
@@ -67,12 +67,12 @@ def kind_of(text: str) -> Kind:
     return Kind(file, scheme, scheme.form_of(format_of(name or default)))
 
 
-def matrices(spec: ModelSpec) -> Iterator[Slot]:
+def slots_of(spec: ModelSpec) -> Iterator[Slot]:
     """Of all layers, those that are quantised; the embedding and the head are not."""
     return (slot for slot in layer_slots(spec) if slot.columns is not None)
 
 
-def quantise(weights: Mapping[str, Tensor], kind: Kind) -> dict[str, Blocks]:
+def quantise_slot(weights: Mapping[str, Tensor], kind: Kind) -> dict[str, Blocks]:
     """Matrices that are one product, by name, rounded to the nearest: they share a scale of the tensor, where there is
     one, since readers have one for all of them. ModelError where blocks do not divide a width or a scale overflows."""
     form = kind.form
@@ -109,12 +109,12 @@ def write(
     assert not both, both
     renaming = FAMILIES[spec.architecture].renaming
     parts: dict[str, Mapping[str, Tensor]] = {}
-    for slot in matrices(spec):
+    for slot in slots_of(spec):
         wholes = {float(one.whole) for name in slot.shapes() if (one := quantised.get(name)) and one.whole is not None}
         if len(wholes) > 1:
             raise ModelError(
                 f"{', '.join(slot.shapes())} have {len(wholes)} scales of the tensor, and readers of {kind.file} have "
-                "one product for them and one scale. Quantise them together (models/quantised/write.py:quantise)."
+                "one product for them and one scale. Quantise them together (models/quantised/write.py:quantise_slot)."
             )
     for name, blocks in quantised.items():
         _check(name, blocks, kind.form)
@@ -171,13 +171,3 @@ def _renamed(spec: ModelSpec, name: str, blocks: Blocks, form: Format) -> Blocks
     codes, scales = turned(blocks.codes), turned(blocks.scales)
     assert codes is not None and scales is not None
     return Blocks(codes, scales, blocks.whole, turned(blocks.zeros))
-
-
-def quantise_model(
-    spec: ModelSpec, read: Mapping[str, Tensor], kind: Kind
-) -> tuple[dict[str, Tensor], dict[str, Blocks]]:
-    """Of a model's tensors, those that stay, and the matrices of its layers rounded to the nearest."""
-    codes: dict[str, Blocks] = {}
-    for slot in matrices(spec):
-        codes |= quantise({name: read[name] for name in slot.shapes()}, kind)
-    return {name: read[name] for name in expected_shapes(spec) if name not in codes}, codes
