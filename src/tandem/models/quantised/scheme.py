@@ -41,7 +41,7 @@ class Held:
     def codes(self) -> Quantised | None:
         """For products by codes, of the same values in bf16; None where there is no such form.
 
-        Integers of up to 4 bits without a zero point are of 4, others of 8; e2m1 is twice its value, in 8 bits.
+        Integers of up to 4 bits without a zero point are of 4, others of 8; e2m1 is twice its value, in 8, and -0 is 0.
         """
         element, scales_NG = self.form.element, self.blocks.scales
         columns = self.blocks.codes.shape[1]
