@@ -73,8 +73,8 @@ def _rounded(x_TK: Tensor, form: Format) -> Tensor:
 
 
 def _fits(form: Format) -> bool:
-    """Whether the kernel has it: all but what is chosen by a sum or only in files, exponents far from those of models, and powers of two
-    alone, whose even code is every other exponent."""
+    """Whether the kernel has it: all but what is chosen by a sum or kept by files alone, exponents far from those of
+    models, and powers of two alone, whose even code is every other exponent."""
     element = form.element
     near = isinstance(element, Fixed) or (element.least - element.mantissa >= -FAR and element.most <= FAR)
     near &= element.mantissa > 0

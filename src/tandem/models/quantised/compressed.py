@@ -303,7 +303,7 @@ def _names(target: str, module: str) -> bool:
 
 
 def _unpacked(module: str, packed: Tensor, bits: int, columns: int) -> Tensor:
-    """uint8 [N, K]. Before 0.14 codes of 3, 5, 6 and 7 bits lay as many to a word as fit wholly; now they are dense."""
+    """uint8 [N, K]. Dense, or as older versions packed 3, 5, 6 and 7 bits: as many codes to a word as fit."""
     words = packed.shape[1]
     if words == num_words(columns, bits):
         return unpack(packed, bits, columns)
