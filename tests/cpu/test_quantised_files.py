@@ -132,6 +132,13 @@ def test_what_is_written_reads_back(text: str, small: Checkpoint, tmp_path: Path
             assert torch.equal(codes_of.dequantise(found, torch.bfloat16), tensor.bfloat16()), name
     coded = kind.form.rows == 1 and not text.startswith("compressed-tensors:fp8") and text[-8:] != "row_asym"
     assert held == (len(codes) if coded else 0)
+    own, found = again.coded_bytes, [again.codes(name) for name in codes]
+    if coded:  # what the plan of memory counts: codes, scales of 32 bits, and the embedding, which is the head, in bf16
+        embedding = again.spec.vocab_size * again.spec.width * 2
+        bits = sum(one.codes_NK.numel() * one.bits + one.scales_NG.numel() * 32 for one in found if one is not None)
+        assert bits / 8 + embedding <= own < 2.1 * bits / 8 + embedding
+    else:
+        assert own == 0
 
 
 def test_the_engine_holds_the_codes_of_a_file(small: Checkpoint, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from tandem.errors import ConfigError, ModelError
 from tandem.models.fields import Fields, flag, listed, number, optional, shown, table, text, whole
 from tandem.models.quantised.integers import centred
-from tandem.models.quantised.scheme import Held, Scheme, refuse_blocks, scales_name
+from tandem.models.quantised.scheme import Held, Scheme, code_bits, refuse_blocks, scales_name
 from tandem.numerics.blocks import FORMATS, WHOLE, WHOLE_ROW, Blocks, Format, block_scales, from_e8m0
 from tandem.numerics.elements import E2M1, E4M3, Fixed
 from tandem.numerics.packing import num_words, pack, pack_nibbles, unpack, unpack_nibbles
@@ -145,6 +145,15 @@ class CompressedTensors(Scheme):
             return rows, columns * 2
         rows, columns = parts["weight"]
         return rows, columns
+
+    def coded_bits(self, module: str, dtypes: Mapping[str, str]) -> float:
+        group = self._of(module)
+        if dtypes.get("weight_packed") == "U8":
+            return code_bits(8, group.group, True)
+        plain = group.strategy in ("group", "channel") and "weight_g_idx" not in dtypes
+        if not plain or dtypes.get("weight", "I8") != "I8" or group.bits == 8 and not group.symmetric:
+            return 0
+        return code_bits(group.bits, group.size, group.symmetric)
 
     def held(self, module: str, parts: Mapping[str, Tensor]) -> Held:
         group, scale = self._of(module), parts["weight_scale"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tandem.errors import ConfigError, ModelError
 from tandem.models.fields import Fields, listed, optional, shown, table, text, whole
-from tandem.models.quantised.scheme import Held, Scheme, refuse_blocks, scales_name
+from tandem.models.quantised.scheme import Held, Scheme, code_bits, refuse_blocks, scales_name
 from tandem.numerics.blocks import FORMATS, WHOLE, WHOLE_ROW, Blocks, Format, block_scales, from_e8m0
 from tandem.numerics.elements import E2M1, E4M3
 from tandem.numerics.packing import pack_nibbles, unpack_nibbles
@@ -59,6 +59,9 @@ class Fp8(Scheme):
     def shape(self, parts: Mapping[str, tuple[int, ...]], small: Mapping[str, Tensor]) -> tuple[int, int]:
         rows, columns = parts["weight"]
         return rows, columns
+
+    def coded_bits(self, module: str, dtypes: Mapping[str, str]) -> float:
+        return 0
 
     def held(self, module: str, parts: Mapping[str, Tensor]) -> Held:
         scale = parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"]
@@ -109,6 +112,9 @@ class ModelOpt(Scheme):
     def shape(self, parts: Mapping[str, tuple[int, ...]], small: Mapping[str, Tensor]) -> tuple[int, int]:
         rows, columns = parts["weight"]
         return rows, columns * 2 if "weight_scale_2" in parts else columns
+
+    def coded_bits(self, module: str, dtypes: Mapping[str, str]) -> float:
+        return code_bits(8, self.group, True) if dtypes.get("weight") == "U8" else 0
 
     def held(self, module: str, parts: Mapping[str, Tensor]) -> Held:
         if "pre_quant_scale" in parts:
@@ -174,6 +180,9 @@ class Mxfp4(Scheme):
     def shape(self, parts: Mapping[str, tuple[int, ...]], small: Mapping[str, Tensor]) -> tuple[int, int]:
         *_, rows, blocks, half = parts["blocks"]
         return rows, blocks * half * 2
+
+    def coded_bits(self, module: str, dtypes: Mapping[str, str]) -> float:
+        return code_bits(8, 32, True)
 
     def held(self, module: str, parts: Mapping[str, Tensor]) -> Held:
         codes_NK = unpack_nibbles(parts["blocks"].flatten(-2))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tandem.errors import ConfigError, ModelError
 from tandem.models.fields import Fields, flag, optional, shown, table, text, whole
-from tandem.models.quantised.scheme import Held, Scheme, refuse_blocks, scales_name
+from tandem.models.quantised.scheme import Held, Scheme, code_bits, refuse_blocks, scales_name
 from tandem.numerics.blocks import WHOLE_ROW, Blocks, Format
 from tandem.numerics.elements import Fixed
 from tandem.numerics.packing import from_awq_order, pack, to_awq_order, unpack
@@ -81,6 +81,12 @@ class Gptq(Scheme):
         if config.take("dynamic", optional(table), None):
             raise ModelError(f"{self.where} has other settings for some modules (dynamic), which are not read.")
         self.version = kind or "gptq"
+        self.ordered = not config.take("desc_act", optional(flag), False)
+        self.symmetric = bool(config.take("sym", optional(flag), False))
+
+    def coded_bits(self, module: str, dtypes: Mapping[str, str]) -> float:
+        small = self.ordered and (self.bits < 8 or self.symmetric)
+        return code_bits(self.bits, self.group, self.symmetric) if small else 0
 
     def shape(self, parts: Mapping[str, tuple[int, ...]], small: Mapping[str, Tensor]) -> tuple[int, int]:
         words, columns = parts["qweight"]
@@ -178,6 +184,9 @@ class Awq(Scheme):
             )
         config.take("zero_point", flag, True)
         self.group = group
+
+    def coded_bits(self, module: str, dtypes: Mapping[str, str]) -> float:
+        return code_bits(4, self.group, "qzeros" not in dtypes)
 
     def shape(self, parts: Mapping[str, tuple[int, ...]], small: Mapping[str, Tensor]) -> tuple[int, int]:
         inputs, words = parts["qweight"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -99,8 +100,7 @@ class QuantisedTensors:
                     )
         for name, found in self._parts.items():
             self.shapes[name] = self._shape(name, found)
-        # An upper bound, of a byte a number: what becomes codes is known when it is read.
-        self.coded_bytes = sum(self.shapes[name][0] * self.shapes[name][1] for name in self._parts)
+        self.coded_bytes = self._coded_bytes()
         notes = list(dict.fromkeys(scheme.notes))
         if spare:
             notes.append(f"{len(spare)} scales of activations or of keys and values, {spare[0]} first")
@@ -112,6 +112,17 @@ class QuantisedTensors:
 
     def codes(self, name: str) -> Quantised | None:
         return self._held(name).codes() if name in self._parts else None
+
+    def _coded_bytes(self) -> int:
+        """Of all matrices where some are codes, the others in bf16; 0 where none is."""
+        bits = {
+            name: self._scheme.coded_bits(
+                name.removesuffix(".weight"), {x: self._store.dtypes[y] for x, y in own.items()}
+            )
+            for name, own in self._parts.items()
+        }
+        sizes = {name: math.prod(shape) for name, shape in self.shapes.items() if len(shape) == 2}
+        return int(sum((bits.get(name) or 16) * size / 8 for name, size in sizes.items())) if any(bits.values()) else 0
 
     def _shape(self, name: str, found: Mapping[str, str]) -> tuple[int, ...]:
         shapes = {part: self._store.shapes[own] for part, own in found.items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 from tandem.errors import ModelError
 from tandem.models.fields import Fields
 from tandem.numerics.blocks import SCALE_DTYPES, WHOLE, WHOLE_ROW, Blocks, Format, dequantise
-from tandem.numerics.elements import E2M1, Element, Fixed
+from tandem.numerics.elements import E2M1, Fixed
 from tandem.numerics.quantise import Quantised
 
 ROW_UNIT = 8  # inputs that the engine's codes keep together, kernels/codes.py
@@ -73,6 +73,11 @@ class Held:
         return codes - 2 * half * (codes >= half)
 
 
+def code_bits(bits: int, group: int, symmetric: bool) -> float:
+    """Of integers by `Held.codes`, with scales of 32 bits."""
+    return (4 if bits <= 4 and symmetric else 8) + (32 / group if group > 0 else 1)
+
+
 class Scheme:
     """One file format, opened by what a model's config says of it."""
 
@@ -94,6 +99,10 @@ class Scheme:
         """[N, K] by the shapes of its parts; `small`: those of a few numbers, read."""
         raise NotImplementedError
 
+    def coded_bits(self, module: str, dtypes: Mapping[str, str]) -> float:
+        """Of a number of a matrix as `Held.codes`, at most, its share of a scale among them; 0 where it has none."""
+        raise NotImplementedError
+
     def held(self, module: str, parts: Mapping[str, Tensor]) -> Held:
         raise NotImplementedError
 
@@ -111,11 +120,6 @@ class Scheme:
     def config(cls, form: Format, plain: Sequence[str]) -> dict[str, Any]:
         """What config.json's quantization_config says; `plain`: modules whose weights are not quantised."""
         raise NotImplementedError
-
-
-def plain_element(element: Element) -> str:
-    """As people name it."""
-    return element.name
 
 
 def refuse_blocks(where: str, width: int, block: int) -> None:
