@@ -319,7 +319,7 @@ def _scaled_codes(
 def _in_dtype(scales: Tensor, form: Format) -> Tensor:
     """Scales as they are kept, before a code is chosen by them."""
     kept = scales.to(SCALE_DTYPES[form.scale])
-    if not bool(kept.isfinite().all()):
+    if form.scale != "fp32" and not bool(kept.isfinite().all()):
         raise NonFiniteError(
             f"{form.name} has scales up to {float(scales.max()):g}, which {form.scale} does not have. Choose a format "
             "whose scales are bf16 or fp32."
