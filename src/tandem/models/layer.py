@@ -59,10 +59,11 @@ class Attention(Part):
 
     def forward(self, hidden_TM: torch.Tensor, view: View, tables: Tables) -> torch.Tensor:
         """Hidden states behind it."""
-        attended_TW = view.attend(self.index, self._qkv(hidden_TM), self.heads, tables)
+        attended_TW = view.attend(self.index, self.project(hidden_TM), self.heads, tables)
         return linear(attended_TW, self.out, None, hidden_TM)
 
-    def _qkv(self, hidden_TM: torch.Tensor) -> torch.Tensor:
+    def project(self, hidden_TM: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of hidden states, before rotation: [T, (H + 2 K) D]."""
         qkv_TW = linear(rms_norm(hidden_TM, self.norm, self.eps), self.qkv, self.qkv_bias)
         if self.q_norm is None or self.k_norm is None:
             return qkv_TW

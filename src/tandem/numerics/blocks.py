@@ -38,10 +38,10 @@ from tandem.numerics.elements import (
     Fixed,
     Rounding,
     decode,
-    encode,
     floating,
     words_of,
 )
+from tandem.numerics.snap import encode
 
 Rule = Literal["floor", "rceil", "ceil", "even"]  # of a power of two
 Scales = Literal["e8m0", "e4m3", "fp32", "fp16", "bf16"]

@@ -1,0 +1,204 @@
+"""A model whose matrices are numbers of a format: nearest, GPTQ, and what makes either err less.
+
+The four matrices of each layer are rounded (qkv and gate_up each as one, so that what has a scale of the whole tensor
+has one of all); embedding, head and norms stay. Methods are a way to write the model otherwise and a way to round it:
+
+    nearest, gptq                    numerics/gptq.py
+    awq, smooth                      scales of inputs, numerics/scaling.py
+    hadamard, rotation               residual stream and value heads rotated; drawn, or learned (turn.py)
+
+and `awq+gptq`, `smooth+gptq`, `hadamard+gptq`, `rotation+gptq`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from tandem.errors import ConfigError, NonFiniteError, nearest
+from tandem.models.decoder import Decoder
+from tandem.models.parts import Slot
+from tandem.models.spec import ModelSpec
+from tandem.numerics.blocks import WHOLE, Blocks, Format, dequantise, quantise
+from tandem.numerics.gptq import Factor, factor, gptq
+from tandem.numerics.rotation import hadamard_matrix, random_hadamard
+from tandem.numerics.scaling import awq_scales, clipped, smooth_scales
+from tandem.surgery.calibrate import SITES, Inputs, walk
+from tandem.surgery.fold import Tensors, alike, fold_scales, fuse_norms, matrix, put, rotated, slots
+from tandem.surgery.turn import learned_turn
+
+Rewrite = Literal["", "awq", "smooth", "hadamard", "rotation"]
+DTYPE = "bfloat16"  # in which texts are run
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How the model is written before it is rounded, and how it is rounded.
+
+    >>> Method.read("hadamard+gptq"), Method.read("awq").reads_texts, Method.read("hadamard").reads_texts
+    (Method(rewrite='hadamard', gptq=True), True, False)
+    """
+
+    rewrite: Rewrite = ""
+    gptq: bool = False
+
+    @classmethod
+    def read(cls, name: str) -> Method:
+        """ConfigError for one that is not known."""
+        first, plus, second = name.partition("+")
+        rewrites = [one for one in get_args(Rewrite) if one]
+        known = [*rewrites, "nearest", "gptq"]
+        if first not in known or plus and (second != "gptq" or first not in rewrites):
+            raise ConfigError(
+                f"--method {name} is not known: give one of {', '.join(known)}, or one of the first four with +gptq."
+                f"{nearest(first, known)}"
+            )
+        return cls(first if first in rewrites else "", "gptq" in (first, second))  # type: ignore[arg-type]
+
+    @property
+    def reads_texts(self) -> bool:
+        return self.gptq or self.rewrite in ("awq", "smooth", "rotation")
+
+
+@dataclass(slots=True, eq=False)
+class Quantised:
+    """What became of a model."""
+
+    spec: ModelSpec
+    tensors: Tensors  # all, fp32; the matrices as they read back
+    blocks: dict[str, Blocks] = field(default_factory=dict)  # by matrix, as codes; none where nothing was rounded
+    damped: dict[str, float] = field(default_factory=dict)  # matrices whose H needed more on its diagonal, and how much
+    exponents: dict[str, float] = field(default_factory=dict)  # AWQ's a, by layer and slot
+    cpu_s: dict[str, float] = field(default_factory=dict)  # of this process, by phase
+
+
+def quantised(
+    spec: ModelSpec, tensors: Mapping[str, Tensor], method: Method, form: Format | None, texts: Sequence[Sequence[int]] = ()
+) -> Quantised:
+    """A model (any float dtype, by Hugging Face name) by a method. No format: written otherwise and not rounded, which
+    `smooth` and `hadamard` can. ConfigError for texts that are needed and missing, and for what cannot be divided."""
+    check(method, form, texts)
+    made = Quantised(spec, {name: tensor.float() for name, tensor in tensors.items()})
+    with _Timed(made, "rewrite"):
+        if method.rewrite in ("hadamard", "rotation"):
+            made.spec, made.tensors = fuse_norms(spec, made.tensors)
+            head_DD = hadamard_matrix(spec.head_size)
+            if method.rewrite == "hadamard":
+                turn_MM = random_hadamard(spec.width)
+            else:
+                assert form is not None
+                turn_MM = learned_turn(made.spec, rotated(made.spec, made.tensors, torch.eye(spec.width), head_DD), form, texts)
+            made.tensors = rotated(made.spec, made.tensors, turn_MM, head_DD)
+        elif method.rewrite:
+            _rescale(made, method.rewrite == "awq", form, texts)
+    if form is not None:
+        with _Timed(made, "round"):
+            _gptq(made, form, texts) if method.gptq else _nearest(made, form)
+    return made
+
+
+def check(method: Method, form: Format | None, texts: Sequence[Sequence[int]]) -> None:
+    """ConfigError for what the method needs and is not given."""
+    if form is None and (method.gptq or method.rewrite not in ("smooth", "hadamard")):
+        raise ConfigError("this method rounds to a format, and none is given: --format int4_g128, or another.")
+    if method.reads_texts and not any(len(text) for text in texts):
+        raise ConfigError("this method looks at what the matrices are given, and there is no text: --texts FILE.")
+
+
+class _Timed:
+    """CPU seconds of a phase, all threads."""
+
+    def __init__(self, made: Quantised, name: str) -> None:
+        self._made, self._name = made, name
+
+    def __enter__(self) -> None:
+        self._start = time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        self._made.cpu_s[self._name] = time.process_time() - self._start
+
+
+def _nearest(made: Quantised, form: Format) -> None:
+    for index in range(made.spec.layers):
+        own = slots(made.spec, index)
+        for site in SITES:
+            _round(made, own[site], form, index, None)
+
+
+def _gptq(made: Quantised, form: Format, texts: Sequence[Sequence[int]]) -> None:
+    decoder = Decoder(made.spec, DTYPE).load(made.tensors.items())
+
+    def change(index: int, seen: Mapping[str, Inputs]) -> None:
+        for site, inputs in seen.items():
+            slot = slots(made.spec, index)[site]
+            try:
+                found = factor(inputs.hessian_KK)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"layer {index}, {site}: {error}") from error
+            _round(made, slot, form, index, found)
+            weight = getattr(decoder.layers[index].mix if site in ("qkv", "out") else decoder.layers[index].feed, site)
+            weight.value.copy_(matrix(made.tensors, slot))
+            weight.repack()
+
+    walk(decoder, texts, change, sequential=True)
+
+
+def _round(made: Quantised, slot: Slot, form: Format, index: int, found: Factor | None) -> None:
+    """A matrix of a layer, as one where a row's blocks are its own; else each tensor that lies in it."""
+    whole = matrix(made.tensors, slot)
+    parts = [whole] if form.rows == 1 else list(whole.split([one.rows for one in slot.stored]))
+    try:
+        rounded = [quantise(part, form) if found is None else gptq(part, found, form) for part in parts]
+    except NonFiniteError as error:
+        raise NonFiniteError(f"layer {index}, {slot.name}: {error}") from error
+    values = [dequantise(blocks, form) for blocks in rounded]
+    put(made.tensors, slot, values[0] if len(values) == 1 else torch.cat(values))
+    if found is not None and found.damp > 0.01:
+        made.damped[f"{index}.{slot.name}"] = found.damp
+    if form.rows == 1:
+        rounded = _apart(rounded[0], slot, form)
+    made.blocks |= {one.name: blocks for one, blocks in zip(slot.stored, rounded, strict=True)}
+
+
+def _apart(blocks: Blocks, slot: Slot, form: Format) -> list[Blocks]:
+    """A matrix's codes and scales as those of the tensors that lie in it."""
+    made, start = [], 0
+    for one in slot.stored:
+        rows = slice(start, start + one.rows)
+        start += one.rows
+        scales = blocks.scales if form.block == WHOLE else blocks.scales[rows]
+        zeros = None if blocks.zeros is None else blocks.zeros[rows]
+        made.append(Blocks(blocks.codes[rows], scales, blocks.whole, zeros))
+    return made
+
+
+def _rescale(made: Quantised, awq: bool, form: Format | None, texts: Sequence[Sequence[int]]) -> None:
+    """AWQ's scales and ends, or SmoothQuant's scales, folded in; by what the matrices are given before any is rounded."""
+    spec, tensors = made.spec, made.tensors
+    decoder = Decoder(spec, DTYPE).load(tensors.items())
+
+    def change(index: int, seen: Mapping[str, Inputs]) -> None:
+        own = slots(spec, index)
+        scaled = {}
+        for site, inputs in seen.items():
+            weight_NK = matrix(tensors, own[site])
+            if awq:
+                assert form is not None
+                level_K = alike(spec, site, inputs.mean_K)
+                s_K, made.exponents[f"{index}.{site}"] = awq_scales(weight_NK, inputs.hessian_KK, level_K, form)
+            elif site in ("qkv", "gate_up"):  # behind a norm, as in the paper
+                s_K = smooth_scales(weight_NK, inputs.largest_K)
+            else:
+                continue
+            fold_scales(spec, tensors, index, site, s_K)
+            scaled[site] = inputs.scaled(s_K)
+        for site, inputs in scaled.items() if awq else ():
+            assert form is not None
+            put(tensors, own[site], clipped(matrix(tensors, own[site]), inputs.hessian_KK, form))
+
+    walk(decoder, texts, change, sequential=False)
