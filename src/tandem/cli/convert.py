@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from tandem.cli.options import Assignments, ConfigFiles
+from tandem.cli.quantised import MethodName, NumberFormat, Sequences, Texts, quantise
 
 
 class Kind(str, Enum):
@@ -55,14 +56,15 @@ def convert(
         str | None, typer.Option(metavar="MODEL", help="Of merge: in place of the model that the adapter names.")
     ] = None,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Of merge and quantise: of the tensors written as floats; bfloat16.")
-    ] = None,
-    format: Annotated[
-        str | None,
+        Dtype | None,
         typer.Option(
-            metavar="FILE[:FORMAT]", help="Of quantise, as awq or compressed-tensors:nvfp4: docs/numerics.md."
+            help="Of merge and quantise: of the tensors written as floats; bfloat16, or float32 of a format alone."
         ),
     ] = None,
+    format: NumberFormat = None,
+    method: MethodName = None,
+    texts: Texts = None,
+    sequences: Sequences = None,
     files: ConfigFiles = None,
     settings: Assignments = None,
     json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -71,12 +73,12 @@ def convert(
     model in few bits."""
     from tandem.errors import ConfigError
 
-    if format and kind is not Kind.QUANTISE:
-        raise ConfigError("--format is of `convert quantise`. Leave it out.")
+    if (format or method or texts or sequences) and kind is not Kind.QUANTISE:
+        raise ConfigError("--format, --method, --texts and --sequences are of `convert quantise`. Leave them out.")
     if kind is Kind.QUANTISE:
         if size or measure or base or files or settings:
             raise ConfigError("--size, --measure, --base, --config and --set are not of `convert quantise`.")
-        return _quantise(source, out, format, (dtype or Dtype.BFLOAT16).value, json)
+        return quantise(source, out, (format, method, texts, sequences), dtype.value if dtype else None, json)
     if kind is Kind.MERGE:
         if size or measure or files or settings:
             raise ConfigError("--size, --measure, --config and --set are not of `convert merge`. Leave them out.")
@@ -97,25 +99,6 @@ def _merge(source: str, out: Path, base: str, dtype: str, json: bool) -> int:
 
     merge(source, out, dtype, base)
     print(jsonlib.dumps({"model": str(out), "source": source}) if json else f"{out}: a model of its own")
-    return 0
-
-
-def _quantise(source: str, out: Path, format: str | None, dtype: str, json: bool) -> int:
-    from tandem.errors import ConfigError
-
-    if not format:
-        raise ConfigError("give --format, as --format compressed-tensors:int4_g128 or --format awq (docs/numerics.md).")
-
-    from tandem.run.quantise import described, quantise
-
-    found = described(quantise(source, out, format, dtype))
-    if json:
-        print(jsonlib.dumps({"model": str(out), "source": source} | found))
-        return 0
-    print(
-        f"{out}: {found['matrices']} matrices of {found['weights']:,} weights as {found['format']} "
-        f"({found['bits']:.4g} bits each), {found['sqnr_db']} dB, in {found['file']}'s format; {found['bytes']:,} bytes"
-    )
     return 0
 
 

@@ -64,7 +64,7 @@ def factor(hessian_KK: Tensor, *, act_order: bool = True, damp: float = DAMP) ->
 
 
 def gptq(weight_NK: Tensor, found: Factor, form: Format) -> Blocks:
-    """The matrix in a format: its scales those of `quantise`, its codes by GPTQ. NonFiniteError for a weight that is."""
+    """The matrix in a format: its scales those of `quantise`, its codes by GPTQ. NonFiniteError as `quantise`'s."""
     blocks = quantise(weight_NK, form)
     (rows, width), order_K = weight_NK.shape, found.order_K
     scales_GN, zeros_GN = by_input(blocks, form, rows)

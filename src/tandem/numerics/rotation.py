@@ -69,8 +69,8 @@ def hadamard_matrix(order: int) -> Tensor:
     signs = _signs(order)
     if signs is None:
         raise ConfigError(
-            f"no Hadamard matrix of order {order} is built here (products of 2, of q + 1 and of 2 (q + 1) for primes q). "
-            "Take a rotation that is learned, --method rotation, which starts from another."
+            f"no Hadamard matrix of order {order} is built here (products of 2, of q + 1 and of 2 (q + 1) for primes "
+            "q). Take a rotation that is learned, --method rotation, which starts from another."
         )
     return signs / order**0.5
 

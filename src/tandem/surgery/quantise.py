@@ -1,7 +1,7 @@
 """A model whose matrices are numbers of a format: nearest, GPTQ, and what makes either err less.
 
-The four matrices of each layer are rounded (qkv and gate_up each as one, so that what has a scale of the whole tensor
-has one of all); embedding, head and norms stay. Methods are a way to write the model otherwise and a way to round it:
+The four matrices of each layer are rounded (qkv and gate_up each as one, with one scale of the tensor where a format
+has such beside its blocks'); embedding, head and norms stay. Methods are a way to write the model otherwise and a way to round it:
 
     nearest, gptq                    numerics/gptq.py
     awq, smooth                      scales of inputs, numerics/scaling.py
@@ -12,8 +12,10 @@ and `awq+gptq`, `smooth+gptq`, `hadamard+gptq`, `rotation+gptq`.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -25,7 +27,7 @@ from tandem.models.decoder import Decoder
 from tandem.models.parts import Slot
 from tandem.models.spec import ModelSpec
 from tandem.numerics.blocks import WHOLE, Blocks, Format, dequantise, quantise
-from tandem.numerics.gptq import Factor, factor, gptq
+from tandem.numerics.gptq import DAMP, Factor, factor, gptq
 from tandem.numerics.rotation import hadamard_matrix, random_hadamard
 from tandem.numerics.scaling import awq_scales, clipped, smooth_scales
 from tandem.surgery.calibrate import SITES, Inputs, walk
@@ -75,16 +77,26 @@ class Quantised:
     damped: dict[str, float] = field(default_factory=dict)  # matrices whose H needed more on its diagonal, and how much
     exponents: dict[str, float] = field(default_factory=dict)  # AWQ's a, by layer and slot
     cpu_s: dict[str, float] = field(default_factory=dict)  # of this process, by phase
+    signal: float = 0.0  # sum of squares of what was rounded, and of its errors
+    noise: float = 0.0
+
+    @property
+    def sqnr_db(self) -> float:
+        return 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf
 
 
 def quantised(
-    spec: ModelSpec, tensors: Mapping[str, Tensor], method: Method, form: Format | None, texts: Sequence[Sequence[int]] = ()
+    spec: ModelSpec,
+    tensors: Mapping[str, Tensor],
+    method: Method,
+    form: Format | None,
+    texts: Sequence[Sequence[int]] = (),
 ) -> Quantised:
     """A model (any float dtype, by Hugging Face name) by a method. No format: written otherwise and not rounded, which
     `smooth` and `hadamard` can. ConfigError for texts that are needed and missing, and for what cannot be divided."""
     check(method, form, texts)
     made = Quantised(spec, {name: tensor.float() for name, tensor in tensors.items()})
-    with _Timed(made, "rewrite"):
+    with _timed(made, "rewrite"):
         if method.rewrite in ("hadamard", "rotation"):
             made.spec, made.tensors = fuse_norms(spec, made.tensors)
             head_DD = hadamard_matrix(spec.head_size)
@@ -92,12 +104,14 @@ def quantised(
                 turn_MM = random_hadamard(spec.width)
             else:
                 assert form is not None
-                turn_MM = learned_turn(made.spec, rotated(made.spec, made.tensors, torch.eye(spec.width), head_DD), form, texts)
+                turn_MM = learned_turn(
+                    made.spec, rotated(made.spec, made.tensors, torch.eye(spec.width), head_DD), form, texts
+                )
             made.tensors = rotated(made.spec, made.tensors, turn_MM, head_DD)
         elif method.rewrite:
             _rescale(made, method.rewrite == "awq", form, texts)
     if form is not None:
-        with _Timed(made, "round"):
+        with _timed(made, "round"):
             _gptq(made, form, texts) if method.gptq else _nearest(made, form)
     return made
 
@@ -110,17 +124,21 @@ def check(method: Method, form: Format | None, texts: Sequence[Sequence[int]]) -
         raise ConfigError("this method looks at what the matrices are given, and there is no text: --texts FILE.")
 
 
-class _Timed:
+@contextmanager
+def _timed(made: Quantised, name: str) -> Iterator[None]:
     """CPU seconds of a phase, all threads."""
+    start = time.process_time()
+    yield
+    made.cpu_s[name] = time.process_time() - start
 
-    def __init__(self, made: Quantised, name: str) -> None:
-        self._made, self._name = made, name
 
-    def __enter__(self) -> None:
-        self._start = time.process_time()
-
-    def __exit__(self, *_: object) -> None:
-        self._made.cpu_s[self._name] = time.process_time() - self._start
+@contextmanager
+def _named(index: int, site: str) -> Iterator[None]:
+    """A NonFiniteError within says where it was."""
+    try:
+        yield
+    except NonFiniteError as error:
+        raise NonFiniteError(f"layer {index}, {site}: {error}") from error
 
 
 def _nearest(made: Quantised, form: Format) -> None:
@@ -136,10 +154,8 @@ def _gptq(made: Quantised, form: Format, texts: Sequence[Sequence[int]]) -> None
     def change(index: int, seen: Mapping[str, Inputs]) -> None:
         for site, inputs in seen.items():
             slot = slots(made.spec, index)[site]
-            try:
+            with _named(index, site):
                 found = factor(inputs.hessian_KK)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"layer {index}, {site}: {error}") from error
             _round(made, slot, form, index, found)
             weight = getattr(decoder.layers[index].mix if site in ("qkv", "out") else decoder.layers[index].feed, site)
             weight.value.copy_(matrix(made.tensors, slot))
@@ -151,34 +167,35 @@ def _gptq(made: Quantised, form: Format, texts: Sequence[Sequence[int]]) -> None
 def _round(made: Quantised, slot: Slot, form: Format, index: int, found: Factor | None) -> None:
     """A matrix of a layer, as one where a row's blocks are its own; else each tensor that lies in it."""
     whole = matrix(made.tensors, slot)
-    parts = [whole] if form.rows == 1 else list(whole.split([one.rows for one in slot.stored]))
-    try:
+    together = form.rows == 1 and form.block != WHOLE
+    parts = [whole] if together else list(whole.split([one.rows for one in slot.stored]))
+    with _named(index, slot.name):
         rounded = [quantise(part, form) if found is None else gptq(part, found, form) for part in parts]
-    except NonFiniteError as error:
-        raise NonFiniteError(f"layer {index}, {slot.name}: {error}") from error
     values = [dequantise(blocks, form) for blocks in rounded]
-    put(made.tensors, slot, values[0] if len(values) == 1 else torch.cat(values))
-    if found is not None and found.damp > 0.01:
+    for part, value in zip(parts, values, strict=True):
+        made.signal += float(part.square().sum(dtype=torch.float64))
+        made.noise += float((part - value).square().sum(dtype=torch.float64))
+    put(made.tensors, slot, torch.cat(values))
+    if found is not None and found.damp > DAMP:
         made.damped[f"{index}.{slot.name}"] = found.damp
-    if form.rows == 1:
-        rounded = _apart(rounded[0], slot, form)
+    if together:
+        rounded = _apart(rounded[0], slot)
     made.blocks |= {one.name: blocks for one, blocks in zip(slot.stored, rounded, strict=True)}
 
 
-def _apart(blocks: Blocks, slot: Slot, form: Format) -> list[Blocks]:
+def _apart(blocks: Blocks, slot: Slot) -> list[Blocks]:
     """A matrix's codes and scales as those of the tensors that lie in it."""
     made, start = [], 0
     for one in slot.stored:
         rows = slice(start, start + one.rows)
         start += one.rows
-        scales = blocks.scales if form.block == WHOLE else blocks.scales[rows]
         zeros = None if blocks.zeros is None else blocks.zeros[rows]
-        made.append(Blocks(blocks.codes[rows], scales, blocks.whole, zeros))
+        made.append(Blocks(blocks.codes[rows], blocks.scales[rows], blocks.whole, zeros))
     return made
 
 
 def _rescale(made: Quantised, awq: bool, form: Format | None, texts: Sequence[Sequence[int]]) -> None:
-    """AWQ's scales and ends, or SmoothQuant's scales, folded in; by what the matrices are given before any is rounded."""
+    """AWQ's scales and ends, or SmoothQuant's scales, folded in, by what matrices are given before any is rounded."""
     spec, tensors = made.spec, made.tensors
     decoder = Decoder(spec, DTYPE).load(tensors.items())
 
@@ -190,7 +207,8 @@ def _rescale(made: Quantised, awq: bool, form: Format | None, texts: Sequence[Se
             if awq:
                 assert form is not None
                 level_K = alike(spec, site, inputs.mean_K)
-                s_K, made.exponents[f"{index}.{site}"] = awq_scales(weight_NK, inputs.hessian_KK, level_K, form)
+                with _named(index, site):
+                    s_K, made.exponents[f"{index}.{site}"] = awq_scales(weight_NK, inputs.hessian_KK, level_K, form)
             elif site in ("qkv", "gate_up"):  # behind a norm, as in the paper
                 s_K = smooth_scales(weight_NK, inputs.largest_K)
             else:

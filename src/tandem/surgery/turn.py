@@ -19,13 +19,16 @@ from tandem.models.decoder import Decoder
 from tandem.models.parts import outer_slots
 from tandem.models.spec import ModelSpec
 from tandem.models.view import PackView
-from tandem.numerics.blocks import Format, rounded
+from tandem.numerics.blocks import Format
 from tandem.numerics.rotation import cayley_step, random_hadamard, random_orthogonal
+from tandem.numerics.scaling import tried
 from tandem.surgery.calibrate import SITES
 from tandem.surgery.fold import Tensors, matrix, slots
 
 STEPS, TEXTS = 24, 2  # steps, and texts of each
-ANGLE = 0.6  # of the first step: the length of the rotation's own change, sqrt(2) a radian of a plane; falls to 0 linearly
+ANGLE = (
+    0.6  # of the first step: the length of the rotation's own change, sqrt(2) a radian of a plane; falls to 0 linearly
+)
 RIGHT, LEFT = ("qkv", "gate_up"), ("out", "down")  # that read the residual stream, and that write to it
 
 
@@ -37,7 +40,9 @@ def learned_turn(spec: ModelSpec, tensors: Tensors, form: Format, texts: Sequenc
         turn_MM = random_orthogonal(spec.width)
     texts = [text for text in texts if len(text) > 1]
     if not texts:
-        raise ConfigError("a rotation is learned from texts of two tokens or more: there is none. Give more with --texts.")
+        raise ConfigError(
+            "a rotation is learned from texts of two tokens or more: there is none. Give more with --texts."
+        )
     decoder = Decoder(spec, "bfloat16")
     for _, weight in decoder.weights():
         weight.grad = torch.zeros(weight.value.shape)
@@ -72,7 +77,7 @@ def slope(
         else:
             given = matrix(tensors, slot)
             turned = given @ turn_MM if slot.name in RIGHT else turn_MM.T @ given
-            weight.value.copy_(turned if form is None else rounded(turned, form))
+            weight.value.copy_(turned if form is None else tried(turned, form))
         weight.repack()
         if weight.grad is not None:
             weight.grad.zero_()
@@ -80,11 +85,14 @@ def slope(
     for text in texts:
         bounds.append(bounds[-1] + len(text))
     tokens_T = torch.tensor([token for text in texts for token in text])
-    rows_N = torch.tensor([row for start, end in zip(bounds, bounds[1:], strict=False) for row in range(start, end - 1)])
+    rows_N = torch.tensor(
+        [row for start, end in zip(bounds, bounds[1:], strict=False) for row in range(start, end - 1)]
+    )
     with torch.enable_grad():
         hidden_NM = decoder.forward(tokens_T, PackView(bounds), rows_N)
         loss = -token_logprobs(hidden_NM, decoder.head, tokens_T[rows_N + 1], 1.0)[0].mean()
     loss.backward()
+    assert decoder.embed.grad is not None and decoder.head.grad is not None
     used = tokens_T.unique()
     gradient_MM = tensors[embed.stored[0].name][used].T @ decoder.embed.grad[used]
     gradient_MM += tensors[head.stored[0].name].T @ decoder.head.grad
@@ -94,4 +102,4 @@ def slope(
             grad = getattr(layer.mix if site in ("qkv", "out") else layer.feed, site).grad
             given = matrix(tensors, own[site])
             gradient_MM += given.T @ grad if site in RIGHT else given @ grad.T
-    return float(loss), gradient_MM
+    return float(loss.detach()), gradient_MM

@@ -1,0 +1,58 @@
+"""`tandem convert quantise`: its flags, and what it prints."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+METHOD_HELP = (
+    "Of quantise: nearest; gptq; awq, smooth, hadamard or rotation, each with +gptq too. nearest where none is named."
+)
+FORMAT_HELP = (
+    "Of quantise, as awq or compressed-tensors:nvfp4: docs/numerics.md. A format alone, as int4_g128, writes values as "
+    "floats; left out, smooth and hadamard write the model otherwise and round nothing."
+)
+NumberFormat = Annotated[str | None, typer.Option(metavar="FILE[:FORMAT]|FORMAT", help=FORMAT_HELP)]
+MethodName = Annotated[str | None, typer.Option(metavar="NAME", help=METHOD_HELP)]
+Texts = Annotated[Path | None, typer.Option(metavar="FILE", help="Of quantise: text that the methods look at.")]
+Sequences = Annotated[
+    int | None, typer.Option(min=1, help="Of quantise: pieces of 512 tokens, taken evenly out of the texts. 128.")
+]
+
+
+def quantise(
+    source: str,
+    out: Path,
+    given: tuple[str | None, str | None, Path | None, int | None],
+    dtype: str | None,
+    json: bool,
+) -> int:
+    """given: format, method, texts, sequences."""
+    from tandem.errors import ConfigError
+    from tandem.models.quantised.write import FILES
+    from tandem.run.quantise import Asked, described
+    from tandem.run.quantise import quantise as run
+
+    form, method, texts, sequences = given
+    if not form and not method:
+        raise ConfigError("give --format, as --format compressed-tensors:int4_g128 or --format awq (docs/numerics.md).")
+    asked = Asked(method or Asked.method, texts, sequences or Asked.sequences)
+    in_file = (form or "").partition(":")[0] in FILES
+    found = described(run(source, out, form or "", dtype or ("bfloat16" if in_file else "float32"), asked))
+    if json:
+        print(jsonlib.dumps({"model": str(out), "source": source, "method": asked.method} | found))
+        return 0
+    if not form:
+        print(f"{out}: written otherwise by {asked.method}, nothing rounded; {found['bytes']:,} bytes")
+        return 0
+    where = f"in {found['file']}'s format" if found["file"] else "as floats"
+    print(
+        f"{out}: {found['matrices']} matrices of {found['weights']:,} weights as {found['format']} "
+        f"({found['bits']:.4g} bits each), {found['sqnr_db']} dB by {asked.method}, {where}; {found['bytes']:,} bytes"
+    )
+    if damped := found["damped"]:
+        print(f"the inputs of {len(damped)} matrices needed more on the diagonal of their second moments: {damped}")
+    return 0

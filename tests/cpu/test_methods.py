@@ -1,0 +1,283 @@
+"""Methods on whole models: what is only written otherwise computes the same, what is rounded is of its format, and what
+matrices are given is what they are given."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tandem.bench.fidelity import fidelity
+from tandem.cli.main import main
+from tandem.errors import ConfigError, NonFiniteError
+from tandem.kernels.swiglu import swiglu_reference
+from tandem.models import layer as layers
+from tandem.models.checkpoint import open_checkpoint, save_checkpoint
+from tandem.models.decoder import Decoder
+from tandem.models.scratch import new_tokenizer
+from tandem.models.spec import LayerAttention, ModelSpec, QueryTemperature
+from tandem.models.view import PackView
+from tandem.numerics.blocks import FORMATS, dequantise, quantise, rounded
+from tandem.numerics.rotation import random_orthogonal
+from tandem.surgery.calibrate import SITES, Inputs, walk
+from tandem.surgery.fold import alike, fold_scales, fuse_norms, matrix, rotated, slots
+from tandem.surgery.quantise import Method, quantised
+from tandem.surgery.turn import slope
+from tests.cpu.test_prune import random_model
+
+TOKENS = torch.randint(0, 97, (90,), generator=torch.Generator().manual_seed(1))
+TEXTS = [TOKENS[:50].tolist(), TOKENS[50:].tolist()]
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tied_embeddings": True},
+    "qwen2": {"architecture": "qwen2", "attention_bias": True},
+    "qwen3": {"architecture": "qwen3", "qk_norm": True, "tied_embeddings": True},
+    "llama4": {
+        "architecture": "llama4_text",
+        "rotated_norm": True,
+        "attention": (LayerAttention(), LayerAttention(rotary=False)),
+        "query_temperature": QueryTemperature(floor=16),
+    },
+}
+
+
+def model_of(name: str = "llama", layers: int = 2) -> tuple[ModelSpec, dict[str, Tensor]]:
+    made = random_model(layers=layers, **FAMILIES[name])
+    return made.spec, {name: tensor.clone() for name, tensor in made.export()}
+
+
+def logits(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Tensor:
+    decoder = Decoder(spec, "float32").load(tensors.items())
+    with torch.no_grad():
+        return decoder.logits(decoder.forward(TOKENS, PackView([0, 50, 90])))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scales_and_rotations_change_no_logit(family: str) -> None:
+    """A scale or a rotation is undone at another place than it is done, in one of the families."""
+    spec, tensors = model_of(family)
+    wanted = logits(spec, tensors)
+    scaled, drawn = dict(tensors), torch.Generator().manual_seed(2)
+    for index in range(spec.layers):
+        for site, slot in slots(spec, index).items():
+            if site in SITES:
+                s_K = torch.rand(slot.columns, generator=drawn).add(0.3)
+                fold_scales(spec, scaled, index, site, alike(spec, site, s_K))
+    torch.testing.assert_close(logits(spec, scaled), wanted, rtol=1e-4, atol=1e-4)
+    fused_spec, fused = fuse_norms(spec, tensors)
+    assert not fused_spec.tied_embeddings and bool((fused["model.norm.weight"] == 1).all())
+    turned = rotated(fused_spec, fused, random_orthogonal(spec.width), random_orthogonal(spec.head_size, 1))
+    torch.testing.assert_close(logits(fused_spec, turned), wanted, rtol=1e-4, atol=1e-4)
+    assert float(
+        (turned["model.layers.1.mlp.down_proj.weight"] - tensors["model.layers.1.mlp.down_proj.weight"]).norm()
+    )
+    for name in ("smooth", "hadamard"):
+        made = quantised(spec, tensors, Method.read(name), None, TEXTS)
+        torch.testing.assert_close(logits(made.spec, made.tensors), wanted, rtol=1e-4, atol=1e-4)
+        assert not made.blocks
+
+
+def test_inputs_are_those_of_the_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Second moments are of another matrix's inputs, or of a text that sees the one before it."""
+    spec, tensors = model_of("qwen2")
+    decoder = Decoder(spec, "float32").load(tensors.items())
+    found: dict[tuple[int, str], Inputs] = {}
+
+    def change(index: int, seen: Mapping[str, Inputs]) -> None:
+        found.update({(index, site): inputs for site, inputs in seen.items()})
+
+    walk(decoder, TEXTS, change, sequential=False)
+    given: dict[int, list[Tensor]] = {}
+    linear, down = layers.linear, layers.swiglu_down
+
+    def watched(x, weight, *rest):  # type: ignore[no-untyped-def]
+        given.setdefault(id(weight), []).append(x)
+        return linear(x, weight, *rest)
+
+    def watched_down(gate_up, weight, residual):  # type: ignore[no-untyped-def]
+        given.setdefault(id(weight), []).append(swiglu_reference(gate_up))
+        return down(gate_up, weight, residual)
+
+    monkeypatch.setattr(layers, "linear", watched)
+    monkeypatch.setattr(layers, "swiglu_down", watched_down)
+    with torch.no_grad():
+        for text in TEXTS:
+            decoder.forward(torch.tensor(text), PackView([0, len(text)]))
+    for layer in decoder.layers:
+        for site in SITES:
+            weight = getattr(layer.mix if site in ("qkv", "out") else layer.feed, site)
+            x = torch.cat(given[id(weight)]).double()
+            own = found[layer.index, site]
+            torch.testing.assert_close(own.hessian_KK.double(), x.T @ x, rtol=1e-4, atol=1e-3)
+            torch.testing.assert_close(own.mean_K.double(), x.abs().mean(0), rtol=1e-4, atol=1e-5)
+            assert torch.equal(own.largest_K, x.abs().amax(0).float()) and own.rows == 90
+
+
+def test_what_is_rounded_is_seen_behind_it() -> None:
+    """GPTQ calibrates a matrix on what the model gave before those in front of it were rounded."""
+    spec, tensors = model_of()
+    decoder = Decoder(spec, "bfloat16").load(tensors.items())
+    sums: list[tuple[int, str, bool]] = []
+
+    def change(index: int, seen: Mapping[str, Inputs]) -> None:
+        ((site, inputs),) = seen.items()
+        sums.append((index, site, bool(inputs.hessian_KK.any())))
+        if (index, site) == (0, "qkv"):
+            decoder.layers[0].mix.qkv.value.zero_()
+            decoder.layers[0].mix.qkv.repack()
+        if (index, site) == (0, "gate_up"):
+            decoder.layers[0].feed.gate_up.value.zero_()
+            decoder.layers[0].feed.gate_up.repack()
+
+    walk(decoder, TEXTS, change, sequential=True)
+    assert [site for _, site, _ in sums] == list(SITES) * 2
+    assert [(index, site) for index, site, some in sums if not some] == [(0, "out"), (0, "down")]
+
+
+@pytest.mark.parametrize(
+    "name", ["nearest", "gptq", "awq", "smooth", "hadamard", "rotation", "awq+gptq", "hadamard+gptq"]
+)
+@pytest.mark.parametrize("form", ["int4_g32_asym", "nvfp4", "fp8_128x128", "fp8_tensor"])
+def test_matrices_are_of_their_format(name: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix is left out or rounded twice, its codes are another tensor's, or the head is rounded too."""
+    monkeypatch.setattr("tandem.surgery.turn.STEPS", 2)
+    spec, tensors = model_of("qwen2")
+    made = quantised(spec, tensors, Method.read(name), FORMATS[form], TEXTS)
+    wanted = [n for index in range(2) for site in SITES for n in slots(spec, index)[site].shapes()]
+    assert sorted(made.blocks) == sorted(wanted)
+    for matrix_name, blocks in made.blocks.items():
+        assert torch.equal(dequantise(blocks, FORMATS[form]), made.tensors[matrix_name])
+    if name == "nearest":
+        slot = slots(spec, 1)["gate_up"]
+        if FORMATS[form].rows == 1:
+            assert torch.equal(matrix(made.tensors, slot), rounded(matrix(tensors, slot), FORMATS[form]))
+        for other in tensors.keys() - made.blocks.keys():
+            assert torch.equal(made.tensors[other], tensors[other])
+    apart = float((logits(made.spec, made.tensors) - logits(spec, tensors)).norm() / logits(spec, tensors).norm())
+    assert 0 < apart < 0.9
+
+
+def test_methods_in_their_order() -> None:
+    """GPTQ errs more than the nearest, or hardly less, on the outputs of a matrix that it rounds."""
+    spec, tensors = model_of(layers=1)
+    form = FORMATS["int4_g32"]
+    found: dict[str, Inputs] = {}
+    decoder = Decoder(spec, "bfloat16").load(tensors.items())
+    walk(decoder, TEXTS, lambda _, seen: found.update(seen), sequential=False)
+    by_gptq = quantised(spec, tensors, Method.read("gptq"), form, TEXTS)
+    for site in SITES:
+        slot = slots(spec, 0)[site]
+        given = matrix(tensors, slot)
+        errors = [matrix(by_gptq.tensors, slot) - given, dequantise(quantise(given, form), form) - given]
+        costs = [float(((error @ found[site].hessian_KK) * error).sum()) for error in errors]
+        assert costs[0] < 0.75 * costs[1], site
+
+
+def test_a_rotation_that_rounds_nothing_has_no_slope() -> None:
+    """The gradient misses the embedding, the head, or what a matrix writes: turning alone would lower the loss."""
+    spec, tensors = fuse_norms(*model_of())
+    decoder = Decoder(spec, "float32")
+    for _, weight in decoder.weights():
+        weight.grad = torch.zeros(weight.value.shape)
+    turn = random_orthogonal(spec.width)
+    loss, gradient = slope(decoder, tensors, turn, None, TEXTS)
+    skew = gradient @ turn.T
+    assert float((skew - skew.T).norm()) < 1e-4 * float(gradient.norm())
+    again, _ = slope(decoder, tensors, torch.eye(spec.width), None, TEXTS)
+    assert loss == pytest.approx(again, rel=1e-4)
+    rough, gradient = slope(decoder, tensors, turn, FORMATS["int4_g32"], TEXTS)
+    skew = gradient @ turn.T
+    assert rough != loss and float((skew - skew.T).norm()) > 1e-2 * float(gradient.norm())
+
+
+def test_what_cannot_be_done_is_named() -> None:
+    """A missing text, format or Hadamard matrix, a damaged weight or a NaN ends in a traceback or in nonsense."""
+    spec, tensors = model_of()
+    form = FORMATS["int4_g32"]
+    for name in ("gptq", "awq", "smooth", "rotation"):
+        with pytest.raises(ConfigError, match="there is no text: --texts"):
+            quantised(spec, tensors, Method.read(name), form, [[]])
+    with pytest.raises(ConfigError, match="none is given: --format"):
+        quantised(spec, tensors, Method.read("awq"), None, TEXTS)
+    for name in ("gtpq", "nearest+gptq", "gptq+awq", "awq+smooth"):
+        with pytest.raises(ConfigError, match=r"--method .* is not known"):
+            Method.read(name)
+    odd = random_model(layers=1, width=36 * 2 + 2)
+    with pytest.raises(ConfigError, match=r"order 74 is built here .* --method rotation"):
+        quantised(odd.spec, dict(odd.export()), Method.read("hadamard"), form)
+    bad = dict(tensors)
+    bad["model.layers.0.mlp.down_proj.weight"] = tensors["model.layers.0.mlp.down_proj.weight"] * torch.inf
+    with pytest.raises(NonFiniteError, match="layer 0, down: .* not finite"):
+        quantised(spec, bad, Method.read("nearest"), form)
+    with pytest.raises(NonFiniteError, match="layer 1: inputs of qkv are not finite"):
+        quantised(spec, bad, Method.read("smooth"), form, TEXTS)
+    with pytest.raises(NonFiniteError, match="layer 0, down: .* not finite"):
+        quantised(spec, bad, Method.read("awq"), form, TEXTS)
+    zero = dict(tensors) | {"model.embed_tokens.weight": torch.zeros_like(tensors["model.embed_tokens.weight"])}
+    by_gptq, nearest = (quantised(spec, zero, Method.read(name), form, TEXTS) for name in ("gptq", "nearest"))
+    assert all(torch.equal(by_gptq.tensors[name], nearest.tensors[name]) for name in by_gptq.blocks)
+
+
+def test_fidelity_of_a_model_to_itself_and_to_another() -> None:
+    """KL or perplexity is of other tokens than the texts', or in another unit."""
+    spec, tensors = model_of()
+    one = Decoder(spec, "float32").load(tensors.items())
+    same = fidelity(one, one, TEXTS)
+    assert same.kl == pytest.approx(0, abs=1e-6) and same.nll_rise == 0 and same.same_top == 1 and same.tokens == 88
+    made = quantised(spec, tensors, Method.read("nearest"), FORMATS["mxfp4"])
+    other = fidelity(Decoder(made.spec, "float32").load(made.tensors.items()), one, TEXTS)
+    logp, logq = (logits(*model).log_softmax(-1).double() for model in ((made.spec, made.tensors), (spec, tensors)))
+    rows = torch.tensor([row for row in range(90) if row not in (49, 89)])
+    kl = (logq.exp() * (logq - logp)).sum(-1)[rows].mean()
+    assert other.kl == pytest.approx(float(kl), rel=1e-3)
+    nll = -logp[rows, TOKENS[rows + 1]].mean()
+    assert other.perplexity == pytest.approx(float(nll.exp()), rel=1e-3)
+    assert other.same_top == pytest.approx(float((logp.argmax(-1) == logq.argmax(-1))[rows].float().mean()))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is written is not what the method gave, does not load, or a flag of another kind is taken silently."""
+    made = random_model(layers=1, vocab_size=259, tied_embeddings=True)
+    save_checkpoint(tmp_path / "model", made.spec, dict(made.export()), new_tokenizer(), "float32")
+    (tmp_path / "text.txt").write_text("Janet's ducks lay 16 eggs a day. " * 60)
+    command = [
+        "convert",
+        "quantise",
+        str(tmp_path / "model"),
+        "--format",
+        "nvfp4",
+        "--texts",
+        str(tmp_path / "text.txt"),
+    ]
+    assert (
+        main([*command, "--method", "hadamard+gptq", "--sequences", "2", "--out", str(tmp_path / "made"), "--json"])
+        == 0
+    )
+    told = json.loads(capsys.readouterr().out)
+    assert told["matrices"] == 7 and told["bits"] == 4.5 and told["tied_embeddings"] is False
+    opened = open_checkpoint(str(tmp_path / "made"))
+    read = dict(opened.tensors())
+    assert all(tensor.dtype == torch.float32 for tensor in read.values()) and not opened.spec.tied_embeddings
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight"):
+        units = read[name].unflatten(1, (-1, 16))
+        assert all(len(block.abs().unique()) <= 8 for row in units for block in row)  # e2m1 has so many sizes
+    assert (
+        main(["convert", "quantise", str(tmp_path / "model"), "--method", "hadamard", "--out", str(tmp_path / "t")])
+        == 0
+    )
+    assert "nothing rounded" in capsys.readouterr().out
+    for wrong, said in (
+        (["--method", "gptq", "--format", "int4_g32"], "there is no text"),
+        (["--method", "nearest"], "none is given: --format"),
+        (["--format", "int5_x"], "is no format"),
+        (["--format", "nvfp4", "--size", "layers=1"], "are not of `convert quantise`"),
+    ):
+        assert main(["convert", "quantise", str(tmp_path / "model"), "--out", str(tmp_path / "wrong"), *wrong]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["convert", "prune", "m", "--out", str(tmp_path / "wrong"), "--method", "gptq"]) == 2
+    assert "are of `convert quantise`" in capsys.readouterr().err
+    assert not (tmp_path / "wrong").exists()
