@@ -1,7 +1,8 @@
 """A model whose matrices are numbers of a format: nearest, GPTQ, and what makes either err less.
 
 The four matrices of each layer are rounded (qkv and gate_up each as one, with one scale of the tensor where a format
-has such beside its blocks'); embedding, head and norms stay. Methods are a way to write the model otherwise and a way to round it:
+has such beside its blocks'); embedding, head and norms stay. A method is a way to write the model otherwise, and one to
+round it:
 
     nearest, gptq                    numerics/gptq.py
     awq, smooth                      scales of inputs, numerics/scaling.py
