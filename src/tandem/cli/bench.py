@@ -35,6 +35,7 @@ class Work(str, Enum):
     SERVE = "serve"
     SOAK = "soak"
     LORA = "lora"
+    QUANTISE = "quantise"
 
 
 class Part(str, Enum):
@@ -61,6 +62,7 @@ WORKS_HELP = (
     "structured: answers of a given form beside the same without; "
     "serve: the server over the engine alone, and beside a peer's server (takes twelve minutes with one); "
     "lora: training an adapter beside training all weights, and decoding over eight of them; "
+    "quantise: CPU seconds of rounding to the nearest and by GPTQ; "
     "soak: the server at mixed load with faults; every call is accounted for, and memory stays."
 )
 PEER_HELP = (
@@ -119,6 +121,7 @@ def bench(
             Work.SERVE: _show_serve,
             Work.SOAK: _show_soak,
             Work.LORA: _show_lora,
+            Work.QUANTISE: _show_quantise,
         }
         shown.get(work, _show)(result)
         if limits := result.get("limits"):
@@ -251,6 +254,10 @@ def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:
         from tandem.bench.lora import lora
 
         return lora(rounds)
+    if work is Work.QUANTISE:
+        from tandem.bench.quantise import quantise
+
+        return quantise(rounds)
     if work is Work.PROGRAMS:
         from tandem.bench.programs import programs
 
@@ -404,6 +411,11 @@ def _show_lora(result: dict[str, Any]) -> None:
         f"decode steps of 64 sequences: {decode['adapters_tok_s']:,.0f} tok/s over 8 adapters, "
         f"{decode['base_tok_s']:,.0f} on the base: {decode['ratio']:.2f} x (wanted: {decode['wanted']:.2f} x)"
     )
+
+
+def _show_quantise(result: dict[str, Any]) -> None:
+    for row in result["rows"]:
+        print(f"{row['work']}: {row['cpu_s']:.1f} s of CPU, median of {result['rounds']} rounds")
 
 
 def _show_programs(result: dict[str, Any]) -> None:

@@ -1,0 +1,72 @@
+"""`bench quantise`: CPU seconds of quantising the measured model, by phase; and what methods cost in quality, on texts.
+
+    python -m tandem.bench.quantise CALIBRATION.txt HELDOUT.txt [METHOD:FORMAT ...]
+
+prints a JSON object for each, with perplexity and KL on the second file: a table of docs/numerics.md. Seconds are those
+of the process, which other work on the machine hardly moves.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tandem.bench.fidelity import fidelity
+from tandem.bench.sft import chats
+from tandem.bench.work import MODEL
+from tandem.models.checkpoint import open_checkpoint
+from tandem.models.decoder import Decoder
+from tandem.numerics.blocks import format_of
+from tandem.run.quantise import SEQUENCE_TOKENS, Asked, pieces
+from tandem.surgery.quantise import Method, quantised
+
+FORMAT, SEQUENCES, HELD = "int4_g128", 128, 64
+TABLE = tuple(
+    f"{method}:{form}"
+    for form in ("int4_g128", "int4_g32", "int3_g32", "nvfp4", "mxfp4")
+    for method in ("nearest", "gptq", "awq", "hadamard", "hadamard+gptq", "rotation", "rotation+gptq")
+)
+
+
+def quantise(rounds: int) -> dict[str, Any]:
+    """Medians: the nearest, and GPTQ over SEQUENCES pieces of words and numbers."""
+    checkpoint = open_checkpoint(MODEL)
+    tensors, tokenizer = dict(checkpoint.tensors()), checkpoint.load_tokenizer()
+    said = (str(message["content"]) for row in chats(1000) for message in row["messages"])  # type: ignore[attr-defined]
+    tokens = tokenizer.encode(" ".join(said))
+    texts = [tokens[index * SEQUENCE_TOKENS : (index + 1) * SEQUENCE_TOKENS] for index in range(SEQUENCES)]
+    rows = []
+    for name in ("nearest", "gptq"):
+        spent = []
+        for _ in range(rounds):
+            start = time.process_time()
+            quantised(checkpoint.spec, tensors, Method.read(name), format_of(FORMAT), texts)
+            spent.append(time.process_time() - start)
+        rows.append({"work": f"{name} {FORMAT}", "cpu_s": statistics.median(spent)})
+    return {"bench": "quantise", "rounds": rounds, "sequences": SEQUENCES, "tokens": SEQUENCE_TOKENS, "rows": rows}
+
+
+def table(calibration: Path, heldout: Path, wanted: Sequence[str] = TABLE) -> None:
+    """A line of JSON for each METHOD:FORMAT."""
+    checkpoint = open_checkpoint(MODEL)
+    tensors, tokenizer = dict(checkpoint.tensors()), checkpoint.load_tokenizer()
+    texts = pieces(Asked(texts=calibration, sequences=SEQUENCES), tokenizer, checkpoint.spec.max_position)
+    held = pieces(Asked(texts=heldout, sequences=HELD), tokenizer, checkpoint.spec.max_position)
+    teacher = Decoder(checkpoint.spec, "bfloat16").load(tensors.items())
+    for name in wanted:
+        method, _, form = name.partition(":")
+        made = quantised(checkpoint.spec, tensors, Method.read(method), format_of(form), texts)
+        student = Decoder(made.spec, "bfloat16").load(made.tensors.items())
+        found = dataclasses.asdict(fidelity(student, teacher, held))
+        told = {"method": method, "format": form, "sqnr_db": made.sqnr_db, "cpu_s": sum(made.cpu_s.values())}
+        print(json.dumps(told | found), flush=True)
+
+
+if __name__ == "__main__":
+    table(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:] or TABLE)
