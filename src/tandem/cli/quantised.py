@@ -31,15 +31,18 @@ def quantise(
     json: bool,
 ) -> int:
     """given: format, method, texts, sequences."""
+    from dataclasses import replace
+
     from tandem.errors import ConfigError
     from tandem.models.quantised.write import FILES
     from tandem.run.quantise import Asked, described
     from tandem.run.quantise import quantise as run
 
-    form, method, texts, sequences = given
-    if not form and not method:
+    form, *rest = given
+    if not form and rest[0] is None:
         raise ConfigError("give --format, as --format compressed-tensors:int4_g128 or --format awq (docs/numerics.md).")
-    asked = Asked(method or Asked.method, texts, sequences or Asked.sequences)
+    named = zip(("method", "texts", "sequences"), rest, strict=True)
+    asked = replace(Asked(), **{name: value for name, value in named if value is not None})  # type: ignore[arg-type]
     in_file = (form or "").partition(":")[0] in FILES
     found = described(run(source, out, form or "", dtype or ("bfloat16" if in_file else "float32"), asked))
     if json:
