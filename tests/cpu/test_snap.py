@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tandem.kernels.quantise import nearest, values
 from tandem.numerics import elements
-from tandem.numerics.blocks import FORMATS, WHOLE, Format, quantise, rounded
+from tandem.numerics.blocks import FORMATS, WHOLE, Format, dequantise, quantise, rounded
 from tandem.numerics.elements import ELEMENTS, Element, Fixed, Floating, decode, floating
 from tandem.numerics.scaling import tried
 from tandem.numerics.snap import codes_of, encode, snap
@@ -68,3 +69,17 @@ def test_a_search_rounds_as_the_format_does(form: Format) -> None:
     own = Format("int3_g50", Fixed("int3", 3, 0), 50, "fp32", zero_point=True)
     assert torch.equal(tried(x, own), rounded(x, own))
     assert form.block != WHOLE or quantise(x, form).scales.numel() == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["int4_g32", "int4_g128", "int8_g128", "int8_row", "int4_g32_asym", "int8_tensor", "nvfp4"]
+)
+def test_the_compiled_rounding_has_the_same_codes(name: str, any_path: str) -> None:
+    """Codes keep a sign beyond their bits, or a row's and a tensor's scale are mixed up."""
+    form = FORMATS[name] if name in FORMATS else Format(name, Fixed("int8", 8, 0), -1 if "row" in name else 0, "fp32")
+    x = torch.randn(9, 150, generator=torch.Generator().manual_seed(3)) * 0.02
+    x[3] = 0.0
+    for weight in (x, x.bfloat16()):
+        made, wanted = nearest(weight, form), quantise(weight, form)
+        assert torch.equal(made.codes, wanted.codes) and torch.equal(made.scales, wanted.scales)
+        assert torch.equal(values(made, form), dequantise(wanted, form))

@@ -13,15 +13,19 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tandem.bench.fidelity import fidelity
 from tandem.bench.sft import chats
 from tandem.bench.work import MODEL
+from tandem.kernels.quantise import nearest
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
+from tandem.models.parts import layer_slots
 from tandem.numerics.blocks import format_of
 from tandem.run.quantise import SEQUENCE_TOKENS, Asked, pieces
 from tandem.surgery.quantise import Method, quantised
@@ -35,20 +39,36 @@ TABLE = tuple(
 
 
 def quantise(rounds: int) -> dict[str, Any]:
-    """Medians: the nearest, and GPTQ over SEQUENCES pieces of words and numbers."""
+    """Medians: the nearest as codes of bf16 matrices, the nearest with what they read back as, and GPTQ over SEQUENCES
+    pieces of words and numbers."""
     checkpoint = open_checkpoint(MODEL)
     tensors, tokenizer = dict(checkpoint.tensors()), checkpoint.load_tokenizer()
     said = (str(message["content"]) for row in chats(1000) for message in row["messages"])  # type: ignore[attr-defined]
     tokens = tokenizer.encode(" ".join(said))
     texts = [tokens[index * SEQUENCE_TOKENS : (index + 1) * SEQUENCE_TOKENS] for index in range(SEQUENCES)]
+    form = format_of(FORMAT)
+    matrices = [
+        torch.cat([tensors[one.name] for one in slot.stored]).bfloat16()
+        for slot in layer_slots(checkpoint.spec)
+        if slot.columns is not None
+    ]
+
+    def by(name: str) -> None:
+        quantised(checkpoint.spec, tensors, Method.read(name), form, texts)
+
+    works: dict[str, Callable[[], object]] = {
+        "nearest, codes alone": lambda: [nearest(matrix, form) for matrix in matrices],
+        "nearest": lambda: by("nearest"),
+        "gptq": lambda: by("gptq"),
+    }
     rows = []
-    for name in ("nearest", "gptq"):
+    for name, work in works.items():
         spent = []
         for _ in range(rounds):
             start = time.process_time()
-            quantised(checkpoint.spec, tensors, Method.read(name), format_of(FORMAT), texts)
+            work()
             spent.append(time.process_time() - start)
-        rows.append({"work": f"{name} {FORMAT}", "cpu_s": statistics.median(spent)})
+        rows.append({"work": f"{FORMAT}, {name}", "cpu_s": statistics.median(spent)})
     return {"bench": "quantise", "rounds": rounds, "sequences": SEQUENCES, "tokens": SEQUENCE_TOKENS, "rows": rows}
 
 

@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from tandem.errors import ConfigError, NonFiniteError, nearest
+from tandem.kernels.quantise import nearest as nearest_of
+from tandem.kernels.quantise import values
 from tandem.models.decoder import Decoder
 from tandem.models.parts import Slot
 from tandem.models.spec import ModelSpec
-from tandem.numerics.blocks import WHOLE, Blocks, Format, dequantise, quantise
+from tandem.numerics.blocks import WHOLE, Blocks, Format
 from tandem.numerics.gptq import DAMP, Factor, factor, gptq
 from tandem.numerics.rotation import hadamard_matrix, random_hadamard
 from tandem.numerics.scaling import awq_scales, clipped, smooth_scales
@@ -171,12 +173,12 @@ def _round(made: Quantised, slot: Slot, form: Format, index: int, found: Factor 
     together = form.rows == 1 and form.block != WHOLE
     parts = [whole] if together else list(whole.split([one.rows for one in slot.stored]))
     with _named(index, slot.name):
-        rounded = [quantise(part, form) if found is None else gptq(part, found, form) for part in parts]
-    values = [dequantise(blocks, form) for blocks in rounded]
-    for part, value in zip(parts, values, strict=True):
-        made.signal += float(part.square().sum(dtype=torch.float64))
-        made.noise += float((part - value).square().sum(dtype=torch.float64))
-    put(made.tensors, slot, torch.cat(values))
+        rounded = [nearest_of(part, form) if found is None else gptq(part, found, form) for part in parts]
+    read = [values(blocks, form) for blocks in rounded]
+    for part, value in zip(parts, read, strict=True):
+        made.signal += float(torch.linalg.vector_norm(part)) ** 2
+        made.noise += float(torch.dist(part, value)) ** 2
+    put(made.tensors, slot, read[0] if together else torch.cat(read))
     if found is not None and found.damp > DAMP:
         made.damped[f"{index}.{slot.name}"] = found.damp
     if together:
