@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -97,19 +98,9 @@ def walk(decoder: Decoder, texts: Sequence[Sequence[int]], change: Change, *, se
         packed = packs(texts, decoder.device)
         hidden = [decoder.embed.value[tokens_T] for tokens_T, _ in packed]
         for layer in decoder.layers:
-            mix, feed, seen = layer.mix, layer.feed, {}
-
-            def site(name: str, parts: Iterable[Tensor], width: int, index: int = layer.index, seen=seen) -> None:  # type: ignore[no-untyped-def]
-                found = moments(parts, width)
-                if not bool(found.hessian_KK.isfinite().all()):
-                    raise NonFiniteError(
-                        f"layer {index}: inputs of {name} are not finite over the texts. The model is damaged, or "
-                        "overflows its dtype; look at it with tandem doctor, or leave such texts out."
-                    )
-                seen[name] = found
-                if sequential:
-                    change(index, {name: found})
-
+            mix, feed = layer.mix, layer.feed
+            seen: dict[str, Inputs] = {}
+            site = partial(_site, change if sequential else None, layer.index, seen)
             site("qkv", (rms_norm(h, mix.norm, mix.eps) for h in hidden), decoder.spec.width)
             attended = [
                 view.attend(layer.index, mix.project(h), mix.heads, decoder.tables)
@@ -123,3 +114,17 @@ def walk(decoder: Decoder, texts: Sequence[Sequence[int]], change: Change, *, se
             hidden = [linear(x, feed.down, None, h) for x, h in zip(inner, hidden, strict=True)]
             if not sequential:
                 change(layer.index, seen)
+
+
+def _site(
+    change: Change | None, index: int, seen: dict[str, Inputs], name: str, parts: Iterable[Tensor], width: int
+) -> None:
+    """What a matrix is given: into `seen`, and at once to `change`, where there is one."""
+    seen[name] = found = moments(parts, width)
+    if not bool(found.hessian_KK.isfinite().all()):
+        raise NonFiniteError(
+            f"layer {index}: inputs of {name} are not finite over the texts. The model is damaged, or overflows "
+            "bf16: look at the weights of the layers before, or leave such texts out."
+        )
+    if change is not None:
+        change(index, {name: found})
