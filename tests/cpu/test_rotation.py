@@ -20,14 +20,14 @@ def outliers(rows: int, width: int) -> tuple[Tensor, Tensor]:
     drawn = torch.Generator().manual_seed(0)
     x = torch.randn(rows, width, generator=drawn)
     x[:, :3] *= 30.0
-    return x, torch.randn(12, width, generator=drawn) * 0.05
+    return x, torch.randn(5, width, generator=drawn) * 0.05
 
 
 def error_of(x: Tensor, weight: Tensor, made: Tensor) -> float:
     return float((x.double() @ (made - weight).double().T).square().sum())
 
 
-@pytest.mark.parametrize("name", ["int4_g32", "nvfp4", "mxfp4", "int4_g32_asym"])
+@pytest.mark.parametrize("name", ["int4_g32", "nvfp4", "int4_g32_asym"])
 def test_awq_takes_what_errs_least_on_the_inputs(name: str) -> None:
     """Another exponent than the one of the least squared error of the outputs, found here by running all of them."""
     form, (x, weight) = FORMATS[name], outliers(200, 64)
