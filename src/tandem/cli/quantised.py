@@ -56,6 +56,6 @@ def quantise(
         f"{out}: {found['matrices']} matrices of {found['weights']:,} weights as {found['format']} "
         f"({found['bits']:.4g} bits each), {found['sqnr_db']} dB by {asked.method}, {where}; {found['bytes']:,} bytes"
     )
-    if damped := found["damped"]:
+    if isinstance(damped := found["damped"], dict) and damped:
         print(f"the inputs of {len(damped)} matrices needed more on the diagonal of their second moments: {damped}")
     return 0
