@@ -39,7 +39,7 @@ def test_awq_takes_what_errs_least_on_the_inputs(name: str) -> None:
         errors.append(error_of(x / s, weight * s, rounded(weight * s, form)))
     s, exponent = awq_scales(weight, x.T @ x, mean, form)
     assert exponent == errors.index(min(errors)) / STEPS > 0
-    assert min(errors) < 0.5 * errors[0]  # without scales
+    assert min(errors) < 0.7 * errors[0]  # without scales
     error = rounded(weight * s, form) / s - weight
     assert cost(error, x.T @ x) == pytest.approx(min(errors), rel=1e-4)
 

@@ -79,7 +79,7 @@ def input_gradient_reference(dy_TN: Tensor, value_NK: Tensor) -> Tensor:
     rows, columns = dy_TN.shape
     codes_TN, scales_T = _drawn(dy_TN, _words(dy_TN, 0, rows, -(-columns // QUAD)), 0, 1)
     matrix, scales_K = _nearest(value_NK)
-    sums = (codes_TN.double() @ matrix.double()).float()
+    sums = (codes_TN.double() @ matrix.double()).float() + 0.0  # a zero has no sign
     return (sums * (scales_T[:, None] * scales_K)).to(dy_TN.dtype)
 
 
@@ -87,5 +87,5 @@ def accumulate_reference(grad_NK: Tensor, dy_TN: Tensor, x_TK: Tensor) -> None:
     rows, columns = dy_TN.shape
     codes_TN, scales_N = _drawn(dy_TN, _words(dy_TN, 1, -(-rows // QUAD), columns), 1, 0)
     codes_TK, scales_K = _nearest(x_TK)
-    sums = (codes_TN.double().T @ codes_TK.double()).float()
+    sums = (codes_TN.double().T @ codes_TK.double()).float() + 0.0
     grad_NK += sums * (scales_N[:, None] * scales_K)
