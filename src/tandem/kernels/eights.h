@@ -58,24 +58,41 @@ inline void eight_row(const E* x, int64_t count, int64_t depth, uint8_t* codes, 
 }
 
 #ifdef TANDEM_VNNI
+// A zero of which the compiler knows nothing: where all sums begin as one constant, gcc 12 keeps them in memory (half as fast).
+inline __m512i no_sum() {
+    __m512i zero = _mm512_setzero_si512();
+    __asm__("" : "+v"(zero));
+    return zero;
+}
+
 template <int R>
-inline void eight_rows(const uint8_t* const* rows, const int8_t* panel, int64_t depth, int32_t* out, Ahead ahead) {
+__attribute__((noipa)) void eight_rows(const uint8_t* const* rows, const int8_t* panel, int64_t depth, int32_t* out, Ahead ahead) {
     __m512i acc[R][4];
-    for (int r = 0; r < R; r++)
-        for (int c = 0; c < 4; c++) acc[r][c] = _mm512_setzero_si512();
+    const uint8_t* x[R];
+    TANDEM_UNROLL
+    for (int r = 0; r < R; r++) {
+        x[r] = rows[r];
+        TANDEM_UNROLL
+        for (int c = 0; c < 4; c++) acc[r][c] = no_sum();
+    }
     int64_t wait = ahead.next ? 1 : -1;
     for (int64_t k = 0; k < depth; k += QUAD, panel += QUAD * PANEL) {
         if (--wait == 0) _mm_prefetch(ahead.next, _MM_HINT_T1), ahead.next += 64, wait = ahead.every;
         __m512i b[4];
+        TANDEM_UNROLL
         for (int c = 0; c < 4; c++) b[c] = _mm512_loadu_si512(panel + 64 * c);
+        TANDEM_UNROLL
         for (int r = 0; r < R; r++) {
             int32_t four;
-            std::memcpy(&four, rows[r] + k, 4);
+            std::memcpy(&four, x[r] + k, 4);
             const __m512i a = _mm512_set1_epi32(four);
+            TANDEM_UNROLL
             for (int c = 0; c < 4; c++) acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], a, b[c]);
         }
     }
+    TANDEM_UNROLL
     for (int r = 0; r < R; r++)
+        TANDEM_UNROLL
         for (int c = 0; c < 4; c++) _mm512_storeu_si512(out + r * PANEL + 16 * c, acc[r][c]);
 }
 #else
@@ -119,12 +136,26 @@ inline void eight_values(const int32_t* sums, const Eights& w, int64_t first, fl
     for (; c < PANEL; c++) out[c] = float(sums[c] - w.sums[first + c]) * (scale * w.scales[first + c]);
 }
 
-// Where this thread's share of a product begins.
-inline const int8_t* first_eights(const Eights& w, int64_t rows, const Team& team) {
+// Where this thread's share of a product with the first `columns` begins.
+inline const int8_t* first_eights(const Eights& w, int64_t rows, int64_t columns, const Team& team) {
     const int64_t tiles = std::max<int64_t>(1, (rows + LANE_ROWS - 1) / LANE_ROWS);
     int64_t t, last;
-    team.share(w.panels() * tiles, t, last);
+    team.share((columns + PANEL - 1) / PANEL * tiles, t, last);
     return w.packed + t / tiles * w.panel_bytes();
+}
+
+// Panel p of the tile of rows [tile * LANE_ROWS, ...): out[r * 64 + (0..63)]; returns the number of rows. What lies at `next` (a panel's worth)
+// comes from memory meanwhile: its lines are dealt out over this panel's tiles.
+inline int eights_tile(const EightRows& x, int64_t all_rows, const Eights& w, int64_t p, int64_t tile_index, int64_t tiles, const int8_t* next, float* out) {
+    const int64_t m = tile_index * LANE_ROWS, lines = w.panel_bytes() / 64;
+    const int count = int(std::min<int64_t>(LANE_ROWS, all_rows - m));
+    const uint8_t* rows[LANE_ROWS];
+    for (int r = 0; r < count; r++) rows[r] = x.codes + (m + r) * x.depth;
+    const Ahead ahead{next ? (const char*)next + lines * tile_index / tiles * 64 : nullptr, std::max<int64_t>(1, tiles / 4)};
+    alignas(64) int32_t sums[LANE_ROWS * PANEL];
+    eight_tile(count, rows, w.packed + p * w.panel_bytes(), w.depth, sums, ahead);
+    for (int r = 0; r < count; r++) eight_values(sums + r * PANEL, w, p * PANEL, x.scales[m + r], out + r * PANEL);
+    return count;
 }
 
 // As linear_share, of rows that are codes; `a.x` and `a.packed` are not read. `after`: what this thread reads next.
@@ -134,20 +165,13 @@ void eights_share(const Product<E>& a, const EightRows& x, const Eights& w, O* y
     int64_t t, last;
     team.share(w.panels() * tiles, t, last);
     for (; t < last; t++) {
-        const int64_t p = t / tiles, m = t % tiles * LANE_ROWS, first = p * PANEL;
-        const int count = int(std::min<int64_t>(LANE_ROWS, a.rows - m)), width = int(std::min<int64_t>(PANEL, a.columns - first));
-        const uint8_t* rows[LANE_ROWS];
-        for (int r = 0; r < count; r++) rows[r] = x.codes + (m + r) * x.depth;
-        const int8_t* next = (p + 1) * tiles < last ? w.packed + (p + 1) * w.panel_bytes() : after;
-        const int64_t lines = w.panel_bytes() / 64;
-        const Ahead ahead{next ? (const char*)next + lines * (t % tiles) / tiles * 64 : nullptr, std::max<int64_t>(1, tiles / 4)};
-        alignas(64) int32_t sums[LANE_ROWS * PANEL];
-        alignas(64) float out[PANEL];
-        eight_tile(count, rows, w.packed + p * w.panel_bytes(), w.depth, sums, ahead);
+        const int64_t p = t / tiles, first = p * PANEL;
+        const int width = int(std::min<int64_t>(PANEL, a.columns - first));
+        alignas(64) float out[LANE_ROWS * PANEL];
+        const int count = eights_tile(x, a.rows, w, p, t % tiles, tiles, (p + 1) * tiles < last ? w.packed + (p + 1) * w.panel_bytes() : after, out);
         for (int r = 0; r < count; r++) {
-            const int64_t at = (m + r) * a.columns + first;
-            eight_values(sums + r * PANEL, w, first, x.scales[m + r], out);
-            store_row<E, O>(out, y + at, a.bias ? a.bias + first : nullptr, a.residual ? a.residual + at : nullptr, width, a.factor_at(m + r, first));
+            const int64_t row = t % tiles * LANE_ROWS + r, at = row * a.columns + first;
+            store_row<E, O>(out + r * PANEL, y + at, a.bias ? a.bias + first : nullptr, a.residual ? a.residual + at : nullptr, width, a.factor_at(row, first));
         }
     }
 }

@@ -107,10 +107,16 @@ Steps::Steps(const ForwardArgs& a, int64_t threads) : spans(a.num_groups + 1), n
     spans[a.num_groups] = make_spans(attention_args(a, a.layers[a.num_layers - 1], true), threads);
 }
 
-template <typename E, typename S>
+// What depends on how keys and values are stored.
+struct Stored {
+    decltype(&rotate_store_share<float, float>) store;
+    decltype(&run_spans<float, float>) attend;
+};
+
+template <typename E>
 class Forward {
 public:
-    Forward(const ForwardArgs& a, const Team& team, Steps& steps) : a_(a), team_(team), steps_(steps), rows_(a.rows), clock_(a.seconds, team) {}
+    Forward(const ForwardArgs& a, const Team& team, Steps& steps, Stored stored) : a_(a), team_(team), steps_(steps), stored_(stored), rows_(a.rows), clock_(a.seconds, team) {}
 
     void run() {
         embed();
@@ -137,7 +143,7 @@ private:
 
     // Where this thread begins to read a matrix: packed columns or codes.
     const void* begin(const MatrixArgs& matrix, int64_t columns, int64_t inputs) const {
-        if (matrix.eights) return first_eights(*matrix.eights, rows_, team_);
+        if (matrix.eights) return first_eights(*matrix.eights, rows_, columns, team_);
         return matrix.codes ? (const void*)first_codes(*matrix.codes, rows_, team_) : first_panel((const E*)matrix.packed, rows_, columns, depth(inputs), team_);
     }
 
@@ -249,7 +255,7 @@ private:
         E *query = (E*)a_.qkv, *key = query + a_.heads * a_.head_size;
         const StoreArgs args{query, key, key + a_.kv_heads * a_.head_size, layer.keys, layer.values, a_.positions, a_.groups[layer.group].slots,
                              layer.rotary ? a_.cosine : nullptr, a_.sine, rows_, qkv_width(), a_.heads, a_.kv_heads, a_.head_size, a_.page_tokens, layer.scales};
-        rotate_store_share<E, S>(args, team_);
+        stored_.store(args, team_);
         team_.wait();
         clock_.stop(STORE);
     }
@@ -268,7 +274,7 @@ private:
     }
 
     void attend(const LayerArgs& layer, int64_t l, bool last) {
-        run_spans<E, S>(attention_args(a_, layer, last), steps_.spans[last ? a_.num_groups : layer.group], steps_.next[l], team_.threads);
+        stored_.attend(attention_args(a_, layer, last), steps_.spans[last ? a_.num_groups : layer.group], steps_.next[l], team_.threads);
         team_.wait();
         clock_.stop(ATTEND);
     }
@@ -280,7 +286,7 @@ private:
         clock_.stop(OUT);
         Product<E> gate_up{normed(layer.feed_norm), width, (const E*)layer.gate_up.packed, rows_, 2 * inner, depth(width)};
         find(&AdapterLayer::gate_up, l);
-        if (paired(layer) && parts_.empty()) gate_and_up(gate_up, (const E*)begin(layer.down, width, inner));
+        if (paired(layer) && parts_.empty()) gate_and_up(gate_up, layer.gate_up, begin(layer.down, width, inner));
         else gate_then_up(layer, l, gate_up, begin(layer.down, width, inner));
         team_.wait();
         clock_.stop(GATE_UP);
@@ -290,19 +296,35 @@ private:
     }
 
     // Whether panels of the gate have panels of up beside them.
-    bool paired(const LayerArgs& layer) const { return a_.ff_width % PANEL == 0 && layer.gate_up.packed; }
+    bool paired(const LayerArgs& layer) const { return a_.ff_width % PANEL == 0 && !layer.gate_up.codes; }
+
+    void gate_and_up(const Product<E>& a, const MatrixArgs& matrix, const void* after) {
+        const int64_t panels = a_.ff_width / PANEL;
+        if (const Eights* w = matrix.eights) {
+            const EightRows x = rounded_rows(a, *w);
+            return pair_panels(LANE_ROWS, [&](int64_t p, int64_t tile, int64_t tiles, bool more, float* out) {
+                const int8_t* next = more ? w->packed + (p + 1) * w->panel_bytes() : p < panels ? (const int8_t*)after : nullptr;
+                return eights_tile(x, rows_, *w, p, tile, tiles, next, out);
+            });
+        }
+        pair_panels(ROWS, [&](int64_t p, int64_t tile, int64_t tiles, bool more, float* out) {
+            return product_tile(a, p, tile, tiles, more ? a.packed + (p + 1) * a.depth * PANEL : p < panels ? (const E*)after : nullptr, out);
+        });
+    }
 
     // A panel of the gate with the same panel of up: what they give never leaves the cache. Rounded to E as if stored.
-    void gate_and_up(const Product<E>& a, const E* after) {
-        const int64_t panels = a_.ff_width / PANEL, tiles = (rows_ + ROWS - 1) / ROWS, size = a.depth * PANEL;
+    // multiply(panel, tile of rows, tiles, whether the next panel follows, out) gives the rows of the tile.
+    template <typename Multiply>
+    void pair_panels(int64_t rows, Multiply multiply) {
+        const int64_t panels = a_.ff_width / PANEL, tiles = (rows_ + rows - 1) / rows;
         int64_t t, last;
         team_.share(panels * tiles, t, last);
         for (; t < last; t++) {
-            const int64_t p = t / tiles, m = t % tiles * ROWS;
+            const int64_t p = t / tiles, m = t % tiles * rows;
             const bool more = (p + 1) * tiles < last;
             alignas(64) float gate[ROWS * PANEL], up[ROWS * PANEL];
-            const int count = product_tile(a, p, t % tiles, tiles, more ? a.packed + (p + 1) * size : after, gate);
-            product_tile(a, panels + p, t % tiles, tiles, more ? a.packed + (panels + p + 1) * size : nullptr, up);
+            const int count = multiply(p, t % tiles, tiles, more, gate);
+            multiply(panels + p, t % tiles, tiles, more, up);
             for (int r = 0; r < count; r++) {
                 alignas(64) E g[PANEL], u[PANEL];
                 narrow_panel<E>(gate + r * PANEL, g), narrow_panel<E>(up + r * PANEL, u);
@@ -326,6 +348,7 @@ private:
     const ForwardArgs& a_;
     const Team& team_;
     Steps& steps_;
+    const Stored stored_;
     int64_t rows_;
     bool asked_ = false;  // the rows are those asked for
     std::vector<AdapterRows> parts_;
@@ -339,7 +362,7 @@ void forward(const ForwardArgs& a) {
     Steps steps(a, omp_get_max_threads());
     with_team([&](const Team& team) {
         const Tiles configured;
-        Forward<E, S>(a, team, steps).run();
+        Forward<E>(a, team, steps, {&rotate_store_share<E, S>, &run_spans<E, S>}).run();
     });
 }
 

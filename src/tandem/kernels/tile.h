@@ -21,6 +21,9 @@
 
 namespace tandem {
 
+// Loops over what registers hold. Unrolled late, as gcc 12 does by itself, they leave the sums in memory.
+#define TANDEM_UNROLL _Pragma("GCC unroll 8")
+
 constexpr int PANEL = 64;
 constexpr int LANE_ROWS = 6;  // 6 x 4 accumulators + 4 columns + 1 broadcast = 29 of 32 registers
 #ifdef TANDEM_AMX
@@ -76,7 +79,9 @@ template <typename E> inline __m512 rounded(__m512 v) {
 template <int R, int C, int PITCH = PANEL>
 inline void tile_rows(const bf16* const* rows, int64_t step, const bf16* panel, int64_t depth, float* out, int64_t stride, bool add, Ahead ahead) {
     __m512 acc[R][C];
+    TANDEM_UNROLL
     for (int r = 0; r < R; r++)
+        TANDEM_UNROLL
         for (int c = 0; c < C; c++) acc[r][c] = add ? _mm512_loadu_ps(out + r * stride + 16 * c) : _mm512_setzero_ps();
     const int64_t pairs = depth / 2;
     int64_t wait = ahead.next ? 1 : -1;
@@ -86,22 +91,29 @@ inline void tile_rows(const bf16* const* rows, int64_t step, const bf16* panel, 
             if (ahead.also) _mm_prefetch(ahead.also, _MM_HINT_T1), ahead.also += 64;
         }
         __m512bh b[C];
+        TANDEM_UNROLL
         for (int c = 0; c < C; c++) b[c] = (__m512bh)_mm512_loadu_si512(panel + 32 * c);
+        TANDEM_UNROLL
         for (int r = 0; r < R; r++) {
             int32_t two;
             std::memcpy(&two, rows[r] + step * k, 4);
             const __m512bh a = (__m512bh)_mm512_set1_epi32(two);
+            TANDEM_UNROLL
             for (int c = 0; c < C; c++) acc[r][c] = _mm512_dpbf16_ps(acc[r][c], a, b[c]);
         }
     }
+    TANDEM_UNROLL
     for (int r = 0; r < R; r++)
+        TANDEM_UNROLL
         for (int c = 0; c < C; c++) _mm512_storeu_ps(out + r * stride + 16 * c, acc[r][c]);
 }
 
 template <int R, int C, int PITCH = PANEL>
 inline void tile_rows(const float* const* rows, int64_t step, const float* panel, int64_t depth, float* out, int64_t stride, bool add, Ahead ahead) {
     __m512 acc[R][C];
+    TANDEM_UNROLL
     for (int r = 0; r < R; r++)
+        TANDEM_UNROLL
         for (int c = 0; c < C; c++) acc[r][c] = add ? _mm512_loadu_ps(out + r * stride + 16 * c) : _mm512_setzero_ps();
     int64_t wait = ahead.next ? 1 : -1;
     for (int64_t k = 0; k < depth; k++, panel += PITCH) {
@@ -110,13 +122,18 @@ inline void tile_rows(const float* const* rows, int64_t step, const float* panel
             if (ahead.also) _mm_prefetch(ahead.also, _MM_HINT_T1), ahead.also += 64;
         }
         __m512 b[C];
+        TANDEM_UNROLL
         for (int c = 0; c < C; c++) b[c] = _mm512_loadu_ps(panel + 16 * c);
+        TANDEM_UNROLL
         for (int r = 0; r < R; r++) {
             const __m512 a = _mm512_set1_ps(rows[r][step * k]);
+            TANDEM_UNROLL
             for (int c = 0; c < C; c++) acc[r][c] = _mm512_fmadd_ps(a, b[c], acc[r][c]);
         }
     }
+    TANDEM_UNROLL
     for (int r = 0; r < R; r++)
+        TANDEM_UNROLL
         for (int c = 0; c < C; c++) _mm512_storeu_ps(out + r * stride + 16 * c, acc[r][c]);
 }
 
