@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tandem.kernels.attention import attention, attention_backward, attention_reference, paged_attention
+from tandem.kernels.attention_int8 import int8_attention_reference
 from tandem.kernels.page_pool import KvPool, rotate_store_
 from tandem.kernels.paths import Paths
 from tandem.kernels.rotary import rotate_
@@ -31,6 +32,9 @@ from tandem.types import Reach
 from tests.samples import forests
 
 E = 2.0**-24
+INT8_ERROR = (
+    2.0**-6
+)  # of the largest value: weights of a block are rounded to 1 / 510 of the largest of 64, queries hardly
 STORE = {torch.float32: E, torch.bfloat16: 2.0**-8}
 DTYPES = [torch.float32, torch.bfloat16]
 KEPT = {  # what a pool stores -> what then is read
@@ -266,8 +270,12 @@ def test_same_bits_however_it_is_run(kernel_path, dtype, shape, length, cuts, pa
     keys and values are others than those that were rounded a row at a time."""
     page, stored = pages
     query, key, value = rows_of(length, shape, dtype, seed)
-    rows = (KEPT[stored](x).contiguous() for x in (key, value))
-    whole = attention(query, *rows, Paths.build([0, length], [0], [list(range(length))], 1), shape.reach)
+    whole_paths = Paths.build([0, length], [0], [list(range(length))], 1)
+    if stored == torch.int8:
+        whole = int8_attention_reference(query, to_int8(key), to_int8(value), whole_paths, shape.reach)
+    else:
+        rows = (KEPT[stored](x).contiguous() for x in (key, value))
+        whole = attention(query, *rows, whole_paths, shape.reach)
 
     ends = [0, *sorted(cut for cut in cuts if cut < length), length]
     paged = Paged([length, *(past + own for past, own in others)], shape, page, dtype, seed, stored)
@@ -414,8 +422,8 @@ def test_blocks_that_no_query_sees_are_not_read(kernel_path, sinks, read):
 @pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_keys_and_values_in_8_bits(any_path, dtype, stored, page, size):
-    """A code is read as another number or by a neighbour's scale, keys in 8 bits are reduced in another order than the
-    same keys in 16, or a broken key or value is forgotten."""
+    """A code is read as another number or by a neighbour's scale, keys in e4m3 are reduced in another order than the
+    same keys in 16 bits, those in int8 otherwise than exactly, or a broken key or value is forgotten."""
     generator = torch.Generator().manual_seed(size)
     finite = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
     shape = Shape(6, 2, size)
@@ -429,6 +437,15 @@ def test_keys_and_values_in_8_bits(any_path, dtype, stored, page, size):
     for reach, sinks in ((Reach(), 0), (Reach(window=40), 0), (Reach(window=40), 3), (Reach(chunk=48), 0)):
         segments = [(0, 0, 100), (0, 149, 1), (0, 50, 49)]
         got, wanted = (paged_attention(query, p.pool, p.paths(segments), reach, sinks) for p in (narrow, wide))
+        if stored == torch.int8:
+            own = [to_int8(part) for part in x]
+            rows = Paths.build([0, 100, 101, 150], [0, 149, 50], [list(range(150))] * 3, 1)
+            exact = attention_reference(
+                query.double(), *((codes * scales[..., None]).double() for codes, scales in own), rows, reach, sinks
+            )
+            within(got, exact, INT8_ERROR * x[1].float().abs().max() + STORE[dtype] * exact.abs())
+            wanted = int8_attention_reference(query, *own, rows, reach, sinks)
+            got, wanted = (y.where(y.abs() >= 2.0**-126, 0.0) for y in (got, wanted))  # AVX-512 writes no denormal bf16
         assert same_bits(got, wanted)
     key, value = narrow.pool.rows(narrow.slots(0, range(8, 9)))
     narrow.write(0, 8, key, torch.full_like(value, math.nan))
@@ -461,11 +478,11 @@ def test_rotate_and_store(any_path, dtype, size, page, rotary, stored):
     kept = [KEPT[stored](x).contiguous() for x in (apart[1], value)]
     for got, x in zip(paged.pool.rows(slots), kept, strict=True):
         assert same_bits(got, x)
-    pair = 2 if dtype == torch.bfloat16 else 1
+    pair, group = (4, min(page, 4)) if stored == torch.int8 else (2, 2) if dtype == torch.bfloat16 else (1, 1)
     for t, h, d in ((0, 0, 0), (5, 1, size - 1), (rows - 1, 1, size // 2)) if paged.pool.packed else ():
         place, offset = divmod(int(slots[t]), page)
         keys, values, *rest = (memory[place].float().view(2, -1) for memory in paged.pool.tensors())
         scales = rest[0].view(2, 2, page)[:, h, offset] if rest else torch.ones(2)
-        places = (d // pair * page + offset) * pair + d % pair, (offset // pair * size + d) * pair + offset % pair
+        places = (d // pair * page + offset) * pair + d % pair, (offset // group * size + d) * group + offset % group
         for memory, at, scale, x in zip((keys, values), places, scales, kept, strict=True):
             assert (memory[h, at] * scale).to(dtype) == x[t, h, d]

@@ -17,12 +17,14 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner, with_noise
 from tandem.kernels.attention import attention
+from tandem.kernels.attention_int8 import int8_attention_reference
 from tandem.kernels.rotary import rotate_
 from tandem.kernels.sample import SamplingBatch
 from tandem.models.decoder import Decoder
 from tandem.models.view import Heads, PackView
 from tandem.numerics import random
 from tandem.numerics.compare import same_bits
+from tandem.numerics.quantise import to_int8
 from tandem.types import Completion, Reach, Sampling
 
 DEPARTURES: dict[str, dict[str, Any]] = {
@@ -81,9 +83,6 @@ def rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
     wide = x.float().numpy()
     if kind == "float8_e4m3":
         wide = wide.clip(-448, 448).astype(pytest.importorskip("ml_dtypes").float8_e4m3fn).astype(np.float32)
-    elif kind == "int8":
-        scale = np.abs(wide).max(-1, keepdims=True) / np.float32(127)
-        wide = np.rint(wide / scale) * scale
     return torch.from_numpy(wide).to(x.dtype)
 
 
@@ -98,8 +97,12 @@ class Lossy(PackView):
         query, key, value = heads.cut(qkv_TW)
         for rotated in (query, key):
             rotate_(rotated, self.positions_T, *tables)
+        reach = Reach(window=self.window)
+        if self.kind == "int8":
+            codes = to_int8(key), to_int8(value)
+            return int8_attention_reference(query, *codes, self.paths, reach, self.sinks).flatten(1)
         key, value = (rounded(x, self.kind) for x in (key, value))
-        return attention(query, key, value, self.paths, Reach(window=self.window), sinks=self.sinks).flatten(1)
+        return attention(query, key, value, self.paths, reach, sinks=self.sinks).flatten(1)
 
 
 @pytest.mark.parametrize("departure", ["none", "e4m3", "int8", "window", "window alone", "all", "all, int8"])

@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 
 from tandem.bench import beside as benches
+from tandem.bench import numerics as numerics_bench
 from tandem.bench import programs as programs_bench
 from tandem.bench import sft as sft_bench
 from tandem.bench.beside import compare
@@ -43,6 +44,16 @@ def test_ratio_is_taken_within_a_round():
     assert row["tandem"] == 90.0
     assert row["peers"]["vllm"] == {"tok/s": 30.0, "ratio": 2.0}
     assert row["share_of_limit"] is None
+
+
+def test_fewer_bits_are_compared_within_a_turn():
+    """A ratio of medians, the wrong way round, or one of the turn in which memory is touched first."""
+    seconds = iter([9.0, 1.0, 2.0, 1.0, 3.0, 1.0, 8.0, 2.0])
+    asked = []
+    turns = numerics_bench.take_turns(["bf16", "w8a8"], 3, lambda kind: asked.append(kind) or next(seconds))
+    row = numerics_bench.row_of("decode", turns, 1.5)
+    assert asked == ["bf16", "w8a8"] * 4
+    assert row["seconds"] == {"bf16": 3.0, "w8a8": 1.0} and row["ratio"] == {"w8a8": 3.0}
 
 
 def test_times_compare_upside_down():

@@ -58,6 +58,7 @@ KERNELS: dict[str, tuple[str, Callable[..., Cost]]] = {
         lambda size, _x, _y, rows, n, k: Cost(2.0 * rows * n * k, 8 * n * k + size * rows * (n + k)),
     ),
     "attention": ("attention", lambda *_: FREE),
+    "attention_int8": ("attention", lambda *_: FREE),
     "attention_backward": ("attention backward", lambda *_: FREE),
     "rotate": ("rotation", lambda size, _, rows, heads, width: Cost(0, 2 * size * rows * heads * width)),
     "norm": ("norm", lambda size, _x, _y, rows, width: Cost(0, 2 * size * rows * width)),

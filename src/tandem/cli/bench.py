@@ -36,6 +36,7 @@ class Work(str, Enum):
     SOAK = "soak"
     LORA = "lora"
     QUANTISE = "quantise"
+    NUMERICS = "numerics"
 
 
 class Part(str, Enum):
@@ -63,6 +64,7 @@ WORKS_HELP = (
     "serve: the server over the engine alone, and beside a peer's server (takes twelve minutes with one); "
     "lora: training an adapter beside training all weights, and decoding over eight of them; "
     "quantise: CPU seconds of rounding to the nearest and by GPTQ; "
+    "numerics: decoding, prompts, long contexts and an update in 8 bits beside bf16; "
     "soak: the server at mixed load with faults; every call is accounted for, and memory stays."
 )
 PEER_HELP = (
@@ -122,6 +124,7 @@ def bench(
             Work.SOAK: _show_soak,
             Work.LORA: _show_lora,
             Work.QUANTISE: _show_quantise,
+            Work.NUMERICS: _show_numerics,
         }
         shown.get(work, _show)(result)
         if limits := result.get("limits"):
@@ -258,6 +261,10 @@ def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:
         from tandem.bench.quantise import quantise
 
         return quantise(rounds)
+    if work is Work.NUMERICS:
+        from tandem.bench.numerics import numerics
+
+        return numerics(rounds)
     if work is Work.PROGRAMS:
         from tandem.bench.programs import programs
 
@@ -416,6 +423,21 @@ def _show_lora(result: dict[str, Any]) -> None:
 def _show_quantise(result: dict[str, Any]) -> None:
     for row in result["rows"]:
         print(f"{row['work']}: {row['cpu_s']:.1f} s of CPU, median of {result['rounds']} rounds")
+
+
+def _show_numerics(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"tandem bench numerics: medians of {result['rounds']} rounds")
+    for column in ("work", "bf16", "kind", "its time", "bf16 over it", "wanted"):
+        table.add_column(column, justify="left" if column in ("work", "kind") else "right")
+    for row in result["rows"]:
+        seconds, wanted = row["seconds"], f"{row['wanted']:.2f} x" if row["wanted"] else ""
+        for kind, ratio in row["ratio"].items():
+            times = (f"{1e3 * seconds['bf16']:,.1f} ms", kind, f"{1e3 * seconds[kind]:,.1f} ms")
+            table.add_row(row["work"], *times, f"{ratio:.2f} x", wanted)
+    Console().print(table)
 
 
 def _show_programs(result: dict[str, Any]) -> None:

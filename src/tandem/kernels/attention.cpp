@@ -16,17 +16,6 @@ extern "C" struct AttentionGrads {
 
 namespace {
 
-constexpr int64_t ALONE = 48;  // queries times blocks of keys below which one thread is done before another has woken
-
-template <typename E, typename S = E>
-void forward(const AttentionArgs& a) {
-    Spans all = make_spans(a, omp_get_max_threads());
-    int64_t blocks = 0;
-    for (const Span& span : all.spans) blocks += span.tokens * ((Extent(a, span).end - 1) / BLOCK - Extent(a, span).begin / BLOCK + 1);
-    std::atomic<int64_t> next{0};
-    with_team([&](const Team& team) { run_spans<E, S>(a, all, next, team.threads); }, blocks < ALONE ? 1 : 0);
-}
-
 template <typename E>
 struct View {  // addresses of one segment's queries, keys and values; slots are rows
     const AttentionArgs& a;
@@ -181,12 +170,10 @@ void backward(const AttentionArgs& a, const AttentionGrads& g) {
 }  // namespace
 
 extern "C" {
-void attention_bf16(const AttentionArgs* a) { forward<bf16>(*a); }
-void attention_fp32(const AttentionArgs* a) { forward<float>(*a); }
-void attention_e4m3_bf16(const AttentionArgs* a) { forward<bf16, e4m3>(*a); }
-void attention_e4m3_fp32(const AttentionArgs* a) { forward<float, e4m3>(*a); }
-void attention_int8_bf16(const AttentionArgs* a) { forward<bf16, int8_t>(*a); }
-void attention_int8_fp32(const AttentionArgs* a) { forward<float, int8_t>(*a); }
+void attention_bf16(const AttentionArgs* a) { attend<bf16>(*a); }
+void attention_fp32(const AttentionArgs* a) { attend<float>(*a); }
+void attention_e4m3_bf16(const AttentionArgs* a) { attend<bf16, e4m3>(*a); }
+void attention_e4m3_fp32(const AttentionArgs* a) { attend<float, e4m3>(*a); }
 void attention_backward_bf16(const AttentionArgs* a, const AttentionGrads* g) { backward<bf16>(*a, *g); }
 void attention_backward_fp32(const AttentionArgs* a, const AttentionGrads* g) { backward<float>(*a, *g); }
 }

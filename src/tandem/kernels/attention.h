@@ -9,147 +9,15 @@
 // position that one query sees and another does not meets a probability of 0 there: the sum stays as it is but for the
 // sign of a zero, and the result's zeros are positive.
 //
-// E is the compute dtype, S what keys and values are stored in: E itself; or e4m3, or int8 with a scale a position and head, widened
-// to E as a block is gathered.
+// E is the compute dtype, S what keys and values are stored in: E itself; e4m3, widened to E as a block is gathered; or int8 with a scale a
+// position and head, which is multiplied as it is (attention_eights.h).
 #pragma once
+#include "attention_eights.h"
+#include "attention_spans.h"
 #include "float8.h"
-#include "integers.h"
-#include "page_layout.h"
-#include "team.h"
-#include <memory>
 #include <type_traits>
-#include <vector>
-
-extern "C" struct AttentionArgs {
-    const void* query;         // [T, H, D], a stride between tokens
-    const void *key, *value;   // page_tokens 1: slots of [K, D], a stride between them; else pools of packed pages
-    int64_t query_stride, key_stride, value_stride;
-    void* out;    // [T, H, D]
-    float* lse;   // [T, H] or null
-    const int32_t *row_start, *first_position, *table;  // [S + 1], [S], [S, table_stride]
-    int64_t table_stride, page_tokens, segments, heads, kv_heads, head_size;
-    int64_t window, chunk, sinks;  // 0: none; sinks count with a window only
-    float scale;
-    const float* kv_scales;  // of codes in int8, as PageLayout has them; or null
-};
 
 namespace tandem __attribute__((visibility("hidden"))) {
-
-constexpr int BLOCK = 64;        // keys reduced at a time; equals PANEL
-constexpr int64_t SPLIT = 512;   // positions of one online softmax
-constexpr int RUN = 16;          // positions of one register of scores; a page holds whole runs or a power of two below
-constexpr int QUERY_CHUNK = 32;  // query tokens of one forward task
-static_assert(BLOCK == PANEL, "scores of a block fill one panel");
-static_assert(SPLIT % BLOCK == 0, "a block lies in one split");
-
-struct Span {  // queries of one segment that share a key head; tokens counted within the segment
-    int32_t segment, kv_head, first_token, tokens;
-    int32_t split = -1;  // the one split of its positions that it reduces, for `join`; -1: all of them
-    int32_t join = -1;
-};
-
-// What a query has seen so far of its keys.
-struct Softmax {
-    float top, total;  // largest score; sum of exponentials relative to it
-};
-
-struct Join {  // of the splits [first, first + splits) of one span
-    int32_t first, splits;
-    int64_t at;  // of its parts in Spans
-};
-
-// What a step's attention is cut into, the same for all layers of one reach.
-struct Spans {
-    std::vector<Span> spans;
-    std::vector<Join> joins;
-    std::unique_ptr<std::atomic<int32_t>[]> left;  // parts to come, of each join
-    std::vector<Softmax> states;                   // of each part's queries
-    std::vector<float> outs;                       // [.., columns], times `total`
-};
-
-// First position that a query at `position` sees, sinks aside. Never decreases with `position`.
-inline int64_t first_seen(const AttentionArgs& a, int64_t position) {
-    if (a.window > 0) return std::max<int64_t>(0, position - a.window + 1);
-    return a.chunk > 0 ? position / a.chunk * a.chunk : 0;
-}
-
-// Keys of a block that a query at `position` sees: [low, high) within the block.
-inline void visible(int64_t position, int64_t seen_from, int64_t block_first, int& low, int& high) {
-    high = int(std::max<int64_t>(0, std::min<int64_t>(BLOCK, position + 1 - block_first)));
-    low = int(std::max<int64_t>(0, std::min<int64_t>(high, seen_from - block_first)));
-}
-
-// Keys of a block that a query sees as sinks: [0, lead). Where they reach its window, one run from 0 is left.
-inline int sinks_seen(int64_t block_first, int64_t sinks, int& low, int high) {
-    const int lead = int(std::max<int64_t>(0, std::min<int64_t>(high, sinks - block_first)));
-    if (lead >= low) low = 0;
-    return low == 0 ? 0 : lead;
-}
-
-// Which positions of a segment's span are seen by any of it.
-struct Extent {
-    int64_t begin, end;
-    Extent(const AttentionArgs& a, const Span& span) {
-        const int64_t position = a.first_position[span.segment] + span.first_token;
-        begin = first_seen(a, position), end = position + span.tokens;
-        if (span.split >= 0) begin = std::max(begin, span.split * SPLIT), end = std::min(end, (span.split + 1) * SPLIT);
-    }
-    int32_t first_split() const { return int32_t(begin / SPLIT); }
-    int32_t last_split() const { return int32_t((end - 1) / SPLIT); }
-};
-
-// Columns of sums as the value tiles write them.
-inline int64_t sum_columns(const AttentionArgs& a) { return (a.head_size + RUN - 1) / RUN * RUN; }
-
-// Puts a span for each split in the place of every span that has several.
-inline void cut(const AttentionArgs& a, Spans& all) {
-    std::vector<Span> parts;
-    int64_t queries = 0;
-    for (const Span& span : all.spans) {
-        const Extent seen(a, span);
-        const int32_t first = seen.first_split(), splits = seen.last_split() + 1 - first;
-        if (splits == 1) {
-            parts.push_back(span);
-            continue;
-        }
-        for (int32_t i = 0; i < splits; i++) {
-            parts.push_back(span);
-            parts.back().split = first + i, parts.back().join = int32_t(all.joins.size());
-        }
-        all.joins.push_back({first, splits, queries});
-        queries += span.tokens * (a.heads / a.kv_heads) * splits;
-    }
-    all.spans = std::move(parts);
-    all.left = std::make_unique<std::atomic<int32_t>[]>(all.joins.size());
-    for (size_t i = 0; i < all.joins.size(); i++) all.left[i] = all.joins[i].splits;
-    all.states.resize(queries), all.outs.resize(queries * sum_columns(a));
-}
-
-// Segments that begin with the same page follow each other head by head, so that one thread finds what they share in its
-// cache. Fewer spans than keep all threads busy are cut into their splits.
-inline Spans make_spans(const AttentionArgs& a, int64_t threads) {
-    std::vector<int32_t> order(a.segments);
-    std::vector<int64_t> begins(a.segments);
-    for (int32_t s = 0; s < a.segments; s++) {
-        order[s] = s;
-        begins[s] = a.table[s * a.table_stride + first_seen(a, a.first_position[s]) / a.page_tokens];
-    }
-    std::stable_sort(order.begin(), order.end(), [&](int32_t s, int32_t t) { return begins[s] < begins[t]; });
-    Spans all;
-    all.spans.reserve(a.segments * a.kv_heads);
-    for (size_t i = 0, j = 0; i < order.size(); i = j) {
-        while (j < order.size() && begins[order[j]] == begins[order[i]]) j++;
-        for (int32_t k = 0; k < a.kv_heads; k++)
-            for (size_t m = i; m < j; m++) {
-                const int32_t s = order[m], tokens = a.row_start[s + 1] - a.row_start[s];
-                for (int32_t first = 0; first < tokens; first += QUERY_CHUNK)
-                    all.spans.push_back({s, k, first, std::min(QUERY_CHUNK, tokens - first)});
-            }
-    }
-    const bool sinks = a.window > 0 && a.sinks > 0;  // few splits, and they come before the window's
-    if (threads > 1 && int64_t(all.spans.size()) < 4 * threads && !sinks) cut(a, all);
-    return all;
-}
 
 // A block of keys and values as the tiles read them; pointers of runs that nobody sees are not set.
 template <typename E>
@@ -351,8 +219,12 @@ struct AttentionScratch {
         float* lse;
         int64_t position, seen_from;
         Softmax state, sum;  // of one split; of those before it
+        EightQuery eight;    // where keys and values are in int8
     };
     std::vector<E> keys, values;  // a block, where pages can't be read as they are
+    std::vector<int8_t> codes, gathered;  // of queries; of a block in int8
+    std::vector<float> gathered_scales;
+    EightScratch eight;
     std::vector<Row> rows;
     std::vector<float> out, sums;  // [rows, columns], times `total`, of one split; of those before it
     alignas(64) float scores[LANE_ROWS * BLOCK];
@@ -366,15 +238,16 @@ struct AttentionScratch {
 // Panels of the positions [0, lead) and [low, high) of the block from `first`, for one span.
 template <typename E, typename S>
 struct BlockReader {
+    using Panels = tandem::Panels<E>;
     const AttentionArgs& a;
     const Span& span;
     AttentionScratch<E>& scratch;
     const int32_t* table = a.table + span.segment * a.table_stride;
-    const PageLayout layout{a.page_tokens, a.kv_heads, a.head_size};
+    const PageLayout layout = page_layout<E, S>(a.page_tokens, a.kv_heads, a.head_size);
     const int shift = __builtin_ctzll(a.page_tokens);
     const bool as_they_are = std::is_same_v<E, S> && a.page_tokens >= RUN && a.head_size % RUN == 0;
 
-    void read(int64_t first, int lead, int low, int high, Panels<E>& p) const {
+    void read(int64_t first, int lead, int low, int high, Panels& p) const {
         if (a.page_tokens == 1) return pack(first, lead, low, high, p);
         if constexpr (std::is_same_v<E, S>)
             if (as_they_are) return point(first, lead, low, high, p);
@@ -383,59 +256,50 @@ struct BlockReader {
     int64_t start(int64_t position) const { return layout.start(table[position >> shift], span.kv_head); }
     int64_t offset(int64_t position) const { return position & (a.page_tokens - 1); }
 
-    void point(int64_t first, int lead, int low, int high, Panels<E>& p) const {
+    void point(int64_t first, int lead, int low, int high, Panels& p) const {
         for (int g = lead > 0 ? 0 : low / RUN; g * RUN < high; g++) {
             if (g * RUN >= lead && g * RUN + RUN <= low) {  // between sinks and window: scores that nobody looks at
                 p.key[g] = p.key[0];
                 continue;
             }
             const int64_t at = start(first + g * RUN), in_page = offset(first + g * RUN);
-            p.key[g] = (const E*)a.key + at + layout.template key<E>(in_page);
-            p.value[g] = (const E*)a.value + at + layout.template value<E>(in_page);
+            p.key[g] = (const E*)a.key + at + layout.key(in_page);
+            p.value[g] = (const E*)a.value + at + layout.value(in_page);
         }
-        p.key_step = layout.template key_step<E>(), p.value_step = layout.template value_step<E>();
+        p.key_step = layout.key_step(), p.value_step = layout.value_step();
         p.value_panel = PANEL * pair_of<E>();
     }
 
     // Has the block from `first` brought into the cache as the tiles of `p` pass; what [low, high) of it leaves out, at once.
-    void look_ahead(int64_t first, const Extent& seen, int low, int high, Panels<E>& p) const {
+    void look_ahead(int64_t first, const Extent& seen, int low, int high, Panels& p) const {
         if (!as_they_are) return;
         for (int g = 0; g < BLOCK / RUN; g++) {
             const int64_t position = std::max(seen.begin / RUN * RUN, std::min(first + g * RUN, (seen.end - 1) / RUN * RUN));
             const int64_t at = start(position), in_page = offset(position);
-            p.next_key[g] = (const E*)a.key + at + layout.template key<E>(in_page);
-            p.next_value[g] = (const E*)a.value + at + layout.template value<E>(in_page);
+            p.next_key[g] = (const E*)a.key + at + layout.key(in_page);
+            p.next_value[g] = (const E*)a.value + at + layout.value(in_page);
             if (position == first + g * RUN && (g < low / RUN || g * RUN >= high))
                 for (int64_t i = 0; i < RUN * a.head_size; i += 64 / int64_t(sizeof(E))) __builtin_prefetch(p.next_value[g] + i);
         }
     }
 
     // Pages smaller than a run, or of another dtype: into scratch of one page of 64 positions.
-    void gather(int64_t first, int lead, int low, int high, Panels<E>& p) const {
+    void gather(int64_t first, int lead, int low, int high, Panels& p) const {
         constexpr int pair = pair_of<E>();
-        const PageLayout whole{BLOCK, 1, a.head_size};
+        const PageLayout whole = page_layout<E, S>(BLOCK, 1, a.head_size);
         E* keys = scratch.room(scratch.keys, (a.head_size + pair) * BLOCK);
         E* values = scratch.room(scratch.values, a.head_size * BLOCK + PANEL * pair);  // a tile reads whole registers
         const int run = int(std::min<int64_t>(RUN, a.page_tokens));
         for (int j = lead > 0 ? 0 : low / run * run; j < high; j += run) {
             if (j >= lead && j + run <= low) continue;
             const int64_t at = start(first + j), in_page = offset(first + j);
-            const S *key = (const S*)a.key + at + layout.template key<E>(in_page), *value = (const S*)a.value + at + layout.template value<E>(in_page);
-            E *key_to = keys + whole.template key<E>(j), *value_to = values + whole.template value<E>(j);
-            if constexpr (std::is_same_v<S, int8_t>) {
-                widen_keys(key, layout.template key_step<E>(), a.head_size, run, scales(first + j, 0), key_to, whole.template key_step<E>());
-                widen_values(value, a.head_size, run, scales(first + j, 1), value_to);
-            } else {
-                for (int64_t d = 0; d < a.head_size; d += pair, key += layout.template key_step<E>(), key_to += whole.template key_step<E>())
-                    widen(key, run * pair, key_to);
-                widen(value, run * a.head_size, value_to);
-            }
+            const S *key = (const S*)a.key + at + layout.key(in_page), *value = (const S*)a.value + at + layout.value(in_page);
+            E *key_to = keys + whole.key(j), *value_to = values + whole.value(j);
+            for (int64_t d = 0; d < a.head_size; d += pair, key += layout.key_step(), key_to += whole.key_step()) widen(key, run * pair, key_to);
+            widen(value, run * a.head_size, value_to);
         }
-        for (int g = 0; g < BLOCK / RUN; g++) p.key[g] = keys + whole.template key<E>(g * RUN), p.value[g] = values + whole.template value<E>(g * RUN);
-        p.key_step = whole.template key_step<E>(), p.value_step = whole.template value_step<E>(), p.value_panel = PANEL * pair;
-    }
-    const float* scales(int64_t position, int which) const {
-        return a.kv_scales + layout.scales(table[position >> shift], which, span.kv_head) + offset(position);
+        for (int g = 0; g < BLOCK / RUN; g++) p.key[g] = keys + whole.key(g * RUN), p.value[g] = values + whole.value(g * RUN);
+        p.key_step = whole.key_step(), p.value_step = whole.value_step(), p.value_panel = PANEL * pair;
     }
     static void widen(const S* source, int64_t count, E* target) {
         if constexpr (std::is_same_v<E, S>) std::memcpy((void*)target, source, count * sizeof(E));
@@ -443,7 +307,7 @@ struct BlockReader {
     }
 
     // Slots of one token: the rows of the learner's pack.
-    void pack(int64_t first, int lead, int low, int high, Panels<E>& p) const {
+    void pack(int64_t first, int lead, int low, int high, Panels& p) const {
         if constexpr (std::is_same_v<E, S>) {
             const int64_t size = a.head_size, depth = padded_depth<E>(size), panels = (size + PANEL - 1) / PANEL;
             E* keys = scratch.room(scratch.keys, depth * PANEL);
@@ -471,14 +335,8 @@ struct BlockReader {
 template <int R, bool SINKS, typename E>
 inline void attend_rows(const AttentionArgs& a, typename AttentionScratch<E>::Row* rows, int64_t block_first, const Panels<E>& panels,
                         AttentionScratch<E>& scratch, float* out, int64_t wide) {
-    int low[R], high[R], lead[R] = {}, first = BLOCK, last = 0, most = 0;  // the rows' union: [first, last) and [0, most)
-    for (int r = 0; r < R; r++) {
-        visible(rows[r].position, rows[r].seen_from, block_first, low[r], high[r]);
-        if constexpr (SINKS) lead[r] = sinks_seen(block_first, a.sinks, low[r], high[r]), most = std::max(most, lead[r]);
-        if (low[r] < high[r]) first = std::min(first, low[r]), last = std::max(last, high[r]);
-    }
-    if (SINKS && first >= last) first = 0, last = most, most = 0;
-    if (SINKS && most >= first) first = 0, most = 0;
+    const RowsSeen<R> seen = rows_seen<R, SINKS>(a, rows, block_first);
+    const int first = seen.first, last = seen.last, most = seen.most;
     if (first >= last) return;
     const E *query[R], *probability[R];
     Softmax* state[R];
@@ -486,7 +344,7 @@ inline void attend_rows(const AttentionArgs& a, typename AttentionScratch<E>::Ro
     const int from = (most > 0 ? 0 : first) / RUN;
     score_runs<R>((last + RUN - 1) / RUN - from, query, panels.key + from, panels.next_key, panels.key_step, a.head_size, scratch.scores + from * RUN);
     float factor[R];
-    soften<R, SINKS>(scratch.scores, scratch.probability, lead, low, high, a.scale, state, factor);
+    soften<R, SINKS>(scratch.scores, scratch.probability, seen.lead, seen.low, seen.high, a.scale, state, factor);
     if (most > 0) {
         value_columns<R>(probability, panels, 0, most, factor, out, wide);
         for (int r = 0; r < R; r++) factor[r] = 1.0f;
@@ -538,9 +396,18 @@ void attend_span(const AttentionArgs& a, Spans& all, const Span& span, const Spa
         const int64_t seen_from = first_seen(a, position);
         for (int64_t h = span.kv_head * group; h < (span.kv_head + 1) * group; h++, i++)
             rows[i] = {(const E*)a.query + row * a.query_stride + h * size, (E*)a.out + (row * a.heads + h) * size,
-                       a.lse ? a.lse + row * a.heads + h : nullptr, position, seen_from, nothing, nothing};
+                       a.lse ? a.lse + row * a.heads + h : nullptr, position, seen_from, nothing, nothing, {}};
     }
-    const BlockReader<E, S> reader{a, span, scratch};
+    const auto reader_of = [&](const Span& read) {
+        if constexpr (std::is_same_v<S, int8_t>) return EightReader{a, read, scratch.gathered, scratch.gathered_scales};
+        else return BlockReader<E, S>{a, read, scratch};
+    };
+    if constexpr (std::is_same_v<S, int8_t>) {
+        const int64_t room = 2 * ((size + QUAD - 1) / QUAD * QUAD);
+        int8_t* codes = scratch.room(scratch.codes, n * room);
+        for (int64_t i = 0; i < n; i++) rows[i].eight = eight_query(rows[i].query, size, a.scale, codes + i * room);
+    }
+    const auto reader = reader_of(span);
     const Extent seen(a, span);
     const int64_t begin = seen.begin, end = seen.end;
     const int64_t sink_blocks = SINKS ? std::min(begin / BLOCK, (a.sinks + BLOCK - 1) / BLOCK) : 0;
@@ -556,22 +423,26 @@ void attend_span(const AttentionArgs& a, Spans& all, const Span& span, const Spa
         }
         const int lead = SINKS ? int(std::max<int64_t>(0, std::min<int64_t>(BLOCK, a.sinks - first))) : 0;
         const int low = int(std::max<int64_t>(0, begin - first)), high = turn < 0 ? lead : int(std::min<int64_t>(BLOCK, end - first));
-        Panels<E> panels;
+        typename decltype(reader_of(span))::Panels panels;
         reader.read(first, lead, low, high, panels);
         if (n <= LANE_ROWS) {  // what follows a decode is read once; behind more rows it comes in time
             if (first + BLOCK < end) reader.look_ahead(first + BLOCK, seen, low, high, panels);
             else if (following) {
                 const Extent next(a, *following);
-                BlockReader<E, S>{a, *following, scratch}.look_ahead(next.begin / BLOCK * BLOCK, next, low, high, panels);
+                reader_of(*following).look_ahead(next.begin / BLOCK * BLOCK, next, low, high, panels);
             }
         }
+        auto& room = [&]() -> auto& {
+            if constexpr (std::is_same_v<S, int8_t>) return scratch.eight;
+            else return scratch;
+        }();
         for (int64_t i = 0; i < n; i += LANE_ROWS) switch (n - i) {
-            case 1: attend_rows<1, SINKS>(a, rows + i, first, panels, scratch, out + i * wide, wide); break;
-            case 2: attend_rows<2, SINKS>(a, rows + i, first, panels, scratch, out + i * wide, wide); break;
-            case 3: attend_rows<3, SINKS>(a, rows + i, first, panels, scratch, out + i * wide, wide); break;
-            case 4: attend_rows<4, SINKS>(a, rows + i, first, panels, scratch, out + i * wide, wide); break;
-            case 5: attend_rows<5, SINKS>(a, rows + i, first, panels, scratch, out + i * wide, wide); break;
-            default: attend_rows<6, SINKS>(a, rows + i, first, panels, scratch, out + i * wide, wide);
+            case 1: attend_rows<1, SINKS>(a, rows + i, first, panels, room, out + i * wide, wide); break;
+            case 2: attend_rows<2, SINKS>(a, rows + i, first, panels, room, out + i * wide, wide); break;
+            case 3: attend_rows<3, SINKS>(a, rows + i, first, panels, room, out + i * wide, wide); break;
+            case 4: attend_rows<4, SINKS>(a, rows + i, first, panels, room, out + i * wide, wide); break;
+            case 5: attend_rows<5, SINKS>(a, rows + i, first, panels, room, out + i * wide, wide); break;
+            default: attend_rows<6, SINKS>(a, rows + i, first, panels, room, out + i * wide, wide);
         }
     }
     if (span.join >= 0) {
@@ -608,6 +479,18 @@ void run_spans(const AttentionArgs& a, Spans& all, std::atomic<int64_t>& next, i
             if (a.window > 0 && a.sinks > 0) attend_span<E, S, true>(a, all, spans[i], i + 1 < last ? &spans[i + 1] : nullptr);
             else attend_span<E, S, false>(a, all, spans[i], i + 1 < last ? &spans[i + 1] : nullptr);
     }
+}
+
+// All of one layer's.
+constexpr int64_t ALONE_BLOCKS = 48;  // queries times blocks of keys below which one thread is done before another has woken
+
+template <typename E, typename S = E>
+void attend(const AttentionArgs& a) {
+    Spans all = make_spans(a, omp_get_max_threads());
+    int64_t blocks = 0;
+    for (const Span& span : all.spans) blocks += span.tokens * ((Extent(a, span).end - 1) / BLOCK - Extent(a, span).begin / BLOCK + 1);
+    std::atomic<int64_t> next{0};
+    with_team([&](const Team& team) { run_spans<E, S>(a, all, next, team.threads); }, blocks < ALONE_BLOCKS ? 1 : 0);
 }
 
 }  // namespace tandem

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tandem.kernels.address import address, rows_address
+from tandem.kernels.attention_int8 import int8_attention_reference
 from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.paths import EVERYTHING, Paths
@@ -139,15 +140,19 @@ def attention(
 
     A query at position q sees the keys at `reach.first_seen(q)` <= k <= q and, under a window, those at k < `sinks`.
     Keys and values may be stored as float8_e4m3fn, widened exactly to the dtype of the query, or as int8 with `scales`
-    (page_pool.py), read as `numerics.quantise.from_int8` says.
+    (page_pool.py), multiplied as attention_int8.py says.
     """
     if backend(query_THD) == "triton":
         from tandem.kernels.gpu import attention as gpu
 
         return gpu.attention(query_THD, key_CKD, value_CKD, paths, reach, lse_TH, sinks, scales)
     run = kernel("attention", "attention", query_THD.dtype, "p")
+    if run is None and scales is not None:
+        key_CK, value_CK = (x.transpose(1, 2).flatten(0, 1) for x in scales.unbind(1))
+        key, value = (key_CKD, key_CK), (value_CKD, value_CK)
+        return int8_attention_reference(query_THD, key, value, paths, reach, sinks)
     if run is None:
-        return attention_reference(query_THD, key_CKD, value_CKD, paths, reach, sinks, scales)
+        return attention_reference(query_THD, key_CKD, value_CKD, paths, reach, sinks)
     assert paths.page_tokens == 1 and scales is None, "the C++ kernels read larger pages, and codes, from a KvPool"
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
     args = _args(query_THD, key_CKD, value_CKD, paths, reach, out_THD, lse_TH, sinks)
@@ -165,7 +170,8 @@ def paged_attention(
     assert paths.page_tokens == pool.page_tokens, (paths.page_tokens, pool.page_tokens)
     if not pool.packed:
         return attention(query_THD, pool.keys, pool.values, paths, reach, sinks=sinks, scales=pool.scales)
-    run = kernel("attention", f"attention{pool.suffix}", query_THD.dtype, "p")
+    library = "attention_int8" if pool.scales is not None else "attention"
+    run = kernel(library, f"attention{pool.suffix}", query_THD.dtype, "p")
     assert run is not None and query_THD.dtype == pool.dtype, (query_THD.dtype, pool.dtype)
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
     key_CKD, value_CKD = (x.view(-1, pool.kv_heads, pool.head_size) for x in (pool.keys, pool.values))  # for its shape

@@ -3,7 +3,8 @@
 A slot is a position of a page: page * page_tokens + position % page_tokens. Row-major pools are [slots, K, D]. Where
 the C++ kernels compute, pages are packed as the matrix product of attention reads them, so that no step packs what
 another has packed before: keys [pages, K, D / pair, page_tokens, pair], values [pages, K, page_tokens / pair, D, pair],
-with pairs of elements for bf16 and single ones for fp32 compute. A page is contiguous in both.
+with pairs of elements for bf16 and single ones for fp32 compute, and fours in int8, or as many as divide. A page is
+contiguous in both.
 
 Kept as int8, the key and the value of a token and head are codes with an fp32 scale each (`numerics.quantise.to_int8`),
 which lie apart, [pages, keys and values, K, page_tokens]: what a token left behind depends on no neighbour.
@@ -12,6 +13,7 @@ which lie apart, [pages, keys and values, K, page_tokens]: what a token left beh
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
@@ -50,11 +52,14 @@ class KvPool:
         keys: tuple[int, ...] = (num_pages * page_tokens, kv_heads, head_size)
         values = keys
         if self.packed:
-            pair = 2 if dtype == torch.bfloat16 else 1
+            channels = positions = 2 if dtype == torch.bfloat16 else 1
             assert page_tokens > 1 and page_tokens & (page_tokens - 1) == 0, page_tokens
-            assert head_size % pair == 0 and str(dtype) in SUFFIX, (head_size, dtype)
-            keys = (num_pages, kv_heads, head_size // pair, page_tokens, pair)
-            values = (num_pages, kv_heads, page_tokens // pair, head_size, pair)
+            assert head_size % channels == 0 and str(dtype) in SUFFIX, (head_size, dtype)
+            if stored == torch.int8:  # sums of products of codes fit into 32 bits
+                assert head_size <= 1024, head_size
+                channels, positions = math.gcd(head_size, 4), min(page_tokens, 4)
+            keys = (num_pages, kv_heads, head_size // channels, page_tokens, channels)
+            values = (num_pages, kv_heads, page_tokens // positions, head_size, positions)
         self.keys, self.values = (large(*shape, dtype=stored or dtype, device=device) for shape in (keys, values))
         self.scales: Tensor | None = None
         if stored == torch.int8:
@@ -87,10 +92,10 @@ class KvPool:
 
     def rows(self, slots_N: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values of slots, as attention reads them: [N, K, D] each, in `dtype`."""
-        page, offset, pair = slots_N // self.page_tokens, slots_N % self.page_tokens, self.keys.shape[-1]
+        page, offset, group = slots_N // self.page_tokens, slots_N % self.page_tokens, self.values.shape[-1]
         shape = (len(slots_N), self.kv_heads, self.head_size)
         if self.packed:
-            found = self.keys[page, :, :, offset], self.values[page, :, offset // pair, :, offset % pair]
+            found = self.keys[page, :, :, offset], self.values[page, :, offset // group, :, offset % group]
         else:
             found = self.keys[slots_N], self.values[slots_N]
         key, value = (x.reshape(shape) for x in found)
@@ -106,14 +111,14 @@ class KvPool:
             store_(key_TKD, slots_T, self.keys, scales[0])
             store_(value_TKD, slots_T, self.values, scales[1])
             return
-        page, offset, pair = slots_T // self.page_tokens, slots_T % self.page_tokens, self.keys.shape[-1]
+        page, offset, group = slots_T // self.page_tokens, slots_T % self.page_tokens, self.values.shape[-1]
         if self.keys.dtype == torch.float8_e4m3fn:
             key_TKD, value_TKD = to_e4m3(key_TKD), to_e4m3(value_TKD)
         elif self.scales is not None:
             key_TKD, self.scales[page, 0, :, offset] = to_int8(key_TKD)
             value_TKD, self.scales[page, 1, :, offset] = to_int8(value_TKD)
-        self.keys[page, :, :, offset] = key_TKD.reshape(len(slots_T), self.kv_heads, -1, pair)
-        self.values[page, :, offset // pair, :, offset % pair] = value_TKD
+        self.keys[page, :, :, offset] = key_TKD.reshape(len(slots_T), self.kv_heads, -1, self.keys.shape[-1])
+        self.values[page, :, offset // group, :, offset % group] = value_TKD
 
 
 class _Args(ctypes.Structure):

@@ -27,33 +27,42 @@ inline S stored(X x) {
     else return to_e4m3(to_float(x));
 }
 
-// The key of one position and head, X as it comes: pairs of channels lie `step` apart.
-template <typename E, typename X, typename S>
-inline void store_key(const X* key, S* target, int64_t size, int64_t step) {
-    constexpr int pair = pair_of<E>();
-    for (int64_t d = 0; d < size; d += pair, target += step) {
-        S two[pair];
-        for (int j = 0; j < pair; j++) two[j] = stored<S>(key[d + j]);
-        std::memcpy((void*)target, two, sizeof(two));
-    }
+// The key of one position and head, X as it comes: groups of channels lie a step apart.
+template <typename S, typename X>
+inline void store_key(const X* key, S* target, const PageLayout& layout) {
+    const int64_t channels = layout.channels, step = layout.key_step();
+    const auto in_groups = [&](auto group) {
+        constexpr int64_t width = group;
+        for (int64_t d = 0; d < layout.head_size; d += width, target += step) {
+            S own[width];
+            for (int64_t j = 0; j < width; j++) own[j] = stored<S>(key[d + j]);
+            std::memcpy((void*)target, own, sizeof own);
+        }
+    };
+    if (channels == 4) in_groups(std::integral_constant<int64_t, 4>{});
+    else if (channels == 2) in_groups(std::integral_constant<int64_t, 2>{});
+    else in_groups(std::integral_constant<int64_t, 1>{});
 }
 
-// The other position of each pair of values may be another thread's: it is not touched.
-template <typename E, typename X, typename S>
-inline void store_value(const X* value, S* target, int64_t size) {
+// The other positions of each group of values may be another thread's: they are not touched.
+template <typename S, typename X>
+inline void store_value(const X* value, S* target, const PageLayout& layout) {
     int64_t d = 0;
 #ifdef TANDEM_AVX512
     if constexpr (std::is_same_v<S, bf16>)
-        for (; d + LANES <= size; d += LANES)
+        for (; d + LANES <= layout.head_size; d += LANES)
             _mm512_mask_storeu_epi16(target + 2 * d, 0x55555555, _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(value + d))));
+    if constexpr (std::is_same_v<S, int8_t>)
+        for (; layout.positions == 2 && d + LANES <= layout.head_size; d += LANES)
+            _mm512_mask_storeu_epi8(target + 4 * d, 0x1111111111111111, _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(value + d))));
 #endif
-    for (; d < size; d++) target[d * pair_of<E>()] = stored<S>(value[d]);
+    for (; d < layout.head_size; d++) target[d << layout.positions] = stored<S>(value[d]);
 }
 
 // This thread's share of the rows.
 template <typename E, typename S = E>
 void rotate_store_share(const StoreArgs& a, const Team& team) {
-    const PageLayout layout{a.page_tokens, a.kv_heads, a.head_size};
+    const PageLayout layout = page_layout<E, S>(a.page_tokens, a.kv_heads, a.head_size);
     const int shift = __builtin_ctzll(a.page_tokens);
     const int64_t half = a.head_size / 2, size = a.head_size;
     int64_t first, last;
@@ -68,18 +77,18 @@ void rotate_store_share(const StoreArgs& a, const Team& team) {
         }
         const int64_t page = a.slots[t] >> shift, offset = a.slots[t] & (a.page_tokens - 1);
         for (int64_t h = 0; h < a.kv_heads; h++) {
-            const int64_t start = layout.start(page, h), step = layout.template key_step<E>();
-            S *key_at = (S*)a.keys + start + layout.template key<E>(offset), *value_at = (S*)a.values + start + layout.template value<E>(offset);
+            const int64_t start = layout.start(page, h);
+            S *key_at = (S*)a.keys + start + layout.key(offset), *value_at = (S*)a.values + start + layout.value(offset);
             if constexpr (std::is_same_v<S, int8_t>) {
                 thread_local std::vector<int8_t> codes;
                 codes.resize(size);
                 a.scales[layout.scales(page, 0, h) + offset] = to_int8(key + h * size, size, codes.data());
-                store_key<E>(codes.data(), key_at, size, step);
+                store_key(codes.data(), key_at, layout);
                 a.scales[layout.scales(page, 1, h) + offset] = to_int8(value + h * size, size, codes.data());
-                store_value<E>(codes.data(), value_at, size);
+                store_value(codes.data(), value_at, layout);
             } else {
-                store_key<E>(key + h * size, key_at, size, step);
-                store_value<E>(value + h * size, value_at, size);
+                store_key(key + h * size, key_at, layout);
+                store_value(value + h * size, value_at, layout);
             }
         }
     }

@@ -21,6 +21,7 @@ from tandem.kernels import (
     adamw,
     adapter,
     attention,
+    attention_int8,
     blocks,
     changes,
     codes,
@@ -47,7 +48,7 @@ from tandem.kernels.weight import Adapter, Piece, Strips, Weight
 from tandem.numerics import blocks as whole_blocks
 from tandem.numerics import quantise as rounding
 from tandem.numerics.blocks import format_of
-from tandem.types import Sampling
+from tandem.types import Reach, Sampling
 
 U = {torch.float32: E, torch.bfloat16: 2.0**-8}
 DTYPES = (torch.bfloat16, torch.float32)
@@ -210,9 +211,29 @@ def _page_store(dtype: torch.dtype) -> Iterator[Comparison]:
             yield Comparison(f"{what} in pages, {stored or dtype}", got, row)
         paths = attention.Paths.build([0, 1], [39], [[2, 0, 3]], 16)
         rows = attention.Paths.build([0, 1], [39], [[*range(40)]], 1)
-        query = fused[39:, :2].contiguous()
-        got = attention.paged_attention(query, pool, paths)
-        yield Comparison(f"attention to pages, {stored or dtype}", got, attention.attention(query, key, value, rows))
+        if stored != torch.int8:
+            query = fused[39:, :2].contiguous()
+            got = attention.paged_attention(query, pool, paths)
+            yield Comparison(
+                f"attention to pages, {stored or dtype}", got, attention.attention(query, key, value, rows)
+            )
+
+
+def _attention_int8(dtype: torch.dtype) -> Iterator[Comparison]:
+    """Exact: several blocks and splits, more rows than a tile has, a row alone, and a value that is not finite."""
+    query, key, value = (normal(530, h, 64, dtype=dtype, seed=i) for i, h in enumerate((3, 1, 1)))
+    value[3, 0, 5] = torch.inf
+    pool, pages = page_pool.KvPool(34, 16, 1, 64, dtype, torch.int8), [*range(33, -1, -1)]
+    slots = torch.tensor(pages)[torch.arange(530) // 16] * 16 + torch.arange(530) % 16
+    pool.store_(key, value, slots)
+    for first, reach in ((523, attention.EVERYTHING), (529, attention.EVERYTHING), (523, Reach(window=70))):
+        rows, count = query[first:], 530 - first
+        got = attention.paged_attention(rows, pool, attention.Paths.build([0, count], [first], [pages], 16), reach)
+        paths = attention.Paths.build([0, count], [first], [[*range(530)]], 1)
+        parts = rounding.to_int8(key), rounding.to_int8(value)
+        wanted = attention_int8.int8_attention_reference(rows, *parts, paths, reach)
+        yield Comparison("attention in int8", got.nan_to_num(), wanted.nan_to_num())
+        yield Comparison("what is not finite", got.isnan().float(), wanted.isnan().float())
 
 
 def _layer(dtype: torch.dtype) -> Iterator[Comparison]:
@@ -375,6 +396,7 @@ CHECKS |= {
     "adapter": _each(_adapter),
     "attention": _each(_attention),
     "blocks": _each(_blocks),
+    "attention_int8": _each(_attention_int8),
     "changes": _changes,
     "codes": _codes,
     "divergence": _each(_divergence),
