@@ -429,14 +429,13 @@ def _show_numerics(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"tandem bench numerics: medians of {result['rounds']} rounds")
-    for column in ("work", "bf16", "kind", "its time", "bf16 over it", "wanted"):
-        table.add_column(column, justify="left" if column in ("work", "kind") else "right")
+    columns = ("work", "bf16", "kind", "its time", "bf16 over it", "wanted")
+    table = Table(*columns, title=f"tandem bench numerics: medians of {result['rounds']} rounds")
     for row in result["rows"]:
-        seconds, wanted = row["seconds"], f"{row['wanted']:.2f} x" if row["wanted"] else ""
+        wanted = f"{row['wanted']:.2f} x" if row["wanted"] else ""
         for kind, ratio in row["ratio"].items():
-            times = (f"{1e3 * seconds['bf16']:,.1f} ms", kind, f"{1e3 * seconds[kind]:,.1f} ms")
-            table.add_row(row["work"], *times, f"{ratio:.2f} x", wanted)
+            base, own = (f"{1e3 * row['seconds'][name]:,.1f} ms" for name in ("bf16", kind))
+            table.add_row(row["work"], base, kind, own, f"{ratio:.2f} x", wanted)
     Console().print(table)
 
 

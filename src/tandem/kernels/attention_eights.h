@@ -73,11 +73,11 @@ __attribute__((noipa)) void eight_scores(const EightQuery* const* rows, const in
     for (int part = 0; part < 2; part++) {  // of the query: sums of both would not fit into the registers
         const int8_t* codes[R];
         for (int r = 0; r < R; r++) codes[r] = part == 0 ? rows[r]->high : rows[r]->low;
-        const int8_t* ahead[RUNS];  // dealt out over the first part; what is there already costs nothing
-        for (int g = 0; g < RUNS; g++) ahead[g] = part == 0 && next[0] ? next[g] : key[0];
+        const int8_t* ahead[RUNS / 2];  // dealt out over both; what is there already costs nothing
+        for (int g = 0; g < RUNS / 2; g++) ahead[g] = next[0] ? next[RUNS / 2 * part + g] : key[0];
         for (int64_t d = 0, at = 0; d < quads; d++, at += step) {
             TANDEM_UNROLL
-            for (int g = 0; g < RUNS; g++) _mm_prefetch(ahead[g] + at, _MM_HINT_T0);
+            for (int g = 0; g < RUNS / 2; g++) _mm_prefetch(ahead[g] + at, _MM_HINT_T0);
             __m512i b[G];
             TANDEM_UNROLL
             for (int g = 0; g < G; g++) b[g] = _mm512_xor_si512(_mm512_loadu_si512(key[g] + at), half);
@@ -113,7 +113,7 @@ __attribute__((noipa)) void eight_value_sums(const uint8_t* codes, const EightPa
     const int8_t *from[BLOCK / QUAD], *next[BLOCK / QUAD];
     for (int i = 0; i < quads.count; i++) {
         const int64_t j = quads.at[i], at = j % QUAD * p.value_step + QUAD * channel;
-        from[i] = p.value[j / QUAD] + at, next[i] = p.next_value[j / QUAD] ? p.next_value[j / QUAD] + at : from[i];
+        from[i] = p.value[j / QUAD] + at, next[i] = p.next_value[j / QUAD] && j >= QUAD ? p.next_value[j / QUAD] + at : from[i];
     }
     for (int i = 0; i < quads.count; i++) {
         const uint8_t* four = codes + QUAD * quads.at[i];
@@ -287,6 +287,8 @@ inline void attend_rows(const AttentionArgs& a, Row* rows, int64_t block_first, 
     }
     const int from = seen.most > 0 ? 0 : seen.first / RUN, to = (seen.last + RUN - 1) / RUN;
     eight_scores_of_runs<R>(from, to, query, panels, (a.head_size + QUAD - 1) / QUAD, scratch.sums);
+    if (const int8_t* next = panels.next_value[0])  // the rest comes with the tiles
+        for (int64_t i = 0; i < RUN * a.head_size; i += 64) __builtin_prefetch(next + i);
     float scale[R], factor[R];
     if (whole) eight_soften<R, SINKS, true>(query, panels, from, to, seen, scratch, state, scale, factor);
     else eight_soften<R, SINKS, false>(query, panels, from, to, seen, scratch, state, scale, factor);

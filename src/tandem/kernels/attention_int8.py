@@ -19,11 +19,8 @@ from tandem.kernels.paths import EVERYTHING, Paths
 from tandem.types import Reach
 
 BLOCK, SPLIT = 64, 512  # positions
-QUERY_LARGEST, WEIGHT_LARGEST, NOTHING = (
-    16319.0,
-    255.0,
-    2.0**-100,
-)  # divided as tensors: torch makes x / tensor x times a reciprocal
+# Divided as tensors: torch makes number / tensor a product with the reciprocal.
+QUERY_LARGEST, WEIGHT_LARGEST, NOTHING = 16319.0, 255.0, 2.0**-100
 _LOG2E, _LN2_HIGH, _LN2_LOW = (torch.tensor(x) for x in (1.44269504088896341, -0.693359375, 2.12194440e-4))
 _POLYNOMIAL = [
     torch.tensor(x)
@@ -111,7 +108,11 @@ def int8_attention_reference(
         from_T = torch.tensor([reach.first_seen(position) for position in q_T.tolist()])
         own, own_scale = codes_THD[start:stop].transpose(0, 1), scale_TH[start:stop].T
         shape = own_scale.shape
-        empty = own_scale.new_full(shape, -math.inf), own_scale.new_zeros(shape), own_scale.new_zeros(own.shape)
+        empty: tuple[Tensor, ...] = (
+            own_scale.new_full(shape, -math.inf),
+            own_scale.new_zeros(shape),
+            own_scale.new_zeros(own.shape),
+        )
         folded = state = empty
         for block in range(0, first + stop - start, BLOCK):
             if block and block % SPLIT == 0:
