@@ -429,8 +429,7 @@ def _show_numerics(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    columns = ("work", "bf16", "kind", "its time", "bf16 over it", "wanted")
-    table = Table(*columns, title=f"tandem bench numerics: medians of {result['rounds']} rounds")
+    table = Table("work", "bf16", "kind", "its time", "bf16 over it", "wanted", title="tandem bench numerics: medians")
     for row in result["rows"]:
         wanted = f"{row['wanted']:.2f} x" if row["wanted"] else ""
         for kind, ratio in row["ratio"].items():
