@@ -1,50 +1,43 @@
-"""What a run's own programs teach the model that it began with."""
+"""What a run's own programs teach the model that it began with. Needs the run, made once (13 minutes on two cores):
+
+    tandem train smollm2_arithmetic_cpu --out runs/demo
+"""
 
 from __future__ import annotations
 
 from tandem.study.study import Arm, Study
 
-RUN = "runs/sums-rl"
-
 
 def study() -> Study:
-    """The base model on as many programs of the run: those that were right, any of them, and the right ones weighed."""
+    """The base model on as many programs of the run: those that were right, and any of them."""
     return Study(
         name="sft_from_run",
-        question="A model of 4.8 M parameters that is right on a third of sums was trained by GRPO, which raised how "
-        "often. Does supervised learning on what that run sampled and got right lift the base model, and "
-        "more than as many of its programs drawn at random?",
-        recipe="tiny_arithmetic",
+        question="SmolLM2-135M was trained on two-term sums by GRPO, which raised how often it is right from 26 to "
+        "72 %. Does supervised learning on what that run sampled and got right lift the base model, and more than as "
+        "many of its programs drawn at random?",
+        recipe="smollm2_arithmetic_cpu",
         common={
-            "model.source": "runs/sums",
-            "corpus.sources": RUN,
-            "corpus.rows": "4000",
-            "corpus.tokens_per_step": "4096",
-            "learner.lr": "1e-4",
+            "objective": "next_token",
+            "corpus.sources": "runs/demo",
+            "corpus.rows": "1500",
+            "corpus.tokens_per_step": "1024",
             "learner.schedule": "constant",
-            "learner.weight_decay": "0",
-            "learner.warmup_steps": "4",
-            "evaluation.prompts": "256",
-            "evaluation.samples": "4",
-            "evaluation.temperature": "1",
-            "evaluation.every": "50",
+            "evaluation.every": "30",
         },
         arms=(
             Arm("random", "drawn at random"),
             Arm("right", "right ones", {"corpus.reward_at_least": "1"}),
-            Arm("weighed", "by exp(A / 0.5)", {"supervised.weights": "advantage", "supervised.beta": "0.5"}),
         ),
         baseline="random",
-        steps=150,
-        compare=(("right", "random"), ("weighed", "random"), ("right", "weighed")),
-        reading="Right ones teach more than as many drawn at random: 37.4 against 27.6 %, by 0.098 [0.070, 0.127] and "
-        "on each of three seeds. Programs drawn at random make the base model worse, from 36.1 %: two in three of "
-        "them are wrong. That the right ones lift it is not shown: by 0.040, -0.012 and 0.013. Weights of "
-        "exp(A / 0.5) over all programs do not stand in for the choice, 0.070 [0.056, 0.085] below it: advantages of "
-        "-0.4 and 0.6 weigh 0.4 and 3, and two wrong ones together still count a quarter of a right one. With a base "
-        "that is right on a ninth of sums, and a run that had hardly learned more, all was the same: 0.042 "
-        "[0.021, 0.062] above random, no lift shown.",
+        steps=60,
+        seeds=(0, 1, 2, 3, 4),
+        reading="Yes: on each of five seeds the base model's 25.8 % become 66 to 74 %, as much as GRPO itself had "
+        "reached, after sixty steps of some 190 trained tokens each. As many programs drawn at random, of which a "
+        "quarter are right, lift it to 63 to 68 %: most of what is learned is to answer as it was asked. The right ones "
+        "end higher on four seeds of five, by 0.064 [-0.003, 0.131] on the mean: at five seeds of 128 prompts that is "
+        "not shown. With a base of 4.8 M parameters that already answers as asked (36 % right) the choice was shown and "
+        "the lift was not: right above random by 0.098 [0.070, 0.127], above the base by 0.040, -0.012 and 0.013.",
         shows_not="One run of GRPO gave all programs, and seeds differ in which of them are drawn and in their order "
-        "alone. The right ones are of easier sums than all are. Each program comes about three times; a larger model "
-        "would rather be given more of them once.",
+        "alone. The right ones are of easier sums than all are. Doubles are left out: the run's later programs, alike "
+        "and mostly right, count once, so that of those drawn at random a quarter are right where the run's were 60 %.",
     )

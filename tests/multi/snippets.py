@@ -217,16 +217,10 @@ LISTED: dict[str, str] = {
     "--set task.heldout_size=32 --set task.parameters=taskset=my-taskset,taskset.size=1000": OTHERS,
     "problems/till/repo/": "a folder; tests/multi/test_repair.py",
     "tandem train smollm2_sft_cpu --set corpus.sources=chats.jsonl": "needs that file; tests/multi/test_sft.py",
-    "tandem train tiny_arithmetic --set steps=800 --out runs/sums": "takes minutes; tests/multi/test_next_token.py",
-    "tandem train tiny_arithmetic --set objective=policy_gradient --set model.source=runs/sums --set steps=60 "
-    "--set rollout.prompts_per_step=32 --set rollout.samples_per_prompt=8 --set learner.lr=1e-4 "
-    "--set learner.warmup_steps=4 --set evaluation.every=0 --out runs/sums-rl": (
-        "takes minutes; tests/multi/test_sft.py"
-    ),
-    "tandem train tiny_arithmetic --set model.source=runs/sums --set corpus.sources=runs/sums-rl "
-    "--set corpus.reward_at_least=1 --set corpus.tokens_per_step=4096 --set steps=150 --set learner.lr=1e-4": (
-        "takes minutes; tests/multi/test_sft.py"
-    ),
+    "tandem train smollm2_arithmetic_cpu --out runs/demo": "takes minutes; the demo",
+    "tandem train smollm2_arithmetic_cpu --set objective=next_token --set corpus.sources=runs/demo "
+    "--set corpus.reward_at_least=1 --set corpus.tokens_per_step=1024 --set steps=60 "
+    "--set learner.schedule=constant": "takes minutes; tests/multi/test_sft.py",
     "chats: 42 rows, 1 turns too long for any piece, 1 too long, left out, 1 refused: nothing to learn, 4 of held-out "
     "tasks, 36 to train": "what tandem train prints; tests/multi/test_sft.py",
     "steps = 40": "read by tests/null/test_settings.py",
