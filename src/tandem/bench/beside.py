@@ -163,7 +163,7 @@ def _run(work: str, new: int, **parts: Any) -> Iterator[Figure]:
     config = RunConfig(
         "bench",
         steps=parts.pop("steps"),
-        model=ModelConfig(MODEL, kernels=parts.pop("kernels", "exact")),
+        model=ModelConfig(MODEL, kernels=parts.pop("kernels", "exact"), weights=parts.pop("weights", "same")),
         task=TaskConfig(parameters=terms, reward="last_number", **parts.pop("task")),
         rollout=RolloutConfig(prompts_per_step=16, samples_per_prompt=8, max_new_tokens=new),
         evaluation=EvaluationConfig(prompts=0),
@@ -188,20 +188,21 @@ def _step(_: Machine) -> Iterator[Figure]:
     yield Figure("tandem", f"{work}: its ledger", max(spent.seconds / sum(step.value for step in steps), 1e-9), "share")
 
 
-def _demo(kernels: Kernels) -> Iterator[Figure]:
-    """The recipe smollm2_arithmetic_cpu, short and without evaluation."""
+def demo_steps(kernels: Kernels = "exact", weights: str = "same", **settings: Any) -> Iterator[Figure]:
+    """The recipe smollm2_arithmetic_cpu, short and without evaluation; `settings` of the learner."""
     from tandem.engine.config import EngineConfig
     from tandem.train.config import LearnerConfig
 
     task = {"system": "You are a calculator. Repeat the problem and write its result, like this: 3 + 4 = 7"}
-    learner, engine = LearnerConfig(lr=2e-5, warmup_steps=4, beta2=0.99), EngineConfig(kv_memory_bytes=256 << 20)
+    learner = LearnerConfig(lr=2e-5, warmup_steps=4, beta2=0.99, **settings)
+    engine = EngineConfig(kv_memory_bytes=256 << 20)
     work, steps = "grpo step 16x8x24", PARITY_STEPS
-    return _run(work, 24, steps=steps, kernels=kernels, task=task, learner=learner, engine=engine)
+    return _run(work, 24, steps=steps, kernels=kernels, weights=weights, task=task, learner=learner, engine=engine)
 
 
 def _parity(kernels: Kernels, machine: Machine) -> Iterator[Figure]:
     """What generates and a step of the demo, under the name of the kernels that ran."""
-    for figure in (*_engine(machine, PARITY_DECODES, kernels), *_demo(kernels)):
+    for figure in (*_engine(machine, PARITY_DECODES, kernels), *demo_steps(kernels)):
         if figure.work != "start":
             yield replace(figure, peer=kernels) if (figure.peer, kernels) == ("tandem", "library") else figure
 

@@ -1,4 +1,5 @@
-"""What fewer bits save on this machine: decoding, prompts and long contexts beside bf16, and what an update costs then.
+"""What fewer bits save on this machine: decoding, prompts, long contexts and learning beside bf16, and what an update
+costs then.
 
 Kinds take turns, A B A B, on SmolLM2; a ratio is the median of those within a turn.
 """
@@ -11,8 +12,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from tandem.bench.beside import TRAIN, demo_steps
 from tandem.bench.sweep import fill_pages, start_decoding, stop_decoding
-from tandem.bench.work import MODEL, answer, random_requests
+from tandem.bench.work import MODEL, answer, learner_on, random_requests, random_samples
 from tandem.plan.roofline import SMOLLM2, kv_bytes, timed
 
 if TYPE_CHECKING:
@@ -26,15 +28,25 @@ WARM_UP, STEPS = 2, 8  # of decoding in a turn; the median of the steps counts
 ROOM_TOKENS = 96  # of a sequence beyond its context
 BASE = "bf16"
 WEIGHTS = {BASE: {}, "w8a8": {"weights": "w8a8"}}
+LEARNERS = {  # of the model, and of the learner
+    BASE: ({}, {}),
+    "w8a8": ({"weights": "w8a8"}, {}),
+    "w8a8, int8 gradients": ({"weights": "w8a8"}, {"gradients": "int8"}),
+    "8-bit moments, no masters": ({}, {"moments": "float8", "masters": "bfloat16"}),
+}
 PAGES = {BASE: {}, "int8 KV": {"kv_dtype": "int8"}}
-WANTED = {"decode": 1.5, "prefill": 1.6, "long decode": 1.4}
+WANTED = {"decode": 1.5, "prefill": 1.6, "long decode": 1.4, "grpo": 1.25}
 
 
 def numerics(rounds: int) -> dict[str, Any]:
     """Rows of works: seconds of each kind, bf16's over them, and what is wanted of that."""
     rows = _weights(rounds)
     gc.collect()  # before the pages of the long contexts
-    return {"bench": "numerics", "rounds": rounds, "rows": [*rows, _pages(rounds)]}
+    rows.append(_pages(rounds))
+    gc.collect()
+    rows.append(_learners(rounds))
+    gc.collect()
+    return {"bench": "numerics", "rounds": rounds, "rows": [*rows, _steps(rounds)]}
 
 
 def _weights(rounds: int) -> list[dict[str, Any]]:
@@ -59,6 +71,39 @@ def _pages(rounds: int) -> dict[str, Any]:
         fill_pages(engine)
     turns = take_turns(list(PAGES), rounds, lambda kind: _decode(engines[kind], LONG, LONG_CONTEXT))
     return row_of(f"decode {LONG}x{LONG_CONTEXT}", turns, WANTED["long decode"])
+
+
+def _learners(rounds: int) -> dict[str, Any]:
+    from tandem.algo.pack import count_prompts
+    from tandem.engine.config import EngineConfig
+    from tandem.models.config import ModelConfig
+    from tandem.run.parts import build_parts
+    from tandem.train.config import LearnerConfig
+
+    samples = random_samples(*TRAIN, SMOLLM2.vocab_size)
+    totals = count_prompts(samples)
+    learners = {
+        kind: learner_on(
+            build_parts(ModelConfig(MODEL, **model), EngineConfig(kv_memory_bytes=1 << 26)).decoder,  # type: ignore[arg-type]
+            LearnerConfig(lr=1e-6, **learner),  # type: ignore[arg-type]
+        )
+        for kind, (model, learner) in LEARNERS.items()
+    }
+    turns = take_turns(list(learners), rounds, lambda kind: timed(lambda: learners[kind].step(samples, totals)))
+    return row_of(f"train {TRAIN[0]}x{TRAIN[1]}", turns, None)
+
+
+def _steps(rounds: int) -> dict[str, Any]:
+    """The demo's steps as one run does them, from sampling to publishing; the first of each run is dropped."""
+
+    def run(kind: str) -> float:
+        model, learner = LEARNERS[kind]
+        weights = model.get("weights", "same")
+        steps = [step.value for step in demo_steps(weights=weights, **learner)]  # type: ignore[arg-type]
+        return statistics.median(steps[1:])
+
+    kinds = [kind for kind, (model, _) in LEARNERS.items() if model or kind == BASE]
+    return row_of("grpo step 16x8x24", take_turns(kinds, rounds, run), WANTED["grpo"])
 
 
 def take_turns(kinds: Sequence[str], rounds: int, run: Callable[[str], float]) -> list[dict[str, float]]:
