@@ -350,11 +350,11 @@ def test_unsupported_architecture_and_format(tmp_path: Path) -> None:
         with pytest.raises(ModelError, match=named):
             open_checkpoint(str(path))
 
-    def ternary(writer: gguf.GGUFWriter) -> None:
-        writer.add_tensor("odd.weight", np.zeros((1, 66), np.uint8), raw_dtype=Kind.TQ2_0)
+    def of_one_bit(writer: gguf.GGUFWriter) -> None:
+        writer.add_tensor("odd.weight", np.zeros((1, 18), np.uint8), raw_dtype=Kind.Q1_0)
 
-    with pytest.raises(ModelError, match="odd.weight has block format TQ2_0; supported: BF16, F16"):
-        open_checkpoint(str(write(tmp_path / "t.gguf", model, extra=ternary)))
+    with pytest.raises(ModelError, match="odd.weight has block format Q1_0; supported: BF16, F16"):
+        open_checkpoint(str(write(tmp_path / "t.gguf", model, extra=of_one_bit)))
 
 
 def test_missing_unexpected_and_wrong_tensors(tmp_path: Path) -> None:

@@ -3,13 +3,11 @@
 The interpreter runs a kernel in NumPy. As it comes (Triton 3.6) it reads bf16 operands of a product as integers,
 truncates to bf16, rounds to 8 bits without a carry, leaves the order of a product's sum to the host's BLAS, whose rows
 depend on their place, and takes no loop bound under NumPy 2.4. `mend` replaces these. Its arithmetic is not a GPU's:
-its bits are compared with its own bits alone. It also looks through all of the language at each call of a kernel's
-function, which took a third of these tests' time: what it looks for is kept.
+its bits are compared with its own bits alone.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import numpy as np
@@ -57,18 +55,6 @@ def from_fp32(values: NDArray[np.float32], kind: Any) -> NDArray[Any]:
 
 def mend() -> None:
     """Replace these in the interpreter; once a program."""
-    builtins: dict[Any, list[str]] = {}  # of a module or class, as it was before it was patched first
-
-    def patch_builtin(package: Any, builder: Any, scope: Any) -> None:
-        if package not in builtins:
-            found = inspect.getmembers(package, tl.core.is_builtin)
-            builtins[package] = [name for name, _ in found]
-        for name in builtins[package]:
-            member = getattr(package, name)
-            if not tl.core.is_builtin(member):  # a kernel that calls this one has patched them all
-                return
-            interpreter._patch_attr(package, name, member, builder, scope)
-
     builder = interpreter.InterpreterBuilder
     narrow = {tl.float8e4nv, tl.bfloat16, tl.float16, tl.float32}
     cast, patch_tensor = builder.cast_impl, interpreter._patch_lang_tensor
@@ -90,4 +76,4 @@ def mend() -> None:
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     builder.cast_impl, builder.create_dot, builder.create_fp_to_fp = cast_impl, create_dot, create_fp_to_fp
-    interpreter._patch_lang_tensor, interpreter._patch_builtin = patch, patch_builtin
+    interpreter._patch_lang_tensor = patch

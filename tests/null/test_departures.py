@@ -88,5 +88,5 @@ def test_what_cannot_work_is_refused_before_the_weights():
     windowed = ModelSpec("mistral", vocab_size=8, width=8, ff_width=8, layers=1, heads=1, kv_heads=1, head_size=8,
                          max_position=64, attention=(LayerAttention(Reach(window=32)),))  # fmt: skip
     with pytest.raises(ConfigError, match=r"engine\.kv_window is 16"):
-        check_engine(windowed, changed(engine__kv_window="16").engine)
-    check_engine(windowed, PLAIN.engine)
+        check_engine(windowed, PLAIN.model, changed(engine__kv_window="16").engine)
+    check_engine(windowed, PLAIN.model, PLAIN.engine)

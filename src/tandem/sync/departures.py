@@ -119,9 +119,13 @@ def without_departures(engine: EngineConfig) -> EngineConfig:
 
 def check_engine(spec: ModelSpec, model: ModelConfig, engine: EngineConfig) -> None:
     """Refuse, before any weight is loaded, what a model cannot do with an engine's departures. Raises ConfigError."""
-    from tandem.kernels.rounding import rounding_of
+    if model.weights != "same" or engine.weights != "same":
+        from tandem.kernels.rounding import rounding_of
 
-    if all([rounding_of(model.weights), rounding_of(engine.weights)]):  # both are read
+        both = all([rounding_of(model.weights), rounding_of(engine.weights)])  # ConfigError for one that is none
+    else:
+        both = False
+    if both:
         raise ConfigError(
             f"model.weights is {model.weights} and engine.weights is {engine.weights}: the policy that is trained is "
             "rounded already. Leave engine.weights out; or model.weights, for a departure that is measured."
