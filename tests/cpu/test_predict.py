@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from tandem.bench import predicted as checks
 from tandem.bench import profile as profiles
@@ -91,6 +90,8 @@ def test_training_has_the_operations_that_torch_counts() -> None:
         "o": (spec.width, heads * size), "gate": (spec.ff_width, spec.width), "up": (spec.ff_width, spec.width),
         "down": (spec.width, spec.ff_width),
     }  # fmt: skip
+    from torch.utils.flop_counter import FlopCounterMode  # which imports Triton, before tests/gpu has chosen how
+
     with FlopCounterMode(display=False) as counted:
         x = drawn
         for _ in range(spec.layers):
