@@ -46,9 +46,9 @@ def fill_pages(engine: Engine) -> None:
     import torch
 
     pools = [tensor for pool in engine.runner.pools for tensor in pool.tensors()]  # type: ignore[attr-defined]
-    page = torch.randn(1, pools[0].shape[1]).to(pools[0].dtype)
-    for pool in pools:
-        pool.copy_(page.expand_as(pool))
+    for pool in pools:  # codes, where they are, and their scales
+        page = torch.randn(1, pool.shape[1]) * (40 if pool.dtype == torch.int8 else 1)
+        pool.copy_(page.abs().div(40).expand_as(pool) if pool.dtype != pools[0].dtype else page.expand_as(pool))
 
 
 def start_decoding(engine: Engine, sequences: int, context: int, new: int, rng: random.Random) -> None:
