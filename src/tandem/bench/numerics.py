@@ -103,7 +103,7 @@ def _steps(rounds: int) -> dict[str, Any]:
         return statistics.median(steps[1:])
 
     kinds = [kind for kind, (model, _) in LEARNERS.items() if model or kind == BASE]
-    return row_of("grpo step 16x8x24", take_turns(kinds, rounds, run), WANTED["grpo"])
+    return row_of("grpo step 16x8x24", take_turns(kinds, max(1, rounds - 1), run), WANTED["grpo"])
 
 
 def take_turns(kinds: Sequence[str], rounds: int, run: Callable[[str], float]) -> list[dict[str, float]]:
