@@ -122,10 +122,9 @@ def check_engine(spec: ModelSpec, model: ModelConfig, engine: EngineConfig) -> N
     if model.weights != "same" or engine.weights != "same":
         from tandem.kernels.rounding import rounding_of
 
-        both = all([rounding_of(model.weights), rounding_of(engine.weights)])  # ConfigError for one that is none
-    else:
-        both = False
-    if both:
+        for name in (model.weights, engine.weights):
+            rounding_of(name)
+    if "same" not in (model.weights, engine.weights):
         raise ConfigError(
             f"model.weights is {model.weights} and engine.weights is {engine.weights}: the policy that is trained is "
             "rounded already. Leave engine.weights out; or model.weights, for a departure that is measured."
