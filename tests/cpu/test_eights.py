@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.engine.config import EngineConfig
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, DeliveryError
 from tandem.kernels.eights import Eights, product_reference
 from tandem.kernels.linear import linear
 from tandem.kernels.weight import Weight
@@ -91,7 +91,7 @@ def test_the_pass_in_one_call(changes, dtype, make_decoder: Callable[..., Decode
     for layer in decoder.layers:
         for slot, weight in layer.weights():
             if slot.columns is not None and (slot.name != "out" or layer.index):  # one is multiplied as it is
-                weight.multiply_in_8_bits(quantise(weight.value, 8, weight.value.shape[1]))
+                weight.multiply_in_8_bits(weight.value)
     done = both_ways(decoder).generate(requests(9))
     assert [len(completion.tokens) for completion in done] == [3 + i for i in range(9)]
 
@@ -115,6 +115,26 @@ def test_what_is_served_is_what_was_rounded(make_decoder: Callable[..., Decoder]
             assert torch.equal(linear(x, theirs), wanted), name
 
 
+def test_codes_of_other_weights_are_not_served(make_decoder: Callable[..., Decoder], monkeypatch) -> None:
+    """An engine whose codes are those of the version before, or are changed where they lie."""
+    from tandem.sync.publish import Publisher
+
+    learner, decoder = make_decoder("bfloat16"), make_decoder("bfloat16")
+    config = EngineConfig(weights="w8a8", page_tokens=4, max_sequences=4, batch_tokens=64)
+    publisher = Publisher(learner, [Copied("far", decoder, engine_on(decoder, config), rounding=integers_of(config))])
+    publisher.publish(0)
+    changed = learner.layers[1].mix.qkv
+    changed.value.mul_(1.5)
+    changed.repack()
+    publisher.publish(1)
+    changed.value[3, 5] += 1
+    changed.repack()
+    with monkeypatch.context() as patched:
+        patched.setattr(Eights, "round", lambda self, value: None)
+        with pytest.raises(DeliveryError, match=r"other weights than were published, in 1 of .*layers\.1\.qkv"):
+            publisher.publish(2)
+
+
 def test_refused_where_it_cannot_be(make_decoder: Callable[..., Decoder], monkeypatch: pytest.MonkeyPatch) -> None:
     """Another product than was asked for, in silence."""
     decoder = make_decoder("bfloat16")
@@ -125,4 +145,4 @@ def test_refused_where_it_cannot_be(make_decoder: Callable[..., Decoder], monkey
         Copied("far", decoder, rounding=integers_of(config))
     with pytest.raises(AssertionError, match="own kernels alone"):
         bare = Weight(torch.zeros(4, 4), matrix=False)
-        bare.multiply_in_8_bits(quantise(torch.zeros(4, 4), 8, 4))
+        bare.multiply_in_8_bits(torch.zeros(4, 4))

@@ -190,11 +190,11 @@ class Weight:
             )
         self.turned = turned(self.value)
 
-    def follows(self) -> bool:
-        """Whether what products read is `value`, rounded."""
+    def follows(self, value: torch.Tensor) -> bool:
+        """Whether what products read is this value, rounded."""
         if isinstance(self.codes, Eights):
-            return self.codes.is_of(self.value)
-        return same_bits(self.served(), self.rounding.matrix(self.value))
+            return self.codes.is_of(value)
+        return same_bits(self.served(), self.rounding.matrix(value))
 
     @property
     def read(self) -> torch.Tensor:
@@ -222,10 +222,14 @@ class Weight:
         self._hold(Codes(quantised), rows)
         return True
 
-    def multiply_in_8_bits(self, quantised: Quantised) -> None:
-        """Multiply by these codes from now on, a row of x rounded to 8 bits too (kernels/eights.py)."""
+    def multiply_in_8_bits(self, value: torch.Tensor) -> None:
+        """Multiply by this matrix rounded to 8 bits from now on, a row of x too (kernels/eights.py), and keep nothing
+        else of it: bf16 or fp32, as it came."""
+        if isinstance(self.codes, Eights):
+            self.codes.round(value)
+            return
         assert self.packed is not None or self.codes is not None, "W8A8 is computed by tandem's own kernels alone"
-        self._hold(Eights(quantised), rows=False)
+        self._hold(Eights(value), rows=False)
 
     def _hold(self, codes: Codes | Eights, rows: bool) -> None:
         assert codes.shape == self.value.shape, (codes.shape, self.value.shape)

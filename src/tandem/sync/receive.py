@@ -12,6 +12,7 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
 from tandem.errors import ConfigError, DeliveryError
+from tandem.kernels.eights import Eights
 from tandem.kernels.quantise import dequantise
 from tandem.kernels.rounding import NOT_ROUNDED, Rounding, rounding_of
 from tandem.models.adapter import AdapterSet
@@ -19,7 +20,6 @@ from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder, decoder_of
 from tandem.models.spec import ModelSpec
 from tandem.numerics.digest import root_hash, tensor_hashes
-from tandem.numerics.quantise import Quantised
 from tandem.types import WeightVersion
 
 POLICY = "policy"  # the set of weights that every version has
@@ -118,21 +118,11 @@ class Copied:
             for _ in _load(self.source, sent.tensors.items()):
                 pass
             check(f"{self.name} (source)", version, sent.hashes, _served(self.source))
-        rounded = tensor_hashes(_load(self.decoder, self._rounded(sent.tensors), self.rounding.products))
-        check(self.name, version, rounded, _served(self.decoder))
+        rounded = tensor_hashes(_load(self.decoder, sent.tensors.items(), self.rounding))
+        check(self.name, version, rounded, _served(self.decoder, sent.tensors))
         for engine in self.engines:
             if not engine.dead:
                 engine.receive(version)
-
-    def _rounded(self, tensors: Mapping[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor | Quantised]]:
-        """Embedding, head and norms keep their precision, and so do adapters."""
-        kinds = {name: weight.value.dtype for name, weight in self.decoder.published()}
-        for name, tensor in tensors.items():
-            matrix = tensor.ndim == 2 and name not in ("embed", "head")
-            if self.rounding.bits and self.decoder.adapter is None and matrix:
-                yield name, self.rounding.codes(tensor)
-            else:
-                yield name, tensor.to(kinds[name])
 
     def sources(self) -> Mapping[int, Decoder]:
         return {} if self.source is None else {self._serves.step: self.source}
@@ -152,19 +142,21 @@ def policy_of(receiver: str, version: WeightVersion, sets: Mapping[str, Weights]
     return sets[POLICY]
 
 
-def _served(decoder: Decoder) -> Iterator[tuple[str, torch.Tensor]]:
+def _served(decoder: Decoder, sent: Mapping[str, torch.Tensor] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """What the forward pass reads: packed matrices and codes, and the rows of the embedding as they are looked up.
 
     Each is to be hashed before the next is taken: those that are recovered share memory. Of a matrix that is rounded
-    where it is multiplied it is the value, where what products read is that value rounded, and what they read if not.
+    where it is multiplied it is the value, or what was sent where that is not kept, if products read that value
+    rounded, and what they read if not.
     """
     sizes = [weight.value.nbytes for _, weight in decoder.published() if weight.packed is not None]
     room = torch.empty(max(sizes, default=0), dtype=torch.uint8)
     for name, weight in decoder.published():
         if weight is decoder.embed and (weight.packed is not None or weight.codes is not None):
             yield "embed (rows)", weight.value
-        is_value = weight.rounding and not weight.value.is_meta and weight.follows()
-        yield name, weight.value if is_value else weight.served(room)
+        value = weight.value if sent is None or not weight.value.is_meta else sent.get(name, weight.value)
+        rounds = weight.rounding or isinstance(weight.codes, Eights)
+        yield name, value if rounds and not value.is_meta and weight.follows(value) else weight.served(room)
 
 
 def check(
@@ -204,19 +196,21 @@ def drop_adapter(engine: Engine, name: str) -> None:
 
 
 def _load(
-    decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor | Quantised]], products: bool = False
+    decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]], rounding: Rounding = NOT_ROUNDED
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Bring each tensor in and pack it, or hold its codes; passes its value on, to be hashed on the sender's side.
-
-    products: codes are multiplied by rows that are rounded too.
-    """
+    """Bring each tensor in, matrices of layers rounded to integers; embedding, head and norms keep their precision, and
+    so do adapters. Passes on, to be hashed on the sender's side, what `_served` then gives."""
     weights = dict(decoder.published())
     for name, sent in tensors:
         weight = weights[name]
-        value = dequantise(sent, decoder.dtype) if isinstance(sent, Quantised) else sent
-        if isinstance(sent, Quantised) and products:
+        rounds = bool(rounding.bits) and decoder.adapter is None and sent.ndim == 2 and name not in ("embed", "head")
+        if rounds and rounding.products:
             weight.multiply_in_8_bits(sent)
-        elif not (isinstance(sent, Quantised) and weight.hold(sent)):
+            yield name, sent
+            continue
+        codes = rounding.codes(sent) if rounds else None
+        value = sent.to(weight.value.dtype) if codes is None else dequantise(codes, decoder.dtype)
+        if codes is None or not weight.hold(codes):
             weight.value.copy_(value)
             weight.repack()
         yield name, value
