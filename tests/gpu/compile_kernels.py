@@ -6,14 +6,27 @@ specialised on, or batches of other sizes would run other binaries.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tandem.kernels.gpu import attention, attention_backward, linear, norm, page_sum, rotary, sample, swiglu
+from tandem.kernels.gpu import (
+    attention,
+    attention_backward,
+    codes,
+    eights,
+    linear,
+    norm,
+    page_sum,
+    rotary,
+    sample,
+    swiglu,
+)
 from tandem.kernels.gpu.tiles import HOPPER, PLAIN, Tile
 from tandem.kernels.page_sum import GOLDEN
 
@@ -88,6 +101,17 @@ CASES: list[tuple[Any, dict[str, Any]]] = [
     (sample.finish_kernel, {"vocab": 49152, "blocks": 24, "block_b": 32}),
     (sample.words_kernel, {"block": 64}),
 ]
+WIDE = (linear.linear_kernel, eights.eights_kernel, codes.codes_kernel)
+EXACT = (eights.round_rows_kernel, eights.eights_kernel, codes.codes_kernel)
+# Elements of codes, scales as they are kept, scales as the kernel takes them, group.
+STORED = [
+    (codes.INT8, "fp32", codes.PLAIN, 576),
+    (codes.INT4, "fp32", codes.PLAIN, 64),
+    (codes.UINT4, "fp16", codes.PLAIN, 32),
+    (codes.FP4, "u8", codes.E8M0, 32),
+    (codes.FP4, "u8", codes.TIMES, 16),
+    (codes.FP4, "u8", codes.OVER, 16),
+]
 SHARED_BYTES = 227 << 10  # that a program may use on this target
 
 
@@ -96,7 +120,24 @@ def product_case(tile: Tile) -> tuple[Any, dict[str, Any]]:
     return linear.linear_kernel, {**PRODUCT, **sizes, "has_bias": True, "has_residual": True}
 
 
-def complaints(kernel: Any, constants: dict[str, Any], dtype: str, **options: int) -> list[str]:
+def narrow(tile: Tile, stored: list[tuple[Any, str, Any, int]]) -> Iterator[str]:
+    """Of products of 8 bits, and of those by codes, through a tile."""
+    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
+    sizes = {**PRODUCT, "block_t": tile.rows, "block_n": tile.columns, "has_bias": True, "has_residual": True}
+    for kind, imprecise in (("i8", 0), ("fp8e4nv", eights.IMPRECISE)):
+        kinds = {"codes": f"*{kind}", "weight": f"*{kind}", "weight_scales": "*fp32"}
+        given = {**sizes, "block_k": eights.DEPTH, "imprecise": imprecise}
+        yield from complaints(eights.eights_kernel, given, "bf16", kinds, **options)
+    for element, scale, scaled, group in stored:
+        kinds = {"codes": "*i8" if element == codes.INT8 else "*u8", "scales": f"*{scale}", "minima": f"*{scale}"}
+        given = {"element": element.value, "scaled": scaled.value, "group": group, "block_k": tile.depth}
+        given |= {"has_minima": element == codes.UINT4, "unit": math.gcd(group, tile.depth)}
+        yield from complaints(codes.codes_kernel, {**sizes, **given}, "bf16", {**kinds, "whole": "*fp32"}, **options)
+
+
+def complaints(
+    kernel: Any, constants: dict[str, Any], dtype: str, kinds: dict[str, str] | None = None, **options: int
+) -> list[str]:
     signature: dict[str, str] = {}
     found = []
     for parameter in kernel.params:
@@ -109,7 +150,9 @@ def complaints(kernel: Any, constants: dict[str, Any], dtype: str, **options: in
                 found.append(f"{kernel.__name__} is specialised on {name}")
         else:
             words = {"out": "*i64", "x": "*fp32"} if kernel.__module__ == sample.__name__ else {}
-            signature[name] = NUMBERS.get(name) or POINTERS.get(name) or words.get(name) or f"*{dtype}"
+            signature[name] = (
+                (kinds or {}).get(name) or NUMBERS.get(name) or POINTERS.get(name) or words.get(name) or f"*{dtype}"
+            )
     aligned = {
         (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
     }
@@ -120,8 +163,11 @@ def complaints(kernel: Any, constants: dict[str, Any], dtype: str, **options: in
         found.append(f"{kernel.__name__} multiplies fp32 in TF32")
     if compiled.metadata.shared > SHARED_BYTES:
         found.append(f"{kernel.__name__} takes {compiled.metadata.shared} bytes of shared memory, {constants}")
+    if kernel in EXACT and re.search(r"\b(fma\.rn\.f32|\w+(\.\w+)*\.ftz)\b", compiled.asm["ptx"]):
+        found.append(f"{kernel.__name__} contracts a product with a sum, or flushes denormals")
     products = set(re.findall(r"\b(mma\.sync|wgmma\.mma_async)[\w.:]*\.m\d+n\d+(k\d+)", compiled.asm["ptx"]))
-    if kernel is linear.linear_kernel and dtype == "bf16" and products != {("wgmma.mma_async", "k16")}:
+    deep = "k32" if kernel is eights.eights_kernel else "k16"
+    if kernel in WIDE and dtype == "bf16" and products != {("wgmma.mma_async", deep)}:
         found.append(f"{kernel.__name__} multiplies by {products}, {constants}")
     return found
 
@@ -131,9 +177,14 @@ if __name__ == "__main__":
     for tile in (*PLAIN, *HOPPER):
         lines += complaints(*product_case(tile), "bf16", num_warps=tile.warps, num_stages=tile.stages)
     lines += complaints(*product_case(PLAIN[0]), "fp32", num_warps=PLAIN[0].warps, num_stages=PLAIN[0].stages)
+    for tile, stored in ((PLAIN[0], STORED), (HOPPER[0], STORED[4:5])):  # the others differ in numbers alone
+        lines += narrow(tile, stored)
+    for kind, largest in (("i8", 127.0), ("fp8e4nv", 448.0)):
+        given = {"width": 576, "largest": largest, "block_t": 2, "block_m": 1024}
+        lines += complaints(eights.round_rows_kernel, given, "bf16", {"codes": f"*{kind}"}, enable_fp_fusion=False)
     POINTERS |= {"key": "*fp8e4nv", "value": "*fp8e4nv", "pool": "*fp8e4nv"}
     lines += [line for case in (CASES[1], CASES[9]) for line in complaints(*case, "bf16")]
     POINTERS |= {"key": "*i8", "value": "*i8", "pool": "*i8"}
-    codes = (attention.attention_kernel, {**CASES[1][1], "scaled": 1}), (rotary.store_codes_kernel, CODES)
-    lines += [line for case in codes for line in complaints(*case, "bf16")]
+    of_codes = (attention.attention_kernel, {**CASES[1][1], "scaled": 1}), (rotary.store_codes_kernel, CODES)
+    lines += [line for case in of_codes for line in complaints(*case, "bf16")]
     print(*lines, sep="\n", end="")

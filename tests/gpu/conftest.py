@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from tandem.kernels import choice
+from tandem.kernels.rounding import NOT_ROUNDED, Rounding
 from tandem.models.decoder import Decoder
 from tandem.models.parts import expected_shapes
 from tandem.models.spec import ModelSpec
@@ -23,12 +24,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OPERATIONS = (
     "attention",
     "attention_backward",
+    "codes",
+    "eights",
     "linear",
     "norm",
     "page_sum",
     "rotary",
     "sample",
     "swiglu",
+    "vectors",
 )
 
 if find_spec("triton") is not None:
@@ -61,7 +65,9 @@ def triton_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     choice._asked.cache_clear()
 
 
-def random_decoder(dtype: str = "float32", seed: int = 0, device: str = DEVICE, **changes: Any) -> Decoder:
+def random_decoder(
+    dtype: str = "float32", seed: int = 0, device: str = DEVICE, rounding: Rounding = NOT_ROUNDED, **changes: Any
+) -> Decoder:
     """Two layers of grouped queries, tied embeddings; weights so large that choices depend on all of the context."""
     shape = {"vocab_size": 67, "width": 16, "ff_width": 24, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 8}
     spec = ModelSpec("llama", **{**shape, "max_position": 256, **changes})
@@ -70,7 +76,7 @@ def random_decoder(dtype: str = "float32", seed: int = 0, device: str = DEVICE, 
     for name, size in expected_shapes(spec).items():
         noise = torch.randn(size, generator=generator)
         tensors[name] = 1 + 0.2 * noise if "norm" in name else noise * (2 / size[-1] ** 0.5 if len(size) == 2 else 0.2)
-    return Decoder(spec, dtype, device).load(tensors.items())
+    return Decoder(spec, dtype, device, rounding=rounding).load(tensors.items())
 
 
 @pytest.fixture

@@ -68,7 +68,10 @@ def mend() -> None:
         return cast_impl(self, source, target)
 
     def create_dot(self: Any, left: Any, right: Any, start: Any, precision: Any, imprecise: Any) -> Any:
-        product = ordered_product(to_fp32(left), to_fp32(right), start.data)
+        if left.dtype.scalar == tl.int8:
+            product = start.data + left.data.astype(np.int32) @ right.data.astype(np.int32)
+        else:
+            product = ordered_product(to_fp32(left), to_fp32(right), start.data)
         return interpreter.TensorHandle(product, start.dtype.scalar)
 
     def patch(tensor: Any, scope: Any) -> None:

@@ -2,8 +2,10 @@
 
 No checkpoint is read: weights are drawn on the device. The limits are measured there too, in the same process: a
 product of 8192 cubed for the matrix rate, a copy of 4 GiB (bytes read and written) for the bandwidth. Times end with
-what was drawn, or the loss, beside the CPU. `python -m tandem.bench.beside gpu` prints the figures and needs torch,
-Triton and NumPy alone. Written where there is no such device: it has run on none yet.
+what was drawn, or the loss, beside the CPU. Rows of fewer bits are the same work under `model.weights`: their least
+times take the bytes of the codes, and in 8 bits twice the matrix rate of bf16, which is not measured. `python -m
+tandem.bench.beside gpu` prints the figures and needs torch, Triton and NumPy alone. Written where there is no such
+device: it has run on none yet.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ MODELS = {"1b": LLAMA_1B, "8b": LLAMA_8B}
 DECODE = (64, 256)  # sequences, new tokens each
 PROMPT_TOKENS = 128  # of a sequence that decodes
 PREFILL = TRAIN = (8, 2048)
+WEIGHTS = ("same", "w8a8", "fp8_row+fp8_row", "mxfp4", "nvfp4")  # model.weights
+LEARNED = ("same", "w8a8")  # of them, in training
 REPEATS = 3  # after a warm-up, which compiles and captures
 
 
@@ -80,13 +84,14 @@ def measure() -> Machine:
     return Machine(flop_s, 2 * source.nbytes / best_s(partial(target.copy_, source)))
 
 
-def random_decoder(spec: ModelSpec, device: str = "cuda") -> Decoder:
-    """Normal weights of deviation 0.02, norms of one."""
+def random_decoder(spec: ModelSpec, device: str = "cuda", weights: str = "same") -> Decoder:
+    """Normal weights of deviation 0.02, norms of one; `weights` as in model.weights."""
     import torch
 
+    from tandem.kernels.rounding import rounding_of
     from tandem.models.decoder import Decoder
 
-    decoder = Decoder(spec, "bfloat16", device)
+    decoder = Decoder(spec, "bfloat16", device, rounding=rounding_of(weights))
     generator = torch.Generator(device).manual_seed(0)
     for _, weight in decoder.weights():
         if weight.value.dim() == 1:
@@ -125,29 +130,55 @@ def train_step(decoder: Decoder, count: int, length: int) -> Callable[[], Any]:
     return lambda: learner.step(samples, count_prompts(samples))
 
 
+def reduced(machine: Machine, spec: ModelSpec, weights: str) -> tuple[Machine, float]:
+    """The rates that products of a format may have, and the bytes of all matrices.
+
+    >>> reduced(Machine(10.0, 5.0), LLAMA_8B, "w8a8")[0]
+    Machine(flop_s=20.0, bytes_s=5.0)
+    """
+    from tandem.kernels.rounding import rounding_of
+
+    rounding = rounding_of(weights)
+    in_8_bits = rounding.products or (rounding.form is not None and rounding.rows is not None)
+    bits = 16.0 if not rounding else float(rounding.bits) if rounding.form is None else rounding.form.bits
+    whole = roofline.BYTES * spec.vocab_size * spec.width
+    return (
+        replace(machine, flop_s=(2 if in_8_bits else 1) * machine.flop_s),
+        roofline.layer_parameters(spec) * bits / 8 + whole,
+    )
+
+
 def gpu(machine: Machine) -> Iterator[Figure]:
     """Rates in tokens a second, and for each the limit: of bytes in decoding, of products elsewhere."""
     import torch
 
     for name, spec in MODELS.items():
-        decoder = random_decoder(spec)
-        count, new = DECODE
-        engine = engine_on(decoder, max(count * (PROMPT_TOKENS + new + 64), PREFILL[0] * (PREFILL[1] + 64)))
-        whole, steps = zip(*(generate(engine, count, PROMPT_TOKENS, new, i) for i in range(REPEATS + 1)), strict=True)
-        step_s = machine.least_s(roofline.decode_cost(spec, count, PROMPT_TOKENS + new / 2))
-        yield from beside_limit(f"{name} decode {count}x{new}", new * step_s, whole[1:], count * new)
-        yield from beside_limit(f"{name} decode step {count}", step_s, steps[1:], count)
-        times_s = [generate(engine, *PREFILL, 1, i)[0] for i in range(REPEATS + 1)]
-        least_s = machine.least_s(roofline.prefill_cost(spec, *PREFILL))
-        work = f"{name} prefill {PREFILL[0]}x{PREFILL[1]}"
-        yield from beside_limit(work, least_s, times_s[1:], PREFILL[0] * PREFILL[1])
-        del engine
-        torch.cuda.empty_cache()
-        if spec is LLAMA_1B:
-            step = train_step(decoder, *TRAIN)
-            times_s = [timed(step) for _ in range(REPEATS + 1)]
-            least_s = machine.least_s(roofline.train_cost(spec, *TRAIN))
-            yield from beside_limit(f"{name} train {TRAIN[0]}x{TRAIN[1]}", least_s, times_s[1:], TRAIN[0] * TRAIN[1])
-            del step
-        del decoder
-        torch.cuda.empty_cache()
+        for weights in WEIGHTS:
+            decoder = random_decoder(spec, weights=weights)
+            work = name if weights == "same" else f"{name} {weights}"
+            yield from _served(machine, work, decoder, weights)
+            torch.cuda.empty_cache()
+            if spec is LLAMA_1B and weights in LEARNED:
+                step = train_step(decoder, *TRAIN)
+                times_s = [timed(step) for _ in range(REPEATS + 1)]
+                least_s = machine.least_s(roofline.train_cost(spec, *TRAIN))
+                rows = f"{work} train {TRAIN[0]}x{TRAIN[1]}"
+                yield from beside_limit(rows, least_s, times_s[1:], TRAIN[0] * TRAIN[1])
+                del step
+            del decoder
+            torch.cuda.empty_cache()
+
+
+def _served(machine: Machine, work: str, decoder: Decoder, weights: str) -> Iterator[Figure]:
+    """Decoding, its steps, and prompts."""
+    spec, (count, new) = decoder.spec, DECODE
+    machine, weight_bytes = reduced(machine, spec, weights)
+    engine = engine_on(decoder, max(count * (PROMPT_TOKENS + new + 64), PREFILL[0] * (PREFILL[1] + 64)))
+    whole, steps = zip(*(generate(engine, count, PROMPT_TOKENS, new, i) for i in range(REPEATS + 1)), strict=True)
+    step_s = machine.least_s(roofline.decode_cost(spec, count, PROMPT_TOKENS + new / 2, weight_bytes))
+    yield from beside_limit(f"{work} decode {count}x{new}", new * step_s, whole[1:], count * new)
+    yield from beside_limit(f"{work} decode step {count}", step_s, steps[1:], count)
+    times_s = [generate(engine, *PREFILL, 1, i)[0] for i in range(REPEATS + 1)]
+    least_s = machine.least_s(roofline.prefill_cost(spec, *PREFILL))
+    rows = f"{work} prefill {PREFILL[0]}x{PREFILL[1]}"
+    yield from beside_limit(rows, least_s, times_s[1:], PREFILL[0] * PREFILL[1])

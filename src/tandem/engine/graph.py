@@ -6,7 +6,8 @@ name them as -1 - (place among the draws).
 A step in which every sequence runs one token and draws one without filters or masks is padded to a bucket, of sequences
 and of the width of page tables, and replayed as a CUDA graph, captured when its bucket is first needed. Padding has no
 tile of attention, writes no key and no value (slot -1), and what it draws is dropped; the kernels give a row the same
-bits whatever rows ride along. An update leaves the graphs as they are: weights and pages are changed in place.
+bits whatever rows ride along. An update leaves the graphs as they are: weights and pages are changed in place. Steps
+whose rows PyTorch rounds (kernels/gpu/held.py has no kernel for the format) wait for the device: none is captured.
 
 Tested under the interpreter, where a plain call takes the place of a graph; run on no GPU yet.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 from tandem.engine.batch import Batch, Sampled
 from tandem.engine.rows import A, Here, StepRows, changed, sampling_of
 from tandem.errors import NonFiniteError
+from tandem.kernels.eights import Eights
 from tandem.kernels.finite import raise_if_bad
 from tandem.kernels.gpu.attention import SPAN, TiledPaths, lay_tiles, tile_tokens
 from tandem.kernels.gpu.page_sum import PageSums
@@ -203,7 +205,9 @@ class DeviceSteps:
         self._buckets = buckets(runner.config.max_sequences)
         self._graphs: dict[tuple[int, int], _Graph] = {}
         self._drawn = torch.zeros(runner.config.most_draws, dtype=torch.int64, device=self._device)  # by the last step
-        self._captured_at = self._addresses()
+        self._captured_at: list[int] = []
+        weights = [weight for _, weight in runner.decoder.weights()]
+        self._waits = any(one.rounding.rows and not isinstance(one.codes, Eights) for one in weights)
 
     @property
     def captured(self) -> list[tuple[int, int]]:
@@ -212,7 +216,8 @@ class DeviceSteps:
 
     def _addresses(self) -> list[int]:
         pools = [tensor for pool in self._runner.pools for tensor in pool.tensors()]
-        return [tensor.data_ptr() for tensor in (*(w.value for _, w in self._runner.decoder.weights()), *pools)]
+        read = [address for _, weight in self._runner.decoder.weights() for address in weight.addresses]
+        return read + [tensor.data_ptr() for tensor in pools]
 
     @torch.inference_mode()
     def start(self, batch: Batch) -> Callable[[], Sampled]:
@@ -233,7 +238,7 @@ class DeviceSteps:
             self._drawn[: len(sampling)] = torch.tensor(sampled.tokens, device=self._device)
             found = fetch(*wrong)
             return lambda: self._checked(sampled, batch, *found())
-        if batch.num_tokens == len(batch.works) == batch.num_draws:
+        if batch.num_tokens == len(batch.works) == batch.num_draws and not self._waits:
             tokens_N, logprobs_N, logits_NV = self._replayed(batch, sampling)
         else:
             tokens_N, logprobs_N, logits_NV = self._step(self._sent(batch, sampling))
@@ -306,6 +311,8 @@ class DeviceSteps:
         return tokens_N, logprobs_N, logits_NV
 
     def _replayed(self, batch: Batch, sampling: SamplingBatch) -> tuple[Tensor, ...]:
+        if not self._graphs:
+            self._captured_at = self._addresses()
         assert self._addresses() == self._captured_at, "weights or pages have moved; captured steps would read the old"
         step = self._host(batch, sampling)
         count = next(bucket for bucket in self._buckets if bucket >= len(batch.works))

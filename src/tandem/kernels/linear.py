@@ -21,6 +21,7 @@ from tandem.kernels.adapter import (
 from tandem.kernels.address import address, rows_address
 from tandem.kernels.build.load import function, kernel
 from tandem.kernels.choice import backend
+from tandem.kernels.eights import Eights
 from tandem.kernels.gradient import add_gradient, input_gradient
 from tandem.kernels.weight import Weight, packed_size
 
@@ -114,7 +115,7 @@ def product_of(
     x_TK: torch.Tensor, weight: Weight, bias: Weight | None = None, residual_TN: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`linear` without gradients, and what those of an adapter need."""
-    rows_TK = x_TK if weight.rounding.products else weight.rounding.multiplied(x_TK)
+    rows_TK = x_TK if weight.rounding.products or isinstance(weight.codes, Eights) else weight.rounding.multiplied(x_TK)
     out_TN = _forward(rows_TK, weight, bias, residual_TN)
     return out_TN, None if weight.adapter is None else adapt_(out_TN, x_TK, weight.adapter)
 
@@ -123,7 +124,10 @@ def _forward(x_TK: torch.Tensor, weight: Weight, bias: Weight | None, residual_T
     if backend(x_TK) == "triton":
         from tandem.kernels.gpu import linear as gpu
 
-        return gpu.product(x_TK, weight.read, bias.value if bias is not None else None, residual_TN)
+        bias_N = bias.value if bias is not None else None
+        if weight.codes is not None:
+            return weight.codes.product(x_TK, bias_N, residual_TN)
+        return gpu.product(x_TK, weight.read, bias_N, residual_TN)
     if weight.library:
         ways = (
             lambda x: _own_forward(x, weight, bias, residual_TN),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tandem.errors import ConfigError
 from tandem.kernels.blocks import rounded, rounded_rows
+from tandem.kernels.choice import backend
 from tandem.kernels.quantise import dequantise, quantise
 from tandem.numerics.blocks import FORMATS, WHOLE_ROW, Format, format_of
 from tandem.numerics.elements import Fixed
@@ -47,6 +48,10 @@ class Rounding(NamedTuple):
     def multiplied(self, x_TK: Tensor) -> Tensor:
         """Rows as they are multiplied, in their dtype. A row with a NaN or an infinity is all NaN."""
         if self.products:
+            if backend(x_TK) == "triton":
+                from tandem.kernels.gpu.eights import rounded_rows as gpu
+
+                return gpu(x_TK)
             return rounded_rows(x_TK, EIGHTS)
         return x_TK if self.rows is None else rounded_rows(x_TK, self.rows)
 

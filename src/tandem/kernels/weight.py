@@ -17,6 +17,7 @@ from tandem.kernels.eights_gradient import turned
 from tandem.kernels.large import large
 from tandem.kernels.rounding import NOT_ROUNDED, Rounding
 from tandem.kernels.sizes import PANEL, STRIP
+from tandem.numerics.blocks import Fp4
 from tandem.numerics.compare import same_bits
 from tandem.numerics.quantise import Quantised
 
@@ -149,6 +150,11 @@ class Weight:
         """Derive what products read from `value`."""
         if self.turned is not None:
             turned(self.value, self.turned)
+        if self.rounding and self.on_device:
+            from tandem.kernels.gpu.held import rounded_matrix
+
+            self.codes, self.rounded = rounded_matrix(self.value, self.rounding, self.codes, self.rounded)
+            return
         if self.rounding.products:
             if isinstance(self.codes, Eights):
                 self.codes.round(self.value)
@@ -172,17 +178,17 @@ class Weight:
                 f"{self.value.shape[0]} x {self.value.shape[1]}: torch's own products round nothing. Set model.kernels "
                 "to exact, or leave model.weights out."
             )
-        if rounding.products and self.packed is None:
+        if rounding.products and self.packed is None and not (self.on_device and rounding.bits == 8):
             raise ConfigError(
-                "w8a8 is computed by tandem's own compiled kernels on the CPU, which are not used here (model.device, "
-                "TANDEM_KERNELS, or no compiler: tandem doctor). Change that, or give a format."
+                "w8a8 is computed by tandem's own compiled kernels, which are not used here (TANDEM_KERNELS, float16 "
+                "on the CPU, or no compiler: tandem doctor). Change that, or give a format."
             )
         self.rounding = rounding
         self.repack()
 
     def learn_in_8_bits(self) -> None:
         """Have the products of the backward pass in integers (eights_gradient.py). ConfigError where they cannot be."""
-        if self.library or (self.packed is None and not isinstance(self.codes, Eights)):
+        if self.library or self.on_device or (self.packed is None and not isinstance(self.codes, Eights)):
             raise ConfigError(
                 "learner.gradients is int8, whose products are computed by tandem's own compiled kernels on the CPU; "
                 "these are not (model.kernels, TANDEM_KERNELS, or no compiler: tandem doctor). Change that, or leave "
@@ -195,6 +201,21 @@ class Weight:
         if isinstance(self.codes, Eights):
             return self.codes.is_of(value)
         return same_bits(self.served(), self.rounding.matrix(value))
+
+    @property
+    def on_device(self) -> bool:
+        """Whether Triton multiplies by it."""
+        return backend(self._memory) == "triton"
+
+    @property
+    def _memory(self) -> torch.Tensor:
+        return self.value if self.codes is None else self.codes.packed
+
+    @property
+    def addresses(self) -> list[int]:
+        """Of what products read."""
+        codes = None if self.codes is None else self.codes.packed
+        return [one.data_ptr() for one in (self.value, self.packed, self.rounded, codes) if one is not None]
 
     @property
     def read(self) -> torch.Tensor:
@@ -210,23 +231,37 @@ class Weight:
         if (self.packed is not None or self.codes is not None) and not self.library:
             self.value = torch.empty_like(self.value, device="meta")
 
-    def hold(self, quantised: Quantised, *, rows: bool = False) -> bool:
+    def hold(self, quantised: Quantised | Fp4, *, rows: bool = False) -> bool:
         """Multiply by these codes from now on, whose values in bf16 have the same products to the last bit.
 
         `rows`: keep `value` for the look-up of rows; the caller fills it. False, and nothing changed, where this weight
         is not packed for bf16 products, is rounded otherwise, or the codes have no packed form.
         """
-        ready = self.codes is not None or (self.packed is not None and self.value.dtype == torch.bfloat16)
-        if not ready or self.library or self.rounding or not fits(quantised):
+        packed = self.packed is not None or (self.codes is None and self.on_device)
+        ready = self.codes is not None or (packed and self.value.dtype == torch.bfloat16)
+        codes = self._codes_of(quantised) if ready and not self.library and not self.rounding else None
+        if codes is None:
             return False
-        self._hold(Codes(quantised), rows)
+        self._hold(codes, rows)
         return True
+
+    def _codes_of(self, quantised: Quantised | Fp4) -> Codes | None:
+        if self.on_device:
+            from tandem.kernels.gpu.held import coded
+
+            return coded(quantised, self.codes, self._memory.device)
+        return Codes(quantised) if isinstance(quantised, Quantised) and fits(quantised) else None
 
     def multiply_in_8_bits(self, value: torch.Tensor) -> None:
         """Multiply by this matrix rounded to 8 bits from now on, a row of x too (kernels/eights.py), and keep nothing
         else of it: bf16 or fp32, as it came."""
         if isinstance(self.codes, Eights):
             self.codes.round(value)
+            return
+        if self.on_device:
+            from tandem.kernels.gpu.held import eights
+
+            self._hold(eights(value, self.codes, self._memory.device), rows=False)
             return
         assert self.packed is not None or self.codes is not None, "W8A8 is computed by tandem's own kernels alone"
         self._hold(Eights(value), rows=False)

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     import torch
 
     from tandem.models.quantised.opened import QuantisedTensors
-    from tandem.numerics.quantise import Quantised
+    from tandem.numerics.blocks import Fp4
+from tandem.numerics.quantise import Quantised
 
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -57,6 +58,8 @@ class TensorStore(Protocol):
     def read(self, name: str) -> torch.Tensor: ...
 
     def codes(self, name: str) -> Quantised | None: ...
+
+    def fp4(self, name: str) -> Fp4 | None: ...
 
 
 class Packed(NamedTuple):
@@ -111,6 +114,10 @@ class Checkpoint:
     def codes(self, name: str) -> Quantised | None:
         """A matrix as the codes that the file has, in Hugging Face layout; None where it has none that are kept."""
         return self._store.codes(name)
+
+    def fp4(self, name: str) -> Fp4 | None:
+        """A matrix of e2m1 with scales in bytes, as the file has it; None where it is none."""
+        return self._store.fp4(name)
 
     def load_tokenizer(self) -> Tokenizer:
         """The model's tokeniser, whose stop ids include those of config.json and generation_config.json."""
@@ -276,6 +283,9 @@ class _Safetensors:
     def codes(self, name: str) -> Quantised | None:
         return None
 
+    def fp4(self, name: str) -> Fp4 | None:
+        return None
+
 
 class _Renamed:
     """The tensors of a checkpoint whose family has other names or another layout."""
@@ -300,6 +310,9 @@ class _Renamed:
     def codes(self, name: str) -> Quantised | None:
         return None  # their rows are in another order
 
+    def fp4(self, name: str) -> Fp4 | None:
+        return None
+
 
 class _Gguf:
     """The tensors of a GGUF file."""
@@ -322,6 +335,9 @@ class _Gguf:
         codes_NK, scales_NG = (to_hf_layout(self._spec, name, part) for part in (found.codes_NK, found.scales_NG))
         minima_NG = None if found.minima_NG is None else to_hf_layout(self._spec, name, found.minima_NG)
         return replace(found, codes_NK=codes_NK, scales_NG=scales_NG, minima_NG=minima_NG)
+
+    def fp4(self, name: str) -> Fp4 | None:
+        return None  # its blocks have other scales, or another order
 
 
 def _places(index: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ import torch
 from tandem.kernels.weight import Weight
 from tandem.models.checkpoint import Checkpoint
 from tandem.models.decoder import Decoder
+from tandem.numerics.blocks import Blocks, Fp4
 from tandem.numerics.quantise import Quantised
 
 
@@ -21,6 +22,8 @@ def hold_codes(decoder: Decoder, checkpoint: Checkpoint, *, learns: bool = False
     held: list[str] = []
     for slot, weight in decoder.slots():
         own = [one.name for one in slot.stored]
+        if weight.on_device and weight in (decoder.embed, decoder.head):  # a draw reads the head's values
+            continue
         kept = weight is decoder.embed or (learns and weight is decoder.head)
         if _hold(weight, own, checkpoint, rows=kept) and not kept:
             held += own
@@ -35,8 +38,12 @@ def described(decoder: Decoder) -> str:
 
 
 def _hold(weight: Weight, names: list[str], checkpoint: Checkpoint, *, rows: bool) -> bool:
-    if weight.packed is None:
+    if weight.packed is None and not weight.on_device:
         return False
+    if weight.on_device:
+        as_filed = [one for name in names if (one := checkpoint.fp4(name)) is not None]
+        if len(as_filed) == len(names) and len({one.form for one in as_filed}) == 1:
+            return weight.hold(_joined(as_filed), rows=rows)
     found = [codes for name in names if (codes := checkpoint.codes(name)) is not None]
     forms = {(one.bits, one.group, one.scales_NG.dtype, one.minima_NG is None) for one in found}
     if len(found) < len(names) or len(forms) > 1:
@@ -52,3 +59,11 @@ def _hold(weight: Weight, names: list[str], checkpoint: Checkpoint, *, rows: boo
         torch.cat(minima) if minima else None,
     )
     return weight.hold(joined, rows=rows)
+
+
+def _joined(parts: list[Fp4]) -> Fp4:
+    """One below the other, each with its own scale of the tensor."""
+    blocks = [one.blocks for one in parts]
+    wholes = [one.whole.expand(len(one.codes), 1) for one in blocks if one.whole is not None]
+    codes, scales = (torch.cat(same) for same in zip(*(one[:2] for one in blocks), strict=True))
+    return Fp4(Blocks(codes, scales, torch.cat(wholes) if wholes else None), parts[0].form)

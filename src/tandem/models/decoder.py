@@ -129,9 +129,8 @@ class Decoder:
 
     @property
     def own_products(self) -> bool:
-        """Whether its products are tandem's C++, and not a library's."""
-        weight = self.layers[0].mix.qkv
-        return (weight.packed is not None or weight.codes is not None) and not weight.library
+        """Whether its products are tandem's own kernels, and not a library's."""
+        return self.compiled and not self.layers[0].mix.qkv.library
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """Each weight once, by a name of the decoder's own; gradient norms and weight hashes add in this order."""

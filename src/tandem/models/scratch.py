@@ -24,6 +24,7 @@ from tandem.numerics.random import Stream, normal, word_rows
 if TYPE_CHECKING:
     import torch
 
+    from tandem.numerics.blocks import Fp4
     from tandem.numerics.quantise import Quantised
 
 PREFIX = "new:"
@@ -113,6 +114,9 @@ class NewTensors:
         return self._shapes
 
     def codes(self, name: str) -> Quantised | None:
+        return None
+
+    def fp4(self, name: str) -> Fp4 | None:
         return None
 
     def read(self, name: str) -> torch.Tensor:

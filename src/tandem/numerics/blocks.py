@@ -97,6 +97,20 @@ class Blocks(NamedTuple):
     zeros: Tensor | None = None  # zero points, uint8, one a block
 
 
+class Fp4(NamedTuple):
+    """A matrix [N, K] of e2m1 with scales of e8m0 or e4m3 in bytes, as files have it. `whole` is of all or [N, 1].
+
+    >>> Fp4(quantise(torch.ones(2, 32), FORMATS["mxfp4"]), FORMATS["mxfp4"]).values().sum().item()
+    64.0
+    """
+
+    blocks: Blocks
+    form: Format
+
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return dequantise(self.blocks, self.form, dtype)
+
+
 def _mx(name: str, element: Element) -> dict[str, Format]:
     return {
         f"{name}{'' if rule == 'floor' else f'_{rule}'}": Format(

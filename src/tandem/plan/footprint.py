@@ -77,7 +77,7 @@ class Asked:
     @property
     def holds_codes(self) -> bool:
         """Whether the engine multiplies by 4 or 8-bit codes where it has them (kernels/weight.py)."""
-        compiled = packed_bytes(self.spec, self.model, self.dtype) > 0
+        compiled = self.model.device == "cuda" or packed_bytes(self.spec, self.model, self.dtype) > 0
         return compiled and self.dtype == "bfloat16" and self.model.kernels == "exact"
 
     @property
@@ -100,8 +100,8 @@ class Asked:
         """How the decoder that is loaded keeps its matrices; who rounds it, holds it back or trains it reads both."""
         if self.shares and self.coded_bytes and self.holds_codes and self.model.weights == "same":
             return "codes"
-        alone = self.shares and self.serves and self.model.kernels == "exact" and packed_bytes(self.spec, self.model)
-        return "packed" if alone else "both"
+        own = self.shares and self.serves and self.model.kernels == "exact" and self.model.device == "cpu"
+        return "packed" if own and packed_bytes(self.spec, self.model) else "both"
 
     @property
     def takes_turns(self) -> bool:
@@ -143,8 +143,14 @@ def page_bytes(asked: Asked) -> int:
 
 
 def packed_bytes(spec: ModelSpec, model: ModelConfig, dtype: str = "") -> int:
-    """Of the second form of each matrix that the C++ products read; 0 where others compute."""
+    """Of the second form of each matrix that products read: C++'s, and a GPU's of matrices that are rounded; 0 where
+    there is none."""
     kind = dtype or model.dtype
+    if model.device == "cuda":
+        layers = sum(slot.size for slot in layer_slots(spec) if slot.columns is not None)
+        four = model.weights.startswith(("mxfp4", "nvfp4")) and kind == "bfloat16"
+        size = 1.0 if model.weights in ("w8a8", "fp8_row+fp8_row") else 0.5625 if four else SIZES[kind]
+        return 0 if model.weights == "same" else int(layers * size)
     if model.device != "cpu" or kind == "float16" or env.kernels() or lacking():
         return 0
     total = 0

@@ -385,8 +385,9 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
     whole, packed = count * compute, packed_bytes(spec, model)
     embedding = spec.vocab_size * spec.width * compute
     if asked.form == "codes":
-        yield Line("weights as codes", asked.coded_bytes, LOADED)
-        yield Line("packed weights, until they are codes", packed, ("load",))
+        yield Line("weights as codes", asked.coded_bytes, LOADED, place=place)
+        until = packed if place == "host" else whole - embedding
+        yield Line("packed weights, until they are codes", until, ("load",), place=place)
     else:
         yield Line("packed weights", packed, place=place)
     if asked.form == "both":
@@ -395,14 +396,15 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
         yield Line("rows of the embedding", embedding, place=place)
     if asked.form == "packed":
         yield Line("weights, until they are packed", whole - embedding, ("load",))
-    if asked.frozen and asked.form != "both" and not spec.tied_embeddings:
+    if (asked.frozen or place == "device") and asked.form != "both" and not spec.tied_embeddings:
         yield Line("values of the head", embedding, place=place)
     yield Line("rotary tables", 2 * 4 * spec.max_position * (spec.head_size // 2), place=place)
     own, each = packed_bytes(spec, model, asked.dtype), asked.engine.replicas if asked.apart and run is not None else 1
     each += int(asked.learns_apart and asked.two_engines)
     if asked.engine.weights in CODES and asked.holds_codes:
-        yield Line("engine's packed weights, until they are codes", each * own, ("load",))
-        yield Line("engine's own weights", each * rounded_bytes(asked), LOADED, own=not asked.apart)
+        until = each * (own if place == "host" else count * served)
+        yield Line("engine's packed weights, until they are codes", until, ("load",), place=place)
+        yield Line("engine's own weights", each * rounded_bytes(asked), LOADED, place=place, own=not asked.apart)
     elif not asked.shares:
         yield Line("engine's own weights", each * (count * served + own), place=place, own=not asked.apart)
     if asked.rounded and (asked.lag or asked.apart):

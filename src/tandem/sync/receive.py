@@ -104,8 +104,8 @@ class Copied:
         self.rounding, self.lag, self.source = rounding, lag, source
         if rounding.products and not decoder.own_products:
             raise ConfigError(
-                "engine.weights is w8a8, whose products are computed by tandem's own compiled kernels on the CPU; this "
-                "engine's are not (model.device, model.kernels, TANDEM_KERNELS, or no compiler: tandem doctor). Change "
+                "engine.weights is w8a8, whose products are computed by tandem's own compiled kernels; this engine's "
+                "are not (model.kernels, TANDEM_KERNELS, float16 on the CPU, or no compiler: tandem doctor). Change "
                 "that, or set engine.weights to int8."
             )
 

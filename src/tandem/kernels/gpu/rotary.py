@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from tandem.kernels.gpu.vectors import scaled, to_integers
+
 LARGEST = tl.constexpr(127.0)
 LANES = 64  # heads of a program, of whole tokens where they fit
 BLOCK = 1024  # elements that a program stores
@@ -73,17 +75,11 @@ def store_codes_kernel(  # type: ignore[no-untyped-def]
     d = tl.arange(0, block_d)
     mask = (slot >= 0)[:, None] & (d < size)[None, :]
     values = tl.load(x + ((t * stride + h) * size)[:, None] + d[None, :], mask, 0.0).to(tl.float32)
-    top = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)  # as sizes compare; infinity, then NaN above all
-    finite = top < 0x7F800000
-    amax = tl.where(finite, top, 0).to(tl.float32, bitcast=True)
-    scale = tl.div_rn(amax, tl.full((block_h,), LARGEST, tl.float32))
-    divisor = tl.broadcast_to(tl.where(scale > 0, scale, float("inf"))[:, None], values.shape)
-    code = tl.div_rn(tl.where(finite[:, None], values, 0.0), divisor)
-    code = tl.minimum(tl.maximum(code, -LARGEST), LARGEST)
-    code = (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: the sum is the nearest integer, ties to even
+    code, scale = scaled(values, LARGEST)
+    code = to_integers(code)
     tl.store(pool + ((slot * heads + h) * size)[:, None] + d[None, :], code.to(tl.int8), mask)
     place = scales + slot // page_tokens * page_stride + h * page_tokens + slot % page_tokens
-    tl.store(place, tl.where(finite, scale, float("nan")), slot >= 0)
+    tl.store(place, scale, slot >= 0)
 
 
 def row_stride(x_THD: torch.Tensor) -> int:

@@ -19,7 +19,7 @@ from tandem.errors import ConfigError, ModelError
 from tandem.models.fields import Fields, flag, listed, number, optional, shown, table, text, whole
 from tandem.models.quantised.integers import centred
 from tandem.models.quantised.scheme import Held, Scheme, code_bits, refuse_blocks, scales_name
-from tandem.numerics.blocks import FORMATS, WHOLE, WHOLE_ROW, Blocks, Format, block_scales, from_e8m0
+from tandem.numerics.blocks import FORMATS, WHOLE, WHOLE_ROW, Blocks, Format, from_e8m0
 from tandem.numerics.elements import E2M1, E4M3, Fixed
 from tandem.numerics.packing import num_words, pack, pack_nibbles, unpack, unpack_nibbles
 
@@ -349,20 +349,15 @@ def _e4m3(module: str, stored: Tensor, scale: Tensor, group: _Group) -> Held:
 
 def _fp4(module: str, packed: Tensor, parts: Mapping[str, Tensor], group: int) -> Held:
     """NVFP4, whose scale of the tensor divides, and MXFP4, which has none."""
-    scale = parts["weight_scale"]
+    scale, form, whole = parts["weight_scale"], FORMATS["mxfp4"], None
     if scale.dtype == torch.float8_e4m3fn:
         if "weight_global_scale" not in parts:
             raise ModelError(f"{module} has no weight_global_scale. The file is incomplete: download it again.")
-        divided = Blocks(
-            scale.view(torch.uint8), scale.view(torch.uint8), parts["weight_global_scale"].float().reshape(())
-        )
-        scales = block_scales(divided, FORMATS["nvfp4_divided"])
-    else:
-        scales = from_e8m0(scale.view(torch.uint8))
-    codes_NK = unpack_nibbles(packed)
+        form, whole = FORMATS["nvfp4_divided"], parts["weight_global_scale"].float().reshape(())
+    codes_NK, scales = unpack_nibbles(packed), scale.view(torch.uint8)
     if scales.shape[-1] * group != codes_NK.shape[-1]:
         raise ModelError(
             f"{module}: {scales.shape[-1]} scales of blocks of {group} for {codes_NK.shape[-1]} inputs. The config is "
             "another's, or the file is damaged."
         )
-    return Held(Blocks(codes_NK, scales), Format("fp4", E2M1, group, "fp32"))
+    return Held(Blocks(codes_NK, scales, whole), replace(form, block=group))

@@ -6,6 +6,7 @@ All their scales multiply, `weight_scale_inv` too; two codes of 4 bits lie in a 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from tandem.errors import ConfigError, ModelError
 from tandem.models.fields import Fields, listed, optional, shown, table, text, whole
 from tandem.models.quantised.scheme import Held, Scheme, code_bits, refuse_blocks, scales_name
-from tandem.numerics.blocks import FORMATS, WHOLE, WHOLE_ROW, Blocks, Format, block_scales, from_e8m0
+from tandem.numerics.blocks import FORMATS, WHOLE, WHOLE_ROW, Blocks, Format, from_e8m0
 from tandem.numerics.elements import E2M1, E4M3
 from tandem.numerics.packing import pack_nibbles, unpack_nibbles
 
@@ -133,7 +134,7 @@ class ModelOpt(Scheme):
             )
         bytes_NG = scale.view(torch.uint8)
         blocks = Blocks(codes_NK, bytes_NG, parts["weight_scale_2"].float().reshape(()))
-        return Held(Blocks(codes_NK, block_scales(blocks, FORMATS["nvfp4"])), Format("fp4", E2M1, self.group, "fp32"))
+        return Held(blocks, replace(FORMATS["nvfp4"], block=self.group))
 
     @classmethod
     def form_of(cls, form: Format) -> Format:
@@ -192,7 +193,7 @@ class Mxfp4(Scheme):
                 f"{module}: {scales_NG.shape[-1]} scales of blocks of 32 for {codes_NK.shape[-1]} inputs. The file is "
                 "damaged."
             )
-        return Held(Blocks(codes_NK, from_e8m0(scales_NG)), Format("fp4", E2M1, 32, "fp32"))
+        return Held(Blocks(codes_NK, scales_NG), FORMATS["mxfp4"])
 
     @classmethod
     def form_of(cls, form: Format) -> Format:

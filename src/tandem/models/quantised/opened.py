@@ -17,7 +17,8 @@ from tandem.models.quantised.scheme import Held, Scheme
 if TYPE_CHECKING:
     import torch
 
-    from tandem.numerics.quantise import Quantised
+    from tandem.numerics.blocks import Fp4
+from tandem.numerics.quantise import Quantised
 
 METHODS: dict[str, type[Scheme]] = {one.method: one for one in (CompressedTensors, Awq, Gptq, Fp8, ModelOpt, Mxfp4)}
 # Files beside config.json that say it, where config.json does not: AutoGPTQ's, AutoAWQ's, ModelOpt's.
@@ -112,6 +113,9 @@ class QuantisedTensors:
 
     def codes(self, name: str) -> Quantised | None:
         return self._held(name).codes() if name in self._parts else None
+
+    def fp4(self, name: str) -> Fp4 | None:
+        return self._held(name).fp4() if name in self._parts else None
 
     def _coded_bytes(self) -> int:
         """Of all matrices where some are codes, the others in bf16; 0 where none is."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tandem.errors import ModelError
 from tandem.models.fields import Fields
-from tandem.numerics.blocks import SCALE_DTYPES, WHOLE, WHOLE_ROW, Blocks, Format, dequantise
+from tandem.numerics.blocks import SCALE_DTYPES, WHOLE, WHOLE_ROW, Blocks, Format, Fp4, block_scales, dequantise
 from tandem.numerics.elements import E2M1, Fixed
 from tandem.numerics.quantise import Quantised
 
@@ -25,7 +25,7 @@ def scales_name(dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Held:
-    """A matrix [N, K] as a file has it; all its factors are in the scales, and there is no `whole`."""
+    """A matrix [N, K] as a file has it. All factors are in the scales, but of e2m1, which keeps bytes and `whole`."""
 
     blocks: Blocks
     form: Format
@@ -44,6 +44,8 @@ class Held:
         Integers of up to 4 bits without a zero point are of 4, others of 8; e2m1 is twice its value, in 8, and -0 is 0.
         """
         element, scales_NG = self.form.element, self.blocks.scales
+        if element == E2M1:
+            scales_NG = block_scales(self.blocks, self.form)
         columns = self.blocks.codes.shape[1]
         group = columns if self.form.block == WHOLE_ROW else self.form.block
         packs = self.groups_K is None and self.form.rows == 1 and self.form.block != WHOLE
@@ -58,6 +60,10 @@ class Held:
             return None
         small = element.bits <= 4 and not self.form.zero_point
         return Quantised(self._signed().to(torch.int8), scales_NG.contiguous(), 4 if small else 8, group)
+
+    def fp4(self) -> Fp4 | None:
+        """Its bytes, where it is of e2m1."""
+        return Fp4(self.blocks, self.form) if self.form.element == E2M1 else None
 
     def _signed(self) -> Tensor:
         """Codes less their zero points, int16."""

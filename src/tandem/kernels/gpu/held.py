@@ -1,0 +1,77 @@
+"""How a matrix lies on a device: codes where a kernel multiplies by them, changed in place, since captured steps read
+them where they were."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from tandem.kernels.codes import Codes
+from tandem.kernels.eights import Eights
+from tandem.kernels.gpu import codes as gpu
+from tandem.kernels.gpu.codes import DeviceCodes
+from tandem.kernels.gpu.eights import FP8, DeviceEights, has_fp8
+from tandem.kernels.quantise import nearest
+from tandem.kernels.rounding import Rounding
+from tandem.numerics.blocks import FORMATS, Blocks, Fp4
+from tandem.numerics.elements import E2M1
+from tandem.numerics.quantise import Quantised
+
+FP8_ROW = FORMATS["fp8_row"]
+M = TypeVar("M", Quantised, Fp4)
+
+
+def coded(matrix: Quantised | Fp4, before: Codes | Eights | None, device: torch.device) -> Codes | None:
+    """On the device, where `before` lies if that has the same form; None where there is no kernel."""
+    matrix = _moved(matrix, device)
+    if isinstance(before, DeviceCodes) and before.take(matrix):
+        return before
+    return DeviceCodes(matrix) if gpu.fits(matrix) else None
+
+
+def eights(
+    matrix: Quantised | Tensor, before: Codes | Eights | None, device: torch.device, kind: torch.dtype = torch.int8
+) -> DeviceEights:
+    """Codes, or a matrix that is rounded, on the device, where `before` lies. NonFiniteError where it is not finite."""
+    matrix = _moved(matrix, device) if isinstance(matrix, Quantised) else matrix.to(device)
+    if isinstance(before, DeviceEights) and before.packed.dtype == kind:
+        before.take(matrix)
+        return before
+    return DeviceEights(matrix, kind)
+
+
+def rounded_matrix(
+    value_NK: Tensor, rounding: Rounding, codes: Codes | Eights | None, rounded_NK: Tensor | None
+) -> tuple[Codes | Eights | None, Tensor | None]:
+    """What products read of a matrix that is rounded, one of the two; where the last one lies."""
+    by_row = rounding.form == FP8_ROW and rounding.rows == FP8_ROW.by_row()
+    if rounding.products or (by_row and has_fp8(value_NK.device)):
+        assert not rounding.products or rounding.bits == 8, rounding
+        return eights(value_NK, codes, value_NK.device, torch.int8 if rounding.products else FP8), None
+    form = rounding.form
+    if (
+        form is not None
+        and form.element == E2M1
+        and value_NK.dtype == torch.bfloat16
+        and form.scale in ("e8m0", "e4m3")
+    ):
+        made = coded(Fp4(nearest(value_NK, form), form), codes, value_NK.device)
+        if made is not None:
+            return made, None
+    values_NK = rounding.matrix(value_NK)
+    if rounded_NK is None or rounded_NK is value_NK:
+        return None, values_NK
+    return None, rounded_NK.copy_(values_NK)
+
+
+def _moved(matrix: M, device: torch.device) -> M:
+    def there(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part.to(device)
+
+    if isinstance(matrix, Fp4):
+        return Fp4(Blocks(*map(there, matrix.blocks)), matrix.form)
+    codes_NK, scales_NG, minima_NG = map(there, (matrix.codes_NK, matrix.scales_NG, matrix.minima_NG))
+    return replace(matrix, codes_NK=codes_NK, scales_NG=scales_NG, minima_NG=minima_NG)
