@@ -259,9 +259,9 @@ class Weight:
             self.codes.round(value)
             return
         if self.on_device:
-            from tandem.kernels.gpu.held import eights
+            from tandem.kernels.gpu.eights import DeviceEights
 
-            self._hold(eights(value, self.codes, self._memory.device), rows=False)
+            self._hold(DeviceEights(value.to(self._memory.device)), rows=False)
             return
         assert self.packed is not None or self.codes is not None, "W8A8 is computed by tandem's own kernels alone"
         self._hold(Eights(value), rows=False)

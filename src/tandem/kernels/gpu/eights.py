@@ -20,7 +20,7 @@ from tandem.kernels import eights
 from tandem.kernels.gpu.linear import SUPER, kept, store_tile, tile_at, trial
 from tandem.kernels.gpu.tiles import Tile, choose, multiprocessors, tiles_of
 from tandem.kernels.gpu.vectors import scaled, to_integers
-from tandem.numerics.quantise import E4M3_MAX, LARGEST, Quantised, check_scales
+from tandem.numerics.quantise import E4M3_MAX, LARGEST, check_scales
 
 FP8 = torch.float8_e4m3fn
 FP8_CAPABILITY = (8, 9)
@@ -181,23 +181,21 @@ class DeviceEights(eights.Eights):
 
     __slots__ = ()
 
-    def __init__(self, matrix: Quantised | Tensor, kind: torch.dtype = torch.int8) -> None:
-        """Of codes, or of a matrix, which is rounded. NonFiniteError where it is not finite."""
-        self.packed, self.scales = _codes(matrix, kind)
+    def __init__(self, value_NK: Tensor, kind: torch.dtype = torch.int8) -> None:
+        """Of a matrix on the device. NonFiniteError where it is not finite."""
+        self.packed, self.scales = round_rows(value_NK, kind)
+        check_scales(self.scales, value_NK)
         self.shape = self.packed.shape
         assert self.shape[1] <= MOST, self.shape
 
-    def take(self, matrix: Quantised | Tensor) -> None:
-        """Hold another matrix of the same shape where this one lies."""
-        codes, scales = _codes(matrix, self.packed.dtype)
+    def round(self, value_NK: Tensor) -> None:
+        codes, scales = round_rows(value_NK.to(self.packed.device), self.packed.dtype)
+        check_scales(scales, value_NK)
         self.packed.copy_(codes)
         self.scales.copy_(scales)
 
-    def round(self, value_NK: Tensor) -> None:
-        self.take(value_NK)
-
     def is_of(self, value_NK: Tensor) -> bool:
-        codes, scales = round_rows(value_NK, self.packed.dtype)
+        codes, scales = round_rows(value_NK.to(self.packed.device), self.packed.dtype)
         same = torch.equal(codes.view(torch.uint8), self.packed.view(torch.uint8))
         return same and torch.equal(scales, self.scales)
 
@@ -222,12 +220,3 @@ class DeviceEights(eights.Eights):
         residual_TN = None if residual_TN is None else residual_TN.contiguous()
         rows = round_rows(x_TK, self.packed.dtype)
         return tiled_product(rows, (self.packed, self.scales), bias_N, residual_TN, out, tile)
-
-
-def _codes(matrix: Quantised | Tensor, kind: torch.dtype) -> tuple[Tensor, Tensor]:
-    if isinstance(matrix, Tensor):
-        codes, scales = round_rows(matrix, kind)
-        check_scales(scales, matrix)
-        return codes, scales
-    assert eights.fits(matrix) and kind == torch.int8, matrix
-    return matrix.codes_NK.contiguous(), matrix.scales_NG[:, 0].float().contiguous()

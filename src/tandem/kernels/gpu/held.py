@@ -32,17 +32,6 @@ def coded(matrix: Quantised | Fp4, before: Codes | Eights | None, device: torch.
     return DeviceCodes(matrix) if gpu.fits(matrix) else None
 
 
-def eights(
-    matrix: Quantised | Tensor, before: Codes | Eights | None, device: torch.device, kind: torch.dtype = torch.int8
-) -> DeviceEights:
-    """Codes, or a matrix that is rounded, on the device, where `before` lies. NonFiniteError where it is not finite."""
-    matrix = _moved(matrix, device) if isinstance(matrix, Quantised) else matrix.to(device)
-    if isinstance(before, DeviceEights) and before.packed.dtype == kind:
-        before.take(matrix)
-        return before
-    return DeviceEights(matrix, kind)
-
-
 def rounded_matrix(
     value_NK: Tensor, rounding: Rounding, codes: Codes | Eights | None, rounded_NK: Tensor | None
 ) -> tuple[Codes | Eights | None, Tensor | None]:
@@ -50,7 +39,10 @@ def rounded_matrix(
     by_row = rounding.form == FP8_ROW and rounding.rows == FP8_ROW.by_row()
     if rounding.products or (by_row and has_fp8(value_NK.device)):
         assert not rounding.products or rounding.bits == 8, rounding
-        return eights(value_NK, codes, value_NK.device, torch.int8 if rounding.products else FP8), None
+        if isinstance(codes, DeviceEights):
+            codes.round(value_NK)
+            return codes, None
+        return DeviceEights(value_NK, torch.int8 if rounding.products else FP8), None
     form = rounding.form
     if (
         form is not None
