@@ -3,9 +3,6 @@ them where they were."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
@@ -21,7 +18,6 @@ from tandem.numerics.elements import E2M1
 from tandem.numerics.quantise import Quantised
 
 FP8_ROW = FORMATS["fp8_row"]
-M = TypeVar("M", Quantised, Fp4)
 
 
 def coded(matrix: Quantised | Fp4, before: Codes | Eights | None, device: torch.device) -> Codes | None:
@@ -59,11 +55,12 @@ def rounded_matrix(
     return None, rounded_NK.copy_(values_NK)
 
 
-def _moved(matrix: M, device: torch.device) -> M:
-    def there(part: Tensor | None) -> Tensor | None:
-        return None if part is None else part.to(device)
-
+def _moved(matrix: Quantised | Fp4, device: torch.device) -> Quantised | Fp4:
     if isinstance(matrix, Fp4):
-        return Fp4(Blocks(*map(there, matrix.blocks)), matrix.form)
-    codes_NK, scales_NG, minima_NG = map(there, (matrix.codes_NK, matrix.scales_NG, matrix.minima_NG))
-    return replace(matrix, codes_NK=codes_NK, scales_NG=scales_NG, minima_NG=minima_NG)
+        codes, scales, whole, _ = matrix.blocks
+        return Fp4(
+            Blocks(codes.to(device), scales.to(device), None if whole is None else whole.to(device)), matrix.form
+        )
+    minima_NG = None if matrix.minima_NG is None else matrix.minima_NG.to(device)
+    moved = matrix.codes_NK.to(device), matrix.scales_NG.to(device)
+    return Quantised(*moved, matrix.bits, matrix.group, minima_NG)
