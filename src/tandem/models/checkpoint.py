@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from tandem.models.quantised.opened import QuantisedTensors
     from tandem.numerics.blocks import Fp4
-from tandem.numerics.quantise import Quantised
+    from tandem.numerics.quantise import Quantised
 
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from tandem.numerics.blocks import Fp4
-from tandem.numerics.quantise import Quantised
+    from tandem.numerics.quantise import Quantised
 
 METHODS: dict[str, type[Scheme]] = {one.method: one for one in (CompressedTensors, Awq, Gptq, Fp8, ModelOpt, Mxfp4)}
 # Files beside config.json that say it, where config.json does not: AutoGPTQ's, AutoAWQ's, ModelOpt's.
