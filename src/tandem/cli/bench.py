@@ -46,7 +46,7 @@ class Part(str, Enum):
     SWEEP = "sweep"
 
 
-PEERED = (Work.ENGINE, Work.LEARNER, Work.TREE, Work.STEP, Work.AGENTS, Work.SFT, Work.DPO, Work.PARITY, Work.SERVE)
+PEERED = tuple(map(Work, "engine learner tree step agents sft dpo parity serve quantise numerics".split()))
 DRAWN = (Work.SWEEP, Work.SERVE)  # have a picture
 ALONE = tuple(work for work in Work if work not in PEERED)  # have no peers
 WORKS_HELP = (
@@ -69,7 +69,7 @@ WORKS_HELP = (
 )
 PEER_HELP = (
     "A command that does the same work and prints its figures as JSON lines; of serve, one that serves the same model "
-    "to OpenAI's clients on port {port}."
+    "to OpenAI's clients on port {port}. With one, numerics is tandem in 8 bits, its bf16 and the peers, in turn."
 )
 
 
@@ -123,8 +123,8 @@ def bench(
             Work.SERVE: _show_serve,
             Work.SOAK: _show_soak,
             Work.LORA: _show_lora,
-            Work.QUANTISE: _show_quantise,
-            Work.NUMERICS: _show_numerics,
+            Work.QUANTISE: _show if peer else _show_quantise,
+            Work.NUMERICS: _show if peer else _show_numerics,
         }
         shown.get(work, _show)(result)
         if limits := result.get("limits"):
@@ -257,11 +257,11 @@ def _run(work: Work, peers: list[str], rounds: int) -> dict[str, Any]:
         from tandem.bench.lora import lora
 
         return lora(rounds)
-    if work is Work.QUANTISE:
+    if work is Work.QUANTISE and not peers:
         from tandem.bench.quantise import quantise
 
         return quantise(rounds)
-    if work is Work.NUMERICS:
+    if work is Work.NUMERICS and not peers:
         from tandem.bench.numerics import numerics
 
         return numerics(rounds)
