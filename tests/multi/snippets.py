@@ -258,7 +258,7 @@ LISTED: dict[str, str] = {
         "takes an hour; tests/cpu/test_methods.py"
     ),
     "tandem bench lora [--json]": "takes minutes; tests/cpu/test_adapter.py",
-    "tandem bench numerics [--json]": "takes minutes; tests/null/test_bench.py",
+    "tandem bench numerics [--json]": "takes minutes; tests/null/test_fewer_bench.py",
     "tandem convert merge SOURCE --out FOLDER": "needs an adapter; tests/cpu/test_peft.py",
     "tandem train smollm2_arithmetic_cpu --set model.weights=w8a8": "tests/multi/test_rounded_run.py",
     "tandem train smollm2_arithmetic_cpu --set model.weights=w8a8 --set learner.gradients=int8": (
