@@ -139,7 +139,7 @@ def _learner(machine: Machine) -> Iterator[Figure]:
     yield from beside_limit(f"train {TRAIN[0]}x{TRAIN[1]}", least_s, times_s, TRAIN[0] * TRAIN[1])
 
 
-def _fewer(eights: bool, _: Machine) -> Iterator[Figure]:
+def _fewer(eights: bool, _machine: Machine) -> Iterator[Figure]:
     """What decodes, prefills and learns, in 8 bits or, as the peer "bf16", without."""
     from tandem.algo.pack import count_prompts
 
