@@ -1,7 +1,9 @@
 // Numbers rounded to formats whose blocks share a scale, and read back. Contract in numerics/blocks.py: fp32 operations in its order,
 // none of them contracted, so the bits are those of its torch operations.
 #include "integers.h"
+#include "sample.h"
 #include "team.h"
+#include <vector>
 
 using namespace tandem;
 
@@ -19,7 +21,10 @@ struct Form {
     int64_t mantissa, least, most;  // of an element; least: exponent of its smallest normal number, or of its unit where it is fixed
     double largest;
     double top;  // largest size of the tensor; negative: of each row its own
+    int64_t drawn, seed;  // whether it rounds by words of Philox: (seed, row, column); rows of a block are then 1, and there is no zero point
 };
+
+constexpr uint32_t ROUNDING = 4;  // numerics.random.Stream
 
 inline float power_of_two(int64_t exponent) {  // within [-127, 127]
     const uint32_t bits = exponent == -127 ? 1u << 22 : uint32_t(exponent + 127) << 23;
@@ -56,6 +61,19 @@ inline float fixed_point(float v, float unit, float inverse, float largest) {
     return (inside * inverse + MAGIC - MAGIC) * unit;
 }
 
+// A number of floating or fixed point, up by the probability of what is lost: where that is above the word's first bits.
+inline float drawn_element(float v, int32_t mantissa, int32_t least, float largest, bool fixed, uint32_t word) {
+    const uint32_t bits = bits_of(v), size = bits & 0x7fffffffu, field = size >> 23;
+    const uint64_t whole = field ? (size & 0x7fffff) | 0x800000 : size;  // v = whole 2^(exponent - 23)
+    const int32_t exponent = std::max(int32_t(field), 1) - 127;
+    const int32_t unit = fixed ? least : std::max(exponent, least) - mantissa, shift = unit - exponent + 23;
+    if (shift <= 0 || size >= bits_of(largest)) return of_bits(std::min(size, bits_of(largest)) | (bits & 0x80000000u));
+    const int32_t right = std::min(shift, 62);
+    const uint64_t lost = whole & ((uint64_t(1) << right) - 1), edge = right <= 32 ? word >> (32 - right) : uint64_t(word) << (right - 32);
+    const float found = float((whole >> right) + (lost > edge)) * of_bits(uint32_t(unit + 127) << 23);
+    return of_bits(bits_of(std::min(found, largest)) | (bits & 0x80000000u));
+}
+
 inline int64_t exponent_of(float amax, const Form& f) {
     if (f.rule == RCEIL) amax = amax / float(f.largest);
     int32_t bits = int32_t(bits_of(amax));
@@ -68,10 +86,14 @@ inline int64_t exponent_of(float amax, const Form& f) {
 
 // x times `first`, times `second`, over `divisor`, to the nearest element, times `scale`.
 template <typename E>
-void elements(const E* x, E* out, int64_t count, const Form& f, float first, float second, float divisor, float scale) {
+void elements(const E* x, E* out, int64_t count, const Form& f, float first, float second, float divisor, float scale, const uint32_t* words) {
     const int32_t mantissa = int32_t(f.mantissa), least = int32_t(f.least);
     const float largest = float(f.largest);
-    if (f.fixed) {
+    if (words) {
+        const float none = f.fixed ? 0.0f : -0.0f;  // + 0: an integer's zero has no sign
+        for (int64_t i = 0; i < count; i++)
+            out[i] = from_float<E>((drawn_element(to_float(x[i]) * first * second / divisor, mantissa, least, largest, f.fixed, words[i]) + none) * scale);
+    } else if (f.fixed) {
         const float unit = power_of_two(least), inverse = power_of_two(-least);
         for (int64_t i = 0; i < count; i++)  // + 0: a zero has no sign
             out[i] = from_float<E>((fixed_point(to_float(x[i]) * first * second / divisor, unit, inverse, largest) + 0.0f) * scale);
@@ -112,7 +134,7 @@ struct Whole {
 };
 
 template <typename E>
-void block(const E* x, E* out, int64_t inputs, int64_t rows, int64_t count, const Form& f, const Whole& whole) {
+void block(const E* x, E* out, int64_t inputs, int64_t rows, int64_t count, const Form& f, const Whole& whole, const uint32_t* words) {
     if (f.zero_point) return with_zero_point(x, out, inputs, rows, count, f);
     float amax = 0;
     for (int64_t r = 0; r < rows; r++) {
@@ -143,7 +165,7 @@ void block(const E* x, E* out, int64_t inputs, int64_t rows, int64_t count, cons
         scale = amax / float(f.largest);
         divisor = scale > 0 ? scale : INF;
     }
-    for (int64_t r = 0; r < rows; r++) elements(x + r * inputs, out + r * inputs, count, f, first, second, divisor, scale);
+    for (int64_t r = 0; r < rows; r++) elements(x + r * inputs, out + r * inputs, count, f, first, second, divisor, scale, words);
 }
 
 template <typename E>
@@ -152,7 +174,13 @@ void round_blocks(const E* x, E* out, int64_t rows, int64_t inputs, const Form& 
     with_team([&](const Team& team) {
         int64_t b, last;
         team.share(bands, b, last);
+        std::vector<uint32_t> words(f.drawn ? (inputs + 63) / 64 * 64 : 0);
         for (; b < last; b++) {
+            for (size_t i = 0; i < words.size(); i += 64) {
+                Words drawn[4];
+                philox64({uint64_t(f.seed), uint32_t(b), ROUNDING}, int64_t(i), drawn);
+                std::memcpy(words.data() + i, drawn, sizeof drawn);
+            }
             const E* from = x + b * f.rows * inputs;
             E* to = out + b * f.rows * inputs;
             const int64_t high = std::min(f.rows, rows - b * f.rows);
@@ -165,7 +193,9 @@ void round_blocks(const E* x, E* out, int64_t rows, int64_t inputs, const Form& 
                 }
             }
             const Whole whole(top, f);
-            for (int64_t k = 0; k < inputs; k += width) block(from + k, to + k, inputs, high, std::min(width, inputs - k), f, whole);
+            for (int64_t k = 0; k < inputs; k += width) {
+                block(from + k, to + k, inputs, high, std::min(width, inputs - k), f, whole, f.drawn ? words.data() + k : nullptr);
+            }
         }
     });
 }

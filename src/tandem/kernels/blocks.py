@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -12,6 +13,7 @@ from tandem.kernels.build.load import kernel
 from tandem.numerics import blocks as reference
 from tandem.numerics.blocks import RULES, WHOLE, Format
 from tandem.numerics.elements import Fixed
+from tandem.numerics.random import Stream, word_rows
 
 SCALES = ("e8m0", "e4m3", "fp32")
 FAR = 60  # exponents beyond which a unit, or one over it, is no number that the kernel multiplies by
@@ -24,6 +26,7 @@ class _Form(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("block", "rows", "scale", "rule", "inference", "zero_point", "fixed")),
         *((name, ctypes.c_int64) for name in ("mantissa", "least", "most")),
         *((name, ctypes.c_double) for name in ("largest", "top")),
+        *((name, ctypes.c_int64) for name in ("drawn", "seed")),
     ]
 
 
@@ -47,8 +50,25 @@ def rounded_rows(x_TK: Tensor, form: Format) -> Tensor:
     return _rounded(x_TK, form)
 
 
-def _rounded(x_TK: Tensor, form: Format) -> Tensor:
+def drawn_rows_reference(x_TK: Tensor, form: Format, seed: int) -> Tensor:
+    finite_T1 = x_TK.isfinite().all(-1, keepdim=True)
+    drawn = word_rows(np.full(len(x_TK), seed, np.uint64), np.arange(len(x_TK)), x_TK.shape[1], Stream.ROUNDING)
+    words_TK = torch.from_numpy(drawn.astype(np.int64)).to(x_TK.device)
+    blocks = reference.quantise(x_TK.where(finite_T1, 0.0), form, "stochastic", words=words_TK)
+    return reference.dequantise(blocks, form, x_TK.dtype).where(finite_T1, torch.nan)
+
+
+def drawn_rows(x_TK: Tensor, form: Format, seed: int) -> Tensor:
+    """`rounded_rows`, up by the probability of what is lost, by Philox's words of (seed, row, column). Not of formats
+    with a zero point."""
+    assert form.each_row and not form.zero_point and 0 <= seed < 1 << 64, (form, seed)
+    return _rounded(x_TK, form, seed)
+
+
+def _rounded(x_TK: Tensor, form: Format, seed: int | None = None) -> Tensor:
     run = kernel("blocks", "round_blocks", x_TK.dtype, "ppiip") if x_TK.device.type == "cpu" and _fits(form) else None
+    if run is None and seed is not None:
+        return drawn_rows_reference(x_TK, form, seed)
     if run is None:
         return rounded_rows_reference(x_TK, form) if form.each_row else reference.rounded(x_TK, form)
     top = -1.0
@@ -65,6 +85,7 @@ def _rounded(x_TK: Tensor, form: Format) -> Tensor:
         *(form.chain == "inference", form.zero_point, fixed),
         *(element.mantissa, -element.fraction if isinstance(element, Fixed) else element.least, element.most),
         *(element.largest, top),
+        *(seed is not None, ctypes.c_int64(seed or 0).value),
     )
     x_TK = x_TK.contiguous()
     out_TK = torch.empty_like(x_TK)

@@ -50,7 +50,10 @@ def add_gradient(weight: Weight, dy_TN: torch.Tensor, x_TK: torch.Tensor) -> Non
     if weight.turned is not None:
         eights_gradient.accumulate(weight.grad, dy_TN, x_TK)
         return
-    accumulate(weight.grad, dy_TN, weight.rounding.multiplied(x_TK), weight.library)
+    x_TK = weight.rounding.multiplied(x_TK)
+    if weight.operands is not None:
+        dy_TN, x_TK = weight.operands.of_weight(dy_TN, x_TK)
+    accumulate(weight.grad, dy_TN, x_TK, weight.library)
 
 
 def input_gradient_reference(dy_TN: torch.Tensor, value_NK: torch.Tensor) -> torch.Tensor:
@@ -62,6 +65,8 @@ def input_gradient(dy_TN: torch.Tensor, weight: Weight) -> torch.Tensor:
     if weight.turned is not None:
         return eights_gradient.input_gradient(dy_TN, weight.turned)
     value = weight.served_value()
+    if weight.operands is not None:
+        dy_TN, value = weight.operands.of_input(dy_TN, value)
     if weight.library:
         ways = (lambda dy: _input_gradient(dy, value), lambda dy: dy @ value)
         return library.fastest("input gradient", value, dy_TN.shape[0], ways, dy_TN)(dy_TN)

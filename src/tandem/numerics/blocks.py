@@ -176,11 +176,19 @@ def format_of(name: str) -> Format:
     return replace(made, rule=rule) if rule in RULES else made  # type: ignore[arg-type]
 
 
-def quantise(x: Tensor, form: Format, rounding: Rounding = "nearest", *, draw: torch.Generator | None = None) -> Blocks:
+def quantise(
+    x: Tensor,
+    form: Format,
+    rounding: Rounding = "nearest",
+    *,
+    draw: torch.Generator | None = None,
+    words: Tensor | None = None,
+) -> Blocks:
     """Round a tensor (bf16, fp16 or fp32, at least one axis). The last block of a row may hold fewer elements.
 
     A block of an e8m0 format with a NaN or an infinity has scale NaN and codes 0: all of it reads back as NaN. With
-    other scales that is a NonFiniteError. stochastic: by words drawn from `draw`.
+    other scales that is a NonFiniteError. stochastic: by `words` (uint32 as int64, one for each of x), else by words
+    drawn from `draw`.
     """
     assert x.dtype in (torch.bfloat16, torch.float16, torch.float32) and x.ndim, (x.dtype, x.shape)
     wide = x.float()
@@ -189,7 +197,8 @@ def quantise(x: Tensor, form: Format, rounding: Rounding = "nearest", *, draw: t
             f"{int((~wide.isfinite()).sum())} of {x.numel()} numbers are not finite: {form.name} has none."
         )
     blocked, shape = _split(wide, form)
-    words = words_of(blocked, draw) if rounding == "stochastic" else None
+    if rounding == "stochastic":
+        words = words_of(blocked, draw) if words is None else _split(words, form)[0]
     whole = zeros = None
     if form.scale == "e8m0":
         codes, scales = _mx_codes(blocked, form, rounding, words)

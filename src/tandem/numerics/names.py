@@ -9,6 +9,7 @@ from tandem.errors import ConfigError
 _OWN = r"e\d+m\d+(b-?\d+)?(nan|ieee)?/\d+:(e8m0(:\w+)?|fp32|fp16|bf16)"
 _FORMAT = rf"mx\w+|nvfp4(_\w+)?|fp8_\w+|int[2-8]_(g\d+|row)(_asym)?|{_OWN}"
 _ALONE = ("same", "int8", "int4", "w8a8")
+_WAYS = ("stochastic", "hadamard")  # of gradients
 
 
 def check_weights_name(setting: str, name: str) -> None:
@@ -24,3 +25,24 @@ def check_weights_name(setting: str, name: str) -> None:
         f"{setting}={name} is no format. Give {', '.join(map(repr, _ALONE))}, a name that `tandem numerics formats` "
         "lists, or two with a + between them: of the weights, and of the rows that they multiply."
     )
+
+
+def gradient_parts(name: str) -> tuple[str, str, tuple[str, ...]]:
+    """Of a `learner.gradients` that is a format: dy's, that of the matrices and rows that it meets, and how they are
+    rounded. ConfigError for what is none.
+
+    >>> gradient_parts("nvfp4+hadamard+stochastic"), gradient_parts("mxfp8_e5m2+mxfp8_e4m3")[:2]
+    (('nvfp4', 'nvfp4', ('hadamard', 'stochastic')), ('mxfp8_e5m2', 'mxfp8_e4m3'))
+    """
+    words = name.split("+")
+    ways = tuple(word for word in words if word in _WAYS)
+    forms = [word for word in words if word not in _WAYS]
+    known = all(word == "same" or re.fullmatch(_FORMAT, word) for word in forms) and set(forms) != {"same"}
+    if not known or len(forms) not in (1, 2) or len(set(ways)) < len(ways) or name != "+".join((*forms, *ways)):
+        raise ConfigError(
+            f"learner.gradients={name} is no format. Give 'same', 'int8', a name that `tandem numerics formats` lists, "
+            "or two with a + between them: of the gradient, and of the matrices and rows that it is multiplied by; "
+            "behind them +stochastic (the gradient is rounded so) and +hadamard (what weights' gradients are made of "
+            "is turned first)."
+        )
+    return forms[0], forms[-1], ways

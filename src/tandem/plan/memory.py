@@ -462,6 +462,10 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
     if run.learner.gradients == "int8":
         matrices = sum(slot.rows * slot.columns for slot in layer_slots(spec) if slot.columns is not None)
         yield Line("matrices as the backward pass multiplies them", matrices, place=place)
+    elif run.learner.gradients != "same":
+        widest = max(2 * spec.ff_width, spec.width)
+        rounded = compute * widest * (spec.width + 2 * run.learner.microbatch_tokens)
+        yield Line("what gradients are made of, turned and rounded", 2 * rounded, ("learn",), place)
     yield from _optimiser_lines(asked, "", count, place)
     if run.needs_reference and not asked.frozen:
         yield Line("reference model", count * compute + packed_bytes(spec, model), LOADED, place)

@@ -10,11 +10,11 @@ from annotated_types import Gt, Interval
 
 from tandem.config import Amount, Count, Positive, Share, section
 from tandem.errors import ConfigError
+from tandem.numerics.names import gradient_parts
 
 Schedule = Literal["constant", "linear", "cosine"]
 Checkpointing = Literal["auto", "on", "off"]
 Offload = Literal["none", "host", "disk"]
-Gradients = Literal["same", "int8"]
 Moments = Literal["float32", "float8"]
 Masters = Literal["float32", "bfloat16"]
 SLICE = 4 << 20  # numbers of an offloaded state that are updated at once: 48 MiB
@@ -42,10 +42,14 @@ class LearnerConfig:
     microbatch_tokens: Positive = 1024  # rows of one forward and backward pass at most
     share_prefix: bool = True  # samples of a prompt share the rows of the tokens they begin with
     activation_checkpointing: Checkpointing = "auto"  # run layers again in the backward pass; auto: only to fit memory
-    gradients: Gradients = "same"  # int8: the backward pass's products, rows and columns rounded stochastically
+    gradients: str = "same"  # the backward pass's products: int8, or a format that they are rounded to (numerics.md)
     moments: Moments = "float32"  # AdamW's two; float8: e4m3 with a scale a block, rounded stochastically
     masters: Masters = "float32"  # what updates are added to; bfloat16: the weights themselves, rounded stochastically
     optimiser_offload: Offload = "none"  # where master weights and moments lie: disk (a mapped file), host (of a GPU)
+
+    def __post_init__(self) -> None:
+        if self.gradients not in ("same", "int8"):
+            gradient_parts(self.gradients)
 
     @property
     def keeps_less(self) -> bool:
@@ -64,11 +68,15 @@ class LearnerConfig:
                 "learner.optimiser_offload is host and model.device is cpu: the optimiser's state is there already. "
                 "Set it to none, or to disk to keep it in a file."
             )
-        if self.gradients == "int8" and (device != "cpu" or dtype == "float16"):
+        if self.gradients != "same" and (device != "cpu" or dtype == "float16"):
             raise ConfigError(
-                f"learner.gradients is int8, model.device {device} and model.dtype {dtype}: integers are multiplied on "
-                "the CPU, for weights in bfloat16 or float32. Change these, or leave learner.gradients out."
+                f"learner.gradients is {self.gradients}, model.device {device} and model.dtype {dtype}: gradients are "
+                "rounded on the CPU, for weights in bfloat16 or float32. Change these, or leave learner.gradients out."
             )
+        if self.gradients not in ("same", "int8"):
+            from tandem.kernels.rounded_gradient import operands_of
+
+            operands_of(self.gradients)
         wanted = {
             "model.dtype": (dtype, "bfloat16"),
             "model.device": (device, "cpu"),

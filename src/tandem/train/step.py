@@ -17,6 +17,7 @@ from tandem.algo.pack import PromptTotal, canonical, denominators, pack, split_u
 from tandem.algo.preference import HEAD, RewardModel
 from tandem.algo.tensors import MicrobatchTensors, to_tensors
 from tandem.errors import ConfigError, NonFiniteError
+from tandem.kernels.rounded_gradient import operands_of
 from tandem.kernels.weight import Weight
 from tandem.models.decoder import Decoder
 from tandem.models.tokenizer import Tokenizer
@@ -67,6 +68,25 @@ class Parts:
     samples: list[Sample] = field(default_factory=list)
 
 
+def learn_rounded(decoder: Decoder, gradients: str) -> None:
+    """Have the backward pass's products of all layers' matrices as learner.gradients says. ConfigError where they cannot
+    be."""
+    operands = None if gradients == "int8" else operands_of(gradients)
+    for layer in decoder.layers:
+        for slot, weight in layer.weights():
+            if slot.columns is None:
+                continue
+            if operands is None:
+                weight.learn_in_8_bits()
+            elif weight.library:
+                raise ConfigError(
+                    f"learner.gradients is {gradients} and model.kernels library, whose products round nothing. Set "
+                    "model.kernels to exact, or leave learner.gradients out."
+                )
+            else:
+                weight.operands = operands
+
+
 class Learner:
     """Owns the optimiser of a decoder, or of the adapter that it wears; `step` leaves those weights updated."""
 
@@ -88,11 +108,8 @@ class Learner:
         trained = self.head or decoder.adapter or decoder
         self.optimiser = Optimiser(_Both(trained, objective) if isinstance(objective, Widened) else trained, config)
         self.critic = critic
-        if config.gradients == "int8":
-            for layer in decoder.layers:
-                for slot, weight in layer.weights():
-                    if slot.columns is not None:
-                        weight.learn_in_8_bits()
+        if config.gradients != "same":
+            learn_rounded(decoder, config.gradients)
         self.between: Callable[[], None] = _nothing  # called before each microbatch
 
     @property
