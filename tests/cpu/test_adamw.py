@@ -122,3 +122,21 @@ def test_a_drawn_rounding_is_right_on_the_mean() -> None:
             adamw_few(state, torch.ones(4096), value, Hyper(1e-4, 0.9, 0.99, 0.0, 0.0, step), 3)
         mean = float((state.master.float() if masters else value.float()).mean())
         assert abs((1 - mean) - 100 * 1e-4) < 5e-4, (eights, masters, mean)
+
+
+def test_a_small_second_moment_is_not_lost(any_path) -> None:
+    """A root that is rounded to zero beside a large one of its block: the next update is hundreds of rates."""
+    draw = torch.Generator().manual_seed(0)
+    value = torch.zeros(4096).bfloat16()
+    state, lr, most = few_of(value, eights=True, masters=True), 1e-3, 0.0
+    for step in range(1, 41):
+        grad = torch.randn(4096, generator=draw) * 1e-6
+        grad[::1024] = 1.0
+        grad[::2] *= step < 20  # of tokens that come no more
+        before = state.master.clone()
+        adamw_few(state, grad, value, Hyper(lr, 0.9, 0.99, 1e-8, 0.0, step), 7)
+        most = max(most, float((state.master - before).abs().max()) / lr)
+    assert most < 4, most
+    untouched = few_of(value, eights=True, masters=True)
+    adamw_few(untouched, torch.zeros(4096), value, Hyper(lr, 0.9, 0.99, 1e-8, 0.0, 1), 7)
+    assert not untouched.second.any()

@@ -21,9 +21,11 @@ from tandem.bench.rates import cache_bytes
 from tandem.cli import main
 from tandem.errors import ConfigError
 from tandem.kernels.eights import Eights
+from tandem.models.checkpoint import open_checkpoint
 from tandem.models.spec import ModelSpec
 from tandem.numerics.blocks import FORMATS, quantise
 from tandem.plan.roofline import decode_cost
+from tandem.train.config import LearnerConfig
 from tandem.types import Reach
 
 TINY = ModelSpec("llama", vocab_size=48, width=8, ff_width=12, layers=2, heads=4, kv_heads=2, head_size=6)
@@ -216,7 +218,7 @@ def test_rates_are_kept_by_the_machines_name(tmp_path: Path) -> None:
     assert Measured.known(kept.machine, tmp_path) == kept
     assert Measured.known("here, x, 4 threads", tmp_path) is None
     (file,) = (tmp_path / "rates").iterdir()
-    file.write_text(file.read_text().replace('"form": 1', '"form": 0'))
+    file.write_text(file.read_text().replace('"form": 2', '"form": 0'))
     assert Measured.known(kept.machine, tmp_path) is None
 
 
@@ -230,19 +232,72 @@ def test_caches_are_read_from_linux(tmp_path: Path) -> None:
     assert cache_bytes(tmp_path) == (1 << 20, 32 << 20)
 
 
-@pytest.mark.parametrize("form", ["bf16", "w8a8"])
+EIGHTS = LearnerConfig(gradients="int8", moments="float8", masters="bfloat16")
+
+
+def test_training_in_fewer_bits_by_hand() -> None:
+    """Gradients in 8 bits at bf16's rate or bytes, a state of the optimiser that is read and not written, or a matrix
+    turned in each microbatch."""
+    spec, work = replace(TINY, layers=1), Work("train", 3, 5)
+    found = {one.name: one for one in operations(spec, served_as("bf16"), work, DEVICES["h200"], EIGHTS)}
+    plain = of(spec, "bf16", work)
+    rows, (n, k) = 3 * 4, (spec.width, spec.ff_width)  # of down: [8, 12]
+    for name in ("input gradient: down", "weight gradient: down"):
+        assert (found[name].flop, found[name].arithmetic) == (plain[name].flop, "int8") == (2 * rows * n * k, "int8")
+    # Codes of W with a scale and a sum for each of its columns, and of dy; dx in bf16. Then dW in fp32, both operands.
+    assert found["input gradient: down"].bytes == n * k + 8 * k + rows * n + 2 * rows * k
+    assert found["weight gradient: down"].bytes == 8 * n * k + rows * (n + k)
+    outputs, inputs = 48 + 8 + 24 + 8, 8 + 24 + 8 + 12  # of qkv, out, gate and up, down
+    assert found["rounding of gradients"].bytes == 2 * rows * outputs * 3
+    assert found["rounding of rows, turned"].bytes == rows * inputs * 3
+    matrices = 48 * 8 + 8 * 24 + 24 * 8 + 8 * 12
+    assert (found["turning of weights"].numbers, found["turning of weights"].calls) == (matrices, 4)
+    count = parameters_of(spec)
+    # A byte of each moment read and written with a scale for 1,024; the weight read and written; the gradient read.
+    assert found["AdamW, moments in 8 bits, no masters"].bytes == (4 + 2 * (2 + 8 / 1024) + 4) * count
+    assert plain["AdamW"].bytes == (4 + 24 + 2) * count
+    held = room(spec, served_as("bf16"), work, DEVICES["h200"], EIGHTS)
+    turned = sum(4 + 4 + outputs for outputs in [48] * 8 + [8] * 24 + [24] * 8 + [8] * 12)
+    assert held.training == (4 + 2 + 8 / 1024) * count + turned
+    assert of(spec, "bf16", Work("train", 3, 5)) == plain  # a config asked once changes none asked later
+
+
+def test_gradients_take_a_devices_arithmetic() -> None:
+    """A rate of 4 bits on a device without it, or a prediction of what is only emulated, without a word."""
+    learner = LearnerConfig(gradients="nvfp4+stochastic+hadamard")
+    asked = (TINY, "nvfp4+nvfp4", "b200", "train", 1, 16)
+    ways = {row["operation"]: row["arithmetic"] for row in predict(*asked, None, learner)["rows"]}  # type: ignore[arg-type]
+    assert (ways["down"], ways["input gradient: down"], ways["weight gradient: qkv"]) == ("fp4", "fp4", "fp4")
+    found = predict(TINY, "bf16", "h200", "train", 1, 16, None, learner)
+    assert {row["arithmetic"] for row in found["rows"]} == {"", "bf16"}
+    assert "h200 does not multiply nvfp4+nvfp4" in " ".join(found["notes"])
+    assert not any(row["operation"].startswith("rounding") for row in found["rows"])
+    here = predict(TINY, "bf16", "this", "train", 1, 16, measured(), learner)
+    assert any("by emulation" in note for note in here["notes"])
+    assert here["learner"]["gradients"] == learner.gradients
+
+
+@pytest.mark.parametrize("form", ["bf16", "w8a8", "bf16, trained in 8 bits"])
 def test_every_kernel_has_a_prediction(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel of a decode step, a prefill or a learner's step that the table leaves empty."""
     for name, value in (("DECODES", (2,)), ("PREFILL", (2, 8)), ("LEARNER", (2, 8)), ("LEAST", 0.0)):
         monkeypatch.setattr(checks, name, value)
     monkeypatch.setattr(checks, "STEPS", 2)
     monkeypatch.setattr(profiles, "STEPS", 2)
-    rates = replace(measured(), number_s=dict.fromkeys(NUMBERS, 1e-9))
-    found = checks.check("new:layers=2,width=64,heads=2,kv_heads=1,ff_width=96", form, rates, lambda _: None)
+    rates = replace(measured(), number_s=dict.fromkeys(NUMBERS, 1e-9), flop_s={"bf16": 1.0, "int8": 1.0})
+    form, _, trained = form.partition(",")
+    learner = EIGHTS if trained else LearnerConfig()
+    model = "new:layers=2,width=64,heads=2,kv_heads=1,ff_width=96"
+    found = checks.check(model, form, rates, lambda _: None, learner)
     works = {row["work"] for row in found["rows"]}
     assert works == {"decode step 2", "prefill 2x8", *(["train 2x8"] if form == "bf16" else [])}
     assert [row for row in found["rows"] if row["predicted_s"] is None] == []
     assert {name for work in found["works"] for name in work["unseen"]} <= {"embedding", "gradient norm"}
+    if trained:
+        whole = predict(open_checkpoint(model).spec, form, "this", "train", 2, 8, rates, learner)
+        told = next(work for work in found["works"] if work["work"] == "train 2x8")
+        unseen = sum(row["seconds"] for row in whole["rows"] if row["operation"] in told["unseen"])
+        assert told["predicted_s"] + unseen == pytest.approx(whole["seconds"])  # all that is rounded is shared out
     with pytest.raises(ConfigError, match="knows the kernels of bf16 and w8a8"):
         checks.check("new:", "mxfp4", rates, lambda _: None)
 

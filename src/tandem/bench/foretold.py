@@ -4,17 +4,35 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tandem.bench.devices import THIS, arithmetic_on, device_of, served_as
-from tandem.bench.operations import Phase, Work, operations, parameters_of, room, total, weight_bytes
+from tandem.bench.devices import THIS, Device, Served, arithmetic_on, device_of, served_as
+from tandem.bench.operations import (
+    AS_TRAINED,
+    Phase,
+    Work,
+    met_by_gradients,
+    operations,
+    parameters_of,
+    room,
+    total,
+    weight_bytes,
+)
 from tandem.errors import ConfigError
 from tandem.models.spec import ModelSpec
+from tandem.train.config import LearnerConfig
 
 if TYPE_CHECKING:
     from tandem.bench.measured import Measured
 
 
 def predict(
-    spec: ModelSpec, form: str, name: str, phase: Phase, batch: int, context: int, measured: Measured | None = None
+    spec: ModelSpec,
+    form: str,
+    name: str,
+    phase: Phase,
+    batch: int,
+    context: int,
+    measured: Measured | None = None,
+    learner: LearnerConfig = AS_TRAINED,
 ) -> dict[str, Any]:
     """A record of it, seconds and bytes. By published rates each operation takes the larger of its products' and its
     bytes' time, one operation after another; `measured`, for device "this", knows more (bench/measured.py).
@@ -30,7 +48,7 @@ def predict(
             "with a larger max_position_embeddings."
         )
     work = Work(phase, batch, context)
-    found = operations(spec, served, work, device)
+    found = operations(spec, served, work, device, learner)
     rows = []
     for one in found:
         seconds, bound = one.least_s(device), one.bound(device)
@@ -42,18 +60,20 @@ def predict(
             | {"rows": one.shape[0], "columns": one.shape[1], "depth": one.shape[2]}
         )
     flop, moved = total(found)
-    held, notes = room(spec, served, work, device), []
+    held, notes = room(spec, served, work, device, learner), []
     arithmetic, why = arithmetic_on(device, served)
-    if phase == "train" and form not in ("bf16", "fp32"):
-        notes.append(f"forward products are those of {form}, and those of gradients bf16's")
+    if phase == "train":
+        notes += _trained(served, device, learner)
     if why:
         notes.append(why)
     if measured is not None and form not in ("bf16", "fp32", "w8a8", "int8", "int4"):
         notes.append(
             "tandem's own products on a CPU are of bf16, fp32, w8a8 and files' 4 and 8 bit codes: this is none"
         )
+    settings = {name: getattr(learner, name) for name in LEARNED} if phase == "train" else {}
     return {
-        "model": spec.architecture, "format": form, "device": name, "title": device.title, "phase": phase,
+        "model": spec.architecture, "learner": settings, "format": form,
+        "device": name, "title": device.title, "phase": phase,
         "batch": batch, "context": context, "tokens": work.tokens, "multiplied_in": arithmetic,
         "rows": rows, "seconds": sum(row["seconds"] for row in rows), "flop": flop, "bytes": moved,
         "measured": measured is not None, "source": device.source, "notes": notes,
@@ -63,3 +83,23 @@ def predict(
             "sequences": held.sequences, "devices": held.devices,
         },
     }  # fmt: skip
+
+
+LEARNED = ("gradients", "moments", "masters", "microbatch_tokens")  # of a learner's config, what a prediction looks at
+
+
+def _trained(served: Served, device: Device, learner: LearnerConfig) -> list[str]:
+    """In what products of both passes are, where they are not all the run's dtype's."""
+    plain = "fp32" if served.other_bytes == 4 else "bf16"
+    met, gradients = met_by_gradients(served, learner.gradients), learner.gradients
+    found = []
+    if served.name != plain or gradients != "same":
+        behind = f"{plain}'s" if gradients == "same" else gradients
+        found.append(f"forward products are those of {served.name}, and those of gradients {behind}")
+    if gradients not in ("same", "int8"):
+        why = arithmetic_on(device, met)[1]
+        if device.name == THIS:
+            found.append(f"tandem rounds gradients to {gradients} by emulation: what that takes is not predicted")
+        elif why:
+            found.append(f"of gradients: {why}")
+    return found

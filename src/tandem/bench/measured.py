@@ -26,7 +26,7 @@ from tandem.models.spec import ModelSpec
 
 ROWS = 6  # of a tile: LANE_ROWS in tile.h
 PAIR = {"bf16": 2, "fp32": 1, "int8": 4}  # inputs of a step
-FORM = 1  # of the file
+FORM = 2  # of the file
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +112,11 @@ class Measured:
         computed = self.tiles_s(rows, columns, depth, one.arithmetic)
         read = served.matrix_bytes(columns, depth) if one.kind == "product" else float(size * columns * depth)
         turned = 0
+        eights = one.arithmetic == "int8"  # whose operands are turned as they are rounded, in operations of their own
         if one.name.startswith("input gradient"):  # the matrix is turned first
-            read, turned = float(size * columns * depth), columns * depth
+            read, turned = float((1 if eights else size) * columns * depth), 0 if eights else columns * depth
         elif one.name.startswith("weight gradient"):  # both operands are turned; sums in fp32 come and go
-            read, turned = 8.0 * rows * columns, depth * (rows + columns)
+            read, turned = 8.0 * rows * columns, 0 if eights else depth * (rows + columns)
         elif one.name == "head: log-probs backward":  # two products, and logits that were kept
             computed, read = 2 * computed, size * columns * (rows + depth) + 8.0 * columns * depth
             turned = columns * depth
@@ -166,6 +167,12 @@ NUMBERS_OF = {
     "head: log-probs backward": "log-prob backward",
     "gradient norm": "gradient norm",
     "AdamW": "AdamW",
+    "AdamW, moments in 8 bits": "AdamW, moments in 8 bits",
+    "AdamW, no masters": "AdamW, no masters",
+    "AdamW, moments in 8 bits, no masters": "AdamW, moments in 8 bits, no masters",
+    "rounding of gradients": "drawn rounding",
+    "rounding of rows, turned": "rounding of columns",
+    "turning of weights": "rounding of columns",
     "packing of weights": "packing",
 }
 NUMBERS = (

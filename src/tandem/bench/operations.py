@@ -17,6 +17,7 @@ from typing import Literal
 from tandem.bench.devices import THIS, Arithmetic, Device, Served, arithmetic_on, served_as
 from tandem.models.parts import all_slots, kept_bytes, layer_slots, outer_slots
 from tandem.models.spec import ModelSpec
+from tandem.numerics.names import gradient_parts
 from tandem.train.config import LearnerConfig
 from tandem.types import Reach
 
@@ -24,7 +25,7 @@ Phase = Literal["decode", "prefill", "train"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill", "train")
 Kind = Literal["product", "head", "attention", "elementwise", "optimiser"]
 BLOCK, CHUNK = 64, 32  # keys that attention.h reduces at a time, and queries of a task of it
-ADAMW_BYTES = 28  # of a weight: gradient read; master and two moments read and written
+AS_TRAINED = LearnerConfig()
 ATTENTION_BACKWARD = 2.5  # times the forward's products: scores again, and four gradients
 
 
@@ -102,9 +103,12 @@ def _met(reach: Reach, length: int) -> int:
     return sum(position + 1 - reach.first_seen(position) for position in range(length))
 
 
-def operations(spec: ModelSpec, served: Served, work: Work, device: Device) -> list[Operation]:
-    """In the order of the pass, each name once."""
-    made = _training(spec, served, work, device) if work.phase == "train" else _forward(spec, served, work, device)
+def operations(
+    spec: ModelSpec, served: Served, work: Work, device: Device, learner: LearnerConfig = AS_TRAINED
+) -> list[Operation]:
+    """In the order of the pass, each name once. learner: of training, how gradients and the optimiser's state are."""
+    trains = work.phase == "train"
+    made = _training(spec, served, work, device, learner) if trains else _forward(spec, served, work, device)
     found: dict[str, Operation] = {}
     for one in made:
         found[one.name] = found[one.name] + one if one.name in found else one
@@ -206,20 +210,58 @@ def _head(name: str, spec: ModelSpec, rows: int, size: int) -> Operation:
     return Operation(name, "head", flop, moved, _wide(size), shape=(rows, vocab, width), numbers=float(rows * vocab))
 
 
-def microbatches(work: Work) -> int:
+def microbatches(work: Work, learner: LearnerConfig) -> int:
     """Passes of a training step, each of whole samples."""
-    each = max(1, LearnerConfig().microbatch_tokens // work.context)
+    each = max(1, learner.microbatch_tokens // work.context)
     return -(-work.batch // each)
 
 
-def _training(spec: ModelSpec, served: Served, work: Work, device: Device) -> Iterator[Operation]:
+def met_by_gradients(served: Served, gradients: str) -> Served:
+    """learner.gradients as a format of the matrices and rows that a gradient meets, and behind the + of the gradient;
+    same: the run's dtype."""
+    if gradients in ("same", "int8"):
+        plain = "fp32" if served.other_bytes == 4 else "bf16"
+        return served_as("w8a8" if gradients == "int8" else plain)
+    first, second, _ = gradient_parts(gradients)
+    return served_as(f"{second}+{first}" if first != "same" else second)
+
+
+def optimiser_name(learner: LearnerConfig) -> str:
+    """As bench/measured.py knows AdamW's rates: by what the state keeps less of."""
+    less = ["moments in 8 bits"] * (learner.moments != "float32") + ["no masters"] * (learner.masters != "float32")
+    return ", ".join(("AdamW", *less))
+
+
+def _gradients(
+    name: str, shape: tuple[int, int, int], met: Served, arithmetic: Arithmetic, size: int
+) -> Iterator[Operation]:
+    """The two products of a matrix [columns, depth] and a pass's rows, their operands as wide as they are multiplied;
+    and what becomes those operands, where they are rounded: both of dy, x, and the matrix along its other axis."""
+    rows, columns, depth = shape
+    rounds = met.activation_bits / 8 if arithmetic == met.arithmetic and met.activation_bits else 0.0
+    wide = rounds or size
+    once = _product(f"input gradient: {name}", met, arithmetic, rows, columns, depth)
+    read = (met.matrix_bytes(depth, columns) if rounds else size * columns * depth) + rows * columns * wide
+    yield replace(once, bytes=read + rows * depth * size, shape=(rows, depth, columns))
+    grown = 8 * columns * depth + wide * rows * (columns + depth)  # a sum in fp32 read and written
+    yield replace(once, name=f"weight gradient: {name}", bytes=float(grown), shape=(columns, depth, rows))
+    if rounds:
+        drawn, nearest = 2 * rows * columns, rows * depth
+        yield _elementwise("rounding of gradients", drawn, drawn * (size + rounds), 2)
+        yield _elementwise("rounding of rows, turned", nearest, nearest * (size + rounds))
+
+
+def _training(
+    spec: ModelSpec, served: Served, work: Work, device: Device, learner: LearnerConfig
+) -> Iterator[Operation]:
     """Forward and backward in microbatches, and AdamW; nothing is predicted from a last token, which is not run.
 
-    The forward's products are the format's (model.weights), those of gradients bf16's (fp32's under fp32).
+    The forward's products are the format's (model.weights), those of gradients the learner's.
     """
-    size, width, passes = served.other_bytes, spec.width, microbatches(work)
+    size, width, passes = served.other_bytes, spec.width, microbatches(work, learner)
     run = Work("train", work.batch, max(1, work.context - 1))
-    plain = served_as("fp32" if size == 4 else "bf16")
+    met = met_by_gradients(served, learner.gradients)
+    by = arithmetic_on(device, met)[0] if met.activation_bits else _wide(size)
     rows = run.rows
     each = -(-rows // passes)  # of a pass, about
     heads, inner = (spec.heads + 2 * spec.kv_heads) * spec.head_size, rows * spec.ff_width
@@ -244,12 +286,10 @@ def _training(spec: ModelSpec, served: Served, work: Work, device: Device) -> It
             numbers = layers * rows * depth
             yield _elementwise("rounding of activations", numbers, numbers * (size + rounds / 8), layers * passes)
         ahead = _product(name, served, arithmetic, each, columns, depth)
-        once = _product(name, plain, plain.arithmetic, each, columns, depth)
-        grown = 8 * columns * depth + size * each * (columns + depth)  # a sum in fp32 read and written
+        behind = list(_gradients(name, (each, columns, depth), met, by, size))
         for _ in range(layers * passes):
             yield ahead
-            yield replace(once, name=f"input gradient: {name}", shape=(each, depth, columns))
-            yield replace(once, name=f"weight gradient: {name}", bytes=float(grown), shape=(columns, depth, each))
+            yield from behind
     yield beside("swiglu backward", layers * inner, 6, layers)
     yield beside("norm backward", (2 * layers + 1) * rows * width, 3, 2 * layers + 1)
     for _ in range(passes):
@@ -259,10 +299,15 @@ def _training(spec: ModelSpec, served: Served, work: Work, device: Device) -> It
         yield replace(once, name="head: log-probs backward", flop=2 * once.flop, bytes=float(grown))
     kept, tensors = parameters_of(spec), len(list(all_slots(spec)))
     yield Operation("gradient norm", "optimiser", 0.0, 4.0 * kept, calls=tensors, numbers=float(kept))
-    moved = float((ADAMW_BYTES + size) * kept)
-    yield Operation("AdamW", "optimiser", 0.0, moved, calls=tensors, numbers=float(kept))
+    # The gradient is read, the state read and written, and the weight written; where it is the master it is read too.
+    moved = (4 + 2 * learner.state_bytes + size * (1 if learner.masters == "float32" else 2)) * kept
+    yield Operation(optimiser_name(learner), "optimiser", 0.0, moved, calls=tensors, numbers=float(kept))
+    matrices = layers * sum(n * k for n, k in shapes.values())
+    if met.activation_bits and by == met.arithmetic:  # turned once an update
+        moved, calls = matrices * (size + met.bits / 8), layers * len(shapes)
+        yield Operation("turning of weights", "optimiser", 0.0, moved, calls=calls, numbers=float(matrices))
     if device.name == THIS:  # the form that its products read
-        matrices = layers * sum(n * k for n, k in shapes.values()) + spec.vocab_size * width
+        matrices += spec.vocab_size * width
         moved, calls = 2.0 * size * matrices, layers * len(shapes) + 1
         yield Operation("packing of weights", "optimiser", 0.0, moved, calls=calls, numbers=float(matrices))
 
@@ -274,7 +319,7 @@ class Room:
     memory: float
     weights: float
     sequence: float  # keys and values of one at the context; of training, what is kept of a microbatch's rows
-    training: float = 0.0  # gradients, master weights and moments
+    training: float = 0.0  # gradients, master weights and moments; matrices as the backward pass multiplies them
 
     @property
     def fixed(self) -> float:
@@ -312,16 +357,19 @@ def parameters_of(spec: ModelSpec) -> int:
     return sum(slot.size for slot in all_slots(spec))
 
 
-def room(spec: ModelSpec, served: Served, work: Work, device: Device) -> Room:
+def room(spec: ModelSpec, served: Served, work: Work, device: Device, learner: LearnerConfig = AS_TRAINED) -> Room:
     """Of a device for a work."""
     from tandem.plan.footprint import activation_bytes
 
     if work.phase == "train":
-        size, rows = served.other_bytes, -(-work.rows // microbatches(work))
-        count = parameters_of(spec)
-        return Room(
-            device.memory_bytes, float(size * count), float(activation_bytes(spec, rows, size, False)), 16.0 * count
-        )
+        size, rows = served.other_bytes, -(-work.rows // microbatches(work, learner))
+        count, met = parameters_of(spec), met_by_gradients(served, learner.gradients)
+        held = (4 + learner.state_bytes) * count
+        if met.activation_bits and arithmetic_on(device, met)[0] == met.arithmetic:
+            own = (slot for slot in layer_slots(spec) if slot.columns is not None)
+            held += sum(met.matrix_bytes(slot.columns or 0, slot.rows) for slot in own)
+        kept = float(activation_bytes(spec, rows, size, False))
+        return Room(device.memory_bytes, float(size * count), kept, held)
     per_layer = kept_bytes(spec, "float32" if served.other_bytes == 4 else "bfloat16")
     kept = zip(per_layer, spec.reaches, strict=True)
     sequence = sum(each * min(work.context, reach.window or reach.chunk or work.context) for each, reach in kept)

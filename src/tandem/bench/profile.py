@@ -89,6 +89,13 @@ KERNELS: dict[str, tuple[str, Callable[..., Cost]]] = {
             4.0 * rows * vocab * width, size * (rows + width) * vocab + 8 * vocab * width + 8 * rows * width
         ),
     ),
+    "input_gradient_eights": ("input gradients in 8 bits", lambda size, _, rows, n: Cost(0, size * rows * n)),
+    "accumulate_eights": (
+        "weight gradient: {}",
+        lambda size, _x, _y, rows, n, k: Cost(2.0 * rows * n * k, 8 * n * k + size * rows * (n + k)),
+    ),
+    "turn_eights": ("turning of weights", lambda size, rows, columns, _: Cost(0, (size + 1) * rows * columns)),
+    "adamw_few": ("AdamW", lambda size, numbers, *_: Cost(0, (4 + size) * numbers)),  # its state is not told
     "adamw": ("AdamW", lambda size, numbers: Cost(0, (24 + 4 + size) * numbers)),
     "pack_weight": ("packing of weights", lambda size, rows, columns: Cost(0, 2 * size * rows * columns)),
 }

@@ -221,6 +221,7 @@ def _numbers(call_s: float, threads: int, tile_s: tuple[float, ...], end_s: floa
         **_backwards(of, x, both, ones),
         "turn": _turn(call_s, threads, tile_s[0]),
         **_optimiser(of, threads),
+        **_gradients_in_8_bits(call_s, threads),
     }
     weight = _weight(512, width)
     found["packing"] = of(weight.repack, weight.value.numel())
@@ -286,16 +287,38 @@ def _turn(call_s: float, threads: int, step_s: float) -> float:
 def _optimiser(of: Callable[..., float], threads: int) -> dict[str, float]:
     import torch
 
-    from tandem.kernels.adamw import Hyper, adamw, grad_norm
+    from tandem.kernels.adamw import Hyper, adamw, adamw_few, few_of, grad_norm
 
     numbers = threads << 16  # a chunk a thread
     master, first, second, grad = (torch.zeros(numbers) for _ in range(4))
     value = torch.zeros(numbers).bfloat16()
     hyper = Hyper(lr=1e-6, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1)
-    return {
+    few = {
+        ", ".join(("AdamW", *["moments in 8 bits"] * eights, *["no masters"] * (not masters))): of(
+            partial(adamw_few, few_of(value, eights=eights, masters=masters), grad, value, hyper, 1), numbers
+        )
+        for eights, masters in ((True, True), (False, False), (True, False))
+    }
+    return few | {
         "AdamW": of(partial(adamw, master, first, second, grad, value, hyper), numbers),
         "gradient norm": of(partial(grad_norm, [grad]), numbers),
     }
+
+
+def _gradients_in_8_bits(call_s: float, threads: int) -> dict[str, float]:
+    """Of a number of a matrix or of rows that is rounded by columns; and of a gradient's, up by chance: what products
+    of one panel a thread and of two have alike."""
+    from tandem.kernels.eights_gradient import input_gradient, turned
+
+    rows, width = 32 * threads, 1024
+    value = _random(width, 64 * threads)
+    held, taken = turned(value), []
+    column_s = max(0.0, least_s(partial(turned, value, held)) - call_s) * threads / value.numel()
+    for panels in (1, 2):
+        matrix = turned(_random(width, 64 * panels * threads))
+        taken.append(least_s(partial(input_gradient, _random(rows, width), matrix)))
+    drawn_s = max(0.0, 2 * taken[0] - taken[1] - call_s) * threads / (rows * width)
+    return {"rounding of columns": column_s, "drawn rounding": drawn_s}
 
 
 def _heads(threads: int, step_s: float, end_s: float, turn_s: float) -> dict[str, float]:

@@ -10,12 +10,13 @@ from typing import Any
 
 from tandem.bench.foretold import predict
 from tandem.bench.measured import Measured
-from tandem.bench.operations import Phase
+from tandem.bench.operations import AS_TRAINED, Phase
 from tandem.errors import ConfigError
 from tandem.models.spec import ModelSpec
 from tandem.plan.memory import size
 from tandem.report.aligned import aligned
 from tandem.run.source import spec_of
+from tandem.train.config import LearnerConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Asked:
     context: int
     phase: Phase
     measure: bool
+    learner: LearnerConfig = AS_TRAINED  # of training
 
 
 def note(text: str) -> None:
@@ -48,7 +50,7 @@ def roofline(model: str, asked: Asked, json: bool) -> int:
     if measured is None and asked.measure:
         raise ConfigError("--measure takes the rates of this machine anew. Give --device this, or leave it out.")
     found = [
-        predict(spec, name, asked.device, asked.phase, asked.batch, asked.context, measured)
+        predict(spec, name, asked.device, asked.phase, asked.batch, asked.context, measured, asked.learner)
         for name in asked.formats or ("bf16",)
     ]
     if json:
@@ -66,7 +68,7 @@ def check(model: str, asked: Asked, json: bool) -> int:
     if asked.device != "this":
         raise ConfigError("--check measures kernels of this machine. Give --device this.")
     form = asked.formats[0] if asked.formats else "bf16"
-    found = checked(model, form, rates(asked.measure), note)
+    found = checked(model, form, rates(asked.measure), note, asked.learner)
     if json:
         print(jsonlib.dumps(found))
         return 0
@@ -129,7 +131,7 @@ def foretold(asked: Asked) -> Callable[[ModelSpec, str], Mapping[str, Any]]:
     measured = rates(asked.measure) if asked.device == "this" else None
 
     def of(spec: ModelSpec, form: str) -> Mapping[str, Any]:
-        one = predict(spec, form, asked.device, asked.phase, asked.batch, asked.context, measured)
+        one = predict(spec, form, asked.device, asked.phase, asked.batch, asked.context, measured, asked.learner)
         return {name: one[name] for name in ("bits_a_parameter", "seconds", "notes")}
 
     return of

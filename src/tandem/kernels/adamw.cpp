@@ -54,7 +54,7 @@ inline uint32_t drawn_size(float size, uint32_t below) { return std::min<uint32_
 
 // Moments as codes with a scale for SHARED of them, the second as its root; the weights in fp32, or (OWN) in bf16 alone. What is rounded
 // goes up by the probability of what is lost, by words of Philox; bits of a word: 10 for the first moment, 10 for the second, 12 for the
-// weight.
+// weight. A second moment above zero stays there: over one that became zero an update would be a moment over eps.
 template <bool EIGHT, bool OWN>
 void step_few(float* master, void* firsts, void* seconds, float* first_scales, float* second_scales, const float* grad, bf16* value, int64_t n, uint64_t seed,
               uint32_t update, const Constants& k) {
@@ -98,7 +98,7 @@ void step_few(float* master, void* firsts, void* seconds, float* first_scales, f
             for (int64_t i = 0; i < count; i++) {
                 const uint32_t below = (words[i] & 1023u) << 10 | 512u, under = (words[i] >> 10 & 1023u) << 10 | 512u;
                 first[i] = uint8_t(drawn_size(std::fabs(m[i]) / by_first, below) | (bits_of(m[i]) >> 24 & 128u));
-                second[i] = uint8_t(drawn_size(std::sqrt(v[i]) / by_second, under));
+                second[i] = uint8_t(std::max<uint32_t>(drawn_size(std::sqrt(v[i]) / by_second, under), v[i] > 0));
             }
             first_scales[block] = of_first, second_scales[block] = of_second;
         } else {

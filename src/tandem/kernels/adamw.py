@@ -2,7 +2,8 @@
 
 `adamw_few` keeps less: moments in 8 bits with a scale a block, as Dettmers et al. (2110.02861), but in e4m3, the second
 as its root, so that both have its range of 2^17; weights in bf16 alone. Both are rounded stochastically: by rounding to
-the nearest a moment that decays by less than half a code stands still, and so does a weight.
+the nearest a moment that decays by less than half a code stands still, and so does a weight. A second moment above zero
+keeps the least code above it: over zero, an update would be a moment over eps (the zero point of Li et al., 2309.01507).
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def few_of(value: Tensor, *, eights: bool, masters: bool) -> Few:
 
 def adamw_few(state: Few, grad: Tensor, value: Tensor, hyper: Hyper, seed: int) -> None:
     """One update in place. seed: of the tensor; its words are those of (seed, update, place)."""
-    run = function("adamw", "adamw_few_bf16", "p" * 7 + "i" * 3 + "f" * 8) if value.dtype == torch.bfloat16 else None
+    narrow = value.dtype == torch.bfloat16
+    run = kernel("adamw", "adamw_few", value.dtype, "p" * 7 + "i" * 3 + "f" * 8) if narrow else None
     if run is None:
         adamw_few_reference(state, grad, value, hyper, seed)
         return
@@ -123,7 +125,8 @@ def adamw_few_reference(state: Few, grad: Tensor, value: Tensor, hyper: Hyper, s
     adamw_reference(master, first, second, grad.view(-1), hyper)
     if state.first_scales is not None and state.second_scales is not None:
         codes.copy_(_drawn_codes(first, state.first_scales, (drawn & 1023) << 10 | 512))
-        roots.copy_(_drawn_codes(second.sqrt(), state.second_scales, (drawn >> 10 & 1023) << 10 | 512))
+        found = _drawn_codes(second.sqrt(), state.second_scales, (drawn >> 10 & 1023) << 10 | 512)
+        roots.copy_(found.maximum((second > 0).to(torch.uint8)))
     if state.master is value:
         up = (master.view(torch.int32).long() + ((drawn >> 20) << 4 | 8)) >> 16
         value.view(-1).copy_(torch.where(master.isfinite(), (up << 16).int().view(torch.float32), master))

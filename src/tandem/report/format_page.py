@@ -27,6 +27,7 @@ ROW = 128  # numbers of a block that is a whole row or tensor, here
 OCTAVES = 20  # below a block's largest that are shown
 TOPS = (1.0, 1.1875, 1.375, 1.625, 1.875)  # largest numbers of blocks, within an octave
 SHOWN = 6  # ties of long formats at either end
+EXACT = 150.0  # decibels that stand for no error at all: a few numbers near fp32's smallest
 DRAWN = 64  # blocks of a point of a curve
 RULES = {
     "floor": "The exponent of a block's scale is floor(log2 amax) less that of the element's largest number: OCP's "
@@ -250,12 +251,12 @@ def decibels_by_top(form: Format, tops: torch.Tensor, anchored: bool) -> list[fl
 
 
 def _decibels(x: torch.Tensor, form: Format) -> float:
-    """Of the first DRAWN rows; 0 where nothing is left of them."""
+    """Of the first DRAWN rows; 0 where nothing is left of them, EXACT where all is."""
     given, back = x[:DRAWN], rounded(x, form)[:DRAWN]
-    if not bool(given.any()):
+    if not bool(given.any()) or not bool(back.isfinite().all()):
         return 0.0
     found = sqnr_db(given, back)
-    return found if math.isfinite(found) else 150.0
+    return found if math.isfinite(found) else EXACT
 
 
 def scale_figure(form: Format) -> Figure:
@@ -265,11 +266,12 @@ def scale_figure(form: Format) -> Figure:
     low, high = (-24, 0) if anchored else (-149, 127)
     octaves = torch.arange(low, high + 0.01, 0.5 if anchored else 1.0, dtype=torch.float64)
     tops = torch.exp2(octaves)
-    wide.plot(octaves.numpy(), decibels_by_top(form, tops * 1.25 if not anchored else tops, anchored), color=plots.BLUE)
+    decibels = decibels_by_top(form, tops * 1.25 if not anchored else tops, anchored)
+    wide.plot(octaves.numpy(), decibels, color=plots.BLUE)
     wide.set_title("By a block's largest, over all octaves")
     wide.set_xlabel("log2 of it" + (", beside the tensor's" if anchored else ""))
     wide.set_ylabel("decibels")
-    wide.set_ylim(bottom=0)
+    wide.set_ylim(0, 1.15 * max(one for one in decibels if one < EXACT))
     within = torch.linspace(1, 2, 65, dtype=torch.float64)
     found = decibels_by_top(form, within / 4 if anchored else within, anchored)
     narrow.plot(within.numpy(), found, color=plots.BLUE)
