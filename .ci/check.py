@@ -73,7 +73,7 @@ RAISED: dict[str, tuple[int, str]] = {
     "src/tandem/kernels/gpu/sample.py:finish_kernel": (10, "pointers and shapes of one launch"),
     "src/tandem/cli/generate.py:generate": (15, "one a flag"),
     "src/tandem/cli/eval.py:evaluate": (9, "one a flag"),
-    "src/tandem/cli/numerics.py:numerics": (12, "one a flag"),
+    "src/tandem/cli/numerics.py:numerics": (16, "one a flag"),
     "src/tandem/cli/convert.py:convert": (14, "one a flag"),
     "tests/cpu/test_mutations.py": (540, "one table of mutations, beside what they replace"),
     "src/tandem/kernels/gpu/rotary.py:rotate_kernel": (12, "pointers and shapes of one launch"),

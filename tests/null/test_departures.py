@@ -51,6 +51,9 @@ def test_nothing_declared_is_exact():
     """A departure declared of a plain config, or of one whose values are those of the model or switched off."""
     assert departures(PLAIN) == () and is_exact(PLAIN)
     assert declaration(PLAIN) == "exact: engine and learner compute the same bits"
+    gradients = changed(learner__gradients="nvfp4+stochastic")
+    assert declaration(gradients).endswith("the same bits; gradients in nvfp4+stochastic (learner.gradients)")
+    assert is_exact(gradients)  # of the policy nothing departs
     same = changed(
         engine__dtype="bfloat16", engine__kv_sinks="9", engine__weight_group="32", rollout__temperature="0.7"
     )

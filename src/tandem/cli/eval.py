@@ -82,7 +82,7 @@ def evaluate(
         _show_compared(other, results, str(against), json)
         return code
     kept = _kept(out)
-    tasks = _tasks(target, (task or [], path, suite), (files or [], settings or []))
+    tasks = tasks_of(target, (task or [], path, suite), (files or [], settings or []))
     results = _begun(out, kept, target, tasks)
     if other is not None and not tasks.keys() & other["tasks"].keys():
         raise ConfigError(
@@ -127,7 +127,7 @@ def _kept(out: Path | None) -> dict[str, Any] | None:
     return kept
 
 
-def _begun(out: Path | None, kept: dict[str, Any] | None, target: str, tasks: Mapping[str, _Asked]) -> dict[str, Any]:
+def _begun(out: Path | None, kept: dict[str, Any] | None, target: str, tasks: Mapping[str, Asked]) -> dict[str, Any]:
     """The results so far. ConfigError where those that are kept are of another target, model or settings."""
     from tandem.errors import ConfigError
 
@@ -162,7 +162,7 @@ def _say_unfinished(results: Mapping[str, Any] | None, path: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
+class Asked:
     """A task to be asked."""
 
     config: RunConfig
@@ -196,7 +196,7 @@ class _Keeping:
     """What has been answered, in `results` and, where `out` is given, in its file: written as answers come, seldom
     enough that it takes little of the time, and in any case when a task or the evaluation ends."""
 
-    def __init__(self, out: Path | None, results: dict[str, Any], tasks: Mapping[str, _Asked]) -> None:
+    def __init__(self, out: Path | None, results: dict[str, Any], tasks: Mapping[str, Asked]) -> None:
         self.out, self.results, self.tasks = out, results, tasks
         self.next_s, self.unwritten = 0.0, False
 
@@ -279,9 +279,9 @@ def _show_compared(first: Mapping[str, Any] | None, second: Mapping[str, Any], a
         print("\n".join([f"against {first.get('model')} ({against})", *compared_lines(found)]))
 
 
-def _tasks(
+def tasks_of(
     target: str, named: tuple[list[str], Path | None, Path | None], given: tuple[list[Path], list[str]]
-) -> dict[str, _Asked]:
+) -> dict[str, Asked]:
     """Every task to be asked, by its name. ConfigError where there is none, or two of one name."""
     from tandem.cli.settings import assignments, say_unused
     from tandem.config import override
@@ -298,20 +298,20 @@ def _tasks(
             f"{target} is a model: say what to ask it. Give --task NAME (a reasoning-gym data set), --task gsm8k or "
             "jsonl with --path FILE.jsonl, --suite FILE.toml, or --set task.environment=..."
         )
-    found: dict[str, _Asked] = {}
+    found: dict[str, Asked] = {}
     all_names = set(assigned)
     if suite is not None and (names or path):
         raise ConfigError("--suite names all tasks. Leave --task and --path out, or write them into it.")
     for name, config, its_own in _by_suite(read, suite, assigned, is_model) if suite is not None else ():
         whole = "task.heldout_path" in its_own and "task.heldout_size" not in its_own
-        found[name] = _of_file(config, its_own) if whole else _Asked(config, {})
+        found[name] = _of_file(config, its_own) if whole else Asked(config, {})
         all_names |= its_own
     for said, config in _by_flags(read, names, path) if suite is None else ():
         config = override(config, assigned)
         if (name := said or config.task.label) in found:
             raise ConfigError(f"two tasks are named {name}. Drop one, or give each a name of its own in a --suite.")
         whole = path is not None and config.task.heldout_path == str(path)
-        found[name] = _of_file(config, assigned) if whole else _Asked(config, {})
+        found[name] = _of_file(config, assigned) if whole else Asked(config, {})
     drawn = any(asked.config.evaluation.temperature for asked in found.values())
     say_unused("eval", all_names, (*USED, "seed") if drawn else USED, UNUSED, WHY)
     if not all(asked.config.evaluation.prompts for asked in found.values()):
@@ -420,7 +420,7 @@ def _with_task(config: RunConfig, task: str | None, path: Path | None) -> RunCon
     return replace(config, task=chosen, evaluation=replace(config.evaluation, prompts=prompts))
 
 
-def _of_file(config: RunConfig, given: Collection[str]) -> _Asked:
+def _of_file(config: RunConfig, given: Collection[str]) -> Asked:
     """`config` with no more held-out questions than its file has distinct ones, which is said on stderr."""
     from tandem.program.prompts import question_key, read_questions
 
@@ -433,4 +433,4 @@ def _of_file(config: RunConfig, given: Collection[str]) -> _Asked:
     repeats = f", {len(prompts) - questions} repeated" if len(prompts) > questions else ""
     fewer = "" if "evaluation.prompts" in given else " --set evaluation.prompts=N takes fewer."
     typer.echo(f"{path}: {taken:,} of {questions:,} distinct questions{repeats}.{fewer}", err=True)
-    return _Asked(config, {"lines": len(prompts), "questions": questions})
+    return Asked(config, {"lines": len(prompts), "questions": questions})

@@ -14,6 +14,9 @@ import typer
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from tandem.study.quality import Task
+    from tandem.train.config import LearnerConfig
+
 
 class Kind(str, Enum):
     FORMATS = "formats"
@@ -33,8 +36,8 @@ class Phase(str, Enum):
 KIND_HELP = (
     "formats: a table of those that are known; compare: two of them, and the first input that separates them; "
     "roofline: bytes, operations and the least time of a model's operations on a device, and what fits its memory; "
-    "sensitivity: each matrix of a model alone in a format, by decibels and by KL; "
-    "pareto: formats by bytes or time against KL and perplexity; page: what a format is, as an HTML page"
+    "sensitivity: each tensor of a model alone in a format, by decibels and by KL; pareto: formats by bytes and time "
+    "against KL, perplexity, accuracy and reward; page: what a format is, as an HTML page"
 )
 NAMES_HELP = (
     "Of compare: two formats; then, in place of inputs at the edges of their rules, a model's matrices. Of page: a "
@@ -56,7 +59,20 @@ TAKES: dict[str, tuple[Kind, ...]] = {
     "check": (Kind.ROOFLINE,),
     "texts": (Kind.SENSITIVITY, Kind.PARETO),
     "out": (Kind.SENSITIVITY, Kind.PARETO, Kind.PAGE),
+    "tensors": (Kind.SENSITIVITY,),
+    "task": (Kind.PARETO,),
+    "study": (Kind.PARETO,),
+    "set": (Kind.ROOFLINE, Kind.PARETO),
 }
+TENSORS_HELP = (
+    "weights, rows (what a product multiplies), kv, logits, with commas between; or gradients, whose --format is a "
+    "learner.gradients. weights."
+)
+TASK_HELP = (
+    "Accuracy on held-out prompts too: a recipe, a reasoning-gym name, or a .toml or .yaml file with one task, as "
+    "--suite of eval."
+)
+SET_HELP = "Of a training step's prediction (learner.*), or of --task."
 
 
 def numerics(
@@ -79,6 +95,12 @@ def numerics(
     texts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="JSON lines with a text each, or paragraphs of plain text.")
     ] = None,
+    tensors: Annotated[str | None, typer.Option(metavar="T[,T]", help=TENSORS_HELP)] = None,
+    task: Annotated[str | None, typer.Option(metavar="TASK", help=TASK_HELP)] = None,
+    study: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Reward after steps of RL too: a study's result.json.")
+    ] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help=SET_HELP)] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="PATH", help="Where a picture (PNG) or the pages (a folder) go.")
     ] = None,
@@ -90,6 +112,7 @@ def numerics(
     given = {
         "device": device, "format": format, "batch": batch, "context": context, "phase": phase,
         "measure": measure or None, "check": check or None, "texts": texts, "out": out,
+        "tensors": tensors, "task": task, "study": study, "set": settings,
     }  # fmt: skip
     for name, value in given.items():
         if value is not None and kind not in TAKES[name]:
@@ -109,9 +132,10 @@ def numerics(
     from tandem.bench import roofline
     from tandem.study import formats
 
+    learner, others = _learner(settings or [], task)
     asked = roofline.Asked(
         device or "h200", tuple(format.split(",")) if format else (), batch or 1, context or 1024,
-        phase.value if phase else "decode", measure,
+        phase.value if phase else "decode", measure, learner,
     )  # fmt: skip
     if kind is Kind.ROOFLINE:
         return roofline.check(names[0], asked, json) if check else roofline.roofline(names[0], asked, json)
@@ -120,10 +144,47 @@ def numerics(
     if texts is None:
         raise ConfigError(f"`numerics {kind.value}` needs --texts FILE: what the model reads, about as it is used.")
     if kind is Kind.SENSITIVITY:
-        return formats.sensitivity(names[0], asked.formats, texts, out, json)
+        return formats.sensitivity(names[0], asked.formats, texts, out, json, tensors or "weights")
     work = {"device": asked.device, "phase": asked.phase, "batch": asked.batch, "context": asked.context}
+    more = formats.Asked(_task(names[0], task, others) if task else None, study)
     known = roofline.foretold(asked)
-    return formats.pareto(names[0], asked.formats, texts, out, json, work=work, foretold=known)
+    return formats.pareto(names[0], asked.formats, texts, out, json, work=work, foretold=known, asked=more)
+
+
+def _learner(settings: list[str], task: str | None) -> tuple[LearnerConfig, list[str]]:
+    """Of --set: the learner's, and those of a task. ConfigError where there is none that they could be of."""
+    from tandem.cli.recipes import parse_settings
+    from tandem.config import override
+    from tandem.errors import ConfigError
+    from tandem.train.config import LearnerConfig
+
+    given = parse_settings(settings)
+    own = {name.removeprefix("learner."): text for name, text in given.items() if name.startswith("learner.")}
+    others = [text for text in settings if not text.strip().startswith("learner.")]
+    if others and task is None:
+        raise ConfigError(
+            f"--set {others[0]}: a prediction has settings of learner.*; others are of --task. Leave it out."
+        )
+    return override(LearnerConfig(), own), others
+
+
+def _task(model: str, name: str, settings: list[str]) -> Task:
+    """A task's held-out prompts, asked of a model as `tandem eval` asks it."""
+    from tandem.cli.eval import FILE_TASKS, tasks_of
+    from tandem.cli.recipes import recipe_names
+    from tandem.errors import ConfigError
+    from tandem.study.quality import Task
+
+    if name in FILE_TASKS:
+        raise ConfigError(f"--task {name} needs its questions: write it into a file as --suite of eval, and give that.")
+    named, suite = ([], Path(name)) if name.endswith((".toml", ".yaml", ".yml")) else ([name], None)
+    recipe = name in recipe_names()
+    texts = [f"model.source={model}", *settings] if recipe else settings
+    found = tasks_of(name if recipe else model, ([] if recipe else named, None, suite), ([], texts))
+    if len(found) != 1:
+        raise ConfigError(f"--task {name} has {len(found)} tasks: {', '.join(found)}. A picture is of one.")
+    ((own, asked),) = found.items()
+    return Task(own, asked.config, asked.told())
 
 
 def _formats(json: bool) -> int:

@@ -2,8 +2,8 @@
 
 `adamw_few` keeps less: moments in 8 bits with a scale a block, as Dettmers et al. (2110.02861), but in e4m3, the second
 as its root, so that both have its range of 2^17; weights in bf16 alone. Both are rounded stochastically: by rounding to
-the nearest a moment that decays by less than half a code stands still, and so does a weight. A second moment above zero
-keeps the least code above it: over zero, an update would be a moment over eps (the zero point of Li et al., 2309.01507).
+the nearest a moment that decays by less than half a code stands still, and so does a weight. A second moment above 0
+keeps the least code above it: over 0, an update would be a moment over eps (the zero point of Li et al., 2309.01507).
 """
 
 from __future__ import annotations

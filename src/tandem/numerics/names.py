@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from typing import Literal, get_args
 
 from tandem.errors import ConfigError
 
 _OWN = r"e\d+m\d+(b-?\d+)?(nan|ieee)?/\d+:(e8m0(:\w+)?|fp32|fp16|bf16)"
 _FORMAT = rf"mx\w+|nvfp4(_\w+)?|fp8_\w+|int[2-8]_(g\d+|row)(_asym)?|{_OWN}"
 _ALONE = ("same", "int8", "int4", "w8a8")
+Ablated = Literal["weights", "rows", "kv", "logits"]  # what is rounded one tensor at a time
 _WAYS = ("stochastic", "hadamard")  # of gradients
 
 
@@ -25,6 +27,21 @@ def check_weights_name(setting: str, name: str) -> None:
         f"{setting}={name} is no format. Give {', '.join(map(repr, _ALONE))}, a name that `tandem numerics formats` "
         "lists, or two with a + between them: of the weights, and of the rows that they multiply."
     )
+
+
+def ablated_of(names: str) -> tuple[Ablated, ...]:
+    """Of --tensors: some of Ablated, with commas between. ConfigError for others.
+
+    >>> ablated_of("kv,weights")
+    ('weights', 'kv')
+    """
+    known, given = get_args(Ablated), names.split(",")
+    if unknown := [name for name in given if name not in known]:
+        raise ConfigError(
+            f"--tensors {names}: {unknown[0]!r} is none. Give some of {', '.join(known)} with commas between, or "
+            "gradients alone."
+        )
+    return tuple(name for name in known if name in given)
 
 
 def gradient_parts(name: str) -> tuple[str, str, tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,26 +20,50 @@ FLOOR = 1e-9  # of a KL that is drawn: below it fp32 is what is seen
 
 
 def sensitivity_figure(found: Mapping[str, Any]) -> Figure:
-    """Layers by matrices: decibels, and KL where only that one is rounded."""
-    columns = list(dict.fromkeys(cell["tensor"] for cell in found["cells"]))
-    layers = found["layers"]
-    decibels, kl = (np.full((layers, len(columns)), np.nan) for _ in range(2))
-    for cell in found["cells"]:
-        at = cell["layer"], columns.index(cell["tensor"])
-        decibels[at] = math.nan if cell["sqnr_db"] is None else cell["sqnr_db"]
-        kl[at] = max(FLOOR, cell["kl"])
-    figure = Figure(figsize=(7.2, min(9.0, 2.0 + 0.155 * layers)))
+    """Layers by tensors, last what is of no layer: decibels, and KL where only that one is rounded."""
+    cells = found["cells"]
+    kl = [max(FLOOR, cell["kl"]) for cell in cells]
+    high = max(max(kl), 1.01 * min(kl))
+    drawn = [
+        ("SQNR of the tensor, dB", [cell["sqnr_db"] for cell in cells], None, "viridis"),
+        ("KL of the model, nats a token", kl, LogNorm(min(kl), high), "magma_r"),
+    ]
+    return _heat(found, drawn, f"{found['format']}, one tensor at a time: dark is worse")
+
+
+def gradient_figure(found: Mapping[str, Any]) -> Figure:
+    """Layers by matrices: decibels of gradients, and one less their cosine to the exact ones."""
+    cells = found["cells"]
+    apart = [max(FLOOR, 1.0 - (cell["cosine"] if cell["cosine"] is not None else 1.0)) for cell in cells]
+    drawn = [
+        ("SQNR of the gradient, dB", [cell["sqnr_db"] for cell in cells], None, "viridis"),
+        ("1 - cosine to the exact one", apart, LogNorm(min(apart), max(max(apart), 1.01 * min(apart))), "magma_r"),
+    ]
+    return _heat(found, drawn, f"gradients in {found['format']}: dark is worse")
+
+
+Drawn = tuple[str, Sequence[float | None], Normalize | None, str]  # title, a value a cell, its norm and colours
+
+
+def _heat(found: Mapping[str, Any], drawn: Sequence[Drawn], title: str) -> Figure:
+    cells, layers = found["cells"], found["layers"]
+    columns = list(dict.fromkeys(cell["tensor"] for cell in cells))
+    out = any(cell["layer"] is None for cell in cells)
+    wide = len(columns) > 8  # names beside each other would overlap
+    height = min(10.5, 2.0 + 0.155 * (layers + out) + (0.6 if wide else 0.0))
+    figure = Figure(figsize=(min(12.0, max(7.2, 1.6 + 0.72 * len(columns))), height))
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    low, high = float(np.nanmin(kl)), float(np.nanmax(kl))
-    drawn = [
-        (left, decibels, "SQNR of the matrix, dB", Normalize(np.nanmin(decibels), np.nanmax(decibels)), "viridis"),
-        (right, kl, "KL of the model, nats a token", LogNorm(low, max(high, 1.01 * low)), "magma_r"),
-    ]
-    for axes, values, title, norm, colours in drawn:
-        picture = axes.imshow(values, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
-        axes.set_title(title, fontsize=10)
-        axes.set_xticks(range(len(columns)), columns)
+    for axes, (name, values, norm, colours) in zip((left, right), drawn, strict=True):
+        grid = np.full((layers + out, len(columns)), np.nan)
+        for cell, value in zip(cells, values, strict=True):
+            row = layers if cell["layer"] is None else cell["layer"]
+            grid[row, columns.index(cell["tensor"])] = math.nan if value is None else value
+        known = bool(np.isfinite(grid).any())
+        norm = norm or Normalize(np.nanmin(grid) if known else 0.0, np.nanmax(grid) if known else 1.0)
+        picture = axes.imshow(grid, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
+        axes.set_title(name, fontsize=10)
+        axes.set_xticks(range(len(columns)), columns, rotation=90 if wide else 0)
         axes.grid(False)
         axes.tick_params(length=0)
         for side in axes.spines.values():
@@ -47,9 +72,10 @@ def sensitivity_figure(found: Mapping[str, Any]) -> Figure:
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.ax.tick_params(labelsize=8)
     step = 1 if layers <= 16 else 5
-    left.set_yticks(range(0, layers, step))
+    places = list(range(0, layers, step))
+    left.set_yticks([*places, *[layers] * out], [*map(str, places), *["out"] * out])
     left.set_ylabel("layer")
-    _entitle(figure, f"{found['format']}, one matrix at a time: dark is worse", found)
+    _entitle(figure, title, found)
     return figure
 
 
@@ -66,60 +92,138 @@ def _named(model: str) -> str:
     return model.removeprefix("package:").rstrip("/").rsplit("/", 1)[-1][-40:]
 
 
+@dataclass(frozen=True, slots=True)
+class _Points:
+    """A quality of formats: a point each, or several of one format, each of its own kind."""
+
+    label: str
+    log: bool
+    down: bool  # less is better
+    names: list[str]
+    rows: list[Mapping[str, Any]]  # of the format: its bits and seconds
+    values: list[float]
+    ends: list[tuple[float, float] | None]
+    kinds: list[str]
+    before: float | None = None  # of the model as it was
+
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+
+
 def pareto_figure(found: Mapping[str, Any]) -> Figure:
-    """Formats by bits a parameter, and by predicted time, against KL; a line through those that none dominates."""
+    """Formats by bits a parameter, and by predicted time, against KL, a task's accuracy and a study's reward as far as
+    they are there; a line through those that none dominates."""
     rows = found["rows"]
-    figure = Figure(figsize=(8.4, 4.2))
+    points = [_of_kl(rows), *_of_task(found), *_of_study(found)]
+    figure = Figure(figsize=(8.4, 0.8 + 3.4 * len(points)))
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
+    grid = figure.subplots(len(points), 2, sharey="row", squeeze=False)
     seconds = max(row["seconds"] for row in rows)
     unit, scale = ("ms", 1e3) if seconds >= 1e-3 else ("µs", 1e6)
     work = f"{found['phase']} {found['batch']} x {found['context']:,}"
-    _scatter(left, rows, [row["bits_a_parameter"] for row in rows], "bits a parameter, the whole model")
-    _scatter(right, rows, [scale * row["seconds"] for row in rows], f"{unit}, {work} on {found['device']}, predicted")
-    left.set_ylabel("KL(original || rounded), nats a token")
-    _entitle(figure, "What formats save, and what they cost in KL", found, "; bars: 95 % over texts")
+    for place, (line, one) in enumerate(zip(grid, points, strict=True)):
+        last = place + 1 == len(points)
+        labels = (
+            ("bits a parameter, the whole model", f"{unit}, {work} on {found['device']}, predicted")
+            if last
+            else ("", "")
+        )
+        _scatter(line[0], one, [row["bits_a_parameter"] for row in one.rows], labels[0])
+        _scatter(line[1], one, [scale * row["seconds"] for row in one.rows], labels[1])
+        line[0].set_ylabel(one.label)
+        if len(set(one.kinds)) > 1:
+            plots.draw_legend(line[1], columns=2)
+    _entitle(figure, "What formats save, and what they cost", found, "; bars: 95 %")
     return figure
 
 
-def _scatter(axes: Axes, rows: Sequence[Mapping[str, Any]], across: Sequence[float], label: str) -> None:
-    up = [max(FLOOR, row["kl"]) for row in rows]
+def _of_kl(rows: Sequence[Mapping[str, Any]]) -> _Points:
+    ends = [None if row["kl_low"] is None else (max(FLOOR, row["kl_low"]), max(FLOOR, row["kl_high"])) for row in rows]
+    values = [max(FLOOR, row["kl"]) for row in rows]
+    names = [row["format"] for row in rows]
+    return _Points(
+        "KL(original || rounded), nats a token", True, True, names, list(rows), values, list(ends), [""] * len(rows)
+    )
+
+
+def _of_task(found: Mapping[str, Any]) -> list[_Points]:
+    if "task" not in found:
+        return []
+    of, rows = found["task"], found["rows"]
+    label = f"accuracy on {of['name']}, {of['prompts']} prompts"
+    own = [of["rows"][row["format"]] for row in rows]
+    ends: list[tuple[float, float] | None] = [(one["low"], one["high"]) for one in own]
+    names, values = [row["format"] for row in rows], [one["accuracy"] for one in own]
+    return [_Points(label, False, False, names, list(rows), values, ends, [""] * len(rows), of["before"])]
+
+
+def _of_study(found: Mapping[str, Any]) -> list[_Points]:
+    if "study" not in found:
+        return []
+    of = found["study"]
+    made = _Points(f"reward after {of['steps']} steps of RL", False, False, [], [], [], [], [])
+    for row in found["rows"]:
+        for arm in of["rows"].get(row["format"], ()):
+            made.names.append(row["format"])
+            made.rows.append(row)
+            made.values.append(arm["reward"])
+            made.ends.append(None if arm["low"] is None else (arm["low"], arm["high"]))
+            made.kinds.append(arm["label"])
+    return [made]
+
+
+def _scatter(axes: Axes, of: _Points, across: Sequence[float], label: str) -> None:
+    up, sign = of.values, 1.0 if of.down else -1.0
     best = [
         place
-        for place in range(len(rows))
+        for place in range(len(up))
         if not any(
             across[other] <= across[place]
-            and up[other] <= up[place]
+            and sign * up[other] <= sign * up[place]
             and (across[other], up[other]) != (across[place], up[place])
-            for other in range(len(rows))
+            for other in range(len(up))
         )
     ]
     best.sort(key=lambda place: across[place])
     axes.plot(
         [across[place] for place in best], [up[place] for place in best], color=plots.GREY, linewidth=1.2, zorder=1
     )
-    for place, row in enumerate(rows):
+    kinds = list(dict.fromkeys(of.kinds))
+    for place, kind in enumerate(of.kinds):
         colour = plots.BLUE if place in best else plots.GREY
-        if row["kl_low"] is not None:
-            ends = max(FLOOR, row["kl_low"]), max(FLOOR, row["kl_high"])
+        ends = of.ends[place]
+        if ends is not None:
             axes.plot([across[place]] * 2, ends, color=colour, linewidth=1.2, zorder=2)
-        axes.plot([across[place]], [up[place]], marker="o", markersize=5, color=colour, linestyle="none", zorder=3)
-    axes.set_yscale("log")
+        marker = MARKERS[kinds.index(kind) % len(MARKERS)]
+        axes.plot([across[place]], [up[place]], marker=marker, markersize=5, color=colour, linestyle="none", zorder=3)
+    for kind in kinds if len(kinds) > 1 else ():
+        marker = MARKERS[kinds.index(kind) % len(MARKERS)]
+        axes.plot([], [], marker=marker, markersize=5, color=plots.GREY, linestyle="none", label=kind)
+    if of.before is not None:
+        axes.axhline(of.before, color=plots.GREY, linewidth=0.8, linestyle=":", zorder=0)
+    if of.log:
+        axes.set_yscale("log")
     axes.set_xlabel(label)
     axes.set_xlim(0, 1.12 * max(across))
     axes.margins(y=0.12)
-    _label(axes, [row["format"] for row in rows], across, up)
+    shown = [of.names.index(name) for name in dict.fromkeys(of.names)]  # once: its points lie one above the other
+    highest = [
+        max((at for at, one in enumerate(of.names) if one == of.names[place]), key=up.__getitem__) for place in shown
+    ]
+    _label(axes, of.names, across, up, highest)
 
 
-def _label(axes: Axes, names: Sequence[str], across: Sequence[float], up: Sequence[float]) -> None:
-    """Names beside points, each a line above or below where it would cover one that is there already."""
+def _label(
+    axes: Axes, names: Sequence[str], across: Sequence[float], up: Sequence[float], shown: Sequence[int]
+) -> None:
+    """Names beside the points that are `shown`, each a line above or below where it would cover one that is there."""
     axes.figure.canvas.draw()  # where points are is known once the axes are laid out
     to_points = 72.0 / axes.figure.dpi
     places = axes.transData.transform(list(zip(across, up, strict=True))) * to_points
     box = axes.get_window_extent()
     ends = box.x0 * to_points, box.x1 * to_points
     taken = [(x - 4, x + 4, y) for x, y in places]  # left, right, middle of its height
-    for place in sorted(range(len(names)), key=lambda one: -places[one][1]):
+    for place in sorted(shown, key=lambda one: -places[one][1]):
         x, y = places[place]
         wide = 4.7 * len(names[place])
         for shift, left in [(9.0 * step, side) for step in (0, 1, -1, 2, -2, 3, -3) for side in (False, True)]:

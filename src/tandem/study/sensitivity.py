@@ -1,19 +1,20 @@
-"""What a model loses where one matrix, or all of them, are kept in a format: decibels, KL, perplexity on given texts.
+"""What a model loses where one tensor, or all matrices, are kept in a format: decibels, KL, perplexity on given texts.
 
 The distribution of each next token is compared with that of the original. Both are run in fp32, so that nothing but the
-format differs. Matrices of layers are rounded; embedding, head and norms stay. Rows that are multiplied are rounded in
-`pareto` alone, where the format says so: w8a8, and what is behind a +.
+format differs. `pareto` rounds the matrices of layers, and what they multiply where the format says so: w8a8, and what
+is behind a +; embedding, head and norms stay.
 
-Of one matrix at a time the hidden states of the original before each layer are kept for a batch of texts, and a forward
-pass begins at the layer of the matrix. A mean is over tokens; its 95 % interval takes texts for independent
-(numerics/interval.py: clustered_error), and is none of one text.
+Of one tensor at a time (ablation.py) the hidden states of the original before each layer are kept for a batch of
+texts, and a forward pass begins at the layer of the tensor. A mean is over tokens; its 95 % interval takes texts for
+independent (numerics/interval.py: clustered_error), and is none of one text.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,19 +27,17 @@ from tandem import env
 from tandem.errors import ConfigError
 from tandem.kernels.norm import rms_norm
 from tandem.kernels.rounding import NOT_ROUNDED, Rounding, rounding_of
-from tandem.kernels.weight import Weight
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.decoder import Decoder
-from tandem.models.layer import Layer, views
 from tandem.models.spec import ModelSpec
 from tandem.models.tokenizer import Tokenizer
 from tandem.models.view import PackView
-from tandem.numerics.blocks import sqnr_db
 from tandem.numerics.interval import Z_95, clustered_error, clustered_interval
+from tandem.numerics.names import Ablated
 from tandem.run.source import resolve_source
+from tandem.study.ablation import PLAIN, Tally, head_trials, matrices, rounds_of, trials
 
 DTYPE = "float32"
-PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BATCH_ROWS = 1024  # of texts that are run at once
 TEXT_TOKENS = 512  # of a text that are read
 COMPARED_ROWS = 128  # whose logits are held at once
@@ -174,12 +173,12 @@ def _pieces(count: int) -> list[slice]:
     return [slice(start, start + COMPARED_ROWS) for start in range(0, count, COMPARED_ROWS)]
 
 
-def compare(decoder: Decoder, batch: Batch, before: Callable[[slice], Tensor], hidden_TM: Tensor, sums: Sums) -> None:
-    """Add a batch's texts: log-probs of the original, and final hidden states of the rounded model."""
+def compare(batch: Batch, before: Callable[[slice], Tensor], after: Callable[[slice], Tensor], sums: Sums) -> None:
+    """Add a batch's texts, by log-probs of rows of the original and of the rounded model."""
     parts = []
     following_T = torch.cat([batch.tokens_T[1:], batch.tokens_T[:1]])
     for rows in _pieces(len(batch.tokens_T)):
-        before_NV, after_NV = before(rows), logprobs_of(decoder, hidden_TM, rows)
+        before_NV, after_NV = before(rows), after(rows)
         kl_N = (before_NV.exp() * (before_NV - after_NV)).sum(-1, dtype=torch.float64)
         losses = [-x.gather(1, following_T[rows, None])[:, 0].double() for x in (after_NV, before_NV)]
         parts.append(torch.stack([kl_N, *losses, (before_NV.argmax(-1) == after_NV.argmax(-1)).double()]))
@@ -198,25 +197,8 @@ def rounding_named(name: str) -> Rounding:
     return NOT_ROUNDED if name in PLAIN else rounding_of(name)
 
 
-def of_matrix(name: str) -> Callable[[Tensor], Tensor]:
-    """What a format makes of a matrix in fp32, its rows aside: the values that it keeps."""
-    if name in PLAIN:
-        return lambda x: x.to(PLAIN[name]).float()
-    if "+" in name:
-        raise ConfigError(f"one matrix at a time is rounded, without its rows: leave +{name.partition('+')[2]} out.")
-    return rounding_of(name).matrix
-
-
-def matrices(layer: Layer) -> Iterator[tuple[str, Weight, Tensor]]:
-    """Of a layer: the column of each matrix, the weight that it lies in, and its part of the values."""
-    for slot, weight in layer.weights():
-        if slot.columns is None:
-            continue
-        for name, view in views(slot, weight):
-            yield name.split(".")[-2].removesuffix("_proj"), weight, view
-
-
-def _opened(model: str, texts: Path) -> tuple[Checkpoint, Decoder, list[Batch]]:
+def opened(model: str, texts: Path) -> tuple[Checkpoint, Decoder, list[Batch]]:
+    """A model in fp32, and the texts as it reads them. ConfigError for a file without texts."""
     torch.set_num_threads(env.num_threads())
     written = read_texts(texts)
     checkpoint = open_checkpoint(resolve_source(model))
@@ -232,41 +214,39 @@ def _decoder(checkpoint: Checkpoint, rounding: Rounding = NOT_ROUNDED) -> Decode
 
 
 @torch.no_grad()
-def sensitivity(model: str, form: str, texts: Path, note: Note) -> dict[str, Any]:
-    """Each matrix alone in a format: a cell each with its decibels, and KL on the texts with an interval.
+def sensitivity(
+    model: str, form: str, texts: Path, note: Note, kinds: Sequence[Ablated] = ("weights",)
+) -> dict[str, Any]:
+    """Each tensor alone in a format: a cell each with its decibels, and KL on the texts with an interval.
 
-    ConfigError for an unknown format and for a file without texts.
+    kinds: which (ablation.py); what is of the output head, and of no layer, has layer None. ConfigError for an unknown
+    format and for a file without texts.
     """
-    rounding = of_matrix(form)
-    checkpoint, decoder, found = _opened(model, texts)
-    cells: dict[tuple[int, str], dict[str, Any]] = {}
-    sums: dict[tuple[int, str], Sums] = {}
+    rounds = rounds_of(form, kinds)
+    checkpoint, decoder, found = opened(model, texts)
+    tallies: dict[tuple[int | None, str], Tally] = defaultdict(Tally)
+    sums: dict[tuple[int | None, str], Sums] = defaultdict(Sums.empty)
     for number, batch in enumerate(found, 1):
         note(f"batch {number} of {len(found)}: {len(batch.bounds) - 1} texts, {len(batch.tokens_T):,} tokens")
         states, final_TM = hidden_states(decoder, batch)
         before = before_of(decoder, final_TM)
         for layer in decoder.layers:
-            for column, weight, view in matrices(layer):
-                kept = view.clone()
-                view.copy_(rounding(kept))
+            for column, trial in trials(layer, kinds, rounds, batch.bounds):
                 at = layer.index, column
-                if at not in cells:
-                    cells[at] = {"layer": at[0], "tensor": column, "sqnr_db": _finite(sqnr_db(kept, view))}
-                    sums[at] = Sums.empty()
-                weight.repack()
-                compare(decoder, batch, before, forward_from(decoder, batch, layer.index, states), sums[at])
-                view.copy_(kept)
-                weight.repack()
-    rows = [cells[at] | sums[at].figures() for at in cells]
+                with trial(tallies[at]) as view:
+                    hidden_TM = forward_from(decoder, view, layer.index, states)
+                compare(batch, before, partial(logprobs_of, decoder, hidden_TM), sums[at])
+        for column, of_head in head_trials(decoder, final_TM, rounds) if "logits" in kinds else ():
+            compare(batch, before, of_head(tallies[None, column]), sums[None, column])
+    rows = [
+        {"layer": at[0], "tensor": at[1], "sqnr_db": tallies[at].decibels} | sums[at].figures()
+        for at in sorted(sums, key=lambda one: math.inf if one[0] is None else one[0])
+    ]
     first = rows[0]
     return {
         "model": model, "format": form, "texts": first["texts"], "tokens": first["tokens"],
         "perplexity_before": first["perplexity_before"], "layers": checkpoint.spec.layers, "cells": rows,
     }  # fmt: skip
-
-
-def _finite(decibels: float) -> float | None:
-    return decibels if math.isfinite(decibels) else None
 
 
 def hidden_states(decoder: Decoder, batch: Batch) -> tuple[list[Tensor], Tensor]:
@@ -276,9 +256,9 @@ def hidden_states(decoder: Decoder, batch: Batch) -> tuple[list[Tensor], Tensor]
     return states[:-1], final_TM
 
 
-def forward_from(decoder: Decoder, batch: Batch, first: int, states: Sequence[Tensor]) -> Tensor:
+def forward_from(decoder: Decoder, view: PackView, first: int, states: Sequence[Tensor]) -> Tensor:
     """Final hidden states, of a pass that begins at layer `first` with what the original had there."""
-    hidden_TM, view = states[first], batch.view
+    hidden_TM = states[first]
     for layer in decoder.layers[first:]:
         hidden_TM = layer.forward(hidden_TM, view, decoder.tables)
     return rms_norm(hidden_TM, decoder.norm, decoder.spec.norm_eps)
@@ -294,7 +274,7 @@ def pareto(
     where another takes no more bits and has no more KL. ConfigError for an unknown format.
     """
     roundings = {form: rounding_named(form) for form in forms}
-    checkpoint, decoder, found = _opened(model, texts)
+    checkpoint, decoder, found = opened(model, texts)
     known = {form: foretold(checkpoint.spec, form) for form in forms}  # what is wrong is told before anything is run
     originals = [hidden_states(decoder, batch)[1] for batch in found]
     rows: list[dict[str, Any]] = []
@@ -309,7 +289,8 @@ def pareto(
         sums = Sums.empty()
         for batch, original_TM in zip(found, originals, strict=True):
             before = partial(logprobs_of, decoder, original_TM)
-            compare(rounds, batch, before, rounds.forward(batch.tokens_T, batch.view), sums)
+            after = partial(logprobs_of, rounds, rounds.forward(batch.tokens_T, batch.view))
+            compare(batch, before, after, sums)
         rows.append({"format": form} | dict(known[form]) | sums.figures())
     for row in rows:
         row["dominated"] = any(

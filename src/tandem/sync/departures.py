@@ -104,12 +104,19 @@ def declaration(config: RunConfig) -> str:
     sampling = "; ".join(f"{d.what} ({d.setting})" for d in found if d.line == "sampling")
     if is_exact(config):
         rounded = f"; both multiply in {config.model.weights}" if config.model.weights != "same" else ""
+        rounded += _of_gradients(config)
         return f"exact: engine and learner compute the same bits{rounded}" + (f"; {sampling}" if sampling else "")
     declared = "; ".join(f"{d.what} ({d.setting})" for d in found)
     correction = config.algo.correction
     parts = [correction.form, *([correction.weight] if correction.weight != "none" else []), *correction.reject]
     when = ", held back until an alarm" if config.alarms.action == "correct" else ""
-    return f"departs from exact: {declared}. Correction: {' + '.join(parts)}{when}"
+    return f"departs from exact: {declared}{_of_gradients(config)}. Correction: {' + '.join(parts)}{when}"
+
+
+def _of_gradients(config: RunConfig) -> str:
+    """What departs of gradients, and not of the policy."""
+    gradients = config.learner.gradients
+    return f"; gradients in {gradients} (learner.gradients)" if gradients != "same" else ""
 
 
 def without_departures(engine: EngineConfig) -> EngineConfig:

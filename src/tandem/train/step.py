@@ -69,7 +69,7 @@ class Parts:
 
 
 def learn_rounded(decoder: Decoder, gradients: str) -> None:
-    """Round what products of the backward pass multiply, as learner.gradients says. ConfigError where that cannot be."""
+    """Round what the backward pass multiplies, as learner.gradients says. ConfigError where that cannot be."""
     operands = None if gradients == "int8" else operands_of(gradients)
     for layer in decoder.layers:
         for slot, weight in layer.weights():
