@@ -23,11 +23,12 @@ from tandem.numerics.compare import same_bits
 from tandem.train.config import LearnerConfig
 from tandem.train.step import learn_rounded
 
-DRAWN = [name for name, form in FORMATS.items() if form.rows == 1 and not form.zero_point]
+DRAWN = ("mxfp8_e4m3", "mxfp8_e5m2_rceil", "mxfp6_e2m3_even", "mxfp4_ceil", "mxint8", "nvfp4", "nvfp4_inference")
+DRAWN += ("nvfp4_four_six", "fp8_tensor", "fp8_1x128", "int4_g32", "e3m4b5/32:e8m0:even", "int3_g8")
 
 
-@pytest.mark.parametrize("name", [*DRAWN, "e3m4b5/32:e8m0:even", "int3_g8"])
-@settings(max_examples=8, deadline=None)
+@pytest.mark.parametrize("name", DRAWN)
+@settings(max_examples=6, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 150), st.integers(0, 99), st.booleans())
 def test_a_drawn_rounding_is_the_rule(name: str, rows: int, inputs: int, seed: int, wide: bool) -> None:
     """A word of another row or column, a bit of it that is not compared, a largest number that grows, a lost sign."""

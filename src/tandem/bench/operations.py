@@ -364,12 +364,12 @@ def room(spec: ModelSpec, served: Served, work: Work, device: Device, learner: L
     if work.phase == "train":
         size, rows = served.other_bytes, -(-work.rows // microbatches(work, learner))
         count, met = parameters_of(spec), met_by_gradients(served, learner.gradients)
-        held = (4 + learner.state_bytes) * count
+        state = (4 + learner.state_bytes) * count
         if met.activation_bits and arithmetic_on(device, met)[0] == met.arithmetic:
             own = (slot for slot in layer_slots(spec) if slot.columns is not None)
-            held += sum(met.matrix_bytes(slot.columns or 0, slot.rows) for slot in own)
-        kept = float(activation_bytes(spec, rows, size, False))
-        return Room(device.memory_bytes, float(size * count), kept, held)
+            state += sum(met.matrix_bytes(slot.columns or 0, slot.rows) for slot in own)
+        activations = float(activation_bytes(spec, rows, size, False))
+        return Room(device.memory_bytes, float(size * count), activations, state)
     per_layer = kept_bytes(spec, "float32" if served.other_bytes == 4 else "bfloat16")
     kept = zip(per_layer, spec.reaches, strict=True)
     sequence = sum(each * min(work.context, reach.window or reach.chunk or work.context) for each, reach in kept)

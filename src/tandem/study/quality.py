@@ -62,8 +62,10 @@ def accuracies(task: Task, forms: Sequence[str], note: Callable[[str], None]) ->
         if name not in answered:
             answered[name] = _answers(task, name, note)
         one = figures(answered[name])
-        both = [{"tasks": {task.name: {"settings": task.settings, "prompts": answered[of]}}} for of in ("", name)]
-        more = compare(*both)[task.name]["measures"]["accuracy"]
+        first, second = (
+            {"tasks": {task.name: {"settings": task.settings, "prompts": answered[of]}}} for of in ("", name)
+        )
+        more = compare(first, second)[task.name]["measures"]["accuracy"]
         rows[form] = {
             "accuracy": one["accuracy"], "low": one["low"], "high": one["high"], "failed": one["failed"],
             "more": more["difference"], "more_low": more["low"], "more_high": more["high"], "p": more["p"],
