@@ -21,6 +21,7 @@ from tandem.bench.rates import cache_bytes
 from tandem.cli import main
 from tandem.errors import ConfigError
 from tandem.kernels.eights import Eights
+from tandem.kernels.fours import Fours
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.spec import ModelSpec
 from tandem.numerics.blocks import FORMATS, quantise
@@ -124,11 +125,12 @@ def test_bytes_of_a_matrix_are_those_of_its_tensors(name: str) -> None:
     assert served_as(name).matrix_bytes(*x.shape) == taken
 
 
-def test_bytes_of_w8a8_are_those_that_the_kernel_reads() -> None:
-    """A row's scale or sum left out."""
+def test_bytes_of_integers_are_those_that_the_kernels_read() -> None:
+    """A row's scale or sum, or a group's scale, left out."""
     eights = Eights(torch.randn(128, 64))
     kept = eights.packed.nbytes + eights.scales.nbytes + eights.sums.nbytes
     assert served_as("w8a8").matrix_bytes(128, 64) == kept
+    assert served_as("w4a8").matrix_bytes(128, 64) == Fours(torch.randn(128, 64)).packed.nbytes
 
 
 def test_formats_are_multiplied_where_a_device_can() -> None:

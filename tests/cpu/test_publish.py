@@ -251,7 +251,7 @@ def test_two_engines_take_each_version(make_decoder, monkeypatch):
     assert [engine.version.step for engine in engines] == [2, 1]
 
 
-@pytest.mark.parametrize("departures", [{}, {"weights": "int8"}, {"weights": "w8a8"}])
+@pytest.mark.parametrize("departures", [{}, {"weights": "int8"}, {"weights": "w8a8"}, {"weights": "w4a8"}])
 def test_a_tensor_changed_on_the_way_is_found(make_decoder, departures):
     """A receiver that checks only its own work: a damaged message is served, its hash being that of the damage."""
     learner = make_decoder(dtype="bfloat16")

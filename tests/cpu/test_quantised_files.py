@@ -20,9 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tandem.cli.main import main
+from tandem.engine.config import EngineConfig
+from tandem.engine.runner import DecoderRunner
 from tandem.errors import ConfigError, ModelError, TandemWarning
+from tandem.kernels.fours import Fours
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.codes import described, hold_codes
+from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
 from tandem.models.fields import Fields
 from tandem.models.quantised.opened import METHODS, take_scheme
@@ -32,6 +36,7 @@ from tandem.numerics import quantise as codes_of
 from tandem.numerics.blocks import FORMATS, Blocks, dequantise
 from tandem.numerics.compare import same_bits
 from tandem.numerics.packing import AWQ_ORDER, pack, to_awq_order, unpack
+from tandem.run.parts import build_parts
 
 VECTORS = Path(__file__).parents[1] / "goldens" / "quantised.safetensors"
 KEPT = [0, 3, 31]
@@ -155,6 +160,13 @@ def test_the_engine_holds_the_codes_of_a_file(small: Checkpoint, tmp_path: Path)
     value = dict(checkpoint.tensors())[name].bfloat16()
     found = decoder.layers[0].mix.out.codes.product(x)  # type: ignore[union-attr]
     torch.testing.assert_close(found.float(), x.float() @ value.float().T, rtol=2e-2, atol=2e-2)
+    # and by rows in 8 bits, where nothing learns
+    asked = EngineConfig(weights="w4a8", page_tokens=4, max_sequences=4, batch_tokens=64, kv_memory_bytes=1 << 20)
+    runner = build_parts(ModelConfig(str(tmp_path / "m")), asked, learns=False).engine.runner
+    assert isinstance(runner, DecoderRunner)
+    for (name, one), (_, other) in zip(runner.decoder.weights(), decoder.weights(), strict=True):
+        if other.codes is not None:
+            assert isinstance(one.codes, Fours) and one.codes.packed.equal(other.codes.packed), name
 
 
 def test_three_bits_lie_over_word_bounds() -> None:

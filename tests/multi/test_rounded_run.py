@@ -35,6 +35,7 @@ SMALL = {
 }
 ARMS = {
     "w8a8": {"model.weights": "w8a8"},
+    "w4a8": {"model.weights": "w4a8"},
     "nvfp4, recomputed": {"model.weights": "nvfp4+nvfp4", "learner.activation_checkpointing": "on"},
     "fp8, reference": {"model.weights": "fp8_row+fp8_1x128", "algo.kl": "k3", "algo.kl_weight": "0.1"},
     "w8a8, adapter": {"model.weights": "w8a8", "adapter.rank": "3"},

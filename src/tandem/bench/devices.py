@@ -149,12 +149,13 @@ class Served:
         return rows * per_row + self.matrix_extra_bytes
 
 
-# A row of W8A8 has a scale and the sum of its codes, 4 bytes each (kernels/eights.py); int8 and int4 are the engine's
-# integers, in groups of 64 (engine.weight_group).
+# A row of W8A8 has a scale and the sum of its codes, 4 bytes each (kernels/eights.py), one of W4A8 a scale a group;
+# int8 and int4 are the engine's integers, in groups of 64 (engine.weight_group).
 _PLAIN: dict[str, Served] = {
     "fp32": Served("fp32", 32, arithmetic="fp32"),
     "bf16": Served("bf16", 16),
     "w8a8": Served("w8a8", 8, row_bytes=8, arithmetic="int8", scaling="fp32", activation_bits=8),
+    "w4a8": Served("w4a8", 4, block=32, block_bytes=4, arithmetic="int8", scaling="fp32", activation_bits=8),
     "int8": Served("int8", 8, block=64, block_bytes=4),
     "int4": Served("int4", 4, block=64, block_bytes=4),
 }
@@ -163,7 +164,7 @@ _SCALINGS: dict[str, Scaling] = {"e8m0": "mx", "e4m3": "nvfp4", "fp32": "fp32"}
 
 
 def served_as(name: str) -> Served:
-    """As `model.weights` has it (kernels/rounding.py): w8a8, int8, int4, or a format of `tandem numerics formats`, and
+    """As `model.weights` has it (kernels/rounding.py): w8a8, w4a8, int8, int4, or one of `tandem numerics formats`, and
     behind a + one for the rows that are multiplied; bf16 and fp32 too. ConfigError for others.
 
     >>> served_as("nvfp4").arithmetic, served_as("nvfp4+nvfp4").arithmetic, served_as("mxfp4+mxfp8_e4m3").arithmetic

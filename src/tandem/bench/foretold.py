@@ -66,9 +66,9 @@ def predict(
         notes += _trained(served, device, learner)
     if why:
         notes.append(why)
-    if measured is not None and form not in ("bf16", "fp32", "w8a8", "int8", "int4"):
+    if measured is not None and form not in ("bf16", "fp32", "w8a8", "w4a8", "int8", "int4"):
         notes.append(
-            "tandem's own products on a CPU are of bf16, fp32, w8a8 and files' 4 and 8 bit codes: this is none"
+            "tandem's own products on a CPU are of bf16, fp32, w8a8, w4a8 and files' 4 and 8 bit codes: this is none"
         )
     settings = {name: getattr(learner, name) for name in LEARNED} if phase == "train" else {}
     return {

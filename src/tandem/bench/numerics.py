@@ -27,7 +27,7 @@ LONG, LONG_CONTEXT = 16, 4096
 WARM_UP, STEPS = 2, 8  # of decoding in a turn; the median of the steps counts
 ROOM_TOKENS = 96  # of a sequence beyond its context
 BASE = "bf16"
-WEIGHTS = {BASE: {}, "w8a8": {"weights": "w8a8"}}
+WEIGHTS = {BASE: {}, "w8a8": {"weights": "w8a8"}, "w4a8": {"weights": "w4a8"}}
 LEARNERS = {  # of the model, and of the learner
     BASE: ({}, {}),
     "w8a8": ({"weights": "w8a8"}, {}),

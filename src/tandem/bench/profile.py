@@ -49,6 +49,7 @@ def _product(size: int, rows: int, columns: int, depth: int) -> Cost:
 KERNELS: dict[str, tuple[str, Callable[..., Cost]]] = {
     "linear": ("{}", lambda size, _, *shape: _product(size, *shape)),
     "eights": ("{}", lambda size, _, rows, k: Cost(0, size * rows * k)),  # its columns are not told
+    "fours": ("{}", lambda size, _, rows, k: Cost(0, size * rows * k)),
     "adapt": ("adapter", lambda size, _, rows, n, k: Cost(0, size * rows * (n + k))),  # its ranks are not told
     "adapted_input_gradient": ("input gradient: adapter", lambda size, _, *shape: _product(size, *shape)),
     "adapter_gradients": ("adapter gradients", lambda size, _x, _y, rows, n, k: Cost(0, size * rows * (n + k))),

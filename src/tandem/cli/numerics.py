@@ -44,8 +44,8 @@ NAMES_HELP = (
     "format. Of the others: a model; of roofline a folder with config.json alone, or new:width=..., too"
 )
 FORMAT_HELP = (
-    "Of roofline, sensitivity, pareto: bf16, fp32, w8a8 or a name of `numerics formats`, and behind a + one for the "
-    "rows that are multiplied; several with commas between. bf16."
+    "Of roofline, sensitivity, pareto: bf16, fp32, w8a8, w4a8 or a name of `numerics formats`, and behind a + one for "
+    "the rows that are multiplied; several with commas between. bf16."
 )
 SHOWN = 8  # numbers of a block that are printed
 # Which kinds take a flag.

@@ -77,7 +77,7 @@ class EngineConfig:
     programs: ProgramsConfig = field(default_factory=ProgramsConfig)
     # Departures: each makes the policy that samples another one than the learner's. Default: none.
     dtype: Dtype = "same"  # compute in another dtype than model.dtype
-    weights: str = "same"  # of the layers' products: int8, int4, w8a8, or a format, + one of rows (numerics.md)
+    weights: str = "same"  # of the layers' products: int8, int4, w8a8, w4a8, or a format, + one of rows
     weight_group: Annotated[int, Ge(2)] = 64  # inputs that share a scale under int8 and int4
     kv_dtype: KvDtype = "same"  # float8_e4m3, int8: keys and values in 8 bits; int8 with a scale a token and head
     kv_window: Count = 0  # a query sees only this many latest positions and the sinks; 0 sees all

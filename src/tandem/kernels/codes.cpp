@@ -5,21 +5,10 @@ using namespace tandem;
 
 namespace {
 
-// 8 inputs of columns c and c + 8 of a strip as two words; codes of 4 bits, symmetric ones moved up by 8.
-inline void pack_nibbles(const int8_t* low, const int8_t* high, uint64_t offset, uint8_t* words) {
-    uint64_t a = 0, b = 0;
-    if (low) std::memcpy(&a, low, 8);
-    if (high) std::memcpy(&b, high, 8);
-    constexpr uint64_t NIBBLES = 0x0f0f0f0f0f0f0f0f;
-    const uint64_t both = ((a ^ offset) & NIBBLES) | ((b ^ offset) & NIBBLES) << 4;
-    for (int p = 0; p < 4; p++)
-        for (int j = 0; j < 2; j++) words[4 * j + p] = uint8_t(both >> (16 * p + 8 * j));
-}
-
 // codes [columns, depth], scales and minima [columns, groups] become `w.packed`. Missing columns have scales of 0.
 void pack(const Codes& w, const int8_t* codes, const uint8_t* scales, const uint8_t* minima, uint8_t* packed) {
     const int64_t size = w.half ? 2 : 4, groups = (w.depth + w.group - 1) / w.group;
-    const uint64_t offset = w.minimum ? 0 : 0x0808080808080808;
+    const uint64_t offset = w.minimum ? 0 : EIGHT_MORE;
 #pragma omp parallel for schedule(static)
     for (int64_t p = 0; p < w.panels(); p++) {
         uint8_t* at = packed + p * w.panel_bytes();
@@ -32,15 +21,14 @@ void pack(const Codes& w, const int8_t* codes, const uint8_t* scales, const uint
                 if (w.minimum) std::memcpy(at + w.scale_bytes() + c * size, minima + from, size);
             }
             at += w.header_bytes();
-            const auto column = [&](int64_t c, int64_t k) { return c < count ? codes + (p * PANEL + c) * w.depth + k : nullptr; };
-            for (int64_t k = g * w.group; k < std::min(w.depth, (g + 1) * w.group); k += 8)
-                for (int64_t strip = 0; strip < 4; strip++, at += 16 * w.bits)
-                    if (w.bits == 4) {
-                        for (int64_t c = 0; c < 8; c++) pack_nibbles(column(16 * strip + c, k), column(16 * strip + c + 8, k), offset, at + 8 * c);
-                    } else {
-                        for (int64_t c = 0; c < 16; c++)
-                            for (int64_t i = 0; i < 8; i++) at[i / 2 * 32 + 2 * c + i % 2] = c + 16 * strip < count ? uint8_t(column(16 * strip + c, k)[i]) : 0;
-                    }
+            const int64_t first = g * w.group, inputs = std::min(w.group, w.depth - first);
+            const auto column = [&](int64_t c) { return c < count ? codes + (p * PANEL + c) * w.depth + first : nullptr; };
+            if (w.bits == 4) pack_fours(column, inputs, offset, at);
+            else
+                for (int64_t k = 0; k < inputs; k += 8)
+                    for (int64_t c = 0; c < PANEL; c++)
+                        for (int64_t i = 0; i < 8; i++) at[(k / 8 * 4 + c / 16) * 128 + i / 2 * 32 + c % 16 * 2 + i % 2] = c < count ? uint8_t(column(c)[k + i]) : 0;
+            at += inputs * PANEL * w.bits / 8;
         }
     }
 }

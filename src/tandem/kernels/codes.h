@@ -60,6 +60,30 @@ inline int64_t code_byte(const Codes& w, int64_t column, int64_t input, int& shi
     return (input / 8 * 4 + strip) * 64 + (c % 8 * 2 + j) * 4 + nibble / 2;
 }
 
+constexpr uint64_t EIGHT_MORE = 0x0808080808080808;  // what nibbles of codes without minima have more
+
+// 8 inputs of columns c and c + 8 of a strip as two words; codes of 4 bits, symmetric ones moved up by 8.
+inline void pack_nibbles(const int8_t* low, const int8_t* high, uint64_t offset, uint8_t* words) {
+    uint64_t a = 0, b = 0;
+    if (low) std::memcpy(&a, low, 8);
+    if (high) std::memcpy(&b, high, 8);
+    constexpr uint64_t NIBBLES = 0x0f0f0f0f0f0f0f0f;
+    const uint64_t both = ((a ^ offset) & NIBBLES) | ((b ^ offset) & NIBBLES) << 4;
+    for (int p = 0; p < 4; p++)
+        for (int j = 0; j < 2; j++) words[4 * j + p] = uint8_t(both >> (16 * p + 8 * j));
+}
+
+// A group's codes of a panel: `column(c)` is where those of column c lie, or null.
+template <typename Column>
+inline void pack_fours(Column column, int64_t inputs, uint64_t offset, uint8_t* at) {
+    for (int64_t k = 0; k < inputs; k += 8)
+        for (int64_t strip = 0; strip < 4; strip++)
+            for (int64_t c = 16 * strip; c < 16 * strip + 8; c++, at += 8) {
+                const int8_t *low = column(c), *high = column(c + 8);
+                pack_nibbles(low ? low + k : low, high ? high + k : high, offset, at);
+            }
+}
+
 inline float value_at(const Codes& w, const uint8_t* scales, int64_t column, int64_t input) {
     int shift;
     const uint8_t byte = scales[w.header_bytes() + code_byte(w, column, input, shift)];

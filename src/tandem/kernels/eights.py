@@ -29,6 +29,7 @@ class Eights:
 
     __slots__ = ("packed", "scales", "shape", "sums", "words")
     bits = 8
+    is_rounded = True
 
     def __init__(self, matrix: Quantised | Tensor) -> None:
         """Of codes, or of a matrix in bf16 or fp32, which is rounded. NonFiniteError where it is not finite."""

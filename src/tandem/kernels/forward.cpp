@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "codes.h"
 #include "eights.h"
+#include "fours.h"
 #include "layer.h"
 #include "linear.h"
 #include "page_store.h"
@@ -15,7 +16,8 @@ using namespace tandem;
 extern "C" struct MatrixArgs {
     const void* packed;
     const Codes* codes;  // in place of `packed`, or null
-    const Eights* eights;  // in place of both, or null
+    const Eights* eights;  // in place of both, rows in 8 bits too, or null
+    const Codes* fours;    // in place of all, rows in 8 bits too, or null
 };
 
 extern "C" struct LayerArgs {
@@ -55,8 +57,9 @@ extern "C" struct ForwardArgs {
     const AdapterArgs* adapters;                         // [num_adapters]
     const int64_t *adapter_rows, *adapter_last;          // rows, and places among the rows asked for, by adapter
     void* lowered;                                       // scratch: [T, ranks]
-    uint8_t* codes;                                      // scratch of W8A8: [max(T, FEW threads), deepest]
-    float* code_scales;                                  // of its rows
+    uint8_t* codes;                                      // scratch of rows in 8 bits: [max(T, FEW threads), deepest]
+    float* code_scales;                                  // of them
+    int32_t* code_starts;                                // [of them, deepest / 8, 2], of groups
     double* seconds;                                     // [KINDS], added to; or null
     int64_t num_layers, num_groups, rows, segments, num_last, width, ff_width, heads, kv_heads, head_size, page_tokens;
     int64_t num_adapters, ranks;  // of the widest of their matrices
@@ -144,12 +147,14 @@ private:
     // Where this thread begins to read a matrix: packed columns or codes.
     const void* begin(const MatrixArgs& matrix, int64_t columns, int64_t inputs) const {
         if (matrix.eights) return first_eights(*matrix.eights, rows_, columns, team_);
+        if (matrix.fours) return first_fours(*matrix.fours, rows_, columns, team_);
         return matrix.codes ? (const void*)first_codes(*matrix.codes, rows_, team_) : first_panel((const E*)matrix.packed, rows_, columns, depth(inputs), team_);
     }
 
     void multiply(const MatrixArgs& matrix, Product<E> a, void* y, const void* after = nullptr, Fetch* also = nullptr) {
         a.packed = (const E*)matrix.packed;
         if (matrix.eights) return eights_share<E, E>(a, rounded_rows(a, *matrix.eights), *matrix.eights, (E*)y, team_, (const int8_t*)after);
+        if (matrix.fours) return fours_share<E, E>(a, rounded_rows(a, *matrix.fours), *matrix.fours, (E*)y, team_, (const uint8_t*)after);
         if constexpr (sizeof(E) == 2)
             if (matrix.codes) return codes_share<E>(a, *matrix.codes, (E*)y, team_, (const uint8_t*)after);
         linear_share<E, E>(a, (E*)y, team_, (const E*)after, also);
@@ -157,14 +162,30 @@ private:
 
     // Rows of x as codes. Ends in a wait where other threads wrote rows that this one reads.
     EightRows rounded_rows(const Product<E>& a, const Eights& w) {
-        const bool alone = rows_ <= FEW;
-        const int64_t place = alone ? team_.me * FEW : 0;
+        const int64_t place = own_rows();
         const EightRows found{a_.codes + place * a_.deepest, a_.code_scales + place, w.depth};
-        int64_t i = 0, end = rows_;
-        if (!alone) team_.share(rows_, i, end);
-        for (; i < end; i++) eight_row(a.x + i * a.stride, std::min(a.depth, w.depth), w.depth, found.codes + i * w.depth, found.scales + i);
-        if (!alone) team_.wait();
+        round_rows([&](int64_t i) { eight_row(a.x + i * a.stride, std::min(a.depth, w.depth), w.depth, found.codes + i * w.depth, found.scales + i); });
         return found;
+    }
+
+    FourRows rounded_rows(const Product<E>& a, const Codes& w) {
+        const int64_t place = own_rows(), groups = groups_of(w);
+        const FourRows found{a_.codes + place * a_.deepest, a_.code_scales + place, a_.code_starts + place * a_.deepest / OCTET * 2, w.depth, groups};
+        round_rows([&](int64_t i) {
+            four_row(a.x + i * a.stride, std::min(a.depth, w.depth), w, found.codes + i * w.depth, found.scales + i, found.starts + i * groups * 2);
+        });
+        return found;
+    }
+
+    // Where this thread's own copy of few rows lies; 0 where all share one.
+    int64_t own_rows() const { return rows_ <= FEW ? team_.me * FEW : 0; }
+
+    template <typename Round>
+    void round_rows(Round round) {
+        int64_t i = 0, end = rows_;
+        if (rows_ > FEW) team_.share(rows_, i, end);
+        for (; i < end; i++) round(i);
+        if (rows_ > FEW) team_.wait();
     }
 
     // As multiply, with what adapters add to their rows; everybody has finished where it returns.
@@ -305,6 +326,13 @@ private:
             return pair_panels(LANE_ROWS, [&](int64_t p, int64_t tile, int64_t tiles, bool more, float* out) {
                 const int8_t* next = more ? w->packed + (p + 1) * w->panel_bytes() : p < panels ? (const int8_t*)after : nullptr;
                 return eights_tile(x, rows_, *w, p, tile, tiles, next, out);
+            });
+        }
+        if (const Codes* w = matrix.fours) {
+            const FourRows x = rounded_rows(a, *w);
+            return pair_panels(LANE_ROWS, [&](int64_t p, int64_t tile, int64_t tiles, bool more, float* out) {
+                const uint8_t* next = more ? w->packed + (p + 1) * w->panel_bytes() : p < panels ? (const uint8_t*)after : nullptr;
+                return fours_tile(x, rows_, *w, p, tile, tiles, next, out);
             });
         }
         pair_panels(ROWS, [&](int64_t p, int64_t tile, int64_t tiles, bool more, float* out) {

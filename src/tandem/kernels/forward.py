@@ -21,7 +21,7 @@ def _sizes(*names: str) -> list[tuple[str, type]]:
 
 
 class MatrixArgs(ctypes.Structure):
-    _fields_ = _pointers("packed", "codes", "eights")
+    _fields_ = _pointers("packed", "codes", "eights", "fours")
 
 
 class LayerArgs(ctypes.Structure):
@@ -53,7 +53,9 @@ class ForwardArgs(ctypes.Structure):
         *_pointers("layers", "groups", "embedding", "norm", "tokens", "positions", "last_rows"),
         *_pointers("row_start", "first_position", "last_start", "last_positions", "cosine", "sine"),
         *_pointers("hidden", "normed", "qkv", "attended", "both", "act", "out"),
-        *_pointers("adapters", "adapter_rows", "adapter_last", "lowered", "codes", "code_scales", "seconds"),
+        *_pointers(
+            "adapters", "adapter_rows", "adapter_last", "lowered", "codes", "code_scales", "code_starts", "seconds"
+        ),
         *_sizes("num_layers", "num_groups", "rows", "segments", "num_last", "width", "ff_width"),
         *_sizes("heads", "kv_heads", "head_size", "page_tokens", "num_adapters", "ranks", "deepest"),
         ("eps", ctypes.c_float),

@@ -28,6 +28,7 @@ from tandem.kernels import (
     divergence,
     eights,
     eights_gradient,
+    fours,
     gradient,
     head,
     linear,
@@ -43,7 +44,7 @@ from tandem.kernels import (
 from tandem.kernels.build import load
 from tandem.kernels.build.check import CHECKS, Comparison, E, normal
 from tandem.kernels.sample import SamplingBatch
-from tandem.kernels.sizes import COMPARED_ROWS
+from tandem.kernels.sizes import COMPARED_ROWS, GROUP
 from tandem.kernels.weight import Adapter, Piece, Strips, Weight
 from tandem.numerics import blocks as whole_blocks
 from tandem.numerics import quantise as rounding
@@ -129,6 +130,31 @@ def _eights(dtype: torch.dtype) -> Iterator[Comparison]:
     yield Comparison("the codes again", made.values(dtype), rounding.dequantise(quantised, dtype))
     other = eights.Eights(weight)
     yield Comparison("a matrix that is rounded", torch.cat([other.packed, made.packed]), torch.cat([made.packed] * 2))
+    yield Comparison(
+        "whose codes they are",
+        torch.tensor([other.is_of(weight), other.is_of(-weight)]).float(),
+        torch.tensor([1.0, 0.0]),
+    )
+
+
+def _fours(dtype: torch.dtype) -> Iterator[Comparison]:
+    """Exact: as of 8 bits, and a last group and words that are not full, minima, few rows and many."""
+    x, weight, residual = (normal(*shape, dtype=dtype, seed=8) for shape in ((9, 98), (130, 98), (9, 130)))
+    x[2, 5], x[4] = torch.inf, 0
+    quantised, bias = rounding.quantise(weight, 4, GROUP), normal(130, seed=9)
+    halves = [part.half() for part in (quantised.scales_NG, -7 * quantised.scales_NG)]
+    lifted = rounding.Quantised(quantised.codes_NK + 7, halves[0], 4, GROUP, halves[1])
+    for what, codes_of in (("a product of 4 and 8 bits", quantised), ("a product with minima", lifted)):
+        made = fours.Fours(codes_of)
+        wanted = fours.product_reference(x, codes_of, bias, residual)
+        for first in (0, 5, 7, 8):
+            got = made.product(x[first:], bias, residual[first:])
+            yield Comparison(what, got.nan_to_num(), wanted[first:].nan_to_num())
+            yield Comparison("what is not finite", got.isnan().float(), wanted[first:].isnan().float())
+        yield Comparison("the codes again", made.values(dtype), rounding.dequantise(codes_of, dtype))
+    other, made = fours.Fours(-weight), fours.Fours(quantised)
+    other.round(weight)
+    yield Comparison("a matrix that is rounded", other.packed, made.packed)
     yield Comparison(
         "whose codes they are",
         torch.tensor([other.is_of(weight), other.is_of(-weight)]).float(),
@@ -403,6 +429,7 @@ CHECKS |= {
     "eights": _each(_eights),
     "eights_gradient": _each(_eights_gradient),
     "forward": tuple,
+    "fours": _each(_fours),
     "gradient": _each(_gradient),
     "head": _each(_head),
     "layer": _each(_layer),

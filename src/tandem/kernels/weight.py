@@ -14,7 +14,10 @@ from tandem.kernels.choice import backend
 from tandem.kernels.codes import Codes, fits
 from tandem.kernels.eights import Eights
 from tandem.kernels.eights_gradient import turned
+from tandem.kernels.fours import Fours
+from tandem.kernels.fours import fits as is_packed
 from tandem.kernels.large import large
+from tandem.kernels.quantise import dequantise
 from tandem.kernels.rounded_gradient import Operands
 from tandem.kernels.rounding import NOT_ROUNDED, Rounding
 from tandem.kernels.sizes import PANEL, STRIP
@@ -40,9 +43,9 @@ def panels(matrix_NK: torch.Tensor, *, zero: bool = False) -> torch.Tensor:
 
 
 def matrix_addresses(weight: Weight) -> tuple[int | None, int | None]:
-    """Of `packed` and of `codes`, one of them null: what a kernel multiplies by. Both are where the codes are `Eights`,
-    which few kernels know."""
-    if isinstance(weight.codes, Eights):
+    """Of `packed` and of `codes`, one of them null: what a kernel multiplies by. Both are where rows are rounded
+    to 8 bits, which few kernels know."""
+    if isinstance(weight.codes, Eights | Fours):
         return None, None
     if weight.codes is not None:
         return None, weight.codes.words.data_ptr()
@@ -158,10 +161,10 @@ class Weight:
             self.codes, self.rounded = rounded_matrix(self.value, self.rounding, self.codes, self.rounded)
             return
         if self.rounding.products:
-            if isinstance(self.codes, Eights):
+            if isinstance(self.codes, Eights | Fours):
                 self.codes.round(self.value)
             else:
-                self.codes, self.packed = Eights(self.value), None
+                self.codes, self.packed = (Eights if self.rounding.bits == 8 else Fours)(self.value), None
             return
         value = self.rounding.matrix(self.value)
         if self.packed is None:
@@ -182,15 +185,16 @@ class Weight:
             )
         if rounding.products and self.packed is None and not (self.on_device and rounding.bits == 8):
             raise ConfigError(
-                "w8a8 is computed by tandem's own compiled kernels, which are not used here (TANDEM_KERNELS, float16 "
-                "on the CPU, or no compiler: tandem doctor). Change that, or give a format."
+                f"w{rounding.bits}a8 is computed by tandem's own compiled kernels, which are not used here "
+                "(TANDEM_KERNELS, float16 on the CPU, w4a8 on a GPU, or no compiler: tandem doctor). Change that, or "
+                "give a format."
             )
         self.rounding = rounding
         self.repack()
 
     def learn_in_8_bits(self) -> None:
         """Have the products of the backward pass in integers (eights_gradient.py). ConfigError where they cannot be."""
-        if self.library or self.on_device or (self.packed is None and not isinstance(self.codes, Eights)):
+        if self.library or self.on_device or (self.packed is None and not isinstance(self.codes, Eights | Fours)):
             raise ConfigError(
                 "learner.gradients is int8, whose products are computed by tandem's own compiled kernels on the CPU; "
                 "these are not (model.kernels, TANDEM_KERNELS, or no compiler: tandem doctor). Change that, or leave "
@@ -200,7 +204,7 @@ class Weight:
 
     def follows(self, value: torch.Tensor) -> bool:
         """Whether what products read is this value, rounded."""
-        if isinstance(self.codes, Eights):
+        if isinstance(self.codes, Eights | Fours):
             return self.codes.is_of(value)
         return same_bits(self.served(), self.rounding.matrix(value))
 
@@ -254,19 +258,25 @@ class Weight:
             return coded(quantised, self.codes, self._memory.device)
         return Codes(quantised) if isinstance(quantised, Quantised) and fits(quantised) else None
 
-    def multiply_in_8_bits(self, value: torch.Tensor) -> None:
-        """Multiply by this matrix rounded to 8 bits from now on, a row of x too (kernels/eights.py), and keep nothing
-        else of it: bf16 or fp32, as it came."""
-        if isinstance(self.codes, Eights):
+    def multiply_in_8_bits(self, value: torch.Tensor, bits: int = 8, filed: Quantised | None = None) -> None:
+        """Multiply by this matrix rounded to 8 or 4 bits from now on, a row of x to 8 (kernels/eights.py, fours.py),
+        and keep nothing else of it: bf16 or fp32, as it came. To 4 it is not rounded where `filed` stands for it."""
+        if bits == 4 and filed is not None and is_packed(filed) and same_bits(dequantise(filed, value.dtype), value):
+            self._hold(Fours(filed), rows=False)
+            return
+        if isinstance(self.codes, Eights | Fours) and self.codes.is_rounded:
             self.codes.round(value)
             return
         if self.on_device:
             from tandem.kernels.gpu.eights import DeviceEights
 
+            assert bits == 8, "there is no product of 4 and 8 bits on a device"
             self._hold(DeviceEights(value.to(self._memory.device)), rows=False)
             return
-        assert self.packed is not None or self.codes is not None, "W8A8 is computed by tandem's own kernels alone"
-        self._hold(Eights(value), rows=False)
+        assert self.packed is not None or self.codes is not None, (
+            "integers are multiplied by tandem's own kernels alone"
+        )
+        self._hold(Eights(value) if bits == 8 else Fours(value), rows=False)
 
     def _hold(self, codes: Codes | Eights, rows: bool) -> None:
         assert codes.shape == self.value.shape, (codes.shape, self.value.shape)

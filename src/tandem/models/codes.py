@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 
@@ -44,21 +45,38 @@ def _hold(weight: Weight, names: list[str], checkpoint: Checkpoint, *, rows: boo
         as_filed = [one for name in names if (one := checkpoint.fp4(name)) is not None]
         if len(as_filed) == len(names) and len({one.form for one in as_filed}) == 1:
             return weight.hold(_joined(as_filed), rows=rows)
+    found = _codes(names, checkpoint)
+    return found is not None and weight.hold(found, rows=rows)
+
+
+def layer_codes(decoder: Decoder, checkpoint: Checkpoint) -> Callable[[str], Quantised | None]:
+    """A function that reads a matrix of the layers, by the decoder's own name, as the codes that the file has; None
+    where it has none of one form."""
+    names = {
+        f"layers.{layer.index}.{slot.name}": [one.name for one in slot.stored]
+        for layer in decoder.layers
+        for slot, _ in layer.weights()
+        if slot.columns is not None
+    }
+    return lambda name: _codes(names[name], checkpoint) if name in names else None
+
+
+def _codes(names: list[str], checkpoint: Checkpoint) -> Quantised | None:
+    """Of the matrix that these tensors are together."""
     found = [codes for name in names if (codes := checkpoint.codes(name)) is not None]
     forms = {(one.bits, one.group, one.scales_NG.dtype, one.minima_NG is None) for one in found}
     if len(found) < len(names) or len(forms) > 1:
-        return False
+        return None
     if len(found) == 1:
-        return weight.hold(found[0], rows=rows)
+        return found[0]
     minima = [one.minima_NG for one in found if one.minima_NG is not None]
-    joined = Quantised(
+    return Quantised(
         torch.cat([one.codes_NK for one in found]),
         torch.cat([one.scales_NG for one in found]),
         found[0].bits,
         found[0].group,
         torch.cat(minima) if minima else None,
     )
-    return weight.hold(joined, rows=rows)
 
 
 def _joined(parts: list[Fp4]) -> Fp4:

@@ -33,7 +33,7 @@ class ModelConfig:
     source: str  # a folder, an "x.gguf", a hub "owner/name", or "package:NAME"; see checkpoint.open_checkpoint
     dtype: Dtype = "bfloat16"  # of the forward and backward pass; master weights are float32
     device: Device = "cpu"  # of the weights, the pages and all computing; cuda runs the Triton kernels
-    weights: str = "same"  # of the layers' products, in training too: w8a8, or a format, + one of rows (numerics.md)
+    weights: str = "same"  # of the layers' products, in training too: w8a8, w4a8, or a format, + one of rows
     kernels: Kernels = "exact"  # library: torch's own products, whose bits depend on the batch
 
     def __post_init__(self) -> None:

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from tandem.kernels.address import address, check_range
 from tandem.kernels.build.load import kernel
-from tandem.kernels.eights import QUAD, Eights
+from tandem.kernels.codes import UNIT
+from tandem.kernels.eights import Eights
 from tandem.kernels.forward import FEW, AdapterArgs, ForwardArgs, GroupArgs, LayerArgs, MatrixArgs
+from tandem.kernels.fours import Fours
 from tandem.kernels.page_pool import KvPool
 from tandem.kernels.weight import Weight, matrix_addresses
 from tandem.models.adapter import AdapterSet
@@ -48,7 +50,7 @@ class FusedForward:
         self._run = run
         self._scratch = torch.empty(0, dtype=decoder.dtype)
         self._code_rows = torch.empty(0, 0, dtype=torch.uint8)
-        self._deepest = 0  # inputs of W8A8's products, to whole words; 0: nothing is multiplied so
+        self._deepest = 0  # inputs of products of integers, to whole units; 0: nothing is multiplied so
         self._forms: list[
             object
         ] = []  # what the matrices were when `_layers` was made; held, so that no id comes again
@@ -57,13 +59,13 @@ class FusedForward:
 
     def _fill(self, forms: list[object]) -> None:
         self._forms, spec = forms, self.decoder.spec
-        eights = any(isinstance(form, Eights) for form in forms)
-        deepest = max(spec.width, spec.ff_width, spec.heads * spec.head_size) if eights else 0
-        self._deepest = -(-deepest // QUAD) * QUAD
+        integers = any(isinstance(form, Eights | Fours) for form in forms)
+        deepest = max(spec.width, spec.ff_width, spec.heads * spec.head_size) if integers else 0
+        self._deepest = -(-deepest // UNIT) * UNIT
         for args, layer, pool in zip(self._layers, self.decoder.layers, self.pools, strict=True):
             for slot, weight in layer.weights():
                 if slot.columns is not None:
-                    setattr(args, slot.name, MatrixArgs(*matrix_addresses(weight), _eights(weight)))
+                    setattr(args, slot.name, MatrixArgs(*matrix_addresses(weight), *_integers(weight)))
                 elif slot.name != "qkv_bias":
                     setattr(args, slot.name, weight.value.data_ptr())
             args.keys, args.values = pool.keys.data_ptr(), pool.values.data_ptr()
@@ -101,12 +103,14 @@ class FusedForward:
             start += size * self.decoder.dtype.itemsize
         return addresses
 
-    def _codes(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Scratch for the rows of W8A8's products as codes, and their scales; it only grows."""
+    def _codes(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scratch for the rows of products of integers as codes, their scales, and what sums of groups begin at; it
+        only grows."""
         few = max(rows, FEW * torch.get_num_threads()) if self._deepest else 0
         if few > len(self._code_rows) or self._code_rows.shape[1] != self._deepest:
             self._code_rows = torch.empty(few, self._deepest, dtype=torch.uint8)
-        return self._code_rows, torch.empty(few)
+        starts = torch.empty(few * self._deepest // UNIT * 2, dtype=torch.int32)
+        return self._code_rows, torch.empty(few), starts
 
     def __call__(
         self, tokens_T: Tensor, view: PagedView, rows_N: Tensor, adapters: RowAdapters | None = None
@@ -134,7 +138,7 @@ class FusedForward:
         groups, held = self._groups(view, segment_N)
         served, ranks = self._adapters(rows, rows_N, adapters)
         *scratch, lowered = self._room(rows, ranks)
-        codes_TK, scales_T = self._codes(rows)
+        codes_TK, scales_T, starts = self._codes(rows)
         args = ForwardArgs(
             ctypes.addressof(self._layers),
             ctypes.addressof(groups),
@@ -148,6 +152,7 @@ class FusedForward:
             lowered,
             codes_TK.data_ptr(),
             scales_T.data_ptr(),
+            starts.data_ptr(),
             None if self.seconds is None else self.seconds.data_ptr(),
             *(len(self.pools), len(groups), rows, len(view.paths.first_position_S), last, spec.width, spec.ff_width),
             *(spec.heads, spec.kv_heads, spec.head_size, view.paths.page_tokens),
@@ -155,7 +160,7 @@ class FusedForward:
             spec.norm_eps,
         )
         self._run(ctypes.addressof(args))
-        del biases, held, served, codes_TK, scales_T
+        del biases, held, served, codes_TK, scales_T, starts
         return out_NM
 
     def _adapters(self, rows: int, rows_N: Tensor, adapters: RowAdapters | None) -> tuple[_Served, int]:
@@ -212,8 +217,12 @@ class _Served:
         self.addresses = (ctypes.addressof(self.args), *(order_T.data_ptr() for order_T in orders))
 
 
-def _eights(weight: Weight) -> int | None:
-    return weight.codes.words.data_ptr() if isinstance(weight.codes, Eights) else None
+def _integers(weight: Weight) -> tuple[int | None, int | None]:
+    """Of codes of 8 bits and of 4 whose rows are rounded: one of them null, or both."""
+    if not isinstance(weight.codes, Eights | Fours):
+        return None, None
+    words = weight.codes.words.data_ptr()
+    return (words, None) if isinstance(weight.codes, Eights) else (None, words)
 
 
 def fits(decoder: Decoder, pools: list[KvPool]) -> bool:

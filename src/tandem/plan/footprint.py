@@ -11,7 +11,7 @@ from tandem import env
 from tandem.engine.config import EngineConfig
 from tandem.engine.layout import KvLayout
 from tandem.kernels.build.load import lacking
-from tandem.kernels.sizes import COMPARED_ROWS, KEPT_BYTES, PANEL, SLAB
+from tandem.kernels.sizes import COMPARED_ROWS, GROUP, KEPT_BYTES, PANEL, SLAB
 from tandem.models.config import ModelConfig
 from tandem.models.parts import SIZES, all_slots, expected_shapes, layer_slots
 from tandem.models.spec import ModelSpec
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Phase = Literal["load", "generate", "learn", "update", "publish", "save"]
 ALL: tuple[Phase, ...] = ("load", "generate", "learn", "update", "publish", "save")
 LOADED = ALL[1:]
-CODES = {"int8": 8, "int4": 4, "w8a8": 8}
+CODES = {"int8": 8, "int4": 4, "w8a8": 8, "w4a8": 4}
 # Of a program from its request to the packed batch, of a token of its prompt, of one that it samples, and of that where
 # filters keep a set: 1.9 kB, 51, 87 and 168 bytes measured with 20 ids a set, and 68 while it is live; docs/configs.md.
 PROGRAM_BYTES, PROMPT_BYTES, SAMPLED_BYTES, SET_BYTES = 2048, 64, 112, 96
@@ -158,8 +158,11 @@ def packed_bytes(spec: ModelSpec, model: ModelConfig, dtype: str = "") -> int:
         if slot.columns is None or not spec.tied_embeddings and slot.name == "embed":
             continue
         rows, depth = -(-slot.rows // PANEL) * PANEL, slot.columns
-        if model.weights == "w8a8" and slot.name not in ("embed", "head"):  # codes, a scale and a sum a row
+        codes = slot.name not in ("embed", "head")
+        if model.weights == "w8a8" and codes:  # a scale and a sum a row
             total += rows * (depth + -depth % 4 + 8)
+        elif model.weights == "w4a8" and codes:  # and a scale a group
+            total += rows * ((depth + -depth % 8) // 2 + 4 * -(-depth // GROUP))
         else:
             total += SIZES[kind] * rows * (depth + (depth % 2 if kind == "bfloat16" else 0))
     return total
@@ -170,7 +173,8 @@ def rounded_bytes(asked: Asked) -> int:
     spec, engine = asked.spec, asked.engine
     count = sum(prod(shape) for shape in expected_shapes(spec).values())
     whole = spec.vocab_size * spec.width * (1 if spec.tied_embeddings else 2)  # embedding and head keep their precision
-    shared = spec.width / 2 if engine.weights == "w8a8" else engine.weight_group  # a row's scale and sum: 8 bytes
+    # A row's scale and sum are 8 bytes.
+    shared = {"w8a8": spec.width / 2, "w4a8": GROUP}.get(engine.weights, engine.weight_group)
     per_code = CODES[engine.weights] / 8 + 4 / shared
     return int((count - whole) * per_code) + 2 * whole * SIZES[asked.dtype]
 

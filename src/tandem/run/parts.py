@@ -25,7 +25,7 @@ from tandem.errors import ConfigError, TandemWarning
 from tandem.kernels.build.load import matrix_unit
 from tandem.models.adapter import AdapterSet
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
-from tandem.models.codes import described, hold_codes
+from tandem.models.codes import described, hold_codes, layer_codes
 from tandem.models.config import AdapterConfig, ModelConfig
 from tandem.models.decoder import Decoder, decoder_of
 from tandem.models.peft import AdapterFolder
@@ -374,7 +374,8 @@ def _build(words: _Words, model: ModelConfig, config: EngineConfig, memory: Plan
     receivers: list[Receiver] = [Shared("what runs on the learner's weights", decoder, *on_learner)]
     if serving is not decoder:
         rounding = integers_of(config)
-        copied = Copied("the engine", serving, engine, *others, rounding=rounding, lag=lag, source=source)
+        own = layer_codes(decoder, checkpoint) if config.weights == "w4a8" and not learns else None
+        copied = Copied("the engine", serving, engine, *others, rounding=rounding, lag=lag, source=source, codes=own)
         receivers.append(copied)
     publisher = Publisher(decoder, receivers)
     version = publisher.publish(0)

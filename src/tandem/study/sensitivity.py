@@ -1,8 +1,8 @@
 """What a model loses where one tensor, or all matrices, are kept in a format: decibels, KL, perplexity on given texts.
 
 The distribution of each next token is compared with that of the original. Both are run in fp32, so that nothing but the
-format differs. `pareto` rounds the matrices of layers, and what they multiply where the format says so: w8a8, and what
-is behind a +; embedding, head and norms stay.
+format differs. `pareto` rounds the matrices of layers, and what they multiply where the format says so: w8a8, w4a8, and
+what is behind a +; embedding, head and norms stay.
 
 Of one tensor at a time (ablation.py) the hidden states of the original before each layer are kept for a batch of
 texts, and a forward pass begins at the layer of the tensor. A mean is over tokens; its 95 % interval takes texts for

@@ -47,6 +47,8 @@ def of_engine(model: ModelConfig, engine: EngineConfig) -> tuple[Departure, ...]
             what += f", groups of {engine.weight_group}"
         if weights == "w8a8":
             what = "rollouts whose products are of weights and activations in 8 bits"
+        if weights == "w4a8":
+            what = "rollouts whose products are of weights in 4 bits and activations in 8"
         declare(f"engine.weights={engine.weights}", what)
     if engine.dtype not in ("same", model.dtype):
         declare(f"engine.dtype={engine.dtype}", f"the engine computes in {engine.dtype}, the learner in {model.dtype}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
 from tandem.errors import ConfigError, DeliveryError
 from tandem.kernels.eights import Eights
+from tandem.kernels.fours import Fours
 from tandem.kernels.quantise import dequantise
 from tandem.kernels.rounding import NOT_ROUNDED, Rounding, rounding_of
 from tandem.models.adapter import AdapterSet
@@ -20,9 +21,11 @@ from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder, decoder_of
 from tandem.models.spec import ModelSpec
 from tandem.numerics.digest import root_hash, tensor_hashes
+from tandem.numerics.quantise import Quantised
 from tandem.types import WeightVersion
 
 POLICY = "policy"  # the set of weights that every version has
+Filed = Callable[[str], Quantised | None] | None  # a file's codes of a matrix, by the decoder's name
 
 
 def serving_decoder(spec: ModelSpec, model: ModelConfig, engine: EngineConfig) -> Decoder:
@@ -87,7 +90,8 @@ class Copied:
     multiply them so.
 
     source: a decoder that holds what came before rounding, where the weights trail the learner's; `decoder` itself
-    where nothing is rounded.
+    where nothing is rounded. codes: gives those of a file, by a matrix's name; in the first version it is served from
+    them where they stand for it, in place of being rounded again.
     """
 
     def __init__(
@@ -98,15 +102,18 @@ class Copied:
         rounding: Rounding = NOT_ROUNDED,
         lag: int = 0,
         source: Decoder | None = None,
+        codes: Filed = None,
     ) -> None:
         assert (lag > 0) == (source is not None), (lag, source)
         self.name, self.decoder, self.engines = name, decoder, engines
         self.rounding, self.lag, self.source = rounding, lag, source
-        if rounding.products and not decoder.own_products:
+        self._codes = codes
+        on_device = decoder.layers[0].mix.qkv.on_device
+        if rounding.products and (not decoder.own_products or (on_device and rounding.bits == 4)):
             raise ConfigError(
-                "engine.weights is w8a8, whose products are computed by tandem's own compiled kernels; this engine's "
-                "are not (model.kernels, TANDEM_KERNELS, float16 on the CPU, or no compiler: tandem doctor). Change "
-                "that, or set engine.weights to int8."
+                f"engine.weights is w{rounding.bits}a8, whose products are computed by tandem's own compiled kernels; "
+                "this engine's are not (model.kernels, TANDEM_KERNELS, float16 on the CPU, w4a8 on a GPU, or no compiler: "
+                "tandem doctor). Change that, or set engine.weights to int8."
             )
 
     def receive(self, version: WeightVersion, sets: Mapping[str, Weights]) -> None:
@@ -118,7 +125,8 @@ class Copied:
             for _ in _load(self.source, sent.tensors.items()):
                 pass
             check(f"{self.name} (source)", version, sent.hashes, _served(self.source))
-        rounded = tensor_hashes(_load(self.decoder, sent.tensors.items(), self.rounding))
+        rounded = tensor_hashes(_load(self.decoder, sent.tensors.items(), self.rounding, self._codes))
+        self._codes = None
         check(self.name, version, rounded, _served(self.decoder, sent.tensors))
         for engine in self.engines:
             if not engine.dead:
@@ -155,7 +163,7 @@ def _served(decoder: Decoder, sent: Mapping[str, torch.Tensor] | None = None) ->
         if weight is decoder.embed and (weight.packed is not None or weight.codes is not None):
             yield "embed (rows)", weight.value
         value = weight.value if sent is None or not weight.value.is_meta else sent.get(name, weight.value)
-        rounds = weight.rounding or isinstance(weight.codes, Eights)
+        rounds = weight.rounding or isinstance(weight.codes, Eights | Fours)
         yield name, value if rounds and not value.is_meta and weight.follows(value) else weight.served(room)
 
 
@@ -196,7 +204,10 @@ def drop_adapter(engine: Engine, name: str) -> None:
 
 
 def _load(
-    decoder: Decoder, tensors: Iterable[tuple[str, torch.Tensor]], rounding: Rounding = NOT_ROUNDED
+    decoder: Decoder,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    rounding: Rounding = NOT_ROUNDED,
+    codes: Filed = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Bring each tensor in, matrices of layers rounded to integers; embedding, head and norms keep their precision, and
     so do adapters. Passes on, to be hashed on the sender's side, what `_served` then gives."""
@@ -205,12 +216,12 @@ def _load(
         weight = weights[name]
         rounds = bool(rounding.bits) and decoder.adapter is None and sent.ndim == 2 and name not in ("embed", "head")
         if rounds and rounding.products:
-            weight.multiply_in_8_bits(sent)
+            weight.multiply_in_8_bits(sent, rounding.bits, codes(name) if codes is not None else None)
             yield name, sent
             continue
-        codes = rounding.codes(sent) if rounds else None
-        value = sent.to(weight.value.dtype) if codes is None else dequantise(codes, decoder.dtype)
-        if codes is None or not weight.hold(codes):
+        own = rounding.codes(sent) if rounds else None
+        value = sent.to(weight.value.dtype) if own is None else dequantise(own, decoder.dtype)
+        if own is None or not weight.hold(own):
             weight.value.copy_(value)
             weight.repack()
         yield name, value
