@@ -112,7 +112,7 @@ class Copied:
         if rounding.products and (not decoder.own_products or (on_device and rounding.bits == 4)):
             raise ConfigError(
                 f"engine.weights is w{rounding.bits}a8, whose products are computed by tandem's own compiled kernels; "
-                "this engine's are not (model.kernels, TANDEM_KERNELS, float16 on the CPU, w4a8 on a GPU, or no compiler: "
+                "this engine's are not (model.kernels, TANDEM_KERNELS, float16 on the CPU, w4a8 on a GPU, no compiler: "
                 "tandem doctor). Change that, or set engine.weights to int8."
             )
 
