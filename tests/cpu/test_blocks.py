@@ -7,6 +7,7 @@ few largest decide.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tandem.errors import ConfigError, NonFiniteError
+from tandem.kernels.blocks import rounded as kernel_rounded
 from tandem.numerics.blocks import (
     FORMATS,
     RULES,
@@ -31,7 +33,9 @@ from tandem.numerics.blocks import (
     rounded,
     sqnr_db,
 )
+from tandem.numerics.compare import same_bits
 from tandem.numerics.elements import E2M1, E4M3, E5M2, INT8, Element, decode
+from tandem.numerics.names import check_weights_name
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
 F32 = np.float32
@@ -264,6 +268,37 @@ def test_a_format_of_ones_own() -> None:
     own, x = format_of("e2m1/32:e8m0:even"), torch.randn(64, 64)
     assert torch.equal(rounded(x, own), rounded(x, FORMATS["mxfp4_even"]))
     assert isinstance(own, Format) and block_scales(quantise(x, own), own).shape == (64, 2)
-    for name in ("mxfp5", "e2m1/0:e8m0", "e2m1/32:e4m3", "e2m1/32:fp32:even", "e2m1/32:e8m0:up", "/32:e8m0"):
+    like = {"int8/32:e8m0:even": "mxint8_even", "e2m1/16:e4m3": "nvfp4", "e4m3/128x128:fp32": "fp8_128x128"}
+    for one, known in (*like.items(), ("e4m3/tensor:fp32", "fp8_tensor"), ("e4m3/row:fp32", "fp8_row")):
+        check_weights_name("model.weights", f"{one}+{one}")
+        assert replace(format_of(one), name=known) == FORMATS[known]
+    assert quantise(x, format_of("e3m2/16x32:bf16")).scales.shape == (4, 2)
+    for name in (
+        *("mxfp5", "e2m1/0:e8m0", "e2m1/0x8:e8m0", "e4m3/32:e4m3", "e2m1/32:fp32:even", "e2m1/32:e8m0:up", "/32:e8m0"),
+        *("e2m1/rows:e8m0", "int4/32:e8m0"),
+    ):
         with pytest.raises(ConfigError):
             format_of(name)
+    with pytest.raises(ConfigError, match="'mxfp5' is no format. Did you mean mxfp4.* One of your own is"):
+        format_of("mxfp5")
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 64), (3, 0), (0, 0), (2, 0, 5)], ids=str)
+def test_a_tensor_of_nothing(shape: tuple[int, ...]) -> None:
+    """A traceback in place of nothing; scales that are not those of more rows or inputs."""
+    for name, form in FORMATS.items():
+        for own in (form, form.by_row()) if form.rows == 1 else (form,):
+            found = quantise(torch.empty(shape), own)
+            assert dequantise(found, own, torch.bfloat16).shape == found.codes.shape == shape, name
+            assert found.scales.ndim == quantise(torch.ones(*(1 for _ in shape)), own).scales.ndim, name
+            assert found.scales.numel() == 0 and (found.zeros is None or found.zeros.shape == found.scales.shape), name
+
+
+@pytest.mark.parametrize("name", ["int4_g32_asym", "int8_row_asym"])
+def test_ends_further_apart_than_fp32_has(name: str) -> None:
+    """An infinite step, of which a whole block is NaN; one that the kernel takes otherwise."""
+    x = torch.cat([torch.tensor([[3e38, -3e38, 1e38, 0.0]]), torch.zeros(1, 4)])
+    back = rounded(x, format_of(name))
+    assert bool(back.isfinite().all()) and float((back - x).abs().max()) <= 6e38 / 15 / 2 * 1.0001
+    far = x * torch.linspace(0.9, 1.13, 57)[:, None, None]
+    assert same_bits(kernel_rounded(far.view(-1, 4), format_of(name)), rounded(far.view(-1, 4), format_of(name)))

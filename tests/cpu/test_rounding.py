@@ -38,7 +38,8 @@ from tandem.sync.publish import Publisher
 from tandem.sync.receive import Copied, Shared, serving_decoder
 from tests.cpu.test_publish import engine_on
 
-OWN = ("e3m4b5/32:e8m0:even", "e4m3/16:fp32", "e1m2/32:e8m0", "e3m0/32:e8m0", "e8m5b130/8:e8m0")
+OWN = ("e3m4b5/32:e8m0:even", "e4m3/16:fp32", "e1m2/32:e8m0", "e3m0/32:e8m0", "e8m5b130/8:e8m0", "e2m1/7x24:e4m3")
+OWN = (*OWN, "e4m3/16x8:bf16", "int8/5x16:e8m0", "e2m1/tensor:e8m0", "int8/row:fp32", "int8_row_asym")
 KINDS = ("w8a8", "w4a8", "mxfp4", "int4_g32_asym", "nvfp4+nvfp4", "fp8_128x128+fp8_1x128", "same+mxfp8_e4m3", "int8")
 
 
@@ -244,8 +245,9 @@ def test_an_engine_alone_is_rounded(make_decoder: Callable[..., Decoder]) -> Non
     [
         (
             {"weights": "mxfp5"},
-            "'mxfp5' rounds nothing that is known.*Give same, int8, int4, w8a8, w4a8, or one of mxfp8",
+            "'mxfp5' rounds nothing that is known.*Give such a format, same, int8, int4, w8a8 or w4a8",
         ),
+        ({"weights": "nvfp4_56"}, "'nvfp4_56' rounds nothing that is known.*Did you mean nvfp4"),
         ({"weights": "mxfp4+fp8_128x128"}, "rounds tiles of 128 rows"),
     ],
 )
@@ -253,8 +255,9 @@ def test_a_format_that_is_none_is_refused(changes: dict[str, str], said: str, ma
     """A name that rounds nothing, in silence."""
     spec, model = make_decoder("float32").spec, ModelConfig("x")
     for asked in ((model, EngineConfig(**changes)), (replace(model, **changes), EngineConfig())):
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=said) as found:
             check_engine(spec, *asked)
+        assert str(found.value).count("nvfp4_four_six") <= 1
 
 
 def test_both_at_once_are_refused(make_decoder: Callable[..., Decoder]) -> None:

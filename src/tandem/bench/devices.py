@@ -185,7 +185,7 @@ def served_as(name: str) -> Served:
     if form is None:
         return Served(name, 16, activation_bits=activation_bits)
     zero_bytes = form.element.bits / 8 if form.zero_point else 0.0
-    own = {"e8m0": 1.0, "e4m3": 1.0, "fp32": 4.0}[form.scale] + zero_bytes
+    own = {"e8m0": 1.0, "e4m3": 1.0, "fp32": 4.0}.get(form.scale, 2.0) + zero_bytes
     return Served(
         name,
         float(form.element.bits),
@@ -203,7 +203,10 @@ def _arithmetic(form: Format, rows: Format) -> Arithmetic | None:
     """That multiplies the two: the wider's, where blocks of 32 with e8m0, or those of NVFP4, or fp32 scales meet their
     like; no fp6 and fp4 by fp32 scales."""
     found = [_ELEMENTS.get(one.element.name) for one in (form, rows)]
-    if None in found or form.scale != rows.scale or (form.scale == "e8m0" and (form.block, rows.block) != (32, 32)):
+    blocks = {"e8m0": 32, "e4m3": 16}.get(form.scale)
+    if None in found or form.scale != rows.scale or form.scale not in _SCALINGS:
+        return None
+    if blocks and ({form.block, rows.block} != {blocks} or form.rows > 1):
         return None
     wider = next(name for name in ("fp8", "fp6", "fp4") if name in found)
     return None if form.scale == "fp32" and wider != "fp8" else wider  # type: ignore[return-value]

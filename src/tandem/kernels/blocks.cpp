@@ -107,7 +107,8 @@ void with_zero_point(const E* x, E* out, int64_t inputs, int64_t rows, int64_t c
     float low = 0, high = 0;
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < count; i++) low = std::min(low, to_float(x[r * inputs + i])), high = std::max(high, to_float(x[r * inputs + i]));
-    const float last = float(2 * f.largest + 1), scale = (high - low) / last, divisor = scale > 0 ? scale : INF;
+    const float last = float(2 * f.largest + 1), span = high - low, scale = span < INF ? span / last : high / last - low / last;
+    const float divisor = scale > 0 ? scale : INF;
     const float zero = std::max(0.0f, std::min(last, std::nearbyint(-low / divisor)));
     for (int64_t r = 0; r < rows; r++)
         for (int64_t i = 0; i < count; i++) {

@@ -15,7 +15,7 @@ from tandem.kernels.blocks import rounded, rounded_rows
 from tandem.kernels.choice import backend
 from tandem.kernels.quantise import dequantise, quantise
 from tandem.kernels.sizes import GROUP
-from tandem.numerics.blocks import FORMATS, WHOLE_ROW, Format, format_of
+from tandem.numerics.blocks import WHOLE_ROW, Format, format_of
 from tandem.numerics.elements import Fixed
 from tandem.numerics.quantise import Quantised
 
@@ -78,6 +78,6 @@ def rounding_of(name: str, group: int = 64) -> Rounding:
         return Rounding(form=form, rows=None if own is None else own.by_row())
     except ConfigError as error:
         raise ConfigError(
-            f"{name!r} rounds nothing that is known: {error} Give same, int8, int4, w8a8, w4a8, or one of "
-            f"{', '.join(FORMATS)}, and behind a + what rows are rounded to where they are multiplied."
+            f"{name!r} rounds nothing that is known: {error} Give such a format, same, int8, int4, w8a8 or w4a8, "
+            "and behind a + what rows are rounded to where they are multiplied."
         ) from error

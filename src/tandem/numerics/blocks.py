@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from tandem.errors import ConfigError, NonFiniteError
+from tandem.errors import ConfigError, NonFiniteError, nearest
 from tandem.numerics.elements import (
     E2M1,
     E2M3,
@@ -151,10 +151,13 @@ FORMATS: dict[str, Format] = {
 
 def format_of(name: str) -> Format:
     """One of FORMATS, int<bits>_g<group> or int<bits>_row with or without _asym, or one of your own:
-    <element>/<block>:<scale>[:<rule>], as e3m4/32:e8m0:even. ConfigError for others.
+    <element>/<block>:<scale>[:<rule>], as e3m4/32:e8m0:even. Blocks are of so many inputs, tiles (16x64), a row or the
+    tensor; scales e8m0, fp32, fp16, bf16, and of e2m1 e4m3, by the training chain. ConfigError for others.
 
     >>> format_of("e3m3/16:fp32").bits, format_of("e2m1/32:e8m0:even") == replace(FORMATS["mxfp4_even"], name="x")
     (9.0, False)
+    >>> format_of("e4m3/64x32:bf16").rows, format_of("int8/row:e8m0").block == WHOLE_ROW
+    (64, True)
     """
     if name in FORMATS:
         return FORMATS[name]
@@ -165,14 +168,17 @@ def format_of(name: str) -> Format:
     element, _, rest = name.partition("/")
     block, _, scaled = rest.partition(":")
     scale, _, rule = scaled.partition(":")
-    known = scale in ("e8m0", "fp32") and (rule in RULES if scale == "e8m0" and rule else not rule)
-    if not (block.isdigit() and 0 < int(block) and known):
+    sizes = re.fullmatch(r"(?:([1-9]\d{0,5})x)?([1-9]\d{0,5})|row|tensor", block)
+    known = scale in ("e8m0", "e4m3", *SCALE_DTYPES) and (not rule or scale == "e8m0" and rule in RULES)
+    if not (sizes and known) or scale == "e4m3" and element != E2M1.name:
         raise ConfigError(
-            f"{name!r} is no format. Known are {', '.join(FORMATS)}; one of your own is int<2 to 8>_g<group> "
-            "or int<2 to 8>_row, with _asym for a zero point, <element>/<block>:e8m0[:floor|rceil|ceil|even] or "
-            "<element>/<block>:fp32, as e3m4/32:e8m0:even."
+            f"{name!r} is no format.{nearest(name, FORMATS)} One of your own is int<2 to 8>_g<group> or "
+            "int<2 to 8>_row, with _asym for a zero point, or <element>/<block>:<scale>, as e3m4/32:e8m0:even: a block "
+            "is a number of inputs, <rows>x<inputs>, row or tensor; a scale is e8m0[:floor|rceil|ceil|even], fp32, "
+            "fp16, bf16, or of e2m1 e4m3."
         )
-    made = Format(name, floating(element), int(block), "e8m0" if scale == "e8m0" else "fp32")
+    rows, inputs = int(sizes[1] or 1), int(sizes[2] or {"row": WHOLE_ROW, "tensor": WHOLE}[block])
+    made = Format(name, floating(element), inputs, scale, rows=rows)  # type: ignore[arg-type]
     return replace(made, rule=rule) if rule in RULES else made  # type: ignore[arg-type]
 
 
@@ -191,6 +197,8 @@ def quantise(
     drawn from `draw`.
     """
     assert x.dtype in (torch.bfloat16, torch.float16, torch.float32) and x.ndim, (x.dtype, x.shape)
+    if not x.numel():
+        return _empty(x, form)
     wide = x.float()
     if form.scale != "e8m0" and not bool(wide.isfinite().all()):
         raise NonFiniteError(
@@ -211,6 +219,8 @@ def quantise(
 
 def dequantise(blocks: Blocks, form: Format, dtype: torch.dtype = torch.float32) -> Tensor:
     """What they stand for, rounded once from fp32 to `dtype`."""
+    if not blocks.codes.numel():
+        return blocks.codes.to(dtype)
     blocked, shape = _split(blocks.codes, form)
     if blocks.zeros is not None:
         values = (blocked.float() - blocks.zeros[..., None].float()) * blocks.scales[..., None].float()
@@ -328,7 +338,8 @@ def _scaled_codes(
         assert isinstance(element, Fixed) and rounding == "nearest", (form, rounding)
         last = (1 << element.bits) - 1
         low, high = x.amin(-1).clamp_max(0.0), x.amax(-1).clamp_min(0.0)  # zero is a code
-        scales = _in_dtype((high - low) / low.new_full((), last), form)
+        span, steps = high - low, low.new_full((), last)
+        scales = _in_dtype(torch.where(span.isinf(), high / steps - low / steps, span / steps), form)
         divisor = scales.where(scales > 0, torch.inf).float()
         zeros = (-low / divisor).round_().clamp_(0, last)
         codes = ((x / divisor[..., None]).round_() + zeros[..., None]).clamp_(0, last)
@@ -337,6 +348,20 @@ def _scaled_codes(
     scales = _in_dtype(amax / amax.new_full((), element.largest), form)
     divisor = scales.where(scales > 0, torch.inf).float()
     return encode(x / divisor[..., None], element, rounding, words=words), scales, None
+
+
+def _empty(x: Tensor, form: Format) -> Blocks:
+    """Of no numbers, with the scales of no blocks."""
+    codes = x.new_empty(x.shape, dtype=torch.uint8 if form.element.bits <= 8 else torch.int32)
+    columns = x.shape[-1]
+    across = -(-columns // form.block) if form.block > 0 else min(1, columns)
+    down = -(-math.prod(x.shape[:-1]) // form.rows)
+    shape = (0,) if form.block == WHOLE else (down, across) if form.rows > 1 else (*x.shape[:-1], across)
+    scales = x.new_empty(shape, dtype=SCALE_DTYPES.get(form.scale, torch.uint8))
+    zeros = scales.to(torch.uint8) if form.zero_point else None
+    if form.scale != "e4m3":
+        return Blocks(codes, scales, None, zeros)
+    return Blocks(codes, scales, torch.ones((len(x), 1) if form.each_row else (), device=x.device))
 
 
 def _in_dtype(scales: Tensor, form: Format) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from tandem.errors import ConfigError
 
-_OWN = r"e\d+m\d+(b-?\d+)?(nan|ieee)?/\d+:(e8m0(:\w+)?|fp32|fp16|bf16)"
+_OWN = r"(int8|e\d+m\d+(b-?\d+)?(nan|ieee)?)/(\d+(x\d+)?|row|tensor):(e8m0(:\w+)?|e4m3|fp32|fp16|bf16)"
 _FORMAT = rf"mx\w+|nvfp4(_\w+)?|fp8_\w+|int[2-8]_(g\d+|row)(_asym)?|{_OWN}"
 _ALONE = ("same", "int8", "int4", "w8a8", "w4a8")
 Ablated = Literal["weights", "rows", "kv", "logits"]  # what is rounded one tensor at a time

@@ -278,7 +278,13 @@ class DeviceCodes(packed.Codes):
 def _known(matrix: Quantised | Fp4) -> bool:
     if isinstance(matrix, Fp4):
         form, inputs = matrix.form, matrix.blocks.codes.shape[1]
-        return form.element == E2M1 and form.scale in ("e8m0", "e4m3") and form.block > 0 and inputs % 2 == 0
+        return (
+            form.element == E2M1
+            and form.scale in ("e8m0", "e4m3")
+            and form.block > 0
+            and form.rows == 1
+            and inputs % 2 == 0
+        )
     whole = matrix.bits == 8 or matrix.codes_NK.shape[1] % 2 == 0
     return whole and (matrix.minima_NG is None or matrix.bits == 4)
 

@@ -7,6 +7,7 @@ their range, so none below 0; bytes hold them signed.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,8 +19,17 @@ from torch import Tensor
 from tandem.errors import ConfigError, ModelError
 from tandem.models.fields import Fields, flag, listed, number, optional, shown, table, text, whole
 from tandem.models.quantised.integers import centred
-from tandem.models.quantised.scheme import Held, Scheme, code_bits, refuse_blocks, scales_name
-from tandem.numerics.blocks import FORMATS, WHOLE, WHOLE_ROW, Blocks, Format, from_e8m0
+from tandem.models.quantised.scheme import (
+    E8M0_DTYPES,
+    Held,
+    Scheme,
+    centre_of,
+    code_bits,
+    refuse_blocks,
+    scales_name,
+    widened,
+)
+from tandem.numerics.blocks import FORMATS, WHOLE, WHOLE_ROW, Blocks, Format
 from tandem.numerics.elements import E2M1, E4M3, Fixed
 from tandem.numerics.packing import num_words, pack, pack_nibbles, unpack, unpack_nibbles
 
@@ -46,6 +56,7 @@ class _Group:
     rows: int  # of a block
     columns: int
     symmetric: bool
+    ordered: bool  # columns lie in the order of their groups
 
     @property
     def size(self) -> int:
@@ -124,6 +135,7 @@ class CompressedTensors(Scheme):
             block[0] if strategy == "block" else 1,
             block[-1],
             weights.take("symmetric", flag, True),
+            weights.take("actorder", optional(text), None) not in ("group", "dynamic"),
         )
 
     def _of(self, module: str) -> _Group:
@@ -138,6 +150,8 @@ class CompressedTensors(Scheme):
 
     def shape(self, parts: Mapping[str, tuple[int, ...]], small: Mapping[str, Tensor]) -> tuple[int, int]:
         if "weight_shape" in small:
+            if small["weight_shape"].is_floating_point():
+                raise ValueError("a shape is of whole numbers")
             rows, columns = small["weight_shape"].flatten().tolist()
             return rows, columns
         if "weight_packed" in parts:
@@ -159,6 +173,7 @@ class CompressedTensors(Scheme):
         group, scale = self._of(module), parts["weight_scale"]
         packed = parts.get("weight_packed")
         if packed is not None and packed.dtype == torch.uint8:
+            _refuse_order(module, parts)
             return _fp4(module, packed, parts, group.size)
         if packed is not None:
             rows, columns = parts["weight_shape"].flatten().tolist()
@@ -168,6 +183,7 @@ class CompressedTensors(Scheme):
             stored = parts["weight"]
             rows, columns = stored.shape
             if stored.dtype == torch.float8_e4m3fn:
+                _refuse_order(module, parts)
                 return _e4m3(module, stored, scale, group)
             if stored.dtype != torch.int8:
                 raise ModelError(
@@ -176,18 +192,14 @@ class CompressedTensors(Scheme):
                 )
             codes_NK, bits = stored.view(torch.uint8) ^ 128, 8
         scales_NG = _grid(module, scale, rows, columns, group)
-        zeros_NG = None
-        if not group.symmetric and "weight_zero_point" in parts:
-            zeros = parts["weight_zero_point"]
-            if zeros.dtype == torch.int32:
-                zeros_NG = unpack(zeros.t().contiguous(), bits, rows).t().contiguous()
-            else:
-                zeros_NG = (zeros.short() + (1 << (bits - 1))).to(torch.uint8).reshape(scales_NG.shape)
-        else:
+        zeros_NG = _zeros(module, parts, group, bits, rows, scales_NG.shape)
+        if zeros_NG is None:
             codes_NK = codes_NK ^ (1 << (bits - 1))
         form = Format(f"int{bits}", Fixed(f"int{bits}", bits, 0), group.size, scales_name(scales_NG.dtype))
         form = replace(form, rows=group.rows, zero_point=zeros_NG is not None)
         order = parts.get("weight_g_idx")
+        if order is None and not group.ordered and form.block > 0:
+            raise ModelError(f"{module} has no weight_g_idx, but the config says actorder. Download the file again.")
         size = columns if form.block == WHOLE_ROW else form.block
         ordered = order is None or bool((order < 0).all()) or torch.equal(order.long(), torch.arange(columns) // size)
         groups_K = None if ordered or order is None else order.long()
@@ -202,9 +214,9 @@ class CompressedTensors(Scheme):
             return form
         if form.name == "nvfp4":
             return FORMATS["nvfp4_divided"]
-        if element == E2M1 and (form.scale, form.block, form.chain) in (
-            ("e4m3", 16, "divided"),
-            ("e8m0", 32, "training"),
+        if element == E2M1 and (form.scale, form.block, form.chain, form.rows) in (
+            ("e4m3", 16, "divided", 1),
+            ("e8m0", 32, "training", 1),
         ):
             return form
         raise ConfigError(
@@ -326,23 +338,65 @@ def _unpacked(module: str, packed: Tensor, bits: int, columns: int) -> Tensor:
     )
 
 
+def _lies(parts_NG: Tensor, grid: tuple[int, ...]) -> bool:
+    """Whether it has one number a block; a single group needs no axis."""
+    return parts_NG.shape == grid or (grid[1:] == (1,) and parts_NG.shape == grid[:1])
+
+
 def _grid(module: str, scale: Tensor, rows: int, columns: int, group: _Group) -> Tensor:
     """Scales in the shape of `Blocks`."""
     down = -(-rows // group.rows)
     across = 1 if group.size == WHOLE_ROW else -(-columns // group.size) if group.size > 0 else 1
     count = 1 if group.size == WHOLE else down * across
-    if scale.numel() != count:
+    if not (_lies(scale, (down, across)) or scale.numel() == count == 1):
         raise ModelError(
-            f"{module}.weight_scale has shape {tuple(scale.shape)} for {rows} x {columns} by {group.strategy}; {count} "
-            "scales are needed. The config is another's, or the file is damaged."
+            f"{module}.weight_scale has shape {tuple(scale.shape)} for {rows} x {columns} by {group.strategy}; "
+            f"{(1,) if group.size == WHOLE else (down, across)} is needed. The config is another's, or the file is "
+            "damaged."
         )
     return scale.reshape(1) if group.size == WHOLE else scale.reshape(down, across)
+
+
+def _refuse_order(module: str, parts: Mapping[str, Tensor]) -> None:
+    """ModelError for floats with zero points, or in an order of columns: neither is read, unless it says nothing."""
+    zeros, order = parts.get("weight_zero_point"), parts.get("weight_g_idx")
+    if zeros is not None and bool((zeros.float() != 0).any()) or order is not None and bool((order >= 0).any()):
+        raise ModelError(
+            f"{module} is of floats and has a weight_zero_point or a weight_g_idx, which are read of integers alone. "
+            "The config is another's, or the file is damaged."
+        )
+
+
+def _zeros(
+    module: str, parts: Mapping[str, Tensor], group: _Group, bits: int, rows: int, shape: tuple[int, ...]
+) -> Tensor | None:
+    """Zero points in the shape of the scales, none below 0; None where all are the middle of the range."""
+    zeros = parts.get("weight_zero_point")
+    if zeros is None:
+        if group.symmetric:
+            return None
+        raise ModelError(
+            f"{module} has no weight_zero_point, and the config says symmetric: false. The file is incomplete: "
+            "download it again."
+        )
+    if zeros.dtype == torch.int32:
+        if zeros.shape[0] != num_words(rows, bits):
+            raise ValueError(f"weight_zero_point {tuple(zeros.shape)} for {rows} codes of {bits} bits")
+        zeros_NG = unpack(zeros.t().contiguous(), bits, rows).t().contiguous()
+    elif zeros.dtype == torch.int8 and (_lies(zeros, shape) or zeros.numel() == math.prod(shape) == 1):
+        zeros_NG = (zeros.short() + (1 << (bits - 1))).to(torch.uint8).reshape(shape)
+    else:
+        raise ValueError(f"zero points of {zeros.dtype} {tuple(zeros.shape)} for scales {shape}")
+    if not group.symmetric:
+        return zeros_NG
+    centre_of(module, zeros_NG, bits, "symmetric: true")
+    return None
 
 
 def _e4m3(module: str, stored: Tensor, scale: Tensor, group: _Group) -> Held:
     rows, columns = stored.shape
     scales = _grid(module, scale, rows, columns, group)
-    scales = from_e8m0(scales) if scales.dtype == torch.uint8 else scales
+    scales = widened(scales)
     form = Format("fp8", E4M3, group.size, scales_name(scales.dtype), rows=group.rows)
     return Held(Blocks(stored.view(torch.uint8), scales), form)
 
@@ -354,6 +408,12 @@ def _fp4(module: str, packed: Tensor, parts: Mapping[str, Tensor], group: int) -
         if "weight_global_scale" not in parts:
             raise ModelError(f"{module} has no weight_global_scale. The file is incomplete: download it again.")
         form, whole = FORMATS["nvfp4_divided"], parts["weight_global_scale"].float().reshape(())
+    elif scale.dtype not in E8M0_DTYPES or "weight_global_scale" in parts:
+        raise ModelError(
+            f"{module}.weight_scale is of {scale.dtype} {tuple(scale.shape)}"
+            f"{' beside a weight_global_scale' if 'weight_global_scale' in parts else ''}: NVFP4 has e4m3, MXFP4 has "
+            "bytes and no global scale. The config is another's, or the file is damaged."
+        )
     codes_NK, scales = unpack_nibbles(packed), scale.view(torch.uint8)
     if scales.shape[-1] * group != codes_NK.shape[-1]:
         raise ModelError(

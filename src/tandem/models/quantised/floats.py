@@ -14,23 +14,28 @@ from torch import Tensor
 
 from tandem.errors import ConfigError, ModelError
 from tandem.models.fields import Fields, listed, optional, shown, table, text, whole
-from tandem.models.quantised.scheme import Held, Scheme, code_bits, refuse_blocks, scales_name
-from tandem.numerics.blocks import FORMATS, WHOLE, WHOLE_ROW, Blocks, Format, from_e8m0
+from tandem.models.quantised.scheme import E8M0_DTYPES, Held, Scheme, code_bits, refuse_blocks, scales_name, widened
+from tandem.numerics.blocks import FORMATS, WHOLE, WHOLE_ROW, Blocks, Format
 from tandem.numerics.elements import E2M1, E4M3
 from tandem.numerics.packing import pack_nibbles, unpack_nibbles
 
 
-def _e4m3(module: str, stored: Tensor, scale: Tensor, rows: int, columns: int) -> Held:
-    """By the shape of its scales: one, one a row, or one a block of rows x columns."""
+def _e4m3(module: str, stored: Tensor, scale: Tensor, rows: int, columns: int, *, blocks: bool = False) -> Held:
+    """By the shape of its scales: one, one a row, or one a block of rows x columns. blocks: the last alone."""
+    if stored.dtype != torch.float8_e4m3fn:
+        raise ModelError(
+            f"{module}.weight is of {stored.dtype} {tuple(stored.shape)} beside a scale, and read is e4m3. The config "
+            "is another's, or the model is not saved as codes."
+        )
     high, wide = stored.shape
-    scale = from_e8m0(scale.view(torch.uint8)) if scale.itemsize == 1 else scale
+    scale = widened(scale)
     name = scales_name(scale.dtype)
     codes = stored.view(torch.uint8)
-    if scale.numel() == 1:
+    if scale.numel() == 1 and not blocks:
         return Held(Blocks(codes, scale.reshape(1)), Format("fp8_tensor", E4M3, WHOLE, name))
     if scale.shape == (-(-high // rows), -(-wide // columns)):
         return Held(Blocks(codes, scale.contiguous()), Format("fp8", E4M3, columns, name, rows=rows))
-    if scale.numel() == high:
+    if scale.shape in ((high,), (high, 1)) and not blocks:
         return Held(Blocks(codes, scale.reshape(high, 1)), Format("fp8_row", E4M3, WHOLE_ROW, name))
     raise ModelError(
         f"{module} has scales of shape {tuple(scale.shape)} for a matrix of {high} x {wide} in blocks of {rows} x "
@@ -49,7 +54,7 @@ class Fp8(Scheme):
     def __init__(self, config: Fields) -> None:
         super().__init__(config)
         block = config.take("weight_block_size", optional(listed(whole(1))), None)
-        self.block = block or (128, 128)
+        self.block, self.in_blocks = block or (128, 128), block is not None
         kind = config.take("fmt", optional(text), "e4m3") or "e4m3"
         if kind != "e4m3" or len(self.block) != 2:
             raise ModelError(
@@ -65,8 +70,11 @@ class Fp8(Scheme):
         return 0
 
     def held(self, module: str, parts: Mapping[str, Tensor]) -> Held:
-        scale = parts["weight_scale_inv"] if "weight_scale_inv" in parts else parts["weight_scale"]
-        return _e4m3(module, parts["weight"], scale, *self.block)
+        if "weight_scale_inv" not in parts:
+            return _e4m3(module, parts["weight"], parts["weight_scale"], *self.block)
+        if "weight_scale" in parts:
+            raise ModelError(f"{module} has a weight_scale_inv and a weight_scale. Remove the one that is not meant.")
+        return _e4m3(module, parts["weight"], parts["weight_scale_inv"], *self.block, blocks=self.in_blocks)
 
     @classmethod
     def form_of(cls, form: Format) -> Format:
@@ -138,7 +146,7 @@ class ModelOpt(Scheme):
 
     @classmethod
     def form_of(cls, form: Format) -> Format:
-        if form.element != E2M1 or form.scale != "e4m3" or form.chain == "divided":
+        if form.element != E2M1 or (form.scale, form.block) != ("e4m3", 16) or form.chain == "divided":
             raise ConfigError(
                 f"modelopt files have nvfp4, nvfp4_inference or nvfp4_four_six, and not {form.name}. Choose one."
             )
@@ -186,8 +194,13 @@ class Mxfp4(Scheme):
         return code_bits(8, 32, True)
 
     def held(self, module: str, parts: Mapping[str, Tensor]) -> Held:
+        if parts["blocks"].dtype != torch.uint8 or parts["scales"].dtype not in E8M0_DTYPES:
+            raise ModelError(
+                f"{module} has blocks of {parts['blocks'].dtype} and scales of {parts['scales'].dtype}, and both are "
+                "bytes. The file is damaged."
+            )
         codes_NK = unpack_nibbles(parts["blocks"].flatten(-2))
-        scales_NG = parts["scales"]
+        scales_NG = parts["scales"].view(torch.uint8)
         if scales_NG.shape[-1] * 32 != codes_NK.shape[-1]:
             raise ModelError(
                 f"{module}: {scales_NG.shape[-1]} scales of blocks of 32 for {codes_NK.shape[-1]} inputs. The file is "
@@ -197,7 +210,7 @@ class Mxfp4(Scheme):
 
     @classmethod
     def form_of(cls, form: Format) -> Format:
-        if form.element != E2M1 or form.scale != "e8m0" or form.block != 32:
+        if form.element != E2M1 or (form.scale, form.block, form.rows) != ("e8m0", 32, 1):
             raise ConfigError(f"mxfp4 files have mxfp4 by any of its rules, and not {form.name}. Choose one.")
         return form
 

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from tandem.errors import ConfigError, ModelError
 from tandem.models.fields import Fields, flag, optional, shown, table, text, whole
-from tandem.models.quantised.scheme import Held, Scheme, code_bits, refuse_blocks, scales_name
+from tandem.models.quantised.scheme import Held, Scheme, centre_of, code_bits, refuse_blocks, scales_name
 from tandem.numerics.blocks import WHOLE_ROW, Blocks, Format
 from tandem.numerics.elements import Fixed
-from tandem.numerics.packing import from_awq_order, pack, to_awq_order, unpack
+from tandem.numerics.packing import from_awq_order, num_words, pack, to_awq_order, unpack
 
 WORD = 32
 
@@ -30,10 +30,13 @@ def _format(bits: int, group: int, dtype: torch.dtype) -> Format:
 
 
 def centred(held: Held) -> Held:
-    """The same without zero points, where all of them are the middle of the range."""
+    """The same without zero points, where all of them are the middle of the range. ValueError unless each block has
+    one."""
     element, zeros = held.form.element, held.blocks.zeros
     assert isinstance(element, Fixed)
     half = 1 << (element.bits - 1)
+    if zeros is not None and zeros.shape != held.blocks.scales.shape:
+        raise ValueError(f"zero points {tuple(zeros.shape)} for scales {tuple(held.blocks.scales.shape)}")
     if zeros is None or not bool((zeros == half).all()):
         return held
     blocks = Blocks(held.blocks.codes ^ half, held.blocks.scales)
@@ -58,6 +61,13 @@ def _unsigned(form: Format, blocks: Blocks) -> tuple[Tensor, Tensor]:
     if blocks.zeros is not None:
         return blocks.codes, blocks.zeros
     return blocks.codes ^ half, torch.full(blocks.scales.shape, half, dtype=torch.uint8)
+
+
+def _words(parts: Mapping[str, Tensor], part: str, bits: int, count: int) -> Tensor:
+    """Codes [.., count] of words that are as many as these codes fill. ValueError for others."""
+    if parts[part].shape[-1] != num_words(count, bits):
+        raise ValueError(f"{part} {tuple(parts[part].shape)} for {count} codes of {bits} bits")
+    return unpack(parts[part], bits, count)
 
 
 class Gptq(Scheme):
@@ -97,7 +107,7 @@ class Gptq(Scheme):
         rows, groups = scales_NG.shape
         inputs = parts["qweight"].shape[0] * WORD // self.bits
         codes_NK = unpack(parts["qweight"].t().contiguous(), self.bits, inputs)
-        zeros_NG = unpack(parts["qzeros"], self.bits, rows).t().contiguous()
+        zeros_NG = _words(parts, "qzeros", self.bits, rows).t().contiguous()
         if self.version == "gptq":
             zeros_NG = (zeros_NG + 1) & ((1 << self.bits) - 1)
         group = WHOLE_ROW if self.group <= 0 else self.group
@@ -107,7 +117,11 @@ class Gptq(Scheme):
                 f"{module}: {groups} groups of {size} for {inputs} inputs; {-(-inputs // size)} are needed. The config "
                 "is another's, or the file is damaged."
             )
+        if self.symmetric:
+            centre_of(module, zeros_NG, self.bits, "sym: true")
         order = parts.get("g_idx")
+        if order is None and not self.ordered and group != WHOLE_ROW:
+            raise ModelError(f"{module} has no g_idx, but the config says desc_act: true. Download the file again.")
         groups_K = None
         if order is not None and not torch.equal(order.long(), torch.arange(inputs) // size):
             groups_K = order.long()
@@ -182,7 +196,7 @@ class Awq(Scheme):
                 f"{self.where}: AWQ of {bits} bits in the layout {shown(layout)}; read are 4 bits in gemm. Save the "
                 "model in that."
             )
-        config.take("zero_point", flag, True)
+        self.zero_points = config.take("zero_point", flag, True)
         self.group = group
 
     def coded_bits(self, module: str, dtypes: Mapping[str, str]) -> float:
@@ -195,7 +209,7 @@ class Awq(Scheme):
     def held(self, module: str, parts: Mapping[str, Tensor]) -> Held:
         scales_NG = parts["scales"].t().contiguous()
         rows, groups = scales_NG.shape
-        codes_NK = from_awq_order(unpack(parts["qweight"], 4, rows)).t().contiguous()
+        codes_NK = from_awq_order(_words(parts, "qweight", 4, rows)).t().contiguous()
         group = WHOLE_ROW if self.group <= 0 else self.group
         inputs = codes_NK.shape[1]
         size = inputs if group == WHOLE_ROW else group
@@ -206,7 +220,14 @@ class Awq(Scheme):
             )
         form = _format(4, group, scales_NG.dtype)
         if "qzeros" in parts:
-            zeros_NG = from_awq_order(unpack(parts["qzeros"], 4, rows)).t().contiguous()
+            zeros_NG = from_awq_order(_words(parts, "qzeros", 4, rows)).t().contiguous()
+            if not self.zero_points:
+                centre_of(module, zeros_NG, 4, "zero_point: false")
+        elif self.zero_points:
+            raise ModelError(
+                f"{module} has no qzeros, and the config does not say zero_point: false. The file is incomplete: "
+                "download it again."
+            )
         else:
             zeros_NG = torch.full((rows, groups), 8, dtype=torch.uint8)
         return centred(Held(Blocks(codes_NK, scales_NG, None, zeros_NG), form))

@@ -12,7 +12,7 @@ from tandem.models.fields import Fields, read_json, shown
 from tandem.models.quantised.compressed import CompressedTensors
 from tandem.models.quantised.floats import Fp8, ModelOpt, Mxfp4
 from tandem.models.quantised.integers import Awq, Gptq
-from tandem.models.quantised.scheme import Held, Scheme
+from tandem.models.quantised.scheme import Held, Scheme, scales_fault
 
 if TYPE_CHECKING:
     import torch
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 METHODS: dict[str, type[Scheme]] = {one.method: one for one in (CompressedTensors, Awq, Gptq, Fp8, ModelOpt, Mxfp4)}
 # Files beside config.json that say it, where config.json does not: AutoGPTQ's, AutoAWQ's, ModelOpt's.
 SIDE_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
-_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_FLOATS = ("F64", "F32", "F16", "BF16")  # that are weights without a scale
+_FAULTS = (KeyError, ValueError, TypeError, IndexError, AssertionError, RuntimeError)  # of parts that do not fit
 _SMALL = frozenset({"weight_shape"})  # parts that shapes hang on
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # one product in readers, and so one global scale
 _WHOLE = frozenset({"weight_global_scale", "weight_scale_2"})
@@ -94,6 +95,12 @@ class QuantisedTensors:
         for name, shape in store.shapes.items():
             if name not in own and name not in spare:
                 self.shapes[name] = shape
+                if store.dtypes[name].startswith("F8_"):
+                    raise ModelError(
+                        f"tensor {name} {shape} is of {store.dtypes[name]} and has no scale beside it by "
+                        f"{scheme.method}: it stands for no numbers without one. A part is missing, or the config "
+                        f"({scheme.where}) is another's."
+                    )
                 if store.dtypes[name] not in _FLOATS:
                     raise ModelError(
                         f"tensor {name} is of {store.dtypes[name]}, and is no part of what {scheme.method} has. The "
@@ -133,36 +140,42 @@ class QuantisedTensors:
         small = {part: self._store.read(own) for part, own in found.items() if part in _SMALL}
         try:
             return self._scheme.shape(shapes, small)
-        except (KeyError, ValueError) as error:
+        except _FAULTS as error:
             raise self._odd(name) from error
 
     def _held(self, name: str) -> Held:
         parts = {part: self._store.read(own) for part, own in self._parts[name].items()}
         try:
             held = self._scheme.held(name.removesuffix(".weight"), parts)
-        except (KeyError, ValueError, AssertionError, RuntimeError) as error:
+            held.check(tuple(self.shapes[name]))
+        except _FAULTS as error:
             raise self._odd(name) from error
-        if tuple(held.blocks.codes.shape) != tuple(self.shapes[name]):
-            raise self._odd(name)
+        fault = scales_fault(held.blocks, held.form)
+        if fault:
+            raise ModelError(f"{name}: {fault} ({self._listed(name)}). The file is damaged: download or copy it again.")
         return held
 
     def _odd(self, name: str) -> ModelError:
-        found = {part: tuple(self._store.shapes[own]) for part, own in self._parts[name].items()}
-        listed = ", ".join(f"{part} {shape}" for part, shape in sorted(found.items()))
         return ModelError(
-            f"the parts of {name} do not fit one another by {self._scheme.method}: {listed}. A part is missing, the "
-            f"config ({self._scheme.where}) is another's, or the file is damaged."
+            f"the parts of {name} do not fit one another by {self._scheme.method}: {self._listed(name)}. A part is "
+            f"missing, the config ({self._scheme.where}) is another's, or the file is damaged."
+        )
+
+    def _listed(self, name: str) -> str:
+        shapes, dtypes = self._store.shapes, self._store.dtypes
+        return ", ".join(
+            f"{part} {tuple(shapes[own])} of {dtypes[own]}" for part, own in sorted(self._parts[name].items())
         )
 
     def _two_wholes(self) -> list[str]:
         """Matrices that are one product in other readers and have global scales of their own: named, each read by its
         own."""
-        wholes = {
-            name.removesuffix(".weight"): float(self._store.read(own))
-            for name, found in self._parts.items()
-            for part, own in found.items()
-            if part in _WHOLE
-        }
+        wholes = {}
+        for name, found in self._parts.items():
+            for own in (own for part, own in found.items() if part in _WHOLE):
+                if math.prod(self._store.shapes[own]) != 1:
+                    raise self._odd(name)
+                wholes[name.removesuffix(".weight")] = float(self._store.read(own))
         differ = []
         for names in _FUSED:
             for module, whole in wholes.items():

@@ -11,16 +11,61 @@ from torch import Tensor
 
 from tandem.errors import ModelError
 from tandem.models.fields import Fields
-from tandem.numerics.blocks import SCALE_DTYPES, WHOLE, WHOLE_ROW, Blocks, Format, Fp4, block_scales, dequantise
+from tandem.numerics.blocks import (
+    SCALE_DTYPES,
+    WHOLE,
+    WHOLE_ROW,
+    Blocks,
+    Format,
+    Fp4,
+    block_scales,
+    dequantise,
+    from_e8m0,
+)
 from tandem.numerics.elements import E2M1, Fixed
 from tandem.numerics.quantise import Quantised
 
 ROW_UNIT = 8  # inputs that the engine's codes keep together, kernels/codes.py
+E8M0_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 
 
 def scales_name(dtype: torch.dtype) -> Any:
-    """The name of a scale's dtype in a `Format`."""
-    return next(name for name, one in SCALE_DTYPES.items() if one == dtype)
+    """The name of a scale's dtype in a `Format`. ValueError where scales can't be of it."""
+    found = next((name for name, one in SCALE_DTYPES.items() if one == dtype), None)
+    if found is None:
+        raise ValueError(f"scales are of {dtype}")
+    return found
+
+
+def widened(scales: Tensor) -> Tensor:
+    """Scales of e8m0, as bytes or as torch has them, in fp32; others as they are."""
+    return from_e8m0(scales.view(torch.uint8)) if scales.dtype in E8M0_DTYPES else scales
+
+
+def grid_of(form: Format, rows: int, columns: int) -> tuple[int, ...]:
+    """Shape of the scales of a matrix."""
+    if form.block == WHOLE:
+        return (1,)
+    return -(-rows // form.rows), 1 if form.block == WHOLE_ROW else -(-columns // form.block)
+
+
+def centre_of(module: str, zeros_NG: Tensor, bits: int, says: str) -> None:
+    """ModelError unless all zero points are the middle of the range: of a file whose config says that it has none."""
+    others = int((zeros_NG != 1 << (bits - 1)).sum())
+    if others:
+        raise ModelError(
+            f"{module}: {others} of {zeros_NG.numel()} zero points are not {1 << (bits - 1)}, but the config says "
+            f"{says}. It is another's, or the file is damaged."
+        )
+
+
+def scales_fault(blocks: Blocks, form: Format) -> str:
+    """What is wrong with the scales of a matrix, "" where nothing is: one that is NaN or infinite is damage."""
+    whole = blocks.whole
+    if whole is not None and not bool((whole.isfinite() & (whole > 0)).all()):
+        return f"its scale of the tensor is {float(whole.min()):g}"
+    wrong = int((~block_scales(blocks, form).isfinite()).sum())
+    return f"{wrong} of {blocks.scales.numel()} scales are NaN or infinite" if wrong else ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,6 +75,20 @@ class Held:
     blocks: Blocks
     form: Format
     groups_K: Tensor | None = None  # the group of each column, int64, where they do not follow one another
+
+    def check(self, shape: tuple[int, ...]) -> None:
+        """ValueError unless codes are [N, K] of `shape`, and scales, zero points and groups are those of such codes."""
+        codes, scales, whole, zeros = self.blocks
+        if tuple(codes.shape) != shape or len(shape) != 2:
+            raise ValueError(f"codes {tuple(codes.shape)} for {shape}")
+        groups_K, grid = self.groups_K, grid_of(self.form, *shape)
+        found = [tuple(one.shape) for one in (scales, zeros) if one is not None]
+        if any(one != grid for one in found) or (whole is not None and whole.numel() != 1):
+            raise ValueError(f"scales {found} for {grid}")
+        if groups_K is not None and (
+            len(groups_K) != shape[1] or not 0 <= int(groups_K.min()) <= int(groups_K.max()) < grid[-1]
+        ):
+            raise ValueError("groups that its scales have not")
 
     def values(self) -> Tensor:
         """fp32: (code - zero) scale, rounded once."""

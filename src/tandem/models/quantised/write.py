@@ -24,11 +24,11 @@ from tandem.models.parts import Slot, layer_slots
 from tandem.models.quantised.compressed import CompressedTensors
 from tandem.models.quantised.floats import Fp8, ModelOpt, Mxfp4
 from tandem.models.quantised.integers import Awq, Gptq, Gptq2
-from tandem.models.quantised.scheme import Scheme, refuse_blocks
+from tandem.models.quantised.scheme import Scheme, grid_of, refuse_blocks, scales_fault
 from tandem.models.spec import ModelSpec
 from tandem.models.tokenizer import Tokenizer
 from tandem.numerics import blocks as numerics
-from tandem.numerics.blocks import SCALE_DTYPES, WHOLE, WHOLE_ROW, Blocks, Format, format_of
+from tandem.numerics.blocks import SCALE_DTYPES, WHOLE, Blocks, Format, format_of
 
 # By the name that people give: the scheme, and the format where none is named.
 FILES: dict[str, tuple[type[Scheme], str]] = {
@@ -143,9 +143,7 @@ def _joined(kind: Kind, module: str, part: str) -> str:
 def _check(name: str, blocks: Blocks, form: Format) -> None:
     """ModelError unless these are blocks of the format."""
     rows, columns = blocks.codes.shape
-    down = -(-rows // form.rows)
-    across = 1 if form.block == WHOLE_ROW else -(-columns // form.block) if form.block > 0 else 1
-    shape = (1,) if form.block == WHOLE else (down, across)
+    shape = grid_of(form, rows, columns)
     wanted = SCALE_DTYPES.get(form.scale, torch.uint8)
     if blocks.codes.dtype != torch.uint8 or tuple(blocks.scales.shape) != shape or blocks.scales.dtype != wanted:
         raise ModelError(
@@ -154,8 +152,11 @@ def _check(name: str, blocks: Blocks, form: Format) -> None:
         )
     if (blocks.zeros is not None) != form.zero_point or (blocks.whole is not None) != (form.scale == "e4m3"):
         raise ModelError(f"{name}: zero points or a scale of the tensor are missing, or are not of {form.name}.")
-    if wanted != torch.uint8 and not bool(blocks.scales.isfinite().all()):
-        raise ModelError(f"{name}: a scale is not finite in {form.scale}. Choose a format whose scales have the range.")
+    fault = scales_fault(blocks, form)
+    if fault:
+        raise ModelError(
+            f"{name}: {fault} in {form.name}. Mend the weights, or choose a format whose scales have the range."
+        )
 
 
 def _renamed(spec: ModelSpec, name: str, blocks: Blocks, form: Format) -> Blocks:
