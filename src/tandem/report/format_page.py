@@ -80,7 +80,7 @@ def rule_of(form: Format) -> str:
     """Key of RULES."""
     if form.zero_point:
         return "zero_point"
-    return {"e8m0": form.rule, "e4m3": form.chain, "fp32": "fp32"}[form.scale]
+    return {"e8m0": form.rule, "e4m3": form.chain}.get(form.scale, form.scale)
 
 
 def facts(form: Format) -> list[tuple[str, str]]:
@@ -91,7 +91,7 @@ def facts(form: Format) -> list[tuple[str, str]]:
         ("element", f"{form.element.name}, {form.element.bits} bits, {form.element.last} numbers above zero"),
         ("bits a number", f"{form.bits:g}, its share of a block's scale among them"),
         ("numbers that share a scale", str(known["block"])),
-        ("scale", {"e8m0": "e8m0, a power of two", "e4m3": "e4m3, and fp32 of the tensor", "fp32": "fp32"}[form.scale]),
+        ("scale", {"e8m0": "e8m0, a power of two", "e4m3": "e4m3, and fp32 of the tensor"}.get(form.scale, form.scale)),
         ("largest and smallest of an element", f"{form.element.largest:g}, {form.element.smallest:g}"),
         ("octaves from smallest to largest", f"{math.log2(form.element.largest / form.element.smallest):.1f}"),
         ("decibels of normal numbers", f"{known['sqnr_db']}"),

@@ -370,7 +370,7 @@ def _refuse_order(module: str, parts: Mapping[str, Tensor]) -> None:
 def _zeros(
     module: str, parts: Mapping[str, Tensor], group: _Group, bits: int, rows: int, shape: tuple[int, ...]
 ) -> Tensor | None:
-    """Zero points in the shape of the scales, none below 0; None where all are the middle of the range."""
+    """Zero points in the shape of the scales, none below 0; None where the config says that there are none."""
     zeros = parts.get("weight_zero_point")
     if zeros is None:
         if group.symmetric:
