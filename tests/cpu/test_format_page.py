@@ -18,6 +18,7 @@ from tandem.report.format_page import (
     decibels_by_top,
     error_figure,
     errors_by_size,
+    facts,
     grid_figure,
     rule_of,
     saturating,
@@ -34,11 +35,11 @@ def test_ties_of_four_bits_by_hand() -> None:
     assert dict(values(E2M1)) == dict(zip("01234567", ("0", "0.5", "1", "1.5", "2", "3", "4", "6"), strict=True))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [*FORMATS, "e3m2/20:bf16", "int8/row:e8m0", "e3m4/8x32:fp16", "int8/tensor:e8m0"])
 def test_every_format_has_a_page(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A format without a rule, or one whose curves cannot be drawn."""
     monkeypatch.setattr(format_page, "DRAWN", 4)
-    form = FORMATS[name]
+    form = format_of(name)
     assert rule_of(form) in RULES
     for low, high, middle, to in ties(form.element):
         if low != "…":
@@ -48,6 +49,7 @@ def test_every_format_has_a_page(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert len(share) == len(error) and np.isfinite(error).all() and error.max() <= 1 + 1e-6
     near = error[(share > 0.5) & (share < 1)]
     assert 0 < near.max() < 0.34
+    assert name in FORMATS or facts(form)[-1][1].endswith("%") == (name in ("e3m2/20:bf16", "int8/row:e8m0"))
     figures = [draw(form) for draw in (grid_figure, error_figure)]
     assert all(figure.axes for figure in figures)
     tops = torch.tensor([0.25 if form.scale == "e4m3" else 1.5])

@@ -15,9 +15,20 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch.nn import functional
 
 from tandem.errors import ConfigError
-from tandem.numerics.blocks import WHOLE, Format, block_scales, format_of, properties, quantise, rounded, sqnr_db
+from tandem.numerics.blocks import (
+    WHOLE,
+    WHOLE_ROW,
+    Format,
+    block_scales,
+    format_of,
+    properties,
+    quantise,
+    rounded,
+    sqnr_db,
+)
 from tandem.numerics.elements import Element, decode, encode
 from tandem.report import plots
 from tandem.report.html import inlined, page_template
@@ -43,6 +54,8 @@ RULES = {
     "divided": "The scale of a block is e4m3(amax / 6 x whole), and codes are divided by scale / whole: "
     "compressed-tensors', whose scale of the tensor divides.",
     "fp32": "The scale of a block is amax / largest in fp32: its largest number is a code, and nothing saturates.",
+    "narrow": "The scale of a block is amax / largest, rounded to fp16 or bf16 before a code is chosen by it: where "
+    "down, the largest saturates.",
     "zero_point": "A block's least and largest number are the ends of the range, and zero is a code: the scale is "
     "(largest - least) / (codes - 1) in fp32, and a zero point is kept beside it.",
 }
@@ -80,13 +93,13 @@ def rule_of(form: Format) -> str:
     """Key of RULES."""
     if form.zero_point:
         return "zero_point"
-    return {"e8m0": form.rule, "e4m3": form.chain}.get(form.scale, form.scale)
+    return {"e8m0": form.rule, "e4m3": form.chain, "fp32": "fp32"}.get(form.scale, "narrow")
 
 
 def facts(form: Format) -> list[tuple[str, str]]:
     """Label and figure of each property."""
     known, x = properties(form), torch.randn(512, 1024, generator=torch.Generator().manual_seed(1))
-    heavy = _heavy(512, 1024)
+    heavy, counted = _heavy(512, 1024), form.scale == "fp32" or (form.block != WHOLE and form.rows == 1)
     return [
         ("element", f"{form.element.name}, {form.element.bits} bits, {form.element.last} numbers above zero"),
         ("bits a number", f"{form.bits:g}, its share of a block's scale among them"),
@@ -97,7 +110,10 @@ def facts(form: Format) -> list[tuple[str, str]]:
         ("decibels of normal numbers", f"{known['sqnr_db']}"),
         ("decibels of heavy tails (Student's t, 4)", f"{sqnr_db(heavy, rounded(heavy, form)):.2f}"),
         ("normal numbers that become 0", f"{_lost(x, form):.2%}"),
-        ("blocks of normal numbers whose largest saturates", f"{saturating(x, form):.1%}"),
+        (
+            "blocks of normal numbers whose largest saturates",
+            f"{saturating(x, form):.1%}" if counted else "not counted",
+        ),
     ]
 
 
@@ -114,10 +130,12 @@ def _lost(x: torch.Tensor, form: Format) -> float:
 
 def saturating(x: torch.Tensor, form: Format) -> float:
     """Share of blocks [rows, columns / block] whose largest number is beyond the element's, times the scale."""
-    blocks = quantise(x, form)
-    if blocks.zeros is not None or form.block <= 0 or form.rows > 1:  # scaled by their own largest, in fp32
+    if form.zero_point or form.scale == "fp32":  # scaled by their own ends
         return 0.0
-    top = x.unflatten(1, (-1, form.block)).abs().amax(-1)
+    assert form.block != WHOLE and form.rows == 1, form
+    blocks = quantise(x, form)
+    block = x.shape[1] if form.block == WHOLE_ROW else form.block
+    top = functional.pad(x, (0, -x.shape[1] % block)).unflatten(1, (-1, block)).abs().amax(-1)
     return float((top > form.element.largest * block_scales(blocks, form) * (1 + 1e-5)).float().mean())
 
 
