@@ -44,7 +44,7 @@ SIZES = ("layers", "heads", "kv_heads", "ff_width", "width")
 def convert(
     kind: Annotated[Kind, typer.Argument(metavar="prune|teacher|merge|quantise", help=KIND_HELP)],
     source: Annotated[str, typer.Argument(metavar="MODEL|RECIPE|ADAPTER", help=SOURCE_HELP)],
-    out: Annotated[Path, typer.Option(metavar="DIR", help="A folder to make.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="A folder to make; a file, with --format gguf:TYPE.")],
     size: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=N", help="Of prune, what is left: layers=6, heads, kv_heads, ff_width, width."),

@@ -12,8 +12,8 @@ METHOD_HELP = (
     "Of quantise: nearest; gptq; awq, smooth, hadamard or rotation, each with +gptq too. nearest where none is named."
 )
 FORMAT_HELP = (
-    "Of quantise, as awq or compressed-tensors:nvfp4: docs/numerics.md. A format alone, as int4_g128, writes values as "
-    "floats; left out, smooth and hadamard write the model otherwise and round nothing."
+    "Of quantise, as awq, compressed-tensors:nvfp4 or gguf:Q4_K: docs/numerics.md. A format alone, as int4_g128, writes "
+    "values as floats; left out, smooth and hadamard write the model otherwise and round nothing."
 )
 NumberFormat = Annotated[str | None, typer.Option(metavar="FILE[:FORMAT]|FORMAT", help=FORMAT_HELP)]
 MethodName = Annotated[str | None, typer.Option(metavar="NAME", help=METHOD_HELP)]
@@ -34,7 +34,6 @@ def quantise(
     from dataclasses import replace
 
     from tandem.errors import ConfigError
-    from tandem.models.quantised.write import FILES
     from tandem.run.quantise import Asked, described
     from tandem.run.quantise import quantise as run
 
@@ -43,13 +42,17 @@ def quantise(
         raise ConfigError("give --format, as --format compressed-tensors:int4_g128 or --format awq (docs/numerics.md).")
     named = zip(("method", "texts", "sequences"), rest, strict=True)
     asked = replace(Asked(), **{name: value for name, value in named if value is not None})  # type: ignore[arg-type]
-    in_file = (form or "").partition(":")[0] in FILES
-    found = described(run(source, out, form or "", dtype or ("bfloat16" if in_file else "float32"), asked))
+    found = described(run(source, out, form or "", dtype, asked))
     if json:
         print(jsonlib.dumps({"model": str(out), "source": source, "method": asked.method} | found))
         return 0
     if not form:
         print(f"{out}: written otherwise by {asked.method}, nothing rounded; {found['bytes']:,} bytes")
+        return 0
+    if not found["matrices"]:
+        print(
+            f"{out}: {found['format']} in {found['file']}'s format, nothing rounded to codes; {found['bytes']:,} bytes"
+        )
         return 0
     where = f"in {found['file']}'s format" if found["file"] else "as floats"
     print(

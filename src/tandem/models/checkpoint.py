@@ -101,6 +101,11 @@ class Checkpoint:
         if notes:
             warnings.warn(f"{origin}: {'. '.join(notes)}.", TandemWarning, stacklevel=2)
 
+    @property
+    def gguf(self) -> GgufFile | None:
+        """The header of the file, where it is one of GGUF."""
+        return self._tokenizer_of if isinstance(self._tokenizer_of, GgufFile) else None
+
     def tensors(self, without: Container[str] = ()) -> Iterator[tuple[str, torch.Tensor]]:
         """(Hugging Face name, tensor in Hugging Face layout) in the order of the forward pass, one read at a time.
 

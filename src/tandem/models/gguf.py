@@ -121,9 +121,14 @@ class GgufFile:
             hf_name = known.get(name, name)
             if hf_name in names:
                 raise ModelError(f"{self.path} holds {name} twice, also under the name {names[hf_name]}.")
-            if name != _ROPE_FACTORS:
+            if name != _ROPE_FACTORS and not self._is_scale(name):
                 names[hf_name] = name
         return names
+
+    def _is_scale(self, name: str) -> bool:
+        """Whether it is the scale of a tensor in NVFP4, or of that one's inputs, which are not rounded here."""
+        weight = self.entries.get(f"{name.rpartition('.')[0]}.weight")
+        return name.endswith("scale") and weight is not None and FORMATS[weight.format][0] == "NVFP4"
 
     def read(self, name: str) -> torch.Tensor:
         """The tensor of a GGUF name: F16, BF16 and F32 in their own dtype, blocks dequantised to float32.
@@ -140,12 +145,17 @@ class GgufFile:
             return torch.from_numpy(raw).view(dtype).reshape(entry.shape)
         from gguf import GGMLQuantizationType, dequantize
 
+        from tandem.numerics.ggml_bytes import scaled_nvfp4
+
         blocks = raw.size // block_bytes
         if kind == "MXFP4" and bool((raw.reshape(-1, block_bytes)[:, 0] == 255).any()):
             raise ModelError(
                 f"{entry.path}: tensor {name} has a block with the scale NaN (byte 255), which llama.cpp reads as a "
                 "number. Convert the model again."
             )
+        scale = f"{name.removesuffix('weight')}scale"
+        if kind == "NVFP4" and scale in self.entries:
+            return scaled_nvfp4(torch.from_numpy(raw), entry.shape[-1], self.read(scale).reshape(()))
         row_blocks = min(blocks, _ROW_WEIGHTS // weights)
         while blocks % row_blocks:
             row_blocks -= 1
@@ -347,11 +357,19 @@ def to_hf_layout(spec: ModelSpec, hf_name: str, weight: torch.Tensor) -> torch.T
 
     llama.cpp interleaves the two dimensions that rotate together; Hugging Face keeps them D/2 apart.
     """
+    return _turned(spec, hf_name, weight, (spec.head_size // 2, 2))
+
+
+def to_gguf_layout(spec: ModelSpec, hf_name: str, weight: torch.Tensor) -> torch.Tensor:
+    """`to_hf_layout` back."""
+    return _turned(spec, hf_name, weight, (2, spec.head_size // 2))
+
+
+def _turned(spec: ModelSpec, hf_name: str, weight: torch.Tensor, parts: tuple[int, int]) -> torch.Tensor:
     if not FAMILIES[spec.architecture].gguf_pairs or ".q_proj." not in hf_name and ".k_proj." not in hf_name:
         return weight
     heads = spec.heads if ".q_proj." in hf_name else spec.kv_heads
-    pairs = weight.reshape(heads, spec.head_size // 2, 2, -1)
-    return pairs.transpose(1, 2).reshape(weight.shape)
+    return weight.reshape(heads, *parts, -1).transpose(1, 2).reshape(weight.shape)
 
 
 class _Reader:

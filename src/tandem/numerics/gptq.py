@@ -8,6 +8,7 @@ of the inputs in a file stays as it is.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -66,10 +67,26 @@ def factor(hessian_KK: Tensor, *, act_order: bool = True, damp: float = DAMP) ->
 def gptq(weight_NK: Tensor, found: Factor, form: Format) -> Blocks:
     """The matrix in a format: its scales those of `quantise`, its codes by GPTQ. NonFiniteError as `quantise`'s."""
     blocks = quantise(weight_NK, form)
-    (rows, width), order_K = weight_NK.shape, found.order_K
+    rows, width = weight_NK.shape
     scales_GN, zeros_GN = by_input(blocks, form, rows)
     divisors_GN = scales_GN.where(scales_GN > 0, torch.inf)
-    groups = (torch.zeros_like(order_K) if form.block <= 0 else order_K // form.block).tolist()
+
+    def near(column: int, row_N: Tensor) -> tuple[Tensor, Tensor]:
+        group = 0 if form.block <= 0 else column // form.block
+        value_N = _near(row_N / divisors_GN[group], form, None if zeros_GN is None else zeros_GN[group])
+        return value_N, value_N * scales_GN[group]
+
+    values_NK = by_columns(weight_NK, found, near)
+    if zeros_GN is None:
+        return blocks._replace(codes=codes_of(values_NK, form.element))
+    zeros_NK = zeros_GN.T.repeat_interleave(width if form.block <= 0 else form.block, 1)[:, :width]
+    return blocks._replace(codes=(values_NK + zeros_NK).to(torch.uint8))
+
+
+def by_columns(weight_NK: Tensor, found: Factor, near: Callable[[int, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """Elements [N, K]: `near` gives, of a column and what became of its numbers, elements and what they stand for."""
+    (rows, width), order_K = weight_NK.shape, found.order_K
+    columns = order_K.tolist()
     left_KN = weight_NK.float().T[order_K].contiguous()
     values_KN = torch.empty_like(left_KN)
     for first in range(0, width, LAZY):
@@ -80,18 +97,12 @@ def gptq(weight_NK: Tensor, found: Factor, form: Format) -> Blocks:
             row_N = left_KN[first + place]
             if place:
                 row_N = torch.addmv(row_N, errors[:place].T, lower[place, :place], alpha=-1)
-            group = groups[first + place]
-            value_N = _near(row_N / divisors_GN[group], form, None if zeros_GN is None else zeros_GN[group])
-            values_KN[first + place] = value_N
-            torch.addcmul(row_N, value_N, scales_GN[group], value=-1, out=errors[place])
+            values_KN[first + place], read_N = near(columns[first + place], row_N)
+            torch.sub(row_N, read_N, out=errors[place])
             errors[place] /= lower[place, place]
         if last < width:
             left_KN[last:].addmm_(found.lower_KK[last:, first:last], errors, alpha=-1)
-    values_NK = torch.empty_like(values_KN).index_copy_(0, order_K, values_KN).T.contiguous()
-    if zeros_GN is None:
-        return blocks._replace(codes=codes_of(values_NK, form.element))
-    zeros_NK = zeros_GN.T.repeat_interleave(width if form.block <= 0 else form.block, 1)[:, :width]
-    return blocks._replace(codes=(values_NK + zeros_NK).to(torch.uint8))
+    return torch.empty_like(values_KN).index_copy_(0, order_K, values_KN).T.contiguous()
 
 
 def by_input(blocks: Blocks, form: Format, rows: int) -> tuple[Tensor, Tensor | None]:

@@ -29,7 +29,9 @@ from tandem.kernels.quantise import values
 from tandem.models.decoder import Decoder
 from tandem.models.parts import Slot
 from tandem.models.spec import ModelSpec
+from tandem.numerics import ggml
 from tandem.numerics.blocks import WHOLE, Blocks, Format
+from tandem.numerics.ggml import Coded, GgmlType
 from tandem.numerics.gptq import DAMP, Factor, factor, gptq
 from tandem.numerics.rotation import hadamard_matrix, random_hadamard
 from tandem.numerics.scaling import awq_scales, clipped, smooth_scales
@@ -77,6 +79,8 @@ class Quantised:
     spec: ModelSpec
     tensors: Tensors  # all, fp32; the matrices as they read back
     blocks: dict[str, Blocks] = field(default_factory=dict)  # by matrix, as codes; none where nothing was rounded
+    types: Mapping[str, GgmlType | None] = field(default_factory=dict)  # by matrix: in place of the format; None: F16
+    coded: dict[str, Coded | None] = field(default_factory=dict)  # by matrix, of those
     damped: dict[str, float] = field(default_factory=dict)  # matrices whose H needed more on its diagonal, and how much
     exponents: dict[str, float] = field(default_factory=dict)  # AWQ's a, by layer and slot
     cpu_s: dict[str, float] = field(default_factory=dict)  # of this process, by phase
@@ -94,11 +98,16 @@ def quantised(
     method: Method,
     form: Format | None,
     texts: Sequence[Sequence[int]] = (),
+    types: Mapping[str, GgmlType | None] | None = None,
 ) -> Quantised:
     """A model (any float dtype, by Hugging Face name) by a method. No format: written otherwise and not rounded, which
-    `smooth` and `hadamard` can. ConfigError for texts that are needed and missing, and for what cannot be divided."""
+    `smooth` and `hadamard` can. ConfigError for texts that are needed and missing, and for what cannot be divided.
+
+    types: of each matrix in a GGUF file, which it is rounded to; the format is then what scales and rotations are
+    searched with.
+    """
     check(method, form, texts)
-    made = Quantised(spec, {name: tensor.float() for name, tensor in tensors.items()})
+    made = Quantised(spec, {name: tensor.float() for name, tensor in tensors.items()}, types=types or {})
     with _timed(made, "rewrite"):
         if method.rewrite in ("hadamard", "rotation"):
             made.spec, made.tensors = fuse_norms(spec, made.tensors)
@@ -170,6 +179,11 @@ def _gptq(made: Quantised, form: Format, texts: Sequence[Sequence[int]]) -> None
 def _round(made: Quantised, slot: Slot, form: Format, index: int, found: Factor | None) -> None:
     """A matrix of a layer, as one where a row's blocks are its own; else each tensor that lies in it."""
     whole = matrix(made.tensors, slot)
+    if made.types:
+        with _named(index, slot.name):
+            _round_coded(made, slot, whole, found)
+        _tell_damped(made, slot, index, found)
+        return
     together = form.rows == 1 and form.block != WHOLE
     parts = [whole] if together else list(whole.split([one.rows for one in slot.stored]))
     with _named(index, slot.name):
@@ -179,11 +193,32 @@ def _round(made: Quantised, slot: Slot, form: Format, index: int, found: Factor 
         made.signal += float(torch.linalg.vector_norm(part)) ** 2
         made.noise += float(torch.dist(part, value)) ** 2
     put(made.tensors, slot, read[0] if together else torch.cat(read))
-    if found is not None and found.damp > DAMP:
-        made.damped[f"{index}.{slot.name}"] = found.damp
+    _tell_damped(made, slot, index, found)
     if together:
         rounded = _apart(rounded[0], slot)
     made.blocks |= {one.name: blocks for one, blocks in zip(slot.stored, rounded, strict=True)}
+
+
+def _round_coded(made: Quantised, slot: Slot, whole: Tensor, found: Factor | None) -> None:
+    """A matrix of a layer, in its type of a GGUF file."""
+    kind = made.types[slot.stored[0].name]
+    if kind is None:
+        made.coded |= dict.fromkeys(slot.shapes())
+        return
+    coded = ggml.encode(whole, kind) if found is None else ggml.gptq(whole, found, kind)
+    value = coded.values()
+    made.signal += float(torch.linalg.vector_norm(whole)) ** 2
+    made.noise += float(torch.dist(whole, value)) ** 2
+    put(made.tensors, slot, value)
+    start = 0
+    for one in slot.stored:
+        made.coded[one.name] = coded.rows(slice(start, start + one.rows))
+        start += one.rows
+
+
+def _tell_damped(made: Quantised, slot: Slot, index: int, found: Factor | None) -> None:
+    if found is not None and found.damp > DAMP:
+        made.damped[f"{index}.{slot.name}"] = found.damp
 
 
 def _apart(blocks: Blocks, slot: Slot) -> list[Blocks]:
