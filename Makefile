@@ -53,6 +53,9 @@ test-others: $(STAMP) $(OTHERS:%=.venv-others/%/installed)
 	.venv-others/$*/bin/python -m pip install --disable-pip-version-check --quiet -r $<
 	touch $@
 
+# llama.cpp is compiled; a native build of it crashes on processors with AMX.
+.venv-others/llama/installed: export CMAKE_ARGS ?= -DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON
+
 # Behind their own packages these see those of .venv, torch among them, so that two gigabytes are not installed twice.
 .venv-others/lm_eval/installed .venv-others/trl/installed .venv-others/files/installed: .venv-others/%/installed: tests/others/%.txt $(STAMP)
 	rm -rf .venv-others/$*

@@ -22,7 +22,7 @@ from torch import Tensor
 from tandem.cli.main import main
 from tandem.engine.config import EngineConfig
 from tandem.engine.runner import DecoderRunner
-from tandem.errors import ConfigError, ModelError, TandemWarning
+from tandem.errors import ConfigError, ModelError, NonFiniteError, TandemWarning
 from tandem.kernels.fours import Fours
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.codes import described, hold_codes
@@ -30,13 +30,14 @@ from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
 from tandem.models.fields import Fields
 from tandem.models.quantised.opened import METHODS, take_scheme
-from tandem.models.quantised.scheme import Held
-from tandem.models.quantised.write import kind_of, quantise_slot, slots_of, write
+from tandem.models.quantised.scheme import Held, refuse_blocks
+from tandem.models.quantised.write import kind_of, write
 from tandem.numerics import quantise as codes_of
 from tandem.numerics.blocks import FORMATS, Blocks, dequantise
 from tandem.numerics.compare import same_bits
 from tandem.numerics.packing import AWQ_ORDER, pack, to_awq_order, unpack
 from tandem.run.parts import build_parts
+from tandem.surgery.quantise import Method, quantised
 
 VECTORS = Path(__file__).parents[1] / "goldens" / "quantised.safetensors"
 KEPT = [0, 3, 31]
@@ -109,9 +110,9 @@ def small() -> Checkpoint:
 
 def written(folder: Path, source: Checkpoint, text: str, change: Callable[[str, Blocks], Blocks] | None = None) -> Any:
     """The kind and the codes."""
-    kind, tensors, codes = kind_of(text), {n: t.bfloat16() for n, t in source.tensors()}, {}
-    for slot in slots_of(source.spec):
-        codes |= quantise_slot({name: tensors.pop(name) for name in slot.shapes()}, kind)
+    kind, tensors = kind_of(text), {n: t.bfloat16() for n, t in source.tensors()}
+    codes = quantised(source.spec, tensors, Method(), kind.form).blocks
+    tensors = {name: one for name, one in tensors.items() if name not in codes}
     if change is not None:
         codes = {name: change(name, one) for name, one in codes.items()}
     write(folder, source.spec, tensors, kind, codes, source.load_tokenizer())
@@ -375,9 +376,10 @@ def test_what_can_not_be_written(small: Checkpoint, tmp_path: Path) -> None:
     """A block that does not divide a width, a scale that fp16 has not, a zero point of 0, scales of two quantisers."""
     kind = kind_of("awq:int4_g128_asym")
     with pytest.raises(ModelError, match="blocks of 128 do not divide a width of 192. Choose blocks of 64"):
-        quantise_slot({"m": torch.ones(8, 192)}, kind)
-    with pytest.raises(ModelError, match="m: int4_g128_asym has scales up to .* which fp16 does not have"):
-        quantise_slot({"m": torch.full((8, 128), 1e7)}, kind)
+        refuse_blocks("down", 192, kind.form.block)
+    large = {name: tensor * 1e7 for name, tensor in small.tensors()}
+    with pytest.raises(NonFiniteError, match="layer 0, qkv: int4_g128_asym has scales up to .* fp16 does not have"):
+        quantised(small.spec, large, Method(), kind.form)
     with pytest.raises(ModelError, match="q_proj.weight: a zero point is 0, which GPTQ's first format can't hold"):
         written(
             tmp_path / "a",

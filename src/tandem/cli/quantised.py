@@ -12,8 +12,8 @@ METHOD_HELP = (
     "Of quantise: nearest; gptq; awq, smooth, hadamard or rotation, each with +gptq too. nearest where none is named."
 )
 FORMAT_HELP = (
-    "Of quantise, as awq, compressed-tensors:nvfp4 or gguf:Q4_K: docs/numerics.md. A format alone, as int4_g128, writes "
-    "values as floats; left out, smooth and hadamard write the model otherwise and round nothing."
+    "Of quantise, as awq, compressed-tensors:nvfp4 or gguf:Q4_K: docs/numerics.md. A format alone, as int4_g128, "
+    "writes values as floats; left out, smooth and hadamard write the model otherwise and round nothing."
 )
 NumberFormat = Annotated[str | None, typer.Option(metavar="FILE[:FORMAT]|FORMAT", help=FORMAT_HELP)]
 MethodName = Annotated[str | None, typer.Option(metavar="NAME", help=METHOD_HELP)]

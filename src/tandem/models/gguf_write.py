@@ -27,8 +27,22 @@ from tandem.numerics.ggml import TYPES, Coded, GgmlType
 FLOATS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 _LABELS = {dtype: label for label, dtype in FLOATS.items()}
 FILE_TYPES = {  # llama.cpp's LLAMA_FTYPE of a file that is mostly of a type
-    "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 11, "Q4_K": 14,
-    "Q5_K": 16, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32, "MXFP4": 38, "NVFP4": 39,
+    "F32": 0,
+    "F16": 1,
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q2_K": 10,
+    "Q3_K": 11,
+    "Q4_K": 14,
+    "Q5_K": 16,
+    "Q6_K": 18,
+    "IQ4_NL": 25,
+    "BF16": 32,
+    "MXFP4": 38,
+    "NVFP4": 39,
 }
 # llama-quant.cpp's tensor_type_fallback, where a type's blocks of 256 do not divide a width; F16 where 32 does not.
 FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}

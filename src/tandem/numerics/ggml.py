@@ -143,9 +143,9 @@ def gptq(weight_NK: Tensor, found: Factor, kind: GgmlType) -> Coded:
         group = column // kind.group
         if lows_GN is None:
             level_N = _near(row_N / divisors_GN[group], kind)
-            return level_N, level_N * scales_GN[group]
+            return level_N, row_N - level_N * scales_GN[group]
         level_N = _near((row_N - lows_GN[group]) / divisors_GN[group], kind)
-        return level_N, level_N * scales_GN[group] + lows_GN[group]
+        return level_N, row_N - (level_N * scales_GN[group] + lows_GN[group])
 
     return replace(coded, codes_NK=_codes(by_columns(weight_NK, found, near), kind))
 

@@ -74,7 +74,7 @@ def gptq(weight_NK: Tensor, found: Factor, form: Format) -> Blocks:
     def near(column: int, row_N: Tensor) -> tuple[Tensor, Tensor]:
         group = 0 if form.block <= 0 else column // form.block
         value_N = _near(row_N / divisors_GN[group], form, None if zeros_GN is None else zeros_GN[group])
-        return value_N, value_N * scales_GN[group]
+        return value_N, torch.addcmul(row_N, value_N, scales_GN[group], value=-1)
 
     values_NK = by_columns(weight_NK, found, near)
     if zeros_GN is None:
@@ -84,7 +84,7 @@ def gptq(weight_NK: Tensor, found: Factor, form: Format) -> Blocks:
 
 
 def by_columns(weight_NK: Tensor, found: Factor, near: Callable[[int, Tensor], tuple[Tensor, Tensor]]) -> Tensor:
-    """Elements [N, K]: `near` gives, of a column and what became of its numbers, elements and what they stand for."""
+    """Elements [N, K]: `near` gives, of a column and what became of its numbers, elements and what these leave."""
     (rows, width), order_K = weight_NK.shape, found.order_K
     columns = order_K.tolist()
     left_KN = weight_NK.float().T[order_K].contiguous()
@@ -97,9 +97,8 @@ def by_columns(weight_NK: Tensor, found: Factor, near: Callable[[int, Tensor], t
             row_N = left_KN[first + place]
             if place:
                 row_N = torch.addmv(row_N, errors[:place].T, lower[place, :place], alpha=-1)
-            values_KN[first + place], read_N = near(columns[first + place], row_N)
-            torch.sub(row_N, read_N, out=errors[place])
-            errors[place] /= lower[place, place]
+            values_KN[first + place], left_N = near(columns[first + place], row_N)
+            torch.div(left_N, lower[place, place], out=errors[place])
         if last < width:
             left_KN[last:].addmm_(found.lower_KK[last:, first:last], errors, alpha=-1)
     return torch.empty_like(values_KN).index_copy_(0, order_K, values_KN).T.contiguous()

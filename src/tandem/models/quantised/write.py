@@ -1,11 +1,11 @@
 """Quantised matrices into files that other packages read.
 
     kind = kind_of("gptq:int4_g64")
-    codes = {name: quantise(tensor, kind) for name, tensor in tensors.items() if name in slots_of(spec)}
-    write(folder, spec, {others by name}, kind, codes, tokenizer)
+    made = quantised(spec, tensors, Method(), kind.form)  # surgery/quantise.py
+    write(folder, spec, {others by name}, kind, made.blocks, tokenizer)
 
-Codes of one's own (GPTQ, AWQ) are `Blocks` of `kind.form`: its scales in the dtype that the file keeps, rounded before
-the codes are chosen.
+Codes of one's own are `Blocks` of `kind.form`: its scales in the dtype that the file keeps, rounded before the codes
+are chosen.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tandem.errors import ConfigError, ModelError, NonFiniteError, nearest
+from tandem.errors import ConfigError, ModelError, nearest
 from tandem.models.checkpoint import Packed, save_checkpoint
 from tandem.models.families import FAMILIES
 from tandem.models.parts import Slot, layer_slots
 from tandem.models.quantised.compressed import CompressedTensors
 from tandem.models.quantised.floats import Fp8, ModelOpt, Mxfp4
 from tandem.models.quantised.integers import Awq, Gptq, Gptq2
-from tandem.models.quantised.scheme import Scheme, grid_of, refuse_blocks, scales_fault
+from tandem.models.quantised.scheme import Scheme, grid_of, scales_fault
 from tandem.models.spec import ModelSpec
 from tandem.models.tokenizer import Tokenizer
-from tandem.numerics import blocks as numerics
 from tandem.numerics.blocks import SCALE_DTYPES, WHOLE, Blocks, Format, format_of
 
 # By the name that people give: the scheme, and the format where none is named.
@@ -72,24 +71,6 @@ def slots_of(spec: ModelSpec) -> Iterator[Slot]:
     return (slot for slot in layer_slots(spec) if slot.columns is not None)
 
 
-def quantise_slot(weights: Mapping[str, Tensor], kind: Kind) -> dict[str, Blocks]:
-    """Matrices that are one product, by name, rounded to the nearest: they share a scale of the tensor, where there is
-    one, since readers have one for all of them. ModelError where blocks do not divide a width or a scale overflows."""
-    form = kind.form
-    for name, weight in weights.items():
-        if form.block > 0 and form.rows == 1:
-            refuse_blocks(name, weight.shape[-1], form.block)
-    try:
-        if form.scale != "e4m3":
-            return {name: numerics.quantise(weight, form) for name, weight in weights.items()}
-        joined = numerics.quantise(torch.cat(list(weights.values())), form)
-    except NonFiniteError as error:
-        raise ModelError(f"{', '.join(weights)}: {error}") from error
-    sizes = [len(weight) for weight in weights.values()]
-    codes, scales = joined.codes.split(sizes), joined.scales.split(sizes)
-    return {name: Blocks(codes[i], scales[i], joined.whole) for i, name in enumerate(weights)}
-
-
 def write(
     folder: Path,
     spec: ModelSpec,
@@ -114,7 +95,7 @@ def write(
         if len(wholes) > 1:
             raise ModelError(
                 f"{', '.join(slot.shapes())} have {len(wholes)} scales of the tensor, and readers of {kind.file} have "
-                "one product for them and one scale. Quantise them together (models/quantised/write.py:quantise_slot)."
+                "one product for them and one scale. Quantise them together, as surgery/quantise.py does."
             )
     for name, blocks in quantised.items():
         _check(name, blocks, kind.form)
