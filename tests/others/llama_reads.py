@@ -1,7 +1,8 @@
 """What llama.cpp makes of GGUF files, for test_llama.py: `llama_reads.py FOLDER`, once.
 
-Of each FOLDER/NAME.gguf, FOLDER/NAME.npz gets the ids of text.txt, the logits of the ids in ids.json [T, V], and 12 more
-tokens, each the likeliest. FOLDER/coded.npz gets FOLDER/weights.npy [N, K] as its own quantisers write it, by type.
+Of each FOLDER/NAME.gguf, FOLDER/NAME.npz gets the ids of text.txt, the logits of the ids in ids.json [T, V], and 12
+more tokens, each the likeliest. FOLDER/coded.npz gets FOLDER/weights.npy [N, K] as its own quantisers write it, by
+type.
 """
 
 from __future__ import annotations

@@ -36,18 +36,6 @@ struct Constants {
     float lr, beta1, beta2, eps, decay, bias1, bias2, scale;
 };
 
-inline uint32_t bits_of(float v) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    return bits;
-}
-
-inline float of_bits(uint32_t bits) {
-    float v;
-    std::memcpy(&v, &bits, 4);
-    return v;
-}
-
 // e4m3, a size without a sign: its bits are those of fp32 from the 20th on, with another bias.
 inline float size_of(uint32_t code) { return of_bits(code << 20) * 0x1p120f; }
 inline uint32_t drawn_size(float size, uint32_t below) { return std::min<uint32_t>((bits_of(size * 0x1p-120f) + below) >> 20, 126); }

@@ -27,22 +27,7 @@ struct Form {
 constexpr uint32_t ROUNDING = 4;  // numerics.random.Stream
 
 inline float power_of_two(int64_t exponent) {  // within [-127, 127]
-    const uint32_t bits = exponent == -127 ? 1u << 22 : uint32_t(exponent + 127) << 23;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-inline uint32_t bits_of(float v) {
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    return bits;
-}
-
-inline float of_bits(uint32_t bits) {
-    float v;
-    std::memcpy(&v, &bits, 4);
-    return v;
+    return of_bits(exponent == -127 ? 1u << 22 : uint32_t(exponent + 127) << 23);
 }
 
 constexpr float MAGIC = 12582912.0f;  // 1.5 x 2^23: added and taken off, it leaves the nearest integer, ties to the even one

@@ -34,18 +34,24 @@ constexpr int ROWS = LANE_ROWS;
 
 using bf16 = uint16_t;
 
-inline float to_float(float v) { return v; }
-inline float to_float(bf16 v) {
-    uint32_t bits = uint32_t(v) << 16;
-    float out;
-    std::memcpy(&out, &bits, 4);
-    return out;
+inline uint32_t bits_of(float v) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, 4);
+    return bits;
 }
+
+inline float of_bits(uint32_t bits) {
+    float v;
+    std::memcpy(&v, &bits, 4);
+    return v;
+}
+
+inline float to_float(float v) { return v; }
+inline float to_float(bf16 v) { return of_bits(uint32_t(v) << 16); }
 template <typename E> inline E from_float(float v);
 template <> inline float from_float<float>(float v) { return v; }
 template <> inline bf16 from_float<bf16>(float v) {  // round to nearest even; NaN stays NaN
-    uint32_t bits;
-    std::memcpy(&bits, &v, 4);
+    const uint32_t bits = bits_of(v);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16((bits >> 16) | 0x40);
     return bf16((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }

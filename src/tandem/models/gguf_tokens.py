@@ -73,7 +73,8 @@ def _split(origin: str, made: Mapping[str, Any]) -> str:
             f"the tokeniser of {origin} is no byte-level BPE, the one kind that is written into GGUF here. Take the "
             "model from a GGUF file, whose tokeniser is kept, or convert it by llama.cpp's convert_hf_to_gguf.py."
         )
-    own = tuple(map(_step, steps[:-1])), bool(steps[-1].get("use_regex", True))
+    # Without merges a byte is a token, wherever text is split.
+    own = tuple(map(_step, steps[:-1])), bool(steps[-1].get("use_regex", True)) or not model["merges"]
     name, whole = _SPLITS.get(own, ("", False))
     if not name or whole != bool(model.get("ignore_merges")):
         raise ModelError(

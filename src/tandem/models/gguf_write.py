@@ -249,7 +249,7 @@ def _add(writer: Any, name: str, value: Any) -> None:
     if isinstance(value, bool):
         writer.add_bool(name, value)
     elif isinstance(value, int):
-        writer.add_uint32(name, value)
+        (writer.add_int32 if value < 0 else writer.add_uint32 if value < 1 << 32 else writer.add_uint64)(name, value)
     elif isinstance(value, float):
         writer.add_float32(name, value)
     elif isinstance(value, str):

@@ -69,6 +69,8 @@ def quantise(source: str, out: Path, wanted: str, dtype: str | None = None, aske
     kind = kind_of(wanted) if file in FILES else None
     if gguf:
         form = format_of(gguf.type.like) if gguf.type else None
+        if gguf.type is None and dtype not in (None, gguf.dtype):
+            raise ConfigError(f"{wanted} is a file of {gguf.dtype}: leave out --dtype {dtype}, or choose another type.")
         gguf = replace(gguf, dtype=dtype or gguf.dtype)
     else:
         form = kind.form if kind else format_of(wanted) if wanted else None
