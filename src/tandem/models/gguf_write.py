@@ -200,7 +200,7 @@ def write_gguf(
 
     spec = _named(spec)
     writer = GGUFWriter(path, fields["general.architecture"])
-    stored = fields | {"general.file_type": FILE_TYPES[kind.name], "general.quantization_version": 2}
+    stored = dict(fields) | {"general.file_type": FILE_TYPES[kind.name], "general.quantization_version": 2}
     for name, value in stored.items():
         if name != "general.architecture":
             _add(writer, name, value)

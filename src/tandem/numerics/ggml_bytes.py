@@ -28,8 +28,8 @@ def packed(name: str, codes: Tensor, heads: tuple[Tensor, ...]) -> Tensor:
         parts = [_planes(codes.unflatten(-1, (8, 32)) >> 2, 1), _pairs(codes & 3), _scales_of_3(heads[0]), heads[1]]
     elif name in ("Q4_K", "Q5_K"):
         scales, lows, *halves = heads
-        high = [_planes(codes.unflatten(-1, (8, 32)) >> 4, 1)] if name == "Q5_K" else []
-        parts = [*halves, _scales_of_4(scales, lows), *high, _nibbles(codes & 15, 32)]
+        fifth = [_planes(codes.unflatten(-1, (8, 32)) >> 4, 1)] if name == "Q5_K" else []
+        parts = [*halves, _scales_of_4(scales, lows), *fifth, _nibbles(codes & 15, 32)]
     elif name == "Q6_K":
         parts = [_nibbles(codes & 15, 64), _pairs(codes >> 4), *heads]
     else:  # Q4_0, Q4_1, IQ4_NL, MXFP4
