@@ -22,7 +22,8 @@ from tandem.kernels.rotary import rotate_
 from tandem.kernels.sample import SamplingBatch
 from tandem.models.decoder import Decoder
 from tandem.models.view import Heads, PackView
-from tandem.numerics import random
+from tandem.numerics import blocks, random
+from tandem.numerics.blocks import FORMATS
 from tandem.numerics.compare import same_bits
 from tandem.numerics.quantise import to_int8
 from tandem.types import Completion, Reach, Sampling
@@ -31,6 +32,7 @@ DEPARTURES: dict[str, dict[str, Any]] = {
     "none": {},
     "e4m3": {"kv_dtype": "float8_e4m3"},
     "int8": {"kv_dtype": "int8"},
+    "nvfp4": {"kv_dtype": "nvfp4"},
     "window": {"kv_window": 9, "kv_sinks": 3},
     "window alone": {"kv_window": 9, "kv_sinks": 0},
     "noise": {"noise": 0.3},
@@ -80,6 +82,8 @@ def test_a_departure_departs(any_path, make_decoder, parity, departure):
 
 def rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
     """What a pool of `kind` keeps of x [T, K, D], by ml_dtypes or by hand."""
+    if kind == "nvfp4":
+        return torch.stack([blocks.rounded(row, FORMATS[kind]) for row in x.reshape(-1, x.shape[-1])]).view(x.shape)
     wide = x.float().numpy()
     if kind == "float8_e4m3":
         wide = wide.clip(-448, 448).astype(pytest.importorskip("ml_dtypes").float8_e4m3fn).astype(np.float32)
@@ -105,7 +109,7 @@ class Lossy(PackView):
         return attention(query, key, value, self.paths, reach, sinks=self.sinks).flatten(1)
 
 
-@pytest.mark.parametrize("departure", ["none", "e4m3", "int8", "window", "window alone", "all", "all, int8"])
+@pytest.mark.parametrize("departure", ["none", "e4m3", "int8", "nvfp4", "window", "window alone", "all", "all, int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_hidden_states_are_those_of_lossy_keys(kernel_path, make_decoder, parity, dtype, departure):
     """Keys are rounded before they are rotated, values are not rounded, or window and sinks change places."""

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tandem import env
-from tandem.engine.config import EngineConfig, KvDtype
+from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
 from tandem.errors import CapacityError, ConfigError
@@ -334,7 +334,7 @@ def test_what_only_serves_keeps_one_form(model: Path) -> None:
 
 
 @pytest.mark.parametrize("kv_dtype", ["same", "float8_e4m3", "int8"])
-def test_the_pool_is_the_plans(model: Path, kv_dtype: KvDtype) -> None:
+def test_the_pool_is_the_plans(model: Path, kv_dtype: str) -> None:
     """Where engine.kv_memory_bytes is left open, pages beyond what is free; pages planned without their scales."""
     config = EngineConfig(kv_dtype=kv_dtype)
     parts = build_parts(ModelConfig(str(model)), config)

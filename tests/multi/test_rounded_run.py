@@ -41,6 +41,9 @@ ARMS = {
     "w8a8, adapter": {"model.weights": "w8a8", "adapter.rank": "3"},
     "all in 8 bits": {"model.weights": "w8a8", "learner.gradients": "int8", "learner.moments": "float8"},
     "nvfp4 in all products": {"model.weights": "nvfp4+nvfp4", "learner.gradients": "nvfp4+stochastic+hadamard"},
+    "keys in fp8": {"model.kv": "float8_e4m3"},
+    "keys in nvfp4, w8a8": {"model.kv": "nvfp4", "model.weights": "w8a8", "algo.kl": "k3", "algo.kl_weight": "0.1"},
+    "keys in int8, beside": {"model.kv": "int8", "asynchrony.mode": "one_off"},
     "w8a8, beside": {"model.weights": "w8a8", "asynchrony.mode": "one_off"},
 }
 pytestmark = pytest.mark.skipif(compiler() is None, reason="without a compiler every run departs")

@@ -9,10 +9,9 @@ from annotated_types import Ge, Gt
 
 from tandem.config import AboveZero, Amount, Count, Positive, Share, section
 from tandem.errors import ConfigError
-from tandem.numerics.names import check_weights_name
+from tandem.numerics.names import check_kv_name, check_weights_name
 
 Dtype = Literal["same", "bfloat16", "float32", "float16"]
-KvDtype = Literal["same", "float8_e4m3", "int8"]
 Rule = Literal["arrival", "longest", "fair", "shares"]
 Policy = Literal["fcfs", "plas", "ttl", "continuum", "thunder", "oracle"]
 Mode = Literal["off", "shadow", "advisory", "enforce"]
@@ -79,7 +78,7 @@ class EngineConfig:
     dtype: Dtype = "same"  # compute in another dtype than model.dtype
     weights: str = "same"  # of the layers' products: int8, int4, w8a8, w4a8, or a format, + one of rows
     weight_group: Annotated[int, Ge(2)] = 64  # inputs that share a scale under int8 and int4
-    kv_dtype: KvDtype = "same"  # float8_e4m3, int8: keys and values in 8 bits; int8 with a scale a token and head
+    kv_dtype: str = "same"  # keys and values: float8_e4m3; int8, a scale a token and head; a format, in no fewer bits
     kv_window: Count = 0  # a query sees only this many latest positions and the sinks; 0 sees all
     kv_sinks: Count = 4  # leading positions that a kv_window always sees
     noise: Amount = 0.0  # for studies: normal noise on the final hidden state, relative to its root mean square
@@ -91,6 +90,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_weights_name("engine.weights", self.weights)
+        check_kv_name("engine.kv_dtype", self.kv_dtype)
         if self.page_tokens < 2 or self.page_tokens & (self.page_tokens - 1):
             raise ConfigError(
                 f"engine.page_tokens is {self.page_tokens}; it must be a power of two, 2 or more. "

@@ -15,6 +15,7 @@ from math import gcd
 from typing import TYPE_CHECKING
 
 from tandem.models.parts import kept_bytes
+from tandem.numerics.names import stored_kv
 from tandem.types import Reach
 
 if TYPE_CHECKING:
@@ -106,9 +107,11 @@ class KvLayout:
         return cls(tuple(groups), tuple(place_L), depth)
 
     @classmethod
-    def for_engine(cls, spec: ModelSpec, config: EngineConfig, dtype: str) -> KvLayout:
-        """Of an engine that computes in `dtype`: of the model's reaches, or of engine.kv_window in every layer."""
-        bytes_L = kept_bytes(spec, dtype if config.kv_dtype == "same" else config.kv_dtype)
+    def for_engine(cls, spec: ModelSpec, config: EngineConfig, dtype: str, kept: str = "same") -> KvLayout:
+        """Of an engine that computes in `dtype`: of the model's reaches, or of engine.kv_window in every layer. kept:
+        model.kv."""
+        stored = stored_kv(config.kv_dtype, kept)
+        bytes_L = kept_bytes(spec, dtype if stored == "same" else stored)
         if config.kv_window:
             return cls.of((Reach(window=config.kv_window),) * spec.layers, config.kv_sinks, bytes_L)
         return cls.of(spec.reaches, 0, bytes_L)

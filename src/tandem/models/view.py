@@ -20,6 +20,7 @@ from tandem.kernels.norm import unit_norm_, unit_norm_backward_, unit_norm_refer
 from tandem.kernels.page_pool import KvPool, rotate_store_
 from tandem.kernels.paths import Paths
 from tandem.kernels.rotary import rotate_, rotate_reference
+from tandem.kernels.rounding import Kept, rounded_through
 from tandem.types import Reach
 
 
@@ -38,6 +39,7 @@ class Heads:
     rotary: bool = True
     norm_eps: float | None = None  # after rotation: heads of q and k are divided by their root mean square
     factor_P: torch.Tensor | None = None  # fp32, by position: what a query is multiplied by, where nothing is rotated
+    kept: Kept | None = None  # what keys, turned, and values are rounded to; None: they stay as they are
 
     @property
     def width(self) -> int:
@@ -103,6 +105,12 @@ def turn_reference(
     return query, key
 
 
+def keep_(qkv_TW: torch.Tensor, heads: Heads, kept: Kept) -> None:
+    """Round keys that are turned, and values, in place."""
+    for x_TKD in heads.cut(qkv_TW)[1:]:
+        x_TKD.copy_(kept.rounded(x_TKD))
+
+
 class View(Protocol):
     """Where a forward pass finds keys and values."""
 
@@ -123,6 +131,9 @@ class _PackAttention(torch.autograd.Function):
         qkv_TW = qkv_TW.contiguous()
         query, key, value = heads.cut(qkv_TW)
         scales = turn_(qkv_TW, view.positions_T, heads, tables)
+        ctx.normed_TKD = heads.cut(qkv_TW)[1].clone() if heads.kept is not None and scales else None
+        if heads.kept is not None:  # gradients pass straight through
+            keep_(qkv_TW, heads, heads.kept)
         lse_TH = torch.empty(query.shape[:2], device=query.device)
         out = attention(query, key, value, view.paths, heads.reach, lse_TH)
         ctx.save_for_backward(qkv_TW, out, lse_TH, *scales)
@@ -136,6 +147,9 @@ class _PackAttention(torch.autograd.Function):
         grads = ctx.heads.cut(dqkv_TW)
         dout_THD = dout.contiguous().view(out.shape)
         attention_backward(dout_THD, out, lse_TH, ctx.heads.cut(qkv_TW), grads, ctx.view.paths, ctx.heads.reach)
+        if ctx.normed_TKD is not None:  # the norm's is of what it gave
+            qkv_TW = qkv_TW.clone()
+            ctx.heads.cut(qkv_TW)[1].copy_(ctx.normed_TKD)
         turn_backward_(dqkv_TW, qkv_TW, scales, ctx.view.positions_T, ctx.heads, ctx.tables)
         return dqkv_TW, None, None, None
 
@@ -168,7 +182,10 @@ class PackView:
         if triton or kernel("attention", "attention_backward", qkv_TW.dtype, "pp") is not None:
             return _PackAttention.apply(qkv_TW, self, heads, tables)
         query, key = turn_reference(qkv_TW, self.positions_T, heads, tables)
-        return attention_reference(query, key, heads.cut(qkv_TW)[2], self.paths, heads.reach).flatten(1)
+        value = heads.cut(qkv_TW)[2]
+        if heads.kept is not None:
+            key, value = (rounded_through(x_TKD, heads.kept) for x_TKD in (key, value))
+        return attention_reference(query, key, value, self.paths, heads.reach).flatten(1)
 
 
 class PagedView:
@@ -187,6 +204,7 @@ class PagedView:
         pools: Sequence[KvPool],
         window: int = 0,
         sinks: int = 0,
+        kept: Kept | None = None,
     ) -> None:
         self.positions_T = positions_T
         self.slots_G = slots_G  # int64 [T], of each group of layers: where each row's key and value go
@@ -196,15 +214,21 @@ class PagedView:
         self.pools = pools  # of each layer; layers of several groups may have one pool, and never one page
         self.window = window  # 0: the model's own; else latest positions that a query sees, and the leading `sinks`
         self.sinks = sinks
+        self.kept = kept  # None: the layers' own; else what the engine alone rounds keys and values to
 
     def attend(
         self, layer: int, qkv_TW: torch.Tensor, heads: Heads, tables: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         cut, tables_or_none = heads.cut(qkv_TW), tables if heads.rotary else None
-        if heads.norm_eps is not None or heads.factor_P is not None:
+        pool, group = self.pools[layer], self.group_L[layer]
+        kept = self.kept or heads.kept
+        if pool.holds(kept):
+            kept = None
+        if heads.norm_eps is not None or heads.factor_P is not None or kept is not None:
             turn_(qkv_TW, self.positions_T, heads, tables)
             tables_or_none = None
-        pool, group = self.pools[layer], self.group_L[layer]
+        if kept is not None:
+            keep_(qkv_TW, heads, kept)
         rotate_store_(cut, self.positions_T, tables_or_none, self.slots_G[group], pool)
         reach = Reach(window=self.window) if self.window else heads.reach
         return paged_attention(cut[0], pool, self.paths_G[group], reach, self.sinks if self.window else 0).flatten(1)

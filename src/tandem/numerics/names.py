@@ -12,6 +12,8 @@ _FORMAT = rf"mx\w+|nvfp4(_\w+)?|fp8_\w+|int[2-8]_(g\d+|row)(_asym)?|{_OWN}"
 _ALONE = ("same", "int8", "int4", "w8a8", "w4a8")
 Ablated = Literal["weights", "rows", "kv", "logits"]  # what is rounded one tensor at a time
 _WAYS = ("stochastic", "hadamard")  # of gradients
+PAGES = ("float8_e4m3", "int8")  # what pages of keys and values hold beside the compute dtype (kernels/page_pool.py)
+_EXACT = ("float8_e4m3",)  # of these, what attention reads back to the numbers that they stand for, and nothing else
 
 
 def check_weights_name(setting: str, name: str) -> None:
@@ -63,3 +65,29 @@ def gradient_parts(name: str) -> tuple[str, str, tuple[str, ...]]:
             "is turned first)."
         )
     return forms[0], forms[-1], ways
+
+
+def check_kv_name(setting: str, name: str) -> None:
+    """ConfigError for what is no `model.kv` and no `engine.kv_dtype`; see `check_weights_name`.
+
+    >>> check_kv_name("model.kv", "nvfp4"), check_kv_name("engine.kv_dtype", "int8")
+    (None, None)
+    """
+    if name == "same" or name in PAGES or re.fullmatch(_FORMAT, name):
+        return
+    raise ConfigError(
+        f"{setting}={name} is no format of keys and values. Give 'same', {', '.join(map(repr, PAGES))}, or a name that "
+        "`tandem numerics formats` lists."
+    )
+
+
+def stored_kv(kv_dtype: str, kept: str) -> str:
+    """What the pages of an engine hold, one of PAGES or same, by `engine.kv_dtype` and `model.kv`. Other formats are
+    rounded to, and kept in the compute dtype.
+
+    >>> stored_kv("int8", "same"), stored_kv("same", "float8_e4m3"), stored_kv("same", "int8")
+    ('int8', 'float8_e4m3', 'same')
+    """
+    if kv_dtype != "same":
+        return kv_dtype if kv_dtype in PAGES else "same"
+    return kept if kept in _EXACT else "same"

@@ -62,7 +62,7 @@ class Asked:
     @property
     def layout(self) -> KvLayout:
         """Of the engine's pages."""
-        return KvLayout.for_engine(self.spec, self.engine, self.dtype)
+        return KvLayout.for_engine(self.spec, self.engine, self.dtype, self.model.kv)
 
     @property
     def learns_apart(self) -> bool:

@@ -54,10 +54,10 @@ def open_teacher(source: str) -> Checkpoint:
 
 def load_teacher(source: str, model: ModelConfig) -> Decoder:
     """A model that only answers, in the dtype and on the device of the student, with its adapter where it is one. Codes
-    of a file stay codes, and what the student's products are rounded to is the student's own."""
+    of a file stay codes, and what the student's products, keys and values are rounded to is the student's own."""
     base, worn = origin_of(source)
     checkpoint = open_checkpoint(base)
-    decoder = decoder_of(checkpoint.spec, replace(model, weights="same"))
+    decoder = decoder_of(checkpoint.spec, replace(model, weights="same", kv="same"))
     decoder.load(checkpoint.tensors(hold_codes(decoder, checkpoint)))
     for _, weight in decoder.weights():
         if weight is not decoder.embed:

@@ -235,7 +235,8 @@ class _Words:
 
 def engine_on(decoder: Decoder, config: EngineConfig, tokenizer: Tokenizer, version: WeightVersion = INITIAL) -> Engine:
     """An engine with the page memory that `config` has decided."""
-    layout = KvLayout.for_engine(decoder.spec, config, dtype_name(decoder.dtype))
+    kept = decoder.kept.name if decoder.kept is not None else "same"
+    layout = KvLayout.for_engine(decoder.spec, config, dtype_name(decoder.dtype), kept)
     num_pages = count_pages(config.kv_memory_bytes, layout.groups[0].token_bytes, config.page_tokens)
     runner = DecoderRunner(decoder, num_pages, config.page_tokens, config)
     engine = Engine(runner, config, num_pages, decoder.spec.max_position, decode=tokenizer.decode, version=version)

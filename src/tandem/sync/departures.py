@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from tandem import env
 from tandem.errors import ConfigError
 from tandem.kernels.build.load import lacking
+from tandem.numerics.names import PAGES
 from tandem.types import Reach
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def of_engine(model: ModelConfig, engine: EngineConfig) -> tuple[Departure, ...]
     if engine.dtype not in ("same", model.dtype):
         declare(f"engine.dtype={engine.dtype}", f"the engine computes in {engine.dtype}, the learner in {model.dtype}")
     if engine.kv_dtype != "same":
-        declare(f"engine.kv_dtype={engine.kv_dtype}", f"keys and values in {engine.kv_dtype}")
+        what = "keys and values in" if engine.kv_dtype in PAGES else "keys and values rounded to"
+        declare(f"engine.kv_dtype={engine.kv_dtype}", f"{what} {engine.kv_dtype}")
     if engine.kv_window:
         what = f"the engine sees {engine.kv_window} latest positions and {engine.kv_sinks} sinks"
         declare(f"engine.kv_window={engine.kv_window}", what)
@@ -105,7 +107,11 @@ def declaration(config: RunConfig) -> str:
     found = departures(config)
     sampling = "; ".join(f"{d.what} ({d.setting})" for d in found if d.line == "sampling")
     if is_exact(config):
-        rounded = f"; both multiply in {config.model.weights}" if config.model.weights != "same" else ""
+        rounded = "".join(
+            f"; both {does} {name}"
+            for does, name in (("multiply in", config.model.weights), ("keep keys and values in", config.model.kv))
+            if name != "same"
+        )
         rounded += _of_gradients(config)
         return f"exact: engine and learner compute the same bits{rounded}" + (f"; {sampling}" if sampling else "")
     declared = "; ".join(f"{d.what} ({d.setting})" for d in found)
@@ -138,9 +144,29 @@ def check_engine(spec: ModelSpec, model: ModelConfig, engine: EngineConfig) -> N
             f"model.weights is {model.weights} and engine.weights is {engine.weights}: the policy that is trained is "
             "rounded already. Leave engine.weights out; or model.weights, for a departure that is measured."
         )
+    _check_kv(model, engine)
     limited = next((reach for reach in spec.reaches if reach != Reach()), None)
     if engine.kv_window and limited:
         raise ConfigError(
             f"engine.kv_window is {engine.kv_window}, but layers of the model itself attend to {limited}: "
             "the engine would see positions that the model never saw. Set engine.kv_window to 0."
+        )
+
+
+def _check_kv(model: ModelConfig, engine: EngineConfig) -> None:
+    if {model.kv, engine.kv_dtype} == {"same"}:
+        return
+    from tandem.kernels.rounding import kept_of
+
+    for name in (model.kv, engine.kv_dtype):
+        kept_of(name)
+    if "same" not in (model.kv, engine.kv_dtype):
+        raise ConfigError(
+            f"model.kv is {model.kv} and engine.kv_dtype is {engine.kv_dtype}: the policy that is trained has its keys "
+            "and values rounded already. Leave engine.kv_dtype out; or model.kv, for a departure that is measured."
+        )
+    if model.device != "cpu" and engine.kv_dtype not in ("same", "float8_e4m3", "int8"):
+        raise ConfigError(
+            f"engine.kv_dtype is {engine.kv_dtype} and model.device {model.device}, which has float8_e4m3 and int8 "
+            "alone. Choose one of these, or set model.device to cpu."
         )
