@@ -23,11 +23,11 @@ from torch import Tensor
 
 from tandem.kernels.attention import attention, attention_backward, attention_reference, paged_attention
 from tandem.kernels.attention_int8 import int8_attention_reference
-from tandem.kernels.page_pool import KvPool, rotate_store_
+from tandem.kernels.page_pool import INT4, KvPool, rotate_store_
 from tandem.kernels.paths import Paths
 from tandem.kernels.rotary import rotate_
 from tandem.numerics.compare import same_bits
-from tandem.numerics.quantise import from_e4m3, from_int8, to_e4m3, to_int8
+from tandem.numerics.quantise import from_e4m3, from_int4, from_int8, to_e4m3, to_int4, to_int8
 from tandem.types import Reach
 from tests.samples import forests
 
@@ -41,6 +41,7 @@ KEPT = {  # what a pool stores -> what then is read
     None: lambda x: x,
     torch.float8_e4m3fn: lambda x: from_e4m3(to_e4m3(x), x.dtype),
     torch.int8: lambda x: from_int8(*to_int8(x), x.dtype),
+    INT4: lambda x: from_int4(*to_int4(x), x.dtype),
 }
 
 
@@ -419,7 +420,7 @@ def test_blocks_that_no_query_sees_are_not_read(kernel_path, sinks, read):
 
 @pytest.mark.parametrize("size", [16, 48, 64, 80, 128])
 @pytest.mark.parametrize("page", [4, 16, 64])
-@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8, INT4], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_keys_and_values_in_8_bits(any_path, dtype, stored, page, size):
     """A code is read as another number or by a neighbour's scale, keys in e4m3 are reduced in another order than the
@@ -479,7 +480,8 @@ def test_rotate_and_store(any_path, dtype, size, page, rotary, stored):
     for got, x in zip(paged.pool.rows(slots), kept, strict=True):
         assert same_bits(got, x)
     pair, group = (4, min(page, 4)) if stored == torch.int8 else (2, 2) if dtype == torch.bfloat16 else (1, 1)
-    for t, h, d in ((0, 0, 0), (5, 1, size - 1), (rows - 1, 1, size // 2)) if paged.pool.packed else ():
+    by_number = paged.pool.packed and stored != INT4
+    for t, h, d in ((0, 0, 0), (5, 1, size - 1), (rows - 1, 1, size // 2)) if by_number else ():
         place, offset = divmod(int(slots[t]), page)
         keys, values, *rest = (memory[place].float().view(2, -1) for memory in paged.pool.tensors())
         scales = rest[0].view(2, 2, page)[:, h, offset] if rest else torch.ones(2)

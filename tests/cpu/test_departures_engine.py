@@ -32,6 +32,7 @@ DEPARTURES: dict[str, dict[str, Any]] = {
     "none": {},
     "e4m3": {"kv_dtype": "float8_e4m3"},
     "int8": {"kv_dtype": "int8"},
+    "int4": {"kv_dtype": "int4"},
     "nvfp4": {"kv_dtype": "nvfp4"},
     "window": {"kv_window": 9, "kv_sinks": 3},
     "window alone": {"kv_window": 9, "kv_sinks": 0},
@@ -82,8 +83,9 @@ def test_a_departure_departs(any_path, make_decoder, parity, departure):
 
 def rounded(x: torch.Tensor, kind: str) -> torch.Tensor:
     """What a pool of `kind` keeps of x [T, K, D], by ml_dtypes or by hand."""
-    if kind == "nvfp4":
-        return torch.stack([blocks.rounded(row, FORMATS[kind]) for row in x.reshape(-1, x.shape[-1])]).view(x.shape)
+    if kind in ("int4", "nvfp4"):
+        form = FORMATS["int4_g32_asym" if kind == "int4" else kind]
+        return torch.stack([blocks.rounded(row, form) for row in x.reshape(-1, x.shape[-1])]).view(x.shape)
     wide = x.float().numpy()
     if kind == "float8_e4m3":
         wide = wide.clip(-448, 448).astype(pytest.importorskip("ml_dtypes").float8_e4m3fn).astype(np.float32)
@@ -109,7 +111,9 @@ class Lossy(PackView):
         return attention(query, key, value, self.paths, reach, sinks=self.sinks).flatten(1)
 
 
-@pytest.mark.parametrize("departure", ["none", "e4m3", "int8", "nvfp4", "window", "window alone", "all", "all, int8"])
+@pytest.mark.parametrize(
+    "departure", ["none", "e4m3", "int8", "int4", "nvfp4", "window", "window alone", "all", "all, int8"]
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_hidden_states_are_those_of_lossy_keys(kernel_path, make_decoder, parity, dtype, departure):
     """Keys are rounded before they are rotated, values are not rounded, or window and sinks change places."""
@@ -150,7 +154,9 @@ def test_noise_by_hand(width, dtype):
     )
 
 
-@pytest.mark.parametrize(("kv_dtype", "code", "scale"), [("same", 2, 0), ("float8_e4m3", 1, 0), ("int8", 1, 4)])
+@pytest.mark.parametrize(
+    ("kv_dtype", "code", "scale"), [("same", 2, 0), ("float8_e4m3", 1, 0), ("int8", 1, 4), ("int4", 0.5, 5)]
+)
 def test_page_memory(make_decoder, kv_dtype, code, scale):
     """Pages in 8 bits are counted, or kept, in 16; or without their scales."""
     decoder = make_decoder("bfloat16")

@@ -10,7 +10,12 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.runner import DecoderRunner
 from tandem.errors import ConfigError
 from tandem.kernels.attention import attention_reference
+from tandem.kernels.head import draw
+from tandem.kernels.linear import logits
+from tandem.kernels.logprob import token_logprobs
 from tandem.kernels.rounding import kept_of
+from tandem.kernels.sample import SamplingBatch, sample
+from tandem.kernels.weight import Weight
 from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
 from tandem.models.fused import FusedForward
@@ -19,6 +24,7 @@ from tandem.numerics.blocks import format_of, rounded
 from tandem.numerics.compare import same_bits
 from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.sync.departures import check_engine, declaration
+from tandem.types import Sampling
 
 HEADS, KV_HEADS, SIZE, TOKENS = 4, 2, 32, 21
 
@@ -75,13 +81,45 @@ def test_pages_hold_what_they_can(make_decoder) -> None:  # type: ignore[no-unty
     plain = make_decoder("bfloat16")
     config = EngineConfig(page_tokens=4)
     sizes = {}
-    for name in ("same", "float8_e4m3", "mxfp4"):
+    for name in ("same", "float8_e4m3", "int4", "mxfp4"):
         decoder = Decoder(plain.spec, "bfloat16", kept=kept_of(name)).load(plain.export())
         runner = DecoderRunner(decoder, 6, 4, config)
         sizes[name] = sum(pool.nbytes for pool in runner.pools)
         assert sizes[name] == 6 * 4 * runner.layout.token_bytes
-        assert isinstance(runner.forward, FusedForward) == (plain.compiled and name != "mxfp4"), name
+        assert isinstance(runner.forward, FusedForward) == (plain.compiled and name in ("same", "float8_e4m3")), name
+    size = plain.spec.head_size
+    assert sizes["int4"] * 2 * size == sizes["same"] * (size // 2 + 5 * -(-size // 32))
     assert sizes["same"] == sizes["mxfp4"] == 2 * sizes["float8_e4m3"]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logits_are_those_of_bf16(any_path: str, temperature: float) -> None:
+    """A log-prob of one side whose logits are not rounded, or after the temperature; a gradient that is lost."""
+    generator = torch.Generator().manual_seed(3)
+    hidden_NM = torch.randn(9, 48, generator=generator)
+    made = Weight(torch.randn(300, 48, generator=generator), matrix=True)
+    made.narrow = True
+    sampling = SamplingBatch.stack([Sampling(temperature=temperature)] * 9, [*range(9)], [5] * 9)
+    tokens_N, logprobs_N = draw(hidden_NM, made, sampling)
+    narrow_NV = logits(hidden_NM, made)
+    assert same_bits(narrow_NV, narrow_NV.bfloat16().float())
+    again_N, others_N = sample(narrow_NV, sampling)
+    assert torch.equal(tokens_N, again_N) and same_bits(logprobs_N, others_N)
+
+    made.grad = torch.zeros(300, 48)
+    found_NM, wanted_NM = hidden_NM.clone().requires_grad_(), hidden_NM.clone().requires_grad_()
+    weight_VM = made.value.clone().requires_grad_()
+    learned_N, _ = token_logprobs(found_NM, made, tokens_N, temperature)
+    assert same_bits(learned_N.detach(), logprobs_N)
+    exact_NV = wanted_NM @ weight_VM.T
+    through_NV = exact_NV + (narrow_NV - exact_NV).detach()
+    expected_N = (through_NV / temperature).log_softmax(-1).gather(1, tokens_N[:, None])[:, 0]
+    torch.testing.assert_close(learned_N, expected_N, rtol=1e-5, atol=1e-5)
+    upstream_N = torch.randn(9, generator=generator)
+    for one in (learned_N, expected_N):
+        one.backward(upstream_N)
+    torch.testing.assert_close(found_NM.grad, wanted_NM.grad, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(made.grad, weight_VM.grad, rtol=1e-3, atol=1e-3)
 
 
 def test_refused_and_declared() -> None:

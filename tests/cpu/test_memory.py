@@ -333,7 +333,7 @@ def test_what_only_serves_keeps_one_form(model: Path) -> None:
         assert (first.tokens, first.logprobs) == (second.tokens, second.logprobs)
 
 
-@pytest.mark.parametrize("kv_dtype", ["same", "float8_e4m3", "int8"])
+@pytest.mark.parametrize("kv_dtype", ["same", "float8_e4m3", "int8", "int4"])
 def test_the_pool_is_the_plans(model: Path, kv_dtype: str) -> None:
     """Where engine.kv_memory_bytes is left open, pages beyond what is free; pages planned without their scales."""
     config = EngineConfig(kv_dtype=kv_dtype)

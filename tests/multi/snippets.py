@@ -274,6 +274,11 @@ LISTED: dict[str, str] = {
     ),
     "tandem train smollm2_arithmetic_cpu --set model.weights=nvfp4+nvfp4": "tests/multi/test_rounded_run.py",
     "tandem train smollm2_arithmetic_cpu --set engine.weights=fp8_128x128+fp8_1x128": "tests/multi/test_rounded_run.py",
+    "tandem train smollm2_arithmetic_cpu --set model.kv=int4": "tests/multi/test_rounded_run.py",
+    "tandem train smollm2_arithmetic_cpu --set model.kv=nvfp4 --set model.logits=bfloat16": (
+        "tests/multi/test_rounded_run.py"
+    ),
+    "tandem train smollm2_arithmetic_cpu --set engine.kv_dtype=nvfp4": "tests/cpu/test_departures_engine.py",
     "tandem numerics {formats,compare,roofline,sensitivity,pareto,page} ...": "the whole commands are in RUNS",
     "tandem numerics roofline MODEL --device this --format w8a8 --batch 64 --context 128": (
         "measures half a minute; tests/cpu/test_predict.py"

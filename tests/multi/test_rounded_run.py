@@ -43,7 +43,9 @@ ARMS = {
     "nvfp4 in all products": {"model.weights": "nvfp4+nvfp4", "learner.gradients": "nvfp4+stochastic+hadamard"},
     "keys in fp8": {"model.kv": "float8_e4m3"},
     "keys in nvfp4, w8a8": {"model.kv": "nvfp4", "model.weights": "w8a8", "algo.kl": "k3", "algo.kl_weight": "0.1"},
+    "keys in int4": {"model.kv": "int4"},
     "keys in int8, beside": {"model.kv": "int8", "asynchrony.mode": "one_off"},
+    "logits in bf16": {"model.logits": "bfloat16", "algo.kl": "k3", "algo.kl_weight": "0.1", "rollout.top_p": "0.9"},
     "w8a8, beside": {"model.weights": "w8a8", "asynchrony.mode": "one_off"},
 }
 pytestmark = pytest.mark.skipif(compiler() is None, reason="without a compiler every run departs")
@@ -88,6 +90,11 @@ def test_resumed_and_apart(tmp_path: Path) -> None:
     run(tmp_path / "eights_cut", "2", **ARMS["all in 8 bits"])
     resumed = run(tmp_path / "eights_cut", "3", resume=True, **ARMS["all in 8 bits"])
     assert [row["weights"] for row in resumed] == eights and eights[-1] != digests[-1]
+    few = {"model.kv": "int4", "model.logits": "bfloat16"}
+    kept = [row["weights"] for row in run(tmp_path / "kept", **few)]
+    run(tmp_path / "kept_cut", "2", **few)
+    resumed = run(tmp_path / "kept_cut", "3", resume=True, **few)
+    assert [row["weights"] for row in resumed] == kept and kept[-1] != digests[-1]
     apart = run(tmp_path / "apart", **ARMS["w8a8"], **{"workers.backend": "local"})
     assert [row["weights"] for row in apart] == digests and all(row["mismatch"] == 0 for row in apart[1:])
 
@@ -114,10 +121,17 @@ def test_a_state_of_fewer_bits_is_resumed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"), [("nvfp4+nvfp4", "in nvfp4 weights, by rows in nvfp4"), ("mxfp4", "in mxfp4 weights")]
+    ("setting", "name", "said"),
+    [
+        ("weights", "nvfp4+nvfp4", "in nvfp4 weights, by rows in nvfp4"),
+        ("weights", "mxfp4", "in mxfp4 weights"),
+        ("kv_dtype", "int4", "keys and values in int4"),
+        ("logits", "bfloat16", "the engine rounds logits to bfloat16"),
+    ],
 )
-def test_an_engine_that_alone_is_rounded_departs(name: str, said: str, tmp_path: Path) -> None:
+def test_an_engine_that_alone_is_rounded_departs(setting: str, name: str, said: str, tmp_path: Path) -> None:
     """A departure to a format that rounds nothing, rounds the learner too, or is not declared."""
-    rows = run(tmp_path / "run", "2", **{"engine.weights": name})
+    alone = {f"engine.{setting}": name}
+    rows = run(tmp_path / "run", "2", **alone)
     assert all(row["error_budget"]["mismatch"] > 0 for row in rows[1:]), rows
-    assert said in declaration(override(tiny_arithmetic(), {**SMALL, "engine.weights": name}))
+    assert said in declaration(override(tiny_arithmetic(), {**SMALL, **alone}))

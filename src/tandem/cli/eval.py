@@ -29,7 +29,18 @@ DRAWN = ("evaluation.samples", "evaluation.temperature", "evaluation.top_k", "ev
 USED = ("model.", "task.", "engine.", "rollout.", "evaluation.prompts", *DRAWN, "remote.")
 OF_TRAINING = ("prompts_per_step", "samples_per_prompt", "redraws", "extra_prompts", "keep_tokens")
 OF_DRAWING = ("temperature", "top_k", "top_p", "min_p")
-OF_ENGINES = ("replicas", "answer_s", "dtype", "weights", "weight_group", "kv_dtype", "kv_window", "kv_sinks", "noise")
+OF_ENGINES = (
+    "replicas",
+    "answer_s",
+    "dtype",
+    "weights",
+    "weight_group",
+    "kv_dtype",
+    "logits",
+    "kv_window",
+    "kv_sinks",
+    "noise",
+)
 UNUSED = (*(f"rollout.{name}" for name in (*OF_TRAINING, *OF_DRAWING)), *(f"engine.{name}" for name in OF_ENGINES))
 WHY = "it answers held-out prompts as evaluation.* says, by the model's own weights, and learns nothing"
 # Settings that say what was asked and how, for whoever compares: of a file of answers.

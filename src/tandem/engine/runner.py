@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,11 +17,13 @@ from tandem.errors import NonFiniteError
 from tandem.kernels.choice import backend
 from tandem.kernels.head import draw
 from tandem.kernels.large import release_memory
-from tandem.kernels.page_pool import KvPool
+from tandem.kernels.linear import logits
+from tandem.kernels.page_pool import INT4, KvPool
 from tandem.kernels.page_sum import page_sums
 from tandem.kernels.paths import Paths
 from tandem.kernels.rounding import kept_of
 from tandem.kernels.sample import SamplingBatch, kept_sets, likeliest, sample, token_logprobs, top_tokens
+from tandem.kernels.weight import Weight
 from tandem.models.adapter import AdapterSet
 from tandem.models.decoder import Decoder
 from tandem.models.fused import FusedForward, RowAdapters, fits
@@ -41,7 +44,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-POOL_DTYPES = {"float8_e4m3": torch.float8_e4m3fn, "int8": torch.int8}
+POOL_DTYPES = {"float8_e4m3": torch.float8_e4m3fn, "int8": torch.int8, "int4": INT4}
 
 
 def with_noise(hidden_SM: torch.Tensor, sampling: SamplingBatch, sigma: float) -> torch.Tensor:
@@ -124,6 +127,16 @@ class DecoderRunner:
     def start(self) -> Callable[[Batch], Callable[[], Sampled]] | None:
         """See `Runner`; None where the device is the host."""
         return self.device_steps.start if self.device_steps is not None else None
+
+    @property
+    def head(self) -> Weight:
+        """The output head, as this engine has it."""
+        head = self.decoder.head
+        if self.config.logits == "same" or head.narrow:
+            return head
+        own = copy(head)  # the same tensors
+        own.narrow = True
+        return own
 
     @property
     def page_bytes(self) -> int:
@@ -229,7 +242,7 @@ class DecoderRunner:
             logprobs, likely, last = list[float](), list[bytes](), first + work.scores
             told = torch.tensor(work.request.tokens[work.start + 1 : work.start + 1 + work.scores])
             for begin in range(first, last, SCORED):
-                logits_RV = self.decoder.logits(hidden_RM[begin : min(begin + SCORED, last)])
+                logits_RV = logits(hidden_RM[begin : min(begin + SCORED, last)], self.head)
                 next_R = told[begin - first : begin - first + len(logits_RV)]
                 logprobs += token_logprobs(logits_RV, next_R).tolist()
                 if work.request.likely:
@@ -251,7 +264,7 @@ class DecoderRunner:
     def _drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
         sampled, told_N = self._tokens(hidden_SM, sampling), np.flatnonzero(sampling.likely_S)
         if len(told_N):
-            logits_NV = self.decoder.logits(hidden_SM[torch.from_numpy(told_N).to(hidden_SM.device)])
+            logits_NV = logits(hidden_SM[torch.from_numpy(told_N).to(hidden_SM.device)], self.head)
             likely: list[bytes | None] = [None] * len(sampling)
             for row, tokens in zip(told_N.tolist(), likeliest(logits_NV, sampling.rows(told_N)), strict=True):
                 likely[row] = tokens
@@ -260,9 +273,9 @@ class DecoderRunner:
 
     def _tokens(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
         if sampling.plain:
-            tokens_S, logprobs_S = draw(hidden_SM, self.decoder.head, sampling)
+            tokens_S, logprobs_S = draw(hidden_SM, self.head, sampling)
             return Sampled(tokens_S.tolist(), {"logprobs": logprobs_S.tolist()})
-        logits_SV = self.decoder.logits(hidden_SM)
+        logits_SV = logits(hidden_SM, self.head)
         tokens_S, logprobs_S = sample(logits_SV, sampling)
         kept, unfiltered = kept_sets(logits_SV, tokens_S, sampling)
         values = {"logprobs": logprobs_S.tolist(), "kept": kept, "unfiltered_logprobs": unfiltered}

@@ -9,7 +9,7 @@
 // position that one query sees and another does not meets a probability of 0 there: the sum stays as it is but for the
 // sign of a zero, and the result's zeros are positive.
 //
-// E is the compute dtype, S what keys and values are stored in: E itself; e4m3, widened to E as a block is gathered; or int8 with a scale a
+// E is the compute dtype, S what keys and values are stored in: E itself; e4m3 or int4 (nibbles.h), widened to E as a block is gathered; or int8 with a scale a
 // position and head, which is multiplied as it is (attention_eights.h).
 #pragma once
 #include "attention_eights.h"
@@ -286,7 +286,7 @@ struct BlockReader {
     // Pages smaller than a run, or of another dtype: into scratch of one page of 64 positions.
     void gather(int64_t first, int lead, int low, int high, Panels& p) const {
         constexpr int pair = pair_of<E>();
-        const PageLayout whole = page_layout<E, S>(BLOCK, 1, a.head_size);
+        const PageLayout whole = page_layout<E, E>(BLOCK, 1, a.head_size);
         E* keys = scratch.room(scratch.keys, (a.head_size + pair) * BLOCK);
         E* values = scratch.room(scratch.values, a.head_size * BLOCK + PANEL * pair);  // a tile reads whole registers
         const int run = int(std::min<int64_t>(RUN, a.page_tokens));
@@ -295,6 +295,10 @@ struct BlockReader {
             const int64_t at = start(first + j), in_page = offset(first + j);
             const S *key = (const S*)a.key + at + layout.key(in_page), *value = (const S*)a.value + at + layout.value(in_page);
             E *key_to = keys + whole.key(j), *value_to = values + whole.value(j);
+            if constexpr (std::is_same_v<S, nibbles>) {
+                widen_run(table[(first + j) >> shift], in_page, run, key, value, key_to, value_to);
+                continue;
+            }
             for (int64_t d = 0; d < a.head_size; d += pair, key += layout.key_step(), key_to += whole.key_step()) widen(key, run * pair, key_to);
             widen(value, run * a.head_size, value_to);
         }
@@ -303,7 +307,21 @@ struct BlockReader {
     }
     static void widen(const S* source, int64_t count, E* target) {
         if constexpr (std::is_same_v<E, S>) std::memcpy((void*)target, source, count * sizeof(E));
-        else widen_codes(source, count, target);
+        else if constexpr (!std::is_same_v<S, nibbles>) widen_codes(source, count, target);
+    }
+
+    // `run` positions of a page in int4.
+    void widen_run(int64_t page, int64_t in_page, int run, const nibbles* key, const nibbles* value, E* key_to, E* value_to) const {
+        constexpr int pair = pair_of<E>();
+        const int64_t half = a.head_size / 2, step = a.page_tokens;
+        const float* key_scales = a.kv_scales + layout.scales(page, 0, span.kv_head) + in_page;
+        for (int64_t c = 0; c < half; c++) {
+            const int64_t g = 2 * c / NIBBLE_GROUP;
+            widen_keys(key + c * step, key + (half + g) * step, key_scales + g * step, run, key_to + 2 * c * BLOCK, BLOCK);
+        }
+        const float* value_scales = a.kv_scales + layout.scales(page, 1, span.kv_head) + in_page;
+        for (int t = 0; t < run; t += pair)
+            widen_values(value + t * layout.head_size, layout.head_size, value_scales + t, step, a.head_size, value_to + t * a.head_size);
     }
 
     // Slots of one token: the rows of the learner's pack.

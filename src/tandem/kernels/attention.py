@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,12 +64,12 @@ def _args(
     lse_TH: torch.Tensor | None,
     sinks: int = 0,
 ) -> _Args:
-    (rows, heads, size), (slots, kv_heads) = query_THD.shape, key_CKD.shape[:2]
+    (rows, heads, size), (slots, kv_heads, vector) = query_THD.shape, key_CKD.shape
     assert rows == paths.num_rows and heads % kv_heads == 0, (query_THD.shape, paths.num_rows, key_CKD.shape)
     stored = query_THD.dtype if paths.page_tokens == 1 else key_CKD.dtype
     return _Args(
         rows_address(query_THD, query_THD.dtype, rows, heads, size),
-        *(rows_address(x, stored, slots, kv_heads, size) for x in (key_CKD, value_CKD)),
+        *(rows_address(x, stored, slots, kv_heads, vector) for x in (key_CKD, value_CKD)),
         query_THD.stride(0),
         key_CKD.stride(0),
         value_CKD.stride(0),
@@ -168,13 +169,18 @@ def paged_attention(
     Whatever lies in slots that no query sees, and in the table for pages that none sees, does not matter.
     """
     assert paths.page_tokens == pool.page_tokens, (paths.page_tokens, pool.page_tokens)
+    if not pool.packed and pool.suffix == "_int4":
+        pages, table_SP = paths.table_SP.unique(return_inverse=True)
+        slots_N = (pages[:, None] * pool.page_tokens + torch.arange(pool.page_tokens)).flatten()
+        read = replace(paths, table_SP=table_SP.int())
+        return attention_reference(query_THD, *pool.rows(slots_N), read, reach, sinks)
     if not pool.packed:
         return attention(query_THD, pool.keys, pool.values, paths, reach, sinks=sinks, scales=pool.scales)
-    library = "attention_int8" if pool.scales is not None else "attention"
+    library = f"attention{pool.suffix}" if pool.scales is not None else "attention"
     run = kernel(library, f"attention{pool.suffix}", query_THD.dtype, "p")
     assert run is not None and query_THD.dtype == pool.dtype, (query_THD.dtype, pool.dtype)
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
-    key_CKD, value_CKD = (x.view(-1, pool.kv_heads, pool.head_size) for x in (pool.keys, pool.values))  # for its shape
+    key_CKD, value_CKD = (x.view(-1, pool.kv_heads, pool.vector) for x in (pool.keys, pool.values))  # for its shape
     args = _args(query_THD, key_CKD, value_CKD, paths, reach, out_THD, None, sinks)
     args.kv_scales = None if pool.scales is None else pool.scales.data_ptr()
     run(ctypes.addressof(args))

@@ -15,7 +15,7 @@ extern "C" struct AttentionArgs {
     int64_t table_stride, page_tokens, segments, heads, kv_heads, head_size;
     int64_t window, chunk, sinks;  // 0: none; sinks count with a window only
     float scale;
-    const float* kv_scales;  // of codes in int8, as PageLayout has them; or null
+    const float* kv_scales;  // of codes in int8 and int4, as PageLayout has them; or null
 };
 
 namespace tandem __attribute__((visibility("hidden"))) {

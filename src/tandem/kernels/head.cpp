@@ -45,8 +45,10 @@ void draw(const Product<E>& head, const Codes* codes, const float* temperature, 
 
 #define TANDEM_DRAW(NAME, E)                                                                                                        \
     void draw_##NAME(const E* hidden, int64_t stride, const E* packed, const Codes* codes, int64_t rows, int64_t vocab, int64_t depth, const float* temperature, \
-                     const uint64_t* seeds, const uint32_t* positions, int64_t stream, int64_t* tokens, float* logprobs, int64_t* bad) { \
-        draw(Product<E>{hidden, stride, packed, rows, vocab, depth}, codes, temperature, seeds, positions, uint32_t(stream), tokens, logprobs, bad); \
+                     const uint64_t* seeds, const uint32_t* positions, int64_t stream, int64_t* tokens, float* logprobs, int64_t* bad, int64_t narrow) { \
+        Product<E> head{hidden, stride, packed, rows, vocab, depth};                                                                 \
+        head.narrow = narrow != 0;                                                                                                   \
+        draw(head, codes, temperature, seeds, positions, uint32_t(stream), tokens, logprobs, bad); \
     }
 
 extern "C" {

@@ -55,6 +55,15 @@ private:
     std::vector<E> values_;
 };
 
+// To bf16 and back.
+inline void narrow_logits(float* logits, int64_t count) {
+    int64_t i = 0;
+#ifdef TANDEM_AVX512
+    for (; i + LANES <= count; i += LANES) _mm512_storeu_ps(logits + i, rounded<bf16>(_mm512_loadu_ps(logits + i)));
+#endif
+    for (; i < count; i++) logits[i] = to_float(from_float<bf16>(logits[i]));
+}
+
 // This thread's blocks, in order: each(row, x, terms, stats, first token) for every row, x = logits / temperature (a temperature of
 // 0 counts as 1), terms and stats as of block_stats. The logits of a block live in the cache only.
 template <typename E, typename Each>
@@ -70,6 +79,7 @@ void each_block(const Product<E>& head, const Codes* codes, const float* tempera
         block.open(b, b + 1 < last);
         for (int64_t tile_index = 0; tile_index < tiles; tile_index++) {
             const int rows = block.multiply(tile_index, tiles, b + 1 < last, logits);
+            if (head.narrow) narrow_logits(logits, rows * BLOCK_TOKENS);
             for (int r = 0; r < rows; r++) {
                 const int64_t row = tile_index * ROWS + r;
                 const float t = temperature[row] == 0.0f ? 1.0f : temperature[row];

@@ -30,7 +30,7 @@ def draw(hidden_SM: Tensor, weight: Weight, batch: SamplingBatch, stream: int = 
     """
     if backend(hidden_SM) == "triton":
         return sample(logits(hidden_SM, weight), batch, stream)
-    run = kernel("head", "draw", hidden_SM.dtype, "pippiiipppippp")
+    run = kernel("head", "draw", hidden_SM.dtype, "pippiiipppippp" + "i")
     ready = weight.packed is not None or weight.codes is not None
     if run is None or not ready or hidden_SM.shape[1] % 2 or not batch.plain:
         return sample(logits(hidden_SM, weight), batch, stream)
@@ -38,7 +38,7 @@ def draw(hidden_SM: Tensor, weight: Weight, batch: SamplingBatch, stream: int = 
     tokens_S, logprobs_S = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
     bad = torch.empty(1, dtype=torch.int64)
     keys = (batch.temperature_S.ctypes.data, batch.seeds_S.ctypes.data, batch.positions_S.ctypes.data, int(stream))
-    out = (tokens_S.data_ptr(), logprobs_S.data_ptr(), bad.data_ptr())
+    out = (tokens_S.data_ptr(), logprobs_S.data_ptr(), bad.data_ptr(), int(weight.narrow))
     hidden = rows_address(hidden_SM, weight.value.dtype, rows, depth)
     run(hidden, hidden_SM.stride(0), *matrix_addresses(weight), rows, vocab, depth, *keys, *out)
     if int(bad) >= 0:

@@ -42,6 +42,7 @@ struct Product {
     const float* factor = nullptr;              // [columns], that products are multiplied by
     const float* const* row_factors = nullptr;  // [rows], in its place: of each row, or null
     const Product* more = nullptr;              // of as many rows and columns, added before anything is rounded
+    bool narrow = false;                        // of logits: they are rounded to bf16 (head.h)
     const float* factor_at(int64_t row, int64_t first) const {
         const float* own = row_factors ? row_factors[row] : factor;
         return own ? own + first : nullptr;

@@ -163,8 +163,17 @@ def linear(
     return product_of(x_TK, weight, bias, residual_TN)[0]
 
 
+def narrowed(logits_TV: torch.Tensor, weight: Weight) -> torch.Tensor:
+    """Logits in fp32 as the softmax has them: rounded to bf16 where the head says so (`model.logits`)."""
+    return logits_TV.bfloat16().float() if weight.narrow else logits_TV
+
+
 def logits(x_TM: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """The output head: [T, V] in fp32, rounded nowhere in between."""
+    """The output head: [T, V] in fp32, rounded nowhere in between, and at the end only where the head says so."""
+    return narrowed(_logits(x_TM, weight), weight)
+
+
+def _logits(x_TM: torch.Tensor, weight: Weight) -> torch.Tensor:
     if backend(x_TM) == "triton":
         from tandem.kernels.gpu import linear as gpu
 

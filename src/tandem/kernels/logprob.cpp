@@ -111,9 +111,11 @@ private:
 #define TANDEM_LOGPROB(NAME, E)                                                                                                                      \
     void logprob_##NAME(const E* hidden, int64_t stride, const E* packed, const Codes* codes, int64_t n, int64_t vocab, int64_t depth, const float* temperature, \
                         const int64_t* targets, const int64_t* kept_starts, const int32_t* kept_ids, const int32_t* mask_numbers, const uint32_t* masks,      \
-                        int64_t mask_words, E* terms, float* maxima, float* logprobs, float* entropies, float* lse) {                               \
+                        int64_t mask_words, E* terms, float* maxima, float* logprobs, float* entropies, float* lse, int64_t narrow) {                               \
         const Kept kept{kept_starts, kept_ids, mask_numbers, masks, mask_words};                                                                    \
-        forward(Product<E>{hidden, stride, packed, n, vocab, depth}, codes, temperature, targets, kept, Terms<E>{terms, maxima}, logprobs, entropies, lse); \
+        Product<E> head{hidden, stride, packed, n, vocab, depth};                                                                                    \
+        head.narrow = narrow != 0;                                                                                                                   \
+        forward(head, codes, temperature, targets, kept, Terms<E>{terms, maxima}, logprobs, entropies, lse); \
     }                                                                                                                                                \
     void logprob_backward_##NAME(E* terms, float* maxima, const int64_t* targets, const float* logprobs, const float* lse, const float* grad, const E* hidden,   \
                                  const E* weight, float* dhidden, float* dweight, int64_t n, int64_t vocab, int64_t width, float temperature) {      \

@@ -24,7 +24,7 @@ from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.gradient import accumulate_reference, wide_product
 from tandem.kernels.large import large
-from tandem.kernels.linear import logits
+from tandem.kernels.linear import logits, narrowed
 from tandem.kernels.mask import mask_table
 from tandem.kernels.sample import statistics
 from tandem.kernels.sizes import KEPT_BYTES, SLAB
@@ -34,7 +34,7 @@ from tandem.types import is_mask, kept_ids
 BLOCK = 256  # tokens, as in sample.h
 ROWS, COLUMNS = 128, 4096  # of the logits at once where no kernel is compiled
 GPU_ROWS, GPU_COLUMNS = 512, 8192  # 512 rows x 151,936 fp32 logits = 311 MB
-_SCORE = "pippiii" + "ppppppi" + "ppppp"
+_SCORE = "pippiii" + "ppppppi" + "ppppp" + "i"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -200,6 +200,7 @@ def _score(
         address(terms and terms.terms_CNB, dtype, blocks, rows, BLOCK),
         address(maxima_CN, torch.float32, blocks, rows),
         *(score_N.data_ptr() for score_N in scores),
+        int(weight.narrow),
     )
     return scores
 
@@ -289,7 +290,7 @@ def _reference_backward(
     (targets_N, _, lse_N, grad_N), step = rows_N, GPU_COLUMNS if hidden_NM.is_cuda else COLUMNS
     for first in range(0, weight.value.shape[0], step):
         block_VM = weight.value[first : first + step]
-        logits_NV = wide_product(hidden_NM, block_VM.T) / temperature
+        logits_NV = narrowed(wide_product(hidden_NM, block_VM.T), weight) / temperature
         if kept is not None:
             kept.restrict(logits_NV, 0, first)
         hot_NV = torch.arange(first, first + len(block_VM), device=targets_N.device) == targets_N[:, None]

@@ -8,6 +8,10 @@ contiguous in both.
 
 Kept as int8, the key and the value of a token and head are codes with an fp32 scale each (`numerics.quantise.to_int8`),
 which lie apart, [pages, keys and values, K, page_tokens]: what a token left behind depends on no neighbour.
+
+Kept as int4, they are bytes (`numerics.quantise.to_int4`), in uint8: keys [pages, K, bytes, page_tokens], values
+[pages, K, page_tokens, bytes], scales [pages, keys and values, K, groups, page_tokens]. Attention widens them to the
+compute dtype as it reads, to the numbers that they were rounded to.
 """
 
 from __future__ import annotations
@@ -24,9 +28,10 @@ from tandem.kernels.choice import backend
 from tandem.kernels.large import large
 from tandem.kernels.rotary import rotate_, store_
 from tandem.kernels.rounding import Kept
-from tandem.numerics.quantise import from_int8, to_e4m3, to_int8
+from tandem.numerics.quantise import from_int4, from_int8, int4_bytes, to_e4m3, to_int4, to_int8
 
-STORED = {torch.float8_e4m3fn: "_e4m3", torch.int8: "_int8"}  # kept narrower than computed with
+INT4 = torch.uint8  # a byte of codes in int4 or of a zero point
+STORED = {torch.float8_e4m3fn: "_e4m3", torch.int8: "_int8", INT4: "_int4"}  # kept narrower than computed with
 
 
 class KvPool:
@@ -50,9 +55,15 @@ class KvPool:
         assert stored in (None, dtype, *STORED), stored
         self.page_tokens, self.kv_heads, self.head_size, self.dtype = page_tokens, kv_heads, head_size, dtype
         self.packed = backend(torch.empty(0, dtype=dtype, device=device)) == "cpp"
-        keys: tuple[int, ...] = (num_pages * page_tokens, kv_heads, head_size)
+        self.vector, groups = int4_bytes(head_size) if stored == INT4 else (head_size, 1)  # elements of one
+        assert stored != INT4 or head_size % 2 == 0, head_size
+        keys: tuple[int, ...] = (num_pages * page_tokens, kv_heads, self.vector)
         values = keys
-        if self.packed:
+        if self.packed and stored == INT4:
+            assert str(dtype) in SUFFIX, dtype
+            keys = (num_pages, kv_heads, self.vector, page_tokens, 1)
+            values = (num_pages, kv_heads, page_tokens, self.vector, 1)
+        elif self.packed:
             channels = positions = 2 if dtype == torch.bfloat16 else 1
             assert page_tokens > 1 and page_tokens & (page_tokens - 1) == 0, page_tokens
             assert head_size % channels == 0 and str(dtype) in SUFFIX, (head_size, dtype)
@@ -63,8 +74,9 @@ class KvPool:
             values = (num_pages, kv_heads, page_tokens // positions, head_size, positions)
         self.keys, self.values = (large(*shape, dtype=stored or dtype, device=device) for shape in (keys, values))
         self.scales: Tensor | None = None
-        if stored == torch.int8:
-            self.scales = large(num_pages, 2, kv_heads, page_tokens, dtype=torch.float32, device=device)
+        if stored in (torch.int8, INT4):
+            grouped = (groups,) if stored == INT4 else ()
+            self.scales = large(num_pages, 2, kv_heads, *grouped, page_tokens, dtype=torch.float32, device=device)
 
     @property
     def suffix(self) -> str:
@@ -73,11 +85,11 @@ class KvPool:
 
     def holds(self, kept: Kept | None) -> bool:
         """Whether what is stored is read back as `kept` rounds it, so that nothing has to be rounded before."""
-        return kept is None or (kept.name == "float8_e4m3" and self.keys.dtype == torch.float8_e4m3fn)
+        return kept is None or {"float8_e4m3": torch.float8_e4m3fn, "int4": INT4}.get(kept.name) == self.keys.dtype
 
     @property
     def num_slots(self) -> int:
-        return self.keys.numel() // (self.kv_heads * self.head_size)
+        return self.keys.numel() // (self.kv_heads * self.vector)
 
     @property
     def nbytes(self) -> int:
@@ -85,7 +97,7 @@ class KvPool:
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The memory of keys, of values and, where there are any, of scales, a page a row."""
-        elements = self.page_tokens * self.kv_heads * self.head_size
+        elements = self.page_tokens * self.kv_heads * self.vector
         pages = self.keys.view(-1, elements), self.values.view(-1, elements)
         return pages if self.scales is None else (*pages, self.scales.view(len(self.scales), -1))
 
@@ -98,7 +110,7 @@ class KvPool:
     def rows(self, slots_N: Tensor) -> tuple[Tensor, Tensor]:
         """Copies of the keys and values of slots, as attention reads them: [N, K, D] each, in `dtype`."""
         page, offset, group = slots_N // self.page_tokens, slots_N % self.page_tokens, self.values.shape[-1]
-        shape = (len(slots_N), self.kv_heads, self.head_size)
+        shape = (len(slots_N), self.kv_heads, self.vector)
         if self.packed:
             found = self.keys[page, :, :, offset], self.values[page, :, offset // group, :, offset % group]
         else:
@@ -106,11 +118,21 @@ class KvPool:
         key, value = (x.reshape(shape) for x in found)
         if self.scales is None:
             return key.to(self.dtype), value.to(self.dtype)
-        key_NK, value_NK = (self.scales[page, which, :, offset] for which in (0, 1))
-        return from_int8(key, key_NK, self.dtype), from_int8(value, value_NK, self.dtype)
+        key_NK, value_NK = (self.scales[page, which, ..., offset] for which in (0, 1))
+        back = from_int4 if self.keys.dtype == INT4 else from_int8
+        return back(key, key_NK, self.dtype), back(value, value_NK, self.dtype)
 
     def store_(self, key_TKD: Tensor, value_TKD: Tensor, slots_T: Tensor) -> None:
         """Write rows to their slots; rounded as `numerics.quantise` says where the pool is narrower."""
+        if self.scales is not None and self.keys.dtype == INT4:
+            page, offset = slots_T // self.page_tokens, slots_T % self.page_tokens
+            key_TKD, self.scales[page, 0, :, :, offset] = to_int4(key_TKD)
+            value_TKD, self.scales[page, 1, :, :, offset] = to_int4(value_TKD)
+            if self.packed:
+                self.keys[page, :, :, offset, 0], self.values[page, :, offset, :, 0] = key_TKD, value_TKD
+            else:
+                self.keys[slots_T], self.values[slots_T] = key_TKD, value_TKD
+            return
         if not self.packed:
             scales = (None, None) if self.scales is None else self.scales.unbind(1)
             store_(key_TKD, slots_T, self.keys, scales[0])

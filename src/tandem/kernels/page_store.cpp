@@ -21,4 +21,6 @@ void rotate_store_e4m3_bf16(const StoreArgs* a) { rotate_store<bf16, e4m3>(*a); 
 void rotate_store_e4m3_fp32(const StoreArgs* a) { rotate_store<float, e4m3>(*a); }
 void rotate_store_int8_bf16(const StoreArgs* a) { rotate_store<bf16, int8_t>(*a); }
 void rotate_store_int8_fp32(const StoreArgs* a) { rotate_store<float, int8_t>(*a); }
+void rotate_store_int4_bf16(const StoreArgs* a) { rotate_store<bf16, nibbles>(*a); }
+void rotate_store_int4_fp32(const StoreArgs* a) { rotate_store<float, nibbles>(*a); }
 }

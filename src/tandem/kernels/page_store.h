@@ -16,7 +16,7 @@ extern "C" struct StoreArgs {
     const float *cosine, *sine;  // [positions, D / 2], or null
     int64_t rows, stride;  // between the rows of query, key and value alike
     int64_t heads, kv_heads, head_size, page_tokens;
-    float* scales;  // of codes in int8, or null
+    float* scales;  // of codes in int8 and int4, or null
 };
 
 namespace tandem {
@@ -79,7 +79,14 @@ void rotate_store_share(const StoreArgs& a, const Team& team) {
         for (int64_t h = 0; h < a.kv_heads; h++) {
             const int64_t start = layout.start(page, h);
             S *key_at = (S*)a.keys + start + layout.key(offset), *value_at = (S*)a.values + start + layout.value(offset);
-            if constexpr (std::is_same_v<S, int8_t>) {
+            if constexpr (std::is_same_v<S, nibbles>) {
+                thread_local std::vector<nibbles> codes;
+                codes.resize(layout.head_size);
+                to_nibbles(key + h * size, size, codes.data(), a.scales + layout.scales(page, 0, h) + offset, a.page_tokens);
+                store_key(codes.data(), key_at, layout);
+                to_nibbles(value + h * size, size, codes.data(), a.scales + layout.scales(page, 1, h) + offset, a.page_tokens);
+                store_value(codes.data(), value_at, layout);
+            } else if constexpr (std::is_same_v<S, int8_t>) {
                 thread_local std::vector<int8_t> codes;
                 codes.resize(size);
                 a.scales[layout.scales(page, 0, h) + offset] = to_int8(key + h * size, size, codes.data());

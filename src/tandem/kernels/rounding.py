@@ -18,7 +18,7 @@ from tandem.kernels.quantise import dequantise, quantise
 from tandem.kernels.sizes import GROUP
 from tandem.numerics.blocks import WHOLE_ROW, Format, format_of
 from tandem.numerics.elements import Fixed
-from tandem.numerics.quantise import Quantised, from_e4m3, to_e4m3
+from tandem.numerics.quantise import INT4, Quantised, from_e4m3, to_e4m3
 
 EIGHTS = Format("int8_row", Fixed("int8", 8, 0), WHOLE_ROW, "fp32", each_row=True)  # rows of w8a8, as they read back
 BITS = {"int8": 8, "int4": 4}
@@ -121,4 +121,5 @@ def kept_of(name: str) -> Kept | None:
     """
     if name in ("same", "float8_e4m3"):
         return None if name == "same" else Kept(name, None)
-    return Kept(name, EIGHTS if name == "int8" else format_of(name).by_row())
+    own = {"int8": EIGHTS, "int4": INT4}.get(name)
+    return Kept(name, (own or format_of(name)).by_row())

@@ -223,6 +223,7 @@ def _page_store(dtype: torch.dtype) -> Iterator[Comparison]:
         None: lambda x: x,
         torch.float8_e4m3fn: lambda x: rounding.from_e4m3(rounding.to_e4m3(x), dtype),
         torch.int8: lambda x: rounding.from_int8(*rounding.to_int8(x), dtype),
+        page_pool.INT4: lambda x: rounding.from_int4(*rounding.to_int4(x), dtype),
     }
     for stored, rounded in kept.items():
         fused = normal(40, 4, 64, dtype=dtype)
@@ -237,12 +238,28 @@ def _page_store(dtype: torch.dtype) -> Iterator[Comparison]:
             yield Comparison(f"{what} in pages, {stored or dtype}", got, row)
         paths = attention.Paths.build([0, 1], [39], [[2, 0, 3]], 16)
         rows = attention.Paths.build([0, 1], [39], [[*range(40)]], 1)
-        if stored != torch.int8:
+        if stored not in (torch.int8, page_pool.INT4):
             query = fused[39:, :2].contiguous()
             got = attention.paged_attention(query, pool, paths)
             yield Comparison(
                 f"attention to pages, {stored or dtype}", got, attention.attention(query, key, value, rows)
             )
+
+
+def _attention_int4(dtype: torch.dtype) -> Iterator[Comparison]:
+    """Exact: heads of every width that rows are widened by, pages of fewer positions than a run, some not full."""
+    for size, page in ((64, 16), (72, 16), (34, 4), (8, 2)):
+        query, key, value = (normal(90, h, size, dtype=dtype, seed=i) for i, h in enumerate((4, 2, 2)))
+        value[3, 0, 5] = torch.inf
+        count = -(-90 // page)
+        pool, pages = page_pool.KvPool(count + 1, page, 2, size, dtype, page_pool.INT4), [*range(count, 0, -1)]
+        pool.store_(key, value, torch.tensor(pages)[torch.arange(90) // page] * page + torch.arange(90) % page)
+        got = attention.paged_attention(query[80:], pool, attention.Paths.build([0, 10], [80], [pages], page))
+        held = (rounding.from_int4(*rounding.to_int4(x), dtype) for x in (key, value))
+        rows = attention.Paths.build([0, 10], [80], [[*range(90)]], 1)
+        wanted = attention.attention(query[80:], *held, rows)
+        yield Comparison(f"attention to int4, {size}", got.nan_to_num(), wanted.nan_to_num())
+        yield Comparison(f"what is not finite, {size}", got.isnan().float(), wanted.isnan().float())
 
 
 def _attention_int8(dtype: torch.dtype) -> Iterator[Comparison]:
@@ -422,6 +439,7 @@ CHECKS |= {
     "adapter": _each(_adapter),
     "attention": _each(_attention),
     "attention_int8": _each(_attention_int8),
+    "attention_int4": _each(_attention_int4),
     "blocks": _each(_blocks),
     "changes": _changes,
     "codes": _codes,

@@ -132,7 +132,10 @@ class Weight:
     of the rounded product, and change `value`. A shard is a weight of fewer rows or columns (`Slot.shard`).
     """
 
-    __slots__ = ("adapter", "codes", "grad", "library", "operands", "packed", "rounded", "rounding", "turned", "value")
+    __slots__ = (
+        *("adapter", "codes", "grad", "library", "narrow"),
+        *("operands", "packed", "rounded", "rounding", "turned", "value"),
+    )
 
     def __init__(self, value: torch.Tensor, *, matrix: bool, zero: bool = False) -> None:
         """zero: `value` is all zeros, so the packed form is too; neither is touched before something is loaded."""
@@ -145,6 +148,7 @@ class Weight:
         self.rounded: torch.Tensor | None = None  # `value` as it is multiplied, where no packed form has it
         self.turned: Eights | None = None  # what the backward pass multiplies by, where it is of 8 bits
         self.operands: Operands | None = None  # of the backward pass's products, where they are rounded
+        self.narrow = False  # of the output head: logits are rounded to bf16
         self.library = False  # multiply by torch's library where that is faster, see library.py; not batch-invariant
         if matrix and backend(value) == "cpp" and kernel("linear", "pack_weight", value.dtype, "ppii") is not None:
             self.packed = panels(self.value, zero=zero)

@@ -35,6 +35,7 @@ class ModelConfig:
     device: Device = "cpu"  # of the weights, the pages and all computing; cuda runs the Triton kernels
     weights: str = "same"  # of the layers' products, in training too: w8a8, w4a8, or a format, + one of rows
     kv: str = "same"  # what keys and values are rounded to as they are made, in training too: float8_e4m3, a format
+    logits: Literal["float32", "bfloat16"] = "float32"  # what they are rounded to before softmax, in training too
     kernels: Kernels = "exact"  # library: torch's own products, whose bits depend on the batch
 
     def __post_init__(self) -> None:
@@ -45,11 +46,12 @@ class ModelConfig:
             )
         check_weights_name("model.weights", self.weights)
         check_kv_name("model.kv", self.kv)
-        if self.kv != "same" and self.device != "cpu":
-            raise ConfigError(
-                f"model.kv is {self.kv} and model.device {self.device}: keys and values are rounded on the CPU alone. "
-                "Set model.device to cpu, or leave model.kv out."
-            )
+        for name, value, plain in (("kv", self.kv, "same"), ("logits", self.logits, "float32")):
+            if value != plain and self.device != "cpu":
+                raise ConfigError(
+                    f"model.{name} is {value} and model.device {self.device}: that is rounded on the CPU alone. Set "
+                    f"model.device to cpu, or leave model.{name} out."
+                )
 
 
 def pattern_of(patterns: tuple[str, ...], module: str) -> str | None:

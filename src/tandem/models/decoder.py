@@ -57,7 +57,9 @@ def decoder_of(spec: ModelSpec, model: ModelConfig, dtype: str = "") -> Decoder:
     """The decoder that a config asks for, or in another dtype than it says; without weights. ConfigError where this
     machine has no such."""
     asked = rounding_of(model.weights), kept_of(model.kv)
-    return Decoder(spec, dtype or model.dtype, model.device, model.kernels, *asked)
+    made = Decoder(spec, dtype or model.dtype, model.device, model.kernels, *asked)
+    made.head.narrow = model.logits == "bfloat16"
+    return made
 
 
 class Decoder:

@@ -151,6 +151,10 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
 
 
 def kept_bytes(spec: ModelSpec, dtype: str) -> tuple[int, ...]:
-    """That each layer keeps of a token in pages: a key and a value a head, in int8 each with an fp32 scale."""
-    scale_bytes = 4 if dtype == "int8" else 0
-    return (2 * spec.kv_heads * (spec.head_size * SIZES[dtype] + scale_bytes),) * spec.layers
+    """That each layer keeps of a token in pages: a key and a value a head. In int8 each has an fp32 scale, in int4
+    one and a byte for each 32 numbers."""
+    if dtype == "int4":
+        vector = spec.head_size // 2 + 5 * -(-spec.head_size // 32)
+    else:
+        vector = spec.head_size * SIZES[dtype] + (4 if dtype == "int8" else 0)
+    return (2 * spec.kv_heads * vector,) * spec.layers

@@ -12,8 +12,8 @@ _FORMAT = rf"mx\w+|nvfp4(_\w+)?|fp8_\w+|int[2-8]_(g\d+|row)(_asym)?|{_OWN}"
 _ALONE = ("same", "int8", "int4", "w8a8", "w4a8")
 Ablated = Literal["weights", "rows", "kv", "logits"]  # what is rounded one tensor at a time
 _WAYS = ("stochastic", "hadamard")  # of gradients
-PAGES = ("float8_e4m3", "int8")  # what pages of keys and values hold beside the compute dtype (kernels/page_pool.py)
-_EXACT = ("float8_e4m3",)  # of these, what attention reads back to the numbers that they stand for, and nothing else
+PAGES = ("float8_e4m3", "int8", "int4")  # of keys and values, beside the compute dtype (kernels/page_pool.py)
+_EXACT = ("float8_e4m3", "int4")  # what attention reads back to the numbers that they stand for, and nothing else
 
 
 def check_weights_name(setting: str, name: str) -> None:

@@ -18,9 +18,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from tandem.errors import NonFiniteError
+from tandem.numerics import blocks
 
 LARGEST = {8: 127, 4: 7}  # bits -> largest code
 E4M3_MAX = 448.0
+INT4 = blocks.format_of("int4_g32_asym")  # of keys and values in pages
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,3 +117,37 @@ def from_int8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """What codes [.., D] with scales [..] stand for: scale * code in fp32, rounded to `dtype`."""
     assert codes.dtype == torch.int8 and scales.dtype == torch.float32, (codes.dtype, scales.dtype)
     return (codes * scales[..., None]).to(dtype)
+
+
+def int4_bytes(size: int) -> tuple[int, int]:
+    """Of a vector of `size` numbers: bytes of codes and zero points, and groups, each with a scale.
+
+    >>> int4_bytes(64)
+    (34, 2)
+    """
+    groups = -(-size // INT4.block)
+    return size // 2 + groups, groups
+
+
+def to_int4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors x [.., D] (bf16, fp16 or fp32; D even) as `INT4`: bytes [.., D / 2 + G] of two codes each, the lower one
+    in the lower half, and of each group's zero point; and fp32 scales [.., G].
+
+    A vector with a NaN or an infinity has scales NaN: all of it reads back as NaN.
+
+    >>> [part.tolist() for part in to_int4(torch.tensor([-5.0, 10.0, 0.4, 2.6]))]
+    [[240, 133, 5], [1.0]]
+    """
+    finite = x.isfinite().all(-1, keepdim=True)
+    made = blocks.quantise(x.where(finite, 0.0), INT4)
+    assert made.zeros is not None and x.shape[-1] % 2 == 0, x.shape
+    codes = made.codes[..., ::2] | made.codes[..., 1::2] << 4
+    return torch.cat([codes, made.zeros], -1), made.scales.where(finite, torch.nan)
+
+
+def from_int4(held: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `to_int4` gave, read back: (code - zero point) * scale in fp32, rounded to `dtype`."""
+    assert held.dtype == torch.uint8 and scales.dtype == torch.float32, (held.dtype, scales.dtype)
+    half = held.shape[-1] - scales.shape[-1]
+    codes = torch.stack([held[..., :half] & 15, held[..., :half] >> 4], -1).flatten(-2)
+    return blocks.dequantise(blocks.Blocks(codes, scales, None, held[..., half:]), INT4, dtype)

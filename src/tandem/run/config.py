@@ -306,7 +306,14 @@ def check_remote(config: RunConfig) -> None:
         "engine.programs.mode": (engine.programs.mode, engine.programs.mode != "off", "a server has its own"),
         "engine.order": (engine.order, engine.order != "arrival", "a server has its own"),
     }
-    for name, off in (("dtype", "same"), ("weights", "same"), ("kv_dtype", "same"), ("kv_window", 0), ("noise", 0.0)):
+    for name, off in (
+        ("dtype", "same"),
+        ("weights", "same"),
+        ("kv_dtype", "same"),
+        ("logits", "same"),
+        ("kv_window", 0),
+        ("noise", 0.0),
+    ):
         value = getattr(engine, name)
         refused[f"engine.{name}"] = (value, value != off, "a server computes as it was started")
     for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
@@ -415,6 +422,11 @@ def _check_distil(config: RunConfig) -> None:
                 "distil, or leave distil.* out."
             )
         return
+    if config.model.logits != "float32":
+        raise ConfigError(
+            f"objective is distil and model.logits {config.model.logits}: students and teachers are compared by logits "
+            "in float32. Leave model.logits out."
+        )
     if not asked.teacher:
         raise ConfigError("objective is distil, and distil.teacher is empty. Name a model, as model.source does.")
     if not asked.on_policy:

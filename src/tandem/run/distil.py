@@ -57,7 +57,7 @@ def load_teacher(source: str, model: ModelConfig) -> Decoder:
     of a file stay codes, and what the student's products, keys and values are rounded to is the student's own."""
     base, worn = origin_of(source)
     checkpoint = open_checkpoint(base)
-    decoder = decoder_of(checkpoint.spec, replace(model, weights="same", kv="same"))
+    decoder = decoder_of(checkpoint.spec, replace(model, weights="same", kv="same", logits="float32"))
     decoder.load(checkpoint.tensors(hold_codes(decoder, checkpoint)))
     for _, weight in decoder.weights():
         if weight is not decoder.embed:

@@ -149,7 +149,7 @@ def scorer_of(
             )
         return decoder
 
-    identity = f"{weights} {model.dtype} {model.device} {model.kernels} {model.weights} {model.kv}"
+    identity = f"{weights} {model.dtype} {model.device} {model.kernels} {model.weights} {model.kv} {model.logits}"
     return KeptReference(KeptLogprobs(folder / FILE), identity, lambda: reference_of(parts, config, loaded), trace)
 
 

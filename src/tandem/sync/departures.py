@@ -56,6 +56,8 @@ def of_engine(model: ModelConfig, engine: EngineConfig) -> tuple[Departure, ...]
     if engine.kv_dtype != "same":
         what = "keys and values in" if engine.kv_dtype in PAGES else "keys and values rounded to"
         declare(f"engine.kv_dtype={engine.kv_dtype}", f"{what} {engine.kv_dtype}")
+    if engine.logits != "same":
+        declare(f"engine.logits={engine.logits}", f"the engine rounds logits to {engine.logits}")
     if engine.kv_window:
         what = f"the engine sees {engine.kv_window} latest positions and {engine.kv_sinks} sinks"
         declare(f"engine.kv_window={engine.kv_window}", what)
@@ -109,8 +111,12 @@ def declaration(config: RunConfig) -> str:
     if is_exact(config):
         rounded = "".join(
             f"; both {does} {name}"
-            for does, name in (("multiply in", config.model.weights), ("keep keys and values in", config.model.kv))
-            if name != "same"
+            for does, name in (
+                ("multiply in", config.model.weights),
+                ("keep keys and values in", config.model.kv),
+                ("round logits to", config.model.logits),
+            )
+            if name not in ("same", "float32")
         )
         rounded += _of_gradients(config)
         return f"exact: engine and learner compute the same bits{rounded}" + (f"; {sampling}" if sampling else "")
@@ -129,7 +135,9 @@ def _of_gradients(config: RunConfig) -> str:
 
 def without_departures(engine: EngineConfig) -> EngineConfig:
     """The same limits, and the learner's own policy."""
-    return dataclasses.replace(engine, dtype="same", weights="same", kv_dtype="same", kv_window=0, noise=0.0)
+    return dataclasses.replace(
+        engine, dtype="same", weights="same", kv_dtype="same", logits="same", kv_window=0, noise=0.0
+    )
 
 
 def check_engine(spec: ModelSpec, model: ModelConfig, engine: EngineConfig) -> None:
@@ -154,6 +162,11 @@ def check_engine(spec: ModelSpec, model: ModelConfig, engine: EngineConfig) -> N
 
 
 def _check_kv(model: ModelConfig, engine: EngineConfig) -> None:
+    if engine.logits != "same" and (model.logits != "float32" or model.device != "cpu"):
+        raise ConfigError(
+            f"engine.logits is {engine.logits}, with model.logits {model.logits} and model.device {model.device}: only "
+            "an engine on the CPU rounds logits, where the learner does not. Leave engine.logits out, or the others."
+        )
     if {model.kv, engine.kv_dtype} == {"same"}:
         return
     from tandem.kernels.rounding import kept_of
