@@ -30,7 +30,7 @@ from tandem.kernels import (
 from tandem.kernels import sample as sampler
 from tandem.kernels.divergence import Divergence, Head, head_divergence
 from tandem.kernels.head import draw
-from tandem.kernels.page_pool import KvPool, rotate_store_
+from tandem.kernels.page_pool import INT4, KvPool, rotate_store_
 from tandem.kernels.paths import Paths
 from tandem.kernels.sample import SamplingBatch
 from tandem.kernels.weight import Adapter, Piece, Strips, Weight
@@ -247,6 +247,14 @@ ENTRIES: dict[str, Entry] = {
     "store int8": Entry(
         lambda **given: _store(**given, stored=torch.int8),
         lambda n: {**_qkv(n), "positions": torch.arange(n), "slots": torch.arange(n)}
+    ),
+    "store int4": Entry(
+        lambda **given: _store(**given, stored=INT4),
+        lambda n: {**_qkv(n), "positions": torch.arange(n), "slots": torch.arange(n)}
+    ),
+    "paged attention int4": Entry(
+        lambda query: attention.paged_attention(query, pool_of(stored=INT4), paths_of(len(query), PAGE)),
+        lambda n: {"query": normal(n, HEADS, SIZE)},
     ),
     "page sums": Entry(
         lambda pool, pages: torch.tensor(page_sum.page_sums([pool], pages.tolist())),
