@@ -255,9 +255,9 @@ def _attention_int4(dtype: torch.dtype) -> Iterator[Comparison]:
         pool, pages = page_pool.KvPool(count + 1, page, 2, size, dtype, page_pool.INT4), [*range(count, 0, -1)]
         pool.store_(key, value, torch.tensor(pages)[torch.arange(90) // page] * page + torch.arange(90) % page)
         got = attention.paged_attention(query[80:], pool, attention.Paths.build([0, 10], [80], [pages], page))
-        held = (rounding.from_int4(*rounding.to_int4(x), dtype) for x in (key, value))
+        own, seen = (rounding.from_int4(*rounding.to_int4(x), dtype) for x in (key, value))
         rows = attention.Paths.build([0, 10], [80], [[*range(90)]], 1)
-        wanted = attention.attention(query[80:], *held, rows)
+        wanted = attention.attention(query[80:], own, seen, rows)
         yield Comparison(f"attention to int4, {size}", got.nan_to_num(), wanted.nan_to_num())
         yield Comparison(f"what is not finite, {size}", got.isnan().float(), wanted.isnan().float())
 

@@ -306,16 +306,9 @@ def check_remote(config: RunConfig) -> None:
         "engine.programs.mode": (engine.programs.mode, engine.programs.mode != "off", "a server has its own"),
         "engine.order": (engine.order, engine.order != "arrival", "a server has its own"),
     }
-    for name, off in (
-        ("dtype", "same"),
-        ("weights", "same"),
-        ("kv_dtype", "same"),
-        ("logits", "same"),
-        ("kv_window", 0),
-        ("noise", 0.0),
-    ):
+    for name in ("dtype", "weights", "kv_dtype", "logits", "kv_window", "noise"):
         value = getattr(engine, name)
-        refused[f"engine.{name}"] = (value, value != off, "a server computes as it was started")
+        refused[f"engine.{name}"] = (value, value not in ("same", 0), "a server computes as it was started")
     for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)):
         value = getattr(config.rollout, name)
         why = f"the learner needs the set that each token was drawn from, which {dialect} does not give"
