@@ -23,7 +23,7 @@ from tandem.kernels.attention_int8 import int8_attention_reference
 from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.paths import EVERYTHING, Paths
-from tandem.numerics.quantise import from_int8
+from tandem.numerics.quantise import from_int8, int4_bytes
 from tandem.types import Reach
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def _args(
     lse_TH: torch.Tensor | None,
     sinks: int = 0,
 ) -> _Args:
-    (rows, heads, size), (slots, kv_heads, vector) = query_THD.shape, key_CKD.shape
+    (rows, heads, size), (slots, kv_heads) = query_THD.shape, key_CKD.shape[:2]
+    vector = int4_bytes(size)[0] if key_CKD.dtype == torch.uint8 else size
     assert rows == paths.num_rows and heads % kv_heads == 0, (query_THD.shape, paths.num_rows, key_CKD.shape)
     stored = query_THD.dtype if paths.page_tokens == 1 else key_CKD.dtype
     return _Args(
