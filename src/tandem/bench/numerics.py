@@ -34,7 +34,7 @@ LEARNERS = {  # of the model, and of the learner
     "w8a8, int8 gradients": ({"weights": "w8a8"}, {"gradients": "int8"}),
     "8-bit moments, no masters": ({}, {"moments": "float8", "masters": "bfloat16"}),
 }
-PAGES = {BASE: {}, "int8 KV": {"kv_dtype": "int8"}}
+PAGES = {BASE: {}, "int8 KV": {"kv_dtype": "int8"}, "int4 KV": {"kv_dtype": "int4"}}
 WANTED = {"decode": 1.5, "prefill": 1.6, "long decode": 1.4, "grpo": 1.25}
 
 

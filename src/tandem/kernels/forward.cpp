@@ -403,4 +403,6 @@ void forward_e4m3_bf16(const ForwardArgs* a) { forward<bf16, e4m3>(*a); }
 void forward_e4m3_fp32(const ForwardArgs* a) { forward<float, e4m3>(*a); }
 void forward_int8_bf16(const ForwardArgs* a) { forward<bf16, int8_t>(*a); }
 void forward_int8_fp32(const ForwardArgs* a) { forward<float, int8_t>(*a); }
+void forward_int4_bf16(const ForwardArgs* a) { forward<bf16, nibbles>(*a); }
+void forward_int4_fp32(const ForwardArgs* a) { forward<float, nibbles>(*a); }
 }

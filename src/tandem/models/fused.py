@@ -234,5 +234,5 @@ def fits(decoder: Decoder, pools: list[KvPool]) -> bool:
     exact = all(
         (w.packed is not None or w.codes is not None) and not w.library and w.rounding.rows is None for w in weights
     )
-    held = all(pool.packed and pool.suffix != "_int4" and pool.holds(decoder.kept) for pool in pools)
+    held = all(pool.packed and pool.holds(decoder.kept) for pool in pools)
     return even and plain and exact and held
