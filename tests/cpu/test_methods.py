@@ -19,17 +19,20 @@ from tandem.cli.main import main
 from tandem.errors import ConfigError, NonFiniteError
 from tandem.kernels.swiglu import swiglu_reference
 from tandem.models import layer as layers
+from tandem.models.aside import written_aside
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.models.scratch import new_tokenizer
 from tandem.models.spec import LayerAttention, ModelSpec, QueryTemperature
 from tandem.models.view import PackView
 from tandem.numerics.blocks import FORMATS, dequantise, quantise, rounded
-from tandem.numerics.rotation import random_orthogonal
-from tandem.surgery.calibrate import SITES, Inputs, walk
+from tandem.numerics.rotation import random_hadamard, random_orthogonal
+from tandem.numerics.scaling import awq_scales
+from tandem.run.texts import pieces
+from tandem.surgery.calibrate import SITES, Inputs, moments, walk
 from tandem.surgery.fold import alike, fold_scales, fuse_norms, matrix, rotated, slots
 from tandem.surgery.quantise import Method, quantised
-from tandem.surgery.turn import slope
+from tandem.surgery.turn import learned_turn, slope
 from tests.cpu.test_prune import random_model
 
 TOKENS = torch.randint(0, 97, (90,), generator=torch.Generator().manual_seed(1))
@@ -224,15 +227,67 @@ def test_what_cannot_be_done_is_named() -> None:
         quantised(odd.spec, dict(odd.export()), Method.read("hadamard"), form)
     bad = dict(tensors)
     bad["model.layers.0.mlp.down_proj.weight"] = tensors["model.layers.0.mlp.down_proj.weight"] * torch.inf
-    with pytest.raises(NonFiniteError, match="layer 0, down: .* not finite"):
-        quantised(spec, bad, Method.read("nearest"), form)
-    with pytest.raises(NonFiniteError, match="layer 1: inputs of qkv are not finite"):
-        quantised(spec, bad, Method.read("smooth"), form, TEXTS)
-    with pytest.raises(NonFiniteError, match="layer 0, down: .* not finite"):
-        quantised(spec, bad, Method.read("awq"), form, TEXTS)
+    for name in ("nearest", "awq", "smooth", "hadamard", "rotation"):
+        for one in (form, FORMATS["mxfp4"]):
+            with pytest.raises(NonFiniteError, match=r"layer 0, down \(.*down_proj.weight\): 1,536 of 1,536"):
+                quantised(spec, bad, Method.read(name), one, TEXTS)
+    bad = {name: tensor.clone() for name, tensor in tensors.items()}
+    bad["model.layers.1.self_attn.k_proj.weight"][3, 5] = torch.nan
+    bad["model.embed_tokens.weight"][2, 2:4] = -torch.inf
+    with pytest.raises(NonFiniteError, match=r"outside the layers \(.*\): 2 of .*; layer 1, qkv \(.*k_proj.*: 1 of"):
+        quantised(spec, bad, Method.read("nearest"), FORMATS["mxfp4"])
+    huge = {name: tensor * 1e37 if "gate_proj" in name else tensor for name, tensor in tensors.items()}
+    huge["model.layers.0.post_attention_layernorm.weight"] = tensors["model.norm.weight"] * 100
+    with pytest.raises(NonFiniteError, match="layer 0, gate_up: its numbers overflow"):
+        quantised(spec, huge, Method.read("hadamard"), FORMATS["mxfp4"])
+    few = {name: tensor * 1e30 if "up_proj" in name else tensor for name, tensor in tensors.items()}
+    with pytest.raises(NonFiniteError, match="layer 0: inputs of down are not finite"):
+        quantised(spec, few, Method.read("smooth"), form, TEXTS)
     zero = dict(tensors) | {"model.embed_tokens.weight": torch.zeros_like(tensors["model.embed_tokens.weight"])}
     by_gptq, nearest = (quantised(spec, zero, Method.read(name), form, TEXTS) for name in ("gptq", "nearest"))
     assert all(torch.equal(by_gptq.tensors[name], nearest.tensors[name]) for name in by_gptq.blocks)
+
+
+def test_a_learned_rotation_goes_down() -> None:
+    """The loss of the rounded model is climbed, so that a rotation ends worse than it began."""
+    spec, tensors = model_of()
+    fused_spec, fused = fuse_norms(spec, tensors)
+    form, decoder = FORMATS["int4_g32"], Decoder(fused_spec, "bfloat16")
+    for _, weight in decoder.weights():
+        weight.grad = torch.zeros(weight.value.shape)
+    start, _ = slope(decoder, fused, random_hadamard(spec.width), form, TEXTS)
+    end, _ = slope(decoder, fused, learned_turn(fused_spec, fused, form, TEXTS), form, TEXTS)
+    assert end < start - 0.01
+
+
+def test_scales_of_a_value_head_are_the_mean_of_its_readers() -> None:
+    """A value head's scale is that of the first query head that reads it, whatever the others are given."""
+    spec = replace(model_of()[0], heads=4, kv_heads=2, head_size=2)
+    x_K = torch.arange(8.0).square()
+    wanted = torch.tensor([2.0, 5.0, 2.0, 5.0, 26.0, 37.0, 26.0, 37.0])
+    assert torch.equal(alike(spec, "out", x_K), wanted) and torch.equal(alike(spec, "down", x_K), x_K)
+
+
+def test_moments_are_of_all_packs() -> None:
+    """A size is the last pack's alone."""
+    parts = [torch.tensor([[1.0, -9.0], [2.0, 1.0]]), torch.tensor([[-3.0, 0.5]])]
+    found = moments(parts, 2)
+    assert (found.largest_K.tolist(), found.rows) == ([3.0, 9.0], 3)
+    assert torch.equal(found.mean_K, torch.tensor([2.0, 3.5]))
+    assert found.hessian_KK.tolist() == [[14.0, -8.5], [-8.5, 82.25]]
+
+
+@pytest.mark.parametrize("form", ["mxfp4", "nvfp4"])
+def test_scales_lie_around_one(form: str) -> None:
+    """Scales are not divided by the root of their largest and smallest, so that a scale of the tensor, or of few bits,
+    is out of reach."""
+    drawn = torch.Generator().manual_seed(4)
+    weight_NK = torch.randn(8, 64, generator=drawn)
+    mean_K = 1e-3 * torch.rand(64, generator=drawn).add(0.01)
+    x = torch.randn(99, 64, generator=drawn) * mean_K
+    s_K, exponent = awq_scales(weight_NK, x.T @ x, mean_K, FORMATS[form])
+    assert exponent > 0
+    assert float(s_K.max() * s_K.min()) == pytest.approx(1.0, rel=1e-4)
 
 
 def test_fidelity_of_a_model_to_itself_and_to_another() -> None:
@@ -257,6 +312,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     made = random_model(layers=1, vocab_size=259, tied_embeddings=True)
     save_checkpoint(tmp_path / "model", made.spec, dict(made.export()), new_tokenizer(), "float32")
     (tmp_path / "text.txt").write_text("Janet's ducks lay 16 eggs a day. " * 60)
+    (tmp_path / "few.jsonl").write_text('{"text": "Nine byte"}\n{"text": "Less"}\n')
     command = [
         "convert",
         "quantise",
@@ -290,6 +346,11 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--format", "int5_x"], "is no format"),
         (["--format", "gptq", "--method", "gptq", "--texts", "nothing.txt"], "blocks of 128 do not divide"),
         (["--format", "nvfp4", "--size", "layers=1"], "are not of `convert quantise`"),
+        (["--format", "awk"], "Did you mean awq"),
+        (["--format", "nvfp4", "--texts", str(tmp_path / "text.txt")], "nearest looks at no text"),
+        (["--method", "hadamard", "--texts", str(tmp_path / "text.txt")], "hadamard looks at no text"),
+        (["--format", "nvfp4", "--sequences", "4"], "there is none. Leave it out"),
+        (["--format", "nvfp4", "--method", "gptq", "--texts", str(tmp_path / "few.jsonl")], "its longest has 9"),
     ):
         assert main(["convert", "quantise", str(tmp_path / "model"), "--out", str(tmp_path / "wrong"), *wrong]) == 2
         assert said in capsys.readouterr().err
@@ -317,3 +378,62 @@ def test_the_bench(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
     assert fine["teacher_perplexity"] == rough["teacher_perplexity"] and fine["sqnr_db"] > 35
     assert main(["bench", "quantise", "--rounds", "1", "--json"]) == 0
     assert [row["cpu_s"] > 0 for row in json.loads(capsys.readouterr().out)["rows"]] == [True] * 3
+
+
+def test_what_is_there_already_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder of the user's beside the target is taken into what is written, or removed with what failed."""
+    made = random_model(layers=1, vocab_size=259, tied_embeddings=True)
+    save_checkpoint(tmp_path / "model", made.spec, dict(made.export()), new_tokenizer(), "float32")
+    for name in ("p.part", "q.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    command = ["convert", "quantise", str(tmp_path / "model"), "--format"]
+    assert main([*command, "nvfp4", "--out", str(tmp_path / "p"), "--json"]) == 0
+    assert "mine.txt" not in {path.name for path in (tmp_path / "p").iterdir()}
+    prune = ["convert", "prune", str(tmp_path / "model"), "--size", "ff_width=16", "--out", str(tmp_path / "q")]
+    assert main(prune) == 0 and "mine.txt" not in {path.name for path in (tmp_path / "q").iterdir()}
+    capsys.readouterr()
+    assert main([*command, "awq:int4_g32", "--dtype", "float16", "--out", str(tmp_path / "model")]) == 2
+    with pytest.raises(RuntimeError), written_aside(tmp_path / "new" / "r") as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    with pytest.raises(ConfigError, match="is there already"), written_aside(tmp_path / "r") as aside:
+        aside.write_text("ours")
+        (tmp_path / "r").write_text("theirs")
+    assert (tmp_path / "r").read_text() == "theirs"
+    assert [(tmp_path / name / "mine.txt").read_text() for name in ("p.part", "q.part")] == ["mine", "mine"]
+    assert {path.name for path in tmp_path.rglob("*.part")} == {"p.part", "q.part"}
+
+
+def test_calibration_says_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON's braces are calibrated on, a piece runs over two texts, or fewer pieces than asked are taken in silence."""
+    made = random_model(layers=1, vocab_size=259, tied_embeddings=True)
+    save_checkpoint(tmp_path / "model", made.spec, dict(made.export()), new_tokenizer(), "float32")
+    lines = tmp_path / "a.jsonl"
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("a" * 70, "b" * 1100, "short", "c" * 20)))
+    tokenizer = new_tokenizer()
+    found = pieces(lines, 9, tokenizer, 4096)
+    assert [tokenizer.decode(one) for one in found.taken] == ["a" * 70, "b" * 512, "b" * 512, "b" * 76, "c" * 20]
+    assert [len(one) for one in pieces(lines, 2, tokenizer, 64).taken] == [64, 64]
+    command = ["convert", "quantise", str(tmp_path / "model"), "--format", "nvfp4", "--method", "gptq", "--json"]
+    assert main([*command, "--texts", str(lines), "--out", str(tmp_path / "p")]) == 0
+    told = capsys.readouterr()
+    size = made.spec.max_position
+    assert json.loads(told.out)["tokens"] == sum(map(len, pieces(lines, 128, tokenizer, size).taken)) >= 1190
+    assert "pieces (" in told.err and "128 are asked for" in told.err
+    assert main(["convert", "quantise", str(tmp_path / "p"), "--format", "nvfp4", "--out", str(tmp_path / "q")]) == 0
+    assert "in few bits already" not in capsys.readouterr().err  # its values are floats
+    command[4:5] = ["awq:int4_g16"]
+    assert main([*command[:5], "--out", str(tmp_path / "codes")]) == 0
+    capsys.readouterr()
+    assert (
+        main(["convert", "quantise", str(tmp_path / "codes"), "--format", "fp8_row", "--out", str(tmp_path / "r")]) == 0
+    )
+    assert "in few bits already (awq)" in capsys.readouterr().err
+    exact = {name: torch.ones_like(tensor) for name, tensor in made.export()}
+    save_checkpoint(tmp_path / "ones", made.spec, exact, new_tokenizer(), "float32")
+    assert (
+        main([*command[:2], str(tmp_path / "ones"), "--format", "e2m1/16:e8m0", "--out", str(tmp_path / "o"), "--json"])
+        == 0
+    )
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["sqnr_db"] is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -336,6 +337,13 @@ def test_wrong_input_is_told(arguments: list[str], message: str, capsys: pytest.
     assert message in capsys.readouterr().err
 
 
+def test_small_models_have_figures(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of 0.0000 ms, and weights of 0 MB."""
+    assert main.main(["numerics", "roofline", "new:width=32,heads=4,kv_heads=2,ff_width=48", "--context", "64"]) == 0
+    printed = capsys.readouterr().out
+    assert not re.search(r"\s0(\.0+)? (ms|MB|TFLOP)|\s0\.0+\s", printed), printed
+
+
 def test_predict_notes_what_is_not_multiplied() -> None:
     """A time by a rate of bf16 under the name of another format, without a word."""
     found = predict(TINY, "nvfp4+nvfp4", "h200", "decode", 1, 16)
@@ -345,3 +353,6 @@ def test_predict_notes_what_is_not_multiplied() -> None:
     assert "those of gradients bf16's" in trained["notes"][0]
     ways = {row["operation"]: row["arithmetic"] for row in trained["rows"]}
     assert (ways["down"], ways["input gradient: down"]) == ("int8", "bf16")
+    for learner in (LearnerConfig(), LearnerConfig(gradients="nvfp4+stochastic")):
+        notes = " ".join(predict(TINY, "mxfp4+mxfp4", "h200", "train", 1, 16, None, learner)["notes"])
+        assert "h200 does not multiply mxfp4+mxfp4" in notes and "products are those of" not in notes

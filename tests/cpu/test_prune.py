@@ -134,8 +134,8 @@ def test_evenly_and_most() -> None:
                 assert list(chosen) == sorted(set(chosen)) and len(chosen) == kept and chosen[-1] < count
             assert kept == 1 or evenly(count, kept, ends=True)[:: kept - 1] == (0, count - 1)
     assert most(torch.tensor([3.0, 1.0, 3.0, 2.0]), 2) == (0, 2)
-    assert [len(one) for one in pieces(list(range(1100)), 512)] == [512, 512, 76]
-    assert [len(one) for one in pieces(list(range(300)), 128)] == [128, 128, 44]
+    assert [len(one) for one in pieces([range(1100), range(30)], 512)] == [512, 512, 76, 30]
+    assert [len(one) for one in pieces([range(300)], 128)] == [128, 128, 44]
 
 
 def test_layers_keep_their_reach() -> None:

@@ -260,6 +260,12 @@ def test_a_format_that_is_none_is_refused(changes: dict[str, str], said: str, ma
         assert str(found.value).count("nvfp4_four_six") <= 1
 
 
+def test_a_dtype_without_products_is_named(make_decoder: Callable[..., Decoder]) -> None:
+    """The device or a compiler is blamed, which are all right."""
+    with pytest.raises(ConfigError, match=r"w8a8 is computed in bfloat16 or float32 .*, and the dtype is float16"):
+        Decoder(make_decoder("float32").spec, "float16", rounding=rounding_of("w8a8"))
+
+
 def test_both_at_once_are_refused(make_decoder: Callable[..., Decoder]) -> None:
     """A policy that is rounded twice, of which only one is said."""
     spec = make_decoder("float32").spec

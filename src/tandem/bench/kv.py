@@ -24,7 +24,7 @@ from tandem.models.decoder import Decoder
 from tandem.models.view import Heads, PackView, Tables, turn_reference
 from tandem.numerics.blocks import sqnr_db
 from tandem.numerics.kv import KvRule, attended, kept
-from tandem.run.quantise import Asked, pieces
+from tandem.run.texts import pieces
 
 RULES: dict[str, tuple[KvRule, KvRule]] = {
     "fp8 by head": (KvRule("head", 8), KvRule("head", 8)),
@@ -59,7 +59,7 @@ class KvView:
 def table(text: Path, count: int, wanted: Sequence[str] = tuple(RULES)) -> None:
     """A line of JSON a rule."""
     checkpoint = open_checkpoint(MODEL)
-    texts = pieces(Asked(texts=text, sequences=count), checkpoint.load_tokenizer(), checkpoint.spec.max_position)
+    texts = pieces(text, count, checkpoint.load_tokenizer(), checkpoint.spec.max_position).taken
     decoder = Decoder(checkpoint.spec, "bfloat16").load(checkpoint.tensors())
     for name in wanted:
         keys, values = RULES[name]

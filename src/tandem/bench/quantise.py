@@ -27,7 +27,7 @@ from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.models.parts import layer_slots
 from tandem.numerics.blocks import format_of
-from tandem.run.quantise import SEQUENCE_TOKENS, Asked, pieces
+from tandem.run.texts import SEQUENCE_TOKENS, pieces
 from tandem.surgery.quantise import Method, quantised
 
 FORMAT, SEQUENCES, HELD = "int4_g64", 128, 64  # groups that divide its widths, as peers want them
@@ -76,8 +76,8 @@ def table(calibration: Path, heldout: Path, wanted: Sequence[str] = TABLE) -> No
     """A line of JSON for each METHOD:FORMAT."""
     checkpoint = open_checkpoint(MODEL)
     tensors, tokenizer = dict(checkpoint.tensors()), checkpoint.load_tokenizer()
-    texts = pieces(Asked(texts=calibration, sequences=SEQUENCES), tokenizer, checkpoint.spec.max_position)
-    held = pieces(Asked(texts=heldout, sequences=HELD), tokenizer, checkpoint.spec.max_position)
+    texts = pieces(calibration, SEQUENCES, tokenizer, checkpoint.spec.max_position).taken
+    held = pieces(heldout, HELD, tokenizer, checkpoint.spec.max_position).taken
     teacher = Decoder(checkpoint.spec, "bfloat16").load(tensors.items())
     for name in wanted:
         method, _, form = name.partition(":")

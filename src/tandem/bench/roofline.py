@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from tandem.errors import ConfigError
 from tandem.models.spec import ModelSpec
 from tandem.plan.memory import size
 from tandem.report.aligned import aligned
+from tandem.run.folder import plain
 from tandem.run.source import spec_of
 from tandem.train.config import LearnerConfig
 
@@ -54,7 +56,7 @@ def roofline(model: str, asked: Asked, json: bool) -> int:
         for name in asked.formats or ("bf16",)
     ]
     if json:
-        print(jsonlib.dumps(found))
+        print(jsonlib.dumps(plain(found), allow_nan=False))
         return 0
     for one in found:
         _show(model, one)
@@ -70,7 +72,7 @@ def check(model: str, asked: Asked, json: bool) -> int:
     form = asked.formats[0] if asked.formats else "bf16"
     found = checked(model, form, rates(asked.measure), note, asked.learner)
     if json:
-        print(jsonlib.dumps(found))
+        print(jsonlib.dumps(plain(found), allow_nan=False))
         return 0
     rows = []
     for row in found["rows"]:
@@ -92,31 +94,47 @@ def check(model: str, asked: Asked, json: bool) -> int:
     return 0
 
 
+def _digits(value: float) -> str:
+    """Four significant digits, or all before the point; no exponent.
+
+    >>> _digits(0.0000123456), _digits(12.3456), _digits(123456.7), _digits(0.0)
+    ('0.00001235', '12.35', '123,457', '0')
+    """
+    if not value:
+        return "0"
+    return f"{value:,.{max(0, 3 - math.floor(math.log10(abs(value))))}f}"
+
+
+def _size(count: float) -> str:
+    """Bytes; of less than 100 MB all digits that tell."""
+    return size(int(count)) if count >= 1e8 else f"{_digits(count / 1e6)} MB"
+
+
 def _show(model: str, found: dict[str, Any]) -> None:
     asked = f"{found['phase']}, {found['batch']:,} x {found['context']:,}, {found['format']}"
     print(f"\n{model} on {found['title']}: {asked}")
     rows = []
     for row in found["rows"]:
-        flop = f"{row['flop'] / 1e9:,.3f}" if row["flop"] else ""
-        counts = [f"{row['calls']:,}", flop, f"{row['bytes'] / 1e6:,.2f}", row["arithmetic"], row["bound"]]
-        times = [f"{1e3 * row['seconds']:,.4f}", f"{row['seconds'] / found['seconds']:.1%}"]
+        flop = _digits(row["flop"] / 1e9) if row["flop"] else ""
+        counts = [f"{row['calls']:,}", flop, _digits(row["bytes"] / 1e6), row["arithmetic"], row["bound"]]
+        times = [_digits(1e3 * row["seconds"]), f"{row['seconds'] / found['seconds']:.1%}"]
         rows.append([row["operation"], *counts, *times])
     aligned(
         ("operation", "calls", "GFLOP", "MB", "in", "bound by", "ms", "of all"), rows, ("operation", "in", "bound by")
     )
     rate, how = found["tokens"] / found["seconds"], "predicted" if found["measured"] else "at least"
     print(
-        f"in all {1e3 * found['seconds']:,.3f} ms {how}, {rate:,.0f} tok/s; {found['flop'] / 1e12:,.3f} TFLOP, "
-        f"{size(found['bytes'])} moved; {found['bits_a_parameter']:.2f} bits a parameter"
+        f"in all {_digits(1e3 * found['seconds'])} ms {how}, {rate:,.0f} tok/s; {_digits(found['flop'] / 1e12)} TFLOP, "
+        f"{_size(found['bytes'])} moved; {found['bits_a_parameter']:.2f} bits a parameter"
     )
     memory = found["memory"]
-    held = f"of {size(memory['bytes'])}: weights {size(memory['weights'])}"
+    held = f"of {_size(memory['bytes'])}: weights {_size(memory['weights'])}"
     if memory["training"]:
-        held += f", gradients, master weights and moments {size(memory['training'])}"
+        held += f", gradients, master weights and moments {_size(memory['training'])}"
     if found["phase"] == "train":
-        held += f", what a microbatch keeps {size(memory['sequence'])}"
+        held += f", what a microbatch keeps {_size(memory['sequence'])}"
     else:
-        held += f", keys and values of a sequence {size(memory['sequence'])}"
+        held += f", keys and values of a sequence {_size(memory['sequence'])}"
     fits = f"{memory['sequences']:,} such sequences fit" if memory["sequences"] else "not one fits"
     fits = fits if found["phase"] != "train" else ("it fits" if memory["devices"] == 1 else "it does not fit")
     more = "" if memory["devices"] == 1 else f"; {memory['devices']} devices hold it, divided evenly"

@@ -21,12 +21,14 @@ def chat(
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Fixes the draws.")] = 0,
 ) -> int:
     """Talk with a model, a line at a time; Ctrl-D ends."""
+    from tandem.config import override
     from tandem.engine.config import EngineConfig
     from tandem.engine.driver import Driver
     from tandem.models.config import ModelConfig
     from tandem.numerics.random import derive_seed
     from tandem.run.model import asked_as
     from tandem.run.parts import build_parts
+    from tandem.run.source import say_trained_as
     from tandem.types import Message, Request, Sampling
 
     task = replace(asked_as(model), format="chat")
@@ -34,7 +36,8 @@ def chat(
     messages = [Message("system", said)] if said else []
     if system is None and messages:
         print(SYSTEM_SAID.format(messages[0].content), file=sys.stderr)
-    parts = build_parts(ModelConfig(model), EngineConfig(), learns=False, task=task)
+    rounded = {name.removeprefix("model."): at for name, at in say_trained_as(model, (), taken="chat").items()}
+    parts = build_parts(override(ModelConfig(model), rounded), EngineConfig(), learns=False, task=task)
     driver, tokenizer = Driver(parts.engine), parts.tokenizer
     stops = tokenizer.stop_token_ids
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=stops)

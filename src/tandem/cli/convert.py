@@ -75,6 +75,10 @@ def convert(
 
     if (format or method or texts or sequences) and kind is not Kind.QUANTISE:
         raise ConfigError("--format, --method, --texts and --sequences are of `convert quantise`. Leave them out.")
+    if kind is not Kind.TEACHER:
+        from tandem.run.source import say_trained_as
+
+        say_trained_as(source, (), left=f"convert {kind.value}")
     if kind is Kind.QUANTISE:
         if size or measure or base or files or settings:
             raise ConfigError("--size, --measure, --base, --config and --set are not of `convert quantise`.")

@@ -141,13 +141,16 @@ def _kept(out: Path | None) -> dict[str, Any] | None:
 def _begun(out: Path | None, kept: dict[str, Any] | None, target: str, tasks: Mapping[str, Asked]) -> dict[str, Any]:
     """The results so far. ConfigError where those that are kept are of another target, model or settings."""
     from tandem.errors import ConfigError
+    from tandem.run.source import rounded_by
 
-    results = {"target": target, "model": next(iter(tasks.values())).config.model.source, "tasks": {}}
+    model = next(iter(tasks.values())).config.model
+    results = {"target": target, "model": model.source, "rounded": rounded_by(model), "tasks": {}}
     results["unfinished"] = list(tasks)
     if kept is None:
         return results
     known: dict[str, tuple[Any, Any]] = {"its target": (kept.get("target"), target)}
     known["its model"] = (kept.get("model"), results["model"])
+    known["how it is rounded"] = (kept.get("rounded", {}), results["rounded"])
     known["the tasks"] = (sorted([*kept["tasks"], *kept["unfinished"]]), sorted(tasks))
     begun = kept.get("begun", {})
     for name, of in {**kept["tasks"], **begun}.items() if known["the tasks"][0] == known["the tasks"][1] else ():
@@ -297,9 +300,11 @@ def tasks_of(
     from tandem.cli.settings import assignments, say_unused
     from tandem.config import override
     from tandem.errors import ConfigError
+    from tandem.run.source import say_trained_as
 
     (names, path, suite), (read, is_model) = named, _read(target)
     assigned = assignments(read, *given)
+    read = override(read, say_trained_as(target, assigned, taken="eval"))
     if is_model and not names and path is suite is None and not any(name.startswith("task.") for name in assigned):
         from tandem.models.checkpoint import open_checkpoint
         from tandem.run.source import origin_of

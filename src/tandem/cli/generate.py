@@ -67,7 +67,9 @@ def generate(
     constraint = _constraint(json_schema, regex)
 
     from tandem.run.model import load
+    from tandem.run.source import say_trained_as
 
+    say_trained_as(model, (), taken="generate")
     loaded = load(model, form="plain" if raw else "auto")
     if loaded.opening:
         print(SYSTEM_SAID.format(loaded.opening[0].content), file=sys.stderr)

@@ -143,6 +143,9 @@ def numerics(
         return formats.page(names[0], out)
     if texts is None:
         raise ConfigError(f"`numerics {kind.value}` needs --texts FILE: what the model reads, about as it is used.")
+    from tandem.run.source import say_trained_as
+
+    say_trained_as(names[0], (), left=f"numerics {kind.value}")
     if kind is Kind.SENSITIVITY:
         return formats.sensitivity(names[0], asked.formats, texts, out, json, tensors or "weights")
     work = {"device": asked.device, "phase": asked.phase, "batch": asked.batch, "context": asked.context}
@@ -173,13 +176,15 @@ def _task(model: str, name: str, settings: list[str]) -> Task:
     from tandem.cli.eval import FILE_TASKS, tasks_of
     from tandem.cli.recipes import recipe_names
     from tandem.errors import ConfigError
+    from tandem.run.source import PLAIN
     from tandem.study.quality import Task
 
     if name in FILE_TASKS:
         raise ConfigError(f"--task {name} needs its questions: write it into a file as --suite of eval, and give that.")
     named, suite = ([], Path(name)) if name.endswith((".toml", ".yaml", ".yml")) else ([name], None)
     recipe = name in recipe_names()
-    texts = [f"model.source={model}", *settings] if recipe else settings
+    plain = [f"{name}={value}" for name, value in PLAIN.items()]
+    texts = [*([f"model.source={model}"] if recipe else []), *plain, *settings]
     found = tasks_of(name if recipe else model, ([] if recipe else named, None, suite), ([], texts))
     if len(found) != 1:
         raise ConfigError(f"--task {name} has {len(found)} tasks: {', '.join(found)}. A picture is of one.")
@@ -189,10 +194,11 @@ def _task(model: str, name: str, settings: list[str]) -> Task:
 
 def _formats(json: bool) -> int:
     from tandem.numerics.blocks import FORMATS, properties
+    from tandem.run.folder import plain
 
     rows = [properties(form) for form in FORMATS.values()]
     if json:
-        print(jsonlib.dumps(rows))
+        print(jsonlib.dumps(plain(rows), allow_nan=False))
         return 0
     texts = [list(rows[0]), *([_text(value) for value in row.values()] for row in rows)]
     widths = [max(len(row[column]) for row in texts) for column in range(len(texts[0]))]
@@ -208,13 +214,14 @@ def _text(value: object) -> str:
 def _compare(one: str, other: str, model: str, json: bool) -> int:
     from tandem.numerics.apart import compare, edges
     from tandem.numerics.blocks import format_of
+    from tandem.run.folder import plain
 
     first, second = format_of(one), format_of(other)
     columns = max(2, first.block if first.block > 0 else 128)
     tensors = _matrices(model) if model else edges(first.element, columns)
     found = compare(first, second, tensors)
     if json:
-        print(jsonlib.dumps({"a": one, "b": other, **dataclasses.asdict(found)}))
+        print(jsonlib.dumps(plain({"a": one, "b": other, **dataclasses.asdict(found)}), allow_nan=False))
         return 0
     print(f"{found.differ:,} of {found.numbers:,} numbers are read back otherwise by {one} and by {other}")
     if found.first is not None:

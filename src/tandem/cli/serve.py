@@ -12,6 +12,8 @@ from tandem.cli.options import Assignments, ConfigFiles
 if TYPE_CHECKING:
     from tandem.server.config import ServeConfig
 
+ALONE = {"model.weights": "engine.weights", "model.kv": "engine.kv_dtype", "model.logits": "engine.logits"}
+
 
 def serve(
     model: Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)],
@@ -32,6 +34,7 @@ def serve(
     from tandem.cli.settings import assignments
     from tandem.config import override
     from tandem.models.config import ModelConfig
+    from tandem.run.source import say_trained_as
     from tandem.server.config import ServeConfig
 
     config = ServeConfig(ModelConfig(model))
@@ -39,7 +42,9 @@ def serve(
     pairs = {"server.adapters": _pairs(adapter)} if adapter else {}
     given = {"server.host": host, "server.port": port, "route.engines": engines}
     flags = {name: str(text) for name, text in given.items() if text is not None}
-    config = override(config, {**assigned, **pairs, **flags})
+    # what rounds an engine alone stands for what rounds it with its learner, and both at once are refused
+    own = [*assigned, *(one for one, other in ALONE.items() if other in assigned)]
+    config = override(config, {**say_trained_as(model, own, taken="serve"), **assigned, **pairs, **flags})
 
     from tandem.run.served import check_installed, checked, served
 

@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +28,7 @@ import xxhash
 from tandem.algo.pack import count_predictions
 from tandem.columns import Array, Columns
 from tandem.errors import CheckpointError, ConfigError
+from tandem.models.aside import written_aside
 from tandem.numerics.digest import file_hash
 from tandem.types import Sample
 
@@ -96,18 +96,17 @@ class StoredWriter:
         self.folder, self.origin = folder, origin
         self.rows = 0
         self.hashes: set[str] = set()  # of the texts so far
-        self._part = folder.with_name(folder.name + ".part")
         self._files: dict[str, IO[bytes]] = {}
 
     def __enter__(self) -> StoredWriter:
-        if self.folder.exists():
-            raise ConfigError(f"{self.folder} is there already. Choose another folder, or remove it.")
-        try:
-            shutil.rmtree(self._part, ignore_errors=True)  # of one that was stopped
-            self._part.mkdir(parents=True)
-            self._files = {name: (self._part / name).open("wb") for name in (TEXTS, IDS, LOGPROBS)}
-        except OSError as error:
-            raise CheckpointError(f"{self._part} could not be written: {error}. Choose another folder.") from error
+        with ExitStack() as leaving:
+            self._part = leaving.enter_context(written_aside(self.folder))
+            try:
+                self._part.mkdir()
+                self._files = {name: (self._part / name).open("wb") for name in (TEXTS, IDS, LOGPROBS)}
+            except OSError as error:
+                raise CheckpointError(f"{self._part} could not be written: {error}. Choose another folder.") from error
+            self._leaving = leaving.pop_all()
         return self
 
     def add(self, sample: Sample, ids_NK: torch.Tensor, logprobs_NK: torch.Tensor, rest_N: torch.Tensor) -> None:
@@ -132,15 +131,16 @@ class StoredWriter:
         for file in self._files.values():
             file.close()
         if kind is not None:
-            shutil.rmtree(self._part, ignore_errors=True)
+            self._leaving.__exit__(kind, error, tb)
             return
-        hashes = {name: file_hash(self._part / name) for name in self._files}
-        header = {"format": FORMAT, "origin": dataclasses.asdict(self.origin), "rows": self.rows, "xxh3_128": hashes}
-        try:
-            (self._part / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-            os.replace(self._part, self.folder)
-        except OSError as failed:
-            raise CheckpointError(f"{self.folder} could not be written: {failed}. Free disk space.") from failed
+        with self._leaving:
+            hashes = {name: file_hash(self._part / name) for name in self._files}
+            header = {"format": FORMAT, "origin": dataclasses.asdict(self.origin), "rows": self.rows}
+            header["xxh3_128"] = hashes
+            try:
+                (self._part / HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+            except OSError as failed:
+                raise CheckpointError(f"{self.folder} could not be written: {failed}. Free disk space.") from failed
 
 
 class Stored:

@@ -187,11 +187,15 @@ class Weight:
                 f"{self.value.shape[0]} x {self.value.shape[1]}: torch's own products round nothing. Set model.kernels "
                 "to exact, or leave model.weights out."
             )
+        if rounding.products and not self.on_device and self.value.dtype == torch.float16:
+            raise ConfigError(
+                f"w{rounding.bits}a8 is computed in bfloat16 or float32 on the CPU, and the dtype is float16. Set "
+                "model.dtype (or engine.dtype) to one of these, or give a format."
+            )
         if rounding.products and self.packed is None and not (self.on_device and rounding.bits == 8):
             raise ConfigError(
                 f"w{rounding.bits}a8 is computed by tandem's own compiled kernels, which are not used here "
-                "(TANDEM_KERNELS, float16 on the CPU, w4a8 on a GPU, or no compiler: tandem doctor). Change that, or "
-                "give a format."
+                "(TANDEM_KERNELS, w4a8 on a GPU, or no compiler: tandem doctor). Change that, or give a format."
             )
         self.rounding = rounding
         self.repack()

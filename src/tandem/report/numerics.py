@@ -9,24 +9,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from tandem.report import plots
 
 FLOOR = 1e-9  # of a KL that is drawn: below it fp32 is what is seen
+LEAST_DB, LEAST_FACTOR = 6.0, 10.0  # that colours span at least: less is no difference to look at
+STEPS = 24  # of a colour bar: a PNG's palette has them all, so they are alike
 
 
 def sensitivity_figure(found: Mapping[str, Any]) -> Figure:
     """Layers by tensors, last what is of no layer: decibels, and KL where only that one is rounded."""
     cells = found["cells"]
-    kl = [max(FLOOR, cell["kl"]) for cell in cells]
-    high = max(max(kl), 1.01 * min(kl))
     drawn = [
-        ("SQNR of the tensor, dB", [cell["sqnr_db"] for cell in cells], None, "viridis"),
-        ("KL of the model, nats a token", kl, LogNorm(min(kl), high), "magma_r"),
+        ("SQNR of the tensor, dB", [cell["sqnr_db"] for cell in cells], False, "viridis"),
+        ("KL of the model, nats a token", [cell["kl"] for cell in cells], True, "magma_r"),
     ]
     return _heat(found, drawn, f"{found['format']}, one tensor at a time: dark is worse")
 
@@ -34,15 +36,25 @@ def sensitivity_figure(found: Mapping[str, Any]) -> Figure:
 def gradient_figure(found: Mapping[str, Any]) -> Figure:
     """Layers by matrices: decibels of gradients, and one less their cosine to the exact ones."""
     cells = found["cells"]
-    apart = [max(FLOOR, 1.0 - (cell["cosine"] if cell["cosine"] is not None else 1.0)) for cell in cells]
+    apart = [1.0 - (cell["cosine"] if cell["cosine"] is not None else 1.0) for cell in cells]
     drawn = [
-        ("SQNR of the gradient, dB", [cell["sqnr_db"] for cell in cells], None, "viridis"),
-        ("1 - cosine to the exact one", apart, LogNorm(min(apart), max(max(apart), 1.01 * min(apart))), "magma_r"),
+        ("SQNR of the gradient, dB", [cell["sqnr_db"] for cell in cells], False, "viridis"),
+        ("1 - cosine to the exact one", apart, True, "magma_r"),
     ]
     return _heat(found, drawn, f"gradients in {found['format']}: dark is worse")
 
 
-Drawn = tuple[str, Sequence[float | None], Normalize | None, str]  # title, a value a cell, its norm and colours
+Drawn = tuple[str, Sequence[float | None], bool, str]  # title, a value a cell, whether its logarithm, colours
+
+
+def _norm(values: Sequence[float], log: bool) -> Normalize:
+    """Over the values; around their middle over LEAST_DB or LEAST_FACTOR where they are closer together."""
+    low, high = (min(values), max(values)) if values else (FLOOR, FLOOR) if log else (0.0, 0.0)
+    if log:
+        spread = max(1.0, LEAST_FACTOR / (high / low)) ** 0.5
+        return LogNorm(low / spread, high * spread)
+    spread = max(0.0, LEAST_DB - (high - low)) / 2
+    return Normalize(low - spread, high + spread)
 
 
 def _heat(found: Mapping[str, Any], drawn: Sequence[Drawn], title: str) -> Figure:
@@ -50,18 +62,22 @@ def _heat(found: Mapping[str, Any], drawn: Sequence[Drawn], title: str) -> Figur
     columns = list(dict.fromkeys(cell["tensor"] for cell in cells))
     out = any(cell["layer"] is None for cell in cells)
     wide = len(columns) > 8  # names beside each other would overlap
-    height = min(10.5, 2.0 + 0.155 * (layers + out) + (0.6 if wide else 0.0))
+    height = max(3.4, min(10.5, 2.0 + 0.155 * (layers + out) + (0.6 if wide else 0.0)))
     figure = Figure(figsize=(min(12.0, max(7.2, 1.6 + 0.72 * len(columns))), height))
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
-    for axes, (name, values, norm, colours) in zip((left, right), drawn, strict=True):
+    below = False
+    for axes, (name, values, log, colours) in zip((left, right), drawn, strict=True):
         grid = np.full((layers + out, len(columns)), np.nan)
         for cell, value in zip(cells, values, strict=True):
-            row = layers if cell["layer"] is None else cell["layer"]
-            grid[row, columns.index(cell["tensor"])] = math.nan if value is None else value
-        known = bool(np.isfinite(grid).any())
-        norm = norm or Normalize(np.nanmin(grid) if known else 0.0, np.nanmax(grid) if known else 1.0)
-        picture = axes.imshow(grid, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
+            row, column = layers if cell["layer"] is None else cell["layer"], columns.index(cell["tensor"])
+            if log and value is not None and value < FLOOR:
+                below, value = True, FLOOR
+                axes.text(column, row, "<", ha="center", va="center", fontsize=7, color=plots.GREY)
+            grid[row, column] = math.nan if value is None else value
+        norm = _norm(grid[np.isfinite(grid)].tolist(), log)
+        shades = colormaps[colours].resampled(STEPS)
+        picture = axes.imshow(grid, aspect="auto", cmap=shades, norm=norm, interpolation="nearest")
         axes.set_title(name, fontsize=10)
         axes.set_xticks(range(len(columns)), columns, rotation=90 if wide else 0)
         axes.grid(False)
@@ -71,11 +87,12 @@ def _heat(found: Mapping[str, Any], drawn: Sequence[Drawn], title: str) -> Figur
         bar = figure.colorbar(picture, ax=axes, fraction=0.06, pad=0.03)
         bar.outline.set_visible(False)  # type: ignore[operator]
         bar.ax.tick_params(labelsize=8)
+        bar.ax.yaxis.set_minor_formatter(NullFormatter())
     step = 1 if layers <= 16 else 5
     places = list(range(0, layers, step))
     left.set_yticks([*places, *[layers] * out], [*map(str, places), *["out"] * out])
     left.set_ylabel("layer")
-    _entitle(figure, title, found)
+    _entitle(figure, title, found, "; <: below 1e-9" if below else "")
     return figure
 
 
@@ -105,6 +122,7 @@ class _Points:
     ends: list[tuple[float, float] | None]
     kinds: list[str]
     before: float | None = None  # of the model as it was
+    below: frozenset[int] = frozenset()  # places of points that lie below what is drawn: hollow
 
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -141,9 +159,10 @@ def _of_kl(rows: Sequence[Mapping[str, Any]]) -> _Points:
     ends = [None if row["kl_low"] is None else (max(FLOOR, row["kl_low"]), max(FLOOR, row["kl_high"])) for row in rows]
     values = [max(FLOOR, row["kl"]) for row in rows]
     names = [row["format"] for row in rows]
-    return _Points(
-        "KL(original || rounded), nats a token", True, True, names, list(rows), values, list(ends), [""] * len(rows)
-    )
+    below = frozenset(place for place, row in enumerate(rows) if row["kl"] < FLOOR)
+    label = "KL(original || rounded), nats a token" + ("\n(hollow: below 1e-9)" if below else "")
+    kinds = [""] * len(rows)
+    return _Points(label, True, True, names, list(rows), values, list(ends), kinds, below=below)
 
 
 def _of_task(found: Mapping[str, Any]) -> list[_Points]:
@@ -195,7 +214,8 @@ def _scatter(axes: Axes, of: _Points, across: Sequence[float], label: str) -> No
         if ends is not None:
             axes.plot([across[place]] * 2, ends, color=colour, linewidth=1.2, zorder=2)
         marker = MARKERS[kinds.index(kind) % len(MARKERS)]
-        axes.plot([across[place]], [up[place]], marker=marker, markersize=5, color=colour, linestyle="none", zorder=3)
+        look: dict[str, Any] = {"color": colour, "markerfacecolor": "white" if place in of.below else colour}
+        axes.plot([across[place]], [up[place]], marker=marker, markersize=5, linestyle="none", zorder=3, **look)
     for kind in kinds if len(kinds) > 1 else ():
         marker = MARKERS[kinds.index(kind) % len(MARKERS)]
         axes.plot([], [], marker=marker, markersize=5, color=plots.GREY, linestyle="none", label=kind)

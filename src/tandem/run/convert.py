@@ -22,6 +22,7 @@ from tandem.corpus.sources import check_sources
 from tandem.corpus.teacher import Origin, StoredWriter, is_stored, words_hash
 from tandem.errors import ConfigError
 from tandem.kernels.divergence import Head, top_logprobs
+from tandem.models.aside import written_aside
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.models.parts import expected_shapes
@@ -34,6 +35,7 @@ from tandem.run.distil import check_teacher, load_teacher, weights_hash
 from tandem.run.reading import Corpus, Solutions
 from tandem.run.source import resolve_source
 from tandem.run.stream import PromptStream
+from tandem.run.texts import read_texts
 from tandem.surgery.prune import Importance, Kept, Size, choose, measured, pieces, pruned
 from tandem.train.score import hidden_states
 from tandem.types import Group, Sample
@@ -76,17 +78,13 @@ def prune(source: str, out: Path, sizes: Mapping[str, int], text: Path | None) -
     spec, tokenizer = checkpoint.spec, checkpoint.load_tokenizer()
     wanted, importance = size.of(spec), None
     if text is not None:
-        try:
-            tokens = tokenizer.encode(text.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--measure {text} cannot be read: {error}. Give a file of text.") from error
+        texts = [tokenizer.encode(one) for one in read_texts(text, paragraphs=False, flag="--measure")]
         decoder = Decoder(spec, DTYPE).load(checkpoint.tensors())
-        importance = measured(decoder, pieces(tokens, spec.max_position))
+        importance = measured(decoder, pieces(texts, spec.max_position))
     kept = choose(spec, wanted, importance)
     student, tensors = pruned(spec, checkpoint.tensors(), wanted, kept)
-    part = out.with_name(out.name + ".part")
-    save_checkpoint(part, student, tensors, tokenizer, DTYPE)
-    part.rename(out)
+    with written_aside(out) as part:
+        save_checkpoint(part, student, tensors, tokenizer, DTYPE)
     before = sum(map(math.prod, expected_shapes(spec).values()))
     return Pruned(student, kept, importance, sum(tensor.numel() for tensor in tensors.values()), before)
 

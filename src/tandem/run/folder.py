@@ -417,18 +417,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As JSON has it: a number that is not finite is None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
+        return {str(name): plain(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return value
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(row), allow_nan=False) + "\n"
+    return json.dumps(plain(row), allow_nan=False) + "\n"
 
 
 def _short_line(row: Mapping[str, Any]) -> str:
@@ -436,11 +437,11 @@ def _short_line(row: Mapping[str, Any]) -> str:
     try:
         return json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n"
     except (ValueError, TypeError):
-        return json.dumps(_plain(row), allow_nan=False, separators=(",", ":")) + "\n"
+        return json.dumps(plain(row), allow_nan=False, separators=(",", ":")) + "\n"
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _write_whole(path, json.dumps(_plain(content), indent=2, allow_nan=False) + "\n", sync=True)
+    _write_whole(path, json.dumps(plain(content), indent=2, allow_nan=False) + "\n", sync=True)
 
 
 def _write_whole(path: Path, text: str, sync: bool) -> None:

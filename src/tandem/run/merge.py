@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
 from pathlib import Path
-from shutil import rmtree
 
 import torch
 
 from tandem.errors import ConfigError, ModelError, TandemWarning
+from tandem.models.aside import written_aside
 from tandem.models.checkpoint import open_checkpoint, save_checkpoint
 from tandem.models.decoder import DTYPES, Decoder
 from tandem.models.peft import merged
@@ -35,11 +34,9 @@ def merge(source: str, out: Path, dtype: str, base: str = "") -> None:
         if said := other_base(adapter, decoder.dtype, lambda now=decoder: weight_version(now, 0).digest, weights):  # type: ignore[misc]
             warnings.warn(said, TandemWarning, stacklevel=2)
     made = adapter.onto(Decoder(checkpoint.spec, "float32"))  # which takes the numbers as they are
-    kind, aside = DTYPES[dtype], out.with_name(f"{out.name}.part")
-    with ExitStack() as leaving:
-        leaving.callback(rmtree, aside, ignore_errors=True)
+    kind = DTYPES[dtype]
+    with written_aside(out) as aside:
         tensors = {name: tensor.to(kind) for name, tensor in merged(checkpoint, made)}
         if wrong := [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
             raise ModelError(f"{wrong[0]} has numbers beyond {dtype} once {source} is merged. Choose another dtype.")
         save_checkpoint(aside, checkpoint.spec, tensors, checkpoint.load_tokenizer(), dtype)
-        aside.rename(out)

@@ -24,6 +24,7 @@ from tandem.program.config import Format, TaskConfig
 from tandem.rollout.config import RolloutConfig
 from tandem.run.asked import conversations, drawing
 from tandem.run.parts import Parts, build_parts
+from tandem.run.source import trained_as
 from tandem.types import Completion, Constraint, Message, Request, Sampling, StopReason
 
 Asked = str | Sequence[Message | Mapping[str, str]]  # one user message, or a conversation
@@ -162,13 +163,14 @@ def load(
     """A model that generates: a Hugging Face folder or hub name, a .gguf file, package:NAME, or a run folder.
 
     `form`: "chat" (the model's template), "plain" (text alone), or "auto": chat where the model has a template. A run
-    is asked as its prompts were: with their system message, and by default in their form.
+    is asked as its prompts were: with their system message, and by default in their form; and it
+    is rounded as it was trained, where no ModelConfig says otherwise.
     """
-    config = (
-        model
-        if isinstance(model, ModelConfig)
-        else ModelConfig(fspath(model) if hasattr(model, "__fspath__") else model)
-    )
+    if isinstance(model, ModelConfig):
+        config = model
+    else:
+        config = ModelConfig(fspath(model) if hasattr(model, "__fspath__") else model)
+        config = override(config, {name.removeprefix("model."): at for name, at in trained_as(config.source).items()})
     if form not in get_args(Format):
         raise ConfigError(f"form is {form!r}.{nearest(str(form), get_args(Format))}")
     if not isinstance(engine, EngineConfig | None):

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 import torch
 
 from tandem import env
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, TandemWarning, nearest
+from tandem.models.aside import written_aside
 from tandem.models.checkpoint import Checkpoint, open_checkpoint, save_checkpoint
+from tandem.models.fields import read_json
+from tandem.models.gguf import FORMATS
 from tandem.models.gguf_tokens import tokenizer_fields
 from tandem.models.gguf_write import GgufKind, kept_fields, metadata, write_gguf
 from tandem.models.peft import is_adapter
+from tandem.models.quantised.opened import take_scheme
 from tandem.models.quantised.scheme import refuse_blocks
 from tandem.models.quantised.write import FILES, kind_of, slots_of, write
 from tandem.models.tokenizer import Tokenizer
-from tandem.numerics.blocks import format_of
+from tandem.numerics.blocks import FORMATS as NUMBERS
+from tandem.numerics.blocks import Format, format_of
 from tandem.run.source import resolve_source
-from tandem.surgery.quantise import Method, Quantised, check, quantised
-
-SEQUENCE_TOKENS = 512
+from tandem.run.texts import Pieces, pieces
+from tandem.surgery.quantise import Method, Quantised, check, check_finite, quantised
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +40,8 @@ class Asked:
     """
 
     method: str = "nearest"
-    texts: Path | None = None  # a file of text
-    sequences: int = 128  # pieces of SEQUENCE_TOKENS, taken evenly out of it
+    texts: Path | None = None  # a file of run/texts.py
+    sequences: int = 128  # pieces of it, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,7 @@ class Made:
     weights: int  # numbers of those matrices
     sqnr_db: float  # of all of them, beside what was rounded
     bytes: int  # of the new weights, or the new file
+    read: Pieces | None  # of the texts; None: nothing was looked at
     damped: Mapping[str, float]  # matrices whose inputs needed more on the diagonal of their second moments
     cpu_s: Mapping[str, float]  # of this process, by phase
 
@@ -73,8 +78,10 @@ def quantise(source: str, out: Path, wanted: str, dtype: str | None = None, aske
             raise ConfigError(f"{wanted} is a file of {gguf.dtype}: leave out --dtype {dtype}, or choose another type.")
         gguf = replace(gguf, dtype=dtype or gguf.dtype)
     else:
-        form = kind.form if kind else format_of(wanted) if wanted else None
+        form = kind.form if kind else _format(wanted) if wanted else None
     _check_out(out, gguf is not None)
+    if asked.texts is not None and not method.reads_texts:
+        raise ConfigError(f"--texts {asked.texts}: {asked.method} looks at no text. Leave it out, or give a --method.")
     plain = gguf is not None and gguf.type is None and method == Method()
     if asked.texts is None and not plain:
         check(method, form, ())
@@ -86,12 +93,14 @@ def quantise(source: str, out: Path, wanted: str, dtype: str | None = None, aske
             refuse_blocks(slot.stored[0].name, slot.columns or 0, kind.form.block)
     fields = _gguf_fields(checkpoint, tokenizer) if gguf else {}
     types = gguf.types(spec) if gguf else None
-    texts = pieces(asked, tokenizer, spec.max_position) if method.reads_texts else ()
+    read = _read(asked, tokenizer, spec.max_position) if method.reads_texts else None
     tensors = dict(checkpoint.tensors())
-    made = Quantised(spec, tensors) if plain else quantised(spec, tensors, method, form, texts, types)
-    aside = out.with_name(f"{out.name}.part")
-    with ExitStack() as leaving:
-        leaving.callback(_remove, aside)
+    if plain:
+        check_finite(spec, tensors)
+        made = Quantised(spec, tensors)
+    else:
+        made = quantised(spec, tensors, method, form, read.taken if read else (), types)
+    with written_aside(out) as aside:
         if gguf:
             write_gguf(aside, made.spec, made.tensors, made.coded, fields, gguf)
         elif kind:
@@ -99,7 +108,6 @@ def quantise(source: str, out: Path, wanted: str, dtype: str | None = None, aske
             write(aside, made.spec, floats, kind, made.blocks, tokenizer, dtype or "bfloat16")
         else:
             save_checkpoint(aside, made.spec, made.tensors, tokenizer, dtype or "float32")
-        aside.rename(out)
     coded = [one for one in made.coded.values() if one is not None]
     weights = sum(one.codes.numel() for one in made.blocks.values()) + sum(one.codes_NK.numel() for one in coded)
     bits = form.bits if form else None
@@ -108,7 +116,17 @@ def quantise(source: str, out: Path, wanted: str, dtype: str | None = None, aske
     name = gguf.name if gguf else form.name if form else None
     size = sum(path.stat().st_size for path in ([out] if gguf else out.glob("*.safetensors")))
     count = len(made.blocks) + len(coded)
-    return Made(file if gguf or kind else None, name, bits, count, weights, made.sqnr_db, size, made.damped, made.cpu_s)
+    written = file if gguf or kind else None
+    return Made(written, name, bits, count, weights, made.sqnr_db, size, read, made.damped, made.cpu_s)
+
+
+def _format(wanted: str) -> Format:
+    try:
+        return format_of(wanted)
+    except ConfigError as error:
+        close = nearest(wanted.partition(":")[0], (*FILES, "gguf", *NUMBERS))
+        close = close if "Did you mean" in close else ""
+        raise ConfigError(f"{error} Files are {', '.join(FILES)} and gguf.{close}") from error
 
 
 def _check_out(out: Path, one_file: bool) -> None:
@@ -126,7 +144,21 @@ def _opened(source: str) -> Checkpoint:
             f"{source} is an adapter, and what is quantised are whole weights. Fold it into its model first: tandem "
             f"convert merge {source} --out DIR; then quantise DIR."
         )
-    return open_checkpoint(resolved)
+    checkpoint = open_checkpoint(resolved)
+    if kept := _few_bits(checkpoint):
+        told = f"{source} has its matrices in few bits already ({kept}): what these lost is lost, and they are rounded"
+        warnings.warn(f"{told} again. Better take the model that they were made of.", TandemWarning, stacklevel=3)
+    return checkpoint
+
+
+def _few_bits(checkpoint: Checkpoint) -> str:
+    """What a model's files keep matrices as; empty for floats."""
+    if checkpoint.gguf is not None:
+        kinds = {FORMATS[entry.format][0] for entry in checkpoint.gguf.entries.values()}
+        return ", ".join(sorted(kinds - {"F32", "F16", "BF16"}))
+    config = Path(checkpoint.origin).expanduser() / "config.json"
+    scheme = take_scheme(config.parent, read_json(config)) if config.is_file() else None
+    return "" if scheme is None else scheme.method
 
 
 def _gguf_fields(checkpoint: Checkpoint, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -138,23 +170,13 @@ def _gguf_fields(checkpoint: Checkpoint, tokenizer: Tokenizer) -> dict[str, Any]
     return own | named | tokenizer_fields(tokenizer, checkpoint.spec.vocab_size)
 
 
-def _remove(path: Path) -> None:
-    rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def pieces(asked: Asked, tokenizer: Tokenizer, most_tokens: int) -> list[Sequence[int]]:
-    """A file's tokens in pieces, as many as are asked for, taken evenly; the last may be shorter."""
+def _read(asked: Asked, tokenizer: Tokenizer, most_tokens: int) -> Pieces:
     assert asked.texts is not None
-    try:
-        tokens = tokenizer.encode(asked.texts.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--texts {asked.texts} cannot be read: {error}. Give a file of text.") from error
-    size = min(SEQUENCE_TOKENS, most_tokens)
-    found: list[Sequence[int]] = [tokens[start : start + size] for start in range(0, len(tokens), size)]
-    if not found:
-        raise ConfigError(f"--texts {asked.texts} is empty. Give a file of text.")
-    count = min(asked.sequences, len(found))
-    return [found[index * len(found) // count] for index in range(count)]
+    found = pieces(asked.texts, asked.sequences, tokenizer, most_tokens)
+    if len(found.taken) < asked.sequences:
+        told = f"--texts {asked.texts} has {found.of:,} pieces ({found.tokens:,} tokens), {asked.sequences:,} are asked"
+        warnings.warn(f"{told} for: the method sees no more. Give more text.", TandemWarning, stacklevel=3)
+    return found
 
 
 def described(made: Made) -> dict[str, object]:
@@ -165,8 +187,10 @@ def described(made: Made) -> dict[str, object]:
         "matrices": made.matrices,
         "weights": made.weights,
         "bits": made.bits,
-        "sqnr_db": round(made.sqnr_db, 2) if made.matrices else None,
+        "sqnr_db": round(made.sqnr_db, 2) if made.matrices and math.isfinite(made.sqnr_db) else None,
         "bytes": made.bytes,
+        "pieces": len(made.read.taken) if made.read else 0,
+        "tokens": made.read.tokens if made.read else 0,
         "damped": dict(made.damped),
         "cpu_s": {name: round(spent, 3) for name, spent in made.cpu_s.items()},
     }

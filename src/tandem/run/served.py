@@ -21,7 +21,7 @@ from tandem.program.render import renderer_of
 from tandem.run.adapted import for_engine
 from tandem.run.model import asked_as
 from tandem.run.parts import Parts, build_parts, plan_parts
-from tandem.run.source import origin_of, resolve_source
+from tandem.run.source import origin_of, resolve_source, trained_as
 from tandem.server.config import ServeConfig, names_of
 from tandem.server.tenants import Access
 from tandem.sync.receive import serve_adapter
@@ -97,7 +97,8 @@ def alike(config: ServeConfig) -> list[str]:
     own = replace(config.server, host="127.0.0.1", port=0, ends_with=os.getpid())
     before = {name: value for name, _, value in names(ServeConfig(ModelConfig(config.model.source)))}
     now = names(replace(config, server=own))
-    changed = [f"{name}={render(value)}" for name, _, value in now if value != before.get(name)]
+    known = trained_as(config.model.source)  # what a server would take by itself
+    changed = [f"{name}={render(value)}" for name, _, value in now if value != before.get(name) or name in known]
     settings = [part for text in changed for part in ("--set", text)]
     return [sys.executable, "-m", "tandem", "serve", config.model.source, *settings]
 

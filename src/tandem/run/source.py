@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from tandem.errors import ConfigError, ModelError, RunFolderError
 from tandem.models.checkpoint import open_checkpoint
+from tandem.models.config import ModelConfig
 from tandem.models.fields import read_json
 from tandem.models.hf_config import from_hf_config
 from tandem.models.peft import CONFIG, AdapterFolder, base_of
@@ -29,6 +32,49 @@ def resolve_source(source: str) -> str:
         raise ConfigError(f"the run {folder} has no checkpoint yet; it saves one in time, at its end and on Ctrl-C.")
     verify(saved.path, resumes=False)
     return str(saved.path)
+
+
+ROUNDED = ("weights", "kv", "logits")  # settings of model.* by which a policy is rounded as it is computed
+PLAIN = {f"model.{name}": str(getattr(ModelConfig("none"), name)) for name in ROUNDED}
+
+
+def trained_as(source: str) -> dict[str, str]:
+    """Of a run, or of one of its checkpoints: the settings of ROUNDED that its config says and that are not a plain
+    run's, by their whole names; none for another model. A checkpoint has the weights, not what they are rounded to.
+    """
+    place = Path(source).expanduser()
+    folder = next(
+        (
+            one
+            for one in (place, place.parent.parent)
+            if (one / "config.json").is_file() and (one / "checkpoints").is_dir()
+        ),
+        None,
+    )
+    if folder is None or (folder != place and place.parent.name != "checkpoints"):
+        return {}
+    try:
+        model = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model", {})
+        named = {f"model.{name}": str(model[name]) for name in ROUNDED if name in model}  # older runs have fewer
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise RunFolderError(f"{folder / 'config.json'} names no model ({error}). Restore the file.") from error
+    return {name: value for name, value in named.items() if value != PLAIN[name]}
+
+
+def rounded_by(model: ModelConfig) -> dict[str, str]:
+    """Those of ROUNDED that are not a plain run's, by their whole names."""
+    found = {f"model.{name}": str(getattr(model, name)) for name in ROUNDED}
+    return {name: value for name, value in found.items() if value != PLAIN[name]}
+
+
+def say_trained_as(source: str, given: Collection[str], *, taken: str = "", left: str = "") -> dict[str, str]:
+    """`trained_as` but for what is `given`, said on stderr: that a verb has `taken` it, or has `left` it out."""
+    found = {name: value for name, value in trained_as(source).items() if name not in given}
+    if found:
+        told = ", ".join(f"{name}={value}" for name, value in found.items())
+        how = f"{taken} rounds alike" if taken else f"{left} takes its weights as they are saved, not rounded"
+        print(f"{source} was trained with {told}: {how}.", file=sys.stderr, flush=True)
+    return found
 
 
 def origin_of(source: str, base: str = "") -> tuple[str, AdapterFolder | None]:

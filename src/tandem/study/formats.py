@@ -16,6 +16,7 @@ from tandem.report.aligned import aligned
 from tandem.report.format_page import write_format_page
 from tandem.report.kept import write_file
 from tandem.report.numerics import gradient_figure, pareto_figure, sensitivity_figure
+from tandem.run.folder import plain
 from tandem.study.figure import compact
 from tandem.study.gradients import gradient_errors
 from tandem.study.quality import Asked, accuracies, rewards
@@ -42,7 +43,7 @@ def sensitivity(
     if out is not None:
         _write(out, sensitivity_figure, found)
     if json:
-        print(jsonlib.dumps(found))
+        print(jsonlib.dumps(plain(found), allow_nan=False))
         return 0
     _grid("KL, nats a token, x 1,000", found, lambda cell: f"{1e3 * cell['kl']:.3f}")
     _grid("SQNR of the tensor, dB", found, lambda cell: _or_exact(cell["sqnr_db"], ".3f"))
@@ -59,7 +60,7 @@ def _gradients(found: dict[str, Any], out: Path | None, json: bool) -> int:
     if out is not None:
         _write(out, gradient_figure, found)
     if json:
-        print(jsonlib.dumps(found))
+        print(jsonlib.dumps(plain(found), allow_nan=False))
         return 0
     _grid("SQNR of each matrix's gradient, dB", found, lambda cell: _or_exact(cell["sqnr_db"], ".1f"))
     print(
@@ -109,6 +110,8 @@ def pareto(
 ) -> int:
     """Formats by bits and time against quality."""
 
+    if twice := sorted({form for form in formats if formats.count(form) > 1}):
+        raise ConfigError(f"--formats names {', '.join(twice)} twice. Give each format once.")
     if len(formats) < 2:
         raise ConfigError("`numerics pareto` compares formats: give two or more, as --formats bf16,w8a8,nvfp4,mxfp4.")
     _check_picture(out)
@@ -122,15 +125,15 @@ def pareto(
     if out is not None:
         _write(out, pareto_figure, found)
     if json:
-        print(jsonlib.dumps(found))
+        print(jsonlib.dumps(plain(found), allow_nan=False))
         return 0
     rows = []
     for row in found["rows"]:
         more = f"{row['loss_more']:+.4f}"
         if row["loss_more_low"] is not None:
             more += f" ({row['loss_more_low']:+.4f} to {row['loss_more_high']:+.4f})"
-        shares = [f"{row['perplexity']:.3f}", more, f"{row['same_top']:.1%}", "dominated" if row["dominated"] else ""]
-        sizes = [f"{row['bits_a_parameter']:.2f}", f"{1e3 * row['seconds']:.4f}"]
+        shares = [f"{row['perplexity']:.3f}", more, f"{row['same_top']:.1%}", _dominated(row)]
+        sizes = [f"{row['bits_a_parameter']:.2f}", f"{1e3 * row['seconds']:.4g}"]
         rows.append([row["format"], *sizes, _spanned(row), *shares])
     headings = ("format", "bits", "ms", "KL, nats a token", "perplexity", "loss more, nats", "same likeliest", "")
     aligned(headings, rows, ("format", "KL, nats a token", "loss more, nats", ""))
@@ -143,6 +146,11 @@ def pareto(
     if "study" in found:
         _reward(found["study"])
     return 0
+
+
+def _dominated(row: Mapping[str, Any]) -> str:
+    by = [name for key, name in (("bits", "bits"), ("seconds", "time")) if row["dominated"][key]]
+    return f"dominated by {' and '.join(by)}" if by else ""
 
 
 def _accuracy(of: Mapping[str, Any]) -> None:

@@ -11,8 +11,8 @@ independent (numerics/interval.py: clustered_error), and is none of one text.
 
 from __future__ import annotations
 
-import json
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,7 +34,9 @@ from tandem.models.tokenizer import Tokenizer
 from tandem.models.view import PackView
 from tandem.numerics.interval import Z_95, clustered_error, clustered_interval
 from tandem.numerics.names import Ablated
+from tandem.report.units import duration
 from tandem.run.source import resolve_source
+from tandem.run.texts import read_texts
 from tandem.study.ablation import PLAIN, Tally, head_trials, matrices, rounds_of, trials
 
 DTYPE = "float32"
@@ -56,35 +58,6 @@ class Batch:
     @property
     def view(self) -> PackView:
         return PackView(self.bounds)
-
-
-def read_texts(path: Path) -> list[str]:
-    """Of JSON lines, each with a "text"; of any other file its paragraphs, which empty lines part.
-
-    ConfigError for a file without one, and for a line without a text.
-    """
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--texts {path}: {error}. Give a file of UTF-8 text, or of JSON lines.") from error
-    if path.suffix != ".jsonl":
-        found = [" ".join(part.split()) for part in content.split("\n\n")]
-        found = [text for text in found if text]
-    else:
-        found = [_text(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
-    if not found:
-        raise ConfigError(f"--texts {path} holds no text. Give JSON lines with a text each, or paragraphs.")
-    return found
-
-
-def _text(path: Path, number: int, line: str) -> str:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ConfigError(f"--texts {path} line {number} is no JSON: {error}.") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ConfigError(f'--texts {path} line {number} has no "text". Each line is an object with one.')
-    return row["text"]
 
 
 def batches(texts: Sequence[str], tokenizer: Tokenizer, longest: int) -> list[Batch]:
@@ -200,7 +173,7 @@ def rounding_named(name: str) -> Rounding:
 def opened(model: str, texts: Path) -> tuple[Checkpoint, Decoder, list[Batch]]:
     """A model in fp32, and the texts as it reads them. ConfigError for a file without texts."""
     torch.set_num_threads(env.num_threads())
-    written = read_texts(texts)
+    written = read_texts(texts, paragraphs=True)
     checkpoint = open_checkpoint(resolve_source(model))
     decoder = _decoder(checkpoint)
     longest = min(TEXT_TOKENS, checkpoint.spec.max_position)
@@ -211,6 +184,26 @@ def _decoder(checkpoint: Checkpoint, rounding: Rounding = NOT_ROUNDED) -> Decode
     """In fp32, its matrices and what they multiply rounded as in training and sampling."""
     decoder = Decoder(checkpoint.spec, DTYPE, rounding=rounding)
     return decoder.load((name, tensor.float()) for name, tensor in checkpoint.tensors())
+
+
+class _Pace:
+    """How far the tensors of a batch are, and how long the others take: a pass from a layer on, and what each costs
+    beside it, as far as is known."""
+
+    def __init__(self, pass_s: float, shares: Sequence[float], batches: float) -> None:
+        """shares: of a whole pass, of each tensor in turn; batches: that follow, in sizes of this one."""
+        self.pass_s, self.shares, self.batches, self.done = pass_s, shares, batches, 0
+        self.begun_s = time.monotonic()
+
+    def told(self) -> str:
+        """Behind one more."""
+        self.done += 1
+        spent_s = time.monotonic() - self.begun_s
+        beside_s = max(0.0, spent_s - self.pass_s * math.fsum(self.shares[: self.done])) / self.done
+        shares = math.fsum(self.shares[self.done :]) + self.batches * math.fsum(self.shares)
+        count = len(self.shares) - self.done + self.batches * len(self.shares)
+        left_s = self.pass_s * shares + beside_s * count
+        return f"{self.done} of {len(self.shares)} tensors, about {duration(left_s)} left"
 
 
 @torch.no_grad()
@@ -228,14 +221,21 @@ def sensitivity(
     sums: dict[tuple[int | None, str], Sums] = defaultdict(Sums.empty)
     for number, batch in enumerate(found, 1):
         note(f"batch {number} of {len(found)}: {len(batch.bounds) - 1} texts, {len(batch.tokens_T):,} tokens")
+        begun_s = time.monotonic()
         states, final_TM = hidden_states(decoder, batch)
+        pass_s = time.monotonic() - begun_s
         before = before_of(decoder, final_TM)
-        for layer in decoder.layers:
-            for column, trial in trials(layer, kinds, rounds, batch.bounds):
-                at = layer.index, column
-                with trial(tallies[at]) as view:
-                    hidden_TM = forward_from(decoder, view, layer.index, states)
-                compare(batch, before, partial(logprobs_of, decoder, hidden_TM), sums[at])
+        tried = [(layer, *one) for layer in decoder.layers for one in trials(layer, kinds, rounds, batch.bounds)]
+        shares = [1 - layer.index / checkpoint.spec.layers for layer, _, _ in tried]
+        pace = _Pace(pass_s, shares, sum(len(one.tokens_T) for one in found[number:]) / len(batch.tokens_T))
+        for layer, column, trial in tried:
+            at = layer.index, column
+            with trial(tallies[at]) as view:
+                hidden_TM = forward_from(decoder, view, layer.index, states)
+            compare(batch, before, partial(logprobs_of, decoder, hidden_TM), sums[at])
+            kl = sums[at].kl[-len(batch.bounds) + 1 :]
+            done = f"layer {layer.index} {column}: KL {math.fsum(kl) / len(batch.tokens_T):.3g}"
+            note(f"{done} on this batch; {pace.told()}")
         for column, of_head in head_trials(decoder, final_TM, rounds) if "logits" in kinds else ():
             compare(batch, before, of_head(tallies[None, column]), sums[None, column])
     rows = [
@@ -264,6 +264,10 @@ def forward_from(decoder: Decoder, view: PackView, first: int, states: Sequence[
     return rms_norm(hidden_TM, decoder.norm, decoder.spec.norm_eps)
 
 
+def _dominates(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return one != other and one[0] <= other[0] and one[1] <= other[1]
+
+
 @torch.no_grad()
 def pareto(
     model: str, forms: Sequence[str], texts: Path, foretold: Callable[[ModelSpec, str], Mapping[str, Any]], note: Note
@@ -271,7 +275,7 @@ def pareto(
     """All matrices in each of several formats: KL and perplexity with intervals, beside what is `foretold` of each.
 
     foretold: "bits_a_parameter" and "seconds" at least, by shape and format (bench/foretold.py). A format is dominated
-    where another takes no more bits and has no more KL. ConfigError for an unknown format.
+    by "bits", or by "seconds", where another takes no more of them and has no more KL. ConfigError for an unknown one.
     """
     roundings = {form: rounding_named(form) for form in forms}
     checkpoint, decoder, found = opened(model, texts)
@@ -293,13 +297,10 @@ def pareto(
             compare(batch, before, after, sums)
         rows.append({"format": form} | dict(known[form]) | sums.figures())
     for row in rows:
-        row["dominated"] = any(
-            other is not row
-            and other["bits_a_parameter"] <= row["bits_a_parameter"]
-            and other["kl"] <= row["kl"]
-            and (other["bits_a_parameter"], other["kl"]) != (row["bits_a_parameter"], row["kl"])
-            for other in rows
-        )
+        row["dominated"] = {
+            name: any(_dominates((other[key], other["kl"]), (row[key], row["kl"])) for other in rows)
+            for name, key in (("bits", "bits_a_parameter"), ("seconds", "seconds"))
+        }
     first = rows[0]
     return {
         "model": model, "texts": first["texts"], "tokens": first["tokens"],

@@ -225,7 +225,8 @@ def measured(decoder: Decoder, texts: Sequence[Sequence[int]]) -> Importance:
     return Importance(layers_L / count, heads_LH / count, neurons_LF / count, channels_M / count)
 
 
-def pieces(tokens: Sequence[int], most_tokens: int) -> list[Sequence[int]]:
-    """A text's tokens in at most PIECES pieces of PIECE_TOKENS, or of the model's positions where those are fewer."""
+def pieces(texts: Sequence[Sequence[int]], most_tokens: int) -> list[Sequence[int]]:
+    """Tokens of texts in at most PIECES pieces of PIECE_TOKENS, or of the model's positions where those are fewer; none
+    over two texts."""
     size = min(PIECE_TOKENS, most_tokens)
-    return [tokens[start : start + size] for start in range(0, len(tokens), size)][:PIECES]
+    return [text[start : start + size] for text in texts for start in range(0, len(text), size)][:PIECES]

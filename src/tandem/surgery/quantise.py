@@ -41,6 +41,7 @@ from tandem.surgery.turn import learned_turn
 
 Rewrite = Literal["", "awq", "smooth", "hadamard", "rotation"]
 DTYPE = "bfloat16"  # in which texts are run
+TOLD = 4  # tensors of an error
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +93,26 @@ class Quantised:
         return 10 * math.log10(self.signal / self.noise) if self.noise and self.signal else math.inf
 
 
+def check_finite(spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+    """NonFiniteError for weights that are NaN or infinite: in which layer and tensor, and how many."""
+    wrong = {name: count for name, x in tensors.items() if (count := x.numel() - int(x.isfinite().sum()))}
+    if not wrong:
+        return
+    places = {
+        one.name: f"layer {index}, {site}" for index in range(spec.layers) for site, slot in slots(spec, index).items()
+        for one in slot.stored
+    }  # fmt: skip
+    told = [
+        f"{places.get(name, 'outside the layers')} ({name}): {count:,} of {tensors[name].numel():,}"
+        for name, count in wrong.items()
+    ]
+    more = f"; and {len(told) - TOLD} more tensors" if len(told) > TOLD else ""
+    raise NonFiniteError(
+        f"weights are NaN or infinite, and nothing is made of such: {'; '.join(told[:TOLD])}{more}. The model is "
+        "damaged, or a training run went wrong: take another copy, or an earlier checkpoint."
+    )
+
+
 def quantised(
     spec: ModelSpec,
     tensors: Mapping[str, Tensor],
@@ -107,6 +128,7 @@ def quantised(
     searched with.
     """
     check(method, form, texts)
+    check_finite(spec, tensors)
     made = Quantised(spec, {name: tensor.float() for name, tensor in tensors.items()}, types=types or {})
     with _timed(made, "rewrite"):
         if method.rewrite in ("hadamard", "rotation"):
@@ -179,6 +201,8 @@ def _gptq(made: Quantised, form: Format, texts: Sequence[Sequence[int]]) -> None
 def _round(made: Quantised, slot: Slot, form: Format, index: int, found: Factor | None) -> None:
     """A matrix of a layer, as one where a row's blocks are its own; else each tensor that lies in it."""
     whole = matrix(made.tensors, slot)
+    if not bool(whole.isfinite().all()):
+        raise NonFiniteError(f"layer {index}, {slot.name}: its numbers overflow fp32 as it is written otherwise.")
     if made.types:
         with _named(index, slot.name):
             _round_coded(made, slot, whole, found)
