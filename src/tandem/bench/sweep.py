@@ -46,9 +46,13 @@ def fill_pages(engine: Engine) -> None:
     import torch
 
     pools = [tensor for pool in engine.runner.pools for tensor in pool.tensors()]  # type: ignore[attr-defined]
-    for pool in pools:  # codes, where they are, and their scales
-        page = torch.randn(1, pool.shape[1]) * (40 if pool.dtype == torch.int8 else 1)
-        pool.copy_(page.abs().div(40).expand_as(pool) if pool.dtype != pools[0].dtype else page.expand_as(pool))
+    for pool in pools:
+        page = torch.randn(1, pool.shape[1])
+        if not pool.is_floating_point():
+            page = page.mul(40).abs()  # bytes of codes
+        elif not pools[0].is_floating_point():
+            page = page.abs() / 40  # their scales
+        pool.copy_(page.expand_as(pool))
 
 
 def start_decoding(engine: Engine, sequences: int, context: int, new: int, rng: random.Random) -> None:
