@@ -206,7 +206,9 @@ CASES_DRAWN = st.builds(
     dtype=st.sampled_from(["bfloat16", "bfloat16", "float32"]),
     formats=st.lists(st.sampled_from(list(FORMATS)), min_size=1, max_size=4),
     group=st.sampled_from([8, 32]),
-    kept=st.sampled_from([("same", 0, 0), ("int8", 0, 0), ("float8_e4m3", 0, 0), ("int4", 0, 0), ("same", 5, 2), ("int8", 5, 0)]),
+    kept=st.sampled_from(
+        [("same", 0, 0), ("int8", 0, 0), ("float8_e4m3", 0, 0), ("int4", 0, 0), ("same", 5, 2), ("int8", 5, 0)]
+    ),
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
     chunks=st.lists(st.sampled_from([1, 2, 5, 7, 16, 40]), min_size=1, max_size=4),
     asked=st.lists(st.sampled_from(["none", "none", "last", "odd", "all"]), min_size=1, max_size=4),
