@@ -23,6 +23,7 @@ from tandem.cli.main import main
 from tandem.engine.config import EngineConfig
 from tandem.engine.runner import DecoderRunner
 from tandem.errors import ConfigError, ModelError, NonFiniteError, TandemWarning
+from tandem.kernels.eights import Eights, product_reference
 from tandem.kernels.fours import Fours
 from tandem.models.checkpoint import Checkpoint, open_checkpoint
 from tandem.models.codes import described, hold_codes
@@ -168,6 +169,22 @@ def test_the_engine_holds_the_codes_of_a_file(small: Checkpoint, tmp_path: Path)
     for (name, one), (_, other) in zip(runner.decoder.weights(), decoder.weights(), strict=True):
         if other.codes is not None:
             assert isinstance(one.codes, Fours) and one.codes.packed.equal(other.codes.packed), name
+
+
+def test_rows_of_8_bits_are_served_as_they_lie(small: Checkpoint, tmp_path: Path) -> None:
+    """A file for w8a8, SmoothQuant's, is opened and rounded once more, by scales that are not the file's."""
+    written(tmp_path / "m", small, "compressed-tensors:int8_row")
+    checkpoint = open_checkpoint(str(tmp_path / "m"))
+    asked = EngineConfig(weights="w8a8", page_tokens=4, max_sequences=4, batch_tokens=64, kv_memory_bytes=1 << 20)
+    if not Decoder(checkpoint.spec, "bfloat16").compiled:
+        pytest.skip("products by codes are compiled")
+    runner = build_parts(ModelConfig(str(tmp_path / "m")), asked, learns=False).engine.runner
+    assert isinstance(runner, DecoderRunner)
+    filed, own = checkpoint.codes("model.layers.0.self_attn.o_proj.weight"), runner.decoder.layers[0].mix.out.codes
+    assert filed is not None and isinstance(own, Eights) and not own.is_rounded
+    assert torch.equal(own.scales[: len(filed.codes_NK)], filed.scales_NG[:, 0].float())
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert torch.equal(own.product(x), product_reference(x, filed))
 
 
 def test_three_bits_lie_over_word_bounds() -> None:

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from tandem.cli import catalogue, main
+from tandem.numerics.names import PAGES
 from tandem.report.advice import WORSE, Advisor, advise, follow
 from tandem.report.evidence import Evidence
 from tandem.report.history import MEASURES, History
@@ -151,8 +152,8 @@ def test_every_rule_has_a_fault_and_settings_that_exist() -> None:
 
 
 def choices() -> set[str]:
-    """Values that settings of one of a few take."""
-    return {word for setting in catalogue.settings() for word in re.findall(r"[a-z0-9_]+", setting.type)}
+    """Values that settings of one of a few take, and names of what pages hold."""
+    return {*PAGES} | {word for setting in catalogue.settings() for word in re.findall(r"[a-z0-9_]+", setting.type)}
 
 
 def test_an_advisory_is_said_once_and_again_when_it_is_much_worse() -> None:

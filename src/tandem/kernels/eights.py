@@ -14,6 +14,7 @@ from tandem.kernels.address import address, rows_address
 from tandem.kernels.build.load import function, kernel
 from tandem.kernels.large import large
 from tandem.kernels.sizes import PANEL
+from tandem.numerics.compare import same_bits
 from tandem.numerics.quantise import Quantised, check_scales, to_int8
 
 QUAD = 4  # inputs of a word
@@ -27,12 +28,12 @@ _NAMES = {
 class Eights:
     """A packed matrix [N, K]: `packed` in the layout of eights.h, and `words`, its struct Eights as five int64."""
 
-    __slots__ = ("packed", "scales", "shape", "sums", "words")
+    __slots__ = ("is_rounded", "packed", "scales", "shape", "sums", "words")
     bits = 8
-    is_rounded = True
 
     def __init__(self, matrix: Quantised | Tensor) -> None:
         """Of codes, or of a matrix in bf16 or fp32, which is rounded. NonFiniteError where it is not finite."""
+        self.is_rounded = isinstance(matrix, Tensor)  # and not codes of a file's, which stand for a matrix
         self.shape = rows, inputs = matrix.shape if isinstance(matrix, Tensor) else matrix.codes_NK.shape
         depth, panels = -(-inputs // QUAD) * QUAD, -(-rows // PANEL)
         self.packed = large(panels * depth * PANEL, dtype=torch.int8)
@@ -51,7 +52,9 @@ class Eights:
         check_scales(self.scales, value_NK)
 
     def is_of(self, value_NK: Tensor) -> bool:
-        """Whether the codes are those of this matrix."""
+        """Whether the codes are those of this matrix, or a file's and stand for it."""
+        if not self.is_rounded:
+            return same_bits(self.values(value_NK.dtype), value_NK)
         different = torch.zeros(1, dtype=torch.int64)
         self._round(value_NK, different)
         return not int(different)

@@ -13,6 +13,7 @@ from tandem.kernels.build.load import kernel
 from tandem.kernels.choice import backend
 from tandem.kernels.codes import Codes, fits
 from tandem.kernels.eights import Eights
+from tandem.kernels.eights import fits as is_eights
 from tandem.kernels.eights_gradient import turned
 from tandem.kernels.fours import Fours
 from tandem.kernels.fours import fits as is_packed
@@ -268,9 +269,15 @@ class Weight:
 
     def multiply_in_8_bits(self, value: torch.Tensor, bits: int = 8, filed: Quantised | None = None) -> None:
         """Multiply by this matrix rounded to 8 or 4 bits from now on, a row of x to 8 (kernels/eights.py, fours.py),
-        and keep nothing else of it: bf16 or fp32, as it came. To 4 it is not rounded where `filed` stands for it."""
-        if bits == 4 and filed is not None and is_packed(filed) and same_bits(dequantise(filed, value.dtype), value):
-            self._hold(Fours(filed), rows=False)
+        and keep nothing else of it: bf16 or fp32, as it came. It is not rounded where `filed` stands for it."""
+        packs = is_packed if bits == 4 else is_eights
+        if (
+            filed is not None
+            and not self.on_device
+            and packs(filed)
+            and same_bits(dequantise(filed, value.dtype), value)
+        ):
+            self._hold((Eights if bits == 8 else Fours)(filed), rows=False)
             return
         if isinstance(self.codes, Eights | Fours) and self.codes.is_rounded:
             self.codes.round(value)

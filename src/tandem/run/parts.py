@@ -375,7 +375,7 @@ def _build(words: _Words, model: ModelConfig, config: EngineConfig, memory: Plan
     receivers: list[Receiver] = [Shared("what runs on the learner's weights", decoder, *on_learner)]
     if serving is not decoder:
         rounding = integers_of(config)
-        own = layer_codes(decoder, checkpoint) if config.weights == "w4a8" and not learns else None
+        own = layer_codes(decoder, checkpoint) if rounding.products and not learns else None
         copied = Copied("the engine", serving, engine, *others, rounding=rounding, lag=lag, source=source, codes=own)
         receivers.append(copied)
     publisher = Publisher(decoder, receivers)

@@ -183,6 +183,7 @@ class DeviceEights(eights.Eights):
 
     def __init__(self, value_NK: Tensor, kind: torch.dtype = torch.int8) -> None:
         """Of a matrix on the device. NonFiniteError where it is not finite."""
+        self.is_rounded = True
         self.packed, self.scales = round_rows(value_NK, kind)
         check_scales(self.scales, value_NK)
         self.shape = self.packed.shape
