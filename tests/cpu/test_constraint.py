@@ -18,7 +18,7 @@ from tandem.algo.pack import count_prompts, pack
 from tandem.cli.main import main
 from tandem.engine.batch import Sequence as LiveSequence
 from tandem.engine.config import EngineConfig
-from tandem.engine.draft import Drafter, prompt_lookup
+from tandem.engine.draft import Drafter
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
 from tandem.errors import ConfigError, NonFiniteError
@@ -31,6 +31,7 @@ from tandem.models.decoder import Decoder
 from tandem.models.view import PackView
 from tandem.rollout.trajectory import flatten
 from tandem.types import Completion, Constraint, Request, Sample, Sampling, StopReason, Turn, is_mask, kept_ids, kept_of
+from tests.drafting import Told, at_most
 from tests.grammars import END, OTHER_END, grammars_of
 from tests.samples import column, owners_of
 
@@ -74,7 +75,7 @@ def asked(number: int, sampling: Sampling, constraint: Constraint | None, new_to
     return Request(f"r{number}", "p", prompt(number), sampling, number, constraint=constraint)
 
 
-def engine_of(decoder: Decoder, num_pages: int = 120, drafter: Drafter = prompt_lookup, **changes: Any) -> Engine:
+def engine_of(decoder: Decoder, num_pages: int = 120, drafter: Drafter | None = None, **changes: Any) -> Engine:
     limits = {"page_tokens": 4, "batch_tokens": 40, "max_sequences": 6, "lookahead_tokens": 0}
     config = EngineConfig(**(limits | changes))
     engine = Engine(DecoderRunner(decoder, num_pages, 4, config), config, num_pages, 256, drafter=drafter)
@@ -196,7 +197,7 @@ def test_drafts_change_no_bit(decoder, rights, count):
             found.append([token if i < right else (token + 1) % 97 for i, token in enumerate(rest)])
         return found
 
-    engine = engine_of(decoder, drafter=drafts, draft_tokens=count)
+    engine = engine_of(decoder, drafter=Told(drafts), draft=at_most(count))
     assert told(engine.generate(requests)) == told(plain)
     assert engine.stats.drafted_tokens
 

@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from tandem.engine.batch import Sequence
 from tandem.engine.config import EngineConfig
-from tandem.engine.draft import Drafter, prompt_lookup
+from tandem.engine.draft import Drafter
 from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
 from tandem.models.decoder import Decoder
 from tandem.models.spec import LayerAttention
 from tandem.types import Completion, Reach, Request, Sampling
+from tests.drafting import Told, at_most
 
 WINDOWS = {"layers": 4, "attention": (LayerAttention(Reach(window=9)), LayerAttention()) * 2}
 CHUNKS = {"layers": 4, "attention": (LayerAttention(Reach(chunk=8)),) * 3 + (LayerAttention(),)}
@@ -33,7 +34,7 @@ ASKED = [
 
 
 def generate(
-    decoder: Decoder, drafter: Drafter, num_pages: int = 200, **changes: Any
+    decoder: Decoder, drafter: Drafter | None, num_pages: int = 200, **changes: Any
 ) -> tuple[list[Completion], Engine]:
     settings = {"page_tokens": 4, "batch_tokens": 40, "max_sequences": 6, "lookahead_tokens": 0} | changes
     config = EngineConfig(**settings)
@@ -57,7 +58,7 @@ def of(plain: list[Completion], rights: list[int]) -> Drafter:
             found.append([token if i < right else (token + 1) % 97 for i, token in enumerate(guessed)])
         return found
 
-    return drafts
+    return Told(drafts)
 
 
 def columns(done: list[Completion]) -> list[dict[str, list[Any]]]:
@@ -85,21 +86,21 @@ def test_drafts_change_no_bit(kernel_path, make_decoder, changes, dtype, rights,
     """A row's bits or noise hang on the drafts beside it, a rejected key is read, a value is booked on another token,
     or a filter's kept set is a neighbour's."""
     decoder = make_decoder(dtype, **changes)
-    plain, _ = generate(decoder, prompt_lookup, **kept)
+    plain, _ = generate(decoder, None, **kept)
     assert any("kept" in one.columns for one in plain) and len({one.stop_reason for one in plain}) > 1
     room *= 2 if changes else 1
-    drafted, engine = generate(decoder, of(plain, rights), room, draft_tokens=draft_tokens, **kept)
+    drafted, engine = generate(decoder, of(plain, rights), room, draft=at_most(draft_tokens), **kept)
     assert columns(drafted) == columns(plain)
     assert engine.stats.drafted_tokens and (engine.stats.accepted_tokens or not min(rights))
 
 
 def test_a_text_that_goes_in_circles_takes_fewer_steps(make_decoder, kernel_path):
-    """engine.draft_tokens drafts nothing, or not what followed the last tokens before."""
+    """Prompt lookup drafts nothing, or not what followed the last tokens before."""
     decoder = make_decoder("bfloat16")
     silent = ("o_proj", "down_proj")  # without them a token hangs on the last one alone, so a greedy text comes back
     decoder.load((name, tensor * (not any(part in name for part in silent))) for name, tensor in decoder.export())
-    plain, slow = generate(decoder, prompt_lookup)
-    drafted, fast = generate(decoder, prompt_lookup, draft_tokens=4)
+    plain, slow = generate(decoder, None)
+    drafted, fast = generate(decoder, None, draft=at_most(4))
     assert columns(drafted) == columns(plain)
     greedy = [len(one.tokens) for one, asked in zip(plain, ASKED, strict=True) if asked.sampling.greedy]
     assert fast.stats.accepted_tokens > sum(greedy) / 4 and fast.stats.batches < slow.stats.batches

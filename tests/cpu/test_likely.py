@@ -18,6 +18,7 @@ from tandem.kernels.sample import SamplingBatch, likeliest, sample
 from tandem.models.decoder import Decoder
 from tandem.models.view import PackView
 from tandem.types import Completion, Request, Sampling, likely_tokens
+from tests.drafting import at_most
 
 MakeDecoder = Callable[..., Decoder]
 KINDS = {
@@ -77,7 +78,7 @@ def own(decoder: Decoder, tokens: tuple[int, ...]) -> torch.Tensor:
         return torch.log_softmax(decoder.logits(hidden).float(), -1)
 
 
-@pytest.mark.parametrize("settings", [{}, {"batch_tokens": 16}, {"draft_tokens": 3}, {"order": "shares"}])
+@pytest.mark.parametrize("settings", [{}, {"batch_tokens": 16}, {"draft": at_most(3)}, {"order": "shares"}])
 def test_what_is_told_changes_no_bit_of_what_is_drawn(make_decoder: MakeDecoder, settings: dict[str, Any]) -> None:
     """Another token or log-prob is drawn where more is told, or it is told of another place."""
     decoder = make_decoder("float32")

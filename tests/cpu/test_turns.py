@@ -15,6 +15,7 @@ from tandem.engine.runner import DecoderRunner
 from tandem.models.decoder import Decoder
 from tandem.types import Completion, Request, Sampling, StopReason
 from tests.cpu.test_draft import CHUNKS, WINDOWS, columns
+from tests.drafting import at_most
 
 SAMPLINGS = (
     Sampling(max_new_tokens=9),
@@ -71,7 +72,7 @@ def play(engine: Engine, seed: int) -> dict[str, tuple[Request, Completion]]:
 @given(
     seed=st.integers(0, 10**6),
     page_tokens=st.sampled_from([2, 4, 8, 16, 32]),
-    kept=st.sampled_from([{}, {}, {"kv_dtype": "int8"}, {"kv_dtype": "float8_e4m3"}, {"draft_tokens": 3}]),
+    kept=st.sampled_from([{}, {}, {"kv_dtype": "int8"}, {"kv_dtype": "float8_e4m3"}, {"draft": at_most(3)}]),
     room=st.sampled_from([1.1, 1.6, 6.0]),
 )
 def test_a_turn_that_goes_on_in_a_page_has_its_bits(make_decoder, changes, dtype, seed, page_tokens, kept, room):
@@ -82,7 +83,7 @@ def test_a_turn_that_goes_on_in_a_page_has_its_bits(make_decoder, changes, dtype
     pages = int(room * groups * (-(-(MOST + 14) // page_tokens) + 1))
     engine = engine_of(decoder, pages, page_tokens=page_tokens, **kept)
     played = play(engine, seed)
-    plainly = {name: value for name, value in kept.items() if name != "draft_tokens"}
+    plainly = {name: value for name, value in kept.items() if name != "draft"}
     plain = engine_of(decoder, 400, page_tokens=16, share_prefixes=False, **plainly)
     alone = plain.generate([request for request, _ in played.values()])
     for (_, one), wanted in zip(played.values(), alone, strict=True):

@@ -21,6 +21,7 @@ from tandem.kernels.sample import SamplingBatch, kept_sets, processed_logits, sa
 from tandem.kernels.weight import Weight
 from tandem.models.decoder import Decoder
 from tandem.types import Completion, Constraint, Request, Sampling, kept_ids, kept_of
+from tests.drafting import Told, at_most
 from tests.grammars import END, OTHER_END, grammars_of
 
 pytest.importorskip("llguidance", reason="constraints are those of the extra serve")
@@ -88,8 +89,8 @@ def test_drafts_beside_masks_draw_the_same(make_decoder):
         ahead = [known[s.request.id][s.num_drawn :][:count] for s, count in zip(sequences, most, strict=True)]
         return [[*tokens[:2], *[(token + 1) % 67 for token in tokens[2:]]] for tokens in ahead]
 
-    engine = engine_of(make_decoder(), draft_tokens=4)
-    engine.scheduler.drafter = drafter
+    engine = engine_of(make_decoder(), draft=at_most(4))
+    engine.scheduler.drafter = Told(drafter)
     assert told(engine.generate(requests())) == told(plain)
     assert engine.stats.accepted_tokens > 6
 

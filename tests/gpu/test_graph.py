@@ -19,6 +19,7 @@ from tandem.kernels.page_sum import page_sums_reference
 from tandem.models.decoder import Decoder
 from tandem.models.spec import LayerAttention
 from tandem.types import Completion, Reach, Request, Sampling, StopReason, likely_tokens
+from tests.drafting import Told, at_most
 
 GROUPS = {"attention": (LayerAttention(Reach(window=9)), LayerAttention()), "qk_norm": True, "attention_bias": True}
 
@@ -149,8 +150,8 @@ def test_drafts_draw_the_same(make_decoder):
         ]
         return [[*tokens[:2], *[(token + 1) % 67 for token in tokens[2:]]] for tokens in ahead]
 
-    engine = engine_of(make_decoder(), max_sequences=2, draft_tokens=4)
-    engine.scheduler.drafter = drafter
+    engine = engine_of(make_decoder(), max_sequences=2, draft=at_most(4))
+    engine.scheduler.drafter = Told(drafter)
     assert drawn(engine.generate(asked)) == drawn(plain)
     assert engine.stats.drafted_tokens > engine.stats.accepted_tokens > 6
 

@@ -84,6 +84,7 @@ RUNS: dict[str, str] = {
     "tandem train smollm2_arithmetic_cpu --set adapter.rank=16 --set learner.lr=2e-4": "",
     "tandem train tiny_arithmetic": "",
     "tandem train tiny_arithmetic --set task.environment=written.py:Written": "",
+    "tandem train tiny_arithmetic --set engine.draft.by=lookup": "",
     "tandem train tiny_arithmetic --set steps=200 --out tiny": "",
     "tandem train smollm2_arithmetic_cpu --set model.source=tiny --set task.system= "
     '--set "task.template={expression} ="': "",

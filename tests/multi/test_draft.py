@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="the reference kernel
 
 @pytest.mark.parametrize("name", ["grpo", "lag, corrected", "top-p", "hybrid attention, float32", "turns"])
 def test_drafts_change_no_weight(home: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
-    """A run with engine.draft_tokens trains on other tokens, log-probs or kept sets than the golden one without."""
+    """A run that drafts trains on other tokens, log-probs or kept sets than the golden one without."""
     goldens = json.loads(GOLDENS.read_text()).get(matrix_unit(), {})
     if name not in goldens:
         pytest.skip(f"no golden for {matrix_unit()}")
@@ -30,5 +30,8 @@ def test_drafts_change_no_weight(home: Path, tmp_path: Path, name: str, monkeypa
         return drafts
 
     monkeypatch.setattr(draft, "lookup", counting)
-    assert run(home, RUNS[name] | {"engine.draft_tokens": "4"}, tmp_path / "run") == goldens[name]
+    assert (
+        run(home, RUNS[name] | {"engine.draft.by": "lookup", "engine.draft.tokens": "4"}, tmp_path / "run")
+        == goldens[name]
+    )
     assert sum(drafted) > 20

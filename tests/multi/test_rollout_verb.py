@@ -152,7 +152,11 @@ def test_the_number_of_programs(programs: int | None, made: tuple[int, int] | No
 @pytest.mark.parametrize(
     ("verb", "settings", "unused"),
     [
-        ("rollout", {"rollout.max_turns": "2", "seed": "3", "engine.draft_tokens": "2"}, ""),
+        (
+            "rollout",
+            {"rollout.max_turns": "2", "seed": "3", "engine.draft.by": "lookup", "engine.draft.tokens": "2"},
+            "",
+        ),
         ("rollout", {"rollout.redraws": "2", "task.seed": "1"}, "rollout.redraws"),
         ("rollout", {"rollout.extra_prompts": "2", "learner.lr": "1e-5"}, "learner.lr, rollout.extra_prompts"),
         ("rollout", {"select.window": "64"}, "select.window"),

@@ -25,7 +25,7 @@ UNREAD = {
     "rollout.temperature": "0.5", "rollout.top_k": "4", "rollout.top_p": "0.5", "rollout.min_p": "0.1",
     "rollout.max_new_tokens": "9", "rollout.stop_strings": "a", "rollout.max_turns": "2",
     "rollout.max_program_tokens": "7", "rollout.deadline_s": "5", "rollout.history": "render",
-    "engine.batch_tokens": "512", "engine.page_tokens": "32", "engine.order": "longest", "engine.draft_tokens": "2",
+    "engine.batch_tokens": "512", "engine.page_tokens": "32", "engine.order": "longest", "engine.draft.by": "lookup",
     "engine.noise": "0.1", "sync.lag": "1", "alarms.action": "stop", "alarms.k1": "0.01",
     "evaluation.temperature": "0.5", "evaluation.samples": "2", "evaluation.top_k": "3", "evaluation.stop_reward": "1",
     "task.seed": "5", "task.system": "Be brief.", "task.template": "{question}?", "task.train_size": "3",

@@ -15,11 +15,12 @@ from typing import Any
 
 from tandem.engine.batch import Batch, Sampled, Sequence, Work
 from tandem.engine.config import EngineConfig
-from tandem.engine.draft import Drafter, prompt_lookup
+from tandem.engine.draft import Drafter
 from tandem.engine.engine import Engine
 from tandem.engine.layout import WHOLE, KvLayout
 from tandem.errors import WorldError
 from tandem.types import Completion, Request, Sampling, StopReason
+from tests.drafting import Told
 
 VOCAB = 7
 STOP = 6
@@ -119,7 +120,7 @@ class PagedMemory:
             slots = range(page * self.config.page_tokens, (page + 1) * self.config.page_tokens)
             stands = [slot not in self.slots or self.slots[slot][3] in self.stands for slot in slots]  # not in: spoiled
             # An end's page may go on with drafts; that nobody takes them for their own, `read` sees.
-            assert all(stands) or self.config.draft_tokens and stands[0], f"page {page} got a name for a draft"
+            assert all(stands) or self.config.draft.most and stands[0], f"page {page} got a name for a draft"
         self.summed.update(batch.named)
         assert self.summed.issuperset(batch.shared), "a page is shared that no batch named"
         version = batch.version.step
@@ -250,7 +251,7 @@ def make(
     decode: object = None,
     layout: KvLayout = WHOLE,
     memory: type[PagedMemory] = PagedMemory,
-    drafter: Drafter = prompt_lookup,
+    drafter: Drafter | None = None,
     **settings: Any,
 ) -> tuple[Engine, PagedMemory]:
     config = EngineConfig(
@@ -276,7 +277,7 @@ def guesses(rights: list[int]) -> Drafter:
             found.append(context[len(sequence.tokens) :])
         return found
 
-    return drafts
+    return Told(drafts)
 
 
 def group(
@@ -308,7 +309,7 @@ def check(completion: Completion, request: Request, runner: PagedMemory) -> None
     assert (completion.tokens, completion.logprobs) == (tokens, logprobs)
     sampled_by = runner.sampled_by.get(request.id, [])
     # A device runs on until it is told, drafts run past an end, and a draw that fails gives nothing.
-    drafting = runner.config.draft_tokens > 0
+    drafting = runner.config.draft.most > 0
     more = isinstance(runner, Device) or drafting or completion.stop_reason is StopReason.FAILED
     wanted = sampled_by[:n] if more else sampled_by
     assert completion.columns["versions"].tolist() == wanted and len(wanted) == n

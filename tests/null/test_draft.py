@@ -15,6 +15,7 @@ from tandem.engine.integrity import check_integrity
 from tandem.engine.layout import KvLayout
 from tandem.engine.schedule import Scheduler
 from tandem.types import Reach, Request, Sampling, StopReason
+from tests.drafting import Told, at_most
 from tests.null.paged_memory import Device, check, group, guesses, make
 
 
@@ -25,13 +26,13 @@ def drafting(drafts: list[int], num_pages: int = 100, **settings: Any) -> Schedu
         "batch_tokens": 16,
         "max_sequences": 8,
         "lookahead_tokens": 0,
-        "draft_tokens": 9,
+        "draft": at_most(9),
     } | settings
 
     def drafter(sequences: list[Sequence], most: list[int]) -> list[list[int]]:
         return [drafts[:count] for count in most]
 
-    return Scheduler(EngineConfig(**given), num_pages, drafter=drafter)
+    return Scheduler(EngineConfig(**given), num_pages, drafter=Told(drafter))
 
 
 def ask(s: Scheduler, name: str, prompt: int, new: int, stop: tuple[int, ...] = ()) -> Sequence:
@@ -120,7 +121,7 @@ def test_what_follows_drafts_is_planned_when_they_are_resolved() -> None:
 
 def test_an_engine_that_drafts_waits_for_its_device() -> None:
     """Drafts made of what a device has not drawn yet, or an engine that cannot draft on one."""
-    engine, device = make(memory=Device, drafter=guesses([4]), draft_tokens=4)
+    engine, device = make(memory=Device, drafter=guesses([4]), draft=at_most(4))
     (request,) = group("a", [1, 2, 3], 1, 26, stop=())
     engine.submit(request)
     done, steps = [], 0
@@ -148,7 +149,7 @@ def test_a_later_turn_finds_what_drafts_computed(
     requests = group("a", prompt, 3, 12)
     pages = layout.most_pages(60, 1, 4) + spare
     made = [
-        make(pages, layout=layout, drafter=guesses(rights), draft_tokens=most, batch_tokens=24, max_sequences=3)
+        make(pages, layout=layout, drafter=guesses(rights), draft=at_most(most), batch_tokens=24, max_sequences=3)
         for most in (0, draft_tokens)
     ]
     found = []

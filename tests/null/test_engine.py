@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from tandem.engine.batch import Batch
 from tandem.engine.deal import Deals
-from tandem.engine.draft import prompt_lookup
 from tandem.engine.engine import Engine
 from tandem.engine.layout import WHOLE, KvLayout
 from tandem.errors import CapacityError, ConfigError, NonFiniteError
 from tandem.types import Completion, Reach, Request, Sampling, StopReason, WeightVersion
+from tests.drafting import at_most
 from tests.null.paged_memory import STOP, VOCAB, Device, DeviceFailed, PagedMemory, alone, check, group, guesses, make
 
 prompts = st.one_of(
@@ -49,13 +49,13 @@ def engines(pick: st.DrawFn) -> tuple[Engine, PagedMemory]:
     """Of any size, order and layout, over a memory or a device."""
     size, most = pick(st.sampled_from([2, 4, 8])), pick(st.integers(1, 6))
     layout = pick(layouts)
-    drafter = pick(st.one_of(st.just(prompt_lookup), st.lists(st.integers(0, 5), min_size=1, max_size=7).map(guesses)))
+    drafter = pick(st.one_of(st.none(), st.lists(st.integers(0, 5), min_size=1, max_size=7).map(guesses)))
     return make(
         layout.most_pages(12, 1, size) + pick(st.integers(0, 6)),  # a few requests never fit, and two often don't
         layout=layout,
         memory=pick(st.sampled_from([PagedMemory, Device])),
         drafter=drafter,
-        draft_tokens=pick(st.sampled_from([0, 0, 1, 4, 9])),
+        draft=at_most(pick(st.sampled_from([0, 0, 1, 4, 9]))),
         order=pick(st.sampled_from(["arrival", "longest", "fair", "shares"])),
         page_tokens=size,
         batch_tokens=most + pick(st.integers(0, 12)),
@@ -365,7 +365,7 @@ def test_stop_strings_end_where_the_whole_text_first_holds_one(
     def patchy(tokens: list[int]) -> str:  # the first `empty` ids decode to nothing
         return decode([token for token in tokens if token >= empty])
 
-    engine, _ = make(decode=patchy, drafter=guesses(rights or [0]), draft_tokens=5 * bool(rights))
+    engine, _ = make(decode=patchy, drafter=guesses(rights or [0]), draft=at_most(5 * bool(rights)))
     sampling = Sampling(max_new_tokens=40, stop_strings=tuple(strings))
     (completion,) = engine.generate([Request("r", "r", (1, 2, 5, 6, 3, 4), sampling, seed)])
     whole, _ = alone(Request("r", "r", (1, 2, 5, 6, 3, 4), Sampling(max_new_tokens=40), seed))

@@ -162,7 +162,7 @@ def test_resume_takes_what_changes_no_token(tmp_path):
     """A run that is to go on with more workers, or with drafts, is refused; or one under another seed is taken."""
     config = tiny_arithmetic()
     RunFolder.create(tmp_path / "run", config).close()
-    for settings in ({"task.workers": "2"}, {"engine.draft_tokens": "3"}, {"engine.replicas": "2"}, {"steps": "1600"}):
+    for settings in ({"task.workers": "2"}, {"engine.draft.by": "lookup"}, {"engine.replicas": "2"}, {"steps": "1600"}):
         config = override(config, settings)
         RunFolder.open(tmp_path / "run", config).close()
     with pytest.raises(RunFolderError, match="seed: 0 -> 1"):

@@ -14,6 +14,7 @@ from tandem.numerics.names import check_kv_name, check_weights_name
 Dtype = Literal["same", "bfloat16", "float32", "float16"]
 Rule = Literal["arrival", "longest", "fair", "shares"]
 Policy = Literal["fcfs", "plas", "ttl", "continuum", "thunder", "oracle"]
+By = Literal["none", "lookup"]
 Mode = Literal["off", "shadow", "advisory", "enforce"]
 
 
@@ -53,6 +54,24 @@ class ProgramsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+@section("engine.draft")
+class DraftConfig:
+    """What a step tries beyond a sequence's next token; what is drawn is the same (docs/speculation.md).
+
+    >>> DraftConfig().most, DraftConfig("lookup", 4).most
+    (0, 4)
+    """
+
+    by: By = "none"  # who drafts (engine/draft.py)
+    tokens: Positive = 8  # most that a step tries of a sequence
+
+    @property
+    def most(self) -> int:
+        """Tokens that a step may try of a sequence."""
+        return self.tokens if self.by != "none" else 0
+
+
+@dataclass(frozen=True, slots=True)
 @section("engine")
 class EngineConfig:
     """Limits of one engine, and what its policy departs in from the learner's. Scheduling follows from these and the
@@ -69,7 +88,7 @@ class EngineConfig:
     lookahead_tokens: Count = 64  # what admission expects a sequence to grow by, until requests have ended to tell
     order: Rule = "arrival"  # who starts first: who came first, has most to generate, whose program had least; shares
     shares: str = ""  # of order shares: a file with the tree of tenants, or the tree itself as JSON; empty: all alike
-    draft_tokens: Count = 0  # most tokens a step tries beyond a sequence's next; what is drawn is the same (draft.py)
+    draft: DraftConfig = field(default_factory=DraftConfig)
     replicas: Positive = 1  # engines that sample in training, on the same weights; each has its own pages
     answer_s: Annotated[float, Gt(0)] = 600.0  # what a replica has not answered by then is asked of another too
     share_prefixes: bool = True  # off: every prompt is computed from its first token
@@ -87,7 +106,7 @@ class EngineConfig:
     @property
     def most_draws(self) -> int:
         """Of one step."""
-        return min(self.batch_tokens, self.max_sequences * (1 + self.draft_tokens))
+        return min(self.batch_tokens, self.max_sequences * (1 + self.draft.most))
 
     def __post_init__(self) -> None:
         check_weights_name("engine.weights", self.weights)

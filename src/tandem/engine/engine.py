@@ -20,7 +20,7 @@ from tandem.engine.batch import Sequence as LiveSequence
 from tandem.engine.config import EngineConfig, Mode, ProgramsConfig
 from tandem.engine.constraint import Grammars
 from tandem.engine.deal import Deals
-from tandem.engine.draft import Drafter, prompt_lookup
+from tandem.engine.draft import Drafter
 from tandem.engine.integrity import check_integrity
 from tandem.engine.layout import KvLayout
 from tandem.engine.park import Parking
@@ -84,7 +84,7 @@ class Engine:
 
     Where the runner starts batches without waiting, the next one is planned and started before the draws of the last
     are asked for: the device does not wait for the host. A request that a token or a string stops runs one token more,
-    which is dropped; tokens and their log-probs are the same. With engine.draft_tokens it waits: what is drafted next
+    which is dropped; tokens and their log-probs are the same. Where it drafts it waits: what is drafted next
     depends on what was drawn; and so while a request with a constraint is live, whose masks do.
 
     num_pages: what the runner's page memory holds (admit.count_pages). max_context: positions of the model.
@@ -100,7 +100,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         decode: Decode | None = None,
         version: WeightVersion = INITIAL,
-        drafter: Drafter = prompt_lookup,
+        drafter: Drafter | None = None,
     ) -> None:
         self.runner = runner
         self.vocab_size = runner.vocab_size
@@ -300,7 +300,7 @@ class Engine:
                 f"{self.scheduler.pool.num_available} of {self.scheduler.pool.num_pages} pages available"
             )
             start: Callable[[Batch], Callable[[], Sampled]] | None = getattr(self.runner, "start", None)
-            waits = start is None or self.scheduler.config.draft_tokens > 0
+            waits = start is None or self.scheduler.config.draft.most > 0
             if self._bound:
                 if not waits:
                     self._land()  # what may be drawn next hangs on what was drawn

@@ -41,7 +41,7 @@ from tandem.engine.batch import INITIAL, MIXED, Batch, Sampled, Sequence, Work, 
 from tandem.engine.config import EngineConfig
 from tandem.engine.costs import PICO
 from tandem.engine.deal import Deals
-from tandem.engine.draft import Drafter, prompt_lookup
+from tandem.engine.draft import Drafter, drafter_of
 from tandem.engine.hand import Hand
 from tandem.engine.layout import WHOLE, KvLayout
 from tandem.engine.order import Order
@@ -69,7 +69,7 @@ class Scheduler(Queues):
         stops: Callable[[Sequence], StopReason | None] = stops_by_token,
         version: WeightVersion = INITIAL,
         layout: KvLayout = WHOLE,
-        drafter: Drafter = prompt_lookup,
+        drafter: Drafter | None = None,
         shares: Shares | None = None,
     ) -> None:
         order = Order(config)
@@ -81,7 +81,7 @@ class Scheduler(Queues):
             self.programs.charge = order.hold
             self.programs.reload_s = lambda tokens: order.prices.rows(0, max(2, tokens)) / PICO
         self.stops = stops
-        self.drafter = drafter
+        self.drafter = drafter or drafter_of(config.draft)
         self.planned: Batch | None = None
         self.advanced: Batch | None = None
         self._arrivals = 0
@@ -161,7 +161,7 @@ class Scheduler(Queues):
 
         While a batch is advanced, what it draws stands as -1 - (its place among the draws) in the works that run it.
         """
-        drafting = self.config.draft_tokens > 0
+        drafting = self.config.draft.most > 0
         assert not drafting or self.advanced is None, "what follows drafts is planned when they are resolved"
         if self.programs is not None:
             self._named += self.programs.plan(now)
@@ -255,8 +255,8 @@ class Scheduler(Queues):
     def _draft(self, decodes: list[Work], budget: int) -> int:
         """Adds drafts to works of one token; returns the tokens left."""
         sequences = [self.live[work.request.id] for work in decodes]
-        most = [min(self.config.draft_tokens, s.limit - len(s.tokens) - 1) for s in sequences]
-        for work, sequence, drafts in zip(decodes, sequences, self.drafter(sequences, most), strict=True):
+        most = [min(self.config.draft.most, s.limit - len(s.tokens) - 1) for s in sequences]
+        for work, sequence, drafts in zip(decodes, sequences, self.drafter.draft(sequences, most), strict=True):
             pages, known = sequence.pages, len(sequence.tokens)
             assert pages is not None
             drafts = drafts[: min(budget, pages.room() - known)]
@@ -417,6 +417,7 @@ class Scheduler(Queues):
                 finished.append(sequence.completion(reason, now, failure))
                 if self.programs is not None:
                     self.programs.ended(sequence, reason, now)
+                self.drafter.ended(sequence)
                 self._end(sequence)
         if finished:
             self.running = [sequence for sequence in self.running if sequence.pages is not None]

@@ -130,7 +130,7 @@ class AsyncSession(PartedSession):
 
     def _turn(self) -> bool:
         """Begin what may, and a step; whether there was nothing to do."""
-        with self.rolled.span("rollout"), counted(self.parts, self.rolled, bool(self.config.engine.draft_tokens)):
+        with self.rolled.span("rollout"), counted(self.parts, self.rolled, bool(self.config.engine.draft.most)):
             while self.queue.room > 0 and not self._draining and self._may_begin():
                 place = self.stream.cursor
                 (prompt,) = self.stream.take(1)

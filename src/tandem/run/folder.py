@@ -36,7 +36,7 @@ C = TypeVar("C")
 # Of a resumed run's config: how far it goes, what is shown, and what changes no token, reward or weight.
 _TARGETS = ("evaluation.stop_accuracy", "evaluation.stop_reward")
 _SERVERS = ("remote.servers", "remote.folder", "remote.key_env", "remote.deadline_s")  # of one dialect
-_BIT_FOR_BIT = ("task.workers", "engine.draft_tokens", "engine.replicas", "engine.answer_s", "workers", *_SERVERS)
+_BIT_FOR_BIT = ("task.workers", "engine.draft", "engine.replicas", "engine.answer_s", "workers", *_SERVERS)
 MAY_DIFFER = ("steps", "alarms", "track", "rollout.keep_tokens", *_TARGETS, *_BIT_FOR_BIT)
 
 _STEP = re.compile(r"step-(\d+)")

@@ -97,7 +97,7 @@ def roll_out(config: RunConfig, split: Split, out: Path, progress: Progress) -> 
         leaving.enter_context(parts.memory.foreseen())
         running = cast(Generator[Group, None, None], rollouts.run(STEP, prompts))
         leaving.callback(running.close)  # before the pool: what runs is withdrawn
-        with counted(parts, trace, bool(config.engine.draft_tokens)):
+        with counted(parts, trace, bool(config.engine.draft.most)):
             try:
                 for group in running:
                     groups.append(group)

@@ -64,7 +64,7 @@ _OF_SAMPLES = {
     "recomputed_s": Key("s", "the same over what it had run before"),
     "extra_programs": Key("count", "of groups beyond the batch, where rollout.extra_prompts is set"),
     "extra_tokens": Key("tokens", "that those had sampled; in no other key"),
-    "drafted_tokens": Key("tokens", "tried before they were drawn, where engine.draft_tokens is set"),
+    "drafted_tokens": Key("tokens", "tried before they were drawn, where engine.draft.by is set"),
     "accepted_tokens": Key("tokens", "of those, drawn"),
     "engines/*/requests": Key(
         "count", "that the engine was asked for since the row before; where engine.replicas are set"

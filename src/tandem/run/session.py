@@ -181,7 +181,7 @@ class Session:
         prompts are drawn again in place of groups whose rewards are equal.
         """
         asked, groups, lacking = self.config.rollout, list[Group](), self.config.rollout.prompts_per_step
-        with counted(self.parts, self.trace, bool(self.config.engine.draft_tokens)):
+        with counted(self.parts, self.trace, bool(self.config.engine.draft.most)):
             for draw in range(1 + asked.redraws):
                 if asked.redraws:
                     self.trace.count("redrawn_groups", lacking if draw else 0)
