@@ -43,7 +43,10 @@ TORCH_FREE = {
         for name in ("admit", "affinity", "bill", "cluster", "constraint", "costs", "deal", "draft", "driver")
     ),
     *(f"engine/{name}" for name in ("guard", "hand", "integrity", "layout", "order", "pages", "park", "policies")),
-    *(f"engine/{name}" for name in ("predict", "prefix", "programs", "queues", "record", "schedule", "share", "slice")),
+    *(
+        f"engine/{name}"
+        for name in ("predict", "prefix", "programs", "queues", "record", "schedule", "share", "slice", "suffix")
+    ),
     *(f"engine/{name}" for name in ("table", "tables", "tails", "yields")),
     *ROWS[0],
     "cli/main",

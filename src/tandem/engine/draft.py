@@ -41,6 +41,10 @@ class PromptLookup(Drafter):
 
 def drafter_of(config: DraftConfig) -> Drafter:
     """By `engine.draft.by`."""
+    if config.by == "suffix":
+        from tandem.engine.suffix import SuffixLookup
+
+        return SuffixLookup(config.history)
     return {"none": Drafter, "lookup": PromptLookup}[config.by]()
 
 

@@ -114,6 +114,7 @@ class Scheduler(Queues):
             self._give_up_pages(sequence)
         else:
             self.waiting.remove(sequence)
+        self.drafter.ended(sequence)
         self._stats.aborted += 1
         return sequence.completion(StopReason.ABORTED, now)
 
