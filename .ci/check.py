@@ -38,16 +38,10 @@ FREE = {"", "__init__", "__main__"}  # the package's own front door
 
 # Files that run on a machine without torch, and so import none; `config` means the config.py of every folder.
 TORCH_FREE = {
-    *(
-        f"engine/{name}"
-        for name in ("admit", "affinity", "bill", "cluster", "constraint", "costs", "deal", "draft", "driver")
-    ),
-    *(f"engine/{name}" for name in ("guard", "hand", "integrity", "layout", "order", "pages", "park", "policies")),
-    *(
-        f"engine/{name}"
-        for name in ("predict", "prefix", "programs", "queues", "record", "schedule", "share", "slice", "suffix")
-    ),
-    *(f"engine/{name}" for name in ("table", "tables", "tails", "yields")),
+    *(f"engine/{name}" for name in ("admit", "affinity", "bill", "cluster", "constraint", "costs", "deal", "draft")),
+    *(f"engine/{name}" for name in ("drafters", "driver", "guard", "hand", "integrity", "layout", "order", "pages")),
+    *(f"engine/{name}" for name in ("park", "policies", "predict", "prefix", "programs", "queues", "record")),
+    *(f"engine/{name}" for name in ("schedule", "share", "slice", "suffix", "table", "tables", "tails", "yields")),
     *ROWS[0],
     "cli/main",
     "cli/recipes",

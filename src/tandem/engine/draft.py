@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from tandem.engine.batch import Sequence
-    from tandem.engine.config import DraftConfig
 
 LONGEST, SHORTEST = 4, 2  # tokens at a context's end that are looked for
 
@@ -37,15 +36,6 @@ class PromptLookup(Drafter):
 
     def draft(self, sequences: list[Sequence], most: list[int]) -> list[list[int]]:
         return [lookup(sequence.tokens, count) for sequence, count in zip(sequences, most, strict=True)]
-
-
-def drafter_of(config: DraftConfig) -> Drafter:
-    """By `engine.draft.by`."""
-    if config.by == "suffix":
-        from tandem.engine.suffix import SuffixLookup
-
-        return SuffixLookup(config.history)
-    return {"none": Drafter, "lookup": PromptLookup}[config.by]()
 
 
 def lookup(tokens: list[int], most: int) -> list[int]:

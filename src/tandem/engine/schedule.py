@@ -41,7 +41,8 @@ from tandem.engine.batch import INITIAL, MIXED, Batch, Sampled, Sequence, Work, 
 from tandem.engine.config import EngineConfig
 from tandem.engine.costs import PICO
 from tandem.engine.deal import Deals
-from tandem.engine.draft import Drafter, drafter_of
+from tandem.engine.draft import Drafter
+from tandem.engine.drafters import drafter_of
 from tandem.engine.hand import Hand
 from tandem.engine.layout import WHOLE, KvLayout
 from tandem.engine.order import Order
