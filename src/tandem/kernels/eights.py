@@ -19,9 +19,9 @@ from tandem.numerics.quantise import Quantised, check_scales, to_int8
 
 QUAD = 4  # inputs of a word
 _NAMES = {
-    (torch.bfloat16, torch.bfloat16): "eights_bf16",
-    (torch.bfloat16, torch.float32): "eights_bf16_fp32",
-    (torch.float32, torch.float32): "eights_fp32",
+    (torch.bfloat16, torch.bfloat16): "bf16",
+    (torch.bfloat16, torch.float32): "bf16_fp32",
+    (torch.float32, torch.float32): "fp32",
 }
 
 
@@ -92,22 +92,34 @@ class Eights:
     ) -> Tensor:
         """x [T, K], bf16 or fp32, times the transposed matrix, times `factor_N`: [T, N]. Vectors are fp32; x's rows
         may be strided."""
-        out_dtype = out_dtype or x_TK.dtype
-        run = function("eights", _NAMES[x_TK.dtype, out_dtype], "pipppppii")
-        assert run is not None
-        rows, (columns, inputs) = len(x_TK), self.shape
-        y_TN = torch.empty(rows, columns, dtype=out_dtype)
-        run(
-            rows_address(x_TK, x_TK.dtype, rows, inputs),
-            x_TK.stride(0),
-            self.words.data_ptr(),
-            address(bias_N, torch.float32, columns),
-            address(residual_TN, x_TK.dtype, rows, columns),
-            address(factor_N, torch.float32, columns),
-            y_TN.data_ptr(),
-            *(rows, inputs),
-        )
-        return y_TN
+        return rounded_product("eights", self.words, self.shape, x_TK, (bias_N, residual_TN, factor_N), out_dtype)
+
+
+def rounded_product(
+    library: str,
+    words: Tensor,
+    shape: torch.Size,
+    x_TK: Tensor,
+    added: tuple[Tensor | None, Tensor | None, Tensor | None],
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """The product of a library, eights or fours, with its matrix [N, K]. added: bias, residual and factor."""
+    out_dtype = out_dtype or x_TK.dtype
+    run = function(library, f"{library}_{_NAMES[x_TK.dtype, out_dtype]}", "pipppppii")
+    assert run is not None
+    (columns, inputs), rows, (bias_N, residual_TN, factor_N) = shape, len(x_TK), added
+    y_TN = torch.empty(rows, columns, dtype=out_dtype)
+    run(
+        rows_address(x_TK, x_TK.dtype, rows, inputs),
+        x_TK.stride(0),
+        words.data_ptr(),
+        address(bias_N, torch.float32, columns),
+        address(residual_TN, x_TK.dtype, rows, columns),
+        address(factor_N, torch.float32, columns),
+        y_TN.data_ptr(),
+        *(rows, inputs),
+    )
+    return y_TN
 
 
 def fits(quantised: Quantised) -> bool:

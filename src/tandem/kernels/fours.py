@@ -19,20 +19,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from tandem.errors import NonFiniteError
-from tandem.kernels.address import address, rows_address
-from tandem.kernels.build.load import function, kernel
+from tandem.kernels.address import address
+from tandem.kernels.build.load import kernel
 from tandem.kernels.codes import UNIT, Codes
 from tandem.kernels.codes import fits as has_codes
+from tandem.kernels.eights import rounded_product
 from tandem.kernels.quantise import quantise
 from tandem.kernels.sizes import GROUP
 from tandem.numerics.compare import same_bits
 from tandem.numerics.quantise import Quantised, to_int8
-
-_NAMES = {
-    (torch.bfloat16, torch.bfloat16): "fours_bf16",
-    (torch.bfloat16, torch.float32): "fours_bf16_fp32",
-    (torch.float32, torch.float32): "fours_fp32",
-}
 
 
 class Fours(Codes):
@@ -95,22 +90,7 @@ class Fours(Codes):
     ) -> Tensor:
         """x [T, K], bf16 or fp32, times the transposed matrix, times `factor_N`: [T, N]. Vectors are fp32; x's rows
         may be strided."""
-        out_dtype = out_dtype or x_TK.dtype
-        run = function("fours", _NAMES[x_TK.dtype, out_dtype], "pipppppii")
-        assert run is not None
-        rows, (columns, inputs) = len(x_TK), self.shape
-        y_TN = torch.empty(rows, columns, dtype=out_dtype)
-        run(
-            rows_address(x_TK, x_TK.dtype, rows, inputs),
-            x_TK.stride(0),
-            self.words.data_ptr(),
-            address(bias_N, torch.float32, columns),
-            address(residual_TN, x_TK.dtype, rows, columns),
-            address(factor_N, torch.float32, columns),
-            y_TN.data_ptr(),
-            *(rows, inputs),
-        )
-        return y_TN
+        return rounded_product("fours", self.words, self.shape, x_TK, (bias_N, residual_TN, factor_N), out_dtype)
 
 
 def _padded(quantised: Quantised) -> Quantised:

@@ -492,9 +492,6 @@ def _swap(partial: Path, final: Path, replaced: Path) -> None:
 
 
 def _checkpoints(path: Path) -> list[SavedCheckpoint]:
-    root = path / "checkpoints"
-    if not root.is_dir():
-        return []
-    matches = [(_STEP.fullmatch(entry.name), entry) for entry in root.iterdir()]
+    matches = [(_STEP.fullmatch(entry.name), entry) for entry in (path / "checkpoints").glob("*")]
     saved = [SavedCheckpoint(int(found.group(1)), entry) for found, entry in matches if found]
     return sorted(saved, key=lambda checkpoint: checkpoint.step)
