@@ -39,8 +39,11 @@ FREE = {"", "__init__", "__main__"}  # the package's own front door
 # Files that run on a machine without torch, and so import none; `config` means the config.py of every folder.
 TORCH_FREE = {
     *(f"engine/{name}" for name in ("admit", "affinity", "bill", "cluster", "constraint", "costs", "deal", "draft")),
-    *(f"engine/{name}" for name in ("drafters", "driver", "guard", "hand", "integrity", "layout", "order", "pages")),
-    *(f"engine/{name}" for name in ("park", "policies", "predict", "prefix", "programs", "queues", "record")),
+    *(
+        f"engine/{name}"
+        for name in ("drafters", "drafting", "driver", "guard", "hand", "integrity", "layout", "order", "pages")
+    ),
+    *(f"engine/{name}" for name in ("pages", "park", "policies", "predict", "prefix", "programs", "queues", "record")),
     *(f"engine/{name}" for name in ("schedule", "share", "slice", "suffix", "table", "tables", "tails", "yields")),
     *ROWS[0],
     "cli/main",

@@ -90,7 +90,7 @@ def test_drafts_beside_masks_draw_the_same(make_decoder):
         return [[*tokens[:2], *[(token + 1) % 67 for token in tokens[2:]]] for tokens in ahead]
 
     engine = engine_of(make_decoder(), draft=at_most(4))
-    engine.scheduler.drafter = Told(drafter)
+    engine.scheduler.drafting.drafter = Told(drafter)
     assert told(engine.generate(requests())) == told(plain)
     assert engine.stats.accepted_tokens > 6
 

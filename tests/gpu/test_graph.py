@@ -151,7 +151,7 @@ def test_drafts_draw_the_same(make_decoder):
         return [[*tokens[:2], *[(token + 1) % 67 for token in tokens[2:]]] for tokens in ahead]
 
     engine = engine_of(make_decoder(), max_sequences=2, draft=at_most(4))
-    engine.scheduler.drafter = Told(drafter)
+    engine.scheduler.drafting.drafter = Told(drafter)
     assert drawn(engine.generate(asked)) == drawn(plain)
     assert engine.stats.drafted_tokens > engine.stats.accepted_tokens > 6
 

@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tandem.engine.batch import Sampled, Sequence
-from tandem.engine.config import EngineConfig
+from tandem.engine.config import DraftConfig, EngineConfig
 from tandem.engine.draft import LONGEST, SHORTEST, lookup
 from tandem.engine.integrity import check_integrity
 from tandem.engine.layout import KvLayout
 from tandem.engine.schedule import Scheduler
+from tandem.engine.suffix import SuffixLookup
+from tandem.errors import TandemWarning
 from tandem.types import Reach, Request, Sampling, StopReason
 from tests.drafting import Told, at_most
 from tests.null.paged_memory import Device, check, group, guesses, make
@@ -180,3 +182,38 @@ def test_lookup_finds_the_latest_of_the_longest(tokens: list[int], most: int, bi
             wanted = tokens[ends[-1] : ends[-1] + most]
             break
     assert lookup(tokens, most) == wanted
+
+
+@pytest.mark.parametrize("fault", ["raises", "short"])
+def test_a_drafter_that_raises_is_switched_off(fault: str) -> None:
+    """A drafter's error ends the step or the run, is said in every step, or the texts are others."""
+    asked: list[int] = []
+
+    def drafter(sequences: list[Sequence], most: list[int]) -> list[list[int]]:
+        asked.append(len(sequences))
+        if len(asked) < 3:
+            return [[] for _ in sequences]
+        if fault == "short":
+            return []
+        raise ValueError("no weights")
+
+    (plain,) = make()[0].generate(group("a", [1, 2, 3], 1, 26, stop=()))
+    engine, _ = make(draft=at_most(4), drafter=Told(drafter))
+    with pytest.warns(TandemWarning, match="switched off") as told:
+        (done,) = engine.generate(group("a", [1, 2, 3], 1, 26, stop=()))
+    assert done.tokens == plain.tokens and len(asked) == 3 and len(told) == 1
+    renewed = engine.renewed()
+    assert renewed.scheduler.drafting.off == engine.scheduler.drafting.off != ""
+
+
+def test_numbers_of_sequences_never_come_again() -> None:
+    """An engine that is renewed numbers its sequences from 0: a drafter takes another text for one that it knows."""
+    engine, _ = make(draft=DraftConfig("suffix", 4), drafter=None)
+    (first,) = engine.generate(group("a", [1, 2, 3], 1, 26, stop=()))
+    engine = engine.renewed()
+    engine.generate(group("b", [9, 8, 7], 1, 12, stop=()))
+    drafter = engine.scheduler.drafting.drafter
+    assert isinstance(drafter, SuffixLookup)
+    (history,) = drafter._tenants.values()
+    assert [list(text)[:3] for text in history._texts.values()] == [[1, 2, 3], [9, 8, 7]]
+    assert list(history._texts.values())[0].tolist() == [1, 2, 3, *first.tokens]

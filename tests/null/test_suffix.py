@@ -93,7 +93,7 @@ def test_the_oldest_is_forgotten() -> None:
 def test_a_tenant_learns_of_its_own_texts_alone() -> None:
     """Drafts of what another tenant wrote: what it wrote shows in the time that it takes."""
     engine, _ = make(draft=DraftConfig("suffix", 4), drafter=None)
-    drafter = engine.scheduler.drafter
+    drafter = engine.scheduler.drafting.drafter
     assert isinstance(drafter, SuffixLookup)
     for number, tenant in enumerate("aab"):
         before = engine.stats.accepted_tokens

@@ -268,9 +268,10 @@ class Engine:
         Tenants keep what they had, owe and were promised.
         """
         old = self.scheduler
-        known = (old.config, old.pool.num_pages, old.max_context, self.clock, self.decode, old.version, old.drafter)
+        known = (old.config, old.pool.num_pages, old.max_context, self.clock, self.decode, old.version)
         new = Engine(self.runner, *known)
         new.grammars = self.grammars
+        new.scheduler.drafting, new.scheduler.arrivals = old.drafting, old.arrivals  # numbers never come again
         new.scheduler.adapters |= self.adapters
         if isinstance(new.scheduler.order, Deals) and isinstance(old.order, Deals):
             new.scheduler.order.inherit(old.order)
@@ -300,7 +301,7 @@ class Engine:
                 f"{self.scheduler.pool.num_available} of {self.scheduler.pool.num_pages} pages available"
             )
             start: Callable[[Batch], Callable[[], Sampled]] | None = getattr(self.runner, "start", None)
-            waits = start is None or self.scheduler.config.draft.most > 0
+            waits = start is None or self.scheduler.drafting.on
             if self._bound:
                 if not waits:
                     self._land()  # what may be drawn next hangs on what was drawn

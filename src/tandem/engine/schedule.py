@@ -42,7 +42,7 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.costs import PICO
 from tandem.engine.deal import Deals
 from tandem.engine.draft import Drafter
-from tandem.engine.drafters import drafter_of
+from tandem.engine.drafting import Drafting
 from tandem.engine.hand import Hand
 from tandem.engine.layout import WHOLE, KvLayout
 from tandem.engine.order import Order
@@ -82,18 +82,18 @@ class Scheduler(Queues):
             self.programs.charge = order.hold
             self.programs.reload_s = lambda tokens: order.prices.rows(0, max(2, tokens)) / PICO
         self.stops = stops
-        self.drafter = drafter or drafter_of(config.draft)
+        self.drafting = Drafting(config.draft, drafter)
         self.planned: Batch | None = None
         self.advanced: Batch | None = None
-        self._arrivals = 0
+        self.arrivals = 0  # sequences so far
 
     def submit(self, request: Request, now: float) -> None:
         """Queues a request. ConfigError: empty prompt, no token asked, id in use. CapacityError: it can never fit."""
         if request.id in self.live:
             raise ConfigError(f"request id {request.id!r} is in use by a live request; ids must be unique.")
-        sequence = Sequence(request, self._arrivals, self.limit(request), now, list(request.tokens))
+        sequence = Sequence(request, self.arrivals, self.limit(request), now, list(request.tokens))
         sequence.submitted_batch = self._stats.batches
-        self._arrivals += 1
+        self.arrivals += 1
         self.live[request.id] = sequence
         self.waiting.append(sequence)
         self.order.submitted(sequence)
@@ -115,7 +115,7 @@ class Scheduler(Queues):
             self._give_up_pages(sequence)
         else:
             self.waiting.remove(sequence)
-        self.drafter.ended(sequence)
+        self.drafting.ended(sequence)
         self._stats.aborted += 1
         return sequence.completion(StopReason.ABORTED, now)
 
@@ -163,7 +163,7 @@ class Scheduler(Queues):
 
         While a batch is advanced, what it draws stands as -1 - (its place among the draws) in the works that run it.
         """
-        drafting = self.config.draft.most > 0
+        drafting = self.drafting.on
         assert not drafting or self.advanced is None, "what follows drafts is planned when they are resolved"
         if self.programs is not None:
             self._named += self.programs.plan(now)
@@ -179,7 +179,7 @@ class Scheduler(Queues):
         if self.waiting:
             budget = self._admit(works, budget, now)
         if decodes and budget:
-            budget = self._draft(decodes, budget)
+            budget = self.drafting.add(decodes, self.live, budget)
         num_tokens = self.config.batch_tokens - budget
         self.planned = Batch(works, self.version, num_tokens, self._named.copy(), self._shared, self._copies, now)
         return self.planned
@@ -208,7 +208,7 @@ class Scheduler(Queues):
         works = hand.works
         budget = self.config.batch_tokens - sum([len(work.tokens) for work in works])
         if drafting and budget:
-            budget = self._draft(hand.draws, budget)
+            budget = self.drafting.add(hand.draws, self.live, budget)
         num_tokens = self.config.batch_tokens - budget
         self.planned = Batch(works, self.version, num_tokens, self._named.copy(), self._shared, self._copies, now)
         self.planned.leaves = hand.leaves
@@ -253,20 +253,6 @@ class Scheduler(Queues):
                 pages.extend(1)
             works.append(Work(sequence.arrival, start, [tokens[-1]], pages.tables, 1, sequence.request))
         return works, prefills
-
-    def _draft(self, decodes: list[Work], budget: int) -> int:
-        """Adds drafts to works of one token; returns the tokens left."""
-        sequences = [self.live[work.request.id] for work in decodes]
-        most = [min(self.config.draft.most, s.limit - len(s.tokens) - 1) for s in sequences]
-        for work, sequence, drafts in zip(decodes, sequences, self.drafter.draft(sequences, most), strict=True):
-            pages, known = sequence.pages, len(sequence.tokens)
-            assert pages is not None
-            drafts = drafts[: min(budget, pages.room() - known)]
-            pages.cover(known + len(drafts))
-            work.tokens += drafts
-            work.draws += len(drafts)
-            budget -= len(drafts)
-        return budget
 
     def _chunk(self, works: list[Work], sequence: Sequence, budget: int) -> int:
         """Adds a work of as many tokens of a running sequence as `budget` and pages allow; returns how many."""
@@ -419,7 +405,7 @@ class Scheduler(Queues):
                 finished.append(sequence.completion(reason, now, failure))
                 if self.programs is not None:
                     self.programs.ended(sequence, reason, now)
-                self.drafter.ended(sequence)
+                self.drafting.ended(sequence)
                 self._end(sequence)
         if finished:
             self.running = [sequence for sequence in self.running if sequence.pages is not None]
