@@ -91,7 +91,7 @@ def test_the_pass_in_one_call(changes, dtype, make_decoder: Callable[..., Decode
     for layer in decoder.layers:
         for slot, weight in layer.weights():
             if slot.columns is not None and (slot.name != "out" or layer.index):  # one is multiplied as it is
-                weight.multiply_in_8_bits(weight.value)
+                weight.multiply_in_codes(weight.value)
     done = both_ways(decoder).generate(requests(9))
     assert [len(completion.tokens) for completion in done] == [3 + i for i in range(9)]
 
@@ -145,4 +145,4 @@ def test_refused_where_it_cannot_be(make_decoder: Callable[..., Decoder], monkey
         Copied("far", decoder, rounding=integers_of(config))
     with pytest.raises(AssertionError, match="own kernels alone"):
         bare = Weight(torch.zeros(4, 4), matrix=False)
-        bare.multiply_in_8_bits(torch.zeros(4, 4))
+        bare.multiply_in_codes(torch.zeros(4, 4))

@@ -133,7 +133,7 @@ def test_the_pass_in_one_call(changes, dtype, make_decoder: Callable[..., Decode
     for layer in decoder.layers:
         for slot, weight in layer.weights():
             if slot.columns is not None and (slot.name != "out" or layer.index):  # one is multiplied as it is
-                weight.multiply_in_8_bits(weight.value, 8 if slot.name == "down" and layer.index else 4)
+                weight.multiply_in_codes(weight.value, 8 if slot.name == "down" and layer.index else 4)
     done = both_ways(decoder).generate(requests(9))
     assert [len(completion.tokens) for completion in done] == [3 + i for i in range(9)]
 

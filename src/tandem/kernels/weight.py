@@ -267,7 +267,7 @@ class Weight:
             return coded(quantised, self.codes, self._memory.device)
         return Codes(quantised) if isinstance(quantised, Quantised) and fits(quantised) else None
 
-    def multiply_in_8_bits(self, value: torch.Tensor, bits: int = 8, filed: Quantised | None = None) -> None:
+    def multiply_in_codes(self, value: torch.Tensor, bits: int = 8, filed: Quantised | None = None) -> None:
         """Multiply by this matrix rounded to 8 or 4 bits from now on, a row of x to 8 (kernels/eights.py, fours.py),
         and keep nothing else of it: bf16 or fp32, as it came. It is not rounded where `filed` stands for it."""
         packs = is_packed if bits == 4 else is_eights

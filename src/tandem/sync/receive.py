@@ -216,7 +216,7 @@ def _load(
         weight = weights[name]
         rounds = bool(rounding.bits) and decoder.adapter is None and sent.ndim == 2 and name not in ("embed", "head")
         if rounds and rounding.products:
-            weight.multiply_in_8_bits(sent, rounding.bits, codes(name) if codes is not None else None)
+            weight.multiply_in_codes(sent, rounding.bits, codes(name) if codes is not None else None)
             yield name, sent
             continue
         own = rounding.codes(sent) if rounds else None

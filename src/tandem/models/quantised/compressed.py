@@ -116,7 +116,7 @@ class CompressedTensors(Scheme):
             bits = Fields(where, activations).take("num_bits", optional(number()), None)
             self.notes.append(
                 f"its rounding of activations to {bits:g} bits: products are of the weights' values and of activations "
-                "as they are"
+                "as they are where engine.weights and model.weights do not round them (w8a8, w4a8)"
                 if bits
                 else "its rounding of activations"
             )
