@@ -23,11 +23,12 @@ def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 def test_edges_have_ties_and_both_sides_of_powers() -> None:
     """Inputs that a wrong rule passes: none of them on an edge."""
     found = dict(edges(E2M1, 32))
-    tops = found["edges"].abs().amax(1)
+    edge = found["edges at 2^0"]
+    tops = edge.abs().amax(1)
     assert {1.0, 1.5, 6.0} <= set(tops.tolist()) and math.nextafter(1, 2) not in tops.tolist()
     assert torch.nextafter(torch.tensor(6.0), torch.tensor(math.inf)) in tops
     assert torch.nextafter(torch.tensor(1.0), torch.tensor(0.0)) in tops
-    block = found["edges"][tops == 1.0][0]
+    block = edge[tops == 1.0][0]
     assert {0.0625, 0.1875, 0.3125, 0.4375, 0.625, 0.875} <= set(block.tolist())  # ties at a scale of 1 / 4
 
 
@@ -47,6 +48,35 @@ def test_the_first_difference() -> None:
     assert compare(FORMATS["fp8_128x128"], FORMATS["fp8_128x128"], [("x", tile)]).differ == 0
     with pytest.raises(ConfigError, match="differ everywhere"):
         compare(FORMATS["mxfp4"], FORMATS["nvfp4"], [])
+
+
+def test_edges_are_edges_of_a_scale_of_the_tensor_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Blocks of all powers in one tensor, of which a scale of the tensor leaves all but the largest at 0."""
+    for name in ("nvfp4", "nvfp4_inference", "nvfp4_four_six", "fp8_tensor"):
+        form = FORMATS[name]
+        for power in (0, -1, 8, -9, 60, -60):
+            x = dict(edges(form.element, 16))[f"edges at 2^{power}"]
+            assert bool((quantise(x, form).codes[:, 0] != 0).all()), (name, power)
+    assert "the first of normal, in bf16" in told(capsys, "compare", "nvfp4", "nvfp4_inference")
+
+
+def test_the_block_that_is_shown_has_other_codes() -> None:
+    """A block whose values differ in the last bit shown, where another has other codes: nothing is learned from it."""
+    ties = torch.randn(4000, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    alike = torch.full((1, 16), 1.1)
+    forms = FORMATS["nvfp4"], FORMATS["nvfp4_inference"]
+    found = compare(*forms, [("alike", alike), ("x", ties)])
+    assert found.first is not None and 0 < found.recoded < found.differ
+    codes = found.first.codes
+    assert codes[0] != codes[1] and found.first.name == "x"
+    values = compare(*forms, [("alike", alike)])
+    assert (values.differ, values.recoded) == (16, 0) and values.first is not None and values.first.name == "alike"
+
+
+def test_scales_of_fp16_are_compared(capsys: pytest.CaptureFixture[str]) -> None:
+    """Formats with scales of fp16 refused for the sake of inputs that were made to tell formats apart."""
+    text = told(capsys, "compare", "e2m1/16:fp16", "e2m1/16:bf16")
+    assert "by other codes" in text and "edges at 2^60" not in text
 
 
 def test_every_pair_of_rules_is_told_apart() -> None:
@@ -69,7 +99,7 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert rows["mxfp4"]["sqnr_db"] == pytest.approx(-10 * math.log10(float(noise)), abs=0.01)
     found = json.loads(told(capsys, "compare", "mxfp4", "mxfp4_even", "--json"))
     text = told(capsys, "compare", "mxfp4", "mxfp4_even")
-    assert f"{found['differ']:,} of {found['numbers']:,} numbers" in text and "the first of edges, row" in text
+    assert f"{found['differ']:,} of {found['numbers']:,} numbers" in text and "the first of edges at 2^0, row" in text
     assert "0 of " in told(capsys, "compare", "e4m3/32:e8m0", "mxfp8_e4m3")
 
 
@@ -78,7 +108,8 @@ def test_the_verb(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["compare", "mxfp4"], "takes two formats and maybe a model; 1 names were given"),
         (["compare", "a", "b"], "'a' is no format"),
-        (["compare", "mxfp4", "nvfp4"], "differ everywhere"),
+        (["compare", "mxfp4", "nvfp4"], "mxfp4 has a scale for each 32, nvfp4 for each 16: they differ everywhere"),
+        (["compare", "fp8_row", "fp8_tensor"], "for each row, fp8_tensor for each tensor"),
         (["compare", "mxfp4", "mxfp4_even", "nowhere"], "no model at nowhere"),
         (["formats", "x"], "takes no names"),
     ],

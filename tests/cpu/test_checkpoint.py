@@ -262,9 +262,12 @@ def test_hub_name_that_is_fetched(monkeypatch: pytest.MonkeyPatch, folder: Path)
     [("config.json", "is no model folder.*model.safetensors"), ("model.safetensors", "neither model.safetensors nor")],
 )
 def test_incomplete_folder(folder: Path, remove: str, message: str) -> None:
-    """A folder without config or weights fails on the first missing file."""
+    """A folder without config or weights fails on the first missing file; an adapter's is no damaged model."""
     (folder / remove).unlink()
     with pytest.raises(ModelError, match=message):
+        open_checkpoint(str(folder))
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="is an adapter.*tandem convert merge" if "config" in remove else message):
         open_checkpoint(str(folder))
 
 

@@ -28,6 +28,12 @@ from tandem.report.format_page import (
 )
 
 
+def number(text: str) -> float:
+    """As a page has it: 0.25, or 1.5 x 2^-16."""
+    size, _, power = text.partition(" x 2^")
+    return float(size) * 2.0 ** int(power or 0)
+
+
 def test_ties_of_four_bits_by_hand() -> None:
     """A tie told to go to the odd code."""
     goes = {middle: to for _, _, middle, to in ties(E2M1)}
@@ -43,8 +49,9 @@ def test_every_format_has_a_page(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert rule_of(form) in RULES
     for low, high, middle, to in ties(form.element):
         if low != "…":
-            code = encode_reference(torch.tensor([float(middle)]), form.element)
-            assert float(decode(code, form.element)) == pytest.approx(float(to), rel=1e-5) and to in (low, high)
+            code = encode_reference(torch.tensor([number(middle)]), form.element)
+            assert float(decode(code, form.element)) == pytest.approx(number(to), rel=1e-5) and to in (low, high)
+            assert number(low) < number(middle) < number(high)
     share, error = errors_by_size(form)
     assert len(share) == len(error) and np.isfinite(error).all() and error.max() <= 1 + 1e-6
     near = error[(share > 0.5) & (share < 1)]
@@ -54,6 +61,25 @@ def test_every_format_has_a_page(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert all(figure.axes for figure in figures)
     tops = torch.tensor([0.25 if form.scale == "e4m3" else 1.5])
     assert decibels_by_top(form, tops, form.scale == "e4m3")[0] > 14
+
+
+def test_a_scale_for_each_number_and_scales_that_end() -> None:
+    """A page that ends with a trace, or is refused, for a block of one number or a scale beyond fp16."""
+    share, error = errors_by_size(format_of("e2m1/1:fp32"))
+    assert len(share) == len(error) and error.max() < 1e-6  # each is its block's largest
+    assert decibels_by_top(format_of("e2m1/16:fp16"), torch.tensor([1.5, 2.0**30]), False) == [
+        pytest.approx(20, abs=2),
+        0.0,
+    ]
+
+
+def test_codes_with_a_zero_point_begin_at_zero() -> None:
+    """Codes of int4 with a zero point shown as signed: eight of the sixteen, and negative numbers of the same sizes."""
+    form = FORMATS["int4_g32_asym"]
+    assert [code for code, _ in values(form.shown)] == list("0123456789abcdef")
+    told = dict(facts(form))
+    assert told["element"] == "uint4, 4 bits, 15 numbers above zero" and "zero point" in told["bits a number"]
+    assert dict(facts(FORMATS["fp8_row"]))["bits a number"] == "8, that of a row not among them"
 
 
 def test_blocks_that_saturate_are_counted() -> None:

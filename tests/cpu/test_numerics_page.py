@@ -17,11 +17,11 @@ def table() -> str:
     lines = [list(rows[0]), ["---"] * len(rows[0])]
     for row in rows:
         form = FORMATS[str(row["format"])]
-        ends = [f"{value:.6g}" for value in (form.bits, form.element.largest, form.element.smallest)]
+        ends = [f"{value:.6g}" for value in (form.bits, form.shown.largest, form.shown.smallest)]
         lines.append(
             [
                 f"`{form.name}`",
-                form.element.name,
+                form.shown.name,
                 ends[0],
                 str(row["block"]),
                 form.scale,

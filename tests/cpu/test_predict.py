@@ -14,6 +14,7 @@ import torch
 
 from tandem.bench import predicted as checks
 from tandem.bench import profile as profiles
+from tandem.bench import roofline
 from tandem.bench.devices import DEVICES, arithmetic_on, device_of, served_as
 from tandem.bench.foretold import predict
 from tandem.bench.measured import NUMBERS, ROWS, Measured
@@ -325,14 +326,21 @@ def test_memory_of_training_is_weights_gradients_masters_and_moments() -> None:
         (["roofline", "new:", "--context", "999999"], "the model knows"),
         (["roofline", "new:", "--measure"], "Give --device this"),
         (["roofline", "new:", "--check"], "Give --device this"),
+        (["roofline", "new:", "--device", "this", "--context", "999999"], "the model knows"),
+        (["roofline", "new:", "--device", "this", "--format", "bf16,mxfp5"], "'mxfp5' rounds nothing"),
+        (["roofline", "new:", "--device", "this", "--check", "--format", "bf16,w8a8"], "kernels of one format"),
+        (["roofline", "new:", "--device", "this", "--check", "--batch", "7"], "--batch would be passed over"),
         (["roofline"], "takes a model; 0 names were given"),
         (["compare", "mxfp4", "nvfp4", "--batch", "2"], "--batch is not of `numerics compare`"),
         (["sensitivity", "new:", "--format", "mxfp4"], "needs --texts FILE"),
         (["page", "mxfp4"], "needs --out DIR"),
     ],
 )
-def test_wrong_input_is_told(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A traceback, or a flag that is taken and does nothing."""
+def test_wrong_input_is_told(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A traceback, a flag that is taken and does nothing, or half a minute of measuring before a word is told."""
+    monkeypatch.setattr(roofline, "rates", lambda again: pytest.fail("measured before it is refused"))
     assert main.main(["numerics", *arguments]) == 2
     assert message in capsys.readouterr().err
 

@@ -68,6 +68,12 @@ def test_nothing_declared_is_exact():
     assert without_departures(everything.engine) == PLAIN.engine
 
 
+def test_what_both_round_is_named_beside_a_departure():
+    """A run that departs by one thing and says no word of what engine and learner round alike."""
+    text = declaration(changed(model__weights="nvfp4+nvfp4", model__logits="bfloat16", engine__kv_dtype="int8"))
+    assert "(engine.kv_dtype=int8); both multiply in nvfp4+nvfp4; both round logits to bfloat16. Correction" in text
+
+
 def test_the_first_line_names_the_correction():
     """A correction that a reader of the first line takes for another, or for one that is on when it is held back."""
     text = declaration(changed(engine__weights="int4"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from tandem.bench.devices import THIS, Device, Served, arithmetic_on, device_of, served_as
@@ -24,6 +25,19 @@ if TYPE_CHECKING:
     from tandem.bench.measured import Measured
 
 
+def refuse(spec: ModelSpec, forms: Iterable[str], name: str, context: int) -> None:
+    """ConfigError for an unknown format or device, and for a context beyond the model's."""
+    for form in forms:
+        served_as(form)
+    if name != THIS:
+        device_of(name)
+    if context > spec.max_position:
+        raise ConfigError(
+            f"--context {context}: the model knows {spec.max_position} positions. Give at most so many, or a config "
+            "with a larger max_position_embeddings."
+        )
+
+
 def predict(
     spec: ModelSpec,
     form: str,
@@ -41,12 +55,8 @@ def predict(
     """
     served = served_as(form)
     assert (name == THIS) == (measured is not None), name
+    refuse(spec, (form,), name, context)
     device = device_of(name) if measured is None else measured.device()
-    if context > spec.max_position:
-        raise ConfigError(
-            f"--context {context}: the model knows {spec.max_position} positions. Give at most so many, or a config "
-            "with a larger max_position_embeddings."
-        )
     work = Work(phase, batch, context)
     found = operations(spec, served, work, device, learner)
     rows = []

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tandem.bench.foretold import predict
+from tandem.bench.foretold import predict, refuse
 from tandem.bench.measured import Measured
 from tandem.bench.operations import AS_TRAINED, Phase
 from tandem.errors import ConfigError
@@ -47,13 +47,14 @@ def rates(again: bool) -> Measured:
 
 def roofline(model: str, asked: Asked, json: bool) -> int:
     """What a device takes for a work at least, by operation."""
-    spec = spec_of(model)
-    measured = rates(asked.measure) if asked.device == "this" else None
-    if measured is None and asked.measure:
+    spec, forms = spec_of(model), asked.formats or ("bf16",)
+    if asked.device != "this" and asked.measure:
         raise ConfigError("--measure takes the rates of this machine anew. Give --device this, or leave it out.")
+    refuse(spec, forms, asked.device, asked.context)
+    measured = rates(asked.measure) if asked.device == "this" else None
     found = [
         predict(spec, name, asked.device, asked.phase, asked.batch, asked.context, measured, asked.learner)
-        for name in asked.formats or ("bf16",)
+        for name in forms
     ]
     if json:
         print(jsonlib.dumps(plain(found), allow_nan=False))
@@ -69,6 +70,8 @@ def check(model: str, asked: Asked, json: bool) -> int:
 
     if asked.device != "this":
         raise ConfigError("--check measures kernels of this machine. Give --device this.")
+    if len(asked.formats) > 1:
+        raise ConfigError(f"--check runs kernels of one format. Give one of {', '.join(asked.formats)}.")
     form = asked.formats[0] if asked.formats else "bf16"
     found = checked(model, form, rates(asked.measure), note, asked.learner)
     if json:
@@ -146,9 +149,13 @@ def _show(model: str, found: dict[str, Any]) -> None:
 
 def foretold(asked: Asked) -> Callable[[ModelSpec, str], Mapping[str, Any]]:
     """Bits a parameter, seconds and notes, by shape and format, of what is asked."""
-    measured = rates(asked.measure) if asked.device == "this" else None
+    known: list[Measured] = []
 
     def of(spec: ModelSpec, form: str) -> Mapping[str, Any]:
+        refuse(spec, (form,), asked.device, asked.context)
+        if asked.device == "this" and not known:
+            known.append(rates(asked.measure))
+        measured = known[0] if known else None
         one = predict(spec, form, asked.device, asked.phase, asked.batch, asked.context, measured, asked.learner)
         return {name: one[name] for name in ("bits_a_parameter", "seconds", "notes")}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json as jsonlib
+import math
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
@@ -118,6 +119,8 @@ def numerics(
         if value is not None and kind not in TAKES[name]:
             those = ", ".join(one.value for one in TAKES[name])
             raise ConfigError(f"--{name} is not of `numerics {kind.value}`, but of {those}. Leave it out.")
+    if ignored := [name for name in ("batch", "context", "phase") if check and given[name] is not None]:
+        raise ConfigError(f"--check has works of its own: --{ignored[0]} would be passed over. Leave it out.")
     if kind is Kind.FORMATS:
         if names:
             raise ConfigError(f"`numerics formats` takes no names; {' '.join(names)} were given. Leave them out.")
@@ -212,21 +215,26 @@ def _text(value: object) -> str:
 
 
 def _compare(one: str, other: str, model: str, json: bool) -> int:
+    import torch
+
     from tandem.numerics.apart import compare, edges
     from tandem.numerics.blocks import format_of
     from tandem.run.folder import plain
 
     first, second = format_of(one), format_of(other)
     columns = max(2, first.block if first.block > 0 else 128)
-    tensors = _matrices(model) if model else edges(first.element, columns)
+    held = [form.element.largest * torch.finfo(torch.float16).max for form in (first, second) if form.scale == "fp16"]
+    tensors = _matrices(model) if model else edges(first.element, columns, min(held, default=math.inf))
     found = compare(first, second, tensors)
     if json:
         print(jsonlib.dumps(plain({"a": one, "b": other, **dataclasses.asdict(found)}), allow_nan=False))
         return 0
-    print(f"{found.differ:,} of {found.numbers:,} numbers are read back otherwise by {one} and by {other}")
+    others = f", {found.recoded:,} of them by other codes" if found.differ else ""
+    print(f"{found.differ:,} of {found.numbers:,} numbers are read back otherwise by {one} and by {other}{others}")
     if found.first is not None:
         apart = found.first
-        at = next(i for i, pair in enumerate(zip(*apart.values, strict=True)) if pair[0] != pair[1])
+        pairs = zip(zip(*apart.values, strict=True), zip(*apart.codes, strict=True), strict=True)
+        at = next(i for i, (a, b) in enumerate(pairs) if a[0] != a[1] and (b[0] != b[1] or not found.recoded))
         cut = slice(max(0, at - SHOWN // 2), max(0, at - SHOWN // 2) + SHOWN)
         print(f"the first of {apart.name}, row {apart.place[0]}, from column {apart.place[1] + cut.start} on:")
         print(f"  inputs  {_numbers(apart.inputs[cut])}  (the block's largest {max(map(abs, apart.inputs)):.9g})")

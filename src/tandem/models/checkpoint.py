@@ -407,6 +407,11 @@ def _open_folder(source: str, folder: Path) -> Checkpoint:
     if len(files) == 1 or len({part and (part["stem"], part["count"]) for part in parts}) == 1 and all(parts):
         return _open_gguf(source, files[0])
     found = sorted(path.name for path in folder.iterdir())
+    if "adapter_config.json" in found:
+        raise ModelError(
+            f"{folder} is an adapter, and no whole model. Fold it into its model first: tandem convert merge {folder} "
+            "--out DIR; then give DIR."
+        )
     raise ModelError(
         f"{folder} is no model folder: it has no config.json and {len(files)} GGUF files; it holds "
         f"{', '.join(found[:12]) or 'nothing'}. Give the folder that has config.json, or one .gguf file."

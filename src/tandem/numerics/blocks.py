@@ -81,6 +81,16 @@ class Format:
         own = {"e8m0": 8, "e4m3": 8, "fp32": 32}.get(self.scale, 16) + (self.element.bits if self.zero_point else 0)
         return self.element.bits + own / (self.block * self.rows)
 
+    @property
+    def shown(self) -> Element:
+        """What its codes stand for in steps of a scale. With a zero point they begin at 0, and it is taken off them.
+
+        >>> FORMATS["int4_g32"].shown.last, FORMATS["int4_g32_asym"].shown.last
+        (7, 15)
+        """
+        own = self.element
+        return Fixed(f"u{own.name}", own.bits + 1, 0) if self.zero_point else own
+
     def by_row(self) -> Format:
         """The same of each row for itself. ConfigError where a block is a tile of several."""
         if self.rows > 1:
@@ -422,19 +432,27 @@ def sqnr_db(x: Tensor, back: Tensor) -> float:
     return float(10 * torch.log10(signal / noise)) if float(noise) else math.inf
 
 
+def shared(form: Format) -> int | str:
+    """What has a scale: so many numbers of a row, or a tile, a row, the tensor.
+
+    >>> shared(FORMATS["mxfp4"]), shared(FORMATS["fp8_row"]), shared(FORMATS["fp8_128x128"])
+    (32, 'row', '128 x 128')
+    """
+    if form.block <= 0:
+        return "tensor" if form.block == WHOLE else "row"
+    return f"{form.rows} x {form.block}" if form.rows > 1 else form.block
+
+
 def properties(form: Format) -> Mapping[str, object]:
     """For tables: bits, scale, largest and smallest element, and decibels on normal numbers."""
     x = torch.randn(512, 1024, generator=torch.Generator().manual_seed(0))
-    block = {WHOLE: "tensor", WHOLE_ROW: "row"}.get(
-        form.block, f"{form.rows} x {form.block}" if form.rows > 1 else form.block
-    )
     return {
         "format": form.name,
-        "element": form.element.name,
+        "element": form.shown.name,
         "bits": form.bits,
-        "block": block,
+        "block": shared(form),
         "scale": form.scale,
-        "largest": form.element.largest,
-        "smallest": form.element.smallest,
+        "largest": form.shown.largest,
+        "smallest": form.shown.smallest,
         "sqnr_db": round(sqnr_db(x, rounded(x, form)), 2),
     }

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch.nn import functional
 
-from tandem.errors import ConfigError
+from tandem.errors import ConfigError, NonFiniteError
 from tandem.numerics.blocks import (
     WHOLE,
     WHOLE_ROW,
@@ -27,6 +27,7 @@ from tandem.numerics.blocks import (
     properties,
     quantise,
     rounded,
+    shared,
     sqnr_db,
 )
 from tandem.numerics.elements import Element, decode, encode
@@ -55,7 +56,7 @@ RULES = {
     "compressed-tensors', whose scale of the tensor divides.",
     "fp32": "The scale of a block is amax / largest in fp32: its largest number is a code, and nothing saturates.",
     "narrow": "The scale of a block is amax / largest, rounded to fp16 or bf16 before a code is chosen by it: where "
-    "down, the largest saturates.",
+    "down, the largest saturates. One that fp16 does not have is an error.",
     "zero_point": "A block's least and largest number are the ends of the range, and zero is a code: the scale is "
     "(largest - least) / (codes - 1) in fp32, and a zero point is kept beside it.",
 }
@@ -82,9 +83,10 @@ def write_format_page(name: str, folder: Path) -> Path:
         facts=facts(form),
         rule=RULES[rule_of(form)],
         pictures=pictures,
-        ties=ties(form.element),
-        values=values(form.element),
-        element=form.element.name,
+        ties=ties(form.shown),
+        values=values(form.shown),
+        element=form.shown.name,
+        zero_point=form.zero_point,
     )
     return write_file(folder / f"{name.replace('/', '_').replace(':', '_')}.html", page)
 
@@ -98,15 +100,15 @@ def rule_of(form: Format) -> str:
 
 def facts(form: Format) -> list[tuple[str, str]]:
     """Label and figure of each property."""
-    known, x = properties(form), torch.randn(512, 1024, generator=torch.Generator().manual_seed(1))
+    known, own, x = properties(form), form.shown, torch.randn(512, 1024, generator=torch.Generator().manual_seed(1))
     heavy, counted = _heavy(512, 1024), form.scale == "fp32" or (form.block != WHOLE and form.rows == 1)
     return [
-        ("element", f"{form.element.name}, {form.element.bits} bits, {form.element.last} numbers above zero"),
-        ("bits a number", f"{form.bits:g}, its share of a block's scale among them"),
+        ("element", f"{own.name}, {form.element.bits} bits, {_numbers(own.last)} above zero"),
+        ("bits a number", f"{form.bits:g}, {_counted(form)}"),
         ("numbers that share a scale", str(known["block"])),
         ("scale", {"e8m0": "e8m0, a power of two", "e4m3": "e4m3, and fp32 of the tensor"}.get(form.scale, form.scale)),
-        ("largest and smallest of an element", f"{form.element.largest:g}, {form.element.smallest:g}"),
-        ("octaves from smallest to largest", f"{math.log2(form.element.largest / form.element.smallest):.1f}"),
+        ("largest and smallest of an element", f"{own.largest:g}, {own.smallest:g}"),
+        ("octaves from smallest to largest", f"{math.log2(own.largest / own.smallest):.1f}"),
         ("decibels of normal numbers", f"{known['sqnr_db']}"),
         ("decibels of heavy tails (Student's t, 4)", f"{sqnr_db(heavy, rounded(heavy, form)):.2f}"),
         ("normal numbers that become 0", f"{_lost(x, form):.2%}"),
@@ -115,6 +117,17 @@ def facts(form: Format) -> list[tuple[str, str]]:
             f"{saturating(x, form):.1%}" if counted else "not counted",
         ),
     ]
+
+
+def _numbers(count: int) -> str:
+    return f"{count} number{'s' * (count > 1)}"
+
+
+def _counted(form: Format) -> str:
+    """What of `Format.bits` is a scale's."""
+    if form.block <= 0:
+        return f"that of a {shared(form)} not among them"
+    return f"its share of a block's scale{' and zero point' * form.zero_point} among them"
 
 
 def _heavy(rows: int, columns: int) -> torch.Tensor:
@@ -142,10 +155,10 @@ def saturating(x: torch.Tensor, form: Format) -> float:
 def values(element: Element) -> list[tuple[str, str]]:
     """Code and number, of those that are not negative; of long elements both ends."""
     codes = _ends(list(range(element.last + 1)), 16)
-    digits = -(-element.bits // 4)
+    digits = len(f"{element.last:x}")
     found = decode(torch.tensor([code for code in codes if code is not None]), element).tolist()
     numbers = iter(found)
-    return [("…", "…") if code is None else (f"{code:0{digits}x}", f"{next(numbers):.9g}") for code in codes]
+    return [("…", "…") if code is None else (f"{code:0{digits}x}", _written(next(numbers))) for code in codes]
 
 
 def ties(element: Element) -> list[tuple[str, str, str, str]]:
@@ -160,8 +173,17 @@ def ties(element: Element) -> list[tuple[str, str, str, str]]:
             continue
         low, high, middle = float(known[place]), float(known[place + 1]), float(middles[place])
         goes = low if codes[place] == place else high
-        found.append((f"{low:.9g}", f"{high:.9g}", f"{middle:.9g}", f"{goes:.9g}"))
+        found.append((_written(low), _written(high), _written(middle), _written(goes)))
     return found
+
+
+def _written(value: float) -> str:
+    """With nine digits, or by its power of two where they would not show it: four stand side by side."""
+    long = f"{value:.9g}"
+    if "e" not in long:
+        return long
+    part, power = math.frexp(value)
+    return f"{2 * part:.12g} x 2^{power - 1}"
 
 
 def _ends(found: list[int], shown: int) -> list[int | None]:
@@ -176,7 +198,7 @@ def _figure(count: int, height: float) -> tuple[Figure, Any]:
 
 def grid_figure(form: Format) -> Figure:
     """Numbers above zero on a line, and by octave how many there are."""
-    element = form.element
+    element = form.shown
     known = decode(torch.arange(1, element.last + 1), element).double().numpy()
     figure, (line, octaves) = _figure(2, 2.6)
     line.vlines(known, 0, 1, color=plots.BLUE, linewidth=1.6 if len(known) < 40 else 0.5)
@@ -186,8 +208,8 @@ def grid_figure(form: Format) -> Figure:
     line.spines["left"].set_visible(False)
     line.set_xlim(0, element.largest * 1.03)
     line.set_xlabel("value, times the scale")
-    line.set_title(f"The {len(known)} numbers of {element.name} above zero")
-    if len(known) < 10:
+    line.set_title(f"The {_numbers(len(known))} of {element.name} above zero")
+    if len(known) < 17:
         for value in known:
             line.annotate(f"{value:g}", (value, 1.04), ha="center", va="bottom", fontsize=8.5)
     exponents = np.floor(np.log2(known)).astype(int)
@@ -209,15 +231,16 @@ def errors_by_size(form: Format) -> tuple[np.ndarray, np.ndarray]:
     """Of numbers from 2^-OCTAVES to 1 of their block's largest: that share, and their relative error."""
     block, shares, errors = _block(form), [], []
     share = torch.exp2(torch.linspace(-OCTAVES, 0, 64 * OCTAVES))
-    share = torch.cat([share, share.new_ones(-len(share) % (block - 1))]).view(-1, block - 1)
+    beside = max(1, block - 1)  # a number that has a scale for itself is beside none
+    share = torch.cat([share, share.new_ones(-len(share) % beside)]).view(-1, beside)
     for top in TOPS:
-        x = torch.cat([torch.full((len(share), 1), top), top * share], 1)
+        x = torch.cat([torch.full((len(share), 1), top), top * share], 1)[:, -block:]
         if form.rows > 1:
             x = torch.cat([x, torch.zeros(-len(x) % form.rows, block)])
         if form.scale == "e4m3":  # the tensor has a larger block
             x = torch.cat([x, torch.full((1, block), 2.0)])
-        back = rounded(x, form)[: len(share), 1:]
-        given = x[: len(share), 1:]
+        back = rounded(x, form)[: len(share), -beside:]
+        given = x[: len(share), -beside:]
         shares.append(share.flatten().numpy())
         errors.append(((back - given).abs() / given).flatten().numpy())
     return np.concatenate(shares), np.concatenate(errors)
@@ -269,8 +292,11 @@ def decibels_by_top(form: Format, tops: torch.Tensor, anchored: bool) -> list[fl
 
 
 def _decibels(x: torch.Tensor, form: Format) -> float:
-    """Of the first DRAWN rows; 0 where nothing is left of them, EXACT where all is."""
-    given, back = x[:DRAWN], rounded(x, form)[:DRAWN]
+    """Of the first DRAWN rows; 0 where nothing is left of them or a scale has no such number, EXACT where all is."""
+    try:
+        given, back = x[:DRAWN], rounded(x, form)[:DRAWN]
+    except NonFiniteError:
+        return 0.0
     if not bool(given.any()) or not bool(back.isfinite().all()):
         return 0.0
     found = sqnr_db(given, back)

@@ -108,23 +108,27 @@ def declaration(config: RunConfig) -> str:
     """The run's first line."""
     found = departures(config)
     sampling = "; ".join(f"{d.what} ({d.setting})" for d in found if d.line == "sampling")
+    rounded = _of_both(config) + _of_gradients(config)
     if is_exact(config):
-        rounded = "".join(
-            f"; both {does} {name}"
-            for does, name in (
-                ("multiply in", config.model.weights),
-                ("keep keys and values in", config.model.kv),
-                ("round logits to", config.model.logits),
-            )
-            if name not in ("same", "float32")
-        )
-        rounded += _of_gradients(config)
         return f"exact: engine and learner compute the same bits{rounded}" + (f"; {sampling}" if sampling else "")
     declared = "; ".join(f"{d.what} ({d.setting})" for d in found)
     correction = config.algo.correction
     parts = [correction.form, *([correction.weight] if correction.weight != "none" else []), *correction.reject]
     when = ", held back until an alarm" if config.alarms.action == "correct" else ""
-    return f"departs from exact: {declared}{_of_gradients(config)}. Correction: {' + '.join(parts)}{when}"
+    return f"departs from exact: {declared}{rounded}. Correction: {' + '.join(parts)}{when}"
+
+
+def _of_both(config: RunConfig) -> str:
+    """What engine and learner round alike, which departs from nothing."""
+    return "".join(
+        f"; both {does} {name}"
+        for does, name in (
+            ("multiply in", config.model.weights),
+            ("keep keys and values in", config.model.kv),
+            ("round logits to", config.model.logits),
+        )
+        if name not in ("same", "float32")
+    )
 
 
 def _of_gradients(config: RunConfig) -> str:
