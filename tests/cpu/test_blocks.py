@@ -95,6 +95,15 @@ def test_every_e8m0() -> None:
     assert float(from_e8m0(torch.tensor([0], dtype=torch.uint8))) == 2.0**-127
 
 
+def test_scales_are_not_made_by_a_cast() -> None:
+    """A scale by a cast to e8m0: torch's rounds 3 up to 4, drops a sign and has 2^-127 for 0; ml_dtypes' has NaN."""
+    x = torch.tensor([3.0, -1.0, 0.0])
+    assert x.to(torch.float8_e8m0fnu).view(torch.uint8).tolist() == [129, 127, 0]
+    assert x.numpy().astype(ml_dtypes.float8_e8m0fnu).view(np.uint8).tolist() == [129, 255, 255]
+    blocks = quantise(torch.tensor([[12.0] + [0.0] * 31, [-4.0] + [0.0] * 31, [0.0] * 32]), FORMATS["mxfp4"])
+    assert blocks.scales.flatten().tolist() == [128, 127, 0]  # of 12 = 3 x 4, by the floor
+
+
 @pytest.mark.parametrize("name", ["mxfp4", "mxfp8_e4m3_rceil", "mxfp8_e5m2", "mxint8_even"])
 def test_blocks_of_odd_contents(name: str) -> None:
     """A NaN that leaves its block, a block of zeros that divides by zero, denormals that vanish, a short last block."""

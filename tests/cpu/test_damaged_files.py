@@ -109,6 +109,11 @@ NAN, INF = float("nan"), float("inf")
 DAMAGED = r"a.m.weight: .*(NaN or infinite|scale of the tensor is).*The file is damaged"
 ODD = r"the parts of a.m.weight do not fit one another by .*{}"
 CASES: list[tuple[str, Callable[[Parts, dict[str, Any]], object], str]] = [
+    # a matrix twice
+    *(
+        (text, lambda p, c: p.update(weight=torch.zeros(ROWS, COLUMNS)), "a.m.weight is there in F32 beside its codes")
+        for text in (INT, f"{CT}:nvfp4", "awq:int4_g32", "gptq:int4_g32")
+    ),
     # a scale that is not there
     *((text, drop("weight_scale"), "a.m.weight .* is of F8_E4M3 and has no scale") for text in (FP8_ROW, FP8_BLOCK)),
     ("fp8", drop("weight_scale_inv"), "a.m.weight .* is of F8_E4M3 and has no scale"),

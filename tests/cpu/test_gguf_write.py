@@ -13,6 +13,7 @@ import pytest
 import tokenizers
 import torch
 from gguf import GGMLQuantizationType as Kind
+from gguf import LlamaFileType
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tandem.cli.main import main
@@ -20,7 +21,7 @@ from tandem.errors import ModelError, NonFiniteError, TandemWarning
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.gguf import read_header
 from tandem.models.gguf_tokens import _REST, _WORDS, tokenizer_fields
-from tandem.models.gguf_write import GgufKind, metadata, write_gguf
+from tandem.models.gguf_write import FILE_TYPES, FLOATS, GgufKind, metadata, write_gguf
 from tandem.models.parts import expected_shapes, layer_slots
 from tandem.models.spec import LayerAttention, ModelSpec, RopeScaling
 from tandem.models.tokenizer import Tokenizer
@@ -203,6 +204,14 @@ def test_widths_that_blocks_do_not_divide(name: str, width: int, other: str | No
         TYPES[other] if other else None
     }
     assert found["model.layers.1.mlp.down_proj.weight"] is TYPES[name]
+
+
+def test_file_types_are_llama_cpp_s() -> None:
+    """A file that says it is mostly of another type."""
+    for name, number in FILE_TYPES.items():
+        label = LlamaFileType(number).name.removeprefix("ALL_").removeprefix("MOSTLY_")
+        assert label in (name, f"{name}_S", f"{name}_MOE"), name
+    assert set(FILE_TYPES) == {*TYPES, *FLOATS}
 
 
 def test_what_no_file_can_say() -> None:

@@ -19,6 +19,7 @@ import torch
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tandem.errors import ModelError, TandemWarning
@@ -211,6 +212,28 @@ def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
     write(tmp_path, {"model.safetensors": {**random_tensors(), UP: torch.ones(40, 24, dtype=torch.int8)}})
     write_config(tmp_path)
     with pytest.raises(ModelError, match=f"tensor {UP} is of I8; supported: F64.*not quantised"):
+        open_checkpoint(str(tmp_path))
+
+
+@pytest.mark.parametrize(("dtype", "shape", "size"), [("F6_E2M3", [4, 4], 12), ("F4", [2, 3], 3)])
+@pytest.mark.parametrize("quantised", [False, True])
+def test_dtypes_that_fail_when_they_are_fetched(
+    dtype: str, shape: list[int], size: int, quantised: bool, tmp_path: Path
+) -> None:
+    """A trace in the midst of loading: safetensors opens tensors that torch does not read, and rows of half bytes."""
+    write(tmp_path, {"model.safetensors": random_tensors()})
+    write_config(tmp_path, **({"quantization_config": {"quant_method": "fp8"}} if quantised else {}))
+    path = tmp_path / "model.safetensors"
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header, body = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    header["odd"] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + size]}
+    written = json.dumps(header).encode()
+    path.write_bytes(len(written).to_bytes(8, "little") + written + body + bytes(size))
+    with safe_open(str(path), "pt") as opened, pytest.raises(SafetensorError):
+        assert opened.get_slice("odd").get_dtype() == dtype
+        opened.get_tensor("odd")
+    with pytest.raises(ModelError, match=f"tensor odd is of {dtype}; supported: F64"):
         open_checkpoint(str(tmp_path))
 
 

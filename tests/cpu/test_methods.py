@@ -429,7 +429,9 @@ def test_calibration_says_what_it_saw(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (
         main(["convert", "quantise", str(tmp_path / "codes"), "--format", "fp8_row", "--out", str(tmp_path / "r")]) == 0
     )
-    assert "in few bits already (awq)" in capsys.readouterr().err
+    assert "in few bits already (awq): what these lost is lost, and they are rounded again" in capsys.readouterr().err
+    assert main([*command[:2], str(tmp_path / "codes"), "--format", "gguf:F32", "--out", str(tmp_path / "f.gguf")]) == 0
+    assert "in few bits already (awq): what these lost is lost. Better" in capsys.readouterr().err  # nothing is rounded
     exact = {name: torch.ones_like(tensor) for name, tensor in made.export()}
     save_checkpoint(tmp_path / "ones", made.spec, exact, new_tokenizer(), "float32")
     assert (

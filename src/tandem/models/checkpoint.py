@@ -37,7 +37,7 @@ SHARD_BYTES = 5_000_000_000
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
-_CODES = (*_FLOATS, "F8_E8M0", "F4", "U8", "I8", "I32", "I64")
+_CODES = (*_FLOATS, "F8_E8M0", "U8", "I8", "I32", "I64")
 _HOLDS_WEIGHTS = re.compile(
     r"(?!optimi[sz]er|reward_head).*\.(safetensors|gguf|h5|msgpack)"
     r"|(pytorch_model|consolidated|adapter_model).*\.(bin|pth?)"
@@ -214,7 +214,7 @@ class _Safetensors:
 
     coded_bytes = 0
 
-    def __init__(self, folder: Path, kinds: Container[str] = _FLOATS) -> None:
+    def __init__(self, folder: Path, kinds: Sequence[str] = _FLOATS) -> None:
         self._file_of: dict[str, Path] = {}
         self._kinds = kinds
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -261,8 +261,8 @@ class _Safetensors:
             part = opened.get_slice(tensor)
             if part.get_dtype() not in self._kinds:
                 raise ModelError(
-                    f"{path}: tensor {tensor} is of {part.get_dtype()}; supported: {', '.join(_FLOATS)}. Choose a "
-                    "model that is not quantised, or a GGUF file."
+                    f"{path}: tensor {tensor} is of {part.get_dtype()}; supported: {', '.join(self._kinds)}. "
+                    "Choose a model that is not quantised so, or a GGUF file."
                 )
             self._file_of[tensor], self.shapes[tensor] = path, tuple(part.get_shape())
             self.dtypes[tensor] = part.get_dtype()

@@ -66,9 +66,7 @@ class GgufKind:
         name = text.partition(":")[2].upper()
         known = (*TYPES, *FLOATS)
         if name not in known:
-            raise ConfigError(
-                f"--format {text}: write gguf:TYPE, as gguf:Q4_K. Types are {', '.join(known)}.{nearest(name, known)}"
-            )
+            raise ConfigError(f"--format {text}: write gguf:TYPE, as gguf:Q4_K.{nearest(name, known)}")
         return cls(name, TYPES.get(name), FLOATS.get(name, "bfloat16"))
 
     def types(self, spec: ModelSpec) -> dict[str, GgmlType | None]:

@@ -86,7 +86,7 @@ def quantise(source: str, out: Path, wanted: str, dtype: str | None = None, aske
     if asked.texts is None and not plain:
         check(method, form, ())
     torch.set_num_threads(env.num_threads())
-    checkpoint = _opened(source)
+    checkpoint = _opened(source, form is not None)
     spec, tokenizer = checkpoint.spec, checkpoint.load_tokenizer()
     if kind and kind.form.block > 0 and kind.form.rows == 1:
         for slot in slots_of(spec):
@@ -137,7 +137,7 @@ def _check_out(out: Path, one_file: bool) -> None:
         raise ConfigError(f"{out} is there already. Choose another {'file' if one_file else 'folder'}, or remove it.")
 
 
-def _opened(source: str) -> Checkpoint:
+def _opened(source: str, rounds: bool) -> Checkpoint:
     resolved = resolve_source(source)
     if is_adapter(Path(resolved)):
         raise ConfigError(
@@ -146,8 +146,9 @@ def _opened(source: str) -> Checkpoint:
         )
     checkpoint = open_checkpoint(resolved)
     if kept := _few_bits(checkpoint):
-        told = f"{source} has its matrices in few bits already ({kept}): what these lost is lost, and they are rounded"
-        warnings.warn(f"{told} again. Better take the model that they were made of.", TandemWarning, stacklevel=3)
+        told = f"{source} has its matrices in few bits already ({kept}): what these lost is lost"
+        told += ", and they are rounded again" if rounds else ""
+        warnings.warn(f"{told}. Better take the model that they were made of.", TandemWarning, stacklevel=3)
     return checkpoint
 
 

@@ -107,6 +107,11 @@ class QuantisedTensors:
                         f"config is another's, or of a variant that is not read ({scheme.where})."
                     )
         for name, found in self._parts.items():
+            if name in store.shapes and (name not in own or "weight_packed" in found):
+                raise ModelError(
+                    f"{name} is there in {store.dtypes[name]} beside its codes ({self._listed(name)}), and nothing "
+                    "says which is the model's. Save the model again, or take it again."
+                )
             self.shapes[name] = self._shape(name, found)
         self.coded_bytes = self._coded_bytes()
         notes = list(dict.fromkeys(scheme.notes))
