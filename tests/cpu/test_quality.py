@@ -63,7 +63,7 @@ def result() -> dict[str, Any]:
     runs = [
         {
             "arm": name, "seed": seed, "status": "failed" if (name, seed) == ("eights", 1) else "finished",
-            "before": None, "after": None, "heldout_prompts": 0, "reward": [9.0, top + more, top + more + 0.02 * seed],
+            "before": 0.1, "after": 0.9 * seed, "heldout_prompts": 4, "reward": [9.0, top + more, top + more + 0.02 * seed],
         }
         for name, more in less.items()
         for seed, top in ((0, 0.5), (1, 0.7))
@@ -76,7 +76,8 @@ def result() -> dict[str, Any]:
 
 
 def test_reward_of_arms_by_hand(tmp_path: Path) -> None:
-    """A reward of first steps, of an arm in another format, of a failed run; an interval that is not paired."""
+    """A reward of first steps, of an arm in another format, of a failed run; an interval that is not paired, or is of
+    held-out accuracy."""
     (tmp_path / "result.json").write_text(json.dumps(result()))
     found = rewards(tmp_path, ("bf16", PAIR, "w8a8", "nvfp4"))
     assert list(found["rows"]) == ["bf16", PAIR, "w8a8"]  # the moments' arm is of no format

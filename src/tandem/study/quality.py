@@ -91,7 +91,11 @@ def rewards(path: Path, forms: Sequence[str]) -> dict[str, Any]:
     """
     path = path / "result.json" if path.is_dir() else path
     result = _read(path)
-    against = {one["arm"]: one for one in result["comparisons"] if one["against"] == result["baseline"]}
+    against = {
+        one["arm"]: one
+        for one in result["comparisons"]
+        if one["against"] == result["baseline"] and one["measure"] == "reward"
+    }
     rows: dict[str, list[dict[str, Any]]] = {}
     for arm in result["arms"]:
         overrides = {**result["common"], **arm["overrides"]}
