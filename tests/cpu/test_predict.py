@@ -14,6 +14,7 @@ import torch
 
 from tandem.bench import predicted as checks
 from tandem.bench import profile as profiles
+from tandem.bench import rates as machine_rates
 from tandem.bench import roofline
 from tandem.bench.devices import DEVICES, arithmetic_on, device_of, served_as
 from tandem.bench.foretold import predict
@@ -324,6 +325,10 @@ def test_memory_of_training_is_weights_gradients_masters_and_moments() -> None:
             "neither bf16 nor fp32, and 'mxfp5' rounds nothing",
         ),
         (["roofline", "new:", "--context", "999999"], "the model knows"),
+        (["roofline", "new:", "--format", "bf16,"], "names a format that is empty"),
+        (["roofline", "new:", "--set", "learner.moments=float8"], "learner.moments is of --phase train"),
+        (["roofline", "new:", "--phase", "train", "--set", "learner.lr=0.1"], "looks at learner.gradients, learner.mo"),
+        (["roofline", "new:", "--phase", "train", "--set", "learner.lrs=0.1"], "no setting is named"),
         (["roofline", "new:", "--measure"], "Give --device this"),
         (["roofline", "new:", "--check"], "Give --device this"),
         (["roofline", "new:", "--device", "this", "--context", "999999"], "the model knows"),
@@ -343,6 +348,20 @@ def test_wrong_input_is_told(
     monkeypatch.setattr(roofline, "rates", lambda again: pytest.fail("measured before it is refused"))
     assert main.main(["numerics", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_rates_are_measured_whoever_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace where `pareto`, which learns nothing, is the first to ask for this machine's rates: gradients' are among
+    them."""
+    x = torch.ones(2, requires_grad=True)
+
+    def measured() -> Measured:
+        x.sum().backward()
+        raise InterruptedError
+
+    monkeypatch.setattr(machine_rates, "measure", measured)
+    with torch.no_grad(), pytest.raises(InterruptedError):
+        machine_rates.kept_or_measured(True, lambda text: None)
 
 
 def test_small_models_have_figures(capsys: pytest.CaptureFixture[str]) -> None:

@@ -63,7 +63,8 @@ def result() -> dict[str, Any]:
     runs = [
         {
             "arm": name, "seed": seed, "status": "failed" if (name, seed) == ("eights", 1) else "finished",
-            "before": 0.1, "after": 0.9 * seed, "heldout_prompts": 4, "reward": [9.0, top + more, top + more + 0.02 * seed],
+            "before": 0.1, "after": 0.9 * seed, "heldout_prompts": 4,
+            "reward": [9.0, top + more, top + more + 0.02 * seed],
         }
         for name, more in less.items()
         for seed, top in ((0, 0.5), (1, 0.7))

@@ -34,8 +34,11 @@ def kept_or_measured(again: bool, note: Callable[[str], None]) -> Measured:
     found = None if again else Measured.known(machine_name(), env.cache_dir())
     if found is not None:
         return found
+    import torch
+
     note(f"measuring {machine_name()}: half a minute, in which nothing else should run")
-    found = measure()
+    with torch.enable_grad():  # a backward pass among it, whoever asks
+        found = measure()
     note(f"kept in {found.keep(env.cache_dir())}; --measure takes them anew")
     return found
 

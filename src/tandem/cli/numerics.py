@@ -135,9 +135,12 @@ def numerics(
     from tandem.bench import roofline
     from tandem.study import formats
 
-    learner, others = _learner(settings or [], task)
+    learner, others = _learner(settings or [], task, trains=phase is Phase.TRAIN or check)
+    forms = tuple(format.split(",")) if format else ()
+    if "" in forms:
+        raise ConfigError(f"--format {format} names a format that is empty. Give names with one comma between.")
     asked = roofline.Asked(
-        device or "h200", tuple(format.split(",")) if format else (), batch or 1, context or 1024,
+        device or "h200", forms, batch or 1, context or 1024,
         phase.value if phase else "decode", measure, learner,
     )  # fmt: skip
     if kind is Kind.ROOFLINE:
@@ -157,8 +160,10 @@ def numerics(
     return formats.pareto(names[0], asked.formats, texts, out, json, work=work, foretold=known, asked=more)
 
 
-def _learner(settings: list[str], task: str | None) -> tuple[LearnerConfig, list[str]]:
-    """Of --set: the learner's, and those of a task. ConfigError where there is none that they could be of."""
+def _learner(settings: list[str], task: str | None, trains: bool) -> tuple[LearnerConfig, list[str]]:
+    """Of --set: the learner's, and those of a task. ConfigError where there is none that they could be of, and for a
+    learner's that no prediction looks at."""
+    from tandem.bench.foretold import LEARNED
     from tandem.cli.recipes import parse_settings
     from tandem.config import override
     from tandem.errors import ConfigError
@@ -171,7 +176,13 @@ def _learner(settings: list[str], task: str | None) -> tuple[LearnerConfig, list
         raise ConfigError(
             f"--set {others[0]}: a prediction has settings of learner.*; others are of --task. Leave it out."
         )
-    return override(LearnerConfig(), own), others
+    config = override(LearnerConfig(), own)
+    if unread := [name for name in own if name not in LEARNED]:
+        looked = ", ".join(f"learner.{name}" for name in LEARNED)
+        raise ConfigError(f"--set learner.{unread[0]}: a prediction looks at {looked} alone. Leave it out.")
+    if own and not trains:
+        raise ConfigError(f"--set learner.{next(iter(own))} is of --phase train. Give that too, or leave it out.")
+    return config, others
 
 
 def _task(model: str, name: str, settings: list[str]) -> Task:

@@ -38,6 +38,8 @@ def sensitivity(
         raise ConfigError("`numerics sensitivity` takes one format, as --format nvfp4: a picture is of one.")
     _check_picture(out)
     if tensors == "gradients":
+        if formats[0] == "same":
+            raise ConfigError("--format same rounds no gradient: there is nothing to measure. Give a format.")
         return _gradients(gradient_errors(model, formats[0], texts, note), out, json)
     found = cells_of(model, formats[0], texts, note, ablated_of(tensors))
     if out is not None:
