@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json as jsonlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -115,12 +115,7 @@ def numerics(
         "measure": measure or None, "check": check or None, "texts": texts, "out": out,
         "tensors": tensors, "task": task, "study": study, "set": settings,
     }  # fmt: skip
-    for name, value in given.items():
-        if value is not None and kind not in TAKES[name]:
-            those = ", ".join(one.value for one in TAKES[name])
-            raise ConfigError(f"--{name} is not of `numerics {kind.value}`, but of {those}. Leave it out.")
-    if ignored := [name for name in ("batch", "context", "phase") if check and given[name] is not None]:
-        raise ConfigError(f"--check has works of its own: --{ignored[0]} would be passed over. Leave it out.")
+    _refuse_unread(kind, given)
     if kind is Kind.FORMATS:
         if names:
             raise ConfigError(f"`numerics formats` takes no names; {' '.join(names)} were given. Leave them out.")
@@ -137,8 +132,6 @@ def numerics(
 
     learner, others = _learner(settings or [], task, trains=phase is Phase.TRAIN or check)
     forms = tuple(format.split(",")) if format else ()
-    if "" in forms:
-        raise ConfigError(f"--format {format} names a format that is empty. Give names with one comma between.")
     asked = roofline.Asked(
         device or "h200", forms, batch or 1, context or 1024,
         phase.value if phase else "decode", measure, learner,
@@ -158,6 +151,22 @@ def numerics(
     more = formats.Asked(_task(names[0], task, others) if task else None, study)
     known = roofline.foretold(asked)
     return formats.pareto(names[0], asked.formats, texts, out, json, work=work, foretold=known, asked=more)
+
+
+def _refuse_unread(kind: Kind, given: Mapping[str, object]) -> None:
+    """ConfigError for flags that are of another kind or would be passed over, and for a format without a name."""
+    from tandem.errors import ConfigError
+
+    for name, value in given.items():
+        if value is not None and kind not in TAKES[name]:
+            those = ", ".join(one.value for one in TAKES[name])
+            raise ConfigError(f"--{name} is not of `numerics {kind.value}`, but of {those}. Leave it out.")
+    if unread := [name for name in ("batch", "context", "phase") if given["check"] and given[name] is not None]:
+        raise ConfigError(f"--check has works of its own: --{unread[0]} would be passed over. Leave it out.")
+    if "" in str(given["format"]).split(","):
+        raise ConfigError(
+            f"--format {given['format']} names a format that is empty. Give names with one comma between."
+        )
 
 
 def _learner(settings: list[str], task: str | None, trains: bool) -> tuple[LearnerConfig, list[str]]:
