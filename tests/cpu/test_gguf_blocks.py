@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -127,8 +128,48 @@ def test_all_that_gguf_can_read() -> None:
     assert all(gguf.GGML_QUANT_SIZES[Kind(number)] == one[1:] for number, one in FORMATS.items())
 
 
-def test_a_scale_that_is_no_number(tmp_path: Path) -> None:
-    """MXFP4's byte 255, NaN, taken for 2^128: infinite weights."""
-    path = written(tmp_path / "m.gguf", Kind.MXFP4, np.full((1, 17), 255, np.uint8))
-    with pytest.raises(ModelError, match="tensor x has a block with the scale NaN"):
-        read_header(path).read("x")
+@pytest.mark.parametrize(
+    ("kind", "at", "scale"),
+    [
+        (Kind.MXFP4, 0, (255,)),  # which gguf takes for 2^127
+        (Kind.NVFP4, 1, (0x7F,)),  # for 0
+        (Kind.Q4_0, 0, (0, 0x7C)),
+        (Kind.Q4_1, 2, (0, 0xFC)),
+        (Kind.Q8_0, 0, (1, 0x7E)),
+        (Kind.Q4_K, 0, (1, 0x7E)),
+        (Kind.IQ4_NL, 0, (0, 0xFC)),
+    ],
+    ids=lambda one: getattr(one, "name", ""),
+)
+def test_a_scale_that_is_no_number(kind: Kind, at: int, scale: tuple[int, ...], tmp_path: Path) -> None:
+    """Weights that are NaN or infinite, or huge, because a block's scale is damaged; of codes that are kept too."""
+    raw = np.zeros((2, 2, FORMATS[int(kind)][2]), np.uint8)
+    sound = read_header(written(tmp_path / "s.gguf", kind, raw.reshape(2, -1)))
+    assert bool((sound.read("x") == 0).all()) and (sound.codes("x") is None) != sound.entries["x"].has_codes
+    raw[1, 0, at : at + len(scale)] = scale
+    raw[1, 0, -1] = 1  # of small codes
+    file = read_header(written(tmp_path / "m.gguf", kind, raw.reshape(2, -1)))
+    for read in [file.read, *([file.codes] if file.entries["x"].has_codes else [])]:
+        with pytest.raises(
+            ModelError, match="tensor x has a block whose scale is NaN or infinite. The file is damaged"
+        ):
+            read("x")
+
+
+@pytest.mark.parametrize("whole", [[0.0], [-1.0], [math.nan], [math.inf], [1.0, 1.0], [0.5]], ids=str)
+def test_a_scale_of_the_tensor(whole: list[float], tmp_path: Path) -> None:
+    """A matrix of NVFP4 times 0, a NaN or another's scale; a trace where there are two."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    raw = np.full((1, 36), 0x38, np.uint8)  # scales of 1, codes of 3 and 8: 1.5 and -0
+    writer.add_tensor("x.weight", raw, raw_dtype=Kind.NVFP4)
+    writer.add_tensor("x.scale", np.array(whole, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    file = read_header(tmp_path / "m.gguf")
+    if whole == [0.5]:
+        assert set(file.read("x.weight").flatten().tolist()) == {0.75, 0.0}
+        return
+    with pytest.raises(ModelError, match=r"x.scale is \[.*\], and no scale of a tensor. The file is damaged"):
+        file.read("x.weight")

@@ -79,9 +79,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 _FLOAT32 = 3e38
 _ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's frequency divisors; a property of the spec, not a weight
-# gguf dequantises 16 rows at a time whatever their length. Rows of 32768 weights took 0.20 s for SmolLM2's Q4_1 file,
-# its own rows of 576 took 0.87 s, one row for the whole tensor 0.50 s (one core).
-_ROW_WEIGHTS = 32768
+_DAMAGED = "The file is damaged: download or copy it again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,24 +141,21 @@ class GgufFile:
         if kind in ("F32", "F16", "BF16"):
             dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[kind]
             return torch.from_numpy(raw).view(dtype).reshape(entry.shape)
-        from gguf import GGMLQuantizationType, dequantize
+        from tandem.numerics.ggml_bytes import values
 
-        from tandem.numerics.ggml_bytes import scaled_nvfp4
-
-        blocks = raw.size // block_bytes
-        if kind == "MXFP4" and bool((raw.reshape(-1, block_bytes)[:, 0] == 255).any()):
-            raise ModelError(
-                f"{entry.path}: tensor {name} has a block with the scale NaN (byte 255), which llama.cpp reads as a "
-                "number. Convert the model again."
-            )
         scale = f"{name.removesuffix('weight')}scale"
-        if kind == "NVFP4" and scale in self.entries:
-            return scaled_nvfp4(torch.from_numpy(raw), entry.shape[-1], self.read(scale).reshape(()))
-        row_blocks = min(blocks, _ROW_WEIGHTS // weights)
-        while blocks % row_blocks:
-            row_blocks -= 1
-        values = dequantize(raw.reshape(-1, row_blocks * block_bytes), GGMLQuantizationType(entry.format))
-        return torch.from_numpy(values).reshape(entry.shape)
+        whole = self.read(scale) if kind == "NVFP4" and scale in self.entries else None
+        if whole is not None and not (whole.numel() == 1 and 0 < float(whole) < math.inf):
+            raise ModelError(f"{entry.path}: {scale} is {whole.tolist()}, and no scale of a tensor. {_DAMAGED}")
+        return self._sound(name, values(raw, entry.format, (weights, block_bytes), entry.shape, whole))
+
+    def _sound(self, name: str, scaled: torch.Tensor) -> torch.Tensor:
+        """What block scales make, or these themselves. ModelError for one that is NaN or infinite."""
+        if not bool(scaled.isfinite().all()):
+            raise ModelError(
+                f"{self.entries[name].path}: tensor {name} has a block whose scale is NaN or infinite. {_DAMAGED}"
+            )
+        return scaled
 
     def codes(self, name: str) -> Quantised | None:
         """The matrix of a GGUF name as the file has it: Q4_0, Q4_1 and Q8_0, in groups of 32; None for another format.
@@ -177,7 +172,8 @@ class GgufFile:
             return None
         blocks = torch.from_numpy(self._bytes(name)).view(-1, block_bytes)
         head = 4 if kind == "Q4_1" else 2
-        halves = blocks[:, :head].contiguous().view(torch.float16).view(entry.shape[0], -1, head // 2)
+        halves = self._sound(name, blocks[:, :head].contiguous().view(torch.float16))
+        halves = halves.view(entry.shape[0], -1, head // 2)
         codes = blocks[:, head:]
         if kind != "Q8_0":  # the first 16 weights of a block are its low nibbles
             codes = torch.cat([codes & 15, codes >> 4], 1)
