@@ -217,7 +217,7 @@ def test_what_cannot_be_done_is_named() -> None:
     for name in ("gptq", "awq", "smooth", "rotation"):
         with pytest.raises(ConfigError, match="there is no text: --texts"):
             quantised(spec, tensors, Method.read(name), form, [[]])
-    with pytest.raises(ConfigError, match="none is given: --format"):
+    with pytest.raises(ConfigError, match="none is given, or floats: --format"):
         quantised(spec, tensors, Method.read("awq"), None, TEXTS)
     for name in ("gtpq", "nearest+gptq", "gptq+awq", "awq+smooth"):
         with pytest.raises(ConfigError, match=r"--method .* is not known"):
@@ -341,7 +341,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "nothing rounded" in capsys.readouterr().out
     for wrong, said in (
         (["--method", "gptq", "--format", "int4_g32"], "there is no text"),
-        (["--method", "nearest"], "none is given: --format"),
+        (["--method", "nearest"], "none is given, or floats: --format"),
         ([], "give --format"),
         (["--format", "int5_x"], "is no format"),
         (["--format", "gptq", "--method", "gptq", "--texts", "nothing.txt"], "blocks of 128 do not divide"),

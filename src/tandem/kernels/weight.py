@@ -185,8 +185,8 @@ class Weight:
         cannot be."""
         if self.library:
             raise ConfigError(
-                f"{self.value.shape[0]} x {self.value.shape[1]}: torch's own products round nothing. Set model.kernels "
-                "to exact, or leave model.weights out."
+                "model.weights rounds what matrices are multiplied by, and model.kernels is library: torch's own "
+                "products round nothing. Set model.kernels to exact, or leave model.weights out."
             )
         if rounding.products and not self.on_device and self.value.dtype == torch.float16:
             raise ConfigError(
