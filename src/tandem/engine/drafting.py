@@ -36,7 +36,7 @@ class Drafting:
         for work, sequence, drafts in zip(decodes, sequences, self._drafts(sequences, most), strict=True):
             pages, known = sequence.pages, len(sequence.tokens)
             assert pages is not None
-            drafts = drafts[: min(budget, pages.room() - known)]
+            drafts = drafts[: min(budget, pages.room_for_drafts(known))]
             pages.cover(known + len(drafts))
             work.tokens += drafts
             work.draws += len(drafts)

@@ -9,13 +9,13 @@ table a group.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from math import gcd
 from typing import TYPE_CHECKING
 
 from tandem.models.parts import kept_bytes
-from tandem.numerics.names import stored_kv
+from tandem.numerics.names import kv_parts, stored_kv
 from tandem.types import Reach
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class KvLayout:
     groups: tuple[KvGroup, ...]
     place_L: tuple[tuple[int, int], ...]  # of each layer: its group, and its pool, the place in a page of that group
     depth: int  # layers of each group: pools
+    rounds_full: bool = False  # a page's tokens are rounded at once as it is full: a part of it serves nobody then
 
     @classmethod
     def of(cls, reaches_L: Sequence[Reach], sinks: int = 0, bytes_L: Sequence[int] = ()) -> KvLayout:
@@ -112,9 +113,11 @@ class KvLayout:
         model.kv."""
         stored = stored_kv(config.kv_dtype, kept)
         bytes_L = kept_bytes(spec, dtype if stored == "same" else stored)
+        reaches, sinks = spec.reaches, 0
         if config.kv_window:
-            return cls.of((Reach(window=config.kv_window),) * spec.layers, config.kv_sinks, bytes_L)
-        return cls.of(spec.reaches, 0, bytes_L)
+            reaches, sinks = (Reach(window=config.kv_window),) * spec.layers, config.kv_sinks
+        spans = any(kv_parts(name)[1] for name in (config.kv_dtype, kept))
+        return replace(cls.of(reaches, sinks, bytes_L), rounds_full=spans)
 
     @property
     def token_bytes(self) -> int:

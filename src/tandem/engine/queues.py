@@ -103,7 +103,7 @@ class Queues:
         if blocks < most and sequence.keys[blocks] in self.promised:
             sequence.awaits = sequence.keys[blocks]
             return None
-        sequence.tail = tail_key(sequence, page_tokens)
+        sequence.tail = tail_key(sequence, page_tokens, self.layout.rounds_full)
         if blocks == most and sequence.tail in self.promised:
             sequence.awaits = sequence.tail
             return None

@@ -329,6 +329,8 @@ class Scheduler(Queues):
                 batch.tell(sequence, start, end)
             if start // page_tokens != end // page_tokens and sequence.root != MIXED:
                 self._index_blocks(sequence, start // page_tokens)
+            if self.layout.rounds_full and start // page_tokens != end // page_tokens:
+                self.tails.withdraw(sequence)
             if sequence.tail is not None and start < len(sequence.request.tokens) <= end:
                 if self.promised.get(sequence.tail) is sequence:
                     del self.promised[sequence.tail]

@@ -53,6 +53,12 @@ class PageTables:
         pool = self._index.pool
         return (self.blocks + pool.num_available // len(self.tables)) * pool.page_tokens
 
+    def room_for_drafts(self, known: int) -> int:
+        """Drafts that it could hold behind so many tokens. A page that is rounded as it is full (KvLayout.rounds_full)
+        is filled by no draft, which may not stand."""
+        size, room = self._index.pool.page_tokens, self.room() - known
+        return min(room, size - 1 - known % size) if self._index.layout.rounds_full else room
+
     def cover(self, tokens: int) -> None:
         """Takes the pages that so many tokens need and it does not hold yet."""
         self.extend(max(0, pages_for(tokens, self._index.pool.page_tokens) - self.blocks))

@@ -196,18 +196,23 @@ def attention_backward(
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     paths: Paths,
     reach: Reach = EVERYTHING,
+    source_C: torch.Tensor | None = None,
 ) -> None:
     """Write the gradients of query [T, H, D], key and value [T, K, D] into `grads` (rows may be strided).
 
-    The slots must be the rows themselves (pages of one token), and each row must be the key of some query.
+    The slots must be the rows themselves (pages of one token), and each row must be the key of some query. Beside the
+    CPU C more slots may follow, the rows `source_C` (int64) as they were rounded: their gradients are added to those
+    of the rows.
     """
     query_THD, key_TKD, value_TKD = qkv
     if backend(query_THD) == "triton":
         from tandem.kernels.gpu import attention_backward as gpu
 
+        assert source_C is None, "copies of rows have gradients on the CPU alone"
         return gpu.attention_backward(dout_THD, out_THD, lse_TH, qkv, grads, paths, reach)
     component_start = paths.component_start
-    assert paths.page_tokens == 1 and component_start is not None and len(key_TKD) == len(query_THD), key_TKD.shape
+    slots = len(query_THD) + (0 if source_C is None else len(source_C))
+    assert paths.page_tokens == 1 and component_start is not None and len(key_TKD) == slots, (key_TKD.shape, slots)
     run = kernel("attention", "attention_backward", query_THD.dtype, "pp")
     assert run is not None
     args = _args(query_THD, key_TKD, value_TKD, paths, reach, out_THD, lse_TH)
@@ -227,3 +232,7 @@ def attention_backward(
         len(component_start) - 1,
     )
     run(ctypes.addressof(args), ctypes.addressof(grad_args))
+    if source_C is not None and len(source_C):
+        rows = len(query_THD)
+        sums[:, :rows].index_add_(1, source_C, sums[:, rows:])
+        dkey.copy_(sums[0, :rows]), dvalue.copy_(sums[1, :rows])

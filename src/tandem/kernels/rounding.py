@@ -18,6 +18,8 @@ from tandem.kernels.quantise import dequantise, quantise
 from tandem.kernels.sizes import GROUP
 from tandem.numerics.blocks import WHOLE_ROW, Format, format_of
 from tandem.numerics.elements import Fixed
+from tandem.numerics.kv import SpanRule, span_rule
+from tandem.numerics.names import kv_parts
 from tandem.numerics.quantise import INT4, Quantised, from_e4m3, to_e4m3
 
 EIGHTS = Format("int8_row", Fixed("int8", 8, 0), WHOLE_ROW, "fp32", each_row=True)  # rows of w8a8, as they read back
@@ -85,32 +87,41 @@ def rounding_of(name: str, group: int = 64) -> Rounding:
 
 
 class Kept(NamedTuple):
-    """What the key and the value of a token and head are rounded to when they are made: of each vector alone."""
+    """What keys and values are rounded to: the vector of a token and head alone when it is made, or a span's at once
+    when it is full."""
 
     name: str
-    form: Format | None  # None: e4m3 at unit scale
+    form: Format | None  # of a vector; None: e4m3 at unit scale
+    sinks: int = 0  # first positions, which stay as they are
+    span: SpanRule | None = None  # in place of `form`
 
-    def rounded(self, x_TKD: Tensor) -> Tensor:
+    def rounded(self, x_TKD: Tensor, positions_T: Tensor | None = None) -> Tensor:
         """Keys or values as they are attended to, in their dtype and in memory of their own. A vector with a NaN or an
-        infinity is all NaN; at unit scale infinity is 448."""
+        infinity is all NaN; at unit scale infinity is 448. positions_T: needed where there are sinks."""
+        assert self.span is None, self.name
         if self.form is None:
-            return from_e4m3(to_e4m3(x_TKD), x_TKD.dtype)
-        return rounded_rows(x_TKD.reshape(-1, x_TKD.shape[-1]), self.form).view(x_TKD.shape)
+            made_TKD = from_e4m3(to_e4m3(x_TKD), x_TKD.dtype)
+        else:
+            made_TKD = rounded_rows(x_TKD.reshape(-1, x_TKD.shape[-1]), self.form).view(x_TKD.shape)
+        if not self.sinks:
+            return made_TKD
+        assert positions_T is not None, self.name
+        return made_TKD.where((positions_T >= self.sinks)[:, None, None], x_TKD)
 
 
 class _Through(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TKD, kept):  # type: ignore[no-untyped-def]
-        return kept.rounded(x_TKD)
+    def forward(ctx, x_TKD, made_TKD):  # type: ignore[no-untyped-def]
+        return made_TKD
 
     @staticmethod
     def backward(ctx, dx_TKD):  # type: ignore[no-untyped-def]
         return dx_TKD, None
 
 
-def rounded_through(x_TKD: Tensor, kept: Kept) -> Tensor:
-    """`Kept.rounded`, whose gradient is that of what it was given."""
-    return _Through.apply(x_TKD, kept)
+def through(x: Tensor, made: Tensor) -> Tensor:
+    """`made`, whose gradient is that of x, which it was made of."""
+    return _Through.apply(x, made.detach())
 
 
 def kept_of(name: str) -> Kept | None:
@@ -119,7 +130,10 @@ def kept_of(name: str) -> Kept | None:
     >>> kept_of("int8").form == EIGHTS, kept_of("float8_e4m3").form, kept_of("same")
     (True, None, None)
     """
-    if name in ("same", "float8_e4m3"):
-        return None if name == "same" else Kept(name, None)
-    own = {"int8": EIGHTS, "int4": INT4}.get(name)
-    return Kept(name, (own or format_of(name)).by_row())
+    form, tokens, sinks = kv_parts(name)
+    if tokens:
+        return Kept(name, None, sinks, span_rule(form, tokens, sinks))
+    if form in ("same", "float8_e4m3"):
+        return None if form == "same" else Kept(name, None, sinks)
+    own = {"int8": EIGHTS, "int4": INT4}.get(form)
+    return Kept(name, (own or format_of(form)).by_row(), sinks)

@@ -20,7 +20,9 @@ from tandem.kernels.norm import unit_norm_, unit_norm_backward_, unit_norm_refer
 from tandem.kernels.page_pool import KvPool, rotate_store_
 from tandem.kernels.paths import Paths
 from tandem.kernels.rotary import rotate_, rotate_reference
-from tandem.kernels.rounding import Kept, rounded_through
+from tandem.kernels.rounding import Kept, through
+from tandem.models.spans import PackSpans, Wave, round_pages_, waves_of
+from tandem.numerics.kv import SpanRule
 from tandem.types import Reach
 
 
@@ -105,10 +107,10 @@ def turn_reference(
     return query, key
 
 
-def keep_(qkv_TW: torch.Tensor, heads: Heads, kept: Kept) -> None:
+def keep_(qkv_TW: torch.Tensor, heads: Heads, kept: Kept, positions_T: torch.Tensor) -> None:
     """Round keys that are turned, and values, in place."""
     for x_TKD in heads.cut(qkv_TW)[1:]:
-        x_TKD.copy_(kept.rounded(x_TKD))
+        x_TKD.copy_(kept.rounded(x_TKD, positions_T))
 
 
 class View(Protocol):
@@ -131,11 +133,14 @@ class _PackAttention(torch.autograd.Function):
         qkv_TW = qkv_TW.contiguous()
         query, key, value = heads.cut(qkv_TW)
         scales = turn_(qkv_TW, view.positions_T, heads, tables)
-        ctx.normed_TKD = heads.cut(qkv_TW)[1].clone() if heads.kept is not None and scales else None
-        if heads.kept is not None:  # gradients pass straight through
-            keep_(qkv_TW, heads, heads.kept)
+        spans, keys_values = view.spans(heads), (key, value)
+        ctx.normed_TKD = heads.cut(qkv_TW)[1].clone() if heads.kept is not None and not spans and scales else None
+        if spans:
+            keys_values = spans.with_copies(key, value, heads.kept.span)
+        elif heads.kept is not None:  # gradients pass straight through
+            keep_(qkv_TW, heads, heads.kept, view.positions_T)
         lse_TH = torch.empty(query.shape[:2], device=query.device)
-        out = attention(query, key, value, view.paths, heads.reach, lse_TH)
+        out = attention(query, *keys_values, spans.paths if spans else view.paths, heads.reach, lse_TH)
         ctx.save_for_backward(qkv_TW, out, lse_TH, *scales)
         ctx.view, ctx.heads, ctx.tables = view, heads, tables
         return out.view(out.shape[0], -1)
@@ -146,7 +151,12 @@ class _PackAttention(torch.autograd.Function):
         dqkv_TW = torch.empty_like(qkv_TW)
         grads = ctx.heads.cut(dqkv_TW)
         dout_THD = dout.contiguous().view(out.shape)
-        attention_backward(dout_THD, out, lse_TH, ctx.heads.cut(qkv_TW), grads, ctx.view.paths, ctx.heads.reach)
+        query, key, value = ctx.heads.cut(qkv_TW)
+        if spans := ctx.view.spans(ctx.heads):
+            qkv = query, *spans.with_copies(key, value, ctx.heads.kept.span)
+            attention_backward(dout_THD, out, lse_TH, qkv, grads, spans.paths, ctx.heads.reach, spans.source_C)
+        else:
+            attention_backward(dout_THD, out, lse_TH, (query, key, value), grads, ctx.view.paths, ctx.heads.reach)
         if ctx.normed_TKD is not None:  # the norm's is of what it gave
             qkv_TW = qkv_TW.clone()
             ctx.heads.cut(qkv_TW)[1].copy_(ctx.normed_TKD)
@@ -174,6 +184,16 @@ class PackView:
         positions_T = np.arange(bounds[-1]) + np.repeat(first - bounds[:-1], np.diff(bounds))
         self.positions_T = torch.from_numpy(positions_T.astype(np.int64)).to(device)
         self.paths = Paths.of_segments(bounds, first, parent).to(self.positions_T.device)
+        self._spans: dict[tuple[int, int], PackSpans] = {}
+
+    def spans(self, heads: Heads) -> PackSpans | None:
+        """Where what is rounded a span at a time lies; None where the layer has no such rule."""
+        rule = None if heads.kept is None else heads.kept.span
+        if rule is None:
+            return None
+        if (rule.tokens, rule.sinks) not in self._spans:
+            self._spans[rule.tokens, rule.sinks] = PackSpans.of(self.paths, rule.tokens, rule.sinks)
+        return self._spans[rule.tokens, rule.sinks]
 
     def attend(
         self, layer: int, qkv_TW: torch.Tensor, heads: Heads, tables: tuple[torch.Tensor, torch.Tensor]
@@ -183,8 +203,14 @@ class PackView:
             return _PackAttention.apply(qkv_TW, self, heads, tables)
         query, key = turn_reference(qkv_TW, self.positions_T, heads, tables)
         value = heads.cut(qkv_TW)[2]
+        if spans := self.spans(heads):
+            assert heads.kept is not None and heads.kept.span is not None
+            made = spans.with_copies(key.detach(), value.detach(), heads.kept.span)
+            rows = torch.cat([torch.arange(len(key)), spans.source_C])
+            key, value = (through(x[rows], all_CKD) for x, all_CKD in zip((key, value), made, strict=True))
+            return attention_reference(query, key, value, spans.paths, heads.reach).flatten(1)
         if heads.kept is not None:
-            key, value = (rounded_through(x_TKD, heads.kept) for x_TKD in (key, value))
+            key, value = (through(x, heads.kept.rounded(x.detach(), self.positions_T)) for x in (key, value))
         return attention_reference(query, key, value, self.paths, heads.reach).flatten(1)
 
 
@@ -215,6 +241,7 @@ class PagedView:
         self.window = window  # 0: the model's own; else latest positions that a query sees, and the leading `sinks`
         self.sinks = sinks
         self.kept = kept  # None: the layers' own; else what the engine alone rounds keys and values to
+        self._waves_G: dict[int, list[Wave]] = {}
 
     def attend(
         self, layer: int, qkv_TW: torch.Tensor, heads: Heads, tables: tuple[torch.Tensor, torch.Tensor]
@@ -227,8 +254,27 @@ class PagedView:
         if heads.norm_eps is not None or heads.factor_P is not None or kept is not None:
             turn_(qkv_TW, self.positions_T, heads, tables)
             tables_or_none = None
-        if kept is not None:
-            keep_(qkv_TW, heads, kept)
+        if kept is not None and kept.span is None:
+            keep_(qkv_TW, heads, kept, self.positions_T)
         rotate_store_(cut, self.positions_T, tables_or_none, self.slots_G[group], pool)
         reach = Reach(window=self.window) if self.window else heads.reach
-        return paged_attention(cut[0], pool, self.paths_G[group], reach, self.sinks if self.window else 0).flatten(1)
+        sinks = self.sinks if self.window else 0
+        if kept is not None and kept.span is not None:
+            return self._attend_spans(cut[0], pool, group, kept.span, reach, sinks)
+        return paged_attention(cut[0], pool, self.paths_G[group], reach, sinks).flatten(1)
+
+    def _attend_spans(
+        self, query_THD: torch.Tensor, pool: KvPool, group: int, rule: SpanRule, reach: Reach, sinks: int
+    ) -> torch.Tensor:
+        """Over pages that hold this step's keys and values as they were made, those before as they are rounded; pages
+        that it fills are rounded."""
+        if group not in self._waves_G:
+            self._waves_G[group] = waves_of(self.paths_G[group])
+        out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)
+        for wave in self._waves_G[group]:
+            if wave.rows_N is None:
+                out_THD = paged_attention(query_THD, pool, wave.paths, reach, sinks)
+            else:
+                out_THD[wave.rows_N] = paged_attention(query_THD[wave.rows_N], pool, wave.paths, reach, sinks)
+            round_pages_(pool, wave.pages_N, wave.first_N, rule)
+        return out_THD.flatten(1)

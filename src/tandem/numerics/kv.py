@@ -6,11 +6,16 @@
     head      e4m3, one scale for a head over all tokens that are rounded
 
 The first `sinks` tokens and the last `window` stay as they are, and by channel those of a group that is not full yet.
+
+A cache in pages cannot keep a window: who starts behind shared pages would want tokens as they were that are rounded
+already. `SpanRule` has spans of consecutive tokens instead, which are rounded when the last of them is there: a query
+sees its own span as it was made and all spans before it rounded, whoever computed them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import gcd
 from typing import Literal
 
 import torch
@@ -57,17 +62,31 @@ class KvRule:
 
 
 def affine(x: Tensor, bits: int) -> Tensor:
-    """x (fp32) as codes of each group along its last axis read back: code * scale + minimum, scale = (maximum -
-    minimum) / (2^bits - 1). A group of equal numbers stays as it is.
+    """x (bf16, fp16 or fp32) as codes of each group along its last axis read back, in fp32: code * scale + minimum,
+    scale = (maximum - minimum) / (2^bits - 1), rounded to x's dtype. A group of equal numbers stays as it is, and one
+    with a NaN or an infinity is all NaN.
 
     >>> affine(torch.tensor([0.0, 1.2, 2.0, 6.0]), 2).tolist()
     [0.0, 2.0, 2.0, 6.0]
     """
-    low, high = (end[..., None] for end in x.aminmax(dim=-1))
-    last = (1 << bits) - 1
-    scale = (high - low) / low.new_full((), last)
-    codes = ((x - low) / scale.where(scale > 0, torch.inf)).round_().clamp_(0, last)
+    wide, last = x.float(), (1 << bits) - 1
+    low, high = (end[..., None] for end in wide.aminmax(dim=-1))
+    scale = ((high - low) / low.new_full((), last)).to(x.dtype).float()
+    codes = ((wide - low) / scale.where(scale != 0, torch.inf)).round_().clamp_(0, last)
     return codes * scale + low
+
+
+def rounded(x_NTKD: Tensor, rule: KvRule) -> Tensor:
+    """Spans of T tokens of keys or values, each of itself alone, as they are read back: fp32. By channel T is a
+    multiple of the group."""
+    if rule.axis == "token":
+        return affine(x_NTKD.unflatten(-1, (-1, rule.group)), rule.bits).flatten(-2)
+    if rule.axis == "channel":
+        grouped_NGKDT = x_NTKD.unflatten(1, (-1, rule.group)).movedim(2, -1)
+        return affine(grouped_NGKDT, rule.bits).movedim(-1, 2).flatten(1, 2)
+    wide_NTKD = x_NTKD.float()
+    scale = wide_NTKD.abs().amax((1, 3), keepdim=True) / E4M3.largest
+    return snap(wide_NTKD / scale.where(scale != 0, torch.inf), E4M3) * scale
 
 
 def kept(x_TKD: Tensor, rule: KvRule) -> Tensor:
@@ -79,15 +98,48 @@ def kept(x_TKD: Tensor, rule: KvRule) -> Tensor:
     some = made[first:end]
     if end <= first:
         return made
-    if rule.axis == "token":
-        made[first:end] = affine(some.unflatten(-1, (-1, rule.group)), rule.bits).flatten(-2)
-    elif rule.axis == "channel":
-        grouped = some.unflatten(0, (-1, rule.group)).movedim(1, -1)  # [groups, K, D, tokens of one]
-        made[first:end] = affine(grouped, rule.bits).movedim(-1, 1).flatten(0, 1)
-    else:
-        scale = some.abs().amax((0, 2), keepdim=True) / E4M3.largest
-        made[first:end] = snap(some / scale.where(scale > 0, torch.inf), E4M3) * scale
+    made[first:end] = rounded(some[None], rule)[0]
     return made
+
+
+@dataclass(frozen=True, slots=True)
+class SpanRule:
+    """How keys and values are kept that are rounded `tokens` at once; None: they stay as they are.
+
+    >>> span_rule("kivi2", 128, 4).keys.bits_each, span_rule("fp8_head", 16, 0).values.axis
+    (3.0, 'head')
+    """
+
+    tokens: int
+    keys: KvRule | None
+    values: KvRule | None
+    sinks: int = 0  # of the first span: they stay as they are, and no scale is theirs
+
+    def rounded(self, key_NTKD: Tensor, value_NTKD: Tensor, first_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Full spans as they are attended to from the next one on, in their dtype; first_N: the position of the first
+        token of each."""
+        pairs = zip((key_NTKD, value_NTKD), (self.keys, self.values), strict=True)
+        key, value = (x if rule is None else self._one(x, rule, first_N) for x, rule in pairs)
+        return key, value
+
+    def _one(self, x_NTKD: Tensor, rule: KvRule, first_N: Tensor) -> Tensor:
+        if rule.axis == "token":
+            rule = replace(rule, group=gcd(rule.group, x_NTKD.shape[-1]))
+        if not self.sinks or not bool((first_N == 0).any()):
+            return rounded(x_NTKD, rule).to(x_NTKD.dtype)
+        stays = (torch.arange(self.tokens) < self.sinks) & (first_N == 0)[:, None]
+        stays_NTKD = stays.to(x_NTKD.device)[..., None, None]
+        end = min(self.tokens, -(-self.sinks // rule.group) * rule.group)  # of the group that the last sink lies in
+        others_NTKD = x_NTKD.where(~stays_NTKD, x_NTKD[:, end - 1 : end])
+        return x_NTKD.where(stays_NTKD, rounded(others_NTKD, rule).to(x_NTKD.dtype))
+
+
+def span_rule(kept: str, tokens: int, sinks: int) -> SpanRule:
+    """Of the parts of a setting (numerics/names.py: kv_parts)."""
+    if kept == "fp8_head":
+        return SpanRule(tokens, KvRule("head", 8), KvRule("head", 8), sinks)
+    bits = int(kept.removeprefix("kivi"))
+    return SpanRule(tokens, KvRule("channel", bits, min(32, tokens)), KvRule("token", bits), sinks)
 
 
 def attended(query_THD: Tensor, key_TKD: Tensor, value_TKD: Tensor, keys: KvRule, values: KvRule) -> Tensor:

@@ -13,6 +13,8 @@ _ALONE = ("same", "int8", "int4", "w8a8", "w4a8")
 Ablated = Literal["weights", "rows", "kv", "logits"]  # what is rounded one tensor at a time
 _WAYS = ("stochastic", "hadamard")  # of gradients
 PAGES = ("float8_e4m3", "int8", "int4")  # of keys and values, beside the compute dtype (kernels/page_pool.py)
+_SPANS = r"(kivi[248]|fp8_head)(_r(\d+))?"  # of keys and values, rounded many tokens at once (numerics/kv.py)
+RESIDUAL = 128  # tokens of a span, as in KIVI
 _EXACT = ("float8_e4m3", "int4")  # what attention reads back to the numbers that they stand for, and nothing else
 
 
@@ -73,12 +75,35 @@ def check_kv_name(setting: str, name: str) -> None:
     >>> check_kv_name("model.kv", "nvfp4"), check_kv_name("engine.kv_dtype", "int8")
     (None, None)
     """
-    if name == "same" or name in PAGES or re.fullmatch(_FORMAT, name):
+    kept, span, sinks = kv_parts(name)
+    if span and not (8 <= span <= 1024 and span & (span - 1) == 0 and sinks <= span):
+        raise ConfigError(
+            f"{setting}={name}: {span} tokens are rounded at once, {sinks} of the first stay. Give a power of two from "
+            "8 to 1024 behind _r, and no more behind _sinks."
+        )
+    plain = kept in PAGES or re.fullmatch(_FORMAT, kept)
+    if span or plain or name == "same":
         return
     raise ConfigError(
-        f"{setting}={name} is no format of keys and values. Give 'same', {', '.join(map(repr, PAGES))}, or a name that "
-        "`tandem numerics formats` lists."
+        f"{setting}={name} is no format of keys and values. Give 'same', {', '.join(map(repr, PAGES))}, 'kivi2', "
+        "'kivi4', 'kivi8', 'fp8_head', or a name that `tandem numerics formats` lists, all but same with _sinksN behind "
+        "it where the first N tokens are to stay."
     )
+
+
+def kv_parts(name: str) -> tuple[str, int, int]:
+    """Of a `model.kv` or an `engine.kv_dtype`: the format or rule, the tokens that are rounded at once (0: one as it is
+    made), and the first tokens that are not rounded.
+
+    >>> kv_parts("kivi2_r64_sinks4"), kv_parts("kivi4"), kv_parts("nvfp4_sinks4"), kv_parts("int8")
+    (('kivi2', 64, 4), ('kivi4', 128, 0), ('nvfp4', 0, 4), ('int8', 0, 0))
+    """
+    kept, sinks = name, 0
+    if found := re.fullmatch(r"(.+)_sinks([1-9]\d*)", name):
+        kept, sinks = found[1], int(found[2])
+    if of_span := re.fullmatch(_SPANS, kept):
+        return of_span[1], RESIDUAL if of_span[3] is None else int(of_span[3]), sinks
+    return kept, 0, sinks
 
 
 def stored_kv(kv_dtype: str, kept: str) -> str:

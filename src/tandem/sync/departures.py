@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from tandem import env
 from tandem.errors import ConfigError
 from tandem.kernels.build.load import lacking
-from tandem.numerics.names import PAGES
+from tandem.numerics.names import PAGES, kv_parts
 from tandem.types import Reach
 
 if TYPE_CHECKING:
@@ -177,6 +177,12 @@ def _check_kv(model: ModelConfig, engine: EngineConfig) -> None:
 
     for name in (model.kv, engine.kv_dtype):
         kept_of(name)
+        span = kv_parts(name)[1]
+        if span not in (0, engine.page_tokens):
+            raise ConfigError(
+                f"{name} rounds keys and values {span} tokens at a time, a page of the engine's, and engine.page_tokens "
+                f"is {engine.page_tokens}. Set engine.page_tokens to {span}; behind _r the name may say another number."
+            )
     if "same" not in (model.kv, engine.kv_dtype):
         raise ConfigError(
             f"model.kv is {model.kv} and engine.kv_dtype is {engine.kv_dtype}: the policy that is trained has its keys "
