@@ -221,8 +221,7 @@ def attention_backward(
     grad_args = _Grads(
         address(dout_THD, query_THD.dtype, *query_THD.shape),
         rows_address(dquery, query_THD.dtype, *query_THD.shape),
-        rows_address(dkey, query_THD.dtype, *key_TKD.shape),
-        rows_address(dvalue, query_THD.dtype, *key_TKD.shape),
+        *(rows_address(x, query_THD.dtype, len(query_THD), *key_TKD.shape[1:]) for x in (dkey, dvalue)),
         dquery.stride(0),
         dkey.stride(0),
         dvalue.stride(0),

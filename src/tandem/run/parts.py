@@ -46,7 +46,7 @@ from tandem.run.remote_config import RemoteConfig
 from tandem.run.remote_weights import ToServers
 from tandem.run.source import origin_of, resolve_source
 from tandem.run.workers import Backend
-from tandem.sync.departures import check_engine, of_engine, without_departures
+from tandem.sync.departures import check_engine, of_engine, with_pages_of_spans, without_departures
 from tandem.sync.publish import Publisher
 from tandem.sync.receive import Copied, Receiver, Shared, integers_of, serving_decoder
 from tandem.sync.transport import Remote
@@ -171,6 +171,7 @@ def build_parts(
     check_source(run if learns else None, worn)
     checkpoint = open_checkpoint(source)
     spec = checkpoint.spec
+    config = with_pages_of_spans(model, config)
     check_engine(spec, model, config)
     tokenizer = checkpoint.load_tokenizer()
     task = task or TaskConfig()

@@ -144,6 +144,13 @@ def without_departures(engine: EngineConfig) -> EngineConfig:
     )
 
 
+def with_pages_of_spans(model: ModelConfig, engine: EngineConfig) -> EngineConfig:
+    """The engine, whose pages hold what is rounded at once; where engine.page_tokens was set, as it is."""
+    tokens = max(kv_parts(name)[1] for name in (model.kv, engine.kv_dtype))
+    left_open = engine.page_tokens == type(engine)().page_tokens
+    return dataclasses.replace(engine, page_tokens=tokens) if tokens and left_open else engine
+
+
 def check_engine(spec: ModelSpec, model: ModelConfig, engine: EngineConfig) -> None:
     """Refuse, before any weight is loaded, what a model cannot do with an engine's departures. Raises ConfigError."""
     if model.weights != "same" or engine.weights != "same":
@@ -180,8 +187,8 @@ def _check_kv(model: ModelConfig, engine: EngineConfig) -> None:
         span = kv_parts(name)[1]
         if span not in (0, engine.page_tokens):
             raise ConfigError(
-                f"{name} rounds keys and values {span} tokens at a time, a page of the engine's, and engine.page_tokens "
-                f"is {engine.page_tokens}. Set engine.page_tokens to {span}; behind _r the name may say another number."
+                f"{name} rounds keys and values {span} tokens at a time, a page of the engine's, and "
+                f"engine.page_tokens is {engine.page_tokens}. Leave engine.page_tokens out; behind _r the name may say another number."
             )
     if "same" not in (model.kv, engine.kv_dtype):
         raise ConfigError(
