@@ -29,7 +29,7 @@ from tests.cpu.test_tree import folded
 from tests.cpu.test_turns import MOST, play
 from tests.drafting import at_most
 
-RULES = ["kivi2_r8", "kivi4_r8_sinks3", "kivi2_r64_sinks40", "fp8_head_r16_sinks4"]
+RULES = ["kivi2_r8", "kivi4_r8_sinks3", "kivi8_r32_sinks20", "fp8_head_r16_sinks4"]
 PROMPTS = [[(7 * i * i + 3 * n) % 97 for i in range(13 + 20 * n)] for n in range(3)]
 
 
@@ -111,30 +111,31 @@ def engine_of(decoder: Decoder, pages: int, drafter: Any = None, **changes: Any)
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_hidden_states_against_loops(any_path: str, make_decoder, parity, name: str) -> None:
+def test_hidden_states_against_loops(make_decoder, parity, by_reference, name: str) -> None:
     """A query sees its own span rounded, one before it as it was, a sink rounded or in a scale; a group runs over
     another axis; what a chunk fills is rounded late. In pages, chunk by chunk, and in the learner's pack."""
     plain = make_decoder("float32")
-    context, span = [(11 * i * i + i) % 97 for i in range(70)], parts(name)[1]
+    context, span = [(11 * i * i + i) % 97 for i in range(44)], parts(name)[1]
     with torch.inference_mode():
         wanted_TM = plain.forward(torch.tensor(context), Slow(len(context), name))
         packed_TM = rounding(plain, name).forward(torch.tensor(context), PackView([0, len(context)]))
         other_TM = plain.forward(torch.tensor(context), PackView([0, len(context)]))
-    chunks = [[(0, 0, 7)], *[[(0, t, t + 1)] for t in range(7, 20)], [(0, 20, 59)], [(0, 59, 70)]]
+    chunks = [[(0, 0, 7)], *[[(0, t, t + 1)] for t in range(7, 20)], [(0, 20, 41)], [(0, 41, 44)]]
     runner = DecoderRunner(plain, 20, span, EngineConfig(page_tokens=span, kv_dtype=name))
-    rows = parity.in_pages(runner, [context], [[*range(19, 19 - -(-70 // span), -1)]], chunks)
-    paged_TM = torch.stack([rows[0, t] for t in range(70)])
-    for found_TM in (packed_TM, paged_TM):
+    rows = parity.in_pages(runner, [context], [[*range(19, 19 - -(-44 // span), -1)]], chunks)
+    paged_TM = torch.stack([rows[0, t] for t in range(44)])
+    with by_reference(), torch.inference_mode():
+        slow_TM = rounding(plain, name).forward(torch.tensor(context), PackView([0, len(context)]))
+    for found_TM in (packed_TM, paged_TM, slow_TM):
         torch.testing.assert_close(found_TM, wanted_TM, rtol=2e-3, atol=2e-3)
-    if any_path != "reference":
-        parity.same_rows(paged_TM, packed_TM, name)
-    assert float((other_TM - wanted_TM)[span:].abs().max()) > 0.02
-    assert torch.equal(other_TM[:span], packed_TM[:span]) or any_path == "reference"
+    parity.same_rows(paged_TM, packed_TM, name)
+    assert float((other_TM - wanted_TM)[span:].abs().max()) > (1e-4 if "kivi8" in name else 0.02)
+    assert torch.equal(other_TM[:span], packed_TM[:span])
 
 
-@pytest.mark.parametrize("changes", [{}, WINDOWS, CHUNKS], ids=["whole", "windows", "chunks"])
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
+    changes=st.sampled_from([{}, {}, WINDOWS, CHUNKS]),
     seed=st.integers(0, 10**6),
     name=st.sampled_from(["kivi2_r8", "kivi4_r16_sinks4", "fp8_head_r8", "int4_sinks3"]),
     draft_tokens=st.sampled_from([0, 3]),
@@ -156,9 +157,10 @@ def test_turns_have_the_bits_that_they_have_alone(make_decoder, changes, seed, n
         assert here == there
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", RULES)
-def test_learner_equals_engine(kernel_path: str, make_decoder, parity, dtype: str, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype"), [(RULES[0], "bfloat16"), (RULES[0], "float32"), (RULES[1], "bfloat16"), (RULES[3], "bfloat16")]
+)
+def test_learner_equals_engine(make_decoder, parity, dtype: str, name: str) -> None:
     """A sample whose span crosses the end of its prompt is rounded with a sibling's tokens; the engine alone rounds."""
     decoder = rounding(make_decoder(dtype), name)
     asked = parity.groups(PROMPTS, 3, 1.0, 24)
@@ -235,9 +237,8 @@ class Through(Slow):
         old = at < (at - at % span)[:, None]
         scores = torch.where(old[None], *(torch.einsum("qhd,khd->hqk", query, k) for k in (both[0][1], both[0][0])))
         share = (scores / math.sqrt(heads.size)).masked_fill(at > at[:, None], -math.inf).softmax(-1)
-        return sum(
-            torch.einsum("hqk,khd->qhd", share * m, v) for m, v in ((old, both[1][1]), (~old, both[1][0]))
-        ).flatten(1)
+        pairs = (old, both[1][1]), (~old, both[1][0])
+        return sum(torch.einsum("hqk,khd->qhd", share * seen, v) for seen, v in pairs).flatten(1)
 
 
 def test_names_and_refusals() -> None:
@@ -256,7 +257,7 @@ def test_names_and_refusals() -> None:
     assert with_pages_of_spans(ModelConfig("m"), engine) is engine
     chosen = EngineConfig(page_tokens=32)
     assert with_pages_of_spans(model, chosen) is chosen
-    with pytest.raises(ConfigError, match="128 tokens at a time, a page of the engine's, and engine.page_tokens is 32"):
+    with pytest.raises(ConfigError, match="128 tokens at a time, a page of the engine.s, and engine.page_tokens is 32"):
         check_engine(None, model, chosen)  # type: ignore[arg-type]
     said = declaration(override(tiny_arithmetic(), {"engine.kv_dtype": "kivi2_sinks4"}))
     assert "rounded to kivi2_sinks4 (engine.kv_dtype=kivi2_sinks4)" in said

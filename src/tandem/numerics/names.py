@@ -86,8 +86,8 @@ def check_kv_name(setting: str, name: str) -> None:
         return
     raise ConfigError(
         f"{setting}={name} is no format of keys and values. Give 'same', {', '.join(map(repr, PAGES))}, 'kivi2', "
-        "'kivi4', 'kivi8', 'fp8_head', or a name that `tandem numerics formats` lists, all but same with _sinksN behind "
-        "it where the first N tokens are to stay."
+        "'kivi4', 'kivi8', 'fp8_head', or a name that `tandem numerics formats` lists; behind any but same _sinksN, so "
+        "that the first N tokens stay."
     )
 
 

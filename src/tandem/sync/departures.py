@@ -188,7 +188,8 @@ def _check_kv(model: ModelConfig, engine: EngineConfig) -> None:
         if span not in (0, engine.page_tokens):
             raise ConfigError(
                 f"{name} rounds keys and values {span} tokens at a time, a page of the engine's, and "
-                f"engine.page_tokens is {engine.page_tokens}. Leave engine.page_tokens out; behind _r the name may say another number."
+                f"engine.page_tokens is {engine.page_tokens}. Leave engine.page_tokens out; behind _r the name may say "
+                "another number."
             )
     if "same" not in (model.kv, engine.kv_dtype):
         raise ConfigError(
