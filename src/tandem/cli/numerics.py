@@ -67,7 +67,7 @@ TAKES: dict[str, tuple[Kind, ...]] = {
 }
 TENSORS_HELP = (
     "weights, rows (what a product multiplies), kv, logits, with commas between; or gradients, whose --format is a "
-    "learner.gradients. weights."
+    "learner.gradients. weights. Of kv alone --format may be an engine.kv_dtype: kivi2, fp8_head, nvfp4_sinks4."
 )
 TASK_HELP = (
     "Accuracy on held-out prompts too: a recipe, a reasoning-gym name, or a .toml or .yaml file with one task, as "

@@ -2,7 +2,8 @@
 values of a layer, the output head; each for the while of a forward pass in fp32.
 
 Rows, heads of keys and values and logits are rounded each row of itself alone (`Format.by_row`), as they are where a
-run rounds them; keys behind their rotation, as a cache keeps them, so a query sees its own key rounded too.
+run rounds them; keys behind their rotation, as a cache keeps them, so a query sees its own key rounded too, but under
+rules of many tokens at once (numerics/kv.py: `SpanRule`) and within sinks.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
 
@@ -20,13 +21,14 @@ from torch import Tensor
 from tandem.errors import ConfigError
 from tandem.kernels.attention import attention
 from tandem.kernels.blocks import rounded_rows
-from tandem.kernels.rounding import EIGHTS, Rounding, rounding_of
+from tandem.kernels.rounding import EIGHTS, Kept, Rounding, kept_of, rounding_of
 from tandem.kernels.weight import Weight
 from tandem.models.decoder import Decoder
 from tandem.models.layer import Layer, views
 from tandem.models.view import Heads, PackView, turn_
 from tandem.numerics.blocks import Format, format_of
-from tandem.numerics.names import Ablated
+from tandem.numerics.kv import SpanRule
+from tandem.numerics.names import Ablated, check_kv_name, kv_parts
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KINDS: tuple[Ablated, ...] = get_args(Ablated)
@@ -61,6 +63,7 @@ class Rounds:
 
     matrix: Apply | None
     rows: Apply | None
+    kept: Kept | None = None  # of keys and values, where they have a rule that rows have not
 
 
 def rounds_of(name: str, kinds: Sequence[Ablated]) -> Rounds:
@@ -77,8 +80,13 @@ def rounds_of(name: str, kinds: Sequence[Ablated]) -> Rounds:
     matrix = rows_of = None
     if "weights" in kinds or "logits" in kinds:
         matrix = partial(_plain, dtype=PLAIN[first]) if first in PLAIN else rounding_of(first).matrix
+    named = behind or first
+    if "kv" in rows and any(kv_parts(named)[1:]):
+        check_kv_name("--format", named)
+        if rows != ["kv"]:
+            raise ConfigError(f"{named} is a rule of keys and values: leave {' and '.join(rows)} but kv out.")
+        return Rounds(matrix, None, kept_of(named))
     if rows:
-        named = behind or first
         if named in PLAIN:
             return Rounds(matrix, partial(_plain, dtype=PLAIN[named]))
         try:
@@ -121,9 +129,14 @@ def trials(
         for slot, weight in layer.weights():
             if slot.columns is not None:
                 yield PRODUCTS[slot.name], partial(_rows, weight, rounds.rows, bounds)
-    if "kv" in kinds and rounds.rows is not None:
+    if "kv" in kinds:
         for place, column in enumerate(("keys", "values"), 1):
-            yield column, partial(_cached, layer.index, place, rounds.rows, bounds)
+            yield column, partial(_cached, layer.index, (place,), rounds, bounds)
+
+
+def cached_trial(rounds: Rounds, bounds: Sequence[int]) -> Trial:
+    """Keys and values of all layers."""
+    return partial(_cached, None, (1, 2), rounds, bounds)
 
 
 @contextmanager
@@ -160,27 +173,47 @@ def _rows(weight: Weight, apply: Apply, bounds: Sequence[int], tally: Tally) -> 
 
 
 class _CacheView(PackView):
-    """Of which one layer's keys (place 1) or values (2) are rounded, each head of a token of itself alone."""
+    """Of which one layer's keys (place 1) or values (2) are rounded; None: of all layers."""
 
-    def __init__(self, layer: int, place: int, apply: Apply, bounds: Sequence[int], tally: Tally) -> None:
+    def __init__(
+        self, layer: int | None, places: Sequence[int], rounds: Rounds, bounds: Sequence[int], tally: Tally
+    ) -> None:
         super().__init__(bounds)
-        self.layer, self.place, self.apply, self.tally = layer, place, apply, tally
+        self.layer, self.places, self.rounds, self.tally = layer, places, rounds, tally
 
     def attend(self, layer: int, qkv_TW: Tensor, heads: Heads, tables: tuple[Tensor, Tensor]) -> Tensor:
-        if layer != self.layer:
+        if self.layer not in (None, layer):
             return super().attend(layer, qkv_TW, heads, tables)
-        qkv_TW = qkv_TW.contiguous()
+        qkv_TW, kept = qkv_TW.contiguous(), self.rounds.kept
         turn_(qkv_TW, self.positions_T, heads, tables)
         cut = list(heads.cut(qkv_TW))
-        one_TKD = cut[self.place].contiguous()
-        flat = one_TKD.view(-1, heads.size)
-        cut[self.place] = self.tally.add(flat, self.apply(flat)).view(one_TKD.shape)
+        if kept is not None and kept.span is not None:
+            return self._attend_spans(cut, replace(heads, kept=kept), kept.span)
+        for place in self.places:
+            one_TKD = cut[place].contiguous()
+            if kept is not None:
+                made_TKD = kept.rounded(one_TKD, self.positions_T)
+            else:
+                assert self.rounds.rows is not None
+                made_TKD = self.rounds.rows(one_TKD.view(-1, heads.size)).view(one_TKD.shape)
+            cut[place] = self.tally.add(one_TKD, made_TKD)
         return attention(cut[0], cut[1], cut[2], self.paths, heads.reach).flatten(1)
+
+    def _attend_spans(self, cut: Sequence[Tensor], heads: Heads, rule: SpanRule) -> Tensor:
+        spans = self.spans(heads)
+        assert spans is not None
+        rules = (rule.keys if 1 in self.places else None, rule.values if 2 in self.places else None)
+        made = spans.with_copies(cut[1], cut[2], replace(rule, keys=rules[0], values=rules[1]))
+        for place in self.places:
+            self.tally.add(cut[place][spans.source_C], made[place - 1][len(cut[place]) :])
+        return attention(cut[0], *made, spans.paths, heads.reach).flatten(1)
 
 
 @contextmanager
-def _cached(layer: int, place: int, apply: Apply, bounds: Sequence[int], tally: Tally) -> Iterator[PackView]:
-    yield _CacheView(layer, place, apply, bounds, tally)
+def _cached(
+    layer: int | None, places: Sequence[int], rounds: Rounds, bounds: Sequence[int], tally: Tally
+) -> Iterator[PackView]:
+    yield _CacheView(layer, places, rounds, bounds, tally)
 
 
 def head_trials(

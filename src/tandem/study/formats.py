@@ -55,6 +55,11 @@ def sensitivity(
         f"\n{found['format']} of one tensor at a time, on {found['texts']} texts ({found['tokens']:,} tokens, "
         f"perplexity {found['perplexity_before']:.3f}); most KL: {named}"
     )
+    if kv := found["kv"]:
+        print(
+            f"all keys and values at once: {_or_exact(kv['sqnr_db'], '.2f')} dB, KL {_spanned(kv)}, perplexity "
+            f"{kv['perplexity']:.3f}, same likeliest {kv['same_top']:.1%}"
+        )
     return 0
 
 

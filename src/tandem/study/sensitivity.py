@@ -37,7 +37,7 @@ from tandem.numerics.names import Ablated
 from tandem.report.units import duration
 from tandem.run.source import resolve_source
 from tandem.run.texts import read_texts
-from tandem.study.ablation import PLAIN, Tally, head_trials, matrices, rounds_of, trials
+from tandem.study.ablation import PLAIN, Tally, cached_trial, head_trials, matrices, rounds_of, trials
 
 DTYPE = "float32"
 BATCH_ROWS = 1024  # of texts that are run at once
@@ -212,13 +212,15 @@ def sensitivity(
 ) -> dict[str, Any]:
     """Each tensor alone in a format: a cell each with its decibels, and KL on the texts with an interval.
 
-    kinds: which (ablation.py); what is of the output head, and of no layer, has layer None. ConfigError for an unknown
+    kinds: which (ablation.py); what is of the output head, and of no layer, has layer None. "kv": all keys and values
+    at once, where they are among them. ConfigError for an unknown
     format and for a file without texts.
     """
     rounds = rounds_of(form, kinds)
     checkpoint, decoder, found = opened(model, texts)
     tallies: dict[tuple[int | None, str], Tally] = defaultdict(Tally)
     sums: dict[tuple[int | None, str], Sums] = defaultdict(Sums.empty)
+    all_kept, of_kept = Tally(), Sums.empty()
     for number, batch in enumerate(found, 1):
         note(f"batch {number} of {len(found)}: {len(batch.bounds) - 1} texts, {len(batch.tokens_T):,} tokens")
         begun_s = time.monotonic()
@@ -236,6 +238,10 @@ def sensitivity(
             kl = sums[at].kl[-len(batch.bounds) + 1 :]
             done = f"layer {layer.index} {column}: KL {math.fsum(kl) / len(batch.tokens_T):.3g}"
             note(f"{done} on this batch; {pace.told()}")
+        if "kv" in kinds:
+            with cached_trial(rounds, batch.bounds)(all_kept) as view:
+                hidden_TM = forward_from(decoder, view, 0, states)
+            compare(batch, before, partial(logprobs_of, decoder, hidden_TM), of_kept)
         for column, of_head in head_trials(decoder, final_TM, rounds) if "logits" in kinds else ():
             compare(batch, before, of_head(tallies[None, column]), sums[None, column])
     rows = [
@@ -246,6 +252,7 @@ def sensitivity(
     return {
         "model": model, "format": form, "texts": first["texts"], "tokens": first["tokens"],
         "perplexity_before": first["perplexity_before"], "layers": checkpoint.spec.layers, "cells": rows,
+        "kv": {"sqnr_db": all_kept.decibels} | of_kept.figures() if "kv" in kinds else None,
     }  # fmt: skip
 
 
