@@ -475,6 +475,7 @@ def test_config_refuses_what_cannot_run() -> None:
     for page_tokens in (0, 1, 12):
         with pytest.raises(ConfigError, match=f"engine.page_tokens is {page_tokens}; it must be a power of two"):
             EngineConfig(page_tokens=page_tokens)
-    assert count_pages(1000, token_bytes=10, page_tokens=16) == 6
+    layout = KvLayout.of((Reach(),), 0, (10,))
+    assert count_pages(layout, EngineConfig(kv_memory_bytes=1000)) == 6
     with pytest.raises(CapacityError, match="engine.kv_memory_bytes is 100, but one page of 16 tokens takes 160 bytes"):
-        count_pages(100, token_bytes=10, page_tokens=16)
+        count_pages(layout, EngineConfig(kv_memory_bytes=100))

@@ -61,6 +61,7 @@ KERNELS: dict[str, tuple[str, Callable[..., Cost]]] = {
     "attention": ("attention", lambda *_: FREE),
     "attention_int8": ("attention", lambda *_: FREE),
     "attention_int4": ("attention", lambda *_: FREE),
+    "attention_coded": ("attention", lambda *_: FREE),
     "attention_backward": ("attention backward", lambda *_: FREE),
     "rotate": ("rotation", lambda size, _, rows, heads, width: Cost(0, 2 * size * rows * heads * width)),
     "norm": ("norm", lambda size, _x, _y, rows, width: Cost(0, 2 * size * rows * width)),

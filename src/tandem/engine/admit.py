@@ -22,19 +22,20 @@ if TYPE_CHECKING:
 MOST_LIKELY = 1024  # tokens that are told beside each that is drawn
 
 
-def count_pages(kv_memory_bytes: int, token_bytes: int, page_tokens: int) -> int:
-    """Pages that fit in `kv_memory_bytes`; `token_bytes` is what a token takes in one group (KvGroup.token_bytes).
+def count_pages(layout: KvLayout, config: EngineConfig) -> int:
+    """Pages that fit in engine.kv_memory_bytes. CapacityError where not even one fits.
 
-    CapacityError where not even one fits.
-
-    >>> count_pages(1 << 30, 2 * 30 * 3 * 64 * 2, 16)  # SmolLM2-135M in bf16
+    >>> from tandem.types import Reach
+    >>> count_pages(KvLayout.of((Reach(),), 0, (2 * 30 * 3 * 64 * 2,)), EngineConfig(kv_memory_bytes=1 << 30))
     2912
     """
-    num_pages = kv_memory_bytes // (token_bytes * page_tokens)
+    kv_memory_bytes, page_tokens = config.kv_memory_bytes, config.page_tokens
+    num_pages = layout.pages_in(kv_memory_bytes, page_tokens, config.max_sequences)
     if num_pages < 1:
+        page = layout.groups[0].page_bytes(page_tokens) + layout.open_bytes * page_tokens
         raise CapacityError(
             f"engine.kv_memory_bytes is {kv_memory_bytes}, but one page of {page_tokens} tokens takes "
-            f"{token_bytes * page_tokens} bytes for this model: raise engine.kv_memory_bytes."
+            f"{page} bytes for this model: raise engine.kv_memory_bytes."
         )
     return num_pages
 

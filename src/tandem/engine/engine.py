@@ -107,6 +107,8 @@ class Engine:
         self.clock = clock
         self.decode = decode
         self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version, runner.layout, drafter)
+        if (opened := getattr(runner, "opened", None)) is not None:
+            opened.held = self.scheduler.filled_pages
         if config.programs.park:
             self._park(config.programs)
         programs = self.scheduler.programs

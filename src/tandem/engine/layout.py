@@ -15,7 +15,7 @@ from math import gcd
 from typing import TYPE_CHECKING
 
 from tandem.models.parts import kept_bytes
-from tandem.numerics.names import kv_parts, stored_kv
+from tandem.numerics.names import code_bits, kv_parts, stored_kv
 from tandem.types import Reach
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ class KvLayout:
     place_L: tuple[tuple[int, int], ...]  # of each layer: its group, and its pool, the place in a page of that group
     depth: int  # layers of each group: pools
     rounds_full: bool = False  # a page's tokens are rounded at once as it is full: a part of it serves nobody then
+    open_bytes: int = 0  # of a token of a group's layers until then, where that lies elsewhere and goes with a sequence
 
     @classmethod
     def of(cls, reaches_L: Sequence[Reach], sinks: int = 0, bytes_L: Sequence[int] = ()) -> KvLayout:
@@ -112,12 +113,34 @@ class KvLayout:
         """Of an engine that computes in `dtype`: of the model's reaches, or of engine.kv_window in every layer. kept:
         model.kv."""
         stored = stored_kv(config.kv_dtype, kept)
-        bytes_L = kept_bytes(spec, dtype if stored == "same" else stored)
+        wide_L = kept_bytes(spec, dtype)
+        bytes_L = wide_L if stored == "same" else kept_bytes(spec, stored, dtype)
         reaches, sinks = spec.reaches, 0
         if config.kv_window:
             reaches, sinks = (Reach(window=config.kv_window),) * spec.layers, config.kv_sinks
         spans = any(kv_parts(name)[1] for name in (config.kv_dtype, kept))
-        return replace(cls.of(reaches, sinks, bytes_L), rounds_full=spans)
+        made = cls.of(reaches, sinks, bytes_L)
+        return replace(made, rounds_full=spans, open_bytes=made.depth * wide_L[0] if code_bits(stored) else 0)
+
+    def pages_in(self, nbytes: int, page_tokens: int, sequences: int) -> int:
+        """Pages that fit in so many bytes beside those that `sequences` at once are filling, where these lie apart:
+        one a group each, and no more than there are pages.
+
+        >>> layout = replace(KvLayout.of((Reach(),), 0, (6,)), open_bytes=32)
+        >>> layout.pages_in(1000, 4, 2), layout.pages_in(1000, 4, 20), KvLayout.of((Reach(),), 0, (6,)).pages_in(99, 4, 2)
+        (31, 6, 4)
+        """
+        page, opened, most = (
+            self.groups[0].page_bytes(page_tokens),
+            self.open_bytes * page_tokens,
+            self.most_open(sequences),
+        )
+        few = nbytes // (page + opened)
+        return few if few <= most else (nbytes - most * opened) // page
+
+    def most_open(self, sequences: int) -> int:
+        """Pages that so many sequences fill at once, where they lie apart."""
+        return sequences * len(self.groups) if self.open_bytes else 0
 
     @property
     def token_bytes(self) -> int:

@@ -86,6 +86,12 @@ class Queues:
         again = max(0, sequence.computed - kept * self.config.page_tokens)
         return again / freed if freed else float("inf"), -sequence.arrival
 
+    def filled_pages(self) -> set[int]:
+        """Of the first group, that are not full and that running sequences go on to fill."""
+        size = self.config.page_tokens
+        parts = [(one.pages, one.computed) for one in self.running if one.computed % size]
+        return {pages.tables[0][computed // size] for pages, computed in parts if pages is not None}
+
     def _hits(self, sequence: Sequence) -> list[list[int]] | None:
         """Tables of the indexed leading blocks of a waiting sequence; None where it had better wait for the next."""
         if sequence.awaits in self.promised:

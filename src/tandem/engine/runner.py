@@ -12,6 +12,7 @@ import torch
 from tandem.engine.batch import Batch, Sampled, Work
 from tandem.engine.config import EngineConfig
 from tandem.engine.layout import KvLayout
+from tandem.engine.opened import OpenPages
 from tandem.engine.rows import Here, StepRows, changed, sampling_of, scored_rows
 from tandem.errors import NonFiniteError
 from tandem.kernels.choice import backend
@@ -23,6 +24,7 @@ from tandem.kernels.page_sum import page_sums
 from tandem.kernels.paths import Paths
 from tandem.kernels.rounding import kept_of
 from tandem.kernels.sample import SamplingBatch, kept_sets, likeliest, sample, token_logprobs, top_tokens
+from tandem.kernels.span_pool import SpanPool
 from tandem.kernels.weight import Weight
 from tandem.models.adapter import AdapterSet
 from tandem.models.decoder import Decoder
@@ -104,10 +106,21 @@ class DecoderRunner:
         assert len({group.token_bytes for group in self.layout.groups}) == 1, "one pool serves all groups"
         stored = POOL_DTYPES.get(stored_kv(self.config.kv_dtype, kept), decoder.dtype)
         shape = (num_pages, page_tokens, spec.kv_heads, spec.head_size)
-        self.pools = [KvPool(*shape, decoder.dtype, stored, decoder.device) for _ in range(self.layout.depth)]
+        self.kept = None if self.config.kv_dtype in PAGES else kept_of(self.config.kv_dtype)  # beside the decoder's
+        self.opened: OpenPages | None = None
+        self.pools: list[KvPool | SpanPool]
+        if self.layout.open_bytes:
+            kept_so = self.kept or decoder.kept
+            assert kept_so is not None and kept_so.span is not None, self.config.kv_dtype
+            groups = len(self.layout.groups)
+            places = max(1, min(self.config.max_sequences, num_pages // groups))
+            self.opened = OpenPages(places, page_tokens)
+            sizes = num_pages, places * groups, spec.kv_heads, spec.head_size
+            self.pools = [SpanPool(*sizes, decoder.dtype, kept_so.span) for _ in range(self.layout.depth)]
+        else:
+            self.pools = [KvPool(*shape, decoder.dtype, stored, decoder.device) for _ in range(self.layout.depth)]
         self.pools_L = [self.pools[pool] for _, pool in self.layout.place_L]
         self.group_L = [group for group, _ in self.layout.place_L]
-        self.kept = None if self.config.kv_dtype in PAGES else kept_of(self.config.kv_dtype)  # beside the decoder's
         fused = self.kept is None and fits(decoder, self.pools_L)
         self.forward = FusedForward(decoder, self.pools_L) if fused else decoder.forward
         self.adapters: dict[str, AdapterSet] = {}  # that requests may name; of `decoder`
@@ -160,7 +173,8 @@ class DecoderRunner:
     def release_memory(self) -> None:
         """What the pages hold is lost; on the host their memory is the system's until they are written again."""
         if self.decoder.device.type == "cpu":
-            release_memory(self._page_tensors)
+            opened = [tensor for pool in self.pools if isinstance(pool, SpanPool) for tensor in pool.open.tensors()]
+            release_memory([*self._page_tensors, *opened])
 
     def _check_pages(self, batch: Batch) -> None:
         """Sum the pages that got a name; DeliveryError where a page that is shared again is not what was named."""
@@ -178,7 +192,28 @@ class DecoderRunner:
         slots_G = [torch.from_numpy(slots_T) for slots_T in rows.slots_GT]
         places = (torch.from_numpy(rows.positions_T), slots_G, paths_G)
         limits = self.config.kv_window, self.config.kv_sinks
-        return PagedView(*places, self.group_L, self.pools_L, *limits, self.kept)
+        return PagedView(*places, self.group_L, self.pools_L, *limits, self.kept, self._places(rows))
+
+    def _places(self, rows: StepRows[Here]) -> np.ndarray | None:
+        """Where each work fills its page, where these lie apart."""
+        if self.opened is None:
+            return None
+        ends_S = rows.first_S + np.diff(rows.row_start_S)
+        works = zip(rows.first_S.tolist(), ends_S.tolist(), rows.table_GSP[0].tolist(), strict=True)
+        return np.array(self.opened.fill([*works]), dtype=np.int64)
+
+    def _copy(self, copies: dict[int, int]) -> None:
+        """Ends of contexts that others ran, onto pages of those that start."""
+        for pool in self.pools:
+            if isinstance(pool, KvPool):
+                pool.copy_(list(copies.values()), list(copies))
+        if self.opened is None:
+            return
+        groups, pairs = range(len(self.layout.groups)), self.opened.copies(copies)
+        targets, sources = ([pair[i] * len(groups) + g for pair in pairs for g in groups] for i in (0, 1))
+        for pool in self.pools:
+            if isinstance(pool, SpanPool):
+                pool.open.copy_(sources, targets)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Sampled:
@@ -187,9 +222,10 @@ class DecoderRunner:
             return self.start(batch)()
         works = batch.works
         self._check_pages(batch)
+        if self.opened is not None:
+            self.opened.begin()
         if batch.copies:
-            for pool in self.pools:
-                pool.copy_(list(batch.copies.values()), list(batch.copies))
+            self._copy(batch.copies)
             batch.copies.clear()
         return self.taken(self._hidden(works), batch, sampling_of(batch))
 

@@ -98,7 +98,7 @@ class Ends:
         if block < 0 or sequence.pages is None or sequence.root == MIXED:
             return []
         whole = sequence.computed == (block + 1) * size  # it has its name already, and siblings want all but its end
-        if whole and self.index.layout.rounds_full:
+        if self.index.layout.open_bytes or (whole and self.index.layout.rounds_full):
             return []
         extend_keys(sequence.keys, sequence.root, sequence.tokens[: block * size], size)
         parent = sequence.keys[block - 1] if block else sequence.root

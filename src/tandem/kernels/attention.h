@@ -9,7 +9,7 @@
 // position that one query sees and another does not meets a probability of 0 there: the sum stays as it is but for the
 // sign of a zero, and the result's zeros are positive.
 //
-// E is the compute dtype, S what keys and values are stored in: E itself; e4m3 or int4 (nibbles.h), widened to E as a block is gathered; or int8 with a scale a
+// E is the compute dtype, S what keys and values are stored in: E itself; e4m3, int4 (nibbles.h) or codes of full pages (coded.h), widened to E as a block is gathered; or int8 with a scale a
 // position and head, which is multiplied as it is (attention_eights.h).
 #pragma once
 #include "attention_eights.h"
@@ -292,9 +292,13 @@ struct BlockReader {
         const int run = int(std::min<int64_t>(RUN, a.page_tokens));
         for (int j = lead > 0 ? 0 : low / run * run; j < high; j += run) {
             if (j >= lead && j + run <= low) continue;
+            E *key_to = keys + whole.key(j), *value_to = values + whole.value(j);
+            if constexpr (std::is_same_v<S, coded>) {
+                read_run(first + j, run, whole, key_to, value_to);
+                continue;
+            }
             const int64_t at = start(first + j), in_page = offset(first + j);
             const S *key = (const S*)a.key + at + layout.key(in_page), *value = (const S*)a.value + at + layout.value(in_page);
-            E *key_to = keys + whole.key(j), *value_to = values + whole.value(j);
             if constexpr (std::is_same_v<S, nibbles>) {
                 widen_run(table[(first + j) >> shift], in_page, run, key, value, key_to, value_to);
                 continue;
@@ -307,7 +311,22 @@ struct BlockReader {
     }
     static void widen(const S* source, int64_t count, E* target) {
         if constexpr (std::is_same_v<E, S>) std::memcpy((void*)target, source, count * sizeof(E));
-        else if constexpr (!std::is_same_v<S, nibbles>) widen_codes(source, count, target);
+        else if constexpr (!std::is_same_v<S, nibbles> && !std::is_same_v<S, coded>) widen_codes(source, count, target);
+    }
+
+    // `run` positions of a page of codes, or of one behind those as it was made.
+    void read_run(int64_t position, int run, const PageLayout& whole, E* key_to, E* value_to) const {
+        constexpr int pair = pair_of<E>();
+        const int64_t page = table[position >> shift], in_page = offset(position), size = a.head_size;
+        if (page < a.coded->pages) {
+            const CodedPage<E> codes{*a.coded, a.page_tokens, size, page * a.kv_heads + span.kv_head};
+            codes.keys(in_page, run, key_to, BLOCK), codes.values(in_page, run, value_to);
+            return;
+        }
+        const int64_t at = layout.start(page - a.coded->pages, span.kv_head);
+        const E *key = (const E*)a.key + at + layout.key(in_page), *value = (const E*)a.value + at + layout.value(in_page);
+        for (int64_t d = 0; d < size; d += pair, key += layout.key_step(), key_to += whole.key_step()) std::memcpy((void*)key_to, key, run * pair * sizeof(E));
+        std::memcpy((void*)value_to, value, run * size * sizeof(E));
     }
 
     // `run` positions of a page in int4.

@@ -42,6 +42,7 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("window", "chunk", "sinks")),
         ("scale", ctypes.c_float),
         ("kv_scales", ctypes.c_void_p),
+        ("coded", ctypes.c_void_p),
     ]
 
 

@@ -1,5 +1,6 @@
 // Which queries attend to what: the arguments of attention, and a step's work cut into spans. Contract in attention.h.
 #pragma once
+#include "coded.h"
 #include "page_layout.h"
 #include "team.h"
 #include <memory>
@@ -16,6 +17,7 @@ extern "C" struct AttentionArgs {
     int64_t window, chunk, sinks;  // 0: none; sinks count with a window only
     float scale;
     const float* kv_scales;  // of codes in int8 and int4, as PageLayout has them; or null
+    const CodedArgs* coded;  // of full pages; or null
 };
 
 namespace tandem __attribute__((visibility("hidden"))) {

@@ -39,6 +39,7 @@ from tandem.kernels import (
     quantise,
     rotary,
     sample,
+    span_pool,
     swiglu,
 )
 from tandem.kernels.build import load
@@ -49,6 +50,7 @@ from tandem.kernels.weight import Adapter, Piece, Strips, Weight
 from tandem.numerics import blocks as whole_blocks
 from tandem.numerics import quantise as rounding
 from tandem.numerics.blocks import format_of
+from tandem.numerics.kv import span_rule
 from tandem.types import Reach, Sampling
 
 U = {torch.float32: E, torch.bfloat16: 2.0**-8}
@@ -262,6 +264,25 @@ def _attention_int4(dtype: torch.dtype) -> Iterator[Comparison]:
         yield Comparison(f"what is not finite, {size}", got.isnan().float(), wanted.isnan().float())
 
 
+def _attention_coded(dtype: torch.dtype) -> Iterator[Comparison]:
+    """Exact: codes of every size, heads of every width that rows are widened by, a page that is not full behind them."""
+    for rule, page, size in (("kivi2", 64, 64), ("kivi4", 16, 72), ("kivi8", 8, 8), ("kivi4", 32, 80)):
+        query, key, value = (normal(2 * page + 5, h, size, dtype=dtype, seed=i) for i, h in enumerate((4, 2, 2)))
+        value[3, 0, 5] = torch.inf
+        pool = span_pool.SpanPool(3, 2, 2, size, dtype, span_rule(rule, page, 0))
+        key_NRKD, value_NRKD = (x[: 2 * page].unflatten(0, (2, page)) for x in (key, value))
+        pool.fill_(torch.tensor([2, 0]), key_NRKD, value_NRKD)
+        pool.open.store_(key[2 * page :], value[2 * page :], page + torch.arange(5))
+        paths = attention.Paths.build([0, 5], [2 * page], [[2, 0, 4]], page)
+        got = span_pool.coded_attention(query[2 * page :], pool, paths)
+        made = pool.rule.rounded(key_NRKD, value_NRKD, torch.tensor([0, page]))
+        own, seen = (torch.cat([x.flatten(0, 1), y[2 * page :]]) for x, y in zip(made, (key, value), strict=True))
+        rows = attention.Paths.build([0, 5], [2 * page], [[*range(2 * page + 5)]], 1)
+        wanted = attention.attention(query[2 * page :], own, seen, rows)
+        yield Comparison(f"attention to {rule}, {size}", got.nan_to_num(), wanted.nan_to_num())
+        yield Comparison(f"what is not finite, {size}", got.isnan().float(), wanted.isnan().float())
+
+
 def _attention_int8(dtype: torch.dtype) -> Iterator[Comparison]:
     """Exact: several blocks and splits, more rows than a tile has, a row alone, and a value that is not finite."""
     query, key, value = (normal(530, h, 64, dtype=dtype, seed=i) for i, h in enumerate((3, 1, 1)))
@@ -440,6 +461,7 @@ CHECKS |= {
     "attention": _each(_attention),
     "attention_int8": _each(_attention_int8),
     "attention_int4": _each(_attention_int4),
+    "attention_coded": _each(_attention_coded),
     "blocks": _each(_blocks),
     "changes": _changes,
     "codes": _codes,

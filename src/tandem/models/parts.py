@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from math import gcd
 from typing import TYPE_CHECKING, Literal
 
 from tandem.errors import ModelError
+from tandem.numerics.names import code_bits, kv_parts
 
 if TYPE_CHECKING:
     import torch
@@ -150,11 +152,17 @@ def expected_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
     return {name: shape for slot in all_slots(spec) for name, shape in slot.shapes().items()}
 
 
-def kept_bytes(spec: ModelSpec, dtype: str) -> tuple[int, ...]:
+def kept_bytes(spec: ModelSpec, dtype: str, wide: str = "") -> tuple[int, ...]:
     """That each layer keeps of a token in pages: a key and a value a head. In int8 each has an fp32 scale, in int4
-    one and a byte for each 32 numbers."""
+    one and a byte for each 32 numbers; codes of a span have two numbers of the dtype `wide`, of the tokens of a
+    channel and of the channels of a token."""
+    size = spec.head_size
+    if bits := code_bits(dtype):
+        token_group, channel_group = min(32, kv_parts(dtype)[1]), gcd(32, size)
+        numbers = size // channel_group + size / token_group  # of a key and a value together
+        return (spec.kv_heads * int(2 * size * bits / 8 + 2 * numbers * SIZES[wide]),) * spec.layers
     if dtype == "int4":
-        vector = spec.head_size // 2 + 5 * -(-spec.head_size // 32)
+        vector = size // 2 + 5 * -(-size // 32)
     else:
-        vector = spec.head_size * SIZES[dtype] + (4 if dtype == "int8" else 0)
+        vector = size * SIZES[dtype] + (4 if dtype == "int8" else 0)
     return (2 * spec.kv_heads * vector,) * spec.layers

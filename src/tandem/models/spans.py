@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.columns import ranges
+from tandem.columns import Array, ranges
 from tandem.kernels.page_pool import KvPool
 from tandem.kernels.paths import Paths
+from tandem.kernels.span_pool import SpanPool
 from tandem.numerics.kv import SpanRule
 
 
@@ -25,7 +26,7 @@ class PackSpans:
     """Of a pack: slots [0, T) are its rows, and the span of copy n lies in [T + n * span, T + (n + 1) * span).
 
     >>> paths = Paths.of_segments(np.array([0, 5]), np.array([0]), np.array([-1]))
-    >>> PackSpans.of(paths, 2, 0).paths.table_SP[-1].tolist()
+    >>> PackSpans.of(paths, 2).paths.table_SP[-1].tolist()
     [5, 6, 7, 8, 4]
     """
 
@@ -34,7 +35,7 @@ class PackSpans:
     first_N: Tensor  # int64: position of the first token of each copy
 
     @classmethod
-    def of(cls, paths: Paths, span: int, sinks: int) -> PackSpans:
+    def of(cls, paths: Paths, span: int) -> PackSpans:
         """Of paths whose slots are rows. A span that several segments see has one copy."""
         starts, firsts = paths.row_start_S.tolist(), paths.first_position_S.tolist()
         tables = paths.table_SP.numpy()
@@ -51,7 +52,6 @@ class PackSpans:
                     copied.append(source)
                     first_N.append(begin)
                 seen[begin : begin + span] = np.arange(slot, slot + span)
-            seen[:sinks] = table[:sinks]
             for begin in range(first // span * span, last + 1, span) if end > start else ():
                 low, high = max(first, begin), min(last + 1, begin + span)
                 bounds.append(bounds[-1] + high - low)
@@ -82,10 +82,15 @@ class Wave(NamedTuple):
     paths: Paths
     pages_N: Tensor  # int64: that its rows fill; to be rounded behind it, before the next
     first_N: Tensor  # int64: positions of their first tokens
+    open_N: Tensor  # int64: pages in which those are filled, where they lie apart
+    slots_N: Tensor  # int64: of its rows there
 
 
-def waves_of(paths: Paths) -> list[Wave]:
-    """Of a step's rows over pages of a span each. What later waves see of a page is what it is rounded to."""
+def waves_of(paths: Paths, open_S: Array | None = None, num_pages: int = 0) -> list[Wave]:
+    """Of a step's rows over pages of a span each. What later waves see of a page is what it is rounded to.
+
+    open_S: of each segment, the page in which its pages are filled, of a SpanPool of `num_pages` full ones.
+    """
     span, made = paths.page_tokens, list[Wave]()
     starts, first_S = paths.row_start_S.numpy().astype(np.int64), paths.first_position_S.numpy().astype(np.int64)
     end_S = first_S + np.diff(starts)
@@ -96,14 +101,27 @@ def waves_of(paths: Paths) -> list[Wave]:
         some = np.flatnonzero(low_S < high_S)
         low, high, block = low_S[some], high_S[some], block_S[some] + turn
         rows_N = ranges(starts[some] + low - first_S[some], high - low)
+        full = np.flatnonzero(high == (block + 1) * span)
+        own = torch.from_numpy(block[full])
         table = paths.table_SP[torch.from_numpy(some)]
+        pages_N, opened = table[torch.from_numpy(full), own].long(), np.zeros(len(some), np.int64)
+        if open_S is not None:
+            opened = open_S[some]
+            table[torch.arange(len(some)), torch.from_numpy(block)] = torch.from_numpy(opened + num_pages).int()
+        places = ranges(low - block * span, high - low) + np.repeat(opened * span, high - low)
         bounds = torch.from_numpy(np.concatenate([[0], np.cumsum(high - low)]).astype(np.int32))
         cut = Paths(bounds, torch.from_numpy(low.astype(np.int32)), table, span)
-        full = np.flatnonzero(high == (block + 1) * span)
-        pages_N = table[torch.from_numpy(full), torch.from_numpy(block[full])].long()
         rows = None if len(rows_N) == paths.num_rows else torch.from_numpy(rows_N)
-        made.append(Wave(rows, cut, pages_N, torch.from_numpy(block[full] * span)))
+        filled = torch.from_numpy(block[full] * span), torch.from_numpy(opened[full])
+        made.append(Wave(rows, cut, pages_N, *filled, torch.from_numpy(places)))
     return made
+
+
+def fill_pages_(pool: SpanPool, pages_N: Tensor, open_N: Tensor) -> None:
+    """Round full pages, all different, from where they were filled."""
+    if len(pages_N):
+        slots_N = (open_N[:, None] * pool.page_tokens + torch.arange(pool.page_tokens)).flatten()
+        pool.fill_(pages_N, *(x.unflatten(0, (-1, pool.page_tokens)) for x in pool.open.rows(slots_N)))
 
 
 def round_pages_(pool: KvPool, pages_N: Tensor, first_N: Tensor, rule: SpanRule) -> None:

@@ -21,7 +21,8 @@ from tandem.kernels.page_pool import KvPool, rotate_store_
 from tandem.kernels.paths import Paths
 from tandem.kernels.rotary import rotate_, rotate_reference
 from tandem.kernels.rounding import Kept, through
-from tandem.models.spans import PackSpans, Wave, round_pages_, waves_of
+from tandem.kernels.span_pool import SpanPool, coded_attention
+from tandem.models.spans import PackSpans, Wave, fill_pages_, round_pages_, waves_of
 from tandem.numerics.kv import SpanRule
 from tandem.types import Reach
 
@@ -184,16 +185,16 @@ class PackView:
         positions_T = np.arange(bounds[-1]) + np.repeat(first - bounds[:-1], np.diff(bounds))
         self.positions_T = torch.from_numpy(positions_T.astype(np.int64)).to(device)
         self.paths = Paths.of_segments(bounds, first, parent).to(self.positions_T.device)
-        self._spans: dict[tuple[int, int], PackSpans] = {}
+        self._spans: dict[int, PackSpans] = {}
 
     def spans(self, heads: Heads) -> PackSpans | None:
         """Where what is rounded a span at a time lies; None where the layer has no such rule."""
         rule = None if heads.kept is None else heads.kept.span
         if rule is None:
             return None
-        if (rule.tokens, rule.sinks) not in self._spans:
-            self._spans[rule.tokens, rule.sinks] = PackSpans.of(self.paths, rule.tokens, rule.sinks)
-        return self._spans[rule.tokens, rule.sinks]
+        if rule.tokens not in self._spans:
+            self._spans[rule.tokens] = PackSpans.of(self.paths, rule.tokens)
+        return self._spans[rule.tokens]
 
     def attend(
         self, layer: int, qkv_TW: torch.Tensor, heads: Heads, tables: tuple[torch.Tensor, torch.Tensor]
@@ -227,12 +228,14 @@ class PagedView:
         slots_G: Sequence[torch.Tensor],
         paths_G: Sequence[Paths],
         group_L: Sequence[int],
-        pools: Sequence[KvPool],
+        pools: Sequence[KvPool | SpanPool],
         window: int = 0,
         sinks: int = 0,
         kept: Kept | None = None,
+        places_S: Array | None = None,
     ) -> None:
         self.positions_T = positions_T
+        self.places_S = places_S  # int64: of each segment, where it fills pages that lie apart until they are full
         self.slots_G = slots_G  # int64 [T], of each group of layers: where each row's key and value go
         self.paths_G = paths_G
         self.paths = paths_G[0]  # whose rows and first positions are those of every group
@@ -249,6 +252,10 @@ class PagedView:
         cut, tables_or_none = heads.cut(qkv_TW), tables if heads.rotary else None
         pool, group = self.pools[layer], self.group_L[layer]
         kept = self.kept or heads.kept
+        reach, sinks = Reach(window=self.window) if self.window else heads.reach, self.sinks if self.window else 0
+        if isinstance(pool, SpanPool):
+            turn_(qkv_TW, self.positions_T, heads, tables)
+            return self._attend_coded(qkv_TW, heads, pool, group, reach, sinks)
         if pool.holds(kept):
             kept = None
         if heads.norm_eps is not None or heads.factor_P is not None or kept is not None:
@@ -257,11 +264,31 @@ class PagedView:
         if kept is not None and kept.span is None:
             keep_(qkv_TW, heads, kept, self.positions_T)
         rotate_store_(cut, self.positions_T, tables_or_none, self.slots_G[group], pool)
-        reach = Reach(window=self.window) if self.window else heads.reach
-        sinks = self.sinks if self.window else 0
         if kept is not None and kept.span is not None:
             return self._attend_spans(cut[0], pool, group, kept.span, reach, sinks)
         return paged_attention(cut[0], pool, self.paths_G[group], reach, sinks).flatten(1)
+
+    def _attend_coded(
+        self, qkv_TW: torch.Tensor, heads: Heads, pool: SpanPool, group: int, reach: Reach, sinks: int
+    ) -> torch.Tensor:
+        """Over pages of codes, and of each segment the one that it fills."""
+        if group not in self._waves_G:
+            assert self.places_S is not None, "pages that are filled lie apart"
+            open_S = self.places_S * len(self.paths_G) + group
+            self._waves_G[group] = waves_of(self.paths_G[group], open_S, pool.num_pages)
+        out_THD = torch.empty(len(qkv_TW), heads.heads, heads.size, dtype=qkv_TW.dtype)
+        for wave in self._waves_G[group]:
+            part_NW = qkv_TW if wave.rows_N is None else qkv_TW[wave.rows_N]
+            positions_N = self.positions_T if wave.rows_N is None else self.positions_T[wave.rows_N]
+            cut = heads.cut(part_NW)
+            rotate_store_(cut, positions_N, None, wave.slots_N, pool.open)
+            found = coded_attention(cut[0], pool, wave.paths, reach, sinks)
+            if wave.rows_N is None:
+                out_THD = found
+            else:
+                out_THD[wave.rows_N] = found
+            fill_pages_(pool, wave.pages_N, wave.open_N)
+        return out_THD.flatten(1)
 
     def _attend_spans(
         self, query_THD: torch.Tensor, pool: KvPool, group: int, rule: SpanRule, reach: Reach, sinks: int

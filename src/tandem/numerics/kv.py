@@ -69,11 +69,17 @@ def affine(x: Tensor, bits: int) -> Tensor:
     >>> affine(torch.tensor([0.0, 1.2, 2.0, 6.0]), 2).tolist()
     [0.0, 2.0, 2.0, 6.0]
     """
+    codes, scale, low = affine_codes(x, bits)
+    return codes * scale.float() + low.float()
+
+
+def affine_codes(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of groups, in fp32 and NaN where a group is, and scale and minimum of each, [.., 1] in x's dtype."""
     wide, last = x.float(), (1 << bits) - 1
     low, high = (end[..., None] for end in wide.aminmax(dim=-1))
-    scale = ((high - low) / low.new_full((), last)).to(x.dtype).float()
-    codes = ((wide - low) / scale.where(scale != 0, torch.inf)).round_().clamp_(0, last)
-    return codes * scale + low
+    kept = ((high - low) / low.new_full((), last)).to(x.dtype)
+    scale = kept.float()
+    return ((wide - low) / scale.where(scale != 0, torch.inf)).round_().clamp_(0, last), kept, low.to(x.dtype)
 
 
 def rounded(x_NTKD: Tensor, rule: KvRule) -> Tensor:

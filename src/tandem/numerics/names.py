@@ -107,12 +107,21 @@ def kv_parts(name: str) -> tuple[str, int, int]:
 
 
 def stored_kv(kv_dtype: str, kept: str) -> str:
-    """What the pages of an engine hold, one of PAGES or same, by `engine.kv_dtype` and `model.kv`. Other formats are
-    rounded to, and kept in the compute dtype.
+    """What the pages of an engine hold, by `engine.kv_dtype` and `model.kv`: one of PAGES, same, or codes of a span by
+    the rule's name. Other formats are rounded to, and kept in the compute dtype.
 
-    >>> stored_kv("int8", "same"), stored_kv("same", "float8_e4m3"), stored_kv("same", "int8")
-    ('int8', 'float8_e4m3', 'same')
+    >>> stored_kv("int8", "same"), stored_kv("same", "float8_e4m3"), stored_kv("same", "int8"), stored_kv("kivi2", "")
+    ('int8', 'float8_e4m3', 'same', 'kivi2')
     """
-    if kv_dtype != "same":
-        return kv_dtype if kv_dtype in PAGES else "same"
-    return kept if kept in _EXACT else "same"
+    name, pages = (kv_dtype, PAGES) if kv_dtype != "same" else (kept, _EXACT)
+    return name if name in pages or code_bits(name) else "same"
+
+
+def code_bits(kept: str) -> int:
+    """Of a span's codes in pages (kernels/span_pool.py); 0 where pages hold none: of other names, and with sinks.
+
+    >>> code_bits("kivi2_r64"), code_bits("kivi2_sinks4"), code_bits("int4")
+    (2, 0, 0)
+    """
+    rule, _, sinks = kv_parts(kept)
+    return 0 if sinks or not rule.startswith("kivi") else int(rule.removeprefix("kivi"))

@@ -138,8 +138,9 @@ def least_pool_bytes(asked: Asked) -> int:
 
 
 def page_bytes(asked: Asked) -> int:
-    """Of a page: what its tokens leave in the layers of one group."""
-    return max(group.page_bytes(asked.engine.page_tokens) for group in asked.layout.groups)
+    """Of a page: what its tokens leave in the layers of one group, and before it is full."""
+    layout, tokens = asked.layout, asked.engine.page_tokens
+    return max(group.page_bytes(tokens) for group in layout.groups) + layout.open_bytes * tokens
 
 
 def packed_bytes(spec: ModelSpec, model: ModelConfig, dtype: str = "") -> int:

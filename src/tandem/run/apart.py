@@ -76,7 +76,7 @@ class RemoteEngine(Engine):
     ) -> None:
         dtype = given.model.dtype if given.engine.dtype == "same" else given.engine.dtype
         layout, engine = KvLayout.for_engine(spec, given.engine, dtype, given.model.kv), given.engine
-        num_pages = count_pages(engine.kv_memory_bytes, layout.groups[0].token_bytes, engine.page_tokens)
+        num_pages = count_pages(layout, engine)
         runner = Elsewhere(layout, spec.vocab_size)
         super().__init__(runner, engine, num_pages, max_context=spec.max_position, decode=decode)
         self.seat = Seat(backend, Spec(name, "tandem.run.roles:EngineWorker", given))

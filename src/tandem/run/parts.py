@@ -238,7 +238,7 @@ def engine_on(decoder: Decoder, config: EngineConfig, tokenizer: Tokenizer, vers
     """An engine with the page memory that `config` has decided."""
     kept = decoder.kept.name if decoder.kept is not None else "same"
     layout = KvLayout.for_engine(decoder.spec, config, dtype_name(decoder.dtype), kept)
-    num_pages = count_pages(config.kv_memory_bytes, layout.groups[0].token_bytes, config.page_tokens)
+    num_pages = count_pages(layout, config)
     runner = DecoderRunner(decoder, num_pages, config.page_tokens, config)
     engine = Engine(runner, config, num_pages, decoder.spec.max_position, decode=tokenizer.decode, version=version)
     engine.grammars = Grammars(tokenizer.backend.to_str, decoder.spec.vocab_size)

@@ -65,7 +65,7 @@ class ServerEngine(Engine):
         context = min(spec.max_position, self._context() or spec.max_position)
         layout = KvLayout.for_engine(spec, config, model.dtype)
         num_pages = max(  # those of the plan stand for the server's, of which nothing is known, where a router compares
-            count_pages(config.kv_memory_bytes, layout.groups[0].token_bytes, config.page_tokens),
+            count_pages(layout, config),
             layout.most_pages(context, 1, config.page_tokens),
         )
         super().__init__(Elsewhere(layout, spec.vocab_size), config, num_pages, max_context=context, decode=decode)
