@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,8 +13,11 @@ from hypothesis import strategies as st
 
 from tandem.algo.pack import count_prompts, pack
 from tandem.config import override
+from tandem.engine.admit import count_pages
 from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
+from tandem.engine.layout import KvLayout
+from tandem.engine.opened import OpenPages
 from tandem.engine.runner import DecoderRunner
 from tandem.errors import ConfigError
 from tandem.kernels.rounding import kept_of
@@ -124,9 +128,11 @@ def test_hidden_states_against_loops(make_decoder, parity, by_reference, name: s
     runner = DecoderRunner(plain, 20, span, EngineConfig(page_tokens=span, kv_dtype=name))
     rows = parity.in_pages(runner, [context], [[*range(19, 19 - -(-44 // span), -1)]], chunks)
     paged_TM = torch.stack([rows[0, t] for t in range(44)])
-    with by_reference(), torch.inference_mode():
-        slow_TM = rounding(plain, name).forward(torch.tensor(context), PackView([0, len(context)]))
-    for found_TM in (packed_TM, paged_TM, slow_TM):
+    with by_reference():
+        slow_TM = parity.alone(rounding(plain, name), context)
+        runner = DecoderRunner(rounding(plain, "same"), 20, span, EngineConfig(page_tokens=span, kv_dtype=name))
+        rows = parity.in_pages(runner, [context], [[*range(19, 19 - -(-44 // span), -1)]], chunks)
+    for found_TM in (packed_TM, paged_TM, slow_TM, torch.stack([rows[0, t] for t in range(44)])):
         torch.testing.assert_close(found_TM, wanted_TM, rtol=2e-3, atol=2e-3)
     parity.same_rows(paged_TM, packed_TM, name)
     assert float((other_TM - wanted_TM)[span:].abs().max()) > (1e-4 if "kivi8" in name else 0.02)
@@ -241,6 +247,50 @@ class Through(Slow):
         share = (scores / math.sqrt(heads.size)).masked_fill(at > at[:, None], -math.inf).softmax(-1)
         pairs = (old, both[1][1]), (~old, both[1][0])
         return sum(torch.einsum("hqk,khd->qhd", share * seen, v) for seen, v in pairs).flatten(1)
+
+
+def test_places_of_pages_that_are_filled() -> None:
+    """A place of a sequence that is gone is never found again, or one of a sequence that waits is taken from it."""
+    opened = OpenPages(3, 4)
+    assert opened.fill([(0, 3, [7]), (0, 2, [8]), (0, 1, [9])]) == [2, 1, 0]
+    opened.held = lambda: {8}  # 7 ended, 9 was preempted
+    opened.begin()
+    first = opened.fill([(0, 1, [5]), (2, 6, [8, 7])])
+    assert first[1] == 1 and first[0] in (0, 2)  # 8 goes on in its place, on another page that 7 has left
+    opened.held = lambda: {5, 7}
+    opened.begin()
+    last = opened.fill([(6, 7, [8, 7]), (0, 4, [3]), (1, 2, [5])])
+    assert last == [1, 3 - 1 - first[0], first[0]]
+    opened.begin()
+    with pytest.raises(AssertionError, match="page 6 is filled from 2 on, and was never begun"):
+        opened.fill([(2, 3, [6])])
+    opened.fill([(0, 1, [1])])
+    opened.begin()
+    opened.held = lambda: {1, 5, 7}
+    with pytest.raises(AssertionError, match="3 pages are filled at once, and there is no place for another"):
+        opened.fill([(0, 1, [2])])
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "numbers"), [("kivi2_r32", 0.25, 1), ("kivi4_r32", 0.5, 1), ("kivi8_r8", 1, 4)]
+)
+def test_page_memory(make_decoder, name: str, code: float, numbers: int) -> None:
+    """Pages of codes are counted in 16 bits, kept so, or counted without what is not full; they save nothing."""
+    decoder, span = make_decoder("bfloat16", head_size=32), parts(name)[1]
+    spec = decoder.spec
+    config = EngineConfig(page_tokens=span, kv_dtype=name, max_sequences=3, kv_memory_bytes=1 << 20)
+    layout = KvLayout.for_engine(spec, config, "bfloat16")
+    pages = count_pages(layout, config)
+    pool_bytes = sum(pool.nbytes for pool in DecoderRunner(decoder, pages, span, config).pools)
+    per_head = 2 * 32 * code + 2 * 2 * numbers * 32 // 32 + 2 * 2  # keys' and values' codes, scales and minima
+    wide = 2 * spec.kv_heads * 32 * 2 * spec.layers
+    assert layout.token_bytes == spec.layers * spec.kv_heads * per_head and layout.open_bytes == wide
+    assert pool_bytes == span * (pages * layout.token_bytes + 3 * wide)
+    assert 0 <= (1 << 20) - pool_bytes < span * layout.token_bytes
+    few = replace(config, kv_memory_bytes=2 * span * (layout.token_bytes + wide))
+    assert count_pages(layout, few) == 2
+    runner = DecoderRunner(decoder, 2, span, few)
+    assert sum(pool.nbytes for pool in runner.pools) == few.kv_memory_bytes
 
 
 def test_names_and_refusals() -> None:

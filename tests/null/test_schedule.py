@@ -11,9 +11,10 @@ from tandem.engine.admit import Lengths, count_pages
 from tandem.engine.batch import Batch, Sampled, Sequence
 from tandem.engine.config import EngineConfig
 from tandem.engine.integrity import check_integrity
+from tandem.engine.layout import KvLayout
 from tandem.engine.schedule import Scheduler
 from tandem.errors import CapacityError, ConfigError
-from tandem.types import Completion, Request, Sampling, StopReason, WeightVersion
+from tandem.types import Completion, Reach, Request, Sampling, StopReason, WeightVersion
 
 
 def scheduler(num_pages: int = 100, max_context: int | None = None, **settings: Any) -> Scheduler:

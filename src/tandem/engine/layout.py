@@ -127,7 +127,7 @@ class KvLayout:
         one a group each, and no more than there are pages.
 
         >>> layout = replace(KvLayout.of((Reach(),), 0, (6,)), open_bytes=32)
-        >>> layout.pages_in(1000, 4, 2), layout.pages_in(1000, 4, 20), KvLayout.of((Reach(),), 0, (6,)).pages_in(99, 4, 2)
+        >>> layout.pages_in(1000, 4, 2), layout.pages_in(1000, 4, 20), WHOLE.of((Reach(),), 0, (6,)).pages_in(99, 4, 2)
         (31, 6, 4)
         """
         page, opened, most = (

@@ -265,7 +265,7 @@ def _attention_int4(dtype: torch.dtype) -> Iterator[Comparison]:
 
 
 def _attention_coded(dtype: torch.dtype) -> Iterator[Comparison]:
-    """Exact: codes of every size, heads of every width that rows are widened by, a page that is not full behind them."""
+    """Exact: codes of every size, heads of every width that rows are widened by, then a page that is not full."""
     for rule, page, size in (("kivi2", 64, 64), ("kivi4", 16, 72), ("kivi8", 8, 8), ("kivi4", 32, 80)):
         query, key, value = (normal(2 * page + 5, h, size, dtype=dtype, seed=i) for i, h in enumerate((4, 2, 2)))
         value[3, 0, 5] = torch.inf
