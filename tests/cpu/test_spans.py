@@ -139,7 +139,7 @@ def test_hidden_states_against_loops(make_decoder, parity, by_reference, name: s
     assert torch.equal(other_TM[:span], packed_TM[:span])
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     changes=st.sampled_from([{}, {}, WINDOWS, CHUNKS]),
     seed=st.integers(0, 10**6),

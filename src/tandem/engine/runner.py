@@ -121,8 +121,9 @@ class DecoderRunner:
             self.pools = [KvPool(*shape, decoder.dtype, stored, decoder.device) for _ in range(self.layout.depth)]
         self.pools_L = [self.pools[pool] for _, pool in self.layout.place_L]
         self.group_L = [group for group, _ in self.layout.place_L]
-        fused = self.kept is None and fits(decoder, self.pools_L)
-        self.forward = FusedForward(decoder, self.pools_L) if fused else decoder.forward
+        plain = [pool for pool in self.pools_L if isinstance(pool, KvPool)]
+        fused = self.kept is None and self.opened is None and fits(decoder, plain)
+        self.forward = FusedForward(decoder, plain) if fused else decoder.forward
         self.adapters: dict[str, AdapterSet] = {}  # that requests may name; of `decoder`
         self._page_tensors = [tensor for pool in self.pools for tensor in pool.tensors()]
         self._sums: dict[int, int] = {}  # of the pages in the prefix index, as they were when they got their name
@@ -192,7 +193,9 @@ class DecoderRunner:
         slots_G = [torch.from_numpy(slots_T) for slots_T in rows.slots_GT]
         places = (torch.from_numpy(rows.positions_T), slots_G, paths_G)
         limits = self.config.kv_window, self.config.kv_sinks
-        return PagedView(*places, self.group_L, self.pools_L, *limits, self.kept, self._places(rows))
+        view = PagedView(*places, self.group_L, self.pools_L, *limits, self.kept)
+        view.places_S = self._places(rows)
+        return view
 
     def _places(self, rows: StepRows[Here]) -> np.ndarray | None:
         """Where each work fills its page, where these lie apart."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 import ctypes
 from dataclasses import replace
 from math import gcd
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,20 +80,12 @@ class SpanPool:
         return self.open.packed
 
     @property
-    def num_slots(self) -> int:
-        return self.num_pages * self.page_tokens
-
-    @property
     def nbytes(self) -> int:
         return self.open.nbytes + sum(pages.nbytes for pages in self.tensors())
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The memory of full pages, a page a row."""
         return tuple(x.flatten(1) for x in (self.keys, self.values, self.key_scales, self.value_scales))
-
-    def holds(self, kept: Any) -> bool:
-        """Never: who writes rounds as a page is full."""
-        return False
 
     def fill_(self, pages_N: Tensor, key_NRKD: Tensor, value_NRKD: Tensor) -> None:
         """Round pages, all different, from all of their positions."""
@@ -125,8 +116,8 @@ def coded_attention(
         full = pages[pages < pool.num_pages]
         slots = ((pages[len(full) :, None] - pool.num_pages) * pool.page_tokens + torch.arange(pool.page_tokens)).long()
         made = zip(pool.full(full.long()), pool.open.rows(slots.flatten()), strict=True)
-        rows = (torch.cat([some.flatten(0, 1), others]) for some, others in made)
-        return attention_reference(query_THD, *rows, replace(paths, table_SP=table_SP.int()), reach, sinks)
+        key, value = (torch.cat([some.flatten(0, 1), others]) for some, others in made)
+        return attention_reference(query_THD, key, value, replace(paths, table_SP=table_SP.int()), reach, sinks)
     run = kernel("attention_coded", "attention_coded", query_THD.dtype, "p")
     assert run is not None and query_THD.dtype == pool.dtype, (query_THD.dtype, pool.dtype)
     out_THD = torch.empty(query_THD.shape, dtype=query_THD.dtype)

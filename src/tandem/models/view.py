@@ -222,6 +222,8 @@ class PagedView:
     row's result does not depend on which keys came in its own step.
     """
 
+    places_S: Array | None = None  # int64: of each segment, where it fills pages that lie apart until they are full
+
     def __init__(
         self,
         positions_T: torch.Tensor,
@@ -232,10 +234,8 @@ class PagedView:
         window: int = 0,
         sinks: int = 0,
         kept: Kept | None = None,
-        places_S: Array | None = None,
     ) -> None:
         self.positions_T = positions_T
-        self.places_S = places_S  # int64: of each segment, where it fills pages that lie apart until they are full
         self.slots_G = slots_G  # int64 [T], of each group of layers: where each row's key and value go
         self.paths_G = paths_G
         self.paths = paths_G[0]  # whose rows and first positions are those of every group
