@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tandem.cli import main
 from tandem.errors import ConfigError
+from tandem.kernels.rounding import kept_of
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder
 from tandem.models.rope import rope_tables
@@ -133,6 +135,40 @@ def test_rows_have_a_format_of_their_own(texts: Path) -> None:
     assert {(cell["layer"], cell["tensor"]): cell["kl"] for cell in pair} == alone
     plain = sensitivity(MODEL, "bf16", texts, lambda _: None, ("kv", "rows"))["cells"]
     assert all(40 < cell["sqnr_db"] < 60 for cell in plain)
+
+
+def test_keys_and_values_by_a_rule_of_many_tokens(texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Values rounded beside keys, another layer's, or all layers' KL that is not that of the engine's policy."""
+    name = "kivi2_r8_sinks2"
+    found = sensitivity(MODEL, name, texts, lambda _: None, ("kv",))
+    checkpoint, kept = open_checkpoint(MODEL), kept_of(name)
+    assert kept is not None and kept.span is not None
+    one = kept._replace(span=replace(kept.span, keys=None))
+    tokenizer, tensors = checkpoint.load_tokenizer(), dict(checkpoint.tensors())
+    plain = Decoder(checkpoint.spec, "float32").load(tensors.items())
+    whole = Decoder(checkpoint.spec, "float32", kept=kept).load(tensors.items())
+    values = Decoder(checkpoint.spec, "float32").load(tensors.items())
+    values.layers[1].mix.heads = replace(values.layers[1].mix.heads, kept=one)
+    sums, count = {"whole": 0.0, "values": 0.0}, 0
+    for text in map(json.loads, texts.read_text().splitlines()):
+        tokens_T = torch.tensor(tokenizer.encode(text["text"]))
+        count += len(tokens_T)
+        with torch.no_grad():
+            before, *others = (
+                one.logits(one.forward(tokens_T, PackView([0, len(tokens_T)]))).double().log_softmax(-1)
+                for one in (plain, whole, values)
+            )
+        for which, after in zip(sums, others, strict=True):
+            sums[which] += float((before.exp() * (before - after)).sum())
+    cells = {(cell["layer"], cell["tensor"]): cell for cell in found["cells"]}
+    assert found["kv"]["kl"] == pytest.approx(sums["whole"] / count, rel=1e-2) and found["kv"]["kl"] > 1e-6
+    assert cells[1, "values"]["kl"] == pytest.approx(sums["values"] / count, rel=1e-2)
+    assert 5 < found["kv"]["sqnr_db"] < 25 and len(cells) == 6
+    asked = ["numerics", "sensitivity", MODEL, "--texts", str(texts), "--format", name, "--tensors", "kv"]
+    assert main.main(asked) == 0
+    assert f"all keys and values at once: {found['kv']['sqnr_db']:.2f} dB, KL " in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="kivi2 is a rule of keys and values: leave all but kv out"):
+        sensitivity(MODEL, "kivi2", texts, lambda _: None, ("rows", "kv"))
 
 
 @pytest.mark.parametrize(

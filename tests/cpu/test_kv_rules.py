@@ -97,10 +97,13 @@ def test_on_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     (tmp_path / "text").write_text("Ducks lay eggs. " * 8)
     monkeypatch.setattr(bench, "MODEL", str(tmp_path / "model"))
     monkeypatch.setitem(bench.RULES, "int8", (KvRule("token", 8, 32),) * 2)
-    bench.table(tmp_path / "text", 1, ["int8", "fp8 by head", "int2 keys by channel", "KIVI 2 bits"])
+    rules = ["int8", "fp8 by head", "int2 keys by channel", "KIVI 2 bits"]
+    bench.table(tmp_path / "text", 1, [*rules, "kivi2_r8", "kivi8_r8"])
     rows = {row["rule"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     assert rows["int8"]["kl"] < rows["fp8 by head"]["kl"] < rows["int2 keys by channel"]["kl"]
     assert rows["int8"]["key_db"] > rows["fp8 by head"]["key_db"] > rows["int2 keys by channel"]["key_db"]
+    assert 0 < rows["kivi8_r8"]["kl"] < rows["kivi2_r8"]["kl"] < 2 * rows["int2 keys by channel"]["kl"]
+    assert (rows["kivi2_r8"]["bits"], rows["kivi8_r8"]["bits"]) == ((6 + 3) / 2, (12 + 9) / 2)
     assert rows["KIVI 2 bits"]["bits"] == 3.0 and rows["KIVI 2 bits"]["kl"] < 1e-4  # 128 tokens are in the window
 
 

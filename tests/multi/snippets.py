@@ -280,6 +280,10 @@ LISTED: dict[str, str] = {
         "tests/multi/test_rounded_run.py"
     ),
     "tandem train smollm2_arithmetic_cpu --set engine.kv_dtype=nvfp4": "tests/cpu/test_departures_engine.py",
+    "tandem train smollm2_arithmetic_cpu --set model.kv=kivi4": "tests/multi/test_rounded_run.py",
+    "tandem train smollm2_arithmetic_cpu --set engine.kv_dtype=kivi2_r32_sinks4": "tests/cpu/test_spans.py",
+    "tandem numerics sensitivity MODEL --format kivi2 --tensors kv --texts texts.jsonl": "tests/cpu/test_ablation.py",
+    "python -m tandem.bench.kv TEXT.txt 4 kivi2 kivi4 fp8_head_sinks4": "tests/cpu/test_kv_rules.py",
     "tandem numerics {formats,compare,roofline,sensitivity,pareto,page} ...": "the whole commands are in RUNS",
     "tandem numerics roofline MODEL --device this --format w8a8 --batch 64 --context 128": (
         "measures half a minute; tests/cpu/test_predict.py"

@@ -98,7 +98,7 @@ class EngineConfig:
     dtype: Dtype = "same"  # compute in another dtype than model.dtype
     weights: str = "same"  # of the layers' products: int8, int4, w8a8, w4a8, or a format, + one of rows
     weight_group: Annotated[int, Ge(2)] = 64  # inputs that share a scale under int8 and int4
-    kv_dtype: str = "same"  # keys and values: float8_e4m3; int8, a scale a token and head; a format, in no fewer bits
+    kv_dtype: str = "same"  # keys and values: float8_e4m3; int8, a scale a token and head; kivi4, in codes; a format
     logits: Literal["same", "bfloat16"] = "same"  # rounded to it before a token is drawn
     kv_window: Count = 0  # a query sees only this many latest positions and the sinks; 0 sees all
     kv_sinks: Count = 4  # leading positions that a kv_window always sees

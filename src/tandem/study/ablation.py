@@ -84,7 +84,7 @@ def rounds_of(name: str, kinds: Sequence[Ablated]) -> Rounds:
     if "kv" in rows and any(kv_parts(named)[1:]):
         check_kv_name("--format", named)
         if rows != ["kv"]:
-            raise ConfigError(f"{named} is a rule of keys and values: leave {' and '.join(rows)} but kv out.")
+            raise ConfigError(f"{named} is a rule of keys and values: leave all but kv out of --tensors.")
         return Rounds(matrix, None, kept_of(named))
     if rows:
         if named in PLAIN:
