@@ -43,7 +43,7 @@ TORCH_FREE = {
         f"engine/{name}"
         for name in ("drafters", "drafting", "driver", "guard", "hand", "integrity", "layout", "order", "pages")
     ),
-    *(f"engine/{name}" for name in ("pages", "park", "policies", "predict", "prefix", "programs", "queues", "record")),
+    *(f"engine/{name}" for name in ("opened", "park", "policies", "predict", "prefix", "programs", "queues", "record")),
     *(f"engine/{name}" for name in ("schedule", "share", "slice", "suffix", "table", "tables", "tails", "yields")),
     *ROWS[0],
     "cli/main",

@@ -27,7 +27,9 @@ from tandem.models.view import Heads, PackView, turn_reference
 from tandem.numerics.names import check_kv_name
 from tandem.recipes.tiny_arithmetic import tiny_arithmetic
 from tandem.sync.departures import check_engine, declaration, with_pages_of_spans
+from tandem.sync.receive import serve_adapter
 from tandem.types import Completion, Request, Sampling, StopReason
+from tests.cpu.test_adapter import of_each, worn
 from tests.cpu.test_draft import CHUNKS, WINDOWS, columns, of
 from tests.cpu.test_tree import folded
 from tests.cpu.test_turns import MOST, play
@@ -247,6 +249,22 @@ class Through(Slow):
         share = (scores / math.sqrt(heads.size)).masked_fill(at > at[:, None], -math.inf).softmax(-1)
         pairs = (old, both[1][1]), (~old, both[1][0])
         return sum(torch.einsum("hqk,khd->qhd", share * seen, v) for seen, v in pairs).flatten(1)
+
+
+def test_rows_of_several_adapters_fill_pages_of_their_own(make_decoder, parity) -> None:
+    """A step that passes adapter by adapter begins a page twice, or in a place that another adapter's rows have."""
+    decoder = make_decoder("bfloat16")
+
+    def served(pages: int) -> Engine:
+        engine = engine_of(decoder, pages, page_tokens=8, kv_dtype="kivi4_r8", max_sequences=9)
+        for number, name in enumerate(("one", "two")):
+            serve_adapter("the engine", engine, worn(decoder, 5 + number, name), 0)
+        return engine
+
+    asked = of_each(parity, ["", "one", "two"])
+    done = served(60).generate(asked)
+    assert columns(done[::4]) == [columns(served(60).generate([request]))[0] for request in asked[::4]]
+    assert len({tuple(one.tokens) for one in done}) > 3
 
 
 def test_places_of_pages_that_are_filled() -> None:

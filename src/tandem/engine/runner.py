@@ -235,17 +235,19 @@ class DecoderRunner:
     def _hidden(self, works: Sequence[Work]) -> torch.Tensor:
         """Final hidden states of the rows that draw or score; each work's rows with its adapter."""
         rows = StepRows.of(works, self.page_tokens)
-        given = torch.from_numpy(rows.tokens_T), self._view(rows), torch.from_numpy(rows.rows_N)
         names = list(dict.fromkeys(work.request.adapter for work in works))
+        fused = self.forward if isinstance(self.forward, FusedForward) else None
+        if names == [""] or fused is not None:
+            given = torch.from_numpy(rows.tokens_T), self._view(rows), torch.from_numpy(rows.rows_N)
         if names == [""]:
             return self.forward(*given)
         sets = [self.adapters[name] if name else self.decoder.adapter for name in names]
         place = {name: index for index, name in enumerate(names)}
         place_T = np.repeat([place[work.request.adapter] for work in works], [len(work.tokens) for work in works])
-        if isinstance(self.forward, FusedForward):
+        if fused is not None:
             served = [one for one in sets if one is not None]
             numbers = np.array([-1 if one is None else served.index(one) for one in sets])
-            return self.forward(*given, RowAdapters(served, torch.from_numpy(numbers[place_T])))
+            return fused(*given, RowAdapters(served, torch.from_numpy(numbers[place_T])))
         hidden_NM = torch.empty(len(rows.rows_N), self.decoder.spec.width, dtype=self.decoder.dtype)
         for name, one in zip(names, sets, strict=True):  # a row has the same bits in any company
             own = StepRows.of([work for work in works if work.request.adapter == name], self.page_tokens)
