@@ -105,6 +105,7 @@ def plan_parts(
 ) -> Plan:
     """The memory that `build_parts` takes, and where `run` is given its training too. Reads no weight. `sharers`:
     processes like this one that divide the machine's memory, this one included."""
+    config = with_pages_of_spans(model, config)
     if run is not None and run.workers.backend != "none":
         use = "apart"
     if run is not None:
