@@ -335,8 +335,8 @@ def test_what_only_serves_keeps_one_form(model: Path) -> None:
 
 @pytest.mark.parametrize("kv_dtype", ["same", "float8_e4m3", "int8", "int4", "kivi2"])
 def test_the_pool_is_the_plans(model: Path, kv_dtype: str) -> None:
-    """Where engine.kv_memory_bytes is left open, pages beyond what is free; pages planned without their scales, or without
-    those that are filled beside full ones."""
+    """Where engine.kv_memory_bytes is left open, pages beyond what is free; pages planned without their scales, or but
+    for those that are filled."""
     config = EngineConfig(kv_dtype=kv_dtype)
     parts = build_parts(ModelConfig(str(model)), config)
     free = parts.memory.available_bytes
