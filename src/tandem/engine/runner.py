@@ -22,7 +22,7 @@ from tandem.kernels.linear import logits
 from tandem.kernels.page_pool import INT4, KvPool
 from tandem.kernels.page_sum import page_sums
 from tandem.kernels.paths import Paths
-from tandem.kernels.rounding import kept_of
+from tandem.kernels.rounding import Kept, kept_of
 from tandem.kernels.sample import SamplingBatch, kept_sets, likeliest, sample, token_logprobs, top_tokens
 from tandem.kernels.span_pool import SpanPool
 from tandem.kernels.weight import Weight
@@ -109,14 +109,15 @@ class DecoderRunner:
         self.kept = None if self.config.kv_dtype in PAGES else kept_of(self.config.kv_dtype)  # beside the decoder's
         self.opened: OpenPages | None = None
         self.pools: list[KvPool | SpanPool]
+        rule = (self.kept or decoder.kept or Kept("same", None)).span
+        assert rule is None or rule.tokens == page_tokens, (rule, page_tokens)
         if self.layout.open_bytes:
-            kept_so = self.kept or decoder.kept
-            assert kept_so is not None and kept_so.span is not None, self.config.kv_dtype
+            assert rule is not None, self.config.kv_dtype
             groups = len(self.layout.groups)
             places = max(1, min(self.config.max_sequences, num_pages // groups))
             self.opened = OpenPages(places, page_tokens)
             sizes = num_pages, places * groups, spec.kv_heads, spec.head_size
-            self.pools = [SpanPool(*sizes, decoder.dtype, kept_so.span) for _ in range(self.layout.depth)]
+            self.pools = [SpanPool(*sizes, decoder.dtype, rule) for _ in range(self.layout.depth)]
         else:
             self.pools = [KvPool(*shape, decoder.dtype, stored, decoder.device) for _ in range(self.layout.depth)]
         self.pools_L = [self.pools[pool] for _, pool in self.layout.place_L]
