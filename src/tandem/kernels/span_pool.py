@@ -56,8 +56,8 @@ class SpanPool:
     values by token.
 
     >>> from tandem.numerics.kv import span_rule
-    >>> SpanPool(2, 1, 1, 16, torch.bfloat16, span_rule("kivi2", 32, 0)).nbytes  # 384 codes more were 256 in bf16
-    2688
+    >>> SpanPool(2, 1, 1, 16, torch.float16, span_rule("kivi2", 32, 0)).nbytes  # two of 448, and one of 2,048
+    2944
     """
 
     def __init__(
