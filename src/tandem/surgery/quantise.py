@@ -153,7 +153,9 @@ def quantised(
 def check(method: Method, form: Format | None, texts: Sequence[Sequence[int]]) -> None:
     """ConfigError for what the method needs and is not given."""
     if form is None and (method.gptq or method.rewrite not in ("smooth", "hadamard")):
-        raise ConfigError("this method rounds to a format, and none is given, or floats: --format int4_g128, or another.")
+        raise ConfigError(
+            "this method rounds to a format, and none is given, or floats: --format int4_g128, or another."
+        )
     if method.reads_texts and not any(len(text) for text in texts):
         raise ConfigError("this method looks at what the matrices are given, and there is no text: --texts FILE.")
 
