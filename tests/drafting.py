@@ -17,5 +17,5 @@ class Told(Drafter):
 
 
 def at_most(tokens: int) -> DraftConfig:
-    """A config that drafts so many tokens a step, or none."""
-    return DraftConfig("lookup", tokens) if tokens else DraftConfig()
+    """A config that drafts so many tokens a step whatever they cost, or none."""
+    return DraftConfig("lookup", tokens, lengths="fixed") if tokens else DraftConfig()

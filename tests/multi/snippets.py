@@ -268,6 +268,8 @@ LISTED: dict[str, str] = {
     ),
     "tandem bench lora [--json]": "takes minutes; tests/cpu/test_adapter.py",
     "tandem bench numerics [--json]": "takes minutes; tests/null/test_fewer_bench.py",
+    "tandem bench speculate [--json]": "takes minutes; tests/multi/test_speculate_bench.py",
+    "tandem bench speculate --out speculation.png": "takes minutes; tests/multi/test_speculate_bench.py",
     "tandem convert merge SOURCE --out FOLDER": "needs an adapter; tests/cpu/test_peft.py",
     "tandem train smollm2_arithmetic_cpu --set model.weights=w8a8": "tests/multi/test_rounded_run.py",
     "tandem train smollm2_arithmetic_cpu --set model.weights=w8a8 --set learner.gradients=int8": (

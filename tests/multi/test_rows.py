@@ -41,6 +41,7 @@ POLICY = {
     "rollout.extra_prompts": "1",
     "engine.draft.by": "lookup",
     "engine.draft.tokens": "2",
+    "engine.draft.lengths": "fixed",
     "engine.replicas": "2",
     "sync.lag": "1",
     "algo.kl": "k3",

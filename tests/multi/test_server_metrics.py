@@ -76,6 +76,30 @@ def test_figures_are_those_of_the_requests(folder: Path) -> None:
         assert read(server)["tandem:refused_total", "missing_required_parameter"] == 1
 
 
+def test_drafts_are_counted_under_vllms_names(folder: Path) -> None:
+    """A board of speculation shows nothing, drafts of one position at another, or some where nothing drafts."""
+    drafting = {"engine.draft.by": "synthetic", "engine.draft.acceptance": 1.0, "engine.draft.lengths": "fixed"}
+    with serving(folder, **drafting, **{"engine.draft.tokens": 3}) as server:
+        for _ in range(2):
+            body = {"prompt": [5] * 40, "max_tokens": 9, "ignore_eos": True, "seed": 1}
+            assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+        now = read(server)
+    # The second answer: a token with the prompt, then steps of 4, of 4 (with room for 3 drafts each).
+    assert now["vllm:spec_decode_num_drafts_total", ""] == 2
+    names = ("vllm:spec_decode_num_accepted_tokens_per_pos_total", "tandem:drafted_tokens_per_pos_total")
+    assert [[now[name, str(at)] for at in range(3)] for name in names] == [[2, 2, 2]] * 2
+    assert (
+        now["vllm:spec_decode_num_accepted_tokens_total", ""]
+        == 6
+        == now["tandem:accepted_tokens_per_hit_total", "1-63"]
+    )
+    reasons = "unpaid", "unoffered", "room", "raised"
+    steps = [now["tandem:undrafted_steps_total", reason] for reason in reasons]
+    assert steps == [0, 7, 1, 0]  # of the first answer, whose last token would end it
+    with serving(folder) as server:
+        assert not any("spec_decode" in name for name, _ in read(server))
+
+
 def test_load_is_that_of_now(folder: Path) -> None:
     """Requests that wait are said to run, or pages that nobody holds to be in use."""
     server = Server(folder, **{"engine.max_sequences": 2})

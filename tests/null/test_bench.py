@@ -282,7 +282,7 @@ def test_a_flag_without_use_is_refused(monkeypatch, capsys):
     assert main(["bench", "engine", "--out", "x.png"]) == 2 and "--out" in capsys.readouterr().err
     for work in ("sweep", "profile", "gpu", "structured"):
         assert main(["bench", work, "--peer", "ls"]) == 2
-        peered = "engine, learner, tree, step, agents, sft, dpo, parity, serve, quantise, numerics"
+        peered = "engine, learner, tree, step, agents, sft, dpo, parity, serve, quantise, numerics, speculate"
         assert f"`bench {work}`, which has no peers. Use one of {peered}." in capsys.readouterr().err
 
 

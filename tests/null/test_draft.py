@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tandem.engine.batch import Sampled, Sequence
+from tandem.engine.batch import Batch, Sampled, Sequence
 from tandem.engine.config import DraftConfig, EngineConfig
 from tandem.engine.draft import LONGEST, SHORTEST, lookup
 from tandem.engine.integrity import check_integrity
@@ -16,9 +18,10 @@ from tandem.engine.layout import KvLayout
 from tandem.engine.schedule import Scheduler
 from tandem.engine.suffix import SuffixLookup
 from tandem.errors import TandemWarning
+from tandem.numerics.interval import wilson_interval
 from tandem.types import Reach, Request, Sampling, StopReason
 from tests.drafting import Told, at_most
-from tests.null.paged_memory import Device, check, group, guesses, make
+from tests.null.paged_memory import Device, PagedMemory, check, group, guesses, make
 
 
 def drafting(drafts: list[int], num_pages: int = 100, **settings: Any) -> Scheduler:
@@ -208,7 +211,7 @@ def test_a_drafter_that_raises_is_switched_off(fault: str) -> None:
 
 def test_numbers_of_sequences_never_come_again() -> None:
     """An engine that is renewed numbers its sequences from 0: a drafter takes another text for one that it knows."""
-    engine, _ = make(draft=DraftConfig("suffix", 4), drafter=None)
+    engine, _ = make(draft=DraftConfig("suffix", 4, lengths="fixed"), drafter=None)
     (first,) = engine.generate(group("a", [1, 2, 3], 1, 26, stop=()))
     engine = engine.renewed()
     engine.generate(group("b", [9, 8, 7], 1, 12, stop=()))
@@ -217,3 +220,120 @@ def test_numbers_of_sequences_never_come_again() -> None:
     (history,) = drafter._tenants.values()
     assert [list(text)[:3] for text in history._texts.values()] == [[1, 2, 3], [9, 8, 7]]
     assert list(history._texts.values())[0].tolist() == [1, 2, 3, *first.tokens]
+
+
+def test_ids_of_no_token_are_dropped_and_counted() -> None:
+    """An id outside the vocabulary reaches the model, or takes the right drafts before it along."""
+    engine, runner = make(draft=at_most(4), drafter=Told(lambda _, most: [[4, 1 << 16, 4, 4][:n] for n in most]))
+    request = group("a", [1, 2, 3], 1, 12, stop=())[0]
+    check(engine.generate([request])[0], request, runner)
+    stats = engine.stats
+    assert stats.drafted_at == (stats.drafts,) and stats.invalid_drafts > 2 * stats.drafts > 0
+    assert stats.offered_tokens == stats.drafted_tokens
+    engine, runner = make(draft=at_most(4), drafter=Told(lambda _, most: [[-1][:n] for n in most]))
+    check(engine.generate([request])[0], request, runner)
+    assert engine.stats.invalid_drafts == 10 and not engine.stats.drafts
+    assert engine.stats.undrafted == (0, 0, 10, 1, 0)  # the last step has no room
+
+
+def test_counts_of_drafts_by_position_and_by_hit() -> None:
+    """A position is counted from elsewhere, a draft is counted as another request's, or counts do not add up."""
+    s = drafting([70, 71, 72])
+    ask(s, "a", 3, 40)
+    ask(s, "b", 3, 40)
+    step(s, [60, 60])
+    s.live["b"].cached_tokens = 64
+    step(s, [70, 99, 0, 0, 70, 71, 99, 0])
+    assert (s.stats.drafted_at, s.stats.accepted_at) == ((2, 2, 2), (2, 1, 0))
+    assert (s.stats.drafted_found, s.stats.accepted_found) == ((3, 0, 3, 0, 0), (1, 0, 2, 0, 0))
+    step(s, [70, 71, 72, 73, 99, 0, 0, 0])
+    assert (s.stats.drafted_at, s.stats.accepted_at) == ((4, 4, 4), (3, 2, 1))
+    assert s.stats.drafts == 4 and s.stats.accepted_tokens == sum(s.stats.accepted_at) == 6
+    assert not s.stats.undrafted  # the first step ran prompts
+
+
+def test_synthetic_drafts_stand_at_their_rate() -> None:
+    """A rate that is another's, drafts that are all right or all wrong, or drafts of a request that nobody knows."""
+    requests = group("a", [1, 2, 3], 8, 40, stop=())
+    for rate in (0.0, 0.6, 1.0):
+        config = DraftConfig("synthetic", 4, lengths="fixed", acceptance=rate)
+        engine, runner = make(400, draft=config, drafter=None, batch_tokens=64)
+        for request, done in zip(requests, engine.generate(requests), strict=True):
+            check(done, request, runner)
+        assert not engine.stats.drafts
+        again = [replace(request, id=f"again {request.id}") for request in requests]
+        for request, done in zip(again, engine.generate(again), strict=True):
+            check(done, request, runner)
+        tried, stood = engine.stats.drafted_at[0], engine.stats.accepted_at
+        low, high = wilson_interval(stood[0], tried, z=4)
+        assert low <= rate <= high and tried > 60
+        if rate == 0.6:
+            low, high = wilson_interval(stood[1], stood[0], z=4)
+            assert low <= rate <= high
+
+
+class Timed(PagedMemory):
+    """Its steps take ten seconds, and one more a row."""
+
+    now_s = 0.0
+
+    def run(self, batch: Batch) -> Sampled:
+        self.now_s += 10 + batch.num_tokens
+        return super().run(batch)
+
+
+class TimedDevice(Device):
+    """The same on a device; `most_out`: batches that were on it at once."""
+
+    now_s, most_out = 0.0, 0
+
+    def run(self, batch: Batch) -> Sampled:
+        self.now_s += 10 + batch.num_tokens
+        return super().run(batch)
+
+    def start(self, batch: Batch) -> Callable[[], Sampled]:
+        wait = super().start(batch)
+        self.most_out = max(self.most_out, len(self.out))
+        return wait
+
+
+def test_a_device_runs_ahead_while_drafting_sleeps() -> None:
+    """A device waits for its host though nothing is drafted, or drafts are made of what it has not drawn yet."""
+    config = DraftConfig("lookup", 4)
+    rights = [0] * 20 + [4] * 400
+    engine, device = make(600, draft=config, drafter=guesses(rights), batch_tokens=64, memory=TimedDevice)
+    assert isinstance(device, TimedDevice)
+    engine.clock = lambda: device.now_s
+    engine.scheduler.drafting.clock = lambda: 0.0
+    requests = group("a", [1, 2, 3], 1, 300, stop=()) + group("b", [1, 2, 3, 4], 1, 300, stop=())
+    steps = []
+    for request in requests:
+        before = engine.stats.batches
+        check(engine.generate([request])[0], request, device)
+        steps.append(engine.stats.batches - before)
+        engine.check_integrity()
+    assert device.most_out == 2 and max(steps) < 150
+
+
+def test_lengths_sleep_and_wake_in_an_engine() -> None:
+    """An engine that no draft pays in asks its drafter in every step, or never again; or its texts are others."""
+    asked: list[int] = []
+    ends = {"right": 0}
+
+    def drafter(sequences: list[Sequence], most: list[int]) -> list[list[int]]:
+        asked.append(sum(most))
+        return guesses([ends["right"]]).draft(sequences, most)
+
+    config = DraftConfig("lookup", 4)
+    engine, runner = make(600, draft=config, drafter=Told(drafter), batch_tokens=64, memory=Timed)
+    assert isinstance(runner, Timed)
+    engine.clock = lambda: runner.now_s
+    engine.scheduler.drafting.clock = lambda: 0.0
+    (request,) = group("a", [1, 2, 3], 1, 400, stop=())
+    check(engine.generate([request])[0], request, runner)
+    assert 0 < len(asked) < 60 and engine.stats.undrafted[1] > 300
+    ends["right"] = 4
+    before = engine.stats.batches
+    (request,) = group("b", [1, 2, 3, 4], 1, 400, stop=())
+    check(engine.generate([request])[0], request, runner)
+    assert engine.stats.batches - before < 130

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tandem.engine import suffix
 from tandem.engine.config import DraftConfig
-from tandem.engine.suffix import ENDINGS, LEAST, PLACES, History, SuffixLookup
+from tandem.engine.suffix import ENDINGS, LEAST, LONGER, PLACES, History, SuffixLookup
 from tandem.types import Request, Sampling
 from tests.null.paged_memory import group, make
 
@@ -34,7 +36,7 @@ def slowly(texts: list[list[int]], asked: int, most: int) -> list[int]:
         other, same = texts[name], 0
         while same < min(end, len(text)) and other[end - same - 1] == text[len(text) - same - 1]:
             same += 1
-        weights[name, end] = same
+        weights[name, end] = max(size for size in (*LONGER, *ENDINGS) if size <= same)
     drafts: list[int] = []
     sure = 1.0
     while len(drafts) < most:
@@ -57,13 +59,36 @@ def slowly(texts: list[list[int]], asked: int, most: int) -> list[int]:
 def test_drafts_are_those_of_a_search_through_all(texts: list[list[int]], most: int, cut: int) -> None:
     """A place that is passed over, counted twice as a text grows, or weighed by another's tokens."""
     history = History(1000)
-    for part in (cut, None):
-        for name, text in enumerate(texts):
-            history.follow(name, text[:part])
-    if sum(map(len, texts)) > PLACES:
-        return
-    wanted = slowly(texts, 0, most)
-    assert history.drafts(0, most)[: len(wanted)] == wanted
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suffix, "PLACES", sum(map(len, texts)))
+        for part in (cut, None):
+            for name, text in enumerate(texts):
+                history.follow(name, text[:part])
+        wanted = slowly(texts, 0, most)
+        assert history.drafts(0, most)[: len(wanted)] == wanted
+
+
+def test_the_latest_places_are_looked_at() -> None:
+    """An ending that was seen often takes a step's time, or it is the oldest places that are looked at."""
+    history = History(10_000)
+    for name in range(20 * PLACES):
+        history.follow(name, [1, 2, 3, 4, 5, 6 + name // (19 * PLACES)])
+    assert history.drafts(0, 1) == []
+    history.follow(9999, [1, 2, 3, 4, 5])
+    assert history.drafts(9999, 2) == [7] and max(map(len, history._places.values())) < 4 * PLACES
+
+
+def test_a_place_counts_for_what_it_has_in_common() -> None:
+    """Two places that have 16 tokens in common outvote one that has 64."""
+    history, text = History(1000), list(range(100, 170))
+    history.follow(0, [*text, 1])
+    history.follow(1, [*text[-20:], 2])
+    history.follow(2, [*text[-20:], 2])
+    history.follow(3, text)
+    assert history.drafts(3, 1) == [1]
+    history.follow(4, [*text[-40:], 2])
+    history.follow(5, [*text[-40:], 2])
+    assert history.drafts(3, 1) == [2]
 
 
 def test_a_prompt_is_noted_once_and_read_in_each() -> None:
@@ -92,7 +117,7 @@ def test_the_oldest_is_forgotten() -> None:
 
 def test_a_tenant_learns_of_its_own_texts_alone() -> None:
     """Drafts of what another tenant wrote: what it wrote shows in the time that it takes."""
-    engine, _ = make(draft=DraftConfig("suffix", 4), drafter=None)
+    engine, _ = make(draft=DraftConfig("suffix", 4, lengths="fixed"), drafter=None)
     drafter = engine.scheduler.drafting.drafter
     assert isinstance(drafter, SuffixLookup)
     for number, tenant in enumerate("aab"):
@@ -108,7 +133,7 @@ def test_a_tenant_learns_of_its_own_texts_alone() -> None:
 def test_siblings_draft_for_each_other() -> None:
     """Texts of siblings that grow are not seen, or drafts change what is drawn."""
     (alone,) = make()[0].generate(group("a", [1, 2, 3], 1, 26, stop=()))
-    engine, _ = make(draft=DraftConfig("suffix", 4), max_sequences=1, drafter=None)
+    engine, _ = make(draft=DraftConfig("suffix", 4, lengths="fixed"), max_sequences=1, drafter=None)
     first, second = (engine.generate(group(name, [1, 2, 3], 1, 26, stop=()))[0] for name in "ab")
     assert first.tokens == second.tokens == alone.tokens
     assert engine.stats.accepted_tokens >= 18

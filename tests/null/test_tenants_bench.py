@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tandem.bench import tenants
-from tandem.cli.bench import Work, _run, _show_schedule
+from tandem.cli.bench import Work, _run
+from tandem.cli.bench_tables import show_schedule
 
 
 def test_a_decision_is_timed_by_order(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -14,5 +15,5 @@ def test_a_decision_is_timed_by_order(monkeypatch: pytest.MonkeyPatch, capsys: p
     found = _run(Work.SCHEDULE, [], 1)
     rows = {row["order"]: row["rows"] for row in found["rows"]}
     assert rows["arrival"] == rows["shares"] == 256 > rows["one of few"] > 1
-    _show_schedule(found)
+    show_schedule(found)
     assert "1,000 programs, 256 running" in capsys.readouterr().out

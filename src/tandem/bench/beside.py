@@ -39,6 +39,7 @@ from tandem.bench.gpu import measure as measure_device
 from tandem.bench.peers import RATES, Figure, Side, beside_limit, peer_side, run_side
 from tandem.bench.sft import WORK as SFT
 from tandem.bench.sft import sft
+from tandem.bench.speculate import peered as speculation
 from tandem.bench.work import MODEL, answer, build_engine, build_learner, folded_programs, random_requests
 from tandem.errors import WorldError
 from tandem.plan import roofline
@@ -254,6 +255,7 @@ WORKS: dict[str, Sequence[Callable[[Machine], Iterator[Figure]]]] = {
     "numerics": (partial(_fewer, True), _codes),
     "numerics/bf16": (partial(_fewer, False),),
     "quantise": (_quantised,),
+    "speculate": (speculation,),
 }
 
 

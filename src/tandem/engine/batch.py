@@ -10,6 +10,7 @@ import numpy as np
 
 from tandem.columns import Columns
 from tandem.engine.tables import PageTables
+from tandem.engine.tally import Tally
 from tandem.types import Completion, Request, StopReason, WeightVersion
 
 if TYPE_CHECKING:
@@ -112,6 +113,17 @@ class Stats:
     sampled_tokens: int = 0
     drafted_tokens: int = 0  # run before they were drawn
     accepted_tokens: int = 0  # of those, drawn
+    drafts: int = 0  # works that ran some
+    drafted_at: Tally = Tally()  # the same by position after the last token that was drawn
+    accepted_at: Tally = Tally()
+    drafted_found: Tally = Tally()  # by how much of their prompt was found (tally.HIT_NAMES)
+    accepted_found: Tally = Tally()
+    offered_tokens: int = 0  # by the drafter, run or not
+    invalid_drafts: int = 0  # of no id of the vocabulary, or after one: dropped
+    undrafted: Tally = Tally()  # steps that drew and had no draft, by why (tally.UNDRAFTED)
+    draft_s: float = 0.0  # in the drafter
+    draft_found_tokens: int = 0  # of contexts, that a drafter with pages found there
+    draft_ingested_tokens: int = 0  # of contexts, that it ran
     cached_tokens: int = 0  # prompt tokens found in the index at first admission
     prefilled_tokens: int = 0  # prompt tokens run for the first time
     recomputed_tokens: int = 0  # run again after a preemption
@@ -141,14 +153,16 @@ class Stats:
         self.recomputed_tokens += batch.recomputed
         self.repeated_tokens += batch.repeated
 
-    def took(self, batch: Batch, now: float) -> None:
-        """It was resolved."""
-        row_s = max(0.0, now - max(batch.planned_s, self.resolved_s)) / max(1, batch.num_tokens)
+    def took(self, batch: Batch, now: float) -> float:
+        """It was resolved; returns its seconds."""
+        seconds = max(0.0, now - max(batch.planned_s, self.resolved_s))
+        row_s = seconds / max(1, batch.num_tokens)
         self.resolved_s = now
         self.prefill_s += row_s * batch.prefilled
         again = batch.recomputed + batch.repeated
         self.recomputed_s += row_s * again
         self.decode_s += row_s * (batch.num_tokens - batch.prefilled - again)
+        return seconds
 
 
 @dataclass(slots=True, eq=False)

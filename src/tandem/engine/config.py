@@ -14,7 +14,7 @@ from tandem.numerics.names import check_kv_name, check_weights_name
 Dtype = Literal["same", "bfloat16", "float32", "float16"]
 Rule = Literal["arrival", "longest", "fair", "shares"]
 Policy = Literal["fcfs", "plas", "ttl", "continuum", "thunder", "oracle"]
-By = Literal["none", "lookup", "suffix"]
+By = Literal["none", "lookup", "suffix", "synthetic"]
 Mode = Literal["off", "shadow", "advisory", "enforce"]
 
 
@@ -64,7 +64,9 @@ class DraftConfig:
 
     by: By = "none"  # who drafts (engine/draft.py)
     tokens: Positive = 8  # most that a step tries of a sequence
-    history: Positive = 1 << 20  # by suffix: tokens of ended answers that are kept
+    lengths: Literal["measured", "fixed"] = "measured"  # as many as raise the speed here (engine/lengths.py), or most
+    history: Positive = 1 << 20  # by suffix and synthetic: tokens of ended answers that are kept
+    acceptance: Share = 0.6  # by synthetic: of drafts, those that stand
 
     @property
     def most(self) -> int:

@@ -19,6 +19,9 @@ LONGEST, SHORTEST = 4, 2  # tokens at a context's end that are looked for
 class Drafter:
     """Who drafts for the sequences of one engine."""
 
+    found_tokens = 0  # of contexts, that one with pages of its own found there; since it was made
+    ingested_tokens = 0  # of contexts, that it ran itself
+
     def draft(self, sequences: list[Sequence], most: list[int]) -> list[list[int]]:
         """Live sequences that run one token each, and how many drafts each may get -> its drafts, ids of the
         vocabulary. Sequences are as they were at the last call or longer, and come in any company and order."""

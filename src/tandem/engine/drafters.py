@@ -5,6 +5,7 @@ from __future__ import annotations
 from tandem.engine.config import DraftConfig
 from tandem.engine.draft import Drafter, PromptLookup
 from tandem.engine.suffix import SuffixLookup
+from tandem.engine.synthetic import Synthetic
 
 
 def drafter_of(config: DraftConfig) -> Drafter:
@@ -13,4 +14,10 @@ def drafter_of(config: DraftConfig) -> Drafter:
     >>> drafter_of(DraftConfig("lookup")).draft([], [])
     []
     """
-    return {"none": Drafter, "lookup": PromptLookup, "suffix": lambda: SuffixLookup(config.history)}[config.by]()
+    made = {
+        "none": Drafter,
+        "lookup": PromptLookup,
+        "suffix": lambda: SuffixLookup(config.history),
+        "synthetic": lambda: Synthetic(config.acceptance, config.history),
+    }
+    return made[config.by]()

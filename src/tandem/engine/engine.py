@@ -84,8 +84,8 @@ class Engine:
 
     Where the runner starts batches without waiting, the next one is planned and started before the draws of the last
     are asked for: the device does not wait for the host. A request that a token or a string stops runs one token more,
-    which is dropped; tokens and their log-probs are the same. Where it drafts it waits: what is drafted next
-    depends on what was drawn; and so while a request with a constraint is live, whose masks do.
+    which is dropped; tokens and their log-probs are the same. Where it drafts (and they pay) it waits: what is drafted
+    next depends on what was drawn; and so while a request with a constraint is live, whose masks do.
 
     num_pages: what the runner's page memory holds (admit.count_pages). max_context: positions of the model.
     decode: token ids -> text; needed only by requests with stop strings.
@@ -109,6 +109,7 @@ class Engine:
         self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version, runner.layout, drafter)
         if (opened := getattr(runner, "opened", None)) is not None:
             opened.held = self.scheduler.filled_pages
+        self.scheduler.drafting.vocab_size, self.scheduler.drafting.clock = runner.vocab_size, clock
         if config.programs.park:
             self._park(config.programs)
         programs = self.scheduler.programs
@@ -256,6 +257,7 @@ class Engine:
     def release_memory(self) -> None:
         """Between phases, with nothing live: the memory of all pages is the system's until they are written again."""
         self._land()
+        self.scheduler.drafting.keep()
         self.scheduler.empty()
         self.runner.release_memory()
 
@@ -273,7 +275,8 @@ class Engine:
         known = (old.config, old.pool.num_pages, old.max_context, self.clock, self.decode, old.version)
         new = Engine(self.runner, *known)
         new.grammars = self.grammars
-        new.scheduler.drafting, new.scheduler.arrivals = old.drafting, old.arrivals  # numbers never come again
+        new.scheduler.drafting = old.drafting.into(new.scheduler._stats)
+        new.scheduler.arrivals = old.arrivals  # numbers never come again
         new.scheduler.adapters |= self.adapters
         if isinstance(new.scheduler.order, Deals) and isinstance(old.order, Deals):
             new.scheduler.order.inherit(old.order)
@@ -295,6 +298,8 @@ class Engine:
         are at fault: none was ever drawn with them.
         """
         done: list[Completion] = []
+        if self.scheduler.live and self.scheduler.drafting.on:
+            self._land()
         if self.scheduler.live:
             batch = self.scheduler.plan(self.clock())
             self.wakes_s = 0.0 if batch.works or self._flight else self.scheduler.wakes_s

@@ -82,7 +82,7 @@ class Scheduler(Queues):
             self.programs.charge = order.hold
             self.programs.reload_s = lambda tokens: order.prices.rows(0, max(2, tokens)) / PICO
         self.stops = stops
-        self.drafting = Drafting(config.draft, drafter)
+        self.drafting = Drafting(config.draft, self._stats, drafter)
         self.planned: Batch | None = None
         self.advanced: Batch | None = None
         self.arrivals = 0  # sequences so far
@@ -178,8 +178,8 @@ class Scheduler(Queues):
                 budget -= self._chunk(works, sequence, budget)
         if self.waiting:
             budget = self._admit(works, budget, now)
-        if decodes and budget:
-            budget = self.drafting.add(decodes, self.live, budget)
+        if decodes:
+            budget = self.drafting.add(decodes, self.live, budget, self.config.batch_tokens - budget)
         num_tokens = self.config.batch_tokens - budget
         self.planned = Batch(works, self.version, num_tokens, self._named.copy(), self._shared, self._copies, now)
         return self.planned
@@ -207,8 +207,8 @@ class Scheduler(Queues):
         order.deal(hand, draws, prompts, now)
         works = hand.works
         budget = self.config.batch_tokens - sum([len(work.tokens) for work in works])
-        if drafting and budget:
-            budget = self.drafting.add(hand.draws, self.live, budget)
+        if drafting and hand.draws:
+            budget = self.drafting.add(hand.draws, self.live, budget, self.config.batch_tokens - budget)
         num_tokens = self.config.batch_tokens - budget
         self.planned = Batch(works, self.version, num_tokens, self._named.copy(), self._shared, self._copies, now)
         self.planned.leaves = hand.leaves
@@ -349,7 +349,7 @@ class Scheduler(Queues):
         lengths = {name: len(column) for name, column in (("tokens", sampled.tokens), *sampled.values.items())}
         assert set(lengths.values()) == {batch.num_draws}, f"{lengths} for {batch.num_draws} draws"
         self.advanced = None
-        self._stats.took(batch, now)
+        took_s = self._stats.took(batch, now)
         live, stops, stats, step = self.live, self.stops, self._stats, batch.version.step
         columns, drawn, failed = list(sampled.values.items()), sampled.tokens, sampled.failed
         finished, end = list[Completion](), 0
@@ -392,8 +392,8 @@ class Scheduler(Queues):
                     break
                 tokens.append(-1 - draw)
             if work.draws > 1:
-                stats.drafted_tokens += work.draws - 1
-                stats.accepted_tokens += len(tokens) - (reason is not StopReason.FAILED) - work.start - 1
+                accepted = len(tokens) - (reason is not StopReason.FAILED) - work.start - 1
+                self.drafting.stood(sequence, work.draws - 1, accepted, reason is not None)
                 if reason is not StopReason.FAILED:
                     self._keep_drafts(sequence, work)
             if reason is not None:
@@ -409,6 +409,7 @@ class Scheduler(Queues):
                     self.programs.ended(sequence, reason, now)
                 self.drafting.ended(sequence)
                 self._end(sequence)
+        self.drafting.took(batch, took_s)
         if finished:
             self.running = [sequence for sequence in self.running if sequence.pages is not None]
         self._stats.finished += len(finished)

@@ -1,9 +1,10 @@
 """Drafts from what was written before: of the context itself, its siblings, and answers that have ended.
 
 What followed the longest ending of a context that was seen before, by votes of the places where it was: a place counts
-for as many tokens as it has in common with the context's end. So the walk is that of a suffix tree with counts
-(Oliaro et al., SuffixDecoding, 2411.04975; of one problem's earlier rollouts, DAS, 2511.13841), by an index of the
-endings of four lengths. Old answers are drafts and never samples: a draft stands where the model draws it now.
+for as many tokens as it has in common with the context's end (2, 4, 8, 16, 32 or 64). So the walk is that of a suffix
+tree with counts (Oliaro et al., SuffixDecoding, 2411.04975; of one problem's earlier rollouts, DAS, 2511.13841), by an
+index of the endings of four lengths. Old answers are drafts and never samples: a draft stands where the model draws it
+now.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ if TYPE_CHECKING:
     from tandem.engine.batch import Sequence
 
 ENDINGS = (16, 8, 4, 2)  # tokens of an ending that is looked for, the longest first
-PLACES = 32  # of an ending that are looked at: the latest
-LONGEST = 64  # tokens that a place is compared by
+LONGER = (64, 32)  # than the longest: a place that has so many in common counts for as many
+PLACES = 8  # of an ending that are looked at: the latest
 LEAST = 0.1  # share of the votes that a draft and all before it have
 
 
@@ -34,8 +35,8 @@ class History:
     def __init__(self, kept: int) -> None:
         """kept: tokens of ended texts; the oldest go first."""
         self.kept = kept
-        self._texts: OrderedDict[int, array[int]] = OrderedDict()
-        self._places: dict[int, list[tuple[int, int]]] = {}  # ending, hashed -> texts, and where in them it ends
+        self._texts: dict[int, array[int]] = {}
+        self._places: dict[int, list[tuple[int, int]]] = {}  # ending -> texts, and where in them it ends
         self._prompts: dict[int, int] = {}  # prompt, hashed -> the text that it was read in
         self._ended: OrderedDict[int, int] = OrderedDict()  # texts -> their tokens, the oldest first
         self._kept = self._gone = 0
@@ -43,23 +44,27 @@ class History:
     def follow(self, name: int, tokens: list[int], prompt: int = 0) -> None:
         """A text is now these tokens: what it was, and more. Of a prompt that another begins with too, `prompt` tokens
         long, endings are noted once."""
-        text = self._texts.get(name)
-        start = 0
+        text, start = self._texts.get(name), 0
         if text is None:
             text = self._texts[name] = array("i")
             if prompt and self._prompts.setdefault(hash(tuple(tokens[:prompt])), name) != name:
                 start = prompt
-        known = len(text)
+        known, places = len(text), self._places
+        if known == len(tokens):
+            return
         text.extend(tokens[known:])
-        places = self._places
         for end in range(max(known, start) + 1, len(tokens) + 1):
             place = name, end
             for size in ENDINGS:
                 if size <= end:
-                    found = places.setdefault(hash(tuple(tokens[end - size : end])), [])
+                    ending = hash(tuple(tokens[end - size : end]))  # another that has it would be a bad draft
+                    found = places.get(ending)
+                    if found is None:
+                        places[ending] = [place]
+                        continue
                     found.append(place)
-                    if len(found) == 2 * PLACES:
-                        del found[:PLACES]
+                    if len(found) == 4 * PLACES:
+                        del found[: 3 * PLACES]
 
     def end(self, name: int) -> None:
         """A text grows no more, and may be forgotten."""
@@ -85,40 +90,45 @@ class History:
 
     def drafts(self, name: int, most: int) -> list[int]:
         """At most so many tokens that may follow a text."""
-        text, drafts = self._texts[name], list[int]()
-        voters, sure = self._alike(text), 1.0
-        while voters and len(drafts) < most:
-            votes: dict[int, int] = {}
-            for other, end, weight in voters:
-                if end < len(other):
-                    votes[other[end]] = votes.get(other[end], 0) + weight
+        following = self._following(self._texts[name], most)
+        drafts, sure = list[int](), 1.0
+        while len(following) > 1 and len(drafts) < most:
+            place, votes = len(drafts), dict[int, int]()
+            for tokens, weight in following:
+                if place < len(tokens):
+                    votes[tokens[place]] = votes.get(tokens[place], 0) + weight
             if not votes:
-                break
+                return drafts
             best = max(votes, key=votes.__getitem__)  # of several the one of the latest place
             sure *= votes[best] / sum(votes.values())
             if sure < LEAST:
-                break
+                return drafts
             drafts.append(best)
-            voters = [(other, end + 1, w) for other, end, w in voters if end < len(other) and other[end] == best]
-        return drafts
+            following = [one for one in following if place < len(one[0]) and one[0][place] == best]
+        return drafts + following[0][0][len(drafts) :].tolist() if following else drafts
 
-    def _alike(self, text: array[int]) -> list[tuple[array[int], int, int]]:
-        """Places that a text's longest known ending has, the latest first: text, where it goes on, tokens in common."""
-        length, texts = len(text), self._texts
+    def _following(self, text: array[int], most: int) -> list[tuple[array[int], int]]:
+        """What follows a text's longest known ending, at most so many tokens, that of the latest place first; and what
+        it has in common with those places, added up."""
+        length, texts, weights = len(text), self._texts, dict[bytes, int]()
+        last = text[-ENDINGS[0] :].tolist()
         for size in ENDINGS:
             if size > length:
                 continue
-            ending, found = text[-size:], []
-            for name, end in reversed(self._places.get(hash(tuple(ending)), [])[-PLACES:]):
+            for name, end in self._places.get(hash(tuple(last[-size:])), ())[: -PLACES - 1 : -1]:
                 other = texts.get(name)
-                if other is None or end == len(other) or other[end - size : end] != ending:
+                if other is None or end == len(other):
                     continue
-                same, most = size, min(LONGEST, end, length)
-                while same < most and other[end - same - 1] == text[length - same - 1]:
-                    same += 1
-                found.append((other, end, same))
-            if found:
-                return found
+                weight = size
+                if size == ENDINGS[0]:
+                    for more in LONGER:
+                        if more <= end and more <= length and other[end - more : end] == text[-more:]:
+                            weight = more
+                            break
+                tokens = other[end : end + most].tobytes()
+                weights[tokens] = weights.get(tokens, 0) + weight
+            if weights:
+                return [(array("i", tokens), weight) for tokens, weight in weights.items()]
         return []
 
 
@@ -141,4 +151,8 @@ class SuffixLookup(Drafter):
         history.end(sequence.arrival)
 
     def _history(self, sequence: Sequence) -> History:
-        return self._tenants.setdefault(sequence.request.tenant, History(self.kept))
+        tenant = sequence.request.tenant
+        history = self._tenants.get(tenant)
+        if history is None:
+            history = self._tenants[tenant] = History(self.kept)
+        return history

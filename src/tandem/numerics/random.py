@@ -39,6 +39,7 @@ class Stream(IntEnum):
     SHUFFLE = 8  # of a corpus's rows; a row's place stands in the place of the token id, twice over
     RESAMPLE = 9  # of a bootstrap: its number stands in the place of the position, a draw's place in that of the token
     ADAPTER = 10  # A of a new adapter; the layer's number stands in the place of the position
+    SYNTHETIC = 11  # which drafts stand under engine.draft.by=synthetic; a position's place in that of the token id
 
 
 def philox4x32(counter: ArrayLike, key: ArrayLike) -> Words:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from tandem.plan.roofline import machine_name
 from tandem.rollout.group import program_id
 from tandem.run.clock import WallClock
-from tandem.run.counted import PASSES
+from tandem.run.counted import PASSES, by_part
 from tandem.run.ledger import MAIN, Counts, Ledger, split_rollout
 from tandem.run.meter import Meter, Reading, last_reading
 from tandem.trace import Totals, Trace
@@ -33,7 +33,7 @@ class Settled:
     """Since the last time."""
 
     seconds: dict[str, float]  # of MAIN, by span
-    counts: dict[str, float]  # of all workers' traces
+    counts: dict[str, Any]  # of all workers' traces, those of one part as an object
     drawn_tokens: int  # by all engines
     workers: dict[str, dict[str, float]]  # of the others: seconds by phase
 
@@ -169,7 +169,7 @@ class Account:
             workers, counts, main_s = self._workers, self._counts, self._main_s
             self._workers, self._counts, self._main_s = {}, {}, {}
             drawn, self._drawn, self._row_s = self._drawn, 0, self.clock.now()
-        return Settled(main_s, counts, drawn, workers)
+        return Settled(main_s, by_part(counts), drawn, workers)
 
     def _spend(self) -> None:
         """Tell the ledger of all spans that have ended; the next row has them too."""

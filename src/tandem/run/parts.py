@@ -45,6 +45,7 @@ from tandem.run.remote_calls import Server
 from tandem.run.remote_config import RemoteConfig
 from tandem.run.remote_weights import ToServers
 from tandem.run.source import origin_of, resolve_source
+from tandem.run.times import times_file
 from tandem.run.workers import Backend
 from tandem.sync.departures import check_engine, of_engine, with_pages_of_spans, without_departures
 from tandem.sync.publish import Publisher
@@ -244,6 +245,7 @@ def engine_on(decoder: Decoder, config: EngineConfig, tokenizer: Tokenizer, vers
     engine = Engine(runner, config, num_pages, decoder.spec.max_position, decode=tokenizer.decode, version=version)
     engine.grammars = Grammars(tokenizer.backend.to_str, decoder.spec.vocab_size)
     price(engine)
+    engine.scheduler.drafting.remember(times_file(decoder, config))
     return engine
 
 

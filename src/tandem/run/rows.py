@@ -66,6 +66,20 @@ _OF_SAMPLES = {
     "extra_tokens": Key("tokens", "that those had sampled; in no other key"),
     "drafted_tokens": Key("tokens", "tried before they were drawn, where engine.draft.by is set"),
     "accepted_tokens": Key("tokens", "of those, drawn"),
+    "offered_tokens": Key("tokens", "that the drafter had, run or not"),
+    "invalid_drafts": Key("tokens", "of no id of the vocabulary, or after one: dropped"),
+    "draft_s": Key("s", "of seconds/rollout: choosing how many drafts, and the drafter"),
+    "draft_found_tokens": Key("tokens", "of contexts, that a drafter with pages of its own found there"),
+    "draft_ingested_tokens": Key("tokens", "of contexts, that it ran"),
+    "drafted_at/*": Key("tokens", "drafted_tokens by position after the last token drawn, from 1 on"),
+    "accepted_at/*": Key("tokens", "of those, drawn"),
+    "drafted_found/*": Key("tokens", "drafted_tokens by how many tokens of the request's prompt the cache had"),
+    "accepted_found/*": Key("tokens", "of those, drawn"),
+    "undrafted/*": Key(
+        "count",
+        "steps that drew and had no drafts: untimed (its time without is not known well enough), unpaid (none raise "
+        "the speed), unoffered (the drafter had none), room (no tokens or pages were left), raised (it is off)",
+    ),
     "engines/*/requests": Key(
         "count", "that the engine was asked for since the row before; where engine.replicas are set"
     ),

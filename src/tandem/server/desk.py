@@ -26,7 +26,7 @@ from tandem.server.wire import log
 from tandem.types import Completion, Request, StopReason
 
 FAILED = 3  # times in a row that the engine had to begin anew, after which it is called unhealthy
-COUNTS = [one for one in fields(Stats) if one.type == "int" and one.name != "most_running"]
+COUNTS = [one for one in fields(Stats) if one.name not in ("most_running", "resolved_s")]
 PING_S = 15.0  # between two signs of life to a client that waits for a token
 
 

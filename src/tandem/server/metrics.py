@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import zip_longest
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
+from tandem.engine.batch import Stats
+from tandem.engine.tally import HIT_NAMES, UNDRAFTED
 from tandem.server.answers import FINISHED
 from tandem.server.desk import Desk, Open
 from tandem.server.refusal import Refusal
@@ -110,10 +113,35 @@ class _Engine(Collector):
             family = CounterMetricFamily(name, said, labels=LABELS)
             family.add_metric(self._values, count)
             yield family
+        if desk.engine.scheduler.config.draft.most:
+            yield from self._drafts(stats)
         tenants = GaugeMetricFamily("tandem:tenant_requests", "Answers on their way.", labels=(*LABELS, "tenant"))
         for tenant, count in list(desk.tenants.items()):
             tenants.add_metric((*self._values, tenant), count)
         yield tenants
+
+    def _drafts(self, stats: Stats) -> Iterator[CounterMetricFamily]:
+        """Shares that stood have their intervals by whoever reads: both of their counts are here."""
+        at = range(len(stats.drafted_at))  # vLLM's positions begin at 0
+        for name, said, label, places, counts in (
+            ("vllm:spec_decode_num_drafts", "Drafts that were run.", "", "-", (stats.drafts,)),
+            ("vllm:spec_decode_num_draft_tokens", "Tokens of them.", "", "-", (stats.drafted_tokens,)),
+            ("vllm:spec_decode_num_accepted_tokens", "Of these, drawn.", "", "-", (stats.accepted_tokens,)),
+            ("vllm:spec_decode_num_accepted_tokens_per_pos", "Drawn, by place.", "position", at, stats.accepted_at),
+            ("tandem:drafted_tokens_per_pos", "Drafted, by place.", "position", at, stats.drafted_at),
+            ("tandem:drafted_tokens_per_hit", "Drafted, by tokens found.", "found", HIT_NAMES, stats.drafted_found),
+            ("tandem:accepted_tokens_per_hit", "Of these, drawn.", "found", HIT_NAMES, stats.accepted_found),
+            ("tandem:undrafted_steps", "Steps without drafts, by why.", "reason", UNDRAFTED, stats.undrafted),
+            ("tandem:offered_draft_tokens", "That the drafter had.", "", "-", (stats.offered_tokens,)),
+            ("tandem:invalid_draft_tokens", "Of no id of the vocabulary.", "", "-", (stats.invalid_drafts,)),
+            ("tandem:draft_seconds", "In drafting.", "", "-", (stats.draft_s,)),
+            ("tandem:draft_found_tokens", "That a drafter found in pages.", "", "-", (stats.draft_found_tokens,)),
+            ("tandem:draft_ingested_tokens", "That it ran.", "", "-", (stats.draft_ingested_tokens,)),
+        ):
+            family = CounterMetricFamily(name, said, labels=(*LABELS, label) if label else LABELS)
+            for place, count in zip_longest(places, counts, fillvalue=0):
+                family.add_metric((*self._values, str(place)) if label else self._values, count)
+            yield family
 
     def _gauge(self, name: str, said: str, now: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, said, labels=LABELS)
