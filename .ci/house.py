@@ -30,6 +30,7 @@ ROOMS: dict[str, tuple[int, str, str]] = {
     "corpus": (0, "", "what is written already"),
     "surgery": (2, "", "a model out of another"),
     "train": (1, "5", "losses to weights"),
+    "speculate": (2, "", "tokens before they are drawn"),
     "sync": (2, "6", "weights to the engine"),
     "plan": (1, "", "memory before a run"),
     "run": (3, "", "the loop and its folder"),

@@ -55,6 +55,8 @@ RUNS: dict[str, str] = {
         f'tandem generate {MODEL} "Describe Ada Lovelace." --json-schema person.json'
     ),
     'tandem generate MODEL "When was she born?" --regex "1[0-9]{3}"': "",
+    'tandem generate MODEL "Hi." --draft suffix': 'tandem generate MODEL "Hi." --draft suffix --max-new-tokens 16',
+    "tandem chat MODEL --draft SMALL_MODEL": "tandem chat MODEL --draft MODEL --max-new-tokens 8",
     "tandem chat MODEL": f"tandem chat {MODEL} --max-new-tokens 8",
     "tandem serve MODEL [--engines N]": f"tandem serve {MODEL} --engines 2 --check",
     f"tandem serve {MODEL} --host 0.0.0.0": f"tandem serve {MODEL} --host 0.0.0.0 --check",
@@ -85,6 +87,11 @@ RUNS: dict[str, str] = {
     "tandem train tiny_arithmetic": "",
     "tandem train tiny_arithmetic --set task.environment=written.py:Written": "",
     "tandem train tiny_arithmetic --set engine.draft.by=lookup": "",
+    "tandem train smollm2_arithmetic_cpu --set engine.draft.by=model --set engine.draft.model=student_run "
+    "--set engine.draft.tokens=3": (
+        "tandem train smollm2_arithmetic_cpu --set engine.draft.by=model --set engine.draft.model=MODEL "
+        "--set engine.draft.tokens=3"
+    ),
     "tandem train tiny_arithmetic --set steps=200 --out tiny": "",
     "tandem train smollm2_arithmetic_cpu --set model.source=tiny --set task.system= "
     '--set "task.template={expression} ="': "",
@@ -126,6 +133,9 @@ RUNS: dict[str, str] = {
         "tandem convert quantise MODEL --method hadamard --out turned"
     ),
     "tandem train smollm2_distil_cpu": "tandem train smollm2_distil_cpu --set distil.teacher=MODEL",
+    "tandem train smollm2_distil_cpu --out student_run": (
+        "tandem train smollm2_distil_cpu --set distil.teacher=MODEL --out student_run"
+    ),
     "tandem train smollm2_distil_cpu --set distil.on_policy=true --set distil.text_weight=0 "
     "--set distil.divergence=reverse": (
         "tandem train smollm2_distil_cpu --set distil.on_policy=true --set distil.text_weight=0 "

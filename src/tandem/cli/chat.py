@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from tandem.cli.generate import MODEL_HELP, MOST_SEED, MOST_TEMPERATURE, SYSTEM_SAID
+from tandem.cli.generate import DRAFT_HELP, MODEL_HELP, MOST_SEED, MOST_TEMPERATURE, SYSTEM_SAID
 
 
 def chat(
@@ -19,10 +19,11 @@ def chat(
         float, typer.Option(min=0.0, max=MOST_TEMPERATURE, help="0 takes the most likely token.")
     ] = 0.7,
     seed: Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Fixes the draws.")] = 0,
+    draft: Annotated[str, typer.Option(metavar="suffix|lookup|MODEL", help=DRAFT_HELP)] = "none",
 ) -> int:
     """Talk with a model, a line at a time; Ctrl-D ends."""
     from tandem.config import override
-    from tandem.engine.config import EngineConfig
+    from tandem.engine.config import DraftConfig, EngineConfig
     from tandem.engine.driver import Driver
     from tandem.models.config import ModelConfig
     from tandem.numerics.random import derive_seed
@@ -37,7 +38,8 @@ def chat(
     if system is None and messages:
         print(SYSTEM_SAID.format(messages[0].content), file=sys.stderr)
     rounded = {name.removeprefix("model."): at for name, at in say_trained_as(model, (), taken="chat").items()}
-    parts = build_parts(override(ModelConfig(model), rounded), EngineConfig(), learns=False, task=task)
+    engine = EngineConfig(draft=DraftConfig.of(draft))
+    parts = build_parts(override(ModelConfig(model), rounded), engine, learns=False, task=task)
     driver, tokenizer = Driver(parts.engine), parts.tokenizer
     stops = tokenizer.stop_token_ids
     sampling = Sampling(temperature=temperature, max_new_tokens=max_new_tokens, stop_token_ids=stops)

@@ -22,6 +22,7 @@ MODEL_HELP = (
 JSON_HELP = (
     "Print one JSON object an answer; log-probs are of what was drawn from, at temperature 0 of the model's own."
 )
+DRAFT_HELP = "Who says tokens ahead, for the same texts in fewer steps; a MODEL: a small one of the same vocabulary."
 MOST_SEED = 2**63 - 1  # run/asked.py's
 MOST_TEMPERATURE = 1e6  # logits are divided in fp32
 SYSTEM_SAID = "system message of the run: {}"
@@ -52,6 +53,7 @@ def generate(
         str | None, typer.Option(metavar="TEXT", help="Answers match this expression, all of them.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text itself, without the chat template.")] = False,
+    draft: Annotated[str, typer.Option(metavar="suffix|lookup|MODEL", help=DRAFT_HELP)] = "none",
     json: Annotated[bool, typer.Option("--json", help=JSON_HELP)] = False,
 ) -> int:
     """Answer prompts with a model, in their order, each as it is done."""
@@ -66,11 +68,12 @@ def generate(
     asked, samples, seed = drawing(given, samples, seed, called=_flag)
     constraint = _constraint(json_schema, regex)
 
+    from tandem.engine.config import DraftConfig, EngineConfig
     from tandem.run.model import load
     from tandem.run.source import say_trained_as
 
     say_trained_as(model, (), taken="generate")
-    loaded = load(model, form="plain" if raw else "auto")
+    loaded = load(model, EngineConfig(draft=DraftConfig.of(draft)), form="plain" if raw else "auto")
     if loaded.opening:
         print(SYSTEM_SAID.format(loaded.opening[0].content), file=sys.stderr)
     progress = _Progress(len(rows) * samples) if file is not None else None

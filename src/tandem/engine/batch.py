@@ -124,6 +124,8 @@ class Stats:
     draft_s: float = 0.0  # in the drafter
     draft_found_tokens: int = 0  # of contexts, that a drafter with pages found there
     draft_ingested_tokens: int = 0  # of contexts, that it ran
+    draft_seen_tokens: int = 0  # of ended answers, while the drafter had a part of the vocabulary alone
+    draft_covered_tokens: int = 0  # of those, that are in that part
     cached_tokens: int = 0  # prompt tokens found in the index at first admission
     prefilled_tokens: int = 0  # prompt tokens run for the first time
     recomputed_tokens: int = 0  # run again after a preemption

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from annotated_types import Ge, Gt
 
@@ -14,7 +14,7 @@ from tandem.numerics.names import check_kv_name, check_weights_name
 Dtype = Literal["same", "bfloat16", "float32", "float16"]
 Rule = Literal["arrival", "longest", "fair", "shares"]
 Policy = Literal["fcfs", "plas", "ttl", "continuum", "thunder", "oracle"]
-By = Literal["none", "lookup", "suffix", "synthetic"]
+By = Literal["none", "lookup", "suffix", "synthetic", "model"]
 Mode = Literal["off", "shadow", "advisory", "enforce"]
 
 
@@ -65,8 +65,35 @@ class DraftConfig:
     by: By = "none"  # who drafts (engine/draft.py)
     tokens: Positive = 8  # most that a step tries of a sequence
     lengths: Literal["measured", "fixed"] = "measured"  # as many as raise the speed here (engine/lengths.py), or most
-    history: Positive = 1 << 20  # by suffix and synthetic: tokens of ended answers that are kept
+    history: Positive = 1 << 20  # by suffix and synthetic: tokens of ended answers that are kept; vocabulary: counted
     acceptance: Share = 0.6  # by synthetic: of drafts, those that stand
+    model: str = ""  # by model: what model.source takes, of the same vocabulary
+    vocabulary: Count = 0  # by model: tokens that are drafted at all, the most frequent; 0: all
+    vocabulary_of: str = ""  # texts, a run or a token map that says which; empty: the answers, once there are some
+
+    def __post_init__(self) -> None:
+        if (self.by == "model") != bool(self.model):
+            raise ConfigError(
+                f"engine.draft.by is {self.by!r} and engine.draft.model {self.model!r}. Give both, by=model and a "
+                "small model of the same vocabulary, or neither."
+            )
+        if self.vocabulary and self.by != "model":
+            raise ConfigError(
+                f"engine.draft.vocabulary is {self.vocabulary}, and engine.draft.by {self.by!r}, which has no output "
+                "head. Leave it out."
+            )
+        if self.vocabulary_of and not self.vocabulary:
+            raise ConfigError("engine.draft.vocabulary_of is given: say how many tokens, with engine.draft.vocabulary.")
+
+    @classmethod
+    def of(cls, name: str) -> DraftConfig:
+        """By a name of `By`, or by a model.
+
+        >>> DraftConfig.of("suffix").by, DraftConfig.of("small").model
+        ('suffix', 'small')
+        """
+        by = next((one for one in get_args(By) if one == name and one != "model"), None)
+        return cls("model", model=name) if by is None else cls(by)
 
     @property
     def most(self) -> int:

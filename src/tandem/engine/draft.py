@@ -21,6 +21,8 @@ class Drafter:
 
     found_tokens = 0  # of contexts, that one with pages of its own found there; since it was made
     ingested_tokens = 0  # of contexts, that it ran itself
+    seen_tokens = 0  # of ended answers, while it drafted of a part of the vocabulary alone
+    covered_tokens = 0  # of those, that are in that part
 
     def draft(self, sequences: list[Sequence], most: list[int]) -> list[list[int]]:
         """Live sequences that run one token each, and how many drafts each may get -> its drafts, ids of the
@@ -29,6 +31,9 @@ class Drafter:
 
     def ended(self, sequence: Sequence) -> None:
         """A sequence ended, with all that it drew; it is drafted for no more."""
+
+    def release_memory(self) -> None:
+        """Nothing is live, and what the engine's pages hold is lost: the memory of what lies beside them may go too."""
 
 
 class PromptLookup(Drafter):

@@ -39,7 +39,7 @@ class Drafting:
         self._works: list[
             tuple[int, int, int, int, int]
         ] = []  # of it: sequence, drafts, those tried, that stood, found
-        self._seen = (0, 0)  # of the drafter's counts
+        self._seen = (0, 0, 0, 0)  # of the drafter's counts
 
     @property
     def on(self) -> bool:
@@ -133,10 +133,13 @@ class Drafting:
                 self.lengths.stood(names, tried, accepted)
         elif why := "raised" if self.off else "unpaid" if not self.on else self._why:
             stats.undrafted += Tally(name == why for name in UNDRAFTED)
-        now = self.drafter.found_tokens, self.drafter.ingested_tokens
+        drafter = self.drafter
+        now = drafter.found_tokens, drafter.ingested_tokens, drafter.seen_tokens, drafter.covered_tokens
         if now != self._seen:
             stats.draft_found_tokens += now[0] - self._seen[0]
             stats.draft_ingested_tokens += now[1] - self._seen[1]
+            stats.draft_seen_tokens += now[2] - self._seen[2]
+            stats.draft_covered_tokens += now[3] - self._seen[3]
             self._seen = now
         if self.lengths is not None and draws:
             alone = batch.num_tokens == draws

@@ -106,6 +106,7 @@ class Engine:
         self.vocab_size = runner.vocab_size
         self.clock = clock
         self.decode = decode
+        drafter = drafter or getattr(runner, "drafter", None)  # one with weights, where the runner has one
         self.scheduler = Scheduler(config, num_pages, max_context, self._stops, version, runner.layout, drafter)
         if (opened := getattr(runner, "opened", None)) is not None:
             opened.held = self.scheduler.filled_pages

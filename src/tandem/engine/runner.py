@@ -36,6 +36,7 @@ from tandem.numerics.random import Stream
 from tandem.types import Reach
 
 if TYPE_CHECKING:
+    from tandem.engine.draft import Drafter
     from tandem.engine.graph import DeviceSteps
 
 
@@ -127,6 +128,8 @@ class DecoderRunner:
         self.forward = FusedForward(decoder, plain) if fused else decoder.forward
         self.adapters: dict[str, AdapterSet] = {}  # that requests may name; of `decoder`
         self._page_tensors = [tensor for pool in self.pools for tensor in pool.tensors()]
+        self._attached: list[torch.Tensor] = []
+        self.drafter: Drafter | None = None  # that has weights, and keeps what it knows beside these pages
         self._sums: dict[int, int] = {}  # of the pages in the prefix index, as they were when they got their name
         self.device_steps: DeviceSteps | None = None
         if backend(decoder.embed.value) == "triton":
@@ -177,6 +180,14 @@ class DecoderRunner:
         if self.decoder.device.type == "cpu":
             opened = [tensor for pool in self.pools if isinstance(pool, SpanPool) for tensor in pool.open.tensors()]
             release_memory([*self._page_tensors, *opened])
+            if self.drafter is not None:
+                self.drafter.release_memory()
+
+    def attach(self, pages_PX: torch.Tensor) -> None:
+        """A page holds this row too, which is copied, summed and parked with it. Before anything runs; on the host."""
+        assert len(pages_PX) == len(self._page_tensors[0]), (len(pages_PX), len(self._page_tensors[0]))
+        self._attached.append(pages_PX)
+        self._page_tensors.append(pages_PX)
 
     def _check_pages(self, batch: Batch) -> None:
         """Sum the pages that got a name; DeliveryError where a page that is shared again is not what was named."""
@@ -211,6 +222,8 @@ class DecoderRunner:
         for pool in self.pools:
             if isinstance(pool, KvPool):
                 pool.copy_(list(copies.values()), list(copies))
+        for memory in self._attached:
+            memory[list(copies)] = memory[list(copies.values())]
         if self.opened is None:
             return
         groups, pairs = range(len(self.layout.groups)), self.opened.copies(copies)

@@ -53,6 +53,8 @@ class Asked:
     teacher_coded_bytes: int = 0  # of its checkpoint's codes
     serves: bool = False  # nothing is to learn: matrices keep the form that products read
     apart: bool = False  # the engine is in a process of its own
+    drafter: ModelSpec | None = None  # that drafts for the engine, where it is a model of its own
+    drafter_coded_bytes: int = 0  # of its checkpoint's codes
 
     @property
     def dtype(self) -> str:
@@ -252,13 +254,18 @@ def activation_bytes(spec: ModelSpec, rows: int, itemsize: int, checkpointing: b
 
 
 def teacher_bytes(asked: Asked) -> int:
-    """Of a model that only answers, in the form that its products read, and the rows of its embedding."""
+    """Of a teacher's weights."""
     assert asked.teacher is not None
-    spec, size = asked.teacher, SIZES[asked.model.dtype]
+    return answering_bytes(asked, asked.teacher, asked.teacher_coded_bytes, asked.model.dtype)
+
+
+def answering_bytes(asked: Asked, spec: ModelSpec, coded_bytes: int, dtype: str) -> int:
+    """Of a model that only answers, in the form that its products read, and the rows of its embedding."""
+    size = SIZES[dtype]
     rows, whole = spec.vocab_size * spec.width * size, size * sum(map(prod, expected_shapes(spec).values()))
-    if asked.teacher_coded_bytes and asked.holds_codes:
-        return asked.teacher_coded_bytes + rows
-    own = packed_bytes(spec, replace(asked.model, weights="same"))  # whatever the student's products are rounded to
+    if coded_bytes and asked.holds_codes:
+        return coded_bytes + rows
+    own = packed_bytes(spec, replace(asked.model, weights="same"), dtype)  # whatever the student's are rounded to
     packed = own if asked.model.kernels == "exact" else 0
     return packed + rows if packed else whole + own
 

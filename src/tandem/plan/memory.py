@@ -24,6 +24,7 @@ from tandem import env
 from tandem.corpus.lines import held_bytes
 from tandem.errors import CapacityError
 from tandem.models.parts import SIZES, expected_shapes, layer_slots
+from tandem.plan.drafting import drafter_parts, for_pages
 from tandem.plan.footprint import (
     ALL,
     CODES,
@@ -311,7 +312,7 @@ def _fill(asked: Asked, available_bytes: int, device_bytes: int, base_bytes: int
         made = plan(pool, True)
     if asked.engine.kv_memory_bytes:
         return made
-    left = (room - made.needed(place, asked.page_phases)[0]) // num_pools(asked)
+    left = for_pages(asked, room - made.needed(place, asked.page_phases)[0]) // num_pools(asked)
     pool += left if gpu or left < 0 else left // 2
     return plan(max(least, min(pool, most, most if gpu else POOL_BYTES)), made.checkpointing)
 
@@ -424,6 +425,7 @@ def _lines(asked: Asked, base_bytes: int, pool_bytes: int, checkpointing: bool) 
     yield Line("pages of keys and values", pool_bytes * num_pools(asked), asked.page_phases, place, own=not asked.apart)
     when: tuple[Phase, ...] = LOADED if asked.beside else ("generate",)
     yield Line("a step's activations", each * step_bytes(asked), when, place, own=not asked.apart)
+    yield from (Line(*one, place=place, own=not asked.apart) for one in drafter_parts(asked, pool_bytes, when))
     yield Line("weights compared", (count if asked.lag else largest) * compute, ("load", "publish"), place)
     if run is not None:
         yield from _learner_lines(asked, checkpointing, place)

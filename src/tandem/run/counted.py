@@ -14,7 +14,7 @@ from tandem.trace import Trace
 SCHEDULED = ("run_tokens", "cached_tokens", "recomputed_tokens", "repeated_tokens", "preemptions", "evicted_pages")
 DRAFTED = (
     *("drafted_tokens", "accepted_tokens", "offered_tokens", "invalid_drafts", "draft_s"),
-    *("draft_found_tokens", "draft_ingested_tokens"),
+    *("draft_found_tokens", "draft_ingested_tokens", "draft_seen_tokens", "draft_covered_tokens"),
 )
 PLACES = {  # of tallies: what their places are called in a row; None: by number, from 1 on
     "drafted_at": None,

@@ -159,7 +159,7 @@ def check_teacher(config: RunConfig, student: Checkpoint, tokenizer: Tokenizer) 
     other = teacher.load_tokenizer().backend.get_vocab(True)
     if own != other and not config.distil.spans:
         raise ConfigError(
-            f"distil.teacher {source} reads other tokens than {config.model.source}: {_differs(own, other)}. "
+            f"distil.teacher {source} reads other tokens than {config.model.source}: {differs(own, other)}. "
             "Distributions over different tokens have no divergence. Choose a teacher of the student's family, or a "
             "student made of the teacher (`tandem convert prune`), or compare spans of text: distil.spans=true with "
             "distil.divergence=k1+."
@@ -185,7 +185,8 @@ def _check_origin(folder: str, origin: Origin) -> None:
         )
 
 
-def _differs(own: dict[str, int], other: dict[str, int]) -> str:
+def differs(own: dict[str, int], other: dict[str, int]) -> str:
+    """In words, how two vocabularies do."""
     apart = sorted(own.items() ^ other.items(), key=lambda one: (one[1], one[0]))
     token, number = apart[0]
     where = (

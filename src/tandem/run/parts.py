@@ -38,6 +38,7 @@ from tandem.run.adapted import check_base, check_source, settled, trained_on, wi
 from tandem.run.apart import EngineGiven, RemoteEngine, RemoteReference
 from tandem.run.config import RunConfig
 from tandem.run.distil import check_teacher
+from tandem.run.drafter import check_drafter, drafter_on
 from tandem.run.learned import OBJECTIVES, learner_config
 from tandem.run.learning import DecoderElsewhere, LearnerGiven, RemoteLearner, RemotePublisher, RemoteWay
 from tandem.run.remote import ServerEngine
@@ -130,6 +131,7 @@ def plan_parts(
     critic = run.critic.model if run is not None else ""
     distils = run is not None and run.objective == "distil"
     teacher = check_teacher(run, checkpoint, tokenizer) if run is not None and distils else None
+    drafter = check_drafter(config, model, checkpoint, tokenizer)
     asked = Asked(
         checkpoint.spec,
         model,
@@ -145,6 +147,8 @@ def plan_parts(
         teacher.coded_bytes if teacher is not None else 0,
         serves=use == "serve" or frozen,
         apart=use == "apart",
+        drafter=drafter.spec if drafter is not None else None,
+        drafter_coded_bytes=drafter.coded_bytes if drafter is not None else 0,
     )
     return plan_memory(asked, host_bytes, device_bytes)
 
@@ -242,6 +246,8 @@ def engine_on(decoder: Decoder, config: EngineConfig, tokenizer: Tokenizer, vers
     layout = KvLayout.for_engine(decoder.spec, config, dtype_name(decoder.dtype), kept)
     num_pages = count_pages(layout, config)
     runner = DecoderRunner(decoder, num_pages, config.page_tokens, config)
+    if config.draft.by == "model":
+        runner.drafter = drafter_on(runner, num_pages, config, tokenizer)
     engine = Engine(runner, config, num_pages, decoder.spec.max_position, decode=tokenizer.decode, version=version)
     engine.grammars = Grammars(tokenizer.backend.to_str, decoder.spec.vocab_size)
     price(engine)

@@ -80,6 +80,8 @@ _OF_SAMPLES = {
         "steps that drew and had no drafts: untimed (its time without is not known well enough), unpaid (none raise "
         "the speed), unoffered (the drafter had none), room (no tokens or pages were left), raised (it is off)",
     ),
+    "draft_seen_tokens": Key("tokens", "of ended answers, while the drafter had a part of the vocabulary alone"),
+    "draft_covered_tokens": Key("tokens", "of those, that are in that part: its coverage"),
     "engines/*/requests": Key(
         "count", "that the engine was asked for since the row before; where engine.replicas are set"
     ),

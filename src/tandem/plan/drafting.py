@@ -1,0 +1,47 @@
+"""How many bytes a model that drafts takes, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+from tandem.engine.layout import pages_for
+from tandem.models.parts import SIZES, expected_shapes, kept_bytes
+from tandem.plan.footprint import ALL, Asked, Phase, answering_bytes, kept_numbers, num_pools, page_bytes
+
+
+def for_pages(asked: Asked, room_bytes: int) -> int:
+    """Of so many bytes, those that go to the engine's own pages, and not to a drafter's beside them."""
+    own = page_bytes(asked)
+    return room_bytes * own // (own + _beside_bytes(asked))
+
+
+def _beside_bytes(asked: Asked) -> int:
+    """Of a drafter's keys and values on each page, of whatever group."""
+    return 0 if asked.drafter is None else sum(kept_bytes(asked.drafter, asked.dtype)) * asked.engine.page_tokens
+
+
+def drafter_parts(
+    asked: Asked, pool_bytes: int, steps: tuple[Phase, ...]
+) -> Iterator[tuple[str, int, tuple[Phase, ...]]]:
+    """What is held, how much, and when; nothing where no model drafts. pool_bytes: of the engine's own pages. steps:
+    when an engine's steps run."""
+    spec, engine, each, size = asked.drafter, asked.engine, 1, SIZES[asked.dtype]
+    if spec is None:
+        return
+    if asked.apart and asked.run is not None:  # engines of one process share its weights
+        each = engine.replicas + int(asked.two_engines)
+    pruned = 2 * engine.draft.vocabulary * spec.width * size  # rows of the head, which products read in another form
+    weights = answering_bytes(asked, spec, asked.drafter_coded_bytes, asked.dtype) + pruned
+    yield "drafter", each * weights, ALL
+    yield (
+        "drafter's weights, until they are packed",
+        each * size * sum(map(prod, expected_shapes(spec).values())),
+        ("load",),
+    )
+    spare = engine.max_sequences * pages_for(engine.draft.most, engine.page_tokens)
+    pages = pool_bytes // page_bytes(asked) + spare
+    yield "drafter's keys and values", pages * _beside_bytes(asked) * num_pools(asked), asked.page_phases
+    logits = 2 * 4 * engine.max_sequences * spec.vocab_size if engine.draft.vocabulary else 0
+    layer = engine.batch_tokens * (kept_numbers(spec) + spec.ff_width) * size
+    yield "drafter's activations", each * (layer + logits), steps
