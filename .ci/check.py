@@ -25,6 +25,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("models",),
     ("algo", "engine", "program"),
+    ("speculate",),
     ("corpus", "train", "server", "rollout", "surgery", "search"),
     ("speculate",),
     ("sync",),

@@ -18,11 +18,13 @@ from tandem.engine.config import EngineConfig
 from tandem.engine.engine import Engine
 from tandem.engine.rows import StepRows
 from tandem.engine.runner import DecoderRunner
+from tandem.errors import ConfigError
 from tandem.kernels.forward import KINDS
 from tandem.kernels.sample import SamplingBatch
 from tandem.models.decoder import Decoder
 from tandem.models.fused import FusedForward
 from tandem.models.spec import LayerAttention
+from tandem.models.taps import Taps, layers_of
 from tandem.models.view import PagedView
 from tandem.numerics.quantise import Quantised, dequantise, quantise
 from tandem.types import Reach, Request, Sampling
@@ -261,3 +263,30 @@ def test_any_chunk_of_any_format_asked_for_any_rows(make_decoder, parity, kernel
     for own, other in zip(runner.pools, reference.pools, strict=True):
         for got, wanted in zip(own.rows(torch.cat(slots_N)), other.rows(torch.cat(slots_N)), strict=True):
             parity.same_rows(got, wanted, "keys or values")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_taps_are_the_states_that_a_watcher_sees(dtype, make_decoder: Callable[..., Decoder], kernel_path) -> None:
+    """A tapped state of another layer or row, of one that is not finished, or of no row where nothing is drawn."""
+    decoder = make_decoder(dtype, layers=4)
+    layers_L = layers_of(decoder, (0, 2))
+    config = EngineConfig(page_tokens=4, batch_tokens=24, max_sequences=16, lookahead_tokens=4)
+    runner = DecoderRunner(decoder, 96, 4, config)
+    fused = runner.forward
+    assert isinstance(fused, FusedForward)
+    found, seen = (torch.zeros(96 * 4, 2, decoder.spec.width, dtype=decoder.dtype) for _ in range(2))
+    steps = []
+
+    def forward(tokens_T: torch.Tensor, view: PagedView, rows_N: torch.Tensor) -> torch.Tensor:
+        slots_T = view.slots_G[0]
+        expected = decoder.forward(tokens_T, view, rows_N, watch=Taps(layers_L, seen, slots_T).see)
+        drawn = fused(tokens_T, view, rows_N, taps=Taps(layers_L, found, slots_T))
+        assert torch.equal(drawn, expected) and torch.equal(found, seen) and bool(seen[slots_T].any(-1).all())
+        steps.append(len(rows_N) < len(tokens_T))
+        return drawn
+
+    runner.forward = forward
+    Engine(runner, config, 96, decoder.spec.max_position).generate(requests(9))
+    assert True in steps and False in steps
+    with pytest.raises(ConfigError, match=r"allowed are 0 to 2, each once"):
+        layers_of(decoder, (0, 3))

@@ -11,7 +11,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,6 +27,9 @@ from tandem.errors import AlarmError, ParityError
 from tandem.kernels.linear import linear
 from tandem.kernels.weight import Weight
 from tandem.types import Denominators, Microbatch, Sample
+
+if TYPE_CHECKING:
+    from tandem.models.decoder import Decoder
 
 # (column, samples; the step's where none are given) -> them with it, by the learner's present weights
 Score = Callable[..., tuple[Sample, ...]]
@@ -129,6 +133,27 @@ class Widened(Protocol):
 
     def weights(self) -> Iterator[tuple[str, Weight]]:
         """Each once, by a name that no decoder has, always in this order."""
+        ...
+
+
+class Own(Protocol):
+    """Weights beside a model, trained in its place."""
+
+    def weights(self) -> Iterator[tuple[str, Weight]]: ...
+
+    def repack(self) -> None: ...
+
+    def save(self, folder: Path) -> None:
+        """Into a checkpoint that is being written."""
+        ...
+
+
+@runtime_checkable
+class Beside(Protocol):
+    """An objective that trains weights of its own, which are what a checkpoint has; the model stays as it is."""
+
+    def beside(self, decoder: Decoder) -> Own:
+        """What is trained beside this model. Called once."""
         ...
 
 

@@ -9,15 +9,15 @@ extern "C" struct AttentionGrads {
     const void* dout;  // [T, H, D]
     void *dquery, *dkey, *dvalue;
     int64_t dquery_stride, dkey_stride, dvalue_stride;
-    float *dkey_sum, *dvalue_sum;  // [T, K, D], zero on entry
+    float *dkey_sum, *dvalue_sum;  // [slots, K, D], zero on entry
     const int32_t* component_start;  // [components + 1] of segments; components share no slot
-    int64_t components;
+    int64_t components, slots;
 };
 
 namespace {
 
 template <typename E>
-struct View {  // addresses of one segment's queries, keys and values; slots are rows
+struct View {  // addresses of one segment's queries, keys and values; pages of one token
     const AttentionArgs& a;
     int64_t s, kv_head;
     int64_t group = a.heads / a.kv_heads;
@@ -159,9 +159,9 @@ void backward(const AttentionArgs& a, const AttentionGrads& g) {
     for (int64_t c = 0; c < g.components; c++)
         for (int64_t k = 0; k < a.kv_heads; k++)
             for (int64_t s = g.component_start[c]; s < g.component_start[c + 1]; s++) backward_segment<E>(a, g, s, k);
-    const int64_t rows = a.row_start[a.segments], width = a.kv_heads * a.head_size;
+    const int64_t width = a.kv_heads * a.head_size;
 #pragma omp parallel for schedule(static)
-    for (int64_t t = 0; t < rows; t++) {
+    for (int64_t t = 0; t < g.slots; t++) {
         store_row(g.dkey_sum + t * width, (E*)g.dkey + t * g.dkey_stride, width);
         store_row(g.dvalue_sum + t * width, (E*)g.dvalue + t * g.dvalue_stride, width);
     }

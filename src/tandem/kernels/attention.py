@@ -51,7 +51,7 @@ class _Grads(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("dout", "dquery", "dkey", "dvalue")),
         *((name, ctypes.c_int64) for name in ("dquery_stride", "dkey_stride", "dvalue_stride")),
         *((name, ctypes.c_void_p) for name in ("dkey_sum", "dvalue_sum", "component_start")),
-        ("components", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("components", "slots")),
     ]
 
 
@@ -199,30 +199,30 @@ def attention_backward(
     reach: Reach = EVERYTHING,
     source_C: torch.Tensor | None = None,
 ) -> None:
-    """Write the gradients of query [T, H, D], key and value [T, K, D] into `grads` (rows may be strided).
+    """Write the gradients of query [T, H, D], key and value [C, K, D] into `grads` (rows may be strided).
 
-    The slots must be the rows themselves (pages of one token), and each row must be the key of some query. Beside the
-    CPU C more slots may follow, the rows `source_C` (int64) as they were rounded: their gradients are added to those
-    of the rows.
+    Pages are of one token. Beside the CPU C slots may follow those of `grads`, copies of their rows `source_C` (int64)
+    as they were rounded: their gradients are added to those of the rows. On a GPU the slots must be the query's rows
+    themselves, each the key of some query.
     """
-    query_THD, key_TKD, value_TKD = qkv
+    query_THD, key_CKD, value_CKD = qkv
     if backend(query_THD) == "triton":
         from tandem.kernels.gpu import attention_backward as gpu
 
         assert source_C is None, "copies of rows have gradients on the CPU alone"
         return gpu.attention_backward(dout_THD, out_THD, lse_TH, qkv, grads, paths, reach)
     component_start = paths.component_start
-    slots = len(query_THD) + (0 if source_C is None else len(source_C))
-    assert paths.page_tokens == 1 and component_start is not None and len(key_TKD) == slots, (key_TKD.shape, slots)
+    copies = 0 if source_C is None else len(source_C)
+    assert paths.page_tokens == 1 and component_start is not None and len(key_CKD) == len(grads[1]) + copies, copies
     run = kernel("attention", "attention_backward", query_THD.dtype, "pp")
     assert run is not None
-    args = _args(query_THD, key_TKD, value_TKD, paths, reach, out_THD, lse_TH)
-    sums = torch.zeros(2, *key_TKD.shape)
+    args = _args(query_THD, key_CKD, value_CKD, paths, reach, out_THD, lse_TH)
+    sums = torch.zeros(2, *key_CKD.shape)
     dquery, dkey, dvalue = grads
     grad_args = _Grads(
         address(dout_THD, query_THD.dtype, *query_THD.shape),
         rows_address(dquery, query_THD.dtype, *query_THD.shape),
-        *(rows_address(x, query_THD.dtype, len(query_THD), *key_TKD.shape[1:]) for x in (dkey, dvalue)),
+        *(rows_address(x, query_THD.dtype, len(dkey), *key_CKD.shape[1:]) for x in (dkey, dvalue)),
         dquery.stride(0),
         dkey.stride(0),
         dvalue.stride(0),
@@ -230,9 +230,10 @@ def attention_backward(
         sums[1].data_ptr(),
         address(component_start, torch.int32, len(component_start)),
         len(component_start) - 1,
+        len(dkey),
     )
     run(ctypes.addressof(args), ctypes.addressof(grad_args))
     if source_C is not None and len(source_C):
-        rows = len(query_THD)
+        rows = len(dkey)
         sums[:, :rows].index_add_(1, source_C, sums[:, rows:])
         dkey.copy_(sums[0, :rows]), dvalue.copy_(sums[1, :rows])

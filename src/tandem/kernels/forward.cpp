@@ -61,9 +61,12 @@ extern "C" struct ForwardArgs {
     float* code_scales;                                  // of them
     int32_t* code_starts;                                // [of them, deepest / 8, 2], of groups
     double* seconds;                                     // [KINDS], added to; or null
+    const int64_t *taps, *tap_slots;                     // [num_taps] layers, ascending, not the last; [T], of rows in `tapped`
+    void* tapped;                                        // [slots, num_taps, M]
     int64_t num_layers, num_groups, rows, segments, num_last, width, ff_width, heads, kv_heads, head_size, page_tokens;
     int64_t num_adapters, ranks;  // of the widest of their matrices
     int64_t deepest;              // inputs, to whole words
+    int64_t num_taps;
     float eps;
 };
 
@@ -132,6 +135,7 @@ public:
             if (last && a_.num_last < a_.rows) keep_last();
             attend(layer, l, last);
             feed_forward(layer, l, last ? nullptr : &a_.layers[l + 1]);
+            if (tap_ < a_.num_taps && a_.taps[tap_] == l) tap();
         }
         int64_t i, end;
         team_.share(a_.num_last, i, end);
@@ -316,6 +320,15 @@ private:
         clock_.stop(DOWN);
     }
 
+    // The residual stream behind a layer, of every row. No wait: nobody writes it before the next layer's attention is done.
+    void tap() {
+        int64_t i, end;
+        team_.share(rows_, i, end);
+        for (; i < end; i++)
+            std::memcpy((void*)((E*)a_.tapped + (a_.tap_slots[i] * a_.num_taps + tap_) * a_.width), hidden() + i * a_.width, a_.width * sizeof(E));
+        tap_++;
+    }
+
     // Whether panels of the gate have panels of up beside them.
     bool paired(const LayerArgs& layer) const { return a_.ff_width % PANEL == 0 && !layer.gate_up.codes; }
 
@@ -379,6 +392,7 @@ private:
     const Stored stored_;
     int64_t rows_;
     bool asked_ = false;  // the rows are those asked for
+    int64_t tap_ = 0;     // the next one
     std::vector<AdapterRows> parts_;
     std::vector<const float*> row_factors_;
     Fetch fetch_;

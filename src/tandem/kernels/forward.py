@@ -56,7 +56,8 @@ class ForwardArgs(ctypes.Structure):
         *_pointers(
             "adapters", "adapter_rows", "adapter_last", "lowered", "codes", "code_scales", "code_starts", "seconds"
         ),
+        *_pointers("taps", "tap_slots", "tapped"),
         *_sizes("num_layers", "num_groups", "rows", "segments", "num_last", "width", "ff_width"),
-        *_sizes("heads", "kv_heads", "head_size", "page_tokens", "num_adapters", "ranks", "deepest"),
+        *_sizes("heads", "kv_heads", "head_size", "page_tokens", "num_adapters", "ranks", "deepest", "num_taps"),
         ("eps", ctypes.c_float),
     ]

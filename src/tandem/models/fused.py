@@ -23,6 +23,7 @@ from tandem.kernels.page_pool import KvPool
 from tandem.kernels.weight import Weight, matrix_addresses
 from tandem.models.adapter import AdapterSet
 from tandem.models.decoder import Decoder
+from tandem.models.taps import Taps
 from tandem.models.view import PagedView
 from tandem.types import Reach
 
@@ -113,9 +114,15 @@ class FusedForward:
         return self._code_rows, torch.empty(few), starts
 
     def __call__(
-        self, tokens_T: Tensor, view: PagedView, rows_N: Tensor, adapters: RowAdapters | None = None
+        self,
+        tokens_T: Tensor,
+        view: PagedView,
+        rows_N: Tensor,
+        adapters: RowAdapters | None = None,
+        taps: Taps | None = None,
     ) -> Tensor:
-        """Final hidden states [N, M], normed, of `rows_N` (ascending); writes the keys and values of all rows.
+        """Final hidden states [N, M], normed, of `rows_N` (ascending); writes the keys and values of all rows, and the
+        states that `taps` asks for.
 
         `adapters`: of the rows; by default all have the one that the decoder wears.
         """
@@ -154,9 +161,10 @@ class FusedForward:
             scales_T.data_ptr(),
             starts.data_ptr(),
             None if self.seconds is None else self.seconds.data_ptr(),
+            *((None, None, None) if taps is None else taps.addresses(rows)),
             *(len(self.pools), len(groups), rows, len(view.paths.first_position_S), last, spec.width, spec.ff_width),
             *(spec.heads, spec.kv_heads, spec.head_size, view.paths.page_tokens),
-            *(len(served.args), ranks, codes_TK.shape[1]),
+            *(len(served.args), ranks, codes_TK.shape[1], 0 if taps is None else len(taps.layers_L)),
             spec.norm_eps,
         )
         self._run(ctypes.addressof(args))

@@ -35,6 +35,7 @@ from tandem.plan.footprint import (
     Phase,
     activation_bytes,
     adapter_counts,
+    drafter_numbers,
     head_bytes,
     least_pool_bytes,
     microbatch_rows,
@@ -49,6 +50,8 @@ from tandem.plan.footprint import (
     teacher_bytes,
 )
 from tandem.rollout.config import AsyncConfig
+from tandem.speculate.eagle import EagleSpec
+from tandem.speculate.losses import ROWS as HEAD_ROWS
 from tandem.train.config import SHARD_BYTES, SLICE, Checkpointing
 
 if TYPE_CHECKING:
@@ -461,6 +464,13 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
         yield Line("adapter's products of a microbatch", run.learner.microbatch_tokens * ranks * compute, ("learn",))
         if run.adapter.dora:
             yield Line("a matrix whose rows are measured", 4 * largest, ("load", "update"))
+    if run.objective == "drafter":
+        count = drafter_numbers(asked)
+        yield Line("drafter", 2 * count * compute, place=place)
+        said = 4 * (microbatch_rows(asked) + 6 * HEAD_ROWS) * spec.vocab_size
+        yield Line("what the model says of a microbatch, and the drafter of some rows", said, ("learn",), place)
+        kept = run.drafter.steps * activation_bytes(EagleSpec.of(spec).model, microbatch_rows(asked), compute, False)
+        yield Line("drafter's activations of a microbatch", kept, ("learn",), place)
     if run.learner.gradients == "int8":
         matrices = sum(slot.rows * slot.columns for slot in layer_slots(spec) if slot.columns is not None)
         yield Line("matrices as the backward pass multiplies them", matrices, place=place)

@@ -19,11 +19,12 @@ from tandem.numerics.estimate import MOST_SAMPLES
 from tandem.program.config import TaskConfig
 from tandem.rollout.config import AsyncConfig, Drawing, RolloutConfig, SelectConfig
 from tandem.run.remote_config import RemoteConfig, Seconds
+from tandem.speculate.config import DrafterConfig
 from tandem.sync.config import SyncConfig, Transport
 from tandem.train.config import CriticConfig, LearnerConfig
 
 OF_GROUPS = {"grpo", "dr_grpo", "rloo", "best"}  # advantages that are 0 where a group's rewards are equal
-Learned = Literal["policy_gradient", "next_token", "preference", "distil"]
+Learned = Literal["policy_gradient", "next_token", "preference", "distil", "drafter"]
 Accuracy = Annotated[float, Interval(gt=0, le=1)]
 Finite = Annotated[float, Interval(gt=-math.inf, lt=math.inf)]
 
@@ -155,7 +156,7 @@ class RunConfig:
     model: ModelConfig
     seed: Annotated[int, Interval(ge=0, le=2**63 - 1)] = 0  # of all sampling; with the config it fixes the weights
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
-    objective: Learned = "policy_gradient"  # or next_token or preference, of what is written; or distil, of a teacher
+    objective: Learned = "policy_gradient"  # next_token, preference: what is written; distil: a teacher; drafter
     task: TaskConfig = field(default_factory=TaskConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     select: SelectConfig = field(default_factory=SelectConfig)
@@ -165,6 +166,7 @@ class RunConfig:
     supervised: SupervisedConfig = field(default_factory=SupervisedConfig)
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     distil: DistilConfig = field(default_factory=DistilConfig)
+    drafter: DrafterConfig = field(default_factory=DrafterConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     critic: CriticConfig = field(default_factory=CriticConfig)
     asynchrony: AsyncConfig = field(default_factory=AsyncConfig)

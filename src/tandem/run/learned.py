@@ -13,6 +13,7 @@ from tandem.algo.supervised import NextToken
 from tandem.errors import ConfigError
 from tandem.run.config import Learned, RunConfig
 from tandem.run.distil import distil_of
+from tandem.run.learned_drafter import drafter_of
 from tandem.run.source import resolve_source
 from tandem.sync.departures import is_exact
 from tandem.train import reward
@@ -37,6 +38,7 @@ OBJECTIVES: Mapping[str, Callable[[RunConfig], Objective]] = {
         else Preference(config.preference)
     ),
     "distil": distil_of,
+    "drafter": drafter_of,
 }
 assert {*OBJECTIVES} == {*get_args(Learned)}, f"run/config.py names {get_args(Learned)}, here: {[*OBJECTIVES]}"
 

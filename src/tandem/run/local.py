@@ -19,6 +19,7 @@ from tandem.run.asynchronous import AsyncSession
 from tandem.run.backends import backend_of
 from tandem.run.clock import WallClock, started
 from tandem.run.config import RunConfig, check_training
+from tandem.run.learned_drafter import check_drafter
 from tandem.run.engines import named
 from tandem.run.evaluate import evaluate_tasks
 from tandem.run.folder import RunFolder, check_new
@@ -40,6 +41,7 @@ def train(
     """
     check_training(config)
     check_counts(config)
+    check_drafter(config)
     check_sources(config.corpus)
     keep = config.checkpoint.keep
     path = out or Path("runs") / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"

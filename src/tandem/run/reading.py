@@ -33,6 +33,7 @@ OF_SAMPLES = ("reward", "reward_std", "zero_variance", "truncated", "turns", "ha
 # `objective` of a config -> who reads its sources, and what of their groups is trained.
 READERS: Mapping[str, Callable[[RunConfig, Renderer], Sequence[Reader]]] = {
     "next_token": lambda config, renderer: readers_of(config.corpus, renderer),
+    "drafter": lambda config, renderer: readers_of(config.corpus, renderer),
     "distil": lambda config, renderer: _taught(config, renderer),
     "preference": lambda config, renderer: preferences_of(
         config.corpus,
@@ -46,6 +47,7 @@ SELECTIONS: Mapping[str, Callable[[RunConfig, Sequence[Group]], Selection]] = {
     "next_token": lambda config, groups: select(groups, config.supervised),
     "preference": lambda config, groups: preference.select(groups),
     "distil": lambda config, groups: select(groups),
+    "drafter": lambda config, groups: select(groups),
 }
 
 

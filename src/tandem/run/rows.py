@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tandem.algo.drift import MEANINGS
+from tandem.speculate.config import MOST_STEPS
 
 
 class Key(NamedTuple):
@@ -155,6 +156,17 @@ _OF_A_TEACHER = {
     "hidden_positive": Key("distil.hidden_loss", "mean distance of hidden states, over tokens of weight above 0"),
     "hidden_negative": Key("distil.hidden_loss", "the same over tokens of weight below 0 (distil.bad_weight)"),
 }
+_OF_A_DRAFTER = {
+    "accepted_length": Key("tokens", "that a step of the model would give, its own included, of drafter.steps drafts"),
+    "accepted_length_low": Key("tokens", "lower end of its 95 % interval, by texts"),
+    "accepted_length_high": Key("tokens", "upper end"),
+    **{
+        f"accept_{place}": Key("share", f"mean chance that draft {place} of a step stands where those before it do")
+        for place in range(1, MOST_STEPS + 1)
+    },
+    "overlap": Key("share", "mean of sum min(p, q) at the first draft: its chance under p/q rejection"),
+    "coverage": Key("share", "of the model's probability, what the drafter's vocabulary has"),
+}
 _OF_THE_LEARNER = {
     "trained_samples": Key("count", "samples in the batch"),
     "trained_tokens": Key("tokens", "in the loss, all updates"),
@@ -182,6 +194,7 @@ _OF_THE_LEARNER = {
     "ratio_error": Key("1", "largest of its distance from 1"),
     "kl_reference": Key("nats", "of learner to reference a token, where algo.kl is set"),
     **_OF_PREFERENCES,
+    **_OF_A_DRAFTER,
     "referred_answers": Key("count", "that the reference scored; others were kept in reference.bin"),
     "value_loss": Key("reward^2", "half the squared error of the critic, clipped, where algo.advantage is gae"),
     "value_clip_fraction": Key("share", "trained tokens whose value loss was clipped"),
@@ -229,7 +242,7 @@ _OF_THE_CORPUS = {
     "heldout/tokens": Key("tokens", "of the same that the loss is of"),
     **{
         f"heldout/{name}": Key(key.unit, f"of the same, as `{name}`")
-        for name, key in (_OF_PREFERENCES | _OF_A_TEACHER).items()
+        for name, key in (_OF_PREFERENCES | _OF_A_TEACHER | _OF_A_DRAFTER).items()
         if name != "hidden_negative"  # of sampled trajectories alone
     },
 }

@@ -210,7 +210,7 @@ class Session:
     def credit(self, groups: Sequence[Group]) -> Selection:
         if not self.samples:
             return self.filled(SELECTIONS[self.config.objective](self.config, groups), groups)
-        if self.config.objective == "distil":
+        if self.config.objective in ("distil", "drafter"):  # whatever was said counts, and not what it earned
             batch = self.fairness.weigh(groups, taught(self.config.distil, groups), self.reused)
             return self.filled(batch, groups)
         batch = samples_from_groups(self.config.algo, groups, self.price.price)

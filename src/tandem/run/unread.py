@@ -34,7 +34,7 @@ def unread(config: RunConfig, names: Iterable[str]) -> dict[str, list[str]]:
 
 def _unread(config: RunConfig) -> Iterator[tuple[str, tuple[str, ...], tuple[str, ...]]]:
     """(Why, settings and tables with a dot at the end, those of them that are read)."""
-    samples = config.objective == "policy_gradient" or config.distil.on_policy
+    samples = config.objective == "policy_gradient" or config.distil.on_policy or config.drafter.on_policy
     asked, learner, corpus = config.evaluation, config.learner, config.corpus
     if not samples:
         drawn = tuple(f"rollout.{name}." for name in DRAWN)

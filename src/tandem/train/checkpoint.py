@@ -2,6 +2,7 @@
 
 config.json model.safetensors tokenizer.json ...     what Transformers loads, or where an adapter is trained
 adapter_config.json adapter_model.safetensors        what PEFT loads, with the name of the model that it is of
+config.json model.safetensors                        of a drafter, where that is trained: what vLLM loads beside its model
 optimiser-00001.safetensors ...                      fp32 master weights and moments
 critic-00001.safetensors ...                         the same of a critic, where there is one
 state.json                                           step, weights, and the state of each part by its name
@@ -21,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from tandem.algo.objective import Own
 from tandem.errors import CheckpointError, RunFolderError
 from tandem.models.checkpoint import save_checkpoint
 from tandem.models.decoder import Decoder
@@ -100,15 +102,17 @@ def _shards(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, t
 
 
 def save(
-    directory: Path, decoder: Decoder, optimisers: Mapping[str, Optimiser], tokenizer: Tokenizer, state: RunState
+    directory: Path, model: Decoder | Own, optimisers: Mapping[str, Optimiser], tokenizer: Tokenizer, state: RunState
 ) -> None:
     """Write a checkpoint into an empty directory; the caller renames it into place. `optimisers` by their files' names:
-    "optimiser" is the decoder's, "critic" that of a critic."""
-    dtype = str(decoder.dtype).removeprefix("torch.")
-    if decoder.adapter is not None:
-        save_adapter(directory, decoder.adapter)
+    "optimiser" is the model's, "critic" that of a critic."""
+    if not isinstance(model, Decoder):
+        model.save(directory)
+    elif model.adapter is not None:
+        save_adapter(directory, model.adapter)
     else:
-        save_checkpoint(directory, decoder.spec, dict(decoder.export()), tokenizer, dtype)
+        dtype = str(model.dtype).removeprefix("torch.")
+        save_checkpoint(directory, model.spec, dict(model.export()), tokenizer, dtype)
     for name, optimiser in optimisers.items():
         for number, shard in enumerate(_shards(optimiser.tensors()), start=1):
             save_file(shard, directory / f"{name}-{number:05d}.safetensors")

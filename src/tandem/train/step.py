@@ -12,7 +12,7 @@ import torch
 
 from tandem.algo.alarm import AlarmConfig
 from tandem.algo.loss import LossResult
-from tandem.algo.objective import Measured, Meets, Objective, ObjectiveStep, Outputs, PolicyGradient, Score, Widened
+from tandem.algo.objective import Beside, Measured, Meets, Objective, ObjectiveStep, Outputs, PolicyGradient, Score, Widened
 from tandem.algo.pack import PromptTotal, canonical, denominators, pack, split_updates
 from tandem.algo.preference import HEAD, RewardModel
 from tandem.algo.tensors import MicrobatchTensors, to_tensors
@@ -104,7 +104,8 @@ class Learner:
         self.total_updates = total_updates
         self.trace = trace or Trace()  # span "update": norm, clipping, AdamW and packing of the weights
         self.head = objective.over(decoder) if isinstance(objective, RewardModel) else None
-        trained = self.head or decoder.adapter or decoder
+        self.own = objective.beside(decoder) if isinstance(objective, Beside) else None
+        trained = self.own or self.head or decoder.adapter or decoder
         self.optimiser = Optimiser(_Both(trained, objective) if isinstance(objective, Widened) else trained, config)
         self.critic = critic
         if config.gradients != "same":
@@ -124,7 +125,7 @@ class Learner:
 
     def save(self, directory: Path, tokenizer: Tokenizer, state: RunState) -> None:
         """Weights and optimisers, with where the run stands, into a checkpoint."""
-        checkpoint.save(directory, self.decoder, self._optimisers, tokenizer, state)
+        checkpoint.save(directory, self.own or self.decoder, self._optimisers, tokenizer, state)
         if self.head is not None:
             reward.save(directory, self.head)
 
@@ -162,7 +163,8 @@ class Learner:
         checkpointing = self.config.activation_checkpointing == "on"
         batch = to_tensors(microbatch, self.decoder.device)
         watch = by.meet(microbatch, batch) if isinstance(by, Meets) else None
-        return batch, forward(self.decoder, microbatch, batch, self.objective.temperature, checkpointing, watch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.own is None):
+            return batch, forward(self.decoder, microbatch, batch, self.objective.temperature, checkpointing, watch)
 
     def _gradients(self, microbatches: Sequence[Microbatch], by: ObjectiveStep) -> _Gradients:
         self._zero_grad()

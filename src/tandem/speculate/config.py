@@ -1,0 +1,44 @@
+"""How a drafter on the target's hidden states is made and trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from annotated_types import Interval
+
+from tandem.config import AboveZero, section
+from tandem.errors import ConfigError
+
+DraftLoss = Literal["ce", "kl", "tv", "lk", "lk_hybrid", "match"]
+Kind = Literal["eagle3", "dflash"]
+MOST_STEPS = 16
+
+
+@dataclass(frozen=True, slots=True)
+@section("drafter")
+class DrafterConfig:
+    """A drafter that objective=drafter trains; the model itself stays as it is (docs/speculation.md).
+
+    >>> DrafterConfig().steps
+    5
+    """
+
+    kind: Kind = "eagle3"  # one layer, a token at a time; dflash: a block at a time
+    source: str = ""  # a drafter's folder to go on from, or a run that trained one; empty: a new one
+    vocabulary: str = ""  # a file of token ids that it may say (`tandem convert vocabulary`); empty: all
+    layers: tuple[int, ...] = ()  # of the model, from 0, whose states it reads; empty: low, middle and high
+    steps: Annotated[int, Interval(ge=1, le=MOST_STEPS)] = 5  # tokens ahead that it is trained to say, on its own word from the second on
+    loss: DraftLoss = "match"  # between its distributions and the model's (speculate/losses.py)
+    decay: Annotated[float, Interval(gt=0, le=1)] = 0.8  # of the loss from one step to the next
+    temperature: AboveZero = 1.0  # that divides both models' logits
+    on_policy: bool = False  # the model samples the texts; else the task's own, or those of corpus.sources
+
+    def __post_init__(self) -> None:
+        if self.source:
+            for name in ("vocabulary", "layers"):
+                if value := getattr(self, name):
+                    raise ConfigError(
+                        f"drafter.source is {self.source}, which has its own {name}, and drafter.{name} is {value}. "
+                        "Leave one of them out."
+                    )
