@@ -25,7 +25,6 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("kernels",),
     ("models",),
     ("algo", "engine", "program"),
-    ("speculate",),
     ("corpus", "train", "server", "rollout", "surgery", "search"),
     ("speculate",),
     ("sync",),

@@ -28,7 +28,7 @@ def smollm2_drafter_cpu() -> RunConfig:
         ),
         rollout=RolloutConfig(prompts_per_step=64, samples_per_prompt=1, max_new_tokens=32),
         engine=EngineConfig(kv_memory_bytes=128 << 20),
-        drafter=DrafterConfig(on_policy=True),
+        drafter=DrafterConfig(vocabulary=4096, on_policy=True),
         learner=LearnerConfig(
             lr=1e-3,
             warmup_steps=10,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from tandem.kernels.weight import Weight
 from tandem.models.adapter import AdapterSet
 from tandem.models.decoder import Decoder
 from tandem.models.fused import FusedForward, RowAdapters, fits
+from tandem.models.taps import Taps
 from tandem.models.view import PagedView
 from tandem.numerics import random
 from tandem.numerics.names import PAGES, stored_kv
@@ -129,6 +130,7 @@ class DecoderRunner:
         self.adapters: dict[str, AdapterSet] = {}  # that requests may name; of `decoder`
         self._page_tensors = [tensor for pool in self.pools for tensor in pool.tensors()]
         self._attached: list[torch.Tensor] = []
+        self._tapped: tuple[int, torch.Tensor, torch.Tensor] | None = None
         self.drafter: Drafter | None = None  # that has weights, and keeps what it knows beside these pages
         self._sums: dict[int, int] = {}  # of the pages in the prefix index, as they were when they got their name
         self.device_steps: DeviceSteps | None = None
@@ -188,6 +190,18 @@ class DecoderRunner:
         assert len(pages_PX) == len(self._page_tensors[0]), (len(pages_PX), len(self._page_tensors[0]))
         self._attached.append(pages_PX)
         self._page_tensors.append(pages_PX)
+
+    def tap(self, group: int, layers_L: torch.Tensor, slab: torch.Tensor) -> None:
+        """Every row that runs writes its states into `slab` (models/taps.py), at its slots on the pages of that group
+        of layers. Before anything runs; on the host."""
+        assert self.device_steps is None, "states are tapped on the host alone"
+        self._tapped = group, layers_L, slab
+
+    def _taps(self, rows: StepRows[Here]) -> Taps | None:
+        if self._tapped is None:
+            return None
+        group, layers_L, slab = self._tapped
+        return Taps(layers_L, slab, torch.from_numpy(rows.slots_GT[group]))
 
     def _check_pages(self, batch: Batch) -> None:
         """Sum the pages that got a name; DeliveryError where a page that is shared again is not what was named."""
@@ -249,26 +263,31 @@ class DecoderRunner:
     def _hidden(self, works: Sequence[Work]) -> torch.Tensor:
         """Final hidden states of the rows that draw or score; each work's rows with its adapter."""
         rows = StepRows.of(works, self.page_tokens)
-        names = list(dict.fromkeys(work.request.adapter for work in works))
+        names, taps = list(dict.fromkeys(work.request.adapter for work in works)), self._taps(rows)
         fused = self.forward if isinstance(self.forward, FusedForward) else None
+        tapped: dict[str, Any] = {} if taps is None else {"taps": taps} if fused is not None else {"watch": taps.see}
         if names == [""] or fused is not None:
             given = torch.from_numpy(rows.tokens_T), self._view(rows), torch.from_numpy(rows.rows_N)
         if names == [""]:
-            return self.forward(*given)
+            return self.forward(*given, **tapped)
         sets = [self.adapters[name] if name else self.decoder.adapter for name in names]
         place = {name: index for index, name in enumerate(names)}
         place_T = np.repeat([place[work.request.adapter] for work in works], [len(work.tokens) for work in works])
         if fused is not None:
             served = [one for one in sets if one is not None]
             numbers = np.array([-1 if one is None else served.index(one) for one in sets])
-            return fused(*given, RowAdapters(served, torch.from_numpy(numbers[place_T])))
+            return fused(*given, RowAdapters(served, torch.from_numpy(numbers[place_T])), taps)
         hidden_NM = torch.empty(len(rows.rows_N), self.decoder.spec.width, dtype=self.decoder.dtype)
         for name, one in zip(names, sets, strict=True):  # a row has the same bits in any company
             own = StepRows.of([work for work in works if work.request.adapter == name], self.page_tokens)
             drawn = np.flatnonzero(place_T == place[name])[own.rows_N]
+            seen = self._taps(own)
             with self.decoder.wearing(one):
                 own_NM = self.decoder.forward(
-                    torch.from_numpy(own.tokens_T), self._view(own), torch.from_numpy(own.rows_N)
+                    torch.from_numpy(own.tokens_T),
+                    self._view(own),
+                    torch.from_numpy(own.rows_N),
+                    watch=None if seen is None else seen.see,
                 )
             hidden_NM[torch.from_numpy(np.searchsorted(rows.rows_N, drawn))] = own_NM
         return hidden_NM

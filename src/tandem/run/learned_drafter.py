@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from tandem.engine.config import DraftConfig
 from tandem.errors import ConfigError
+from tandem.models.checkpoint import open_checkpoint
 from tandem.models.taps import layers_of
-from tandem.run.source import resolve_source
+from tandem.run.drafter import kept_ids
+from tandem.run.source import origin_of, resolve_source
 from tandem.speculate.config import DrafterConfig
 from tandem.speculate.eagle import Eagle, EagleSpec
 from tandem.speculate.files import open_eagle, save_eagle
 from tandem.speculate.training import DrafterObjective
+from tandem.speculate.vocabulary import Ranking
 
 if TYPE_CHECKING:
     from tandem.models.decoder import Decoder
@@ -23,30 +27,33 @@ if TYPE_CHECKING:
 
 def drafter_of(config: RunConfig) -> DrafterObjective:
     """The objective. Reads no weight."""
-    return DrafterObjective(config.drafter, lambda decoder: module_of(config.drafter, decoder), save_eagle)
+    return DrafterObjective(config.drafter, lambda decoder: module_of(config, decoder), save_eagle)
 
 
-def module_of(config: DrafterConfig, decoder: Decoder) -> Eagle:
+def module_of(config: RunConfig, decoder: Decoder) -> Eagle:
     """The drafter that training begins with."""
-    if config.source:
-        made = open_eagle(Path(resolve_source(config.source)), decoder)
+    asked = config.drafter
+    if asked.source:
+        made = open_eagle(Path(resolve_source(asked.source)), decoder)
     else:
-        ids_V = read_vocabulary(Path(config.vocabulary), decoder.spec.vocab_size) if config.vocabulary else None
-        spec = EagleSpec.of(decoder.spec, config.layers, 0 if ids_V is None else len(ids_V))
+        ids_V = _vocabulary(config, decoder.spec.vocab_size) if asked.vocabulary else None
+        spec = EagleSpec.of(decoder.spec, asked.layers, 0 if ids_V is None else len(ids_V))
         made = Eagle(spec, decoder.embed, ids_V).begin(decoder.norm, decoder.head)
     layers_of(decoder, made.layers)
     return made
 
 
-def read_vocabulary(path: Path, vocab: int) -> torch.Tensor:
-    """Token ids of a file: a list in JSON. ConfigError where it is none, or names a token that the model lacks."""
-    try:
-        ids = sorted({int(one) for one in json.loads(path.read_text(encoding="utf-8"))})
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"drafter.vocabulary {path} is no list of token ids: {error}.") from error
-    if not ids or ids[0] < 0 or ids[-1] >= vocab:
-        raise ConfigError(f"drafter.vocabulary {path} names ids outside 0 to {vocab - 1}, or none.")
-    return torch.tensor(ids)
+def _vocabulary(config: RunConfig, vocab: int) -> Tensor:
+    """The tokens that a new one may say, ascending."""
+    asked = config.drafter
+    if asked.vocabulary > vocab:
+        raise ConfigError(f"drafter.vocabulary is {asked.vocabulary}, of {vocab} tokens. Set it lower, or to 0.")
+    tokenizer = open_checkpoint(origin_of(config.model.source)[0]).load_tokenizer()
+    stops = tokenizer.stop_token_ids
+    if not asked.vocabulary_of:
+        return torch.from_numpy(Ranking(vocab, 0, stops).most(asked.vocabulary))
+    named = DraftConfig("model", model="-", vocabulary=asked.vocabulary, vocabulary_of=asked.vocabulary_of)
+    return torch.tensor(sorted({*kept_ids(named, tokenizer, vocab), *stops}))
 
 
 def check_drafter(config: RunConfig) -> None:

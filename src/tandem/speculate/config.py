@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from tandem.config import AboveZero, section
+from tandem.config import AboveZero, Count, section
 from tandem.errors import ConfigError
 
 DraftLoss = Literal["ce", "kl", "tv", "lk", "lk_hybrid", "match"]
@@ -26,7 +26,8 @@ class DrafterConfig:
 
     kind: Kind = "eagle3"  # one layer, a token at a time; dflash: a block at a time
     source: str = ""  # a drafter's folder to go on from, or a run that trained one; empty: a new one
-    vocabulary: str = ""  # a file of token ids that it may say (`tandem convert vocabulary`); empty: all
+    vocabulary: Count = 0  # tokens that it may say: the most frequent, and stop tokens; 0: all
+    vocabulary_of: str = ""  # texts, a run or a token map that says which; empty: those of the lowest ids
     layers: tuple[int, ...] = ()  # of the model, from 0, whose states it reads; empty: low, middle and high
     steps: Annotated[int, Interval(ge=1, le=MOST_STEPS)] = 5  # tokens ahead that it is trained to say, on its own word from the second on
     loss: DraftLoss = "match"  # between its distributions and the model's (speculate/losses.py)
@@ -35,6 +36,8 @@ class DrafterConfig:
     on_policy: bool = False  # the model samples the texts; else the task's own, or those of corpus.sources
 
     def __post_init__(self) -> None:
+        if self.vocabulary_of and not self.vocabulary:
+            raise ConfigError("drafter.vocabulary_of is given: say how many tokens, with drafter.vocabulary.")
         if self.source:
             for name in ("vocabulary", "layers"):
                 if value := getattr(self, name):

@@ -74,6 +74,13 @@ class DraftHead:
         if vocab < weight.value.shape[0]:
             self._choose(np.arange(vocab))
 
+    @staticmethod
+    def of_rows(rows: Weight, ids_N: Tensor, vocab: int) -> DraftHead:
+        """A head that has rows of these tokens of `vocab` alone, [N, M]."""
+        made = DraftHead(rows, vocab)
+        made._ids_N = ids_N
+        return made
+
     @property
     def ids(self) -> list[int] | None:
         """That are kept; None: all."""
