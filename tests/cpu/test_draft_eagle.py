@@ -14,7 +14,6 @@ from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
 from tandem.kernels.sample import SamplingBatch
 from tandem.models.decoder import Decoder
-from tandem.models.taps import layers_of
 from tandem.models.view import PackView
 from tandem.speculate.eagle import Eagle, EagleSpec
 from tandem.speculate.states import EagleDrafter

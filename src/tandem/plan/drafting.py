@@ -7,7 +7,19 @@ from math import prod
 
 from tandem.engine.layout import pages_for
 from tandem.models.parts import SIZES, expected_shapes, kept_bytes
-from tandem.plan.footprint import ALL, Asked, Phase, answering_bytes, kept_numbers, num_pools, page_bytes
+from tandem.plan.footprint import (
+    ALL,
+    Asked,
+    Phase,
+    activation_bytes,
+    answering_bytes,
+    kept_numbers,
+    microbatch_rows,
+    num_pools,
+    page_bytes,
+)
+from tandem.speculate.eagle import EagleSpec
+from tandem.speculate.losses import ROWS
 
 
 def for_pages(asked: Asked, room_bytes: int) -> int:
@@ -17,8 +29,27 @@ def for_pages(asked: Asked, room_bytes: int) -> int:
 
 
 def _beside_bytes(asked: Asked) -> int:
-    """Of a drafter's keys and values on each page, of whatever group."""
+    """Of what a drafter keeps on each page, of whatever group: keys and values, and the target's states."""
+    if asked.engine.draft.by == "eagle3":
+        made = EagleSpec.of(asked.spec)
+        states = len(made.layers) * asked.spec.width * SIZES[asked.dtype]
+        return (sum(kept_bytes(made.model, asked.dtype)) + states) * asked.engine.page_tokens
     return 0 if asked.drafter is None else sum(kept_bytes(asked.drafter, asked.dtype)) * asked.engine.page_tokens
+
+
+def learning_parts(asked: Asked) -> tuple[int, list[tuple[str, int, tuple[Phase, ...]]]]:
+    """Numbers of a drafter that is trained, and what it adds to the model: how much, and when."""
+    assert asked.run is not None
+    rows, size, own = microbatch_rows(asked), SIZES[asked.model.dtype], asked.run.drafter
+    vocab, made = own.vocabulary or asked.spec.vocab_size, EagleSpec.of(asked.spec, vocab_size=own.vocabulary)
+    numbers = sum(slot.size for part in made.slots() for slot in part)
+    said = 4 * (rows * vocab + 8 * ROWS * asked.spec.vocab_size)
+    kept = own.steps * activation_bytes(made.model, rows, size, False)
+    return numbers, [
+        ("drafter", 2 * numbers * size, ALL),
+        ("what the model says of a microbatch, and the drafter", said, ("learn",)),
+        ("drafter's activations of a microbatch", kept, ("learn",)),
+    ]
 
 
 def drafter_parts(
@@ -27,6 +58,8 @@ def drafter_parts(
     """What is held, how much, and when; nothing where no model drafts. pool_bytes: of the engine's own pages. steps:
     when an engine's steps run."""
     spec, engine, each, size = asked.drafter, asked.engine, 1, SIZES[asked.dtype]
+    if engine.draft.by == "eagle3":
+        spec = EagleSpec.of(asked.spec).model
     if spec is None:
         return
     if asked.apart and asked.run is not None:  # engines of one process share its weights

@@ -15,7 +15,6 @@ from tandem.kernels.sizes import COMPARED_ROWS, GROUP, KEPT_BYTES, PANEL, SLAB
 from tandem.models.config import ModelConfig
 from tandem.models.parts import SIZES, all_slots, expected_shapes, layer_slots
 from tandem.models.spec import ModelSpec
-from tandem.speculate.eagle import EagleSpec
 from tandem.sync.departures import of_engine, without_departures
 
 if TYPE_CHECKING:
@@ -290,11 +289,6 @@ def projector_numbers(asked: Asked) -> int:
         return 0
     count = {"none": 0, "last": 1, "layers": asked.spec.layers}[asked.run.distil.hidden]
     return count * asked.teacher.width * asked.spec.width
-
-
-def drafter_numbers(asked: Asked) -> int:
-    """Of a drafter that learns, with the head of a whole vocabulary."""
-    return sum(slot.size for part in EagleSpec.of(asked.spec).slots() for slot in part)
 
 
 def head_bytes(spec: ModelSpec, rows: int, itemsize: int, place: Literal["host", "device"]) -> int:

@@ -24,7 +24,7 @@ from tandem import env
 from tandem.corpus.lines import held_bytes
 from tandem.errors import CapacityError
 from tandem.models.parts import SIZES, expected_shapes, layer_slots
-from tandem.plan.drafting import drafter_parts, for_pages
+from tandem.plan.drafting import drafter_parts, for_pages, learning_parts
 from tandem.plan.footprint import (
     ALL,
     CODES,
@@ -35,7 +35,6 @@ from tandem.plan.footprint import (
     Phase,
     activation_bytes,
     adapter_counts,
-    drafter_numbers,
     head_bytes,
     least_pool_bytes,
     microbatch_rows,
@@ -50,8 +49,6 @@ from tandem.plan.footprint import (
     teacher_bytes,
 )
 from tandem.rollout.config import AsyncConfig
-from tandem.speculate.eagle import EagleSpec
-from tandem.speculate.losses import ROWS as HEAD_ROWS
 from tandem.train.config import SHARD_BYTES, SLICE, Checkpointing
 
 if TYPE_CHECKING:
@@ -453,9 +450,7 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
     """What training adds."""
     spec, model, run = asked.spec, asked.model, asked.run
     assert run is not None
-    shapes = expected_shapes(spec).values()
-    count = sum(map(prod, shapes))
-    compute = SIZES[model.dtype]
+    count, compute = sum(map(prod, expected_shapes(spec).values())), SIZES[model.dtype]
     if asked.frozen:
         largest = compute * max(spec.ff_width, spec.width) * spec.width * 2  # gate and up
         count, ranks = adapter_counts(asked)
@@ -465,12 +460,8 @@ def _learner_lines(asked: Asked, checkpointing: bool, place: Literal["host", "de
         if run.adapter.dora:
             yield Line("a matrix whose rows are measured", 4 * largest, ("load", "update"))
     if run.objective == "drafter":
-        count = drafter_numbers(asked)
-        yield Line("drafter", 2 * count * compute, place=place)
-        said = 4 * (microbatch_rows(asked) + 6 * HEAD_ROWS) * spec.vocab_size
-        yield Line("what the model says of a microbatch, and the drafter of some rows", said, ("learn",), place)
-        kept = run.drafter.steps * activation_bytes(EagleSpec.of(spec).model, microbatch_rows(asked), compute, False)
-        yield Line("drafter's activations of a microbatch", kept, ("learn",), place)
+        count, own = learning_parts(asked)
+        yield from (Line(*one, place=place) for one in own)
     if run.learner.gradients == "int8":
         matrices = sum(slot.rows * slot.columns for slot in layer_slots(spec) if slot.columns is not None)
         yield Line("matrices as the backward pass multiplies them", matrices, place=place)

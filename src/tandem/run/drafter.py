@@ -13,13 +13,17 @@ from tandem.models.checkpoint import Checkpoint
 from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
 from tandem.run.distil import differs, load_teacher, open_teacher
+from tandem.run.source import resolve_source
 from tandem.run.texts import read_texts
+from tandem.speculate.files import open_eagle, read_spec
 from tandem.speculate.model import ModelDrafter
 from tandem.speculate.pages import whole_group
+from tandem.speculate.states import EagleDrafter
 from tandem.speculate.vocabulary import DraftHead, Ranking, read_ids
 
 if TYPE_CHECKING:
     from tandem.engine.config import DraftConfig, EngineConfig
+    from tandem.engine.draft import Drafter
     from tandem.models.tokenizer import Tokenizer
 
 _loaded: WeakValueDictionary[tuple[str, str], Decoder] = WeakValueDictionary()  # by source and dtype: engines share it
@@ -30,14 +34,17 @@ def check_drafter(
 ) -> Checkpoint | None:
     """The small model, opened, where one is to draft. ConfigError where it cannot; no weight is read."""
     asked = config.draft
-    if asked.by != "model":
+    if not asked.model:
         return None
     if model.device != "cpu":
         raise ConfigError(
-            f"engine.draft.by is model, and model.device {model.device}: models draft on the CPU alone as yet. Set "
-            "engine.draft.by to suffix, or to none."
+            f"engine.draft.by is {asked.by}, and model.device {model.device}: models draft on the CPU alone as yet. "
+            "Set engine.draft.by to suffix, or to none."
         )
     whole_group(KvLayout.for_engine(target.spec, config, model.dtype, model.kv))
+    if asked.by == "eagle3":
+        read_spec(Path(resolve_source(asked.model)), target.spec)
+        return None
     drafter = open_teacher(asked.model)
     own, other = (one.backend.get_vocab(True) for one in (tokenizer, drafter.load_tokenizer()))
     if own != other:
@@ -57,9 +64,15 @@ def check_drafter(
     return drafter
 
 
-def drafter_on(runner: DecoderRunner, num_pages: int, config: EngineConfig, tokenizer: Tokenizer) -> ModelDrafter:
-    """The drafter that a config names, beside a runner's pages. All engines of a process share its weights."""
+def drafter_on(runner: DecoderRunner, num_pages: int, config: EngineConfig, tokenizer: Tokenizer) -> Drafter:
+    """The drafter that a config names, beside a runner's pages. All engines of a process share a model's weights."""
     asked, target = config.draft, runner.decoder
+    if asked.by == "eagle3":
+        module, vocab = open_eagle(Path(resolve_source(asked.model)), target), target.spec.vocab_size
+        head = DraftHead(module.head, vocab)
+        if module.ids_V is not None:
+            head = DraftHead.of_rows(module.head, module.ids_V, vocab)
+        return EagleDrafter(module, head, runner, num_pages, config)
     name = asked.model, dtype_name(target.dtype)
     decoder = _loaded.get(name)
     if decoder is None:

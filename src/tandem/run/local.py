@@ -19,11 +19,11 @@ from tandem.run.asynchronous import AsyncSession
 from tandem.run.backends import backend_of
 from tandem.run.clock import WallClock, started
 from tandem.run.config import RunConfig, check_training
-from tandem.run.learned_drafter import check_drafter
 from tandem.run.engines import named
 from tandem.run.evaluate import evaluate_tasks
 from tandem.run.folder import RunFolder, check_new
 from tandem.run.learned import begins
+from tandem.run.learned_drafter import check_drafter
 from tandem.run.loop import run_loop
 from tandem.run.parts import build_parts, plan_parts
 from tandem.run.reading import reading_of

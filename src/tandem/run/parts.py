@@ -246,7 +246,7 @@ def engine_on(decoder: Decoder, config: EngineConfig, tokenizer: Tokenizer, vers
     layout = KvLayout.for_engine(decoder.spec, config, dtype_name(decoder.dtype), kept)
     num_pages = count_pages(layout, config)
     runner = DecoderRunner(decoder, num_pages, config.page_tokens, config)
-    if config.draft.by == "model":
+    if config.draft.model:
         runner.drafter = drafter_on(runner, num_pages, config, tokenizer)
     engine = Engine(runner, config, num_pages, decoder.spec.max_position, decode=tokenizer.decode, version=version)
     engine.grammars = Grammars(tokenizer.backend.to_str, decoder.spec.vocab_size)

@@ -29,7 +29,9 @@ class DrafterConfig:
     vocabulary: Count = 0  # tokens that it may say: the most frequent, and stop tokens; 0: all
     vocabulary_of: str = ""  # texts, a run or a token map that says which; empty: those of the lowest ids
     layers: tuple[int, ...] = ()  # of the model, from 0, whose states it reads; empty: low, middle and high
-    steps: Annotated[int, Interval(ge=1, le=MOST_STEPS)] = 5  # tokens ahead that it is trained to say, on its own word from the second on
+    steps: Annotated[int, Interval(ge=1, le=MOST_STEPS)] = (
+        5  # tokens ahead that it is trained to say, on its own word from the second on
+    )
     loss: DraftLoss = "match"  # between its distributions and the model's (speculate/losses.py)
     decay: Annotated[float, Interval(gt=0, le=1)] = 0.8  # of the loss from one step to the next
     temperature: AboveZero = 1.0  # that divides both models' logits

@@ -121,7 +121,11 @@ class Eagle:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=self.dtype)
 
-        self._parts = _Outer(outer, own.norm_eps, zeros), _Mix(mix, own.norm_eps, zeros), DenseFeed(feed, own.norm_eps, zeros)
+        self._parts = (
+            _Outer(outer, own.norm_eps, zeros),
+            _Mix(mix, own.norm_eps, zeros),
+            DenseFeed(feed, own.norm_eps, zeros),
+        )
         self.outer, self.mix, self.feed = self._parts
         self.heads = Heads(own.heads, own.kv_heads, own.head_size, own.reaches[0])
         self.tables = rope_tables(own, own.max_position)
@@ -208,7 +212,7 @@ class Eagle:
         """Of each step what the head reads of the predictions that it makes, [n, M], and which those are, [n]."""
         view, state_nM = StepView(self.heads, self.dtype), self.fused(tapped_TLM)
         for number, step in enumerate(steps):
-            view.step = step
+            view.begin(step)
             feature_nM = state_nM[step.before_n]
             if number == 0:
                 feature_nM = feature_nM.masked_fill(step.first_n[:, None], 0.0)

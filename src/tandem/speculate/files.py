@@ -1,7 +1,7 @@
 """Drafters in vLLM's layout: config.json beside model.safetensors, read and written (docs/speculation.md).
 
 What vLLM's `Eagle3LlamaForCausalLM.load_weights` takes, and what vllm-project/speculators publish: the layer is
-`midlayer.` or `layers.0.`; `d2t` is what a drafter's token is behind the target's, `t2d` which of the target's it knows.
+`midlayer.` or `layers.0.`; `d2t` is what a target's id is beyond the drafter's, `t2d` which of the target's it knows.
 Layers are counted there by what comes before them: j is the state behind layer j - 1, and 0 the embedding.
 """
 
@@ -19,6 +19,7 @@ from tandem.errors import CheckpointError, ModelError
 from tandem.models.decoder import Decoder
 from tandem.models.fields import Fields, flag, listed, optional, read_json, table, text, whole
 from tandem.models.hf_config import from_hf_config, to_hf_config
+from tandem.models.spec import ModelSpec
 from tandem.speculate.eagle import LAYER, Eagle, EagleSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -70,8 +71,7 @@ def save_eagle(folder: Path, drafter: Eagle) -> None:
 def open_eagle(folder: Path, target: Decoder) -> Eagle:
     """A drafter of this target, whose embedding it shares. ModelError that says what is wrong with the folder, or that
     it is of another model."""
-    config = read_config(folder)
-    spec = _spec(folder, config, target)
+    spec = read_spec(folder, target.spec)
     tensors = _tensors(folder)
     ids_V = _ids(folder, tensors.pop("d2t", None), tensors.pop("t2d", None), spec)
     embed = tensors.pop("embed_tokens.weight", None)
@@ -86,11 +86,18 @@ def open_eagle(folder: Path, target: Decoder) -> Eagle:
         raise ModelError(f"{folder}: {error}") from error
 
 
+def read_spec(folder: Path, target: ModelSpec) -> EagleSpec:
+    """Of a drafter for this target; no tensor is read. ModelError as `open_eagle`."""
+    return _spec(folder, read_config(folder), target)
+
+
 def read_config(folder: Path) -> Fields:
     """config.json, that of the layer within it where it is nested. ModelError where it is of no drafter known here."""
     path = folder / CONFIG
     if not path.is_file():
-        raise ModelError(f"{folder} has no {CONFIG}, so it is no drafter. Name a folder that `tandem train` saved one in.")
+        raise ModelError(
+            f"{folder} has no {CONFIG}, so it is no drafter. Name a folder that `tandem train` saved one in."
+        )
     values = read_json(path)
     fields = Fields(str(path), values)
     named = fields.take("architectures", optional(listed(text)), None) or ["nothing"]
@@ -103,20 +110,25 @@ def read_config(folder: Path) -> Fields:
     return fields if inner is None else Fields(str(path), {**inner, **values})
 
 
-def _spec(folder: Path, fields: Fields, target: Decoder) -> EagleSpec:
-    named = {**fields.values, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": False}
+def _spec(folder: Path, fields: Fields, target: ModelSpec) -> EagleSpec:
+    named = {
+        **fields.values,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "tie_word_embeddings": False,
+    }
     known = ("d2t", "t2d", "draft_vocab_size", "norm_before_residual", "transformer_layer_config", "speculators_config")
     model = from_hf_config({name: value for name, value in named.items() if name not in known})
     if model.layers != 1:
         raise ModelError(f"{folder} has {model.layers} layers; supported: drafters of one.")
-    width, theirs = target.spec.width, fields.take("target_hidden_size", optional(whole(1)), None) or model.width
-    if (model.width, theirs, model.vocab_size) != (width, width, target.spec.vocab_size):
+    width, theirs = target.width, fields.take("target_hidden_size", optional(whole(1)), None) or model.width
+    if (model.width, theirs, model.vocab_size) != (width, width, target.vocab_size):
         raise ModelError(
             f"{folder} drafts for a model of width {theirs} and {model.vocab_size} tokens, by a layer of width "
-            f"{model.width}; this model has {width} and {target.spec.vocab_size}. Choose one that was trained for it."
+            f"{model.width}; this model has {width} and {target.vocab_size}. Choose one that was trained for it."
         )
     named_layers = fields.take("eagle_aux_hidden_state_layer_ids", optional(listed(whole(0))), None)
-    layers = tuple(j - 1 for j in named_layers) if named_layers else EagleSpec.of(target.spec).layers
+    layers = tuple(j - 1 for j in named_layers) if named_layers else EagleSpec.of(target).layers
     size = fields.take("draft_vocab_size", optional(whole(1)), None) or model.vocab_size
     return EagleSpec(model, layers, size, fields.take("norm_before_residual", flag, False))
 

@@ -136,9 +136,7 @@ class Teacher(NamedTuple):
         return self.logp_NV.exp().sum(-1)
 
 
-def teacher_of(
-    hidden_NM: Tensor, head: Weight, targets_N: Tensor, ids_V: Tensor | None, temperature: float
-) -> Teacher:
+def teacher_of(hidden_NM: Tensor, head: Weight, targets_N: Tensor, ids_V: Tensor | None, temperature: float) -> Teacher:
     """hidden_NM: what the target's head reads; ids_V: the drafter's tokens, ascending, None: all."""
     vocab = len(head.value)
     place_of = torch.full((vocab,), -1) if ids_V is not None else torch.arange(vocab)

@@ -39,7 +39,9 @@ class _Draft(NamedTuple):
 class EagleDrafter(Drafter):
     """Drafts of an `Eagle`, one token of all sequences at a time."""
 
-    def __init__(self, module: Eagle, head: DraftHead, runner: DecoderRunner, num_pages: int, config: EngineConfig) -> None:
+    def __init__(
+        self, module: Eagle, head: DraftHead, runner: DecoderRunner, num_pages: int, config: EngineConfig
+    ) -> None:
         """num_pages: of the engine. ConfigError where its layers are not the target's, or no layer sees all."""
         self.module, self.head, self.budget = module, head, config.batch_tokens
         own = module.spec.model

@@ -24,11 +24,11 @@ from tandem.types import Microbatch
 class Step:
     """The rows of one step, n of them."""
 
+    paths: Paths  # over the keys of all steps so far
     rows_n: torch.Tensor  # int64: of the pack
     positions_n: torch.Tensor  # int64
     before_n: torch.Tensor  # int64: place of the row before, among those of the last step; of the pack's rows at step 0
     first_n: torch.Tensor  # bool: there is none, at the first position of step 0
-    paths: Paths  # over the keys of all steps so far
     own_N: torch.Tensor  # int64: predictions that this step makes
     places_N: torch.Tensor  # int64: their places among its rows
 
@@ -60,13 +60,9 @@ def steps_of(microbatch: Microbatch, count: int) -> list[Step]:
             paths = _own_paths(table_SP[segment_T[chosen]], position_T[chosen], places, step)
             before_n = places[step - 1][before_T[chosen]] - (start - len(chosen) - len(wanted[step - 1]))
         own_N = np.flatnonzero(position_T[predicted_N] >= step)
-        found.append(
-            Step(
-                *(torch.from_numpy(x) for x in (chosen, position_T[chosen], np.maximum(before_n, 0), before_n < 0)),
-                paths,
-                *(torch.from_numpy(x) for x in (own_N, place_T[predicted_N[own_N]])),
-            )
-        )
+        at_n, first_n, place_N = position_T[chosen], before_n < 0, place_T[predicted_N[own_N]]
+        arrays = (torch.from_numpy(x) for x in (chosen, at_n, np.maximum(before_n, 0), first_n, own_N, place_N))
+        found.append(Step(paths, *arrays))
     return found
 
 
@@ -120,22 +116,23 @@ def _halves(held_CW: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, torch.Te
 
 
 class StepView:
-    """Where the rows of the steps find keys and values: a view of models/view.py, of one layer, whose `step` is set
-    before each pass. Differentiable through all steps."""
+    """Where the rows of the steps find keys and values: a view of models/view.py, of one layer. Differentiable through
+    all steps."""
 
     def __init__(self, heads: Heads, dtype: torch.dtype) -> None:
         self._held_CW = torch.empty(0, 2 * heads.kv_heads * heads.size, dtype=dtype)
-        self.step: Step | None = None
+        self._step: Step | None = None
+        self.positions_T = torch.empty(0, dtype=torch.int64)
 
-    @property
-    def positions_T(self) -> torch.Tensor:
-        assert self.step is not None
-        return self.step.positions_n
+    def begin(self, step: Step) -> None:
+        """The next pass is of this one."""
+        self._step, self.positions_T = step, step.positions_n
 
     def attend(self, layer: int, qkv_TW: torch.Tensor, heads: Heads, tables: Tables) -> torch.Tensor:
-        step = self.step
+        step = self._step
         assert step is not None
         if kernel("attention", "attention_backward", qkv_TW.dtype, "pp") is not None:
+            out: torch.Tensor
             out, new = _StepAttention.apply(qkv_TW, self._held_CW, step, heads, tables)
             self._held_CW = torch.cat([self._held_CW, new])
             return out

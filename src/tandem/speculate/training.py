@@ -181,7 +181,7 @@ def _lengths(match_KN: Tensor, first: Step, batch: MicrobatchTensors) -> list[_L
 
 
 def _told(lengths: Sequence[_Lengths]) -> dict[str, float]:
-    """`accepted_length`: tokens that a step of the target gives, its own included, and its 95 % interval, by samples."""
+    """`accepted_length`: tokens a step of the target gives, its own included, and its 95 % interval, by samples."""
     begun = sum(one.begun for one in lengths)
     if not begun:
         return {}

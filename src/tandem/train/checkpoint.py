@@ -2,7 +2,7 @@
 
 config.json model.safetensors tokenizer.json ...     what Transformers loads, or where an adapter is trained
 adapter_config.json adapter_model.safetensors        what PEFT loads, with the name of the model that it is of
-config.json model.safetensors                        of a drafter, where that is trained: what vLLM loads beside its model
+config.json model.safetensors                        of a drafter, where one is trained: what vLLM loads beside a model
 optimiser-00001.safetensors ...                      fp32 master weights and moments
 critic-00001.safetensors ...                         the same of a critic, where there is one
 state.json                                           step, weights, and the state of each part by its name

@@ -12,7 +12,17 @@ import torch
 
 from tandem.algo.alarm import AlarmConfig
 from tandem.algo.loss import LossResult
-from tandem.algo.objective import Beside, Measured, Meets, Objective, ObjectiveStep, Outputs, PolicyGradient, Score, Widened
+from tandem.algo.objective import (
+    Beside,
+    Measured,
+    Meets,
+    Objective,
+    ObjectiveStep,
+    Outputs,
+    PolicyGradient,
+    Score,
+    Widened,
+)
 from tandem.algo.pack import PromptTotal, canonical, denominators, pack, split_updates
 from tandem.algo.preference import HEAD, RewardModel
 from tandem.algo.tensors import MicrobatchTensors, to_tensors
