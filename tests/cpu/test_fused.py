@@ -269,7 +269,7 @@ def test_any_chunk_of_any_format_asked_for_any_rows(make_decoder, parity, kernel
 def test_taps_are_the_states_that_a_watcher_sees(dtype, make_decoder: Callable[..., Decoder], kernel_path) -> None:
     """A tapped state of another layer or row, of one that is not finished, or of no row where nothing is drawn."""
     decoder = make_decoder(dtype, layers=4)
-    layers_L = layers_of(decoder, (0, 2))
+    layers_L = layers_of(decoder.spec, (0, 2))
     config = EngineConfig(page_tokens=4, batch_tokens=24, max_sequences=16, lookahead_tokens=4)
     runner = DecoderRunner(decoder, 96, 4, config)
     fused = runner.forward
@@ -289,4 +289,4 @@ def test_taps_are_the_states_that_a_watcher_sees(dtype, make_decoder: Callable[.
     Engine(runner, config, 96, decoder.spec.max_position).generate(requests(9))
     assert True in steps and False in steps
     with pytest.raises(ConfigError, match=r"allowed are 0 to 2, each once"):
-        layers_of(decoder, (0, 3))
+        layers_of(decoder.spec, (0, 3))

@@ -18,6 +18,7 @@ from tandem.report import plots
 from tandem.run import local
 from tandem.run.config import RunConfig
 from tandem.run.rows import KEYS
+from tandem.speculate.config import MOST_STEPS
 from tests.display import Silent
 from tests.samples import ended
 from tests.sums import tiny_arithmetic
@@ -119,7 +120,11 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
         spans = {"distil.text_weight": "0", "distil.spans": "true", "distil.divergence": "k1+"}
         distil |= of(override(corpus, TAUGHT | {"distil.hidden": "last"})) | of(override(corpus, TAUGHT | spans))
         written = of(texts) | of(by_chat)
-        return {"next_token": written, "policy_gradient": policy, "preference": preferred, "distil": distil}
+        eagle = {"objective": "drafter", "steps": "1"}
+        drafter = of(override(corpus, {**eagle, "drafter.steps": str(MOST_STEPS)}))
+        drafter |= of(override(corpus, {**eagle, "drafter.steps": "1"}))
+        found = {"next_token": written, "policy_gradient": policy, "preference": preferred, "distil": distil}
+        return found | {"drafter": drafter}
 
 
 def test_every_key_of_a_row_is_in_the_table(found) -> None:
@@ -129,6 +134,7 @@ def test_every_key_of_a_row_is_in_the_table(found) -> None:
     assert found["preference"] <= set(KEYS), found["preference"] - set(KEYS)
     assert not {"reward", "kl", "mismatch", "ratio_max"} & found["next_token"] and "loss" in found["next_token"]
     assert found["distil"] <= set(KEYS), found["distil"] - set(KEYS)
+    assert found["drafter"] <= set(KEYS), found["drafter"] - set(KEYS)
     assert set(KEYS) - set().union(*found.values()) == {"output_lost/*"}
 
 

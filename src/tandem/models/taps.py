@@ -8,7 +8,7 @@ import torch
 
 from tandem.errors import ConfigError
 from tandem.kernels.address import address, check_range
-from tandem.models.decoder import Decoder
+from tandem.models.spec import ModelSpec
 
 
 class Taps:
@@ -36,10 +36,10 @@ class Taps:
         return address(self.layers_L, torch.int64, len(self.layers_L)), slots, slab
 
 
-def layers_of(decoder: Decoder, layers: Sequence[int]) -> torch.Tensor:
+def layers_of(spec: ModelSpec, layers: Sequence[int]) -> torch.Tensor:
     """Layers whose states a pass can give, counted from 0. ConfigError for others: of the last one a step of an engine
     runs only the rows that draw."""
-    last = decoder.spec.layers - 1
+    last = spec.layers - 1
     if list(layers) != sorted(set(layers)) or not layers or layers[0] < 0 or layers[-1] >= last:
         raise ConfigError(
             f"states are asked for behind the layers {list(layers)} (counted from 0) of a model of {last + 1}: allowed "

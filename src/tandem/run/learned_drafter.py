@@ -16,7 +16,7 @@ from tandem.run.drafter import kept_ids
 from tandem.run.source import origin_of, resolve_source
 from tandem.speculate.config import DrafterConfig
 from tandem.speculate.eagle import Eagle, EagleSpec
-from tandem.speculate.files import open_eagle, save_eagle
+from tandem.speculate.files import open_eagle, read_spec, save_eagle
 from tandem.speculate.training import DrafterObjective
 from tandem.speculate.vocabulary import Ranking
 
@@ -34,20 +34,15 @@ def module_of(config: RunConfig, decoder: Decoder) -> Eagle:
     """The drafter that training begins with."""
     asked = config.drafter
     if asked.source:
-        made = open_eagle(Path(resolve_source(asked.source)), decoder)
-    else:
-        ids_V = _vocabulary(config, decoder.spec.vocab_size) if asked.vocabulary else None
-        spec = EagleSpec.of(decoder.spec, asked.layers, 0 if ids_V is None else len(ids_V))
-        made = Eagle(spec, decoder.embed, ids_V).begin(decoder.norm, decoder.head)
-    layers_of(decoder, made.layers)
-    return made
+        return open_eagle(Path(resolve_source(asked.source)), decoder)
+    ids_V = _vocabulary(config, decoder.spec.vocab_size) if asked.vocabulary else None
+    spec = EagleSpec.of(decoder.spec, asked.layers, 0 if ids_V is None else len(ids_V))
+    return Eagle(spec, decoder.embed, ids_V).begin(decoder.norm, decoder.head)
 
 
 def _vocabulary(config: RunConfig, vocab: int) -> Tensor:
     """The tokens that a new one may say, ascending."""
     asked = config.drafter
-    if asked.vocabulary > vocab:
-        raise ConfigError(f"drafter.vocabulary is {asked.vocabulary}, of {vocab} tokens. Set it lower, or to 0.")
     tokenizer = open_checkpoint(origin_of(config.model.source)[0]).load_tokenizer()
     stops = tokenizer.stop_token_ids
     if not asked.vocabulary_of:
@@ -74,3 +69,15 @@ def check_drafter(config: RunConfig) -> None:
     for name, (value, wanted) in refused.items():
         if value != wanted:
             raise ConfigError(f"objective is drafter and {name} is {value}: a drafter is trained with {wanted} alone.")
+    if config.drafter.on_policy and config.rollout.temperature != config.drafter.temperature:
+        raise ConfigError(
+            f"drafter.on_policy is on and rollout.temperature {config.rollout.temperature}, by which the model draws, "
+            f"and drafter.temperature {config.drafter.temperature}, by which the drafter learns. Set both alike."
+        )
+    asked, target = config.drafter, open_checkpoint(origin_of(config.model.source)[0]).spec
+    if asked.vocabulary > target.vocab_size:
+        raise ConfigError(
+            f"drafter.vocabulary is {asked.vocabulary}, of {target.vocab_size} tokens. Set it lower, or to 0."
+        )
+    made = read_spec(Path(resolve_source(asked.source)), target) if asked.source else EagleSpec.of(target, asked.layers)
+    layers_of(target, made.layers)

@@ -48,7 +48,7 @@ class EagleDrafter(Drafter):
         self.most_position = own.max_position
         self.page_tokens = config.page_tokens
         self.pages = DraftPages(runner.layout, num_pages, config.page_tokens, config.max_sequences, config.draft.most)
-        layers_L = layers_of(runner.decoder, module.layers)
+        layers_L = layers_of(runner.decoder.spec, module.layers)
         self.states = FeatureSlab(num_pages, config.page_tokens, len(layers_L) * own.width, runner.decoder.dtype)
         runner.attach(self.states.pages)
         runner.tap(self.pages.group, layers_L, self.states.pages.view(-1, len(layers_L), own.width))
