@@ -16,8 +16,7 @@ from tandem.kernels.sample import SamplingBatch
 from tandem.models.decoder import Decoder
 from tandem.models.view import PackView
 from tandem.speculate.eagle import Eagle, EagleSpec
-from tandem.speculate.states import EagleDrafter
-from tandem.speculate.vocabulary import DraftHead
+from tandem.speculate.states import EagleDrafter, head_of
 from tests.cpu.test_draft import ASKED, CHUNKS, WINDOWS, columns
 
 IDS = [token for token in range(97) if token % 5 != 3]
@@ -27,12 +26,6 @@ def eagle_of(decoder: Decoder, ids: list[int] | None = None, layers: tuple[int, 
     """A new one."""
     spec = EagleSpec.of(decoder.spec, layers, len(ids) if ids else 0)
     return Eagle(spec, decoder.embed, torch.tensor(ids) if ids else None).begin(decoder.norm, decoder.head)
-
-
-def head_of(eagle: Eagle) -> DraftHead:
-    if eagle.ids_V is None:
-        return DraftHead(eagle.head, 97)
-    return DraftHead.of_rows(eagle.head, eagle.ids_V, 97)
 
 
 def tapped(decoder: Decoder, eagle: Eagle, tokens: list[int]) -> torch.Tensor:
@@ -80,7 +73,7 @@ def engine_of(decoder: Decoder, eagle: Eagle | None, num_pages: int = 200, **cha
     config = EngineConfig(**limits, draft=draft)
     runner = DecoderRunner(decoder, num_pages, 4, config)
     if eagle is not None:
-        runner.drafter = noted = Noted(eagle, head_of(eagle), runner, num_pages, config)
+        runner.drafter = noted = Noted(eagle, runner, num_pages, config)
         noted.decoder = decoder
     return Engine(runner, config, num_pages, decoder.spec.max_position)
 

@@ -25,7 +25,6 @@ from tandem.speculate.config import DrafterConfig
 from tandem.speculate.eagle import Eagle
 from tandem.speculate.files import open_eagle, save_eagle
 from tandem.speculate.losses import LOSSES, Pair, log_match, overlap
-from tandem.speculate.steps import steps_of
 from tandem.speculate.training import DrafterObjective
 from tandem.train.config import LearnerConfig
 from tandem.train.step import Learner
@@ -129,7 +128,7 @@ def test_a_rows_path_is_its_own_drafts(norm_first, make_decoder, any_path, micro
     feature of another position."""
     decoder = make_decoder("float32", layers=4)
     eagle = random_eagle(decoder, norm_first=norm_first)
-    hand, steps = ByHand(decoder, eagle, microbatch), steps_of(microbatch, 4)
+    hand, steps = ByHand(decoder, eagle, microbatch), eagle.steps(microbatch, 4)
     tapped_TLM = hand.tapped_TX.float().view(len(hand.tokens), 2, -1)
     made = 0
     for number, (read_nM, own_n) in enumerate(eagle.unroll(steps, tapped_TLM, torch.tensor(hand.tokens))):

@@ -64,7 +64,11 @@ class Attention(Part):
 
     def project(self, hidden_TM: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values of hidden states, before rotation: [T, (H + 2 K) D]."""
-        qkv_TW = linear(rms_norm(hidden_TM, self.norm, self.eps), self.qkv, self.qkv_bias)
+        return self.projected(rms_norm(hidden_TM, self.norm, self.eps))
+
+    def projected(self, normed_TM: torch.Tensor) -> torch.Tensor:
+        """The same of what is normed already, or is not to be."""
+        qkv_TW = linear(normed_TM, self.qkv, self.qkv_bias)
         if self.q_norm is None or self.k_norm is None:
             return qkv_TW
         rows, size = qkv_TW.shape[0], self.heads.size

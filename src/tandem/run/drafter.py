@@ -68,11 +68,7 @@ def drafter_on(runner: DecoderRunner, num_pages: int, config: EngineConfig, toke
     """The drafter that a config names, beside a runner's pages. All engines of a process share a model's weights."""
     asked, target = config.draft, runner.decoder
     if asked.by == "eagle3":
-        module, vocab = open_eagle(Path(resolve_source(asked.model)), target), target.spec.vocab_size
-        head = DraftHead(module.head, vocab)
-        if module.ids_V is not None:
-            head = DraftHead.of_rows(module.head, module.ids_V, vocab)
-        return EagleDrafter(module, head, runner, num_pages, config)
+        return EagleDrafter(open_eagle(Path(resolve_source(asked.model)), target), runner, num_pages, config)
     name = asked.model, dtype_name(target.dtype)
     decoder = _loaded.get(name)
     if decoder is None:

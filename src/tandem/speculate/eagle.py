@@ -27,7 +27,8 @@ from tandem.models.rope import rope_tables
 from tandem.models.spec import ModelSpec
 from tandem.models.view import Heads, View
 from tandem.numerics.random import Stream, normal, word_rows
-from tandem.speculate.steps import Step, StepView
+from tandem.speculate.steps import Steps, StepView
+from tandem.types import Microbatch
 
 LAYER = "midlayer."  # of tensors' names, in vLLM's layout
 SEED = 0x6561676C  # of the weights that a new one begins with
@@ -192,12 +193,12 @@ class Eagle:
 
     def fused(self, tapped_TLM: Tensor) -> Tensor:
         """Features [T, M] of the target's states behind `spec.layers`."""
-        return linear(_leaf(tapped_TLM.flatten(1)), self.outer.fuse)
+        return linear(leaf(tapped_TLM.flatten(1)), self.outer.fuse)
 
     def step(self, feature_TM: Tensor, tokens_T: Tensor, view: View) -> Tensor:
         """[T, M] before the last norm: the row of token j, with the feature of position j - 1, predicts token j + 1."""
         mix = self.mix
-        token_TM = rms_norm(_leaf(self.embed.value[tokens_T]), mix.token_norm, mix.eps)
+        token_TM = rms_norm(leaf(self.embed.value[tokens_T]), mix.token_norm, mix.eps)
         normed_TM = rms_norm(feature_TM, mix.feature_norm, mix.eps)
         residual_TM = normed_TM if self.spec.norm_first else feature_TM
         qkv_TW = linear(torch.cat([token_TM, normed_TM], 1), mix.qkv)
@@ -208,10 +209,14 @@ class Eagle:
         """What the head reads of what `step` gave."""
         return rms_norm(state_TM, self.outer.norm, self.outer.eps)
 
-    def unroll(self, steps: list[Step], tapped_TLM: Tensor, tokens_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def steps(self, microbatch: Microbatch, count: int) -> Steps:
+        """Of a pack (steps.py)."""
+        return Steps.of(microbatch, count)
+
+    def unroll(self, steps: Steps, tapped_TLM: Tensor, tokens_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each step what the head reads of the predictions that it makes, [n, M], and which those are, [n]."""
         view, state_nM = StepView(self.heads, self.dtype), self.fused(tapped_TLM)
-        for number, step in enumerate(steps):
+        for number, step in enumerate(steps.each):
             view.begin(step)
             feature_nM = state_nM[step.before_n]
             if number == 0:
@@ -220,6 +225,6 @@ class Eagle:
             yield self.read(state_nM[step.places_N]), step.own_N
 
 
-def _leaf(rows_TM: Tensor) -> Tensor:
+def leaf(rows_TM: Tensor) -> Tensor:
     """Where gradients are wanted, what a graph begins with; nothing is behind it."""
     return rows_TM.detach().requires_grad_() if torch.is_grad_enabled() else rows_TM

@@ -8,6 +8,7 @@ before it, and its own path's of steps 1 to k (EAGLE-3's training-time test, arX
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -64,6 +65,40 @@ def steps_of(microbatch: Microbatch, count: int) -> list[Step]:
         arrays = (torch.from_numpy(x) for x in (chosen, at_n, np.maximum(before_n, 0), first_n, own_N, place_N))
         found.append(Step(paths, *arrays))
     return found
+
+
+class Steps(NamedTuple):
+    """Of a pack."""
+
+    each: list[Step]
+    begins_N: torch.Tensor  # bool: predictions that begin as many in a row, of one text, as there are steps
+
+    @staticmethod
+    def of(microbatch: Microbatch, count: int) -> Steps:
+        """The steps 0 to count - 1."""
+        each = steps_of(microbatch, count)
+        return Steps(each, torch.from_numpy(chains(follows(microbatch, each[0]), count)))
+
+
+def follows(microbatch: Microbatch, first: Step) -> Array:
+    """bool [N]: a prediction that comes right behind the one before it, in one text."""
+    rows_N, sample_N = microbatch.rows_N, np.repeat(np.arange(len(microbatch.sample_ids)), microbatch.sample_tokens)
+    before_T, found_N = np.where(first.first_n.numpy(), -1, first.before_n.numpy()), np.zeros(len(rows_N), dtype=bool)
+    found_N[1:] = (before_T[rows_N[1:]] == rows_N[:-1]) & (sample_N[1:] == sample_N[:-1])
+    return found_N
+
+
+def chains(follows_N: Array, count: int) -> Array:
+    """bool [N]: a prediction that is the first of `count` in a row.
+
+    >>> chains(np.array([False, True, True, False]), 2).tolist()
+    [True, True, False, False]
+    """
+    whole_N = np.ones(len(follows_N), dtype=bool)
+    for step in range(1, count):
+        whole_N[max(len(whole_N) - step, 0) :] = False
+        whole_N[: max(len(whole_N) - step, 0)] &= follows_N[step:]
+    return whole_N
 
 
 def _own_paths(table_nP: Array, position_n: Array, places: list[Array], step: int) -> Paths:

@@ -22,14 +22,13 @@ from tandem.kernels.weight import Weight
 from tandem.models.decoder import Decoder
 from tandem.speculate.config import DrafterConfig
 from tandem.speculate.losses import head_loss, teacher_of
-from tandem.speculate.steps import Step, steps_of
 from tandem.types import Denominators, Microbatch, Sample
 
 NORMAL_95 = 1.959964  # half the width of a 95 % interval, in standard errors
 
 
 class Module(Protocol):
-    """A drafter on the target's states: eagle.py's."""
+    """A drafter on the target's states: eagle.py's, or block.py's."""
 
     ids_V: Tensor | None
 
@@ -45,7 +44,11 @@ class Module(Protocol):
 
     def repack(self) -> None: ...
 
-    def unroll(self, steps: list[Step], tapped_TLM: Tensor, tokens_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    def steps(self, microbatch: Microbatch, count: int) -> Any:
+        """Its rows, for `unroll`; `begins_N` of them, bool: predictions that begin as many in a row."""
+        ...
+
+    def unroll(self, steps: Any, tapped_TLM: Tensor, tokens_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each step what the head reads of the predictions that it makes, [n, M], and which those are, [n]."""
         ...
 
@@ -108,13 +111,13 @@ class DrafterStep:
         self.module, self.config = objective.module, objective.config
         self._lengths: list[_Lengths] = []
         self._tapped: list[Tensor] = []
-        self._steps: list[Step] = []
+        self._steps: Any = None
 
     def prepare(self, samples: tuple[Sample, ...], score: Score) -> tuple[Sample, ...]:
         return samples
 
     def meet(self, microbatch: Microbatch, batch: MicrobatchTensors) -> Watch:
-        self._tapped, self._steps = [], steps_of(microbatch, self.config.steps)
+        self._tapped, self._steps = [], self.module.steps(microbatch, self.config.steps)
         return self._see
 
     def _see(self, layer: int, hidden_TM: Tensor) -> None:
@@ -138,7 +141,7 @@ class DrafterStep:
             sums[f"made_{step + 1}"] = torch.tensor(float(len(own_n)))
             sums[f"accept_{step + 1}"] = match_KN[step].sum()
         sums["coverage"] = teacher.covered_N.double().sum()
-        self._lengths += _lengths(match_KN, self._steps[0], batch)
+        self._lengths += _lengths(match_KN, self._steps.begins_N, batch)
         loss = total / batch.denominators.tokens
         return LossResult(loss, {"loss": loss.detach()} | sums, {}, None)
 
@@ -158,19 +161,13 @@ class DrafterStep:
         return Measured(found | _told(self._lengths))
 
 
-def _lengths(match_KN: Tensor, first: Step, batch: MicrobatchTensors) -> list[_Lengths]:
-    """Of each sample whose predictions are as many in a row as there are steps. Noise is of its own at each position,
-    so of one text the chance that drafts 1 to k stand is the product of theirs."""
+def _lengths(match_KN: Tensor, whole_N: Tensor, batch: MicrobatchTensors) -> list[_Lengths]:
+    """Of each sample, over the chains that begin at `whole_N`. Noise is of its own at each position, so of one text the
+    chance that drafts 1 to k stand is the product of theirs."""
     steps, count = match_KN.shape
-    before_T, rows_N, sample_N = first.before_n.masked_fill(first.first_n, -1), batch.rows_N, batch.sample_N
-    follows_N = torch.zeros(count, dtype=torch.bool)  # the prediction before it is of the token before it
-    follows_N[1:] = (before_T[rows_N[1:]] == rows_N[:-1]) & (sample_N[1:] == sample_N[:-1])
+    sample_N = batch.sample_N
     chain_N, stood_N = torch.ones(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-    whole_N = torch.ones(count, dtype=torch.bool)
     for step in range(steps):
-        whole_N[max(count - step, 0) :] = False
-        if step and count > step:
-            whole_N[: count - step] &= follows_N[step:]
         chain_N[: max(count - step, 0)] *= match_KN[step, step:]
         stood_N += chain_N
     samples = len(batch.sample_ids)
