@@ -136,6 +136,24 @@ def test_rollouts_that_it_drafts_change_no_weight(small: Small, trained: Path, t
     assert {"drafter", "drafter's keys and values"} <= lines
 
 
+def test_a_drafter_of_blocks(small: Small, tmp_path: Path) -> None:
+    """Blocks that no run can train, save, go on from or draft by; or that change a weight."""
+    own = {"drafter.kind": "dflash", "drafter.vocabulary": "0"}
+    rows = run(small(SMALL | own | {"drafter.depth": "2", "steps": "4"}), tmp_path / "blocks")
+    assert rows[-1]["loss"] < rows[0]["loss"] and "accepted_length" in rows[-1]
+    more = {"drafter.source": str(tmp_path / "blocks"), "steps": "1"}
+    assert run(small(SMALL | own | more), tmp_path / "more")[0]["loss"] < rows[0]["loss"]
+    with pytest.raises(ConfigError, match="is a dflash of blocks of 4; drafter.kind is eagle3"):
+        run(small(SMALL | more | {"drafter.vocabulary": "0"}), tmp_path / "other")
+    by = {"engine.draft.by": "dflash", "engine.draft.tokens": "3", "engine.draft.model": str(tmp_path / "blocks")}
+    plain = run(small(POLICY), tmp_path / "plain")
+    drafted = run(small(POLICY | by | {"engine.draft.vocabulary": "100"}), tmp_path / "drafted")
+    assert [row["weights"] for row in drafted] == [row["weights"] for row in plain]
+    assert all(row["drafted_tokens"] > 10 for row in drafted)
+    with pytest.raises(ConfigError, match="the other of eagle3 and dflash"):
+        run(small(POLICY | by | {"engine.draft.by": "eagle3"}), tmp_path / "other")
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

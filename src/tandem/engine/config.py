@@ -14,7 +14,7 @@ from tandem.numerics.names import check_kv_name, check_weights_name
 Dtype = Literal["same", "bfloat16", "float32", "float16"]
 Rule = Literal["arrival", "longest", "fair", "shares"]
 Policy = Literal["fcfs", "plas", "ttl", "continuum", "thunder", "oracle"]
-By = Literal["none", "lookup", "suffix", "synthetic", "model", "eagle3"]
+By = Literal["none", "lookup", "suffix", "synthetic", "model", "eagle3", "dflash"]
 Mode = Literal["off", "shadow", "advisory", "enforce"]
 
 
@@ -67,21 +67,21 @@ class DraftConfig:
     lengths: Literal["measured", "fixed"] = "measured"  # as many as raise the speed here (engine/lengths.py), or most
     history: Positive = 1 << 20  # by suffix and synthetic: tokens of ended answers that are kept; vocabulary: counted
     acceptance: Share = 0.6  # by synthetic: of drafts, those that stand
-    model: str = ""  # by model: what model.source takes, of the same vocabulary; by eagle3: a folder, or a run
-    vocabulary: Count = 0  # by model: tokens that are drafted at all, the most frequent; 0: all
+    model: str = ""  # by model: what model.source takes, of the same vocabulary; by eagle3, dflash: a folder, or a run
+    vocabulary: Count = 0  # by model, dflash: tokens that are drafted at all, the most frequent; 0: all
     vocabulary_of: str = ""  # texts, a run or a token map that says which; empty: the answers, once there are some
 
     def __post_init__(self) -> None:
-        if (self.by in ("model", "eagle3")) != bool(self.model):
+        if (self.by in ("model", "eagle3", "dflash")) != bool(self.model):
             raise ConfigError(
                 f"engine.draft.by is {self.by!r} and engine.draft.model {self.model!r}. Give both, by=model and a "
-                "small model of the same vocabulary, or by=eagle3 and a drafter that was trained for this one; or "
-                "neither."
+                "small model of the same vocabulary, or by=eagle3 (or dflash) and a drafter that was trained for this "
+                "model; or neither."
             )
-        if self.vocabulary and self.by != "model":
+        if self.vocabulary and self.by not in ("model", "dflash"):
             raise ConfigError(
-                f"engine.draft.vocabulary is {self.vocabulary}, and engine.draft.by {self.by!r}, which has no output "
-                "head. Leave it out."
+                f"engine.draft.vocabulary is {self.vocabulary}, and engine.draft.by {self.by!r}, which has no whole "
+                "head to choose of. Leave it out."
             )
         if self.vocabulary_of and not self.vocabulary:
             raise ConfigError("engine.draft.vocabulary_of is given: say how many tokens, with engine.draft.vocabulary.")

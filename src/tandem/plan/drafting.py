@@ -18,6 +18,7 @@ from tandem.plan.footprint import (
     num_pools,
     page_bytes,
 )
+from tandem.speculate.block import BlockSpec
 from tandem.speculate.eagle import EagleSpec
 from tandem.speculate.losses import ROWS
 
@@ -30,11 +31,17 @@ def for_pages(asked: Asked, room_bytes: int) -> int:
 
 def _beside_bytes(asked: Asked) -> int:
     """Of what a drafter keeps on each page, of whatever group: keys and values, and the target's states."""
-    if asked.engine.draft.by == "eagle3":
-        made = EagleSpec.of(asked.spec)
+    if (made := _on_states(asked)) is not None:
         states = len(made.layers) * asked.spec.width * SIZES[asked.dtype]
         return (sum(kept_bytes(made.model, asked.dtype)) + states) * asked.engine.page_tokens
     return 0 if asked.drafter is None else sum(kept_bytes(asked.drafter, asked.dtype)) * asked.engine.page_tokens
+
+
+def _on_states(asked: Asked) -> EagleSpec | BlockSpec | None:
+    """Of a drafter that reads the model's states, as a new one is: of one layer."""
+    if asked.engine.draft.by == "dflash":
+        return BlockSpec.of(asked.spec)
+    return EagleSpec.of(asked.spec) if asked.engine.draft.by == "eagle3" else None
 
 
 def learning_parts(asked: Asked) -> tuple[int, list[tuple[str, int, tuple[Phase, ...]]]]:
@@ -58,8 +65,8 @@ def drafter_parts(
     """What is held, how much, and when; nothing where no model drafts. pool_bytes: of the engine's own pages. steps:
     when an engine's steps run."""
     spec, engine, each, size = asked.drafter, asked.engine, 1, SIZES[asked.dtype]
-    if engine.draft.by == "eagle3":
-        spec = EagleSpec.of(asked.spec).model
+    if (made := _on_states(asked)) is not None:
+        spec = made.model
     if spec is None:
         return
     if asked.apart and asked.run is not None:  # engines of one process share its weights

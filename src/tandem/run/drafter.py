@@ -12,18 +12,22 @@ from tandem.errors import ConfigError
 from tandem.models.checkpoint import Checkpoint
 from tandem.models.config import ModelConfig
 from tandem.models.decoder import Decoder
+from tandem.models.taps import layers_of
 from tandem.run.distil import differs, load_teacher, open_teacher
 from tandem.run.source import resolve_source
 from tandem.run.texts import read_texts
-from tandem.speculate.files import open_eagle, read_spec
+from tandem.speculate.block import BlockSpec
+from tandem.speculate.eagle import Eagle
+from tandem.speculate.files import open_drafter, read_spec
 from tandem.speculate.model import ModelDrafter
 from tandem.speculate.pages import whole_group
-from tandem.speculate.states import EagleDrafter
+from tandem.speculate.states import BlockDrafter, EagleDrafter
 from tandem.speculate.vocabulary import DraftHead, Ranking, read_ids
 
 if TYPE_CHECKING:
     from tandem.engine.config import DraftConfig, EngineConfig
     from tandem.engine.draft import Drafter
+    from tandem.kernels.weight import Weight
     from tandem.models.tokenizer import Tokenizer
 
 _loaded: WeakValueDictionary[tuple[str, str], Decoder] = WeakValueDictionary()  # by source and dtype: engines share it
@@ -42,8 +46,14 @@ def check_drafter(
             "Set engine.draft.by to suffix, or to none."
         )
     whole_group(KvLayout.for_engine(target.spec, config, model.dtype, model.kv))
-    if asked.by == "eagle3":
-        read_spec(Path(resolve_source(asked.model)), target.spec)
+    if asked.by in ("eagle3", "dflash"):
+        made = read_spec(Path(resolve_source(asked.model)), target.spec)
+        if isinstance(made, BlockSpec) != (asked.by == "dflash"):
+            raise ConfigError(
+                f"engine.draft.by is {asked.by}, and engine.draft.model {asked.model} the other of eagle3 and dflash. "
+                "Set engine.draft.by to what it is."
+            )
+        layers_of(target.spec, made.layers)
         return None
     drafter = open_teacher(asked.model)
     own, other = (one.backend.get_vocab(True) for one in (tokenizer, drafter.load_tokenizer()))
@@ -67,19 +77,27 @@ def check_drafter(
 def drafter_on(runner: DecoderRunner, num_pages: int, config: EngineConfig, tokenizer: Tokenizer) -> Drafter:
     """The drafter that a config names, beside a runner's pages. All engines of a process share a model's weights."""
     asked, target = config.draft, runner.decoder
-    if asked.by == "eagle3":
-        return EagleDrafter(open_eagle(Path(resolve_source(asked.model)), target), runner, num_pages, config)
+    if asked.by in ("eagle3", "dflash"):
+        module = open_drafter(Path(resolve_source(asked.model)), target)
+        if isinstance(module, Eagle):
+            return EagleDrafter(module, runner, num_pages, config)
+        head = _head(asked, module.head, target.spec.vocab_size, tokenizer)
+        return BlockDrafter(module, runner, num_pages, config, head)
     name = asked.model, dtype_name(target.dtype)
     decoder = _loaded.get(name)
     if decoder is None:
         decoder = _loaded[name] = load_teacher(asked.model, ModelConfig(asked.model, dtype=name[1]))  # type: ignore[arg-type]
-    vocab, ranking = min(target.spec.vocab_size, decoder.spec.vocab_size), None
-    if asked.vocabulary:
-        ranking = Ranking(vocab, asked.history, tokenizer.stop_token_ids)
-    head = DraftHead(decoder.head, vocab, asked.vocabulary, ranking)
+    vocab = min(target.spec.vocab_size, decoder.spec.vocab_size)
+    head = _head(asked, decoder.head, vocab, tokenizer)
+    return ModelDrafter(decoder, head, runner.layout, num_pages, config)
+
+
+def _head(asked: DraftConfig, weight: Weight, vocab: int, tokenizer: Tokenizer) -> DraftHead:
+    ranking = Ranking(vocab, asked.history, tokenizer.stop_token_ids) if asked.vocabulary else None
+    head = DraftHead(weight, vocab, asked.vocabulary, ranking)
     if ranking is not None and asked.vocabulary_of:
         head.keep(kept_ids(asked, tokenizer, vocab))
-    return ModelDrafter(decoder, head, runner.layout, num_pages, config)
+    return head
 
 
 def kept_ids(asked: DraftConfig, tokenizer: Tokenizer, vocab: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,30 +15,43 @@ from tandem.models.checkpoint import open_checkpoint
 from tandem.models.taps import layers_of
 from tandem.run.drafter import kept_ids
 from tandem.run.source import origin_of, resolve_source
+from tandem.speculate.block import Block, BlockSpec
 from tandem.speculate.config import DrafterConfig
 from tandem.speculate.eagle import Eagle, EagleSpec
-from tandem.speculate.files import open_eagle, read_spec, save_eagle
+from tandem.speculate.files import open_drafter, read_spec, save_drafter
 from tandem.speculate.training import DrafterObjective
 from tandem.speculate.vocabulary import Ranking
 
 if TYPE_CHECKING:
     from tandem.models.decoder import Decoder
+    from tandem.models.spec import ModelSpec
     from tandem.run.config import RunConfig
 
 
 def drafter_of(config: RunConfig) -> DrafterObjective:
     """The objective. Reads no weight."""
-    return DrafterObjective(config.drafter, lambda decoder: module_of(config, decoder), save_eagle)
+    return DrafterObjective(config.drafter, lambda decoder: module_of(config, decoder), save_drafter)
 
 
-def module_of(config: RunConfig, decoder: Decoder) -> Eagle:
+def module_of(config: RunConfig, decoder: Decoder) -> Eagle | Block:
     """The drafter that training begins with."""
+    asked, spec = config.drafter, _spec(config, decoder.spec)
+    ids_V = _vocabulary(config, decoder.spec.vocab_size) if asked.vocabulary else None
+    if asked.source:
+        return open_drafter(Path(resolve_source(asked.source)), decoder, ids_V)
+    if isinstance(spec, BlockSpec):
+        return Block(spec, decoder.embed, decoder.head, ids_V).begin(decoder.norm)
+    spec = replace(spec, vocab_size=spec.vocab_size if ids_V is None else len(ids_V))
+    return Eagle(spec, decoder.embed, ids_V).begin(decoder.norm, decoder.head)
+
+
+def _spec(config: RunConfig, target: ModelSpec) -> EagleSpec | BlockSpec:
     asked = config.drafter
     if asked.source:
-        return open_eagle(Path(resolve_source(asked.source)), decoder)
-    ids_V = _vocabulary(config, decoder.spec.vocab_size) if asked.vocabulary else None
-    spec = EagleSpec.of(decoder.spec, asked.layers, 0 if ids_V is None else len(ids_V))
-    return Eagle(spec, decoder.embed, ids_V).begin(decoder.norm, decoder.head)
+        return read_spec(Path(resolve_source(asked.source)), target)
+    if asked.kind == "dflash":
+        return BlockSpec.of(target, asked.layers, asked.steps + 1, asked.depth)
+    return EagleSpec.of(target, asked.layers)
 
 
 def _vocabulary(config: RunConfig, vocab: int) -> Tensor:
@@ -79,5 +93,12 @@ def check_drafter(config: RunConfig) -> None:
         raise ConfigError(
             f"drafter.vocabulary is {asked.vocabulary}, of {target.vocab_size} tokens. Set it lower, or to 0."
         )
-    made = read_spec(Path(resolve_source(asked.source)), target) if asked.source else EagleSpec.of(target, asked.layers)
+    made = _spec(config, target)
+    blocks = made.block if isinstance(made, BlockSpec) else 0
+    if bool(blocks) != (asked.kind == "dflash") or 0 < blocks <= asked.steps:
+        is_of = f"a dflash of blocks of {blocks}" if blocks else "an eagle3"
+        raise ConfigError(
+            f"drafter.source {asked.source} is {is_of}; drafter.kind is {asked.kind} and drafter.steps {asked.steps}. "
+            "Set them as it is: a block has a token more than steps."
+        )
     layers_of(target, made.layers)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Interval
 
-from tandem.config import AboveZero, Count, section
+from tandem.config import AboveZero, Count, Positive, section
 from tandem.errors import ConfigError
 
 DraftLoss = Literal["ce", "kl", "tv", "lk", "lk_hybrid", "match"]
@@ -24,7 +24,7 @@ class DrafterConfig:
     5
     """
 
-    kind: Kind = "eagle3"  # one layer, a token at a time; dflash: a block at a time
+    kind: Kind = "eagle3"  # one layer, a token at a time; dflash: a block of masks at once
     source: str = ""  # a drafter's folder to go on from, or a run that trained one; empty: a new one
     vocabulary: Count = 0  # tokens that it may say: the most frequent, and stop tokens; 0: all
     vocabulary_of: str = ""  # texts, a run or a token map that says which; empty: those of the lowest ids
@@ -32,16 +32,21 @@ class DrafterConfig:
     steps: Annotated[int, Interval(ge=1, le=MOST_STEPS)] = (
         5  # tokens ahead that it is trained to say, on its own word from the second on
     )
-    loss: DraftLoss = "match"  # between its distributions and the model's (speculate/losses.py)
+    depth: Positive = 1  # layers of a new dflash
+    loss: DraftLoss = "kl"  # between its distributions and the model's (speculate/losses.py)
     decay: Annotated[float, Interval(gt=0, le=1)] = 0.8  # of the loss from one step to the next
     temperature: AboveZero = 1.0  # that divides both models' logits
     on_policy: bool = False  # the model samples the texts; else the task's own, or those of corpus.sources
 
     def __post_init__(self) -> None:
+        if self.depth != 1 and self.kind != "dflash":
+            raise ConfigError(
+                f"drafter.depth is {self.depth}, and an {self.kind} has one layer. Set drafter.kind=dflash."
+            )
         if self.vocabulary_of and not self.vocabulary:
             raise ConfigError("drafter.vocabulary_of is given: say how many tokens, with drafter.vocabulary.")
         if self.source:
-            for name in ("vocabulary", "layers"):
+            for name in ("layers",) if self.kind == "dflash" else ("vocabulary", "layers"):
                 if value := getattr(self, name):
                     raise ConfigError(
                         f"drafter.source is {self.source}, which has its own {name}, and drafter.{name} is {value}. "

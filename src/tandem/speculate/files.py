@@ -2,13 +2,16 @@
 
 What vLLM's `Eagle3LlamaForCausalLM.load_weights` takes, and what vllm-project/speculators publish: the layer is
 `midlayer.` or `layers.0.`; `d2t` is what a target's id is beyond the drafter's, `t2d` which of the target's it knows.
-Layers are counted there by what comes before them: j is the state behind layer j - 1, and 0 the embedding.
+Of DFlash what `DFlashQwen3Model.load_weights` takes, and z-lab publishes: `layers.N.`, `fc`, `hidden_norm`, `norm`.
+Layers are counted in EAGLE-3's by what comes before them (j is the state behind layer j - 1, 0 the embedding), in
+DFlash's as here.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +23,11 @@ from tandem.models.decoder import Decoder
 from tandem.models.fields import Fields, flag, listed, optional, read_json, table, text, whole
 from tandem.models.hf_config import from_hf_config, to_hf_config
 from tandem.models.spec import ModelSpec
+from tandem.speculate.block import Block, BlockSpec
 from tandem.speculate.eagle import LAYER, Eagle, EagleSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+DFLASH = ("DFlashDraftModel", "DFlashForCausalLM", "DFlashQwen3ForCausalLM")
 EAGLE3 = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel")
 # Settings that another pass than ours has, and the value under which it is ours.
 VARIANTS: Mapping[str, tuple[Any, ...]] = {
@@ -38,13 +43,11 @@ VARIANTS: Mapping[str, tuple[Any, ...]] = {
 def is_drafter(folder: Path) -> bool:
     """Whether a folder's config.json names one of these drafters."""
     config = folder / CONFIG
-    return config.is_file() and bool({*EAGLE3} & {*map(str, read_json(config).get("architectures") or ())})
+    return config.is_file() and bool({*EAGLE3, *DFLASH} & {*map(str, read_json(config).get("architectures") or ())})
 
 
 def save_eagle(folder: Path, drafter: Eagle) -> None:
     """Into a folder, which may be there. CheckpointError where the disk refuses."""
-    from safetensors.torch import save_file
-
     spec, ids_V = drafter.spec, drafter.ids_V
     dtype = str(drafter.dtype).removeprefix("torch.")
     config = to_hf_config(spec.model, dtype) | {
@@ -60,6 +63,12 @@ def save_eagle(folder: Path, drafter: Eagle) -> None:
         known = torch.zeros(spec.model.vocab_size, dtype=torch.bool)
         known[ids_V] = True
         tensors |= {"d2t": ids_V - torch.arange(len(ids_V)), "t2d": known}
+    _write(folder, config, tensors)
+
+
+def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    from safetensors.torch import save_file
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
@@ -68,11 +77,43 @@ def save_eagle(folder: Path, drafter: Eagle) -> None:
         raise CheckpointError(f"{folder} could not be written: {error}. Free disk space or choose another.") from error
 
 
+def save_block(folder: Path, drafter: Block) -> None:
+    """As `save_eagle`, of DFlash. Its embedding and head are the target's, and not in the file."""
+    spec = drafter.spec
+    own = {
+        "architectures": [DFLASH[0]],
+        "block_size": spec.block,
+        "dflash_config": {"mask_token_id": spec.mask_token, "target_layer_ids": list(spec.layers)},
+    }
+    tensors = {name: tensor.detach().clone() for name, tensor in drafter.export()}
+    _write(folder, to_hf_config(spec.model, str(drafter.dtype).removeprefix("torch.")) | own, tensors)
+
+
+def save_drafter(folder: Path, drafter: Eagle | Block) -> None:
+    """Of either kind."""
+    if isinstance(drafter, Block):
+        save_block(folder, drafter)
+    else:
+        save_eagle(folder, drafter)
+
+
+def open_drafter(folder: Path, target: Decoder, ids_V: Tensor | None = None) -> Eagle | Block:
+    """Of either kind, as `open_eagle`. ids_V: the tokens that a DFlash drafts by the target's head; None: all."""
+    spec = read_spec(folder, target.spec)
+    if isinstance(spec, EagleSpec):
+        return open_eagle(folder, target)
+    try:
+        return Block(spec, target.embed, target.head, ids_V).load(_tensors(folder).items())
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+
+
 def open_eagle(folder: Path, target: Decoder) -> Eagle:
     """A drafter of this target, whose embedding it shares. ModelError that says what is wrong with the folder, or that
     it is of another model."""
     spec = read_spec(folder, target.spec)
-    tensors = _tensors(folder)
+    assert isinstance(spec, EagleSpec), folder
+    tensors = {name.replace("layers.0.", LAYER): tensor for name, tensor in _tensors(folder).items()}
     ids_V = _ids(folder, tensors.pop("d2t", None), tensors.pop("t2d", None), spec)
     embed = tensors.pop("embed_tokens.weight", None)
     if embed is not None and not torch.equal(embed.to(target.dtype), target.embed.value):
@@ -86,9 +127,12 @@ def open_eagle(folder: Path, target: Decoder) -> Eagle:
         raise ModelError(f"{folder}: {error}") from error
 
 
-def read_spec(folder: Path, target: ModelSpec) -> EagleSpec:
+def read_spec(folder: Path, target: ModelSpec) -> EagleSpec | BlockSpec:
     """Of a drafter for this target; no tensor is read. ModelError as `open_eagle`."""
-    return _spec(folder, read_config(folder), target)
+    fields = read_config(folder)
+    if {*DFLASH} & {*fields.values["architectures"]}:
+        return _block_spec(folder, fields, target)
+    return _spec(folder, fields, target)
 
 
 def read_config(folder: Path) -> Fields:
@@ -101,8 +145,9 @@ def read_config(folder: Path) -> Fields:
     values = read_json(path)
     fields = Fields(str(path), values)
     named = fields.take("architectures", optional(listed(text)), None) or ["nothing"]
-    if not {*EAGLE3} & {*named}:
-        raise ModelError(f"{path} is of {', '.join(named)}; drafters that are read: {', '.join(EAGLE3)}.")
+    if not {*EAGLE3, *DFLASH} & {*named}:
+        known = ", ".join((*EAGLE3, *DFLASH))
+        raise ModelError(f"{path} is of {', '.join(named)}; drafters that are read: {known}.")
     for name, same in VARIANTS.items():
         if values.get(name) not in same:
             raise ModelError(f"{path}: {name} is {values[name]!r}, which changes the pass and is not supported.")
@@ -121,20 +166,42 @@ def _spec(folder: Path, fields: Fields, target: ModelSpec) -> EagleSpec:
     model = from_hf_config({name: value for name, value in named.items() if name not in known})
     if model.layers != 1:
         raise ModelError(f"{folder} has {model.layers} layers; supported: drafters of one.")
-    width, theirs = target.width, fields.take("target_hidden_size", optional(whole(1)), None) or model.width
-    if (model.width, theirs, model.vocab_size) != (width, width, target.vocab_size):
-        raise ModelError(
-            f"{folder} drafts for a model of width {theirs} and {model.vocab_size} tokens, by a layer of width "
-            f"{model.width}; this model has {width} and {target.vocab_size}. Choose one that was trained for it."
-        )
+    theirs = fields.take("target_hidden_size", optional(whole(1)), None) or model.width
+    _check_target(folder, model, theirs, target)
     named_layers = fields.take("eagle_aux_hidden_state_layer_ids", optional(listed(whole(0))), None)
     layers = tuple(j - 1 for j in named_layers) if named_layers else EagleSpec.of(target).layers
     size = fields.take("draft_vocab_size", optional(whole(1)), None) or model.vocab_size
     return EagleSpec(model, layers, size, fields.take("norm_before_residual", flag, False))
 
 
+def _block_spec(folder: Path, fields: Fields, target: ModelSpec) -> BlockSpec:
+    own = fields.take("dflash_config", table, {})
+    where = Fields(f"dflash_config of {fields.where}", own)
+    for name, same in {"causal": (None, False), "use_swa": (None, False), "attention_sink_bias": (None, False)}.items():
+        if own.get(name) not in same:
+            raise ModelError(f"{where.where}: {name} is {own[name]!r}, which changes the pass and is not supported.")
+    named = {**fields.values, "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}
+    known = ("block_size", "dflash_config", "num_target_layers", "draft_vocab_size", "layer_types")
+    sliding = "sliding_attention" in (fields.take("layer_types", optional(listed(text)), None) or ())
+    if sliding or fields.take("draft_vocab_size", optional(whole(1)), None) not in (None, target.vocab_size):
+        raise ModelError(f"{folder} has sliding layers or a head of its own, which are not supported.")
+    model = from_hf_config({name: value for name, value in named.items() if name not in known})
+    model = replace(model, tied_embeddings=True)
+    _check_target(folder, model, model.width, target)
+    layers = where.take("target_layer_ids", listed(whole(0)))
+    return BlockSpec(model, layers, fields.take("block_size", whole(2)), where.take("mask_token_id", whole(0)))
+
+
+def _check_target(folder: Path, model: ModelSpec, theirs: int, target: ModelSpec) -> None:
+    if (model.width, theirs, model.vocab_size) != (target.width, target.width, target.vocab_size):
+        raise ModelError(
+            f"{folder} drafts for a model of width {theirs} and {model.vocab_size} tokens, by a layer of width "
+            f"{model.width}; this model has {target.width} and {target.vocab_size}. Choose one that was trained for it."
+        )
+
+
 def _tensors(folder: Path) -> dict[str, Tensor]:
-    """By our names: `midlayer.` for `layers.0.`, none that says nothing of the pass."""
+    """Without the prefix that some have."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -143,7 +210,7 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
         found = load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path} cannot be read: {error}. Copy or download the file again.") from error
-    return {name.removeprefix("model.").replace("layers.0.", LAYER): tensor for name, tensor in found.items()}
+    return {name.removeprefix("model."): tensor for name, tensor in found.items()}
 
 
 def _ids(folder: Path, d2t: Tensor | None, t2d: Tensor | None, spec: EagleSpec) -> Tensor | None:

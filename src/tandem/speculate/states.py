@@ -142,10 +142,13 @@ class EagleDrafter(StateDrafter):
 class BlockDrafter(StateDrafter):
     """Drafts of a `Block`, those of all sequences at once."""
 
-    def __init__(self, module: Block, runner: DecoderRunner, num_pages: int, config: EngineConfig) -> None:
+    def __init__(
+        self, module: Block, runner: DecoderRunner, num_pages: int, config: EngineConfig, head: DraftHead | None = None
+    ) -> None:
+        """head: in place of the module's own, which is the target's."""
         self._block = module.spec.block
         super().__init__(module, runner, num_pages, config)
-        self.module = module
+        self.module, self.head = module, head or self.head
 
     def _behind(self, most: int) -> int:
         return self._block
