@@ -12,7 +12,7 @@ from tandem.train.config import LearnerConfig
 
 
 def smollm2_drafter_cpu() -> RunConfig:
-    """EAGLE-3 on the model's own answers to sums, 64 a step; or on a run's: --set corpus.sources=RUN."""
+    """EAGLE-3 on the model's own answers to sums, 64 a step in four updates; or on a run's: --set corpus.sources=RUN."""
     return RunConfig(
         name="smollm2_drafter_cpu",
         steps=200,
@@ -26,9 +26,9 @@ def smollm2_drafter_cpu() -> RunConfig:
             reward="last_number",
             heldout_size=128,
         ),
-        rollout=RolloutConfig(prompts_per_step=64, samples_per_prompt=1, max_new_tokens=32),
+        rollout=RolloutConfig(prompts_per_step=16, samples_per_prompt=4, max_new_tokens=32),
         engine=EngineConfig(kv_memory_bytes=128 << 20),
-        drafter=DrafterConfig(vocabulary=4096, on_policy=True),
+        drafter=DrafterConfig(vocabulary=4096, updates=4, on_policy=True),
         learner=LearnerConfig(
             lr=1e-3,
             warmup_steps=10,

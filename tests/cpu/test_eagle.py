@@ -188,7 +188,7 @@ def test_losses_of_two_tokens() -> None:
     assert overlap(pair).tolist() == pytest.approx([alpha] * 2)
     # 1 / (max(p0, q0 p0 / q0) + max(p1, q1 p0 / q0) + what is outside) = 1 / (0.5 + 2.0 + 0.2)
     assert float(log_match(pair).exp()[0]) == pytest.approx(1 / 2.7)
-    kl = 0.5 * math.log(0.5 / 0.2) + 0.3 * math.log(0.3 / 0.8)
+    kl = 0.5 * math.log(0.5 / 0.2) + 0.3 * math.log(0.3 / 0.8) - 0.8 * math.log(0.8)
     weight = math.exp(-3 * alpha)
     expected = {
         "ce": [-math.log(0.2), 0.0],

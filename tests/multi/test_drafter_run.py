@@ -25,6 +25,7 @@ SMALL = {
     "objective": "drafter",
     "drafter.on_policy": "true",
     "drafter.steps": "3",
+    "drafter.updates": "2",
     "drafter.vocabulary": "200",
     "task.heldout_size": "8",
     "evaluation.prompts": "0",

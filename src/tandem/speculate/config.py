@@ -36,6 +36,7 @@ class DrafterConfig:
     loss: DraftLoss = "kl"  # between its distributions and the model's (speculate/losses.py)
     decay: Annotated[float, Interval(gt=0, le=1)] = 0.8  # of the loss from one step to the next
     temperature: AboveZero = 1.0  # that divides both models' logits
+    updates: Positive = 1  # of a step, each of a part of its prompts
     on_policy: bool = False  # the model samples the texts; else the task's own, or those of corpus.sources
 
     def __post_init__(self) -> None:

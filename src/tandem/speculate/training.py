@@ -73,7 +73,6 @@ class _Saved:
 class DrafterObjective:
     """Trains a drafter's weights; the model's stay."""
 
-    updates_per_step = 1
     columns = frozenset({"tokens", "loss_mask"})
 
     def __init__(
@@ -81,7 +80,7 @@ class DrafterObjective:
     ) -> None:
         """make: the drafter of a model, called once the model is there. save: into a folder."""
         self.config, self._make, self._save = config, make, save
-        self.temperature, self.samples = config.temperature, config.on_policy
+        self.temperature, self.samples, self.updates_per_step = config.temperature, config.on_policy, config.updates
         self.module: Module | None = None
 
     def beside(self, decoder: Decoder) -> Own:
