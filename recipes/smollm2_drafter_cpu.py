@@ -12,7 +12,7 @@ from tandem.train.config import LearnerConfig
 
 
 def smollm2_drafter_cpu() -> RunConfig:
-    """EAGLE-3 on the model's own answers to sums, 64 a step in four updates; or on a run's: --set corpus.sources=RUN."""
+    """EAGLE-3 on the model's own answers to sums, 64 a step, four updates; or on a run's: --set corpus.sources=RUN."""
     return RunConfig(
         name="smollm2_drafter_cpu",
         steps=200,

@@ -143,14 +143,15 @@ def test_loss_and_gradients_are_autograds(ids, make_decoder) -> None:
 
 
 class Noted(BlockDrafter):
-    """Holds each draft to that of the whole text, run anew in the house's own pass."""
+    """Holds every fourth to that of the whole text, run anew in the house's own pass."""
 
-    checked = 0
+    made = checked = 0
 
     def draft(self, sequences: list[Sequence], most: list[int]) -> list[list[int]]:
         found = super().draft(sequences, most)
         for sequence, count, drafts in zip(sequences, most, found, strict=True):
-            if drafts:
+            self.made += 1
+            if drafts and self.made % 4 == 0:
                 self.checked += 1
                 assert drafts == self.expected(sequence, count), (sequence.request.id, drafts)
         return found
@@ -187,8 +188,11 @@ def engine_of(decoder: Decoder, block: Block | None, num_pages: int = 200) -> En
     return Engine(runner, config, num_pages, decoder.spec.max_position)
 
 
-@pytest.mark.parametrize("changes", [{"layers": 4}, WINDOWS, CHUNKS], ids=["whole", "windows", "chunks"])
-@pytest.mark.parametrize(("dtype", "ids", "pages"), [("float32", IDS, 200), ("bfloat16", None, 40)])
+@pytest.mark.parametrize(
+    ("dtype", "ids", "pages", "changes"),
+    [("float32", IDS, 200, {"layers": 4}), ("bfloat16", None, 40, WINDOWS), ("bfloat16", IDS, 40, CHUNKS)],
+    ids=["whole", "windows", "chunks"],
+)
 def test_drafts_are_those_of_the_text_and_change_nothing(
     dtype: str, ids: list[int] | None, pages: int, changes: dict[str, Any], make_decoder
 ) -> None:
@@ -202,7 +206,7 @@ def test_drafts_are_those_of_the_text_and_change_nothing(
         engine.check_integrity()
         assert not engine.scheduler.drafting.off, engine.scheduler.drafting.off
     drafter = engine.scheduler.drafting.drafter
-    assert isinstance(drafter, Noted) and drafter.checked > 100
+    assert isinstance(drafter, Noted) and drafter.checked > 40
     assert engine.stats.drafted_tokens > engine.stats.accepted_tokens > 0 and engine.stats.cached_tokens > 0
     assert (engine.stats.preemptions > 0) == (pages == 40)
 

@@ -54,14 +54,15 @@ def by_hand(decoder: Decoder, eagle: Eagle, sequence: Sequence, count: int) -> l
 
 
 class Noted(EagleDrafter):
-    """Holds each draft to the one by hand."""
+    """Holds every fourth to the one by hand."""
 
-    checked = 0
+    made = checked = 0
 
     def draft(self, sequences: list[Sequence], most: list[int]) -> list[list[int]]:
         found = super().draft(sequences, most)
         for sequence, count, drafts in zip(sequences, most, found, strict=True):
-            if drafts:
+            self.made += 1
+            if drafts and self.made % 4 == 0:
                 self.checked += 1
                 assert drafts == by_hand(self.decoder, self.module, sequence, count), (sequence.request.id, drafts)
         return found
@@ -78,8 +79,11 @@ def engine_of(decoder: Decoder, eagle: Eagle | None, num_pages: int = 200, **cha
     return Engine(runner, config, num_pages, decoder.spec.max_position)
 
 
-@pytest.mark.parametrize("changes", [{"layers": 4}, WINDOWS, CHUNKS], ids=["whole", "windows", "chunks"])
-@pytest.mark.parametrize(("dtype", "ids", "pages"), [("float32", None, 200), ("bfloat16", IDS, 40)])
+@pytest.mark.parametrize(
+    ("dtype", "ids", "pages", "changes"),
+    [("float32", IDS, 200, {"layers": 4}), ("bfloat16", None, 40, WINDOWS), ("bfloat16", IDS, 40, CHUNKS)],
+    ids=["whole", "windows", "chunks"],
+)
 def test_drafts_are_those_of_the_text_and_change_nothing(
     dtype: str, ids: list[int] | None, pages: int, changes: dict[str, Any], make_decoder: Callable[..., Decoder]
 ) -> None:
@@ -94,6 +98,6 @@ def test_drafts_are_those_of_the_text_and_change_nothing(
         engine.check_integrity()
         drafting = engine.scheduler.drafting
         assert not drafting.off, drafting.off
-    assert isinstance(drafting.drafter, Noted) and drafting.drafter.checked > 100
+    assert isinstance(drafting.drafter, Noted) and drafting.drafter.checked > 40
     assert engine.stats.drafted_tokens > engine.stats.accepted_tokens > 0 and engine.stats.cached_tokens > 0
     assert (engine.stats.preemptions > 0) == (pages == 40)

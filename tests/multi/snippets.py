@@ -209,6 +209,7 @@ LISTED: dict[str, str] = {
     "python -m tandem.run.lm_eval run --model tandem --model_args pretrained=MODEL --tasks TASK "
     "--include_path FOLDER": OTHERS,
     "tandem train smollm2_distil_cpu --set distil.teacher=stored": "tests/multi/test_distil_run.py",
+    'tandem generate MODEL "Hi." --draft eagle3:drafter': "tests/multi/test_drafter_run.py",
     "tandem train smollm2_drafter_cpu --out drafter": "tests/multi/test_drafter_run.py",
     "tandem train smollm2_arithmetic_cpu --set engine.draft.by=eagle3 --set engine.draft.model=drafter": (
         "tests/multi/test_drafter_run.py"

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tandem.cli.main import main
 from tandem.config import override
 from tandem.errors import ConfigError, ModelError
 from tandem.numerics.digest import file_hash
@@ -124,6 +125,17 @@ def test_texts_of_a_run_and_a_drafter_that_goes_on(small: Small, trained: Path, 
     assert {"accepted_length", "accept_1", "coverage"} <= rows[-1]["heldout"].keys()
     kept = load_file(newest(tmp_path / "more") / "model.safetensors")
     assert kept["lm_head.weight"].shape == (len(kept["d2t"]), 32) and len(kept["d2t"]) < 260
+
+
+def test_generates_with_it(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A verb that takes a drafter for a model, or says something else with it."""
+    said = []
+    for more in ([], ["--draft", f"eagle3:{trained}"]):
+        assert main(["generate", MODEL, "Hi.", "--max-new-tokens", "24", *more]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] and said[0]
+    assert main(["generate", MODEL, "Hi.", "--draft", f"dflash:{trained}"]) == 2
+    assert "the other of eagle3 and dflash" in capsys.readouterr().err
 
 
 def test_rollouts_that_it_drafts_change_no_weight(small: Small, trained: Path, tmp_path: Path) -> None:

@@ -88,13 +88,14 @@ class DraftConfig:
 
     @classmethod
     def of(cls, name: str) -> DraftConfig:
-        """By a name of `By`, or by a model.
+        """By a name of `By`, by a model, or by a drafter of one of its kinds.
 
-        >>> DraftConfig.of("suffix").by, DraftConfig.of("small").model
-        ('suffix', 'small')
+        >>> DraftConfig.of("suffix").by, DraftConfig.of("small").model, DraftConfig.of("eagle3:run").model
+        ('suffix', 'small', 'run')
         """
-        by = next((one for one in get_args(By) if one == name and one != "model"), None)
-        return cls("model", model=name) if by is None else cls(by)
+        kind, _, folder = name.partition(":")
+        by = next((one for one in get_args(By) if one == kind and one != "model"), None)
+        return cls("model", model=name) if by is None else cls(by, model=folder)
 
     @property
     def most(self) -> int:

@@ -177,7 +177,7 @@ class Block:
                 continue
             count, deviation = weight.value.numel(), 1.0 / math.sqrt(slot.columns)
             if slot.name in ("out", "down"):
-                deviation /= math.sqrt(2 * len(self.stack))
+                deviation *= 0.1
             drawn = normal(word_rows([SEED], [number], count + count % 2, Stream.INITIAL)[0])[:count]
             weight.value.copy_(torch.from_numpy((drawn * deviation).astype(np.float32)).view(weight.value.shape))
         self.outer.norm.value.copy_(norm.value)

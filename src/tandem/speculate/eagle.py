@@ -175,16 +175,19 @@ class Eagle:
         return self
 
     def begin(self, norm: Weight, head: Weight) -> Eagle:
-        """As a new one: random but for the last norm and the head, which are the target's."""
+        """As a new one: what the last of its features says by the target's own norm and head, and small random numbers
+        beside; the head is learned from there."""
         for number, (slot, weight) in enumerate(self._slots()):
             if slot.columns is None:
                 weight.value.fill_(1.0)
                 continue
             count, deviation = weight.value.numel(), 1.0 / math.sqrt(slot.columns)
-            if slot.name in ("out", "down"):
-                deviation /= math.sqrt(2)
+            if slot.name in ("out", "down", "fuse"):
+                deviation *= 0.1
             drawn = normal(word_rows([SEED], [number], count + count % 2, Stream.INITIAL)[0])[:count]
             weight.value.copy_(torch.from_numpy((drawn * deviation).astype(np.float32)).view(weight.value.shape))
+        width = self.spec.model.width
+        self.outer.fuse.value[:, -width:] += torch.eye(width, dtype=self.dtype)
         self.outer.norm.value.copy_(norm.value)
         value = head.served_value()
         self.head.value.copy_(value if self.ids_V is None else value[self.ids_V])

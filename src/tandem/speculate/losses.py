@@ -68,7 +68,7 @@ def cross_entropy(pair: Pair) -> Tensor:
 
 
 def kl(pair: Pair) -> Tensor:
-    """m KL(p / m, q), m what the drafter's tokens cover: sum of p log(p / q), less m log m, which makes it 0 at best."""
+    """m KL(p / m, q), m what the drafter's tokens cover: sum of p log(p / q), less m log m: 0 at best."""
     p_nV = pair.logp_nV.exp()
     covered_n = p_nV.sum(-1).clamp_min(LEAST)
     return (p_nV * (pair.logp_nV - pair.logq_nV)).sum(-1) - covered_n * covered_n.log()
