@@ -7,8 +7,10 @@ of the drafter's own words; those that stand are made anew, of the target's stat
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,12 +81,12 @@ class StateDrafter(Drafter):
         tapped_TLM = self.states.read(slots_T).view(len(slots_T), self._num_layers, -1)
         return tapped_TLM, (rows.positions_T == 0)[:, None]
 
-    def _draw(self, read_NM: Tensor, sequences: list[Sequence], positions: list[int]) -> list[int]:
-        """The token of a position for each row, with the noise that the target has for it."""
-        sampling = SamplingBatch.stack(
+    @staticmethod
+    def _sampling(sequences: list[Sequence], positions: list[int]) -> SamplingBatch:
+        """How each draws the token of a position: with the noise that the target has for it."""
+        return SamplingBatch.stack(
             [one.request.sampling for one in sequences], [one.request.seed for one in sequences], positions
         )
-        return self.head.draw(read_NM, sampling)
 
     def ended(self, sequence: Sequence) -> None:
         self.head.drawn(sequence.tokens[len(sequence.request.tokens) :])
@@ -111,27 +113,42 @@ class EagleDrafter(StateDrafter):
         tapped_TLM, first_T1 = self._tapped(rows)
         state_TM = self._run(rows, self.module.fused(tapped_TLM).masked_fill_(first_T1, 0.0))
         whole = [one.span.end == len(sequences[one.place].tokens) for one in begun]
-        running = [one for one, drawn in zip(begun, whole, strict=True) if drawn]
+        running = [one.place for one, drawn in zip(begun, whole, strict=True) if drawn]
+        if not running:
+            return drafts
         state_NM = state_TM[(rows.row_start_S[1:].long() - 1)[torch.tensor(whole)]]
-        while running:
-            asked, positions = [sequences[one.place] for one in running], [one.span.end for one in running]
-            for one, token in zip(running, self._draw(self.module.read(state_NM), asked, positions), strict=True):
-                drafts[one.place].append(token)
+        ends = [len(sequences[place].tokens) for place in running]
+        sampling = self._sampling([sequences[place] for place in running], ends)
+        table_NP, positions_N = rows.table_SP[torch.tensor(whole)], torch.tensor(ends)
+        while True:
+            drawn = self.head.draw(self.module.read(state_NM), sampling)
+            for place, token in zip(running, drawn, strict=True):
+                drafts[place].append(token)
             goes_on = [
-                n
-                for n, one in enumerate(running)
-                if len(drafts[one.place]) < most[one.place]
-                and one.span.end < self.most_position
-                and drafts[one.place][-1] not in asked[n].request.sampling.stop_token_ids
+                n for n, place in enumerate(running) if self._goes_on(sequences[place], drafts[place], most[place])
             ]
-            running = [
-                _Draft(one.place, Span(one.span.end, drafts[one.place][-1:], one.span.table))
-                for one in (running[n] for n in goes_on)
-            ]
-            if running:
-                self.ran_tokens += len(running)
-                state_NM = self._run(SpanRows.of([one.span for one in running], self.page_tokens), state_NM[goes_on])
-        return drafts
+            if not goes_on:
+                return drafts
+            if len(goes_on) < len(running):
+                running, state_NM = [running[n] for n in goes_on], state_NM[goes_on]
+                table_NP, positions_N = table_NP[goes_on], positions_N[goes_on]
+                sampling = sampling.rows(np.array(goes_on))
+            tokens_N = torch.tensor([drafts[place][-1] for place in running])
+            self.ran_tokens += len(running)
+            state_NM = self._run(self._single(tokens_N, positions_N, table_NP), state_NM)
+            positions_N = positions_N + 1
+            sampling = replace(sampling, positions_S=sampling.positions_S + np.uint32(1))
+
+    def _goes_on(self, sequence: Sequence, drafts: list[int], most: int) -> bool:
+        ended = drafts[-1] in sequence.request.sampling.stop_token_ids
+        return len(drafts) < most and not ended and len(sequence.tokens) + len(drafts) <= self.most_position
+
+    def _single(self, tokens_N: Tensor, positions_N: Tensor, table_NP: Tensor) -> SpanRows:
+        """A row a sequence."""
+        pages_N = table_NP.gather(1, (positions_N // self.page_tokens)[:, None])[:, 0].long()
+        slots_N = pages_N * self.page_tokens + positions_N % self.page_tokens
+        starts = torch.arange(len(tokens_N) + 1, dtype=torch.int32)
+        return SpanRows(tokens_N, positions_N, slots_N, starts, positions_N.int(), table_NP)
 
     def _run(self, rows: SpanRows, feature_TM: Tensor) -> Tensor:
         paths = Paths(rows.row_start_S, rows.first_S, rows.table_SP, self.page_tokens)
@@ -170,7 +187,8 @@ class BlockDrafter(StateDrafter):
         asked = [sequences[running[n].place] for n, _ in places]
         positions = [running[n].span.end + place - 1 for n, place in places]
         read_NM = torch.stack([read_ABM[n, place] for n, place in places])
-        for (n, _), one, token in zip(places, asked, self._draw(read_NM, asked, positions), strict=True):
+        drawn = self.head.draw(read_NM, self._sampling(asked, positions))
+        for (n, _), one, token in zip(places, asked, drawn, strict=True):
             found = drafts[running[n].place]
             if not found or found[-1] not in one.request.sampling.stop_token_ids:
                 found.append(token)

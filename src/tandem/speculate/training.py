@@ -141,7 +141,7 @@ class DrafterStep:
             sums[f"accept_{step + 1}"] = match_KN[step].sum()
         sums["coverage"] = teacher.covered_N.double().sum()
         self._lengths += _lengths(match_KN, self._steps.begins_N, batch)
-        loss = total / batch.denominators.tokens
+        sums["total"], loss = total.detach(), total / batch.denominators.tokens
         return LossResult(loss, {"loss": loss.detach()} | sums, {}, None)
 
     def observe(self, *given: object) -> None: ...
@@ -150,8 +150,9 @@ class DrafterStep:
         return True
 
     def measured(self, results: Sequence[LossResult]) -> Measured:
-        """Means; of acceptance over the predictions that a step makes."""
+        """Means over the predictions of all updates; of acceptance over those that a step makes."""
         found = summarise(results)
+        found["loss"] = found.pop("total")
         for step in range(1, self.config.steps + 1):
             made = found.pop(f"made_{step}", 0.0)
             value = found.pop(f"accept_{step}", 0.0)
