@@ -100,4 +100,7 @@ def test_drafts_are_those_of_the_text_and_change_nothing(
         assert not drafting.off, drafting.off
     assert isinstance(drafting.drafter, Noted) and drafting.drafter.checked > 40
     assert engine.stats.drafted_tokens > engine.stats.accepted_tokens > 0 and engine.stats.cached_tokens > 0
+    drafter = drafting.drafter
+    assert drafter.ingested_tokens > 0 and drafter.found_tokens > 0
+    assert 0 < drafter.covered_tokens < drafter.seen_tokens or not ids
     assert (engine.stats.preemptions > 0) == (pages == 40)

@@ -66,6 +66,7 @@ class StateDrafter(Drafter):
         """Who has tokens to run, and these as rows."""
         wanted = [i for i, one in enumerate(sequences) if most[i] > 0 and len(one.tokens) <= self.most_position]
         spans = self.pages.missing([sequences[i] for i in wanted], self.budget)
+        self.found_tokens, self.ingested_tokens = self.pages.found_tokens, self.pages.ingested_tokens
         begun = [_Draft(i, span) for i, span in zip(wanted, spans, strict=True) if span.tokens]
         rows = SpanRows.of([one.span for one in begun], self.page_tokens) if begun else None
         self.ran_tokens += 0 if rows is None else len(rows.tokens_T)
@@ -90,6 +91,7 @@ class StateDrafter(Drafter):
 
     def ended(self, sequence: Sequence) -> None:
         self.head.drawn(sequence.tokens[len(sequence.request.tokens) :])
+        self.seen_tokens, self.covered_tokens = self.head.seen, self.head.covered
 
     def release_memory(self) -> None:
         self.pages.forget()

@@ -77,7 +77,7 @@ class DraftHead:
     @staticmethod
     def of_rows(rows: Weight, ids_N: Tensor, vocab: int) -> DraftHead:
         """A head that has rows of these tokens of `vocab` alone, [N, M]."""
-        made = DraftHead(rows, vocab)
+        made = DraftHead(rows, vocab, 0, Ranking(vocab, 0, ()))  # which counts what it covers, and chooses nothing
         made._ids_N = ids_N
         return made
 
