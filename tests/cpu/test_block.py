@@ -179,7 +179,7 @@ class Noted(BlockDrafter):
 
 
 def engine_of(decoder: Decoder, block: Block | None, num_pages: int = 200) -> Engine:
-    draft = DraftConfig("dflash", 3, model="a drafter of the test") if block is not None else DraftConfig()
+    draft = DraftConfig("dflash", 3, "fixed", model="a drafter of the test") if block is not None else DraftConfig()
     config = EngineConfig(page_tokens=4, batch_tokens=40, max_sequences=6, lookahead_tokens=0, draft=draft)
     runner = DecoderRunner(decoder, num_pages, 4, config)
     if block is not None:

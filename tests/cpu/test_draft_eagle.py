@@ -70,7 +70,7 @@ class Noted(EagleDrafter):
 
 def engine_of(decoder: Decoder, eagle: Eagle | None, num_pages: int = 200, **changes: Any) -> Engine:
     limits = {"page_tokens": 4, "batch_tokens": 40, "max_sequences": 6, "lookahead_tokens": 0} | changes
-    draft = DraftConfig("eagle3", 3, model="a drafter of the test") if eagle is not None else DraftConfig()
+    draft = DraftConfig("eagle3", 3, "fixed", model="a drafter of the test") if eagle is not None else DraftConfig()
     config = EngineConfig(**limits, draft=draft)
     runner = DecoderRunner(decoder, num_pages, 4, config)
     if eagle is not None:

@@ -78,6 +78,9 @@ def run(config: RunConfig, out: Path, resume: Path | None = None) -> list[dict[s
     return rows_of(folder)
 
 
+FIXED = {"engine.draft.tokens": "3", "engine.draft.lengths": "fixed"}
+
+
 @pytest.fixture(scope="module")
 def trained(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder."""
@@ -141,7 +144,12 @@ def test_generates_with_it(trained: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_rollouts_that_it_drafts_change_no_weight(small: Small, trained: Path, tmp_path: Path) -> None:
     """A policy that learns otherwise for its engine's drafter; or one that drafts nothing, or is planned no memory."""
     plain = run(small(POLICY), tmp_path / "plain")
-    by = {"engine.draft.by": "eagle3", "engine.draft.tokens": "3", "engine.draft.model": str(trained)}
+    by = {
+        "engine.draft.by": "eagle3",
+        "engine.draft.tokens": "3",
+        "engine.draft.lengths": "fixed",
+        "engine.draft.model": str(trained),
+    }
     drafted = run(small(POLICY | by), tmp_path / "drafted")
     assert [row["weights"] for row in drafted] == [row["weights"] for row in plain]
     assert all(row["drafted_tokens"] > 10 for row in drafted) and sum(row["accepted_tokens"] for row in drafted) > 0
@@ -158,7 +166,12 @@ def test_a_drafter_of_blocks(small: Small, tmp_path: Path) -> None:
     assert run(small(SMALL | own | more), tmp_path / "more")[0]["loss"] < rows[0]["loss"]
     with pytest.raises(ConfigError, match="is a dflash of blocks of 4; drafter.kind is eagle3"):
         run(small(SMALL | more | {"drafter.vocabulary": "0"}), tmp_path / "other")
-    by = {"engine.draft.by": "dflash", "engine.draft.tokens": "3", "engine.draft.model": str(tmp_path / "blocks")}
+    by = {
+        "engine.draft.by": "dflash",
+        "engine.draft.tokens": "3",
+        "engine.draft.lengths": "fixed",
+        "engine.draft.model": str(tmp_path / "blocks"),
+    }
     plain = run(small(POLICY), tmp_path / "plain")
     drafted = run(small(POLICY | by | {"engine.draft.vocabulary": "100"}), tmp_path / "drafted")
     assert [row["weights"] for row in drafted] == [row["weights"] for row in plain]
