@@ -39,8 +39,8 @@ FREE = {"", "__init__", "__main__"}  # the package's own front door
 
 # Files that run on a machine without torch, and so import none; `config` means the config.py of every folder.
 TORCH_FREE = {
-    *(f"engine/{name}" for name in ("admit", "affinity", "bill", "cluster", "constraint", "costs", "deal", "draft")),
-    *(f"engine/{name}" for name in ("drafters", "drafting", "driver", "guard", "hand", "integrity", "layout")),
+    *(f"engine/{name}" for name in ("admit", "affinity", "bill", "branches", "cluster", "constraint", "costs", "deal")),
+    *(f"engine/{name}" for name in ("draft", "drafters", "drafting", "driver", "guard", "hand", "integrity", "layout")),
     *(f"engine/{name}" for name in ("lengths", "opened", "order", "pages", "park", "policies", "predict", "prefix")),
     *(f"engine/{name}" for name in ("programs", "queues", "record", "schedule", "share", "slice", "suffix")),
     *(f"engine/{name}" for name in ("synthetic", "table", "tables", "tails", "tally", "yields")),

@@ -181,6 +181,12 @@ def test_learner_equals_engine(make_decoder, parity, dtype: str, name: str) -> N
     assert columns(drafted.generate(asked)) == columns(done) and drafted.stats.accepted_tokens
 
 
+def test_one_page_is_filled_at_a_time(make_decoder) -> None:
+    """A branch fills a second page of its sequence, which has no place, or its codes are rounded with its sibling's."""
+    with pytest.raises(ConfigError, match="engine.draft.branches to 1"):
+        engine_of(rounding(make_decoder("bfloat16"), RULES[0]), 40, draft=at_most(4, 2), page_tokens=parts(RULES[0])[1])
+
+
 @pytest.mark.parametrize("name", ["kivi2_r8", "fp8_head_r8"])
 @pytest.mark.parametrize("length", [21, 24])
 def test_tails_are_copied_while_they_are_as_made(make_decoder, length: int, name: str) -> None:

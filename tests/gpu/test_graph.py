@@ -156,6 +156,41 @@ def test_drafts_draw_the_same(make_decoder):
     assert engine.stats.drafted_tokens > engine.stats.accepted_tokens > 6
 
 
+def test_branches_draw_the_same(make_decoder):
+    """A branch's page is not copied on the device, its draws are another's, or they outgrow what a step leaves."""
+    asked = requests(3, new=7)[1:]
+    plain = [engine_of(make_decoder()).generate([request])[0] for request in asked]
+    known = {completion.request_id: [*completion.tokens, *range(9)] for completion in plain}
+
+    def branches(sequences: list[Sequence], most: list[int], width: list[int]) -> list[list[list[int]]]:
+        rest = [known[s.request.id][s.num_drawn :][:count] for s, count in zip(sequences, most, strict=True)]
+        return [[[(token + 1) % 67 for token in tokens], tokens[:2], tokens[:1]] for tokens in rest]
+
+    engine = engine_of(make_decoder(), max_sequences=2, draft=at_most(3, 3))
+    engine.scheduler.drafting.drafter = Told(lambda sequences, most: [], branches)
+    assert drawn(engine.generate(asked)) == drawn(plain)
+    assert engine.stats.accepted_tokens >= 2 * 3
+
+
+def test_drafts_are_judged(make_decoder):
+    """On a device a draft is judged by what another was drawn from, or what is recorded is not the model's log-prob."""
+    asked = [replace(requests(2, new=4)[1], id=f"s{i}", seed=i, tokens=(5, 6, 7)) for i in range(4)]
+    q_V = torch.full((67,), 0.5 / 66)
+    q_V[3] = 0.5
+    decoder = make_decoder()
+    told = Told(
+        lambda sequences, most: [[3] * count for count in most],
+        probabilities=lambda sequences: [q_V.repeat(3, 1).to(decoder.device) for _ in sequences],
+    )
+    engine = engine_of(decoder, draft=at_most(3, verify="reject"))
+    engine.scheduler.drafting.drafter = told
+    done = engine.generate(asked)
+    again = replace(asked[0], tokens=(5, 6, 7, *done[0].tokens), scored=True, sampling=Sampling(max_new_tokens=1))
+    (scored,) = engine_of(decoder).generate([again])
+    assert [x.hex() for x in scored.prompt["logprobs"][3:].tolist()] == [x.hex() for x in done[0].logprobs]
+    assert engine.stats.drafted_tokens > engine.stats.accepted_tokens
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_broken_row_fails_alone(make_decoder):
     """NaN logits are drawn from in silence, padding is blamed for them, or they end their neighbours' step."""

@@ -84,8 +84,9 @@ class PagedMemory:
         return page * page_tokens + position % page_tokens
 
     def chains(self, work: Work, length: int) -> list[int]:
-        chain, chains = 0, []
-        for token, version in zip(self.contexts[work.request.id], self.history[work.sequence][:length], strict=False):
+        chain, chains, past = 0, [], self.history[work.sequence]
+        past = [*past[:length], *past[-1:] * (length - len(past))]  # a branch may be longer than its sequence
+        for token, version in zip(self.context(work), past, strict=False):
             chain = hash((chain, token, version))
             chains.append(chain)
         return chains
@@ -99,7 +100,7 @@ class PagedMemory:
 
     def read(self, work: Work, length: int, query: int) -> None:
         """Every slot before `length` that a query at `query` sees in some group must be this sequence's own past."""
-        context, chains = self.contexts[work.request.id], self.chains(work, length)
+        context, chains = self.context(work), self.chains(work, length)
         for group, kind in enumerate(self.layout.groups):
             for position in range(length):
                 if position >= kind.reach.first_seen(query) or position < kind.sinks:
@@ -114,7 +115,7 @@ class PagedMemory:
                 del self.slots[self.slot(work, group, position)]
 
     def run(self, batch: Batch) -> Sampled:
-        assert 0 < batch.num_tokens == sum(len(work.tokens) for work in batch.works) <= self.config.batch_tokens
+        assert 0 < batch.num_tokens == sum(len(work.tokens) for work in batch.all_works) <= self.config.batch_tokens
         assert len({work.sequence for work in batch.works}) == len(batch.works) <= self.config.max_sequences
         for page in batch.named:
             slots = range(page * self.config.page_tokens, (page + 1) * self.config.page_tokens)
@@ -153,9 +154,11 @@ class PagedMemory:
             self.read(work, work.start, work.start)
             self.most_pages = max(self.most_pages, sum(page >= 0 for table in work.tables for page in table))
         written: set[int] = set()
+        self.read_branches(batch)
         for work in batch.works:
-            end = work.start + len(work.tokens)
             self.history[work.sequence] += [version] * len(work.tokens)
+        for work in batch.all_works:
+            end = work.start + len(work.tokens)
             chains = self.chains(work, end)
             for position, token in enumerate(work.tokens, start=work.start):
                 for group in range(len(self.layout.groups)):
@@ -166,36 +169,60 @@ class PagedMemory:
                 self.prompt_tokens_run += position < len(work.request.tokens)
         self.run_tokens += batch.num_tokens
         sampled = Sampled([], {"logprobs": []})
-        for work in batch.works:
+        going: dict[int, tuple[int, list[int]]] = {}  # sequence -> where what was drawn ends, and its context then
+        for work in batch.all_works:
             end = work.start + len(work.tokens)
             for query in range(work.start, end):
                 self.read(work, query + 1, query)
             self.stands.update(self.chains(work, end - max(0, work.draws - 1)))
             if work.draws:
-                self.draw(work, sampled, version)
+                last, following = self.draw(work, sampled)
+                if last > going.get(work.sequence, (0, []))[0]:
+                    going[work.sequence] = last, [*self.context(work)[:last], following]
+        for work in batch.works:
+            if work.sequence in going:
+                last, self.contexts[work.request.id] = going[work.sequence]
+                self.sampled_by.setdefault(work.request.id, []).extend(
+                    [version] * (last - (work.start + len(work.tokens) - work.draws))
+                )
+                self.reached[work.sequence] = max(self.reached[work.sequence], last)
+                del self.history[work.sequence][last:]
+                self.history[work.sequence] += [version] * (last - len(self.history[work.sequence]))
+                self.wrong_drafts += work.start + len(work.tokens) - last
+        self.wrong_drafts += sum(len(work.tokens) for work in batch.branches)
         return sampled
 
-    def draw(self, work: Work, sampled: Sampled, version: int) -> None:
-        """The token after each of a work's last rows; what comes first, and is not a draft, is what goes on."""
-        context, past, end = self.contexts[work.request.id], self.history[work.sequence], work.start + len(work.tokens)
-        stands = True
+    def read_branches(self, batch: Batch) -> None:
+        """Each is its sequence's next token, and other drafts than that has."""
+        own = {work.sequence: work for work in batch.works}
+        for work in batch.branches:
+            decode = own[work.sequence]
+            assert decode.draws > 1 and work.draws == len(work.tokens) > 1 and work.start == decode.start
+            assert work.tokens[0] == decode.tokens[0] and work.tokens != decode.tokens[: len(work.tokens)]
+            self.read(work, work.start, work.start)
+
+    def context(self, work: Work) -> list[int]:
+        """Of its sequence, with its own drafts."""
+        return [*self.contexts[work.request.id][: work.start], *work.tokens]
+
+    def draw(self, work: Work, sampled: Sampled) -> tuple[int, int]:
+        """The token after each of a work's last rows; how long the context is that stands, and the token after it."""
+        context, end = self.context(work), work.start + len(work.tokens)
+        stands, ended, last, following = True, False, 0, 0
         for length in range(end - work.draws + 1, end + 1):
             token, logprob = draw(work.request.seed, context[:length])
             if length - len(work.request.tokens) == breaks(work.request):
                 sampled.failed[len(sampled.tokens)] = f"{work.request.id} broke"
-                if stands:
+                if stands and not ended:
                     self.spoil(work)
             sampled.tokens.append(token)
             sampled.values["logprobs"].append(logprob)
             if stands:
                 self.stands.update(self.chains(work, length))
                 last, following = length, token
-                self.sampled_by.setdefault(work.request.id, []).append(version)
+                ended |= token in work.request.sampling.stop_token_ids
                 stands = length < end and context[length] == token
-        self.wrong_drafts += end - last
-        self.reached[work.sequence] = max(self.reached[work.sequence], last)
-        context[last:] = [following]
-        del past[last:]
+        return last, following
 
 
 class DeviceFailed(WorldError):
@@ -218,11 +245,12 @@ class Device(PagedMemory):
             assert all(token >= 0 for token in tokens[:-1])
             return [token if token >= 0 else self.drawn[-1 - token] for token in tokens]
 
-        sampled = self.run(replace(batch, works=[replace(work, tokens=known(work.tokens)) for work in batch.works]))
+        works = [replace(work, tokens=known(work.tokens)) for work in batch.works]
+        sampled = self.run(replace(batch, works=works))
         self.drawn = sampled.tokens
         written = [
             self.slot(work, group, position)
-            for work in batch.works
+            for work in batch.all_works
             for group in range(len(self.layout.groups))
             for position in range(work.start, work.start + len(work.tokens))
         ]
@@ -264,20 +292,25 @@ def make(
 
 
 def guesses(rights: list[int]) -> Drafter:
-    """Drafts of which the first rights[i] of each turn are those that will be drawn, and the others are not."""
+    """Drafts of which the first rights[i] of each turn are those that will be drawn, and the others are not; of several
+    side by side each has a turn."""
     turns = cycle(rights)
 
-    def drafts(sequences: list[Sequence], most: list[int]) -> list[list[int]]:
-        found = []
-        for sequence, many in zip(sequences, most, strict=True):
-            context, right = sequence.tokens.copy(), next(turns)
-            for place in range(many):
-                token, _ = draw(sequence.request.seed, context)
-                context.append(token if place < right else (token + 1) % VOCAB)
-            found.append(context[len(sequence.tokens) :])
-        return found
+    def guessed(sequence: Sequence, many: int, off: int) -> list[int]:
+        context, right = sequence.tokens.copy(), next(turns)
+        for place in range(many):
+            token, _ = draw(sequence.request.seed, context)
+            context.append(token if place < right else (token + off) % VOCAB)
+        return context[len(sequence.tokens) :]
 
-    return Told(drafts)
+    def drafts(sequences: list[Sequence], most: list[int]) -> list[list[int]]:
+        return [guessed(sequence, many, 1) for sequence, many in zip(sequences, most, strict=True)]
+
+    def paths(sequences: list[Sequence], most: list[int], width: list[int]) -> list[list[list[int]]]:
+        asked = zip(sequences, most, width, strict=True)
+        return [[guessed(sequence, many, 1 + path) for path in range(wide)] for sequence, many, wide in asked]
+
+    return Told(drafts, paths)
 
 
 def group(

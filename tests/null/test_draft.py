@@ -141,7 +141,7 @@ def test_an_engine_that_drafts_waits_for_its_device() -> None:
     rights=st.lists(st.integers(0, 6), min_size=1, max_size=8),
     reach=st.sampled_from([Reach(), Reach(window=3), Reach(window=9), Reach(chunk=6)]),
     sinks=st.sampled_from([0, 3]),
-    spare=st.integers(0, 9),
+    spare=st.sampled_from([0, 4, 40]),
     prompt=st.lists(st.integers(0, 1), min_size=1, max_size=12),
     draft_tokens=st.integers(1, 6),
 )
@@ -166,10 +166,12 @@ def test_a_later_turn_finds_what_drafts_computed(
         (again,) = engine.generate(group("b", [*context, 3], 1, 1))
         found.append((again.cached_tokens, [completion.stop_reason for completion in done]))
         engine.check_integrity()
-    assert found[0] == found[1]
     plain, drafted = (engine.stats for engine, _ in made)
-    assert drafted.run_tokens - plain.run_tokens == drafted.drafted_tokens - drafted.accepted_tokens
-    assert drafted.batches == plain.batches - drafted.accepted_tokens
+    assert found[0][1] == found[1][1]
+    if not plain.evicted_pages and not drafted.evicted_pages:  # else drafts' pages may have taken a cached one's place
+        assert found[0] == found[1]
+        assert drafted.run_tokens - plain.run_tokens == drafted.drafted_tokens - drafted.accepted_tokens
+        assert drafted.batches == plain.batches - drafted.accepted_tokens
 
 
 @given(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=40), most=st.integers(0, 6), big=st.booleans())

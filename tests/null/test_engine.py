@@ -50,13 +50,15 @@ def engines(pick: st.DrawFn) -> tuple[Engine, PagedMemory]:
     size, most = pick(st.sampled_from([2, 4, 8])), pick(st.integers(1, 6))
     layout = pick(layouts)
     drafter = pick(st.one_of(st.none(), st.lists(st.integers(0, 5), min_size=1, max_size=7).map(guesses)))
+    order = pick(st.sampled_from(["arrival", "longest", "fair", "shares"]))
+    branches = 1 if order == "shares" else pick(st.sampled_from([1, 2, 3]))
     return make(
         layout.most_pages(12, 1, size) + pick(st.integers(0, 6)),  # a few requests never fit, and two often don't
         layout=layout,
         memory=pick(st.sampled_from([PagedMemory, Device])),
         drafter=drafter,
-        draft=at_most(pick(st.sampled_from([0, 0, 1, 4, 9]))),
-        order=pick(st.sampled_from(["arrival", "longest", "fair", "shares"])),
+        draft=at_most(pick(st.sampled_from([0, 0, 1, 4, 9])), branches),
+        order=order,
         page_tokens=size,
         batch_tokens=most + pick(st.integers(0, 12)),
         max_sequences=most,

@@ -14,6 +14,8 @@ from tandem.engine.tally import Tally
 from tandem.types import Completion, Request, StopReason, WeightVersion
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tandem.engine.constraint import Matcher
     from tandem.engine.share import Node
 
@@ -41,6 +43,9 @@ class Work:
     tables: tuple[array[int], ...]  # a page table (int32) for each group of layers
     draws: int  # the last rows, each of which draws the token of the next position; 0 where more is known
     request: Request  # sampling parameters and seed
+    # Under engine.draft.verify=reject: what its drafts were drawn from, [drafts, V] fp32; () where each was sure. None:
+    # a draft stands where it is what is drawn.
+    proposals: Tensor | tuple[()] | None = None
 
     @property
     def scores(self) -> int:
@@ -55,7 +60,7 @@ class Work:
 
 @dataclass(slots=True)
 class Batch:
-    """One forward pass: decodes first, then chunks of prompts. Each sequence appears at most once."""
+    """One forward pass: decodes first, then chunks of prompts, each of another sequence; then `branches`."""
 
     works: list[Work]
     version: WeightVersion  # the weights it is to be run with
@@ -71,6 +76,7 @@ class Batch:
     barred: dict[int, str] = field(default_factory=dict)  # draw of a constraint -> why no token can be its
     leaves: list[Node] = field(default_factory=list)  # under shares: who is charged for each work
     charges: list[tuple[Node, int]] = field(default_factory=list)  # under shares: what was charged for it
+    branches: list[Work] = field(default_factory=list)  # other drafts of decodes among `works` (engine/branches.py)
 
     def tell(self, sequence: Sequence, start: int, end: int) -> None:
         """What the rows of a sequence are that do not just follow a draw."""
@@ -83,8 +89,13 @@ class Batch:
         self.prefilled += max(0, end - max(fresh, known))
 
     @property
+    def all_works(self) -> list[Work]:
+        """What a runner runs, in the order of its draws."""
+        return [*self.works, *self.branches] if self.branches else self.works
+
+    @property
     def num_draws(self) -> int:
-        return sum([work.draws for work in self.works])
+        return sum([work.draws for work in self.all_works])
 
     @property
     def scores(self) -> bool:

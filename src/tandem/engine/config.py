@@ -15,6 +15,7 @@ Dtype = Literal["same", "bfloat16", "float32", "float16"]
 Rule = Literal["arrival", "longest", "fair", "shares"]
 Policy = Literal["fcfs", "plas", "ttl", "continuum", "thunder", "oracle"]
 By = Literal["none", "lookup", "suffix", "synthetic", "model", "eagle3", "dflash"]
+Verify = Literal["match", "reject"]
 Mode = Literal["off", "shadow", "advisory", "enforce"]
 
 
@@ -70,6 +71,8 @@ class DraftConfig:
     model: str = ""  # by model: what model.source takes, of the same vocabulary; by eagle3, dflash: a folder, or a run
     vocabulary: Count = 0  # by model, dflash: tokens that are drafted at all, the most frequent; 0: all
     vocabulary_of: str = ""  # texts, a run or a token map that says which; empty: the answers, once there are some
+    verify: Verify = "match"  # a draft stands if it is what is drawn; reject: by its probability
+    branches: Positive = 1  # most drafts of a sequence that a step tries side by side
 
     def __post_init__(self) -> None:
         if (self.by in ("model", "eagle3", "dflash")) != bool(self.model):
@@ -85,6 +88,12 @@ class DraftConfig:
             )
         if self.vocabulary_of and not self.vocabulary:
             raise ConfigError("engine.draft.vocabulary_of is given: say how many tokens, with engine.draft.vocabulary.")
+        if self.branches > 1 and self.verify == "reject":
+            raise ConfigError(
+                f"engine.draft.branches is {self.branches} and engine.draft.verify is reject: of drafts side by side "
+                "one at most is what the model draws, and none is drawn where drafts are accepted by probability. Set "
+                "engine.draft.verify to match, or engine.draft.branches to 1."
+            )
 
     @classmethod
     def of(cls, name: str) -> DraftConfig:
@@ -138,7 +147,7 @@ class EngineConfig:
     @property
     def most_draws(self) -> int:
         """Of one step."""
-        return min(self.batch_tokens, self.max_sequences * (1 + self.draft.most))
+        return min(self.batch_tokens, self.max_sequences * (1 + self.draft.most) * self.draft.branches)
 
     def __post_init__(self) -> None:
         check_weights_name("engine.weights", self.weights)
@@ -152,6 +161,17 @@ class EngineConfig:
             raise ConfigError(
                 f"engine.shares is {self.shares!r}, and engine.order is {self.order!r}, which has no tenants. Set "
                 "engine.order to shares, or leave engine.shares out."
+            )
+        if self.draft.branches > 1 and self.order == "shares":
+            raise ConfigError(
+                f"engine.draft.branches is {self.draft.branches} and engine.order is shares: rows of a second draft "
+                "would be charged to nobody. Set engine.draft.branches to 1, or another engine.order."
+            )
+        if self.draft.verify == "reject" and self.replicas > 1:
+            raise ConfigError(
+                f"engine.draft.verify is reject and engine.replicas is {self.replicas}: what one replica is late with "
+                "is asked of another, which has other drafts and so draws another text. Set engine.draft.verify to "
+                "match, or engine.replicas to 1."
             )
         if self.batch_tokens < self.max_sequences:
             raise ConfigError(

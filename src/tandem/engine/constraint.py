@@ -67,7 +67,7 @@ class Grammars:
     def fill(self, batch: Batch, live: Mapping[str, LiveSequence]) -> None:
         """The masks of a batch's draws, of which none is pending; or why a draw has none."""
         end = 0
-        for work in batch.works:
+        for work in batch.all_works:
             draw, end = end, end + work.draws
             sequence = live.get(work.request.id)
             if work.request.constraint is None or sequence is None or sequence.arrival != work.sequence:

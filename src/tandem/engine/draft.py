@@ -11,6 +11,8 @@ from array import array
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tandem.engine.batch import Sequence
 
 LONGEST, SHORTEST = 4, 2  # tokens at a context's end that are looked for
@@ -29,6 +31,17 @@ class Drafter:
         vocabulary. Sequences are as they were at the last call or longer, and come in any company and order."""
         raise NotImplementedError
 
+    def branches(self, sequences: list[Sequence], most: list[int], width: list[int]) -> list[list[list[int]]]:
+        """As `draft`, but of each sequence up to `width` drafts that may follow it, the likeliest first: paths of a
+        tree, of which one at most will be what the model draws."""
+        return [[drafts] for drafts in self.draft(sequences, most)]
+
+    def probabilities(self, sequences: list[Sequence]) -> list[Tensor | None]:
+        """Of what `draft` just gave for these sequences, under engine.draft.verify=reject: what each draft was drawn
+        from, with engine/reject.py's `proposed`: [drafts, V] fp32. None where drafts are sure. Whether a draft is given
+        must not hang on the draft itself, or texts are distributed otherwise than the model says."""
+        return [None] * len(sequences)
+
     def ended(self, sequence: Sequence) -> None:
         """A sequence ended, with all that it drew; it is drafted for no more."""
 
@@ -45,6 +58,10 @@ class PromptLookup(Drafter):
     def draft(self, sequences: list[Sequence], most: list[int]) -> list[list[int]]:
         return [lookup(sequence.tokens, count) for sequence, count in zip(sequences, most, strict=True)]
 
+    def branches(self, sequences: list[Sequence], most: list[int], width: list[int]) -> list[list[list[int]]]:
+        asked = zip(sequences, most, width, strict=True)
+        return [lookups(sequence.tokens, count, wide) for sequence, count, wide in asked]
+
 
 def lookup(tokens: list[int], most: int) -> list[int]:
     """At most so many tokens that followed the last ones before.
@@ -52,6 +69,16 @@ def lookup(tokens: list[int], most: int) -> list[int]:
     >>> lookup([5, 6, 7, 8, 9, 6, 7], 2), lookup([5, 6, 7], 2), lookup([6, 7, 6, 7], 3)
     ([8, 9], [], [6, 7])
     """
+    return next(iter(lookups(tokens, most, 1)), [])
+
+
+def lookups(tokens: list[int], most: int, width: int) -> list[list[int]]:
+    """What followed the last ones each time before, the most of them and the latest first; at most `width` that differ.
+
+    >>> lookups([6, 7, 1, 6, 7, 2, 6, 7, 1, 6, 7], 2, 3)
+    [[1, 6], [2, 6]]
+    """
+    found: list[list[int]] = []
     context = array("i", tokens)
     size, raw = context.itemsize, context.tobytes()
     for count in range(min(LONGEST, len(tokens) - 1), SHORTEST - 1, -1):
@@ -59,6 +86,10 @@ def lookup(tokens: list[int], most: int) -> list[int]:
         while (before := raw.rfind(ending, 0, before)) >= 0:
             if before % size == 0:
                 start = before // size + count
-                return tokens[start : start + most]
+                followed = tokens[start : start + most]
+                if followed and followed not in found:
+                    found.append(followed)
+                if len(found) >= width or not most:
+                    return found
             before += len(ending) - 1
-    return []
+    return found

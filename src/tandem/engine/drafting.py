@@ -6,8 +6,9 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from tandem.engine.branches import Branches, apart
 from tandem.engine.config import DraftConfig
 from tandem.engine.draft import Drafter
 from tandem.engine.drafters import drafter_of
@@ -61,10 +62,10 @@ class Drafting:
         self._stats = stats
         return self
 
-    def add(self, decodes: list[Work], live: Mapping[str, Sequence], budget: int, rows: int) -> int:
+    def add(self, decodes: list[Work], live: Mapping[str, Sequence], budget: int, rows: int, branches: Branches) -> int:
         """Adds drafts to works of one token, as far as pages and a budget of tokens allow; returns the tokens left.
 
-        rows: of the step without them."""
+        rows: of the step without them. What is drafted of a sequence beside its first drafts goes to `branches`."""
         self._drafted_s, self._why, began_s = 0.0, "room", self.clock()
         sequences, limit = [live[work.request.id] for work in decodes], min(self.config.most, budget)
         most = [max(0, min(limit, sequence.limit - len(sequence.tokens) - 1)) for sequence in sequences]
@@ -73,7 +74,9 @@ class Drafting:
             self._why = self.lengths.why
         if not any(most):
             return budget
-        for work, sequence, drafts in zip(decodes, sequences, self._drafts(sequences, most, began_s), strict=True):
+        paths = self._drafts(sequences, most, began_s)
+        proposals = self._proposals(sequences, paths)
+        for work, sequence, (drafts, *_), drawn_from in zip(decodes, sequences, paths, proposals, strict=True):
             if drafts:
                 pages, known = sequence.pages, len(sequence.tokens)
                 assert pages is not None
@@ -81,25 +84,57 @@ class Drafting:
                 pages.cover(known + len(drafts))
                 work.tokens += drafts
                 work.draws += len(drafts)
+                work.proposals = drawn_from if drafts else None
                 budget -= len(drafts)
+        for work, count, (_, *others) in zip(decodes, most, paths, strict=True):
+            for drafts in apart([work.tokens[1:], *others], count)[1:] if others else ():
+                if work.draws > 1 and len(drafts) < budget and branches.add(work, drafts):
+                    budget -= 1 + len(drafts)
         return budget
 
-    def _drafts(self, sequences: list[Sequence], most: list[int], began_s: float) -> list[list[int]]:
+    def widths(self, sequences: list[Sequence]) -> list[int]:
+        """How many drafts side by side each sequence may have now."""
+        return [self.config.branches] * len(sequences)
+
+    def _drafts(self, sequences: list[Sequence], most: list[int], began_s: float) -> list[list[list[int]]]:
+        """Of each sequence one list of drafts, perhaps empty, and where there may be several, others."""
         try:
-            drafts = self.drafter.draft(sequences, most)
-            assert len(drafts) == len(sequences), f"{len(drafts)} lists of drafts for {len(sequences)} sequences"
-            drafts = [self._valid(one[:count]) if one else one for one, count in zip(drafts, most, strict=True)]
+            if self.config.branches > 1:
+                paths = self.drafter.branches(sequences, most, self.widths(sequences))
+            else:
+                paths = [[drafts] for drafts in self.drafter.draft(sequences, most)]
+            assert len(paths) == len(sequences), f"{len(paths)} lists of drafts for {len(sequences)} sequences"
+            pairs = zip(paths, most, strict=True)
+            paths = [[self._valid(one[:count]) for one in several or [[]]] for several, count in pairs]
         except Exception as error:  # noqa: BLE001 - recorded boundary: drafts are guesses, and the run needs none
             self._turn_off(error)
-            return [[] for _ in sequences]
+            return [[[]] for _ in sequences]
         self._drafted_s = self.clock() - began_s
-        given = [len(one) for one in drafts]
+        given = [len(several[0]) for several in paths]
         self._stats.draft_s += self._drafted_s
         self._stats.offered_tokens += sum(given)
         self._why = "room" if any(given) else "unoffered"
         if self.lengths is not None:
             self.lengths.drafted(most, given, self._drafted_s)
-        return drafts
+        return paths
+
+    def _proposals(self, sequences: list[Sequence], paths: list[list[list[int]]]) -> list[Any]:
+        """`Work.proposals` of each; where they cannot be, the drafts are taken back."""
+        if self.config.verify == "match" or self.off:
+            return [None] * len(sequences)
+        try:
+            found = self.drafter.probabilities(sequences)
+            for (drafts,), q_NV in zip(paths, found, strict=True):
+                if q_NV is not None and drafts:
+                    q_NV = q_NV[: len(drafts)]
+                    given = [float(q_V[draft]) for q_V, draft in zip(q_NV, drafts, strict=True)]
+                    assert min(given) > 0 and float((q_NV.sum(1) - 1).abs().max()) < 1e-3, "drafts of no probability"
+            return [() if q_NV is None else q_NV for q_NV in found]
+        except Exception as error:  # noqa: BLE001 - recorded boundary: as above
+            self._turn_off(error)
+            for several in paths:
+                several[:] = [[]]
+            return [None] * len(sequences)
 
     def _valid(self, drafts: list[int]) -> list[int]:
         """Up to the first that is no id of the vocabulary."""

@@ -233,7 +233,8 @@ class DeviceSteps:
             found = fetch(*wrong)
             return lambda: self._checked(Sampled([], {"logprobs": []}), batch, *found())
         sampling = sampling_of(batch)
-        if runner.config.noise or not sampling.plain or sampling.likely_S.any() or batch.scores:
+        judges = any(work.proposals is not None for work in batch.works)
+        if runner.config.noise or not sampling.plain or sampling.likely_S.any() or batch.scores or judges:
             sampled = runner.taken(self._hidden(self._sent(batch, sampling)), batch, sampling)
             self._drawn[: len(sampling)] = torch.tensor(sampled.tokens, device=self._device)
             found = fetch(*wrong)
@@ -277,7 +278,7 @@ class DeviceSteps:
         return sampled
 
     def _host(self, batch: Batch, sampling: SamplingBatch) -> Step[Here]:
-        rows = StepRows.of(batch.works, self._runner.page_tokens)
+        rows = StepRows.of(batch.all_works, self._runner.page_tokens)
         drawing = (sampling.temperature_S, sampling.seeds_S.view(np.int64))
         return Step(rows, *drawing, *lay_tiles(rows.row_start_S, self._tile))
 

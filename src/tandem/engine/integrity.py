@@ -15,7 +15,9 @@ def check_integrity(scheduler: Scheduler) -> None:
     running, waiting, config = scheduler.running, scheduler.waiting, scheduler.config
     held = [list(s.pages.pages()) for s in running if s.pages is not None]
     programs = scheduler.programs
-    scheduler.index.check_integrity([*held, *scheduler.ends.borrowed.values(), *(programs.tables if programs else ())])
+    scheduler.index.check_integrity(
+        [*held, *scheduler.ends.borrowed.values(), *scheduler.branches.pages(), *(programs.tables if programs else ())]
+    )
     if programs is not None:
         programs.check_integrity(scheduler.live.values())
     assert scheduler.ends.borrowed.keys() <= {s.arrival for s in running}, "a page is borrowed by nobody that runs"

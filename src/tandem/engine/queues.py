@@ -8,6 +8,7 @@ from operator import attrgetter
 
 from tandem.engine.admit import Admission, length_limit
 from tandem.engine.batch import MIXED, Sequence, Stats, Work
+from tandem.engine.branches import Branches
 from tandem.engine.config import EngineConfig
 from tandem.engine.layout import KvLayout, pages_for
 from tandem.engine.order import Order
@@ -51,6 +52,7 @@ class Queues:
         self._copies: dict[int, int] = {}
         self.tails = Tails()
         self.ends = Ends(self.index)
+        self.branches = Branches(self.index)
         self._stats = Stats()
         self.programs = Programs(config, self.index, self._stats) if config.programs.mode != "off" else None
 

@@ -68,7 +68,7 @@ def scored_rows(works: Sequence[Work]) -> Here:
 
 def sampling_of(batch: Batch) -> SamplingBatch:
     """How each row that draws does so."""
-    works = batch.works
+    works = batch.all_works
     each = [(work, work.start + len(work.tokens) - more) for work in works for more in range(work.draws - 1, -1, -1)]
     masks = {"masks": [batch.masks.get(draw, b"") for draw in range(len(each))]} if batch.masks else {}
     return SamplingBatch.stack(

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tandem.engine.batch import Batch, Sampled, Work
 from tandem.engine.config import EngineConfig
 from tandem.engine.layout import KvLayout
 from tandem.engine.opened import OpenPages
+from tandem.engine.reject import Trials, judged
 from tandem.engine.rows import Here, StepRows, changed, sampling_of, scored_rows
-from tandem.errors import NonFiniteError
+from tandem.errors import ConfigError, NonFiniteError
 from tandem.kernels.choice import backend
 from tandem.kernels.head import draw
 from tandem.kernels.large import release_memory
@@ -69,14 +71,12 @@ def with_noise(hidden_SM: torch.Tensor, sampling: SamplingBatch, sigma: float) -
     return torch.from_numpy(noisy_SM).to(hidden_SM)
 
 
-def apart(
-    drawn: Callable[[torch.Tensor, SamplingBatch], Sampled], hidden_SM: torch.Tensor, sampling: SamplingBatch
-) -> Sampled:
-    """What is drawn of each row alone; `failed` names the rows that raise NonFiniteError."""
+def apart(drawn: Callable[[NDArray[np.int64]], Sampled], rows: int) -> Sampled:
+    """What is drawn of each row alone, by its number; `failed` names the rows that raise NonFiniteError."""
     parts: list[Sampled] = []
-    for row in range(len(sampling)):
+    for row in range(rows):
         try:
-            parts.append(drawn(hidden_SM[row : row + 1], sampling.rows(np.array([row]))))
+            parts.append(drawn(np.array([row])))
         except NonFiniteError as error:
             parts.append(Sampled([0], {}, {row: str(error)}))
     names = {name: None for part in parts for name in part.values}
@@ -113,6 +113,11 @@ class DecoderRunner:
         self.pools: list[KvPool | SpanPool]
         rule = (self.kept or decoder.kept or Kept("same", None)).span
         assert rule is None or rule.tokens == page_tokens, (rule, page_tokens)
+        if self.layout.rounds_full and self.config.draft.branches > 1:
+            raise ConfigError(
+                f"engine.draft.branches is {self.config.draft.branches} and full pages are rounded (engine.kv_dtype "
+                "or model.kv): a sequence fills one page at a time there. Set engine.draft.branches to 1."
+            )
         if self.layout.open_bytes:
             assert rule is not None, self.config.kv_dtype
             groups = len(self.layout.groups)
@@ -251,7 +256,7 @@ class DecoderRunner:
         """Write the keys and values of the batch's tokens and draw the tokens that its works ask for."""
         if self.start is not None:
             return self.start(batch)()
-        works = batch.works
+        works = batch.all_works
         self._check_pages(batch)
         if self.opened is not None:
             self.opened.begin()
@@ -294,18 +299,20 @@ class DecoderRunner:
 
     def taken(self, hidden_NM: torch.Tensor, batch: Batch, sampling: SamplingBatch) -> Sampled:
         """What the rows of a step that draw or score give."""
+        trials = Trials.of(batch)
         if not batch.scores:
-            return self.drawn(hidden_NM, sampling) if len(sampling) else Sampled([], {"logprobs": []})
-        scores = scored_rows(batch.works)
-        ends = np.cumsum([len(work.tokens) for work in batch.works])
+            return self.drawn(hidden_NM, sampling, trials) if len(sampling) else Sampled([], {"logprobs": []})
+        works = batch.all_works
+        scores = scored_rows(works)
+        ends = np.cumsum([len(work.tokens) for work in works])
         draws = np.concatenate(
-            [np.arange(end - work.draws, end) for work, end in zip(batch.works, ends.tolist(), strict=True)]
+            [np.arange(end - work.draws, end) for work, end in zip(works, ends.tolist(), strict=True)]
         )
         rows = np.union1d(draws, scores)
         drawing, scoring = (torch.from_numpy(np.searchsorted(rows, some)) for some in (draws, scores))
         sampled = Sampled([], {"logprobs": []})
         if len(draws):
-            sampled = self.drawn(hidden_NM[drawing.to(hidden_NM.device)], sampling)
+            sampled = self.drawn(hidden_NM[drawing.to(hidden_NM.device)], sampling, trials)
         sampled.scores = self._scored(hidden_NM[scoring.to(hidden_NM.device)], batch)
         return sampled
 
@@ -326,17 +333,22 @@ class DecoderRunner:
             first = last
         return found
 
-    def drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
-        """A token for each row of the final hidden states, or why it has none."""
+    def drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch, trials: Trials | None = None) -> Sampled:
+        """A token for each row of the final hidden states, or why it has none. trials: drafts that rows judge."""
         if self.config.noise:
             hidden_SM = with_noise(hidden_SM, sampling, self.config.noise)
         try:
-            return self._drawn(hidden_SM, sampling)
+            return self._drawn(hidden_SM, sampling, trials)
         except NonFiniteError:  # a row has the same bits alone
-            return apart(self._drawn, hidden_SM, sampling)
 
-    def _drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
-        sampled, told_N = self._tokens(hidden_SM, sampling), np.flatnonzero(sampling.likely_S)
+            def drawn(rows_N: NDArray[np.int64]) -> Sampled:
+                some = trials.rows(rows_N) if trials is not None else None
+                return self._drawn(hidden_SM[torch.from_numpy(rows_N)], sampling.rows(rows_N), some)
+
+            return apart(drawn, len(sampling))
+
+    def _drawn(self, hidden_SM: torch.Tensor, sampling: SamplingBatch, trials: Trials | None) -> Sampled:
+        sampled, told_N = self._tokens(hidden_SM, sampling, trials), np.flatnonzero(sampling.likely_S)
         if len(told_N):
             logits_NV = logits(hidden_SM[torch.from_numpy(told_N).to(hidden_SM.device)], self.head)
             likely: list[bytes | None] = [None] * len(sampling)
@@ -345,12 +357,12 @@ class DecoderRunner:
             sampled.values["likely"] = likely
         return sampled
 
-    def _tokens(self, hidden_SM: torch.Tensor, sampling: SamplingBatch) -> Sampled:
-        if sampling.plain:
+    def _tokens(self, hidden_SM: torch.Tensor, sampling: SamplingBatch, trials: Trials | None) -> Sampled:
+        if sampling.plain and trials is None:
             tokens_S, logprobs_S = draw(hidden_SM, self.head, sampling)
             return Sampled(tokens_S.tolist(), {"logprobs": logprobs_S.tolist()})
         logits_SV = logits(hidden_SM, self.head)
-        tokens_S, logprobs_S = sample(logits_SV, sampling)
+        tokens_S, logprobs_S = sample(logits_SV, sampling) if trials is None else judged(logits_SV, sampling, trials)
         kept, unfiltered = kept_sets(logits_SV, tokens_S, sampling)
         values = {"logprobs": logprobs_S.tolist(), "kept": kept, "unfiltered_logprobs": unfiltered}
         return Sampled(tokens_S.tolist(), values)

@@ -20,6 +20,7 @@ The rules, all of them:
 * Drafts (engine/draft.py) follow a decode's token as far as tokens and pages are left when all else is planned. What is
   drawn after a draft that was drawn itself stands; the rest is dropped, and its pages are let go. A block is named when
   all its tokens stand. What follows is drafted when the draws are known, so no batch is planned before.
+* Beside them other drafts of the same sequence may run, on pages of their own (engine/branches.py), after everybody's.
 * A waiting request starts, in the order of engine/order.py, if there are pages for what it and all that run are
   expected to take soon (engine/admit.py). Alone it always starts.
 * A prompt's full blocks are taken from the prefix index as far as all groups have what the rest sees. A block that a
@@ -107,6 +108,7 @@ class Scheduler(Queues):
         if sequence is None:
             return None
         self.planned = None
+        self.branches.clear()
         if self.programs is not None:
             self.programs.ended(sequence, StopReason.ABORTED, now)
         self.order.gone(sequence, waited=sequence.pages is None)
@@ -165,6 +167,7 @@ class Scheduler(Queues):
         """
         drafting = self.drafting.on
         assert not drafting or self.advanced is None, "what follows drafts is planned when they are resolved"
+        self.branches.clear()
         if self.programs is not None:
             self._named += self.programs.plan(now)
         self._make_room()
@@ -179,9 +182,14 @@ class Scheduler(Queues):
         if self.waiting:
             budget = self._admit(works, budget, now)
         if decodes:
-            budget = self.drafting.add(decodes, self.live, budget, self.config.batch_tokens - budget)
-        num_tokens = self.config.batch_tokens - budget
-        self.planned = Batch(works, self.version, num_tokens, self._named.copy(), self._shared, self._copies, now)
+            rows = self.config.batch_tokens - budget
+            budget = self.drafting.add(decodes, self.live, budget, rows, self.branches)
+        num_tokens, branches = self.config.batch_tokens - budget, self.branches
+        copies = self._copies
+        if branches.copies:  # all are made at once: what is itself copied to is not copied from
+            copies = copies | {page: copies.get(source, source) for page, source in branches.copies.items()}
+        self.planned = Batch(works, self.version, num_tokens, self._named.copy(), self._shared, copies, now)
+        self.planned.branches = branches.works
         return self.planned
 
     @property
@@ -208,7 +216,8 @@ class Scheduler(Queues):
         works = hand.works
         budget = self.config.batch_tokens - sum([len(work.tokens) for work in works])
         if drafting and hand.draws:
-            budget = self.drafting.add(hand.draws, self.live, budget, self.config.batch_tokens - budget)
+            rows = self.config.batch_tokens - budget
+            budget = self.drafting.add(hand.draws, self.live, budget, rows, self.branches)
         num_tokens = self.config.batch_tokens - budget
         self.planned = Batch(works, self.version, num_tokens, self._named.copy(), self._shared, self._copies, now)
         self.planned.leaves = hand.leaves
@@ -352,7 +361,9 @@ class Scheduler(Queues):
         took_s = self._stats.took(batch, now)
         live, stops, stats, step = self.live, self.stops, self._stats, batch.version.step
         columns, drawn, failed = list(sampled.values.items()), sampled.tokens, sampled.failed
-        finished, end = list[Completion](), 0
+        finished, past = list[Completion](), 0
+        longer = self.branches.standing(batch, sampled) if batch.branches else {}
+        beside = sum([work.draws for work in batch.branches])  # rows of drafts that others stood longer than
         for place, (logprobs, likely) in sampled.scores.items():
             work = batch.works[place]
             sequence = live.get(work.request.id)
@@ -361,12 +372,18 @@ class Scheduler(Queues):
         for work in batch.works:
             if not work.draws:
                 continue
-            draw, end = end, end + work.draws
+            draw, past = past, past + work.draws
             sequence = live.get(work.request.id)
             if sequence is None or sequence.arrival != work.sequence:
                 continue
             tokens = sequence.tokens
             assert tokens[-1] == -1 - draw, (tokens[-1], draw)
+            if work.sequence in longer:
+                beside += work.draws
+                work, draw = longer[work.sequence]
+                beside -= work.draws
+                self.branches.adopt(sequence, work)
+            end = draw + work.draws
             while True:
                 if draw in failed:
                     tokens.pop()
@@ -409,6 +426,8 @@ class Scheduler(Queues):
                     self.programs.ended(sequence, reason, now)
                 self.drafting.ended(sequence)
                 self._end(sequence)
+        stats.drafted_tokens += beside
+        self.branches.clear()
         self.drafting.took(batch, took_s)
         if finished:
             self.running = [sequence for sequence in self.running if sequence.pages is not None]
@@ -428,6 +447,7 @@ class Scheduler(Queues):
         self.planned = self.advanced = None
         self.order.failed(batch)
         self._named, self._shared, self._copies = [], [], {}
+        self.branches.clear()
         for work in batch.works:
             sequence = self.live.get(work.request.id)
             if work.draws and sequence is not None and sequence.arrival == work.sequence:

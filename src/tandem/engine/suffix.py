@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
+from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from tandem.engine.draft import Drafter
@@ -22,6 +23,7 @@ ENDINGS = (16, 8, 4, 2)  # tokens of an ending that is looked for, the longest f
 LONGER = (64, 32)  # than the longest: a place that has so many in common counts for as many
 PLACES = 8  # of an ending that are looked at: the latest
 LEAST = 0.1  # share of the votes that a draft and all before it have
+Following = list["tuple[array[int], int]"]  # tokens that followed, and their weight
 
 
 class History:
@@ -93,21 +95,47 @@ class History:
         following = self._following(self._texts[name], most)
         drafts, sure = list[int](), 1.0
         while len(following) > 1 and len(drafts) < most:
-            place, votes = len(drafts), dict[int, int]()
-            for tokens, weight in following:
-                if place < len(tokens):
-                    votes[tokens[place]] = votes.get(tokens[place], 0) + weight
+            votes = _votes(following, len(drafts))
             if not votes:
                 return drafts
             best = max(votes, key=votes.__getitem__)  # of several the one of the latest place
             sure *= votes[best] / sum(votes.values())
             if sure < LEAST:
                 return drafts
+            following = _after(following, len(drafts), best)
             drafts.append(best)
-            following = [one for one in following if place < len(one[0]) and one[0][place] == best]
         return drafts + following[0][0][len(drafts) :].tolist() if following else drafts
 
-    def _following(self, text: array[int], most: int) -> list[tuple[array[int], int]]:
+    def paths(self, name: int, most: int, width: int) -> list[list[int]]:
+        """At most `width` such drafts, none the beginning of another: at each fork the branches with most of the votes,
+        of all that are left open the likeliest first."""
+        if width == 1 or not most:
+            drafts = self.drafts(name, most) if most else []
+            return [drafts] if drafts else []
+        found: list[list[int]] = []
+        # Less the share of the votes, order of arrival, tokens, who votes on.
+        forks: list[tuple[float, int, list[int], Following]] = [(-1.0, 0, [], self._following(self._texts[name], most))]
+        met = 0
+        while forks and len(found) < width:
+            share, _, drafts, following = heappop(forks)
+            sure = -share
+            while len(drafts) < most and (votes := _votes(following, len(drafts))):
+                best, total = max(votes, key=votes.__getitem__), sum(votes.values())
+                for token, count in votes.items():
+                    if token != best and sure * count / total >= LEAST:
+                        met += 1
+                        after = _after(following, len(drafts), token)
+                        heappush(forks, (-sure * count / total, met, [*drafts, token], after))
+                sure *= votes[best] / total
+                if sure < LEAST:
+                    break
+                following = _after(following, len(drafts), best)
+                drafts.append(best)
+            if drafts:
+                found.append(drafts)
+        return found
+
+    def _following(self, text: array[int], most: int) -> Following:
         """What follows a text's longest known ending, at most so many tokens, that of the latest place first; and what
         it has in common with those places, added up."""
         length, texts, weights = len(text), self._texts, dict[bytes, int]()
@@ -132,6 +160,20 @@ class History:
         return []
 
 
+def _votes(following: Following, place: int) -> dict[int, int]:
+    """For each token that may come there, in the order of the latest places."""
+    votes = dict[int, int]()
+    for tokens, weight in following:
+        if place < len(tokens):
+            votes[tokens[place]] = votes.get(tokens[place], 0) + weight
+    return votes
+
+
+def _after(following: Following, place: int, token: int) -> Following:
+    """Those that have the token there."""
+    return [one for one in following if place < len(one[0]) and one[0][place] == token]
+
+
 class SuffixLookup(Drafter):
     """Of each tenant its own history: nobody is drafted what another wrote, and so learns nothing of it by time."""
 
@@ -140,10 +182,13 @@ class SuffixLookup(Drafter):
         self._tenants: dict[str, History] = {}
 
     def draft(self, sequences: list[Sequence], most: list[int]) -> list[list[int]]:
+        return [next(iter(paths), []) for paths in self.branches(sequences, most, [1] * len(sequences))]
+
+    def branches(self, sequences: list[Sequence], most: list[int], width: list[int]) -> list[list[list[int]]]:
         for sequence in sequences:  # siblings know of each other's latest tokens
             self._history(sequence).follow(sequence.arrival, sequence.tokens, len(sequence.request.tokens))
-        pairs = zip(sequences, most, strict=True)
-        return [self._history(sequence).drafts(sequence.arrival, count) if count else [] for sequence, count in pairs]
+        asked = zip(sequences, most, width, strict=True)
+        return [self._history(sequence).paths(sequence.arrival, count, wide) for sequence, count, wide in asked]
 
     def ended(self, sequence: Sequence) -> None:
         history = self._history(sequence)

@@ -83,6 +83,14 @@ class PageTables:
             del table[blocks:]
         self.blocks = len(self.tables[0])
 
+    def swap(self, tables: Sequence[array[int]], first: int) -> None:
+        """Its blocks from `first` on for those that other tables have there, whose pages are held once. Each is still
+        seen."""
+        for table, other in zip(self.tables, tables, strict=True):
+            assert NULL not in table[first:] and NULL not in other[first:], (first, table, other)
+            table[first:], other[first:] = other[first:], table[first:]
+        self.blocks = len(self.tables[0])
+
     def release(self) -> None:
         """Lets go of all, the last block first. The tables themselves stay as they are: a batch may still hold them."""
         for table in self.tables:

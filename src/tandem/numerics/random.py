@@ -32,6 +32,9 @@ class Stream(IntEnum):
     """What a number is used for; uses never share numbers."""
 
     TARGET = 0  # the token drawn from the model
+    PROPOSAL = 1  # a draft, where it is accepted by its probability (engine/reject.py); the next two beside it
+    ACCEPT = 2  # whether it is; the token id is 0
+    RESIDUAL = 3  # the token in its place where it is not
     ROUNDING = 4  # stochastic rounding
     NOISE = 5  # engine.noise; a channel of the final hidden state stands in the place of the token id
     INITIAL = 6  # weights of a new model; the tensor's number stands in the place of the position

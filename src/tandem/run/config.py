@@ -359,6 +359,7 @@ def _check_asynchrony(config: RunConfig) -> None:
         "select.window": (config.select.window, 0),
         "select.first_samples": (config.select.first_samples, 0),
         "rollout.extra_prompts": (config.rollout.extra_prompts, 0),
+        "engine.draft.verify": (config.engine.draft.verify, "match"),  # a text is drawn again, with other drafts
     }
     for name, (value, wanted) in refused.items():
         if value != wanted:

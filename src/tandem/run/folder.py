@@ -340,10 +340,13 @@ def _differs(path: Path, dumped: Mapping[str, Any], config: Any, may_differ: tup
     lines = diff(_load_saved(path, type(config), dumped), config)
     if (saved := latest_checkpoint(path)) and config.steps < saved.step:
         raise ConfigError(f"steps is {config.steps}, and step {saved.step} of {path} is done. Give as many or more.")
+    hangs = dumped.get("engine", {}).get("draft", {}).get("verify") == "reject"  # then a text hangs on its drafts
+    fixed = "engine.draft." if hangs else "engine.draft.verify"
     forbidden = []
     for line in lines:
         name = line.split(":", 1)[0]
-        if not any(name == allowed or name.startswith(f"{allowed}.") for allowed in may_differ):
+        allowed = any(name == one or name.startswith(f"{one}.") for one in may_differ)
+        if not allowed or name.startswith(fixed):
             forbidden.append(f"  {line}")
     if forbidden:
         listed = "\n".join(forbidden)
