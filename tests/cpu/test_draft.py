@@ -44,19 +44,19 @@ SAMPLINGS = (
     Sampling(temperature=0.7, top_k=5, top_p=0.9, max_new_tokens=30),
     Sampling(temperature=1.3, min_p=0.05, max_new_tokens=21, stop_token_ids=tuple(range(0, 97, 7))),
 )
-PLAINLY = [
+ASKED = [
     Request(f"r{i}", f"r{i}", tuple((7 * j * j + 3) % 97 for j in range(5 + 9 * (i % 3))), SAMPLINGS[i % 4], seed=i)
     for i in range(8)
 ]
 HELD = Sampling(max_new_tokens=24, stop_token_ids=(95, 96))
 CONSTRAINTS = (Constraint("json_object"), Constraint("regex", "[^x]{3,9}(ab|cd)*")) if find_spec("llguidance") else ()
-ASKED = [
-    *PLAINLY,
-    replace(PLAINLY[0], id="string", sampling=Sampling(max_new_tokens=40, stop_strings=tuple("aeiouAEIOU"))),
-    replace(PLAINLY[1], id="worn", adapter="a", seed=71),
-    replace(PLAINLY[2], id="scored", scored=True, likely=2, seed=72),
-    replace(PLAINLY[5], id="told", likely=3, seed=73),
-    *(replace(PLAINLY[2], id=c.kind, constraint=c, sampling=HELD, seed=74) for c in CONSTRAINTS),
+MIXED = [
+    *ASKED,
+    replace(ASKED[0], id="string", sampling=Sampling(max_new_tokens=40, stop_strings=tuple("aeiouAEIOU"))),
+    replace(ASKED[1], id="worn", adapter="a", seed=71),
+    replace(ASKED[2], id="scored", scored=True, likely=2, seed=72),
+    replace(ASKED[5], id="told", likely=3, seed=73),
+    *(replace(ASKED[2], id=c.kind, constraint=c, sampling=HELD, seed=74) for c in CONSTRAINTS),
 ]
 
 Of = Callable[[list[Completion], list[int]], Drafter]  # what is drawn without drafts -> who drafts it
@@ -106,7 +106,7 @@ def in_codes(decoder: Decoder) -> bool:
 
 
 def generate(
-    decoder: Decoder, drafter: Drafter | None, num_pages: int = 200, asked: Sequence[Request] = PLAINLY, **changes: Any
+    decoder: Decoder, drafter: Drafter | None, num_pages: int = 200, asked: Sequence[Request] = ASKED, **changes: Any
 ) -> tuple[list[Completion], Engine]:
     engine = engine_of(decoder, drafter, num_pages, **changes)
     done = engine.generate(asked)
@@ -140,7 +140,7 @@ def _plainly(path: str, make: Callable[..., Decoder], model: str) -> tuple[Decod
         for slot, weight in layer.weights():
             if slot.columns is not None:
                 weight.multiply_in_codes(weight.value)
-    asked = [one for one in ASKED if not one.adapter or not in_codes(decoder)]
+    asked = [one for one in MIXED if not one.adapter or not in_codes(decoder)]
     done, engine = generate(decoder, None, asked=asked, **kept)
     assert any("kept" in one.columns for one in done) and bool(engine.stats.cached_tokens) == ("noise" not in kept)
     assert {one.stop_reason for one in done} >= {StopReason.STOP_TOKEN, StopReason.STOP_STRING, StopReason.LENGTH}
@@ -160,13 +160,13 @@ def same(drafted: list[Completion], plain: list[Completion]) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("drafter", DRAFTERS)
 @settings(max_examples=1, deadline=None)
-@example(rights=[0, 5, 15], draft_tokens=15, branches=3, room=200, order=range(len(ASKED)))  # the last branch stands
+@example(rights=[0, 5, 15], draft_tokens=15, branches=3, room=200, order=range(len(MIXED)))  # the last branch stands
 @given(
     rights=st.lists(st.integers(0, 15), min_size=1, max_size=9),
     draft_tokens=st.integers(1, 15),
     branches=st.sampled_from([1, 1, 2, 3]),
     room=st.sampled_from([25, 40, 200]),
-    order=st.permutations(range(len(ASKED))),
+    order=st.permutations(range(len(MIXED))),
 )
 def test_drafts_change_no_bit(plainly, drafter, model, rights, draft_tokens, branches, room, order):
     """A row's bits or noise hang on the drafts beside it, a rejected key is read, a value is booked on another token, a
@@ -175,7 +175,7 @@ def test_drafts_change_no_bit(plainly, drafter, model, rights, draft_tokens, bra
     by, made = DRAFTERS[drafter]
     ours = made(plain, rights) if made is not None else None
     wanted = {one.request_id: one for one in plain}
-    asked = [ASKED[i] for i in order if ASKED[i].id in wanted]
+    asked = [MIXED[i] for i in order if MIXED[i].id in wanted]
     room *= 2 if decoder.spec.layers > 2 else 1
     config = DraftConfig(by, draft_tokens, "fixed", branches=branches)
     drafted, engine = generate(decoder, ours, room, asked, draft=config, **MODELS[model][2])
@@ -191,7 +191,7 @@ def test_drafts_change_no_bit(plainly, drafter, model, rights, draft_tokens, bra
 def test_weights_that_change_in_the_middle(make_decoder, kernel_path, drafter, when):
     """What was drafted, or known of a text, under the weights before is drawn from; or a block of two versions is
     found, under either."""
-    request = replace(PLAINLY[2], sampling=replace(SAMPLINGS[0], max_new_tokens=24))
+    request = replace(ASKED[2], sampling=replace(SAMPLINGS[0], max_new_tokens=24))
     first = [(name, tensor.clone()) for name, tensor in make_decoder("bfloat16").export()]
     other = [(name, tensor.clone()) for name, tensor in make_decoder("bfloat16", 1).export()]
     texts: list[list[Completion]] = []
@@ -250,5 +250,5 @@ def test_a_text_that_goes_in_circles_takes_fewer_steps(make_decoder, kernel_path
     plain, slow = generate(decoder, None)
     drafted, fast = generate(decoder, None, draft=at_most(4))
     assert columns(drafted) == columns(plain)
-    greedy = [len(one.tokens) for one, asked in zip(plain, PLAINLY, strict=True) if asked.sampling.greedy]
+    greedy = [len(one.tokens) for one, asked in zip(plain, ASKED, strict=True) if asked.sampling.greedy]
     assert fast.stats.accepted_tokens > sum(greedy) / 4 and fast.stats.batches < slow.stats.batches

@@ -379,9 +379,8 @@ class Scheduler(Queues):
             tokens = sequence.tokens
             assert tokens[-1] == -1 - draw, (tokens[-1], draw)
             if work.sequence in longer:
-                beside += work.draws
+                beside += work.draws - longer[work.sequence][0].draws
                 work, draw = longer[work.sequence]
-                beside -= work.draws
                 self.branches.adopt(sequence, work)
             end = draw + work.draws
             while True:
