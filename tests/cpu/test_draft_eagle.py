@@ -36,7 +36,9 @@ def tapped(decoder: Decoder, eagle: Eagle, tokens: list[int]) -> torch.Tensor:
     return torch.stack([kept[layer] for layer in eagle.layers], 1)
 
 
-def by_hand(decoder: Decoder, eagle: Eagle, sequence: Sequence, count: int) -> list[int]:
+def by_hand(
+    decoder: Decoder, eagle: Eagle, sequence: Sequence, count: int, view: type[PackView] = PackView
+) -> list[int]:
     """What is drafted of a text, the whole of it run anew for each draft: no page, no hit, nothing kept."""
     tokens, sampling = list(sequence.tokens), sequence.request.sampling
     known = len(tokens)
@@ -44,7 +46,7 @@ def by_hand(decoder: Decoder, eagle: Eagle, sequence: Sequence, count: int) -> l
         fused = eagle.fused(tapped(decoder, eagle, tokens[:-1])) if known > 1 else torch.empty(0, decoder.spec.width)
         features = [torch.zeros(decoder.spec.width, dtype=decoder.dtype), *fused]
         while len(tokens) < known + count:
-            state_TM = eagle.step(torch.stack(features), torch.tensor(tokens), PackView([0, len(tokens)]))
+            state_TM = eagle.step(torch.stack(features), torch.tensor(tokens), view([0, len(tokens)]))
             how = SamplingBatch.stack([sampling], [sequence.request.seed], [len(tokens)])
             tokens += head_of(eagle).draw(eagle.read(state_TM[-1:]), how)
             features.append(state_TM[-1])

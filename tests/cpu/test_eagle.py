@@ -152,14 +152,17 @@ def test_loss_and_gradients_are_autograds(loss, ids, compiled, make_decoder, on_
 
 def _hold_to_autograd(loss, ids, make_decoder, microbatch) -> None:
     decoder = make_decoder("float32", layers=4)
-    eagle = random_eagle(decoder, ids)
+    hold_to_autograd(loss, decoder, random_eagle(decoder, ids), microbatch, ByHand)
+
+
+def hold_to_autograd(loss: str, decoder: Decoder, eagle: Eagle, microbatch: Microbatch, by: type[ByHand]) -> None:
     config = replace(CONFIG, loss=loss)
     learner = Learner(decoder, LearnerConfig(), DrafterObjective(config, lambda _: eagle, save_eagle), 1)
     before = {name: weight.value.clone() for name, weight in decoder.weights()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "teacher_of", lambda hidden_NM, *more: teacher_of(_plain(hidden_NM), *more))
         result = learner.backward(microbatch)
-    hand = ByHand(decoder, eagle, microbatch)
+    hand = by(decoder, eagle, microbatch)
     total, match, covered = torch.zeros((), dtype=torch.float64), 0.0, 0.0
     rows, targets = microbatch.rows_N.tolist(), microbatch.predictions["tokens"].tolist()
     for step in range(config.steps):
@@ -175,7 +178,7 @@ def _hold_to_autograd(loss, ids, make_decoder, microbatch) -> None:
     total.backward()
     found = {name: weight.grad for name, weight in eagle.weights()}
     for (slot, _), (name, grad) in zip(eagle._slots(), found.items(), strict=True):
-        expected = torch.cat([hand.weights[one.name].grad for one in slot.stored])
+        expected = torch.cat([hand.weights[one.name.removeprefix("model.")].grad for one in slot.stored])
         scale = float(expected.abs().max())
         torch.testing.assert_close(grad.double(), expected, rtol=2e-3, atol=2e-4 * scale + 1e-9, msg=name)
     assert all(torch.equal(weight.value, before[name]) for name, weight in decoder.weights())

@@ -23,8 +23,8 @@ JSON_HELP = (
     "Print one JSON object an answer; log-probs are of what was drawn from, at temperature 0 of the model's own."
 )
 DRAFT_HELP = (
-    "Who says tokens ahead, for the same texts in fewer steps; a MODEL: a small one of the same vocabulary; eagle3:RUN "
-    "or dflash:RUN: one that was trained for it."
+    "Who says tokens ahead, for the same texts in fewer steps; a MODEL: a small one of the same vocabulary; "
+    "eagle3:RUN, dflash:RUN or mixed:RUN: one that was trained for it."
 )
 MOST_SEED = 2**63 - 1  # run/asked.py's
 MOST_TEMPERATURE = 1e6  # logits are divided in fp32

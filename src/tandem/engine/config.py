@@ -14,7 +14,7 @@ from tandem.numerics.names import check_kv_name, check_weights_name
 Dtype = Literal["same", "bfloat16", "float32", "float16"]
 Rule = Literal["arrival", "longest", "fair", "shares"]
 Policy = Literal["fcfs", "plas", "ttl", "continuum", "thunder", "oracle"]
-By = Literal["none", "lookup", "suffix", "synthetic", "model", "eagle3", "dflash"]
+By = Literal["none", "lookup", "suffix", "synthetic", "model", "eagle3", "dflash", "mixed"]
 Verify = Literal["match", "reject"]
 Mode = Literal["off", "shadow", "advisory", "enforce"]
 
@@ -68,18 +68,18 @@ class DraftConfig:
     lengths: Literal["measured", "fixed"] = "measured"  # as many as raise the speed here (engine/lengths.py), or most
     history: Positive = 1 << 20  # by suffix and synthetic: tokens of ended answers that are kept; vocabulary: counted
     acceptance: Share = 0.6  # by synthetic: of drafts, those that stand
-    model: str = ""  # by model: what model.source takes, of the same vocabulary; by eagle3, dflash: a folder, or a run
+    model: str = ""  # by model: what model.source takes, of the same vocabulary; by eagle3, dflash, mixed: a run
     vocabulary: Count = 0  # by model, dflash: tokens that are drafted at all, the most frequent; 0: all
     vocabulary_of: str = ""  # texts, a run or a token map that says which; empty: the answers, once there are some
     verify: Verify = "match"  # a draft stands if it is what is drawn; reject: by its probability
     branches: Positive = 1  # most drafts of a sequence that a step tries side by side
 
     def __post_init__(self) -> None:
-        if (self.by in ("model", "eagle3", "dflash")) != bool(self.model):
+        if (self.by in ("model", "eagle3", "dflash", "mixed")) != bool(self.model):
             raise ConfigError(
                 f"engine.draft.by is {self.by!r} and engine.draft.model {self.model!r}. Give both, by=model and a "
-                "small model of the same vocabulary, or by=eagle3 (or dflash) and a drafter that was trained for this "
-                "model; or neither."
+                "small model of the same vocabulary, or by=eagle3 (dflash, mixed) and a drafter that was trained for "
+                "this model; or neither."
             )
         if self.vocabulary and self.by not in ("model", "dflash"):
             raise ConfigError(

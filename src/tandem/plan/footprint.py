@@ -19,6 +19,8 @@ from tandem.sync.departures import of_engine, without_departures
 
 if TYPE_CHECKING:
     from tandem.run.config import RunConfig
+    from tandem.speculate.block import BlockSpec
+    from tandem.speculate.eagle import EagleSpec
 
 Phase = Literal["load", "generate", "learn", "update", "publish", "save"]
 ALL: tuple[Phase, ...] = ("load", "generate", "learn", "update", "publish", "save")
@@ -53,7 +55,7 @@ class Asked:
     teacher_coded_bytes: int = 0  # of its checkpoint's codes
     serves: bool = False  # nothing is to learn: matrices keep the form that products read
     apart: bool = False  # the engine is in a process of its own
-    drafter: ModelSpec | None = None  # that drafts for the engine, where it is a model of its own
+    drafter: ModelSpec | EagleSpec | BlockSpec | None = None  # that drafts for the engine, where it has weights
     drafter_coded_bytes: int = 0  # of its checkpoint's codes
 
     @property

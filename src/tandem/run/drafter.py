@@ -16,11 +16,12 @@ from tandem.models.taps import layers_of
 from tandem.run.distil import differs, load_teacher, open_teacher
 from tandem.run.source import resolve_source
 from tandem.run.texts import read_texts
-from tandem.speculate.block import BlockSpec
-from tandem.speculate.eagle import Eagle
+from tandem.speculate.eagle import Eagle, EagleSpec
 from tandem.speculate.files import open_drafter, read_spec
+from tandem.speculate.mixed import Mixed
 from tandem.speculate.model import ModelDrafter
 from tandem.speculate.pages import whole_group
+from tandem.speculate.snapshots import MixedDrafter
 from tandem.speculate.states import BlockDrafter, EagleDrafter
 from tandem.speculate.vocabulary import DraftHead, Ranking, read_ids
 
@@ -29,14 +30,16 @@ if TYPE_CHECKING:
     from tandem.engine.draft import Drafter
     from tandem.kernels.weight import Weight
     from tandem.models.tokenizer import Tokenizer
+    from tandem.speculate.block import BlockSpec
 
 _loaded: WeakValueDictionary[tuple[str, str], Decoder] = WeakValueDictionary()  # by source and dtype: engines share it
 
 
 def check_drafter(
     config: EngineConfig, model: ModelConfig, target: Checkpoint, tokenizer: Tokenizer
-) -> Checkpoint | None:
-    """The small model, opened, where one is to draft. ConfigError where it cannot; no weight is read."""
+) -> Checkpoint | EagleSpec | BlockSpec | None:
+    """What is to draft: a small model, opened, or what one on the model's states is made of; None where nothing with
+    weights does. ConfigError where it cannot; no weight is read."""
     asked = config.draft
     if not asked.model:
         return None
@@ -46,15 +49,15 @@ def check_drafter(
             "Set engine.draft.by to suffix, or to none."
         )
     whole_group(KvLayout.for_engine(target.spec, config, model.dtype, model.kv))
-    if asked.by in ("eagle3", "dflash"):
+    if asked.by != "model":
         made = read_spec(Path(resolve_source(asked.model)), target.spec)
-        if isinstance(made, BlockSpec) != (asked.by == "dflash"):
+        if made.kind != asked.by:
             raise ConfigError(
-                f"engine.draft.by is {asked.by}, and engine.draft.model {asked.model} the other of eagle3 and dflash. "
-                "Set engine.draft.by to what it is."
+                f"engine.draft.by is {asked.by}, and engine.draft.model {asked.model} is of kind {made.kind}. Set "
+                "engine.draft.by to what it is."
             )
         layers_of(target.spec, made.layers)
-        return None
+        return made
     drafter = open_teacher(asked.model)
     own, other = (one.backend.get_vocab(True) for one in (tokenizer, drafter.load_tokenizer()))
     if own != other:
@@ -77,8 +80,10 @@ def check_drafter(
 def drafter_on(runner: DecoderRunner, num_pages: int, config: EngineConfig, tokenizer: Tokenizer) -> Drafter:
     """The drafter that a config names, beside a runner's pages. All engines of a process share a model's weights."""
     asked, target = config.draft, runner.decoder
-    if asked.by in ("eagle3", "dflash"):
+    if asked.by != "model":
         module = open_drafter(Path(resolve_source(asked.model)), target)
+        if isinstance(module, Mixed):
+            return MixedDrafter(module, runner, num_pages, config)
         if isinstance(module, Eagle):
             return EagleDrafter(module, runner, num_pages, config)
         head = _head(asked, module.head, target.spec.vocab_size, tokenizer)

@@ -19,6 +19,7 @@ from tandem.speculate.block import Block, BlockSpec
 from tandem.speculate.config import DrafterConfig
 from tandem.speculate.eagle import Eagle, EagleSpec
 from tandem.speculate.files import open_drafter, read_spec, save_drafter
+from tandem.speculate.mixed import Mixed, MixedSpec
 from tandem.speculate.training import DrafterObjective
 from tandem.speculate.vocabulary import Ranking
 
@@ -42,7 +43,8 @@ def module_of(config: RunConfig, decoder: Decoder) -> Eagle | Block:
     if isinstance(spec, BlockSpec):
         return Block(spec, decoder.embed, decoder.head, ids_V).begin(decoder.norm)
     spec = replace(spec, vocab_size=spec.vocab_size if ids_V is None else len(ids_V))
-    return Eagle(spec, decoder.embed, ids_V).begin(decoder.norm, decoder.head)
+    made = (Mixed if isinstance(spec, MixedSpec) else Eagle)(spec, decoder.embed, ids_V)  # type: ignore[arg-type]
+    return made.begin(decoder.norm, decoder.head)
 
 
 def _spec(config: RunConfig, target: ModelSpec) -> EagleSpec | BlockSpec:
@@ -51,6 +53,8 @@ def _spec(config: RunConfig, target: ModelSpec) -> EagleSpec | BlockSpec:
         return read_spec(Path(resolve_source(asked.source)), target)
     if asked.kind == "dflash":
         return BlockSpec.of(target, asked.layers, asked.steps + 1, asked.depth)
+    if asked.kind == "mixed":
+        return MixedSpec.new(target, asked.mixers, asked.layers)
     return EagleSpec.of(target, asked.layers)
 
 
@@ -95,8 +99,8 @@ def check_drafter(config: RunConfig) -> None:
         )
     made = _spec(config, target)
     blocks = made.block if isinstance(made, BlockSpec) else 0
-    if bool(blocks) != (asked.kind == "dflash") or 0 < blocks <= asked.steps:
-        is_of = f"a dflash of blocks of {blocks}" if blocks else "an eagle3"
+    if made.kind != asked.kind or 0 < blocks <= asked.steps:
+        is_of = f"a dflash of blocks of {blocks}" if blocks else f"of kind {made.kind}"
         raise ConfigError(
             f"drafter.source {asked.source} is {is_of}; drafter.kind is {asked.kind} and drafter.steps {asked.steps}. "
             "Set them as it is: a block has a token more than steps."

@@ -147,8 +147,8 @@ def plan_parts(
         teacher.coded_bytes if teacher is not None else 0,
         serves=use == "serve" or frozen,
         apart=use == "apart",
-        drafter=drafter.spec if drafter is not None else None,
-        drafter_coded_bytes=drafter.coded_bytes if drafter is not None else 0,
+        drafter=drafter.spec if isinstance(drafter, Checkpoint) else drafter,
+        drafter_coded_bytes=drafter.coded_bytes if isinstance(drafter, Checkpoint) else 0,
     )
     return plan_memory(asked, host_bytes, device_bytes)
 

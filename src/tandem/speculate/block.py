@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,8 @@ SEED = 0x626C6F63  # of the weights that a new one begins with
 class BlockSpec:
     """Of what a drafter is made."""
 
+    kind: ClassVar = "dflash"
+
     model: ModelSpec  # its layers; width and vocabulary are the target's
     layers: tuple[int, ...]  # of the target, from 0, behind which its states are taken
     block: int  # tokens of a block: the known one, and masks
@@ -58,6 +60,16 @@ class BlockSpec:
         own = replace(own, attention_bias=False, query_temperature=None, rotated_norm=False, tied_embeddings=True)
         mask = next((x for x in (target.pad_token_id, target.bos_token_id, *target.eos_token_ids) if x is not None), 0)
         return BlockSpec(own, layers, block, mask)
+
+    @property
+    def kept_layers(self) -> int:
+        """That have keys and values."""
+        return self.model.layers
+
+    @property
+    def state_numbers(self) -> tuple[int, ...]:
+        """Of each layer that has a state in place of them."""
+        return ()
 
     def slots(self) -> tuple[Slot, ...]:
         """Those beside its layers'."""

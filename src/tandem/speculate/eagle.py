@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from tandem.errors import ModelError
 from tandem.kernels.linear import linear
 from tandem.kernels.norm import rms_norm
 from tandem.kernels.weight import Weight
-from tandem.models.layer import DenseFeed, Part, views
+from tandem.models.layer import DenseFeed, Part, Zeros, views
 from tandem.models.parts import Slot, Stored, dense_slots
 from tandem.models.rope import rope_tables
 from tandem.models.spec import ModelSpec
@@ -37,6 +38,8 @@ SEED = 0x6561676C  # of the weights that a new one begins with
 @dataclass(frozen=True, slots=True)
 class EagleSpec:
     """Of what a drafter is made."""
+
+    kind: ClassVar = "eagle3"
 
     model: ModelSpec  # its one layer; width and vocabulary are the target's
     layers: tuple[int, ...]  # of the target, from 0, behind which its features are taken
@@ -56,6 +59,21 @@ class EagleSpec:
         own = replace(target, architecture="llama", layers=1, attention=target.attention[:1], tied_embeddings=False)
         own = replace(own, attention_bias=False, qk_norm=False, query_temperature=None, rotated_norm=False)
         return EagleSpec(own, layers, vocab_size or target.vocab_size)
+
+    @property
+    def kept_layers(self) -> int:
+        """That have keys and values."""
+        return self.model.layers
+
+    @property
+    def state_numbers(self) -> tuple[int, ...]:
+        """Of each layer that has a state in place of them."""
+        return ()
+
+    def all_slots(self) -> Iterator[Slot]:
+        """Its weights."""
+        for part in self.slots():
+            yield from part
 
     def slots(self) -> tuple[tuple[Slot, ...], tuple[Slot, ...], tuple[Slot, ...]]:
         """Its weights: of attention, of the feed-forward, and those around the layer."""
@@ -103,7 +121,7 @@ class _Mix(Part):
 class Eagle:
     """Its weights and its pass. The embedding is the target's own."""
 
-    kind = "eagle3"
+    kind, title = "eagle3", "EAGLE-3"
 
     def __init__(self, spec: EagleSpec, embed: Weight, ids_V: Tensor | None = None) -> None:
         """ids_V: of the target's tokens those that its head knows, int64, ascending; None: all. ModelError where the
@@ -117,11 +135,12 @@ class Eagle:
         assert (ids_V is None and spec.vocab_size == own.vocab_size) or len(ids_V) == spec.vocab_size  # type: ignore[arg-type]
         self.spec, self.embed, self.ids_V = spec, embed, ids_V
         self.dtype = embed.value.dtype
-        mix, feed, outer = spec.slots()
+        self._make(lambda *shape: torch.zeros(shape, dtype=self.dtype))
+        self.tables = rope_tables(own, own.max_position)
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=self.dtype)
-
+    def _make(self, zeros: Zeros) -> None:
+        """Its parts, of zeros."""
+        own, (mix, feed, outer) = self.spec.model, self.spec.slots()
         self._parts = (
             _Outer(outer, own.norm_eps, zeros),
             _Mix(mix, own.norm_eps, zeros),
@@ -129,7 +148,6 @@ class Eagle:
         )
         self.outer, self.mix, self.feed = self._parts
         self.heads = Heads(own.heads, own.kv_heads, own.head_size, own.reaches[0])
-        self.tables = rope_tables(own, own.max_position)
 
     @property
     def head(self) -> Weight:
@@ -165,7 +183,7 @@ class Eagle:
         for name, tensor in tensors:
             target = wanted.pop(name, None)
             if target is None:
-                raise ModelError(f"tensor {name} is unknown to a drafter of EAGLE-3, or came twice.")
+                raise ModelError(f"tensor {name} is unknown to a drafter of {self.title}, or came twice.")
             if target.shape != tensor.shape:
                 raise ModelError(f"tensor {name} has shape {[*tensor.shape]}; the drafter needs {[*target.shape]}.")
             target.copy_(tensor)
@@ -182,7 +200,7 @@ class Eagle:
                 weight.value.fill_(1.0)
                 continue
             count, deviation = weight.value.numel(), 1.0 / math.sqrt(slot.columns)
-            if slot.name in ("out", "down", "fuse"):
+            if slot.name in ("out", "down", "fuse", "join"):
                 deviation *= 0.1
             drawn = normal(word_rows([SEED], [number], count + count % 2, Stream.INITIAL)[0])[:count]
             weight.value.copy_(torch.from_numpy((drawn * deviation).astype(np.float32)).view(weight.value.shape))
@@ -216,9 +234,13 @@ class Eagle:
         """Of a pack (steps.py)."""
         return Steps.of(microbatch, count)
 
+    def step_view(self) -> StepView:
+        """Where the rows of training's steps find what is kept of those before them."""
+        return StepView(self.heads, self.dtype)
+
     def unroll(self, steps: Steps, tapped_TLM: Tensor, tokens_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Of each step what the head reads of the predictions that it makes, [n, M], and which those are, [n]."""
-        view, state_nM = StepView(self.heads, self.dtype), self.fused(tapped_TLM)
+        view, state_nM = self.step_view(), self.fused(tapped_TLM)
         for number, step in enumerate(steps.each):
             view.begin(step)
             feature_nM = state_nM[step.before_n]

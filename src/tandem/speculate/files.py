@@ -25,10 +25,13 @@ from tandem.models.hf_config import from_hf_config, to_hf_config
 from tandem.models.spec import ModelSpec
 from tandem.speculate.block import Block, BlockSpec
 from tandem.speculate.eagle import LAYER, Eagle, EagleSpec
+from tandem.speculate.mixed import Mixed, MixedSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 DFLASH = ("DFlashDraftModel", "DFlashForCausalLM", "DFlashQwen3ForCausalLM")
 EAGLE3 = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM", "Eagle3Speculator", "Eagle3DraftModel")
+MIXED = ("TandemMixedDrafter",)  # nobody else has one
+KNOWN = (*EAGLE3, *DFLASH, *MIXED)
 # Settings that another pass than ours has, and the value under which it is ours.
 VARIANTS: Mapping[str, tuple[Any, ...]] = {
     "norm_before_fc": (None, False),
@@ -43,12 +46,12 @@ VARIANTS: Mapping[str, tuple[Any, ...]] = {
 def is_drafter(folder: Path) -> bool:
     """Whether a folder's config.json names one of these drafters."""
     config = folder / CONFIG
-    return config.is_file() and bool({*EAGLE3, *DFLASH} & {*map(str, read_json(config).get("architectures") or ())})
+    return config.is_file() and bool({*KNOWN} & {*map(str, read_json(config).get("architectures") or ())})
 
 
 def save_eagle(folder: Path, drafter: Eagle) -> None:
     """Into a folder, which may be there. CheckpointError where the disk refuses."""
-    spec, ids_V = drafter.spec, drafter.ids_V
+    spec = drafter.spec
     dtype = str(drafter.dtype).removeprefix("torch.")
     config = to_hf_config(spec.model, dtype) | {
         "architectures": [EAGLE3[0]],
@@ -58,12 +61,30 @@ def save_eagle(folder: Path, drafter: Eagle) -> None:
         "eagle_aux_hidden_state_layer_ids": [layer + 1 for layer in spec.layers],
         "eagle_config": {"use_aux_hidden_state": True},
     }
-    tensors = {name: tensor.detach().clone() for name, tensor in drafter.export()}
+    _write(folder, config, _tensors_of(drafter))
+
+
+def save_mixed(folder: Path, drafter: Mixed) -> None:
+    """As `save_eagle`, of a layout of our own: layers.N as of a Llama, with `gru` or `linear_attn` in place of
+    `self_attn`; layers of the target are counted as here."""
+    spec = drafter.spec
+    own = {
+        "architectures": [MIXED[0]],
+        "mixers": [*spec.mixers],
+        "draft_vocab_size": spec.vocab_size,
+        "target_layer_ids": [*spec.layers],
+    }
+    config = to_hf_config(spec.model, str(drafter.dtype).removeprefix("torch.")) | own
+    _write(folder, config, _tensors_of(drafter))
+
+
+def _tensors_of(drafter: Eagle) -> dict[str, Tensor]:
+    ids_V, tensors = drafter.ids_V, {name: tensor.detach().clone() for name, tensor in drafter.export()}
     if ids_V is not None:
-        known = torch.zeros(spec.model.vocab_size, dtype=torch.bool)
+        known = torch.zeros(drafter.spec.model.vocab_size, dtype=torch.bool)
         known[ids_V] = True
         tensors |= {"d2t": ids_V - torch.arange(len(ids_V)), "t2d": known}
-    _write(folder, config, tensors)
+    return tensors
 
 
 def _write(folder: Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -90,16 +111,20 @@ def save_block(folder: Path, drafter: Block) -> None:
 
 
 def save_drafter(folder: Path, drafter: Eagle | Block) -> None:
-    """Of either kind."""
+    """Of any kind."""
     if isinstance(drafter, Block):
         save_block(folder, drafter)
+    elif isinstance(drafter, Mixed):
+        save_mixed(folder, drafter)
     else:
         save_eagle(folder, drafter)
 
 
 def open_drafter(folder: Path, target: Decoder, ids_V: Tensor | None = None) -> Eagle | Block:
-    """Of either kind, as `open_eagle`. ids_V: the tokens that a DFlash drafts by the target's head; None: all."""
+    """Of any kind, as `open_eagle`. ids_V: the tokens that a DFlash drafts by the target's head; None: all."""
     spec = read_spec(folder, target.spec)
+    if isinstance(spec, MixedSpec):
+        return _open_mixed(folder, spec, target)
     if isinstance(spec, EagleSpec):
         return open_eagle(folder, target)
     try:
@@ -127,11 +152,24 @@ def open_eagle(folder: Path, target: Decoder) -> Eagle:
         raise ModelError(f"{folder}: {error}") from error
 
 
+def _open_mixed(folder: Path, spec: MixedSpec, target: Decoder) -> Mixed:
+    tensors = _tensors(folder)
+    ids_V = _ids(folder, tensors.pop("d2t", None), tensors.pop("t2d", None), spec)
+    try:
+        made = Mixed(spec, target.embed, ids_V)
+        made.load(tensors.items())
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
+    return made
+
+
 def read_spec(folder: Path, target: ModelSpec) -> EagleSpec | BlockSpec:
     """Of a drafter for this target; no tensor is read. ModelError as `open_eagle`."""
     fields = read_config(folder)
     if {*DFLASH} & {*fields.values["architectures"]}:
         return _block_spec(folder, fields, target)
+    if {*MIXED} & {*fields.values["architectures"]}:
+        return _mixed_spec(folder, fields, target)
     return _spec(folder, fields, target)
 
 
@@ -145,9 +183,8 @@ def read_config(folder: Path) -> Fields:
     values = read_json(path)
     fields = Fields(str(path), values)
     named = fields.take("architectures", optional(listed(text)), None) or ["nothing"]
-    if not {*EAGLE3, *DFLASH} & {*named}:
-        known = ", ".join((*EAGLE3, *DFLASH))
-        raise ModelError(f"{path} is of {', '.join(named)}; drafters that are read: {known}.")
+    if not {*KNOWN} & {*named}:
+        raise ModelError(f"{path} is of {', '.join(named)}; drafters that are read: {', '.join(KNOWN)}.")
     for name, same in VARIANTS.items():
         if values.get(name) not in same:
             raise ModelError(f"{path}: {name} is {values[name]!r}, which changes the pass and is not supported.")
@@ -172,6 +209,20 @@ def _spec(folder: Path, fields: Fields, target: ModelSpec) -> EagleSpec:
     layers = tuple(j - 1 for j in named_layers) if named_layers else EagleSpec.of(target).layers
     size = fields.take("draft_vocab_size", optional(whole(1)), None) or model.vocab_size
     return EagleSpec(model, layers, size, fields.take("norm_before_residual", flag, False))
+
+
+def _mixed_spec(folder: Path, fields: Fields, target: ModelSpec) -> MixedSpec:
+    mixers = fields.take("mixers", listed(text))
+    layers = fields.take("target_layer_ids", listed(whole(0)))
+    size = fields.take("draft_vocab_size", whole(1))
+    named = {**fields.values, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    known = ("d2t", "t2d", "draft_vocab_size", "mixers", "target_layer_ids")
+    model = from_hf_config({name: value for name, value in named.items() if name not in known})
+    _check_target(folder, model, model.width, target)
+    try:
+        return MixedSpec(model, layers, size, mixers=mixers)  # type: ignore[arg-type]  # which is checked there
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
 
 
 def _block_spec(folder: Path, fields: Fields, target: ModelSpec) -> BlockSpec:

@@ -55,7 +55,9 @@ class StateDrafter(Drafter):
         runner.attach(self.states.pages)
         runner.tap(self.pages.group, layers_L, self.states.pages.view(-1, len(layers_L), own.width))
         shape = self.pages.num_pages, config.page_tokens, own.kv_heads, own.head_size
-        self.pools = [KvPool(*shape, module.dtype, module.dtype, runner.decoder.device) for _ in range(own.layers)]
+        self.pools = [
+            KvPool(*shape, module.dtype, module.dtype, runner.decoder.device) for _ in range(module.spec.kept_layers)
+        ]
         self.ran_tokens = 0  # rows of its own passes, drafts included
 
     def _behind(self, most: int) -> int:
@@ -65,12 +67,17 @@ class StateDrafter(Drafter):
     def _begun(self, sequences: list[Sequence], most: list[int]) -> tuple[list[_Draft], SpanRows | None]:
         """Who has tokens to run, and these as rows."""
         wanted = [i for i, one in enumerate(sequences) if most[i] > 0 and len(one.tokens) <= self.most_position]
-        spans = self.pages.missing([sequences[i] for i in wanted], self.budget)
+        chosen = [sequences[i] for i in wanted]
+        spans = self._from(chosen, self.pages.missing(chosen, self.budget))
         self.found_tokens, self.ingested_tokens = self.pages.found_tokens, self.pages.ingested_tokens
         begun = [_Draft(i, span) for i, span in zip(wanted, spans, strict=True) if span.tokens]
         rows = SpanRows.of([one.span for one in begun], self.page_tokens) if begun else None
         self.ran_tokens += 0 if rows is None else len(rows.tokens_T)
         return begun, rows
+
+    def _from(self, sequences: list[Sequence], spans: list[Span]) -> list[Span]:
+        """What is run of these to have what the pages are short of."""
+        return spans
 
     def _tapped(self, rows: SpanRows) -> tuple[Tensor, Tensor]:
         """The target's states of the position before each row's, [T, L, M]; and where there is none, [T, 1]."""
@@ -95,7 +102,7 @@ class StateDrafter(Drafter):
 
     def release_memory(self) -> None:
         self.pages.forget()
-        if self.pools[0].packed:
+        if all(pool.packed for pool in self.pools):
             release_memory([tensor for pool in self.pools for tensor in pool.tensors()])
 
 
@@ -118,6 +125,7 @@ class EagleDrafter(StateDrafter):
         running = [one.place for one, drawn in zip(begun, whole, strict=True) if drawn]
         if not running:
             return drafts
+        self._chosen(torch.tensor(whole))
         state_NM = state_TM[(rows.row_start_S[1:].long() - 1)[torch.tensor(whole)]]
         ends = [len(sequences[place].tokens) for place in running]
         sampling = self._sampling([sequences[place] for place in running], ends)
@@ -132,6 +140,7 @@ class EagleDrafter(StateDrafter):
             if not goes_on:
                 return drafts
             if len(goes_on) < len(running):
+                self._chosen(torch.tensor(goes_on))
                 running, state_NM = [running[n] for n in goes_on], state_NM[goes_on]
                 table_NP, positions_N = table_NP[goes_on], positions_N[goes_on]
                 sampling = sampling.rows(np.array(goes_on))
@@ -153,9 +162,14 @@ class EagleDrafter(StateDrafter):
         return SpanRows(tokens_N, positions_N, slots_N, starts, positions_N.int(), table_NP)
 
     def _run(self, rows: SpanRows, feature_TM: Tensor) -> Tensor:
+        return self.module.step(feature_TM, rows.tokens_T, self._view(rows))
+
+    def _view(self, rows: SpanRows) -> PagedView:
         paths = Paths(rows.row_start_S, rows.first_S, rows.table_SP, self.page_tokens)
-        view = PagedView(rows.positions_T, [rows.slots_T], [paths], [0], self.pools)
-        return self.module.step(feature_TM, rows.tokens_T, view)
+        return PagedView(rows.positions_T, [rows.slots_T], [paths], [0] * len(self.pools), self.pools)
+
+    def _chosen(self, which_S: Tensor) -> None:
+        """Of the sequences of the last pass these go on."""
 
 
 class BlockDrafter(StateDrafter):
