@@ -29,7 +29,7 @@ from tandem.speculate.pages import Span
 from tandem.speculate.recurrent import Gru, LinearAttention, Rule
 from tandem.speculate.snapshots import MixedDrafter, Snapshots
 from tandem.types import Microbatch, Sample
-from tests.cpu.test_draft import ASKED, CHUNKS, WINDOWS, columns
+from tests.cpu.test_draft import ASKED, CHUNKS, columns
 from tests.cpu.test_draft_eagle import IDS, by_hand
 from tests.cpu.test_eagle import TEXTS, ByHand, hold_to_autograd
 
@@ -168,10 +168,9 @@ class TextView(PackView):
 
 
 class Noted(MixedDrafter):
-    """Holds every fourth draft to the one by hand, and of every text what is drafted from to what it was before."""
+    """Holds drafts to those by hand, and what a text is drafted from to what it was before."""
 
     made = checked = 0
-    alone = 0  # passes of one sequence
 
     def __init__(self, *given: Any, known: dict[tuple[int, ...], bytes]) -> None:
         super().__init__(*given)
@@ -196,7 +195,7 @@ class Noted(MixedDrafter):
         found = super().draft(sequences, most)
         for sequence, count, drafts in zip(sequences, most, found, strict=True):
             self.made += 1
-            if drafts and (self.made % 4 == 0 or sequence.num_drawn < 3):
+            if drafts and self.checked < 16 and (self.made % 8 == 0 or sequence.num_drawn < 2):
                 self.checked += 1
                 by = by_hand(self.decoder, self.module, sequence, count, TextView)
                 assert drafts == by, (sequence.request.id, drafts)
@@ -216,14 +215,14 @@ def engine_of(decoder: Decoder, mixed: Mixed | None, num_pages: int = 200, **cha
 
 @pytest.mark.parametrize(
     ("dtype", "ids", "pages", "changes"),
-    [("float32", IDS, 200, {"layers": 4}), ("bfloat16", None, 40, WINDOWS), ("bfloat16", IDS, 40, CHUNKS)],
-    ids=["whole", "windows", "chunks"],
+    [("float32", IDS, 200, {"layers": 4}), ("bfloat16", None, 40, CHUNKS)],
+    ids=["whole", "chunks"],
 )
 def test_drafts_are_those_of_the_text_and_change_nothing(
     dtype: str, ids: list[int] | None, pages: int, changes: dict[str, Any], make_decoder: Callable[..., Decoder]
 ) -> None:
     """A draft made from the state of another position, of a page's former owner, of drafts that did not stand or of a
-    preempted sequence; a hit or a company that changes a bit of it; or a token, log-prob or kept set that it changes."""
+    preempted sequence; a hit or a company that changes a bit of it; or a token, log-prob or kept set that changes."""
     decoder = make_decoder(dtype, **changes)
     plain = engine_of(decoder, None).generate(ASKED)
     engine = engine_of(decoder, mixed_of(decoder, ids), pages)
@@ -233,7 +232,7 @@ def test_drafts_are_those_of_the_text_and_change_nothing(
         drafting = engine.scheduler.drafting
         assert not drafting.off, drafting.off
     drafter = drafting.drafter
-    assert isinstance(drafter, Noted) and drafter.checked > 40
+    assert isinstance(drafter, Noted) and drafter.checked == 16
     assert engine.stats.drafted_tokens > engine.stats.accepted_tokens > 0 and engine.stats.cached_tokens > 0
     assert drafter.found_tokens > 0 and drafter.again > 40
     assert (engine.stats.preemptions > 0) == (pages == 40)

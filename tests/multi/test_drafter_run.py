@@ -138,7 +138,7 @@ def test_generates_with_it(trained: Path, capsys: pytest.CaptureFixture[str]) ->
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and said[0]
     assert main(["generate", MODEL, "Hi.", "--draft", f"dflash:{trained}"]) == 2
-    assert "the other of eagle3 and dflash" in capsys.readouterr().err
+    assert "is of kind eagle3" in capsys.readouterr().err
 
 
 def test_rollouts_that_it_drafts_change_no_weight(small: Small, trained: Path, tmp_path: Path) -> None:
@@ -176,8 +176,27 @@ def test_a_drafter_of_blocks(small: Small, tmp_path: Path) -> None:
     drafted = run(small(POLICY | by | {"engine.draft.vocabulary": "100"}), tmp_path / "drafted")
     assert [row["weights"] for row in drafted] == [row["weights"] for row in plain]
     assert all(row["drafted_tokens"] > 10 for row in drafted)
-    with pytest.raises(ConfigError, match="the other of eagle3 and dflash"):
+    with pytest.raises(ConfigError, match="is of kind dflash"):
         run(small(POLICY | by | {"engine.draft.by": "eagle3"}), tmp_path / "other")
+
+
+def test_a_drafter_with_states(small: Small, tmp_path: Path) -> None:
+    """Recurrent layers that no run can train, save, go on from, plan or draft by; or that change a weight."""
+    own = {"drafter.kind": "mixed"}
+    rows = run(small(SMALL | own | {"drafter.mixers": "linear,attention,gru", "steps": "4"}), tmp_path / "states")
+    assert rows[-1]["loss"] < rows[0]["loss"] and "accepted_length" in rows[-1]
+    more = {"drafter.source": str(tmp_path / "states"), "drafter.vocabulary": "0", "steps": "1"}
+    assert run(small(SMALL | own | more), tmp_path / "more")[0]["loss"] < rows[0]["loss"]
+    by = {"engine.draft.by": "mixed", "engine.draft.tokens": "3", "engine.draft.model": str(tmp_path / "states")}
+    plain = run(small(POLICY), tmp_path / "plain")
+    drafted = run(small(POLICY | by), tmp_path / "drafted")
+    assert [row["weights"] for row in drafted] == [row["weights"] for row in plain]
+    assert all(row["drafted_tokens"] > 10 for row in drafted) and sum(row["accepted_tokens"] for row in drafted) > 0
+    fixed = {"engine.kv_memory_bytes": str(64 << 10), "engine.page_tokens": "16", "model.dtype": "float32"}
+    lines = {line.name: line.size_bytes for line in local.plan(small(POLICY | by | fixed)).lines}
+    heads, width, pages = 2 * 8, 32, (64 << 10) // (4 * 2 * 2 * 8 * 16 * 4)  # of 4 layers' keys and values
+    kept = 16 * 4 * (2 * heads + 2 * width) + 4 * (heads * 8 + width)  # one layer's, the model's states, and its own
+    assert lines["drafter's keys and values"] % kept == 0 and lines["drafter's keys and values"] // kept > pages
 
 
 @pytest.mark.parametrize(
@@ -189,6 +208,8 @@ def test_a_drafter_of_blocks(small: Small, tmp_path: Path) -> None:
         ({"drafter.vocabulary": "999"}, "drafter.vocabulary is 999, of 259 tokens"),
         ({"drafter.vocabulary": "0", "drafter.vocabulary_of": "x"}, "say how many tokens, with drafter.vocabulary"),
         ({"engine.draft.by": "eagle3"}, "Give both"),
+        ({"drafter.kind": "mixed"}, "drafter.mixers empty"),
+        ({"drafter.mixers": "gru"}, "drafter.kind is eagle3 and drafter.mixers gru"),
     ],
 )
 def test_refused(changes: dict[str, str], said: str, small: Small, tmp_path: Path) -> None:
