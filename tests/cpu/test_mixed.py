@@ -26,7 +26,7 @@ from tandem.speculate.config import Mixer
 from tandem.speculate.files import open_drafter, save_drafter
 from tandem.speculate.mixed import Mixed, MixedSpec
 from tandem.speculate.pages import Span
-from tandem.speculate.recurrent import Gru, LinearAttention, Rule
+from tandem.speculate.recurrent import Gru, LinearAttention, Rule, share
 from tandem.speculate.snapshots import MixedDrafter, Snapshots
 from tandem.types import Microbatch, Sample
 from tests.cpu.test_draft import ASKED, CHUNKS, columns
@@ -269,8 +269,8 @@ def test_states_of_pages_are_of_the_position_that_is_asked_for() -> None:
     one, other = [*one, 8], [*other, 9]
     assert read(kept, [Span(5, [9], [1, 2, 4]), Span(5, [8], [1, 2, 3])], [other, one]) == [[123469], [123458]]
     # A page of a block that two write, one to its end: who stopped before it begins the block again.
-    short = Span(2, [3], [1, 2]), Span(2, [3, 4], [1, 2])
-    assert read(kept, [*short], [one[:3], one[:4]]) == [[123], [123, 1234]]
+    both = [Span(2, [3, 4], [1, 2]), Span(2, [3], [1, 2])]
+    assert read(kept, both, [one[:4], one[:3]]) == [[123, 1234], [123]]
     assert read(kept, [Span(3, [4], [1, 2])], [one[:4]]) == [[123, 1234]] and kept.again_tokens == 1
     assert read(kept, [Span(2, [3], [1, 2])], [one[:3]]) == [[123]]
     assert read(kept, [Span(4, [5], [1, 2, 3])], [one[:5]]) == [[123, 1234, 12345]]
@@ -287,5 +287,6 @@ def test_a_rows_bits_hang_on_no_other(rule: Rule) -> None:
     entered_nW = torch.randn(37, width, generator=generator).bfloat16() * 3
     together = rule.advance(state_nX, entered_nW)
     for some in (slice(0, 1), slice(3, 8), slice(5, 37)):
+        assert torch.equal(share(state_nX.flatten())[some], share(state_nX.flatten()[some].clone()))
         for whole, part in zip(together, rule.advance(state_nX[some], entered_nW[some]), strict=True):
             assert torch.equal(whole[some], part)
