@@ -204,7 +204,7 @@ class Noted(MixedDrafter):
 
 def engine_of(decoder: Decoder, mixed: Mixed | None, num_pages: int = 200, **changes: Any) -> Engine:
     limits = {"page_tokens": 4, "batch_tokens": 40, "max_sequences": 6, "lookahead_tokens": 0} | changes
-    draft = DraftConfig("mixed", 3, model="a drafter of the test") if mixed is not None else DraftConfig()
+    draft = DraftConfig("mixed", 3, "fixed", model="a drafter of the test") if mixed is not None else DraftConfig()
     config = EngineConfig(**limits, draft=draft)
     runner = DecoderRunner(decoder, num_pages, 4, config)
     if mixed is not None:

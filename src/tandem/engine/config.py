@@ -68,7 +68,7 @@ class DraftConfig:
     lengths: Literal["measured", "fixed"] = "measured"  # as many as raise the speed here (engine/lengths.py), or most
     history: Positive = 1 << 20  # by suffix and synthetic: tokens of ended answers that are kept; vocabulary: counted
     acceptance: Share = 0.6  # by synthetic: of drafts, those that stand
-    model: str = ""  # by model: what model.source takes, of the same vocabulary; by eagle3, dflash, mixed: a run
+    model: str = ""  # by model: what model.source takes, of the same vocabulary; else a drafter, or its run
     vocabulary: Count = 0  # by model, dflash: tokens that are drafted at all, the most frequent; 0: all
     vocabulary_of: str = ""  # texts, a run or a token map that says which; empty: the answers, once there are some
     verify: Verify = "match"  # a draft stands if it is what is drawn; reject: by its probability
