@@ -28,7 +28,7 @@ from tandem.speculate.mixed import Mixed, MixedSpec
 from tandem.speculate.pages import Span
 from tandem.speculate.recurrent import Gru, LinearAttention, Rule, share
 from tandem.speculate.snapshots import MixedDrafter, Snapshots
-from tandem.types import Microbatch, Sample
+from tandem.types import Microbatch, Sample, WeightVersion
 from tests.cpu.test_draft import ASKED, CHUNKS, columns
 from tests.cpu.test_draft_eagle import IDS, by_hand
 from tests.cpu.test_eagle import TEXTS, ByHand, hold_to_autograd
@@ -171,6 +171,7 @@ class Noted(MixedDrafter):
     """Holds drafts to those by hand, and what a text is drafted from to what it was before."""
 
     made = checked = 0
+    on = True
 
     def __init__(self, *given: Any, known: dict[tuple[int, ...], bytes]) -> None:
         super().__init__(*given)
@@ -184,7 +185,7 @@ class Noted(MixedDrafter):
 
     def _run(self, rows, feature_TM):  # type: ignore[no-untyped-def]
         state_TM = super()._run(rows, feature_TM)
-        for text, end in zip(self._texts, rows.row_start_S[1:].tolist(), strict=False):
+        for text, end in zip(self._texts if self.on else [], rows.row_start_S[1:].tolist(), strict=False):
             bits = state_TM[end - 1].contiguous().view(torch.uint8).numpy().tobytes()
             self.again += text in self.known
             assert self.known.setdefault(text, bits) == bits, text
@@ -195,7 +196,7 @@ class Noted(MixedDrafter):
         found = super().draft(sequences, most)
         for sequence, count, drafts in zip(sequences, most, found, strict=True):
             self.made += 1
-            if drafts and self.checked < 16 and (self.made % 8 == 0 or sequence.num_drawn < 2):
+            if drafts and self.on and self.checked < 16 and (self.made % 8 == 0 or sequence.num_drawn < 2):
                 self.checked += 1
                 by = by_hand(self.decoder, self.module, sequence, count, TextView)
                 assert drafts == by, (sequence.request.id, drafts)
@@ -238,6 +239,34 @@ def test_drafts_are_those_of_the_text_and_change_nothing(
     assert (engine.stats.preemptions > 0) == (pages == 40)
 
 
+def test_states_of_other_weights_or_of_lost_memory_are_not_read(make_decoder: Callable[..., Decoder]) -> None:
+    """After an update of the model or between the phases of a run, drafts go on from states that are of before."""
+    decoder = make_decoder("float32", layers=4)
+    engine = engine_of(decoder, mixed_of(decoder, IDS), 40)
+    noted = engine.scheduler.drafting.drafter
+    assert isinstance(noted, Noted)
+    for one in ASKED[:4]:
+        engine.submit(one)
+    for _ in range(4):
+        engine.step()
+    decoder.load(dict(make_decoder("float32", seed=10, layers=4).export()).items())
+    engine.receive(WeightVersion(1, "digest 1"))
+    noted.on = False  # texts that began under the old weights are of both
+    while engine.has_work:
+        engine.step()
+    noted.on, plain = True, engine_of(decoder, None).generate(ASKED[:4])
+    for _ in range(2):
+        noted.known.clear()
+        noted.checked = 8
+        done = engine.generate(ASKED[:4])
+        assert [(one.tokens, one.logprobs) for one in done] == [(one.tokens, one.logprobs) for one in plain]
+        assert noted.checked == 16
+        assert not engine.scheduler.drafting.off, engine.scheduler.drafting.off
+        engine.release_memory()
+        for memory in [*noted.snapshots.slabs, *(pool.keys for pool in noted.pools)]:
+            memory.fill_(float("nan"))  # large memory would be zeros
+
+
 class Words(Gru):
     """The state says which tokens it has seen, in which order: exact in fp32 for six of them."""
 
@@ -271,7 +300,7 @@ def test_states_of_pages_are_of_the_position_that_is_asked_for() -> None:
     # A page of a block that two write, one to its end: who stopped before it begins the block again.
     both = [Span(2, [3, 4], [1, 2]), Span(2, [3], [1, 2])]
     assert read(kept, both, [one[:4], one[:3]]) == [[123, 1234], [123]]
-    assert read(kept, [Span(3, [4], [1, 2])], [one[:4]]) == [[123, 1234]] and kept.again_tokens == 1
+    assert read(kept, [Span(3, [4], [1, 2])], [one[:4]]) == [[123, 1234]]
     assert read(kept, [Span(2, [3], [1, 2])], [one[:3]]) == [[123]]
     assert read(kept, [Span(4, [5], [1, 2, 3])], [one[:5]]) == [[123, 1234, 12345]]
     kept.forget()

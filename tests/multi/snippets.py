@@ -211,6 +211,10 @@ LISTED: dict[str, str] = {
     "tandem train smollm2_distil_cpu --set distil.teacher=stored": "tests/multi/test_distil_run.py",
     'tandem generate MODEL "Hi." --draft eagle3:drafter': "tests/multi/test_drafter_run.py",
     "tandem train smollm2_drafter_cpu --out drafter": "tests/multi/test_drafter_run.py",
+    "tandem train smollm2_drafter_cpu --set drafter.kind=mixed --set drafter.mixers=attention,gru --out mixed": (
+        "tests/multi/test_drafter_run.py"
+    ),
+    'tandem generate MODEL "Hi." --draft mixed:mixed': "tests/multi/test_drafter_run.py",
     "tandem train smollm2_arithmetic_cpu --set engine.draft.by=eagle3 --set engine.draft.model=drafter": (
         "tests/multi/test_drafter_run.py"
     ),

@@ -116,7 +116,6 @@ class Snapshots:
         self.page_tokens = page_tokens
         self.slabs = [large(num_pages, one, dtype=torch.float32) for one in numbers]
         self.end_P = np.full(num_pages, -1)  # tokens that a page's state has seen
-        self.again_tokens = 0  # run again for the state behind them
 
     def forget(self) -> None:
         """Other weights draft, or the memory is gone."""
@@ -131,7 +130,6 @@ class Snapshots:
         for span, text in zip(spans, texts, strict=True):
             if span.tokens:
                 begin, start = self._begin(span, kept, begins, run)
-                self.again_tokens += span.start - start
                 span = Span(start, [*text[start : span.end]], span.table)
                 self._keep(span, len(run), kept)
                 begins.append(begin)
@@ -184,8 +182,9 @@ class MixedDrafter(EagleDrafter):
         self._states: Scan | Copies | None = None
 
     def _from(self, sequences: list[Live], spans: list[Span]) -> list[Span]:
-        spans, self._states = self.snapshots.scan(spans, [one.tokens for one in sequences])
-        return spans
+        found, self._states = self.snapshots.scan(spans, [one.tokens for one in sequences])
+        self.pages.ingested_tokens += sum(one.start - new.start for one, new in zip(spans, found, strict=True))
+        return found
 
     def _run(self, rows: SpanRows, feature_TM: Tensor) -> Tensor:
         assert self._states is not None
