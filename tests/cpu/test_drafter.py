@@ -118,7 +118,7 @@ def test_what_does_not_fit_is_refused(home, tmp_path, monkeypatch):
     [
         ({"engine.draft.by": "model"}, "Give both"),
         ({"engine.draft.model": "small", "engine.draft.by": "lookup"}, "Give both"),
-        ({"engine.draft.by": "suffix", "engine.draft.vocabulary": "9"}, "no output head"),
+        ({"engine.draft.by": "suffix", "engine.draft.vocabulary": "9"}, "no whole head"),
         ({"engine.draft.by": "model", "engine.draft.model": "m", "engine.draft.vocabulary_of": "t"}, "how many tokens"),
     ],
 )
