@@ -190,7 +190,7 @@ def engine_of(decoder: Decoder, block: Block | None, num_pages: int = 200) -> En
 
 @pytest.mark.parametrize(
     ("dtype", "ids", "pages", "changes"),
-    [("float32", IDS, 200, {"layers": 4}), ("bfloat16", None, 40, WINDOWS), ("bfloat16", IDS, 40, CHUNKS)],
+    [("float32", IDS, 200, {"layers": 4}), ("bfloat16", None, 40, WINDOWS), ("bfloat16", IDS, 30, CHUNKS)],
     ids=["whole", "windows", "chunks"],
 )
 def test_drafts_are_those_of_the_text_and_change_nothing(
@@ -208,7 +208,7 @@ def test_drafts_are_those_of_the_text_and_change_nothing(
     drafter = engine.scheduler.drafting.drafter
     assert isinstance(drafter, Noted) and drafter.checked > 40
     assert engine.stats.drafted_tokens > engine.stats.accepted_tokens > 0 and engine.stats.cached_tokens > 0
-    assert (engine.stats.preemptions > 0) == (pages == 40)
+    assert (engine.stats.preemptions > 0) == (pages < 200)
 
 
 # Of vLLM's vllm/model_executor/models/qwen3_dflash.py, commit 1d87942bf4aa: what DFlashQwen3Model.load_weights takes

@@ -83,7 +83,7 @@ def engine_of(decoder: Decoder, eagle: Eagle | None, num_pages: int = 200, **cha
 
 @pytest.mark.parametrize(
     ("dtype", "ids", "pages", "changes"),
-    [("float32", IDS, 200, {"layers": 4}), ("bfloat16", None, 40, WINDOWS), ("bfloat16", IDS, 40, CHUNKS)],
+    [("float32", IDS, 200, {"layers": 4}), ("bfloat16", None, 40, WINDOWS), ("bfloat16", IDS, 30, CHUNKS)],
     ids=["whole", "windows", "chunks"],
 )
 def test_drafts_are_those_of_the_text_and_change_nothing(
@@ -105,4 +105,4 @@ def test_drafts_are_those_of_the_text_and_change_nothing(
     drafter = drafting.drafter
     assert drafter.ingested_tokens > 0 and drafter.found_tokens > 0
     assert 0 < drafter.covered_tokens < drafter.seen_tokens or not ids
-    assert (engine.stats.preemptions > 0) == (pages == 40)
+    assert (engine.stats.preemptions > 0) == (pages < 200)
