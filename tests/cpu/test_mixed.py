@@ -21,12 +21,12 @@ from tandem.engine.engine import Engine
 from tandem.engine.runner import DecoderRunner
 from tandem.errors import ModelError
 from tandem.models.decoder import Decoder
-from tandem.models.view import Heads, PackView
+from tandem.models.view import PackView
 from tandem.speculate.config import Mixer
 from tandem.speculate.files import open_drafter, save_drafter
 from tandem.speculate.mixed import Mixed, MixedSpec
 from tandem.speculate.pages import Span
-from tandem.speculate.recurrent import Gru, LinearAttention, Rule, share
+from tandem.speculate.recurrent import Gru, Rule
 from tandem.speculate.snapshots import MixedDrafter, Snapshots
 from tandem.types import Microbatch, Sample, WeightVersion
 from tests.cpu.test_draft import ASKED, CHUNKS, columns
@@ -305,17 +305,3 @@ def test_states_of_pages_are_of_the_position_that_is_asked_for() -> None:
     assert read(kept, [Span(4, [5], [1, 2, 3])], [one[:5]]) == [[123, 1234, 12345]]
     kept.forget()
     assert read(kept, [Span(4, [5], [1, 2, 3])], [one[:5]]) == [[1, 12, 123, 1234, 12345]]
-
-
-@pytest.mark.parametrize("rule", [Gru(24), LinearAttention(Heads(4, 2, 6))], ids=["gru", "linear"])
-def test_a_rows_bits_hang_on_no_other(rule: Rule) -> None:
-    """A gate or a sum by a call whose bits hang on a row's place in memory."""
-    generator = torch.Generator().manual_seed(1)
-    width = 48 if isinstance(rule, Gru) else 4 * 6 + 2 * 2 * 6 + 2
-    state_nX = torch.randn(37, rule.numbers, generator=generator)
-    entered_nW = torch.randn(37, width, generator=generator).bfloat16() * 3
-    together = rule.advance(state_nX, entered_nW)
-    for some in (slice(0, 1), slice(3, 8), slice(5, 37)):
-        assert torch.equal(share(state_nX.flatten())[some], share(state_nX.flatten()[some].clone()))
-        for whole, part in zip(together, rule.advance(state_nX[some], entered_nW[some]), strict=True):
-            assert torch.equal(whole[some], part)
