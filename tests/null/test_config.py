@@ -312,6 +312,7 @@ def test_most_numbers_declare_a_range() -> None:
     numbers = {name for name, hint, _ in config.names(RUN) if {int, float} & {hint, *get_args(hint)}}
     assert numbers - {name for name, *_ in BOUNDS} == {
         "task.seed",
+        "drafter.layers",
         "distil.bad_weight",
         "distil.good_reward",
         "engine.page_tokens",

@@ -76,7 +76,7 @@ def lookups(tokens: list[int], most: int, width: int) -> list[list[int]]:
     """What followed the last ones each time before, the most of them and the latest first; at most `width` that differ.
 
     >>> lookups([6, 7, 1, 6, 7, 2, 6, 7, 1, 6, 7], 2, 3)
-    [[1, 6], [2, 6]]
+    [[2, 6], [1, 6]]
     """
     found: list[list[int]] = []
     context = array("i", tokens)

@@ -30,9 +30,7 @@ class DrafterConfig:
     vocabulary: Count = 0  # tokens that it may say: the most frequent, and stop tokens; 0: all
     vocabulary_of: str = ""  # texts, a run or a token map that says which; empty: those of the lowest ids
     layers: tuple[int, ...] = ()  # of the model, from 0, whose states it reads; empty: low, middle and high
-    steps: Annotated[int, Interval(ge=1, le=MOST_STEPS)] = (
-        5  # tokens ahead that it is trained to say, on its own word from the second on
-    )
+    steps: Annotated[int, Interval(ge=1, le=MOST_STEPS)] = 5  # drafts that it is trained to make, each on those before
     depth: Positive = 1  # layers of a new dflash
     mixers: tuple[Mixer, ...] = ()  # of a new mixed: what each layer has, attention, gru or linear (attention)
     loss: DraftLoss = "kl"  # between its distributions and the model's (speculate/losses.py)
