@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tandem.columns import Columns
@@ -164,6 +164,7 @@ EVENT = st.tuples(
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(EVENT, max_size=40))
+@example([("save", "rollout 1", 2, 0.0), ("row", "rollout 1", 0, 0.0), ("kill", "rollout 1", 0, 0.0)])
 def test_every_second_of_every_worker_has_a_cause(tmp_path_factory: pytest.TempPathFactory, events: Any) -> None:
     """Workers that wait, die, come back and are killed with the run: a second of one that has no phase, or two."""
     run = Sitting(tmp_path_factory.mktemp("run"))

@@ -96,7 +96,7 @@ class Account:
         last = last_reading(self.folder) or Reading(0, 0.0)
         since_s = last.wall_s - self._earlier_s[MAIN]
         sampled = last.sampled - self.ledger.sampled
-        known = self._told if rows and _began_s(rows[0]) < self.clock.earlier_s else {}
+        known = self._told if rows and _began_s(rows[0]) <= self.clock.earlier_s else {}
         lost_s = self.ledger.discard(rows, sampled, since_s, self._earlier_s, known)
         self._earlier_s = {worker: wall_s + lost_s[worker] for worker, wall_s in self._earlier_s.items()}
 
