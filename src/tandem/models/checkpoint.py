@@ -1,7 +1,6 @@
 """Weights in and out: open a model wherever it lies, write one that Transformers loads.
 
-Headers are read and checked when a checkpoint is opened: a missing, unexpected or wrongly shaped tensor and a truncated
-file are found before any weight is read.
+Headers are checked as it is opened: missing, unexpected and misshapen tensors and torn files, before a weight is read.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 A line is held in some phases of the run; the phase whose lines add up to most is the peak. tests/cpu/test_memory.py
 holds a plan to within 10 % of what is then used. Where it does not fit, nothing is loaded, and the error says which
 settings save most, each found by planning again with it.
-
 On the host, a training run holds what only one side needs while that side works: pages while the engine generates,
 gradients from the learner's first microbatch to its last update (kernels/large.py: release_memory). On a GPU all of it
 is held: recorded graphs keep the addresses of pages, and what a tensor frees there stays this process's.

@@ -96,11 +96,7 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls,
-        path: Path | str,
-        config: Any = None,
-        may_differ: Iterable[str] = MAY_DIFFER,
-        keep: int | None = 2,
+        cls, path: Path | str, config: Any = None, may_differ: Iterable[str] = MAY_DIFFER, keep: int | None = 2
     ) -> RunFolder:
         """Continue the run in `path`: cleans what a crash left, checks `config` where one is given.
 

@@ -16,13 +16,7 @@ from tandem.algo.distil import taught
 from tandem.algo.pack import PromptTotal
 from tandem.algo.price import Lagrangian
 from tandem.engine.driver import Driver
-from tandem.errors import (
-    AlarmError,
-    CheckpointError,
-    NonFiniteError,
-    ParityError,
-    RunFolderError,
-)
+from tandem.errors import AlarmError, CheckpointError, NonFiniteError, ParityError, RunFolderError
 from tandem.models.checkpoint import open_checkpoint
 from tandem.models.decoder import Decoder, decoder_of
 from tandem.plan.memory import peak_bytes

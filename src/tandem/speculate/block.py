@@ -8,8 +8,7 @@ does, and those of position -1 are 0: a key and a value of 0, which is always in
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
@@ -17,22 +16,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.errors import ModelError
 from tandem.kernels.linear import linear
 from tandem.kernels.norm import rms_norm
 from tandem.kernels.paths import Paths
 from tandem.kernels.weight import Weight
-from tandem.models.layer import Layer, Part, views
+from tandem.models.layer import Layer, Part
 from tandem.models.parts import Slot, Stored
 from tandem.models.rope import rope_tables
 from tandem.models.spec import LayerAttention, ModelSpec
 from tandem.models.view import Heads, Tables, View
-from tandem.numerics.random import Stream, normal, word_rows
 from tandem.speculate.eagle import leaf
 from tandem.speculate.steps import Step, StepView, chains, follows, steps_of
+from tandem.speculate.trained import Stacked, check_embedding
 from tandem.types import Microbatch
-
-SEED = 0x626C6F63  # of the weights that a new one begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,20 +109,16 @@ class _Views:
         return self._views[layer].attend(0, qkv_TW, heads, tables)
 
 
-class Block:
+class Block(Stacked):
     """Its weights and its pass."""
 
-    kind = "dflash"
+    kind, title, seed = "dflash", "DFlash", 0x626C6F63
 
     def __init__(self, spec: BlockSpec, embed: Weight, head: Weight, ids_V: Tensor | None = None) -> None:
         """embed, head: the target's. ids_V: of its tokens those that are drafted, int64, ascending; None: all.
         ModelError where the target is of another width or vocabulary."""
         own = spec.model
-        if embed.value.shape != (own.vocab_size, own.width):
-            raise ModelError(
-                f"the drafter is of a model of {own.vocab_size} tokens and width {own.width}, and this one has "
-                f"{embed.value.shape[0]} and {embed.value.shape[1]}. Choose the drafter that was trained for it."
-            )
+        check_embedding(own, embed)
         self.spec, self.embed, self.ids_V, self.dtype = spec, embed, ids_V, embed.value.dtype
         self.head = head if ids_V is None else Weight(head.served_value()[ids_V], matrix=True)
 
@@ -143,55 +135,9 @@ class Block:
         """Of the target, whose states it reads."""
         return self.spec.layers
 
-    def _slots(self) -> Iterator[tuple[Slot, Weight]]:
-        yield from self.outer.weights()
-        for layer in self.stack:
-            yield from layer.weights()
-
-    def weights(self) -> Iterator[tuple[str, Weight]]:
-        """Each once, in the order of `optimiser-*.safetensors`."""
-        for slot, weight in self.outer.weights():
-            yield f"drafter.{slot.name}", weight
-        for layer in self.stack:
-            for slot, weight in layer.weights():
-                yield f"drafter.{layer.index}.{slot.name}", weight
-
-    def repack(self) -> None:
-        """After values changed: derive what products read."""
-        for _, weight in self.weights():
-            weight.repack()
-
-    def export(self) -> Iterator[tuple[str, Tensor]]:
-        """Tensors by DFlash's names, sharing memory with this."""
-        for slot, weight in self._slots():
-            yield from ((name.removeprefix("model."), tensor) for name, tensor in views(slot, weight))
-
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> Block:
-        """Copy every tensor in. ModelError for one that is missing, unknown or misshapen."""
-        wanted = dict(self.export())
-        for name, tensor in tensors:
-            target = wanted.pop(name, None)
-            if target is None:
-                raise ModelError(f"tensor {name} is unknown to a drafter of DFlash, or came twice.")
-            if target.shape != tensor.shape:
-                raise ModelError(f"tensor {name} has shape {[*tensor.shape]}; the drafter needs {[*target.shape]}.")
-            target.copy_(tensor)
-        if wanted:
-            raise ModelError(f"the drafter lacks {len(wanted)} tensors, {next(iter(wanted))} first.")
-        self.repack()
-        return self
-
     def begin(self, norm: Weight) -> Block:
         """As a new one: random but for the last norm, which is the target's."""
-        for number, (slot, weight) in enumerate(self._slots()):
-            if slot.columns is None:
-                weight.value.fill_(1.0)
-                continue
-            count, deviation = weight.value.numel(), 1.0 / math.sqrt(slot.columns)
-            if slot.name in ("out", "down"):
-                deviation *= 0.1
-            drawn = normal(word_rows([SEED], [number], count + count % 2, Stream.INITIAL)[0])[:count]
-            weight.value.copy_(torch.from_numpy((drawn * deviation).astype(np.float32)).view(weight.value.shape))
+        self._draw(("out", "down"))
         self.outer.norm.value.copy_(norm.value)
         self.repack()
         return self

@@ -9,16 +9,13 @@ leaves slot 0 in sight: publishers' drafters see one key more here than where th
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tandem.errors import ModelError
 from tandem.kernels.linear import linear
 from tandem.kernels.norm import rms_norm
 from tandem.kernels.weight import Weight
@@ -27,12 +24,11 @@ from tandem.models.parts import Slot, Stored, dense_slots
 from tandem.models.rope import rope_tables
 from tandem.models.spec import ModelSpec
 from tandem.models.view import Heads, View
-from tandem.numerics.random import Stream, normal, word_rows
 from tandem.speculate.steps import Steps, StepView
+from tandem.speculate.trained import Trained, check_embedding
 from tandem.types import Microbatch
 
 LAYER = "midlayer."  # of tensors' names, in vLLM's layout
-SEED = 0x6561676C  # of the weights that a new one begins with
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,20 +114,16 @@ class _Mix(Part):
     out: Weight
 
 
-class Eagle:
+class Eagle(Trained):
     """Its weights and its pass. The embedding is the target's own."""
 
-    kind, title = "eagle3", "EAGLE-3"
+    kind, title, seed = "eagle3", "EAGLE-3", 0x6561676C
 
     def __init__(self, spec: EagleSpec, embed: Weight, ids_V: Tensor | None = None) -> None:
         """ids_V: of the target's tokens those that its head knows, int64, ascending; None: all. ModelError where the
         target's embedding is of another width or vocabulary."""
         own = spec.model
-        if embed.value.shape != (own.vocab_size, own.width):
-            raise ModelError(
-                f"the drafter is of a model of {own.vocab_size} tokens and width {own.width}, and this one has "
-                f"{embed.value.shape[0]} and {embed.value.shape[1]}. Choose the drafter that was trained for it."
-            )
+        check_embedding(own, embed)
         assert (ids_V is None and spec.vocab_size == own.vocab_size) or len(ids_V) == spec.vocab_size  # type: ignore[arg-type]
         self.spec, self.embed, self.ids_V = spec, embed, ids_V
         self.dtype = embed.value.dtype
@@ -167,43 +159,15 @@ class Eagle:
         for slot, weight in self._slots():
             yield f"drafter.{slot.name}", weight
 
-    def repack(self) -> None:
-        """After values changed: derive what products read."""
-        for _, weight in self.weights():
-            weight.repack()
-
     def export(self) -> Iterator[tuple[str, Tensor]]:
         """Tensors by vLLM's names, sharing memory with this."""
         for slot, weight in self._slots():
             yield from views(slot, weight)
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> Eagle:
-        """Copy every tensor in. ModelError for one that is missing, unknown or misshapen."""
-        wanted = dict(self.export())
-        for name, tensor in tensors:
-            target = wanted.pop(name, None)
-            if target is None:
-                raise ModelError(f"tensor {name} is unknown to a drafter of {self.title}, or came twice.")
-            if target.shape != tensor.shape:
-                raise ModelError(f"tensor {name} has shape {[*tensor.shape]}; the drafter needs {[*target.shape]}.")
-            target.copy_(tensor)
-        if wanted:
-            raise ModelError(f"the drafter lacks {len(wanted)} tensors, {next(iter(wanted))} first.")
-        self.repack()
-        return self
-
     def begin(self, norm: Weight, head: Weight) -> Eagle:
         """As a new one: what the last of its features says by the target's own norm and head, and small random numbers
         beside; the head is learned from there."""
-        for number, (slot, weight) in enumerate(self._slots()):
-            if slot.columns is None:
-                weight.value.fill_(1.0)
-                continue
-            count, deviation = weight.value.numel(), 1.0 / math.sqrt(slot.columns)
-            if slot.name in ("out", "down", "fuse", "join"):
-                deviation *= 0.1
-            drawn = normal(word_rows([SEED], [number], count + count % 2, Stream.INITIAL)[0])[:count]
-            weight.value.copy_(torch.from_numpy((drawn * deviation).astype(np.float32)).view(weight.value.shape))
+        self._draw(("out", "down", "fuse", "join"))
         width = self.spec.model.width
         self.outer.fuse.value[:, -width:] += torch.eye(width, dtype=self.dtype)
         self.outer.norm.value.copy_(norm.value)

@@ -19,7 +19,7 @@ from tandem.errors import ModelError
 from tandem.kernels.linear import linear
 from tandem.kernels.norm import rms_norm
 from tandem.kernels.weight import Weight
-from tandem.models.layer import Layer, Part, Zeros, views
+from tandem.models.layer import Layer, Part, Zeros
 from tandem.models.parts import Slot, Stored, attention_slots, dense_slots
 from tandem.models.spec import LayerAttention, ModelSpec
 from tandem.models.view import Heads
@@ -33,6 +33,7 @@ from tandem.speculate.recurrent import (
     recurrent_slots,
     rule_of,
 )
+from tandem.speculate.trained import Stacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class _Outer(Part):
     head: Weight
 
 
-class Mixed(Eagle):
+class Mixed(Stacked, Eagle):
     """Its weights and its pass. The embedding is the target's own."""
 
     kind = title = "mixed"
@@ -117,22 +118,6 @@ class Mixed(Eagle):
             else:
                 self.stack.append(RecurrentLayer(own, index, recurrences, mixer, zeros))
                 recurrences += 1
-
-    def _slots(self) -> Iterator[tuple[Slot, Weight]]:
-        yield from self.outer.weights()
-        for layer in self.stack:
-            yield from layer.weights()
-
-    def weights(self) -> Iterator[tuple[str, Weight]]:
-        for slot, weight in self.outer.weights():
-            yield f"drafter.{slot.name}", weight
-        for layer in self.stack:
-            for slot, weight in layer.weights():
-                yield f"drafter.{layer.index}.{slot.name}", weight
-
-    def export(self) -> Iterator[tuple[str, Tensor]]:
-        for slot, weight in self._slots():
-            yield from ((name.removeprefix("model."), tensor) for name, tensor in views(slot, weight))
 
     def begin(self, norm: Weight, head: Weight) -> Mixed:
         super().begin(norm, head)
